@@ -1,0 +1,157 @@
+"""Every knob of a run, with its meaning. Recipes begin with `get_config()` from here and change a few.
+
+The type and the valid range of each knob stand in `rustgpt_jax/config.py`, its default only here.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The configuration that all recipes start from: a small modern model on the bundled facts."""
+    config = ConfigDict()
+
+    # Initial parameters, data order and dropout all follow from this one number.
+    config.seed = 0
+
+    config.tokenizer = ConfigDict()
+    # word: words and punctuation; char: characters; byte: UTF-8 bytes; bpe: byte pairs learned from the corpus.
+    config.tokenizer.name = "bpe"
+    # The most tokens to learn, special ones included. None: as many as the corpus has (word and char only).
+    config.tokenizer.vocab_size = 1024
+
+    config.data = ConfigDict()
+    # facts, chat: bundled with the package; python_stdlib: the running Python's own source; files: any text.
+    config.data.corpus = "facts"
+    # For `files`: paths or globs of .txt (or any text), .json (a list of strings), .jsonl (text or messages), .csv.
+    config.data.paths = ()
+    # Read no more than this many documents. None: all.
+    config.data.max_documents = None
+    # document: each document goes to training or validation by its hash, so added files move no other.
+    # tail: the end of the whole text is validation (for one long document).
+    config.data.split = "document"
+    # The share of the corpus kept for validation.
+    config.data.valid_fraction = 0.1
+    # all: learn every token; assistant: in dialogues, only the assistant's words.
+    config.data.loss_on = "all"
+    # Tokens in a training window. None: model.context_length.
+    config.data.window = None
+
+    config.model = ConfigDict()
+    # Rows of the embedding table. None: the tokenizer's vocabulary.
+    config.model.vocab_size = None
+    # The most tokens that the model attends to, and the size of a learned position table.
+    config.model.context_length = 128
+    config.model.n_layers = 4
+    # Width of the residual stream.
+    config.model.d_model = 128
+    config.model.n_heads = 4
+    # Key/value heads, each shared by n_heads / n_kv_heads query heads (arXiv 2305.13245). None: n_heads.
+    config.model.n_kv_heads = None
+    # Channels of a head. None: d_model / n_heads.
+    config.model.head_dim = None
+    # Hidden width of the feed-forward. None: 4 d_model, or 8/3 d_model where it is gated (rounded up to a multiple of 8).
+    config.model.d_ff = None
+    # The pattern of token mixers that is repeated over the layers.
+    config.model.mixers = ("attention",)
+    # gelu, relu or swiglu.
+    config.model.feedforward = "swiglu"
+    # layernorm or rmsnorm.
+    config.model.norm = "rmsnorm"
+    # pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each residual sum (arXiv 1706.03762).
+    config.model.norm_placement = "pre"
+    config.model.norm_epsilon = 1e-6
+    # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864).
+    config.model.position = "rope"
+    # The slowest wavelength of RoPE is about 2 pi times this.
+    config.model.rope_base = 10000.0
+    # Normalise queries and keys in each head (arXiv 2010.04245).
+    config.model.qk_norm = False
+    # Bias vectors in linear layers and layer norms.
+    config.model.bias = False
+    # Use the embedding table, transposed, as the output layer (arXiv 1608.05859).
+    config.model.tie_embeddings = True
+    # Probability of dropping an activation in training. 0: no dropout in the program at all.
+    config.model.dropout = 0.0
+    # Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 n_layers).
+    config.model.init_std = 0.02
+    # Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32.
+    config.model.dtype = "float32"
+    # scanned: one compiled block run in a loop; unrolled: each layer compiled, slower to start, faster when small.
+    config.model.layers = "scanned"
+    # What the backward pass recomputes to save memory: none, dots (all but matrix products), or full (each block).
+    config.model.remat = "none"
+
+    config.optimizer = ConfigDict()
+    # adamw, adam (decay as an L2 gradient), sgd, lion or muon.
+    config.optimizer.name = "adamw"
+    # The highest learning rate; the schedule multiplies it by a factor from 0 to 1.
+    config.optimizer.learning_rate = 1e-3
+    # Decay rates of the moments of adam, adamw, lion, and of the parameters that muon leaves to adam.
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.epsilon = 1e-8
+    # Momentum of sgd and muon.
+    config.optimizer.momentum = 0.95
+    # muon only: the learning rate of the matrices inside the blocks; all else learns at learning_rate.
+    config.optimizer.matrix_learning_rate = 0.02
+    # Decoupled weight decay, multiplied by the learning rate and by the factor of the parameter's group.
+    config.optimizer.weight_decay = 0.1
+    # (regular expression, factor): the first expression found in a parameter's path decides. All must be matched.
+    config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
+    # Scale gradients so that their global norm is at most this. 0: no clipping in the program at all.
+    config.optimizer.clip_norm = 1.0
+
+    config.schedule = ConfigDict()
+    # constant, linear, cosine or wsd (warm up, stay, decay); each after a linear warm-up.
+    config.schedule.name = "cosine"
+    # Steps in which the rate rises linearly from 0.
+    config.schedule.warmup_steps = 20
+    # wsd only: the share of the steps, at the end, in which the rate falls linearly.
+    config.schedule.decay_fraction = 0.2
+    # The factor at the last step of linear, cosine and wsd.
+    config.schedule.final_fraction = 0.1
+
+    config.training = ConfigDict()
+    # Optimizer steps.
+    config.training.steps = 200
+    # Windows in a step, over all devices and accumulation parts.
+    config.training.batch_size = 16
+    # Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole batch.
+    config.training.accumulation = 1
+    # Optimizer steps in one call of the compiled program. The results do not depend on it.
+    config.training.steps_per_call = 10
+    # Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.
+    config.training.z_loss = 0.0
+
+    config.record = ConfigDict()
+    # Steps between lines of training metrics.
+    config.record.log_every = 10
+    # Steps between evaluations, which also write samples.
+    config.record.evaluate_every = 100
+    # Batches of the validation split in an evaluation. None: all of it.
+    config.record.evaluation_batches = None
+    # Steps between checkpoints.
+    config.record.checkpoint_every = 100
+    # Texts that each evaluation continues (in dialogues, questions that it answers) as samples.
+    config.record.prompts = ()
+
+    config.sampling = ConfigDict()
+    # Generated text is a function of the parameters, the prompt, the knobs below and this number.
+    config.sampling.seed = 0
+    # The most tokens to generate.
+    config.sampling.max_tokens = 128
+    # 0: always the likeliest token (greedy); 1: the model's own distribution.
+    config.sampling.temperature = 0.8
+    # Keep only the k likeliest tokens. 0: all.
+    config.sampling.top_k = 0
+    # Keep the likeliest tokens whose probabilities reach this sum (arXiv 1904.09751). 1: all.
+    config.sampling.top_p = 0.95
+    # Keep the tokens at least this fraction as likely as the likeliest (arXiv 2407.01082). 0: all.
+    config.sampling.min_p = 0.0
+    # Divide the logits of tokens seen so far by this (arXiv 1909.05858). 1: no penalty.
+    config.sampling.repetition_penalty = 1.0
+
+    # Stages run one after another on the same parameters and optimizer state, each with the knobs in which it differs:
+    # ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the knobs above.
+    config.stages = ()
+    return config

@@ -1,0 +1,42 @@
+"""The seed's job: pretrain on facts, then learn to answer questions, in about a minute on two cores.
+
+python launch.py train --config=configs/rustgpt.py
+python launch.py chat --run=runs/rustgpt
+"""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A small word-level model, pretrained on statements, then instructed on dialogues."""
+    config = base.get_config()
+    config.tokenizer.name = "word"
+    config.tokenizer.vocab_size = None
+    config.data.valid_fraction = 0.05
+    config.model.context_length = 64
+    config.model.n_layers = 3
+    config.model.d_model = 128
+    config.model.n_heads = 4
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 3e-3
+    config.schedule.warmup_steps = 20
+    config.training.batch_size = 16
+    config.training.steps_per_call = 20
+    config.record.log_every = 20
+    config.record.evaluate_every = 200
+    config.record.checkpoint_every = 200
+    config.record.prompts = ("Why is the sky blue?",)
+    config.sampling.temperature = 0.0
+    config.sampling.max_tokens = 48
+    config.stages = (
+        ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 200}}),
+        ConfigDict(
+            {
+                "name": "instruct",
+                "data": {"corpus": "chat", "loss_on": "assistant"},
+                "training": {"steps": 600},
+            }
+        ),
+    )
+    return config

@@ -1,0 +1,36 @@
+"""nanoGPT's small recipe for a CPU, on any text file: 0.8M parameters, 2,000 steps, characters.
+
+python launch.py train --config=configs/shakespeare_char.py --config.data.paths=tinyshakespeare.txt
+
+nanoGPT's README gives a validation loss of 1.88 on tiny Shakespeare (first 90% training, the rest validation).
+"""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """GPT-2's architecture without biases, AdamW, a cosine from 1e-3 to 1e-4."""
+    config = base.get_config()
+    config.tokenizer.name = "char"
+    config.tokenizer.vocab_size = None
+    config.data.corpus = "files"
+    config.data.paths = ("tinyshakespeare.txt",)
+    config.data.split = "tail"
+    config.model.context_length = 64
+    config.model.norm = "layernorm"
+    config.model.norm_epsilon = 1e-5
+    config.model.position = "learned"
+    config.model.feedforward = "gelu"
+    config.model.layers = "unrolled"
+    config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
+    config.training.steps = 2000
+    config.training.batch_size = 12
+    config.training.steps_per_call = 20
+    config.schedule.warmup_steps = 100
+    config.record.log_every = 20
+    config.record.evaluate_every = 250
+    config.record.checkpoint_every = 250
+    config.record.prompts = ("\n",)
+    config.sampling.max_tokens = 200
+    return config

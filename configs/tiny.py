@@ -1,0 +1,26 @@
+"""A run of seconds, for tests and for looking around: a two-layer model of bytes on the bundled facts.
+
+python launch.py train --config=configs/tiny.py
+"""
+
+from configs import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """`base` made small."""
+    config = base.get_config()
+    config.tokenizer.name = "byte"
+    config.tokenizer.vocab_size = None
+    config.model.context_length = 32
+    config.model.n_layers = 2
+    config.model.d_model = 32
+    config.model.n_heads = 2
+    config.optimizer.learning_rate = 1e-2
+    config.training.steps = 100
+    config.training.batch_size = 8
+    config.schedule.warmup_steps = 10
+    config.record.evaluate_every = 50
+    config.record.evaluation_batches = 4
+    config.record.checkpoint_every = 50
+    return config

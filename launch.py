@@ -1,0 +1,233 @@
+"""The way in: `python launch.py VERB --config=FILE [--config.x.y=VALUE ...] [--run=DIR]`.
+
+A verb and flags in, one function called. JAX is imported by the verbs that need it, so help answers at once.
+"""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from rustgpt_jax.errors import UserError, suggestion
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("config", None, "A Python file with get_config(); any knob is set by --config.x.y=VALUE.")
+flags.DEFINE_string("run", None, "The folder of the run. For train: runs/NAME of the config file, unless given.")
+flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which checkpoint evaluate, generate and chat read.")
+flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
+
+OVERVIEW = """\
+rustgpt_jax: train, study and talk to GPT language models. A run is a pure function of its config.
+
+    python launch.py VERB [flags]
+
+    train     --config=FILE [--run=DIR]      train, or go on from the run's last checkpoint
+    explain   --config=FILE | --run=DIR      each knob with its value and origin, shapes, FLOPs and memory
+    evaluate  --run=DIR                      loss, perplexity, bits per byte; answers right, for dialogues
+    generate  --run=DIR --prompt=TEXT ...    continue texts, or answer questions
+    chat      --run=DIR                      talk to the model
+
+    --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
+    --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last
+
+Begin with:  python launch.py train --config=configs/rustgpt.py
+"""
+
+
+def train() -> int:
+    from rich.console import Console
+
+    tree, origins = _config()
+    config = _resolved(tree)
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.training.loop import train
+
+    keep_compiled_programs()
+    folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
+    console = Console()
+    if train(config, folder, origins, console):
+        console.print(f"Talk to it:  python launch.py chat --run={folder}", highlight=False)
+    return 0
+
+
+def explain() -> int:
+    from rich.console import Console
+
+    tree, origins = _config()
+    config = _resolved(tree)
+    from rustgpt_jax.runs.explain import explain
+
+    explain(config, origins, Console())
+    return 0
+
+
+def evaluate() -> int:
+    from rich.console import Console
+
+    from rustgpt_jax.evaluation.report import evaluate_run
+
+    evaluate_run(_trained(), Console())
+    return 0
+
+
+def generate() -> int:
+    from rustgpt_jax.decoding.text import write_as_it_comes
+
+    trained = _trained()
+    for prompt in FLAGS.prompt or [""]:
+        print(prompt, end="\n" if trained.writer.is_dialogue else "")
+        for piece in write_as_it_comes(trained.writer, trained.writer.prompt(prompt), trained.config.sampling):
+            print(piece, end="", flush=True)
+        print("\n")
+    return 0
+
+
+def chat() -> int:
+    from rich.console import Console
+
+    from rustgpt_jax.decoding.chat import chat
+
+    chat(_trained(), Console())
+    return 0
+
+
+VERBS: dict[str, Callable[[], int]] = {
+    "train": train,
+    "explain": explain,
+    "evaluate": evaluate,
+    "generate": generate,
+    "chat": chat,
+}
+
+# `--config.x.y=VALUE` in the order given; filled while flags are parsed.
+_overrides: list[tuple[str, str]] = []
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Let absl parse its flags, and keep `--config.x.y` aside: its paths and types are the schema's to check."""
+    others: list[str] = []
+    words = iter(argv[1:])
+    for word in words:
+        if word.lstrip("-").startswith("config.") and word.startswith("-"):
+            path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
+            _overrides.append((path, text if equals else next(words, "")))
+        else:
+            others.append(word)
+    try:
+        return FLAGS([argv[0], *others])
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, ["config", "run", "checkpoint", "prompt", "help"], n=1)
+        hint = f" Did you mean --{near[0]}?" if near else " `python launch.py --help` lists them."
+        _fail(f"There is no flag --{error.flagname}.{hint}")
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+
+
+def _config() -> tuple[Any, dict[str, str]]:
+    """The config file or the run's config with the command line's overrides, and where each value came from."""
+    from rustgpt_jax.config import FIELDS
+    from rustgpt_jax.resolve import leaves, override, parse
+
+    if FLAGS.config is None and FLAGS.run is None:
+        raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
+    if FLAGS.config is None:
+        return _config_of_run()
+    tree = _load(FLAGS.config)
+    base = dict(leaves(_load(str(Path(__file__).parent / "configs" / "base.py"))))
+    given = dict(leaves(tree))
+    origins = {path: "base" if given.get(path) == base.get(path) else FLAGS.config for path in FIELDS}
+    for path, text in _overrides:
+        override(tree, path, parse(path, text))
+        origins[path] = "command line"
+    return tree, origins
+
+
+def _config_of_run() -> tuple[Any, dict[str, str]]:
+    from ml_collections import ConfigDict
+
+    from rustgpt_jax.config import to_dict
+    from rustgpt_jax.resolve import override, parse
+    from rustgpt_jax.runs.folder import load_config, load_origins
+
+    path = Path(FLAGS.run)
+    tree, origins = ConfigDict(to_dict(load_config(path))), load_origins(path)
+    for knob, text in _overrides:
+        override(tree, knob, parse(knob, text))
+        origins[knob] = "command line"
+    return tree, origins
+
+
+def _resolved(tree: Any) -> Any:
+    from rustgpt_jax.resolve import resolve
+
+    return resolve(tree)
+
+
+def _load(file: str) -> Any:
+    """Run a config file's get_config()."""
+    path = Path(file)
+    if not path.is_file():
+        beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
+        raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
+
+
+def _trained() -> Any:
+    """The trained model of --run, with the sampling knobs of the command line."""
+    if FLAGS.run is None:
+        raise UserError("Which run? Give --run=DIR, the folder that `train` wrote, such as --run=runs/rustgpt.")
+    tree, _ = _config_of_run()
+    config = _resolved(tree)
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.training.trained import load
+
+    keep_compiled_programs()
+    return load(Path(FLAGS.run), FLAGS.checkpoint).with_config(config)
+
+
+def _fail(sentence: str) -> Any:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Call the verb named on the command line."""
+    if len(argv) == 1:
+        print(OVERVIEW, end="")
+        return 0
+    verb, *rest = argv[1:]
+    if verb not in VERBS:
+        _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
+    if rest:
+        _fail(f"{verb} takes no argument {rest[0]!r}; flags begin with --.")
+    # Libraries report their progress to absl at this level; ours goes to the console.
+    logging.set_verbosity(logging.WARNING)
+    try:
+        return VERBS[verb]()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    if any(word in ("-h", "-help", "--help") for word in sys.argv[1:]):
+        print(OVERVIEW, end="")
+    else:
+        app.run(main, flags_parser=_parse)

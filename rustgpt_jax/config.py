@@ -1,0 +1,321 @@
+"""What a run is: frozen dataclasses with the type, range and kind of every knob.
+
+`configs/base.py` gives each knob its value and its meaning; no default stands here. A config is read
+into these classes by `resolve`, and divided by `split` into
+
+    structure   what selects a compiled program: shapes, names of parts, switches (hashable)
+    numbers     what a compiled program takes as arguments: seed, learning rate, dropout, ... (a flat dict)
+
+`merge` puts numbers (floats outside `jit`, tracers inside) back into their places in a structure.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def knob(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field that is structure, with its inclusive range or its valid values."""
+    return dataclasses.field(metadata={"low": low, "high": high, "choices": choices})
+
+
+def number(low: float | None = None, high: float | None = None, off_at_zero: bool = False) -> Any:
+    """A field that a compiled program takes as an argument. With `off_at_zero`, the value 0 is structure: the part is gone."""
+    return dataclasses.field(metadata={"low": low, "high": high, "number": True, "off_at_zero": off_at_zero})
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    name: str = knob()
+    vocab_size: int | None = knob(low=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: str = knob()
+    paths: tuple[str, ...] = knob()
+    max_documents: int | None = knob(low=1)
+    split: str = knob(choices=("document", "tail"))
+    valid_fraction: float = knob(low=0.0, high=0.9)
+    loss_on: str = knob(choices=("all", "assistant"))
+    window: int | None = knob(low=2)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int | None = knob(low=1)
+    context_length: int = knob(low=2)
+    n_layers: int = knob(low=1)
+    d_model: int = knob(low=1)
+    n_heads: int = knob(low=1)
+    n_kv_heads: int | None = knob(low=1)
+    head_dim: int | None = knob(low=1)
+    d_ff: int | None = knob(low=1)
+    mixers: tuple[str, ...] = knob()
+    feedforward: str = knob()
+    norm: str = knob()
+    norm_placement: str = knob(choices=("pre", "post"))
+    norm_epsilon: float = number(low=0.0)
+    position: str = knob()
+    rope_base: float = number(low=1.0)
+    qk_norm: bool = knob()
+    bias: bool = knob()
+    tie_embeddings: bool = knob()
+    dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
+    init_std: float = number(low=0.0)
+    dtype: str = knob(choices=("float32", "bfloat16"))
+    layers: str = knob(choices=("scanned", "unrolled"))
+    remat: str = knob(choices=("none", "dots", "full"))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = knob()
+    learning_rate: float = number(low=0.0)
+    b1: float = number(low=0.0, high=1.0)
+    b2: float = number(low=0.0, high=1.0)
+    epsilon: float = number(low=0.0)
+    momentum: float = number(low=0.0, high=1.0)
+    matrix_learning_rate: float = number(low=0.0)
+    weight_decay: float = number(low=0.0)
+    weight_decay_groups: tuple[tuple[str, float], ...] = knob()
+    clip_norm: float = number(low=0.0, off_at_zero=True)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = knob()
+    warmup_steps: int = number(low=0)
+    decay_fraction: float = number(low=0.0, high=1.0)
+    final_fraction: float = number(low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = number(low=1)
+    batch_size: int = knob(low=1)
+    accumulation: int = knob(low=1)
+    steps_per_call: int = knob(low=1)
+    z_loss: float = number(low=0.0, off_at_zero=True)
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    log_every: int = knob(low=1)
+    evaluate_every: int = knob(low=1)
+    evaluation_batches: int | None = knob(low=1)
+    checkpoint_every: int = knob(low=1)
+    prompts: tuple[str, ...] = knob()
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    seed: int = knob(low=0, high=2**32 - 1)
+    max_tokens: int = knob(low=1)
+    temperature: float = knob(low=0.0)
+    top_k: int = knob(low=0)
+    top_p: float = knob(low=0.0, high=1.0)
+    min_p: float = knob(low=0.0, high=1.0)
+    repetition_penalty: float = knob(low=1.0)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run: a name, and the knobs in which it differs from the run's config."""
+
+    name: str
+    overrides: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = number(low=0, high=2**32 - 1)
+    tokenizer: TokenizerConfig = knob()
+    data: DataConfig = knob()
+    model: ModelConfig = knob()
+    optimizer: OptimizerConfig = knob()
+    schedule: ScheduleConfig = knob()
+    training: TrainingConfig = knob()
+    record: RecordConfig = knob()
+    sampling: SamplingConfig = knob()
+    stages: tuple[StageConfig, ...] = knob()
+
+
+# The program of a run: the groups that its compiled steps depend on.
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What selects a compiled training program. Its number fields hold ARGUMENT, or 0 where a part is switched off."""
+
+    seed: Any
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    training: TrainingConfig
+
+
+ARGUMENT = "argument"
+
+
+def split(config: Config) -> tuple[Structure, dict[str, float]]:
+    """Divide a config into the structure of its program and the numbers that the program takes as arguments."""
+    numbers: dict[str, float] = {}
+
+    def strip(node: Any, prefix: str) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(node):
+            path, value = prefix + field.name, getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                changes[field.name] = strip(value, path + ".")
+            elif _is_number(path) and not (field_of(path).metadata["off_at_zero"] and value == 0):
+                changes[field.name], numbers[path] = ARGUMENT, value
+        return dataclasses.replace(node, **changes)
+
+    whole = Structure(config.seed, config.model, config.optimizer, config.schedule, config.training)
+    return strip(whole, ""), numbers
+
+
+def merge(structure: Structure, numbers: Mapping[str, Any]) -> Structure:
+    """The inverse of `split`: every ARGUMENT in `structure` replaced by the number (or tracer) of its path."""
+
+    def fill(node: Any, prefix: str) -> Any:
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                changes[field.name] = fill(value, prefix + field.name + ".")
+            elif isinstance(value, str) and value == ARGUMENT:
+                changes[field.name] = numbers[prefix + field.name]
+        return dataclasses.replace(node, **changes)
+
+    return fill(structure, "")
+
+
+def is_on(value: Any) -> bool:
+    """Whether a part whose number is `value` exists in the program: all but a Python zero (a tracer is always on)."""
+    return not (isinstance(value, (int, float)) and value == 0)
+
+
+# Fields by dotted path.
+
+
+def _walk(cls: type, prefix: str) -> dict[str, dataclasses.Field[Any]]:
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            fields |= _walk(field.type, prefix + field.name + ".")  # pyright: ignore[reportArgumentType]
+        else:
+            fields[prefix + field.name] = field
+    return fields
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {
+    path: field for path, field in _walk(Config, "").items() if path != "stages"
+}
+
+
+def field_of(path: str) -> dataclasses.Field[Any]:
+    """The dataclass field at a dotted path such as 'optimizer.learning_rate'."""
+    return FIELDS[path]
+
+
+def _is_number(path: str) -> bool:
+    return bool(field_of(path).metadata.get("number"))
+
+
+def read(config: Any, path: str) -> Any:
+    """The value at a dotted path of a config."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every knob of a config but its stages, by dotted path, in the order of the classes above."""
+    return {path: read(config, path) for path in FIELDS}
+
+
+# Stages.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as it runs: steps `first_step` to `end_step` (exclusive) of the run, with a whole config of its own."""
+
+    name: str
+    first_step: int
+    config: Config
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.config.training.steps
+
+
+def stages(config: Config) -> tuple[Stage, ...]:
+    """The stages of a run in their order. A config that lists none is one stage called 'train'."""
+    if not config.stages:
+        return (Stage("train", 0, config),)
+    result: list[Stage] = []
+    for stage in config.stages:
+        whole = with_values(dataclasses.replace(config, stages=()), dict(stage.overrides))
+        result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
+    return tuple(result)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `config` with the values at some dotted paths replaced. The values are taken as they are."""
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        nodes = [config]
+        for group in groups:
+            nodes.append(getattr(nodes[-1], group))
+        for node, child in zip(reversed(nodes), reversed([*groups, name]), strict=True):
+            value = dataclasses.replace(node, **{child: value})
+        config = value
+    return config
+
+
+def may_differ_between_stages(path: str) -> bool:
+    """A stage has its own data, steps and numbers; parameters and optimizer state must keep their shapes."""
+    return path.startswith("data.") or path == "schedule.name" or (_is_number(path) and path != "seed")
+
+
+# Written form.
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """A config as plain dicts, lists and scalars, ready for JSON; `resolve` reads it back."""
+    plain = dataclasses.asdict(config)
+    plain["stages"] = [{"name": stage.name, **nested(dict(stage.overrides))} for stage in config.stages]
+    return json.loads(json.dumps(plain))
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths turned into nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return tree
+
+
+def config_hash(config: Config) -> str:
+    """The name of a config: 16 hex digits of the SHA-256 of its canonical JSON."""
+    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+    """The knobs in which two configs differ, by dotted path."""
+    left, right = flatten(first), flatten(second)
+    changed = {path: (left[path], right[path]) for path in FIELDS if left[path] != right[path]}
+    if first.stages != second.stages:
+        changed["stages"] = (first.stages, second.stages)
+    return changed

@@ -1,0 +1,268 @@
+"""Named sources of text: each is a function from the data config to documents, listed in `CORPORA` below.
+
+A document is plain text or a dialogue. Which split it belongs to depends on its content alone (or, with
+split='tail', on its place in the whole text), so the same config gives the same training text everywhere.
+"""
+
+import csv
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.config import DataConfig
+from rustgpt_jax.errors import UserError, choose, suggestion
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one speaker says. The role is 'text' (plain text), 'system', 'user' or 'assistant'."""
+
+    role: str
+    text: str
+
+    @property
+    def is_learned_as_answer(self) -> bool:
+        """Whether its words are learned when config.data.loss_on is 'assistant'."""
+        return self.role in ("text", "assistant")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One plain text (a single turn with the role 'text') or one dialogue. The name says where it came from."""
+
+    name: str
+    turns: tuple[Turn, ...]
+
+    @property
+    def text(self) -> str:
+        """The texts of all turns, one after another."""
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def is_dialogue(self) -> bool:
+        return any(turn.role != "text" for turn in self.turns)
+
+
+def plain(name: str, text: str) -> Document:
+    """A document of plain text."""
+    return Document(name, (Turn("text", text),))
+
+
+def documents(config: DataConfig) -> Iterator[Document]:
+    """The documents of the config's corpus, in a fixed order, at most `max_documents`; those without text left out.
+
+    Raises UserError for an unknown corpus and for a file that cannot be read as what it should be.
+    """
+    corpus = choose(CORPORA, config.corpus, "config.data.corpus")(config)
+    return itertools.islice((_checked(document) for document in corpus if document.text), config.max_documents)
+
+
+def _checked(document: Document) -> Document:
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(document.text[error.start])
+        raise UserError(f"{document.name}: the text has half of a surrogate pair (\\u{code:04x}).") from None
+    return document
+
+
+# Training and validation.
+
+
+def fingerprint(document: Document) -> bytes:
+    """The SHA-256 of a document's roles and texts, whatever its name."""
+    digest = hashlib.sha256()
+    for turn in document.turns:
+        text = turn.text.encode()
+        digest.update(f"{turn.role} {len(text)}\n".encode())
+        digest.update(text)
+    return digest.digest()
+
+
+def is_validation(document: Document, config: DataConfig) -> bool:
+    """Whether split='document' gives a document to validation. Equal contents always go to the same side."""
+    return int.from_bytes(fingerprint(document)[:8], "big") < config.valid_fraction * 2**64
+
+
+def divide(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
+    """Each document with its split, 'train' or 'valid'. `n_characters` is the length of all of `source`.
+
+    With split='tail' the first (1 - valid_fraction) of the characters are training. A plain text that straddles the
+    border is cut in two there; a dialogue that does is training.
+    """
+    if config.split == "document":
+        for document in source:
+            yield ("valid" if is_validation(document, config) else "train"), document
+        return
+    border = int(n_characters * (1 - config.valid_fraction))
+    start = 0
+    for document in source:
+        length = len(document.text)
+        if start >= border:
+            yield "valid", document
+        elif start + length <= border or document.is_dialogue:
+            yield "train", document
+        else:
+            yield "train", plain(document.name, document.text[: border - start])
+            yield "valid", plain(document.name, document.text[border - start :])
+        start += length
+
+
+def training_documents(config: DataConfig) -> Iterator[Document]:
+    """The documents of the training split: what a tokenizer may be trained on. Raises UserError as `documents` does."""
+    n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
+    return (document for split, document in divide(documents(config), config, n_characters) if split == "train")
+
+
+# Files.
+
+
+def read_file(name: str, data: bytes) -> Iterator[Document]:
+    """The documents in a file's bytes, read by the suffix of its name. Raises UserError naming the file and the place.
+
+    .json holds a list of strings; .jsonl a text or a dialogue a line ({"text": ...} or {"messages": [...]}); .csv a
+    text a row, in the column `text` or the only one; anything else is one plain text.
+    """
+    try:
+        text = data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}).") from None
+    if not text:
+        raise UserError(f"{name}: the file is empty.")
+    reader = _READERS.get(Path(name).suffix.lower(), _read_plain)
+    return reader(name, text)
+
+
+def _read_plain(name: str, text: str) -> Iterator[Document]:
+    yield plain(name, text)
+
+
+def _read_json(name: str, text: str) -> Iterator[Document]:
+    items = _parse_json(text, name, 1)
+    if not isinstance(items, list):
+        raise UserError(f"{name}: the JSON is not a list of strings.")
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            raise UserError(f"{name}: the JSON is not a list of strings: item {index} is {item!r:.60}.")
+        yield plain(f"{name}[{index}]", item)
+
+
+def _read_jsonl(name: str, text: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            yield _from_object(where, _parse_json(line, name, number))
+
+
+def _parse_json(text: str, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{name}, line {line}: malformed JSON ({error.msg} at column {error.colno}).") from None
+    except RecursionError:
+        raise UserError(f"{name}, line {first_line}: the JSON is nested too deeply.") from None
+
+
+def _from_object(where: str, item: Any) -> Document:
+    if isinstance(item, dict) and isinstance(item.get("messages"), list):
+        return Document(where, tuple(_turn(where, message) for message in item["messages"]))
+    if isinstance(item, dict) and isinstance(item.get("text"), str):
+        return plain(where, item["text"])
+    raise UserError(f"{where}: expected an object with a string `text` or a list `messages`.")
+
+
+def _turn(where: str, message: Any) -> Turn:
+    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise UserError(f"{where}: a message is an object with the strings `role` and `content`, not {message!r:.60}.")
+    role = message["role"]
+    if role not in ROLES:
+        raise UserError(f"{where}: there is no role {role!r}.{suggestion(role, ROLES)}")
+    return Turn(role, message["content"])
+
+
+def _read_csv(name: str, text: str) -> Iterator[Document]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = next(rows)
+        column = columns.index("text") if "text" in columns else 0
+        if len(columns) != 1 and "text" not in columns:
+            raise UserError(f"{name}: no column is called `text`; the columns are {', '.join(columns)}.")
+        for row in rows:
+            if row and len(row) != len(columns):
+                raise UserError(f"{name}, line {rows.line_num}: {len(row)} cells in a row of {len(columns)} columns.")
+            if row:
+                yield plain(f"{name}, line {rows.line_num}", row[column])
+    except csv.Error as error:
+        raise UserError(f"{name}, line {rows.line_num}: malformed CSV ({error}).") from None
+
+
+_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
+
+
+# Corpora.
+
+
+def _bundled(name: str) -> Iterator[Document]:
+    return read_file(name, (resources.files(__package__) / "texts" / name).read_bytes())
+
+
+def _python_stdlib(config: DataConfig) -> Iterator[Document]:
+    """Each .py file of the running Python's standard library, its tests left out, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(_modules(root)):
+        try:
+            with tokenize.open(root / path) as file:
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):  # Some files are written wrongly on purpose.
+            continue
+        yield plain(path, text)
+
+
+_NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+def _modules(root: Path) -> Iterator[str]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NO_LIBRARY]
+        yield from ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
+
+
+def _files(config: DataConfig) -> Iterator[Document]:
+    """The documents of the files that config.data.paths names, in the order of the paths, each file once."""
+    for path in sorted({found for pattern in config.paths for found in _matches(pattern)}):
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
+        yield from read_file(path, data)
+
+
+def _matches(pattern: str) -> list[str]:
+    # A file may have the characters of a glob in its name.
+    found = [pattern] if os.path.exists(pattern) else glob.glob(os.path.expanduser(pattern), recursive=True)
+    files = [os.path.normpath(path) for path in found if not os.path.isdir(path)]
+    if not files:
+        folder = " (a folder: give a glob such as folder/**/*.txt)" if os.path.isdir(pattern) else ""
+        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}.")
+    return files
+
+
+CORPORA: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
+    "facts": lambda config: _bundled("facts.json"),
+    "chat": lambda config: _bundled("chat.jsonl"),
+    "python_stdlib": _python_stdlib,
+    "files": _files,
+}

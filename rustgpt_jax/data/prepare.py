@@ -1,0 +1,83 @@
+"""From a config to what its run reads: a tokenizer, and for each stage the token streams of its corpus."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rustgpt_jax.config import Config, Stage, stages
+from rustgpt_jax.data.corpora import training_documents
+from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
+from rustgpt_jax.data.store import Store, build_store, require_batch
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers import load_tokenizer, save_tokenizer, train_tokenizer
+
+Say = Callable[[str], None]
+StoreProgress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StageData:
+    """A stage with its token store."""
+
+    stage: Stage
+    store: Store
+
+    @property
+    def window(self) -> int:
+        """Tokens in a window."""
+        return self.stage.config.data.window or self.stage.config.model.context_length
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether prompts are questions to be answered, rather than texts to be continued."""
+        return self.store.manifest.n_dialogues > 0
+
+    def summary(self) -> dict[str, Any]:
+        """What the run folder keeps of the stage's data: enough to tell whether it is the same elsewhere."""
+        return {"stage": self.stage.name, **dataclasses.asdict(self.store.manifest)}
+
+    def training_batches(self) -> Batches:
+        """The stage's batches, addressed by the step of the run."""
+        config = self.stage.config
+        return batches(
+            self.store.split("train"), self.window, config.training.batch_size, config.seed, self.stage.first_step
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """The windows that an evaluation reads, in order."""
+        config = self.stage.config
+        return evaluation_batches(
+            self.store.split("valid"), self.window, config.training.batch_size, config.record.evaluation_batches
+        )
+
+
+def obtain_tokenizer(config: Config, file: Path | None = None) -> Tokenizer:
+    """The tokenizer in `file`, or one trained on the training documents of all stages and saved there."""
+    if file is not None and file.exists():
+        return load_tokenizer(file)
+    corpora = dict.fromkeys(stage.config.data for stage in stages(config))
+    texts = (turn.text for data in corpora for document in training_documents(data) for turn in document.turns)
+    tokenizer = train_tokenizer(config.tokenizer, texts)
+    if file is not None:
+        save_tokenizer(tokenizer, file)
+    return tokenizer
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with model.vocab_size filled in. Raises UserError if the model has too few rows for the tokenizer."""
+    needed, given = tokenizer.get_vocab_size(), config.model.vocab_size
+    if given is not None and given < needed:
+        raise UserError(f"config.model.vocab_size={given} is too small: the tokenizer has {needed} tokens.")
+    model = dataclasses.replace(config.model, vocab_size=given or needed)
+    return dataclasses.replace(config, model=model)
+
+
+def prepare_stage(stage: Stage, tokenizer: Tokenizer, cache: Path, progress: StoreProgress | None = None) -> StageData:
+    """A stage's data, its store built under `cache` or found there. Raises UserError for less text than one batch."""
+    data = StageData(stage, build_store(stage.config.data, tokenizer, cache / "stores", progress))
+    require_batch(data.store.split("train"), data.window, stage.config.training.batch_size)
+    return data

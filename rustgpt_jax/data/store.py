@@ -1,0 +1,258 @@
+"""The token store: a corpus encoded once, kept in flat files that every run reads by memory map.
+
+A store is a folder named by the hash of all that its tokens depend on: the documents, the tokenizer and the knobs of
+the split. It appears whole or not at all, and is never changed. manifest.json has its counts and file hashes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rustgpt_jax.config import DataConfig
+from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint
+from rustgpt_jax.data.stream import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers import END, UNKNOWN, encode_documents, special_id
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid")
+SHARD_TOKENS = 2**26
+# Text that is encoded, and held in memory, at a time.
+BATCH_CHARACTERS = 2**21
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds. `source` and `tokenizer` are SHA-256 of the documents and of the tokenizer's JSON."""
+
+    format_version: int
+    source: str
+    tokenizer: str
+    vocab_size: int
+    end_id: int
+    dtype: str
+    n_dialogues: int
+    splits: dict[str, SplitManifest]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store in the folder `path`."""
+
+    path: Path
+    manifest: Manifest
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of 'train' or 'valid', memory-mapped. With valid_fraction=0 the latter is empty."""
+        return read_stream(self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.end_id)
+
+    def verify(self) -> None:
+        """Compare the SHA-256 of every file with the manifest's. Raises UserError naming the first that differs."""
+        for file in (file for split in self.manifest.splits.values() for file in split.files):
+            if stored_file(self.path / file.name) != file:
+                raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to build it anew.")
+
+
+def open_store(path: Path) -> Store:
+    """The store in a folder. Raises UserError when it is not there, not whole (by its sizes), or of another format."""
+    try:
+        values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{path}: the store has format {values['format_version']}, not {FORMAT_VERSION}.")
+        splits = {name: _split_manifest(split) for name, split in values.pop("splits").items()}
+        for file in (file for split in splits.values() for file in split.files):
+            if os.path.getsize(path / file.name) != file.size:
+                raise UserError(f"{path / file.name}: the file does not have the size that the manifest says.")
+        return Store(path, Manifest(**values, splits=splits))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: this is not a token store ({error}).") from None
+
+
+def _split_manifest(values: dict[str, Any]) -> SplitManifest:
+    tokens, weights = (tuple(StoredFile(**file) for file in values.pop(name)) for name in ("tokens", "weights"))
+    return SplitManifest(tokens=tokens, weights=weights, offsets=StoredFile(**values.pop("offsets")), **values)
+
+
+def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
+    """Raises UserError when the training stream has less than one batch of windows of `window` tokens."""
+    needed = window * batch_size + 1
+    if stream.n_tokens < needed:
+        raise UserError(
+            f"The training split has {stream.n_tokens} tokens and one batch needs {needed}: lower "
+            f"config.training.batch_size={batch_size} or config.data.window={window}, or give more text."
+        )
+
+
+# Building.
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the first reading of a corpus tells."""
+
+    n_documents: int
+    n_dialogues: int
+    n_characters: int
+    source: str
+
+
+def build_store(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    root: Path,
+    progress: Progress | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Store:
+    """The store of a corpus under `root`: the one that is there already, or a new one.
+
+    The documents are read twice, to name the store and to encode them, and never held all at once. `progress` is
+    called with the number of documents encoded so far and of all. Raises UserError when the corpus is empty, and
+    when a split that is to have a share of it gets no document.
+    """
+    survey = _survey(documents(config))
+    if not survey.n_documents:
+        raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
+    root = Path(root)
+    folder = root / _key(config, tokenizer, survey)
+    store = _existing(folder)
+    if store is not None:
+        return store
+    temporary = root / f".{folder.name}.{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    try:
+        splits = _write_splits(config, tokenizer, survey, temporary, progress, shard_tokens)
+        _write_manifest(temporary, tokenizer, survey, splits)
+        return _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _survey(source: Iterable[Document]) -> _Survey:
+    digest, n_documents, n_dialogues, n_characters = hashlib.sha256(), 0, 0, 0
+    for document in _hashed(source, digest):
+        n_documents += 1
+        n_dialogues += document.is_dialogue
+        n_characters += len(document.text)
+    return _Survey(n_documents, n_dialogues, n_characters, digest.hexdigest())
+
+
+def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
+    for document in source:
+        digest.update(fingerprint(document))
+        yield document
+
+
+def _key(config: DataConfig, tokenizer: Tokenizer, survey: _Survey) -> str:
+    knobs = [config.split, config.valid_fraction, config.loss_on]
+    parts = [FORMAT_VERSION, survey.source, _tokenizer_hash(tokenizer), *knobs]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _tokenizer_hash(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _existing(folder: Path) -> Store | None:
+    try:
+        return open_store(folder)
+    except UserError:
+        return None
+
+
+def _publish(temporary: Path, folder: Path) -> Store:
+    """Give a finished folder its name, unless another process was first. A damaged store of that name is replaced."""
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        store = _existing(folder)
+        if store is not None:
+            return store
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        os.rename(folder, damaged)
+        os.rename(temporary, folder)
+        shutil.rmtree(damaged)
+    return open_store(folder)
+
+
+def _write_splits(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    survey: _Survey,
+    folder: Path,
+    progress: Progress | None,
+    shard_tokens: int,
+) -> dict[str, SplitManifest]:
+    end_id, unknown_id = special_id(tokenizer, END), tokenizer.token_to_id(UNKNOWN)
+    writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens, end_id) for name in SPLITS}
+    digest, done = hashlib.sha256(), 0
+    for batch in _batches(divide(_hashed(documents(config), digest), config, survey.n_characters)):
+        encoded = encode_documents(tokenizer, [document for _, document in batch], config.loss_on)
+        for (split, document), (ids, weights) in zip(batch, encoded, strict=True):
+            n_unknown = int((ids == unknown_id).sum())
+            writers[split].append(ids, weights, n_unknown, _learned_bytes(document, config.loss_on))
+        for writer in writers.values():
+            writer.flush()
+        done += len(batch)
+        if progress is not None:
+            progress(done, survey.n_documents)
+    if digest.hexdigest() != survey.source:
+        raise UserError(f"config.data.corpus={config.corpus!r} changed while it was being read; start again.")
+    splits = {name: writer.close() for name, writer in writers.items()}
+    _require_documents(config, survey, splits)
+    return splits
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
+
+
+def _batches(source: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    batch: list[tuple[str, Document]] = []
+    size = 0
+    for split, document in source:
+        batch.append((split, document))
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _learned_bytes(document: Document, loss_on: str) -> int:
+    return sum(len(turn.text.encode()) for turn in document.turns if loss_on == "all" or turn.is_learned_as_answer)
+
+
+def _require_documents(config: DataConfig, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
+    for name, split in splits.items():
+        if not split.n_documents and (name == "train" or config.valid_fraction > 0):
+            raise UserError(
+                f"The corpus has {survey.n_documents} document(s) and the split {name!r} got none: set "
+                "config.data.split='tail' to cut the whole text in two, another config.data.valid_fraction, or "
+                "config.data.valid_fraction=0 for no validation."
+            )
+
+
+def _write_manifest(folder: Path, tokenizer: Tokenizer, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=survey.source,
+        tokenizer=_tokenizer_hash(tokenizer),
+        vocab_size=tokenizer.get_vocab_size(),
+        end_id=special_id(tokenizer, END),
+        dtype=_dtype(tokenizer),
+        n_dialogues=survey.n_dialogues,
+        splits=splits,
+    )
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Generation as pure functions: prefill a batch of prompts, then draw tokens in one loop on the device.
+
+A token depends on the parameters, its row's prompt, the samplers and key, and its place: not on how the loop is cut into
+calls, nor on padding. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.decoding.samplers import Sampler, draw
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import transformer
+
+SMALLEST_BUCKET = 16
+
+
+class Generation(NamedTuple):
+    """A batch of texts being written.
+
+    tokens_BS: prompt and drawn tokens, each at its position. lengths_B: how many there are, a drawn stop token included.
+    logits_BV: for the next token of each row. is_done_B: rows that drew a stop token or have no room left.
+    seen_BV: tokens that a row holds. cache: what `transformer.apply` keeps of the tokens so far.
+    """
+
+    tokens_BS: jax.Array
+    lengths_B: jax.Array
+    logits_BV: jax.Array
+    is_done_B: jax.Array
+    seen_BV: jax.Array
+    cache: transformer.Cache
+
+
+def bucket(length: int, largest: int) -> int:
+    """The least of 16, 32, 64, ... that holds `length`, at most `largest`."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return min(size, largest)
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def prefill(
+    params: transformer.Params, prompts_BT: jax.Array, lengths_B: jax.Array, *, model: ModelConfig, slots: int
+) -> Generation:
+    """Read prompts, padded on the right to one length, into a new cache of `slots` tokens a row."""
+    batch, length = prompts_BT.shape
+    is_token_BT = jnp.arange(length)[None, :] < lengths_B[:, None]
+    hidden_BTD, cache = transformer.hidden_states(
+        params,
+        prompts_BT,
+        model,
+        transformer.init_cache(model, batch, slots),
+        segments_BT=is_token_BT.astype(jnp.int32),
+    )
+    last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    rows_BT = jnp.arange(batch)[:, None]
+    kept_BT = jnp.where(is_token_BT, prompts_BT, transformer.vocabulary(model))
+    assert cache is not None
+    return Generation(
+        tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :length].set(prompts_BT),
+        lengths_B=lengths_B,
+        logits_BV=transformer.logits(params, last_B1D, model)[:, 0],
+        is_done_B=lengths_B >= slots,
+        seen_BV=jnp.zeros((batch, transformer.vocabulary(model)), bool).at[rows_BT, kept_BT].set(True, mode="drop"),
+        cache=cache,
+    )
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="generation")
+def extend(
+    params: transformer.Params,
+    generation: Generation,
+    count: jax.Array,
+    samplers: tuple[Sampler, ...],
+    key: jax.Array,
+    stops: jax.Array,
+    *,
+    model: ModelConfig,
+) -> Generation:
+    """Draw up to `count` more tokens for each row that is not done, in one loop on the device.
+
+    Args:
+        params, model: the transformer.
+        generation: from `prefill`, or from an earlier call.
+        count: the most tokens to draw now.
+        samplers: applied in order to the logits of each token.
+        key: of the whole batch; each row and position has its own from it.
+        stops: tokens (any number of them, -1 is none) after which a row is done.
+    """
+    batch, slots = generation.tokens_BS.shape
+    rows_B = jnp.arange(batch)
+    key_of = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))
+
+    def unfinished(carry: tuple[jax.Array, Generation]) -> jax.Array:
+        drawn, now = carry
+        return (drawn < count) & ~jnp.all(now.is_done_B)
+
+    def one_token(carry: tuple[jax.Array, Generation]) -> tuple[jax.Array, Generation]:
+        drawn, now = carry
+        token_B = draw(key_of(rows_B, now.lengths_B), now.logits_BV, now.seen_BV, samplers)
+        slot_B = jnp.where(now.is_done_B, slots, now.lengths_B)
+        lengths_B = now.lengths_B + ~now.is_done_B
+        is_done_B = now.is_done_B | jnp.isin(token_B, stops) | (lengths_B >= slots)
+        logits_B1V, cache = transformer.apply(
+            params,
+            token_B[:, None],
+            model,
+            now.cache,
+            positions_BT=now.lengths_B[:, None],
+            segments_BT=jnp.where(is_done_B, 0, 1)[:, None],
+        )
+        assert cache is not None
+        return drawn + 1, Generation(
+            tokens_BS=now.tokens_BS.at[rows_B, slot_B].set(token_B, mode="drop"),
+            lengths_B=lengths_B,
+            logits_BV=logits_B1V[:, 0],
+            is_done_B=is_done_B,
+            seen_BV=now.seen_BV.at[rows_B, token_B].set(True),
+            cache=cache,
+        )
+
+    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), generation))[1]
+
+
+def begin(
+    params: transformer.Params, prompts: Sequence[Sequence[int]], model: ModelConfig, max_tokens: int
+) -> Generation:
+    """Prefill prompts of any lengths, with room for `max_tokens` more each, as far as the context goes.
+
+    Raises UserError for an empty prompt, or one that leaves no room in the model's context.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise UserError("A prompt needs at least one token.")
+    if longest >= model.context_length:
+        raise UserError(
+            f"The prompt has {longest} tokens, and the model's context of {model.context_length} "
+            "(config.model.context_length) leaves no room for another."
+        )
+    width = bucket(longest, model.context_length)
+    padded_BT = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded_BT[row, : len(prompt)] = prompt
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    slots = bucket(longest + max_tokens, model.context_length)
+    return prefill(params, padded_BT, lengths_B, model=model, slots=slots)
+
+
+def generate(
+    params: transformer.Params,
+    prompts: Sequence[Sequence[int]],
+    model: ModelConfig,
+    *,
+    samplers: tuple[Sampler, ...],
+    key: jax.Array,
+    max_tokens: int,
+    stops: Sequence[int] = (),
+) -> list[list[int]]:
+    """The tokens drawn after each prompt, without the stop token that ended them.
+
+    Raises UserError for an empty prompt, or one that leaves no room in the model's context.
+    """
+    generation = begin(params, prompts, model, max_tokens)
+    generation = extend(params, generation, np.int32(max_tokens), samplers, key, stop_tokens(stops), model=model)
+    return drawn_tokens(generation, [len(prompt) for prompt in prompts], stops)
+
+
+def stop_tokens(stops: Sequence[int]) -> np.ndarray:
+    """Stop tokens as an array of one size, so that their number compiles nothing new."""
+    padded = np.full(8, -1, np.int32)
+    padded[: len(stops)] = stops
+    return padded
+
+
+def drawn_tokens(generation: Generation, starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
+    """The tokens of each row from its start on, without a final stop token."""
+    tokens_BS, lengths_B = jax.device_get((generation.tokens_BS, generation.lengths_B))
+    rows: list[list[int]] = []
+    for tokens_S, length, start in zip(tokens_BS, lengths_B, starts, strict=True):
+        row = tokens_S[start:length].tolist()
+        rows.append(row[:-1] if row and row[-1] in stops else row)
+    return rows

@@ -1,0 +1,77 @@
+"""From text to text: prompts are encoded, drawn tokens are decoded, whole or as they come."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from rustgpt_jax.config import ModelConfig, SamplingConfig
+from rustgpt_jax.data.corpora import Turn
+from rustgpt_jax.decoding.generate import begin, drawn_tokens, extend, generate, stop_tokens
+from rustgpt_jax.decoding.samplers import from_config
+from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.tokenizers import END, SYSTEM, USER, decode, encode_prompt, special_id
+
+# Tokens drawn on the device between looks at the text, where it is shown as it comes.
+TOKENS_PER_LOOK = 8
+
+
+class Writer(NamedTuple):
+    """A trained model as something that writes text."""
+
+    params: Params
+    model: ModelConfig
+    tokenizer: Tokenizer
+    is_dialogue: bool
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens to go on from: a question to be answered where the model learned dialogues, else the text itself."""
+        return self.conversation([Turn("user" if self.is_dialogue else "text", text)])
+
+    def conversation(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens of a conversation whose next turn is the model's."""
+        return encode_prompt(self.tokenizer, turns)
+
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end a text or a reply."""
+        return [special_id(self.tokenizer, token) for token in (END, USER, SYSTEM)]
+
+
+def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
+    """What the model writes after each prompt (of tokens), as one batch."""
+    drawn = generate(
+        writer.params,
+        prompts,
+        writer.model,
+        samplers=from_config(sampling),
+        key=jax.random.key(sampling.seed),
+        max_tokens=sampling.max_tokens,
+        stops=writer.stops,
+    )
+    return [decode(writer.tokenizer, tokens) for tokens in drawn]
+
+
+def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[str]:
+    """The same text as `write` gives for the one prompt, in pieces, each as soon as it is known."""
+    samplers, key, stops = from_config(sampling), jax.random.key(sampling.seed), stop_tokens(writer.stops)
+    generation = begin(writer.params, [prompt], writer.model, sampling.max_tokens)
+    shown = ""
+    for drawn in range(0, sampling.max_tokens, TOKENS_PER_LOOK):
+        count = np.int32(min(TOKENS_PER_LOOK, sampling.max_tokens - drawn))
+        generation = extend(writer.params, generation, count, samplers, key, stops, model=writer.model)
+        is_done = bool(generation.is_done_B[0]) or drawn + TOKENS_PER_LOOK >= sampling.max_tokens
+        text = decode(writer.tokenizer, drawn_tokens(generation, [len(prompt)], writer.stops)[0])
+        known = text if is_done else _settled(text)
+        if known.startswith(shown):
+            yield known[len(shown) :]
+            shown = known
+        if is_done:
+            return
+
+
+def _settled(text: str) -> str:
+    """The part of a text that later tokens cannot change: an unfinished character decodes to U+FFFD until it is whole."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip(" ")

@@ -1,0 +1,31 @@
+"""How well a model predicts held-out text: loss, perplexity and bits per byte."""
+
+import math
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.training.objective import compiled_token_sums
+
+
+def evaluate(params: Params, model: ModelConfig, batches: Iterable[Batch], bytes_per_token: float) -> dict[str, float]:
+    """Mean loss in nats a token, perplexity, and bits per byte over the learned tokens of some batches.
+
+    Bits per byte divide the loss in bits by the bytes of text that a learned token stands for on average in the whole
+    split, which makes tokenizers comparable. A word tokenizer loses spacing and unknown words: its value says what its
+    tokens cost, not what the text would. Empty if there are no batches.
+    """
+    sums = [compiled_token_sums(params, batch, model) for batch in batches]
+    if not sums:
+        return {}
+    loss, _, weight = (np.asarray(column, np.float64).sum() for column in zip(*jax.device_get(sums), strict=True))
+    mean = float(loss / max(weight, 1.0))
+    return {
+        "valid/loss": mean,
+        "valid/perplexity": math.exp(min(mean, 700.0)),
+        "valid/bits_per_byte": mean / math.log(2) / bytes_per_token if bytes_per_token else math.nan,
+    }

@@ -1,0 +1,33 @@
+"""What a block knows of its tokens besides their activations."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Context(NamedTuple):
+    """Where each token stands, and the randomness of a training step.
+
+    positions_BT: place of a token in its document, from 0; with a cache, also the slot that it is kept in.
+    segments_BT: number of a token's document within its row, from 1. 0 is padding, which no other token sees.
+    dropout_key: None where nothing is dropped.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    dropout_key: jax.Array | None = None
+
+    def fold_in(self, data: jax.Array | int) -> "Context":
+        """The same context with randomness of its own for layer or sublayer number `data`."""
+        if self.dropout_key is None:
+            return self
+        return self._replace(dropout_key=jax.random.fold_in(self.dropout_key, data))
+
+
+def dropout(x: jax.Array, rate: jax.Array | float, context: Context, site: int) -> jax.Array:
+    """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580)."""
+    if context.dropout_key is None:
+        return x
+    kept = jax.random.bernoulli(jax.random.fold_in(context.dropout_key, site), 1.0 - rate, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,0 +1,47 @@
+"""The linear layer that all parts share."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig
+
+
+def scaled_normal(std: Any) -> nn.initializers.Initializer:
+    """Normal initial values with a standard deviation that may be traced."""
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return std * jax.random.normal(key, shape, dtype)
+
+    return initialize
+
+
+def over_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector shaped to act on the last axis of `x`: broadcasting between ranks is always written out here."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), in the model's dtype, from float32 parameters.
+
+    W has shape (inputs, features). `residual` marks a projection into the residual stream, whose initial values are
+    divided by sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2).
+    """
+
+    config: ModelConfig
+    features: int
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        std = self.config.init_std
+        if self.residual:
+            std = std / (2 * self.config.n_layers) ** 0.5
+        kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
+        y = x.astype(self.config.dtype) @ kernel.astype(self.config.dtype)
+        if self.config.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + over_channels(bias, y).astype(y.dtype)
+        return y

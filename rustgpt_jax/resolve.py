@@ -1,0 +1,243 @@
+"""The door: nested mappings and `--config.x.y=text` in, a checked `Config` out, or one clear sentence."""
+
+import ast
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rustgpt_jax import config as schema
+from rustgpt_jax.config import FIELDS, Config
+from rustgpt_jax.errors import UserError, suggestion
+
+
+# ConfigDict has the methods of a Mapping without being one.
+Tree = Mapping | ConfigDict
+
+
+def resolve(tree: Tree) -> Config:
+    """Read a nested mapping (a ConfigDict, or a dict from JSON) into a checked Config.
+
+    Raises UserError for a missing or unknown key, a wrong type, a value out of range, or a combination that
+    cannot work.
+    """
+    tree = dict(tree.items())
+    listed_stages = tree.pop("stages", ())
+    given = dict(leaves(tree))
+    for path in given:
+        if path not in FIELDS:
+            raise UserError(unknown(path))
+    for path in FIELDS:
+        if path not in given:
+            raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
+    values = {path: checked(path, value, f"config.{path}") for path, value in given.items()}
+    config = _build(Config, {**schema.nested(values), "stages": _resolve_stages(listed_stages)})
+    for stage in schema.stages(config):
+        check_combinations(stage.config)
+    return config
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
+    for name, value in tree.items():
+        path = prefix + str(name)
+        if isinstance(value, Tree) and path not in FIELDS:
+            yield from leaves(value, path + ".")
+        else:
+            yield path, value
+
+
+def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
+    result: list[schema.StageConfig] = []
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(stage, Tree) and "name" in stage for stage in listed):
+        raise UserError("config.stages is a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...).")
+    for stage in listed:
+        name = stage["name"]
+        where = f"config.stages.{name}"
+        if any(name == earlier.name for earlier in result):
+            raise UserError(f"config.stages: two stages have the name {name!r}.")
+        overrides = {path: value for path, value in leaves(stage) if path != "name"}
+        for path, value in overrides.items():
+            if path not in FIELDS:
+                raise UserError(unknown(path, where))
+            if not schema.may_differ_between_stages(path):
+                raise UserError(
+                    f"{where}.{path}: a stage may change data, training.steps, the schedule and numbers such as "
+                    f"optimizer.learning_rate; {path} must be the same in the whole run."
+                )
+            overrides[path] = checked(path, value, f"{where}.{path}")
+        result.append(schema.StageConfig(name, tuple(sorted(overrides.items()))))
+    return tuple(result)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {name: _build(hints[name], value) if isinstance(value, dict) else value for name, value in values.items()}
+    return cls(**fields)
+
+
+def override(tree: Any, path: str, value: Any) -> None:
+    """Set the value at a dotted path of a ConfigDict in place. `stages.NAME.path` reaches into a stage.
+
+    Raises UserError, with the nearest valid path, for one that the config does not have.
+    """
+    if path.startswith("stages."):
+        _, name, rest = (path.split(".", 2) + ["", ""])[:3]
+        named = {stage["name"]: stage for stage in tree["stages"]}
+        if name not in named:
+            raise UserError(f"config.stages: there is no stage {name!r}.{suggestion(name, named)}")
+        if rest not in FIELDS:
+            raise UserError(unknown(rest, f"config.stages.{name}"))
+        _place(named[name], rest, value)
+    elif path not in FIELDS:
+        raise UserError(unknown(path))
+    else:
+        _place(tree, path, value)
+
+
+def _place(node: Any, path: str, value: Any) -> None:
+    *groups, name = path.split(".")
+    for group in groups:
+        if group not in node:
+            node[group] = {}
+        node = node[group]
+    with node.ignore_type():
+        node[name] = value
+
+
+def parse(path: str, text: str) -> Any:
+    """Read the text of a command-line override by the type of its field: 'None', numbers, booleans, comma lists."""
+    where = f"config.{path}"
+    known = path.split(".", 2)[-1] if path.startswith("stages.") else path
+    if known not in FIELDS:
+        raise UserError(unknown(path))
+    hint = FIELDS[known].type
+    if text in ("None", "none") and _allows_none(hint):
+        return None
+    hint = _without_none(hint)
+    if hint is str:
+        return text
+    if typing.get_origin(hint) is tuple and not text.startswith(("(", "[")):
+        return tuple(part.strip() for part in text.split(",")) if text else ()
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{where} takes {_describe(FIELDS[known].type)}, not {text!r}.") from None
+
+
+def checked(path: str, value: Any, where: str) -> Any:
+    """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
+    field = FIELDS[path]
+    value = _convert(field.type, value, where)
+    low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
+    if value is None:
+        return value
+    if choices and value not in choices:
+        raise UserError(f"{where}: there is no {value!r}.{suggestion(value, choices)}")
+    if low is not None and value < low:
+        raise UserError(f"{where} must be at least {low:g}, not {value:g}.")
+    if high is not None and value > high:
+        raise UserError(f"{where} must be at most {high:g}, not {value:g}.")
+    return value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if value is None and _allows_none(hint):
+        return None
+    wanted = _without_none(hint)
+    if typing.get_origin(wanted) is tuple and isinstance(value, (tuple, list)):
+        items = typing.get_args(wanted)
+        if items[-1] is Ellipsis:
+            return tuple(_convert(items[0], item, where) for item in value)
+        if len(items) == len(value):
+            return tuple(_convert(item, part, where) for item, part in zip(items, value, strict=True))
+    elif wanted is bool and isinstance(value, bool) or wanted is str and isinstance(value, str):
+        return value
+    elif wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value == value and (wanted is float or value == int(value)):
+            return wanted(value)
+    raise UserError(f"{where} takes {_describe(hint)}, not {value!r}.")
+
+
+def _allows_none(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _without_none(hint: Any) -> Any:
+    return next(arg for arg in typing.get_args(hint) if arg is not type(None)) if _allows_none(hint) else hint
+
+
+def _describe(hint: Any) -> str:
+    plain = _without_none(hint)
+    if typing.get_origin(plain) is tuple:
+        items = typing.get_args(plain)
+        text = "a list of strings" if items[0] is str else "a list of (regular expression, factor) pairs"
+    else:
+        text = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[plain]
+    return text + (" or None" if _allows_none(hint) else "")
+
+
+def unknown(path: str, where: str = "config") -> str:
+    """The sentence for a path that no config has: the nearest path, by its whole or by its last name."""
+    by_leaf: dict[str, str] = {}
+    for valid in FIELDS:
+        by_leaf.setdefault(valid.rsplit(".", 1)[-1], valid)
+    near = difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1)]
+    hint = f" Did you mean {where}.{near[0]}?" if near else " `launch.py explain` lists every knob."
+    return f"{where}.{path}: there is no such knob.{hint}"
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse knobs that cannot go together. Raises UserError."""
+    model, training = config.model, config.training
+    heads = model.n_heads
+    if model.head_dim is None and model.d_model % heads:
+        divisors = [n for n in range(1, model.d_model + 1) if model.d_model % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - heads))
+        raise UserError(
+            f"config.model.d_model={model.d_model} is not divisible by config.model.n_heads={heads}; "
+            f"the nearest number of heads that divides it is {nearest} (or give config.model.head_dim)."
+        )
+    if model.n_kv_heads is not None and heads % model.n_kv_heads:
+        raise UserError(
+            f"config.model.n_heads={heads} is not divisible by config.model.n_kv_heads={model.n_kv_heads}: "
+            "each key/value head serves the same number of query heads."
+        )
+    if model.position == "rope" and (model.head_dim or model.d_model // heads) % 2:
+        raise UserError(
+            f"config.model.position='rope' rotates pairs of channels, so the head width must be even, "
+            f"not {model.head_dim or model.d_model // heads}."
+        )
+    if not model.mixers:
+        raise UserError("config.model.mixers names no mixer; ('attention',) is the usual one.")
+    if model.n_layers % len(model.mixers):
+        raise UserError(
+            f"config.model.n_layers={model.n_layers} is not a multiple of the pattern of "
+            f"{len(model.mixers)} blocks in config.model.mixers."
+        )
+    window = config.data.window
+    if window is not None and window > model.context_length:
+        raise UserError(
+            f"config.data.window={window} is longer than the model's positions, "
+            f"config.model.context_length={model.context_length}."
+        )
+    if training.batch_size % training.accumulation:
+        raise UserError(
+            f"config.training.batch_size={training.batch_size} is not a multiple of "
+            f"config.training.accumulation={training.accumulation}, the number of parts it is run in."
+        )
+    if config.schedule.warmup_steps > training.steps:
+        raise UserError(
+            f"config.schedule.warmup_steps={config.schedule.warmup_steps} is more than "
+            f"config.training.steps={training.steps}."
+        )
+    if config.data.corpus == "files" and not config.data.paths:
+        raise UserError("config.data.corpus='files' needs files: give --config.data.paths=FILE,FILE or a glob.")
+    if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size is None:
+        raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")

@@ -1,0 +1,192 @@
+"""The picture of a run: loss over steps, drawn from metrics.jsonl alone."""
+
+import io
+import math
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, write_atomically
+from rustgpt_jax.runs.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TRAIN_LOSS, VALID_LOSS = "train/loss", "valid/loss"
+
+# Two hues that stay apart for colour-blind readers, and inks from dark to light.
+TRAIN_COLOUR, VALID_COLOUR = "#2f6db5", "#d95f28"
+INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
+
+# On a linear axis, a loss that falls by more than this factor is a cliff and a floor.
+LOG_SCALE_FROM = 8.0
+# Width of the smoothing window, as a share of a stage's points.
+SMOOTHING_SHARE = 0.1
+# In points, 1/72 inch.
+LABEL_HEIGHT = 34.0
+DPI = 160
+# Drawn whole where they touch the frame.
+POINT: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
+RING: dict[str, Any] = {
+    **POINT,
+    "color": "white",
+    "markersize": 8,
+    "markeredgecolor": VALID_COLOUR,
+    "markeredgewidth": 1.8,
+}
+BOLD: dict[str, Any] = {"fontsize": 10.5, "weight": "bold"}
+SMALL: dict[str, Any] = {"fontsize": 8.5, "color": SOFT_INK}
+# Names of stages shorter than this share of the run are written downwards.
+NARROW_STAGE = 0.1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The finite values of one metric in one stage, and the steps they belong to."""
+
+    stage: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Label:
+    """What stands at the right end of a curve: a text at its last value, and a remark under it."""
+
+    value: float
+    text: str
+    remark: str
+    colour: str
+
+
+def draw_loss_curves(folder: Path) -> Path:
+    """Draw training and validation loss, in nats a token, over the steps as loss.png in a run folder.
+
+    Returns the path of the picture. Raises UserError if the run has recorded no finite loss yet.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(folder)
+    train, valid = _curves(records, TRAIN_LOSS), _curves(records, VALID_LOSS)
+    if not train and not valid:
+        raise UserError(f"{folder} has no loss to draw yet.")
+    figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.07, 0.115, 0.735, 0.745))
+    _style(axes, folder.resolve().name, train + valid)
+    _draw_stages(axes, records)
+    labels = _draw_train(axes, train) + _draw_valid(axes, valid)
+    _write_labels(axes, labels)
+    picture = io.BytesIO()
+    # The same metrics give the same bytes, whatever the version of the library.
+    canvas.print_png(picture, metadata={"Software": None})
+    target = RunFolder(folder).loss_png
+    write_atomically(target, picture.getvalue())
+    return target
+
+
+def _curves(records: list[dict[str, Any]], name: str) -> list[Curve]:
+    points = [
+        (record.get("stage", ""), record["step"], record[name])
+        for record in records
+        if name in record and math.isfinite(record[name])
+    ]
+    curves = []
+    for stage, group in groupby(points, key=lambda point: point[0]):
+        _, steps, values = zip(*group, strict=True)
+        curves.append(Curve(stage, np.array(steps), np.array(values, float)))
+    return curves
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """A running mean in a centred window, which does not lag; the window shrinks where the values begin or end."""
+    place = np.arange(len(values))
+    # Symmetric at the steep beginning, so that it is not flattened; one half at the end, so that noise does not decide.
+    before = np.minimum(place, int(len(values) * SMOOTHING_SHARE / 2))
+    after = np.minimum(before, place[::-1])
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
+
+
+def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    values = np.concatenate([curve.values for curve in curves])
+    if values.min() > 0 and values.max() / values.min() > LOG_SCALE_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(0, max(curve.steps[-1] for curve in curves) or 1)
+    axes.margins(y=0.08)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(SOFT_INK)
+    axes.tick_params(which="both", length=0, labelsize=9.5, labelcolor=SOFT_INK, pad=6)
+    axes.set_xlabel("step", color=SOFT_INK, fontsize=10)
+    heading = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+    axes.annotate(title, (0, 1), (0, 30), color=INK, fontsize=14, weight="bold", **heading)
+    axes.annotate("loss, nats per token", (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
+
+
+def _draw_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
+    groups = [(stage, list(group)) for stage, group in groupby(records, key=lambda record: record.get("stage", ""))]
+    if len(groups) < 2:
+        return
+    ends = [0, *(group[-1]["step"] for _, group in groups)]
+    for place, ((stage, _), (start, end)) in enumerate(zip(groups, pairwise(ends), strict=True)):
+        if place % 2:
+            axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
+        narrow = end - start < NARROW_STAGE * ends[-1]
+        axes.annotate(
+            stage, ((start + end) / 2, 1), (0, -5), axes.get_xaxis_transform(), "offset points",
+            rotation=90 if narrow else 0, ha="center", va="top", color=SOFT_INK, fontsize=9.5, parse_math=False,
+        )  # fmt: skip
+
+
+def _draw_train(axes: "Axes", curves: list[Curve]) -> list[Label]:
+    for curve in curves:
+        axes.plot(curve.steps, curve.values, color=TRAIN_COLOUR, linewidth=0.7, alpha=0.35)
+        axes.plot(curve.steps, _smoothed(curve.values), color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round")
+    if not curves:
+        return []
+    last = float(_smoothed(curves[-1].values)[-1])
+    return [Label(last, f"train {last:.3f}", "smoothed", TRAIN_COLOUR)]
+
+
+def _draw_valid(axes: "Axes", curves: list[Curve]) -> list[Label]:
+    for curve in curves:
+        axes.plot(curve.steps, curve.values, color=VALID_COLOUR, linewidth=1.6, **POINT)
+    if not curves:
+        return []
+    steps, values = curves[-1].steps, curves[-1].values
+    best = int(values.argmin())
+    remark = "best so far"
+    if best < len(values) - 1:
+        remark = f"best {values[best]:.3f} at step {steps[best]:,}"
+        axes.plot(steps[best], values[best], **RING)
+    return [Label(float(values[-1]), f"validation {values[-1]:.3f}", remark, VALID_COLOUR)]
+
+
+def _write_labels(axes: "Axes", labels: list[Label]) -> None:
+    """Name each curve where it ends, clear of the other's name and of the numbers under the axis."""
+    axes.autoscale_view()
+    lowest = axes.bbox.y0 * 72 / DPI + LABEL_HEIGHT / 2
+    for label in sorted(labels, key=lambda label: label.value):
+        end = axes.transData.transform((0, label.value))[1] * 72 / DPI
+        height = max(end, lowest)
+        lowest = height + LABEL_HEIGHT
+        for text, down, font in ((label.text, 0.0, BOLD), (label.remark, 12.5, SMALL)):
+            axes.annotate(
+                text, (1, label.value), (12, height - end - down), axes.get_yaxis_transform(), "offset points",
+                va="center", **{"color": label.colour, **font},
+            )  # fmt: skip

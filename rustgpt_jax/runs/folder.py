@@ -1,0 +1,210 @@
+"""A run on disk: what lies where in its folder, and how the folder is made, read and guarded."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rustgpt_jax.config import Config, StageConfig, config_hash, differences, to_dict
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.resolve import resolve
+
+MOST_DIFFERENCES_SHOWN = 8
+
+Stages = tuple[StageConfig, ...]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names of the files of a run. Nothing is read or written by asking for them."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The config, where each value came from, and the config's hash."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, in the format of the Hugging Face `tokenizers` library."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def data_file(self) -> Path:
+        """What each stage reads: counts, and hashes of the text and of its tokens."""
+        return self.path / "data.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line for each step that was recorded."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, one a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples_file(self) -> Path:
+        """One JSON object a line for each text generated during training."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def loss_png(self) -> Path:
+        """The picture of the loss curves."""
+        return self.path / "loss.png"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the process that trains in this folder."""
+        return self.path / ".lock"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file as a whole: a reader, or a crash, sees the old content or the new and nothing between.
+
+    Text is written as UTF-8. Raises UserError if the file cannot be written.
+    """
+    # The name is hidden, so that a leftover of a crash does not make a new run's folder look used.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
+    """Make the folder of a run and record its config in it, or check that the run already there has the same config.
+
+    `origins` says for each dotted path of a knob where its value came from. Raises UserError if the folder holds
+    a run with another config, or other files, or cannot be written.
+    """
+    run = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        used = any(not entry.name.startswith(".") for entry in path.iterdir())
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
+    if run.config_file.exists():
+        _check_same(path, load_config(path), config)
+    elif used:
+        raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
+    else:
+        record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
+        write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
+    return run
+
+
+def load_config(path: Path) -> Config:
+    """The config of the run in a folder. Raises UserError if there is no folder, no run in it, or no valid config."""
+    file = RunFolder(path).config_file
+    if not path.exists():
+        raise UserError(f"There is no run {path}.{suggestion(path.name, _runs_beside(path))}")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, not the folder of a run.")
+    if not file.exists():
+        raise UserError(f"{path} is not the folder of a run: it has no config.json.")
+    try:
+        tree = json.loads(file.read_bytes())["config"]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is damaged: its config is not a JSON object.")
+    try:
+        return resolve(tree)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def load_origins(path: Path) -> dict[str, str]:
+    """Where each value of a run's config came from, as it was recorded. Raises UserError as `load_config` does."""
+    load_config(path)
+    return dict(json.loads(RunFolder(path).config_file.read_bytes())["origins"])
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone. Raises UserError, naming the holder, if another process trains in it.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+    """
+    try:
+        file = open(RunFolder(path).lock_file, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be locked: {error.strerror}.") from error
+    with file:
+        _acquire(file, path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _acquire(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or "another process"
+        raise UserError(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
+    except OSError as error:
+        # Some cluster file systems have no locks; training there must still be possible.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "there is a file in its place"
+    return error.strerror or str(error)
+
+
+def _runs_beside(path: Path) -> list[str]:
+    return [file.parent.name for file in path.parent.glob("*/config.json")]
+
+
+def _check_same(path: Path, stored: Config, wanted: Config) -> None:
+    changed = differences(stored, wanted)
+    if "stages" in changed:
+        changed |= _stage_differences(*changed.pop("stages"))
+    shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
+    if len(shown) > MOST_DIFFERENCES_SHOWN:
+        shown[MOST_DIFFERENCES_SHOWN:] = [f"and {len(shown) - MOST_DIFFERENCES_SHOWN} more"]
+    if shown:
+        raise UserError(
+            f"{path} holds a run with another config: {'; '.join(shown)}. "
+            "Choose another --run folder or delete this one."
+        )
+
+
+def _stage_differences(stored: Stages, wanted: Stages) -> dict[str, tuple[Any, Any]]:
+    there, here = (tuple(stage.name for stage in stages) for stages in (stored, wanted))
+    if there != here:
+        return {"stages": (there, here)}
+    left, right = _stage_knobs(stored), _stage_knobs(wanted)
+    paths = [path for path in left | right if left.get(path) != right.get(path)]
+    return {path: (left.get(path, "the run's own"), right.get(path, "the run's own")) for path in paths}
+
+
+def _stage_knobs(stages: Stages) -> dict[str, Any]:
+    return {f"stages.{stage.name}.{path}": value for stage in stages for path, value in stage.overrides}

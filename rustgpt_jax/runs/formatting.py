@@ -1,0 +1,36 @@
+"""Numbers as people read them: 1.23M parameters, 4.5 GB, 2m03s."""
+
+_COUNT_UNITS = ("", "K", "M", "B", "T")
+_BYTE_UNITS = (" B", " kB", " MB", " GB", " TB", " PB")
+
+
+def count(number: float) -> str:
+    """A number of things in three significant digits: 999, 1.23M (10^6), 8.03B (10^9)."""
+    return _scaled(number, _COUNT_UNITS)
+
+
+def byte_size(number: float) -> str:
+    """A number of bytes in three significant digits and decimal units: 512 B, 4.5 GB (10^9 bytes)."""
+    return _scaled(number, _BYTE_UNITS)
+
+
+def duration(seconds: float) -> str:
+    """A time span by its two largest units: 0.4s, 45s, 2m03s, 5h07m, 3d04h."""
+    if seconds < 9.95:
+        return f"{round(seconds, 1):g}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest}s"
+    if minutes < 60:
+        return f"{minutes}m{rest:02}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    power = 0
+    # Round before comparing: 999,999 is 1M, not 1000K.
+    while float(f"{number:.3g}") >= 1000 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    digits = f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+    return digits + units[power]

@@ -1,0 +1,157 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines anywhere else."""
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rustgpt_jax.runs.formatting import duration
+
+SECONDS_BETWEEN_LINES = 5.0
+# Long enough to average over evaluations, short enough to notice a stage with another speed.
+UPDATES_IN_PACE = 50
+WIDEST_BAR, NARROWEST_BAR = 40, 8
+GAP = 2
+
+# What a plain line shows, in this order, and what stands beside the bar, where the last have to go first.
+ORDER_IN_LINE = ("step", "stage", "loss", "speed", "share", "left")
+ORDER_OF_WORTH = ("stage", "step", "loss", "left", "speed", "share")
+WORTH_MORE_THAN_BAR = 4
+
+# A model may generate any byte; none may reach the terminal as a command.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class _Status:
+    """The latest update. Replaced as a whole, for the thread that draws reads it."""
+
+    step: int
+    stage: str
+    values: Mapping[str, float]
+    time: float
+    seconds_left: float | None
+
+
+class Progress:
+    """Shows how far training is. Use it in a `with` statement.
+
+    `clock` gives seconds from any fixed moment.
+    """
+
+    def __init__(self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._clock = clock
+        self._started = clock()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=UPDATES_IN_PACE)
+        self._status: _Status | None = None
+        self._printed: _Status | None = None
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, get_renderable=self._draw)
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        elif self._status is not self._printed:
+            self._print_line()
+
+    def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
+        """Show that `step` steps of the run are done.
+
+        Of `values`, 'train/loss', 'train/tokens_per_second' and 'train/flops_share' (of the peak, 0 to 1) are shown.
+        """
+        now = self._clock()
+        self._recent.append((now, step))
+        self._status = _Status(step, stage, values, now, self._seconds_left())
+        if not self._live and self._line_is_due():
+            self._print_line()
+
+    def message(self, text: str) -> None:
+        """Print a text, as it is, above the progress bar."""
+        self._console.print(Text(_printable(text)), soft_wrap=True)
+
+    def _seconds_left(self) -> float | None:
+        # From update to update: what came before the first one was mostly compilation.
+        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
+        if last_step <= first_step:
+            return None
+        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
+
+    def _line_is_due(self) -> bool:
+        status, printed = self._status, self._printed
+        if status is None or printed is None or status.stage != printed.stage or status.step >= self._total_steps:
+            return True
+        return status.time - printed.time >= SECONDS_BETWEEN_LINES
+
+    def _print_line(self) -> None:
+        if self._status:
+            parts = _parts(self._status, self._status.seconds_left, self._total_steps)
+            self.message("step " + "  ".join(parts[name] for name in ORDER_IN_LINE if name in parts))
+        self._printed = self._status
+
+    def _draw(self) -> RenderableType:
+        status = self._status
+        if status is None:
+            return Text(f"waiting for the first step, {duration(int(self._clock() - self._started))}", "dim")
+        left = status.seconds_left
+        if left is not None:
+            left = max(0.0, left - (self._clock() - status.time))
+        parts = _parts(status, left, self._total_steps)
+        texts = [parts[name].strip() for name in ORDER_OF_WORTH if name in parts]
+        bar = ProgressBar(total=self._total_steps, completed=status.step)
+        # A full last column makes some terminals wrap.
+        return _one_line(texts, bar, self._console.width - 1)
+
+
+def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dict[str, str]:
+    values = status.values
+    parts = {"step": f"{status.step:>{len(str(total_steps))}}/{total_steps}", "stage": _printable(status.stage)}
+    if "train/loss" in values:
+        parts["loss"] = f"loss {values['train/loss']:.4f}"
+    if "train/tokens_per_second" in values:
+        parts["speed"] = f"{values['train/tokens_per_second']:,.0f} tokens/s"
+    if "train/flops_share" in values:
+        parts["share"] = f"{values['train/flops_share']:.0%} of peak"
+    if seconds_left is not None and status.step < total_steps:
+        parts["left"] = f"{duration(round(seconds_left))} left"
+    return parts
+
+
+def _printable(text: str) -> str:
+    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _one_line(texts: list[str], bar: ProgressBar, width: int) -> RenderableType:
+    """The first of `texts`, the bar and as many of the others as `width` columns hold."""
+    cells = [Text(text, "bold" if place == 0 else "", no_wrap=True) for place, text in enumerate(texts)]
+    while len(cells) > 1 and _width(cells) + (GAP + NARROWEST_BAR) * (len(cells) > WORTH_MORE_THAN_BAR) > width:
+        cells.pop()
+    cells[0].truncate(width, overflow="ellipsis")
+    columns: list[RenderableType] = list(cells)
+    bar.width = min(WIDEST_BAR, width - _width(cells) - GAP)
+    if bar.width >= NARROWEST_BAR:
+        columns.insert(1, bar)
+    line = Table.grid(padding=(0, GAP, 0, 0))
+    line.add_row(*columns)
+    return line
+
+
+def _width(cells: list[Text]) -> int:
+    return sum(cell.cell_len for cell in cells) + GAP * (len(cells) - 1)

@@ -1,0 +1,50 @@
+"""What training minimises: the mean cross-entropy of the next token over the tokens to be learned."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model import transformer
+
+
+class Sums(NamedTuple):
+    """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not."""
+
+    loss: jax.Array
+    squared_normalizer: jax.Array
+    weight: jax.Array
+
+
+def token_sums(
+    params: transformer.Params, batch: Batch, model: ModelConfig, dropout_key: jax.Array | None = None
+) -> Sums:
+    """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch."""
+    logits_BTV, _ = transformer.apply(
+        params,
+        batch.tokens_BT,
+        model,
+        positions_BT=batch.positions_BT,
+        segments_BT=batch.segments_BT,
+        dropout_key=dropout_key,
+    )
+    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
+    return Sums(
+        loss=jnp.sum((normalizer_BT - chosen_BT) * batch.weights_BT),
+        squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
+        weight=jnp.sum(batch.weights_BT),
+    )
+
+
+def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
+    """Sums over a part of a batch as that part's share of the batch's mean loss, z-loss included (arXiv 2204.02311)."""
+    loss = sums.loss
+    if is_on(z_loss):
+        loss = loss + z_loss * sums.squared_normalizer
+    return loss / jnp.maximum(total_weight, 1.0)
+
+
+compiled_token_sums = jax.jit(token_sums, static_argnames="model")

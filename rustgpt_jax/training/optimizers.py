@@ -1,0 +1,128 @@
+"""Optimizers: what each makes of a gradient, from Optax's transformations.
+
+Each entry of OPTIMIZERS is a function of (config, rate), where `rate` is the schedule's factor at this step, that gives
+an `optax.GradientTransformation`. All numbers may be traced: the transformation is built inside the step.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rustgpt_jax.config import OptimizerConfig
+from rustgpt_jax.errors import UserError, choose
+
+Transformation = optax.GradientTransformation
+
+
+def adamw(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.chain(_adam_direction(config), weight_decay(config), optax.scale(-rate * config.learning_rate))
+
+
+def adam(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+    """Adam (arXiv 1412.6980), with weight decay added to the gradient."""
+    return optax.chain(weight_decay(config), _adam_direction(config), optax.scale(-rate * config.learning_rate))
+
+
+def sgd(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+    """Gradient descent with momentum, with weight decay added to the gradient."""
+    return optax.chain(
+        weight_decay(config), optax.trace(config.momentum), optax.scale(-rate * config.learning_rate)
+    )
+
+
+def lion(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+    """The sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
+    return optax.chain(
+        optax.scale_by_lion(config.b1, config.b2), weight_decay(config), optax.scale(-rate * config.learning_rate)
+    )
+
+
+def muon(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+    """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan et al. 2024, arXiv 2502.16982).
+
+    Matrices learn at matrix_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
+    """
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_stacked_matrices),
+        optax.stateless(_scaled_by_shape),
+        weight_decay(config),
+        optax.scale(-rate * config.matrix_learning_rate),
+    )
+    return optax.partition({"muon": matrices, "adamw": adamw(config, rate)}, muon_partition)
+
+
+def muon_partition(params: Any) -> Any:
+    """Which optimizer each parameter has under muon: blocks' kernels, stacked to three axes, are its matrices."""
+
+    def label(path: Any, parameter: jax.Array) -> str:
+        is_matrix = path_name(path).startswith("blocks/") and parameter.ndim == 3
+        return "muon" if is_matrix else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _stacked_matrices(params: Any) -> Any:
+    # The first axis counts layers: without these numbers Optax would take (layers, inputs) for one matrix.
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
+
+
+def _scaled_by_shape(updates: Any, params: Any = None) -> Any:
+    del params
+    return jax.tree.map(lambda update: update * max(1.0, update.shape[-1] / update.shape[-2]) ** 0.5, updates)
+
+
+def _adam_direction(config: OptimizerConfig) -> Transformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+
+
+def weight_decay(config: OptimizerConfig) -> Transformation:
+    """Add weight_decay * factor * parameter, where the factor is that of the first group whose expression is found."""
+
+    def update(updates: Any, params: Any) -> Any:
+        def decayed(path: Any, update: jax.Array, parameter: jax.Array) -> jax.Array:
+            group_factor = decay_factor(path_name(path), config.weight_decay_groups)
+            return update if group_factor == 0 else update + config.weight_decay * group_factor * parameter
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+    return optax.stateless(update)
+
+
+def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
+    """The factor of the first group whose regular expression is found in a parameter's path. Raises UserError if none is."""
+    for expression, group_factor in groups:
+        if re.search(expression, name):
+            return group_factor
+    raise UserError(
+        f"config.optimizer.weight_decay_groups: no expression matches the parameter {name!r}; end with ('.*', 1.0)."
+    )
+
+
+def path_name(path: Any) -> str:
+    """A parameter's path as one string: 'blocks/0/mixer/query/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def clip(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:
+    """Gradients scaled down so that their global norm, now `norm`, is at most `largest` (arXiv 1211.5063)."""
+    scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda gradient: gradient * scale, gradients)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], Transformation]] = {
+    "adamw": adamw,
+    "adam": adam,
+    "sgd": sgd,
+    "lion": lion,
+    "muon": muon,
+}
+
+
+def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> Transformation:
+    """The optimizer that the config names, at a step whose schedule factor is `rate`."""
+    return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, rate)

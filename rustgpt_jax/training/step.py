@@ -1,0 +1,120 @@
+"""The training step: pure functions of (structure, numbers), compiled once for each structure."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rustgpt_jax.config import Structure, is_on, merge
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model import transformer
+from rustgpt_jax.training.objective import Sums, objective, token_sums
+from rustgpt_jax.training.optimizers import clip, optimizer
+from rustgpt_jax.training.schedules import factor
+
+Numbers = dict[str, Any]
+
+
+class State(NamedTuple):
+    """Everything that training changes. The step is the whole position of the run: data and randomness follow from it."""
+
+    params: transformer.Params
+    opt_state: Any
+    step: jax.Array
+
+
+class Metrics(NamedTuple):
+    """What a step tells: loss in nats a token (z-loss not included), the gradient's norm before clipping, and so on."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    learned_tokens: jax.Array
+
+
+def as_arguments(numbers: dict[str, float]) -> Numbers:
+    """Numbers as scalars of fixed types, so that no value of a number can compile anything new."""
+    return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in numbers.items()}
+
+
+def start(structure: Structure, numbers: Numbers) -> State:
+    """The state at step 0."""
+    config = merge(structure, numbers)
+    params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
+    return State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
+) -> tuple[State, Metrics]:
+    """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts."""
+    config = merge(structure, numbers)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
+    gradients, sums = gradient(state.params, batch, config, key)
+    norm = optax.global_norm(gradients)
+    if is_on(config.optimizer.clip_norm):
+        gradients = clip(gradients, norm, config.optimizer.clip_norm)
+    rate = factor(state.step - first_step, config.training.steps, config.schedule)
+    updates, opt_state = optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = Metrics(
+        loss=sums.loss / jnp.maximum(sums.weight, 1.0),
+        gradient_norm=norm,
+        learning_rate=rate * config.optimizer.learning_rate,
+        learned_tokens=sums.weight,
+    )
+    return State(params, opt_state, state.step + 1), metrics
+
+
+def gradient(
+    params: transformer.Params, batch: Batch, config: Structure, key: jax.Array
+) -> tuple[transformer.Params, Sums]:
+    """The gradient of the mean loss over the whole batch, run in `accumulation` parts one after another.
+
+    Each part's summed loss is divided by the weight of the whole batch, so parts with few learned tokens count for
+    no more than those tokens.
+    """
+    total_weight = jnp.sum(batch.weights_BT)
+
+    def part_loss(params: transformer.Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = token_sums(params, part, config.model, key if is_on(config.model.dropout) else None)
+        return objective(sums, total_weight, config.training.z_loss), sums
+
+    part_gradient = jax.grad(part_loss, has_aux=True)
+    parts = config.training.accumulation
+    if parts == 1:
+        return part_gradient(params, batch, key)
+
+    def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, part = indexed_part
+        return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
+
+    split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+    zeros = (jax.tree.map(jnp.zeros_like, params), Sums(*(jnp.zeros(()) for _ in Sums._fields)))
+    return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
+
+
+def train_steps(
+    structure: Structure, state: State, batches: Batch, count: jax.Array, numbers: Numbers, first_step: jax.Array
+) -> tuple[State, Metrics]:
+    """`count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
+
+    The count is an argument and the loop's body one program, so that a run has the same bits however it is cut up.
+    """
+    slots = jax.tree.leaves(batches)[0].shape[0]
+
+    def body(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+        state, history = carry
+        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
+        state, metrics = train_step(structure, state, batch, numbers, first_step)
+        return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
+
+    history = Metrics(*(jnp.zeros(slots) for _ in Metrics._fields))
+    return jax.lax.fori_loop(0, count, body, (state, history))
+
+
+compiled_start = jax.jit(start, static_argnums=0)
+compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
+

@@ -1,0 +1,47 @@
+"""A trained model, read back from its run folder."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from rustgpt_jax.config import Config, config_hash, split
+from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.decoding.text import Writer
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.tokenizers import load_tokenizer
+from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.step import as_arguments, compiled_start
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of a run at one of its checkpoints."""
+
+    config: Config
+    step: int
+    writer: Writer
+
+    def with_config(self, config: Config) -> "Trained":
+        """The same model with knobs that are not its own, such as those of sampling, changed."""
+        return dataclasses.replace(self, config=with_vocabulary(config, self.writer.tokenizer))
+
+
+def load(path: Path, which: str = "last") -> Trained:
+    """The `last` or the `best` checkpoint of a run. Raises UserError if the folder has no run, or the run none yet."""
+    stored = load_config(path)
+    run = RunFolder(path)
+    if not run.checkpoints.exists():
+        raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
+    tokenizer = load_tokenizer(run.tokenizer_file)
+    config = with_vocabulary(stored, tokenizer)
+    structure, numbers = split(config)
+    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    with Checkpoints(run.checkpoints, config_hash(stored)) as checkpoints:
+        state = checkpoints.restore(like, which)
+        step = checkpoints.step(which) or 0
+    is_dialogue = any(stage["n_dialogues"] for stage in json.loads(run.data_file.read_text(encoding="utf-8")))
+    return Trained(config, step, Writer(state.params, config.model, tokenizer, is_dialogue))

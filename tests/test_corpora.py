@@ -1,0 +1,225 @@
+"""Corpora: every source gives documents, every bad file one clear sentence, and no document changes sides."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustgpt_jax.config import DataConfig
+from rustgpt_jax.data import corpora
+from rustgpt_jax.data.corpora import CORPORA, ROLES, Document, Turn, plain
+from rustgpt_jax.errors import UserError
+
+
+def config(corpus: str = "files", paths: tuple[str, ...] = (), **changes: object) -> DataConfig:
+    whole = DataConfig(corpus, paths, None, "document", 0.1, "all", None)
+    return dataclasses.replace(whole, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def write(folder: Path, name: str, text: str | bytes) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def texts(found: DataConfig) -> list[str]:
+    return [document.text for document in corpora.documents(found)]
+
+
+# Every corpus.
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> None:
+    paths = tuple(write(tmp_path, f"{index}.txt", f"text {index}") for index in range(20))
+    found = config(name, paths, max_documents=12)
+    documents = list(corpora.documents(found))
+    assert len(documents) == 12
+    assert documents == list(corpora.documents(found))
+    assert all(document.text and document.name for document in documents)
+    assert len({document.name for document in documents}) == 12
+    assert {turn.role for document in documents for turn in document.turns} <= set(ROLES)
+
+
+def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="config.data.corpus: there is no 'fact'. Did you mean 'facts'"):
+        corpora.documents(config("fact"))
+
+
+def test_chats_are_dialogues_that_the_assistant_ends() -> None:
+    documents = list(corpora.documents(config("chat")))
+    assert all(document.is_dialogue and document.turns[-1].role == "assistant" for document in documents)
+
+
+def test_the_standard_library_is_there_without_its_tests() -> None:
+    names = [document.name for document in corpora.documents(config("python_stdlib"))]
+    assert {"dataclasses.py", "json/decoder.py"} <= set(names)
+    assert names == sorted(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+
+
+def test_a_module_that_says_a_wrong_encoding_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.py", b"# coding: latin-1\n'\xe9'\n")
+    write(tmp_path, "b.py", b"'\xe9'\n")
+    write(tmp_path, "c.py", b"# coding: no-such-encoding\n")
+    write(tmp_path, "test/d.py", b"pass\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert texts(config("python_stdlib")) == ["# coding: latin-1\n'é'\n"]
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "one\r\ntwo", ["one\r\ntwo"]),
+        ("a.md", "\ufeff# Title", ["# Title"]),
+        ("a.json", '["one", "", "zwei \\u00fc"]', ["one", "zwei ü"]),
+        ("a.JSONL", '{"text": "one"}\n\n{"text": "two", "extra": 1}\r\n', ["one", "two"]),
+        ("a.csv", 'id,text\n1,"one, ""quoted"""\n\n2,"two\nlines"\n', ['one, "quoted"', "two\nlines"]),
+        ("a.csv", "words\none\ntwo\n", ["one", "two"]),
+    ],
+)
+def test_files_are_read_by_their_suffix(name: str, text: str, expected: list[str], tmp_path: Path) -> None:
+    assert texts(config(paths=(write(tmp_path, name, text),))) == expected
+
+
+def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
+    messages = [{"role": role, "content": f"said by {role}"} for role in ROLES if role != "text"]
+    path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
+    (document,) = corpora.documents(config(paths=(path,)))
+    assert document.turns == tuple(Turn(message["role"], message["content"]) for message in messages)
+    assert document.is_dialogue
+
+
+def test_files_come_sorted_and_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/er/c.txt", "[d].txt", "other.md"):
+        write(tmp_path, name, name)
+    paths = (f"{tmp_path}/b.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/deep/../a.txt", f"{tmp_path}/[d].txt")
+    assert texts(config(paths=paths)) == ["[d].txt", "a.txt", "b.txt", "deep/er/c.txt"]
+
+
+MISTAKES = {
+    "empty.txt": (b"", "the file is empty"),
+    "latin.txt": (b"caf\xe9", "not UTF-8 at byte 3 (0xe9)"),
+    "broken.json": (b'["one",\n "two"', "line 2: malformed JSON"),
+    "deep.json": (b"[" * 100_000, "line 1: the JSON is nested too deeply"),
+    "object.json": (b'{"text": "one"}', "not a list of strings"),
+    "numbers.json": (b'["one", 2]', "not a list of strings: item 1 is 2"),
+    "broken.jsonl": (b'{"text": "one"}\n{"text": ', "line 2: malformed JSON"),
+    "neither.jsonl": (b'{"text": "one"}\n{"body": "two"}', "line 2: expected an object with a string `text`"),
+    "list.jsonl": (b'["one"]', "line 1: expected an object"),
+    "role.jsonl": (b'{"messages": [{"role": "asistant", "content": "x"}]}', "no role 'asistant'. Did you mean 'assist"),
+    "content.jsonl": (b'{"messages": [{"role": "user", "content": null}]}', "line 1: a message is an object with"),
+    "surrogate.jsonl": (
+        b'{"text": "a"}\n{"text": "\\ud800"}',
+        "line 2: the text has half of a surrogate pair (\\ud800)",
+    ),
+    "columns.csv": (b"id,body\n1,one\n", "no column is called `text`; the columns are id, body"),
+    "short.csv": (b"id,text\n1\n", "line 2: 1 cells in a row of 2 columns"),
+    "quote.csv": (b'text\n"one" two\n', "line 2: malformed CSV"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_bad_file_is_named_with_what_is_wrong(name: str, tmp_path: Path) -> None:
+    data, message = MISTAKES[name]
+    path = write(tmp_path, name, data)
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}\b.*{re.escape(message)}"):
+        list(corpora.documents(config(paths=(path,))))
+
+
+@pytest.mark.parametrize("pattern", ["missing.txt", "*.txt", ""])
+def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> None:
+    path = f"{tmp_path}/{pattern}"
+    with pytest.raises(UserError, match=rf"config.data.paths: {re.escape(repr(path))} matches no file"):
+        list(corpora.documents(config(paths=(path,))))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "a.txt", "text")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}: the file cannot be read \(Permission denied\)"):
+        list(corpora.documents(config(paths=(path,))))
+
+
+# Training and validation.
+
+
+def sides(documents: list[Document], found: DataConfig) -> dict[str, str]:
+    n_characters = sum(len(document.text) for document in documents)
+    return {document.text: split for split, document in corpora.divide(documents, found, n_characters)}
+
+
+def test_added_documents_move_no_other() -> None:
+    documents = [plain(f"{index}", f"text {index}") for index in range(500)]
+    few, many = (sides(documents[:stop], config(valid_fraction=0.2)) for stop in (250, 500))
+    assert many.items() >= few.items()
+    assert 70 < list(many.values()).count("valid") < 130
+
+
+def test_a_documents_side_depends_on_its_content_alone() -> None:
+    found = config(valid_fraction=0.5)
+    for index in range(50):
+        first, second = plain("here", f"text {index}"), plain("there", f"text {index}")
+        assert corpora.is_validation(first, found) == corpora.is_validation(second, found)
+
+
+def test_a_larger_fraction_keeps_what_a_smaller_one_took() -> None:
+    documents = [plain("", f"text {index}") for index in range(300)]
+    taken = [{d for d in documents if corpora.is_validation(d, config(valid_fraction=f))} for f in (0.0, 0.1, 0.4)]
+    assert not taken[0]
+    assert taken[1] < taken[2]
+
+
+turn_lists = st.lists(st.builds(Turn, st.sampled_from(ROLES), st.text("ab 1\n", max_size=3)), max_size=3).map(tuple)
+
+
+@given(first=turn_lists, second=turn_lists)
+def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> None:
+    same = corpora.fingerprint(Document("a", first)) == corpora.fingerprint(Document("b", second))
+    assert same == (first == second)
+
+
+def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:
+    text = "".join(chr(0x4E00 + index) for index in range(10_007))
+    found = config(split="tail")
+    parts = list(corpora.divide([plain("novel", text)], found, len(text)))
+    border = int(len(text) * 0.9)
+    assert parts == [("train", plain("novel", text[:border])), ("valid", plain("novel", text[border:]))]
+
+
+@given(texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=1), fraction=st.floats(0.0, 0.9))
+def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: float) -> None:
+    whole = "".join(texts)
+    parts = list(corpora.divide(map(plain, texts, texts), config(split="tail", valid_fraction=fraction), len(whole)))
+    train, valid = ("".join(document.text for side, document in parts if side == name) for name in ("train", "valid"))
+    assert train + valid == whole
+    assert len(train) == int(len(whole) * (1 - fraction))
+    assert all(document.text for _, document in parts)
+
+
+def test_the_tail_cuts_no_dialogue() -> None:
+    documents = [Document(f"{index}", (Turn("user", "aaaa"), Turn("assistant", "aaaa"))) for index in range(3)]
+    parts = list(corpora.divide(documents, config(split="tail", valid_fraction=0.5), 24))
+    assert parts == [("train", documents[0]), ("train", documents[1]), ("valid", documents[2])]
+
+
+@pytest.mark.parametrize("split", ["document", "tail"])
+def test_training_documents_are_those_of_the_training_split(split: str) -> None:
+    found = config("facts", split=split)
+    everything = list(corpora.documents(found))
+    divided = corpora.divide(everything, found, sum(len(document.text) for document in everything))
+    training = list(corpora.training_documents(found))
+    assert training == [document for side, document in divided if side == "train"]
+    assert 0.8 < sum(len(d.text) for d in training) / sum(len(d.text) for d in everything) < 0.97

@@ -1,0 +1,188 @@
+"""Run folders: made once, compared on return, read back, locked against a second writer."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from rustgpt_jax.config import Config, config_hash, with_values
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.runs.folder import create, load_config, lock, write_atomically
+
+
+@pytest.fixture
+def config() -> Config:
+    return resolve(base.get_config())
+
+
+def with_stages(*stages: dict) -> Config:
+    tree = base.get_config()
+    tree.stages = stages
+    return resolve(tree)
+
+
+def test_a_config_comes_back_equal(tmp_path: Path) -> None:
+    config = with_stages({"name": "pretrain"}, {"name": "instruct", "optimizer": {"learning_rate": 3e-4}})
+    run = create(tmp_path / "runs" / "a", config, {"seed": "configs/base.py"})
+    assert load_config(run.path) == config
+    stored = json.loads(run.config_file.read_text())
+    assert stored["hash"] == config_hash(config)
+    assert stored["origins"] == {"seed": "configs/base.py"}
+
+
+def test_the_same_config_is_welcome_back_and_nothing_is_rewritten(tmp_path: Path, config: Config) -> None:
+    before = create(tmp_path, config, {"seed": "first"}).config_file.read_bytes()
+    assert create(tmp_path, config, {"seed": "second"}).config_file.read_bytes() == before
+
+
+def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) -> None:
+    create(tmp_path, config, {})
+    other = with_values(config, {"training.steps": 400, "optimizer.name": "lion"})
+    with pytest.raises(UserError) as refusal:
+        create(tmp_path, other, {})
+    text = str(refusal.value)
+    assert "training.steps is 200 there and 400 here" in text
+    assert "optimizer.name is 'adamw' there and 'lion' here" in text
+    assert "seed" not in text
+    assert text.endswith("Choose another --run folder or delete this one.")
+    assert load_config(tmp_path) == config
+
+
+def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> None:
+    create(tmp_path, config, {})
+    model = dataclasses.replace(
+        config.model, n_layers=8, d_model=64, n_heads=2, d_ff=8, bias=True, norm="layernorm", dropout=0.5, qk_norm=True
+    )
+    with pytest.raises(UserError, match="; and 2 more. Choose"):
+        create(
+            tmp_path,
+            dataclasses.replace(config, model=model, seed=1, data=dataclasses.replace(config.data, window=9)),
+            {},
+        )
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (({"name": "one", "training": {"steps": 7}},), "stages.one.training.steps is 5 there and 7 here"),
+        (({"name": "one"},), 'stages.one.training.steps is 5 there and "the run\'s own" here'),
+        (({"name": "two"},), r"stages is \('one',\) there and \('two',\) here"),
+    ],
+)
+def test_stages_are_compared_knob_by_knob(tmp_path: Path, stages: tuple[dict, ...], said: str) -> None:
+    create(tmp_path, with_stages({"name": "one", "training": {"steps": 5}, "schedule": {"warmup_steps": 1}}), {})
+    other = tuple({**stage, "schedule": {"warmup_steps": 1}} for stage in stages)
+    with pytest.raises(UserError, match=said):
+        create(tmp_path, with_stages(*other), {})
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files but no run"):
+        create(tmp_path, config, {})
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_leftovers_of_a_crash_do_not_make_a_folder_used(tmp_path: Path, config: Config) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.123").touch()
+    assert load_config(create(tmp_path, config, {}).path) == config
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_file_in_place_of_the_folder(tmp_path: Path, config: Config, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: there is a file in its place"):
+        create(tmp_path / place, config, {})
+
+
+def test_a_read_only_disk(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="Read-only file system"):
+        create(tmp_path / "run", config, {})
+
+
+def test_a_misspelt_run_is_met_with_the_nearest(tmp_path: Path, config: Config) -> None:
+    create(tmp_path / "shakespeare", config, {})
+    (tmp_path / "shakespear_notes").mkdir()
+    with pytest.raises(UserError, match="There is no run .*shakespare. Did you mean 'shakespeare'"):
+        load_config(tmp_path / "shakespare")
+
+
+def test_what_is_not_a_run_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no config.json"):
+        load_config(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        load_config(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ['{"config": {"seed"', "[]", "{}", '{"config": 3}', "\xff"])
+def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json is damaged"):
+        load_config(tmp_path)
+
+
+def test_a_stored_config_with_a_wrong_knob_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {"sead": 1}}')
+    with pytest.raises(UserError, match=r"config.json: config.sead: there is no such knob.*config.seed"):
+        load_config(tmp_path)
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "notes.txt"
+    write_atomically(file, "old ü")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"notes.txt cannot be written: No space left"):
+        write_atomically(file, "new")
+    assert file.read_text(encoding="utf-8") == "old ü"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_write_into_no_folder_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_atomically(tmp_path / folder / "a.json", "{}")
+
+
+def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    with lock(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training in it"), lock(tmp_path):
+            pass
+    with lock(tmp_path):
+        pass
+
+
+def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from rustgpt_jax.runs.folder import lock\n"
+        "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+    ) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"process {trainer.pid} "), lock(tmp_path):
+            pass
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+        with lock(tmp_path):
+            pass

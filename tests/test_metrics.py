@@ -1,0 +1,119 @@
+"""Metrics: one line a record, exact after a kill and a resume, and the same numbers in TensorBoard's files."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
+
+
+def record(folder: Path, resume_step: int, steps: range) -> None:
+    with MetricsWriter(folder, resume_step) as writer:
+        for step in steps:
+            writer.write(step, {"stage": "train", "train/loss": 1 / (step + 1)})
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """Read the records of TensorBoard files: a length, its checksum, the data, its checksum."""
+    for file in sorted((folder / "tensorboard").iterdir(), key=lambda file: int(file.suffix[1:])):
+        rest = file.read_bytes()
+        while rest:
+            (length,) = struct.unpack("<Q", rest[:8])
+            yield Event.FromString(rest[12 : 12 + length])
+            rest = rest[16 + length :]
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(10, {"stage": "größer", "train/loss": 2.3, "tokens": 4096})
+        assert read_metrics(tmp_path) == [{"step": 10, "stage": "größer", "train/loss": 2.3, "tokens": 4096}]
+        writer.write(20, {"train/loss": 0.1 + 0.2})
+    assert read_metrics(tmp_path)[1] == {"step": 20, "train/loss": 0.1 + 0.2}
+
+
+def test_values_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    (line,) = read_metrics(tmp_path)
+    assert math.isnan(line["a"]) and (line["b"], line["c"]) == (math.inf, -math.inf)
+    assert math.isnan(
+        next(event.summary.value[0].simple_value for event in events(tmp_path) if event.HasField("summary"))
+    )
+
+
+def test_a_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path) -> None:
+    record(tmp_path / "whole", 0, range(10))
+    record(tmp_path / "killed", 0, range(8))
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "train/lo')
+    record(tmp_path / "killed", 5, range(6, 10))
+    whole, killed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole
+    assert sorted(os.listdir(tmp_path / "killed")) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
+    record(tmp_path, 0, range(3))
+    record(tmp_path, 0, range(2))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    record(tmp_path, 0, range(3))
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    record(tmp_path, 2, range(3, 4))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_no_metrics_yet(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 1}', '{"step": "1"}', ""])
+def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
+        read_metrics(tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
+        MetricsWriter(tmp_path, 1)
+    assert file.read_bytes() == before
+
+
+def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path: Path) -> None:
+    record(tmp_path, 0, range(1, 4))
+    record(tmp_path, 2, range(3, 5))
+    seen = list(events(tmp_path))
+    assert [event.step for event in seen if event.session_log.status == SessionLog.START] == [0, 3]
+    scalars = [(event.step, value.tag, value.simple_value) for event in seen for value in event.summary.value]
+    assert [(step, tag) for step, tag, _ in scalars] == [(step, "train/loss") for step in (1, 2, 3, 3, 4)]
+    assert [value for *_, value in scalars] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 5])
+
+
+def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from rustgpt_jax.runs import metrics, folder, curves, progress\n"
+        "assert not {'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
+        "with metrics.MetricsWriter(Path(sys.argv[1]), 0) as writer: writer.write(1, {'loss': 1.0})\n"
+        "assert not {'jax', 'tensorflow'} & set(sys.modules)"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-W", "error", "-c", program, str(tmp_path)], check=True, env=environment)

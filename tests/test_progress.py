@@ -1,0 +1,156 @@
+"""Progress: a bar that fits any terminal, sparse plain lines elsewhere, and numbers as people read them."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from rustgpt_jax.runs.formatting import byte_size, count, duration
+from rustgpt_jax.runs.progress import Progress
+
+VALUES = {"train/loss": 2.31407, "train/tokens_per_second": 41200.4, "train/flops_share": 0.123}
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Screen:
+    """A console that writes to memory."""
+
+    def __init__(self, terminal: bool = False, width: int = 80) -> None:
+        self.file = io.StringIO()
+        self.console = Console(file=self.file, force_terminal=terminal, width=width, color_system=None)
+
+    def lines(self) -> list[str]:
+        return self.file.getvalue().splitlines()
+
+
+def last_frame(width: int, values: dict[str, float], stage: str = "pretrain", step: int = 200) -> str:
+    """What is on a terminal after an update at `step` of 2000, with 1 s a step and so (2000 - step) s to go."""
+    screen, clock = Screen(terminal=True, width=width), Clock()
+    with Progress(screen.console, 2000, clock) as progress:
+        progress.update(step - 10, values, stage)
+        clock.now = 10.0
+        progress.update(step, values, stage)
+    frames = re.split(r"\r|\n|\x1b\[[0-9;?]*[a-zA-Z]", screen.file.getvalue())
+    return [frame for frame in frames if frame.strip()][-1]
+
+
+def test_a_plain_line_says_all() -> None:
+    screen, clock = Screen(), Clock()
+    with Progress(screen.console, 2000, clock) as progress:
+        progress.update(190, VALUES, "pretrain")
+        clock.now = 10.0
+        progress.update(200, VALUES, "pretrain")
+    assert screen.lines() == [
+        "step  190/2000  pretrain  loss 2.3141  41,200 tokens/s  12% of peak",
+        "step  200/2000  pretrain  loss 2.3141  41,200 tokens/s  12% of peak  30m00s left",
+    ]
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    screen = Screen()
+    with Progress(screen.console, 20) as progress:
+        progress.update(5, {}, "train")
+    assert screen.lines() == ["step  5/20  train"]
+
+
+def test_plain_lines_are_sparse_but_show_first_last_and_each_new_stage() -> None:
+    screen, clock = Screen(), Clock()
+    with Progress(screen.console, 30, clock) as progress:
+        for step in range(1, 31):
+            clock.now = float(step)
+            progress.update(step, {}, "pretrain" if step <= 12 else "instruct")
+    shown = [int(re.findall(r"step +(\d+)/30", line)[0]) for line in screen.lines()]
+    assert shown == [1, 6, 11, 13, 18, 23, 28, 30]
+
+
+def test_a_run_that_stops_early_shows_where() -> None:
+    screen, clock = Screen(), Clock()
+    with pytest.raises(KeyboardInterrupt), Progress(screen.console, 30, clock) as progress:
+        progress.update(1, {}, "train")
+        progress.update(2, {}, "train")
+        raise KeyboardInterrupt
+    assert [line.split()[1] for line in screen.lines()] == ["1/30", "2/30"]
+
+
+def test_time_left_follows_the_recent_pace_and_not_the_start() -> None:
+    screen, clock = Screen(), Clock()
+    with Progress(screen.console, 2000, clock) as progress:
+        # Resumed at step 1000, after a minute of compilation: 1 s a step, then 0.1 s a step.
+        clock.now = 60.0
+        for step in range(1010, 1110, 10):
+            progress.update(step, {}, "train")
+            clock.now += 10.0
+        for step in range(1110, 1710, 10):
+            progress.update(step, {}, "train")
+            clock.now += 1.0
+    assert screen.lines()[1].endswith("16m20s left")
+    assert screen.lines()[-1].endswith("30s left")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("text", ["[red]alarm[/red] :smile: [/]", "https://a.b 'x' 12 " + "long " * 40])
+def test_a_message_is_printed_as_it_is(terminal: bool, text: str) -> None:
+    screen = Screen(terminal, width=40)
+    with Progress(screen.console, 10) as progress:
+        progress.message(text)
+    assert text in screen.file.getvalue()
+
+
+def test_a_message_cannot_command_the_terminal() -> None:
+    screen = Screen()
+    with Progress(screen.console, 10) as progress:
+        progress.message("a\x1b[31mb\rc\x07\nd\te")
+    assert screen.lines() == ["a\ufffd[31mb\ufffdc\ufffd", "d       e"]
+
+
+def test_a_wide_terminal_has_the_bar_and_everything() -> None:
+    frame = last_frame(140, VALUES)
+    assert re.fullmatch(r"pretrain  ━+ +200/2000  loss 2.3141  30m00s left  41,200 tokens/s  12% of peak *", frame)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 10, 20, 40, 60, 79, 80, 100, 200])
+@pytest.mark.parametrize("stage", ["pretrain", "[bold]odd[/x] \x1b[2J", "a very long name of a stage indeed"])
+def test_the_bar_fits_on_one_line(width: int, stage: str) -> None:
+    frame = last_frame(width, VALUES, stage)
+    assert len(frame) <= width
+    if width >= 60:
+        assert "200/2000" in frame and frame.startswith(stage.replace("\x1b", "\ufffd"))
+
+
+def test_narrow_terminals_lose_the_least_first() -> None:
+    assert "━" in last_frame(80, VALUES) and "tokens/s" in last_frame(80, VALUES)
+    assert "tokens/s" not in last_frame(60, VALUES) and "left" in last_frame(60, VALUES)
+    assert last_frame(40, VALUES).split() == ["pretrain", "200/2000", "loss", "2.3141"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1K"), (1_234_567, "1.23M"), (999_600, "1M"), (8.03e9, "8.03B"), (5e15, "5000T")],
+)
+def test_counts(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (512, "512 B"), (4.5e9, "4.5 GB"), (80e12, "80 TB")])
+def test_byte_sizes(number: float, text: str) -> None:
+    assert byte_size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"), (0.42, "0.4s"), (9.96, "10s"), (59.4, "59s"), (59.6, "1m00s"), (123, "2m03s"),
+        (3599.7, "1h00m"), (18_420, "5h07m"), (273_600, "3d04h"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,281 @@
+"""Tokenizers: what goes in comes out, nothing in a text is special, and the same texts give the same tokenizer."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from rustgpt_jax import tokenizers
+from rustgpt_jax.config import DataConfig, TokenizerConfig
+from rustgpt_jax.data import corpora
+from rustgpt_jax.data.corpora import Document, Turn
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers import ASSISTANT, END, ROLE_TOKENS, SPECIAL_TOKENS, TOKENIZERS, UNKNOWN, USER
+
+TEXTS = [
+    "The rain falls on the hill. It doesn't stop, does it?",
+    'She said: "the rain (and the wind) fell on well-known hills."',
+    "The rain fell on the hill, and the rain stopped.",
+    "a ab abc aabbcc naïve café",
+]
+LOSSLESS = [name for name in TOKENIZERS if tokenizers.is_lossless(TokenizerConfig(name, None))]
+BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
+
+
+def train(name: str, texts: list[str], vocab_size: int | None = None) -> Tokenizer:
+    if name == "bpe" and vocab_size is None:
+        vocab_size = 300
+    return tokenizers.train_tokenizer(TokenizerConfig(name, vocab_size), texts)
+
+
+TRAINED = {name: train(name, TEXTS) for name in TOKENIZERS}
+
+any_text = st.text() | st.lists(
+    st.sampled_from([*SPECIAL_TOKENS, UNKNOWN, "<0x41>", "<0xFF>", " ", "\n", "Ġ", "a", "￭"]) | st.text(max_size=3)
+).map("".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_have_the_first_ids(name: str) -> None:
+    assert [TRAINED[name].id_to_token(index) for index in range(4)] == list(SPECIAL_TOKENS)
+
+
+def test_word_knows_unknown_after_the_special_tokens() -> None:
+    assert TRAINED["word"].token_to_id(UNKNOWN) == 4
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@given(text=any_text)
+@settings(deadline=None)
+def test_decoding_gives_back_any_text(name: str, text: str) -> None:
+    tokenizer = TRAINED[name]
+    assert tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) == text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=any_text)
+@settings(deadline=None)
+def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
+    tokenizer = tokenizers.train_tokenizer(TokenizerConfig(name, None if name != "bpe" else 300), [text] * 2)
+    assert all(index >= len(SPECIAL_TOKENS) for index in tokenizers.encode(tokenizer, text))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=st.text("ab.'’-, \n\t\u00a0é漢\"", max_size=60))
+@settings(deadline=None)
+def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> None:
+    tokenizer = TRAINED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "PIECE_CHARACTERS", 4)
+        patch.setattr(tokenizers, "CALL_CHARACTERS", 10)
+        ids, _ = tokenizers.encode_document(tokenizer, corpora.plain("", text), "all")
+    assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
+
+
+def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", 4)
+    assert list(tokenizers._pieces("one two  three\nfour")) == ["one two", "  three\nfour"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
+    texts = [document.text for document in corpora.documents(facts(100))]
+    assert train(name, texts).to_str() == train(name, texts).to_str()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
+    texts = [document.text for document in corpora.documents(facts(100))]
+    assert train(name, texts, 270).get_vocab_size() == (260 if name == "byte" else 270)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("word", {"b", "a"}), ("char", {"b", "a"})])
+def test_the_most_frequent_are_kept_and_ties_go_by_the_alphabet(name: str, kept: set[str]) -> None:
+    reserved = 5 if name == "word" else 260
+    vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).get_vocab()
+    assert {token for token, index in vocabulary.items() if index >= reserved} == kept
+
+
+def test_bytes_have_their_own_value_after_the_special_tokens() -> None:
+    text = "".join(map(chr, range(2000)))
+    assert tokenizers.encode(TRAINED["byte"], text) == [4 + byte for byte in text.encode()]
+
+
+def test_a_character_is_one_token_and_a_strange_one_its_bytes() -> None:
+    tokens = [TRAINED["char"].id_to_token(index) for index in tokenizers.encode(TRAINED["char"], "aé漢")]
+    assert tokens == ["a", "é", "<0xE6>", "<0xBC>", "<0xA2>"]
+
+
+def test_bpe_merges_what_is_frequent() -> None:
+    assert "Ġrain" in TRAINED["bpe"].get_vocab()
+
+
+def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
+    assert tokenizers.decode(TRAINED["byte"], [4 + 0xFF, 4 + ord("a")]) == "\ufffda"
+
+
+# Words.
+
+
+@given(text=st.text("ab.'’-,\"([ \n\té!", max_size=30))
+@settings(deadline=None)
+def test_words_and_marks_keep_their_spacing(text: str) -> None:
+    text = re.sub(r"[^\S\n]+", " ", text).strip(" ")
+    tokenizer = train("word", [text])
+    assert tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) == text
+
+
+@pytest.mark.parametrize("name", ["facts", "chat"])
+def test_words_give_back_every_bundled_text(name: str) -> None:
+    config = DataConfig(name, (), None, "document", 0.0, "all", None)
+    texts = [turn.text for document in corpora.documents(config) for turn in document.turns]
+    tokenizer = train("word", texts)
+    assert [tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) for text in texts] == texts
+
+
+def test_words_and_punctuation_marks_are_tokens_of_their_own() -> None:
+    text = 'Yes, "it doesn\'t" (3.5 well-known).\nEnd'
+    tokens = train("word", [text]).encode(text).tokens
+    bare = [token.strip("￭") for token in tokens]
+    words = ["Yes", ",", '"', "it", "doesn't", '"', "(", "3", ".", "5", "well", "-", "known", ")", ".", "", "End"]
+    assert [token.strip() for token in bare] == words
+
+
+def test_unknown_words_are_shown_and_never_dropped() -> None:
+    tokenizer = TRAINED["word"]
+    ids = tokenizers.encode(tokenizer, "The zebra stopped, unseen.")
+    assert ids.count(tokenizer.token_to_id(UNKNOWN)) == 2
+    assert tokenizers.decode(tokenizer, ids) == "The <unk> stopped, <unk>."
+
+
+# Documents.
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("all", "111111111111"), ("assistant", "100000011101")],
+)
+def test_weights_of_a_dialogue(loss_on: str, expected: str) -> None:
+    turns = (Turn("system", "a"), Turn("user", "ab"), Turn("assistant", "ba"), Turn("user", ""), Turn("assistant", "a"))
+    ids, weights = tokenizers.encode_document(TRAINED["char"], Document("", turns), loss_on)
+    tokens = [TRAINED["char"].id_to_token(index) for index in ids]
+    system, user, assistant = ROLE_TOKENS.values()
+    assert tokens == [END, system, "a", user, "a", "b", assistant, "b", "a", user, assistant, "a"]
+    assert "".join(map(str, weights.astype(int))) == expected
+    assert (ids.dtype, weights.dtype) == (np.int32, bool)
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_plain_text_is_learned_whole(name: str, loss_on: str) -> None:
+    ids, weights = tokenizers.encode_document(TRAINED[name], corpora.plain("", TEXTS[0]), loss_on)
+    assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
+    assert weights.all()
+
+
+def test_documents_encoded_together_are_as_they_are_alone() -> None:
+    dialogue = Document("", (Turn("user", "the hill"), Turn("assistant", "the rain")))
+    group = [dialogue, corpora.plain("", "The rain"), Document("", ()), dialogue]
+    together = tokenizers.encode_documents(TRAINED["bpe"], group, "assistant")
+    for document, (ids, weights) in zip(group, together, strict=True):
+        alone = tokenizers.encode_document(TRAINED["bpe"], document, "assistant")
+        assert (ids.tolist(), weights.tolist()) == (alone[0].tolist(), alone[1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([Turn("text", "ab")], [END, "a", "b"]),
+        ([], [END]),
+        ([Turn("user", "a")], [END, USER, "a", ASSISTANT]),
+        ([Turn("user", "a"), Turn("assistant", "b")], [END, USER, "a", ASSISTANT, "b"]),
+    ],
+)
+def test_prompts(turns: list[Turn], expected: list[str]) -> None:
+    ids = tokenizers.encode_prompt(TRAINED["char"], turns)
+    assert [TRAINED["char"].id_to_token(index) for index in ids] == expected
+
+
+# Files.
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "tokenizer.json"
+    tokenizers.save_tokenizer(TRAINED[name], path)
+    loaded = tokenizers.load_tokenizer(path)
+    text = f"The rain {END} fell {USER} on <0x41> it."
+    assert tokenizers.encode(loaded, text) == tokenizers.encode(TRAINED[name], text)
+    assert loaded.to_str() == TRAINED[name].to_str()
+    assert os.listdir(path.parent) == ["tokenizer.json"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.save_tokenizer(TRAINED["byte"], path)
+    before = path.read_bytes()
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tokenizers.save_tokenizer(TRAINED["word"], path)
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    assert path.read_bytes() == before
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(("name", "least"), [("word", 6), *BYTE_BASED_LEAST.items()])
+def test_a_vocabulary_too_small_is_refused(name: str, least: int) -> None:
+    with pytest.raises(UserError, match=rf"config.tokenizer.vocab_size={least - 1} .*{name}.* at least {least}\."):
+        train(name, TEXTS, least - 1)
+    assert train(name, TEXTS, least).get_vocab_size() == least
+
+
+def test_every_tokenizer_names_its_least_vocabulary() -> None:
+    assert set(TOKENIZERS) == {"word", *BYTE_BASED_LEAST}
+
+
+def test_bpe_needs_a_vocabulary_size() -> None:
+    with pytest.raises(UserError, match="needs config.tokenizer.vocab_size"):
+        tokenizers.train_tokenizer(TokenizerConfig("bpe", None), TEXTS)
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="config.tokenizer.name: there is no 'bep'. Did you mean 'bpe'"):
+        tokenizers.train_tokenizer(TokenizerConfig("bep", 300), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "cannot be read .No such file"),
+        (b"", "not a tokenizer.json"),
+        (b"{}", "not a tokenizer.json"),
+        (b"\xff\xfe", "not a tokenizer.json"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: .*{message}"):
+        tokenizers.load_tokenizer(path)
+
+
+def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
+    foreign = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
+        tokenizers.encode_document(foreign, corpora.plain("", "a"), "all")
+
+
+def facts(n: int) -> DataConfig:
+    return DataConfig("facts", (), n, "document", 0.0, "all", None)
