@@ -91,7 +91,9 @@ def chat() -> int:
 
     from rustgpt_jax.decoding.chat import chat
 
-    chat(_trained(), Console())
+    trained = _trained()
+    title = f"{Path(FLAGS.run).resolve().name} at step {trained.step:,}"
+    chat(trained.writer, trained.config.sampling, Console(), title)
     return 0
 
 

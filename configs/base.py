@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.model.n_kv_heads = None
     # Channels of a head. None: d_model / n_heads.
     config.model.head_dim = None
-    # Hidden width of the feed-forward. None: 4 d_model, or 8/3 d_model where it is gated (rounded up to a multiple of 8).
+    # Hidden width of the feed-forward. None: 4 d_model, or where it is gated 8/3 d_model (up to a multiple of 8).
     config.model.d_ff = None
     # The pattern of token mixers that is repeated over the layers.
     config.model.mixers = ("attention",)
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.model.feedforward = "swiglu"
     # layernorm or rmsnorm.
     config.model.norm = "rmsnorm"
-    # pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each residual sum (arXiv 1706.03762).
+    # pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each sum (arXiv 1706.03762).
     config.model.norm_placement = "pre"
     config.model.norm_epsilon = 1e-6
     # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864).

@@ -4,8 +4,9 @@ python launch.py train --config=configs/rustgpt.py
 python launch.py chat --run=runs/rustgpt
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

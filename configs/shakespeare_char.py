@@ -5,8 +5,9 @@ python launch.py train --config=configs/shakespeare_char.py --config.data.paths=
 nanoGPT's README gives a validation loss of 1.88 on tiny Shakespeare (first 90% training, the rest validation).
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

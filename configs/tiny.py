@@ -3,8 +3,9 @@
 python launch.py train --config=configs/tiny.py
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

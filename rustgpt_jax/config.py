@@ -23,7 +23,7 @@ def knob(low: float | None = None, high: float | None = None, choices: tuple[str
 
 
 def number(low: float | None = None, high: float | None = None, off_at_zero: bool = False) -> Any:
-    """A field that a compiled program takes as an argument. With `off_at_zero`, the value 0 is structure: the part is gone."""
+    """A field that a compiled program takes as an argument. With `off_at_zero`, 0 is structure: the part is gone."""
     return dataclasses.field(metadata={"low": low, "high": high, "number": True, "off_at_zero": off_at_zero})
 
 
@@ -206,8 +206,8 @@ def is_on(value: Any) -> bool:
 def _walk(cls: type, prefix: str) -> dict[str, dataclasses.Field[Any]]:
     fields: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            fields |= _walk(field.type, prefix + field.name + ".")  # pyright: ignore[reportArgumentType]
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            fields |= _walk(field.type, prefix + field.name + ".")
         else:
             fields[prefix + field.name] = field
     return fields

@@ -13,9 +13,9 @@ from rustgpt_jax import config as schema
 from rustgpt_jax.config import FIELDS, Config
 from rustgpt_jax.errors import UserError, suggestion
 
-
-# ConfigDict has the methods of a Mapping without being one.
-Tree = Mapping | ConfigDict
+# A Mapping, or a ConfigDict, which has the methods of one without being one.
+Tree = Any
+TREES = (Mapping, ConfigDict)
 
 
 def resolve(tree: Tree) -> Config:
@@ -44,7 +44,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
     for name, value in tree.items():
         path = prefix + str(name)
-        if isinstance(value, Tree) and path not in FIELDS:
+        if isinstance(value, TREES) and path not in FIELDS:
             yield from leaves(value, path + ".")
         else:
             yield path, value
@@ -52,7 +52,9 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
     result: list[schema.StageConfig] = []
-    if not isinstance(listed, (tuple, list)) or not all(isinstance(stage, Tree) and "name" in stage for stage in listed):
+    if not isinstance(listed, (tuple, list)) or not all(
+        isinstance(stage, TREES) and "name" in stage for stage in listed
+    ):
         raise UserError("config.stages is a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...).")
     for stage in listed:
         name = stage["name"]
@@ -158,10 +160,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return tuple(_convert(item, part, where) for item, part in zip(items, value, strict=True))
     elif wanted is bool and isinstance(value, bool) or wanted is str and isinstance(value, str):
         return value
-    elif wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value == value and (wanted is float or value == int(value)):
-            return wanted(value)
+    elif wanted in (int, float) and _is_number(value) and (wanted is float or float(value).is_integer()):
+        return wanted(value)
     raise UserError(f"{where} takes {_describe(hint)}, not {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _allows_none(hint: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
@@ -21,7 +21,7 @@ TEXTS = [
     "The rain falls on the hill. It doesn't stop, does it?",
     'She said: "the rain (and the wind) fell on well-known hills."',
     "The rain fell on the hill, and the rain stopped.",
-    "a ab abc aabbcc naïve café",
+    "a ab abc aabbcc naïve café\n    indented\n    twice as far",
 ]
 LOSSLESS = [name for name in TOKENIZERS if tokenizers.is_lossless(TokenizerConfig(name, None))]
 BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
@@ -51,7 +51,6 @@ def test_word_knows_unknown_after_the_special_tokens() -> None:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=any_text)
-@settings(deadline=None)
 def test_decoding_gives_back_any_text(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     assert tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) == text
@@ -59,7 +58,6 @@ def test_decoding_gives_back_any_text(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=any_text)
-@settings(deadline=None)
 def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
     tokenizer = tokenizers.train_tokenizer(TokenizerConfig(name, None if name != "bpe" else 300), [text] * 2)
     assert all(index >= len(SPECIAL_TOKENS) for index in tokenizers.encode(tokenizer, text))
@@ -67,7 +65,6 @@ def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=st.text("ab.'’-, \n\t\u00a0é漢\"", max_size=60))
-@settings(deadline=None)
 def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     with pytest.MonkeyPatch.context() as patch:
@@ -119,11 +116,18 @@ def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
     assert tokenizers.decode(TRAINED["byte"], [4 + 0xFF, 4 + ord("a")]) == "\ufffda"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_are_not_shown(name: str) -> None:
+    turns = (Turn("user", "The rain fell on"), Turn("assistant", "the hill."))
+    ids, _ = tokenizers.encode_document(TRAINED[name], Document("", turns), "all")
+    shown = "The rain fell on the hill." if name == "word" else "The rain fell onthe hill."
+    assert tokenizers.decode(TRAINED[name], ids) == shown
+
+
 # Words.
 
 
 @given(text=st.text("ab.'’-,\"([ \n\té!", max_size=30))
-@settings(deadline=None)
 def test_words_and_marks_keep_their_spacing(text: str) -> None:
     text = re.sub(r"[^\S\n]+", " ", text).strip(" ")
     tokenizer = train("word", [text])

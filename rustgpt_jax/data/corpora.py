@@ -216,7 +216,7 @@ _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
 def _bundled(name: str) -> Iterator[Document]:
-    return read_file(name, (resources.files(__package__) / "texts" / name).read_bytes())
+    return read_file(name, (resources.files("rustgpt_jax.data") / "texts" / name).read_bytes())
 
 
 def _python_stdlib(config: DataConfig) -> Iterator[Document]:

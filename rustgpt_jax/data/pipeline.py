@@ -1,12 +1,14 @@
 """From a token stream to batches. The batch of a step is a pure function of (stream, window, batch size, seed, step).
 
-A window is T inputs and the T tokens that follow them one place later. Windows lie end to end, so in an epoch every
-token but the first END is a target exactly once; each epoch takes them in a new order, and a batch may reach over the
-border of two epochs.
+A window is T inputs and the T tokens that follow them one place later. The stream is read as a circle, for it begins
+and ends with the same END. In an epoch, windows lie end to end from a place drawn for that epoch: every token but the
+first END is a target exactly once, and a document that a window's edge cuts is whole in other epochs. Each epoch has
+an order of its own, and a batch may reach over the border of two.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,17 +17,17 @@ from rustgpt_jax.data.stream import TokenStream
 
 
 class Batch(NamedTuple):
-    """B windows of T tokens. A window alone has no axis B.
+    """B windows of T tokens, as NumPy arrays, or JAX arrays once on a device. A window alone has no axis B.
 
     weights: 1 where the target is to be learned, else 0. segments: 1 for the window's first document, 2 for the next,
     0 for padding. positions: places from the start of the document, or of the window where it began before.
     """
 
-    tokens_BT: np.ndarray  # int32
-    targets_BT: np.ndarray  # int32
-    weights_BT: np.ndarray  # float32
-    segments_BT: np.ndarray  # int32
-    positions_BT: np.ndarray  # int32
+    tokens_BT: Any  # int32
+    targets_BT: Any  # int32
+    weights_BT: Any  # float32
+    segments_BT: Any  # int32
+    positions_BT: Any  # int32
 
 
 class Windows:
@@ -33,47 +35,57 @@ class Windows:
 
     def __init__(self, stream: TokenStream, window: int) -> None:
         self.stream, self.window = stream, window
-        self._n_tokens = stream.n_tokens
+        self.circle = max(0, stream.n_tokens - 1)
+        self._starts_twice_around = np.concatenate([stream.offsets, stream.offsets + self.circle])
 
     def __len__(self) -> int:
-        return max(0, -(-(self._n_tokens - 1) // self.window))
+        return -(-self.circle // self.window)
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"Window {index} of {len(self)}.")
-        return Batch(*(field[0] for field in self.gather(np.array([index]))))
+        return Batch(*(field[0] for field in self.gather(np.array([index]), np.array([0]))))
 
-    def gather(self, indices_B: np.ndarray) -> Batch:
-        """The windows of these indices as one batch. An index of `len(self)` or more gives a window of padding."""
-        starts_B = np.asarray(indices_B, np.int64) * self.window
+    def gather(self, indices_B: np.ndarray, turns_B: np.ndarray) -> Batch:
+        """The windows of these indices as one batch, each with the circle turned so that window 0 begins at its turn.
+
+        An index of `len(self)` or more gives a window of padding.
+        """
+        offsets_B = np.asarray(indices_B, np.int64) * self.window
+        starts_B = (offsets_B + turns_B) % self.circle
+        real_B = np.clip(self.circle - offsets_B, 0, self.window)
+        tokens_BS, weights_BS = self._read(starts_B, real_B)
         within_T = np.arange(self.window, dtype=np.int32)
-        is_real_BT = starts_B[:, None] + within_T < self._n_tokens - 1
-        weights_BT = is_real_BT.astype(np.float32)
-        if self.stream.weight_shards:
-            weights_BT *= self._spans(self.stream.weights, starts_B, 0)[:, 1:]
-        tokens_BS = self._spans(self.stream.tokens, starts_B, self.stream.end_id)
-        is_start_BT = self._document_starts(starts_B)
+        is_real_BT = within_T < real_B[:, None]
+        is_start_BT = self._document_starts(starts_B) & is_real_BT
         # The first document of a window is number 1 whether or not it begins there.
         is_start_BT[:, 0] = True
         segments_BT = np.cumsum(is_start_BT, axis=1, dtype=np.int32) * is_real_BT
         positions_BT = within_T - np.maximum.accumulate(np.where(is_start_BT, within_T, 0), axis=1)
-        return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], weights_BT, segments_BT, positions_BT)
+        return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], weights_BS[:, 1:], segments_BT, positions_BT)
 
-    def _spans(self, read: Callable[[int, int], np.ndarray], starts_B: np.ndarray, filler: int) -> np.ndarray:
-        """What `read` gives for the window's inputs and last target, `filler` past the end (int32, B x T+1)."""
-        values_BS = np.full((len(starts_B), self.window + 1), filler, np.int32)
-        for row, start in enumerate(starts_B.tolist()):
-            values = read(start, start + self.window + 1)
-            values_BS[row, : len(values)] = values
-        return values_BS
+    def _read(self, starts_B: np.ndarray, real_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = (len(starts_B), self.window + 1)
+        tokens_BS, weights_BS = np.full(shape, self.stream.end_id, np.int32), np.zeros(shape, np.float32)
+        for row, (start, real) in enumerate(zip(starts_B.tolist(), real_B.tolist(), strict=True)):
+            if real:
+                stop = start + real + 1
+                tokens_BS[row, : real + 1] = self._around(self.stream.tokens, start, stop)
+                weights_BS[row, : real + 1] = self._around(self.stream.weights, start, stop)
+        return tokens_BS, weights_BS
+
+    def _around(self, read: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
+        """A stretch of the circle: after the stream's last END, which is also its first, comes its second token."""
+        beyond = stop - self.stream.n_tokens
+        return read(start, stop) if beyond <= 0 else np.concatenate([read(start, stop), read(1, 1 + beyond)])
 
     def _document_starts(self, starts_B: np.ndarray) -> np.ndarray:
         """Whether a document begins at each place of the windows (bool, B x T)."""
-        offsets = self.stream.offsets
-        first_B, last_B = np.searchsorted(offsets, starts_B), np.searchsorted(offsets, starts_B + self.window)
+        places = self._starts_twice_around
+        first_B, last_B = np.searchsorted(places, starts_B), np.searchsorted(places, starts_B + self.window)
         is_start_BT = np.zeros((len(starts_B), self.window), bool)
         for row, (first, last) in enumerate(zip(first_B.tolist(), last_B.tolist(), strict=True)):
-            is_start_BT[row, offsets[first:last] - starts_B[row]] = True
+            is_start_BT[row, places[first:last] - starts_B[row]] = True
         return is_start_BT
 
 
@@ -81,15 +93,15 @@ class Batches:
     """The training batches of a run. Made by `batches`."""
 
     def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int) -> None:
-        self._first_step = first_step
+        self._windows, self._batch_size, self._seed, self._first_step = windows, batch_size, seed, first_step
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
-        self._dataset = order.batch(batch_size).map(windows.gather)
+        self._dataset = order.batch(batch_size).map_with_index(self._gather)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step of the run. Raises IndexError before the first step."""
         return self._dataset[self._place(step)]
 
-    def iterate(self, first_step: int) -> Iterator[Batch]:
+    def iterate(self, first_step: int) -> Generator[Batch, None, None]:
         """The batches of `first_step` and all after it, read ahead by a thread that ends with the iterator."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         reader = iter(self._dataset[self._place(first_step) :].to_iter_dataset(options))
@@ -98,10 +110,20 @@ class Batches:
         finally:
             reader.close()
 
+    def _gather(self, place: int, indices_B: np.ndarray) -> Batch:
+        epochs_B = (place * self._batch_size + np.arange(self._batch_size)) // len(self._windows)
+        turns_B = [_turn(self._seed, epoch, self._windows.circle) for epoch in epochs_B.tolist()]
+        return self._windows.gather(indices_B, np.array(turns_B))
+
     def _place(self, step: int) -> int:
         if step < self._first_step:
             raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
         return step - self._first_step
+
+
+@cache
+def _turn(seed: int, epoch: int, circle: int) -> int:
+    return int(np.random.default_rng((seed, epoch)).integers(circle))
 
 
 def batches(stream: TokenStream, window: int, batch_size: int, seed: int, first_step: int = 0) -> Batches:
@@ -117,4 +139,4 @@ def evaluation_batches(stream: TokenStream, window: int, batch_size: int, limit:
     windows = Windows(stream, window)
     n_batches = -(-len(windows) // batch_size)
     for index in range(n_batches if limit is None else min(limit, n_batches)):
-        yield windows.gather(np.arange(index * batch_size, (index + 1) * batch_size))
+        yield windows.gather(np.arange(index * batch_size, (index + 1) * batch_size), np.zeros(batch_size, np.int64))

@@ -13,9 +13,8 @@ from rustgpt_jax.data.corpora import training_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
 from rustgpt_jax.data.store import Store, build_store, require_batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import load_tokenizer, save_tokenizer, train_tokenizer
+from rustgpt_jax.tokenizers import load_tokenizer, train_tokenizer
 
-Say = Callable[[str], None]
 StoreProgress = Callable[[int, int | None], None]
 
 
@@ -56,15 +55,12 @@ class StageData:
 
 
 def obtain_tokenizer(config: Config, file: Path | None = None) -> Tokenizer:
-    """The tokenizer in `file`, or one trained on the training documents of all stages and saved there."""
+    """The tokenizer in `file` if there is one, else one trained on the training documents of all stages."""
     if file is not None and file.exists():
         return load_tokenizer(file)
     corpora = dict.fromkeys(stage.config.data for stage in stages(config))
     texts = (turn.text for data in corpora for document in training_documents(data) for turn in document.turns)
-    tokenizer = train_tokenizer(config.tokenizer, texts)
-    if file is not None:
-        save_tokenizer(tokenizer, file)
-    return tokenizer
+    return train_tokenizer(config.tokenizer, texts)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -1,7 +1,7 @@
 """Generation as pure functions: prefill a batch of prompts, then draw tokens in one loop on the device.
 
-A token depends on the parameters, its row's prompt, the samplers and key, and its place: not on how the loop is cut into
-calls, nor on padding. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
+A token depends on the parameters, its row's prompt, the samplers and key, and its place: not on padding, nor on how the
+loop is cut into calls. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SMALLEST_BUCKET = 16
 class Generation(NamedTuple):
     """A batch of texts being written.
 
-    tokens_BS: prompt and drawn tokens, each at its position. lengths_B: how many there are, a drawn stop token included.
+    tokens_BS: prompt and drawn tokens, each at its position. lengths_B: how many they are, a drawn stop token included.
     logits_BV: for the next token of each row. is_done_B: rows that drew a stop token or have no room left.
     seen_BV: tokens that a row holds. cache: what `transformer.apply` keeps of the tokens so far.
     """

@@ -117,7 +117,9 @@ SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
 
 def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
     """The samplers that `config.sampling` asks for; a temperature of 0 is greedy."""
-    asked = {name: getattr(sampling, name) for name, (neutral, _) in SAMPLERS.items() if getattr(sampling, name) != neutral}
+    asked = {
+        name: getattr(sampling, name) for name, (neutral, _) in SAMPLERS.items() if getattr(sampling, name) != neutral
+    }
     is_greedy = asked.get("temperature") == 0
     if is_greedy:
         asked = {name: number for name, number in asked.items() if name == "repetition_penalty"}

@@ -27,7 +27,7 @@ class Writer(NamedTuple):
     is_dialogue: bool
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens to go on from: a question to be answered where the model learned dialogues, else the text itself."""
+        """The tokens to go on from: a question to answer where the model learned dialogues, else the text itself."""
         return self.conversation([Turn("user" if self.is_dialogue else "text", text)])
 
     def conversation(self, turns: Sequence[Turn]) -> list[int]:
@@ -73,5 +73,5 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
 
 
 def _settled(text: str) -> str:
-    """The part of a text that later tokens cannot change: an unfinished character decodes to U+FFFD until it is whole."""
+    """The part of a text that later tokens cannot change: an unfinished character decodes to U+FFFD."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip(" ")

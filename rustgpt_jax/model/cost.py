@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes and floating-point operations, counted from shapes without computing anything."""
+"""What a model costs: parameters, bytes and floating-point operations, counted from shapes alone."""
 
 import math
 from typing import Any
@@ -50,15 +50,18 @@ def matrix_product_flops(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
+            left: Any = equation.invars[0].aval
+            product: Any = equation.outvars[0].aval
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shared = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * shared
+            total += 2 * math.prod(product.shape) * math.prod(left.shape[axis] for axis in contracted)
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += repeats * sum(matrix_product_flops(inner) for inner in _inner_programs(equation.params))
     return total
 
 
 def _inner_programs(parameters: dict[str, Any]) -> list[core.Jaxpr]:
-    leaves = jax.tree.leaves(list(parameters.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr)))
+    leaves = jax.tree.leaves(
+        list(parameters.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
+    )
     programs = [leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf for leaf in leaves]
     return [program for program in programs if isinstance(program, core.Jaxpr)]

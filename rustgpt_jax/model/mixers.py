@@ -45,7 +45,7 @@ def cached_mask(context: Context, length: int) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal softmax attention (arXiv 1706.03762) with grouped key/value heads (arXiv 2305.13245) and optional QK-norm."""
+    """Causal softmax attention (arXiv 1706.03762), with grouped heads (arXiv 2305.13245) and QK-norm as options."""
 
     config: ModelConfig
 

@@ -9,7 +9,7 @@ from rustgpt_jax.model.linear import over_channels
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit variance, then a learned scale, and a learned bias where the model has biases (arXiv 1607.06450)."""
+    """Zero mean and unit variance, then a learned scale, and a bias where the model has biases (arXiv 1607.06450)."""
 
     config: ModelConfig
 

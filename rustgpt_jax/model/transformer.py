@@ -1,4 +1,4 @@
-"""The whole model as pure functions: `init`, `apply`, `init_cache`. One forward serves training, prefill and decoding."""
+"""The whole model as pure functions: `init`, `apply`, `init_cache`. One forward serves training and decoding."""
 
 from typing import Any
 
@@ -30,7 +30,9 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
 
     def init_blocks(index: int, mixer: str) -> Params:
         block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), repeats)
-        return jax.vmap(lambda block_key: Block(model, mixer).init(block_key, x_BTD, context, None)["params"])(block_keys_N)
+        return jax.vmap(lambda block_key: Block(model, mixer).init(block_key, x_BTD, context, None)["params"])(
+            block_keys_N
+        )
 
     params: Params = {
         "embedding": {"table": scaled_normal(model.init_std)(keys["embedding"], (vocab_size, model.d_model))},

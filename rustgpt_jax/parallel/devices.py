@@ -1,6 +1,7 @@
 """The devices of this process: how a batch is shared among them, and how fast they could be."""
 
 import time
+from functools import cache
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ PEAK_FLOPS = {
 
 def keep_compiled_programs() -> None:
     """Keep every compiled program in the user's cache folder, so that the next start need not compile it again."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -40,8 +41,8 @@ def check_batch(training: TrainingConfig) -> None:
         least = training.accumulation * devices
         nearest = max(1, round(training.batch_size / least)) * least
         raise UserError(
-            f"config.training.batch_size={training.batch_size} in {training.accumulation} parts cannot be shared equally "
-            f"by {devices} devices; the nearest batch size that can is {nearest}."
+            f"config.training.batch_size={training.batch_size} in {training.accumulation} parts cannot be shared "
+            f"equally by {devices} devices; the nearest batch size that can is {nearest}."
         )
 
 
@@ -62,13 +63,14 @@ def _sharding(*axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s that all devices could do at best, and where the figure is from: a data sheet, or a product timed now."""
+@cache
+def peak_flops() -> float:
+    """FLOP/s that all devices could do at best: from a data sheet, or else of a float32 matrix product timed now."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in kind.lower():
-            return peak * jax.device_count(), f"data sheet of {name}"
-    return _timed_matrix_product(), "float32 matrix product, timed at start"
+            return peak * jax.device_count()
+    return _timed_matrix_product()
 
 
 def _timed_matrix_product(size: int = 1024, repeats: int = 3) -> float:

@@ -133,7 +133,7 @@ def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
     axes.spines["bottom"].set_color(SOFT_INK)
     axes.tick_params(which="both", length=0, labelsize=9.5, labelcolor=SOFT_INK, pad=6)
     axes.set_xlabel("step", color=SOFT_INK, fontsize=10)
-    heading = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+    heading: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
     axes.annotate(title, (0, 1), (0, 30), color=INK, fontsize=14, weight="bold", **heading)
     axes.annotate("loss, nats per token", (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
 

@@ -91,6 +91,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
+def check(path: Path, config: Config) -> None:
+    """Raises UserError if a folder, which need not exist, holds a run with another config. Nothing is written."""
+    if RunFolder(path).config_file.exists():
+        _check_same(path, load_config(path), config)
+
+
 def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
     """Make the folder of a run and record its config in it, or check that the run already there has the same config.
 
@@ -103,13 +109,13 @@ def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
         used = any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
+    check(path, config)
     if run.config_file.exists():
-        _check_same(path, load_config(path), config)
-    elif used:
+        return run
+    if used:
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
-    else:
-        record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
-        write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
+    record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
+    write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
     return run
 
 

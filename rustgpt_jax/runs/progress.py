@@ -3,12 +3,15 @@
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -155,3 +158,19 @@ def _one_line(texts: list[str], bar: ProgressBar, width: int) -> RenderableType:
 
 def _width(cells: list[Text]) -> int:
     return sum(cell.cell_len for cell in cells) + GAP * (len(cells) - 1)
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Show on a terminal that something is being made."""
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on a terminal for work that tells, by calling what this gives, how much of how much is done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

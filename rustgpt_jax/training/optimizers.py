@@ -15,35 +15,31 @@ import optax
 from rustgpt_jax.config import OptimizerConfig
 from rustgpt_jax.errors import UserError, choose
 
-Transformation = optax.GradientTransformation
 
-
-def adamw(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+def adamw(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
     return optax.chain(_adam_direction(config), weight_decay(config), optax.scale(-rate * config.learning_rate))
 
 
-def adam(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+def adam(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980), with weight decay added to the gradient."""
     return optax.chain(weight_decay(config), _adam_direction(config), optax.scale(-rate * config.learning_rate))
 
 
-def sgd(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+def sgd(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """Gradient descent with momentum, with weight decay added to the gradient."""
-    return optax.chain(
-        weight_decay(config), optax.trace(config.momentum), optax.scale(-rate * config.learning_rate)
-    )
+    return optax.chain(weight_decay(config), optax.trace(config.momentum), optax.scale(-rate * config.learning_rate))
 
 
-def lion(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
+def lion(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """The sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
     return optax.chain(
         optax.scale_by_lion(config.b1, config.b2), weight_decay(config), optax.scale(-rate * config.learning_rate)
     )
 
 
-def muon(config: OptimizerConfig, rate: jax.Array | float) -> Transformation:
-    """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan et al. 2024, arXiv 2502.16982).
+def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+    """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
 
     Matrices learn at matrix_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
     """
@@ -76,11 +72,11 @@ def _scaled_by_shape(updates: Any, params: Any = None) -> Any:
     return jax.tree.map(lambda update: update * max(1.0, update.shape[-1] / update.shape[-2]) ** 0.5, updates)
 
 
-def _adam_direction(config: OptimizerConfig) -> Transformation:
+def _adam_direction(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
 
 
-def weight_decay(config: OptimizerConfig) -> Transformation:
+def weight_decay(config: OptimizerConfig) -> optax.GradientTransformation:
     """Add weight_decay * factor * parameter, where the factor is that of the first group whose expression is found."""
 
     def update(updates: Any, params: Any) -> Any:
@@ -94,13 +90,25 @@ def weight_decay(config: OptimizerConfig) -> Transformation:
 
 
 def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
-    """The factor of the first group whose regular expression is found in a parameter's path. Raises UserError if none is."""
+    """The factor of the first group whose expression is found in a parameter's path. Raises UserError if none is."""
     for expression, group_factor in groups:
-        if re.search(expression, name):
+        try:
+            found = re.search(expression, name)
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.weight_decay_groups: {expression!r} is no expression: {error}."
+            ) from None
+        if found:
             return group_factor
     raise UserError(
         f"config.optimizer.weight_decay_groups: no expression matches the parameter {name!r}; end with ('.*', 1.0)."
     )
+
+
+def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
+    """Raises UserError if some parameter (or shape) of a tree belongs to no group of weight decay."""
+    for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
+        decay_factor(path_name(path), config.weight_decay_groups)
 
 
 def path_name(path: Any) -> str:
@@ -114,7 +122,7 @@ def clip(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:
     return jax.tree.map(lambda gradient: gradient * scale, gradients)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], Transformation]] = {
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.GradientTransformation]] = {
     "adamw": adamw,
     "adam": adam,
     "sgd": sgd,
@@ -123,6 +131,6 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], Transformat
 }
 
 
-def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> Transformation:
+def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> optax.GradientTransformation:
     """The optimizer that the config names, at a step whose schedule factor is `rate`."""
     return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, rate)

@@ -12,33 +12,34 @@ import jax.numpy as jnp
 from rustgpt_jax.config import ScheduleConfig
 from rustgpt_jax.errors import choose
 
-Factor = Callable[[jax.Array, jax.Array, ScheduleConfig], jax.Array]
+Scalar = jax.Array | float
+Factor = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
 
 
-def constant(step: jax.Array, steps: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """1 throughout."""
     del steps, schedule
     return jnp.ones_like(step, jnp.float32)
 
 
-def linear(step: jax.Array, steps: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+def linear(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """From 1 after the warm-up down to final_fraction, in a straight line."""
     return 1.0 - (1.0 - schedule.final_fraction) * _progress(step, schedule.warmup_steps, steps)
 
 
-def cosine(step: jax.Array, steps: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+def cosine(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """From 1 after the warm-up down to final_fraction, along half a cosine wave (arXiv 1608.03983)."""
     wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, schedule.warmup_steps, steps)))
     return schedule.final_fraction + (1.0 - schedule.final_fraction) * wave
 
 
-def wsd(step: jax.Array, steps: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+def wsd(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """1 until the last decay_fraction of the steps, then a straight line to final_fraction (arXiv 2404.06395)."""
     start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_fraction)
     return 1.0 - (1.0 - schedule.final_fraction) * _progress(step, start, steps)
 
 
-def _progress(step: jax.Array, start: jax.Array | float, end: jax.Array) -> jax.Array:
+def _progress(step: jax.Array, start: Scalar, end: Scalar) -> jax.Array:
     span = jnp.maximum(jnp.asarray(end - start, jnp.float32), 1.0)
     return jnp.clip((jnp.asarray(step, jnp.float32) - start) / span, 0.0, 1.0)
 
@@ -46,7 +47,7 @@ def _progress(step: jax.Array, start: jax.Array | float, end: jax.Array) -> jax.
 SCHEDULES: dict[str, Factor] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
 
 
-def factor(step: jax.Array, steps: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+def factor(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """The schedule's factor at `step` (from 0) of a stage of `steps`, after its linear warm-up."""
     warm = (jnp.asarray(step, jnp.float32) + 1.0) / (jnp.asarray(schedule.warmup_steps, jnp.float32) + 1.0)
     return jnp.minimum(warm, choose(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))

@@ -18,7 +18,7 @@ Numbers = dict[str, Any]
 
 
 class State(NamedTuple):
-    """Everything that training changes. The step is the whole position of the run: data and randomness follow from it."""
+    """Everything that training changes. The step is the whole position of a run: data and randomness follow from it."""
 
     params: transformer.Params
     opt_state: Any
@@ -53,7 +53,7 @@ def train_step(
     config = merge(structure, numbers)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     gradients, sums = gradient(state.params, batch, config, key)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     if is_on(config.optimizer.clip_norm):
         gradients = clip(gradients, norm, config.optimizer.clip_norm)
     rate = factor(state.step - first_step, config.training.steps, config.schedule)
@@ -117,4 +117,3 @@ def train_steps(
 
 compiled_start = jax.jit(start, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
-

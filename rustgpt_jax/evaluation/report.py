@@ -1,0 +1,41 @@
+"""What `evaluate` prints of a run: how well it predicts the validation text of each stage, and how it answers."""
+
+from rich.console import Console
+from rich.table import Table
+
+from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.config import stages
+from rustgpt_jax.data.corpora import divide, documents
+from rustgpt_jax.data.prepare import StageData, prepare_stage
+from rustgpt_jax.evaluation.answers import right_answers
+from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.training.trained import Trained
+
+
+def evaluate_run(trained: Trained, console: Console) -> None:
+    """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues."""
+    table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
+        table.add_column(column)
+    for stage in stages(trained.config):
+        data = prepare_stage(stage, trained.writer.tokenizer, cache_folder())
+        table.add_row(stage.name, *_predictions(trained, data), *_answers(trained, data))
+    console.print(table)
+
+
+def _predictions(trained: Trained, data: StageData) -> list[str]:
+    stream = data.store.split("valid")
+    values = evaluate(trained.writer.params, trained.config.model, data.validation_batches(), stream.bytes_per_token)
+    return [f"{value:.4f}" for value in values.values()] or ["no validation text", "", ""]
+
+
+def _answers(trained: Trained, data: StageData) -> list[str]:
+    if not data.is_dialogue:
+        return ["", ""]
+    config = data.stage.config.data
+    n_characters = sum(len(document.text) for document in documents(config))
+    sides: dict[str, list] = {"train": [], "valid": []}
+    for side, document in divide(documents(config), config, n_characters):
+        sides[side].append(document)
+    counts = [right_answers(trained.writer, side, trained.config.sampling) for side in sides.values()]
+    return [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in counts]

@@ -1,0 +1,104 @@
+"""What a config means, before anything runs: each knob's value and origin, the layers, and what they cost."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.config import Config, Stage, flatten, split, stages
+from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
+from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_bytes, total_size
+from rustgpt_jax.parallel.devices import check_batch
+from rustgpt_jax.runs.formatting import byte_size, count
+from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.step import as_arguments, start
+
+
+def explain(config: Config, origins: Mapping[str, str], console: Console) -> None:
+    """Print the knobs with their origins, the parameters with their shapes, and FLOPs and memory.
+
+    Nothing is computed but shapes; where the vocabulary depends on the corpus, the tokenizer is trained.
+    """
+    check_parts(config)
+    for stage in stages(config):
+        check_batch(stage.config.training)
+    console.print(_knobs(config, origins))
+    for own in config.stages:
+        console.print(_stage_knobs(own.name, dict(own.overrides)))
+    if config.model.vocab_size is None:
+        config = with_vocabulary(config, obtain_tokenizer(config))
+    console.print(_parameters(config))
+    console.print(_costs(config))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(
+            name, style="cyan" if name == "knob" else "", no_wrap=name in ("knob", "path", "size"), overflow="fold"
+        )
+    return table
+
+
+def _knobs(config: Config, origins: Mapping[str, str]) -> Table:
+    table = _table("Knobs", "knob", "value", "origin")
+    for path, value in flatten(config).items():
+        origin = origins.get(path, "")
+        table.add_row(f"config.{path}", repr(value), origin, style="" if origin == "base" else "bold")
+    return table
+
+
+def _stage_knobs(name: str, overrides: Mapping[str, Any]) -> Table:
+    table = _table(f"\nStage {name}", "knob", "value")
+    for path, value in overrides.items():
+        table.add_row(f"config.{path}", repr(value))
+    return table
+
+
+def _parameters(config: Config) -> Table:
+    table = _table(
+        "\nParameters (blocks are stacked: the first axis counts repeats of the pattern)", "path", "shape", "size"
+    )
+    leaves = jax.tree_util.tree_flatten_with_path(parameter_shapes(config.model))[0]
+    for path, leaf in leaves:
+        shape = " x ".join(map(str, leaf.shape))
+        table.add_row(jax.tree_util.keystr(path, simple=True, separator="/"), shape, f"{total_size(leaf):,}")
+    table.add_row("all", "", f"{total_size(parameter_shapes(config.model)):,}", style="bold")
+    return table
+
+
+def _costs(config: Config) -> Table:
+    table = _table("\nCost", "what", "how much", "of which")
+    shapes = parameter_shapes(config.model)
+    parameters = total_bytes(shapes)
+    structure, numbers = split(config)
+    state = jax.eval_shape(lambda: start(structure, as_arguments(numbers)))
+    optimizer = total_bytes(state.opt_state)
+    table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
+    table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))
+    for stage in stages(config):
+        table.add_row(*_stage_costs(stage))
+    table.add_row("token stores and compiled programs", "kept in", str(cache_folder()))
+    return table
+
+
+def _memory(parameters: int, optimizer: int) -> str:
+    parts = {"parameters": parameters, "gradients": parameters, "optimizer": optimizer}
+    return ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items()) + "; activations come on top"
+
+
+def _stage_costs(stage: Stage) -> tuple[str, str, str]:
+    config = stage.config
+    window = config.data.window or config.model.context_length
+    forward = forward_flops_per_token(dataclasses.replace(config.model, remat="none"), window)
+    tokens = config.training.steps * config.training.batch_size * window
+    return (
+        f"stage {stage.name}",
+        f"{count(3 * forward)} FLOPs a token",
+        f"forward {count(forward)}; {config.training.steps} steps of {config.training.batch_size} x {window} tokens, "
+        f"{count(tokens)} in all, {count(3 * forward * tokens)} FLOPs",
+    )

@@ -1,0 +1,27 @@
+"""Every name in a config held against the tables, before anything is made or compiled."""
+
+from rustgpt_jax.config import Config, stages
+from rustgpt_jax.data.corpora import CORPORA
+from rustgpt_jax.errors import choose
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.schedules import SCHEDULES
+
+
+def check_parts(config: Config) -> None:
+    """Raises UserError, with the nearest valid name, for a part that no table has."""
+    model = config.model
+    choose(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name")
+    choose(NORMS, model.norm, "config.model.norm")
+    choose(POSITIONS, model.position, "config.model.position")
+    choose(FEEDFORWARDS, model.feedforward, "config.model.feedforward")
+    for mixer in model.mixers:
+        choose(MIXERS, mixer, "config.model.mixers")
+    choose(OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
+    for stage in stages(config):
+        choose(CORPORA, stage.config.data.corpus, "config.data.corpus")
+        choose(SCHEDULES, stage.config.schedule.name, "config.schedule.name")

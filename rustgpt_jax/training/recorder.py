@@ -1,0 +1,128 @@
+"""What a run tells while it trains: metrics, evaluations, samples and the best checkpoint."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from rustgpt_jax.config import Config, Structure
+from rustgpt_jax.data.prepare import StageData
+from rustgpt_jax.decoding.text import Writer, write
+from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.model.cost import training_flops_per_token
+from rustgpt_jax.parallel.devices import peak_flops, share
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.formatting import duration
+from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
+from rustgpt_jax.runs.progress import Progress
+from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.step import Metrics, State
+
+
+class Pending(NamedTuple):
+    """Steps `first_step` to `first_step + n_steps`, whose metrics the device may still be computing."""
+
+    first_step: int
+    n_steps: int
+    metrics: Metrics
+
+
+@dataclass
+class Recorder:
+    """Writes what happens in one stage of a run. Metrics are read one call late, so that the device never waits."""
+
+    config: Config
+    data: StageData
+    run: RunFolder
+    tokenizer: Tokenizer
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    pending: Pending | None = None
+    compiled: set[Structure] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
+        self._peak_flops = peak_flops()
+        self._best_loss = self._best_loss_so_far()
+        self._clock = time.perf_counter()
+
+    def _best_loss_so_far(self) -> float:
+        # Of this stage alone: stages measure different texts.
+        lines = [line for line in read_metrics(self.run.path) if line["stage"] == self.data.stage.name]
+        return min((line["valid/loss"] for line in lines if "valid/loss" in line), default=np.inf)
+
+    def called(self, structure: Structure, seconds: float) -> None:
+        """Say once for each program how long its first call took to return: that is its tracing and compiling."""
+        if structure not in self.compiled:
+            self.compiled.add(structure)
+            self.progress.message(f"compiled the training step in {duration(seconds)}")
+            self._clock = time.perf_counter()
+
+    def trained(self, first_step: int, count: int, metrics: Metrics) -> None:
+        """Take the metrics of a call that has just begun, and write those of the one before."""
+        self.flush()
+        self.pending = Pending(first_step, count, metrics)
+
+    def flush(self) -> None:
+        """Write the metrics that are still to be written."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        metrics = jax.device_get(pending.metrics)
+        speed = self._speed(pending.n_steps)
+        for index in range(pending.n_steps):
+            step = pending.first_step + index + 1
+            values = {f"train/{name}": float(column[index]) for name, column in metrics._asdict().items()} | speed
+            if step % self.config.record.log_every == 0 or step == self.data.stage.end_step:
+                self.writer.write(step, {"stage": self.data.stage.name, **values})
+            if index == pending.n_steps - 1:
+                self.progress.update(step, values, self.data.stage.name)
+
+    def _speed(self, count: int) -> dict[str, float]:
+        now = time.perf_counter()
+        tokens = count * self.data.stage.config.training.batch_size * self.data.window
+        tokens_per_second = tokens / (now - self._clock)
+        self._clock = now
+        return {
+            "train/tokens_per_second": tokens_per_second,
+            "train/flops_share": tokens_per_second * self._flops_per_token / self._peak_flops,
+        }
+
+    def evaluate(self, state: State, step: int) -> None:
+        """Measure the stage's validation split, keep the state if it is the best so far, and write samples."""
+        self.flush()
+        bytes_per_token = self.data.store.split("valid").bytes_per_token
+        batches = (share(batch, batch_axis=0) for batch in self.data.validation_batches())
+        values = evaluate(state.params, self.config.model, batches, bytes_per_token)
+        if values:
+            self.writer.write(step, {"stage": self.data.stage.name, **values})
+            self.progress.message(
+                f"step {step}  {self.data.stage.name}  validation loss {values['valid/loss']:.4f}"
+                f"  perplexity {values['valid/perplexity']:.2f}  {values['valid/bits_per_byte']:.3f} bits per byte"
+            )
+            if values["valid/loss"] < self._best_loss:
+                self._best_loss = values["valid/loss"]
+                self.checkpoints.save(state, step, "best")
+        self._write_samples(state, step)
+        self._clock = time.perf_counter()
+
+    def save(self, state: State, step: int) -> None:
+        """Begin to write a checkpoint, once all that was measured before it is written."""
+        self.flush()
+        self.checkpoints.save(state, step)
+
+    def _write_samples(self, state: State, step: int) -> None:
+        prompts = self.config.record.prompts
+        if not prompts:
+            return
+        author = Writer(state.params, self.config.model, self.tokenizer, self.data.is_dialogue)
+        texts = write(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
+        with open(self.run.samples_file, "a", encoding="utf-8") as file:
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+                self.progress.message(f"  {prompt} | {text}" if self.data.is_dialogue else f"  {prompt}{text}")

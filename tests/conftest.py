@@ -1,0 +1,66 @@
+"""What all tests share: small configs, caches of their own, and no silent broadcasting between ranks."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# For this process and for those that tests start. JAX reads it when it is first imported.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import hypothesis
+import pytest
+from configs import base
+from ml_collections import ConfigDict
+
+from rustgpt_jax.config import Config
+from rustgpt_jax.resolve import override, resolve
+
+# The first example of a property may compile a program.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+
+SMALL = {
+    "data.valid_fraction": 0.2,
+    "model.vocab_size": 61,
+    "model.context_length": 32,
+    "model.n_layers": 2,
+    "model.d_model": 32,
+    "model.n_heads": 4,
+    "schedule.warmup_steps": 2,
+    "training.steps": 8,
+    "training.batch_size": 4,
+    "training.steps_per_call": 4,
+    "record.log_every": 2,
+    "record.evaluate_every": 4,
+    "record.checkpoint_every": 4,
+    "sampling.max_tokens": 8,
+}
+
+
+def small_tree(**changes: Any) -> ConfigDict:
+    """base.py made small, then the values at dotted paths changed: `small_tree(**{"model.n_layers": 4})`."""
+    tree = base.get_config()
+    for path, value in (SMALL | changes).items():
+        if path == "stages":
+            tree.stages = value
+        else:
+            override(tree, path, value)
+    return tree
+
+
+def small_config(**changes: Any) -> Config:
+    """The resolved config of `small_tree`."""
+    return resolve(small_tree(**changes))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Token stores and compiled programs go to a folder of the session, never to the user's cache.
+
+    $JAX_COMPILATION_CACHE_DIR, where it is set, keeps compiled programs from one session to the next.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUSTGPT_JAX_CACHE", str(folder))
+        yield folder

@@ -1,0 +1,154 @@
+"""The building: rooms import downwards only, few of them know JAX or Flax, and what is public says what it does."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "rustgpt_jax"
+
+# From the top down: a room may import the rooms of its own floor and of those below.
+FLOORS = (
+    ("launch",),
+    ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance"),
+    ("parallel", "model", "data", "tokenizers"),
+    ("config", "resolve", "errors", "cache"),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ROOMS_WITHOUT_JAX = ("data", "tokenizers", "config", "resolve", "errors", "cache")
+DRAWERS = ("util", "utils", "common", "helpers", "misc")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def name_of(file: Path) -> str:
+    """The dotted name of a module by its file."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {name_of(file): ast.parse(file.read_text()) for file in [ROOT / "launch.py", *ROOT.glob(f"{PACKAGE}/**/*.py")]}
+MODULES = sorted(TREES)
+
+
+def room_of(module: str) -> str:
+    """The room of a module: 'training' for rustgpt_jax.training.step, '' for the package itself."""
+    return module.removeprefix(PACKAGE).removeprefix(".").split(".")[0]
+
+
+def imports(module: str) -> set[str]:
+    """Every module that a module imports, at its head or later; `from package import module` gives the module."""
+    found: set[str] = set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in TREES else str(node.module) for name in names}
+    return found
+
+
+def libraries(module: str) -> set[str]:
+    """The first names of what a module imports: {'jax', 'numpy', ...}."""
+    return {name.split(".")[0] for name in imports(module)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards_only(module: str) -> None:
+    own = [name for name in imports(module) if name.split(".")[0] == PACKAGE and room_of(name)]
+    unknown = {room_of(name) for name in [module, *own]} - {"", *FLOOR_OF}
+    assert not unknown, f"rooms that stand on no floor: {unknown}"
+    floor = FLOOR_OF.get(room_of(module), len(FLOORS))
+    assert [name for name in own if FLOOR_OF[room_of(name)] < floor] == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {module: imports(module) & set(TREES) for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_stay_in_their_rooms(module: str) -> None:
+    used = libraries(module)
+    if module != "launch":
+        assert not used & {"configs", "experiments", "launch", "tests"}
+    if room_of(module) in (*ROOMS_WITHOUT_JAX, "launch"):
+        assert not used & {"jax", "jaxlib", "flax", "optax", "orbax"}
+    if room_of(module) != "model":
+        assert "flax" not in used
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "model"])
+def test_the_model_knows_only_itself_and_its_config(module: str) -> None:
+    rooms = {room_of(name) for name in imports(module) if name.startswith(PACKAGE)}
+    assert rooms <= {"model", *FLOORS[-1]}
+
+
+def test_reading_data_and_configs_starts_no_jax() -> None:
+    quiet = [module for module in MODULES if room_of(module) in ROOMS_WITHOUT_JAX]
+    # grain brings JAX by itself.
+    code = f"""
+import sys, types
+sys.modules["grain"] = types.ModuleType("grain")
+import {", ".join(quiet)}
+print([name for name in ("jax", "flax") if name in sys.modules])
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_a_drawer_for_the_homeless(module: str) -> None:
+    assert not [part for part in module.split(".") if part in DRAWERS or part.endswith(("_lib", "_utils"))]
+
+
+# What is public.
+
+
+def public(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, ast.ClassDef | Function]]:
+    """The classes and functions whose names do not begin with _, with the methods of the classes, by dotted name."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{prefix}{node.name}.")
+
+
+def signatures(tree: ast.Module) -> Iterator[tuple[str, Function]]:
+    """The functions of `public`, and the special methods of its classes."""
+    yield from ((name, node) for name, node in public(tree) if isinstance(node, Function))
+    for name, node in public(tree):
+        if isinstance(node, ast.ClassDef):
+            special = (child for child in node.body if isinstance(child, Function) and child.name.startswith("__"))
+            yield from ((f"{name}.{child.name}", child) for child in special)
+
+
+def unannotated(function: Function, is_method: bool) -> list[str]:
+    """The arguments of a function that have no type, and 'return' if its result has none."""
+    arguments = function.args
+    is_static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in function.decorator_list)
+    named = [*arguments.posonlyargs, *arguments.args][is_method and not is_static :]
+    every = [*named, *arguments.kwonlyargs, *filter(None, (arguments.vararg, arguments.kwarg))]
+    bare = [argument.arg for argument in every if argument.annotation is None]
+    return bare if function.returns else [*bare, "return"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_public_is_explained(module: str) -> None:
+    assert not TREES[module].body or ast.get_docstring(TREES[module])
+    assert [name for name, node in public(TREES[module]) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_public_has_types(module: str) -> None:
+    bare = {name: unannotated(node, "." in name) for name, node in signatures(TREES[module])}
+    assert {name: missing for name, missing in bare.items() if missing} == {}

@@ -1,0 +1,244 @@
+"""The schema: base.py names all of it, and a config divides into structure and numbers and comes back whole."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from configs import base
+from conftest import small_config
+
+from rustgpt_jax import config as schema
+from rustgpt_jax.config import (
+    ARGUMENT,
+    FIELDS,
+    Config,
+    config_hash,
+    differences,
+    flatten,
+    is_on,
+    merge,
+    read,
+    split,
+    stages,
+    to_dict,
+    with_values,
+)
+from rustgpt_jax.resolve import leaves, resolve
+
+CONFIGS = Path(base.__file__).parent
+RECIPES = sorted(file.stem for file in CONFIGS.glob("*.py"))
+TWO_STAGES = (
+    {"name": "first", "data": {"corpus": "facts"}, "training": {"steps": 3, "z_loss": 1e-4}},
+    {"name": "second", "data": {"corpus": "chat", "loss_on": "assistant"}, "optimizer": {"learning_rate": 1}},
+)
+NUMBERS = [path for path in FIELDS if FIELDS[path].metadata.get("number")]
+SWITCHES = [path for path in NUMBERS if FIELDS[path].metadata["off_at_zero"]]
+IN_STRUCTURE = [path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}]
+
+
+def other(value: Any) -> Any:
+    """Some value of the same kind that is not `value`. It need not be a sensible one."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case tuple():
+            return value + ("x",)
+        case _:
+            return 7
+
+
+# base.py and the recipes.
+
+
+def test_base_names_exactly_the_fields_of_the_schema() -> None:
+    tree = base.get_config()
+    assert [path for path, _ in leaves(tree) if path != "stages"] == list(FIELDS)
+    assert tree.stages == ()
+
+
+def test_every_knob_has_a_comment_of_its_own_in_base() -> None:
+    source = Path(base.__file__).read_text()
+    assignments = [
+        (ast.unparse(node.targets[0]).removeprefix("config."), node.lineno)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) != "ConfigDict()"
+    ]
+    assert {path for path, _ in assignments} == {*FIELDS, "stages"}
+    lines = source.splitlines()
+    assert [path for path, line in assignments if not lines[line - 2].strip().startswith("# ")] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_resolves_and_comes_back_from_its_written_form(name: str) -> None:
+    config = resolve(importlib.import_module(f"configs.{name}").get_config())
+    written = json.dumps(to_dict(config), allow_nan=False)
+    assert resolve(json.loads(written)) == config
+    assert config_hash(resolve(json.loads(written))) == config_hash(config)
+
+
+# The written form and its hash.
+
+
+def test_stages_come_back_from_the_written_form() -> None:
+    config = small_config(stages=TWO_STAGES)
+    assert resolve(to_dict(config)) == config
+    assert to_dict(config)["stages"][0] == TWO_STAGES[0]
+
+
+@pytest.mark.parametrize("path", [*FIELDS, "stages"])
+def test_the_hash_tells_any_two_configs_apart(path: str) -> None:
+    config = small_config()
+    if path == "stages":
+        changed = small_config(stages=TWO_STAGES)
+    else:
+        changed = with_values(config, {path: other(read(config, path))})
+        assert differences(config, changed) == {path: (read(config, path), read(changed, path))}
+    assert list(differences(config, changed)) == [path]
+    assert config_hash(changed) != config_hash(config)
+
+
+def test_the_hash_does_not_depend_on_how_a_config_was_spelt() -> None:
+    def reversed_keys(tree: Any) -> Any:
+        return {key: reversed_keys(tree[key]) for key in reversed(tree)} if isinstance(tree, dict) else tree
+
+    config = small_config(stages=TWO_STAGES)
+    respelt = reversed_keys(to_dict(config))
+    respelt["optimizer"]["clip_norm"] = 1
+    respelt["training"]["steps"] = 8.0
+    respelt["training"]["z_loss"] = -0.0
+    respelt["model"]["mixers"] = tuple(respelt["model"]["mixers"])
+    assert resolve(respelt) == config
+    assert config_hash(resolve(respelt)) == config_hash(config)
+
+
+def test_the_hash_is_the_same_in_another_process() -> None:
+    code = "import json,sys; from rustgpt_jax.resolve import resolve; from rustgpt_jax.config import config_hash"
+    config = small_config(stages=TWO_STAGES)
+    found = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(config_hash(resolve(json.load(sys.stdin))))"],
+        input=json.dumps(to_dict(config)),
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == config_hash(config)
+    assert len(config_hash(config)) == 16
+
+
+# Structure and numbers.
+
+
+def test_merge_is_the_inverse_of_split() -> None:
+    config = small_config(**{"model.dropout": 0.1, "training.z_loss": 1e-4})
+    structure, numbers = split(config)
+    hash(structure)
+    assert sorted(numbers) == sorted(NUMBERS)
+    assert merge(structure, numbers) == schema.Structure(
+        config.seed, config.model, config.optimizer, config.schedule, config.training
+    )
+
+
+@pytest.mark.parametrize("path", IN_STRUCTURE)
+def test_a_number_is_an_argument_and_all_else_is_structure(path: str) -> None:
+    config = small_config(**dict.fromkeys(SWITCHES, 0.5))
+    structure, numbers = split(config)
+    value = other(read(config, path))
+    changed_structure, changed_numbers = split(with_values(config, {path: value}))
+    if path in NUMBERS:
+        assert (changed_structure, hash(changed_structure)) == (structure, hash(structure))
+        assert read(structure, path) == ARGUMENT
+        assert changed_numbers == numbers | {path: value}
+    else:
+        assert changed_structure != structure
+        assert read(changed_structure, path) == value
+        assert changed_numbers == numbers
+
+
+@pytest.mark.parametrize("path", sorted(set(FIELDS) - set(IN_STRUCTURE)))
+def test_what_is_not_in_the_program_does_not_change_it(path: str) -> None:
+    config = small_config()
+    assert split(with_values(config, {path: other(read(config, path))})) == split(config)
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_zero_is_structure_where_it_switches_a_part_off_and_a_number_elsewhere(path: str) -> None:
+    config = small_config(**dict.fromkeys(SWITCHES, 0.5))
+    off, numbers = split(with_values(config, {path: 0}))
+    is_switch = path in ("model.dropout", "optimizer.clip_norm", "training.z_loss")
+    assert (path in numbers) != is_switch
+    assert (off != split(config)[0]) == is_switch
+    assert is_on(read(merge(off, numbers), path)) == is_on(0) == False  # noqa: E712
+
+
+def test_numbers_are_tracers_in_a_compiled_program_and_a_tracer_is_always_on() -> None:
+    structure, numbers = split(small_config(**{"model.dropout": 0.25}))
+
+    @jax.jit
+    def rate(numbers: dict[str, Any]) -> Any:
+        merged = merge(structure, numbers)
+        assert isinstance(merged.model.dropout, jax.core.Tracer)
+        assert is_on(merged.model.dropout)
+        assert not is_on(merged.training.z_loss)
+        return merged.model.dropout * 2
+
+    assert rate({path: np.float32(value) for path, value in numbers.items()}) == 0.5
+
+
+# Paths.
+
+
+def test_flatten_reads_every_field_at_its_path_and_with_values_puts_it_back() -> None:
+    config, changed = small_config(), small_config(**{"model.d_model": 64, "seed": 3, "data.paths": ("x",)})
+    assert flatten(config)["model.d_model"] == config.model.d_model == 32
+    assert list(flatten(config)) == list(FIELDS)
+    assert with_values(config, flatten(changed)) == changed
+    assert config.model.d_model == 32
+
+
+# Stages.
+
+
+def test_a_config_without_stages_is_one_stage() -> None:
+    config = small_config()
+    (only,) = stages(config)
+    assert (only.name, only.first_step, only.end_step, only.config) == ("train", 0, 8, config)
+
+
+def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
+    config = small_config(stages=TWO_STAGES)
+    first, second = stages(config)
+    assert [(stage.name, stage.first_step, stage.end_step) for stage in (first, second)] == [
+        ("first", 0, 3),
+        ("second", 3, 11),
+    ]
+    plain = dataclasses.replace(config, stages=())
+    assert differences(plain, first.config) == {"training.steps": (8, 3), "training.z_loss": (0.0, 1e-4)}
+    assert set(differences(plain, second.config)) == {"data.corpus", "data.loss_on", "optimizer.learning_rate"}
+
+
+def test_a_stage_may_change_what_leaves_parameters_and_optimizer_state_as_they_are() -> None:
+    allowed = {path for path in FIELDS if schema.may_differ_between_stages(path)}
+    assert allowed == {path for path in FIELDS if path.startswith("data.")} | {"schedule.name"} | set(NUMBERS) - {"seed"}
+
+
+def test_configs_are_frozen() -> None:
+    config = small_config()
+    for node in (config, *(getattr(config, field.name) for field in dataclasses.fields(Config))):
+        if dataclasses.is_dataclass(node):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(node, dataclasses.fields(node)[0].name, 1)

@@ -1,0 +1,328 @@
+"""Optimizers: each against NumPy in float64, with numbers that may be traced, and muon layer by layer."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import small_config
+
+from rustgpt_jax.config import OptimizerConfig
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.training.optimizers import OPTIMIZERS, clip, muon_partition, optimizer, path_name
+
+Params = dict[str, Any]
+
+NUMBERS = ("learning_rate", "b1", "b2", "epsilon", "momentum", "matrix_learning_rate", "weight_decay")
+LAYERS = 2
+KERNELS = {"up": (4, 10), "down": (10, 4)}
+
+
+def knobs(**changes: Any) -> OptimizerConfig:
+    return dataclasses.replace(small_config().optimizer, **changes)
+
+
+def random_like(tree: Any, seed: int) -> Any:
+    """A tree of the same shapes with normal values."""
+    leaves, structure = jax.tree.flatten(tree)
+    generator = np.random.default_rng(seed)
+    return structure.unflatten([generator.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def parameters(seed: int = 0) -> Params:
+    """Parameters with the names and axes of a model's."""
+    block = {
+        name: {"kernel": np.empty((LAYERS, *shape)), "bias": np.empty((LAYERS, 4))} for name, shape in KERNELS.items()
+    }
+    shapes = {
+        "embedding": {"table": np.empty((7, 4))},
+        "blocks": {"0": {"mixer": block, "mixer_norm": {"scale": np.empty((LAYERS, 4))}}},
+        "head": {"kernel": np.empty((4, 7))},
+    }
+    return random_like(shapes, seed)
+
+
+def run(config: OptimizerConfig, params: Params, steps: int, rate: Any = 1.0) -> Params:
+    """The parameters after some steps with gradients that depend on the step alone."""
+
+    @jax.jit
+    def step(gradients: Params, state: Any, params: Params, rate: Any) -> tuple[Params, Any]:
+        updates, state = optimizer(config, rate).update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer(config).init(params)
+    for index in range(steps):
+        params, state = step(random_like(params, 100 + index), state, params, rate)
+    return params
+
+
+def assert_close(left: Any, right: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), left, right)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_step_lowers_a_convex_loss(name: str) -> None:
+    config = knobs(name=name, learning_rate=1e-3, matrix_learning_rate=1e-3, weight_decay=0.0)
+    target, params = parameters(1), jax.tree.map(np.zeros_like, parameters())
+
+    def loss(params: Params) -> jax.Array:
+        return sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (params, target)), strict=True))
+
+    @jax.jit
+    def step(state: Any, params: Params) -> tuple[Any, Params, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer(config).update(gradients, state, params)
+        return state, optax.apply_updates(params, updates), value
+
+    state, losses = optimizer(config).init(params), []
+    for _ in range(10):
+        state, params, value = step(state, params)
+        losses.append(float(value))
+    assert np.all(np.diff(losses) < 0), losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_traced_numbers_give_what_constants_give_from_one_compilation(name: str) -> None:
+    params = parameters()
+
+    @jax.jit
+    def traced(gradients: Params, state: Any, numbers: dict[str, jax.Array]) -> tuple[Params, Any]:
+        return optimizer(dataclasses.replace(knobs(name=name), **numbers), 0.3).update(gradients, state, params)
+
+    for scale in (1.0, 0.5):
+        config = knobs(name=name, b1=0.9 * scale, b2=0.99 * scale, momentum=0.9 * scale, weight_decay=0.1 * scale)
+        numbers = {field: np.float32(getattr(config, field)) for field in NUMBERS}
+        constants = jax.jit(optimizer(config, 0.3).update)
+        state = other_state = optimizer(config).init(params)
+        for seed in (1, 2):
+            gradients = random_like(params, seed)
+            updates, state = traced(gradients, state, numbers)
+            others, other_state = constants(gradients, other_state, params)
+            assert_close(updates, others)
+    assert traced._cache_size() == 1
+
+
+# Oracles in float64.
+
+Direction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def adam_direction(config: OptimizerConfig) -> Callable[[np.ndarray], np.ndarray]:
+    mean, square, count = 0.0, 0.0, 0
+
+    def direction(gradient: np.ndarray) -> np.ndarray:
+        nonlocal mean, square, count
+        count += 1
+        mean = config.b1 * mean + (1 - config.b1) * gradient
+        square = config.b2 * square + (1 - config.b2) * gradient**2
+        return mean / (1 - config.b1**count) / (np.sqrt(square / (1 - config.b2**count)) + config.epsilon)
+
+    return direction
+
+
+def adamw_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    direction = adam_direction(config)
+    return lambda gradient, p: -config.learning_rate * (direction(gradient) + decay * p)
+
+
+def adam_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    direction = adam_direction(config)
+    return lambda gradient, p: -config.learning_rate * direction(gradient + decay * p)
+
+
+def sgd_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    velocity = 0.0
+
+    def update(gradient: np.ndarray, p: np.ndarray) -> np.ndarray:
+        nonlocal velocity
+        velocity = config.momentum * velocity + gradient + decay * p
+        return -config.learning_rate * velocity
+
+    return update
+
+
+def lion_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    mean = 0.0
+
+    def update(gradient: np.ndarray, p: np.ndarray) -> np.ndarray:
+        nonlocal mean
+        sign = np.sign(config.b1 * mean + (1 - config.b1) * gradient)
+        mean = config.b2 * mean + (1 - config.b2) * gradient
+        return -config.learning_rate * (sign + decay * p)
+
+    return update
+
+
+def muon_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    """For one matrix of one layer, with Jordan's quintic iteration and Nesterov's momentum."""
+    mean, count = 0.0, 0
+
+    def update(gradient: np.ndarray, p: np.ndarray) -> np.ndarray:
+        nonlocal mean, count
+        count += 1
+        mean = config.momentum * mean + (1 - config.momentum) * gradient
+        ahead = config.momentum * mean / (1 - config.momentum ** (count + 1))
+        x = ahead + (1 - config.momentum) * gradient / (1 - config.momentum**count)
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return -config.matrix_learning_rate * (max(1, x.shape[1] / x.shape[0]) ** 0.5 * x + decay * p)
+
+    return update
+
+
+ORACLES = {"adamw": adamw_oracle, "adam": adam_oracle, "sgd": sgd_oracle, "lion": lion_oracle, "muon": adamw_oracle}
+
+
+def followed(oracle: Direction, path: Any, start: np.ndarray, steps: int, layer: Any = ...) -> np.ndarray:
+    """Where an oracle takes the parameter (or a layer of it) that `run` takes along with all others."""
+    p = start[layer].astype(np.float64)
+    for step in range(steps):
+        gradients = random_like(parameters(), 100 + step)
+        gradient = dict(leaves(gradients))[path][layer]
+        p = p + oracle(gradient.astype(np.float64), p)
+    return p
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    yield from ((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_five_steps_are_those_of_the_papers(name: str) -> None:
+    groups = (("norm|bias", 0.0), ("head", 0.5), (".*", 1.0))
+    config = knobs(name=name, learning_rate=0.01, weight_decay=0.2, weight_decay_groups=groups)
+    after = dict(leaves(run(config, parameters(), 5)))
+    for path, start in leaves(parameters()):
+        decay = 0.0 if "norm" in path or "bias" in path else 0.1 if "head" in path else 0.2
+        if name == "muon" and path.startswith("blocks") and path.endswith("kernel"):
+            layers = [followed(muon_oracle(config, decay), path, start, 5, layer) for layer in range(LAYERS)]
+            wanted = np.stack(layers)
+        else:
+            wanted = followed(ORACLES[name](config, decay), path, start, 5)
+        np.testing.assert_allclose(after[path], wanted, rtol=1e-4, atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_rate_multiplies_the_whole_update(name: str) -> None:
+    def update(rate: float) -> Any:
+        params, config = parameters(), knobs(name=name)
+        return jax.jit(optimizer(config, rate).update)(parameters(1), optimizer(config).init(params), params)[0]
+
+    assert_close(update(0.25), jax.tree.map(lambda whole: 0.25 * whole, update(1.0)))
+
+
+# Weight decay.
+
+
+def decayed(*groups: tuple[str, float], name: str = "adamw") -> dict[str, float]:
+    """What a step without gradients leaves of each parameter, as a fraction."""
+    params = parameters()
+    config = knobs(name=name, learning_rate=0.1, matrix_learning_rate=0.1, weight_decay=0.5, weight_decay_groups=groups)
+    updates, _ = optimizer(config).update(jax.tree.map(np.zeros_like, params), optimizer(config).init(params), params)
+    after = dict(leaves(optax.apply_updates(params, updates)))
+    return {path: float(np.mean(after[path] / leaf)) for path, leaf in leaves(params)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_the_first_group_that_matches_decides(name: str) -> None:
+    left = decayed(("scale|bias", 0.0), ("mixer/down", 0.5), ("blocks", 1.0), (".*", 2.0), name=name)
+    for path, fraction in left.items():
+        factor = 0 if path.endswith(("scale", "bias")) else 0.5 if "down" in path else 1 if "blocks" in path else 2
+        assert fraction == pytest.approx(1 - 0.05 * factor, rel=1e-5), path
+
+
+def test_a_factor_of_zero_leaves_a_parameter_alone() -> None:
+    assert decayed(("scale", 0.0), (".*", 1.0))["blocks/0/mixer_norm/scale"] == 1.0
+
+
+def test_a_parameter_that_no_group_matches_is_named() -> None:
+    with pytest.raises(UserError, match="weight_decay_groups: no expression matches the parameter 'embedding/table'"):
+        decayed(("blocks|head", 1.0))
+
+
+def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="config.optimizer.name: there is no 'adamww'. Did you mean 'adamw'?"):
+        optimizer(knobs(name="adamww"))
+
+
+# Muon.
+
+
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+@pytest.mark.parametrize("feedforward", FEEDFORWARDS)
+def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str, layers: str) -> None:
+    everything = {
+        "model.feedforward": feedforward,
+        "model.layers": layers,
+        "model.bias": True,
+        "model.qk_norm": True,
+        "model.position": "learned",
+        "model.tie_embeddings": False,
+    }
+    shapes = dict(leaves(parameter_shapes(small_config(**everything).model)))
+    taken = {
+        path
+        for path, label in leaves(muon_partition(parameter_shapes(small_config(**everything).model)))
+        if label == "muon"
+    }
+    assert taken == {path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")}
+    assert len(taken) >= 6
+    assert all(len(shapes[path].shape) == 3 for path in taken)
+
+
+def muon_updates(gradients: Params) -> dict[str, np.ndarray]:
+    """The first update of each kernel of the blocks, its learning rate and the factor for its shape taken out."""
+    config = knobs(name="muon", weight_decay=0.0)
+    updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
+    kernels = {path: leaf for path, leaf in leaves(updates["blocks"]) if path.endswith("kernel")}
+    return {
+        path: np.asarray(leaf) / -config.matrix_learning_rate / max(1, leaf.shape[2] / leaf.shape[1]) ** 0.5
+        for path, leaf in kernels.items()
+    }
+
+
+def test_muon_orthogonalises_each_layer() -> None:
+    updates = muon_updates(parameters(3))
+    assert len(updates) == len(KERNELS)
+    for path, update in updates.items():
+        values = np.linalg.svd(update, compute_uv=False)
+        assert values.shape == (LAYERS, 4)
+        # The iteration's fixed band.
+        assert np.all((values > 0.6) & (values < 1.25)), (path, values)
+
+
+def test_muon_takes_each_layer_by_itself() -> None:
+    gradients = parameters(3)
+    louder = jax.tree.map(np.copy, gradients)
+    for kernel in louder["blocks"]["0"]["mixer"].values():
+        kernel["kernel"][1:] *= 1000.0
+        kernel["kernel"][1:] += 7.0
+    quiet_updates, loud_updates = muon_updates(gradients), muon_updates(louder)
+    for path, update in quiet_updates.items():
+        np.testing.assert_array_equal(update[0], loud_updates[path][0])
+        assert not np.allclose(update[1], loud_updates[path][1], atol=1e-3)
+
+
+# Clipping.
+
+
+def test_clipping_shortens_long_gradients_and_keeps_their_direction() -> None:
+    gradients = parameters()
+    norm = optax.tree.norm(gradients)
+    clipped = clip(gradients, norm, 0.5)
+    assert float(optax.tree.norm(clipped)) == pytest.approx(0.5, rel=1e-5)
+    assert_close(jax.tree.map(lambda leaf: leaf * norm / 0.5, clipped), gradients)
+
+
+def test_clipping_leaves_short_and_zero_gradients_alone() -> None:
+    for gradients in (parameters(), jax.tree.map(np.zeros_like, parameters())):
+        norm = optax.tree.norm(gradients)
+        assert_close(clip(gradients, norm, 1.001 * norm), gradients, rtol=0, atol=0)

@@ -1,0 +1,285 @@
+"""The door: every mistake of a user is answered by one sentence that says where and what would be right."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+from conftest import small_config, small_tree
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from rustgpt_jax.config import FIELDS, config_hash, flatten, read, to_dict, with_values
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import checked, override, parse, resolve
+
+VALID = to_dict(small_config())
+MISSING = object()
+
+
+def edited(changes: dict[str, Any]) -> dict[str, Any]:
+    """A valid config as nested dicts, with raw values put at dotted paths, or taken away by MISSING."""
+    tree = copy.deepcopy(VALID)
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        node = tree
+        for group in groups:
+            if not isinstance(node.get(group), dict):
+                node[group] = {}
+            node = node[group]
+        if value is MISSING:
+            del node[name]
+        else:
+            node[name] = value
+    return tree
+
+
+def stage(name: Any = "one", **groups: Any) -> dict[str, Any]:
+    return {"name": name, **groups}
+
+
+MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
+    # Keys.
+    ({"model.n_layer": 3}, ["config.model.n_layer:", "no such knob", "config.model.n_layers?"]),
+    ({"learning_rate": 1.0}, ["config.learning_rate:", "config.optimizer.learning_rate?"]),
+    ({"optimiser.learning_rate": 1.0}, ["config.optimiser.learning_rate:", "config.optimizer.learning_rate?"]),
+    ({"model.qqq": 1}, ["config.model.qqq:", "launch.py explain"]),
+    ({"qqq": {}}, ["config.qqq:", "no such knob"]),
+    ({"model": 3}, ["config.model", "group"]),
+    ({"model.n_layers": {"x": 1}}, ["config.model.n_layers takes a whole number"]),
+    ({"model.n_layers": MISSING}, ["config.model.n_layers has no value", "configs/base.py"]),
+    ({"model": MISSING}, ["config.model.vocab_size has no value"]),
+    # Types.
+    ({"model.n_layers": "2"}, ["config.model.n_layers takes a whole number, not '2'"]),
+    ({"model.n_layers": 2.5}, ["config.model.n_layers takes a whole number, not 2.5"]),
+    ({"model.n_layers": True}, ["config.model.n_layers takes a whole number, not True"]),
+    ({"model.n_layers": None}, ["config.model.n_layers takes a whole number, not None"]),
+    ({"model.n_layers": math.inf}, ["config.model.n_layers takes a whole number, not inf"]),
+    ({"model.d_ff": "wide"}, ["config.model.d_ff takes a whole number or None, not 'wide'"]),
+    ({"optimizer.learning_rate": "1e-3"}, ["config.optimizer.learning_rate takes a number, not '1e-3'"]),
+    ({"optimizer.learning_rate": math.nan}, ["config.optimizer.learning_rate takes a number, not nan"]),
+    ({"optimizer.learning_rate": math.inf}, ["config.optimizer.learning_rate takes a number, not inf"]),
+    ({"optimizer.learning_rate": 10**400}, ["config.optimizer.learning_rate takes a number"]),
+    ({"model.bias": 1}, ["config.model.bias takes True or False, not 1"]),
+    ({"model.norm": 1}, ["config.model.norm takes a string, not 1"]),
+    ({"data.paths": "a.txt"}, ["config.data.paths takes a list of strings, not 'a.txt'"]),
+    ({"data.paths": ["a.txt", 1]}, ["config.data.paths takes a list of strings, not ['a.txt', 1]"]),
+    (
+        {"optimizer.weight_decay_groups": [["norm"]]},
+        ["config.optimizer.weight_decay_groups takes a list of (regular expression, factor) pairs, not [['norm']]"],
+    ),
+    ({"optimizer.weight_decay_groups": [["norm", "x"]]}, ["takes a list of (regular expression, factor) pairs"]),
+    # Ranges and names.
+    ({"model.n_layers": 0}, ["config.model.n_layers must be at least 1, not 0"]),
+    ({"model.context_length": -3}, ["config.model.context_length must be at least 2, not -3"]),
+    ({"model.dropout": 1}, ["config.model.dropout must be at most 0.99, not 1"]),
+    ({"optimizer.learning_rate": -0.5}, ["config.optimizer.learning_rate must be at least 0, not -0.5"]),
+    ({"optimizer.b1": 1.0000001}, ["config.optimizer.b1 must be at most 1, not 1.0000001"]),
+    ({"seed": 2**32}, ["config.seed must be at most 4294967295, not 4294967296"]),
+    ({"seed": 10**400}, ["config.seed must be at most 4294967295, not 1000"]),
+    ({"data.split": "documents"}, ["config.data.split: there is no 'documents'", "'document'?", "document, tail"]),
+    ({"model.dtype": "float16"}, ["config.model.dtype", "bfloat16, float32"]),
+    # Combinations.
+    ({"model.n_heads": 5}, ["model.d_model=32", "model.n_heads=5", "is 4", "head_dim"]),
+    ({"model.d_model": 10**12 + 1, "model.n_heads": 4}, ["model.n_heads=4"]),
+    ({"model.n_heads": 10**12}, ["is 32"]),
+    ({"model.n_kv_heads": 3}, ["model.n_heads=4", "model.n_kv_heads=3"]),
+    ({"model.n_kv_heads": 8}, ["model.n_heads=4", "model.n_kv_heads=8"]),
+    ({"model.n_heads": 32}, ["rope", "even", "not 1"]),
+    ({"model.head_dim": 7}, ["rope", "even", "not 7"]),
+    ({"model.mixers": []}, ["model.mixers", "('attention',)"]),
+    ({"model.mixers": ["attention"] * 3}, ["model.n_layers=2", "3 blocks"]),
+    ({"data.window": 33}, ["data.window=33", "context_length=32"]),
+    ({"training.accumulation": 3}, ["training.batch_size=4", "accumulation=3"]),
+    ({"schedule.warmup_steps": 9}, ["schedule.warmup_steps=9", "training.steps=8"]),
+    ({"data.corpus": "files"}, ["data.corpus='files'", "--config.data.paths"]),
+    ({"tokenizer.vocab_size": None}, ["bpe", "config.tokenizer.vocab_size"]),
+    # Stages.
+    ({"stages": "x"}, ["config.stages is a sequence of mappings"]),
+    ({"stages": [3]}, ["config.stages is a sequence of mappings"]),
+    ({"stages": [{"data": {}}]}, ["config.stages", "name"]),
+    ({"stages": [stage(3)]}, ["config.stages", "name", "not 3"]),
+    ({"stages": [stage("")]}, ["config.stages", "name", "not ''"]),
+    ({"stages": [stage("a.b")]}, ["config.stages", "name", "not 'a.b'"]),
+    ({"stages": [stage("one"), stage("one")]}, ["config.stages", "two stages", "'one'"]),
+    ({"stages": [stage(data={"corpu": "x"})]}, ["config.stages.one.data.corpu:", "config.stages.one.data.corpus?"]),
+    ({"stages": [stage(data=3)]}, ["config.stages.one.data", "group"]),
+    ({"stages": [stage(model={"n_layers": 3})]}, ["config.stages.one.model.n_layers", "same in the whole run"]),
+    ({"stages": [stage(seed=3)]}, ["config.stages.one.seed", "same in the whole run"]),
+    ({"stages": [stage(training={"steps": 0})]}, ["config.stages.one.training.steps must be at least 1"]),
+    ({"stages": [stage(training={"steps": 1})]}, ["schedule.warmup_steps=2", "training.steps=1"]),
+    ({"stages": [stage(data={"corpus": "files"})]}, ["data.corpus='files'"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_answered_by_a_sentence_with_the_right_hint(changes: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(edited(changes))
+    assert [part for part in said if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("path", [path for path in FIELDS if "None" in str(FIELDS[path].type)])
+def test_none_is_allowed_where_the_schema_says_so(path: str) -> None:
+    assert read(resolve(edited({"tokenizer.name": "word", path: None})), path) is None
+
+
+@pytest.mark.parametrize("path", [path for path in FIELDS if "None" not in str(FIELDS[path].type)])
+def test_none_is_refused_elsewhere(path: str) -> None:
+    with pytest.raises(UserError, match=f"config.{path} takes .*, not None"):
+        resolve(edited({path: None}))
+
+
+@pytest.mark.parametrize("path", [path for path in FIELDS if FIELDS[path].metadata.get("low") is not None])
+def test_ranges_include_their_ends_and_nothing_beyond(path: str) -> None:
+    for end, step in (("low", -1), ("high", 1)):
+        value = FIELDS[path].metadata[end]
+        if value is not None:
+            assert checked(path, value, path) == value
+            with pytest.raises(UserError, match=f"{path} must be at (least|most) .*, not"):
+                checked(path, value + step, path)
+
+
+def test_whole_floats_are_ints_and_ints_are_floats_where_the_schema_says_so() -> None:
+    config = resolve(edited({"training.steps": 1e3, "optimizer.clip_norm": 2}))
+    assert (repr(config.training.steps), repr(config.optimizer.clip_norm)) == ("1000", "2.0")
+
+
+@pytest.mark.parametrize("value", [{"x": {"y": 1}}, ConfigDict({"x": {"y": 1}})])
+def test_a_mapping_is_not_taken_for_a_value(value: Any) -> None:
+    with pytest.raises(UserError, match=r"config\.model\.norm takes a string"):
+        resolve(edited({"model.norm": value}))
+
+
+# Whatever a config holds.
+
+odd_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["attention", "files", "bpe", "word", "argument", 0, 1, 2**63, 10**400, -(10**400)]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+group_names = sorted({path.split(".")[0] for path in FIELDS})
+paths = st.sampled_from([*FIELDS, *group_names, "stages"]) | st.text(max_size=8)
+stage_values = st.lists(
+    st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]) | odd_values}, optional=dict.fromkeys(group_names, odd_values))
+    | st.builds(lambda path, value: stage(**{path: value}), st.sampled_from([*FIELDS]), odd_values),
+    max_size=3,
+)
+
+
+@given(st.dictionaries(paths, odd_values, max_size=4) | st.builds(lambda stages: {"stages": stages}, stage_values))
+@settings(max_examples=300)
+@example({"stages": [stage("one", **{"optimizer": {"learning_rate": math.inf}})]})
+def test_any_edit_of_a_config_resolves_or_is_a_user_error(changes: dict[str, Any]) -> None:
+    try:
+        config = resolve(edited(changes))
+    except UserError:
+        return
+    assert resolve(to_dict(config)) == config
+    assert config_hash(resolve(to_dict(config))) == config_hash(config)
+
+
+# The command line.
+
+
+def as_text(value: Any) -> str:
+    """A value as a user would type it."""
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return str(value)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_value_can_be_typed(path: str) -> None:
+    for config in (small_config(), small_config(**{"data.paths": ("a.txt", "b c.txt"), "model.n_kv_heads": 2})):
+        value = read(config, path)
+        assert checked(path, parse(path, as_text(value)), path) == value
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("training.steps", "1e3", 1000),
+        ("model.bias", "true", True),
+        ("model.bias", "False", False),
+        ("model.d_ff", "none", None),
+        ("model.norm", "None", "None"),
+        ("data.paths", "a.txt, b.txt", ("a.txt", "b.txt")),
+        ("data.paths", "", ()),
+        ("data.paths", "['a,b.txt']", ("a,b.txt",)),
+        ("optimizer.weight_decay_groups", "[('x', 1)]", (("x", 1.0),)),
+        ("stages.one.training.steps", "7", 7),
+    ],
+)
+def test_text_is_read_by_the_type_of_its_field(path: str, text: str, value: Any) -> None:
+    known = path.removeprefix("stages.one.")
+    assert checked(known, parse(path, text), path) == value
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "said"),
+    [
+        ("model.n_layers", "two", "config.model.n_layers takes a whole number, not 'two'"),
+        ("model.n_layers", "", "config.model.n_layers takes a whole number, not ''"),
+        ("model.bias", "yes", "config.model.bias takes True or False, not 'yes'"),
+        ("model.d_ff", "{[]: 1}", "config.model.d_ff takes a whole number or None"),
+        ("seed", "-" * 100_000 + "1", "config.seed takes a whole number"),
+        ("model.n_layer", "2", "config.model.n_layers?"),
+        ("stages.one.training.step", "2", "training.steps?"),
+        ("stages.one", "2", "no such knob"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_text_that_cannot_be_read_is_a_user_error(path: str, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(path, text)
+    assert said in str(caught.value)
+
+
+@given(st.sampled_from([*FIELDS]), st.text(max_size=20) | odd_values.map(repr))
+@settings(max_examples=300)
+def test_any_text_is_read_or_is_a_user_error(path: str, text: str) -> None:
+    try:
+        checked(path, parse(path, text), path)
+    except UserError:
+        return
+
+
+@pytest.mark.parametrize("kind", [dict, ConfigDict])
+@pytest.mark.parametrize("lock", [False, True])
+def test_override_reaches_every_field_and_into_stages(kind: Any, lock: bool) -> None:
+    target = with_values(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.window": 8})
+    tree = small_tree(stages=(kind(stage("one", data={"corpus": "chat"})), kind(stage("two"))))
+    if lock:
+        tree.lock()
+    for path, value in flatten(target).items():
+        override(tree, path, value)
+    override(tree, "stages.one.data.corpus", "facts")
+    override(tree, "stages.two.optimizer.learning_rate", 1)
+    config = resolve(tree)
+    assert flatten(config) == flatten(target)
+    assert [dict(one.overrides) for one in config.stages] == [{"data.corpus": "facts"}, {"optimizer.learning_rate": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("model.n_layer", "config.model.n_layers?"),
+        ("model", "group"),
+        ("stages", "config.stages"),
+        ("stages.on.training.steps", "there is no stage 'on'. Did you mean 'one'?"),
+        ("stages.one.training.step", "config.stages.one.training.steps?"),
+        ("stages.one", "config.stages.one"),
+    ],
+)
+def test_override_of_a_path_that_is_not_there_is_a_user_error(path: str, said: str) -> None:
+    tree = small_tree(stages=(stage("one"),))
+    with pytest.raises(UserError) as caught:
+        override(tree, path, 1)
+    assert said in str(caught.value)

@@ -1,0 +1,288 @@
+"""The token store: holds every token, is built once, and is whole or not there."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from rustgpt_jax import tokenizers
+from rustgpt_jax.config import DataConfig
+from rustgpt_jax.data import corpora, store
+from rustgpt_jax.data.store import build_store, open_store, require_batch
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers import TOKENIZERS
+
+LINES = [f"The rain fell on day {index}, but it didn't stop." for index in range(40)]
+
+
+def char(texts: list[str] = LINES) -> Tokenizer:
+    return TOKENIZERS["char"](texts, None)
+
+
+def config(paths: tuple[str, ...], **changes: Any) -> DataConfig:
+    whole = DataConfig("files", paths, None, "document", 0.25, "all", None)
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> DataConfig:
+    path = tmp_path / "lines.json"
+    path.write_text(json.dumps(LINES))
+    return config((str(path),))
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> DataConfig:
+    path = tmp_path / "chat.jsonl"
+    turns = [[("user", f"day {index}?"), ("assistant", line)] for index, line in enumerate(LINES)]
+    messages = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    path.write_text("\n".join(map(json.dumps, messages)))
+    return config((str(path),), loss_on="assistant")
+
+
+def refuse_to_encode(*arguments: object) -> None:
+    raise AssertionError("encoded again")
+
+
+# What it holds.
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 2**26])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[name](LINES[:20], 300)
+    built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
+    for split in store.SPLITS:
+        documents = [d for side, d in corpora.divide(corpora.documents(lines), lines, 0) if side == split]
+        pieces = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
+        expected = [token for piece in pieces for token in piece] + [0]
+        stream, manifest = built.split(split), built.manifest.splits[split]
+        assert stream.tokens(0, len(expected) + 9).tolist() == expected
+        assert stream.offsets.tolist() == np.cumsum([0, *map(len, pieces[:-1])]).tolist()
+        assert (stream.n_tokens, stream.n_learned) == (len(expected), len(expected) - 1)
+        assert stream.learned_bytes == sum(len(document.text.encode()) for document in documents)
+        assert stream.bytes_per_token == stream.learned_bytes / stream.n_learned
+        assert manifest.n_documents == len(documents) > 0
+        assert manifest.n_unknown == (expected.count(4) if name == "word" else 0)
+        assert len(manifest.tokens) == -(-len(expected) // shard_tokens)
+        assert not manifest.weights and stream.weights(3, len(expected) + 9).sum() == len(expected) - 3
+    assert any(built.manifest.splits[split].n_unknown for split in store.SPLITS) == (name == "word")
+
+
+def test_a_span_may_cross_shards(lines: DataConfig, tmp_path: Path) -> None:
+    stream = build_store(lines, char(), tmp_path / "stores", shard_tokens=5).split("train")
+    everything = stream.tokens(0, stream.n_tokens)
+    for start in range(20):
+        for stop in range(start, 25):
+            assert stream.tokens(start, stop).tolist() == everything[start:stop].tolist()
+
+
+def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_path: Path) -> None:
+    tokenizer = char()
+    built = build_store(dialogues, tokenizer, tmp_path / "stores", shard_tokens=11)
+    stream = built.split("train")
+    documents = list(corpora.training_documents(dialogues))
+    parts = [tokenizers.encode_document(tokenizer, document, "assistant")[1] for document in documents]
+    expected = np.concatenate([*parts, [True]])
+    assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
+    assert stream.n_learned == expected.sum() - 1
+    assert stream.learned_bytes == sum(len(document.turns[-1].text) for document in documents)
+    # Each answer is learned with the END after it, and one character is one token here.
+    assert stream.n_learned == stream.learned_bytes + len(documents)
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(lines: DataConfig, tmp_path: Path) -> None:
+    tokenizer = char(["".join(map(chr, range(0x10000, 0x20000))), *LINES])
+    built = build_store(lines, tokenizer, tmp_path / "stores")
+    manifest = built.manifest.splits["train"]
+    assert sum(file.size for file in manifest.tokens) == 4 * manifest.n_tokens
+    assert tokenizers.decode(tokenizer, built.split("train").tokens(0, 30)).startswith("The rain")
+
+
+def test_the_tail_of_one_document_is_validation(tmp_path: Path) -> None:
+    path = tmp_path / "novel.txt"
+    path.write_text("".join(LINES))
+    built = build_store(config((str(path),), split="tail", valid_fraction=0.1), char(), tmp_path / "stores")
+    train, valid = (built.split(name) for name in store.SPLITS)
+    text = [tokenizers.decode(char(), stream.tokens(0, stream.n_tokens)) for stream in (train, valid)]
+    border = int(len("".join(LINES)) * 0.9)
+    assert text == ["".join(LINES)[:border], "".join(LINES)[border:]]
+
+
+def test_without_validation_its_stream_is_empty(lines: DataConfig, tmp_path: Path) -> None:
+    built = build_store(dataclasses.replace(lines, valid_fraction=0.0), char(), tmp_path / "stores")
+    stream = built.split("valid")
+    assert (stream.n_tokens, len(stream.offsets), stream.bytes_per_token) == (0, 0, 0.0)
+    assert len(stream.tokens(0, 5)) == len(stream.weights(0, 5)) == 0
+    assert built.manifest.splits["train"].n_documents == len(LINES)
+
+
+def test_batches_of_documents_do_not_show(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build_store(lines, char(), tmp_path / "whole").manifest
+    calls: list[tuple[int, int | None]] = []
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    parts = build_store(lines, char(), tmp_path / "parts", lambda done, total: calls.append((done, total))).manifest
+    assert parts == whole
+    assert len(calls) > 5 and calls[-1] == (len(LINES), len(LINES))
+    assert calls == sorted(calls)
+
+
+# When it is built.
+
+
+def test_a_store_is_built_once(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_store(lines, char(), tmp_path / "stores")
+    monkeypatch.setattr(store, "encode_documents", refuse_to_encode)
+    assert build_store(dataclasses.replace(lines, window=77), char(), tmp_path / "stores") == first
+
+
+CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, Tokenizer]]] = {
+    "tokenizer": lambda found: (found, TOKENIZERS["byte"]([], None)),
+    "valid_fraction": lambda found: (dataclasses.replace(found, valid_fraction=0.3), char()),
+    "split": lambda found: (dataclasses.replace(found, split="tail"), char()),
+    "loss_on": lambda found: (dataclasses.replace(found, loss_on="assistant"), char()),
+    "documents": lambda found: (dataclasses.replace(found, max_documents=30), char()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_tokens_depend_on_makes_another_store(name: str, lines: DataConfig, tmp_path: Path) -> None:
+    first = build_store(lines, char(), tmp_path / "stores")
+    assert build_store(*CHANGES[name](lines), tmp_path / "stores").path != first.path
+
+
+def truncate(path: Path) -> None:
+    file = path / "train.tokens.00000.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def rewrite_format(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": -1}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a short shard": (truncate, "does not have the size that the manifest says"),
+    "a missing shard": (lambda path: (path / "valid.tokens.00000.bin").unlink(), "not a token store"),
+    "a missing manifest": (lambda path: (path / "manifest.json").unlink(), "not a token store"),
+    "half a manifest": (lambda path: os.truncate(path / "manifest.json", 40), "not a token store"),
+    "a manifest of nothing": (lambda path: os.truncate(path / "manifest.json", 0), "not a token store"),
+    "another format": (rewrite_format, "has format -1, not 1"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_store_is_named_and_built_anew(name: str, lines: DataConfig, tmp_path: Path) -> None:
+    built = build_store(lines, char(), tmp_path / "stores")
+    damage, message = DAMAGE[name]
+    damage(built.path)
+    with pytest.raises(UserError, match=rf"{re.escape(str(built.path))}.*{message}"):
+        open_store(built.path)
+    again = build_store(lines, char(), tmp_path / "stores")
+    again.verify()
+    assert again == built
+    assert os.listdir(tmp_path / "stores") == [built.path.name]
+
+
+def test_verify_finds_a_changed_byte(lines: DataConfig, tmp_path: Path) -> None:
+    built = build_store(lines, char(), tmp_path / "stores")
+    built.verify()
+    file = built.path / "valid.tokens.00000.bin"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file}: the file is damaged"):
+        built.verify()
+
+
+def test_an_error_in_the_build_leaves_nothing(lines: DataConfig, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_store(lines, char(), tmp_path / "stores", interrupt)
+    assert os.listdir(tmp_path / "stores") == []
+
+
+KILLED = """
+import os, sys
+from rustgpt_jax.config import DataConfig
+from rustgpt_jax.data import store
+from rustgpt_jax.tokenizers import TOKENIZERS
+store.BATCH_CHARACTERS = 500
+data = DataConfig("files", (sys.argv[1],), None, "document", 0.25, "all", None)
+store.build_store(data, TOKENIZERS["byte"]([], None), sys.argv[2], lambda done, total: done > 20 and os._exit(9))
+"""
+
+
+def test_a_killed_build_is_not_taken_for_a_store(lines: DataConfig, tmp_path: Path) -> None:
+    root, tokenizer = tmp_path / "stores", TOKENIZERS["byte"]([], None)
+    done = subprocess.run([sys.executable, "-c", KILLED, lines.paths[0], str(root)], check=False)
+    assert done.returncode == 9
+    (torn,) = root.iterdir()
+    assert torn.name.startswith(".") and any(torn.iterdir())
+    built = build_store(lines, tokenizer, root)
+    built.verify()
+    assert built.path != torn
+
+
+def test_the_first_of_two_builders_wins(lines: DataConfig, tmp_path: Path) -> None:
+    root, others = tmp_path / "stores", []
+
+    def build_another(done: int, total: int | None) -> None:
+        others.append(build_store(lines, char(), root))
+        os.utime(others[0].path / "manifest.json", (1, 1))
+
+    built = build_store(lines, char(), root, build_another)
+    assert [built] == others
+    assert (built.path / "manifest.json").stat().st_mtime == 1
+    assert os.listdir(root) == [built.path.name]
+
+
+# Mistakes.
+
+
+def test_files_that_change_during_the_build_are_noticed(
+    lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = tmp_path / "more.txt"
+    extra.write_text("A last line.")
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    changing = dataclasses.replace(lines, paths=(*lines.paths, str(extra)))
+    with pytest.raises(UserError, match="changed while it was being read"):
+        build_store(changing, char(), tmp_path / "stores", lambda done, total: extra.write_text("Another.") and None)
+    assert os.listdir(tmp_path / "stores") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ('["", ""]', {}, "config.data.corpus='files' has no document with text"),
+        ('["one"]', {}, "has 1 document.s. and the split '(train|valid)' got none: set config.data.split='tail'"),
+        ('["one"]', {"split": "tail", "valid_fraction": 0.9, "loss_on": "all"}, "the split 'train' got none"),
+    ],
+)
+def test_a_corpus_too_small_is_refused(text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "few.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        build_store(config((str(path),), **changes), char(), tmp_path / "stores")
+
+
+def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
+    stream = build_store(lines, char(), tmp_path / "stores").split("train")
+    fitting = stream.n_tokens - 1
+    require_batch(stream, fitting, 1)
+    numbers = f"has {stream.n_tokens} tokens and one batch needs {stream.n_tokens + 1}"
+    message = f"{numbers}.*batch_size=1 or .*window={fitting + 1}"
+    with pytest.raises(UserError, match=message):
+        require_batch(stream, fitting + 1, 1)
