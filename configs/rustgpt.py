@@ -16,27 +16,25 @@ def get_config() -> ConfigDict:
     config.tokenizer.vocab_size = None
     config.data.valid_fraction = 0.05
     config.model.context_length = 64
-    config.model.n_layers = 3
-    config.model.d_model = 128
-    config.model.n_heads = 4
-    config.optimizer.name = "adamw"
+    config.model.n_layers = 2
+    config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.warmup_steps = 20
     config.training.batch_size = 16
     config.training.steps_per_call = 20
     config.record.log_every = 20
-    config.record.evaluate_every = 200
-    config.record.checkpoint_every = 200
-    config.record.prompts = ("Why is the sky blue?",)
+    config.record.evaluate_every = 150
+    config.record.checkpoint_every = 150
+    config.record.prompts = ("Why is the sky blue?", "What does the heart do?")
     config.sampling.temperature = 0.0
     config.sampling.max_tokens = 48
     config.stages = (
-        ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 200}}),
+        ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 100}}),
         ConfigDict(
             {
                 "name": "instruct",
                 "data": {"corpus": "chat", "loss_on": "assistant"},
-                "training": {"steps": 600},
+                "training": {"steps": 350},
             }
         ),
     )

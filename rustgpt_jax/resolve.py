@@ -1,7 +1,10 @@
 """The door: nested mappings and `--config.x.y=text` in, a checked `Config` out, or one clear sentence."""
 
 import ast
+import contextlib
 import difflib
+import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -58,6 +61,8 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
         raise UserError("config.stages is a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...).")
     for stage in listed:
         name = stage["name"]
+        if not isinstance(name, str) or not name or "." in name:
+            raise UserError(f"config.stages: the name of a stage is a string without dots, not {name!r}.")
         where = f"config.stages.{name}"
         if any(name == earlier.name for earlier in result):
             raise UserError(f"config.stages: two stages have the name {name!r}.")
@@ -86,37 +91,46 @@ def override(tree: Any, path: str, value: Any) -> None:
 
     Raises UserError, with the nearest valid path, for one that the config does not have.
     """
-    if path.startswith("stages."):
-        _, name, rest = (path.split(".", 2) + ["", ""])[:3]
+    where, knob = _in_stage(path)
+    if where != "config":
+        name = where.rsplit(".", 1)[-1]
         named = {stage["name"]: stage for stage in tree["stages"]}
         if name not in named:
             raise UserError(f"config.stages: there is no stage {name!r}.{suggestion(name, named)}")
-        if rest not in FIELDS:
-            raise UserError(unknown(rest, f"config.stages.{name}"))
-        _place(named[name], rest, value)
-    elif path not in FIELDS:
-        raise UserError(unknown(path))
-    else:
-        _place(tree, path, value)
+        tree = named[name]
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    _place(tree, knob, value)
+
+
+def _in_stage(path: str) -> tuple[str, str]:
+    """Where a knob is and its path there: ('config.stages.NAME', 'x.y') for stages.NAME.x.y, else ('config', path)."""
+    if path.startswith("stages.") and path.count(".") > 1:
+        _, name, knob = path.split(".", 2)
+        return f"config.stages.{name}", knob
+    return "config", path
 
 
 def _place(node: Any, path: str, value: Any) -> None:
-    *groups, name = path.split(".")
-    for group in groups:
-        if group not in node:
+    group, _, rest = path.partition(".")
+    with contextlib.ExitStack() as stack:
+        if isinstance(node, ConfigDict):
+            stack.enter_context(node.unlocked())
+            stack.enter_context(node.ignore_type())
+        if not rest:
+            node[group] = value
+        elif group not in node:
             node[group] = {}
-        node = node[group]
-    with node.ignore_type():
-        node[name] = value
+    if rest:
+        _place(node[group], rest, value)
 
 
 def parse(path: str, text: str) -> Any:
     """Read the text of a command-line override by the type of its field: 'None', numbers, booleans, comma lists."""
-    where = f"config.{path}"
-    known = path.split(".", 2)[-1] if path.startswith("stages.") else path
-    if known not in FIELDS:
-        raise UserError(unknown(path))
-    hint = FIELDS[known].type
+    where, knob = _in_stage(path)
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    hint = FIELDS[knob].type
     if text in ("None", "none") and _allows_none(hint):
         return None
     hint = _without_none(hint)
@@ -128,45 +142,51 @@ def parse(path: str, text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise UserError(f"{where} takes {_describe(FIELDS[known].type)}, not {text!r}.") from None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(f"config.{path} takes {_describe(FIELDS[knob].type)}, not {text!r}.") from None
 
 
 def checked(path: str, value: Any, where: str) -> Any:
     """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
     field = FIELDS[path]
-    value = _convert(field.type, value, where)
+    try:
+        value = _convert(field.type, value)
+    except TypeError:
+        raise UserError(f"{where} takes {_describe(field.type)}, not {value!r}.") from None
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
     if value is None:
         return value
     if choices and value not in choices:
         raise UserError(f"{where}: there is no {value!r}.{suggestion(value, choices)}")
     if low is not None and value < low:
-        raise UserError(f"{where} must be at least {low:g}, not {value:g}.")
+        raise UserError(f"{where} must be at least {low:.10g}, not {value!r}.")
     if high is not None and value > high:
-        raise UserError(f"{where} must be at most {high:g}, not {value:g}.")
+        raise UserError(f"{where} must be at most {high:.10g}, not {value!r}.")
     return value
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, or a TypeError."""
     if value is None and _allows_none(hint):
         return None
     wanted = _without_none(hint)
     if typing.get_origin(wanted) is tuple and isinstance(value, (tuple, list)):
         items = typing.get_args(wanted)
         if items[-1] is Ellipsis:
-            return tuple(_convert(items[0], item, where) for item in value)
+            return tuple(_convert(items[0], item) for item in value)
         if len(items) == len(value):
-            return tuple(_convert(item, part, where) for item, part in zip(items, value, strict=True))
+            return tuple(_convert(item, part) for item, part in zip(items, value, strict=True))
     elif wanted is bool and isinstance(value, bool) or wanted is str and isinstance(value, str):
         return value
-    elif wanted in (int, float) and _is_number(value) and (wanted is float or float(value).is_integer()):
-        return wanted(value)
-    raise UserError(f"{where} takes {_describe(hint)}, not {value!r}.")
+    elif wanted is int and _is_number(value) and value == int(value):
+        return int(value)
+    elif wanted is float and _is_number(value) and abs(value) <= sys.float_info.max:
+        return float(value) + 0.0  # -0.0 becomes 0.0, which it equals, so that equal configs have equal hashes.
+    raise TypeError
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _allows_none(hint: Any) -> bool:
@@ -189,6 +209,9 @@ def _describe(hint: Any) -> str:
 
 def unknown(path: str, where: str = "config") -> str:
     """The sentence for a path that no config has: the nearest path, by its whole or by its last name."""
+    group = [valid for valid in FIELDS if valid.startswith(path + ".")]
+    if group:
+        return f"{where}.{path} is a group of knobs, such as {where}.{group[0]}."
     by_leaf: dict[str, str] = {}
     for valid in FIELDS:
         by_leaf.setdefault(valid.rsplit(".", 1)[-1], valid)
@@ -203,8 +226,9 @@ def check_combinations(config: Config) -> None:
     model, training = config.model, config.training
     heads = model.n_heads
     if model.head_dim is None and model.d_model % heads:
-        divisors = [n for n in range(1, model.d_model + 1) if model.d_model % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - heads))
+        start = min(heads, model.d_model)
+        nearby = (n for distance in range(start) for n in (start - distance, start + distance))
+        nearest = next(n for n in nearby if model.d_model % n == 0)
         raise UserError(
             f"config.model.d_model={model.d_model} is not divisible by config.model.n_heads={heads}; "
             f"the nearest number of heads that divides it is {nearest} (or give config.model.head_dim)."

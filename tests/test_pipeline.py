@@ -194,7 +194,8 @@ def test_a_step_before_the_first_is_refused(step: int) -> None:
 
 def test_a_closed_iterator_leaves_no_thread() -> None:
     before = set(threading.enumerate())
-    iterator = make().iterate(0)
+    source = make()
+    iterator = source.iterate(0)
     next(iterator)
     started = set(threading.enumerate()) - before
     assert started

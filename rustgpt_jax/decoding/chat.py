@@ -47,7 +47,7 @@ class Conversation:
     def reply_seed(self, seed: int) -> int:
         """The seed of the next reply. The first is `seed` itself, so that it is the reply of the verb `generate`."""
         # Multiples of 2^32 over the golden ratio keep the replies of neighbouring seeds apart.
-        return (seed + sum(turn.is_learned_as_answer for turn in self.turns) * 0x9E3779B9) % 2**32
+        return (seed + sum(turn.role != "user" for turn in self.turns) * 0x9E3779B9) % 2**32
 
     def prompt(self, said: Turn, writer: Writer, room: int) -> tuple[list[int], int]:
         """The tokens to reply to what was `said` now from, and how many of the oldest turns they leave out.
@@ -61,7 +61,7 @@ class Conversation:
             return writer.conversation([*self.turns[len(self.turns) - 2 * exchanges :], said])
 
         if (alone := len(after_latest(0))) >= context:
-            raise UserError(f"That takes {alone} tokens, but the model's context holds {context}: write less at a time.")
+            raise UserError(f"That takes {alone} tokens, the model's context holds {context}: write less at a time.")
         if said.role == "text":
             return after_latest(0), 0
         every = range(1, len(self.turns) // 2 + 1)

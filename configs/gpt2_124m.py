@@ -1,0 +1,45 @@
+"""GPT-2 124M (OpenAI 2019) on any text, for an accelerator: half a million tokens a step, 300 billion in all.
+
+python launch.py train --config=configs/gpt2_124m.py --config.data.paths='openwebtext/*.jsonl'
+
+Plan for about 20 GB of device memory at these settings; raise config.training.accumulation for less.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """12 layers, 12 heads, 768 wide, context 1024, learned positions, LayerNorm with biases, GELU, tied embeddings."""
+    config = base.get_config()
+    config.tokenizer.name = "bpe"
+    config.tokenizer.vocab_size = 50257
+    config.data.corpus = "files"
+    config.data.paths = ("openwebtext/*.jsonl",)
+    config.data.valid_fraction = 0.0005
+    # A multiple of 128 suits the matrix units; the last rows are never used.
+    config.model.vocab_size = 50304
+    config.model.context_length = 1024
+    config.model.n_layers = 12
+    config.model.d_model = 768
+    config.model.n_heads = 12
+    config.model.norm = "layernorm"
+    config.model.norm_epsilon = 1e-5
+    config.model.position = "learned"
+    config.model.feedforward = "gelu"
+    config.model.bias = True
+    config.model.dtype = "bfloat16"
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.b2 = 0.95
+    config.schedule.warmup_steps = 2000
+    config.training.steps = 600_000
+    config.training.batch_size = 480
+    config.training.accumulation = 40
+    config.training.steps_per_call = 5
+    config.record.log_every = 10
+    config.record.evaluate_every = 1000
+    config.record.evaluation_batches = 20
+    config.record.checkpoint_every = 1000
+    config.record.prompts = ("The meaning of life is",)
+    return config

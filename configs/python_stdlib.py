@@ -1,0 +1,38 @@
+"""A modern small model on real text: the source of the running Python's standard library, with byte-pair encoding.
+
+python launch.py train --config=configs/python_stdlib.py
+
+No download: the corpus is on every machine that has Python. About a quarter of an hour on two cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """RoPE, RMSNorm, SwiGLU, QK-norm and grouped heads, trained with Muon."""
+    config = base.get_config()
+    config.tokenizer.name = "bpe"
+    config.tokenizer.vocab_size = 4096
+    config.data.corpus = "python_stdlib"
+    config.data.valid_fraction = 0.02
+    config.model.context_length = 256
+    config.model.n_layers = 4
+    config.model.d_model = 192
+    config.model.n_heads = 6
+    config.model.n_kv_heads = 2
+    config.model.qk_norm = True
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
+    config.schedule.name = "linear"
+    config.schedule.final_fraction = 0.0
+    config.schedule.warmup_steps = 50
+    config.training.steps = 1500
+    config.training.batch_size = 8
+    config.record.evaluate_every = 250
+    config.record.evaluation_batches = 40
+    config.record.checkpoint_every = 250
+    config.record.prompts = ("def read_lines(path):\n", "import ", "class Queue:\n")
+    config.sampling.max_tokens = 64
+    return config

@@ -1,0 +1,25 @@
+"""The same parameters and tokens as shakespeare_char.py, every other choice free: how low can the loss go?
+
+python launch.py train --config=configs/shakespeare_char_modern.py --config.data.paths=tinyshakespeare.txt
+
+experiments/shakespeare.py compares the two over three seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shakespeare_char
+
+
+def get_config() -> ConfigDict:
+    """RoPE, RMSNorm, SwiGLU and QK-norm, trained with Muon at rates that fall to zero in a straight line."""
+    config = shakespeare_char.get_config()
+    config.model.norm = "rmsnorm"
+    config.model.norm_epsilon = 1e-6
+    config.model.position = "rope"
+    config.model.feedforward = "swiglu"
+    config.model.qk_norm = True
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
+    config.schedule.name = "linear"
+    config.schedule.final_fraction = 0.0
+    return config
