@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -39,6 +39,7 @@ Begin with:  python launch.py train --config=configs/rustgpt.py
 
 
 def train() -> int:
+    """Train a run, or go on with it."""
     from rich.console import Console
 
     tree, origins = _config()
@@ -55,6 +56,7 @@ def train() -> int:
 
 
 def explain() -> int:
+    """Print what a config means."""
     from rich.console import Console
 
     tree, origins = _config()
@@ -66,6 +68,7 @@ def explain() -> int:
 
 
 def evaluate() -> int:
+    """Measure a trained model."""
     from rich.console import Console
 
     from rustgpt_jax.evaluation.report import evaluate_run
@@ -75,18 +78,21 @@ def evaluate() -> int:
 
 
 def generate() -> int:
+    """Print what a model writes after each prompt."""
     from rustgpt_jax.decoding.text import write_as_it_comes
+    from rustgpt_jax.runs.formatting import printable
 
     trained = _trained()
     for prompt in FLAGS.prompt or [""]:
         print(prompt, end="\n" if trained.writer.is_dialogue else "")
         for piece in write_as_it_comes(trained.writer, trained.writer.prompt(prompt), trained.config.sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print("\n")
     return 0
 
 
 def chat() -> int:
+    """Talk to a model."""
     from rich.console import Console
 
     from rustgpt_jax.decoding.chat import chat
@@ -200,7 +206,7 @@ def _trained() -> Any:
     return load(Path(FLAGS.run), FLAGS.checkpoint).with_config(config)
 
 
-def _fail(sentence: str) -> Any:
+def _fail(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,6 +1,6 @@
 """How much do a modern architecture and optimizer gain over nanoGPT's small recipe, at equal parameters and tokens?
 
-python experiments/shakespeare.py --data=tinyshakespeare.txt --out=runs/shakespeare
+python -m experiments.shakespeare --data=tinyshakespeare.txt --out=runs/shakespeare
 
 Both recipes see 2,000 x 12 x 64 characters of the first 90% of tiny Shakespeare and are measured on all of the rest, in
 windows of 64, over three seeds. About two minutes a run on two cores.
@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
     """Run every recipe with every seed and print the table."""
     del argv
     console = Console()
-    table = Table("recipe", *(f"seed {seed}" for seed in FLAGS.seeds), "mean", title="validation loss, nats a character")
+    table = Table(
+        "recipe", *(f"seed {seed}" for seed in FLAGS.seeds), "mean", title="validation loss, nats a character"
+    )
     for name in RECIPES:
         losses = [final_loss(name, seed, console) for seed in FLAGS.seeds]
         table.add_row(name, *(f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)]))

@@ -29,12 +29,16 @@ def number(low: float | None = None, high: float | None = None, off_at_zero: boo
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """How text becomes tokens."""
+
     name: str = knob()
     vocab_size: int | None = knob(low=1)
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which text, and which of it is learned."""
+
     corpus: str = knob()
     paths: tuple[str, ...] = knob()
     max_documents: int | None = knob(low=1)
@@ -46,6 +50,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The parts and shapes of the model."""
+
     vocab_size: int | None = knob(low=1)
     context_length: int = knob(low=2)
     n_layers: int = knob(low=1)
@@ -73,6 +79,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """How a gradient becomes an update."""
+
     name: str = knob()
     learning_rate: float = number(low=0.0)
     b1: float = number(low=0.0, high=1.0)
@@ -87,6 +95,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """How the learning rate changes over the steps."""
+
     name: str = knob()
     warmup_steps: int = number(low=0)
     decay_fraction: float = number(low=0.0, high=1.0)
@@ -95,6 +105,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """How many steps, on how much text each."""
+
     steps: int = number(low=1)
     batch_size: int = knob(low=1)
     accumulation: int = knob(low=1)
@@ -104,6 +116,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
+    """What a run writes, and when."""
+
     log_every: int = knob(low=1)
     evaluate_every: int = knob(low=1)
     evaluation_batches: int | None = knob(low=1)
@@ -113,6 +127,8 @@ class RecordConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """How text is drawn from the model."""
+
     seed: int = knob(low=0, high=2**32 - 1)
     max_tokens: int = knob(low=1)
     temperature: float = knob(low=0.0)
@@ -132,6 +148,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole run. The meaning of each knob stands in configs/base.py."""
+
     seed: int = number(low=0, high=2**32 - 1)
     tokenizer: TokenizerConfig = knob()
     data: DataConfig = knob()
@@ -252,6 +270,7 @@ class Stage:
 
     @property
     def end_step(self) -> int:
+        """The first step that is not the stage's."""
         return self.first_step + self.config.training.steps
 
 

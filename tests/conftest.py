@@ -10,9 +10,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis
 import pytest
-from configs import base
 from ml_collections import ConfigDict
 
+from configs import base
 from rustgpt_jax.config import Config
 from rustgpt_jax.resolve import override, resolve
 

@@ -336,6 +336,14 @@ def test_saved_texts_are_plain(tmp_path: Path, script: Script) -> None:
     assert (tmp_path / "texts.txt").read_bytes() == b"It went on\r\n\n\nShe went on\r\n\n"
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    session = Held()
+    session.conversation = dialogue("a", "b")
+    session.respond("/save ~/talk.txt")
+    assert (tmp_path / "talk.txt").read_text() == session.conversation.as_text()
+
+
 def test_saving_never_harms(tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     kept.write_text("kept")

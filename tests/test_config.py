@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from configs import base
 from conftest import small_config
 
+from configs import base
 from rustgpt_jax import config as schema
 from rustgpt_jax.config import (
     ARGUMENT,
@@ -42,7 +42,9 @@ TWO_STAGES = (
 )
 NUMBERS = [path for path in FIELDS if FIELDS[path].metadata.get("number")]
 SWITCHES = [path for path in NUMBERS if FIELDS[path].metadata["off_at_zero"]]
-IN_STRUCTURE = [path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}]
+IN_STRUCTURE = [
+    path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}
+]
 
 
 def other(value: Any) -> Any:
@@ -233,7 +235,9 @@ def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
 
 def test_a_stage_may_change_what_leaves_parameters_and_optimizer_state_as_they_are() -> None:
     allowed = {path for path in FIELDS if schema.may_differ_between_stages(path)}
-    assert allowed == {path for path in FIELDS if path.startswith("data.")} | {"schedule.name"} | set(NUMBERS) - {"seed"}
+    assert allowed == {path for path in FIELDS if path.startswith("data.")} | {"schedule.name"} | set(NUMBERS) - {
+        "seed"
+    }
 
 
 def test_configs_are_frozen() -> None:

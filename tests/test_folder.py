@@ -163,9 +163,9 @@ def test_a_write_into_no_folder_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    with lock(tmp_path):
-        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is training in it"), lock(tmp_path):
-            pass
+    refused = pytest.raises(UserError, match=f"process {os.getpid()} on .* is training in it")
+    with lock(tmp_path), refused, lock(tmp_path):
+        pass
     with lock(tmp_path):
         pass
 

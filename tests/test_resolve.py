@@ -166,7 +166,9 @@ odd_values = st.recursive(
 group_names = sorted({path.split(".")[0] for path in FIELDS})
 paths = st.sampled_from([*FIELDS, *group_names, "stages"]) | st.text(max_size=8)
 stage_values = st.lists(
-    st.fixed_dictionaries({"name": st.sampled_from(["a", "b"]) | odd_values}, optional=dict.fromkeys(group_names, odd_values))
+    st.fixed_dictionaries(
+        {"name": st.sampled_from(["a", "b"]) | odd_values}, optional=dict.fromkeys(group_names, odd_values)
+    )
     | st.builds(lambda path, value: stage(**{path: value}), st.sampled_from([*FIELDS]), odd_values),
     max_size=3,
 )
@@ -263,7 +265,10 @@ def test_override_reaches_every_field_and_into_stages(kind: Any, lock: bool) -> 
     override(tree, "stages.two.optimizer.learning_rate", 1)
     config = resolve(tree)
     assert flatten(config) == flatten(target)
-    assert [dict(one.overrides) for one in config.stages] == [{"data.corpus": "facts"}, {"optimizer.learning_rate": 1.0}]
+    assert [dict(one.overrides) for one in config.stages] == [
+        {"data.corpus": "facts"},
+        {"optimizer.learning_rate": 1.0},
+    ]
 
 
 @pytest.mark.parametrize(

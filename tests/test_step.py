@@ -1,7 +1,7 @@
 """The training step: one program for all numbers, the same bits however a run is cut, and the right loss."""
 
-import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from conftest import small_config
 from rustgpt_jax.config import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
-from rustgpt_jax.training.objective import compiled_token_sums, objective, token_sums
-from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.objective import Sums, compiled_token_sums, objective, token_sums
+from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
 from rustgpt_jax.training.step import (
     Metrics,
     Numbers,
@@ -27,7 +27,20 @@ from rustgpt_jax.training.step import (
 )
 
 TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}
-ALL_ON = {"model.dropout": 0.1, "training.z_loss": 1e-3, "optimizer.clip_norm": 1.0}
+# Switches, of which clipping is on by default.
+SWITCHES = {"model.dropout": 0.1, "training.z_loss": 1e-3, "optimizer.clip_norm": 1.0}
+ALL_ON = SWITCHES | {"training.accumulation": 2}
+SGD = {"optimizer.name": "sgd"}
+# Batches in a call: one number, for each compiles a program of its own.
+SLOTS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Most of the time goes into compiling, and nothing here depends on how hard the compiler tries."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny(**changes: Any) -> Config:
@@ -58,17 +71,23 @@ def program_of(config: Config) -> tuple[Structure, Numbers]:
     return structure, as_arguments(numbers)
 
 
+def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
+    """Initial parameters of all tiny models: their structures differ in what changes no shape."""
+    return jax.device_get(compiled_start(*program_of(tiny(seed=seed, **{"model.init_std": init_std}))).params)
+
+
 def run(
-    config: Config, cuts: list[tuple[int, int]], same_batch: bool = False, first_step: int = 0
+    config: Config, cuts: list[int], slots: int = SLOTS, same_batch: bool = False, first_step: int = 0
 ) -> tuple[State, Metrics]:
-    """The end of a run cut into calls of (steps, slots), and the metrics of all its steps."""
+    """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
     structure, numbers = program_of(config)
-    state = compiled_start(structure, numbers)._replace(step=np.int32(first_step))
+    params = parameters()
+    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step))
     done, history = 0, []
-    for count, slots in cuts:
+    for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
         state, metrics = compiled_train_steps(structure, state, batches, np.int32(count), numbers, np.int32(first_step))
-        history.append(jax.tree.map(lambda column, count=count: np.asarray(column)[:count], metrics))
+        history.append([np.asarray(column)[:count] for column in metrics])
         done += count
     return state, Metrics(*(np.concatenate(columns) for columns in zip(*history, strict=True)))
 
@@ -85,89 +104,90 @@ def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> Non
     config = tiny()
     structure, numbers = program_of(config)
     state = compiled_start(structure, numbers)
-    batches = stacked(config, 0, 4, 4)
+    batches = stacked(config, 0, SLOTS, SLOTS)
     # What is not compiled cannot run: without its caches, JAX says the name of everything that does.
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for _ in range(3):
-            state, _ = compiled_train_steps(structure, state, batches, np.int32(4), numbers, np.int32(0))
-    programs = [
-        record.getMessage().split()[1] for record in caplog.records if record.getMessage().startswith("Compiling")
-    ]
+            state, _ = compiled_train_steps(structure, state, batches, np.int32(SLOTS), numbers, np.int32(0))
+    messages = [record.getMessage() for record in caplog.records]
+    programs = [message.split()[1] for message in messages if message.startswith("Compiling")]
     assert programs == ["jit(train_steps)"]
-    assert state.step == 12
+    assert state.step == 3 * SLOTS
 
 
 def test_no_number_compiles_anything_new() -> None:
-    config = tiny(**ALL_ON)
-    run(config, [(2, 4)])
+    run(tiny(**ALL_ON), [1])
+    compiled_start(*program_of(tiny(**ALL_ON)))
     before = compiled_start._cache_size(), compiled_train_steps._cache_size()
-    _, numbers = split(config)
+    _, numbers = split(tiny(**ALL_ON))
+    assert len(numbers) > 15
     for path, value in numbers.items():
-        other = dataclasses.replace(config, **{})
-        field = FIELDS[path]
-        value = value + 1 if field.type is int else value * 0.5
-        run(tiny(**(ALL_ON | {path: value})), [(3, 4)])
+        other = tiny(**(ALL_ON | {path: value + 1 if FIELDS[path].type is int else value * 0.5}))
+        compiled_start(*program_of(other))
+        run(other, [2])
         assert (compiled_start._cache_size(), compiled_train_steps._cache_size()) == before, path
 
 
-@pytest.mark.parametrize("path", ALL_ON)
+@pytest.mark.parametrize("path", SWITCHES)
 def test_switching_a_part_on_compiles_once(path: str) -> None:
-    run(tiny(**{path: 0.0}), [(1, 1)])
-    before = compiled_train_steps._cache_size()
-    for value in (0.1, 0.2):
-        run(tiny(**{path: value}), [(1, 1)])
-    assert compiled_train_steps._cache_size() == before + 1
+    jax.clear_caches()
+    for value in (0.0, 0.1, 0.2):
+        run(tiny(**SGD, **{path: value}), [1])
+    assert compiled_train_steps._cache_size() == 2
 
 
 # Cutting up.
 
 
 def test_a_run_has_the_same_bits_however_it_is_cut() -> None:
-    config = tiny(**ALL_ON, **{"training.accumulation": 2})
-    whole = run(config, [(7, 7)])
-    assert_same_bits(run(config, [(3, 7), (4, 7)]), whole)
-    assert_same_bits(run(config, [(3, 4), (4, 4)]), whole)
-    assert_same_bits(run(config, [(1, 1)] * 7), whole)
+    config = tiny(**ALL_ON)
+    whole = run(config, [4, 3])
+    assert_same_bits(run(config, [1, 2, 4]), whole)
+    assert_same_bits(run(config, [1] * 7, slots=1), whole)
     assert whole[0].step == 7
-    assert whole[1].loss.shape == (7,)
+    assert len(set(whole[1].loss.tolist())) == 7
+
+
+compiled_gradient = jax.jit(
+    lambda structure, params, batch, numbers, key: gradient(params, batch, merge(structure, numbers), key),
+    static_argnums=0,
+)
+
+
+def gradient_of(config: Config, params: Any, batch: Batch) -> tuple[Any, Sums]:
+    structure, numbers = program_of(config)
+    return compiled_gradient(structure, params, batch, numbers, jax.random.key(0))
+
+
+IN_PARTS = {"training.batch_size": 8, "training.z_loss": 0.1}
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
-    config = tiny(**{"training.batch_size": 8, "training.z_loss": 0.1})
-    params = compiled_start(*program_of(config)).params
-    batch = batch_of(config)
-    weights = batch.weights_BT.reshape(parts, -1)
-    assert len(set(weights.sum(axis=1))) > 1, "the parts should have unequal numbers of learned tokens"
-
-    def parted(accumulation: int) -> tuple[Any, Any]:
-        structure, numbers = split(
-            tiny(**{"training.batch_size": 8, "training.z_loss": 0.1, "training.accumulation": accumulation})
-        )
-        return jax.jit(lambda: gradient(params, batch, merge(structure, numbers), jax.random.key(0)))()
-
-    (whole, whole_sums), (summed, sums) = parted(1), parted(parts)
+    batch = batch_of(tiny(**IN_PARTS))
+    assert len(set(batch.weights_BT.reshape(parts, -1).sum(axis=1))) > 1
+    params = parameters(init_std=0.3)
+    whole, whole_sums = gradient_of(tiny(**IN_PARTS), params, batch)
+    summed, sums = gradient_of(tiny(**IN_PARTS, **{"training.accumulation": parts}), params, batch)
     np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
-    scale = float(optax.tree.norm(whole))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), summed, whole)
+    smallest = 1e-6 * float(optax.tree.norm(whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=smallest), summed, whole)
 
 
 # Values.
 
+compiled_apply = jax.jit(transformer.apply, static_argnames="model")
+
 
 def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, float]:
     """The mean cross-entropy and the mean squared normaliser over the learned tokens, from the logits in float64."""
-    logits_BTV, _ = transformer.apply(
-        params, batch.tokens_BT, config.model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
+    logits_BTV, _ = compiled_apply(
+        params, batch.tokens_BT, model=config.model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
     )
+    rows = np.asarray(logits_BTV, np.float64).reshape(-1, logits_BTV.shape[-1])
     losses, squares = [], []
-    for logits, target, weight in zip(
-        np.asarray(logits_BTV, np.float64).reshape(-1, logits_BTV.shape[-1]),
-        batch.targets_BT.ravel(),
-        batch.weights_BT.ravel(),
-        strict=True,
-    ):
+    for logits, target, weight in zip(rows, batch.targets_BT.ravel(), batch.weights_BT.ravel(), strict=True):
         if weight:
             normalizer = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
             losses.append(normalizer - logits[target])
@@ -176,76 +196,71 @@ def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, flo
 
 
 def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
-    config = tiny(**{"model.init_std": 0.5})
-    params = compiled_start(*program_of(config)).params
-    batch = batch_of(config)
-    loss, square = loss_in_numpy(params, config, batch)
-    sums = compiled_token_sums(params, batch, config.model)
+    params, batch = parameters(init_std=0.5), batch_of(tiny())
+    loss, square = loss_in_numpy(params, tiny(), batch)
+    sums = compiled_token_sums(params, batch, tiny().model)
     total = np.float32(batch.weights_BT.sum())
     assert sums.weight == total
     assert objective(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
     assert objective(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
-    assert run(config, [(1, 1)])[1].loss == pytest.approx(loss, rel=1e-5)
-
-
-def test_a_z_loss_is_minimised_but_not_reported() -> None:
-    without, with_z = (run(tiny(**{"training.z_loss": z}), [(1, 1)])[1] for z in (0.0, 10.0))
-    np.testing.assert_array_equal(without.loss, with_z.loss)
-    assert with_z.gradient_norm > 1.5 * without.gradient_norm
 
 
 def test_the_gradient_is_that_of_the_mean_loss() -> None:
-    config = tiny(**{"model.init_std": 0.3})
-    params = compiled_start(*program_of(config)).params
-    structure, numbers = split(config)
-    gradients, _ = gradient(params, batch_of(config), merge(structure, numbers), jax.random.key(0))
-    # Against a difference quotient along the gradient itself, whose value is the gradient's norm.
-    norm, step = float(optax.tree.norm(gradients)), 1e-2
+    config = tiny(**IN_PARTS)
+    params, batch = parameters(init_std=0.3), batch_of(config)
+    gradients, _ = gradient_of(config, params, batch)
+    # A difference quotient along the gradient is the gradient's norm.
+    norm, distance = float(optax.tree.norm(gradients)), 1e-2
 
     def moved(distance: float) -> float:
         there = jax.tree.map(lambda p, g: p + distance * g / norm, params, gradients)
-        return loss_in_numpy(there, config, batch_of(config))[0]
+        loss, square = loss_in_numpy(there, config, batch)
+        return loss + 0.1 * square
 
-    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(norm, rel=1e-2)
+    assert (moved(distance) - moved(-distance)) / (2 * distance) == pytest.approx(norm, rel=1e-2)
+
+
+def test_the_loss_of_the_batch_is_reported() -> None:
+    _, metrics = run(tiny(), [1])
+    loss, _ = loss_in_numpy(parameters(), tiny(), batch_of(tiny()))
+    assert metrics.loss == pytest.approx(loss, rel=1e-5)
+    assert metrics.learned_tokens == batch_of(tiny()).weights_BT.sum()
+
+
+def test_a_z_loss_is_minimised_but_not_reported() -> None:
+    (_, without), (_, with_z) = (run(tiny(**SGD, **{"training.z_loss": z}), [1]) for z in (0.0, 10.0))
+    np.testing.assert_allclose(without.loss, with_z.loss, rtol=1e-6)
+    assert with_z.gradient_norm > 1.5 * without.gradient_norm
 
 
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     structure, numbers = program_of(config)
-    state = compiled_start(structure, numbers)
-    before = jax.device_get(state.params)
-    batches = stacked(config, 0, 1, 1)
+    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0))
+    batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
     state, metrics = compiled_train_steps(structure, state, batches, np.int32(1), numbers, np.int32(0))
-    assert_same_bits(state.params, before)
-    assert (metrics.loss[0], metrics.gradient_norm[0], metrics.learned_tokens[0]) == (0, 0, 0)
+    assert_same_bits(state.params, parameters())
+    assert (metrics.loss[0], metrics.gradient_norm[0], metrics.learned_tokens[0], state.step) == (0, 0, 0, 1)
 
 
 def test_the_norm_is_reported_before_clipping_and_the_clip_acts() -> None:
-    def first_update(clip_norm: float) -> tuple[float, float]:
-        # With momentum 0 the update of sgd is the clipped gradient.
-        config = tiny(
-            **{
-                "optimizer.name": "sgd",
-                "optimizer.momentum": 0.0,
-                "optimizer.weight_decay": 0.0,
-                "optimizer.learning_rate": 1.0,
-                "optimizer.clip_norm": clip_norm,
-                "schedule.name": "constant",
-                "schedule.warmup_steps": 0,
-            }
-        )
-        state, metrics = run(config, [(1, 1)])
-        moved = jax.tree.map(jnp.subtract, state.params, compiled_start(*program_of(config)).params)
+    # Then the update is the clipped gradient.
+    plain = {"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 1.0}
+    at_once = {"schedule.warmup_steps": 0, "schedule.final_fraction": 1.0}
+
+    def first_step(clip_norm: float) -> tuple[float, float]:
+        state, metrics = run(tiny(**SGD, **plain, **at_once, **{"optimizer.clip_norm": clip_norm}), [1])
+        moved = jax.tree.map(jnp.subtract, state.params, parameters())
         return float(metrics.gradient_norm[0]), float(optax.tree.norm(moved))
 
-    norm, moved = first_update(0.0)
+    norm, moved = first_step(0.0)
     assert moved == pytest.approx(norm, rel=1e-4)
-    assert first_update(norm / 10) == pytest.approx((norm, norm / 10), rel=1e-4)
+    assert first_step(norm / 10) == pytest.approx((norm, norm / 10), rel=1e-4)
 
 
 def test_a_stage_counts_its_schedule_from_its_first_step() -> None:
-    early, late = run(tiny(), [(4, 4)]), run(tiny(), [(4, 4)], first_step=100)
+    early, late = run(tiny(), [4]), run(tiny(), [4], first_step=100)
     np.testing.assert_array_equal(early[1].learning_rate, late[1].learning_rate)
     assert late[0].step == 104
     # Two steps of warm-up, then the peak.
@@ -256,52 +271,40 @@ def test_a_stage_counts_its_schedule_from_its_first_step() -> None:
 
 
 def test_dropout_is_a_function_of_seed_and_step() -> None:
-    def losses(**changes: Any) -> np.ndarray:
-        return run(
-            tiny(**{"model.dropout": 0.5, "optimizer.learning_rate": 0.0, **changes}), [(3, 4)], same_batch=True
-        )[1].loss
+    def losses(**changes: Any) -> list[float]:
+        # Parameters that do not move, and always the same batch.
+        still = {"optimizer.learning_rate": 0.0, "model.dropout": 0.5}
+        return run(tiny(**(SGD | still | changes)), [3], same_batch=True)[1].loss.tolist()
 
-    first = losses()
-    np.testing.assert_array_equal(losses(), first)
-    assert len(set(first.tolist())) == 3
-    # Parameters that do not move and the same batch: without dropout all steps are alike.
-    assert len(set(losses(**{"model.dropout": 0.0}).tolist())) == 1
+    assert len(set(losses(**{"model.dropout": 0.0}))) == 1
+    assert len(set(losses())) == 3
+    assert losses() == losses()
+    assert not set(losses()) & set(losses(seed=1))
 
 
-def test_the_seed_decides_the_parameters_and_what_is_dropped() -> None:
-    first, again, other = (compiled_start(*program_of(tiny(seed=seed))).params for seed in (1, 1, 2**32 - 1))
-    assert_same_bits(first, again)
-    tables = first["embedding"]["table"], other["embedding"]["table"]
-    assert np.abs(np.corrcoef(*map(np.ravel, tables))[0, 1]) < 0.2
-
-    config = tiny(**{"model.dropout": 0.5})
-    structure, numbers = split(config)
-    sums = [
-        token_sums(first, batch_of(config), merge(structure, numbers).model, jax.random.key(seed)) for seed in (1, 1, 2)
-    ]
-    assert sums[0].loss == sums[1].loss != sums[2].loss
+def test_the_seed_decides_the_parameters() -> None:
+    assert_same_bits(parameters(1), parameters(1))
+    first, other = (parameters(seed)["embedding"]["table"].ravel() for seed in (1, 2**32 - 1))
+    assert abs(np.corrcoef(first, other)[0, 1]) < 0.2
 
 
 def test_parts_of_a_batch_drop_different_activations() -> None:
-    config = tiny(
-        **{"model.dropout": 0.5, "training.accumulation": 2, "training.batch_size": 2, "optimizer.weight_decay": 0.0}
-    )
-    structure, numbers = split(config)
-    params = compiled_start(*program_of(config)).params
-    one = jax.tree.map(lambda leaf: np.repeat(leaf[1:2], 2, axis=0), batch_of(tiny()))
-    key = jax.random.key(0)
-    _, sums = gradient(params, one, merge(structure, numbers), key)
-    part = jax.tree.map(lambda leaf: leaf[:1], one)
-    alike = token_sums(params, part, merge(structure, numbers).model, jax.random.fold_in(key, 0))
-    assert sums.loss != pytest.approx(2 * float(alike.loss), rel=1e-5)
+    config = tiny(**ALL_ON, **{"training.batch_size": 2})
+    batch = jax.tree.map(lambda leaf: leaf[[1, 1]], batch_of(tiny()))
+    _, sums = gradient_of(config, parameters(), batch)
+    structure, numbers = program_of(config)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    part = jax.tree.map(lambda leaf: leaf[:1], batch)
+    alone = jax.jit(lambda: token_sums(parameters(), part, merge(structure, numbers).model, key))()
+    assert float(sums.loss) != pytest.approx(2 * float(alone.loss), rel=1e-5)
 
 
 def test_evaluation_drops_nothing() -> None:
-    params = compiled_start(*program_of(tiny())).params
-    plain, dropping = (
-        compiled_token_sums(params, batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in (0.0, 0.9)
-    )
-    assert_same_bits(plain, dropping)
+    rates = (0.0, 0.9)
+    sums = [
+        compiled_token_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates
+    ]
+    assert_same_bits(*sums)
 
 
 # Learning.
@@ -311,18 +314,18 @@ def test_evaluation_drops_nothing() -> None:
 def test_training_lowers_the_loss(name: str) -> None:
     rate = 0.3 if name == "sgd" else 1e-2
     config = tiny(**{"optimizer.name": name, "optimizer.learning_rate": rate, "training.steps": 40})
-    _, metrics = run(config, [(40, 40)], same_batch=True)
+    _, metrics = run(config, [SLOTS] * 10, same_batch=True)
     assert metrics.loss[0] == pytest.approx(np.log(31), abs=0.1)
     assert metrics.loss[-1] < 0.5 * metrics.loss[0]
     assert all(np.isfinite(column).all() for column in metrics)
 
 
-def test_bfloat16_trains_on_float32_parameters() -> None:
-    config = tiny(**{"model.dtype": "bfloat16", "optimizer.learning_rate": 1e-2, "training.steps": 40})
-    state, metrics = run(config, [(40, 40)], same_batch=True)
-    exact = run(tiny(**{"optimizer.learning_rate": 1e-2, "training.steps": 40}), [(40, 40)], same_batch=True)[1]
-    np.testing.assert_allclose(metrics.loss[:5], exact.loss[:5], rtol=0.01)
-    assert metrics.loss[-1] < 0.5 * metrics.loss[0]
+def test_bfloat16_trains_float32_parameters() -> None:
+    steps = {"optimizer.learning_rate": 1e-2, "training.steps": 40}
+    state, metrics = run(tiny(**steps, **{"model.dtype": "bfloat16"}), [SLOTS] * 10, same_batch=True)
+    _, exact = run(tiny(**steps), [SLOTS], same_batch=True)
+    np.testing.assert_allclose(metrics.loss[:SLOTS], exact.loss, rtol=0.01)
     assert metrics.loss[0] != exact.loss[0]
+    assert metrics.loss[-1] < 0.5 * metrics.loss[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} <= {np.dtype("float32"), np.dtype("int32")}

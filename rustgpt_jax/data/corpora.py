@@ -52,6 +52,7 @@ class Document:
 
     @property
     def is_dialogue(self) -> bool:
+        """Whether anyone speaks in it."""
         return any(turn.role != "text" for turn in self.turns)
 
 

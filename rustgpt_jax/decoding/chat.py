@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,11 @@ from rustgpt_jax.decoding.text import Writer, write_as_it_comes
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.cost import total_size
 from rustgpt_jax.resolve import checked, parse
-from rustgpt_jax.runs.formatting import count
+from rustgpt_jax.runs.formatting import count, printable
 
 PROMPT = "> "
 LINES_OF_HISTORY = 1000
 KNOBS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-
-# A model may write any byte, and so may a pipe; none may reach the terminal as a command.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,7 @@ class Session:
     def show(self, text: str, style: str = "") -> None:
         """Write a text, or a part of one, as it is, but for control characters."""
         # As rich's Text, a part would have its tabs expanded as if a line began with it.
-        harmless = _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
-        self._console.print(Segments([Segment(harmless, self._console.get_style(style))]), soft_wrap=True)
+        self._console.print(Segments([Segment(printable(text), self._console.get_style(style))]), soft_wrap=True)
 
     def _reply(self, said: Turn) -> None:
         context = self._writer.model.context_length

@@ -1,7 +1,12 @@
 """Numbers as people read them: 1.23M parameters, 4.5 GB, 2m03s."""
 
+import re
+
 _COUNT_UNITS = ("", "K", "M", "B", "T")
 _BYTE_UNITS = (" B", " kB", " MB", " GB", " TB", " PB")
+
+# A model may write any byte, and so may a file; none may reach a terminal as a command.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def count(number: float) -> str:
@@ -25,6 +30,11 @@ def duration(seconds: float) -> str:
         return f"{minutes}m{rest:02}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def printable(text: str) -> str:
+    """A text with U+FFFD for each control character but tabs and line breaks."""
+    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _scaled(number: float, units: tuple[str, ...]) -> str:

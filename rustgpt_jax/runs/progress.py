@@ -1,6 +1,5 @@
 """What a person sees while a run trains: a progress bar on a terminal, plain lines anywhere else."""
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rustgpt_jax.runs.formatting import duration
+from rustgpt_jax.runs.formatting import duration, printable
 
 SECONDS_BETWEEN_LINES = 5.0
 # Long enough to average over evaluations, short enough to notice a stage with another speed.
@@ -28,9 +27,6 @@ GAP = 2
 ORDER_IN_LINE = ("step", "stage", "loss", "speed", "share", "left")
 ORDER_OF_WORTH = ("stage", "step", "loss", "left", "speed", "share")
 WORTH_MORE_THAN_BAR = 4
-
-# A model may generate any byte; none may reach the terminal as a command.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a text, as it is, above the progress bar."""
-        self._console.print(Text(_printable(text)), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def _seconds_left(self) -> float | None:
         # From update to update: what came before the first one was mostly compilation.
@@ -125,7 +121,7 @@ class Progress:
 
 def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dict[str, str]:
     values = status.values
-    parts = {"step": f"{status.step:>{len(str(total_steps))}}/{total_steps}", "stage": _printable(status.stage)}
+    parts = {"step": f"{status.step:>{len(str(total_steps))}}/{total_steps}", "stage": printable(status.stage)}
     if "train/loss" in values:
         parts["loss"] = f"loss {values['train/loss']:.4f}"
     if "train/tokens_per_second" in values:
@@ -135,10 +131,6 @@ def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dic
     if seconds_left is not None and status.step < total_steps:
         parts["left"] = f"{duration(round(seconds_left))} left"
     return parts
-
-
-def _printable(text: str) -> str:
-    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _one_line(texts: list[str], bar: ProgressBar, width: int) -> RenderableType:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from rustgpt_jax.config import Config, config_hash, split
+from rustgpt_jax.config import Config, config_hash, differences, split
 from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.decoding.text import Writer
 from rustgpt_jax.errors import UserError
@@ -26,8 +26,12 @@ class Trained:
     writer: Writer
 
     def with_config(self, config: Config) -> "Trained":
-        """The same model with knobs that are not its own, such as those of sampling, changed."""
-        return dataclasses.replace(self, config=with_vocabulary(config, self.writer.tokenizer))
+        """The same model with other knobs for sampling and data. Raises UserError for a knob of the model itself."""
+        config = with_vocabulary(config, self.writer.tokenizer)
+        for knob, (trained, asked) in differences(self.config, config).items():
+            if knob.startswith(("model.", "tokenizer.")):
+                raise UserError(f"config.{knob}={asked!r}: the model was trained with {trained!r}, and is what it is.")
+        return dataclasses.replace(self, config=config)
 
 
 def load(path: Path, which: str = "last") -> Trained:

@@ -1,0 +1,558 @@
+"""The model against an independent one, and the properties that training and decoding stand on, over the tables."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from scipy import stats
+
+from rustgpt_jax.config import ModelConfig, merge, split
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import cost, transformer
+from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS, Attention
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.positions import POSITIONS
+
+BATCH, LENGTH = 2, 12
+
+# A covering set: every option on and off, in combinations that families of models have and some that none has.
+CASES: dict[str, dict[str, Any]] = {
+    "gpt2": {"norm": "layernorm", "position": "learned", "feedforward": "gelu", "bias": True, "layers": "unrolled"},
+    "llama": {"n_kv_heads": 2, "tie_embeddings": False, "rope_base": 500.0},
+    "original": {
+        "norm": "layernorm",
+        "position": "learned",
+        "feedforward": "relu",
+        "norm_placement": "post",
+        "bias": True,
+    },
+    "odd": {
+        "n_layers": 4,
+        "mixers": ("attention", "attention"),
+        "n_kv_heads": 1,
+        "head_dim": 6,
+        "d_ff": 20,
+        "bias": True,
+        "qk_norm": True,
+        "norm_placement": "post",
+        "norm_epsilon": 0.1,
+        "tie_embeddings": False,
+    },
+    "bfloat16": {"dtype": "bfloat16", "n_kv_heads": 2, "qk_norm": True, "norm": "layernorm", "feedforward": "gelu"},
+}
+# Whatever else is registered.
+for _name in MIXERS:
+    if not any(_name in case.get("mixers", ("attention",)) for case in CASES.values()):
+        CASES[_name] = {"mixers": (_name,)}
+for _field, _table in {"norm": NORMS, "position": POSITIONS, "feedforward": FEEDFORWARDS}.items():
+    for _name in _table:
+        if not any(case.get(_field, getattr(small_config().model, _field)) == _name for case in CASES.values()):
+            CASES[_name] = {_field: _name}
+
+over_cases = pytest.mark.parametrize("case", CASES)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    return small_config(**{f"model.{name}": value for name, value in changes.items()}).model
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> transformer.Params:
+    """Parameters in which nothing is 0 or 1, so that all of them matter, and activations are of order 1."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        match path[-1].key:
+            case "kernel":
+                return noise / leaf.shape[-2] ** 0.5
+            case "scale":
+                return 1 + 0.2 * noise
+            case _:
+                return 0.5 * noise
+
+    return jax.tree_util.tree_map_with_path(fill, cost.parameter_shapes(model))
+
+
+def random_tokens(seed: int = 0, batch: int = BATCH, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 61, (batch, length)).astype(np.int32)
+
+
+@jax.jit
+def _identity(x: Any) -> Any:
+    return x
+
+
+forward = jax.jit(transformer.apply, static_argnames="model")
+forward_hidden = jax.jit(transformer.hidden_states, static_argnames="model")
+
+
+def logits_of(params: transformer.Params, tokens_BT: np.ndarray, model: ModelConfig, **context: Any) -> np.ndarray:
+    return np.asarray(forward(params, tokens_BT, model, **context)[0])
+
+
+def tolerance(model: ModelConfig) -> dict[str, float]:
+    return {"rtol": 1e-5, "atol": 1e-5} if model.dtype == "float32" else {"rtol": 0.05, "atol": 0.1}
+
+
+# The same model in NumPy, with float64 and loops, from the papers and the comments in configs/base.py.
+
+
+def reference_norm(x: np.ndarray, params: dict[str, np.ndarray], kind: str, epsilon: float) -> np.ndarray:
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return x * params["scale"] + params.get("bias", 0.0)
+
+
+def reference_linear(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray:
+    return x @ params["kernel"] + params.get("bias", 0.0)
+
+
+def reference_rope(x_TC: np.ndarray, base: float) -> np.ndarray:
+    """Channels c and c + C/2 as a complex number, turned by position * base^(-2c/C)."""
+    length, channels = x_TC.shape
+    half = channels // 2
+    speed_C = base ** (-2 * np.arange(half) / channels)
+    turned = (x_TC[:, :half] + 1j * x_TC[:, half:]) * np.exp(1j * np.outer(np.arange(length), speed_C))
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def reference_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
+    channels = model.head_dim or model.d_model // model.n_heads
+    sharing = model.n_heads // (model.n_kv_heads or model.n_heads)
+
+    def head(name: str, index: int) -> np.ndarray:
+        columns = slice(index * channels, (index + 1) * channels)
+        x_TC = reference_linear(x_TD, params[name])[:, columns]
+        if model.qk_norm and name != "value":
+            x_TC = reference_norm(x_TC, params[f"{name}_norm"], "rmsnorm", model.norm_epsilon)
+        return reference_rope(x_TC, model.rope_base) if model.position == "rope" and name != "value" else x_TC
+
+    mixed = []
+    for index in range(model.n_heads):
+        q_TC, k_SC, v_SC = head("query", index), head("key", index // sharing), head("value", index // sharing)
+        rows = []
+        for t in range(len(x_TD)):
+            weights = np.exp(k_SC[: t + 1] @ q_TC[t] / math.sqrt(channels))
+            rows.append(weights / weights.sum() @ v_SC[: t + 1])
+        mixed.append(np.stack(rows))
+    return reference_linear(np.concatenate(mixed, axis=1), params["output"])
+
+
+def reference_feedforward(x: np.ndarray, params: Any, kind: str) -> np.ndarray:
+    up = reference_linear(x, params["up"])
+    if kind == "swiglu":
+        gate = reference_linear(x, params["gate"])
+        up = gate / (1 + np.exp(-gate)) * up
+    elif kind == "gelu":
+        up = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+    else:
+        up = np.maximum(up, 0)
+    return reference_linear(up, params["down"])
+
+
+def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """logits_TV in float64."""
+    x = params["embedding"]["table"][tokens_T]
+    if model.position == "learned":
+        x = x + params["positions"]["table"][: len(x)]
+    for layer in range(model.n_layers):
+        repeat, index = divmod(layer, len(model.mixers))
+        p = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], params["blocks"][str(index)])
+        for norm, sublayer in (("mixer_norm", "mixer"), ("feedforward_norm", "feedforward")):
+            y = reference_norm(x, p[norm], model.norm, model.norm_epsilon) if model.norm_placement == "pre" else x
+            if sublayer == "mixer":
+                x = x + reference_attention(y, p[sublayer], model)
+            else:
+                x = x + reference_feedforward(y, p[sublayer], model.feedforward)
+            if model.norm_placement == "post":
+                x = reference_norm(x, p[norm], model.norm, model.norm_epsilon)
+    if model.norm_placement == "pre":
+        x = reference_norm(x, params["norm"], model.norm, model.norm_epsilon)
+    return x @ (params["embedding"]["table"].T if model.tie_embeddings else params["head"]["kernel"])
+
+
+def in_float64(params: transformer.Params) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+KNOWN = [name for name in CASES if set(CASES[name].get("mixers", ())) <= {"attention"}]
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_logits_are_those_of_an_independent_model(case: str) -> None:
+    model = model_config(**CASES[case])
+    params, tokens_BT = random_params(model), random_tokens()
+    expected = np.stack([reference(in_float64(params), tokens_T, model) for tokens_T in tokens_BT])
+    logits_BTV = logits_of(params, tokens_BT, model)
+    assert logits_BTV.dtype == np.float32
+    assert np.abs(expected).mean() > 0.5
+    np.testing.assert_allclose(logits_BTV, expected, **tolerance(model))
+
+
+@pytest.mark.parametrize("case", [name for name in KNOWN if name != "bfloat16"])
+def test_gradients_are_finite_differences_of_the_independent_model(case: str) -> None:
+    model = model_config(**CASES[case])
+    params, (tokens_T, _) = random_params(model), random_tokens()
+    rng = np.random.default_rng(1)
+    weights_TV = rng.standard_normal((LENGTH, 61))
+
+    @jax.jit
+    def gradient(params: transformer.Params) -> transformer.Params:
+        return jax.grad(lambda params: jnp.sum(transformer.apply(params, tokens_T[None], model)[0][0] * weights_TV))(
+            params
+        )
+
+    leaves, tree = jax.tree.flatten(in_float64(params))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for index, (path, found) in enumerate(zip(paths, jax.tree.leaves(gradient(params)), strict=True)):
+        direction = rng.standard_normal(found.shape)
+
+        def loss(step: float, index: int = index, direction: np.ndarray = direction) -> float:
+            moved = [leaf + step * direction if i == index else leaf for i, leaf in enumerate(leaves)]
+            return float((reference(jax.tree.unflatten(tree, moved), tokens_T, model) * weights_TV).sum())
+
+        slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        scale = np.linalg.norm(found) * np.linalg.norm(direction) / found.size**0.5
+        assert abs(slope - np.vdot(found, direction)) < 1e-3 * scale + 1e-4, path
+
+
+# Who sees whom.
+
+
+@over_cases
+def test_a_token_depends_on_every_earlier_token_and_on_no_later_one(case: str) -> None:
+    model = model_config(**CASES[case])
+    params = random_params(model)
+    tokens_T = np.random.default_rng(0).permutation(61)[:LENGTH].astype(np.int32)
+    weights_D = np.random.default_rng(1).standard_normal(model.d_model).astype(np.float32)
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(table_VD: jax.Array) -> jax.Array:
+        hidden_BTD, _ = transformer.hidden_states(params | {"embedding": {"table": table_VD}}, tokens_T[None], model)
+        return hidden_BTD[0].astype(jnp.float32) @ weights_D
+
+    size_TS = np.abs(jacobian(params["embedding"]["table"])).max(-1)[:, tokens_T]
+    assert (size_TS[np.triu_indices(LENGTH, 1)] == 0).all()
+    assert (size_TS[np.tril_indices(LENGTH)] > 0).all()
+
+
+@over_cases
+def test_packed_documents_and_padding_are_invisible_to_one_another(case: str) -> None:
+    model = model_config(**CASES[case])
+    params = random_params(model)
+    segments = np.array([1] * 5 + [2] * 4 + [0] * 3, np.int32)
+    positions = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0], np.int32)
+    tokens, others = random_tokens(1, 1)[0], random_tokens(2, 1)[0]
+    second_only = np.where(segments == 2, tokens, others)
+    first_only = np.where(segments == 1, tokens, others)
+    alone = np.concatenate([tokens[5:9], others[:8]])
+    alone_segments = np.array([1] * 4 + [0] * 8, np.int32)
+
+    packed, with_second, with_first, separate = logits_of(
+        params,
+        np.stack([tokens, second_only, first_only, alone]),
+        model,
+        positions_BT=np.stack([positions] * 3 + [np.arange(12, dtype=np.int32)]),
+        segments_BT=np.stack([segments] * 3 + [alone_segments]),
+    )
+    assert (packed[5:9] == with_second[5:9]).all()
+    assert (packed[:5] == with_first[:5]).all()
+    assert (packed[:5] != with_second[:5]).any()
+    np.testing.assert_allclose(packed[5:9], separate[:4], **tolerance(model))
+    assert np.isfinite(packed).all()
+
+
+# The cache.
+
+
+@over_cases
+def test_with_a_cache_logits_are_those_without_from_every_prefix(case: str) -> None:
+    """Row k reads k tokens at once and the others one by one; rows that are through read padding."""
+    model = model_config(**CASES[case])
+    params = random_params(model)
+    lengths_B = np.arange(1, LENGTH + 1)
+    tokens_BT = random_tokens(3, LENGTH)
+    expected = logits_of(params, tokens_BT, model)
+
+    is_read_BT = np.arange(LENGTH)[None] < lengths_B[:, None]
+    cache = transformer.init_cache(model, LENGTH, LENGTH + 1)
+    logits_BTV, cache = forward(
+        params,
+        np.where(is_read_BT, tokens_BT, 60 - tokens_BT),
+        model,
+        cache,
+        segments_BT=is_read_BT.astype(np.int32),
+    )
+    np.testing.assert_allclose(np.asarray(logits_BTV)[is_read_BT], expected[is_read_BT], **tolerance(model))
+    for _ in range(LENGTH - 1):
+        rows = lengths_B < LENGTH
+        places_B = np.minimum(lengths_B, LENGTH - 1)
+        logits_B1V, cache = forward(
+            params,
+            np.where(rows, tokens_BT[np.arange(LENGTH), places_B], 7)[:, None],
+            model,
+            cache,
+            positions_BT=places_B[:, None].astype(np.int32),
+            segments_BT=rows[:, None].astype(np.int32),
+        )
+        found = np.asarray(logits_B1V)[rows, 0]
+        np.testing.assert_allclose(found, expected[rows, places_B[rows]], **tolerance(model))
+        lengths_B = lengths_B + rows
+
+
+def test_with_a_cache_a_text_may_be_read_in_pieces_of_any_length() -> None:
+    model = model_config(**CASES["odd"])
+    params, tokens_BT = random_params(model), random_tokens()
+    cache, found = transformer.init_cache(model, BATCH, LENGTH), []
+    for piece in np.split(np.arange(LENGTH, dtype=np.int32), [5, 8]):
+        positions_BT = np.stack([piece] * BATCH)
+        logits_BTV, cache = forward(params, tokens_BT[:, piece], model, cache, positions_BT=positions_BT)
+        found.append(logits_BTV)
+    np.testing.assert_allclose(np.concatenate(found, 1), logits_of(params, tokens_BT, model), **tolerance(model))
+
+
+def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding_and_what_has_no_slot() -> None:
+    model = model_config(n_heads=1, d_model=2)
+    empty = Attention.init_cache(model, 1, 4)
+    new = jnp.arange(1.0, 9.0).reshape(1, 4, 1, 2)
+    context = Context(jnp.array([[2, 0, 1, 4]]), jnp.array([[1, 1, 0, 1]]))
+    written = empty.write(new, -new, context)
+    np.testing.assert_array_equal(written.k_BSKC[0, :, 0], [[3, 4], [0, 0], [1, 2], [0, 0]])
+    np.testing.assert_array_equal(written.v_BSKC, -written.k_BSKC)
+
+
+# How the layers are run.
+
+
+def loss_and_gradient(model: ModelConfig, params: transformer.Params, tokens_BT: np.ndarray) -> tuple[Any, Any]:
+    def loss(params: transformer.Params) -> jax.Array:
+        logits_BTV, _ = transformer.apply(params, tokens_BT, model, dropout_key=jax.random.key(1))
+        return jnp.mean(jax.nn.logsumexp(logits_BTV, axis=-1) - logits_BTV[..., 0])
+
+    return jax.value_and_grad(loss)(params)
+
+
+compiled_loss_and_gradient = jax.jit(loss_and_gradient, static_argnums=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": "unrolled"}, {"remat": "full"}, {"remat": "dots"}, {"remat": "full", "layers": "unrolled"}],
+    ids=str,
+)
+def test_unrolling_and_recomputing_change_neither_values_nor_gradients(changes: dict[str, str]) -> None:
+    plain = model_config(dropout=0.1)
+    params, tokens_BT = random_params(plain), random_tokens()
+    expected = compiled_loss_and_gradient(plain, params, tokens_BT)
+    found = compiled_loss_and_gradient(dataclasses.replace(plain, **changes), params, tokens_BT)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def equations(jaxpr: Any) -> list[str]:
+    names = []
+    for equation in jaxpr.eqns:
+        names.append(equation.primitive.name)
+        for inner in cost._inner_programs(equation.params):
+            names += equations(inner)
+    return names
+
+
+def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
+    flops, exponentials = {}, {}
+    for remat in ("none", "dots", "full"):
+        model = model_config(remat=remat, feedforward="relu", position="learned")
+        program = jax.make_jaxpr(lambda p, t, model=model: loss_and_gradient(model, p, t))(
+            random_params(model), random_tokens()
+        )
+        names = equations(program.jaxpr)
+        assert any("remat" in name or "checkpoint" in name for name in names) == (remat != "none")
+        flops[remat], exponentials[remat] = cost.matrix_product_flops(program.jaxpr), names.count("exp")
+    print(flops, exponentials)
+    assert flops["none"] == flops["dots"] < flops["full"]
+    assert exponentials["none"] < exponentials["dots"] == exponentials["full"]
+
+
+def test_unrolled_layers_are_a_program_without_a_loop() -> None:
+    for layers in ("scanned", "unrolled"):
+        model = model_config(layers=layers)
+        program = forward.lower(random_params(model), random_tokens(), model).as_text()
+        assert ("stablehlo.while" in program) == (layers == "scanned")
+
+
+def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
+    compilations = 0
+
+    @jax.jit
+    def run(numbers: dict[str, Any], tokens_BT: np.ndarray) -> jax.Array:
+        nonlocal compilations
+        compilations += 1
+        model = merge(structure, numbers).model
+        return transformer.apply(transformer.init(key, model), tokens_BT, model, dropout_key=key)[0]
+
+    key, tokens_BT = jax.random.key(0), random_tokens()
+    for changes in ({}, {"dropout": 0.4, "init_std": 0.3, "norm_epsilon": 0.5, "rope_base": 17.0}):
+        config = small_config(**{f"model.{name}": value for name, value in ({"dropout": 0.2} | changes).items()})
+        structure, numbers = split(config)
+        literal = forward(transformer.init(key, config.model), tokens_BT, config.model, dropout_key=key)[0]
+        found = run({path: np.float32(value) for path, value in numbers.items()}, tokens_BT)
+        np.testing.assert_allclose(found, literal, rtol=1e-4, atol=1e-5)
+    assert compilations == 1
+
+
+# Parameters.
+
+
+@over_cases
+def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
+    model = model_config(**CASES[case])
+    if case not in KNOWN:
+        pytest.skip("the closed form is that of attention")
+    width, bias = model.d_model, int(model.bias)
+    head = model.head_dim or width // model.n_heads
+    queries, keys = model.n_heads * head, (model.n_kv_heads or model.n_heads) * head
+    gated = model.feedforward == "swiglu"
+    hidden = model.d_ff or (math.ceil(width * 8 / 3 / 8) * 8 if gated else 4 * width)
+    norm = width * (1 + (model.norm == "layernorm" and bias))
+    attention = (width + bias) * (queries + 2 * keys) + (queries + bias) * width + 2 * head * model.qk_norm
+    feedforward = (width + bias) * hidden * (1 + gated) + (hidden + bias) * width
+    expected = (
+        61 * width * (1 if model.tie_embeddings else 2)
+        + (32 * width if model.position == "learned" else 0)
+        + model.n_layers * (attention + feedforward + 2 * norm)
+        + (norm if model.norm_placement == "pre" else 0)
+    )
+    shapes = cost.parameter_shapes(model)
+    assert cost.total_size(shapes) == expected
+    assert cost.total_bytes(shapes) == 4 * expected
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+
+
+def test_initial_values_have_their_standard_deviations_and_keys_of_their_own() -> None:
+    model = model_config(
+        n_layers=4,
+        mixers=("attention", "attention"),
+        d_model=64,
+        init_std=0.05,
+        bias=True,
+        norm="layernorm",
+        position="learned",
+        tie_embeddings=False,
+        qk_norm=True,
+    )
+    params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(3), model)
+    seen: set[float] = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [key.key for key in path]
+        if names[-1] in ("scale", "bias"):
+            assert (leaf == (1 if names[-1] == "scale" else 0)).all(), names
+            continue
+        std = 0.05 / math.sqrt(8) if names[-2] in ("output", "down") else 0.05
+        for array in leaf if names[0] == "blocks" else [leaf]:
+            assert abs(array.std() / std - 1) < 5 / math.sqrt(2 * array.size), names
+            assert abs(array.mean() / std) < 5 / math.sqrt(array.size), names
+            seen.add(float(array.ravel()[0]) / std)
+    assert len(seen) == 3 + 4 * 7
+
+
+# Dropout.
+
+
+def test_dropout_keeps_the_mean_at_any_rate_and_does_nothing_without_a_key() -> None:
+    x = jnp.full((100, 100), 3.0)
+    nothing, key = Context(x, x), Context(x, x, jax.random.key(0))
+    assert (dropout(x, 0.25, nothing, 0) == x).all()
+    for rate in (0.0, 0.25, 0.9):
+        dropped = dropout(x, rate, key, 0)
+        np.testing.assert_allclose(np.unique(dropped), [0.0, 3 / (1 - rate)] if rate else [3.0], rtol=1e-6)
+        assert abs(np.mean(dropped == 0) - rate) < 5 * math.sqrt(rate * (1 - rate) / x.size) + 1e-9
+    assert dropout(x.astype(jnp.bfloat16), 0.25, key, 0).dtype == jnp.bfloat16
+
+
+def test_each_sublayer_of_each_layer_drops_elements_of_its_own() -> None:
+    """Blocks that add 1 in the mixer and 3 in the feed-forward: the sum tells how often each was kept."""
+    model = model_config(d_model=128, bias=True, dropout=0.5)
+    params = jax.tree.map(np.zeros_like, random_params(model))
+    params["norm"]["scale"][:] = 1
+    params["blocks"]["0"]["mixer"]["output"]["bias"][:] = 1
+    params["blocks"]["0"]["feedforward"]["down"]["bias"][:] = 3
+    run = lambda key: np.asarray(forward_hidden(params, random_tokens(0, 4), model, dropout_key=jax.random.key(key))[0])  # noqa: E731
+    hidden_BTD = run(0)
+    levels = np.rint(hidden_BTD / np.min(np.where(hidden_BTD > 0, hidden_BTD, np.inf), axis=-1, keepdims=True))
+    counts = np.bincount(levels.astype(int).ravel(), minlength=9)
+    expected = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25]).ravel() * hidden_BTD.size
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
+    assert (run(0) == hidden_BTD).all()
+    assert (run(1) != hidden_BTD).mean() > 0.5
+    without = forward_hidden(params, random_tokens(0, 4), model)[0]
+    np.testing.assert_allclose(without, np.ones_like(without), rtol=1e-5)
+
+
+def test_attention_weights_and_embeddings_are_dropped_too() -> None:
+    model = model_config(bias=True, dropout=0.5)
+    params = jax.tree.map(np.zeros_like, random_params(model))
+    params["norm"]["scale"][:] = 1
+    params["embedding"]["table"][:] = 1
+    hidden_BTD = forward_hidden(params, random_tokens(0, 4), model, dropout_key=jax.random.key(0))[0]
+    assert abs(np.mean(hidden_BTD == 0) - 0.5) < 0.1
+
+    attention = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["0"]["mixer"])
+    attention["value"]["bias"][:] = 1
+    attention["output"]["kernel"] = np.eye(32, dtype=np.float32)
+    ones = jnp.ones((8, 16), jnp.int32)
+    context = Context(jnp.broadcast_to(jnp.arange(16), (8, 16)), ones, jax.random.key(0))
+    mixed_BTD, _ = Attention(model).apply({"params": attention}, jnp.ones((8, 16, 32)), context, None)
+    first_BH = np.asarray(mixed_BTD)[:, 0, ::8]
+    assert set(np.unique(first_BH)) == {0.0, 2.0}
+    assert abs(np.mean(mixed_BTD) - 1) < 0.1
+
+
+# Cost.
+
+
+@over_cases
+def test_flops_have_a_closed_form(case: str) -> None:
+    model = model_config(**CASES[case])
+    if case not in KNOWN:
+        pytest.skip("the closed form is that of attention")
+    head = model.head_dim or model.d_model // model.n_heads
+    queries, keys = model.n_heads * head, (model.n_kv_heads or model.n_heads) * head
+    gated = model.feedforward == "swiglu"
+    hidden = model.d_ff or (math.ceil(model.d_model * 8 / 3 / 8) * 8 if gated else 4 * model.d_model)
+    matrices = model.d_model * (2 * queries + 2 * keys + (2 + gated) * hidden)
+    scores_and_mixing = 2 * LENGTH * queries
+    expected = 2 * (model.n_layers * (matrices + scores_and_mixing) + model.d_model * 61)
+    assert cost.forward_flops_per_token(model, LENGTH) == expected
+    assert cost.training_flops_per_token(model, LENGTH) == 3 * expected
+
+
+def test_flops_are_those_that_the_compiler_counts() -> None:
+    model = model_config(layers="unrolled", d_model=128, context_length=64, feedforward="gelu")
+    shapes = cost.parameter_shapes(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    counted = forward.lower(*shapes, model).compile().cost_analysis()["flops"] / 64
+    assert counted == pytest.approx(cost.forward_flops_per_token(model, 64), rel=0.1)
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "nearest"),
+    [
+        ("norm", "rmsnom", "rmsnorm"),
+        ("position", "ropes", "rope"),
+        ("feedforward", "swigelu", "swiglu"),
+        ("mixers", ("attenton",), "attention"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(field: str, name: Any, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"config.model.{field}: .*Did you mean '{nearest}'"):
+        cost.parameter_shapes(model_config(**{field: name}))

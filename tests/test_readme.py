@@ -1,0 +1,52 @@
+"""What the README shows is what there is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rustgpt_jax.data.corpora import CORPORA
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.schedules import SCHEDULES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = {
+    "TOKENIZERS": TOKENIZERS,
+    "CORPORA": CORPORA,
+    "NORMS": NORMS,
+    "POSITIONS": POSITIONS,
+    "MIXERS": MIXERS,
+    "FEEDFORWARDS": FEEDFORWARDS,
+    "OPTIMIZERS": OPTIMIZERS,
+    "SCHEDULES": SCHEDULES,
+}
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_in_the_readme_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_lists_every_entry_of_a_table(name: str) -> None:
+    (row,) = (line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+    missing = [entry for entry in TABLES[name] if f"`{entry}`" not in row]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "link", re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tests/\w+\.py)`", README)
+)
+def test_files_that_the_readme_names_are_there(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    recipes = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py"}
+    assert recipes == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
