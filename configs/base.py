@@ -41,9 +41,11 @@ def get_config() -> ConfigDict:
     config.model.vocab_size = None
     # The most tokens that the model attends to, and the size of a learned position table.
     config.model.context_length = 128
+    # Blocks, one after another.
     config.model.n_layers = 4
     # Width of the residual stream.
     config.model.d_model = 128
+    # Query heads of attention.
     config.model.n_heads = 4
     # Key/value heads, each shared by n_heads / n_kv_heads query heads (arXiv 2305.13245). None: n_heads.
     config.model.n_kv_heads = None
@@ -59,6 +61,7 @@ def get_config() -> ConfigDict:
     config.model.norm = "rmsnorm"
     # pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each sum (arXiv 1706.03762).
     config.model.norm_placement = "pre"
+    # Added to the variance or mean square that a norm divides by.
     config.model.norm_epsilon = 1e-6
     # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864).
     config.model.position = "rope"
@@ -86,9 +89,11 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"
     # The highest learning rate; the schedule multiplies it by a factor from 0 to 1.
     config.optimizer.learning_rate = 1e-3
-    # Decay rates of the moments of adam, adamw, lion, and of the parameters that muon leaves to adam.
+    # Decay rate of the first moment of adam, adamw and lion, and of what muon leaves to adamw.
     config.optimizer.b1 = 0.9
+    # Decay rate of their second moment; for lion, of the momentum that is kept.
     config.optimizer.b2 = 0.99
+    # Added to the root of the second moment that adam and adamw divide by.
     config.optimizer.epsilon = 1e-8
     # Momentum of sgd and muon.
     config.optimizer.momentum = 0.95

@@ -199,7 +199,7 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_five_steps_are_those_of_the_papers(name: str) -> None:
     groups = (("norm|bias", 0.0), ("head", 0.5), (".*", 1.0))
-    config = knobs(name=name, learning_rate=0.01, weight_decay=0.2, weight_decay_groups=groups)
+    config = knobs(name=name, learning_rate=0.01, epsilon=0.1, weight_decay=0.2, weight_decay_groups=groups)
     after = dict(leaves(run(config, parameters(), 5)))
     for path, start in leaves(parameters()):
         decay = 0.0 if "norm" in path or "bias" in path else 0.1 if "head" in path else 0.2
@@ -268,6 +268,11 @@ def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str
     assert taken == {path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")}
     assert len(taken) >= 6
     assert all(len(shapes[path].shape) == 3 for path in taken)
+
+
+def test_muon_leaves_arrays_outside_the_blocks_to_adamw() -> None:
+    arrays = {"experts": np.empty((2, 4, 4)), "blocks": {"0": {"kernel": np.empty((2, 4, 4))}}}
+    assert muon_partition(arrays) == {"experts": "adamw", "blocks": {"0": {"kernel": "muon"}}}
 
 
 def muon_updates(gradients: Params) -> dict[str, np.ndarray]:

@@ -85,7 +85,7 @@ class Checkpoints:
 
 
 def layout(tree: Any) -> dict[str, str]:
-    """Shape and type of each array of a tree by its path: {'params/embedding/table': 'float32[65,128]'}."""
+    """Shape and type of each array of a tree by its path: {'params/embedding/table': 'float32[65, 128]'}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{json.dumps(leaf.shape)}"

@@ -1,0 +1,171 @@
+"""Checkpoints: every bit comes back, nothing is made up, and only the last and the best are kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from rustgpt_jax.config import split
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.training.checkpoints import Checkpoints, layout
+from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
+from rustgpt_jax.training.step import State, as_arguments, compiled_start
+
+
+def state_of(name: str = "adamw", seed: int = 0) -> State:
+    """A state as of a run, filled with random bits of each array's type: NaNs, infinities and denormals among them."""
+    config = small_config(**{"optimizer.name": name, "model.d_model": 8})
+    shapes = parameter_shapes(config.model)
+    opt_shapes = jax.eval_shape(optimizer(config.optimizer).init, shapes)
+    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")))
+    generator = np.random.default_rng(seed)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        raw = generator.bytes(leaf.dtype.itemsize * int(np.prod(leaf.shape, dtype=int)))
+        return jnp.asarray(np.frombuffer(raw, leaf.dtype).reshape(leaf.shape))
+
+    return jax.tree.map(fill, state)
+
+
+def small_state(**params: Any) -> State:
+    """A state of a few arrays."""
+    return State({name: jnp.asarray(value) for name, value in params.items()}, (), jnp.asarray(3, jnp.int32))
+
+
+def shapes_of(state: State) -> State:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save(folder: Path, state: State, *steps: int, which: str = "last", config_hash: str = "abc") -> None:
+    with Checkpoints(folder, config_hash) as checkpoints:
+        for step in steps:
+            checkpoints.save(state, step, which)
+
+
+def kept(folder: Path, which: str) -> list[int]:
+    return sorted(int(path.name) for path in (folder / which).iterdir())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
+    state = state_of(name)
+    save(tmp_path, state, 5)
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        assert checkpoints.step() == 5
+        assert_same_bits(checkpoints.restore(shapes_of(state)), state)
+
+
+def test_the_layout_is_that_of_a_real_run() -> None:
+    config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
+    structure, numbers = split(config)
+    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    assert layout(like) == layout(state_of("muon"))
+    assert layout(like)["params/embedding/table"] == "float32[61, 8]"
+    assert layout(like)["step"] == "int32[]"
+
+
+def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
+    state = small_state(table=np.arange(2**20, dtype=np.float32))
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        checkpoints.save(state, 1)
+        # A step takes over the buffers of the state before it.
+        state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)(state)
+        checkpoints.save(state, 2)
+        checkpoints.wait()
+    (tmp_path / "last" / "2").rename(tmp_path / "elsewhere")
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        restored = checkpoints.restore(shapes_of(state))
+    np.testing.assert_array_equal(restored.params["table"], np.arange(2**20, dtype=np.float32))
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        assert checkpoints.step() is None
+        for step in (1, 2, 3, 4):
+            checkpoints.save(small_state(a=float(step)), step)
+        for step in (1, 3):
+            checkpoints.save(small_state(a=10.0 * step), step, "best")
+        checkpoints.wait()
+        assert (kept(tmp_path, "last"), kept(tmp_path, "best")) == ([3, 4], [3])
+        assert (checkpoints.step(), checkpoints.step("best")) == (4, 3)
+        like = shapes_of(small_state(a=0.0))
+        assert (checkpoints.restore(like).params["a"], checkpoints.restore(like, "best").params["a"]) == (4.0, 30.0)
+
+
+def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 7)
+    save(tmp_path, small_state(a=2.0), 7)
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
+
+
+def test_what_was_saved_after_the_resume_is_forgotten(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 4, 8)
+    save(tmp_path, small_state(a=2.0), 6, which="best")
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        checkpoints.forget_after(8)
+        assert (checkpoints.step(), checkpoints.step("best")) == (8, 6)
+        checkpoints.forget_after(4)
+        assert (checkpoints.step(), checkpoints.step("best")) == (4, None)
+    assert (kept(tmp_path, "last"), kept(tmp_path, "best")) == ([4], [])
+
+
+def test_half_a_save_does_not_count(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 4)
+    (tmp_path / "last" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        assert checkpoints.step() == 4
+        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_there_may_be_none(tmp_path: Path, which: str) -> None:
+    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=f"{which} has no checkpoint yet"):
+        checkpoints.restore(shapes_of(small_state(a=[0.0])), which)
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[1.0]), 4, config_hash="abc")
+    with (
+        Checkpoints(tmp_path, "xyz") as checkpoints,
+        pytest.raises(UserError, match=r"last/4 .* another config \(abc\)"),
+    ):
+        checkpoints.restore(shapes_of(small_state(a=[0.0])))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({"a": [0.0, 0.0], "c": [0.0]}, r"last/4: params/c is missing in the checkpoint, .* makes it float32\[1\]\."),
+        ({}, r"last/4: params/a is float32\[2\] in the checkpoint, .* makes it nothing\."),
+        ({"a": [0.0]}, r"last/4: params/a is float32\[2\] in the checkpoint, .* makes it float32\[1\]\."),
+        ({"a": [[0.0, 0.0]]}, r"params/a is float32\[2\] in the checkpoint, .* makes it float32\[1, 2\]\."),
+        ({"a": jnp.zeros(2, jnp.bfloat16)}, r"params/a is float32\[2\] in the checkpoint, .* makes it bfloat16\[2\]\."),
+    ],
+    ids=["missing", "extra", "shape", "rank", "dtype"],
+)
+def test_other_arrays_are_refused_by_name(tmp_path: Path, wanted: dict[str, Any], sentence: str) -> None:
+    save(tmp_path, small_state(a=[1.0, 2.0]), 4)
+    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=sentence):
+        checkpoints.restore(shapes_of(small_state(**wanted)))
+
+
+def test_the_optimizer_state_is_compared_too(tmp_path: Path) -> None:
+    save(tmp_path, state_of("adamw"), 4)
+    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=r"last/4: opt_state/\S+ is "):
+        checkpoints.restore(shapes_of(state_of("lion")))

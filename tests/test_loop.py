@@ -1,0 +1,351 @@
+"""Whole runs: stopped or killed anywhere and gone on with, they leave what the undisturbed run leaves, bit for bit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rustgpt_jax.config import Config, config_hash, split
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, lock
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.training import loop, recorder
+from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.signals import StopRequest
+from rustgpt_jax.training.step import State, as_arguments, compiled_start
+
+VOCABULARY = 300
+TINY = {
+    "tokenizer.name": "byte",
+    "tokenizer.vocab_size": VOCABULARY,
+    "model.vocab_size": VOCABULARY,
+    "model.context_length": 16,
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "model.dropout": 0.1,
+    "training.steps": 10,
+    "training.steps_per_call": 3,
+    "record.log_every": 1,
+    "record.evaluate_every": 4,
+    "record.evaluation_batches": 2,
+    "record.checkpoint_every": 3,
+    "record.prompts": ("Why?", "A"),
+    "sampling.max_tokens": 4,
+    "sampling.temperature": 1.0,
+}
+# What a clock decides, and no config.
+TIMED = {"train/tokens_per_second", "train/flops_share"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Most of the time goes into compiling, and nothing here depends on how hard the compiler tries."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny(**changes: Any) -> Config:
+    return small_config(**(TINY | changes))
+
+
+class Killed(BaseException):
+    """The end of a process that saves nothing."""
+
+
+class StopAtOnce(StopRequest):
+    """Someone presses Ctrl-C before the first step."""
+
+    def __enter__(self) -> StopRequest:
+        super().__enter__()
+        signal.raise_signal(signal.SIGINT)
+        return self
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """The end of a process after so many steps of its own, by a signal or by a kill."""
+
+    steps: int
+    is_kill: bool
+
+
+def train(config: Config, path: Path, interruption: Interruption | None = None) -> tuple[bool, str]:
+    """Train in this process. Whether the run reached its end, and what it printed."""
+    console = Console(file=StringIO(), width=200)
+    done = 0
+
+    def steps_then_interruption(*arguments: Any) -> Any:
+        nonlocal done
+        result = loop_steps(*arguments)
+        done += int(arguments[3])
+        if interruption and done >= interruption.steps:
+            if interruption.is_kill:
+                raise Killed
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    loop_steps = loop.compiled_train_steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compiled_train_steps", steps_then_interruption)
+        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+        if interruption == Interruption(0, is_kill=False):
+            patch.setattr(loop, "StopRequest", StopAtOnce)
+        with pytest.raises(Killed) if interruption and interruption.is_kill else nullcontext():
+            is_complete = loop.train(config, path, {}, console)
+            return is_complete, console.file.getvalue()
+    return False, console.file.getvalue()
+
+
+def stored_state(config: Config, path: Path, which: str = "last") -> State:
+    structure, numbers = split(config)
+    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    with Checkpoints(RunFolder(path).checkpoints, config_hash(config)) as checkpoints:
+        return checkpoints.restore(like, which)
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(path)]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# Interruptions.
+
+
+def text_file() -> str:
+    """A file whose path is the same in all runs of a session, for it is part of their configs."""
+    path = Path(os.environ["RUSTGPT_JAX_CACHE"]) / "small.txt"
+    path.write_text("To be, or not to be, that is the question:\n" * 40, encoding="utf-8")
+    return str(path)
+
+
+CORPORA = {
+    "facts": lambda: {"data.corpus": "facts"},
+    "chat": lambda: {"data.corpus": "chat", "data.loss_on": "assistant"},
+    "files": lambda: {"data.corpus": "files", "data.paths": (text_file(),), "data.split": "tail"},
+}
+
+
+def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | None) -> Config:
+    """A run of ten steps; with a boundary, the steps after it are a stage of their own, on dialogues and at another rate."""
+    changes = {"tokenizer.name": tokenizer, "training.accumulation": accumulation, **CORPORA[corpus]()}
+    if boundary is not None:
+        second = {"corpus": "chat", "paths": (), "split": "document", "loss_on": "assistant"}
+        changes["stages"] = (
+            {"name": "first", "training": {"steps": boundary}},
+            {
+                "name": "second",
+                "data": second,
+                "training": {"steps": 10 - boundary},
+                "optimizer": {"learning_rate": 0.01},
+                "model": {"dropout": 0.2},
+            },
+        )
+    return tiny(**changes)
+
+
+def write_on_and_tear(path: Path) -> None:
+    """What a process may have written after its last checkpoint when it is killed."""
+    run = RunFolder(path)
+    last = max(int(step.name) for step in (run.checkpoints / "last").iterdir()) if run.checkpoints.exists() else 0
+    for file, line in (
+        (run.metrics_file, {"stage": "x", "train/loss": 1.0}),
+        (run.samples_file, {"prompt": "A", "text": "B"}),
+    ):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": last + 1, **line}) + "\n" + json.dumps({"step": last + 2, **line})[:-7])
+
+
+def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Interruption]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        straight, broken = Path(folder) / "straight", Path(folder) / "broken"
+        assert train(config, straight)[0]
+        for interruption in interruptions:
+            is_complete, printed = train(config, broken, interruption)
+            if interruption.is_kill:
+                write_on_and_tear(broken)
+            elif not is_complete:
+                assert "Stopped by SIGINT at step " in printed
+        assert train(config, broken)[0]
+
+        assert_same_bits(stored_state(config, broken), stored_state(config, straight))
+        assert_same_bits(stored_state(config, broken, "best"), stored_state(config, straight, "best"))
+        assert metrics(broken) == metrics(straight)
+        assert [line["step"] for line in metrics(straight) if "train/loss" in line] == list(range(1, 11))
+        for name in ("samples.jsonl", "tokenizer.json", "data.json"):
+            assert (broken / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("corpus", "tokenizer", "accumulation", "boundary", "interruptions"),
+    [
+        ("facts", "bpe", 1, None, [Interruption(5, is_kill=False)]),
+        ("chat", "byte", 2, None, [Interruption(0, is_kill=False), Interruption(7, is_kill=True)]),
+        ("files", "char", 1, 5, [Interruption(4, is_kill=False)]),
+        ("facts", "word", 1, 5, [Interruption(5, is_kill=False), Interruption(2, is_kill=True)]),
+    ],
+)
+def test_a_run_in_pieces_is_the_run_in_one(
+    corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
+) -> None:
+    assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    corpus=st.sampled_from(sorted(CORPORA)),
+    tokenizer=st.sampled_from(["word", "char", "byte", "bpe"]),
+    accumulation=st.sampled_from([1, 2]),
+    boundary=st.none() | st.integers(2, 8),
+    interruptions=st.lists(st.builds(Interruption, st.integers(0, 9), st.booleans()), min_size=1, max_size=3),
+)
+def test_any_run_in_any_pieces_is_the_run_in_one(
+    corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
+) -> None:
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
+
+
+# One folder, one run.
+
+
+def test_a_complete_run_says_so_and_stays_as_it_is(tmp_path: Path) -> None:
+    config = tiny(**{"training.steps": 2})
+    assert train(config, tmp_path / "run")[0]
+    before = contents(tmp_path)
+    is_complete, printed = train(config, tmp_path / "run")
+    assert is_complete
+    assert "is complete: 2 steps" in printed
+    assert contents(tmp_path) == before
+
+
+def test_another_config_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    assert train(tiny(**{"training.steps": 2}), tmp_path)[0]
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="another config: training.steps is 2 there and 3 here"):
+        train(tiny(**{"training.steps": 3}), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_second_trainer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    config = tiny(**{"training.steps": 6})
+    assert not train(config, tmp_path, Interruption(1, is_kill=False))[0]
+    with lock(tmp_path):
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* is training in it"):
+            train(config, tmp_path)
+        assert contents(tmp_path) == before
+
+
+def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(int(arguments[3]))
+        return steps(*arguments)
+
+    steps = loop.compiled_train_steps
+    monkeypatch.setattr(loop, "compiled_train_steps", counted)
+    train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
+    assert counts == [3, 1, 3, 1, 1, 1]
+
+
+# The best checkpoint.
+
+
+@pytest.mark.parametrize("interruptions", [[], [Interruption(4, is_kill=False)], [Interruption(5, is_kill=True)]])
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: list[Interruption]
+) -> None:
+    losses = {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}
+    # As many calls of `evaluate` as there are lines is the step that it is at.
+    config = tiny(**{"record.evaluate_every": 2, "record.checkpoint_every": 2, "record.prompts": ()})
+
+    def evaluate(*arguments: Any) -> dict[str, float]:
+        del arguments
+        lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
+        return {"valid/loss": losses[lines[-1]["step"]], "valid/perplexity": 0.0, "valid/bits_per_byte": 0.0}
+
+    monkeypatch.setattr(recorder, "evaluate", evaluate)
+    for interruption in interruptions:
+        train(config, tmp_path, interruption)
+    assert train(config, tmp_path)[0]
+    best = stored_state(config, tmp_path, "best")
+    assert best.step == 4
+    # The state of step 4 itself: of the same run, cut off there.
+    monkeypatch.setattr(recorder, "evaluate", lambda *_: {})
+    other = tmp_path / "other"
+    train(config, other, Interruption(4, is_kill=False))
+    assert_same_bits(best, stored_state(config, other))
+
+
+# Many devices.
+
+ON_DEVICES = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+from rich.console import Console
+from test_loop import TINY, loop, small_config
+from rustgpt_jax.errors import UserError
+assert jax.device_count() == 8
+for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
+    changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 6}}
+    try:
+        loop.train(small_config(**(TINY | changes)), Path(sys.argv[1]), {{}}, Console(stderr=True))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES.format(root=str(tests.parent), tests=str(tests)), str(tmp_path / "eight")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    sentence = "config.training.batch_size={} in {} parts cannot be shared equally by 8 devices; the nearest batch size that can is {}."
+    assert done.stdout.splitlines() == [sentence.format(12, 1, 16), sentence.format(8, 2, 16)]
+
+    config = tiny(**{"training.batch_size": 16, "training.accumulation": 2, "training.steps": 6})
+    assert train(config, tmp_path / "one")[0]
+    eight, one = metrics(tmp_path / "eight"), metrics(tmp_path / "one")
+    assert [line["step"] for line in eight] == [line["step"] for line in one]
+    for ours, theirs in zip(eight, one, strict=True):
+        for name in ("train/loss", "valid/loss", "train/gradient_norm"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
