@@ -11,7 +11,7 @@ FINDING
 import statistics
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +48,7 @@ def final_loss(name: str, seed: int, console: Console) -> float:
 def main(argv: list[str]) -> None:
     """Run every recipe with every seed and print the table."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     console = Console()
     table = Table(
         "recipe", *(f"seed {seed}" for seed in FLAGS.seeds), "mean", title="validation loss, nats a character"

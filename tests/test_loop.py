@@ -155,7 +155,7 @@ CORPORA = {
 
 
 def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | None) -> Config:
-    """A run of ten steps; with a boundary, the steps after it are a stage of their own, on dialogues and at another rate."""
+    """A run of ten steps; with a boundary, those after it are a stage of their own, on dialogues, at another rate."""
     changes = {"tokenizer.name": tokenizer, "training.accumulation": accumulation, **CORPORA[corpus]()}
     if boundary is not None:
         second = {"corpus": "chat", "paths": (), "split": "document", "loss_on": "assistant"}
@@ -172,10 +172,14 @@ def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | No
     return tiny(**changes)
 
 
+def last_checkpoint(path: Path) -> int:
+    return max((int(step.name) for step in (RunFolder(path).checkpoints / "last").iterdir()), default=0)
+
+
 def write_on_and_tear(path: Path) -> None:
     """What a process may have written after its last checkpoint when it is killed."""
     run = RunFolder(path)
-    last = max(int(step.name) for step in (run.checkpoints / "last").iterdir()) if run.checkpoints.exists() else 0
+    last = last_checkpoint(path)
     for file, line in (
         (run.metrics_file, {"stage": "x", "train/loss": 1.0}),
         (run.samples_file, {"prompt": "A", "text": "B"}),
@@ -193,7 +197,7 @@ def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Inte
             if interruption.is_kill:
                 write_on_and_tear(broken)
             elif not is_complete:
-                assert "Stopped by SIGINT at step " in printed
+                assert f"Stopped by SIGINT at step {last_checkpoint(broken)}, saved." in printed
         assert train(config, broken)[0]
 
         assert_same_bits(stored_state(config, broken), stored_state(config, straight))
@@ -279,33 +283,60 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
     assert counts == [3, 1, 3, 1, 1, 1]
 
 
+def test_a_stage_has_its_own_data_schedule_and_numbers(tmp_path: Path) -> None:
+    assert train(config_of("facts", "byte", 1, 5), tmp_path)[0]
+    lines = [line for line in metrics(tmp_path) if "train/loss" in line]
+    assert [line["stage"] for line in lines] == ["first"] * 5 + ["second"] * 5
+    rates = [line["train/learning_rate"] for line in lines]
+    # Each warms up for two steps and then begins to fall.
+    warm = [1 / 3, 2 / 3, 1]
+    assert rates[:3] == pytest.approx([1e-3 * share for share in warm])
+    assert rates[5:8] == pytest.approx([1e-2 * share for share in warm])
+    learned = [line["train/learned_tokens"] for line in lines]
+    assert set(learned[:5]) == {4 * 16}
+    assert 0 < sum(learned[5:]) < 5 * 4 * 16
+
+
 # The best checkpoint.
+
+
+def scripted(path: Path, losses: dict[int, float]) -> Any:
+    """An `evaluate` that measures these losses at these steps."""
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        step = max(line["step"] for line in read_metrics(path) if "train/loss" in line)
+        return {"valid/loss": losses[step], "valid/perplexity": 0.0, "valid/bits_per_byte": 0.0}
+
+    return evaluate
+
+
+EVERY_TWO = {"record.evaluate_every": 2, "record.checkpoint_every": 2, "record.prompts": ()}
 
 
 @pytest.mark.parametrize("interruptions", [[], [Interruption(4, is_kill=False)], [Interruption(5, is_kill=True)]])
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: list[Interruption]
 ) -> None:
-    losses = {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}
-    # As many calls of `evaluate` as there are lines is the step that it is at.
-    config = tiny(**{"record.evaluate_every": 2, "record.checkpoint_every": 2, "record.prompts": ()})
-
-    def evaluate(*arguments: Any) -> dict[str, float]:
-        del arguments
-        lines = [line for line in read_metrics(tmp_path) if "train/loss" in line]
-        return {"valid/loss": losses[lines[-1]["step"]], "valid/perplexity": 0.0, "valid/bits_per_byte": 0.0}
-
-    monkeypatch.setattr(recorder, "evaluate", evaluate)
+    config = tiny(**EVERY_TWO)
+    monkeypatch.setattr(recorder, "evaluate", scripted(tmp_path, {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}))
     for interruption in interruptions:
         train(config, tmp_path, interruption)
     assert train(config, tmp_path)[0]
     best = stored_state(config, tmp_path, "best")
     assert best.step == 4
     # The state of step 4 itself: of the same run, cut off there.
-    monkeypatch.setattr(recorder, "evaluate", lambda *_: {})
     other = tmp_path / "other"
+    monkeypatch.setattr(recorder, "evaluate", lambda *_: {})
     train(config, other, Interruption(4, is_kill=False))
     assert_same_bits(best, stored_state(config, other))
+
+
+def test_the_best_checkpoint_is_that_of_the_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
+    config = tiny(**EVERY_TWO, stages=halves)
+    monkeypatch.setattr(recorder, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
+    assert train(config, tmp_path)[0]
+    assert stored_state(config, tmp_path, "best").step == 8
 
 
 # Many devices.
@@ -320,8 +351,16 @@ from rich.console import Console
 from test_loop import TINY, loop, small_config
 from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
+steps = loop.compiled_train_steps
+
+def reporting(structure, state, batches, *others):
+    table, tokens = state.params["embedding"]["table"], batches.tokens_BT
+    print(table.sharding.is_fully_replicated, tokens.shape, tokens.addressable_shards[0].data.shape)
+    return steps(structure, state, batches, *others)
+
+loop.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
-    changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 6}}
+    changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 3}}
     try:
         loop.train(small_config(**(TINY | changes)), Path(sys.argv[1]), {{}}, Console(stderr=True))
     except UserError as error:
@@ -339,10 +378,15 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    sentence = "config.training.batch_size={} in {} parts cannot be shared equally by 8 devices; the nearest batch size that can is {}."
-    assert done.stdout.splitlines() == [sentence.format(12, 1, 16), sentence.format(8, 2, 16)]
+    assert done.stdout.splitlines() == [
+        "config.training.batch_size=12 in 1 parts cannot be shared equally by 8 devices; "
+        "the nearest batch size that can is 16.",
+        "config.training.batch_size=8 in 2 parts cannot be shared equally by 8 devices; "
+        "the nearest batch size that can is 16.",
+        "True (3, 16, 16) (3, 2, 16)",
+    ]
 
-    config = tiny(**{"training.batch_size": 16, "training.accumulation": 2, "training.steps": 6})
+    config = tiny(**{"training.batch_size": 16, "training.accumulation": 2, "training.steps": 3})
     assert train(config, tmp_path / "one")[0]
     eight, one = metrics(tmp_path / "eight"), metrics(tmp_path / "one")
     assert [line["step"] for line in eight] == [line["step"] for line in one]

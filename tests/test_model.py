@@ -21,6 +21,8 @@ from rustgpt_jax.model.mixers import MIXERS, Attention
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Every forward has LENGTH rows of LENGTH tokens, so that each case compiles few programs.
 LENGTH = 12
 PLACES_T = np.arange(LENGTH, dtype=np.int32)

@@ -1,10 +1,10 @@
 """From a config to what its run reads: a tokenizer, and for each stage the token streams of its corpus."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -34,10 +34,6 @@ class StageData:
     def is_dialogue(self) -> bool:
         """Whether prompts are questions to be answered, rather than texts to be continued."""
         return self.store.manifest.n_dialogues > 0
-
-    def summary(self) -> dict[str, Any]:
-        """What the run folder keeps of the stage's data: enough to tell whether it is the same elsewhere."""
-        return {"stage": self.stage.name, **dataclasses.asdict(self.store.manifest)}
 
     def training_batches(self) -> Batches:
         """The stage's batches, addressed by the step of the run."""
@@ -77,3 +73,17 @@ def prepare_stage(stage: Stage, tokenizer: Tokenizer, cache: Path, progress: Sto
     data = StageData(stage, build_store(stage.config.data, tokenizer, cache / "stores", progress))
     require_batch(data.store.split("train"), data.window, stage.config.training.batch_size)
     return data
+
+
+def record_data(material: Iterable[StageData]) -> str:
+    """What a run folder keeps of its data, as JSON: for each stage, counts and hashes of the text and its tokens."""
+    stages = [{"stage": data.stage.name, **dataclasses.asdict(data.store.manifest)} for data in material]
+    return json.dumps(stages, indent=2) + "\n"
+
+
+def changed_data(record: Path, material: Iterable[StageData]) -> list[str]:
+    """The stages whose text or tokens are not those of the record in a file; none if there is no such file yet."""
+    if not record.exists():
+        return []
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    return [now["stage"] for now in json.loads(record_data(material)) if now not in recorded]

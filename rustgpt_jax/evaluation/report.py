@@ -6,7 +6,7 @@ from rich.table import Table
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import stages
 from rustgpt_jax.data.corpora import divide, documents
-from rustgpt_jax.data.prepare import StageData, prepare_stage
+from rustgpt_jax.data.prepare import StageData, changed_data, prepare_stage
 from rustgpt_jax.evaluation.answers import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.training.trained import Trained
@@ -17,9 +17,11 @@ def evaluate_run(trained: Trained, console: Console) -> None:
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
-    for stage in stages(trained.config):
-        data = prepare_stage(stage, trained.writer.tokenizer, cache_folder())
-        table.add_row(stage.name, *_predictions(trained, data), *_answers(trained, data))
+    material = [prepare_stage(stage, trained.writer.tokenizer, cache_folder()) for stage in stages(trained.config)]
+    for stage in changed_data(trained.run.data_file, material):
+        console.print(f"The text of stage {stage} is not the one that the model was trained on.", style="yellow")
+    for data in material:
+        table.add_row(data.stage.name, *_predictions(trained, data), *_answers(trained, data))
     console.print(table)
 
 

@@ -1,6 +1,5 @@
 """Training as a whole: from a config to a finished run, with all its effects in their order."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,15 @@ from tokenizers import Tokenizer
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import Config, config_hash, split, stages
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.data.prepare import StageData, obtain_tokenizer, prepare_stage, with_vocabulary
+from rustgpt_jax.data.prepare import (
+    StageData,
+    changed_data,
+    obtain_tokenizer,
+    prepare_stage,
+    record_data,
+    with_vocabulary,
+)
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.parallel.devices import check_batch, replicate, share
 from rustgpt_jax.runs.curves import draw_loss_curves
@@ -39,7 +46,7 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     check(path, config)
     check_parts(config)
     run = RunFolder(path)
-    with waiting(console, "tokenizer"):
+    with waiting(console, "training the tokenizer"):
         tokenizer = obtain_tokenizer(config, run.tokenizer_file)
     whole = with_vocabulary(config, tokenizer)
     check_decay_groups(parameter_shapes(whole.model), whole.optimizer)
@@ -48,10 +55,15 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     for data in material:
         check_batch(data.stage.config.training)
 
+    changed = changed_data(run.data_file, material)
+    if changed:
+        again = "give back the old text, or choose another --run folder"
+        raise UserError(f"{path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
+
     create(path, config, origins)
     with lock(path):
         save_tokenizer(tokenizer, run.tokenizer_file)
-        write_atomically(run.data_file, json.dumps([data.summary() for data in material], indent=2) + "\n")
+        write_atomically(run.data_file, record_data(material))
         with Checkpoints(run.checkpoints, config_hash(config)) as checkpoints:
             return _run(whole, run, tokenizer, material, checkpoints, console)
 

@@ -21,6 +21,7 @@ from rustgpt_jax.training.step import as_arguments, compiled_start
 class Trained:
     """The model of a run at one of its checkpoints."""
 
+    run: RunFolder
     config: Config
     step: int
     writer: Writer
@@ -48,4 +49,4 @@ def load(path: Path, which: str = "last") -> Trained:
         state = checkpoints.restore(like, which)
         step = checkpoints.step(which) or 0
     is_dialogue = any(stage["n_dialogues"] for stage in json.loads(run.data_file.read_text(encoding="utf-8")))
-    return Trained(config, step, Writer(state.params, config.model, tokenizer, is_dialogue))
+    return Trained(run, config, step, Writer(state.params, config.model, tokenizer, is_dialogue))
