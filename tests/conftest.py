@@ -9,11 +9,12 @@ from typing import Any
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from rustgpt_jax.config import Config
+from rustgpt_jax.config import Config, ModelConfig
 from rustgpt_jax.resolve import override, resolve
 
 # The first example of a property may compile a program.
@@ -52,6 +53,27 @@ def small_tree(**changes: Any) -> ConfigDict:
 def small_config(**changes: Any) -> Config:
     """The resolved config of `small_tree`."""
     return resolve(small_tree(**changes))
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> Any:
+    """Parameters in which nothing is 0 or 1, so that all of them matter, and activations are of order 1."""
+    import jax
+
+    from rustgpt_jax.model.cost import parameter_shapes
+
+    rng = np.random.default_rng(seed)
+
+    def fill(path: Any, leaf: Any) -> np.ndarray:
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        match path[-1].key:
+            case "kernel":
+                return noise / leaf.shape[-2] ** 0.5
+            case "scale":
+                return 1 + 0.2 * noise
+            case _:
+                return 0.5 * noise
+
+    return jax.tree_util.tree_map_with_path(fill, parameter_shapes(model))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -172,8 +172,8 @@ def generate(
 
 
 def stop_tokens(stops: Sequence[int]) -> np.ndarray:
-    """Stop tokens as an array of one size, so that their number compiles nothing new."""
-    padded = np.full(8, -1, np.int32)
+    """Stop tokens as an array of one of a few sizes, so that their number compiles nothing new."""
+    padded = np.full(-(-max(len(stops), 1) // 8) * 8, -1, np.int32)
     padded[: len(stops)] = stops
     return padded
 

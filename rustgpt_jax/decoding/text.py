@@ -1,5 +1,6 @@
 """From text to text: prompts are encoded, drawn tokens are decoded, whole or as they come."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
         count = np.int32(min(TOKENS_PER_LOOK, sampling.max_tokens - drawn))
         generation = extend(writer.params, generation, count, samplers, key, stops, model=writer.model)
         is_done = bool(generation.is_done_B[0]) or drawn + TOKENS_PER_LOOK >= sampling.max_tokens
-        text = decode(writer.tokenizer, drawn_tokens(generation, [len(prompt)], writer.stops)[0])
-        known = text if is_done else _settled(text)
+        tokens = drawn_tokens(generation, [len(prompt)], writer.stops)[0]
+        known = decode(writer.tokenizer, tokens) if is_done else _settled(writer.tokenizer, tokens)
         if known.startswith(shown):
             yield known[len(shown) :]
             shown = known
@@ -72,6 +73,14 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
             return
 
 
-def _settled(text: str) -> str:
-    """The part of a text that later tokens cannot change: an unfinished character decodes to U+FFFD."""
+def _settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The part of the text of `tokens` that later tokens cannot change.
+
+    An unfinished character decodes to U+FFFD. Where bytes are tokens for what is no character of the vocabulary, a run
+    of them is one text or none: a wrong byte at its end would change all of it.
+    """
+    text = decode(tokenizer, tokens)
+    wrong_byte = tokenizer.token_to_id("<0xFF>")
+    if wrong_byte is not None:
+        text = os.path.commonprefix([text, decode(tokenizer, [*tokens, wrong_byte])])
     return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip(" ")

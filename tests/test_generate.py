@@ -1,0 +1,262 @@
+"""Generation is the naive loop made fast: no cache, cut, batch, padding or bucket changes a token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from rustgpt_jax.config import ModelConfig, SamplingConfig, TokenizerConfig
+from rustgpt_jax.data.corpora import Turn
+from rustgpt_jax.decoding.generate import begin, bucket, drawn_tokens, extend, generate, prefill, stop_tokens
+from rustgpt_jax.decoding.samplers import from_config
+from rustgpt_jax.decoding.text import Writer, write, write_as_it_comes
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import transformer
+from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONTEXT = 40
+MODELS: dict[str, ModelConfig] = {
+    "rope": small_config(
+        **{"model.context_length": CONTEXT, "model.n_kv_heads": 2, "model.tie_embeddings": False}
+    ).model,
+    "learned": small_config(
+        **{
+            "model.context_length": CONTEXT,
+            "model.position": "learned",
+            "model.norm_placement": "post",
+            "model.feedforward": "relu",
+            "model.layers": "unrolled",
+            "model.tie_embeddings": False,
+        }
+    ).model,
+}
+MODEL = MODELS["rope"]
+PARAMS = {name: random_params(model, seed=3) for name, model in MODELS.items()}
+PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in (3, 1, 14, 9)]
+GREEDY = from_config(small_config(**{"sampling.temperature": 0.0}).sampling)
+WARM = from_config(small_config(**{"sampling.temperature": 1.5, "sampling.top_p": 0.9}).sampling)
+
+
+def drawn(
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    samplers: Any = WARM,
+    seed: int = 0,
+    max_tokens: int = 12,
+    stops: Sequence[int] = (),
+    name: str = "rope",
+) -> list[list[int]]:
+    return generate(
+        PARAMS[name],
+        prompts,
+        MODELS[name],
+        samplers=samplers,
+        key=jax.random.key(seed),
+        max_tokens=max_tokens,
+        stops=stops,
+    )
+
+
+forward = jax.jit(transformer.apply, static_argnames="model")
+
+
+def naive(prompt: Sequence[int], max_tokens: int, name: str = "rope") -> list[int]:
+    """The likeliest token again and again, the whole text read anew for each."""
+    text = list(prompt)
+    while len(text) < min(CONTEXT, len(prompt) + max_tokens):
+        padded_BT = np.zeros((1, CONTEXT), np.int32)
+        padded_BT[0, : len(text)] = text
+        logits_BTV, _ = forward(PARAMS[name], padded_BT, MODELS[name])
+        text.append(int(np.argmax(logits_BTV[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+# The tokens.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_the_naive_loop(name: str) -> None:
+    expected = [naive(prompt, 12, name) for prompt in PROMPTS]
+    assert drawn(samplers=GREEDY, name=name) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+    assert min(len(set(tokens)) for tokens in expected) > 2
+
+
+def test_a_full_context_ends_a_row_and_no_other() -> None:
+    prompts = [PROMPTS[0], [*PROMPTS[2], *PROMPTS[2]], [5] * (CONTEXT - 1), PROMPTS[1]]
+    assert drawn(prompts, GREEDY, max_tokens=36) == [naive(prompt, 36) for prompt in prompts]
+    assert [len(tokens) for tokens in drawn(prompts, max_tokens=36)] == [36, 12, 1, 36]
+
+
+@pytest.mark.parametrize("samplers", [GREEDY, WARM])
+def test_a_prompt_alone_gives_what_it_gives_in_a_batch(samplers: Any) -> None:
+    together = drawn(samplers=samplers)
+    assert drawn(PROMPTS[:1], samplers)[0] == together[0]
+    if samplers is GREEDY:
+        assert [drawn([prompt], samplers)[0] for prompt in PROMPTS] == together
+    else:
+        others = [PROMPTS[0], *[[7] * 33] * 3]
+        assert drawn(others, samplers, max_tokens=7)[0] == together[0][:7]
+
+
+@given(st.lists(st.integers(0, 13), max_size=6))
+@settings(max_examples=15)
+def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
+    expected = drawn(stops=[17])
+    generation = begin(PARAMS["rope"], PROMPTS, MODEL, 12)
+    left = 12
+    for count in [*counts, 12]:
+        count = min(count, left)
+        generation = extend(
+            PARAMS["rope"], generation, np.int32(count), WARM, jax.random.key(0), stop_tokens([17]), model=MODEL
+        )
+        left -= count
+    assert drawn_tokens(generation, [len(prompt) for prompt in PROMPTS], [17]) == expected
+
+
+def test_the_seed_decides_what_is_drawn() -> None:
+    assert drawn(seed=3) == drawn(seed=3)
+    assert all(first != second for first, second in zip(drawn(seed=3), drawn(seed=4), strict=True))
+    same_prompt = drawn([PROMPTS[3]] * 4)
+    assert len({tuple(tokens) for tokens in same_prompt}) == 4
+    assert drawn(seed=3, samplers=GREEDY) == drawn(seed=4, samplers=GREEDY)
+
+
+def test_tokens_of_the_prompt_count_as_seen() -> None:
+    penalty = from_config(small_config(**{"sampling.temperature": 0.0, "sampling.repetition_penalty": 1e6}).sampling)
+    for prompt, tokens in zip(PROMPTS, drawn(samplers=penalty), strict=True):
+        assert len({*prompt, *tokens}) == len({*prompt}) + len(tokens)
+
+
+@pytest.mark.parametrize("n_stops", [1, 8, 9, 61])
+def test_a_stop_token_ends_its_row_and_is_left_out(n_stops: int) -> None:
+    free = drawn()
+    stops = [free[0][5], *[token for token in range(61) if token not in {*free[0]}]][:n_stops]
+    if n_stops == 61:
+        stops = list(range(61))
+    ends = [next((place for place, token in enumerate(tokens) if token in stops), 12) for tokens in free]
+    assert drawn(stops=stops) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
+    assert ends[0] <= 5
+
+
+def test_no_more_tokens_than_asked() -> None:
+    assert drawn(max_tokens=3) == [tokens[:3] for tokens in drawn()]
+
+
+def test_the_text_is_kept_whole() -> None:
+    generation = begin(PARAMS["rope"], PROMPTS, MODEL, 12)
+    generation = extend(
+        PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), stop_tokens([]), model=MODEL
+    )
+    for row, prompt in enumerate(PROMPTS):
+        text = [*prompt, *naive(prompt, 12)]
+        assert generation.lengths_B[row] == len(text)
+        assert np.asarray(generation.tokens_BS)[row, : len(text)].tolist() == text
+        assert np.flatnonzero(generation.seen_BV[row]).tolist() == sorted({*text})
+
+
+# Programs.
+
+
+def programs() -> tuple[int, int]:
+    return prefill._cache_size(), extend._cache_size()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": [[1, 2], [3] * 16, [4] * 7, [5] * 8]},
+        {"max_tokens": 18},
+        {"max_tokens": 4},
+        {"seed": 9},
+        {"stops": [3]},
+        {"stops": [1, 2, 3, 4]},
+        {"samplers": from_config(small_config(**{"sampling.temperature": 0.1, "sampling.top_p": 0.2}).sampling)},
+    ],
+    ids=lambda changes: str(*changes),
+)
+def test_what_varies_from_call_to_call_compiles_nothing_new(changes: dict[str, Any]) -> None:
+    drawn()
+    before = programs()
+    drawn(**changes)
+    assert programs() == before
+
+
+def test_another_bucket_is_another_program() -> None:
+    drawn()
+    prefills, extensions = programs()
+    drawn([[1]] * 4, max_tokens=4)
+    assert programs() == (prefills + 1, extensions + 1)
+
+
+@given(st.integers(1, 10_000), st.integers(2, 10_000))
+def test_buckets_hold_what_they_must_and_are_few(length: int, largest: int) -> None:
+    length = min(length, largest)
+    size = bucket(length, largest)
+    assert length <= size <= largest
+    assert size in (largest, 16) or (size < 2 * length and size & (size - 1) == 0)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([[1], []], "at least one token"),
+        ([[1] * CONTEXT], f"{CONTEXT} tokens.*context of {CONTEXT}.*config.model.context_length"),
+        ([[1], [1] * (CONTEXT + 60)], f"{CONTEXT + 60} tokens"),
+    ],
+    ids=["empty", "full", "too long"],
+)
+def test_a_prompt_without_tokens_or_without_room_is_a_user_error(prompts: list[list[int]], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        drawn(prompts)
+
+
+# Text.
+
+TEXTS = ['She said: "the rain (and the wind) fell," naïvely. €100 🙂', "Yes, no! It's the well-known rain."]
+
+
+def writer(name: str, is_dialogue: bool = False) -> tuple[Tokenizer, Writer]:
+    tokenizer = train_tokenizer(TokenizerConfig(name, 300 if name == "bpe" else None), TEXTS)
+    return tokenizer, Writer(TEXT_PARAMS, TEXT_MODEL, tokenizer, is_dialogue)
+
+
+TEXT_MODEL = small_config(**{"model.vocab_size": 320, "model.context_length": 64}).model
+TEXT_PARAMS = random_params(TEXT_MODEL)
+
+
+def text_sampling(**changes: Any) -> SamplingConfig:
+    changes = {"temperature": 1.5, "top_p": 0.99, "max_tokens": 30} | changes
+    return small_config(**{f"sampling.{name}": value for name, value in changes.items()}).sampling
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
+    _, found = writer(name)
+    prompt = found.prompt(TEXTS[1][:4])
+    for seed in range(10):
+        sampling = text_sampling(seed=seed)
+        pieces = list(write_as_it_comes(found, prompt, sampling))
+        assert "".join(pieces) == write(found, [prompt], sampling)[0]
+        assert len(pieces) > 1
+
+
+def test_a_dialogue_is_asked_and_a_text_is_continued() -> None:
+    tokenizer, teller = writer("word")
+    _, answerer = writer("word", is_dialogue=True)
+    word = tokenizer.token_to_id("rain")
+    names = [tokenizer.id_to_token(token) for token in answerer.prompt("rain")]
+    assert teller.prompt("rain") == [teller.stops[0], word]
+    assert names == ["<|endoftext|>", "<|user|>", "rain", "<|assistant|>"]
+    assert answerer.prompt("rain") == answerer.conversation([Turn("user", "rain")])
+    assert [tokenizer.id_to_token(token) for token in teller.stops] == ["<|endoftext|>", "<|user|>", "<|system|>"]

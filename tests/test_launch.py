@@ -1,0 +1,330 @@
+"""launch.py as people run it: whole processes, one clear sentence for each mistake, and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rustgpt_jax.runs.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = str(ROOT / "launch.py")
+TINY = f"--config={ROOT}/configs/tiny.py"
+VERBS = ("train", "explain", "evaluate", "generate", "chat")
+
+
+def environment() -> dict[str, str]:
+    # Most of the time goes into compiling, and nothing here depends on how hard the compiler tries.
+    return os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def launch(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run launch.py to its end, which must be `code`."""
+    command = [sys.executable, LAUNCH, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+# Help.
+
+
+def test_without_a_verb_there_is_an_overview(tmp_path: Path) -> None:
+    shown = launch(cwd=tmp_path)
+    assert shown.stderr == ""
+    for verb in VERBS:
+        assert f"\n    {verb} " in shown.stdout
+    assert launch("--help", cwd=tmp_path).stdout == shown.stdout
+
+
+def test_help_imports_no_jax(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", LAUNCH, "--help"]
+    imported = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    names = {line.split("|")[-1].strip() for line in imported.splitlines()}
+    assert "absl" in names
+    assert not names & {"jax", "numpy", "flax", "tokenizers", "rich"}
+
+
+# Mistakes: what is typed, and a part of the answer. RUN is a folder that is not there yet.
+
+FILES = "--config.data.corpus=files"
+MISTAKES = {
+    "verb": (["tarin"], "There is no verb 'tarin'. Did you mean 'train'?"),
+    "argument": (["train", "configs/tiny.py"], "train takes no argument 'configs/tiny.py'"),
+    "flag": (["train", "--confg=x"], "There is no flag --confg. Did you mean --config?"),
+    "flag without a value": (["train", "--config"], "config"),
+    "no config": (["train"], "Which config?"),
+    "no run": (["evaluate"], "Which run?"),
+    "config missing": (["train", f"--config={ROOT}/configs/tny.py"], f"Did you mean '{ROOT}/configs/tiny.py'?"),
+    "config broken": (["train", "--config=broken.py"], "broken.py cannot be read as a config: ZeroDivisionError"),
+    "config not Python": (["train", "--config=empty.txt"], "empty.txt"),
+    "config of nothing": (["train", "--config=nothing.py"], "nothing.py"),
+    "run missing": (["generate", "--run=RUN"], "There is no run RUN."),
+    "run without config": (["evaluate", "--run=other"], "other is not the folder of a run"),
+    "checkpoint": (["generate", "--run=RUN", "--checkpoint=first"], "checkpoint"),
+    "key": (["--config.optimizer.learning_rat=1"], "Did you mean config.optimizer.learning_rate?"),
+    "key without value": (["--config.training.steps="], "config.training.steps takes a whole number, not ''."),
+    "word for a number": (["--config.training.steps=ten"], "config.training.steps takes a whole number, not 'ten'."),
+    "fraction for a whole": (["--config.training.steps=2.5"], "config.training.steps takes a whole number, not 2.5."),
+    "out of range": (["--config.seed=-1"], "config.seed must be at least 0, not -1."),
+    "heads": (["--config.model.n_heads=5"], "config.model.d_model=32 is not divisible by config.model.n_heads=5"),
+    "batch": (["--config.training.batch_size=9", "--config.training.accumulation=2"], "batch_size=9 is not a multiple"),
+    "stage": (["--config.stages.one.training.steps=3"], "there is no stage 'one'"),
+    "optimizer": (
+        ["--config.optimizer.name=adamww"],
+        "config.optimizer.name: there is no 'adamww'. Did you mean 'adamw'?",
+    ),
+    "norm": (["--config.model.norm=rms"], "config.model.norm: there is no 'rms'. "),
+    "mixer": (
+        ["--config.model.mixers=atention"],
+        "config.model.mixers: there is no 'atention'. Did you mean 'attention'?",
+    ),
+    "feedforward": (
+        ["--config.model.feedforward=gleu"],
+        "config.model.feedforward: there is no 'gleu'. Did you mean 'gelu'?",
+    ),
+    "position": (["--config.model.position=rop"], "config.model.position: there is no 'rop'. Did you mean 'rope'?"),
+    "corpus": (["--config.data.corpus=fact"], "config.data.corpus: there is no 'fact'. Did you mean 'facts'?"),
+    "tokenizer": (
+        ["--config.tokenizer.name=bytes"],
+        "config.tokenizer.name: there is no 'bytes'. Did you mean 'byte'?",
+    ),
+    "schedule": (["--config.schedule.name=cosin"], "config.schedule.name: there is no 'cosin'. Did you mean 'cosine'?"),
+    "no files": ([FILES], "config.data.corpus='files' needs files"),
+    "file missing": ([FILES, "--config.data.paths=nowhere.txt"], "'nowhere.txt' matches no file"),
+    "file not UTF-8": ([FILES, "--config.data.paths=latin.txt"], "latin.txt: not UTF-8 at byte 3 (0xe9)."),
+    "file empty": ([FILES, "--config.data.paths=empty.txt"], "empty.txt: the file is empty."),
+    "file too short": (
+        [FILES, "--config.data.paths=short.txt", "--config.data.split=tail"],
+        "The training split has 47 tokens and one batch needs 257",
+    ),
+    "one document": ([FILES, "--config.data.paths=short.txt"], "the split"),
+    "vocabulary": (["--config.model.vocab_size=10"], "config.model.vocab_size=10 is too small"),
+    "decay groups": (["--config.optimizer.weight_decay_groups=(('blocks',1),)"], "no expression matches the parameter"),
+    "folder in use": (["--run=other"], "other holds files but no run"),
+    "folder is a file": (["--run=short.txt"], "short.txt"),
+}
+
+# Imports once what takes seconds, then gives each command line to a process of its own.
+ANSWER_ALL = """
+import json, os, runpy, sys, traceback, warnings
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import rustgpt_jax.training.loop, rustgpt_jax.training.trained
+# JAX warns of forks in general; here it has started no threads yet.
+warnings.simplefilter("ignore", RuntimeWarning)
+
+def answer(arguments, files):
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), number)
+    warnings.resetwarnings()
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+answers, sys.argv[0] = {}, sys.argv[1]
+for name, arguments in json.load(sys.stdin).items():
+    files = [f"out {name}", f"err {name}"]
+    child = os.fork()
+    if child == 0:
+        code = answer(arguments, files)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    answers[name] = [code, *(open(file).read() for file in files)]
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the mistakes name."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    (folder / "nothing.py").write_text("def get_config():\n    pass\n")
+    (folder / "empty.txt").touch()
+    (folder / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (folder / "short.txt").write_text("Too short to fill a batch of eight windows, is it?")
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.txt").write_text("Not a run.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> dict[str, list]:
+    """For each mistake: exit status, stdout, stderr."""
+    lines = {}
+    for name, (arguments, _) in MISTAKES.items():
+        if arguments[0].startswith("--"):
+            arguments = ["train", TINY, *arguments]
+        needs_run = TINY in arguments and not any(word.startswith("--run") for word in arguments)
+        lines[name] = [*arguments, "--run=RUN"] if needs_run else arguments
+    command = [sys.executable, "-c", ANSWER_ALL, LAUNCH]
+    done = subprocess.run(command, cwd=folder, input=json.dumps(lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_answered_in_one_sentence(name: str, answers: dict[str, list]) -> None:
+    code, _, stderr = answers[name]
+    assert code == 2, stderr
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1, stderr
+    assert MISTAKES[name][1] in stderr
+
+
+def test_a_mistake_leaves_nothing_behind(folder: Path, answers: dict[str, list]) -> None:
+    del answers
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(("out ", "err "))}
+    assert names == {"broken.py", "nothing.py", "empty.txt", "latin.txt", "short.txt", "other"}
+    assert [path.name for path in (folder / "other").iterdir()] == ["thesis.txt"]
+    cache = Path(os.environ["RUSTGPT_JAX_CACHE"])
+    assert list(cache.glob("stores/.*")) == []
+
+
+# Whole runs.
+
+# Numbers alone may differ between these runs, so that they share one compiled program.
+STEPS = 2000
+TRAIN = (
+    "train",
+    TINY,
+    "--config.model.d_model=16",
+    "--config.model.n_layers=1",
+    "--config.model.n_kv_heads=None",
+    "--config.model.context_length=16",
+    f"--config.training.steps={STEPS}",
+    "--config.record.log_every=100",
+    "--config.record.evaluate_every=100000",
+    "--config.record.checkpoint_every=100000",
+)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("launch") / "straight"
+    done = launch(*TRAIN, f"--run={folder}", cwd=folder.parent)
+    assert done.stderr == ""
+    assert "Loss curves: " in done.stdout
+    return folder
+
+
+def test_training_leaves_a_run_folder(straight: Path) -> None:
+    names = {path.name for path in straight.iterdir()}
+    assert names >= {
+        "config.json",
+        "tokenizer.json",
+        "data.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "loss.png",
+    }
+    origins = json.loads((straight / "config.json").read_text())["origins"]
+    assert (origins["model.n_kv_heads"], origins["training.batch_size"], origins["seed"]) == (
+        "command line",
+        TINY.removeprefix("--config="),
+        "base",
+    )
+    losses = [line["train/loss"] for line in read_metrics(straight) if "train/loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(straight: Path) -> None:
+    shown = launch("evaluate", f"--run={straight}", cwd=straight.parent)
+    loss = read_metrics(straight)[-1]["valid/loss"]
+    assert f"step {STEPS}" in shown.stdout
+    assert f"{loss:.4f}" in shown.stdout
+
+
+def test_a_run_goes_on_with_a_prompt_in_the_same_way_each_time(straight: Path) -> None:
+    def text(*arguments: str) -> str:
+        return launch("generate", f"--run={straight}", "--prompt=The sun", *arguments, cwd=straight.parent).stdout
+
+    first = text()
+    assert first.startswith("The sun")
+    assert len(first.strip()) > len("The sun")
+    # The only evaluation was at the end.
+    assert text("--checkpoint=best") == first
+
+
+# Signals.
+
+
+def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start training and return when its first metrics are there."""
+    process = subprocess.Popen(
+        [sys.executable, LAUNCH, *TRAIN, f"--run={folder}", *arguments],
+        cwd=folder.parent,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    before = metrics.read_bytes() if metrics.exists() else b""
+    while process.poll() is None and (not metrics.exists() or len(metrics.read_bytes()) <= len(before)):
+        time.sleep(0.01)
+    return process
+
+
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    begun = "from the start"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = begin(folder)
+        process.send_signal(number)
+        stdout, stderr = process.communicate()
+        assert (process.returncode, stderr) == (0, "")
+        assert begun in stdout
+        step = int(stdout.rsplit(f"Stopped by {number.name} at step ", 1)[1].split(",")[0])
+        assert 0 < step < STEPS
+        assert (folder / "checkpoints" / "last" / str(step)).is_dir()
+        begun = f"from step {step}"
+    assert begun in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
+
+    timed = ("train/tokens_per_second", "train/flops_share")
+    runs = [
+        [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(run)] for run in (folder, straight)
+    ]
+    assert runs[0] == runs[1]
+
+
+WAIT = {"Python": "while True: pass", "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"}
+
+
+@pytest.mark.parametrize("where", WAIT)
+def test_a_second_interrupt_ends_it_at_once(where: str) -> None:
+    code = f"""
+import hashlib
+from rustgpt_jax.training.signals import StopRequest
+with StopRequest():
+    print("waiting", flush=True)
+    {WAIT[where]}
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) != 0
+    finally:
+        process.kill()
+        process.communicate()
