@@ -4,7 +4,7 @@ A verb and flags in, one function called. JAX is imported by the verbs that need
 """
 
 import difflib
-import importlib.util
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -181,16 +181,16 @@ def _load(file: str) -> Any:
     if not path.is_file():
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
         raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return module.get_config()
+        tree = runpy.run_path(file)["get_config"]()
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
+        what = "it has no get_config()" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} cannot be read as a config: {what}.") from error
+    if not hasattr(tree, "items"):
+        raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
+    return tree
 
 
 def _trained() -> Any:

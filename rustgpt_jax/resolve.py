@@ -112,17 +112,13 @@ def _in_stage(path: str) -> tuple[str, str]:
 
 
 def _place(node: Any, path: str, value: Any) -> None:
-    group, _, rest = path.partition(".")
-    with contextlib.ExitStack() as stack:
-        if isinstance(node, ConfigDict):
-            stack.enter_context(node.unlocked())
-            stack.enter_context(node.ignore_type())
-        if not rest:
-            node[group] = value
-        elif group not in node:
+    *groups, name = path.split(".")
+    for group in groups:
+        if group not in node:
             node[group] = {}
-    if rest:
-        _place(node[group], rest, value)
+        node = node[group]
+    with node.ignore_type() if isinstance(node, ConfigDict) else contextlib.nullcontext():
+        node[name] = value
 
 
 def parse(path: str, text: str) -> Any:

@@ -265,6 +265,12 @@ def test_a_run_goes_on_with_a_prompt_in_the_same_way_each_time(straight: Path) -
 # Signals.
 
 
+def untimed(folder: Path) -> list[dict]:
+    """The metrics of a run without those that a clock decides."""
+    timed = ("train/tokens_per_second", "train/flops_share")
+    return [{name: value for name, value in line.items() if name not in timed} for line in read_metrics(folder)]
+
+
 def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start training and return when its first metrics are there."""
     process = subprocess.Popen(
@@ -296,12 +302,20 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(straight: P
         assert (folder / "checkpoints" / "last" / str(step)).is_dir()
         begun = f"from step {step}"
     assert begun in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
+    assert untimed(folder) == untimed(straight)
 
-    timed = ("train/tokens_per_second", "train/flops_share")
-    runs = [
-        [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(run)] for run in (folder, straight)
-    ]
-    assert runs[0] == runs[1]
+
+@pytest.mark.slow
+def test_kills_leave_no_trace(tmp_path: Path) -> None:
+    often = ("--config.record.checkpoint_every=20", "--config.record.evaluate_every=50", "--config.record.log_every=1")
+    for wait in (0.0, 0.3, 0.1, 0.7):
+        process = begin(tmp_path / "killed", *often)
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+    for name in ("killed", "straight"):
+        launch(*TRAIN, f"--run={tmp_path / name}", *often, cwd=tmp_path)
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "straight")
 
 
 WAIT = {"Python": "while True: pass", "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"}
@@ -319,6 +333,7 @@ with StopRequest():
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
+    time.sleep(0.5)
     try:
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):

@@ -52,17 +52,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bfloat16": {"dtype": "bfloat16", "n_kv_heads": 2, "qk_norm": True, "norm": "layernorm", "feedforward": "gelu"},
 }
-# Whatever else is registered.
-for _name in MIXERS:
-    if not any(_name in case.get("mixers", ("attention",)) for case in CASES.values()):
-        CASES[_name] = {"mixers": (_name,)}
+# What this file has a model of its own for.
+KNOWN = tuple(CASES)
+# Whatever else is registered is held to the properties.
+CASES |= {name: {"mixers": (name,)} for name in MIXERS if name != "attention"}
 for _field, _table in {"norm": NORMS, "position": POSITIONS, "feedforward": FEEDFORWARDS}.items():
     for _name in _table:
         if not any(case.get(_field, getattr(small_config().model, _field)) == _name for case in CASES.values()):
             CASES[_name] = {_field: _name}
 
-IN_FLOAT32 = [name for name in CASES if name != "bfloat16"]
-over_cases = pytest.mark.parametrize("case", CASES)
+# By case before by test: tests of a case share compiled programs.
+over_cases = pytest.mark.parametrize("case", list(CASES), scope="module")
+over_known_cases = pytest.mark.parametrize("case", KNOWN, scope="module")
+over_float32_cases = pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"], scope="module")
 
 
 def model_config(**changes: Any) -> ModelConfig:
@@ -191,10 +193,7 @@ def in_float64(params: transformer.Params) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
 
-KNOWN = [name for name in CASES if set(CASES[name].get("mixers", ())) <= {"attention"}]
-
-
-@pytest.mark.parametrize("case", KNOWN)
+@over_known_cases
 def test_logits_are_those_of_an_independent_model(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_BT = random_params(model), random_tokens()
@@ -205,7 +204,7 @@ def test_logits_are_those_of_an_independent_model(case: str) -> None:
     np.testing.assert_allclose(logits_BTV, expected, **tolerance(model))
 
 
-@pytest.mark.parametrize("case", [name for name in KNOWN if name in IN_FLOAT32])
+@pytest.mark.parametrize("case", [case for case in KNOWN if case != "bfloat16"], scope="module")
 def test_gradients_are_finite_differences_of_the_independent_model(case: str) -> None:
     model = model_config(**CASES[case])
     params, tokens_T = random_params(model), random_tokens()[0]
@@ -230,7 +229,7 @@ def test_gradients_are_finite_differences_of_the_independent_model(case: str) ->
 # Who sees whom.
 
 
-@pytest.mark.parametrize("case", IN_FLOAT32)
+@over_float32_cases
 def test_a_token_depends_on_every_earlier_token_and_on_no_later_one(case: str) -> None:
     model = model_config(**CASES[case])
     params = random_params(model)
@@ -299,15 +298,12 @@ def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) 
         return cache
 
     lengths_B, ends_B = PLACES_T + 1, np.full(LENGTH, LENGTH, np.int32)
-    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), cache_shapes(model))
+    shapes = jax.eval_shape(lambda: transformer.init_cache(model, LENGTH, LENGTH))
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     cache = read(empty, np.zeros_like(lengths_B), lengths_B, LENGTH)
     read(cache, lengths_B, ends_B, LENGTH)
     for step in range(LENGTH - 1):
         cache = read(cache, lengths_B + step, ends_B, 1)
-
-
-def cache_shapes(model: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: transformer.init_cache(model, LENGTH, LENGTH))
 
 
 def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding_and_what_has_no_slot() -> None:
@@ -401,11 +397,9 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
 # Parameters.
 
 
-@over_cases
+@over_known_cases
 def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
     model = model_config(**CASES[case])
-    if case not in KNOWN:
-        pytest.skip("the closed form is that of attention")
     width, bias = model.d_model, int(model.bias)
     head = model.head_dim or width // model.n_heads
     queries, keys = model.n_heads * head, (model.n_kv_heads or model.n_heads) * head
@@ -520,11 +514,9 @@ def test_attention_weights_are_dropped() -> None:
 # Cost.
 
 
-@over_cases
+@over_known_cases
 def test_flops_have_a_closed_form(case: str) -> None:
     model = model_config(**CASES[case])
-    if case not in KNOWN:
-        pytest.skip("the closed form is that of attention")
     head = model.head_dim or model.d_model // model.n_heads
     queries, keys = model.n_heads * head, (model.n_kv_heads or model.n_heads) * head
     gated = model.feedforward == "swiglu"

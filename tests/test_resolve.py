@@ -15,7 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import checked, override, parse, resolve
 
 VALID = to_dict(small_config())
-MISSING = object()
+MISSING = "(missing)"
 
 
 def edited(changes: dict[str, Any]) -> dict[str, Any]:
@@ -253,12 +253,10 @@ def test_any_text_is_read_or_is_a_user_error(path: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict])
-@pytest.mark.parametrize("lock", [False, True])
-def test_override_reaches_every_field_and_into_stages(kind: Any, lock: bool) -> None:
+def test_override_reaches_every_field_and_into_stages(kind: Any) -> None:
     target = with_values(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.window": 8})
     tree = small_tree(stages=(kind(stage("one", data={"corpus": "chat"})), kind(stage("two"))))
-    if lock:
-        tree.lock()
+    tree.lock()
     for path, value in flatten(target).items():
         override(tree, path, value)
     override(tree, "stages.one.data.corpus", "facts")
@@ -269,6 +267,19 @@ def test_override_reaches_every_field_and_into_stages(kind: Any, lock: bool) -> 
         {"data.corpus": "facts"},
         {"optimizer.learning_rate": 1.0},
     ]
+
+
+def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
+    for path, value in {
+        "model.n_layers": "two",
+        "model.norm": 3,
+        "data.window": "x",
+        "stages.one.data.corpus": 3,
+    }.items():
+        tree = small_tree(stages=(ConfigDict(stage("one", data={"corpus": "chat"})),))
+        override(tree, path, value)
+        with pytest.raises(UserError, match=f"config.{path} takes"):
+            resolve(tree)
 
 
 @pytest.mark.parametrize(

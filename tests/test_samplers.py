@@ -68,9 +68,9 @@ def top_k(logits_V: np.ndarray, seen_V: np.ndarray, k: float) -> np.ndarray:
 
 def top_p(logits_V: np.ndarray, seen_V: np.ndarray, p: float) -> np.ndarray:
     kept, total = np.zeros(len(logits_V), bool), 0.0
-    for token in np.argsort(-without_near_ties(logits_V)):
-        only_where(abs(total - p) > 1e-5)
-        if total < p or not kept.any():
+    for place, token in enumerate(np.argsort(-without_near_ties(logits_V))):
+        only_where(place == 0 or abs(total - p) > 1e-5)
+        if place == 0 or total < p:
             kept |= logits_V == logits_V[token]
         total += probabilities(logits_V)[token]
     return np.where(kept, logits_V, -np.inf)
@@ -86,7 +86,7 @@ EXPECTED: dict[str, tuple[Callable[[np.ndarray, np.ndarray, float], np.ndarray],
     "repetition_penalty": (penalized, st.floats(1.0, 3.0, width=32)),
     "temperature": (tempered, st.floats(0.125, 4.0, width=32)),
     "top_k": (top_k, st.integers(0, VOCABULARY + 1)),
-    "top_p": (top_p, st.floats(0.0, 1.0, width=32)),
+    "top_p": (top_p, st.just(0.0) | st.floats(0.0, 1.0, width=32)),
     "min_p": (min_p, st.floats(0.0, 1.0, width=32)),
 }
 some_logits = arrays(np.float32, (2, VOCABULARY), elements=st.floats(-8, 8, width=16))

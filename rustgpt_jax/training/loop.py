@@ -10,7 +10,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import Config, config_hash, split, stages
+from rustgpt_jax.config import Config, Structure, config_hash, split, stages
+from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.prepare import (
     StageData,
@@ -29,7 +30,7 @@ from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
 from rustgpt_jax.runs.progress import Progress, counting, waiting
-from rustgpt_jax.tokenizers import save_tokenizer
+from rustgpt_jax.tokenizers import encode_prompt, save_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.parts import check_parts
@@ -50,6 +51,7 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
         tokenizer = obtain_tokenizer(config, run.tokenizer_file)
     whole = with_vocabulary(config, tokenizer)
     check_decay_groups(parameter_shapes(whole.model), whole.optimizer)
+    check_prompts(whole, tokenizer)
     with counting(console, "documents encoded") as progress:
         material = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]
     for data in material:
@@ -66,6 +68,17 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
         write_atomically(run.data_file, record_data(material))
         with Checkpoints(run.checkpoints, config_hash(config)) as checkpoints:
             return _run(whole, run, tokenizer, material, checkpoints, console)
+
+
+def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises UserError if a prompt for samples, asked as a question, leaves no room in the model's context."""
+    for prompt in config.record.prompts:
+        length = len(encode_prompt(tokenizer, [Turn("user", prompt)]))
+        if length >= config.model.context_length:
+            raise UserError(
+                f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
+                f"config.model.context_length={config.model.context_length}."
+            )
 
 
 def _run(
@@ -89,10 +102,10 @@ def _run(
         MetricsWriter(run.path, first_step) as writer,
         Progress(console, total_steps) as progress,
     ):
-        state = _first_state(config, checkpoints, first_step)
+        state, compiled = _first_state(config, checkpoints, first_step), set[Structure]()
         for data in material:
             if step < data.stage.end_step and not stop:
-                recorder = Recorder(config, data, run, tokenizer, checkpoints, writer, progress)
+                recorder = Recorder(config, data, run, tokenizer, checkpoints, writer, progress, compiled)
                 state, step = _run_stage(data, state, step, recorder, stop)
         checkpoints.save(state, step)
         checkpoints.wait()

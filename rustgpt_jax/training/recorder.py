@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -42,8 +42,8 @@ class Recorder:
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
+    compiled: set[Structure]
     pending: Pending | None = None
-    compiled: set[Structure] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
@@ -125,4 +125,4 @@ class Recorder:
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
-                self.progress.message(f"  {prompt} | {text}" if self.data.is_dialogue else f"  {prompt}{text}")
+                self.progress.message(f"  {prompt} | {text}")

@@ -1,14 +1,21 @@
-"""Stopping politely: the first SIGINT or SIGTERM asks training to save and end, a second SIGINT ends it at once."""
+"""Stopping politely: the first SIGINT or SIGTERM asks training to save and end, a SIGINT after it ends it at once."""
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED_AT_ONCE = 130
 
 
 class StopRequest:
-    """Whether someone asked to stop. While its `with` block runs, the signals set `signal_name` instead of killing."""
+    """Whether someone asked to stop. While its `with` block runs, the signals set `signal_name` instead of killing.
+
+    Python runs signal handlers between its own instructions, so a thread of its own reads the signals as they come: it
+    can end the process while the main thread waits for a long computation.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -16,19 +23,33 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._earlier_writing = signal.set_wakeup_fd(self._writing)
+        threading.Thread(target=_watch, args=(reading,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._earlier_writing)
+        os.close(self._writing)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal_name = signal.Signals(number).name
-        # Python runs handlers between its own instructions; only the default action ends a long computation at once.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
+
+
+def _watch(reading: int) -> None:
+    """End the process at a SIGINT that is not the first signal; return when the pipe is closed."""
+    is_asked = False
+    while numbers := os.read(reading, 1):
+        if is_asked and numbers[0] == signal.SIGINT:
+            os._exit(STOPPED_AT_ONCE)
+        is_asked = is_asked or numbers[0] in SIGNALS
+    os.close(reading)
