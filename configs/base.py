@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 20
     # wsd only: the share of the steps, at the end, in which the rate falls linearly.
     config.schedule.decay_fraction = 0.2
-    # The factor at the last step of linear, cosine and wsd.
+    # The factor that linear, cosine and wsd have come down to when the steps are over.
     config.schedule.final_fraction = 0.1
 
     config.training = ConfigDict()
@@ -155,6 +155,8 @@ def get_config() -> ConfigDict:
     config.sampling.min_p = 0.0
     # Divide the logits of tokens seen so far by this (arXiv 1909.05858). 1: no penalty.
     config.sampling.repetition_penalty = 1.0
+    # Earlier exchanges that a question in a chat comes with. None: as many as the context holds.
+    config.sampling.memory = None
 
     # Stages run one after another on the same parameters and optimizer state, each with the knobs in which it differs:
     # ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the knobs above.

@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.record.prompts = ("Why is the sky blue?", "What does the heart do?")
     config.sampling.temperature = 0.0
     config.sampling.max_tokens = 48
+    # The dialogues of the corpus are single questions, so in a chat each is asked alone.
+    config.sampling.memory = 0
     config.stages = (
         ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 100}}),
         ConfigDict(

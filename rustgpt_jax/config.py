@@ -83,9 +83,9 @@ class OptimizerConfig:
 
     name: str = knob()
     learning_rate: float = number(low=0.0)
-    b1: float = number(low=0.0, high=1.0)
-    b2: float = number(low=0.0, high=1.0)
-    epsilon: float = number(low=0.0)
+    b1: float = number(low=0.0, high=0.999999)
+    b2: float = number(low=0.0, high=0.999999)
+    epsilon: float = number(low=1e-30)
     momentum: float = number(low=0.0, high=1.0)
     matrix_learning_rate: float = number(low=0.0)
     weight_decay: float = number(low=0.0)
@@ -136,6 +136,7 @@ class SamplingConfig:
     top_p: float = knob(low=0.0, high=1.0)
     min_p: float = knob(low=0.0, high=1.0)
     repetition_penalty: float = knob(low=1.0)
+    memory: int | None = knob(low=0)
 
 
 @dataclass(frozen=True)

@@ -489,3 +489,12 @@ def test_a_line_of_json_is_one_line() -> None:
     text = dialogue("a\nb", "\u2028\x85\r\n").as_text()
     assert text.count("\n") == 1
     assert json.loads(text)["messages"][0] == {"role": "user", "content": "a\nb"}
+
+
+@pytest.mark.parametrize(("memory", "kept"), [(None, 3), (0, 0), (1, 1), (9, 3)])
+def test_a_question_comes_with_no_more_exchanges_than_the_memory_allows(memory: int | None, kept: int) -> None:
+    turns = tuple(Turn(role, "a") for _ in range(3) for role in ("user", "assistant"))
+    question = Turn("user", "b")
+    tokens, n_forgotten = Conversation(turns).prompt(question, DIALOGUES, 8, memory)
+    assert tokens == DIALOGUES.conversation([*turns[6 - 2 * kept :], question])
+    assert n_forgotten == 0

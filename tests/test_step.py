@@ -1,7 +1,6 @@
 """The training step: one program for all numbers, the same bits however a run is cut, and the right loss."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,12 +34,7 @@ SGD = {"optimizer.name": "sgd"}
 SLOTS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Most of the time goes into compiling, and nothing here depends on how hard the compiler tries."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def tiny(**changes: Any) -> Config:

@@ -45,11 +45,11 @@ class Conversation:
         # Multiples of 2^32 over the golden ratio keep the replies of neighbouring seeds apart.
         return (seed + sum(turn.role != "user" for turn in self.turns) * 0x9E3779B9) % 2**32
 
-    def prompt(self, said: Turn, writer: Writer, room: int) -> tuple[list[int], int]:
+    def prompt(self, said: Turn, writer: Writer, room: int, memory: int | None = None) -> tuple[list[int], int]:
         """The tokens to reply to what was `said` now from, and how many of the oldest turns they leave out.
 
-        Questions are left out with their replies until `room` tokens of the model's context are free. Plain text is
-        continued by itself. Raises UserError if what was said leaves no room even alone.
+        At most `memory` earlier exchanges are in them, and only as many as leave `room` tokens of the model's context
+        free. Plain text is continued by itself. Raises UserError if what was said leaves no room even alone.
         """
         context = writer.model.context_length
 
@@ -60,9 +60,10 @@ class Conversation:
             raise UserError(f"That takes {alone} tokens, the model's context holds {context}: write less at a time.")
         if said.role == "text":
             return after_latest(0), 0
-        every = range(1, len(self.turns) // 2 + 1)
+        wanted = min(len(self.turns) // 2, len(self.turns) if memory is None else memory)
+        every = range(1, wanted + 1)
         kept = bisect.bisect_right(every, context - room, key=lambda exchanges: len(after_latest(exchanges)))
-        return after_latest(kept), len(self.turns) - 2 * kept
+        return after_latest(kept), 2 * (wanted - kept)
 
     def as_text(self) -> str:
         """What a file of it holds, for the corpus `files`: a dialogue as a line of JSON, or plain text."""
@@ -122,7 +123,7 @@ class Session:
     def _reply(self, said: Turn) -> None:
         context = self._writer.model.context_length
         room = min(self.sampling.max_tokens, context // 2)
-        prompt, n_forgotten = self.conversation.prompt(said, self._writer, room)
+        prompt, n_forgotten = self.conversation.prompt(said, self._writer, room, self.sampling.memory)
         if n_forgotten and not self._has_forgotten:
             self._has_forgotten = True
             self.note(f"(The context of {context} tokens is full: what was said first is forgotten from now on.)")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rustgpt_jax.errors import UserError
@@ -13,9 +12,6 @@ from rustgpt_jax.training.step import State
 
 LAST_KEPT = 2
 BEST_KEPT = 1
-
-# A copy of its own, for the next step takes over the buffers of the state while the copy is being written.
-_copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
 
 class Checkpoints:
@@ -37,14 +33,12 @@ class Checkpoints:
         return self._managers[which].latest_step()
 
     def save(self, state: State, step: int, which: str = "last") -> None:
-        """Begin to write the state at `step`. One of that step that is there already stays."""
+        """Begin to write the state at `step`; its buffers are free again on return. One that is there already stays."""
         manager = self._managers[which]
         if step in manager.all_steps():
             return
         about = {"config_hash": self._config_hash, "layout": layout(state)}
-        manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(_copied(state)), about=ocp.args.JsonSave(about))
-        )
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
 
     def forget_after(self, step: int) -> None:
         """Delete what a killed run saved after the step that training goes on from."""

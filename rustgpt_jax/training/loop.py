@@ -113,10 +113,15 @@ def _run(
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {step}, saved. {again}", highlight=False)
         return False
-    picture = draw_loss_curves(run.path)
-    elapsed = duration(time.perf_counter() - began)
-    console.print(f"Done in {elapsed}. Loss curves: {picture}", highlight=False, soft_wrap=True)
+    console.print(f"Done in {duration(time.perf_counter() - began)}. {_curves(run)}", highlight=False, soft_wrap=True)
     return True
+
+
+def _curves(run: RunFolder) -> str:
+    try:
+        return f"Loss curves: {draw_loss_curves(run.path)}"
+    except UserError as error:
+        return str(error)
 
 
 def _first_state(config: Config, checkpoints: Checkpoints, step: int) -> State:
