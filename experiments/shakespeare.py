@@ -5,7 +5,10 @@ python -m experiments.shakespeare --data=tinyshakespeare.txt --out=runs/shakespe
 Both recipes see 2,000 x 12 x 64 characters of the first 90% of tiny Shakespeare and are measured on all of the rest, in
 windows of 64, over three seeds. About two minutes a run on two cores.
 
-FINDING
+FINDING (2 vCPU AMD EPYC, JAX 0.10.2): nanoGPT's recipe 1.8784, 1.8872, 1.8795, mean 1.882 (its README: 1.88);
+modern 1.5537, 1.5589, 1.5632, mean 1.559, with 833,536 against 837,376 parameters (33,280 of them
+are rows for bytes and special tokens that the text does not have). Muon, RoPE, RMSNorm, SwiGLU, QK-norm
+and a straight fall of the rate to zero were changed together; what each of them gives was not separated.
 """
 
 import statistics

@@ -282,7 +282,15 @@ def test_seed_shows_and_sets() -> None:
     assert session.after("/seed -1") == "config.sampling.seed must be at least 0, not -1.\n"
 
 
-VALUES = {"temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5, "max_tokens": 3}
+VALUES = {
+    "temperature": 0.5,
+    "top_k": 5,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.5,
+    "max_tokens": 3,
+    "memory": 1,
+}
 
 
 @pytest.mark.parametrize("knob", sorted(set(KNOBS) - {"seed"}))
