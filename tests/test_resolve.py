@@ -74,7 +74,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.context_length": -3}, ["config.model.context_length must be at least 2, not -3"]),
     ({"model.dropout": 1}, ["config.model.dropout must be at most 0.99, not 1"]),
     ({"optimizer.learning_rate": -0.5}, ["config.optimizer.learning_rate must be at least 0, not -0.5"]),
-    ({"optimizer.b1": 1.0000001}, ["config.optimizer.b1 must be at most 1, not 1.0000001"]),
+    ({"optimizer.momentum": 1.0000001}, ["config.optimizer.momentum must be at most 1, not 1.0000001"]),
     ({"seed": 2**32}, ["config.seed must be at most 4294967295, not 4294967296"]),
     ({"seed": 10**400}, ["config.seed must be at most 4294967295, not 1000"]),
     ({"data.split": "documents"}, ["config.data.split: there is no 'documents'", "'document'?", "document, tail"]),
