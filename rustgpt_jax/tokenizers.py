@@ -44,11 +44,6 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     return choose(TOKENIZERS, config.name, "config.tokenizer.name")(texts, config.vocab_size)
 
 
-def is_lossless(config: TokenizerConfig) -> bool:
-    """Whether decoding gives back every text exactly: all but word, which forgets rare words and runs of blanks."""
-    return config.name != "word"
-
-
 def _train_word(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
     reserved = (*SPECIAL_TOKENS, UNKNOWN)
     _require_vocabulary("word", vocab_size, len(reserved) + 1, "the special tokens, <unk> and one word")

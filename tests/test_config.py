@@ -185,7 +185,7 @@ def test_zero_is_structure_where_it_switches_a_part_off_and_a_number_elsewhere(p
     off, numbers = split(with_values(config, {path: 0}))
     assert (path in numbers) != (path in SWITCHES)
     assert (off != split(config)[0]) == (path in SWITCHES)
-    assert is_on(read(merge(off, numbers), path)) == is_on(0) == False  # noqa: E712
+    assert not is_on(read(merge(off, numbers), path))
 
 
 def test_numbers_are_tracers_in_a_compiled_program_and_a_tracer_is_always_on() -> None:

@@ -23,7 +23,8 @@ TEXTS = [
     "The rain fell on the hill, and the rain stopped.",
     "a ab abc aabbcc naïve café\n    indented\n    twice as far",
 ]
-LOSSLESS = [name for name in TOKENIZERS if tokenizers.is_lossless(TokenizerConfig(name, None))]
+# All but word, which forgets unknown words and runs of blanks.
+LOSSLESS = sorted(TOKENIZERS.keys() - {"word"})
 BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
 
 

@@ -17,7 +17,7 @@ from rustgpt_jax.data.stream import TokenStream
 
 
 class Batch(NamedTuple):
-    """B windows of T tokens, as NumPy arrays, or JAX arrays once on a device. A window alone has no axis B.
+    """B windows of T tokens, as NumPy arrays, or JAX arrays once on a device.
 
     weights: 1 where the target is to be learned, else 0. segments: 1 for the window's first document, 2 for the next,
     0 for padding. positions: places from the start of the document, or of the window where it began before.
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Windows:
-    """The windows of a stream, by random access. The last one is filled up with END of weight 0."""
+    """The windows of a stream, by random access. The last one is filled up with padding of weight 0."""
 
     def __init__(self, stream: TokenStream, window: int) -> None:
         self.stream, self.window = stream, window
@@ -40,11 +40,6 @@ class Windows:
 
     def __len__(self) -> int:
         return -(-self.circle // self.window)
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Window {index} of {len(self)}.")
-        return Batch(*(field[0] for field in self.gather(np.array([index]), np.array([0]))))
 
     def gather(self, indices_B: np.ndarray, turns_B: np.ndarray) -> Batch:
         """The windows of these indices as one batch, each with the circle turned so that window 0 begins at its turn.
