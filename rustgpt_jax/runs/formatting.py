@@ -10,8 +10,8 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def count(number: float) -> str:
-    """A number of things in three significant digits: 999, 1.23M (10^6), 8.03B (10^9)."""
-    return _scaled(number, _COUNT_UNITS)
+    """A number of things in three significant digits: 999, 1.23M (10^6), 8.03B (10^9), 2.52e+20."""
+    return _scaled(number, _COUNT_UNITS) if number < 1e15 else f"{number:.3g}"
 
 
 def byte_size(number: float) -> str:
