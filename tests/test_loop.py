@@ -206,7 +206,10 @@ def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Inte
     ("corpus", "tokenizer", "accumulation", "boundary", "interruptions"),
     [
         ("facts", "bpe", 1, None, [Interruption(5, is_kill=False)]),
-        ("chat", "byte", 2, None, [Interruption(0, is_kill=False), Interruption(7, is_kill=True)]),
+        pytest.param(
+            *("chat", "byte", 2, None, [Interruption(0, is_kill=False), Interruption(7, is_kill=True)]),
+            marks=pytest.mark.slow,
+        ),
         ("files", "char", 1, 5, [Interruption(4, is_kill=False)]),
         ("facts", "word", 1, 5, [Interruption(5, is_kill=False), Interruption(2, is_kill=True)]),
     ],
