@@ -266,3 +266,5 @@ def check_combinations(config: Config) -> None:
         raise UserError("config.data.corpus='files' needs files: give --config.data.paths=FILE,FILE or a glob.")
     if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size is None:
         raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
+    if config.optimizer.name == "schedule_free" and config.optimizer.b1 == 0:
+        raise UserError("config.optimizer.b1=0.0: schedule_free needs a b1 above 0; 0.9 is the usual one.")

@@ -12,6 +12,7 @@ import hypothesis
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from slurm_fixture import slurm as slurm
 
 from configs import base
 from rustgpt_jax.config import Config, ModelConfig

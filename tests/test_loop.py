@@ -25,7 +25,7 @@ from rustgpt_jax.config import Config, config_hash, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, lock
 from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.training import loop, recorder
+from rustgpt_jax.training import lanes, loop, recorder
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.signals import StopRequest
 from rustgpt_jax.training.step import State, as_arguments, compiled_start
@@ -97,9 +97,9 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
             signal.raise_signal(signal.SIGINT)
         return result
 
-    loop_steps = loop.compiled_train_steps
+    loop_steps = lanes.compiled_train_steps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compiled_train_steps", steps_then_interruption)
+        patch.setattr(lanes, "compiled_train_steps", steps_then_interruption)
         patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
         if interruption == Interruption(0, is_kill=False):
             patch.setattr(loop, "StopRequest", StopAtOnce)
@@ -280,8 +280,8 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
         counts.append(int(arguments[3]))
         return steps(*arguments)
 
-    steps = loop.compiled_train_steps
-    monkeypatch.setattr(loop, "compiled_train_steps", counted)
+    steps = lanes.compiled_train_steps
+    monkeypatch.setattr(lanes, "compiled_train_steps", counted)
     train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
     assert counts == [3, 1, 3, 1, 1, 1]
 
@@ -351,17 +351,17 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 jax.config.update("jax_disable_most_optimizations", True)
 from rich.console import Console
-from test_loop import TINY, loop, small_config
+from test_loop import TINY, lanes, loop, small_config
 from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
-steps = loop.compiled_train_steps
+steps = lanes.compiled_train_steps
 
 def reporting(structure, state, batches, *others):
     table, tokens = state.params["embedding"]["table"], batches.tokens_BT
     print(table.sharding.is_fully_replicated, tokens.shape, tokens.addressable_shards[0].data.shape)
     return steps(structure, state, batches, *others)
 
-loop.compiled_train_steps = reporting
+lanes.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
     changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 3}}
     try:

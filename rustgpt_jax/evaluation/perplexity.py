@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.training.objective import compiled_token_sums
@@ -19,6 +19,7 @@ def evaluate(params: Params, model: ModelConfig, batches: Iterable[Batch], bytes
     split, which makes tokenizers comparable. A word tokenizer loses spacing and unknown words: its value says what its
     tokens cost, not what the text would. Empty if there are no batches.
     """
+    model = for_inference(model)
     sums = [compiled_token_sums(params, batch, model) for batch in batches]
     if not sums:
         return {}

@@ -1,6 +1,7 @@
 """What a model costs: parameters, bytes and floating-point operations, counted from shapes alone."""
 
 import math
+from functools import cache
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from rustgpt_jax.model import transformer
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
 
 
+@cache
 def parameter_shapes(model: ModelConfig) -> Shapes:
     """The tree of parameters as shapes and types."""
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
@@ -28,6 +30,7 @@ def total_bytes(tree: Shapes) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@cache
 def forward_flops_per_token(model: ModelConfig, window: int) -> float:
     """FLOPs of the matrix products of one forward over a window, divided by its tokens.
 

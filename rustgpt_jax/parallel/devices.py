@@ -1,6 +1,7 @@
 """The devices of this process: how a batch is shared among them, and how fast they could be."""
 
 import time
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -34,42 +35,55 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def check_batch(training: TrainingConfig) -> None:
-    """Raises UserError if the devices cannot have equal shares of each part of a batch."""
-    part, devices = training.batch_size // training.accumulation, jax.device_count()
-    if part % devices:
-        least = training.accumulation * devices
-        nearest = max(1, round(training.batch_size / least)) * least
-        raise UserError(
-            f"config.training.batch_size={training.batch_size} in {training.accumulation} parts cannot be shared "
-            f"equally by {devices} devices; the nearest batch size that can is {nearest}."
-        )
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a run: each has a whole copy of the state and an equal share of every batch.
+
+    On one device nothing is moved: it is the default device of the thread.
+    """
+
+    devices: tuple[jax.Device, ...]
+
+    def check_batch(self, training: TrainingConfig) -> None:
+        """Raises UserError if the devices cannot have equal shares of each part of a batch."""
+        part, devices = training.batch_size // training.accumulation, len(self.devices)
+        if part % devices:
+            least = training.accumulation * devices
+            nearest = max(1, round(training.batch_size / least)) * least
+            raise UserError(
+                f"config.training.batch_size={training.batch_size} in {training.accumulation} parts cannot be shared "
+                f"equally by {devices} devices; the nearest batch size that can is {nearest}."
+            )
+
+    def share(self, tree: Any, batch_axis: int) -> Any:
+        """Arrays with their batch axis cut over the devices."""
+        return tree if len(self.devices) == 1 else jax.device_put(tree, self._sharding(*[None] * batch_axis, "data"))
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays with a whole copy on each device."""
+        return tree if len(self.devices) == 1 else jax.device_put(tree, self._sharding())
+
+    def _sharding(self, *axes: str | None) -> NamedSharding:
+        mesh = jax.make_mesh((len(self.devices),), ("data",), axis_types=(AxisType.Auto,), devices=self.devices)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    def peak_flops(self) -> float:
+        """FLOP/s that the devices could do at best."""
+        return device_peak_flops() * len(self.devices)
 
 
-def share(tree: Any, batch_axis: int) -> Any:
-    """Arrays with their batch axis cut over all devices. On a single device they stay where they are."""
-    if jax.device_count() == 1:
-        return tree
-    return jax.device_put(tree, _sharding(*[None] * batch_axis, "data"))
-
-
-def replicate(tree: Any) -> Any:
-    """Arrays with a whole copy on each device."""
-    return tree if jax.device_count() == 1 else jax.device_put(tree, _sharding())
-
-
-def _sharding(*axes: str | None) -> NamedSharding:
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec(*axes))
+def all_devices() -> Placement:
+    """A run on all devices of this process."""
+    return Placement(tuple(jax.devices()))
 
 
 @cache
-def peak_flops() -> float:
-    """FLOP/s that all devices could do at best: from a data sheet, or else of a float32 matrix product timed now."""
+def device_peak_flops() -> float:
+    """FLOP/s that one device could do at best: from a data sheet, or else of a float32 matrix product timed once."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in kind.lower():
-            return peak * jax.device_count()
+            return peak
     return _timed_matrix_product()
 
 

@@ -12,7 +12,7 @@ from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import Config, Stage, flatten, split, stages
 from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
 from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_bytes, total_size
-from rustgpt_jax.parallel.devices import check_batch
+from rustgpt_jax.parallel.devices import all_devices
 from rustgpt_jax.runs.formatting import byte_size, count
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.step import as_arguments, start
@@ -25,7 +25,7 @@ def explain(config: Config, origins: Mapping[str, str], console: Console) -> Non
     """
     check_parts(config)
     for stage in stages(config):
-        check_batch(stage.config.training)
+        all_devices().check_batch(stage.config.training)
     console.print(_knobs(config, origins))
     for own in config.stages:
         console.print(_stage_knobs(own.name, dict(own.overrides)))

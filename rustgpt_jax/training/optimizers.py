@@ -1,7 +1,8 @@
 """Optimizers: what each makes of a gradient, from Optax's transformations.
 
 Each entry of OPTIMIZERS is a function of (config, rate), where `rate` is the schedule's factor at this step, that gives
-an `optax.GradientTransformation`. All numbers may be traced: the transformation is built inside the step.
+an `optax.GradientTransformation`. All numbers may be traced: the transformation is built inside the step. One that is
+to be evaluated elsewhere than where it takes gradients has an entry in EVALUATION_PARAMS too.
 """
 
 import re
@@ -50,6 +51,35 @@ def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
         optax.scale(-rate * config.matrix_learning_rate),
     )
     return optax.partition({"muon": matrices, "adamw": adamw(config, rate)}, muon_partition)
+
+
+def schedule_free(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+    """AdamW with averaging in the place of momentum and of a falling learning rate (arXiv 2405.15682).
+
+    Gradients and weight decay are taken at the parameters, y = b1 x + (1 - b1) z; z moves by Adam without momentum;
+    x, where the model is evaluated, is the mean of all z, weighted by the square of the highest learning rate so far.
+    As in the authors' code, the correction of Adam's bias is no part of these weights. b1 must be above 0.
+    """
+    learning_rate = rate * config.learning_rate
+    direction = optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True)
+    movement = optax.chain(direction, weight_decay(config), optax.scale(-learning_rate))
+
+    def averaging(b1: jax.Array | float) -> optax.GradientTransformationExtraArgs:
+        return optax.contrib.schedule_free(movement, learning_rate, b1)
+
+    def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        # The state has the b1 that y was made with, which may be that of another stage. y - z is b1 times x - z.
+        updates, after = averaging(state.b1).update(gradients, state, params)
+        excess = config.b1 / state.b1 - 1.0
+        updates = jax.tree.map(lambda update, y, z: update + excess * (y + update - z), updates, params, after.z)
+        return updates, after._replace(b1=jnp.asarray(config.b1, state.b1.dtype))
+
+    return optax.GradientTransformation(averaging(config.b1).init, update)
+
+
+def averaged_params(params: Any, opt_state: Any) -> Any:
+    """The average x of schedule_free, from its parameters y and its state."""
+    return optax.contrib.schedule_free_eval_params(opt_state, params)
 
 
 def muon_partition(params: Any) -> Any:
@@ -128,9 +158,18 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
     "sgd": sgd,
     "lion": lion,
     "muon": muon,
+    "schedule_free": schedule_free,
 }
+
+# Optimizers whose parameters are not those to evaluate: functions of (params, opt_state) that give these.
+EVALUATION_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
 
 
 def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> optax.GradientTransformation:
     """The optimizer that the config names, at a step whose schedule factor is `rate`."""
     return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, rate)
+
+
+def evaluation_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
+    """The parameters to evaluate and to write with: those that are trained, unless EVALUATION_PARAMS says otherwise."""
+    return EVALUATION_PARAMS[config.name](params, opt_state) if config.name in EVALUATION_PARAMS else params

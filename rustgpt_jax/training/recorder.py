@@ -1,39 +1,61 @@
 """What a run tells while it trains: metrics, evaluations, samples and the best checkpoint."""
 
 import json
+import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from rustgpt_jax.config import Config, Structure
+from rustgpt_jax.config import Config, OptimizerConfig, Structure, for_inference, split
 from rustgpt_jax.data.prepare import StageData
 from rustgpt_jax.decoding.text import Writer, write
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.model.cost import training_flops_per_token
-from rustgpt_jax.parallel.devices import peak_flops, share
+from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
-from rustgpt_jax.runs.progress import Progress
 from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import Metrics, State
+
+compiled_evaluation_params = jax.jit(evaluation_params, static_argnums=0)
 
 
 class Pending(NamedTuple):
-    """Steps `first_step` to `first_step + n_steps`, whose metrics the device may still be computing."""
+    """Steps `first_step` to `first_step + n_steps`, whose metrics the device may still be computing.
+
+    `read` waits for them and gives them as NumPy arrays of at least `n_steps` numbers each.
+    """
 
     first_step: int
     n_steps: int
-    metrics: Metrics
+    read: Callable[[], Metrics]
+
+
+class Shows(Protocol):
+    """What is told to a person while a run trains."""
+
+    def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
+        """`step` steps of the run are done."""
+
+    def message(self, text: str) -> None:
+        """Something happened."""
 
 
 @dataclass
 class Recorder:
-    """Writes what happens in one stage of a run. Metrics are read one call late, so that the device never waits."""
+    """Writes what happens in one stage of a run. Metrics are read one call late, so that the device never waits.
+
+    A training loss that is not finite is the last thing that is written: `diverged_at` is its step.
+    """
 
     config: Config
     data: StageData
@@ -41,13 +63,15 @@ class Recorder:
     tokenizer: Tokenizer
     checkpoints: Checkpoints
     writer: MetricsWriter
-    progress: Progress
+    progress: Shows
+    placement: Placement
     compiled: set[Structure]
     pending: Pending | None = None
+    diverged_at: int | None = None
 
     def __post_init__(self) -> None:
         self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
-        self._peak_flops = peak_flops()
+        self._peak_flops = self.placement.peak_flops()
         self._best_loss = self._best_loss_so_far()
         self._clock = time.perf_counter()
 
@@ -63,25 +87,33 @@ class Recorder:
             self.progress.message(f"compiled the training step in {duration(seconds)}")
             self._clock = time.perf_counter()
 
-    def trained(self, first_step: int, count: int, metrics: Metrics) -> None:
+    def trained(self, pending: Pending) -> None:
         """Take the metrics of a call that has just begun, and write those of the one before."""
         self.flush()
-        self.pending = Pending(first_step, count, metrics)
+        self.pending = pending
 
     def flush(self) -> None:
         """Write the metrics that are still to be written."""
         pending, self.pending = self.pending, None
-        if pending is None:
+        if pending is None or self.diverged_at is not None:
             return
-        metrics = jax.device_get(pending.metrics)
+        metrics = pending.read()
         speed = self._speed(pending.n_steps)
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1
             values = {f"train/{name}": float(column[index]) for name, column in metrics._asdict().items()} | speed
-            if step % self.config.record.log_every == 0 or step == self.data.stage.end_step:
+            if not math.isfinite(values["train/loss"]):
+                self.diverged_at = step
+            if self._is_logged(step) or self.diverged_at:
                 self.writer.write(step, {"stage": self.data.stage.name, **values})
-            if index == pending.n_steps - 1:
+            if index == pending.n_steps - 1 or self.diverged_at:
                 self.progress.update(step, values, self.data.stage.name)
+            if self.diverged_at:
+                return
+
+    def _is_logged(self, step: int) -> bool:
+        # The loss of the first step is that of the initial parameters.
+        return step == 1 or step % self.config.record.log_every == 0 or step == self.data.stage.end_step
 
     def _speed(self, count: int) -> dict[str, float]:
         now = time.perf_counter()
@@ -95,10 +127,10 @@ class Recorder:
 
     def evaluate(self, state: State, step: int) -> None:
         """Measure the stage's validation split, keep the state if it is the best so far, and write samples."""
-        self.flush()
         bytes_per_token = self.data.store.split("valid").bytes_per_token
-        batches = (share(batch, batch_axis=0) for batch in self.data.validation_batches())
-        values = evaluate(state.params, self.config.model, batches, bytes_per_token)
+        batches = (self.placement.share(batch, batch_axis=0) for batch in self.data.validation_batches())
+        params = compiled_evaluation_params(self._optimizer, state.params, state.opt_state)
+        values = evaluate(params, self.config.model, batches, bytes_per_token)
         if values:
             self.writer.write(step, {"stage": self.data.stage.name, **values})
             self.progress.message(
@@ -108,19 +140,19 @@ class Recorder:
             if values["valid/loss"] < self._best_loss:
                 self._best_loss = values["valid/loss"]
                 self.checkpoints.save(state, step, "best")
-        self._write_samples(state, step)
+        self._write_samples(params, step)
         self._clock = time.perf_counter()
 
-    def save(self, state: State, step: int) -> None:
-        """Begin to write a checkpoint, once all that was measured before it is written."""
-        self.flush()
-        self.checkpoints.save(state, step)
+    @cached_property
+    def _optimizer(self) -> OptimizerConfig:
+        # Without its numbers, so that none of them compiles anything.
+        return split(self.config)[0].optimizer
 
-    def _write_samples(self, state: State, step: int) -> None:
+    def _write_samples(self, params: Params, step: int) -> None:
         prompts = self.config.record.prompts
         if not prompts:
             return
-        author = Writer(state.params, self.config.model, self.tokenizer, self.data.is_dialogue)
+        author = Writer(params, for_inference(self.config.model), self.tokenizer, self.data.is_dialogue)
         texts = write(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):

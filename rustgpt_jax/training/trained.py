@@ -14,6 +14,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import as_arguments, compiled_start
 
 
@@ -47,6 +48,7 @@ def load(path: Path, which: str = "last") -> Trained:
     like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
     with Checkpoints(run.checkpoints, config_hash(stored)) as checkpoints:
         state = checkpoints.restore(like, which)
+        params = evaluation_params(config.optimizer, state.params, state.opt_state)
         step = checkpoints.step(which) or 0
     is_dialogue = any(stage["n_dialogues"] for stage in json.loads(run.data_file.read_text(encoding="utf-8")))
-    return Trained(run, config, step, Writer(state.params, config.model, tokenizer, is_dialogue))
+    return Trained(run, config, step, Writer(params, config.model, tokenizer, is_dialogue))

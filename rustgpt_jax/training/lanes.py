@@ -1,0 +1,99 @@
+"""How runs are advanced: one alone, on all its devices, or many by one program. The loop is the same."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, stack
+from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
+
+
+class Lanes(Protocol):
+    """Holds the states of some runs and advances them."""
+
+    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+        """`count` steps of each run that is not None; these have one structure."""
+
+    def state(self, index: int) -> State:
+        """The state of a run."""
+
+
+class Solo:
+    """One run, each call a program of its own."""
+
+    def __init__(self, run: Run) -> None:
+        self._state = run.placement.replicate(run.state())
+
+    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+        """`count` steps of the run."""
+        (run,) = runs
+        assert run is not None
+        orders = run.orders(count)
+        batches = run.placement.share(orders.batches, batch_axis=1)
+        began = time.perf_counter()
+        self._state, metrics = compiled_train_steps(run.program.structure, self._state, batches, *orders[1:])
+        run.advanced(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
+
+    def state(self, index: int) -> State:
+        """The state of the run."""
+        del index
+        return self._state
+
+
+class Together:
+    """Many runs in one program, in a mode of `population.MODES`. Lanes beyond the runs stay idle.
+
+    A program is made for a number of lanes: with the same number, it serves fewer runs too.
+    """
+
+    def __init__(self, mode: str, runs: Sequence[Run], n_lanes: int) -> None:
+        states = [run.state() for run in runs]
+        self._mode = mode
+        self._states_P = stack(states + [states[0]] * (n_lanes - len(states)))
+        self._n_lanes = n_lanes
+
+    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+        """`count` steps of each run that is not None, in one call."""
+        orders = {index: run.orders(count) for index, run in enumerate(runs) if run is not None}
+        structure = next(run.program.structure for run in runs if run is not None)
+        idle = next(iter(orders.values()))._replace(count=np.int32(0))
+        orders_P = _stacked([orders.get(index, idle) for index in range(self._n_lanes)])
+        began = time.perf_counter()
+        self._states_P, metrics_P = compiled_population_steps(self._mode, structure, self._states_P, orders_P)
+        seconds = time.perf_counter() - began
+        read = cache(lambda: jax.device_get(metrics_P))
+        for index, run in enumerate(runs):
+            if run is not None:
+                run.advanced(count, _reader(read, index), seconds)
+
+    def state(self, index: int) -> State:
+        """The state of a run, apart from the others'."""
+        return compiled_member(self._states_P, np.int32(index))
+
+
+def _stacked(orders: list[Orders]) -> Orders:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *orders)
+
+
+def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
+    return lambda: Metrics(*(column[index] for column in read()))
+
+
+def train_lanes(runs: Sequence[Run], lanes: Lanes, is_stopped: Callable[[], bool]) -> None:
+    """Advance runs to their ends, or to the end of the call in which a stop is asked for; then save them all."""
+    while not is_stopped() and not all(run.is_over for run in runs):
+        structure = next(run.program.structure for run in runs if not run.is_over)
+        turn = [None if run.is_over or run.program.structure != structure else run for run in runs]
+        count = min(run.steps_to_event() for run in turn if run)
+        lanes.advance(turn, count)
+        for index, run in enumerate(turn):
+            if run and run.is_due:
+                run.record(lanes.state(index))
+    for index, run in enumerate(runs):
+        if not run.is_over:
+            run.stop(lanes.state(index))

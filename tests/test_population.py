@@ -1,0 +1,160 @@
+"""Populations: trained together, runs leave what each leaves alone."""
+
+import logging
+import math
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+from test_loop import assert_same_bits, config_of, contents, metrics, stored_state, tiny
+
+from rustgpt_jax.config import Config
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.training import loop
+from rustgpt_jax.training.lanes import Together, train_lanes
+from rustgpt_jax.training.population import MODES
+from rustgpt_jax.training.run import Run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+QUIET = Console(file=StringIO())
+NO_SAMPLES: dict[str, Any] = {"record.prompts": ()}
+ONE_DEVICE = Placement((jax.devices()[0],))
+
+
+class Silent:
+    def update(self, *_: Any) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+def train_together(
+    mode: str, configs: list[Config], path: Path, n_lanes: int | None = None, calls: float = math.inf
+) -> list[Run]:
+    """Train configs as one population in the folders 0, 1, ... of a path, for so many calls at most."""
+    runs = []
+    for index, config in enumerate(configs):
+        material = loop.gather(config, RunFolder(path / str(index)).tokenizer_file, QUIET)
+        runs.append(Run(material, path / str(index), {}, ONE_DEVICE))
+    left = calls
+
+    def is_stopped() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    for run in runs:
+        run.__enter__()
+        run.begin(Silent())
+    train_lanes(runs, Together(mode, runs, n_lanes or len(runs)), is_stopped)
+    for run in runs:
+        run.__exit__(None, None, None)
+    return runs
+
+
+def train_alone(config: Config, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+    assert loop.train(config, path, {}, QUIET)
+
+
+def population(base: dict[str, Any]) -> list[Config]:
+    """Trials that differ in learning rate, seed, dropout's strength and length."""
+    trials = [
+        {"optimizer.learning_rate": 1e-3, "seed": 0},
+        {"optimizer.learning_rate": 1e-2, "seed": 1, "model.dropout": 0.3},
+        {"optimizer.learning_rate": 3e-2, "seed": 1, "training.steps": 7},
+    ]
+    return [tiny(**(NO_SAMPLES | base | trial)) for trial in trials]
+
+
+def staged(accumulation: int) -> list[Config]:
+    return [config_of("facts", "byte", accumulation, boundary) for boundary in (5, 3)]
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [population({}), population({"training.accumulation": 2, "optimizer.name": "muon"}), staged(2)],
+    ids=["numbers", "accumulation", "stages"],
+)
+def test_exact_mode_has_the_bits_of_each_run_alone(
+    configs: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_together("exact", configs, tmp_path / "together", n_lanes=len(configs) + 1)
+    for index, config in enumerate(configs):
+        alone, together = tmp_path / f"alone_{index}", tmp_path / "together" / str(index)
+        train_alone(config, alone, monkeypatch)
+        for which in ("last", "best"):
+            assert_same_bits(stored_state(config, together, which), stored_state(config, alone, which))
+        assert metrics(together) == metrics(alone)
+        for name in ("samples.jsonl", "tokenizer.json", "data.json"):
+            assert contents(together).get(name) == contents(alone).get(name)
+
+
+def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = population({})
+    train_together("fused", configs, tmp_path / "together", n_lanes=4)
+    for index, config in enumerate(configs):
+        train_alone(config, tmp_path / f"alone_{index}", monkeypatch)
+        pairs = zip(metrics(tmp_path / "together" / str(index)), metrics(tmp_path / f"alone_{index}"), strict=True)
+        for ours, theirs in pairs:
+            assert ours.keys() == theirs.keys()
+            for name in ours.keys() & {"train/loss", "valid/loss"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_population_compiles_once_and_goes_on_bit_for_bit(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A width that no other test has.
+    configs = population({"model.d_ff": 24})
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train_together(mode, configs, tmp_path / "straight", n_lanes=4)
+        train_together(mode, configs, tmp_path / "broken", n_lanes=4, calls=2)
+        train_together(mode, configs, tmp_path / "broken", n_lanes=4)
+    assert sum("Finished XLA compilation of jit(population_steps)" in line for line in caplog.messages) == 1
+    for index, config in enumerate(configs):
+        straight, broken = tmp_path / "straight" / str(index), tmp_path / "broken" / str(index)
+        assert_same_bits(stored_state(config, broken), stored_state(config, straight))
+        assert metrics(broken) == metrics(straight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path: Path) -> None:
+    calm = [tiny(**NO_SAMPLES, seed=seed) for seed in (0, 1)]
+    wild = tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30})
+    runs = train_together(mode, [calm[0], wild, calm[1]], tmp_path / "wild")
+    train_together(mode, [calm[0], calm[0], calm[1]], tmp_path / "calm")
+    assert [run.diverged_at is None for run in runs] == [True, False, True]
+    for index in (0, 2):
+        config = calm[index // 2]
+        assert_same_bits(
+            stored_state(config, tmp_path / "wild" / str(index)), stored_state(config, tmp_path / "calm" / str(index))
+        )
+    lines = metrics(tmp_path / "wild" / "1")
+    assert lines[-1]["step"] == runs[1].diverged_at
+    assert not math.isfinite(lines[-1]["train/loss"])
+    assert all(math.isfinite(line["train/loss"]) for line in lines[:-1] if "train/loss" in line)
+
+
+def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run diverged: the training loss of step \d+ is not finite"):
+        loop.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
+
+
+def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(**NO_SAMPLES)
+    material = loop.gather(config, tmp_path / "none.json", QUIET)
+    for until in (4, 8, None):
+        with Run(material, tmp_path / "paused", {}, ONE_DEVICE, until) as run:
+            run.begin(Silent())
+            train_lanes([run], Together("exact", [run], 2), lambda: False)
+            assert run.step == (until or 10)
+    train_alone(config, tmp_path / "straight", monkeypatch)
+    assert_same_bits(stored_state(config, tmp_path / "paused"), stored_state(config, tmp_path / "straight"))
+    assert metrics(tmp_path / "paused") == metrics(tmp_path / "straight")
