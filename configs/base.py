@@ -85,15 +85,17 @@ def get_config() -> ConfigDict:
     config.model.remat = "none"
 
     config.optimizer = ConfigDict()
-    # adamw, adam (decay as an L2 gradient), sgd, lion or muon.
+    # adamw, adam (decay as an L2 gradient), sgd, lion, muon or schedule_free (AdamW evaluated at its average; meant
+    # for the schedule constant).
     config.optimizer.name = "adamw"
     # The highest learning rate; the schedule multiplies it by a factor from 0 to 1.
     config.optimizer.learning_rate = 1e-3
-    # Decay rate of the first moment of adam, adamw and lion, and of what muon leaves to adamw.
+    # Decay rate of the first moment of adam, adamw and lion, and of what muon leaves to adamw; for schedule_free, which
+    # keeps none, the share of the average in the point that gradients are taken at: above 0.
     config.optimizer.b1 = 0.9
     # Decay rate of their second moment; for lion, of the momentum that is kept.
     config.optimizer.b2 = 0.99
-    # Added to the root of the second moment that adam and adamw divide by.
+    # Added to the root of the second moment that adam, adamw and schedule_free divide by.
     config.optimizer.epsilon = 1e-8
     # Momentum of sgd and muon.
     config.optimizer.momentum = 0.95

@@ -15,7 +15,15 @@ from rustgpt_jax.config import OptimizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
-from rustgpt_jax.training.optimizers import OPTIMIZERS, clip, muon_partition, optimizer, path_name
+from rustgpt_jax.training.optimizers import (
+    EVALUATION_PARAMS,
+    OPTIMIZERS,
+    clip,
+    evaluation_params,
+    muon_partition,
+    optimizer,
+    path_name,
+)
 
 Params = dict[str, Any]
 
@@ -179,7 +187,45 @@ def muon_oracle(config: OptimizerConfig, decay: float) -> Direction:
     return update
 
 
-ORACLES = {"adamw": adamw_oracle, "adam": adam_oracle, "sgd": sgd_oracle, "lion": lion_oracle, "muon": adamw_oracle}
+class ScheduleFree:
+    """The sequences x, y and z of schedule-free AdamW for one array that begins at `start`."""
+
+    def __init__(self, start: np.ndarray) -> None:
+        self.x = self.y = self.z = start.astype(np.float64)
+        self.square, self.rates = np.zeros(start.shape), list[float]()
+
+    def step(self, config: OptimizerConfig, rate: float, decay: float, gradient: np.ndarray) -> None:
+        """Take a gradient that was found at y, at a learning rate of so much."""
+        self.rates.append(rate)
+        count, weights = len(self.rates), np.maximum.accumulate(self.rates) ** 2
+        self.square = config.b2 * self.square + (1 - config.b2) * gradient**2
+        root = np.sqrt(self.square / (1 - config.b2**count))
+        self.z = self.z - rate * (gradient / (root + config.epsilon) + decay * self.y)
+        share = weights[-1] / weights.sum() if rate else 0.0
+        self.x = (1 - share) * self.x + share * self.z
+        self.y = (1 - config.b1) * self.z + config.b1 * self.x
+
+
+def schedule_free_oracle(config: OptimizerConfig, decay: float) -> Direction:
+    sequences: ScheduleFree | None = None
+
+    def update(gradient: np.ndarray, p: np.ndarray) -> np.ndarray:
+        nonlocal sequences
+        sequences = sequences or ScheduleFree(p)
+        sequences.step(config, config.learning_rate, decay, gradient)
+        return sequences.y - p
+
+    return update
+
+
+ORACLES = {
+    "adamw": adamw_oracle,
+    "adam": adam_oracle,
+    "sgd": sgd_oracle,
+    "lion": lion_oracle,
+    "muon": adamw_oracle,
+    "schedule_free": schedule_free_oracle,
+}
 
 
 def followed(oracle: Direction, path: Any, start: np.ndarray, steps: int, layer: Any = ...) -> np.ndarray:
@@ -306,6 +352,116 @@ def test_muon_takes_each_layer_by_itself() -> None:
     for path, update in quiet_updates.items():
         np.testing.assert_array_equal(update[0], loud_updates[path][0])
         assert not np.allclose(update[1], loud_updates[path][1], atol=1e-3)
+
+
+# Evaluation elsewhere than where gradients are taken.
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - EVALUATION_PARAMS.keys()))
+def test_most_optimizers_are_evaluated_at_their_parameters(name: str) -> None:
+    params = parameters()
+    assert evaluation_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)) is params
+
+
+def test_what_has_evaluation_parameters_is_an_optimizer() -> None:
+    assert set(EVALUATION_PARAMS) <= set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", EVALUATION_PARAMS)
+def test_before_the_first_step_every_optimizer_is_evaluated_at_its_parameters(name: str) -> None:
+    params = parameters()
+    assert_close(evaluation_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)), params)
+
+
+# Schedule-free.
+
+SCHEDULE_FREE = {"name": "schedule_free", "epsilon": 1e-3, "weight_decay": 0.2}
+DECAYING = {"name": "schedule_free", "weight_decay_groups": (("norm|bias", 0.0), (".*", 1.0))}
+# A warm-up, a rate that stays, and one that falls.
+RATES = (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.3, 0.1)
+
+
+@jax.jit
+def schedule_free_step(
+    numbers: dict[str, jax.Array], rate: jax.Array, gradients: Params, params: Params, state: Any
+) -> tuple[Params, Any]:
+    config = dataclasses.replace(knobs(**DECAYING), **numbers)
+    updates, state = optimizer(config, rate).update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def check_schedule_free(configs: list[OptimizerConfig], rates: tuple[float, ...]) -> None:
+    """Steps of one config each have the y, the z and the x of the oracle, the gradients being a function of y."""
+    params, target = parameters(), dict(leaves(parameters(1)))
+    state = optimizer(configs[0]).init(params)
+    oracles = {path: ScheduleFree(leaf) for path, leaf in leaves(params)}
+    for step, (config, rate) in enumerate(zip(configs, rates, strict=True)):
+        noise = random_like(params, 100 + step)
+        gradients = jax.tree.map(lambda p, t, n: p - t + n, params, parameters(1), noise)
+        for (path, oracle), (_, n) in zip(oracles.items(), leaves(noise), strict=True):
+            decay = 0.0 if "norm" in path or "bias" in path else config.weight_decay
+            oracle.step(config, rate * config.learning_rate, decay, oracle.y - target[path] + n)
+        params, state = schedule_free_step(numbers_of(config), np.float32(rate), gradients, params, state)
+        averages = dict(leaves(evaluation_params(config, params, state)))
+        for (path, y), (_, z) in zip(leaves(params), leaves(state.z), strict=True):
+            for found, wanted in ((y, oracles[path].y), (z, oracles[path].z), (averages[path], oracles[path].x)):
+                np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5, err_msg=f"{path} at step {step}")
+
+
+@pytest.mark.parametrize("b1", [0.3, 0.9, 0.98])
+def test_schedule_free_has_the_sequences_of_the_paper(b1: float) -> None:
+    config = knobs(**SCHEDULE_FREE, learning_rate=0.05, b1=b1)
+    check_schedule_free([config] * len(RATES), RATES)
+
+
+def test_a_stage_may_change_the_interpolation() -> None:
+    early, late = (knobs(**SCHEDULE_FREE, learning_rate=0.05, b1=b1) for b1 in (0.9, 0.5))
+    check_schedule_free([early] * 4 + [late] * 4, RATES)
+
+
+def test_schedule_free_counts_no_step_at_a_learning_rate_of_zero() -> None:
+    config = knobs(**SCHEDULE_FREE, learning_rate=0.05)
+    check_schedule_free([config] * 3, (0.0, 0.0, 1.0))
+
+
+def test_the_average_of_schedule_free_settles_where_its_last_point_does_not() -> None:
+    config = knobs(name="schedule_free", learning_rate=0.1, weight_decay=0.0)
+    target, params = parameters(1), parameters()
+    start, state = params, optimizer(config).init(params)
+    for step in range(300):
+        noise = random_like(params, 100 + step)
+        gradients = jax.tree.map(lambda p, t, n: p - t + 2 * n, params, target, noise)
+        params, state = schedule_free_step(numbers_of(config), np.float32(1.0), gradients, params, state)
+
+    def distance(point: Params) -> float:
+        return float(optax.tree.norm(jax.tree.map(jnp.subtract, point, target)))
+
+    average = evaluation_params(config, params, state)
+    assert distance(average) < 0.3 * distance(state.z)
+    assert distance(average) < 0.2 * distance(start)
+
+
+def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -> None:
+    configs = [knobs(**SCHEDULE_FREE, learning_rate=rate, b1=b1) for rate, b1 in ((0.01, 0.9), (0.05, 0.5))]
+    params, gradients = parameters(), [parameters(seed) for seed in (2, 3)]
+
+    def member(numbers: dict[str, jax.Array]) -> tuple[Params, Params]:
+        config = dataclasses.replace(knobs(**DECAYING), **numbers)
+
+        def body(carry: tuple[Params, Any], gradients: Params) -> tuple[tuple[Params, Any], None]:
+            params, state = carry
+            updates, state = optimizer(config, 0.5).update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+        (y, state), _ = jax.lax.scan(body, (params, optimizer(config).init(params)), stacked)
+        return y, evaluation_params(config, y, state)
+
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(numbers_of, configs))
+    together = jax.jit(jax.vmap(member))(stacked)
+    for index, config in enumerate(configs):
+        alone = jax.jit(member)(numbers_of(config))
+        assert_close(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone)
 
 
 # Clipping.
