@@ -1,0 +1,66 @@
+"""Sweeps: many runs from one config, each said by the knobs in which it differs.
+
+What an experiment's `sweep()` needs stands here:
+
+    from rustgpt_jax.sweeps import log_uniform, product, seeds, sobol, uniform, values
+
+    rates = values("optimizer.learning_rate", 1e-4, 1e-3, 1e-2)
+    product(rates, seeds(3))                                        # 9 trials: each rate with the seeds 0, 1, 2
+
+    space = {"optimizer.learning_rate": log_uniform(1e-4, 1e-2), "optimizer.b2": uniform(0.9, 0.999)}
+    product(sobol(16, space), seeds(2))                             # 32 trials, spread evenly over the space
+"""
+
+from rustgpt_jax.sweeps.space import (
+    Choice,
+    Distribution,
+    Integers,
+    LogIntegers,
+    LogUniform,
+    Overrides,
+    Search,
+    SuccessiveHalving,
+    TreeParzen,
+    Uniform,
+    chain,
+    choice,
+    integers,
+    log_integers,
+    log_uniform,
+    product,
+    sample,
+    seeds,
+    sobol,
+    successive_halving,
+    tree_parzen,
+    uniform,
+    values,
+    zipped,
+)
+
+__all__ = [
+    "Choice",
+    "Distribution",
+    "Integers",
+    "LogIntegers",
+    "LogUniform",
+    "Overrides",
+    "Search",
+    "SuccessiveHalving",
+    "TreeParzen",
+    "Uniform",
+    "chain",
+    "choice",
+    "integers",
+    "log_integers",
+    "log_uniform",
+    "product",
+    "sample",
+    "seeds",
+    "sobol",
+    "successive_halving",
+    "tree_parzen",
+    "uniform",
+    "values",
+    "zipped",
+]

@@ -1,0 +1,362 @@
+"""The algebra of sweeps: its laws, its distributions against their inverse CDFs, and what it says to a mistake."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.stats import qmc
+
+from rustgpt_jax import sweeps
+from rustgpt_jax.config import FIELDS
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.sweeps import (
+    Distribution,
+    Overrides,
+    chain,
+    choice,
+    integers,
+    log_integers,
+    log_uniform,
+    product,
+    sample,
+    seeds,
+    sobol,
+    successive_halving,
+    tree_parzen,
+    uniform,
+    values,
+    zipped,
+)
+
+U = st.floats(0, 1, exclude_max=True)
+FINITE = st.floats(-1e300, 1e300)
+POSITIVE = st.floats(1e-300, 1e300)
+
+RANGES = {
+    "uniform": st.lists(FINITE, min_size=2, max_size=2, unique=True).map(lambda pair: uniform(*sorted(pair))),
+    "log_uniform": st.lists(POSITIVE, min_size=2, max_size=2, unique=True).map(lambda pair: log_uniform(*sorted(pair))),
+    "integers": st.lists(st.integers(), min_size=2, max_size=2, unique=True).map(lambda pair: integers(*sorted(pair))),
+    "log_integers": st.lists(st.integers(1), min_size=2, max_size=2, unique=True).map(
+        lambda pair: log_integers(*sorted(pair))
+    ),
+}
+
+
+def sweep_over(names: str) -> st.SearchStrategy[list[Overrides]]:
+    """Sweeps of trials that each give some of the knobs, of which a sweep may have none."""
+    knobs = st.dictionaries(st.sampled_from(names), st.integers(0, 3))
+    return st.lists(knobs, max_size=4)
+
+
+THREE = st.tuples(sweep_over("abc"), sweep_over("def"), sweep_over("ghi"))
+
+
+# Combinations.
+
+
+@given(THREE)
+def test_a_product_has_every_combination_once_and_the_first_varies_slowest(sweeps: Any) -> None:
+    first, second, third = sweeps
+    found = product(first, second, third)
+    assert len(found) == len(first) * len(second) * len(third)
+    assert found == [a | b | c for a in first for b in second for c in third]
+
+
+@given(THREE)
+def test_products_and_chains_are_monoids(sweeps: Any) -> None:
+    a, b, c = sweeps
+    for combine, neutral in ((product, [{}]), (chain, [])):
+        assert combine(combine(a, b), c) == combine(a, combine(b, c)) == combine(a, b, c)
+        assert combine(a, neutral) == combine(neutral, a) == combine(a) == a
+        assert combine() == neutral
+    assert chain(a, b, c) == [*a, *b, *c]
+    assert product(a, []) == []
+    assert product(chain(a, a), b) == chain(product(a, b), product(a, b))
+
+
+@given(st.lists(st.tuples(st.integers(), st.text(max_size=3), st.booleans()), min_size=1, max_size=6))
+def test_zipped_is_the_inverse_of_taking_columns(rows: list[tuple[int, str, bool]]) -> None:
+    columns = [values(path, *column) for path, column in zip("abc", zip(*rows, strict=True), strict=True)]
+    trials = zipped(*columns)
+    assert [tuple(trial.values()) for trial in trials] == rows
+    assert [[{path: trial[path]} for trial in trials] for path in "abc"] == columns
+    assert zipped(columns[0]) == columns[0]
+
+
+def test_generators_are_sweeps_and_what_comes_out_is_new() -> None:
+    def trials() -> Any:
+        yield {"a": 1}
+        yield {"a": 2}
+
+    listed = list(trials())
+    others = seeds(3)
+    assert product(trials(), iter(others)) == product(listed, others)
+    assert chain(trials(), trials()) == listed + listed
+    assert zipped(trials(), seeds(2)) == [{"a": 1, "seed": 0}, {"a": 2, "seed": 1}]
+    assert successive_halving(trials(), (1, 2)).trials == tuple(listed)
+    for combine in (chain, product, zipped, lambda sweep: successive_halving(sweep, (1,)).trials):
+        combine(listed)[0]["a"] = 7
+        assert listed == [{"a": 1}, {"a": 2}]
+
+
+def test_values_and_seeds() -> None:
+    assert values("model.mixers", ("attention",), ["attention"]) == [
+        {"model.mixers": ("attention",)},
+        {"model.mixers": ["attention"]},
+    ]
+    assert values("model.d_ff", None, 64) == [{"model.d_ff": None}, {"model.d_ff": 64}]
+    assert seeds(3) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert seeds(2, first=5) == [{"seed": 5}, {"seed": 6}]
+
+
+def test_scalars_of_numpy_become_plain() -> None:
+    trials = chain(
+        values("a", *np.logspace(-4, -2, 3)),
+        values("a", *np.arange(2)),
+        values("a", np.float32(0.5), np.bool_(True)),
+        seeds(np.int64(1)),
+        sample(1, {"a": choice(np.int32(3)), "b": uniform(np.float32(0), np.int64(1))}),
+    )
+    assert {type(value) for trial in trials for value in trial.values()} == {float, int, bool}
+    json.dumps(trials)
+
+
+# Distributions.
+
+
+@pytest.mark.parametrize("name", RANGES)
+@given(data=st.data())
+def test_ranges_are_monotone_and_kept_to(name: str, data: st.DataObject) -> None:
+    distribution = data.draw(RANGES[name])
+    lower, upper = sorted((data.draw(U), data.draw(U)))
+    kind = int if "integers" in name else float
+    found = [distribution.at(u) for u in (0.0, lower, upper, math.nextafter(1, 0))]
+    assert found == sorted(found)
+    assert {type(value) for value in found} == {kind}
+    assert distribution.low <= found[0]
+    assert found[-1] <= distribution.high
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_whole_numbers_have_the_chances_that_they_promise(low: int, more: int) -> None:
+    high = low + more
+    grid = (np.arange(2000) + 0.5) / 2000
+    whole = np.arange(low, high + 1)
+    for distribution, edges in ((integers, whole - 0.5), (log_integers, np.log(whole - 0.5))):
+        top = high + 0.5 if distribution is integers else math.log(high + 0.5)
+        chances = np.diff([*edges, top]) / (top - edges[0])
+        found = [distribution(low, high).at(u) for u in grid.tolist()]
+        counts = np.array([found.count(value) for value in whole])
+        np.testing.assert_allclose(counts / len(grid), chances, atol=1.01 / len(grid))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3, 5), (0.9, 0.999), (1e-9, 2e-9), (-2e6, 7e6)])
+def test_uniform_numbers_follow_the_inverse_cdf_of_scipy_but_for_rounding(low: float, high: float) -> None:
+    grid = np.linspace(0, 1, 1000, endpoint=False)
+    found = [uniform(low, high).at(u) for u in grid.tolist()]
+    np.testing.assert_allclose(found, stats.uniform(low, high - low).ppf(grid), rtol=0, atol=0.6e-4 * (high - low))
+    assert len(set(found)) > 990
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-1), (1, 1.001), (3e4, 8e7), (0.9, 0.999)])
+def test_log_uniform_numbers_follow_the_inverse_cdf_of_scipy_but_for_rounding(low: float, high: float) -> None:
+    grid = np.linspace(0, 1, 1000, endpoint=False)
+    found = [log_uniform(low, high).at(u) for u in grid.tolist()]
+    np.testing.assert_allclose(found, stats.loguniform(low, high).ppf(grid), rtol=0.6e-3 * min(1, (high - low) / low))
+    assert len(set(found)) > 990
+
+
+def test_drawn_numbers_are_readable() -> None:
+    trials = sample(200, {"a": log_uniform(1e-5, 1e-1), "b": uniform(0, 1), "c": uniform(0.9, 0.999)})
+    longest = {path: max(len(f"{trial[path]!r}") for trial in trials) for path in "abc"}
+    assert longest["a"] <= len("0.0001234")
+    assert longest["b"] <= len("0.12345")
+    assert longest["c"] <= len("0.9123456")
+
+
+@given(st.lists(st.integers(), min_size=1, max_size=30))
+def test_every_option_has_the_same_chance(options: list[int]) -> None:
+    n = len(options)
+    found = [choice(*options).at((place + 0.5) / (7 * n)) for place in range(7 * n)]
+    assert found == [option for option in options for _ in range(7)]
+    assert choice(*options).at(math.nextafter(1, 0)) == options[-1]
+
+
+# Points of a space.
+
+SPACE = {
+    "optimizer.learning_rate": log_uniform(1e-4, 1e-1),
+    "optimizer.b2": uniform(0.9, 0.999),
+    "schedule.warmup_steps": integers(0, 100),
+    "training.steps": log_integers(10, 1000),
+    "schedule.name": choice("cosine", "wsd", "linear"),
+}
+Draw = Callable[..., list[Overrides]]
+
+
+@pytest.mark.parametrize("draw", [sample, sobol])
+def test_points_repeat_and_more_of_them_only_add_to_the_first(draw: Draw) -> None:
+    whole = draw(40, SPACE, seed=3)
+    assert draw(40, SPACE, seed=3) == whole
+    assert [draw(n, SPACE, seed=3) for n in range(1, 41)] == [whole[:n] for n in range(1, 41)]
+    assert draw(40, SPACE, seed=4) != whole
+    assert [list(point) for point in whole] == [list(SPACE)] * 40
+    json.dumps(whole)
+
+
+def test_random_points_are_the_same_on_every_machine_and_version() -> None:
+    assert sample(2, {"a": uniform(0, 1), "b": integers(1, 100)}, seed=7) == [
+        {"a": 0.6182, "b": 56},
+        {"a": 0.9217, "b": 3},
+    ]
+
+
+def test_random_points_of_a_knob_do_not_depend_on_the_other_knobs() -> None:
+    whole = sample(20, SPACE)
+    for path, distribution in SPACE.items():
+        assert sample(20, {path: distribution}) == [{path: point[path]} for point in whole]
+
+
+def test_random_knobs_are_uniform_and_independent() -> None:
+    points = np.array([list(point.values()) for point in sample(2000, {name: uniform(0, 1) for name in "abcd"})])
+    for column in points.T:
+        assert stats.kstest(column, "uniform").pvalue > 1e-3
+    correlations = np.corrcoef(points.T)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 4 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize("draw", [sample, sobol])
+def test_log_uniform_points_are_uniform_in_log_space(draw: Draw) -> None:
+    points = draw(1000, {"a": log_uniform(1e-5, 1e-1)})
+    places = (np.log10([point["a"] for point in points]) + 5) / 4
+    assert stats.kstest(places, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("n", [16, 50, 64])
+@pytest.mark.parametrize("knobs", ["ab", "abcde"])
+def test_sobol_points_are_spread_more_evenly_than_random_ones(n: int, knobs: str) -> None:
+    def discrepancy(draw: Draw, seed: int) -> float:
+        trials = draw(n, {name: uniform(0, 1) for name in knobs}, seed=seed)
+        return float(qmc.discrepancy([list(trial.values()) for trial in trials]))
+
+    assert max(discrepancy(sobol, seed) for seed in range(10)) < min(discrepancy(sample, seed) for seed in range(10))
+
+
+@pytest.mark.parametrize("exponent", range(1, 7))
+def test_sobol_points_put_one_into_each_interval_of_every_knob(exponent: int) -> None:
+    n = 2**exponent
+    trials = sobol(n, {name: integers(0, n - 1) for name in "abcdefgh"}, seed=exponent)
+    for name in "abcdefgh":
+        assert sorted(trial[name] for trial in trials) == list(range(n))
+
+
+# Searches.
+
+
+def test_searches_are_plain_data() -> None:
+    halving = successive_halving(seeds(9), [10, 30], keep=0.5)
+    assert (halving.trials, halving.rungs, halving.keep) == (tuple(seeds(9)), (10, 30), 0.5)
+    assert successive_halving(seeds(9), (10,)).keep == 1 / 3
+    search = tree_parzen(20, SPACE, batch=4, seed=1, seeds=[0, 1])
+    assert dict(search.space) == SPACE
+    assert (search.n_trials, search.batch, search.seed, search.seeds) == (20, 4, 1, (0, 1))
+    assert (tree_parzen(20, SPACE).batch, tree_parzen(20, SPACE).seed, tree_parzen(20, SPACE).seeds) == (8, 0, ())
+    assert hash(search) == hash(dataclasses.replace(search))
+    for spec in (halving, search):
+        json.dumps(dataclasses.asdict(spec))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            spec.keep = 0.1  # type: ignore
+
+
+# Mistakes.
+
+LEFT, RIGHT = values("optimizer.b2", 0.9, 0.99), chain(seeds(1), [{"seed": 1, "optimizer.b2": 0.9}])
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "no path": (lambda: values(1e-3, 1e-4), "the path of a knob comes first"),  # type: ignore
+    "no values": (lambda: values("seed"), "values('seed'): there is no value"),
+    "an array as one value": (lambda: values("seed", np.arange(3)), "is a ndarray; a * before it"),
+    "a range as one value": (lambda: values("seed", range(3)), "is a range; a * before it"),
+    "a generator as one option": (lambda: choice(i for i in range(3)), "is a generator; a * before it"),
+    "no seeds": (lambda: seeds(0), "seeds: n is a whole number from 1 up, not 0"),
+    "half a seed": (lambda: seeds(1.5), "not 1.5"),  # type: ignore
+    "True seeds": (lambda: seeds(True), "not True"),
+    "negative seed": (lambda: seeds(1, first=-1), "seeds: first is a whole number from 0 up, not -1"),
+    "product: a knob twice": (lambda: product(LEFT, RIGHT), "product: the knob 'optimizer.b2' is given by two"),
+    "zipped: a knob twice": (lambda: zipped(LEFT, RIGHT), "zipped: the knob 'optimizer.b2' is given by two"),
+    "zipped: lengths": (lambda: zipped(seeds(2), LEFT, values("c", 1, 2, 3)), "different lengths: 2, 2, 3"),
+    "one trial for a sweep": (lambda: product(LEFT, {"seed": 1}), "product: argument 2 is not a sweep"),  # type: ignore
+    "a list of paths": (lambda: chain(["seed"]), "chain: argument 1 is not a sweep"),  # type: ignore
+    "a number for a sweep": (lambda: zipped(3), "zipped: argument 1 is not a sweep"),  # type: ignore
+    "a search in a product": (lambda: product(tree_parzen(1, SPACE)), "argument 1 is not a sweep"),  # type: ignore
+    "low above high": (lambda: uniform(2, 1), "uniform: low=2 and high=1 are not a range"),
+    "low is high": (lambda: integers(2, 2), "integers: low=2 and high=2 are not a range"),
+    "infinite": (lambda: uniform(0, math.inf), "both finite"),
+    "too wide": (lambda: uniform(-1.7e308, 1.7e308), "both finite"),
+    "not a number": (lambda: log_uniform(math.nan, 1), "both finite"),
+    "a word": (lambda: uniform("0", 1), "uniform: low is a number, not '0'"),  # type: ignore
+    "not whole": (lambda: integers(0, 1.5), "integers: high is a whole number, not 1.5"),  # type: ignore
+    "log of 0": (lambda: log_uniform(0, 1), "log_uniform: low=0 has no logarithm"),
+    "log of -1": (lambda: log_integers(-1, 1), "log_integers: low=-1 has no logarithm"),
+    "log of whole 0": (lambda: log_integers(0, 10), "log_integers: low=0 has no logarithm"),
+    "no options": (lambda: choice(), "choice: there is no option"),
+    "no points": (lambda: sample(0, SPACE), "sample: n is a whole number from 1 up, not 0"),
+    "no Sobol points": (lambda: sobol(-1, SPACE), "sobol: n is a whole number from 1 up, not -1"),
+    "no knobs": (lambda: sobol(4, {}), "sobol: a space gives each knob a distribution"),
+    "negative sample seed": (lambda: sample(4, SPACE, seed=-1), "sample: seed is a whole number from 0 up"),
+    "negative Sobol seed": (lambda: sobol(4, SPACE, seed=-1), "sobol: seed is a whole number from 0 up"),
+    "a number in a space": (lambda: sample(4, {"seed": 1}), "sample: seed is 1, not a distribution"),  # type: ignore
+    "nothing to halve": (lambda: successive_halving([], (1, 2)), "there are no trials"),
+    "no rungs": (lambda: successive_halving(LEFT, ()), "rungs are steps that rise"),
+    "rungs that stay": (lambda: successive_halving(LEFT, (5, 5)), "rungs are steps that rise, .* not (5, 5)"),
+    "a rung at 0": (lambda: successive_halving(LEFT, (0, 5)), "a rung is a whole number from 1 up, not 0"),
+    "keep none": (lambda: successive_halving(LEFT, (5,), keep=0), "keep is a share between 0 and 1"),
+    "keep all": (lambda: successive_halving(LEFT, (5,), keep=1), "such as 1/3, not 1"),
+    "no search": (lambda: tree_parzen(0, SPACE), "tree_parzen: n_trials is a whole number from 1 up"),
+    "no batch": (lambda: tree_parzen(4, SPACE, batch=0), "tree_parzen: batch is a whole number from 1 up"),
+    "search of nothing": (lambda: tree_parzen(4, {}), "tree_parzen: a space gives"),
+    "seed twice": (lambda: tree_parzen(4, SPACE, seeds=(1, 1)), "given twice in seeds=(1, 1)"),
+    "seed also in the space": (
+        lambda: tree_parzen(4, {"seed": integers(0, 9)}, seeds=(1,)),
+        "'seed' is given both in the space and by seeds",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_in_one_sentence(mistake: str) -> None:
+    call, answer = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        call()
+    shown = str(error.value)
+    place = 0
+    for part in answer.split(".*"):
+        assert part in shown[place:]
+        place = shown.index(part, place) + len(part)
+    assert "\n" not in shown
+
+
+# The door.
+
+
+def test_a_sweep_is_listed_without_jax_and_without_scipy() -> None:
+    code = "import sys, rustgpt_jax.sweeps; print([n for n in ('jax', 'flax', 'numpy', 'scipy') if n in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+def test_everything_named_is_there() -> None:
+    assert sweeps.__all__ == sorted(sweeps.__all__)
+    assert all(hasattr(sweeps, name) for name in sweeps.__all__)
+    assert set(SPACE) <= set(FIELDS)
+    kinds = {type(distribution) for distribution in SPACE.values()}
+    assert kinds == set(Distribution.__args__)
