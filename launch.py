@@ -7,6 +7,7 @@ import difflib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,16 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A Python file with get_config(); any knob is set by --config.x.y=VALUE.")
 flags.DEFINE_string("run", None, "The folder of the run. For train: runs/NAME of the config file, unless given.")
 flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which checkpoint evaluate, generate and chat read.")
+flags.DEFINE_string("sweep", "sweep", "Which sweep of the config file: `NAME` stands for its function sweep_NAME().")
+flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm.")
+flags.DEFINE_string("mode", "auto", "How trials of one shape run: fused, exact, solo, or auto to have it chosen.")
+flags.DEFINE_integer("width", None, "The most trials in one program. Unless given: as many as are of use and fit.", 1)
+flags.DEFINE_integer("workers", None, "Worker processes or cluster jobs at a time. Unless given: one a core or GPU.", 1)
+flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
+flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
+
+OWN_FLAGS = "config run checkpoint prompt sweep launcher mode width workers slurm dry_run help".split()
 
 OVERVIEW = """\
 rustgpt_jax: train, study and talk to GPT language models. A run is a pure function of its config.
@@ -26,12 +36,15 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     python launch.py VERB [flags]
 
     train     --config=FILE [--run=DIR]      train, or go on from the run's last checkpoint
+    sweep     --config=FILE [--run=DIR]      run the trials of the file's sweep(), or those that are missing, and report
+    report    --run=DIR                      what a sweep found: a table, results.csv and report.html
     explain   --config=FILE | --run=DIR      each knob with its value and origin, shapes, FLOPs and memory
     evaluate  --run=DIR                      loss, perplexity, bits per byte; answers right, for dialogues
     generate  --run=DIR --prompt=TEXT ...    continue texts, or answer questions
     chat      --run=DIR                      talk to the model
 
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
+    sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last
 
 Begin with:  python launch.py train --config=configs/rustgpt.py
@@ -52,6 +65,80 @@ def train() -> int:
     console = Console()
     if train(config, folder, origins, console):
         console.print(f"Talk to it:  python launch.py chat --run={folder}", highlight=False)
+    return 0
+
+
+def sweep() -> int:
+    """Run a sweep, or go on with it, and report."""
+    from rich.console import Console
+
+    from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
+    from rustgpt_jax.sweeps.trials import expand
+
+    if FLAGS.config is None:
+        raise UserError(
+            "Which sweep? Give --config=FILE, a config with a sweep(), such as experiments/learning_rate.py."
+        )
+    tree, origins = _config()
+    says = _sweep_function(FLAGS.config)
+    spec, fixed = _called(FLAGS.config, says), [path for path, _ in _overrides]
+    if isinstance(spec, TreeParzen):
+        trials = expand(tree, [spec.middle], fixed)
+    else:
+        trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
+    options = dict(_pair(option) for option in FLAGS.slurm)
+    from rustgpt_jax.sweeps.command import Command, run_sweep
+    from rustgpt_jax.sweeps.sweep import About, Settings
+
+    settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
+    command = Command(About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run)
+    name = "_".join([Path(FLAGS.config).stem, *says.__name__.split("_", 1)[1:]])
+    return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, Console())
+
+
+def _sweep_function(file: str) -> Callable[[], Any]:
+    """The function of a config file that --sweep names: sweep, or sweep_NAME."""
+    functions = {name: value for name, value in _namespace(file).items() if name.split("_")[0] == "sweep"}
+    names = [name.removeprefix("sweep_") for name, value in functions.items() if callable(value)]
+    if not names:
+        raise UserError(
+            f"{file} has no sweep(): a function that yields overrides, as experiments/learning_rate.py has."
+        )
+    if FLAGS.sweep not in names:
+        raise UserError(f"--sweep: {file} has no sweep {FLAGS.sweep!r}.{suggestion(FLAGS.sweep, names)}")
+    return functions["sweep" if FLAGS.sweep == "sweep" else f"sweep_{FLAGS.sweep}"]
+
+
+def _called(file: str, says: Callable[[], Any]) -> Any:
+    """What a sweep function says, with its mistakes as sentences."""
+    from rustgpt_jax.sweeps.space import Search
+
+    try:
+        spec = says()
+        return spec if isinstance(spec, Search) else list(spec)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: {says.__name__}() fails: {type(error).__name__}: {error}.") from error
+
+
+def _pair(option: str) -> tuple[str, str]:
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise UserError(f"--slurm={option}: an option is KEY=VALUE, such as --slurm=partition=gpu.")
+    return key, value
+
+
+def report() -> int:
+    """Tell what a sweep found."""
+    from rich.console import Console
+
+    from rustgpt_jax.sweeps.report import report
+
+    if FLAGS.run is None:
+        raise UserError("Which sweep? Give --run=DIR, the folder that `sweep` wrote, such as --run=runs/learning_rate.")
+    console = Console()
+    console.print(f"Report: {report(Path(FLAGS.run), console)}", highlight=False)
     return 0
 
 
@@ -105,6 +192,8 @@ def chat() -> int:
 
 VERBS: dict[str, Callable[[], int]] = {
     "train": train,
+    "sweep": sweep,
+    "report": report,
     "explain": explain,
     "evaluate": evaluate,
     "generate": generate,
@@ -128,7 +217,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return FLAGS([argv[0], *others])
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, ["config", "run", "checkpoint", "prompt", "help"], n=1)
+        near = difflib.get_close_matches(error.flagname, OWN_FLAGS, n=1)
         hint = f" Did you mean --{near[0]}?" if near else " `python launch.py --help` lists them."
         _fail(f"There is no flag --{error.flagname}.{hint}")
     except flags.Error as error:
@@ -175,18 +264,30 @@ def _resolved(tree: Any) -> Any:
     return resolve(tree)
 
 
-def _load(file: str) -> Any:
-    """Run a config file's get_config()."""
+@cache
+def _namespace(file: str) -> dict[str, Any]:
+    """What a config file defines."""
     path = Path(file)
     if not path.is_file():
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
         raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
     try:
-        tree = runpy.run_path(file)["get_config"]()
+        return runpy.run_path(file)
     except UserError:
         raise
     except Exception as error:
-        what = "it has no get_config()" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
+
+
+def _load(file: str) -> Any:
+    """Run a config file's get_config()."""
+    names = _namespace(file)
+    try:
+        tree = names["get_config"]()
+    except UserError:
+        raise
+    except Exception as error:
+        what = "it has no get_config()" if "get_config" not in names else f"{type(error).__name__}: {error}"
         raise UserError(f"{file} cannot be read as a config: {what}.") from error
     if not hasattr(tree, "items"):
         raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")

@@ -68,9 +68,18 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def prepare_stage(stage: Stage, tokenizer: Tokenizer, cache: Path, progress: StoreProgress | None = None) -> StageData:
-    """A stage's data, its store built under `cache` or found there. Raises UserError for less text than one batch."""
-    data = StageData(stage, build_store(stage.config.data, tokenizer, cache / "stores", progress))
+def prepare_stage(
+    stage: Stage,
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: StoreProgress | None = None,
+    store: Store | None = None,
+) -> StageData:
+    """A stage's data, its store built under `cache` or found there, unless it is given.
+
+    Raises UserError for less text than one batch.
+    """
+    data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
     require_batch(data.store.split("train"), data.window, stage.config.training.batch_size)
     return data
 

@@ -42,7 +42,7 @@ class Placement:
     On one device nothing is moved: it is the default device of the thread.
     """
 
-    devices: tuple[jax.Device, ...]
+    devices: tuple[jax.Device | None, ...]
 
     def check_batch(self, training: TrainingConfig) -> None:
         """Raises UserError if the devices cannot have equal shares of each part of a batch."""

@@ -20,6 +20,10 @@ MOST_DIFFERENCES_SHOWN = 8
 Stages = tuple[StageConfig, ...]
 
 
+class InUse(UserError):
+    """Another process trains in a run folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The names of the files of a run. Nothing is read or written by asking for them."""
@@ -150,7 +154,7 @@ def load_origins(path: Path) -> dict[str, str]:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone. Raises UserError, naming the holder, if another process trains in it.
+    """Hold a run folder for this process alone. Raises InUse, naming the holder, if another process trains in it.
 
     The operating system lets go of the lock when the process ends, however it ends.
     """
@@ -172,7 +176,7 @@ def _acquire(file: TextIO, path: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another process"
-        raise UserError(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
+        raise InUse(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
     except OSError as error:
         # Some cluster file systems have no locks; training there must still be possible.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):

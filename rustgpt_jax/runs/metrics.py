@@ -6,6 +6,7 @@ numbers that are not finite; these are written as the strings "NaN", "Infinity" 
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tensorboardX import FileWriter
 
 TENSORBOARD_FLUSH_SECONDS = 10
+# Enough for some lines of training and one of evaluation.
+LAST_BYTES = 8192
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -65,6 +68,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     A last line that was cut short, as by a kill, is left out. Raises UserError for any other malformed line.
     """
     return [record for _, record in _read_lines(RunFolder(folder).metrics_file)]
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The latest values of a run that is being written, whichever lines they stand in; none if there are none yet."""
+    file = RunFolder(folder).metrics_file
+    if not file.exists():
+        return {}
+    with open(file, "rb") as lines:
+        lines.seek(0, os.SEEK_END)
+        lines.seek(max(0, lines.tell() - LAST_BYTES))
+        records = [_parse(line) for line in lines.read().split(b"\n")]
+    merged: dict[str, Any] = {}
+    for record in filter(None, records):
+        merged |= record
+    return merged
 
 
 def keep_until(file: Path, last_step: int) -> None:

@@ -234,6 +234,11 @@ class TreeParzen:
     seed: int
     seeds: tuple[int, ...]
 
+    @property
+    def middle(self) -> Overrides:
+        """The point in the middle of every distribution."""
+        return {path: distribution.at(0.5) for path, distribution in self.space}
+
 
 Search = SuccessiveHalving | TreeParzen
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from rustgpt_jax.cache import cache_folder
@@ -82,5 +83,5 @@ def _curves(run: Run) -> str:
 def _headline(run: Run) -> str:
     parameters = formatted(total_size(parameter_shapes(run.material.whole.model)))
     begin = f"from step {run.step}" if run.step else "from the start"
-    devices = f"{len(run.placement.devices)} x {run.placement.devices[0].device_kind}"
+    devices = f"{len(run.placement.devices)} x {jax.devices()[0].device_kind}"
     return f"{run.folder.path}: {parameters} parameters, {run.material.total_steps} steps {begin}, on {devices}"

@@ -7,6 +7,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a cluster sends to a job that it wants to end, beside those.
+PREEMPTION = (*SIGNALS, signal.SIGUSR2)
 STOPPED_AT_ONCE = 130
 
 
@@ -17,12 +19,13 @@ class StopRequest:
     can end the process while the main thread waits for a long computation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
+        self._signals = signals
         self.signal_name: str | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._ask) for number in self._signals}
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._earlier_writing = signal.set_wakeup_fd(self._writing)

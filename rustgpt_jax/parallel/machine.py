@@ -1,0 +1,49 @@
+"""What a sweep is planned for: the devices here, their free memory and their speed, without starting JAX on a CPU."""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+
+from rustgpt_jax.parallel.devices import device_peak_flops
+
+ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin", "libtpu")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """So many devices of a platform, each with so many bytes of free memory and FLOP/s at its peak (0: not known)."""
+
+    platform: str
+    n_devices: int
+    memory: float
+    flops: float
+
+
+def this_machine() -> Machine:
+    """The machine of this process. On a CPU every core is a device, and JAX is not started to find that out."""
+    if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
+        return Machine("cpu", cores(), free_memory() / cores(), 0.0)
+    devices = jax.local_devices()
+    statistics = devices[0].memory_stats() or {}
+    free = statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)
+    return Machine(devices[0].platform, len(devices), free, device_peak_flops())
+
+
+def use_cores_as_devices() -> None:
+    """Make each core of a CPU a device of its own. To be called before JAX is used; an accelerator is left as it is."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cores())
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory() -> int:
+    """Bytes of main memory that processes could still be given."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,68 @@
+"""The command `sweep`: from what was said on the command line to a finished sweep and its report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.parallel.machine import this_machine, use_cores_as_devices
+from rustgpt_jax.runs.progress import counting, waiting
+from rustgpt_jax.sweeps import search
+from rustgpt_jax.sweeps.preview import preview
+from rustgpt_jax.sweeps.report import report
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.space import Overrides, SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, open_sweep
+from rustgpt_jax.sweeps.trials import Trial
+
+Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line says of a sweep."""
+
+    about: About
+    settings: Settings
+    dry_run: bool
+
+
+def run_sweep(
+    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Sequence[str], path: Path, command: Command, console: Console
+) -> int:
+    """Run a sweep in a folder and report. The exit status: 1 if trials failed.
+
+    `trials` are those that are known from the start; for a search by Optuna, one to check the config with.
+    """
+    use_cores_as_devices()
+    keep_compiled_programs()
+    if isinstance(spec, SuccessiveHalving):
+        search.check_rungs(spec, trials)
+    with counting(console, "documents encoded") as progress, waiting(console, "reading the data"):
+        shelf = Shelf(progress=progress)
+        check(trials, shelf)
+    if command.dry_run:
+        preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console)
+        return 0
+    with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
+        match spec:
+            case SuccessiveHalving():
+                search.halve(sweep, spec, trials)
+            case TreeParzen():
+                search.parzen(sweep, spec, tree, fixed)
+            case _:
+                sweep.add(trials)
+                sweep.run(trials)
+    return _tell(sweep, path, console)
+
+
+def _tell(sweep: Sweep, path: Path, console: Console) -> int:
+    if sweep.stop:
+        again = "The same command goes on from there."
+        console.print(f"Stopped by {sweep.stop.signal_name}; what was running is saved. {again}", highlight=False)
+        return 0
+    console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
+    return 1 if sweep.failed() else 0

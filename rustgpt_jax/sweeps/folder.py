@@ -1,0 +1,131 @@
+"""A sweep on disk: what lies where in its folder."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rustgpt_jax
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, write_atomically
+
+CODE = ("rustgpt_jax", "configs", "experiments", "launch.py")
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The names of the files of a sweep. Nothing is read or written by asking for them."""
+
+    path: Path
+
+    @property
+    def about_file(self) -> Path:
+        """What the sweep is: its name, its config file, the command that began it."""
+        return self.path / "sweep.json"
+
+    @property
+    def ledger_file(self) -> Path:
+        """What was planned, began, ended and failed, one JSON object a line; never rewritten."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def trials(self) -> Path:
+        """The folder of the trials, each an ordinary run folder."""
+        return self.path / "trials"
+
+    def trial(self, name: str) -> RunFolder:
+        """The run folder of a trial."""
+        return RunFolder(self.trials / name)
+
+    @property
+    def tokenizers(self) -> Path:
+        """Tokenizers that several trials share."""
+        return self.path / "tokenizers"
+
+    @property
+    def code(self) -> Path:
+        """The code as it was at each launch, in folders named by its hash."""
+        return self.path / "code"
+
+    @property
+    def study_file(self) -> Path:
+        """The journal of a search by Optuna."""
+        return self.path / "study.journal"
+
+    @property
+    def jobs(self) -> Path:
+        """What submitit keeps of the jobs of a cluster: scripts, logs, results."""
+        return self.path / "jobs"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the launcher that leads a search."""
+        return self.path / ".lock"
+
+
+def create(path: Path, about: dict[str, Any]) -> SweepFolder:
+    """Make the folder of a sweep, or go on with the one there. `about` has at least its name and its config file.
+
+    Raises UserError if the folder holds another sweep, a run, or other files.
+    """
+    folder = SweepFolder(path)
+    if folder.about_file.exists():
+        stored = read_about(path)
+        for key in ("config_file", "sweep"):
+            if stored.get(key) != about[key]:
+                raise UserError(
+                    f"{path} holds another sweep: its {key} is {stored.get(key)!r}, not {about[key]!r}. "
+                    "Choose another --run folder."
+                )
+        return folder
+    if RunFolder(path).config_file.exists():
+        raise UserError(f"{path} is the folder of a run, not of a sweep; choose another --run folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The sweep's folder {path} cannot be made: {error.strerror}.") from error
+    if any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(f"{path} holds files but no sweep (no sweep.json); choose another --run folder.")
+    write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
+    return folder
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What sweep.json says. Raises UserError if the folder is not one of a sweep."""
+    file = SweepFolder(path).about_file
+    if not file.exists():
+        raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
+    try:
+        about = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    return dict(about)
+
+
+def keep_code(folder: SweepFolder) -> Path:
+    """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy."""
+    root = Path(rustgpt_jax.__file__).parent.parent
+    files = sorted(file for name in CODE for file in _source_files(root / name))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    copy = folder.code / digest.hexdigest()[:12]
+    if not copy.exists():
+        partial = copy.with_name(f".{copy.name}.{id(folder)}")
+        for file in files:
+            target = partial / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
+        try:
+            partial.rename(copy)
+        except OSError:  # Another launcher was first.
+            shutil.rmtree(partial)
+    return copy
+
+
+def _source_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

@@ -1,0 +1,176 @@
+"""From trials to programs: which trials share one, how many run in it at once, in which mode, and why.
+
+Trials of equal structure form a shape class: one compiled program serves them all. Nothing here needs a device.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from rustgpt_jax.config import Config, Structure, split, stages
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.parallel.machine import Machine
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.trials import Trial
+from rustgpt_jax.training.memory import state_shapes, step_bytes
+
+MODES = ("auto", "fused", "exact", "solo")
+# Trials in a program that runs them one after another: more of them gain nothing, and delay a stop.
+MOST_EXACT = 4
+# Of the memory that is free; the rest is for what the compiler adds.
+MEMORY_SHARE = 0.7
+# A step shorter than this leaves an accelerator idle while the next one is sent to it.
+IDLE_SECONDS = 5e-3
+
+ClassKey = tuple[tuple[Structure, int], ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a trial of a class needs: bytes of its state, bytes while a step is computed, FLOPs of a step and of all."""
+
+    parameters: int
+    state_bytes: int
+    working_bytes: int
+    step_flops: float
+    total_flops: float
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShapeClass:
+    """Trials that one compiled program serves. `whole` is the config of the first, with its vocabulary."""
+
+    trials: tuple[Trial, ...]
+    whole: Config
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Trials that run together: a program of `width` lanes in a mode, up to the step `until` or to their ends."""
+
+    trials: tuple[str, ...]
+    mode: str
+    width: int
+    until: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The chunk as JSON has it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Chunk":
+        """The inverse of `to_dict`."""
+        return Chunk(tuple(values["trials"]), values["mode"], values["width"], values["until"])
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one shape class runs."""
+
+    shape_class: ShapeClass
+    mode: str
+    width: int
+    reason: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a program of this plan needs: states, which are there twice for a moment, and a step's own."""
+        cost = self.shape_class.cost
+        steps_at_once = self.width if self.mode == "fused" else 1
+        return 2 * self.width * cost.state_bytes + steps_at_once * cost.working_bytes
+
+    def chunks(self, wanted: Iterable[str], until: int | None = None) -> list[Chunk]:
+        """The class's trials among those wanted, cut into chunks. The cuts do not depend on what is wanted."""
+        ids, wanted = [trial.id for trial in self.shape_class.trials], set(wanted)
+        parts = (ids[first : first + self.width] for first in range(0, len(ids), self.width))
+        kept = (tuple(name for name in part if name in wanted) for part in parts)
+        return [Chunk(part, self.mode, self.width, until) for part in kept if part]
+
+
+def shape_classes(trials: Sequence[Trial], shelf: Shelf) -> list[ShapeClass]:
+    """The trials by structure, in the order in which each class is met first."""
+    members: dict[ClassKey, list[Trial]] = {}
+    wholes: dict[ClassKey, Config] = {}
+    for trial in trials:
+        whole = shelf.whole(trial.config)
+        key = class_key(whole)
+        members.setdefault(key, []).append(trial)
+        wholes.setdefault(key, whole)
+    return [ShapeClass(tuple(members[key]), wholes[key], cost(wholes[key])) for key in members]
+
+
+def class_key(whole: Config) -> ClassKey:
+    """What selects a trial's programs: the structure and the window of each stage."""
+    return tuple((split(stage.config)[0], _window(stage.config)) for stage in stages(whole))
+
+
+def cost(whole: Config) -> Cost:
+    """The cost of a trial, from shapes alone."""
+    configs = [stage.config for stage in stages(whole)]
+    step_tokens = [config.training.batch_size * _window(config) for config in configs]
+    step_flops = [
+        tokens * training_flops_per_token(config.model, _window(config))
+        for tokens, config in zip(step_tokens, configs, strict=True)
+    ]
+    steps = [config.training.steps for config in configs]
+    return Cost(
+        parameters=total_size(parameter_shapes(whole.model)),
+        state_bytes=total_bytes(state_shapes(configs[0])),
+        working_bytes=max(step_bytes(config, _window(config)) for config in configs),
+        step_flops=max(step_flops),
+        total_flops=float(np.dot(steps, step_flops)),
+        tokens=int(np.dot(steps, step_tokens)),
+    )
+
+
+def _window(config: Config) -> int:
+    return config.data.window or config.model.context_length
+
+
+def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
+    """How a class runs on a machine, in the mode asked for or, for `auto`, in the one that suits it.
+
+    Raises UserError for a mode that there is not.
+    """
+    if mode not in MODES:
+        raise UserError(f"--mode: there is no {mode!r}.{suggestion(mode, MODES)}")
+    share = math.ceil(len(shape_class.trials) / machine.n_devices)
+    chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
+    most, limit = _most(shape_class.cost, machine, chosen)
+    wanted = share if width is None else width
+    if min(wanted, most) < wanted and width is None:
+        reason += f"; {most} at a time, {limit}"
+    lanes = max(1, min(wanted, most if width is None else width))
+    return Plan(shape_class, chosen, 1 if chosen == "solo" else lanes, reason)
+
+
+def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
+    if machine.platform == "cpu":
+        return (
+            "exact",
+            f"a CPU: a trial on each of {machine.n_devices} cores, with the bits of each run alone",
+        )
+    if len(shape_class.trials) <= machine.n_devices:
+        return "solo", "no more trials than devices"
+    seconds = shape_class.cost.step_flops / machine.flops
+    if seconds < IDLE_SECONDS:
+        return "fused", f"a step of one trial takes {1e3 * seconds:.2g} ms at peak and leaves the device idle"
+    return "exact", f"a step of one trial takes {1e3 * seconds:.2g} ms at peak and fills the device"
+
+
+def _most(cost: Cost, machine: Machine, mode: str) -> tuple[int, str]:
+    """The most trials that may run in one program, and what sets the limit."""
+    # States are there twice while the program turns one into the next.
+    if mode == "fused":
+        fitting = int(MEMORY_SHARE * machine.memory / (2 * cost.state_bytes + cost.working_bytes))
+        return max(1, fitting), "as memory allows"
+    fitting = int((MEMORY_SHARE * machine.memory - cost.working_bytes) / (2 * cost.state_bytes))
+    return (
+        (MOST_EXACT, "for a stop waits for a call") if fitting > MOST_EXACT else (max(1, fitting), "as memory allows")
+    )

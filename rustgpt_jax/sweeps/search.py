@@ -1,0 +1,163 @@
+"""Searches: trials that depend on what earlier ones found. What was found stands in run folders and in a journal, so a
+search that is killed at any moment goes on as if nothing had happened.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import lock
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.sweeps.space import Choice, Distribution, SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.sweep import Sweep
+from rustgpt_jax.sweeps.trials import Trial, expand, trial
+
+VALID_LOSS = "valid/loss"
+
+
+def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
+    """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
+    for each, rung in itertools.product(trials, search.rungs):
+        every = each.config.record.evaluate_every
+        if rung % every:
+            raise UserError(
+                f"successive_halving: there is no evaluation at step {rung}, for config.record.evaluate_every={every}; "
+                f"the nearest rung is {max(1, round(rung / every)) * every}."
+            )
+
+
+def halve(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
+    """Successive halving (arXiv 1502.07943): at each rung the worse trials end, and the better ones go on.
+
+    The survivors are packed together anew, and begin where they stood.
+    """
+    alive = list(trials)
+    with lock(sweep.folder.path):
+        sweep.add(trials)
+        for number, rung in enumerate(search.rungs, start=1):
+            sweep.run(alive, until=rung)
+            if sweep.stop:
+                return
+            alive = _survivors(sweep, alive, rung, number, search.keep)
+        sweep.run(alive)
+
+
+def _survivors(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: float) -> list[Trial]:
+    losses = {each.id: _loss_at(sweep, each, rung) for each in trials}
+    comparable = [each for each in trials if math.isfinite(losses[each.id])]
+    n_kept = min(len(comparable), math.ceil(keep * len(trials)))
+    kept = sorted(comparable, key=lambda each: losses[each.id])[:n_kept]
+    states = sweep.ledger.states()
+    dropped = [each for each in comparable if each not in kept and states[each.id]["event"] != "pruned"]
+    if dropped:
+        details = {"step": rung, "rung": number}
+        sweep.ledger.append_all([(each.id, "pruned", details) for each in dropped])
+    return [each for each in trials if each in kept]
+
+
+def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
+    """The validation loss of a trial at a step, infinite if it never came there."""
+    lines = read_metrics(sweep.folder.trial(each.id).path)
+    return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
+
+
+def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) -> None:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011): ask for a batch, run it as one, tell.
+
+    Each suggestion is a function of the seed, its number, and what was found before, so a search that is begun again
+    asks for the same trials.
+    """
+    fixed = tuple(fixed)
+    with lock(sweep.folder.path):
+        study = _study(sweep, search)
+        while not sweep.stop and len(study.trials) - len(_running(study)) < search.n_trials:
+            _ask(study, search)
+            batch = {each.number: _trials_of(each, search, tree, fixed) for each in _running(study)}
+            distinct = list({member.id: member for members in batch.values() for member in members}.values())
+            sweep.add(distinct)
+            sweep.run(distinct)
+            if not sweep.stop:
+                for number, members in batch.items():
+                    _tell(study, number, [_final_loss(sweep, member) for member in members])
+
+
+def _study(sweep: Sweep, search: TreeParzen) -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError("tree_parzen needs Optuna: python -m pip install 'rustgpt_jax[search]'.") from None
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # The sweep's own lock keeps others out, and is let go of when a process is killed.
+    backend = JournalFileBackend(str(sweep.folder.study_file), lock_obj=_NoLock())  # type: ignore[arg-type]
+    storage = optuna.storages.JournalStorage(backend)
+    return optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True, direction="minimize")
+
+
+class _NoLock:
+    """What Optuna takes for a lock."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+
+def _running(study: Any) -> list[Any]:
+    return [each for each in study.trials if not each.state.is_finished()]
+
+
+def _ask(study: Any, search: TreeParzen) -> None:
+    """Ask until a batch is running, or all trials of the search have been asked for."""
+    import optuna
+
+    space = {path: _optuna(distribution) for path, distribution in search.space}
+    while len(_running(study)) < search.batch and len(study.trials) < search.n_trials:
+        number = len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
+        )
+        study.ask(space)
+
+
+def _optuna(distribution: Distribution) -> Any:
+    import optuna
+
+    match distribution:
+        case Choice(options):
+            return optuna.distributions.CategoricalDistribution(options)
+        case _:
+            name = type(distribution).__name__
+            kind = (
+                optuna.distributions.IntDistribution if "Integers" in name else optuna.distributions.FloatDistribution
+            )
+            return kind(distribution.low, distribution.high, log=name.startswith("Log"))
+
+
+def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> list[Trial]:
+    """The trials that one suggestion is tried with: one, or one for each seed."""
+    if not search.seeds:
+        return expand(tree, [asked.params], fixed)
+    return [trial(tree, {**asked.params, "seed": seed}) for seed in search.seeds]
+
+
+def _final_loss(sweep: Sweep, each: Trial) -> float:
+    if sweep.ledger.states()[each.id]["event"] != "finished":
+        return math.inf
+    losses = [line[VALID_LOSS] for line in read_metrics(sweep.folder.trial(each.id).path) if VALID_LOSS in line]
+    return losses[-1] if losses else math.inf
+
+
+def _tell(study: Any, number: int, losses: list[float]) -> None:
+    """The mean over the seeds; a point that diverged or failed anywhere is told as failed."""
+    import optuna
+
+    mean = sum(losses) / len(losses)
+    if math.isfinite(mean):
+        study.tell(number, mean)
+    else:
+        study.tell(number, state=optuna.trial.TrialState.FAIL)

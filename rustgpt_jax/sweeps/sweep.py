@@ -1,0 +1,163 @@
+"""A sweep as a whole: plan its trials, have them run, look again until all are done, and report."""
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from rustgpt_jax.errors import UserError, choose
+from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.machine import Machine, cores, this_machine
+from rustgpt_jax.runs.folder import create as create_run
+from rustgpt_jax.sweeps import folder as folders
+from rustgpt_jax.sweeps.board import Board
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.launchers import LAUNCHERS
+from rustgpt_jax.sweeps.launchers.launch import Launch
+from rustgpt_jax.sweeps.launchers.processes import visible_gpus
+from rustgpt_jax.sweeps.ledger import DONE, Event, Ledger
+from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.signals import StopRequest
+
+SECONDS_BETWEEN_LOOKS = 2.0
+# What trials are checked for: a trial runs on one device.
+ONE_DEVICE = Placement((None,))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a sweep, as the command line says. None: chosen automatically."""
+
+    launcher: str = "inline"
+    mode: str = "auto"
+    width: int | None = None
+    n_workers: int | None = None
+    slurm_options: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a sweep is: the file and the name of the function that says it, and the knobs set by hand."""
+
+    config_file: str
+    sweep: str
+    origins: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """A name for people."""
+        stem = Path(self.config_file).stem
+        return stem if self.sweep == "sweep" else f"{stem} {self.sweep.removeprefix('sweep_')}"
+
+
+class Sweep:
+    """A sweep that is running: trials are added to it and run, as often as a search wants. Made by `open_sweep`."""
+
+    def __init__(
+        self, folder: SweepFolder, about: About, settings: Settings, shelf: Shelf, board: Board, stop: StopRequest
+    ) -> None:
+        self.folder, self.stop, self._about, self._settings, self._board = folder, stop, about, settings, board
+        self.ledger, self._shelf = Ledger(folder.ledger_file), shelf
+        shelf.keep_in(folder.tokenizers)
+        self._is_told = set[str]()
+        self._first_event = len(self.ledger.events())
+        machine = this_machine() if settings.launcher == "inline" else None
+        self._machine = machine or Machine("cpu", self.n_workers, 2.0**62, 0.0)
+        code = folders.keep_code(folder)
+        self._launch = Launch(
+            folder, self._shelf, code.absolute(), self.n_workers, dict(settings.slurm_options or {}), lambda: bool(stop)
+        )
+
+    @property
+    def n_workers(self) -> int:
+        """Worker processes or jobs at a time."""
+        return self._settings.n_workers or len(visible_gpus()) or cores()
+
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run."""
+        planned = self.ledger.states()
+        new = [trial for trial in trials if trial.id not in planned]
+        for trial in new:
+            origins = {**self._about.origins, **dict.fromkeys(trial.overrides, "sweep")}
+            create_run(self.folder.trial(trial.id).path, trial.config, origins)
+        if new:
+            self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
+        self._board.add(trials)
+
+    def run(self, trials: Sequence[Trial], until: int | None = None) -> None:
+        """Have trials run to the step `until` or to their ends, until each is there, has diverged or failed.
+
+        Trials that another launch holds are waited for, and taken over if it is gone.
+        """
+        plans = self._plans(trials, until)
+        launcher = choose(LAUNCHERS, self._settings.launcher, "--launcher")
+        while not self.stop and (waiting := self.unsettled(trials, until)):
+            launcher(self._launch, [chunk for each in plans for chunk in each.chunks(waiting, until)])
+            if not self.stop and self.unsettled(trials, until) == waiting:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _plans(self, trials: Sequence[Trial], until: int | None) -> list[Plan]:
+        settings = self._settings
+        plans = [
+            plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self._shelf)
+        ]
+        for number, each in enumerate(plans, start=1):
+            n_trials = len(each.shape_class.trials)
+            text = (
+                f"shape class {number} of {len(plans)}: {n_trials} trials, {each.mode}"
+                f"{'' if each.width == 1 else f', up to {each.width} in a program'} ({each.reason})"
+            )
+            if until is None and text not in self._is_told:
+                self._is_told.add(text)
+                self._board.message(text)
+        return plans
+
+    def unsettled(self, trials: Sequence[Trial], until: int | None = None) -> list[str]:
+        """The trials that have not come to the step `until`, or to their ends, and have not failed in this launch."""
+        states, failed = self.ledger.states(), self.failed()
+        return [
+            trial.id
+            for trial in trials
+            if trial.id not in failed and not _is_settled(states.get(trial.id, {"event": "planned"}), until)
+        ]
+
+    def failed(self) -> set[str]:
+        """The trials that failed in this launch."""
+        recent = self.ledger.events()[self._first_event :]
+        return {event["trial"] for event in recent if event["event"] == "failed"}
+
+
+def _is_settled(state: Event, until: int | None) -> bool:
+    if state["event"] in (*DONE, "pruned"):
+        return True
+    return until is not None and state["event"] != "failed" and state.get("step", 0) >= until
+
+
+@contextlib.contextmanager
+def open_sweep(path: Path, about: About, settings: Settings, shelf: Shelf, console: Console) -> Iterator[Sweep]:
+    """Begin a sweep in a folder, or go on with it, with a table of its trials on the console."""
+    choose(LAUNCHERS, settings.launcher, "--launcher")
+    command = shlex.join(["python", *sys.argv])
+    values = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
+    folder = folders.create(path, {**values, "mode": settings.mode, "launcher": settings.launcher})
+    with StopRequest() as stop, Board(console, folder) as board:
+        yield Sweep(folder, about, settings, shelf, board, stop)
+
+
+def check(trials: Iterable[Trial], shelf: Shelf) -> None:
+    """Raises UserError, before anything is written, for parts that there are not, and for text that will not do."""
+    nowhere = SweepFolder(Path("none"))
+    for trial in trials:
+        check_parts(trial.config)
+        try:
+            shelf.material(trial.config).check(nowhere.trial(trial.id), ONE_DEVICE)
+        except UserError as error:
+            raise UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}") from error

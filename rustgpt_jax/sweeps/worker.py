@@ -1,0 +1,153 @@
+"""Who trains: a worker takes a chunk, holds its trials that nobody else holds, runs them, and says what became of them.
+
+Workers in other processes are told their chunks on standard input, one JSON object a line, and answer each with a line
+on standard output. Where the input ends, whoever told them is gone: they save and end.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.runs.folder import InUse, load_config, load_origins
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.training.lanes import Solo, Together, train_lanes
+from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.signals import StopRequest
+
+
+class _Quiet:
+    """Trials say nothing while they train; their files do."""
+
+    def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
+class Worker:
+    """Runs chunks of a sweep on some devices, on the thread that calls it."""
+
+    def __init__(
+        self, folder: SweepFolder, shelf: Shelf, placement: Placement, code: str, is_stopped: Callable[[], bool]
+    ) -> None:
+        self._folder, self._shelf, self._placement = folder, shelf, placement
+        self._ledger, self._is_stopped = Ledger(folder.ledger_file), is_stopped
+        self._identity = {"host": socket.gethostname(), "process": os.getpid(), "code": code}
+
+    def work(self, chunk: Chunk) -> None:
+        """Run those trials of a chunk that are not done and that no other worker holds.
+
+        If something fails that is not the user's asking to stop, each trial is run alone in the same program, so that
+        only the one that causes it is marked as failed.
+        """
+        with ExitStack() as held:
+            runs = {trial: run for trial in chunk.trials if (run := self._claim(trial, chunk, held)) is not None}
+            try:
+                if runs:
+                    self._train(runs, chunk)
+                return
+            except Exception as error:
+                if len(runs) == 1:
+                    self._failed(next(iter(runs)), error)
+                    return
+        for trial in runs:
+            self.work(dataclasses.replace(chunk, trials=(trial,)))
+
+    def _claim(self, trial: str, chunk: Chunk, held: ExitStack) -> Run | None:
+        """Hold a trial, unless it is done, another worker holds it, or it cannot be run."""
+        if self._is_stopped() or self._ledger.is_done(trial):
+            return None
+        folder = self._folder.trial(trial)
+        try:
+            material = self._shelf.material(load_config(folder.path))
+            material.check(folder, self._placement)
+            run = held.enter_context(
+                Run(material, folder.path, load_origins(folder.path), self._placement, chunk.until)
+            )
+        except InUse:
+            return None
+        except Exception as error:
+            self._failed(trial, error)
+            return None
+        # It may have been done between the first look and the lock.
+        return None if self._ledger.is_done(trial) else run
+
+    def _train(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
+        if chunk.mode == "solo":
+            for trial, run in runs.items():
+                self._begin({trial: run}, chunk)
+                train_lanes([run], Solo(run), self._is_stopped)
+                self._ended({trial: run})
+            return
+        self._begin(runs, chunk)
+        members = list(runs.values())
+        if not all(run.is_over for run in members):
+            train_lanes(members, Together(chunk.mode, members, chunk.width), self._is_stopped)
+        self._ended(runs)
+
+    def _begin(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
+        about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
+        self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
+        for run in runs.values():
+            run.begin(_Quiet())
+
+    def _ended(self, runs: Mapping[str, Run]) -> None:
+        for run in runs.values():
+            run.checkpoints.wait()
+        self._ledger.append_all([(trial, *_outcome(run)) for trial, run in runs.items()])
+
+    def _failed(self, trial: str, error: Exception) -> None:
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        self._ledger.append(trial, "failed", error=sentence, traceback="".join(traceback.format_exception(error)))
+
+
+def _outcome(run: Run) -> tuple[str, dict[str, int]]:
+    if run.diverged_at is not None:
+        return "diverged", {"step": run.diverged_at}
+    return "finished" if run.step >= run.material.total_steps else "stopped", {"step": run.step}
+
+
+def main(sweep: str, code: str) -> None:
+    """Work through the chunks of standard input on the first device of this process, until it ends."""
+    import jax
+
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+
+    keep_compiled_programs()
+    folder = SweepFolder(Path(sweep))
+    told: list[str] = []
+    arrived, is_alone = threading.Semaphore(0), threading.Event()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            told.append(line)
+            arrived.release()
+        is_alone.set()
+        arrived.release()
+
+    with StopRequest() as stop:
+        threading.Thread(target=listen, daemon=True).start()
+        placement = Placement((jax.local_devices()[0],))
+        worker = Worker(folder, Shelf(folder.tokenizers), placement, code, lambda: bool(stop) or is_alone.is_set())
+        while not stop:
+            arrived.acquire()
+            if not told:
+                return
+            worker.work(Chunk.from_dict(json.loads(told.pop(0))))
+            print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

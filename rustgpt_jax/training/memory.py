@@ -1,0 +1,49 @@
+"""What a training step holds in memory, counted from shapes alone, before anything is compiled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import Config, is_on, split
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model.cost import Shapes, parameter_shapes, total_bytes
+from rustgpt_jax.training.objective import objective, token_sums
+from rustgpt_jax.training.step import as_arguments, start
+
+
+def state_shapes(config: Config) -> Shapes:
+    """The state of a run (parameters, optimizer state, step) as shapes and types."""
+    structure, numbers = split(config)
+    return jax.eval_shape(lambda: start(structure, as_arguments(numbers)))
+
+
+def batch_shapes(rows: int, window: int) -> Batch:
+    """A batch as shapes and types."""
+    types = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+    return Batch(*(jax.ShapeDtypeStruct((rows, window), dtype) for dtype in types))
+
+
+def step_bytes(config: Config, window: int) -> int:
+    """Bytes beside the state while a step is computed: the gradients, and what the backward pass reads of the forward.
+
+    These are the residuals that JAX's differentiation keeps; the compiler may keep fewer of them.
+    """
+    gradients = total_bytes(parameter_shapes(config.model))
+    return gradients + residual_bytes(config, window)
+
+
+def residual_bytes(config: Config, window: int) -> int:
+    """Bytes of what the forward of one part of a batch keeps for its backward, without the parameters."""
+    rows = config.training.batch_size // config.training.accumulation
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        key = jax.random.key(0) if is_on(config.model.dropout) else None
+        return objective(token_sums(params, batch, config.model, key), jnp.ones(()), config.training.z_loss)
+
+    def backward(params: Any, batch: Batch) -> Any:
+        return jax.vjp(lambda params: loss(params, batch), params)[1]
+
+    shapes = parameter_shapes(config.model)
+    kept = jax.eval_shape(backward, shapes, batch_shapes(rows, window))
+    return max(0, total_bytes(kept) - total_bytes(shapes))
