@@ -28,7 +28,7 @@ flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
-OWN_FLAGS = "config run checkpoint prompt sweep launcher mode width workers slurm dry_run help".split()
+OWN_FLAGS = [*"config run checkpoint prompt sweep launcher mode width workers slurm dry_run help".split()]
 
 OVERVIEW = """\
 rustgpt_jax: train, study and talk to GPT language models. A run is a pure function of its config.

@@ -1,6 +1,7 @@
 """Checkpoints through Orbax: written in the background, whole or not at all; the last and the best are kept."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,29 @@ from rustgpt_jax.training.step import State
 LAST_KEPT = 2
 BEST_KEPT = 1
 
+# Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
+_one_at_a_time = threading.Lock()
+
 
 class Checkpoints:
     """The checkpoints of one run, in the folders `last` and `best` under `folder`. Use it in a `with` statement."""
 
     def __init__(self, folder: Path, config_hash: str) -> None:
         self._config_hash = config_hash
-        self._managers = {"last": _manager(folder / "last", LAST_KEPT), "best": _manager(folder / "best", BEST_KEPT)}
+        with _one_at_a_time:
+            self._managers = {
+                "last": _manager(folder / "last", LAST_KEPT),
+                "best": _manager(folder / "best", BEST_KEPT),
+            }
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for manager in self._managers.values():
-            manager.close()
+        self.wait()
+        with _one_at_a_time:
+            for manager in self._managers.values():
+                manager.close()
 
     def step(self, which: str = "last") -> int | None:
         """The step of the newest checkpoint of `last` or `best`, or None."""
@@ -38,13 +48,16 @@ class Checkpoints:
         if step in manager.all_steps():
             return
         about = {"config_hash": self._config_hash, "layout": layout(state)}
-        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        with _one_at_a_time:
+            manager.save(step, args=args)
 
     def forget_after(self, step: int) -> None:
         """Delete what a killed run saved after the step that training goes on from."""
         for manager in self._managers.values():
             for later in [saved for saved in manager.all_steps() if saved > step]:
-                manager.delete(later)
+                with _one_at_a_time:
+                    manager.delete(later)
 
     def restore(self, like: Any, which: str = "last") -> State:
         """The newest checkpoint, on the shapes, types and devices of `like` (arrays or their shapes).
@@ -56,10 +69,12 @@ class Checkpoints:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{manager.directory} has no checkpoint yet.")
-        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        with _one_at_a_time:
+            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         self._check(about, layout(like), f"{manager.directory}/{step}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        with _one_at_a_time:
+            return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
     def wait(self) -> None:
         """Return when all that was saved is on the disk."""

@@ -1,0 +1,121 @@
+"""The table of a sweep's page: a row for each setting, with a dot for each of its seeds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+
+from rustgpt_jax.sweeps.ranking import Ranked, losses_in_view
+from rustgpt_jax.sweeps.results import FINISHED, Results, Setting, settings
+from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, value_text
+
+STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
+# How far beyond the strip, as a share of it, that is shown which lies further out.
+OUT_OF_VIEW = 0.03
+
+
+@dataclass(frozen=True)
+class Column:
+    """A head, the class of the cells, and the HTML of a cell; settings without a finished trial have some of them."""
+
+    head: str
+    style: str
+    cell: Callable[[Ranked], str]
+    unranked: Callable[[Setting], str] = lambda setting: ""
+
+
+def settings_table(results: Results, ranked: tuple[Ranked, ...]) -> str:
+    """The HTML of the table: ranked settings first, then those without a finished trial."""
+    columns = _columns(results, ranked)
+    heads = "".join(f'<th class="{column.style}">{column.head}</th>' for column in columns)
+    rows = [
+        _row("first" if row is ranked[0] else "", [(column.style, column.cell(row)) for column in columns])
+        for row in ranked
+    ]
+    rows += [
+        _row("rest", [(column.style, column.unranked(setting)) for column in columns])
+        for setting in settings(results)
+        if not setting.losses
+    ]
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="table">{table}</div>'
+
+
+def _row(style: str, cells: list[tuple[str, str]]) -> str:
+    return f'<tr class="{style}">{"".join(f"<td class={kind!r}>{html}</td>" for kind, html in cells)}</tr>'
+
+
+def _columns(results: Results, ranked: tuple[Ranked, ...]) -> list[Column]:
+    names, best = knob_names(results.swept), ranked[0]
+    number_of = {id(row): number for number, row in enumerate(ranked, start=1)}
+    span = losses_in_view(results)
+    has_seeds = any(len(setting.trials) > 1 for setting in settings(results))
+    compares = any(row.comparison for row in ranked)
+
+    columns = [Column("", "number", lambda row: str(number_of[id(row)]))]
+    columns += [_knob_column(path, names[path]) for path in results.knobs]
+    columns.append(Column(str(METRICS[results.metric]), "strip", lambda row: _strip(row, span)))
+    columns.append(Column("mean" if has_seeds else "loss", "number", lambda row: loss_text(row.interval.mean)))
+    if compares:
+        columns.append(Column("± 95%", "number", _half_interval))
+    if has_seeds:
+        columns.append(Column("seeds", "number", lambda row: str(row.interval.n)))
+    if len(ranked) > 1:
+        columns.append(Column("above the best", "number", lambda row: _above(row, best)))
+    if compares:
+        columns.append(Column("p", "number", lambda row: "" if row is best else _p(row)))
+    if any(trial.status != FINISHED for trial in results.trials):
+        columns.append(Column("not finished", "", lambda row: _chips(row.setting), _chips))
+    return columns
+
+
+def _knob_column(path: str, name: str) -> Column:
+    def cell(setting: Setting) -> str:
+        return escape(value_text(setting.knobs[path]))
+
+    return Column(f'<span title="{escape(path)}">{escape(name)}</span>', "", lambda row: cell(row.setting), cell)
+
+
+def _half_interval(row: Ranked) -> str:
+    return loss_text(row.interval.high - row.interval.mean) if math.isfinite(row.interval.high) else "–"
+
+
+def _above(row: Ranked, best: Ranked) -> str:
+    if row is best:
+        return ""
+    return loss_text(row.comparison.difference if row.comparison else row.interval.mean - best.interval.mean)
+
+
+def _p(row: Ranked) -> str:
+    if row.p_value is None:
+        return "one seed" if row.interval.n == 1 else "–"
+    return f"{row.p_value:.3f}" if row.p_value >= 0.001 else "&lt; 0.001"
+
+
+def _chips(setting: Setting) -> str:
+    others = (trial for trial in setting.trials if trial.status != FINISHED)
+    return "".join(
+        f'<span class="chip {trial.status}" data-trial="{trial.id}">{trial.status}</span>' for trial in others
+    )
+
+
+def _strip(row: Ranked, span: tuple[float, float]) -> str:
+    """A dot for each seed and a bar for the interval of their mean, on the axis that all rows share."""
+    low, high = span
+
+    def place(loss: float) -> float:
+        share = (loss - low) / ((high - low) or 1.0)
+        inside = min(max(share, -OUT_OF_VIEW), 1 + OUT_OF_VIEW)
+        return STRIP_MARGIN + (STRIP_WIDTH - 2 * STRIP_MARGIN) * inside
+
+    middle, interval = STRIP_HEIGHT / 2, row.interval
+    parts = [f'<path d="M0 {middle}H{STRIP_WIDTH}" style="stroke:var(--grid)"/>']
+    if math.isfinite(interval.low):
+        start, end = place(interval.low), place(interval.high)
+        box = f'x="{start:.1f}" y="{middle - 3}" width="{end - start:.1f}" height="6" rx="3"'
+        parts.append(f'<rect {box} style="fill:var(--hue0);opacity:.22"/>')
+    for trial in row.setting.trials:
+        if trial.final_loss is not None:
+            centre = f'cx="{place(trial.final_loss):.1f}" cy="{middle}"'
+            parts.append(f'<circle {centre} r="3.6" data-trial="{trial.id}" style="fill:var(--hue0)"/>')
+    return f'<svg viewBox="0 0 {STRIP_WIDTH:g} {STRIP_HEIGHT:g}">{"".join(parts)}</svg>'

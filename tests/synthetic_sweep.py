@@ -1,0 +1,118 @@
+"""Sweep folders as a planner would leave them, with losses from a formula, for the tests of how sweeps are read."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Overrides = dict[str, Any]
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+INITIAL_LOSS = 5.55
+STEPS = 200
+
+
+def trial_id(overrides: Mapping[str, Any]) -> str:
+    """Eight hex digits that depend on the overrides alone."""
+    return hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def grid(**values: Iterable[Any]) -> list[Overrides]:
+    """Every combination, of paths written with `__` for the dot, the last knob fastest."""
+    paths = [path.replace("__", ".") for path in values]
+    return [dict(zip(paths, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def two_optimizers() -> list[Overrides]:
+    """2 optimizers x 6 learning rates x 3 seeds."""
+    return grid(optimizer__name=("adamw", "muon"), optimizer__learning_rate=RATES, seed=(0, 1, 2))
+
+
+def loss_of(overrides: Mapping[str, Any]) -> float:
+    """A parabola in the logarithm of the learning rate, deeper and further right for muon, with noise of the seed."""
+    rate = overrides.get("optimizer.learning_rate", 1e-2)
+    decay = overrides.get("optimizer.weight_decay", 0.1)
+    muon = overrides.get("optimizer.name") == "muon"
+    best = 1e-2 if muon else 3e-3
+    noise = np.random.default_rng(int(trial_id(overrides), 16)).normal()
+    shape = 0.16 * math.log10(rate / best) ** 2 + 0.05 * math.log10((decay + 1e-3) * 20 * rate / best) ** 2
+    width = 0.09 * math.log2(256 / overrides.get("model.d_model", 256)) ** 1.5
+    return 2.31 - 0.11 * muon + shape + width + 0.02 * noise + 0.03 * (overrides.get("seed", 0) - 1)
+
+
+def status_of(overrides: Mapping[str, Any]) -> str:
+    """Adam's largest rate diverges for two of its seeds, and one trial of muon's smallest fails."""
+    rate, seed = overrides.get("optimizer.learning_rate"), overrides.get("seed")
+    if overrides.get("optimizer.name") == "muon":
+        return "failed" if (rate, seed) == (3e-4, 2) else "finished"
+    return "diverged" if rate == 1e-1 and seed != 1 else "finished"
+
+
+def write_sweep(
+    folder: Path,
+    trials: Iterable[Overrides],
+    status: Callable[[Overrides], str] = status_of,
+    loss: Callable[[Overrides], float] = loss_of,
+    evaluate_every: int = 20,
+    **sweep: str,
+) -> Path:
+    """Write sweep.json, ledger.jsonl and every trial's metrics.jsonl, and give the folder."""
+    folder.mkdir(parents=True)
+    trials = list(trials)
+    command = "python launch.py sweep --config=configs/tiny.py --sweep='learning rates'"
+    head = {"name": folder.name, "command": command, "config_file": "configs/tiny.py", "sweep": "", "mode": "solo"}
+    (folder / "sweep.json").write_text(json.dumps(head | sweep))
+    events = [{"trial": trial_id(overrides), "event": "planned", "overrides": overrides} for overrides in trials]
+    for overrides in trials:
+        events += _events(overrides, status(overrides))
+        if status(overrides) != "planned":
+            lines = metrics(overrides, status(overrides), loss(overrides), evaluate_every)
+            write_metrics(folder, overrides, lines)
+    with open(folder / "ledger.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"time": 1e9 + second, **event}) + "\n" for second, event in enumerate(events))
+    return folder
+
+
+def write_metrics(folder: Path, overrides: Overrides, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write metrics.jsonl of a trial, with the numbers that are not finite as the record has them."""
+    run = folder / "trials" / trial_id(overrides)
+    run.mkdir(parents=True)
+    texts = (json.dumps(line).replace(": NaN", ': "NaN"') for line in lines)
+    (run / "metrics.jsonl").write_text("".join(text + "\n" for text in texts))
+
+
+def metrics(overrides: Overrides, status: str, final: float, evaluate_every: int) -> list[dict[str, Any]]:
+    """A falling loss with noise, recorded every 4 steps, that ends early and in a rise where the trial diverges."""
+    random = np.random.default_rng(int(trial_id(overrides), 16) + 1)
+    last = {"diverged": 60, "failed": 32, "pruned": 80, "stopped": 120, "running": 100}.get(status, STEPS)
+    lines: list[dict[str, Any]] = []
+    for step in (1, *range(4, last + 1, 4)):
+        smooth = final + (INITIAL_LOSS - final) * ((1 - step / STEPS) * 12 / (12 + step) if step > 1 else 1)
+        if status == "diverged" and step > 40:
+            smooth += 1.3 ** (step - 40)
+        train = smooth + random.normal() * (0.03 if step > 1 else 0.002) if step > 1 else INITIAL_LOSS
+        if status == "diverged" and step == last:
+            train = math.nan
+        lines.append({"step": step, "stage": "train", "train/loss": train, "train/tokens_per_second": random.random()})
+        if step % evaluate_every == 0 and math.isfinite(train):
+            valid = smooth if step < STEPS else final
+            scores = {"valid/loss": valid, "valid/perplexity": math.exp(valid), "valid/bits_per_byte": valid / 2.5}
+            lines.append({"step": step, "stage": "train", **scores})
+    return lines
+
+
+def _events(overrides: Overrides, status: str) -> list[dict[str, Any]]:
+    trial = trial_id(overrides)
+    if status == "planned":
+        return []
+    events: list[dict[str, Any]] = [{"trial": trial, "event": "queued"}, {"trial": trial, "event": "began"}]
+    if status == "failed":
+        error = "OSError: [Errno 28] No space left on device: 'checkpoints/32'"
+        return [*events, {"trial": trial, "event": "failed", "error": error, "traceback": "Traceback ...\n" + error}]
+    step = {"diverged": 60, "pruned": 80, "stopped": 120, "running": 100}.get(status, STEPS)
+    return events if status == "running" else [*events, {"trial": trial, "event": status, "step": step}]

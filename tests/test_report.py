@@ -1,0 +1,464 @@
+"""How a sweep is read: what the terminal says, and the page as a browser shows it."""
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.sweeps.figures.curves import thinned
+from rustgpt_jax.sweeps.figures.drawing import TRIAL
+from rustgpt_jax.sweeps.figures.scales import scale_of
+from rustgpt_jax.sweeps.figures.sensitivity import sensitivities
+from rustgpt_jax.sweeps.ranking import comparison_text, ranking
+from rustgpt_jax.sweeps.report import report
+from rustgpt_jax.sweeps.results import read_results
+from rustgpt_jax.sweeps.words import knob_names, rerun_command, value_text
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
+
+Said = tuple[str, str]
+
+
+def said(folder: Path) -> Said:
+    """What a report prints, as one line a line, and its page."""
+    console = Console(file=io.StringIO(), width=200)
+    page = report(folder, console).read_text(encoding="utf-8")
+    return console.file.getvalue(), page  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def optimizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep of two optimizers, with its report."""
+    folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "two-optimizers", two_optimizers())
+    said(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(optimizers: Path) -> str:
+    """The page of the sweep of two optimizers."""
+    return (optimizers / "report.html").read_text(encoding="utf-8")
+
+
+# What is said.
+
+
+def test_the_best_setting_is_first_and_one_that_diverges_last(tmp_path: Path) -> None:
+    def loss(trial: dict[str, Any]) -> float:
+        return -trial["optimizer.learning_rate"] - 0.05 * (trial["optimizer.name"] == "adamw")
+
+    ranked = ranking(read_results(write_sweep(tmp_path / "sweep", two_optimizers(), loss=loss)))
+    assert [row.setting.n_diverged for row in ranked] == [0] * 11 + [2]
+    assert ranked[-1].interval.mean == min(row.interval.mean for row in ranked) == pytest.approx(-0.15)
+    means = [row.interval.mean for row in ranked[:-1]]
+    assert means == sorted(means)
+    assert ranked[0].setting.knobs == {"optimizer.name": "muon", "optimizer.learning_rate": 0.1}
+
+
+def test_p_values_are_those_of_paired_t_tests_after_holm(optimizers: Path) -> None:
+    ranked = ranking(read_results(optimizers))
+    best = ranked[0].setting.losses
+    raw = {}
+    for number, row in enumerate(ranked[1:], start=1):
+        shared = sorted(best.keys() & row.setting.losses.keys())
+        if len(shared) > 1:
+            pairs = [[losses[seed] for seed in shared] for losses in (row.setting.losses, best)]
+            raw[number] = stats.ttest_rel(*pairs).pvalue
+    # Step by step: the smallest of m by m, the next by m - 1, never below the one before.
+    least = 0.0
+    for position, number in enumerate(sorted(raw, key=raw.__getitem__)):
+        least = max(least, min(1.0, raw[number] * (len(raw) - position)))
+        assert ranked[number].p_value == pytest.approx(least)
+    assert [ranked[number].p_value for number in range(12) if number not in raw] == [None, None]
+
+
+def test_the_terminal_says_what_was_found(optimizers: Path) -> None:
+    text, _ = said(optimizers)
+    first = text.splitlines()[2].split()
+    assert text.splitlines()[0].strip() == "two-optimizers: validation loss, nats a token, best settings first"
+    assert first[:2] == ["muon", "0.01"]
+    losses = [loss_of({**ranking(read_results(optimizers))[0].setting.overrides, "seed": seed}) for seed in range(3)]
+    low, high = stats.t.interval(0.95, 2, np.mean(losses), stats.sem(losses))
+    assert first[2:] == [f"{np.mean(losses):.4f}", f"{low:.4f}", "to", f"{high:.4f}", "3"]
+    assert "Optimizer muon, learning rate 0.01 is better than optimizer adamw, learning rate 0.003 by 0.0848" in text
+    assert (
+        "No difference shown between optimizer muon, learning rate 0.01 and the same with learning rate 0.003: 0.0388"
+        in text
+    )
+    assert "33 finished, 2 diverged, 1 failed" in text
+    assert "OSError: [Errno 28] No space left on device" in text
+
+
+def test_one_seed_gives_no_p_value(tmp_path: Path) -> None:
+    text, page = said(write_sweep(tmp_path / "sweep", grid(optimizer__learning_rate=RATES[:3])))
+    assert "Learning rate 0.003 and learning rate 0.001 differ by" in text
+    assert "no p-value: one seed" in text and "no p-value: one seed" in page
+
+
+def test_a_difference_is_called_better_only_where_it_is_shown(tmp_path: Path) -> None:
+    def noisy(overrides: dict[str, Any]) -> float:
+        return 2.0 + 0.01 * (overrides["model.bias"]) + 0.1 * overrides["seed"] * (1 if overrides["model.bias"] else -1)
+
+    def clear(overrides: dict[str, Any]) -> float:
+        return 2.0 + 0.1 * overrides["model.bias"] + 0.001 * overrides["seed"] ** 2 * overrides["model.bias"]
+
+    for loss, start in ((noisy, "No difference shown between"), (clear, "Bias False is better than bias True by")):
+        folder = write_sweep(tmp_path / loss.__name__, grid(model__bias=(False, True), seed=range(4)), loss=loss)
+        best, other = ranking(read_results(folder))
+        assert comparison_text(best, other).startswith(start)
+
+
+@pytest.mark.parametrize(("best", "edge"), [(RATES[0], "smallest"), (RATES[2], None), (RATES[-1], "largest")])
+def test_a_best_value_at_the_end_of_a_range_is_pointed_out(best: float, edge: str | None, tmp_path: Path) -> None:
+    def loss(trial: dict[str, Any]) -> float:
+        return 2 + abs(math.log(trial["optimizer.learning_rate"] / best))
+
+    trials = grid(optimizer__learning_rate=RATES)
+    _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
+    found = re.findall(r"The best learning rate, ([\d.]+), is the (\w+) that was tried", page)
+    assert found == ([(value_text(best), edge)] if edge else [])
+
+
+def test_without_a_finished_trial_there_is_a_csv_and_an_error(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep", two_optimizers(), status=lambda _: "running")
+    with pytest.raises(UserError, match=r"no finished trial to report on yet \(36 running\)"):
+        said(folder)
+    assert (folder / "results.csv").read_text().count("running") == 36
+    assert not (folder / "report.html").exists()
+
+
+def test_reading_a_sweep_starts_no_jax() -> None:
+    code = "import sys, rustgpt_jax.sweeps.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
+
+
+# The words.
+
+
+def test_knobs_are_named_by_what_tells_them_apart() -> None:
+    paths = ["optimizer.name", "schedule.name", "optimizer.learning_rate", "model.d_model", "training.steps", "seed"]
+    names = ["optimizer", "schedule", "learning rate", "d_model", "training steps", "seed"]
+    assert list(knob_names(paths).values()) == names
+    staged = ["stages.a.optimizer.learning_rate", "stages.b.optimizer.learning_rate"]
+    assert list(knob_names(staged).values()) == ["a optimizer learning rate", "b optimizer learning rate"]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_values_keep_four_digits(value: float) -> None:
+    assert float(value_text(value)) == float(f"{value:.4g}")
+
+
+def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
+    from rustgpt_jax.resolve import parse
+
+    launched = "python launch.py sweep --config=configs/tiny.py --config.seed 5 --config.model.n_layers=3 --mode=lanes"
+    results = read_results(write_sweep(tmp_path / "sweep", grid(seed=(0,)), command=launched))
+    overrides = {
+        "model.mixers": ["a", "b"],
+        "optimizer.learning_rate": 1e-5 / 3,
+        "model.bias": True,
+        "data.window": None,
+    }
+    command = rerun_command(results, overrides)
+    flags = dict(flag.removeprefix("--config.").split("=") for flag in command.split() if flag.startswith("--config."))
+    assert "--config=configs/tiny.py" in command
+    expected = {"seed": 5, "model.n_layers": 3, **overrides, "model.mixers": ("a", "b")}
+    assert {path: parse(path, text) for path, text in flags.items()} == expected
+
+
+# The scales and curves.
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20, unique=True))
+def test_scales_keep_the_order_of_numbers(values: list[float]) -> None:
+    scale = scale_of(values)
+    places = [scale.place(value) for value in sorted(values)]
+    assert all(math.isfinite(place) for place in places)
+    assert places == sorted(places) and (places[0], places[-1]) == (scale.low, scale.high)
+
+
+@pytest.mark.parametrize(
+    ("values", "is_log"),
+    [
+        (RATES, True),
+        ((64, 128, 256), True),
+        ((0.0, 0.01, 0.1), True),
+        ((1, 2, 3), False),
+        ((0.9, 0.95, 0.99), False),
+        ((0.0, 0.1, 0.2, 0.3), False),
+        (tuple(np.random.default_rng(0).uniform(0.01, 1, 99)), False),
+        (tuple(10 ** np.random.default_rng(0).uniform(-4, -1, 99)), True),
+    ],
+)
+def test_values_spaced_by_ratio_get_a_logarithmic_scale(values: tuple[float, ...], is_log: bool) -> None:
+    assert scale_of(values).is_log == is_log
+
+
+@given(
+    losses=st.lists(st.floats(-10, 10), min_size=2, max_size=60),
+    most=st.integers(2, 20),
+)
+def test_thin_curves_begin_and_end_where_whole_ones_do(losses: list[float], most: int) -> None:
+    curve = tuple(enumerate(losses))
+    thin = thinned(curve, most)
+    assert len(thin) <= most + 1
+    assert (thin[0], thin[-1][0]) == (curve[0], curve[-1][0])
+    assert min(losses) - 1e-9 <= min(loss for _, loss in thin) and max(loss for _, loss in thin) <= max(losses) + 1e-9
+
+
+# The page.
+
+
+def attributes(page: str, name: str) -> list[str]:
+    """The values of an attribute, in the order of the page."""
+    return re.findall(rf'\b{name}="([^"]*)"', page)
+
+
+def test_ids_are_unique_and_what_refers_to_one_finds_it(page: str) -> None:
+    ids = attributes(page, "id")
+    referred = re.findall(r'(?:url\(|href=")#([^")]+)', page)
+    assert len(ids) == len(set(ids)) and referred
+    assert set(referred) <= set(ids)
+
+
+def test_the_page_asks_for_nothing_from_outside(page: str) -> None:
+    assert not re.search(
+        r"https?:|//\w|@import|<link(?! rel=icon href=data:,)|<img|\bsrc=", page.replace("// A thin", "")
+    )
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_every_trial_is_in_every_figure_that_shows_trials(page: str) -> None:
+    figures = re.findall(r"(?s)<figure.*?</figure>", page)
+    table = re.findall(r"(?s)<table.*?</table>", page)[0]
+    every = {trial_id(overrides) for overrides in two_optimizers()}
+    ended = {trial_id(overrides) for overrides in two_optimizers() if status_of(overrides) != "failed"}
+    assert set(attributes(table, "data-trial")) == every
+    assert set(json.loads(re.findall(r'id="trials">(.*?)</script>', page)[0])) == every
+    shown = [set(attributes(figure, "data-trial")) for figure in figures]
+    assert [trials for trials in shown if trials] == [every, ended, ended]
+    assert TRIAL not in page
+
+
+def test_points_stand_where_their_losses_are(page: str) -> None:
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Final loss and" in figure)
+    points = re.findall(r'<g data-trial="(\w+)">(?:(?!</g>).)*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', figure)
+    assert {value_text(rate) for rate in RATES} <= set(re.findall(r"<text[^>]*>([^<]*)<", figure))
+    at = {trial: (float(x), float(y)) for trial, x, y in points}
+    finished = [overrides for overrides in two_optimizers() if status_of(overrides) == "finished"]
+    places = np.array([at[trial_id(overrides)] for overrides in finished])
+    values = [(math.log(overrides["optimizer.learning_rate"]), loss_of(overrides)) for overrides in finished]
+    for place, value, direction in zip(places.T, np.array(values).T, (1, -1), strict=True):
+        slope, start = np.polyfit(value, place, 1)
+        assert np.sign(slope) == direction
+        np.testing.assert_allclose(place, slope * value + start, atol=0.02)
+
+
+def test_sensitivities_count_seeds_with_every_rate_and_diverged_ones_as_untrained(optimizers: Path) -> None:
+    expected = {}
+    for name, seeds in (("adamw", (0, 1, 2)), ("muon", (0, 1))):
+        knobs = [
+            {"optimizer.name": name, "optimizer.learning_rate": rate, "seed": seed} for seed in seeds for rate in RATES
+        ]
+        losses = [loss_of(trial) if status_of(trial) == "finished" else INITIAL_LOSS for trial in knobs]
+        above = [np.array(part) - min(part) for part in np.split(np.array(losses), len(seeds))]
+        # Each rate weighs half of the logarithmic way to each neighbour, and as far again at the ends.
+        widths = np.gradient(np.log(RATES))
+        expected[name] = [float(part @ widths / widths.sum()) for part in above]
+    found = {row.knobs["optimizer.name"]: row for row in sensitivities(read_results(optimizers))}
+    assert list(found) == ["muon", "adamw"]
+    for name, values in expected.items():
+        assert found[name].by_seed == pytest.approx(values)
+        assert found[name].interval.mean == pytest.approx(np.mean(values))
+
+
+def test_figures_are_numbered_and_have_no_stand_in_colours(page: str) -> None:
+    assert re.findall(r"Figure (\d+)\.", page) == [str(number) for number in range(1, 7)]
+    assert not re.search(r"#fe[0-9a-f]{2}01", page)
+    used = set(re.findall(r"var\(--([\w-]+)\)", page))
+    assert used <= set(re.findall(r"--([\w-]+):", page))
+
+
+def sweep_of(**values: Any) -> Callable[[], list[dict[str, Any]]]:
+    """A grid that is built when it is asked for."""
+    return lambda: grid(**values)
+
+
+@pytest.mark.parametrize(
+    ("trials", "titles"),
+    [
+        (sweep_of(seed=(0,)), ["Loss over the steps"]),
+        (sweep_of(optimizer__learning_rate=RATES), ["Loss over the steps", "Final loss and learning rate"]),
+        (sweep_of(model__norm=("rmsnorm", "layernorm"), seed=(0, 1)), ["Loss over the steps"]),
+        (
+            sweep_of(optimizer__learning_rate=RATES[:2], optimizer__weight_decay=(0.0, 0.1), model__d_model=(64, 128)),
+            [
+                "Loss over the steps",
+                "Final loss and learning rate",
+                "Final loss and weight decay",
+                "Final loss and d_model",
+                "Importance of the knobs",
+                "Interactions of two knobs",
+                "Final loss by",
+                "All knobs and the final loss",
+            ],
+        ),
+    ],
+    ids=["one trial", "one knob", "no number", "three knobs"],
+)
+def test_a_page_has_the_figures_that_make_sense(
+    trials: Callable[[], list[dict[str, Any]]], titles: list[str], tmp_path: Path
+) -> None:
+    _, page = said(write_sweep(tmp_path / "sweep", trials(), status=lambda _: "finished"))
+    found = re.findall(r"<h3>(.*?)</h3>", page)
+    assert sorted(re.sub(r" by .*", " by", title) for title in found) == sorted(titles)
+
+
+KNOBS = {
+    "optimizer.learning_rate": st.floats(1e-5, 1),
+    "stages.pretrain.training.steps": st.sampled_from([10, 20, 40]),
+    "tokenizer.vocab_size": st.sampled_from([None, 256]),
+    "model.mixers": st.sampled_from([["attention"], ["attention", "other"]]),
+    "model.bias": st.booleans(),
+    "model.norm": st.sampled_from(["rmsnorm", "layernorm"]),
+    "model.dropout": st.sampled_from([0.0, 0.1]),
+    "seed": st.integers(0, 2),
+}
+STATUSES = ["finished", "diverged", "failed", "pruned", "stopped", "running", "planned"]
+
+
+@hypothesis.settings(max_examples=8, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@given(data=st.data(), paths=st.sets(st.sampled_from(sorted(KNOBS)), min_size=1))
+def test_any_sweep_with_a_finished_trial_has_a_page(
+    data: st.DataObject, paths: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    overrides = st.fixed_dictionaries({}, optional={path: KNOBS[path] for path in sorted(paths)})
+    trials = data.draw(st.lists(overrides, min_size=1, max_size=30, unique_by=trial_id))
+    ends = {trial_id(trial): data.draw(st.sampled_from(STATUSES)) for trial in trials} | {
+        trial_id(trials[0]): "finished"
+    }
+    losses = {trial_id(trial): data.draw(st.floats(0, 20)) for trial in trials}
+    folder = write_sweep(
+        tmp_path_factory.mktemp("sweeps") / "sweep",
+        trials,
+        status=lambda trial: ends[trial_id(trial)],
+        loss=lambda trial: losses[trial_id(trial)],
+        evaluate_every=data.draw(st.sampled_from([20, 200, 201])),
+    )
+    _, page = said(folder)
+    table = re.findall(r"(?s)<table.*?</table>", page)[0]
+    assert set(attributes(table, "data-trial")) == set(ends)
+    assert "nan" not in re.sub(r"(?s)<script.*?</script>", "", page)
+
+
+def test_words_of_others_are_text_on_the_page(tmp_path: Path) -> None:
+    wicked = '</script><script>alert(1)</script>$x_1$ & "quotes"'
+    trials = grid(model__norm=("rmsnorm", wicked), optimizer__learning_rate=RATES[:3])
+    _, page = said(write_sweep(tmp_path / "sweep", trials, name=wicked))
+    assert page.count("<script") == 2 and "alert(1)</script>" not in page
+
+
+def test_five_hundred_trials_are_a_page_below_three_megabytes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    trials = [
+        {
+            "optimizer.learning_rate": float(10 ** random.uniform(-4, -1)),
+            "optimizer.weight_decay": float(10 ** random.uniform(-3, 0)),
+            "optimizer.name": str(random.choice(["adamw", "muon", "lion"])),
+            "model.dropout": float(random.uniform(0, 0.3)),
+            "model.d_model": int(random.choice([64, 128, 256])),
+        }
+        for _ in range(500)
+    ]
+    _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished"))
+    assert len(page.encode()) < 3_000_000
+    table = re.findall(r"(?s)<table.*?</table>", page)[0]
+    assert set(attributes(table, "data-trial")) == {trial_id(overrides) for overrides in trials}
+
+
+# The page in a browser.
+
+
+def browse(page: Path, *flags: str, hash: str = "") -> subprocess.CompletedProcess[str]:
+    """Open a page without a window, and without a network."""
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'browser'}", *flags,
+        f"file://{page}{hash}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
+def script_errors(run: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the page's script complained of."""
+    return [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+def test_a_trial_named_in_the_address_is_lit_everywhere(optimizers: Path, page: str) -> None:
+    trial = trial_id(two_optimizers()[7])
+    run = browse(optimizers / "report.html", "--dump-dom", hash=f"#trial={trial}")
+    assert script_errors(run) == []
+    assert re.search(r'<body class="[^"]*\blit\b', run.stdout)
+    tags = [tag for tag in re.findall(r"<[a-z][^>]*>", run.stdout) if "data-trial=" in tag]
+    lit = [tag for tag in tags if re.search(r'class="[^"]*\bhot\b', tag)]
+    assert len(lit) == attributes(page, "data-trial").count(trial) >= 4
+    assert all(f'data-trial="{trial}"' in tag for tag in lit)
+    assert {attributes(tag, "data-trial")[0] for tag in tags} == {trial_id(overrides) for overrides in two_optimizers()}
+
+
+@needs_browser
+def test_the_mouse_on_a_mark_lights_its_trial_and_tells_its_knobs(optimizers: Path, page: str) -> None:
+    trial = trial_id(two_optimizers()[7])
+    place = f"""document.querySelector('figure [data-trial="{trial}"] use')"""
+    move = f"{place}.dispatchEvent(new MouseEvent('mousemove', {{bubbles: true, clientX: 9, clientY: 9}}));"
+    moved = optimizers / "moved.html"
+    moved.write_text(page.replace("</body>", f"<script>{move}</script></body>"), encoding="utf-8")
+    run = browse(moved, "--dump-dom")
+    assert script_errors(run) == []
+    tip = re.findall(r'(?s)<div id="tip"[^>]*>(.*?)</div>', run.stdout)[0]
+    loss = loss_of(two_optimizers()[7])
+    knobs = ["optimizer: adamw", "learning rate: 0.003", "seed: 1", f"validation loss: {loss:.4f} nats a token"]
+    assert tip.splitlines() == [f"trial {trial}", *knobs]
+    assert re.search(r'<body class="[^"]*\blit\b', run.stdout)
+
+
+@needs_browser
+def test_a_broken_script_would_be_seen(optimizers: Path, page: str) -> None:
+    broken = optimizers / "broken.html"
+    broken.write_text(page.replace('"use strict";', "nothing.of.the.kind();"), encoding="utf-8")
+    assert any("nothing is not defined" in line for line in script_errors(browse(broken, "--dump-dom")))
+
+
+@needs_browser
+@pytest.mark.parametrize(("paper", "flags"), [("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))])
+def test_the_page_is_drawn_on_light_and_on_dark_paper(optimizers: Path, paper: str, flags: tuple[str, ...]) -> None:
+    from matplotlib.image import imread
+
+    shot = optimizers / f"{paper}.png"
+    browse(optimizers / "report.html", *flags, "--window-size=1200,4200", "--hide-scrollbars", f"--screenshot={shot}")
+    pixels = imread(shot)[..., :3]
+    paper_colour = pixels[5, 5]
+    assert paper_colour.mean() > 0.95 if paper == "light" else paper_colour.mean() < 0.15
+    is_ink = np.abs(pixels - paper_colour).max(axis=-1, keepdims=False) > 0.2
+    # Something in every tenth of its height down to the notes, and nothing in the margins.
+    assert all(part.mean() > 0.003 for part in np.array_split(is_ink[: len(is_ink) * 9 // 10], 9))
+    assert not is_ink[:, :60].any() and not is_ink[:, -60:].any()
