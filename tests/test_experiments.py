@@ -1,4 +1,4 @@
-"""Every experiment asks a question, gives its command, and starts from a config that resolves."""
+"""Every experiment asks a question, gives its command, starts from a config that resolves, and expands its sweeps."""
 
 import importlib
 from pathlib import Path
@@ -6,15 +6,44 @@ from pathlib import Path
 import pytest
 
 from rustgpt_jax.resolve import resolve
+from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.trials import expand
+from rustgpt_jax.training.parts import check_parts
 
-EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parent.parent / "experiments").glob("*.py"))
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def modules(folder: str) -> list[str]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+
+
+@pytest.mark.parametrize("name", modules("experiments"))
 def test_an_experiment_says_what_it_asks_and_builds_its_config(name: str) -> None:
-    experiment = importlib.import_module(f"experiments.{name}")
+    experiment = importlib.import_module(name)
     question, command, *_ = (experiment.__doc__ or "").split("\n\n")
     assert question.endswith("?")
     assert command.startswith("python ")
     assert "FINDING" in experiment.__doc__
     resolve(experiment.get_config())
+
+
+@pytest.mark.parametrize("name", modules("configs") + modules("experiments"))
+def test_every_sweep_expands_to_trials_that_can_run(name: str) -> None:
+    module = importlib.import_module(name)
+    for function in [value for key, value in vars(module).items() if key.split("_")[0] == "sweep" and callable(value)]:
+        spec = function()
+        match spec:
+            case SuccessiveHalving():
+                trials = expand(module.get_config(), spec.trials)
+            case TreeParzen():
+                trials = expand(module.get_config(), [spec.middle])
+            case _:
+                trials = expand(module.get_config(), spec)
+        for trial in trials:
+            check_parts(trial.config)
+
+
+def test_the_sweeps_of_the_experiments_are_found() -> None:
+    sweeping = [name for name in modules("experiments") if hasattr(importlib.import_module(name), "sweep")]
+    assert {"experiments.learning_rate", "experiments.optimizers"} <= set(sweeping)

@@ -10,7 +10,16 @@ from typing import Any
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.sweeps.space import Choice, Distribution, SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.space import (
+    Choice,
+    Distribution,
+    Integers,
+    LogIntegers,
+    LogUniform,
+    SuccessiveHalving,
+    TreeParzen,
+    Uniform,
+)
 from rustgpt_jax.sweeps.sweep import Sweep
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
 
@@ -130,12 +139,14 @@ def _optuna(distribution: Distribution) -> Any:
     match distribution:
         case Choice(options):
             return optuna.distributions.CategoricalDistribution(options)
-        case _:
-            name = type(distribution).__name__
-            kind = (
-                optuna.distributions.IntDistribution if "Integers" in name else optuna.distributions.FloatDistribution
-            )
-            return kind(distribution.low, distribution.high, log=name.startswith("Log"))
+        case Integers(low, high):
+            return optuna.distributions.IntDistribution(low, high)
+        case LogIntegers(low, high):
+            return optuna.distributions.IntDistribution(low, high, log=True)
+        case Uniform(low, high):
+            return optuna.distributions.FloatDistribution(low, high)
+        case LogUniform(low, high):
+            return optuna.distributions.FloatDistribution(low, high, log=True)
 
 
 def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> list[Trial]:

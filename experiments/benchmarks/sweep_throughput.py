@@ -1,0 +1,213 @@
+"""How much faster is a sweep of 16 trials as one program than as 16 processes, and what does one more trial cost?
+
+python -m experiments.benchmarks.sweep_throughput --text=tinyshakespeare.txt --out=runs/sweep_throughput
+
+Four learning rates with four seeds of configs/tiny.py (100 steps), and of configs/shakespeare_char.py cut to 200 steps:
+as one sweep (exact, on one core a trial; fused; worker processes), and as `train` processes one after another
+with an empty compilation cache, with a full one, and two at a time. Everything is timed as a whole command from start
+to exit, with run folders, evaluations and checkpoints; each kind of sweep runs once with an empty cache and once with a
+full one. `--processes` fewer than 16 are timed and scaled up, for they are all alike. The bare steps are the compiled
+training steps of one trial alone, on all cores, timed in a process of their own.
+
+FINDING: not measured yet.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from configs import shakespeare_char, tiny
+from rustgpt_jax.sweeps import Overrides, product, seeds, values
+from rustgpt_jax.sweeps.trials import Trial, expand
+
+FLAGS = flags.FLAGS
+ROOT = Path(__file__).parent.parent.parent
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = 4
+PROFILES = {
+    "exact, a trial a core": ("--mode=exact",),
+    "fused, 8 trials a core": ("--mode=fused",),
+    "a worker process a core": ("--launcher=processes",),
+}
+
+
+def define_flags() -> None:
+    """What the command takes."""
+    flags.DEFINE_string("text", None, "The text file for shakespeare_char.", required=True)
+    flags.DEFINE_string("out", "runs/sweep_throughput", "The folder for everything that is written.")
+    flags.DEFINE_integer("processes", 16, "How many of the 16 train processes to time.", 2)
+    flags.DEFINE_list("models", ["tiny", "shakespeare_char"], "Which configs to measure.")
+
+
+def get_config() -> ConfigDict:
+    """The smaller of the two."""
+    return tiny.get_config()
+
+
+def shakespeare(text: str) -> ConfigDict:
+    """The larger: nanoGPT's small recipe for 200 steps."""
+    config = shakespeare_char.get_config()
+    config.data.paths = (str(Path(text).absolute()),)
+    config.training.steps = 200
+    config.record.prompts = ()
+    config.record.evaluate_every = config.record.checkpoint_every = 200
+    config.record.evaluation_batches = 20
+    return config
+
+
+def sweep() -> list[Overrides]:
+    """Sixteen trials of one structure."""
+    return product(values("optimizer.learning_rate", *RATES), seeds(SEEDS))
+
+
+def sweep_few() -> list[Overrides]:
+    """Four of them: what the other twelve add to the time is the price of one more trial, twelve times."""
+    return sweep()[:SEEDS]
+
+
+def write_config(config: ConfigDict, file: Path) -> None:
+    """A config file that holds the config as it is, with the sweep of this benchmark."""
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from experiments.benchmarks.sweep_throughput import sweep, sweep_few\n\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+
+
+class Bench:
+    """One model's timings, in a folder of its own with compilation caches of its own."""
+
+    def __init__(self, name: str, config: ConfigDict, out: Path) -> None:
+        self.out, self.config, self.file = out, config, out / f"{name}.py"
+        self.trials: list[Trial] = expand(config, sweep())
+        out.mkdir(parents=True)
+        write_config(config, self.file)
+        # The first one makes the token store and fills the cache that is called warm.
+        self.train(self.trials[0], "first", "warm")
+
+    def command(self, *words: str, cache: str) -> float:
+        """Seconds that a command takes, with a cache of compiled programs of this name."""
+        environment = os.environ | {
+            "RUSTGPT_JAX_CACHE": str(self.out / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.out / "programs" / cache),
+            "PYTHONPATH": str(ROOT),
+        }
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{words} failed: {done.stderr[-2000:]}")
+        self.output = done.stdout
+        return time.perf_counter() - began
+
+    def sweep(self, profile: str, kind: str, name: str = "sweep") -> float:
+        """Seconds of a whole sweep; the cold one fills the cache for the warm one."""
+        folder = self.out / f"{name}_{profile}_{kind}"
+        words = ["launch.py", "sweep", f"--config={self.file}", f"--sweep={name}", f"--run={folder}"]
+        return self.command(*words, *PROFILES[profile], cache=f"sweep_{profile}")
+
+    def train(self, trial: Trial, folder: str, cache: str) -> float:
+        """Seconds of one `train` process."""
+        knobs = [f"--config.{path}={value}" for path, value in trial.overrides.items()]
+        words = ["launch.py", "train", f"--config={self.file}", f"--run={self.out / folder / trial.id}"]
+        return self.command(*words, *knobs, cache=cache)
+
+    def processes(self, n: int, cold: bool, at_once: int) -> float:
+        """Seconds of 16 `train` processes, of which n are run, so many at once."""
+        kind = f"{'cold' if cold else 'warm'}_{at_once}"
+        caches = [f"{kind}_{index}" if cold else "warm" for index in range(n)]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(self.train, self.trials[:n], [kind] * n, caches))
+        return (time.perf_counter() - began) * len(self.trials) / n
+
+    def bare_steps(self) -> float:
+        """Seconds of the compiled steps of one trial, alone in a process: the least of three runs."""
+        self.command("-c", BARE_STEPS.format(file=str(self.file)), cache="warm")
+        return float(json.loads(self.output.splitlines()[-1]))
+
+
+BARE_STEPS = """
+import json, runpy, time
+import jax
+from pathlib import Path
+from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.step import compiled_train_steps
+keep_compiled_programs()
+material = Shelf().material(resolve(runpy.run_path({file!r})["get_config"]()))
+seconds = []
+for repeat in range(4):
+    run = Run(material, Path("unused"), {{}}, Placement((None,)))
+    run.step, orders = 0, []
+    while run.step < material.total_steps:
+        count = min(material.programs[0].structure.training.steps_per_call, material.total_steps - run.step)
+        orders.append(run.orders(count))
+        run.step += count
+    run.step = 0
+    state = run.state()
+    jax.block_until_ready(state)
+    began = time.perf_counter()
+    for order in orders:
+        state, metrics = compiled_train_steps(run.program.structure, state, *order)
+    jax.block_until_ready(state)
+    seconds.append(time.perf_counter() - began)
+    run.__exit__(None, None, None)
+print(json.dumps(min(seconds[1:])))
+"""
+
+
+def measure(name: str, config: ConfigDict, out: Path, console: Console) -> None:
+    """Time everything for one config, and print it as a table of Markdown."""
+    bench = Bench(name, config, out)
+    n = FLAGS.processes
+    bare = bench.bare_steps()
+    rows: list[tuple[str, float]] = []
+
+    def add(label: str, seconds: float) -> None:
+        rows.append((label, seconds))
+        console.print(f"{name}: {label}: {seconds:.1f} s", highlight=False)
+
+    for profile in PROFILES:
+        for kind in ("cold", "warm"):
+            add(f"one sweep, {profile}, {kind} cache", bench.sweep(profile, kind))
+        few = bench.sweep(profile, "warm", "few")
+        more = (rows[-1][1] - few) / (16 - SEEDS)
+        console.print(f"{name}: one more trial, {profile}: {more:.2f} s, {more / bare:.2f} of its bare steps")
+    for cold, at_once in ((True, 1), (False, 1), (True, 2), (False, 2)):
+        kind = f"{'cold' if cold else 'warm'} cache, {'one after another' if at_once == 1 else 'two at a time'}"
+        add(f"16 train processes, {kind}", bench.processes(n, cold, at_once))
+    best = min(seconds for label, seconds in rows if "processes," in label)
+    table = Table("16 trials of " + name, "seconds", "per trial", "in bare steps", "against cold processes", box=None)
+    cold = next(seconds for label, seconds in rows if label.startswith("16 train processes, cold"))
+    for label, seconds in rows:
+        trial = seconds / 16
+        table.add_row(label, f"{seconds:.1f}", f"{trial:.2f}", f"{trial / bare:.2f}", f"{cold / seconds:.1f}x")
+    console.print(table)
+    console.print(f"bare steps of one trial: {bare:.2f} s; best of the alternatives: {best:.1f} s", highlight=False)
+
+
+def main(argv: list[str]) -> None:
+    """Measure both configs."""
+    del argv
+    console, out = Console(width=120), Path(FLAGS.out).absolute()
+    shutil.rmtree(out, ignore_errors=True)
+    configs = {"tiny": tiny.get_config(), "shakespeare_char": shakespeare(FLAGS.text)}
+    for name in FLAGS.models:
+        measure(name, configs[name], out / name, console)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
