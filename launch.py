@@ -28,8 +28,6 @@ flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
-OWN_FLAGS = [*"config run checkpoint prompt sweep launcher mode width workers slurm dry_run help".split()]
-
 OVERVIEW = """\
 rustgpt_jax: train, study and talk to GPT language models. A run is a pure function of its config.
 
@@ -133,7 +131,7 @@ def report() -> int:
     """Tell what a sweep found."""
     from rich.console import Console
 
-    from rustgpt_jax.sweeps.report import report
+    from rustgpt_jax.sweeps.report.report import report
 
     if FLAGS.run is None:
         raise UserError("Which sweep? Give --run=DIR, the folder that `sweep` wrote, such as --run=runs/learning_rate.")
@@ -217,7 +215,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return FLAGS([argv[0], *others])
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, OWN_FLAGS, n=1)
+        ours = FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("config"))
+        near = difflib.get_close_matches(error.flagname, ["help", *(flag.name for flag in ours)], n=1)
         hint = f" Did you mean --{near[0]}?" if near else " `python launch.py --help` lists them."
         _fail(f"There is no flag --{error.flagname}.{hint}")
     except flags.Error as error:

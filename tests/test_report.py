@@ -21,14 +21,14 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.figures.curves import thinned
-from rustgpt_jax.sweeps.figures.drawing import TRIAL
-from rustgpt_jax.sweeps.figures.scales import scale_of
-from rustgpt_jax.sweeps.figures.sensitivity import sensitivities
-from rustgpt_jax.sweeps.ranking import comparison_text, ranking
-from rustgpt_jax.sweeps.report import report
-from rustgpt_jax.sweeps.results import read_results
-from rustgpt_jax.sweeps.words import knob_names, rerun_command, value_text
+from rustgpt_jax.sweeps.report.figures.curves import thinned
+from rustgpt_jax.sweeps.report.figures.drawing import TRIAL
+from rustgpt_jax.sweeps.report.figures.scales import scale_of
+from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities
+from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
+from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report.results import read_results
+from rustgpt_jax.sweeps.report.words import knob_names, rerun_command, value_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
@@ -145,7 +145,7 @@ def test_without_a_finished_trial_there_is_a_csv_and_an_error(tmp_path: Path) ->
 
 
 def test_reading_a_sweep_starts_no_jax() -> None:
-    code = "import sys, rustgpt_jax.sweeps.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    code = "import sys, rustgpt_jax.sweeps.report.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 

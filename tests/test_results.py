@@ -26,7 +26,7 @@ from synthetic_sweep import (
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import create
 from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.sweeps.results import Results, read_results, settings, write_csv
+from rustgpt_jax.sweeps.report.results import Results, read_results, settings, write_csv
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rustgpt_jax.sweeps.statistics import (
+from rustgpt_jax.sweeps.report.statistics import (
     Comparison,
     Interval,
     holm,

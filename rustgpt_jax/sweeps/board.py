@@ -3,13 +3,13 @@
 All of it is read from the sweep's folder, so it is the same wherever the trials run.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -19,7 +19,7 @@ from rustgpt_jax.config import stages
 from rustgpt_jax.runs.formatting import duration, printable
 from rustgpt_jax.runs.metrics import last_metrics
 from rustgpt_jax.sweeps.folder import SweepFolder
-from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.ledger import Event, Ledger
 from rustgpt_jax.sweeps.trials import Trial, in_words
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -32,9 +32,11 @@ class Board:
 
     def __init__(self, console: Console, folder: SweepFolder, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._folder, self._clock = console, folder, clock
-        self._ledger = Ledger(folder.ledger_file)
+        # The thread that looks, the one that draws and the one that adds trials.
+        self._ledger, self._turn = Ledger(folder.ledger_file), threading.RLock()
         self._trials: dict[str, Trial] = {}
-        self._told: set[str] = set()
+        # When the end that was told last came about.
+        self._told: dict[str, float] = {}
         self._steps: dict[str, int] = {}
         self._losses: dict[str, float] = {}
         self._began, self._steps_before = clock(), 0
@@ -45,11 +47,15 @@ class Board:
 
     def add(self, trials: Sequence[Trial]) -> None:
         """Show these trials too. Those that have ended already are not told again."""
-        self._trials = self._trials | {trial.id: trial for trial in trials}
-        states = self._ledger.states()
-        self._told |= {trial.id for trial in trials if states.get(trial.id, {}).get("event") in ENDED}
-        self._look()
-        self._steps_before, self._began = sum(self._steps.values()), self._clock()
+        with self._turn:
+            new = {trial.id: trial for trial in trials if trial.id not in self._trials}
+            self._trials |= new
+            for name, event in self._states().items():
+                if name in new and event["event"] in ENDED:
+                    self._read(name, event)
+                    self._told[name] = event["time"]
+            self._look()
+            self._steps_before, self._began = sum(self._steps.values()), self._clock()
 
     def __enter__(self) -> "Board":
         if self._live:
@@ -76,22 +82,28 @@ class Board:
 
     def _look(self) -> None:
         """Read how far each trial is, and tell of those that have ended since the last look."""
-        for name, event in self._states().items():
-            if event["event"] != "planned" and name not in self._told:
-                last = last_metrics(self._folder.trial(name).path)
-                self._steps[name] = max(int(last.get("step", 0)), int(event.get("step", 0)))
-                loss = last.get("valid/loss", last.get("train/loss"))
-                if loss is not None:
-                    self._losses[name] = loss
-            if event["event"] in ENDED and name not in self._told:
-                self._told.add(name)
-                if not self._live:
-                    self.message(self._line(name, event))
+        with self._turn:
+            for name, event in self._states().items():
+                # A trial that failed may begin once more.
+                if event["event"] == "planned" or self._told.get(name) == event["time"]:
+                    continue
+                self._read(name, event)
+                if event["event"] in ENDED:
+                    self._told[name] = event["time"]
+                    if not self._live:
+                        self.message(self._line(name, event))
 
-    def _states(self) -> dict[str, dict[str, Any]]:
+    def _read(self, name: str, event: Event) -> None:
+        last = last_metrics(self._folder.trial(name).path)
+        self._steps[name] = max(int(last.get("step", 0)), int(event.get("step", 0)))
+        loss = last.get("valid/loss", last.get("train/loss"))
+        if loss is not None:
+            self._losses[name] = loss
+
+    def _states(self) -> dict[str, Event]:
         return {name: event for name, event in self._ledger.states().items() if name in self._trials}
 
-    def _line(self, name: str, event: dict[str, Any]) -> str:
+    def _line(self, name: str, event: Event) -> str:
         what = event["event"] + (f" ({event['error']})" if "error" in event else "")
         loss = f"  loss {self._losses[name]:.4f}" if name in self._losses else ""
         return f"{name} {what}{loss}  {in_words(self._trials[name].overrides)}  [{self._summary()}]"
@@ -124,24 +136,29 @@ class Board:
 
     def table(self) -> RenderableType:
         """The running trials, the best so far, and how far the sweep is."""
-        states = self._states()
-        finished = [name for name, event in states.items() if event["event"] == "finished" and name in self._losses]
-        best = min(finished, key=lambda name: self._losses[name], default=None)
-        running = [name for name, event in states.items() if event["event"] == "began"]
-        table = Table(title=self._summary(), title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for column in ("trial", "", "step", "loss", "knobs"):
-            table.add_column(column, no_wrap=True)
-        for name in running[:MOST_ROWS]:
-            table.add_row(*self._row(name))
-        if len(running) > MOST_ROWS:
-            table.add_row(f"and {len(running) - MOST_ROWS} more")
-        if best is not None:
-            table.add_row(*self._row(best, "best so far"), style="bold green")
-        return table
+        with self._turn:
+            states = self._states()
+            finished = [name for name, event in states.items() if event["event"] == "finished"]
+            measured = [name for name in finished if math.isfinite(self._losses.get(name, math.inf))]
+            best = min(measured, key=lambda name: self._losses[name], default=None)
+            running = [name for name, event in states.items() if event["event"] == "began"]
+            table = Table(box=None, pad_edge=False)
+            for column in ("trial", "", "step", "loss"):
+                table.add_column(column, no_wrap=True)
+            # The one column that gives way on a narrow terminal.
+            table.add_column("knobs")
+            for name in running[:MOST_ROWS]:
+                table.add_row(*self._row(name))
+            if len(running) > MOST_ROWS:
+                table.add_row(f"and {len(running) - MOST_ROWS} more")
+            if best is not None:
+                table.add_row(*self._row(best, "best so far"), style="bold green")
+            return Group(Text(self._summary(), style="bold"), table)
 
     def _row(self, name: str, what: str = "") -> tuple[RenderableType, ...]:
         trial, step = self._trials[name], self._steps.get(name, 0)
         total = stages(trial.config)[-1].end_step
         bar = Text(what) if what else ProgressBar(total=total, completed=step, width=16)
         loss = f"{self._losses[name]:.4f}" if name in self._losses else ""
-        return name, bar, f"{step}/{total}", loss, Text(printable(in_words(trial.overrides)))
+        knobs = Text(printable(in_words(trial.overrides)), no_wrap=True, overflow="ellipsis")
+        return name, bar, f"{step}/{total}", loss, knobs

@@ -12,7 +12,7 @@ from rustgpt_jax.parallel.machine import this_machine, use_cores_as_devices
 from rustgpt_jax.runs.progress import counting, waiting
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.preview import preview
-from rustgpt_jax.sweeps.report import report
+from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.space import Overrides, SuccessiveHalving, TreeParzen
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, open_sweep

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,11 +23,11 @@ DONE = ("finished", "diverged")
 
 
 class Ledger:
-    """Appends to a ledger and reads it. Many processes may do so at once."""
+    """Appends to a ledger and reads it. Many processes and threads may do so at once."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._read_bytes = 0
+        self._read_bytes, self._turn = 0, threading.Lock()
         self._events: list[Event] = []
 
     def append(self, trial: str, event: str, **details: Any) -> None:
@@ -51,13 +52,14 @@ class Ledger:
 
     def events(self) -> list[Event]:
         """All events so far, in the order in which they were written; half a line is none."""
-        if self._file.exists():
-            with open(self._file, "rb") as file:
-                file.seek(self._read_bytes)
-                *whole, _ = file.read().split(b"\n")
-            self._read_bytes += sum(len(line) + 1 for line in whole)
-            self._events += [event for line in whole if (event := _parse(line)) is not None]
-        return self._events
+        with self._turn:
+            if self._file.exists():
+                with open(self._file, "rb") as file:
+                    file.seek(self._read_bytes)
+                    *whole, _ = file.read().split(b"\n")
+                self._read_bytes += sum(len(line) + 1 for line in whole)
+                self._events += [event for line in whole if (event := _parse(line)) is not None]
+            return list(self._events)
 
     def states(self) -> dict[str, Event]:
         """The last event of each trial, in the order in which the trials were planned."""

@@ -140,14 +140,17 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
     """
     if mode not in MODES:
         raise UserError(f"--mode: there is no {mode!r}.{suggestion(mode, MODES)}")
-    share = math.ceil(len(shape_class.trials) / machine.n_devices)
+    n_trials = len(shape_class.trials)
     chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
+    if chosen == "solo":
+        return Plan(shape_class, chosen, 1, reason)
+    if width is not None:
+        return Plan(shape_class, chosen, min(width, n_trials), reason)
+    share = math.ceil(n_trials / machine.n_devices)
     most, limit = _most(shape_class.cost, machine, chosen)
-    wanted = share if width is None else width
-    if min(wanted, most) < wanted and width is None:
+    if most < share:
         reason += f"; {most} at a time, {limit}"
-    lanes = max(1, min(wanted, most if width is None else width))
-    return Plan(shape_class, chosen, 1 if chosen == "solo" else lanes, reason)
+    return Plan(shape_class, chosen, min(share, most), reason)
 
 
 def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rustgpt_jax.config import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
@@ -29,12 +30,18 @@ VALID_LOSS = "valid/loss"
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
     """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
     for each, rung in itertools.product(trials, search.rungs):
-        every = each.config.record.evaluate_every
+        every, parts = each.config.record.evaluate_every, stages(each.config)
+        if rung >= parts[-1].end_step:
+            raise UserError(
+                f"successive_halving: the rung {rung} is not before the end of training at step {parts[-1].end_step}."
+            )
         if rung % every:
             raise UserError(
                 f"successive_halving: there is no evaluation at step {rung}, for config.record.evaluate_every={every}; "
                 f"the nearest rung is {max(1, round(rung / every)) * every}."
             )
+        if not all(part.config.data.valid_fraction for part in parts):
+            raise UserError("successive_halving compares validation losses, and config.data.valid_fraction=0 has none.")
 
 
 def halve(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
@@ -121,16 +128,27 @@ def _running(study: Any) -> list[Any]:
 
 
 def _ask(study: Any, search: TreeParzen) -> None:
-    """Ask until a batch is running, or all trials of the search have been asked for."""
+    """Ask until the batch is whole, or all trials of the search have been asked for.
+
+    Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
+    a search is killed, it goes on with the same suggestions.
+    """
     import optuna
 
     space = {path: _optuna(distribution) for path, distribution in search.space}
-    while len(_running(study)) < search.batch and len(study.trials) < search.n_trials:
-        number = len(study.trials)
-        study.sampler = optuna.samplers.TPESampler(
+    n_told = len(study.trials) - len(_running(study))
+    end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
+    for number in range(len(study.trials), end):
+        sampler = optuna.samplers.TPESampler(
             seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
         )
-        study.ask(space)
+        in_memory = optuna.create_study(sampler=sampler)
+        in_memory.add_trials(study.trials)
+        asked = in_memory.ask(space)
+        running = optuna.trial.TrialState.RUNNING
+        study.add_trial(
+            optuna.trial.create_trial(state=running, params=asked.params, distributions=asked.distributions)
+        )
 
 
 def _optuna(distribution: Distribution) -> Any:

@@ -83,14 +83,17 @@ class Sweep:
 
     def add(self, trials: Sequence[Trial]) -> None:
         """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run."""
-        planned = self.ledger.states()
-        new = [trial for trial in trials if trial.id not in planned]
-        for trial in new:
+        for trial in self._unplanned(trials):
             origins = {**self._about.origins, **dict.fromkeys(trial.overrides, "sweep")}
             create_run(self.folder.trial(trial.id).path, trial.config, origins)
-        if new:
+        # Another launch may have recorded them meanwhile.
+        if new := self._unplanned(trials):
             self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
         self._board.add(trials)
+
+    def _unplanned(self, trials: Sequence[Trial]) -> list[Trial]:
+        planned = self.ledger.states()
+        return [trial for trial in trials if trial.id not in planned]
 
     def run(self, trials: Sequence[Trial], until: int | None = None) -> None:
         """Have trials run to the step `until` or to their ends, until each is there, has diverged or failed.

@@ -51,6 +51,9 @@ def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> 
         for path in fixed:
             if path in overrides:
                 raise UserError(f"config.{path} is given on the command line and swept too: leave one of them out.")
+        for path in overrides:
+            if not isinstance(path, str):
+                raise UserError(f"A sweep names each knob by its dotted path, such as 'seed', not {path!r}.")
         added = trial(tree, dict(overrides))
         if added.id in by_id:
             first, second = in_words(by_id[added.id].overrides), in_words(added.overrides)

@@ -3,12 +3,14 @@
 import json
 import os
 import queue
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rustgpt_jax.sweeps.launchers.launch import Launch
@@ -17,6 +19,7 @@ from rustgpt_jax.sweeps.planner import Chunk
 
 # A chunk whose process has died so often is given up.
 MOST_DEATHS = 3
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def processes(launch: Launch, chunks: Sequence[Chunk]) -> None:
@@ -72,7 +75,7 @@ class _Process:
                 ledger.append(trial, "failed", error=error, traceback=log)
 
     def _answers(self, chunk: Chunk) -> bool:
-        """Whether the process has worked through a chunk; if not, it is dead or was stopped."""
+        """Whether the process has worked through a chunk; if not, it is dead. A stop is passed on to it."""
         process = self._process = self._process or self._start()
         assert process.stdin and process.stdout
         try:
@@ -80,6 +83,9 @@ class _Process:
             process.stdin.flush()
         except OSError:
             return False
+        while not select.select([process.stdout], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if self._launch.is_stopped():
+                process.stdin.close()
         return process.stdout.readline() == "done\n"
 
     @property
@@ -114,8 +120,9 @@ class _Process:
         if process is None:
             return 0
         assert process.stdin and process.stdout
-        with process.stdin, process.stdout:
-            pass
+        with suppress(OSError):  # What a dead process was still to be told.
+            process.stdin.close()
+        process.stdout.close()
         return process.wait()
 
 

@@ -1,90 +1,186 @@
-"""On a cluster: a Slurm job for each chunk, submitted through submitit as one array.
+"""On a cluster: a Slurm job for each chunk, submitted through submitit as an array.
 
 A job that is preempted or comes to its time limit saves its trials, asks to be put back in the queue, and goes on from
 there. Jobs run the copy of the code taken at launch. The ledger, not submitit, tells what became of the trials.
 """
 
+import contextlib
+import io
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.ledger import DONE, Ledger
 from rustgpt_jax.sweeps.planner import Chunk
 
 SECONDS_BETWEEN_LOOKS = 2.0
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-# submitit's own parameters; everything else is an option of Slurm's.
-NUMBERS = ("mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "array_parallelism", "signal_delay_s")
+COMMANDS = ("sbatch", "squeue", "srun")
+# PREEMPTED is not among them: such a job may yet be queued again, and if it is not, Slurm forgets it in minutes.
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+    "FORGOTTEN",
+)
+# A chunk whose jobs have ended so often without coming further is given up.
+MOST_DEATHS = 3
+# Slurm's own limit, unless a cluster has another.
+MOST_IN_ARRAY = 1000
 
 
 def slurm(launch: Launch, chunks: Sequence[Chunk]) -> None:
     """Submit chunks that no job is waiting for or running, and wait until all jobs have ended.
 
-    A stop leaves the jobs to the cluster: the same command looks after them again. Raises UserError without submitit or
-    Slurm, or if Slurm refuses the jobs.
+    A chunk whose job is ended by somebody else is submitted again; if that happens MOST_DEATHS times on end and it
+    comes no further, its trials fail. A stop leaves the jobs to the cluster: the same command looks after them again.
+    Raises UserError without submitit or Slurm, or if Slurm refuses the jobs.
     """
-    jobs = _jobs_of(launch)
-    awaited = [chunk for chunk in chunks if not set(chunk.trials) <= jobs.keys()]
-    if awaited:
-        jobs |= _submit(launch, awaited)
-    while jobs and not launch.is_stopped():
+    _check_cluster()
+    watch = _Watch(launch)
+    watch.begin(chunks)
+    while watch.jobs and not launch.is_stopped():
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        alive = _alive(set(jobs.values()))
-        jobs = {trial: job for trial, job in jobs.items() if job in alive}
+        watch.look()
 
 
-def _jobs_of(launch: Launch) -> dict[str, str]:
-    """The live job of each trial that an earlier launch has queued."""
-    queued = {
-        event["trial"]: event["job"]
-        for event in Ledger(launch.folder.ledger_file).events()
-        if event["event"] == "queued"
-    }
-    alive = _alive(set(queued.values())) if queued else set()
-    return {trial: job for trial, job in queued.items() if job in alive}
+class _Watch:
+    """The jobs of some chunks: `jobs` has those of each, several where an earlier launch has cut chunks otherwise."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch, self._ledger = launch, Ledger(launch.folder.ledger_file)
+        self._before = dict(self._ledger.states())
+        self._deaths, self._reached = Counter[Chunk](), dict[Chunk, int]()
+        self.jobs: dict[Chunk, set[str]] = {}
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        """Find the jobs that an earlier launch has left, and submit what no job has."""
+        queue = _queue()
+        if queue is None:
+            raise UserError("Slurm does not answer: squeue fails. Try again when it does.")
+        events = self._ledger.events()
+        jobs = {event["trial"]: event["job"] for event in events if event["event"] == "queued"}
+        alive = {trial: job for trial, job in jobs.items() if queue.get(job, "FORGOTTEN") not in ENDED}
+        self.jobs = {chunk: {alive[trial] for trial in chunk.trials if trial in alive} for chunk in chunks}
+        self._submit([chunk for chunk in chunks if not set(chunk.trials) <= alive.keys()])
+
+    def look(self) -> None:
+        """Let go of chunks whose jobs have ended, and submit again those that were cut short."""
+        queue = _queue()
+        # A controller that is down for a while keeps its jobs.
+        if queue is None:
+            return
+        again = []
+        for chunk, jobs in list(self.jobs.items()):
+            states = {job: queue.get(job, "FORGOTTEN") for job in jobs}
+            if set(states.values()) <= set(ENDED):
+                del self.jobs[chunk]
+                # A job that completes has left only trials that somebody else holds.
+                cut_short = {job: state for job, state in states.items() if state != "COMPLETED"}
+                if cut_short and self._left(chunk) and self._is_worth_another(chunk, *cut_short.popitem()):
+                    again.append(chunk)
+        self._submit(again)
+
+    def _left(self, chunk: Chunk) -> list[str]:
+        """The trials of a chunk that have neither come to its end nor failed since this began."""
+        return [trial for trial in chunk.trials if not self._is_settled(trial, chunk.until)]
+
+    def _is_settled(self, trial: str, until: int | None) -> bool:
+        state = self._ledger.states()[trial]
+        if state["event"] == "failed":
+            return state != self._before[trial]
+        return state["event"] in (*DONE, "pruned") or (until is not None and state.get("step", 0) >= until)
+
+    def _is_worth_another(self, chunk: Chunk, job: str, state: str) -> bool:
+        """Whether a chunk has not been cut short too often; if it has, its trials fail."""
+        states = self._ledger.states()
+        reached = sum(states[trial].get("step", 0) for trial in chunk.trials)
+        self._deaths[chunk] = 1 if reached > self._reached.get(chunk, 0) else self._deaths[chunk] + 1
+        self._reached[chunk] = reached
+        if self._deaths[chunk] < MOST_DEATHS:
+            return True
+        log = self._launch.folder.jobs / f"{job}_0_log.err"
+        text = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+        where = f"its log is {log}" if log.exists() else "it wrote no log"
+        error = f"its job ended {MOST_DEATHS} times before the trial did; the last, {job}, as {state}, and {where}"
+        self._ledger.append_all([(trial, "failed", {"error": error, "traceback": text}) for trial in self._left(chunk)])
+        return False
+
+    def _submit(self, chunks: Sequence[Chunk]) -> None:
+        for first in range(0, len(chunks), MOST_IN_ARRAY):
+            part = chunks[first : first + MOST_IN_ARRAY]
+            jobs = dict(zip(part, _submitted(self._launch, part), strict=True))
+            self._ledger.append_all(
+                [(trial, "queued", {"job": job}) for chunk, job in jobs.items() for trial in chunk.trials]
+            )
+            for chunk, job in jobs.items():
+                self.jobs.setdefault(chunk, set()).add(job)
 
 
-def _submit(launch: Launch, chunks: Sequence[Chunk]) -> dict[str, str]:
+def _check_cluster() -> None:
     try:
-        import submitit
+        import submitit  # noqa: F401
     except ModuleNotFoundError:
         raise UserError("--launcher=slurm needs submitit: python -m pip install 'rustgpt_jax[slurm]'.") from None
-    python = f"env PYTHONPATH={launch.code}:{os.environ.get('PYTHONPATH', '')} {sys.executable} -P"
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    if missing:
+        raise UserError(
+            f"--launcher=slurm runs where Slurm is, such as a cluster's login node; there is no {missing[0]} here."
+        )
+
+
+def _submitted(launch: Launch, chunks: Sequence[Chunk]) -> list[str]:
+    """Submit chunks as one array. The job of each; one chunk alone is a job that is no array."""
+    import submitit
+
+    path = os.pathsep.join(filter(None, [str(launch.code), os.environ.get("PYTHONPATH")]))
+    python = shlex.join(["env", f"PYTHONPATH={path}", sys.executable, "-P"])
     try:
-        executor = submitit.AutoExecutor(launch.folder.jobs.absolute(), cluster="slurm", slurm_python=python)
-        executor.update_parameters(**_parameters(launch))
-        submitted = executor.map_array(Job(str(launch.folder.path.absolute()), launch.code.name), chunks)
-    except (RuntimeError, NotImplementedError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"Slurm does not take the jobs: {' '.join(str(error).split())}") from error
-    jobs = {trial: job.job_id for job, chunk in zip(submitted, chunks, strict=True) for trial in chunk.trials}
-    Ledger(launch.folder.ledger_file).append_all([(trial, "queued", {"job": job}) for trial, job in jobs.items()])
-    return jobs
+        # submitit prints what sbatch says before it raises it.
+        with contextlib.redirect_stderr(io.StringIO()):
+            executor = submitit.SlurmExecutor(launch.folder.jobs.absolute(), python=python)
+            executor.update_parameters(**_parameters(launch))
+            jobs = executor.map_array(Job(str(launch.folder.path.absolute()), launch.code.name), chunks)
+    except RuntimeError as error:
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines()]
+        raise UserError(f"Slurm does not take the jobs: {'; '.join(filter(None, lines))}.") from error
+    return [job.job_id for job in jobs]
 
 
 def _parameters(launch: Launch) -> dict[str, Any]:
-    name = launch.folder.path.absolute().name
-    given: dict[str, Any] = {"name": name, "array_parallelism": launch.n_workers, **launch.slurm_options}
-    return {f"slurm_{key}": int(value) if key in NUMBERS else value for key, value in given.items()}
+    """What submitit is told. Options of Slurm are passed on as they are; one without a value is a flag."""
+    options = {key.replace("-", "_"): value or True for key, value in launch.slurm_options.items()}
+    # srun does not take over this option of sbatch's.
+    cores = [f"--cpus-per-task={options['cpus_per_task']}"] if "cpus_per_task" in options else []
+    return {
+        "job_name": launch.folder.path.absolute().name,
+        "array_parallelism": launch.n_workers,
+        # Otherwise submitit sets a limit of minutes; the partition has its own.
+        "time": None,
+        "srun_args": cores,
+        "additional_parameters": options,
+    }
 
 
-def _alive(jobs: set[str]) -> set[str]:
-    """Those of some jobs that wait or run."""
-    arrays = sorted({job.split("_")[0] for job in jobs})
-    # Slurm forgets old jobs, and then refuses to tell of any: ask for one array at a time.
-    shown = [
-        subprocess.run(
-            ["squeue", "-h", "-r", "-t", "all", "-o", "%i %T", "-j", array], capture_output=True, text=True
-        ).stdout
-        for array in arrays
-    ]
-    states = dict(line.split() for text in shown for line in text.splitlines())
-    return {job for job in jobs if job in states and states[job] not in ENDED}
+def _queue() -> dict[str, str] | None:
+    """The states of the user's jobs, as far as Slurm remembers them; None if it does not answer."""
+    # Asked for a job that it has forgotten, it would tell of none.
+    command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i %T"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    return None if shown.returncode else dict(line.split() for line in shown.stdout.splitlines())
 
 
 class Job:
@@ -95,17 +191,18 @@ class Job:
 
     def __call__(self, chunk: Chunk) -> None:
         """Work on a chunk. If the cluster wants the node back, save, and have the job queued again."""
-        import jax
-
-        from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs
-        from rustgpt_jax.sweeps.folder import SweepFolder
-        from rustgpt_jax.sweeps.shelf import Shelf
-        from rustgpt_jax.sweeps.worker import Worker
         from rustgpt_jax.training.signals import PREEMPTION, StopRequest
 
-        keep_compiled_programs()
-        folder = SweepFolder(Path(self._folder))
         with StopRequest(PREEMPTION) as stop:
+            import jax
+
+            from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs
+            from rustgpt_jax.sweeps.folder import SweepFolder
+            from rustgpt_jax.sweeps.shelf import Shelf
+            from rustgpt_jax.sweeps.worker import Worker
+
+            keep_compiled_programs()
+            folder = SweepFolder(Path(self._folder))
             placement = Placement((jax.local_devices()[0],))
             Worker(folder, Shelf(folder.tokenizers), placement, self._code, lambda: bool(stop)).work(chunk)
         if stop:
@@ -121,4 +218,5 @@ def _requeue() -> None:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     shown = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
     if shown.stdout.strip() == "RUNNING":
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        # Where Slurm refuses, the job has ended, and the launcher submits its chunk anew.
+        subprocess.run(["scontrol", "requeue", job])

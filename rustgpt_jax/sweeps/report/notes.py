@@ -2,11 +2,11 @@
 
 import math
 
-from rustgpt_jax.sweeps.figures.sensitivity import sensitivities, swept_learning_rate
-from rustgpt_jax.sweeps.ranking import Ranked, comparison_text
-from rustgpt_jax.sweeps.results import DIVERGED, FAILED, PRUNED, TRAIN_LOSS, Results, is_number, key_of
-from rustgpt_jax.sweeps.statistics import Interval
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, setting_text, value_text
+from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities, swept_learning_rate
+from rustgpt_jax.sweeps.report.ranking import Ranked, comparison_text
+from rustgpt_jax.sweeps.report.results import DIVERGED, FAILED, PRUNED, TRAIN_LOSS, Results, is_number, key_of
+from rustgpt_jax.sweeps.report.statistics import Interval
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, setting_text, value_text
 
 MOST_COMPARISONS = 8
 MOST_ERRORS = 12

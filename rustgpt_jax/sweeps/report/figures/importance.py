@@ -4,8 +4,8 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.figures.colours import Key, shade, stand_in
-from rustgpt_jax.sweeps.figures.drawing import (
+from rustgpt_jax.sweeps.report.figures.colours import Key, shade, stand_in
+from rustgpt_jax.sweeps.report.figures.drawing import (
     BOTTOM,
     NARROW,
     RIGHT,
@@ -21,11 +21,11 @@ from rustgpt_jax.sweeps.figures.drawing import (
     to_svg,
     write,
 )
-from rustgpt_jax.sweeps.figures.scales import Scale, scale_of
-from rustgpt_jax.sweeps.ranking import knob_shares, loss, losses_in_view
-from rustgpt_jax.sweeps.results import DIVERGED, SEED, Results, TrialResult, key_of
-from rustgpt_jax.sweeps.statistics import interactions
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, value_text
+from rustgpt_jax.sweeps.report.figures.scales import Scale, scale_of
+from rustgpt_jax.sweeps.report.ranking import knob_shares, loss, losses_in_view
+from rustgpt_jax.sweeps.report.results import DIVERGED, SEED, Results, TrialResult, key_of
+from rustgpt_jax.sweeps.report.statistics import interactions
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, value_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

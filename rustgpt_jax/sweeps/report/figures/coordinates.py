@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rustgpt_jax.sweeps.figures.colours import shade, stand_in
-from rustgpt_jax.sweeps.figures.drawing import FONT_SIZE, WIDE, Picture, blank, mark, panel, to_svg, write
-from rustgpt_jax.sweeps.figures.importance import loss_key, loss_shade
-from rustgpt_jax.sweeps.figures.scales import Scale, scale_of
-from rustgpt_jax.sweeps.ranking import knob_shares
-from rustgpt_jax.sweeps.results import DIVERGED, Results, TrialResult
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text
+from rustgpt_jax.sweeps.report.figures.colours import shade, stand_in
+from rustgpt_jax.sweeps.report.figures.drawing import FONT_SIZE, WIDE, Picture, blank, mark, panel, to_svg, write
+from rustgpt_jax.sweeps.report.figures.importance import loss_key, loss_shade
+from rustgpt_jax.sweeps.report.figures.scales import Scale, scale_of
+from rustgpt_jax.sweeps.report.ranking import knob_shares
+from rustgpt_jax.sweeps.report.results import DIVERGED, Results, TrialResult
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

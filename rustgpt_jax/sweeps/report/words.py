@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.sweeps.results import BITS_PER_BYTE, SEED, TRAIN_LOSS, VALID_LOSS, Overrides, Results
+from rustgpt_jax.sweeps.report.results import BITS_PER_BYTE, SEED, TRAIN_LOSS, VALID_LOSS, Overrides, Results
 
 # Last names of knobs that say nothing without their group.
 BARE_NAMES = ("name", "steps")

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.sweeps.figures.scales import Scale
-from rustgpt_jax.sweeps.words import value_text
+from rustgpt_jax.sweeps.report.figures.scales import Scale
+from rustgpt_jax.sweeps.report.words import value_text
 
 N_SHADES = 24
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rustgpt_jax.sweeps.figures.colours import N_HUES, Colouring, Key, stand_in
-from rustgpt_jax.sweeps.figures.drawing import (
+from rustgpt_jax.sweeps.report.figures.colours import N_HUES, Colouring, Key, stand_in
+from rustgpt_jax.sweeps.report.figures.drawing import (
     BOTTOM,
     LEFT,
     NARROW,
@@ -24,11 +24,11 @@ from rustgpt_jax.sweeps.figures.drawing import (
     to_svg,
     write,
 )
-from rustgpt_jax.sweeps.figures.scales import Scale, scale_of
-from rustgpt_jax.sweeps.ranking import knob_shares, most_important
-from rustgpt_jax.sweeps.results import DIVERGED, Results, TrialResult, key_of
-from rustgpt_jax.sweeps.statistics import Interval, mean_interval
-from rustgpt_jax.sweeps.words import METRICS, knob_names, setting_text
+from rustgpt_jax.sweeps.report.figures.scales import Scale, scale_of
+from rustgpt_jax.sweeps.report.ranking import knob_shares, most_important
+from rustgpt_jax.sweeps.report.results import DIVERGED, Results, TrialResult, key_of
+from rustgpt_jax.sweeps.report.statistics import Interval, mean_interval
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, setting_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

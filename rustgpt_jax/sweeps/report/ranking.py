@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.sweeps.results import Results, Setting, TrialResult, key_of, settings
-from rustgpt_jax.sweeps.statistics import Comparison, Interval, holm, importance, mean_interval, paired
-from rustgpt_jax.sweeps.words import loss_text, p_text, setting_text
+from rustgpt_jax.sweeps.report.results import Results, Setting, TrialResult, key_of, settings
+from rustgpt_jax.sweeps.report.statistics import Comparison, Interval, holm, importance, mean_interval, paired
+from rustgpt_jax.sweeps.report.words import loss_text, p_text, setting_text
 
 SIGNIFICANT = 0.05
 # Losses further above the best one than so many times the median are not told apart, or they would squeeze the rest.

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.figures.colours import Key, stand_in, with_variables
-from rustgpt_jax.sweeps.figures.scales import Scale
+from rustgpt_jax.sweeps.report.figures.colours import Key, stand_in, with_variables
+from rustgpt_jax.sweeps.report.figures.scales import Scale
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

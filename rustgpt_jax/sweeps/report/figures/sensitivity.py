@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.sweeps.figures.colours import stand_in
-from rustgpt_jax.sweeps.figures.drawing import (
+from rustgpt_jax.sweeps.report.figures.colours import stand_in
+from rustgpt_jax.sweeps.report.figures.drawing import (
     BOTTOM,
     RIGHT,
     SMALL_FONT_SIZE,
@@ -17,10 +17,10 @@ from rustgpt_jax.sweeps.figures.drawing import (
     to_svg,
     write,
 )
-from rustgpt_jax.sweeps.figures.scales import scale_of
-from rustgpt_jax.sweeps.results import BITS_PER_BYTE, DIVERGED, Results, TrialResult, key_of
-from rustgpt_jax.sweeps.statistics import Interval, lr_sensitivity, mean_interval
-from rustgpt_jax.sweeps.words import METRICS, knob_names, setting_text
+from rustgpt_jax.sweeps.report.figures.scales import scale_of
+from rustgpt_jax.sweeps.report.results import BITS_PER_BYTE, DIVERGED, Results, TrialResult, key_of
+from rustgpt_jax.sweeps.report.statistics import Interval, lr_sensitivity, mean_interval
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, setting_text
 
 LEAST_RATES = 3
 MOST_ROWS = 24

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
-from rustgpt_jax.sweeps.ranking import Ranked, losses_in_view
-from rustgpt_jax.sweeps.results import FINISHED, Results, Setting, settings
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, value_text
+from rustgpt_jax.sweeps.report.ranking import Ranked, losses_in_view
+from rustgpt_jax.sweeps.report.results import FINISHED, Results, Setting, settings
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, value_text
 
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
 # How far beyond the strip, as a share of it, that is shown which lies further out.

@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from rustgpt_jax.sweeps.results import is_number, key_of
-from rustgpt_jax.sweeps.words import value_text
+from rustgpt_jax.sweeps.report.results import is_number, key_of
+from rustgpt_jax.sweeps.report.words import value_text
 
 # More values than this get round ticks instead of one each.
 MOST_OWN_TICKS = 9

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.figures.colours import Colouring, stand_in
-from rustgpt_jax.sweeps.figures.drawing import (
+from rustgpt_jax.sweeps.report.figures.colours import Colouring, stand_in
+from rustgpt_jax.sweeps.report.figures.drawing import (
     BOTTOM,
     LEFT,
     NARROW,
@@ -20,9 +20,9 @@ from rustgpt_jax.sweeps.figures.drawing import (
     show_steps,
     to_svg,
 )
-from rustgpt_jax.sweeps.figures.scales import scale_of
-from rustgpt_jax.sweeps.ranking import knob_shares, most_important, ranking
-from rustgpt_jax.sweeps.results import (
+from rustgpt_jax.sweeps.report.figures.scales import scale_of
+from rustgpt_jax.sweeps.report.ranking import knob_shares, most_important, ranking
+from rustgpt_jax.sweeps.report.results import (
     BITS_PER_BYTE,
     DIVERGED,
     FAILED,
@@ -34,7 +34,7 @@ from rustgpt_jax.sweeps.results import (
     Results,
     TrialResult,
 )
-from rustgpt_jax.sweeps.words import METRICS, knob_names
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,11 @@ from rich.table import Table
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import write_atomically
 from rustgpt_jax.runs.formatting import printable
-from rustgpt_jax.sweeps.notes import comparisons
-from rustgpt_jax.sweeps.page import page
-from rustgpt_jax.sweeps.ranking import Ranked, ranking
-from rustgpt_jax.sweeps.results import FAILED, Results, read_results, settings, write_csv
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, setting_text, value_text
+from rustgpt_jax.sweeps.report.notes import comparisons
+from rustgpt_jax.sweeps.report.page import page
+from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
+from rustgpt_jax.sweeps.report.results import FAILED, Results, read_results, settings, write_csv
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, setting_text, value_text
 
 MOST_ROWS = 20
 MOST_ERRORS = 5

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from rustgpt_jax.sweeps.figures.colours import Key, css
-from rustgpt_jax.sweeps.figures.coordinates import parallel_coordinates
-from rustgpt_jax.sweeps.figures.curves import loss_curves
-from rustgpt_jax.sweeps.figures.drawing import Picture
-from rustgpt_jax.sweeps.figures.importance import heat_map, importance_figure, interaction_matrix
-from rustgpt_jax.sweeps.figures.responses import responses
-from rustgpt_jax.sweeps.figures.sensitivity import sensitivity_figure
-from rustgpt_jax.sweeps.notes import comparisons, interval_text, notes
-from rustgpt_jax.sweeps.page_table import settings_table
-from rustgpt_jax.sweeps.ranking import Ranked, ranking
-from rustgpt_jax.sweeps.results import Results, TrialResult, settings
-from rustgpt_jax.sweeps.words import METRICS, knob_names, loss_text, rerun_command, setting_text, value_text
+from rustgpt_jax.sweeps.report.figures.colours import Key, css
+from rustgpt_jax.sweeps.report.figures.coordinates import parallel_coordinates
+from rustgpt_jax.sweeps.report.figures.curves import loss_curves
+from rustgpt_jax.sweeps.report.figures.drawing import Picture
+from rustgpt_jax.sweeps.report.figures.importance import heat_map, importance_figure, interaction_matrix
+from rustgpt_jax.sweeps.report.figures.responses import responses
+from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivity_figure
+from rustgpt_jax.sweeps.report.notes import comparisons, interval_text, notes
+from rustgpt_jax.sweeps.report.page_table import settings_table
+from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
+from rustgpt_jax.sweeps.report.results import Results, TrialResult, settings
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, rerun_command, setting_text, value_text
 
-PARTS = Path(__file__).parent / "report_page"
+PARTS = Path(__file__).parent / "assets"
 
 # In the order of the page. Each gives nothing where a sweep has nothing of its kind to show.
 FIGURES: tuple[Callable[[Results], Picture | list[Picture] | None], ...] = (
