@@ -48,14 +48,14 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save(folder: Path, state: State, *steps: int, which: str = "last", config_hash: str = "abc") -> None:
+def save(folder: Path, state: State, *steps: int, is_best: bool = False, config_hash: str = "abc") -> None:
     with Checkpoints(folder, config_hash) as checkpoints:
         for step in steps:
-            checkpoints.save(state, step, which)
+            checkpoints.save(state, step, is_best)
 
 
-def kept(folder: Path, which: str) -> list[int]:
-    return sorted(int(path.name) for path in (folder / which).iterdir())
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -94,15 +94,24 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, "abc") as checkpoints:
         assert checkpoints.step() is None
-        for step in (1, 2, 3, 4):
-            checkpoints.save(small_state(a=float(step)), step)
-        for step in (1, 3):
-            checkpoints.save(small_state(a=10.0 * step), step, "best")
+        for step in range(1, 8):
+            checkpoints.save(small_state(a=float(step)), step, is_best=step in (1, 3))
         checkpoints.wait()
-        assert (kept(tmp_path, "last"), kept(tmp_path, "best")) == ([3, 4], [3])
-        assert (checkpoints.step(), checkpoints.step("best")) == (4, 3)
+        assert kept(tmp_path) == [3, 6, 7]
+        assert (checkpoints.step(), checkpoints.step("best")) == (7, 3)
         like = shapes_of(small_state(a=0.0))
-        assert (checkpoints.restore(like).params["a"], checkpoints.restore(like, "best").params["a"]) == (4.0, 30.0)
+        assert (checkpoints.restore(like).params["a"], checkpoints.restore(like, "best").params["a"]) == (7.0, 3.0)
+
+
+def test_the_best_before_holds_until_the_new_one_is_written(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 1, is_best=True)
+    save(tmp_path, small_state(a=2.0), 2, 3, 4)
+    save(tmp_path, small_state(a=5.0), 5, is_best=True)
+    assert kept(tmp_path) == [1, 4, 5]
+    # As a kill in the middle of it leaves it.
+    (tmp_path / "5").rename(tmp_path / "5.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        assert (checkpoints.step(), checkpoints.step("best")) == (4, 1)
 
 
 def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
@@ -112,22 +121,9 @@ def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
 
-def test_what_was_saved_after_the_resume_is_forgotten(tmp_path: Path) -> None:
-    save(tmp_path, small_state(a=1.0), 4, 8)
-    save(tmp_path, small_state(a=2.0), 6, which="best")
-    with Checkpoints(tmp_path, "abc") as checkpoints:
-        checkpoints.forget_after(8)
-        assert (checkpoints.step(), checkpoints.step("best")) == (8, 6)
-        checkpoints.forget_after(4)
-        assert (checkpoints.step(), checkpoints.step("best")) == (4, None)
-        checkpoints.save(small_state(a=3.0), 6)
-        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 3.0
-    assert (kept(tmp_path, "last"), kept(tmp_path, "best")) == ([4, 6], [])
-
-
 def test_half_a_save_does_not_count(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 4)
-    (tmp_path / "last" / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with Checkpoints(tmp_path, "abc") as checkpoints:
         assert checkpoints.step() == 4
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
@@ -136,9 +132,9 @@ def test_half_a_save_does_not_count(tmp_path: Path) -> None:
 # Refusals.
 
 
-@pytest.mark.parametrize("which", ["last", "best"])
-def test_there_may_be_none(tmp_path: Path, which: str) -> None:
-    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=f"{which} has no checkpoint yet"):
+@pytest.mark.parametrize(("which", "what"), [("last", "checkpoint"), ("best", "best checkpoint")])
+def test_there_may_be_none(tmp_path: Path, which: str, what: str) -> None:
+    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=f"has no {what} yet"):
         checkpoints.restore(shapes_of(small_state(a=[0.0])), which)
 
 
@@ -146,7 +142,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4, config_hash="abc")
     with (
         Checkpoints(tmp_path, "xyz") as checkpoints,
-        pytest.raises(UserError, match=r"last/4 .* another config \(abc\)"),
+        pytest.raises(UserError, match=r"/4 .* another config \(abc\)"),
     ):
         checkpoints.restore(shapes_of(small_state(a=[0.0])))
 
@@ -154,9 +150,9 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ({"a": [0.0, 0.0], "c": [0.0]}, r"last/4: params/c is missing in the checkpoint, .* makes it float32\[1\]\."),
-        ({}, r"last/4: params/a is float32\[2\] in the checkpoint, .* makes it nothing\."),
-        ({"a": [0.0]}, r"last/4: params/a is float32\[2\] in the checkpoint, .* makes it float32\[1\]\."),
+        ({"a": [0.0, 0.0], "c": [0.0]}, r"/4: params/c is missing in the checkpoint, .* makes it float32\[1\]\."),
+        ({}, r"/4: params/a is float32\[2\] in the checkpoint, .* makes it nothing\."),
+        ({"a": [0.0]}, r"/4: params/a is float32\[2\] in the checkpoint, .* makes it float32\[1\]\."),
         ({"a": [[0.0, 0.0]]}, r"params/a is float32\[2\] in the checkpoint, .* makes it float32\[1, 2\]\."),
         ({"a": jnp.zeros(2, jnp.bfloat16)}, r"params/a is float32\[2\] in the checkpoint, .* makes it bfloat16\[2\]\."),
     ],
@@ -170,5 +166,5 @@ def test_other_arrays_are_refused_by_name(tmp_path: Path, wanted: dict[str, Any]
 
 def test_the_optimizer_state_is_compared_too(tmp_path: Path) -> None:
     save(tmp_path, state_of("adamw"), 4)
-    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=r"last/4: opt_state/\S+ is "):
+    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=r"/4: opt_state/\S+ is "):
         checkpoints.restore(shapes_of(state_of("lion")))

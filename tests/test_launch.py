@@ -15,7 +15,7 @@ from rustgpt_jax.runs.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
 TINY = f"--config={ROOT}/configs/tiny.py"
-VERBS = ("train", "explain", "evaluate", "generate", "chat")
+VERBS = ("train", "sweep", "report", "explain", "evaluate", "generate", "chat")
 
 
 def environment() -> dict[str, str]:
@@ -53,6 +53,7 @@ def test_help_imports_no_jax(tmp_path: Path) -> None:
 # Mistakes: what is typed, and a part of the answer. RUN is a folder that is not there yet.
 
 FILES = "--config.data.corpus=files"
+SWEEP = ["sweep", "--config=swept.py"]
 MISTAKES = {
     "verb": (["tarin"], "There is no verb 'tarin'. Did you mean 'train'?"),
     "argument": (["train", "configs/tiny.py"], "train takes no argument 'configs/tiny.py'"),
@@ -108,13 +109,94 @@ MISTAKES = {
     "decay groups": (["--config.optimizer.weight_decay_groups=(('blocks',1),)"], "no expression matches the parameter"),
     "folder in use": (["--run=other"], "other holds files but no run"),
     "folder is a file": (["--run=short.txt"], "short.txt"),
+    "no sweep": (["sweep"], "Which sweep? Give --config=FILE"),
+    "config without sweep": (["sweep", TINY], "tiny.py has no sweep(): a function that yields overrides"),
+    "sweep that is not there": ([*SWEEP, "--sweep=rate"], "swept.py has no sweep 'rate'. Did you mean 'rates'?"),
+    "sweep that fails": ([*SWEEP, "--sweep=broken"], "swept.py: sweep_broken() fails: ZeroDivisionError"),
+    "sweep that fails late": ([*SWEEP, "--sweep=broken_later"], "sweep_broken_later() fails: KeyError: 'depth'."),
+    "sweep of nothing": ([*SWEEP, "--sweep=nothing"], "sweep_nothing() fails: TypeError"),
+    "sweep without trials": ([*SWEEP, "--sweep=empty"], "The sweep has no trials."),
+    "sweep of no mapping": ([*SWEEP, "--sweep=words"], "A sweep yields mappings of knobs to values, not 'seed'."),
+    "swept knob": ([*SWEEP, "--sweep=typo"], "The trial optimizer.learning_rat=1 cannot be: config.optimizer.learn"),
+    "swept value": ([*SWEEP, "--sweep=ranges"], "The trial seed=-1 cannot be: config.seed must be at least 0, not -1."),
+    "swept part": (
+        [*SWEEP, "--sweep=parts"],
+        "The trial optimizer.name=adamww cannot be: config.opti",
+    ),
+    "swept twice": ([*SWEEP, "--sweep=twice"], "Two trials are the same config: seed=1 and seed=1."),
+    "swept and given": ([*SWEEP, "--config.seed=1"], "config.seed is given on the command line and swept too"),
+    "swept text": ([*SWEEP, "--config.model.context_length=32768", "--config.data.split=tail"], "one batch needs"),
+    "rung": ([*SWEEP, "--sweep=halving"], "there is no evaluation at step 30"),
+    "mode": ([*SWEEP, "--mode=fuse"], "--mode: there is no 'fuse'. Did you mean 'fused'?"),
+    "mode of a dry run": ([*SWEEP, "--mode=fuse", "--dry_run"], "--mode: there is no 'fuse'. Did you mean 'fused'?"),
+    "launcher": ([*SWEEP, "--launcher=process"], "--launcher: there is no 'process'. Did you mean 'processes'?"),
+    "launcher of a dry run": ([*SWEEP, "--launcher=process", "--dry_run"], "--launcher: there is no 'process'."),
+    "width": ([*SWEEP, "--width=0"], "flag --width=0"),
+    "slurm": ([*SWEEP, "--launcher=slurm", "--slurm=gpu"], "--slurm=gpu: an option is KEY=VALUE"),
+    "sweep in use": ([*SWEEP, "--run=other"], "other holds files but no sweep"),
+    "sweep in a run": ([*SWEEP, "--run=trained"], "trained is the folder of a run, not of a sweep"),
+    "sweep in a file": ([*SWEEP, "--run=short.txt"], "The sweep's folder short.txt cannot be made: File exists."),
+    "another sweep": (
+        [*SWEEP, "--run=halves"],
+        "halves holds another sweep: its sweep is 'sweep_halving'",
+    ),
+    "no report": (["report"], "Which sweep? Give --run=DIR"),
+    "report of nothing": (["report", "--run=RUN"], "RUN is not the folder of a sweep"),
+    "report of a run": (["report", "--run=trained"], "trained is not the folder of a sweep"),
 }
+
+SWEPT = """
+from configs import tiny
+from rustgpt_jax.sweeps import seeds, successive_halving, values
+
+RATES = values("optimizer.learning_rate", 1e-3, 1e-2)
+
+def get_config():
+    return tiny.get_config()
+
+def sweep():
+    return seeds(2)
+
+def sweep_rates():
+    return RATES
+
+def sweep_broken():
+    return 1 / 0
+
+def sweep_broken_later():
+    yield {"seed": 1}
+    yield {"seed": {}["depth"]}
+
+def sweep_nothing():
+    pass
+
+def sweep_empty():
+    return []
+
+def sweep_words():
+    return {"seed": 1}
+
+def sweep_typo():
+    return [{"optimizer.learning_rat": 1}]
+
+def sweep_ranges():
+    return values("seed", 1, -1)
+
+def sweep_parts():
+    return values("optimizer.name", "adamw", "adamww")
+
+def sweep_twice():
+    return [*values("seed", 1, 2), {"seed": 1}]
+
+def sweep_halving():
+    return successive_halving(RATES, rungs=(30,))
+"""
 
 # Imports once what takes seconds, then gives each command line to a process of its own.
 ANSWER_ALL = """
 import json, os, runpy, sys, traceback, warnings
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import rustgpt_jax.training.loop, rustgpt_jax.training.trained
+import rustgpt_jax.sweeps.command, rustgpt_jax.training.loop, rustgpt_jax.training.trained
 # JAX warns of forks in general; here it has started no threads yet.
 warnings.simplefilter("ignore", RuntimeWarning)
 
@@ -158,6 +240,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.txt").write_text("Too short to fill a batch of eight windows, is it?")
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("Not a run.")
+    (folder / "swept.py").write_text(SWEPT)
+    (folder / "trained").mkdir()
+    (folder / "trained" / "config.json").write_text("{}")
+    (folder / "halves").mkdir()
+    (folder / "halves" / "sweep.json").write_text('{"config_file": "swept.py", "sweep": "sweep_halving"}')
     return folder
 
 
@@ -189,8 +276,10 @@ def test_a_mistake_is_answered_in_one_sentence(name: str, answers: dict[str, lis
 def test_a_mistake_leaves_nothing_behind(folder: Path, answers: dict[str, list]) -> None:
     del answers
     names = {path.name for path in folder.iterdir() if not path.name.startswith(("out ", "err "))}
-    assert names == {"broken.py", "nothing.py", "empty.txt", "latin.txt", "short.txt", "other"}
-    assert [path.name for path in (folder / "other").iterdir()] == ["thesis.txt"]
+    files = {"broken.py", "nothing.py", "swept.py", "empty.txt", "latin.txt", "short.txt"}
+    assert names == files | {"other", "trained", "halves"}
+    for name, file in {"other": "thesis.txt", "trained": "config.json", "halves": "sweep.json"}.items():
+        assert [path.name for path in (folder / name).iterdir()] == [file]
     cache = Path(os.environ["RUSTGPT_JAX_CACHE"])
     assert list(cache.glob("stores/.*")) == []
 
@@ -299,7 +388,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(straight: P
         assert begun in stdout
         step = int(stdout.rsplit(f"Stopped by {number.name} at step ", 1)[1].split(",")[0])
         assert 0 < step < STEPS
-        assert (folder / "checkpoints" / "last" / str(step)).is_dir()
+        assert (folder / "checkpoints" / str(step)).is_dir()
         begun = f"from step {step}"
     assert begun in launch(*TRAIN, f"--run={folder}", cwd=tmp_path).stdout
     assert untimed(folder) == untimed(straight)

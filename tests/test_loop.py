@@ -167,7 +167,7 @@ def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | No
 
 
 def last_checkpoint(path: Path) -> int:
-    return max((int(step.name) for step in (RunFolder(path).checkpoints / "last").iterdir()), default=0)
+    return max((int(step.name) for step in RunFolder(path).checkpoints.glob("[0-9]*")), default=0)
 
 
 def write_on_and_tear(path: Path) -> None:

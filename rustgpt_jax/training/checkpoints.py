@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: written in the background, whole or not at all; the last and the best are kept."""
+"""Checkpoints through Orbax: written in the background, whole or not at all; the last two and the best are kept."""
 
 import json
 import threading
@@ -9,25 +9,27 @@ import jax
 import orbax.checkpoint as ocp
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import write_atomically
 from rustgpt_jax.training.step import State
 
 LAST_KEPT = 2
-BEST_KEPT = 1
 
 # Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
 _one_at_a_time = threading.Lock()
 
 
 class Checkpoints:
-    """The checkpoints of one run, in the folders `last` and `best` under `folder`. Use it in a `with` statement."""
+    """The checkpoints of one run, in folders named by their steps: the last ones and the best. Use it in a `with`.
+
+    The file `best` names the step of the best one, and the one before it, which holds until that one is written.
+    """
 
     def __init__(self, folder: Path, config_hash: str) -> None:
-        self._config_hash = config_hash
+        self._config_hash, self._best_file = config_hash, folder.absolute() / "best"
+        # Orbax deletes nothing by itself: it does not know which is the best.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         with _one_at_a_time:
-            self._managers = {
-                "last": _manager(folder / "last", LAST_KEPT),
-                "best": _manager(folder / "best", BEST_KEPT),
-            }
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -35,29 +37,36 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.wait()
         with _one_at_a_time:
-            for manager in self._managers.values():
-                manager.close()
+            self._manager.close()
 
     def step(self, which: str = "last") -> int | None:
-        """The step of the newest checkpoint of `last` or `best`, or None."""
-        return self._managers[which].latest_step()
+        """The step of the `last` or the `best` checkpoint, or None."""
+        steps = self._manager.all_steps()
+        if which == "last":
+            return max(steps, default=None)
+        return next((step for step in self._named_best() if step in steps), None)
 
-    def save(self, state: State, step: int, which: str = "last") -> None:
+    def save(self, state: State, step: int, is_best: bool = False) -> None:
         """Begin to write the state at `step`; its buffers are free again on return. One that is there already stays."""
-        manager = self._managers[which]
-        if step in manager.all_steps():
-            return
-        about = {"config_hash": self._config_hash, "layout": layout(state)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-        with _one_at_a_time:
-            manager.save(step, args=args)
+        if step not in self._manager.all_steps():
+            about = {"config_hash": self._config_hash, "layout": layout(state)}
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+            with _one_at_a_time:
+                self._manager.save(step, args=args)
+        if is_best:
+            write_atomically(self._best_file, json.dumps([step, *self._named_best()[:1]]))
+        self._delete_old(step)
 
-    def forget_after(self, step: int) -> None:
-        """Delete what a killed run saved after the step that training goes on from."""
-        for manager in self._managers.values():
-            for later in [saved for saved in manager.all_steps() if saved > step]:
-                with _one_at_a_time:
-                    manager.delete(later)
+    def _named_best(self) -> list[int]:
+        return json.loads(self._best_file.read_bytes()) if self._best_file.exists() else []
+
+    def _delete_old(self, saving: int) -> None:
+        steps, best = sorted(self._manager.all_steps()), self._named_best()
+        # What is being saved now may never be finished: the best one before it holds until then.
+        needed = best[:2] if best[:1] == [saving] else best[:1]
+        for step in set(steps[:-LAST_KEPT]) - set(needed):
+            with _one_at_a_time:
+                self._manager.delete(step)
 
     def restore(self, like: Any, which: str = "last") -> State:
         """The newest checkpoint, on the shapes, types and devices of `like` (arrays or their shapes).
@@ -65,10 +74,9 @@ class Checkpoints:
         Raises UserError if there is none, or if it is of another config or has other arrays: nothing is left out,
         made up or cast.
         """
-        manager = self._managers[which]
-        step = manager.latest_step()
+        manager, step = self._manager, self.step(which)
         if step is None:
-            raise UserError(f"{manager.directory} has no checkpoint yet.")
+            raise UserError(f"{manager.directory} has no {'best ' if which == 'best' else ''}checkpoint yet.")
         with _one_at_a_time:
             about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         self._check(about, layout(like), f"{manager.directory}/{step}")
@@ -78,8 +86,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when all that was saved is on the disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        self._manager.wait_until_finished()
 
     def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
         if about["config_hash"] != self._config_hash:
@@ -101,7 +108,3 @@ def layout(tree: Any) -> dict[str, str]:
         for path, leaf in leaves
     }
 
-
-def _manager(folder: Path, kept: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))

@@ -1,5 +1,6 @@
 """What a training step holds in memory, counted from shapes alone, before anything is compiled."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -34,7 +35,18 @@ def step_bytes(config: Config, window: int) -> int:
 
 
 def residual_bytes(config: Config, window: int) -> int:
-    """Bytes of what the forward of one part of a batch keeps for its backward, without the parameters."""
+    """Bytes of what the forward of one part of a batch keeps for its backward, without the parameters.
+
+    With remat, what one repeat of the pattern of blocks computes anew for its own backward is there too.
+    """
+    kept, model = _kept_bytes(config, window), config.model
+    if model.remat == "none":
+        return kept
+    everything = _kept_bytes(dataclasses.replace(config, model=dataclasses.replace(model, remat="none")), window)
+    return kept + (everything - kept) * len(model.mixers) // model.n_layers
+
+
+def _kept_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.accumulation
 
     def loss(params: Any, batch: Batch) -> jax.Array:

@@ -22,7 +22,6 @@ from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
-from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import Metrics, State
 
@@ -61,7 +60,6 @@ class Recorder:
     data: StageData
     run: RunFolder
     tokenizer: Tokenizer
-    checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Shows
     placement: Placement
@@ -125,23 +123,24 @@ class Recorder:
             "train/flops_share": tokens_per_second * self._flops_per_token / self._peak_flops,
         }
 
-    def evaluate(self, state: State, step: int) -> None:
-        """Measure the stage's validation split, keep the state if it is the best so far, and write samples."""
+    def evaluate(self, state: State, step: int) -> bool:
+        """Measure the stage's validation split and write samples. Whether the loss is the best of the stage so far."""
         bytes_per_token = self.data.store.split("valid").bytes_per_token
         batches = (self.placement.share(batch, batch_axis=0) for batch in self.data.validation_batches())
         params = compiled_evaluation_params(self._optimizer, state.params, state.opt_state)
         values = evaluate(params, self.config.model, batches, bytes_per_token)
+        is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
             self.writer.write(step, {"stage": self.data.stage.name, **values})
             self.progress.message(
                 f"step {step}  {self.data.stage.name}  validation loss {values['valid/loss']:.4f}"
                 f"  perplexity {values['valid/perplexity']:.2f}  {values['valid/bits_per_byte']:.3f} bits per byte"
             )
-            if values["valid/loss"] < self._best_loss:
-                self._best_loss = values["valid/loss"]
-                self.checkpoints.save(state, step, "best")
+        if is_best:
+            self._best_loss = values["valid/loss"]
         self._write_samples(params, step)
         self._clock = time.perf_counter()
+        return is_best
 
     @cached_property
     def _optimizer(self) -> OptimizerConfig:

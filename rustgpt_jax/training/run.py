@@ -153,7 +153,6 @@ class Run:
 
     def begin(self, progress: Shows) -> None:
         """Open the records, without what a killed process wrote after the last checkpoint."""
-        self.checkpoints.forget_after(self.step)
         keep_until(self.folder.samples_file, self.step)
         self._progress = progress
         self._writer = self._resources.enter_context(MetricsWriter(self.folder.path, self.step))
@@ -200,10 +199,9 @@ class Run:
         recorder = self._open_recorder()
         recorder.flush()
         if self.diverged_at is None:
-            if self._evaluates:
-                recorder.evaluate(state, self.step)
-            if self._saves or self.step == self.end_step:
-                self.checkpoints.save(state, self.step)
+            is_best = self._evaluates and recorder.evaluate(state, self.step)
+            if self._saves or is_best or self.step == self.end_step:
+                self.checkpoints.save(state, self.step, is_best)
         if self.step == recorder.data.stage.end_step:
             self._close_source()
             self._recorder = self._recorder if self.is_over else None
@@ -232,7 +230,6 @@ class Run:
                 self.stage,
                 self.folder,
                 self.material.tokenizer,
-                self.checkpoints,
                 self._writer,
                 self._progress,
                 self.placement,
