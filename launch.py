@@ -23,7 +23,9 @@ flags.DEFINE_string("sweep", "sweep", "Which sweep of the config file: `NAME` st
 flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm.")
 flags.DEFINE_string("mode", "auto", "How trials of one shape run: fused, exact, solo, or auto to have it chosen.")
 flags.DEFINE_integer("width", None, "The most trials in one program. Unless given: as many as are of use and fit.", 1)
-flags.DEFINE_integer("workers", None, "Worker processes or cluster jobs at a time. Unless given: one a core or GPU.", 1)
+flags.DEFINE_integer(
+    "workers", None, "Worker processes or cluster jobs at a time. Unless given: one a core or GPU; 8 jobs.", 1
+)
 flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")

@@ -6,7 +6,8 @@ Four learning rates with four seeds of configs/tiny.py (100 steps), and of confi
 as one sweep (exact, on one core a trial; fused; worker processes), and as `train` processes one after another
 with an empty compilation cache, with a full one, and two at a time. Everything is timed as a whole command from start
 to exit, with run folders, evaluations and checkpoints; each kind of sweep runs once with an empty cache and once with a
-full one. `--processes` fewer than 16 are timed and scaled up, for they are all alike. The bare steps are the compiled
+full one, and once more with four trials, which gives the price of one more. `--processes` fewer than 16 are timed and
+scaled up, for they are all alike. The bare steps are the compiled
 training steps of one trial alone, on all cores, timed in a process of their own.
 
 FINDING: not measured yet.
@@ -46,6 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "The text file for shakespeare_char.", required=True)
     flags.DEFINE_string("out", "runs/sweep_throughput", "The folder for everything that is written.")
     flags.DEFINE_integer("processes", 16, "How many of the 16 train processes to time.", 2)
+    flags.DEFINE_list("caches", ["cold", "warm"], "With which caches of compiled programs to run the sweeps.")
     flags.DEFINE_list("models", ["tiny", "shakespeare_char"], "Which configs to measure.")
 
 
@@ -113,7 +115,7 @@ class Bench:
         """Seconds of a whole sweep; the cold one fills the cache for the warm one."""
         folder = self.out / f"{name}_{profile}_{kind}"
         words = ["launch.py", "sweep", f"--config={self.file}", f"--sweep={name}", f"--run={folder}"]
-        return self.command(*words, *PROFILES[profile], cache=f"sweep_{profile}")
+        return self.command(*words, *PROFILES[profile], cache=f"{name}_{profile}")
 
     def train(self, trial: Trial, folder: str, cache: str) -> float:
         """Seconds of one `train` process."""
@@ -180,10 +182,10 @@ def measure(name: str, config: ConfigDict, out: Path, console: Console) -> None:
         console.print(f"{name}: {label}: {seconds:.1f} s", highlight=False)
 
     for profile in PROFILES:
-        for kind in ("cold", "warm"):
+        for kind in FLAGS.caches:
             add(f"one sweep, {profile}, {kind} cache", bench.sweep(profile, kind))
-        few = bench.sweep(profile, "warm", "few")
-        more = (rows[-1][1] - few) / (16 - SEEDS)
+        added = rows[-len(FLAGS.caches)][1] - bench.sweep(profile, FLAGS.caches[0], "few")
+        more = added / (len(bench.trials) - SEEDS)
         console.print(f"{name}: one more trial, {profile}: {more:.2f} s, {more / bare:.2f} of its bare steps")
     for cold, at_once in ((True, 1), (False, 1), (True, 2), (False, 2)):
         kind = f"{'cold' if cold else 'warm'} cache, {'one after another' if at_once == 1 else 'two at a time'}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.devices import keep_compiled_programs
 from rustgpt_jax.parallel.machine import this_machine, use_cores_as_devices
 from rustgpt_jax.runs.progress import counting, waiting
@@ -15,7 +16,7 @@ from rustgpt_jax.sweeps.preview import preview
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.space import Overrides, SuccessiveHalving, TreeParzen
-from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, open_sweep
+from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, check_settings, open_sweep
 from rustgpt_jax.sweeps.trials import Trial
 
 Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
@@ -37,6 +38,7 @@ def run_sweep(
 
     `trials` are those that are known from the start; for a search by Optuna, one to check the config with.
     """
+    check_settings(command.settings)
     use_cores_as_devices()
     keep_compiled_programs()
     if isinstance(spec, SuccessiveHalving):
@@ -56,13 +58,19 @@ def run_sweep(
             case _:
                 sweep.add(trials)
                 sweep.run(trials)
-    return _tell(sweep, path, console)
+    return _tell(sweep, path, command.settings.launcher, console)
 
 
-def _tell(sweep: Sweep, path: Path, console: Console) -> int:
+def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
     if sweep.stop:
         again = "The same command goes on from there."
-        console.print(f"Stopped by {sweep.stop.signal_name}; what was running is saved. {again}", highlight=False)
+        what = "its jobs go on" if launcher == "slurm" else "what was running is saved"
+        console.print(f"Stopped by {sweep.stop.signal_name}; {what}. {again}", highlight=False)
         return 0
-    console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
+    try:
+        console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
+    except UserError as error:
+        if not sweep.failed():
+            raise
+        console.print(str(error), highlight=False, soft_wrap=True)
     return 1 if sweep.failed() else 0

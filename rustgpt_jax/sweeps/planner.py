@@ -144,9 +144,9 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
     chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
     if chosen == "solo":
         return Plan(shape_class, chosen, 1, reason)
-    if width is not None:
-        return Plan(shape_class, chosen, min(width, n_trials), reason)
     share = math.ceil(n_trials / machine.n_devices)
+    if width is not None:
+        return Plan(shape_class, chosen, min(width, share), reason)
     most, limit = _most(shape_class.cost, machine, chosen)
     if most < share:
         reason += f"; {most} at a time, {limit}"

@@ -1,6 +1,7 @@
 """A sweep as a whole: plan its trials, have them run, look again until all are done, and report."""
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 import time
@@ -21,13 +22,17 @@ from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.sweeps.launchers.launch import Launch
 from rustgpt_jax.sweeps.launchers.processes import visible_gpus
 from rustgpt_jax.sweeps.ledger import DONE, Event, Ledger
-from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
+from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.signals import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 2.0
+JOBS_AT_ONCE = 8
+# What workers elsewhere are planned for, since nobody can look: a small GPU, or a core with its share of memory.
+UNSEEN_GPU = Machine("gpu", 1, 16e9, 1e14)
+UNSEEN_CPU = Machine("cpu", 1, 2e9, 0.0)
 # What trials are checked for: a trial runs on one device.
 ONE_DEVICE = Placement((None,))
 
@@ -69,8 +74,7 @@ class Sweep:
         shelf.keep_in(folder.tokenizers)
         self._is_told = set[str]()
         self._first_event = len(self.ledger.events())
-        machine = this_machine() if settings.launcher == "inline" else None
-        self._machine = machine or Machine("cpu", self.n_workers, 2.0**62, 0.0)
+        self._machine = self._machine_of_workers()
         code = folders.keep_code(folder)
         self._launch = Launch(
             folder, self._shelf, code.absolute(), self.n_workers, dict(settings.slurm_options or {}), lambda: bool(stop)
@@ -79,7 +83,17 @@ class Sweep:
     @property
     def n_workers(self) -> int:
         """Worker processes or jobs at a time."""
-        return self._settings.n_workers or len(visible_gpus()) or cores()
+        here = JOBS_AT_ONCE if self._settings.launcher == "slurm" else len(visible_gpus()) or cores()
+        return self._settings.n_workers or here
+
+    def _machine_of_workers(self) -> Machine:
+        if self._settings.launcher == "inline":
+            return this_machine()
+        options = self._settings.slurm_options or {}
+        asks_for_gpus = any("gpu" in f"{key}={value}" for key, value in options.items() if key != "partition")
+        has_gpus = asks_for_gpus if self._settings.launcher == "slurm" else bool(visible_gpus())
+        seen = UNSEEN_GPU if has_gpus else UNSEEN_CPU
+        return dataclasses.replace(seen, n_devices=self.n_workers)
 
     def add(self, trials: Sequence[Trial]) -> None:
         """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run."""
@@ -147,7 +161,6 @@ def _is_settled(state: Event, until: int | None) -> bool:
 @contextlib.contextmanager
 def open_sweep(path: Path, about: About, settings: Settings, shelf: Shelf, console: Console) -> Iterator[Sweep]:
     """Begin a sweep in a folder, or go on with it, with a table of its trials on the console."""
-    choose(LAUNCHERS, settings.launcher, "--launcher")
     command = shlex.join(["python", *sys.argv])
     values = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
     folder = folders.create(path, {**values, "mode": settings.mode, "launcher": settings.launcher})
@@ -155,12 +168,18 @@ def open_sweep(path: Path, about: About, settings: Settings, shelf: Shelf, conso
         yield Sweep(folder, about, settings, shelf, board, stop)
 
 
+def check_settings(settings: Settings) -> None:
+    """Raises UserError for a launcher or a mode that there is not."""
+    choose(LAUNCHERS, settings.launcher, "--launcher")
+    choose(dict.fromkeys(MODES), settings.mode, "--mode")
+
+
 def check(trials: Iterable[Trial], shelf: Shelf) -> None:
     """Raises UserError, before anything is written, for parts that there are not, and for text that will not do."""
     nowhere = SweepFolder(Path("none"))
     for trial in trials:
-        check_parts(trial.config)
         try:
+            check_parts(trial.config)
             shelf.material(trial.config).check(nowhere.trial(trial.id), ONE_DEVICE)
         except UserError as error:
             raise UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}") from error

@@ -107,4 +107,3 @@ def layout(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{json.dumps(leaf.shape)}"
         for path, leaf in leaves
     }
-

@@ -1,0 +1,407 @@
+"""The planner: which trials share a program, how they are cut into chunks, and whether its memory will do."""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import small_config, small_tree
+from hypothesis import given
+from hypothesis import strategies as some
+from rich.console import Console
+
+from rustgpt_jax.config import FIELDS, Config, field_of, split, stages
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import total_bytes
+from rustgpt_jax.parallel.machine import Machine, cores, free_memory
+from rustgpt_jax.sweeps import planner
+from rustgpt_jax.sweeps.planner import Chunk, Cost, Plan, ShapeClass, class_key, cost, plan, shape_classes
+from rustgpt_jax.sweeps.preview import preview
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.training.memory import batch_shapes, residual_bytes, state_shapes, step_bytes
+from rustgpt_jax.training.step import as_arguments, compiled_train_steps
+
+# Which trials share a program.
+
+# Another value for each knob, to be tried from a config in which each of them can stand.
+BEFORE = {"model.dropout": 0.1, "training.z_loss": 1e-4}
+OTHER: dict[str, Any] = {
+    "seed": 1,
+    "tokenizer.name": "byte",
+    "tokenizer.vocab_size": 300,
+    "data.corpus": "chat",
+    "data.paths": ("a.txt",),
+    "data.max_documents": 5,
+    "data.split": "tail",
+    "data.valid_fraction": 0.3,
+    "data.loss_on": "assistant",
+    "data.window": 16,
+    "model.vocab_size": 62,
+    "model.context_length": 16,
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 2,
+    "model.head_dim": 16,
+    "model.d_ff": 8,
+    "model.mixers": ("attention", "attention"),
+    "model.feedforward": "gelu",
+    "model.norm": "layernorm",
+    "model.norm_placement": "post",
+    "model.norm_epsilon": 1e-3,
+    "model.position": "learned",
+    "model.rope_base": 100.0,
+    "model.qk_norm": True,
+    "model.bias": True,
+    "model.tie_embeddings": False,
+    "model.dropout": 0.2,
+    "model.init_std": 0.5,
+    "model.dtype": "bfloat16",
+    "model.layers": "unrolled",
+    "model.remat": "full",
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.5,
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "optimizer.epsilon": 0.5,
+    "optimizer.momentum": 0.5,
+    "optimizer.matrix_learning_rate": 0.5,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.weight_decay_groups": ((".*", 1.0),),
+    "optimizer.clip_norm": 0.5,
+    "schedule.name": "linear",
+    "schedule.warmup_steps": 1,
+    "schedule.decay_fraction": 0.5,
+    "schedule.final_fraction": 0.5,
+    "training.steps": 9,
+    "training.batch_size": 8,
+    "training.accumulation": 2,
+    "training.steps_per_call": 2,
+    "training.z_loss": 0.5,
+    "record.log_every": 3,
+    "record.evaluate_every": 3,
+    "record.evaluation_batches": 3,
+    "record.checkpoint_every": 3,
+    "record.prompts": ("?",),
+    "sampling.seed": 1,
+    "sampling.max_tokens": 3,
+    "sampling.temperature": 0.5,
+    "sampling.top_k": 3,
+    "sampling.top_p": 0.5,
+    "sampling.min_p": 0.5,
+    "sampling.repetition_penalty": 2.0,
+    "sampling.memory": 3,
+}
+PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training")
+
+
+def selects_a_program(path: str) -> bool:
+    """Whether another value of a knob needs another compiled program."""
+    is_number = "number" in field_of(path).metadata
+    return path == "data.window" or (path.split(".")[0] in PROGRAM_GROUPS and not is_number)
+
+
+def test_every_knob_is_tried() -> None:
+    assert set(OTHER) == set(FIELDS)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_numbers_share_a_program_and_structure_does_not(path: str) -> None:
+    before, after = small_config(**BEFORE), small_config(**BEFORE | {path: OTHER[path]})
+    assert before != after
+    assert (class_key(before) != class_key(after)) == selects_a_program(path)
+
+
+@pytest.mark.parametrize("path", [path for path in FIELDS if field_of(path).metadata.get("off_at_zero")])
+def test_a_part_that_is_switched_off_is_another_program(path: str) -> None:
+    on, other, off = (class_key(small_config(**{path: value})) for value in (0.25, 0.5, 0.0))
+    assert on == other != off
+
+
+def test_a_window_given_in_words_is_no_other_program() -> None:
+    assert class_key(small_config()) == class_key(small_config(**{"data.window": 32}))
+
+
+def test_stages_are_part_of_the_program() -> None:
+    def key(**overrides: Any) -> Any:
+        stages = ({"name": "pretrain"}, {"name": "instruct"})
+        tree = small_tree(stages=stages)
+        (trial,) = expand(tree, [{path.replace("__", "."): value for path, value in overrides.items()}])
+        return class_key(trial.config)
+
+    alone, both = class_key(small_config()), key()
+    assert len(both) == 2 and both != alone and both[0] == alone[0]
+    assert key(stages__instruct__optimizer__learning_rate=0.5, stages__pretrain__training__steps=9) == both
+    assert key(stages__instruct__data__window=16) != both
+    assert key(stages__instruct__schedule__name="linear") != both
+
+
+def test_the_tokenizer_fills_in_the_vocabulary() -> None:
+    tree = small_tree(**{"model.vocab_size": None, "tokenizer.vocab_size": None, "tokenizer.name": "byte"})
+    knobs: list[dict[str, Any]] = [{}, {"seed": 1}, {"tokenizer.name": "char"}, {"tokenizer.name": "char", "seed": 1}]
+    knobs += [{"data.max_documents": 9}, {"tokenizer.name": "char", "data.max_documents": 1}]
+    trials = expand(tree, knobs)
+    classes = shape_classes(trials, Shelf())
+    # Bytes are bytes in every text; the characters of one document are fewer than those of all.
+    members = [[trials.index(trial) for trial in each.trials] for each in classes]
+    assert members == [[0, 1, 4], [2, 3], [5]]
+    sizes = [each.whole.model.vocab_size for each in classes]
+    assert sizes[0] is not None and sizes[0] >= 256 and len(set(sizes)) == 3
+
+
+class Dictionary(Shelf):
+    """A shelf whose tokenizers need no text."""
+
+    def whole(self, config: Config) -> Config:
+        """The config with 61 tokens, unless it says how many."""
+        size = config.model.vocab_size or 61
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+GRID = expand(
+    small_tree(**{"model.vocab_size": None}),
+    (
+        {"seed": seed, "model.d_model": width, "model.vocab_size": size}
+        for seed, width, size in itertools.product((0, 1, 2), (16, 32), (None, 61, 62))
+        if (seed, size) != (2, 62)
+    ),
+)
+COST = Cost(parameters=10, state_bytes=100, working_bytes=50, step_flops=1e6, total_flops=1e7, tokens=1000)
+
+
+@given(some.lists(some.sampled_from(GRID), unique=True))
+@hypothesis.settings(max_examples=25)
+def test_classes_divide_the_trials_in_their_order(trials: list[Trial]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "cost", lambda whole: COST)
+        classes = shape_classes(trials, Dictionary())
+    by_hand: dict[Any, list[Trial]] = {}
+    for trial in trials:
+        model = trial.config.model
+        by_hand.setdefault((model.d_model, model.vocab_size or 61), []).append(trial)
+    assert [list(each.trials) for each in classes] == list(by_hand.values())
+    for each in classes:
+        assert each.whole == Dictionary().whole(each.trials[0].config)
+
+
+# Chunks.
+
+SMALL = small_config()
+
+
+def a_class(n_trials: int, cost: Cost = COST) -> ShapeClass:
+    """A shape class of so many trials that cost so much."""
+    trials = tuple(Trial(f"{number:08x}", {"seed": number}, SMALL) for number in range(n_trials))
+    return ShapeClass(trials, SMALL, cost)
+
+
+@given(some.data(), some.integers(1, 40), some.integers(1, 9), some.none() | some.integers(1, 9))
+def test_chunks_divide_a_class_and_do_not_move(data: Any, n_trials: int, width: int, until: int | None) -> None:
+    made = Plan(a_class(n_trials), "fused", width, "")
+    ids = [trial.id for trial in made.shape_class.trials]
+    wanted = data.draw(some.lists(some.sampled_from([*ids, "elsewhere"]), unique=True))
+    chunks = made.chunks(iter(wanted), until)
+    assert [name for chunk in chunks for name in chunk.trials] == [name for name in ids if name in wanted]
+    place = {name: number // width for number, name in enumerate(ids)}
+    assert all(chunk.trials for chunk in chunks)
+    # Who stands together does so whoever is wanted.
+    assert [{place[name] for name in chunk.trials} for chunk in chunks] == [
+        {number} for number in sorted({place[name] for name in wanted if name in place})
+    ]
+    for chunk in chunks:
+        assert (len(chunk.trials) <= chunk.width, chunk.width, chunk.mode, chunk.until) == (True, width, "fused", until)
+        assert Chunk.from_dict(json.loads(json.dumps(chunk.to_dict()))) == chunk
+
+
+# Modes.
+
+CPU = Machine("cpu", 2, 8e9, 0.0)
+GPU = Machine("gpu", 1, 80e9, 4e14)
+TINY_GPU = Machine("gpu", 1, 1000.0, 4e14)
+SHORT, LONG = COST, dataclasses.replace(COST, step_flops=1e13)
+
+# Machine, trials, cost, mode asked for -> mode, width, and words of the reason.
+CHOICES = {
+    "a CPU": (CPU, 8, SHORT, "auto", "exact", 4, "a CPU: a trial on each of 2 cores"),
+    "a CPU, few": (CPU, 3, LONG, "auto", "exact", 2, "a CPU"),
+    "a CPU, many": (CPU, 100, LONG, "auto", "exact", 4, "; 4 at a time, for a stop waits for a call"),
+    "a CPU, one": (CPU, 1, SHORT, "auto", "exact", 1, "a CPU"),
+    "short steps": (GPU, 100, SHORT, "auto", "fused", 100, "takes 2.5e-06 ms at peak and leaves the device idle"),
+    "long steps": (GPU, 3, LONG, "auto", "exact", 3, "takes 25 ms at peak and fills the device"),
+    "long steps, many": (GPU, 30, LONG, "auto", "exact", 4, "; 4 at a time, for a stop waits for a call"),
+    "one trial": (GPU, 1, SHORT, "auto", "solo", 1, "no more trials than devices"),
+    "a device each": (Machine("gpu", 8, 8e9, 4e14), 8, SHORT, "auto", "solo", 1, "no more trials than devices"),
+    "shared out": (Machine("tpu", 4, 8e9, 4e14), 9, SHORT, "auto", "fused", 3, "idle"),
+    # Of the 700 bytes to spend, a trial takes 250 fused, or 200 and all together 50 in exact mode.
+    "little memory": (TINY_GPU, 9, SHORT, "auto", "fused", 2, "; 2 at a time, as memory allows"),
+    "little memory, exact": (TINY_GPU, 9, LONG, "auto", "exact", 3, "; 3 at a time, as memory allows"),
+    "no memory": (Machine("gpu", 1, 10.0, 4e14), 9, SHORT, "auto", "fused", 1, "; 1 at a time, as memory allows"),
+    "fused as asked": (CPU, 8, LONG, "fused", "fused", 4, "as asked"),
+    "exact as asked": (GPU, 3, SHORT, "exact", "exact", 3, "as asked"),
+    "solo as asked": (GPU, 30, SHORT, "solo", "solo", 1, "as asked"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_mode_suits_the_machine(name: str) -> None:
+    machine, n_trials, cost, asked, mode, width, reason = CHOICES[name]
+    made = plan(a_class(n_trials, cost), machine, asked)
+    assert (made.mode, made.width) == (mode, width)
+    assert reason in made.reason
+    # A limit is spoken of only where it limits.
+    assert ("at a time" in made.reason) == ("at a time" in reason)
+    if asked != "auto":
+        assert made.reason == reason
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused", "exact"])
+def test_a_width_by_hand_is_taken_as_it_is(mode: str) -> None:
+    for width in (1, 3, 6):
+        made = plan(a_class(6), TINY_GPU, mode, width)
+        assert made.width == width and "at a time" not in made.reason
+    # Lanes without a trial would be of no use, and a device without one neither.
+    assert plan(a_class(6), CPU, mode, 8).width == 3
+    assert plan(a_class(6), CPU, "solo", 8).width == 1
+
+
+def test_a_wrong_mode_is_answered() -> None:
+    with pytest.raises(UserError, match="--mode: there is no 'fuse'. Did you mean 'fused'?"):
+        plan(a_class(2), CPU, "fuse")
+
+
+@given(
+    some.builds(
+        Cost,
+        parameters=some.just(1),
+        state_bytes=some.integers(1, 1000),
+        working_bytes=some.integers(1, 1000),
+        step_flops=some.sampled_from([1e6, 1e13]),
+        total_flops=some.just(1.0),
+        tokens=some.just(1),
+    ),
+    some.sampled_from(["cpu", "gpu"]),
+    some.integers(1, 4),
+    some.integers(1, 20_000),
+    some.integers(1, 30),
+    some.sampled_from(["auto", "fused", "exact", "solo"]),
+)
+@hypothesis.settings(max_examples=200)
+def test_as_many_lanes_as_are_of_use_and_fit(
+    cost: Cost, platform: str, n_devices: int, memory: int, n_trials: int, mode: str
+) -> None:
+    # Three quarters of a whole number are exact, so nothing here is decided by rounding.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "MEMORY_SHARE", 0.75)
+        made = plan(a_class(n_trials, cost), Machine(platform, n_devices, memory, 4e14), mode)
+
+    def of_use(width: int) -> bool:
+        share = math.ceil(n_trials / n_devices)
+        return width <= {"fused": share, "exact": min(share, planner.MOST_EXACT), "solo": 1}[made.mode]
+
+    def fits(width: int) -> bool:
+        together = 2 * width * cost.state_bytes + (width if made.mode == "fused" else 1) * cost.working_bytes
+        assert dataclasses.replace(made, width=width).memory == together
+        return together <= 0.75 * memory
+
+    assert made.width == max([1, *(width for width in range(1, n_trials + 1) if of_use(width) and fits(width))])
+    assert made.memory <= 0.75 * memory or made.width == 1
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    assert cores() >= 1
+    assert 2**20 < free_memory() < 2**50
+
+
+# Cost.
+
+
+def test_a_cost_is_summed_over_the_stages() -> None:
+    def at(**changes: Any) -> Cost:
+        return cost(small_config(**changes))
+
+    one = at()
+    assert one.tokens == 8 * 4 * 32 and one.total_flops == 8 * one.step_flops
+    two = at(stages=({"name": "a", "training": {"steps": 3}}, {"name": "b", "data": {"window": 16}}))
+    assert two.tokens == 3 * 4 * 32 + 8 * 4 * 16
+    assert 3 * two.step_flops < two.total_flops < one.total_flops * 11 / 8
+    assert (two.state_bytes, two.working_bytes, two.step_flops) == (
+        one.state_bytes,
+        one.working_bytes,
+        one.step_flops,
+    )
+    # Parameters and two moments of each, a step here and one in the optimizer.
+    assert 0 <= one.state_bytes - 3 * 4 * one.parameters <= 64
+
+
+# The structures of which XLA is asked what it needs. SGD compiles in half the time, and nothing here depends on it.
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "accumulation": {"training.batch_size": 16, "training.accumulation": 4, "model.vocab_size": 2000},
+    "remat": {"model.remat": "full", "model.n_layers": 6, "training.batch_size": 16, "model.context_length": 64},
+    "dropout": {"model.dropout": 0.1, "training.batch_size": 16, "model.context_length": 64},
+}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
+    config = small_config(**{"optimizer.name": "sgd"} | STRUCTURES[name])
+    window, calls = config.model.context_length, config.training.steps_per_call
+    structure, numbers = split(config)
+    batches = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype),
+        batch_shapes(config.training.batch_size, window),
+    )
+    state, whole = state_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)
+    program = compiled_train_steps.lower(structure, state, batches, whole, as_arguments(numbers), whole).compile()
+    needed = program.memory_analysis()
+    assert needed is not None
+    assert 0.5 < step_bytes(config, window) / needed.temp_size_in_bytes < 2
+    assert total_bytes(state) <= needed.output_size_in_bytes <= 1.1 * total_bytes(state) + 1000
+
+
+def test_memory_grows_with_what_is_kept() -> None:
+    def kept(**changes: Any) -> int:
+        config = small_config(**{"model.n_layers": 4} | changes)
+        return residual_bytes(config, config.model.context_length)
+
+    everything = kept()
+    assert kept(**{"model.remat": "full"}) < kept(**{"model.remat": "dots"}) < everything
+    assert kept(**{"training.batch_size": 8}) > 1.8 * everything
+    # A part of a batch is computed at a time.
+    assert kept(**{"training.batch_size": 8, "training.accumulation": 2}) == everything
+    assert kept(**{"model.dropout": 0.1}) > everything
+    # One block, computed anew, is all that there is.
+    assert kept(**{"model.remat": "full", "model.n_layers": 1}) >= kept(**{"model.n_layers": 1})
+
+
+# What a person is shown.
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_a_preview_shows_every_trial_and_the_totals(width: int) -> None:
+    knobs = [{"seed": seed, "model.d_model": size} for size in (16, 32) for seed in (1, 2, 3)]
+    trials = expand(small_tree(), knobs)
+    console = Console(file=io.StringIO(), width=width)
+    preview(trials, Dictionary(), CPU, "auto", None, console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    lines = shown.splitlines()
+    assert all(len(line) <= width for line in lines)
+    for number, trial in enumerate(trials):
+        (line,) = [line for line in lines if line.startswith(trial.id)]
+        assert line.split() == [trial.id, str(1 + number // 3), f"seed={1 + number % 3},", trial_width(trial)]
+    words = " ".join(shown.split())
+    tokens = sum(stages(trial.config)[-1].end_step * 4 * 32 for trial in trials)
+    assert f"6 trials, 2 programs to compile, {tokens / 1000:.3g}K tokens" in words and "Nothing was run." in words
+
+
+def trial_width(trial: Trial) -> str:
+    """A trial's width, in the words of a command line."""
+    return f"model.d_model={trial.config.model.d_model}"

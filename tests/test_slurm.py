@@ -1,0 +1,350 @@
+"""--launcher=slurm on a real Slurm: what one process finds, whatever becomes of the jobs and of the launcher."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.launchers.launch import Launch
+from rustgpt_jax.sweeps.ledger import EVENTS, Event, Ledger
+from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.shelf import Shelf
+
+ROOT = Path(__file__).parent.parent
+# The package has the function under the same name.
+LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.launchers.slurm")
+PATIENCE_SECONDS = 90.0
+Environment = dict[str, str]
+
+CONFIG = """
+from ml_collections import ConfigDict
+from configs import tiny
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.model.n_layers, config.model.d_model = 1, 16
+    config.training.batch_size, config.training.steps, config.training.steps_per_call = 4, 8, 4
+    config.schedule.warmup_steps = 2
+    config.record.log_every, config.record.evaluate_every, config.record.checkpoint_every = 4, 8, 8
+    config.record.evaluation_batches = 1
+    return config
+
+def sweep():
+    for d_model in (16, 8):
+        for learning_rate in (1e-3, 1e-2):
+            yield {"model.d_model": d_model, "optimizer.learning_rate": learning_rate}
+
+def sweep_pair():
+    yield from list(sweep())[:2]
+
+LONG = {"training.steps": 2000, "training.steps_per_call": 50, "record.log_every": 50}
+RARELY = {"record.evaluate_every": 2000, "record.checkpoint_every": 2000}
+
+def sweep_long():
+    for learning_rate in (1e-3, 1e-2):
+        yield {"optimizer.learning_rate": learning_rate, **LONG, **RARELY}
+
+def sweep_one():
+    yield {"optimizer.learning_rate": 1e-3, **LONG, **RARELY}
+"""
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Return as soon as a condition holds, and fail the test if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        time.sleep(0.1)
+
+
+def command(config: Path, run: Path, *arguments: str, root: Path = ROOT) -> list[str]:
+    return [sys.executable, str(root / "launch.py"), "sweep", f"--config={config}", f"--run={run}", *arguments]
+
+
+def on_slurm(config: Path, run: Path, *arguments: str, root: Path = ROOT) -> list[str]:
+    # Chunks of one trial, each in a job of one core; two jobs at a time.
+    fixed = ("--launcher=slurm", "--mode=exact", "--width=1", "--workers=2", "--slurm=cpus_per_task=1")
+    return command(config, run, *fixed, *arguments, root=root)
+
+
+def finish(command: Sequence[str], environment: Environment) -> None:
+    """Run a command to its end, which must be a good one."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Environment) -> Iterator["subprocess.Popen[str]"]:
+    """A command that runs meanwhile, and no longer."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ask(environment: Environment, *command: str) -> list[str]:
+    """The lines that a command of Slurm prints."""
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30)
+    return shown.stdout.splitlines()
+
+
+def events(run: Path, *kinds: str) -> list[Event]:
+    return [event for event in Ledger(run / "ledger.jsonl").events() if event["event"] in kinds]
+
+
+def steps(run: Path) -> list[int]:
+    """How many lines of metrics each trial has."""
+    return [len(file.read_text().splitlines()) for file in run.glob("trials/*/metrics.jsonl")]
+
+
+def found(run: Path) -> dict[str, list[str]]:
+    """The status, the steps and the losses of each trial, as results.csv has them."""
+    _, *rows = (run / "results.csv").read_text().splitlines()
+    return {row.split(",")[0]: row.split(",")[-6:] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm: Environment) -> Environment:
+    """The environment of launchers and jobs: most of their time would go into compiling well."""
+    return slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_are_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "cluster" in request.fixturenames:
+        environment = request.getfixturevalue("cluster")
+
+        def is_empty() -> bool:
+            jobs = ask(environment, "squeue", "--noheader", "--format=%A")
+            for job in jobs:
+                subprocess.run(["scancel", job], env=environment, capture_output=True, timeout=30)
+            return not jobs
+
+        wait_for(is_empty, "an empty queue")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("config") / "small.py"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, cluster: Environment) -> Callable[[str], Path]:
+    """The folder of a sweep that ran in one process."""
+
+    def folder(sweep: str) -> Path:
+        run = config.with_name(f"inline {sweep}")
+        if not run.exists():
+            arguments = ("--launcher=inline", "--mode=exact", "--width=1", f"--sweep={sweep}")
+            finish(command(config, run, *arguments), cluster)
+        return run
+
+    return folder
+
+
+# What becomes of a sweep.
+
+
+@pytest.mark.slow
+def test_an_array_of_jobs_finds_what_one_process_finds(
+    config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
+) -> None:
+    run = tmp_path / "a sweep"
+    finish(on_slurm(config, run), cluster)
+    assert [event["job"].partition("_")[2] for event in events(run, "queued")] == ["0", "1", "2", "3"]
+    assert len(events(run, "finished")) == 4
+    assert (run / "results.csv").read_bytes() == (undisturbed("sweep") / "results.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_preempted_jobs_save_wait_and_go_on(
+    config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
+) -> None:
+    run = tmp_path / "run"
+    with started(on_slurm(config, run, "--sweep=long", "--slurm=partition=low"), cluster) as launcher:
+        wait_for(lambda: len(steps(run)) == 2 and min(steps(run)) > 1, "a step of both trials")
+        ask(cluster, "sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        assert launcher.returncode == 0, printed
+    stopped = {event["trial"]: event["step"] for event in events(run, "stopped")}
+    began = [(event["trial"], event["step"]) for event in events(run, "began")]
+    assert len(stopped) == 2 and min(stopped.values()) > 0
+    assert Counter(began) == Counter([(trial, 0) for trial in stopped] + list(stopped.items()))
+    assert len(events(run, "queued")) == 2
+    assert found(run) == found(undisturbed("long"))
+
+
+@pytest.mark.slow
+def test_queued_jobs_run_the_code_of_their_launch_and_outlive_the_launcher(
+    config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    for name in ("rustgpt_jax", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", copy)
+    ask(cluster, "sbatch", "--exclusive", "--job-name=busy", "--output=/dev/null", f"--wrap=sleep {PATIENCE_SECONDS}")
+    wait_for(lambda: ask(cluster, "squeue", "--noheader", "--states=RUNNING"), "a busy node")
+    with started(on_slurm(config, run, "--sweep=pair", root=copy), cluster) as launcher:
+        wait_for(lambda: len(events(run, "queued")) == 2, "jobs in the queue")
+        (copy / "rustgpt_jax" / "training" / "run.py").write_text("raise RuntimeError('changed since')")
+        assert not events(run, "began")
+        ask(cluster, "scancel", "--name=busy")
+        wait_for(lambda: events(run, "began"), "the first job")
+        launcher.kill()
+    finish(on_slurm(config, run, "--sweep=pair"), cluster)
+    assert len(events(run, "queued")) == 2
+    assert not events(run, "failed")
+    assert len(found(run)) == 2
+    assert found(run).items() <= found(undisturbed("sweep")).items()
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_submitted_again(
+    config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
+) -> None:
+    run = tmp_path / "run"
+    with started(on_slurm(config, run, "--sweep=one"), cluster) as launcher:
+        wait_for(lambda: steps(run) and min(steps(run)) > 1, "a step")
+        ask(cluster, "scancel", events(run, "queued")[0]["job"])
+        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+        assert launcher.returncode == 0, printed
+    jobs = [event["job"] for event in events(run, "queued")]
+    assert len(set(jobs)) == len(jobs) == 2
+    assert len(events(run, "finished")) == 1
+    assert len(found(run)) == 1
+    assert found(run).items() <= found(undisturbed("long")).items()
+
+
+@pytest.mark.slow
+def test_a_trial_whose_jobs_keep_ending_fails_and_names_their_log(
+    config: Path, tmp_path: Path, cluster: Environment
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'SLURM_JOB_ID' in os.environ:\n    sys.stderr.write('no disk')\n    os._exit(3)\n"
+    )
+    run = tmp_path / "run"
+    with started(on_slurm(config, run, "--sweep=one"), cluster | {"PYTHONPATH": str(tmp_path)}) as launcher:
+        printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode > 0 and "Traceback" not in printed
+    jobs = [event["job"] for event in events(run, "queued")]
+    assert len(jobs) == LAUNCHER.MOST_DEATHS
+    (failed,) = events(run, "failed")
+    log = run / "jobs" / f"{jobs[-1]}_0_log.err"
+    assert failed["error"] == (
+        f"its job ended 3 times before the trial did; the last, {jobs[-1]}, as FAILED, and its log is {log}"
+    )
+    assert "no disk" in failed["traceback"]
+
+
+def test_what_keeps_a_sweep_from_the_cluster_is_said_in_a_sentence(
+    config: Path, tmp_path: Path, cluster: Environment
+) -> None:
+    (tmp_path / "submitit.py").write_text("raise ModuleNotFoundError('No module named submitit')")
+    silent = tmp_path / "silent" / "squeue"
+    silent.parent.mkdir()
+    silent.write_text("#!/bin/sh\nexit 1\n")
+    silent.chmod(0o755)
+    cases: dict[str, tuple[list[str], Environment, str]] = {
+        "module": ([], {"PYTHONPATH": str(tmp_path)}, "--launcher=slurm needs submitit: python -m pip install"),
+        "command": ([], {"PATH": str(tmp_path)}, "--launcher=slurm runs where Slurm is"),
+        "silence": ([], {"PATH": f"{silent.parent}:{os.environ['PATH']}"}, "Slurm does not answer: "),
+        "partition": (["--slurm=partition=nowhere"], {}, "invalid partition specified: nowhere"),
+        "option": (["--slurm=partitoin=low"], {}, "unrecognized option '--partitoin=low'"),
+    }
+    with ExitStack() as processes:
+        running = {
+            name: processes.enter_context(started(on_slurm(config, tmp_path / name, *arguments), cluster | changes))
+            for name, (arguments, changes, _) in cases.items()
+        }
+        for name, (_, _, sentence) in cases.items():
+            printed, _ = running[name].communicate(timeout=PATIENCE_SECONDS)
+            assert running[name].returncode == 2, printed
+            *shown, said = printed.splitlines()
+            assert said.startswith("error: ") and sentence in said, printed
+            assert [line for line in shown if not line.startswith("shape class")] == []
+            assert {event["event"] for event in events(tmp_path / name, *EVENTS)} == {"planned"}
+
+
+# How jobs are watched, with a cluster of the test's own making.
+
+
+class Cluster:
+    """Jobs end in the states that are told, after as many steps, and at each look the next one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, looks: list[tuple[str, int] | None]) -> None:
+        self.folder = SweepFolder(folder)
+        self.ledger = Ledger(self.folder.ledger_file)
+        self.ledger.append("one", "planned", overrides={})
+        self._looks, self._states, self._is_known = looks, dict[str, str](), True
+        monkeypatch.setattr(LAUNCHER, "SECONDS_BETWEEN_LOOKS", 0)
+        monkeypatch.setattr(LAUNCHER, "_check_cluster", lambda: None)
+        monkeypatch.setattr(LAUNCHER, "_queue", self._queue)
+        monkeypatch.setattr(LAUNCHER, "_submitted", self._submitted)
+
+    def _submitted(self, launch: Launch, chunks: Sequence[Chunk]) -> list[str]:
+        jobs = [str(len(self._states) + place) for place in range(len(chunks))]
+        self._states |= dict.fromkeys(jobs, "RUNNING")
+        return jobs
+
+    def _queue(self) -> dict[str, str] | None:
+        if not self._states:
+            return {}
+        look = self._looks.pop(0)
+        if look is None:
+            return None
+        state, step = look
+        if state == "FINISHED":
+            self.ledger.append("one", "finished", step=step)
+            state = "COMPLETED"
+        elif step:
+            self.ledger.append("one", "stopped", step=step)
+        self._states[list(self._states)[-1]] = state
+        return {job: state for job, state in self._states.items() if state != "FORGOTTEN"}
+
+    def run(self) -> list[str]:
+        """Launch a chunk of one trial; the events of the ledger after that."""
+        launch = Launch(self.folder, Shelf(), Path("code"), 1, {}, lambda: False)
+        LAUNCHER.slurm(launch, [Chunk(("one",), "exact", 1)])
+        assert self._looks == []
+        return [event["event"] for event in self.ledger.events()[1:]]
+
+
+def test_jobs_that_come_further_are_not_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    looks: list[tuple[str, int] | None] = [("TIMEOUT", step) for step in range(1, 9)]
+    happened = Cluster(monkeypatch, tmp_path, [*looks, ("FINISHED", 9)]).run()
+    assert happened == ["queued", "stopped"] * 8 + ["queued", "finished"]
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "FORGOTTEN"])
+def test_jobs_that_come_no_further_are_given_up(state: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster(monkeypatch, tmp_path, [("TIMEOUT", 5), (state, 0), (state, 0)])
+    assert cluster.run() == ["queued", "stopped", "queued", "queued", "failed"]
+
+
+def test_a_trial_that_failed_before_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster(monkeypatch, tmp_path, [("FAILED", 0), ("FINISHED", 5)])
+    cluster.ledger.append("one", "failed", error="", traceback="")
+    assert cluster.run() == ["failed", "queued", "queued", "finished"]
+
+
+def test_jobs_are_not_taken_for_dead_while_slurm_is_silent_or_queues_them_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looks: list[tuple[str, int] | None] = [None, None, ("PREEMPTED", 3), ("COMPLETING", 0), ("PENDING", 0), None]
+    happened = Cluster(monkeypatch, tmp_path, [*looks, ("RUNNING", 0), ("FINISHED", 9)]).run()
+    assert happened == ["queued", "stopped", "finished"]

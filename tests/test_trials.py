@@ -1,0 +1,201 @@
+"""Trials: each a checked config with a name, and every mistake in a sweep is found before anything runs."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_tree
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from rustgpt_jax.config import config_hash, read, stages, to_dict
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.machine import ACCELERATOR_PLUGINS
+from rustgpt_jax.resolve import override, resolve
+from rustgpt_jax.sweeps.trials import ID_DIGITS, Trial, expand, in_words, trial
+
+ROOT = Path(__file__).parent.parent
+RATE = "optimizer.learning_rate"
+TREE = small_tree()
+TWO_STAGES = small_tree(stages=({"name": "pretrain"}, {"name": "instruct", "data": {"corpus": "chat"}}))
+
+# Values that differ from those of TREE, and that may stand in any combination.
+KNOBS = {
+    RATE: some.floats(1e-6, 1.0),
+    "seed": some.integers(1, 2**32 - 1),
+    "model.dropout": some.floats(0.01, 0.9),
+    "model.qk_norm": some.booleans(),
+    "training.steps": some.integers(20, 1000),
+    "data.window": some.none() | some.integers(2, 32),
+    "record.prompts": some.lists(some.text(max_size=3), max_size=2).map(tuple),
+}
+
+
+# What a trial is.
+
+
+@given(some.fixed_dictionaries({}, optional=KNOBS))
+@settings(max_examples=20)
+def test_a_trial_is_the_config_with_its_overrides_and_is_named_after_it(overrides: dict[str, Any]) -> None:
+    made = trial(TREE, overrides)
+    by_hand = small_tree(**overrides)
+    assert made.config == resolve(by_hand)
+    assert made.id == config_hash(resolve(by_hand))[:8] and len(made.id) == ID_DIGITS == 8
+    assert made.overrides == overrides
+    # A config is found again from what its run folder keeps.
+    assert config_hash(resolve(to_dict(made.config)))[:8] == made.id
+
+
+@given(some.lists(some.fixed_dictionaries({}, optional=KNOBS), min_size=1, max_size=4))
+@settings(max_examples=20)
+def test_the_base_is_left_as_it_was(sweep: list[dict[str, Any]]) -> None:
+    tree = copy.deepcopy(TWO_STAGES)
+    before, swept = resolve(tree), copy.deepcopy(sweep)
+    for overrides in sweep:
+        trial(tree, overrides | {"stages.instruct.optimizer.b1": 0.5})
+    assert resolve(tree) == before
+    assert sweep == swept
+
+
+@given(some.lists(some.sampled_from([1e-4, 1e-3, 3e-3, 1e-2]), min_size=1, max_size=6))
+@settings(max_examples=20)
+def test_trials_come_in_their_order_and_equal_ones_are_refused(rates: list[float]) -> None:
+    sweep = [{RATE: rate} for rate in rates]
+    if len(set(rates)) == len(rates):
+        trials = expand(TREE, iter(sweep))
+        assert [each.config.optimizer.learning_rate for each in trials] == rates
+        assert len({each.id for each in trials}) == len(rates)
+    else:
+        with pytest.raises(UserError, match="Two trials are the same config"):
+            expand(TREE, sweep)
+
+
+def test_an_override_reaches_into_a_stage() -> None:
+    (made,) = expand(TWO_STAGES, [{f"stages.instruct.{RATE}": 0.5, "stages.pretrain.training.steps": 3}])
+    rates = {stage.name: read(stage.config, RATE) for stage in stages(made.config)}
+    steps = {stage.name: stage.config.training.steps for stage in stages(made.config)}
+    assert rates == {"pretrain": resolve(TREE).optimizer.learning_rate, "instruct": 0.5}
+    assert steps == {"pretrain": 3, "instruct": 8}
+    assert in_words(made.overrides) == f"stages.instruct.{RATE}=0.5, stages.pretrain.training.steps=3"
+
+
+def test_overrides_survive_json() -> None:
+    overrides = {RATE: 0.1 + 0.2, "record.prompts": ("a", "b"), "data.window": None, "model.bias": False}
+    again = json.loads(json.dumps(trial(TREE, overrides).overrides))
+    assert trial(TREE, again).id == trial(TREE, overrides).id
+
+
+# Mistakes: a sweep, and what is said of it.
+
+SAME = "Two trials are the same config: "
+WRONG = {
+    "unknown knob": ([{"optimizer.learning_rat": 1}], f"Did you mean config.{RATE}?"),
+    "no group": ([{"learning_rate": 1}], f"Did you mean config.{RATE}?"),
+    "a group": ([{"optimizer": 1}], "config.optimizer is a group of knobs"),
+    "an empty path": ([{"": 1}], "there is no such knob"),
+    "a path that is no text": ([{("seed",): 1}], "('seed',)"),
+    "wrong type": ([{RATE: "fast"}], f"config.{RATE} takes a number, not 'fast'"),
+    "not finite": ([{RATE: float("nan")}], f"config.{RATE} takes a number, not nan"),
+    "a list for a number": ([{"seed": [1, 2]}], "config.seed takes a whole number, not [1, 2]"),
+    "out of range": (
+        [{"seed": 1}, {"seed": -1}],
+        "The trial seed=-1 cannot be: config.seed must be at least 0, not -1",
+    ),
+    "combination": ([{"model.n_heads": 5}], "The trial model.n_heads=5 cannot be: config.model.d_model=32 is not"),
+    "no such choice": ([{"model.remat": "ful"}], "config.model.remat: there is no 'ful'. Did you mean 'full'?"),
+    "no such stage": ([{"stages.one.seed": 1}], "config.stages: there is no stage 'one'"),
+    "the same twice": ([{"seed": 1}, {"seed": 1}], f"{SAME}seed=1 and seed=1"),
+    "the same in other words": ([{RATE: 1e-3}, {RATE: 0.001}], f"{SAME}{RATE}=0.001 and {RATE}=0.001"),
+    "whole and real": ([{RATE: 1}, {RATE: 1.0}], f"{SAME}{RATE}=1 and {RATE}=1.0"),
+    "no override": ([{}, {"seed": 0}], SAME),
+    "the base's own value": ([{"seed": 0, "model.bias": True}, {"seed": 0}], SAME),
+    "empty": ([], "The sweep has no trials."),
+    "not a mapping": ([("seed", 1)], "A sweep yields mappings of knobs to values, not ('seed', 1)."),
+    "one mapping alone": ({"seed": 1}, "A sweep yields mappings of knobs to values, not 'seed'."),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_names_the_trial(name: str) -> None:
+    sweep, said = WRONG[name]
+    tree = copy.deepcopy(TREE)
+    override(tree, "model.bias", True)
+    before = resolve(tree)
+    with pytest.raises(UserError) as error:
+        expand(tree, sweep)
+    assert said in str(error.value)
+    assert str(error.value).endswith((".", "?")) and "\n" not in str(error.value)
+    assert resolve(tree) == before
+
+
+def test_a_wrong_knob_of_a_stage_is_named_with_its_stage() -> None:
+    with pytest.raises(UserError, match="config.stages.instruct.optimizer.learning_rate?") as error:
+        expand(TWO_STAGES, [{"stages.instruct.optimizer.learning_rat": 1}])
+    assert "The trial stages.instruct.optimizer.learning_rat=1 cannot be" in str(error.value)
+    with pytest.raises(UserError, match="must be the same in the whole run"):
+        expand(TWO_STAGES, [{"stages.instruct.model.d_model": 8}])
+
+
+def test_a_knob_is_swept_or_given_by_hand() -> None:
+    stage = f"stages.instruct.{RATE}"
+    assert len(expand(TWO_STAGES, [{RATE: 1.0}, {RATE: 2.0}], fixed=["seed", stage])) == 2
+    for path in RATE, stage:
+        with pytest.raises(UserError, match=f"config.{path} is given on the command line and swept too"):
+            expand(TWO_STAGES, [{"seed": 1}, {path: 1.0}], fixed=["seed.x", path])
+
+
+def test_trials_are_compared_as_objects() -> None:
+    first, second = trial(TREE, {}), trial(TREE, {})
+    assert isinstance(first, Trial) and first != second and first.id == second.id
+
+
+# What is found without starting JAX.
+
+BASE = """
+from configs import tiny
+
+def get_config():
+    return tiny.get_config()
+
+def sweep():
+    return [{KNOBS}, {"seed": 1}]
+"""
+LAUNCH = """
+import sys
+sys.argv = ["launch.py", "sweep", "--config=swept.py"]
+sys.path.insert(0, ROOT)
+import runpy
+try:
+    runpy.run_path(ROOT + "/launch.py", run_name="__main__")
+finally:
+    print([name for name in ("jax", "jaxlib", "flax", "optax", "orbax") if name in sys.modules])
+"""
+
+
+def test_an_unknown_knob_is_refused_before_jax_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "swept.py").write_text(BASE.replace("KNOBS", '"optimizer.learning_rat": 1.0'))
+    code = LAUNCH.replace("ROOT", repr(str(ROOT)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"Did you mean config.{RATE}?" in done.stderr
+    assert done.stdout == "[]\n"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["swept.py"]
+
+
+@pytest.mark.skipif(any(map(find_spec, ACCELERATOR_PLUGINS)), reason="asks an accelerator for its memory")
+def test_a_dry_run_starts_no_device_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "swept.py").write_text(BASE.replace("KNOBS", f'"{RATE}": 0.25'))
+    command = [sys.executable, str(ROOT / "launch.py"), "sweep", "--config=swept.py", "--dry_run"]
+    # Whatever asked JAX for a device would fail.
+    environment = os.environ | {"JAX_PLATFORMS": "bogus"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{RATE}=0.25" in done.stdout and "seed=1" in done.stdout
+    assert "2 trials, 1 program to compile" in done.stdout and "Nothing was run." in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["swept.py"]
