@@ -6,7 +6,17 @@ Three widths, seven learning rates from 3e-4 to 3e-1, two seeds, three variants:
 the standard library of the running Python byte by byte. The measure is that of arXiv 2309.14322: the mean over the
 learning rates of how far the loss is above the best one, no loss counting for more than that of the initial model.
 
-FINDING: not measured yet.
+FINDING (2 vCPU AMD EPYC, JAX 0.10.2, Python 3.11's library): the sensitivity falls with the width, and QK-norm lowers
+it at every width; a z-loss of 1e-4 does not change it beyond noise. Means of two seeds, nats a byte:
+
+    width      plain    QK-norm    z-loss
+    32         0.547    0.455      0.559
+    64         0.383    0.276      0.384
+    128        0.345    0.201      0.322
+
+No model diverged. What QK-norm helps is the high rates (width 128 at 0.3: 2.33 against 2.84); the best loss itself
+differs by less than the seeds do, except by width. 23 minutes of one core: about 12 on two cores that have nothing
+else to do.
 """
 
 from collections.abc import Iterable
