@@ -145,7 +145,9 @@ def test_without_a_finished_trial_there_is_a_csv_and_an_error(tmp_path: Path) ->
 
 
 def test_reading_a_sweep_starts_no_jax() -> None:
-    code = "import sys, rustgpt_jax.sweeps.report.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    code = (
+        "import sys, rustgpt_jax.sweeps.report.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 

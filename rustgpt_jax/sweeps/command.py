@@ -41,6 +41,8 @@ def run_sweep(
     check_settings(command.settings)
     use_cores_as_devices()
     keep_compiled_programs()
+    if isinstance(spec, SuccessiveHalving | TreeParzen):
+        search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
     with counting(console, "documents encoded") as progress, waiting(console, "reading the data"):
@@ -70,7 +72,7 @@ def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
     try:
         console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
     except UserError as error:
-        if not sweep.failed():
-            raise
+        # All of them diverged or failed: that is what the sweep found.
         console.print(str(error), highlight=False, soft_wrap=True)
+        return 1
     return 1 if sweep.failed() else 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def create(path: Path, about: dict[str, Any]) -> SweepFolder:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The sweep's folder {path} cannot be made: {error.strerror}.") from error
-    if any(not entry.name.startswith(".") for entry in path.iterdir()):
+    used = any(not entry.name.startswith(".") for entry in path.iterdir())
+    # Another launch may have begun the same sweep in this moment.
+    if used and not folder.about_file.exists():
         raise UserError(f"{path} holds files but no sweep (no sweep.json); choose another --run folder.")
     write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
     return folder
@@ -113,7 +116,7 @@ def keep_code(folder: SweepFolder) -> Path:
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     copy = folder.code / digest.hexdigest()[:12]
     if not copy.exists():
-        partial = copy.with_name(f".{copy.name}.{id(folder)}")
+        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}")
         for file in files:
             target = partial / file.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,13 @@ from rustgpt_jax.sweeps.trials import Trial, expand, trial
 VALID_LOSS = "valid/loss"
 
 
+def check_validation(trials: Sequence[Trial]) -> None:
+    """Raises UserError for a trial that measures no validation loss, by which a search compares."""
+    for each in trials:
+        if not all(stage.config.data.valid_fraction for stage in stages(each.config)):
+            raise UserError("A search compares validation losses, and config.data.valid_fraction=0 has none.")
+
+
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
     """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
     for each, rung in itertools.product(trials, search.rungs):
@@ -40,8 +47,6 @@ def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
                 f"successive_halving: there is no evaluation at step {rung}, for config.record.evaluate_every={every}; "
                 f"the nearest rung is {max(1, round(rung / every)) * every}."
             )
-        if not all(part.config.data.valid_fraction for part in parts):
-            raise UserError("successive_halving compares validation losses, and config.data.valid_fraction=0 has none.")
 
 
 def halve(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:

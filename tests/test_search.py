@@ -1,0 +1,421 @@
+"""Searches: the right trials go on, suggestions repeat, and a search that is killed goes on as if it were not."""
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from rich.console import Console
+from test_loop import Killed, metrics
+from test_sweep import (
+    ABOUT,
+    assert_same_runs,
+    checkpoints,
+    events,
+    launcher_of,
+    opened,
+    run,
+    table,
+    tiny_tree,
+    trial_path,
+    wait_until,
+)
+
+from rustgpt_jax.config import stages
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import InUse, load_config, lock
+from rustgpt_jax.sweeps import (
+    TreeParzen,
+    choice,
+    log_uniform,
+    planner,
+    product,
+    seeds,
+    successive_halving,
+    tree_parzen,
+    uniform,
+    values,
+)
+from rustgpt_jax.sweeps import command as commands
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
+from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.search import check_rungs, halve, parzen
+from rustgpt_jax.sweeps.sweep import Settings, folders
+from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.training import lanes
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Searches over losses from a formula, which train nothing and may be killed at every write.
+
+Loss = Callable[[Any, int], float]
+
+
+class Ticks:
+    """Counts the moments at which a process could be killed, and ends it at one of them."""
+
+    def __init__(self) -> None:
+        self.left = math.inf
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+    def around(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """A write that may be killed before and after."""
+
+        def written(*arguments: Any) -> Any:
+            self()
+            result = write(*arguments)
+            self()
+            return result
+
+        return written
+
+
+def train_by_formula(loss: Loss, ticks: Ticks, launch: Launch, chunks: Sequence[Chunk]) -> None:
+    """A launcher whose trials have the losses of a formula of their config and the step; NaN is a divergence."""
+    ledger = Ledger(launch.folder.ledger_file)
+    for chunk in chunks:
+        configs = {trial: load_config(launch.folder.trial(trial).path) for trial in chunk.trials}
+        ledger.append_all([(trial, "began", {"step": 0}) for trial in configs])
+        for trial, config in configs.items():
+            end = min(chunk.until or math.inf, stages(config)[-1].end_step)
+            lines, event, step = [], "finished" if end == config.training.steps else "stopped", end
+            for at in range(config.record.evaluate_every, end + 1, config.record.evaluate_every):
+                if math.isnan(loss(config, at)):
+                    event, step = "diverged", at
+                    break
+                lines.append({"step": at, "stage": "train", "valid/loss": loss(config, at)})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            launch.folder.trial(trial).metrics_file.write_text(text)
+            ticks()
+            ledger.append(trial, event, step=step)
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
+    """Every write to the ledger and to the journal may be the last."""
+    ticks = Ticks()
+    monkeypatch.setattr(Ledger, "append_all", ticks.around(Ledger.append_all))
+    monkeypatch.setattr(JournalFileBackend, "append_logs", ticks.around(JournalFileBackend.append_logs))
+    monkeypatch.setattr(folders, "keep_code", lambda folder: folder.code)
+    monkeypatch.setattr(planner, "cost", lambda whole: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
+    return ticks
+
+
+@pytest.fixture
+def by_formula(ticks: Ticks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Loss], Ticks]]:
+    """Have trials give the losses of a formula."""
+
+    def given(loss: Loss) -> Ticks:
+        monkeypatch.setitem(LAUNCHERS, "inline", partial(train_by_formula, loss, ticks))
+        return ticks
+
+    yield given
+
+
+def killed_often(search: Callable[[], None], ticks: Ticks, seed: int) -> int:
+    """Begin a search again and again, each time killed after some writes, until it ends. How often it was killed."""
+    rng, n = random.Random(seed), 0
+    while True:
+        ticks.left = rng.randint(1, 14)
+        try:
+            search()
+            return n
+        except Killed:
+            n += 1
+
+
+# Successive halving.
+
+
+def random_loss(seed: int) -> Loss:
+    """Losses without any order, of which one in eight is not a number."""
+
+    def loss(config: Any, step: int) -> float:
+        rng = random.Random(f"{seed} {config.seed} {step}")
+        return math.nan if rng.random() < 1 / 8 else rng.random()
+
+    return loss
+
+
+def fates(trials: list[Trial], loss: Loss, rungs: Sequence[int], keep: float) -> dict[str, tuple[str, int]]:
+    """How each trial ends and at which step, from all losses of all trials."""
+    ends, alive = {}, list(range(len(trials)))
+    for rung in (*rungs, trials[0].config.training.steps):
+        losses = np.array([[loss(trials[index].config, step) for step in range(4, rung + 1, 4)] for index in alive])
+        for index, row in zip(alive, losses, strict=True):
+            if np.isnan(row).any():
+                ends[trials[index].id] = "diverged", 4 * (int(np.isnan(row).argmax()) + 1)
+        fine = [(row[-1], index) for index, row in zip(alive, losses, strict=True) if not np.isnan(row).any()]
+        n_kept = math.ceil(keep * len(alive)) if rung in rungs else len(fine)
+        for _, index in sorted(fine)[n_kept:]:
+            ends[trials[index].id] = "pruned", rung
+        alive = sorted(index for _, index in sorted(fine)[:n_kept])
+    return ends | {trials[index].id: ("finished", trials[0].config.training.steps) for index in alive}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks], seed: int, tmp_path: Path) -> None:
+    trials = expand(tiny_tree(), seeds(11))
+    keep, rungs = (1 / 3, (4, 8)) if seed % 2 else (0.5, (4,))
+    search = successive_halving(seeds(11), rungs, keep)
+
+    def once(path: Path) -> None:
+        with opened(path) as sweep:
+            halve(sweep, search, trials)
+
+    ticks = by_formula(random_loss(seed))
+    once(tmp_path / "straight")
+    assert killed_often(partial(once, tmp_path / "killed"), ticks, seed) > 3
+    for path in (tmp_path / "straight", tmp_path / "killed"):
+        ends = {event["trial"]: (event["event"], event["step"]) for event in events(path) if "step" in event}
+        assert ends == fates(trials, random_loss(seed), rungs, keep)
+        ended = [event["trial"] for event in events(path, "finished", "diverged", "pruned")]
+        assert sorted(ended) == sorted(trial.id for trial in trials)
+    assert table(tmp_path / "straight") == table(tmp_path / "killed")
+
+
+def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e30)
+    trials = expand(tiny_tree(), rates)
+    run(tmp_path / "plain", trials)
+    search = successive_halving(rates, rungs=(4, 8), keep=1 / 2)
+    calls = 0
+
+    def killed_later(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 5):
+            raise Killed
+        return steps(*arguments)
+
+    steps = lanes.compiled_population_steps
+    monkeypatch.setattr(lanes, "compiled_population_steps", killed_later)
+    n_kills = 0
+    while not events(tmp_path / "halved", "finished"):
+        try:
+            with opened(tmp_path / "halved") as sweep:
+                halve(sweep, search, trials)
+        except Killed:
+            n_kills += 1
+    assert n_kills == 2
+
+    def losses(step: int) -> dict[str, float]:
+        found = {}
+        for trial in trials[:-1]:
+            lines = metrics(trial_path(tmp_path / "plain", trial))
+            found[trial.id] = next(
+                line["valid/loss"] for line in lines if line["step"] == step and "valid/loss" in line
+            )
+        return found
+
+    first = sorted(losses(4), key=losses(4).__getitem__)[:3]
+    second = sorted(first, key=losses(8).__getitem__)[:2]
+    assert {event["trial"] for event in events(tmp_path / "halved", "finished")} == set(second)
+    survivors = [trial for trial in trials if trial.id in second]
+    assert_same_runs(survivors, tmp_path / "halved", tmp_path / "plain")
+    pruned = {event["trial"]: (event["step"], event["rung"]) for event in events(tmp_path / "halved", "pruned")}
+    calm = [trial.id for trial in trials[:-1]]
+    assert pruned == {name: (8, 2) if name in first else (4, 1) for name in calm if name not in second}
+    for name, (rung, _) in pruned.items():
+        assert checkpoints(tmp_path / "halved")[name] == rung
+        whole = metrics(tmp_path / "plain" / "trials" / name)
+        assert metrics(tmp_path / "halved" / "trials" / name) == [line for line in whole if line["step"] <= rung]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rungs", "message"),
+    [
+        ({}, (4, 10), "no evaluation at step 10, for config.record.evaluate_every=4; the nearest rung is 8"),
+        ({}, (1,), "no evaluation at step 1, .* the nearest rung is 4"),
+        ({}, (4, 12), "the rung 12 is not before the end of training at step 12"),
+        ({"data.valid_fraction": 0.0}, (4,), "config.data.valid_fraction=0 has none"),
+    ],
+)
+def test_a_rung_without_an_evaluation_is_refused_before_anything_is_written(
+    changes: dict[str, Any], rungs: tuple[int, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both are for a process that has not used JAX yet.
+    monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    tree, search = tiny_tree(**changes), successive_halving(seeds(2), rungs)
+    command = commands.Command(ABOUT, Settings(), dry_run=False)
+    with pytest.raises(UserError, match=message):
+        commands.run_sweep(
+            tree, search, expand(tree, seeds(2)), [], tmp_path / "sweep", command, Console(file=StringIO())
+        )
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_rungs_at_evaluations_are_taken() -> None:
+    check_rungs(successive_halving(seeds(2), (4, 8)), expand(tiny_tree(), seeds(2)))
+
+
+# Trees of Parzen estimators.
+
+SPACE = {
+    "optimizer.learning_rate": log_uniform(1e-4, 1e-1),
+    "optimizer.weight_decay": uniform(0.0, 0.3),
+    "schedule.warmup_steps": choice(1, 2, 3),
+}
+
+
+def bowl(config: Any, step: int) -> float:
+    """A parabola about a learning rate of 1e-2, with noise of the seed; high rates diverge."""
+    rate = config.optimizer.learning_rate
+    if rate > 5e-2:
+        return math.nan
+    return (math.log10(rate) + 2) ** 2 + config.optimizer.weight_decay + 0.01 * config.seed - 1e-3 * step
+
+
+def searched(path: Path, search: TreeParzen) -> None:
+    with opened(path) as sweep:
+        parzen(sweep, search, tiny_tree(), ())
+
+
+def study(path: Path) -> list[tuple[dict[str, Any], list[float] | None, str]]:
+    """What was suggested and told: point, values and state, in the order of the suggestions."""
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(SweepFolder(path).study_file)))
+    trials = optuna.load_study(study_name="sweep", storage=storage).trials
+    return [(each.params, each.values, each.state.name) for each in trials]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 16])
+def test_a_killed_search_asks_for_the_same_trials(
+    by_formula: Callable[[Loss], Ticks], batch: int, tmp_path: Path
+) -> None:
+    search = tree_parzen(14, SPACE, batch, seed=batch)
+    ticks = by_formula(bowl)
+    searched(tmp_path / "straight", search)
+    assert killed_often(lambda: searched(tmp_path / "killed", search), ticks, batch) > 5
+    assert study(tmp_path / "killed") == study(tmp_path / "straight")
+    assert table(tmp_path / "killed") == table(tmp_path / "straight")
+
+
+def test_points_are_told_as_they_ended(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    search = tree_parzen(13, SPACE, batch=4)
+    searched(tmp_path, search)
+    found = study(tmp_path)
+    assert len(found) == 13 == len(events(tmp_path, "planned"))
+    for point, told, state in found:
+        (trial,) = expand(tiny_tree(), [point])
+        loss = bowl(trial.config, 12)
+        assert (told, state) == ((None, "FAIL") if math.isnan(loss) else ([loss], "COMPLETE"))
+    assert {state for _, _, state in found} == {"FAIL", "COMPLETE"}
+    searched(tmp_path, search)
+    assert study(tmp_path) == found
+
+    assert all(json.loads(line) for line in SweepFolder(tmp_path).study_file.read_text().splitlines())
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.read_bytes().startswith(b"SQLite")]
+
+
+def test_a_point_is_told_the_mean_over_its_seeds(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    def loss(config: Any, step: int) -> float:
+        # The last seed diverges where the decay is high.
+        return math.nan if config.seed == 7 and config.optimizer.weight_decay > 0.15 else bowl(config, step)
+
+    by_formula(loss)
+    searched(tmp_path, tree_parzen(8, SPACE, batch=3, seeds=(0, 3, 7)))
+    found = study(tmp_path)
+    assert len(found) == 8 and len(events(tmp_path, "planned")) == 24
+    for point, told, _ in found:
+        configs = [trial.config for trial in expand(tiny_tree(), product([point], values("seed", 0, 3, 7)))]
+        mean = np.mean([loss(config, 12) for config in configs])
+        assert told is None if math.isnan(mean) else told == pytest.approx([mean])
+    assert {state for _, _, state in found} == {"FAIL", "COMPLETE"}
+
+
+def test_suggestions_follow_what_was_found(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    def elsewhere(config: Any, step: int) -> float:
+        return (math.log10(config.optimizer.learning_rate) + 4) ** 2
+
+    search = tree_parzen(30, SPACE, batch=2)
+    rates = {}
+    for loss in (bowl, elsewhere):
+        by_formula(loss)
+        path = tmp_path / loss.__name__
+        searched(path, search)
+        rates[loss] = [point["optimizer.learning_rate"] for point, _, _ in study(path)]
+    assert rates[bowl][:10] == rates[elsewhere][:10]
+    centre = {loss: np.median(np.log10(found[15:])) for loss, found in rates.items()}
+    assert abs(centre[bowl] + 2) < abs(centre[elsewhere] + 2)
+    assert abs(centre[elsewhere] + 4) < abs(centre[bowl] + 4)
+    by_formula(bowl)
+    searched(tmp_path / "other", replace(search, seed=search.seed + 100))
+    assert study(tmp_path / "other")[0] != study(tmp_path / "bowl")[0]
+
+
+def test_a_stopped_search_tells_nothing(
+    by_formula: Callable[[Loss], Ticks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(launch: Launch, chunks: Sequence[Chunk]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    search = tree_parzen(6, SPACE, batch=3)
+    by_formula(bowl)
+    searched(tmp_path / "straight", search)
+    with monkeypatch.context() as patch:
+        patch.setitem(LAUNCHERS, "inline", stopping)
+        searched(tmp_path / "stopped", search)
+    assert [state for _, _, state in study(tmp_path / "stopped")] == ["RUNNING"] * 3
+    searched(tmp_path / "stopped", search)
+    assert study(tmp_path / "stopped") == study(tmp_path / "straight")
+
+
+def test_one_launch_at_a_time_leads_a_search(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    with lock(tmp_path), pytest.raises(InUse):
+        searched(tmp_path, tree_parzen(2, SPACE))
+    assert events(tmp_path) == []
+
+
+# Searches of real runs, killed for good.
+
+SEARCHES = """
+def sweep_halving():
+    rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    return successive_halving(rates, rungs=(4, 8), keep=1 / 2)
+
+def sweep_parzen():
+    return tree_parzen(6, {"optimizer.learning_rate": log_uniform(1e-4, 1e-1)}, batch=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["halving", "parzen"])
+def test_a_search_that_is_killed_decides_the_same(name: str, tmp_path: Path) -> None:
+    path, rng, flag = tmp_path / "killed", random.Random(name), f"--sweep={name}"
+    with contextmanager(launcher_of)(tmp_path / "searches.py", SEARCHES) as launcher:
+        launcher(tmp_path / "straight", flag).ends()
+        for least in (2, 4, 5):
+            launched = launcher(path, flag)
+            wait_until(partial(_has_checkpoints, path, least), launched)
+            time.sleep(rng.uniform(0, 1))
+            launched.kill()
+        launcher(path, flag).ends()
+    assert (path / "results.csv").read_bytes() == (tmp_path / "straight" / "results.csv").read_bytes()
+    if name == "parzen":
+        assert study(path) == study(tmp_path / "straight")
+
+
+def _has_checkpoints(path: Path, least: int) -> bool:
+    return len(checkpoints(path)) >= least

@@ -1,0 +1,642 @@
+"""Whole sweeps: killed, stopped, shared or failing, they leave what an undisturbed sweep leaves."""
+
+import dataclasses
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import SMALL, small_tree
+from ml_collections import ConfigDict
+from rich.console import Console
+from test_loop import assert_same_bits, metrics, stored_state
+from test_population import train_alone
+
+from rustgpt_jax.evaluation.report import evaluate_run
+from rustgpt_jax.runs.folder import load_config
+from rustgpt_jax.sweeps import product, seeds, values
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.launchers.launch import Launch
+from rustgpt_jax.sweeps.launchers.processes import MOST_DEATHS, processes
+from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
+from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.training import lanes
+from rustgpt_jax.training.recorder import Recorder
+from rustgpt_jax.training.trained import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LAUNCH = str(Path(__file__).parent.parent / "launch.py")
+SECONDS = 300
+TINY = {
+    "tokenizer.name": "byte",
+    "tokenizer.vocab_size": 300,
+    "model.vocab_size": 300,
+    "model.context_length": 16,
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "training.steps": 12,
+    "record.evaluation_batches": 2,
+    "record.prompts": (),
+}
+RATES = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
+ABOUT = About("tiny.py", "sweep", {})
+# One program serves all tests of this process.
+IN_PAIRS = Settings(width=2)
+
+
+def tiny_tree(**changes: Any) -> ConfigDict:
+    return small_tree(**(TINY | changes))
+
+
+# Sweeps in this process, which has one device.
+
+
+@contextmanager
+def opened(path: Path, settings: Settings = IN_PAIRS) -> Iterator[Sweep]:
+    """A sweep in a folder, silent."""
+    with open_sweep(path, ABOUT, settings, Shelf(), Console(file=StringIO())) as sweep:
+        yield sweep
+
+
+def run(path: Path, trials: list[Trial], settings: Settings = IN_PAIRS) -> Sweep:
+    """Run trials to their ends, as the command line does."""
+    with opened(path, settings) as sweep:
+        sweep.add(trials)
+        sweep.run(trials)
+    return sweep
+
+
+def events(path: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of a sweep, or those of some kinds."""
+    found = Ledger(SweepFolder(path).ledger_file).events()
+    return [event for event in found if not kinds or event["event"] in kinds]
+
+
+def trial_path(path: Path, trial: Trial) -> Path:
+    return SweepFolder(path).trial(trial.id).path
+
+
+def table(path: Path) -> bytes:
+    """results.csv, written anew."""
+    report(path, Console(file=StringIO()))
+    return (path / "results.csv").read_bytes()
+
+
+def assert_same_runs(trials: Iterable[Trial], path: Path, other: Path) -> None:
+    """Trials have the same bits and metrics in two sweeps."""
+    for trial in trials:
+        ours, theirs = trial_path(path, trial), trial_path(other, trial)
+        assert_same_bits(stored_state(trial.config, ours), stored_state(trial.config, theirs))
+        assert metrics(ours) == metrics(theirs)
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[Trial]:
+    return expand(tiny_tree(), RATES)
+
+
+@pytest.fixture(scope="module")
+def straight(trials: list[Trial], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep of `trials`, undisturbed."""
+    path = tmp_path_factory.mktemp("sweeps") / "straight"
+    assert run(path, trials).failed() == set()
+    return path
+
+
+def test_each_finished_trial_is_an_ordinary_run(
+    trials: list[Trial], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_alone(trials[0].config, tmp_path / "alone", monkeypatch)
+    folder = trial_path(straight, trials[0])
+    assert_same_bits(stored_state(trials[0].config, folder), stored_state(trials[0].config, tmp_path / "alone"))
+    assert metrics(folder) == metrics(tmp_path / "alone")
+    assert load_config(folder) == trials[0].config
+    shown = Console(file=StringIO(), width=200)
+    evaluate_run(load(folder, "last"), shown)
+    assert "perplexity" in shown.file.getvalue()
+    assert run(straight, trials).failed() == set()
+    assert Counter(event["event"] for event in events(straight)) == {"planned": 3, "began": 3, "finished": 3}
+
+
+def test_a_stopped_sweep_goes_on_and_its_trials_do_so_alone(
+    trials: list[Trial], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_after_a_call(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return steps(*arguments)
+
+    steps = lanes.compiled_population_steps
+    with monkeypatch.context() as patch, opened(tmp_path / "stopped") as sweep:
+        patch.setattr(lanes, "compiled_population_steps", stop_after_a_call)
+        sweep.add(trials)
+        sweep.run(trials)
+    assert sweep.stop.signal_name == "SIGTERM"
+    stopped = events(tmp_path / "stopped", "stopped")
+    assert stopped and {event["step"] for event in stopped} == {4}
+    alone = next(trial for trial in trials if trial.id == stopped[0]["trial"])
+    train_alone(alone.config, trial_path(tmp_path / "stopped", alone), monkeypatch)
+    run(tmp_path / "stopped", trials)
+    assert table(tmp_path / "stopped") == table(straight)
+    assert_same_runs(trials, tmp_path / "stopped", straight)
+
+
+# Failures.
+
+
+def faulty(seed: int, step: int) -> Callable[..., None]:
+    """An `evaluate` that fails in the trial of a seed from a step on."""
+
+    def evaluate(recorder: Recorder, state: Any, at: int) -> None:
+        if recorder.config.seed == seed and at >= step:
+            raise OSError("no space\nleft")
+        return whole(recorder, state, at)
+
+    whole = Recorder.evaluate
+    return evaluate
+
+
+def test_a_trial_that_fails_leaves_its_neighbours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = expand(tiny_tree(), seeds(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "evaluate", faulty(seed=2, step=8))
+        assert run(tmp_path / "faulty", trials).failed() == {trials[2].id}
+    (failed,) = events(tmp_path / "faulty", "failed")
+    assert (failed["trial"], failed["error"]) == (trials[2].id, "no space left")
+    assert failed["traceback"].startswith("Traceback") and "in evaluate" in failed["traceback"]
+    run(tmp_path / "well", trials)
+    others = [trials[index] for index in (0, 1, 3)]
+    assert_same_runs(others, tmp_path / "faulty", tmp_path / "well")
+    assert {event["width"] for event in events(tmp_path / "faulty", "began")} == {2}
+
+    so_far = len(events(tmp_path / "faulty"))
+    assert run(tmp_path / "faulty", trials).failed() == set()
+    again = events(tmp_path / "faulty")[so_far:]
+    assert [(event["trial"], event["event"], event["step"]) for event in again] == [
+        (trials[2].id, "began", 4),
+        (trials[2].id, "finished", 12),
+    ]
+    assert_same_runs(trials, tmp_path / "faulty", tmp_path / "well")
+    assert table(tmp_path / "faulty") == table(tmp_path / "well")
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json"])
+def test_a_damaged_trial_fails_alone(trials: list[Trial], straight: Path, tmp_path: Path, name: str) -> None:
+    with opened(tmp_path / "damaged") as sweep:
+        sweep.add(trials)
+        file = trial_path(tmp_path / "damaged", trials[1]) / name
+        file.write_text("{")
+        sweep.run(trials)
+        assert sweep.failed() == {trials[1].id}
+    (failed,) = events(tmp_path / "damaged", "failed")
+    assert failed["error"] and failed["traceback"].startswith("Traceback")
+    assert_same_runs([trials[0], trials[2]], tmp_path / "damaged", straight)
+
+
+def test_text_that_changed_fails_a_trial(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question:\n" * 40)
+    on_file = {"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"}
+    tree, overrides = tiny_tree(**on_file), values("training.steps", 4, 8)
+    first, second = expand(tree, overrides)
+    run(tmp_path / "sweep", [first])
+    # The second trial has begun with the old text too.
+    known = trial_path(tmp_path / "sweep", first) / "data.json"
+    with opened(tmp_path / "sweep") as sweep:
+        sweep.add([second])
+    (trial_path(tmp_path / "sweep", second) / "data.json").write_bytes(known.read_bytes())
+    text.write_text("Whether 'tis nobler in the mind to suffer\n" * 40)
+    assert run(tmp_path / "sweep", [first, second]).failed() == {second.id}
+    (failed,) = events(tmp_path / "sweep", "failed")
+    assert "is not what the run began with" in failed["error"]
+
+
+def test_a_diverged_trial_is_marked_and_not_run_again(straight: Path, trials: list[Trial], tmp_path: Path) -> None:
+    wild = expand(tiny_tree(), values("optimizer.learning_rate", 1e-3, 1e30, 1e-2))
+    sweep = run(tmp_path / "wild", wild)
+    assert sweep.failed() == set()
+    (diverged,) = events(tmp_path / "wild", "diverged")
+    assert diverged["trial"] == wild[1].id
+    last = metrics(trial_path(tmp_path / "wild", wild[1]))[-1]
+    assert last["step"] == diverged["step"] and not math.isfinite(last["train/loss"])
+    rows = [line.split(",") for line in table(tmp_path / "wild").decode().splitlines()]
+    assert [row[2] for row in rows] == ["status", "finished", "diverged", "finished"]
+    assert rows[2][4:7] == [""] * 3
+    assert_same_runs([trials[0], trials[2]], tmp_path / "wild", straight)
+    run(tmp_path / "wild", wild)
+    assert len(events(tmp_path / "wild", "began")) == 3
+
+
+# Programs.
+
+
+@pytest.mark.slow
+def test_a_shape_class_compiles_one_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    structures = values("model.d_ff", 20, 28, 36)
+    numbers = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
+    trials = expand(tiny_tree(**{"training.steps": 4}), product(structures, numbers))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run(tmp_path, trials)
+    assert sum("Finished XLA compilation of jit(population_steps)" in line for line in caplog.messages) == 3
+    assert len(events(tmp_path, "finished")) == 9
+
+
+# Launches as people make them: whole processes.
+
+CONFIG = f"""
+from configs import base
+from rustgpt_jax.resolve import override
+from rustgpt_jax.sweeps import *
+
+def get_config():
+    tree = base.get_config()
+    for path, value in {SMALL | TINY}.items():
+        override(tree, path, value)
+    return tree
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A launch of a sweep in a process of its own."""
+
+    process: subprocess.Popen[str]
+    path: Path
+
+    @property
+    def workers(self) -> list[int]:
+        """The worker processes that this launch has now."""
+        return [pid for pid in _processes() if _parent(pid) == self.process.pid]
+
+    def ends(self) -> str:
+        """Wait for the end, which must be a good one. What was printed."""
+        printed = self.process.communicate(timeout=SECONDS)[0]
+        assert self.process.returncode == 0, printed
+        assert "Traceback" not in printed
+        return printed
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=SECONDS)
+
+
+class Launcher:
+    """Starts launches of one config file, and sees to it that none of their processes is left in the end."""
+
+    def __init__(self, config_file: Path) -> None:
+        self._config_file, self._launched = config_file, list[Launched]()
+
+    def __call__(self, path: Path, *flags: str, **environment: str) -> Launched:
+        command = [sys.executable, LAUNCH, "sweep", f"--config={self._config_file}", f"--run={path}", *flags]
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._launched.append(Launched(process, path))
+        return self._launched[-1]
+
+    def end(self) -> None:
+        for launched in self._launched:
+            if launched.process.poll() is None:
+                launched.kill()
+            launched.process.stdout.close()
+        for path in {launched.path for launched in self._launched}:
+            for pid in workers_on(path):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+
+
+def _parent(pid: int) -> int | None:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return None
+
+
+def workers_on(path: Path) -> list[int]:
+    """The worker processes on a sweep's folder, of whatever launch."""
+    found = []
+    for pid in _processes():
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"rustgpt_jax.sweeps.worker" in words and os.fsencode(path) in words:
+                found.append(pid)
+    return found
+
+
+def assert_no_worker_is_left(path: Path) -> None:
+    """Workers whose launch is gone save and end."""
+    deadline = time.monotonic() + SECONDS
+    while workers_on(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_until(condition: Callable[[], bool], launched: Launched) -> None:
+    """Return when a condition holds, or the launch has ended."""
+    deadline = time.monotonic() + SECONDS
+    while not condition() and launched.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Launches a sweep of six short trials."""
+    yield from launcher_of(tmp_path_factory.mktemp("config") / "six.py", sweep_of(60, (1e-3, 3e-3, 1e-2)))
+
+
+@pytest.fixture(scope="module")
+def long_launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Launches a sweep of twelve trials of 80 steps."""
+    rates = (1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
+    yield from launcher_of(tmp_path_factory.mktemp("config") / "twelve.py", sweep_of(80, rates))
+
+
+def sweep_of(steps: int, rates: tuple[float, ...]) -> str:
+    """A sweep over learning rates with two seeds, as a config file has it."""
+    return f"""
+def sweep():
+    return product(values("training.steps", {steps}), values("optimizer.learning_rate", *{rates}), seeds(2))
+"""
+
+
+def launcher_of(file: Path, sweeps: str) -> Iterator[Launcher]:
+    """Launches of a config file with some sweeps; in the end, none of their processes is left."""
+    file.write_text(CONFIG + sweeps)
+    launcher = Launcher(file)
+    yield launcher
+    launcher.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """results.csv of an undisturbed launch."""
+    path = tmp_path_factory.mktemp("undisturbed") / "sweep"
+    launcher(path).ends()
+    return (path / "results.csv").read_bytes()
+
+
+def checkpoints(path: Path) -> dict[str, int]:
+    """The last checkpoint of each trial."""
+    last: dict[str, int] = {}
+    for folder in SweepFolder(path).trials.glob("*/checkpoints/[0-9]*"):
+        if folder.name.isdigit():
+            trial = folder.parents[1].name
+            last[trial] = max(last.get(trial, 0), int(folder.name))
+    return last
+
+
+def assert_nothing_lost(path: Path, seen: list[tuple[dict[str, int], int]]) -> None:
+    """Every start is at or after the checkpoint that was there before; and each trial is finished once.
+
+    `seen` are pairs: the checkpoints of trials at some moment, and how many events there were after it.
+    """
+    history = events(path)
+    for saved, n_events in seen:
+        for event in history[n_events:]:
+            if event["event"] == "began":
+                assert event["step"] >= saved.get(event["trial"], 0), event
+    trials = {event["trial"] for event in history}
+    assert Counter(event["trial"] for event in events(path, "finished")) == dict.fromkeys(trials, 1)
+    assert {event["event"] for event in history} <= {"planned", "began", "finished", "stopped"}
+
+
+def disturb(launcher: Launcher, path: Path, flags: list[str], n_kills: int, rng: random.Random) -> int:
+    """Kill a sweep at random moments until it has been killed so often, or ends. The kills; the sweep is complete."""
+    n, seen = 0, list[tuple[dict[str, int], int]]()
+    while n < n_kills:
+        launched = launcher(path, *flags)
+        n += _kill_at_random(launched, rng, seen)
+        if launched.process.returncode == 0:
+            break
+    else:
+        launcher(path, *flags).ends()
+    assert_nothing_lost(path, seen)
+    assert_no_worker_is_left(path)
+    return n
+
+
+def _kill_at_random(launched: Launched, rng: random.Random, seen: list[tuple[dict[str, int], int]]) -> int:
+    """Kill up to two workers of a launch, and then the launch, unless it ends before. How many were killed."""
+    n, path = 0, launched.path
+    so_far = len(events(path, "began"))
+    # Most kills fall into the training, the others anywhere, the start included.
+    if rng.random() < 0.75:
+        wait_until(lambda: len(events(path, "began")) > so_far, launched)
+    for _ in range(rng.randrange(3)):
+        time.sleep(rng.uniform(0, 3))
+        for worker in rng.sample(launched.workers, k=min(1, len(launched.workers))):
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+                n += 1
+    time.sleep(rng.uniform(0, 3))
+    if launched.process.poll() is None:
+        launched.kill()
+        n += 1
+    else:
+        launched.ends()
+    seen.append((checkpoints(path), len(events(path))))
+    return n
+
+
+PROCESSES = ["--launcher=processes", "--workers=2"]
+
+
+def test_kills_leave_no_trace(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
+    path, seen = tmp_path / "killed", list[tuple[dict[str, int], int]]()
+    launched = launcher(path, *PROCESSES)
+    wait_until(lambda: len(checkpoints(path)) >= 2, launched)
+    worker = launched.workers[0]
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: len({event["process"] for event in events(path, "began")}) == 3, launched)
+    seen.append((checkpoints(path), len(events(path))))
+    launched.kill()
+    launcher(path, *PROCESSES).ends()
+    assert seen[0][0]
+    assert_nothing_lost(path, seen)
+    assert_no_worker_is_left(path)
+    assert (path / "results.csv").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], PROCESSES], ids=["inline", "processes"])
+def test_fifteen_random_kills_leave_no_trace(long_launcher: Launcher, flags: list[str], tmp_path: Path) -> None:
+    long_launcher(tmp_path / "undisturbed").ends()
+    rng, n, sweeps = random.Random(len(flags)), 0, 0
+    while n < 15:
+        path = tmp_path / str(sweeps)
+        n += disturb(long_launcher, path, flags, 15 - n, rng)
+        assert (path / "results.csv").read_bytes() == (tmp_path / "undisturbed" / "results.csv").read_bytes()
+        sweeps += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], PROCESSES], ids=["inline", "processes"])
+def test_two_launches_share_a_sweep(launcher: Launcher, undisturbed: bytes, flags: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "shared"
+    for launched in [launcher(path, *flags), launcher(path, *flags)]:
+        launched.ends()
+    assert_nothing_lost(path, [])
+    assert {event["step"] for event in events(path, "began")} == {0}
+    assert len(events(path, "began")) == len(events(path, "finished")) == len(events(path, "planned")) == 6
+    assert (path / "results.csv").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_launch_takes_over_from_one_that_is_killed(long_launcher: Launcher, tmp_path: Path) -> None:
+    path = tmp_path / "shared"
+    first = long_launcher(path)
+    wait_until(lambda: len(checkpoints(path)) >= 2, first)
+    second = long_launcher(path)
+    wait_until(lambda: len(events(path, "finished")) >= 1, first)
+    first.kill()
+    seen = [(checkpoints(path), len(events(path)))]
+    second.ends()
+    assert_nothing_lost(path, seen)
+    assert {event["process"] for event in events(path, "began")} == {first.process.pid, second.process.pid}
+
+
+def stop_and_go_on(launcher: Launcher, path: Path, flags: list[str], number: signal.Signals) -> None:
+    """Stop a launch in the midst of its training, and launch it again."""
+    launched = launcher(path, *flags)
+    wait_until(lambda: len(checkpoints(path)) >= 2, launched)
+    launched.process.send_signal(number)
+    printed = launched.ends()
+    again = "The same command goes on from there."
+    assert f"Stopped by {number.name}; what was running is saved. {again}" in " ".join(printed.split())
+    assert not (path / "results.csv").exists()
+    stopped = {event["trial"]: event["step"] for event in events(path, "stopped")}
+    assert stopped
+    assert stopped.items() <= checkpoints(path).items()
+    assert_no_worker_is_left(path)
+    n_events = len(events(path))
+    launcher(path, *flags).ends()
+    later = {event["trial"]: event["step"] for event in events(path, "began")[-6:]}
+    assert stopped.items() <= later.items()
+    assert_nothing_lost(path, [(stopped, n_events)])
+
+
+def test_a_signal_stops_a_sweep_which_goes_on(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
+    stop_and_go_on(launcher, tmp_path / "stopped", [], signal.SIGINT)
+    assert (tmp_path / "stopped" / "results.csv").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "number"), [([], signal.SIGTERM), (PROCESSES, signal.SIGINT), (PROCESSES, signal.SIGTERM)]
+)
+def test_each_signal_stops_each_launcher(
+    launcher: Launcher, undisturbed: bytes, flags: list[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    stop_and_go_on(launcher, tmp_path / "stopped", flags, number)
+    assert (tmp_path / "stopped" / "results.csv").read_bytes() == undisturbed
+
+
+# Worker processes that die. These are stand-ins, which need no JAX.
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+path = Path(sys.argv[1])
+print("the log of", os.getpid(), file=sys.stderr)
+for line in sys.stdin:
+    for trial in json.loads(line)["trials"]:
+        with open(path / "lives", "a") as lives:
+            lives.write(trial + "\\n")
+        lived = (path / "lives").read_text().split().count(trial)
+        if trial.startswith("bad") or (trial.startswith("weak") and lived < 3):
+            os._exit(7)
+        with open(path / "ledger.jsonl", "a") as ledger:
+            ledger.write(json.dumps({"time": 0, "trial": trial, "event": "finished"}) + "\\n")
+    print("done", flush=True)
+    if trial.startswith("last"):
+        break
+"""
+
+
+def run_stand_ins(path: Path, trials: list[str], pause: float = 0.0) -> Ledger:
+    """Run chunks of one trial each through one worker process at a time, with a pause before each."""
+    package = path / "code" / "rustgpt_jax" / "sweeps"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("")
+    (package / "worker.py").write_text(STAND_IN)
+    ledger = Ledger(path / "ledger.jsonl")
+    ledger.append_all([(trial, "planned", {"overrides": {}}) for trial in trials])
+    launch = Launch(SweepFolder(path), Shelf(), path / "code", 1, {}, lambda: bool(time.sleep(pause)))
+    processes(launch, [Chunk((trial,), "exact", 1) for trial in trials])
+    return ledger
+
+
+def test_a_trial_whose_process_dies_each_time_is_given_up(tmp_path: Path) -> None:
+    ledger = run_stand_ins(tmp_path, ["good 1", "bad", "weak", "good 2"])
+    states = ledger.states()
+    assert {trial: state["event"] for trial, state in states.items()} == {
+        "good 1": "finished",
+        "bad": "failed",
+        "weak": "finished",
+        "good 2": "finished",
+    }
+    assert states["bad"]["error"] == "its process ended 3 times, at last by exit status 7"
+    assert "the log of" in states["bad"]["traceback"]
+    lives = Counter((tmp_path / "lives").read_text().splitlines())
+    assert lives == {"good 1": 1, "bad": MOST_DEATHS, "weak": 3, "good 2": 1}
+
+
+def test_a_process_that_dies_idle_is_started_anew(tmp_path: Path) -> None:
+    ledger = run_stand_ins(tmp_path, ["last 1", "last 2", "good"], pause=0.3)
+    assert {state["event"] for state in ledger.states().values()} == {"finished"}
+
+
+POISON = """
+import os, sys
+if "rustgpt_jax.sweeps.worker" in sys.orig_argv:
+    poison = os.environ["POISONED_TRIAL"] + os.sep + ".lock"
+    def look(event, arguments):
+        if event == "open" and str(arguments[0]).endswith(poison):
+            os._exit(7)
+    sys.addaudithook(look)
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_that_kills_its_worker_fails_alone(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
+    (tmp_path / "poison").mkdir()
+    (tmp_path / "poison" / "sitecustomize.py").write_text(POISON)
+    path, flags = tmp_path / "sweep", [*PROCESSES, "--width=1"]
+    bad = undisturbed.decode().splitlines()[3].split(",")[0]
+    poisoned = launcher(path, *flags, PYTHONPATH=str(tmp_path / "poison"), POISONED_TRIAL=bad)
+    printed = poisoned.process.communicate(timeout=SECONDS)[0]
+    assert poisoned.process.returncode == 1, printed
+    assert "its process ended 3 times, at last by exit status 7" in " ".join(printed.split())
+    assert [event["trial"] for event in events(path, "failed")] == [bad]
+    assert len(events(path, "finished")) == 5
+    launcher(path, *flags).ends()
+    assert (path / "results.csv").read_bytes() == undisturbed
+    # What is left is an ordinary run.
+    command = [sys.executable, LAUNCH, "evaluate", f"--run={path}/trials/{bad}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert shown.returncode == 0 and "perplexity" in shown.stdout, shown.stderr
