@@ -252,8 +252,13 @@ def test_a_shape_class_compiles_one_program(tmp_path: Path, caplog: pytest.LogCa
     structures = values("model.d_ff", 20, 28, 36)
     numbers = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
     trials = expand(tiny_tree(**{"training.steps": 4}), product(structures, numbers))
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        run(tmp_path, trials)
+    # Not `jax.log_compiles()`, which is for one thread: trials run on threads of their own.
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level(logging.WARNING):
+            run(tmp_path, trials)
+    finally:
+        jax.config.update("jax_log_compiles", False)
     assert sum("Finished XLA compilation of jit(population_steps)" in line for line in caplog.messages) == 3
     assert len(events(tmp_path, "finished")) == 9
 
