@@ -7,7 +7,17 @@ learning rates a factor of 3 apart around its usual one, three seeds each; weigh
 favoured by a strength found for another. Muon's AdamW part keeps 3e-3, and its matrices' rate is tuned. Schedule-free
 runs at a constant rate after the warm-up, as it is meant to; the others come down to zero in a straight line.
 
-FINDING: not measured yet.
+FINDING (2 vCPU AMD EPYC, JAX 0.10.2, Python 3.11's library; 400 steps of 1,024 bytes): Muon, by far. Validation loss
+in nats a byte, mean of three seeds, each at its best rate, which is inside the range tried for all four:
+
+    Muon             1.639    at 0.02
+    schedule-free    1.905    at 0.003
+    AdamW            1.920    at 0.003
+    Lion             2.022    at 0.0009
+
+Muon is better than schedule-free by 0.267 (95% CI 0.227 to 0.306, p = 0.014 after Holm's correction for 19
+comparisons) and than AdamW by 0.281 (0.200 to 0.363, p = 0.027). At its best rate or a factor of 3 or 9 above, Muon
+stays within 0.03; schedule-free forgives large rates too. A step of Muon costs more, which this does not count.
 """
 
 from collections.abc import Iterable
