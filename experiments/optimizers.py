@@ -17,7 +17,7 @@ in nats a byte, mean of three seeds, each at its best rate, which is inside the 
 
 Muon is better than schedule-free by 0.267 (95% CI 0.227 to 0.306, p = 0.014 after Holm's correction for 19
 comparisons) and than AdamW by 0.281 (0.200 to 0.363, p = 0.027). At its best rate or a factor of 3 or 9 above, Muon
-stays within 0.03; schedule-free forgives large rates too. A step of Muon costs more, which this does not count.
+stays within 0.04; schedule-free forgives large rates too. A step of Muon costs more, which this does not count.
 """
 
 from collections.abc import Iterable
