@@ -11,7 +11,7 @@ scaled up, for they are all alike. The bare steps are the compiled
 training steps of one trial alone, on all cores, timed in a process of their own.
 
 FINDING (2 vCPU AMD EPYC, JAX 0.10.2; the tables are in docs/performance.md): with empty caches, tiny takes 23 s as one
-sweep and 138 s as 16 processes, 6.0 times as long; shakespeare_char 191 s (152 s with a worker process a core) and 366 s.
+sweep and 138 s as 16 processes, 6.0 times as long; shakespeare_char 191 s (152 s with worker processes) and 366 s.
 A sweep with an empty cache is faster than any way with processes, full caches included (tiny 40 s, shakespeare_char
 204 s). One more trial costs 1.20 of its bare steps for tiny (1.08 with workers) and 0.90 (0.66) for shakespeare_char.
 """

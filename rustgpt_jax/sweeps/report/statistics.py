@@ -130,7 +130,8 @@ def interactions(knob_values: Mapping[str, Sequence[Any]], losses: Sequence[floa
     shares = {}
     for pair in itertools.combinations(columns, 2):
         first, second = (_levels(columns[knob], 2) for knob in pair)
-        cells = np.unique(np.stack([first, second]), axis=1, return_inverse=True)[1]
+        # NumPy 2.0 alone gives the places as a row.
+        cells = np.unique(np.stack([first, second]), axis=1, return_inverse=True)[1].reshape(-1)
         shares[pair] = _explained(finite, np.hstack([_indicators(first), _indicators(second)]), _indicators(cells))
     return shares
 
