@@ -78,8 +78,15 @@ def staged(accumulation: int) -> list[Config]:
 
 @pytest.mark.parametrize(
     "configs",
-    [population({}), population({"training.accumulation": 2, "optimizer.name": "muon"}), staged(2)],
-    ids=["numbers", "accumulation", "stages"],
+    [
+        pytest.param(population({}), id="numbers", marks=pytest.mark.slow),
+        pytest.param(
+            population({"training.accumulation": 2, "optimizer.name": "muon"}),
+            id="accumulation",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(staged(2), id="stages"),
+    ],
 )
 def test_exact_mode_has_the_bits_of_each_run_alone(
     configs: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -192,6 +192,7 @@ def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks]
     assert table(tmp_path / "straight") == table(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e30)
     trials = expand(tiny_tree(), rates)

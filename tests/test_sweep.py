@@ -141,6 +141,9 @@ def test_a_stopped_sweep_goes_on_and_its_trials_do_so_alone(
 ) -> None:
     def stop_after_a_call(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
+        # The signal is for the main thread, which may be late.
+        while not sweep.stop:
+            time.sleep(0.01)
         return steps(*arguments)
 
     steps = lanes.compiled_population_steps
