@@ -1,5 +1,8 @@
 """Checkpoints: every bit comes back, nothing is made up, and only the last and the best are kept."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,29 @@ def test_the_optimizer_state_is_compared_too(tmp_path: Path) -> None:
     save(tmp_path, state_of("adamw"), 4)
     with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=r"/4: opt_state/\S+ is "):
         checkpoints.restore(shapes_of(state_of("lion")))
+
+
+# Other devices.
+
+ON_THE_SECOND_DEVICE = """
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+from test_checkpoints import save, small_state
+with jax.default_device(jax.devices()[1]):
+    save(Path(sys.argv[1]), small_state(a=[1.0, 2.0]), 4)
+"""
+
+
+def test_what_another_device_saved_comes_back_on_this_one(tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    code = ON_THE_SECOND_DEVICE.format(root=str(tests.parent), tests=str(tests))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, capture_output=True)
+    with Checkpoints(tmp_path, "abc") as checkpoints:
+        restored = checkpoints.restore(shapes_of(small_state(a=[0.0, 0.0])))
+    np.testing.assert_array_equal(restored.params["a"], [1.0, 2.0])

@@ -69,7 +69,7 @@ class Checkpoints:
                 self._manager.delete(step)
 
     def restore(self, like: Any, which: str = "last") -> State:
-        """The newest checkpoint, on the shapes, types and devices of `like` (arrays or their shapes).
+        """The newest checkpoint, on the shapes and types of `like` (arrays or their shapes), on one device.
 
         Raises UserError if there is none, or if it is of another config or has other arrays: nothing is left out,
         made up or cast.
@@ -80,7 +80,9 @@ class Checkpoints:
         with _one_at_a_time:
             about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         self._check(about, layout(like), f"{manager.directory}/{step}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Not where they were when they were saved: that may have been a device that this process does not have.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
         with _one_at_a_time:
             return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
 
