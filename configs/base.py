@@ -53,26 +53,91 @@ def get_config() -> ConfigDict:
     config.model.head_dim = None
     # Hidden width of the feed-forward. None: 4 d_model, or where it is gated 8/3 d_model (up to a multiple of 8).
     config.model.d_ff = None
-    # The pattern of token mixers that is repeated over the layers.
+    # Three patterns, each repeated over the layers. A name is one of a table, or the import path of a part of your own,
+    # such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention, rg_lru, deltanet.
     config.model.mixers = ("attention",)
-    # gelu, relu or swiglu.
-    config.model.feedforward = "swiglu"
-    # layernorm or rmsnorm.
+    # gelu, relu, relu_squared, swiglu, geglu (gelu in its tanh form), or a mixture of experts: moe (of swiglu).
+    config.model.feedforwards = ("swiglu",)
+    # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: the same
+    # with local_rope_base; alibi: scores fall with distance (arXiv 2108.12409); none.
+    config.model.positions = ("rope",)
+    # layernorm, rmsnorm, or zero_centered_rmsnorm, which multiplies by 1 + scale.
     config.model.norm = "rmsnorm"
     # pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each sum (arXiv 1706.03762).
+    # output: on what each sublayer adds, and at the end (arXiv 2501.00656); sandwich: pre and output (2105.13290).
     config.model.norm_placement = "pre"
     # Added to the variance or mean square that a norm divides by.
     config.model.norm_epsilon = 1e-6
-    # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864).
-    config.model.position = "rope"
-    # The slowest wavelength of RoPE is about 2 pi times this.
-    config.model.rope_base = 10000.0
-    # Normalise queries and keys in each head (arXiv 2010.04245).
-    config.model.qk_norm = False
     # Bias vectors in linear layers and layer norms.
     config.model.bias = False
+    # Bias vectors in the projections to queries, keys and values, whatever `bias` says.
+    config.model.qkv_bias = False
     # Use the embedding table, transposed, as the output layer (arXiv 1608.05859).
     config.model.tie_embeddings = True
+    # Multiply embeddings by sqrt(d_model) (arXiv 1706.03762).
+    config.model.scale_embeddings = False
+    # Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.
+    config.model.logits_softcap = 0.0
+
+    # Normalise queries and keys, by the model's norm: head, in each head (arXiv 2010.04245); projection, all heads of
+    # a token at once; none.
+    config.model.qk_norm = "none"
+    # What scores are multiplied by. None: head_dim^-1/2.
+    config.model.attention_scale = None
+    # Keep scores between plus and minus this, by tanh. 0: not in the program.
+    config.model.attention_softcap = 0.0
+    # A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453).
+    config.model.attention_sinks = False
+    # Tokens that local_attention sees, itself included.
+    config.model.local_window = 64
+    # latent_attention (arXiv 2405.04434): width of the latent that keys and values are made from. None: 4 head_dim.
+    config.model.latent_width = None
+    # Width of the latent that queries are made from. None: queries are made from the input itself.
+    config.model.query_latent_width = None
+    # Width of the key that all heads share and that has the position. None: half of head_dim, up to an even number.
+    config.model.shared_key_width = None
+    # rg_lru and deltanet: tokens that their short convolution sees.
+    config.model.conv_width = 4
+    # rg_lru: channels of the state. None: d_model.
+    config.model.recurrent_width = None
+
+    # The slowest wavelength of RoPE is about 2 pi times this.
+    config.model.rope_base = 10000.0
+    # The same for the positions local_rope, which have no scaling.
+    config.model.local_rope_base = 10000.0
+    # The share of a head's channels that RoPE rotates, the first ones.
+    config.model.rope_fraction = 1.0
+    # Stretches RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071).
+    config.model.rope_scaling = "none"
+    # How many times longer.
+    config.model.rope_factor = 1.0
+    # llama3 and yarn: the context before.
+    config.model.rope_original_context = None
+    # Channels with fewer turns in that context are slowed by the whole factor.
+    config.model.rope_slow_turns = 1.0
+    # Channels with more turns in it are not slowed.
+    config.model.rope_fast_turns = 4.0
+    # What queries and keys are multiplied by. None: what the scaling says, 0.1 ln(rope_factor) + 1 for yarn, else 1.
+    config.model.rope_attention_factor = None
+
+    # moe: experts in a layer.
+    config.model.n_experts = 8
+    # Experts that each token goes to.
+    config.model.experts_per_token = 2
+    # Hidden width of an expert. None: that of swiglu.
+    config.model.d_expert = None
+    # Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that finds none
+    # is not fed. 0: a place for every token (dropless).
+    config.model.expert_capacity = 0.0
+    # Make the weights of a token's experts add up to 1.
+    config.model.normalize_experts = True
+    # Weight in the loss of uneven use of the experts (arXiv 2101.03961). 0: not in the program.
+    config.model.load_balance = 0.01
+    # Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.
+    config.model.router_z_loss = 0.0
+
+    # Knobs of parts of your own as pairs of a name and a number: (("decay", 0.9),). They are structure.
+    config.model.options = ()
     # Probability of dropping an activation in training. 0: no dropout in the program at all.
     config.model.dropout = 0.0
     # Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 n_layers).

@@ -26,8 +26,8 @@ def get_config() -> ConfigDict:
     config.model.n_heads = 12
     config.model.norm = "layernorm"
     config.model.norm_epsilon = 1e-5
-    config.model.position = "learned"
-    config.model.feedforward = "gelu"
+    config.model.positions = ("learned",)
+    config.model.feedforwards = ("gelu",)
     config.model.bias = True
     config.model.dtype = "bfloat16"
     config.optimizer.learning_rate = 6e-4

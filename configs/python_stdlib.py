@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.model.d_model = 192
     config.model.n_heads = 6
     config.model.n_kv_heads = 2
-    config.model.qk_norm = True
+    config.model.qk_norm = "head"
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"

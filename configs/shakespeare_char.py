@@ -21,8 +21,8 @@ def get_config() -> ConfigDict:
     config.model.context_length = 64
     config.model.norm = "layernorm"
     config.model.norm_epsilon = 1e-5
-    config.model.position = "learned"
-    config.model.feedforward = "gelu"
+    config.model.positions = ("learned",)
+    config.model.feedforwards = ("gelu",)
     config.model.layers = "unrolled"
     config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
     config.training.steps = 2000

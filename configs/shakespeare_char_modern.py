@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
     config = shakespeare_char.get_config()
     config.model.norm = "rmsnorm"
     config.model.norm_epsilon = 1e-6
-    config.model.position = "rope"
-    config.model.feedforward = "swiglu"
-    config.model.qk_norm = True
+    config.model.positions = ("rope",)
+    config.model.feedforwards = ("swiglu",)
+    config.model.qk_norm = "head"
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.data.max_documents = 200
     config.model.context_length = 64
     config.model.n_layers = 2
-    config.model.feedforward = "gelu"
+    config.model.feedforwards = ("gelu",)
     config.optimizer.b2 = 0.95
     config.training.steps = 150
     config.training.batch_size = 16
@@ -53,8 +53,8 @@ def sweep() -> Iterable[Overrides]:
     """Every width with every variant, learning rate and seed."""
     widths = [{"model.d_model": width, "model.n_heads": width // 16} for width in (32, 64, 128)]
     variants = chain(
-        [{"model.qk_norm": False, "training.z_loss": 0.0}],
-        [{"model.qk_norm": True, "training.z_loss": 0.0}],
-        [{"model.qk_norm": False, "training.z_loss": 1e-4}],
+        [{"model.qk_norm": "none", "training.z_loss": 0.0}],
+        [{"model.qk_norm": "head", "training.z_loss": 0.0}],
+        [{"model.qk_norm": "none", "training.z_loss": 1e-4}],
     )
     return product(widths, variants, values("optimizer.learning_rate", *RATES), seeds(2))

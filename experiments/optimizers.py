@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config = learning_rate.get_config()
     config.model.d_model = 64
     config.model.n_heads = 4
-    config.model.qk_norm = True
+    config.model.qk_norm = "head"
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "linear"
     config.schedule.final_fraction = 0.0

@@ -12,14 +12,22 @@ into these classes by `resolve`, and divided by `split` into
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from rustgpt_jax.errors import UserError, suggestion
 
 
 def knob(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A field that is structure, with its inclusive range or its valid values."""
     return dataclasses.field(metadata={"low": low, "high": high, "choices": choices})
+
+
+def pattern() -> Any:
+    """A field that names parts, repeated over the layers. One name alone is a pattern of one."""
+    return dataclasses.field(metadata={"pattern": True})
 
 
 def number(low: float | None = None, high: float | None = None, off_at_zero: bool = False) -> Any:
@@ -60,21 +68,77 @@ class ModelConfig:
     n_kv_heads: int | None = knob(low=1)
     head_dim: int | None = knob(low=1)
     d_ff: int | None = knob(low=1)
-    mixers: tuple[str, ...] = knob()
-    feedforward: str = knob()
+    mixers: tuple[str, ...] = pattern()
+    feedforwards: tuple[str, ...] = pattern()
+    positions: tuple[str, ...] = pattern()
     norm: str = knob()
-    norm_placement: str = knob(choices=("pre", "post"))
+    norm_placement: str = knob(choices=("pre", "post", "output", "sandwich"))
     norm_epsilon: float = number(low=0.0)
-    position: str = knob()
-    rope_base: float = number(low=1.0)
-    qk_norm: bool = knob()
     bias: bool = knob()
+    qkv_bias: bool = knob()
     tie_embeddings: bool = knob()
+    scale_embeddings: bool = knob()
+    logits_softcap: float = number(low=0.0, off_at_zero=True)
+    qk_norm: str = knob(choices=("none", "head", "projection"))
+    attention_scale: float | None = knob(low=0.0)
+    attention_softcap: float = number(low=0.0, off_at_zero=True)
+    attention_sinks: bool = knob()
+    local_window: int = knob(low=1)
+    latent_width: int | None = knob(low=1)
+    query_latent_width: int | None = knob(low=1)
+    shared_key_width: int | None = knob(low=2)
+    conv_width: int = knob(low=1)
+    recurrent_width: int | None = knob(low=1)
+    rope_base: float = number(low=1.0)
+    local_rope_base: float = number(low=1.0)
+    rope_fraction: float = knob(low=0.0, high=1.0)
+    rope_scaling: str = knob()
+    rope_factor: float = number(low=1.0)
+    rope_original_context: int | None = knob(low=1)
+    rope_slow_turns: float = number(low=0.0)
+    rope_fast_turns: float = number(low=0.0)
+    rope_attention_factor: float | None = knob(low=0.0)
+    n_experts: int = knob(low=1)
+    experts_per_token: int = knob(low=1)
+    d_expert: int | None = knob(low=1)
+    expert_capacity: float = knob(low=0.0)
+    normalize_experts: bool = knob()
+    load_balance: float = number(low=0.0, off_at_zero=True)
+    router_z_loss: float = number(low=0.0, off_at_zero=True)
+    options: tuple[tuple[str, float], ...] = knob()
     dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
     init_std: float = number(low=0.0)
     dtype: str = knob(choices=("float32", "bfloat16"))
     layers: str = knob(choices=("scanned", "unrolled"))
     remat: str = knob(choices=("none", "dots", "full"))
+
+    @property
+    def period(self) -> int:
+        """Blocks after which the patterns of mixers, feed-forwards and positions are all at their beginning again."""
+        return math.lcm(len(self.mixers), len(self.feedforwards), len(self.positions))
+
+    def block(self, layer: int) -> "ModelConfig":
+        """What the block of a layer sees: this config with each pattern reduced to the one part that the layer has."""
+        names = (self.mixers, self.feedforwards, self.positions)
+        mixer, feedforward, position = (pattern[layer % len(pattern)] for pattern in names)
+        return dataclasses.replace(self, mixers=(mixer,), feedforwards=(feedforward,), positions=(position,))
+
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rotated_channels(self) -> int:
+        """Channels of a head that RoPE rotates."""
+        return int(self.head_width * self.rope_fraction)
+
+    def option(self, name: str) -> float:
+        """The value in `options` of a knob that a part from outside the package has. Raises UserError without one."""
+        values = dict(self.options)
+        if name not in values:
+            raise UserError(f"config.model.options has no {name!r}.{suggestion(name, values)}")
+        return values[name]
 
 
 @dataclass(frozen=True)
@@ -221,7 +285,7 @@ def is_on(value: Any) -> bool:
 
 def for_inference(model: ModelConfig) -> ModelConfig:
     """A model whose numbers that only training reads are 0: two that differ in these alone run the same program."""
-    return dataclasses.replace(model, dropout=0.0, init_std=0.0)
+    return dataclasses.replace(model, dropout=0.0, init_std=0.0, load_balance=0.0, router_z_loss=0.0)
 
 
 # Fields by dotted path.

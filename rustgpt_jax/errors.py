@@ -1,10 +1,7 @@
 """How a user's mistake is answered: one sentence that says what, where, and the nearest right answer."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
-
-Part = TypeVar("Part")
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -18,10 +15,3 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = f" Valid names: {', '.join(valid)}." if 0 < len(valid) <= 12 else ""
     return hint + listed
-
-
-def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
-    """The part that `table` holds under `name`. Raises UserError naming the valid names and the nearest one."""
-    if name not in table:
-        raise UserError(f"{what}: there is no {name!r}.{suggestion(name, table)}")
-    return table[name]

@@ -145,6 +145,8 @@ def parse(path: str, text: str) -> Any:
 def checked(path: str, value: Any, where: str) -> Any:
     """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
     field = FIELDS[path]
+    if field.metadata.get("pattern") and isinstance(value, str):
+        value = (value,)
     try:
         value = _convert(field.type, value)
     except TypeError:
@@ -197,7 +199,7 @@ def _describe(hint: Any) -> str:
     plain = _without_none(hint)
     if typing.get_origin(plain) is tuple:
         items = typing.get_args(plain)
-        text = "a list of strings" if items[0] is str else "a list of (regular expression, factor) pairs"
+        text = "a list of strings" if items[0] is str else "a list of pairs of a string and a number"
     else:
         text = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[plain]
     return text + (" or None" if _allows_none(hint) else "")
@@ -217,6 +219,9 @@ def unknown(path: str, where: str = "config") -> str:
     return f"{where}.{path}: there is no such knob.{hint}"
 
 
+PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}
+
+
 def check_combinations(config: Config) -> None:
     """Refuse knobs that cannot go together. Raises UserError."""
     model, training = config.model, config.training
@@ -234,17 +239,15 @@ def check_combinations(config: Config) -> None:
             f"config.model.n_heads={heads} is not divisible by config.model.n_kv_heads={model.n_kv_heads}: "
             "each key/value head serves the same number of query heads."
         )
-    if model.position == "rope" and (model.head_dim or model.d_model // heads) % 2:
+    for knob in ("mixers", "feedforwards", "positions"):
+        if not getattr(model, knob):
+            raise UserError(f"config.model.{knob} names no part; {PLAIN_PARTS[knob]!r} is the usual one.")
+    if {"rope", "local_rope"} & set(model.positions):
+        _check_rope(model)
+    if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
         raise UserError(
-            f"config.model.position='rope' rotates pairs of channels, so the head width must be even, "
-            f"not {model.head_dim or model.d_model // heads}."
-        )
-    if not model.mixers:
-        raise UserError("config.model.mixers names no mixer; ('attention',) is the usual one.")
-    if model.n_layers % len(model.mixers):
-        raise UserError(
-            f"config.model.n_layers={model.n_layers} is not a multiple of the pattern of "
-            f"{len(model.mixers)} blocks in config.model.mixers."
+            f"config.model.experts_per_token={model.experts_per_token} is more than "
+            f"config.model.n_experts={model.n_experts}."
         )
     window = config.data.window
     if window is not None and window > model.context_length:
@@ -268,3 +271,17 @@ def check_combinations(config: Config) -> None:
         raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
     if config.optimizer.name == "schedule_free" and config.optimizer.b1 == 0:
         raise UserError("config.optimizer.b1=0.0: schedule_free needs a b1 above 0; 0.9 is the usual one.")
+
+
+def _check_rope(model: schema.ModelConfig) -> None:
+    width = model.rotated_channels
+    if width % 2:
+        raise UserError(
+            f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, not {width} "
+            f"(config.model.rope_fraction={model.rope_fraction:g} of {model.head_width})."
+        )
+    if model.rope_scaling in ("llama3", "yarn") and model.rope_original_context is None:
+        raise UserError(
+            f"config.model.rope_scaling={model.rope_scaling!r} needs config.model.rope_original_context, the context "
+            "that the model was trained with before."
+        )

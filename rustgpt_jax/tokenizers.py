@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from rustgpt_jax.config import TokenizerConfig
 from rustgpt_jax.data.corpora import Document, Turn
-from rustgpt_jax.errors import UserError, choose
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tables import choose
 
 END = "<|endoftext|>"
 SYSTEM = "<|system|>"

@@ -17,10 +17,10 @@ FLOORS = (
     ("launch",),
     ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance"),
     ("parallel", "model", "data", "tokenizers"),
-    ("config", "resolve", "errors", "cache"),
+    ("config", "resolve", "tables", "errors", "cache"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS_WITHOUT_JAX = ("data", "tokenizers", "config", "resolve", "errors", "cache")
+ROOMS_WITHOUT_JAX = ("data", "tokenizers", "config", "resolve", "tables", "errors", "cache")
 DRAWERS = ("util", "utils", "common", "helpers", "misc")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

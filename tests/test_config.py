@@ -44,9 +44,16 @@ IN_STRUCTURE = [
     path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}
 ]
 # Whatever may be swept without compiling anew: all that is not a shape or a name.
+FRACTIONAL_SHAPES = ("model.rope_fraction", "model.expert_capacity")
 WHOLE_NUMBERS = ("seed", "schedule.warmup_steps", "training.steps")
-NUMBERS = [path for path in IN_STRUCTURE if FIELDS[path].type is float or path in WHOLE_NUMBERS]
-SWITCHES = ("model.dropout", "optimizer.clip_norm", "training.z_loss")
+NUMBERS = [
+    path
+    for path in IN_STRUCTURE
+    if path in WHOLE_NUMBERS or FIELDS[path].type is float and path not in FRACTIONAL_SHAPES
+]
+SWITCHES = tuple(
+    f"model.{name}" for name in ("dropout", "logits_softcap", "attention_softcap", "load_balance", "router_z_loss")
+) + ("optimizer.clip_norm", "training.z_loss")
 
 
 def other(value: Any) -> Any:
@@ -148,7 +155,7 @@ def test_the_hash_is_the_same_in_another_process() -> None:
 
 
 def test_merge_is_the_inverse_of_split() -> None:
-    config = small_config(**{"model.dropout": 0.1, "training.z_loss": 1e-4})
+    config = small_config(**dict.fromkeys(SWITCHES, 0.5))
     structure, numbers = split(config)
     hash(structure)
     assert sorted(numbers) == sorted(NUMBERS)

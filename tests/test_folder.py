@@ -59,7 +59,15 @@ def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) 
 def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> None:
     create(tmp_path, config, {})
     model = dataclasses.replace(
-        config.model, n_layers=8, d_model=64, n_heads=2, d_ff=8, bias=True, norm="layernorm", dropout=0.5, qk_norm=True
+        config.model,
+        n_layers=8,
+        d_model=64,
+        n_heads=2,
+        d_ff=8,
+        bias=True,
+        norm="layernorm",
+        dropout=0.5,
+        qk_norm="head",
     )
     with pytest.raises(UserError, match="; and 2 more. Choose"):
         create(

@@ -30,9 +30,9 @@ MODELS: dict[str, ModelConfig] = {
     "learned": small_config(
         **{
             "model.context_length": CONTEXT,
-            "model.position": "learned",
+            "model.positions": ("learned",),
             "model.norm_placement": "post",
-            "model.feedforward": "relu",
+            "model.feedforwards": ("relu",),
             "model.layers": "unrolled",
             "model.tie_embeddings": False,
         }

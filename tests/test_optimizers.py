@@ -298,11 +298,11 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
 @pytest.mark.parametrize("feedforward", FEEDFORWARDS)
 def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str, layers: str) -> None:
     everything = {
-        "model.feedforward": feedforward,
+        "model.feedforwards": (feedforward,),
         "model.layers": layers,
         "model.bias": True,
-        "model.qk_norm": True,
-        "model.position": "learned",
+        "model.qk_norm": "head",
+        "model.positions": ("learned",),
         "model.tie_embeddings": False,
     }
     shapes = dict(leaves(parameter_shapes(small_config(**everything).model)))

@@ -66,9 +66,9 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.paths": ["a.txt", 1]}, ["config.data.paths takes a list of strings, not ['a.txt', 1]"]),
     (
         {"optimizer.weight_decay_groups": [["norm"]]},
-        ["config.optimizer.weight_decay_groups takes a list of (regular expression, factor) pairs, not [['norm']]"],
+        ["config.optimizer.weight_decay_groups takes a list of pairs of a string and a number, not [['norm']]"],
     ),
-    ({"optimizer.weight_decay_groups": [["norm", "x"]]}, ["takes a list of (regular expression, factor) pairs"]),
+    ({"optimizer.weight_decay_groups": [["norm", "x"]]}, ["takes a list of pairs of a string and a number"]),
     # Ranges and names.
     ({"model.n_layers": 0}, ["config.model.n_layers must be at least 1, not 0"]),
     ({"model.context_length": -3}, ["config.model.context_length must be at least 2, not -3"]),
@@ -88,7 +88,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.n_heads": 32}, ["rope", "even", "not 1"]),
     ({"model.head_dim": 7}, ["rope", "even", "not 7"]),
     ({"model.mixers": []}, ["model.mixers", "('attention',)"]),
-    ({"model.mixers": ["attention"] * 3}, ["model.n_layers=2", "3 blocks"]),
+    ({"model.positions": []}, ["model.positions", "('rope',)"]),
+    ({"model.rope_fraction": 0.4, "model.head_dim": 8}, ["not 3", "rope_fraction=0.4 of 8"]),
+    ({"model.rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "model.rope_original_context"]),
+    ({"model.feedforwards": "moe", "model.n_experts": 1}, ["experts_per_token=2", "n_experts=1"]),
     ({"data.window": 33}, ["data.window=33", "context_length=32"]),
     ({"training.accumulation": 3}, ["training.batch_size=4", "accumulation=3"]),
     ({"schedule.warmup_steps": 9}, ["schedule.warmup_steps=9", "training.steps=8"]),

@@ -30,7 +30,7 @@ KNOBS = {
     RATE: some.floats(1e-6, 1.0),
     "seed": some.integers(1, 2**32 - 1),
     "model.dropout": some.floats(0.01, 0.9),
-    "model.qk_norm": some.booleans(),
+    "model.qk_norm": some.sampled_from(["head", "projection"]),
     "training.steps": some.integers(20, 1000),
     "data.window": some.none() | some.integers(2, 32),
     "record.prompts": some.lists(some.text(max_size=3), max_size=2).map(tuple),

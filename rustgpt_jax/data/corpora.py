@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config import DataConfig
-from rustgpt_jax.errors import UserError, choose, suggestion
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.tables import choose
 
 ROLES = ("system", "user", "assistant")
 

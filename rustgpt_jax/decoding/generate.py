@@ -51,7 +51,7 @@ def prefill(
     """Read prompts, padded on the right to one length, into a new cache of `slots` tokens a row."""
     batch, length = prompts_BT.shape
     is_token_BT = jnp.arange(length)[None, :] < lengths_B[:, None]
-    hidden_BTD, cache = transformer.hidden_states(
+    hidden_BTD, cache, _ = transformer.hidden_states(
         params,
         prompts_BT,
         model,

@@ -6,33 +6,42 @@ import flax.linen as nn
 import jax
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.errors import choose
-from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.model.context import Context, Signals, dropout
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.tables import choose
+
+# Where norms stand around a sublayer f, by config.norm_placement.
+BEFORE = ("pre", "sandwich")  # f(norm(x))
+ON_OUTPUT = ("output", "sandwich")  # x + norm(f(x))
+AFTER_SUM = ("post",)  # norm(x + f(x))
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feedforward(norm(x)); with norm_placement 'post', norm(x + mixer(x)) and so on."""
+    """x + mixer(norm(x)), then x + feedforward(norm(x)), with norms where config.norm_placement puts them."""
 
     config: ModelConfig
-    mixer: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Signals]:
         config = self.config
-        norm = choose(NORMS, config.norm, "config.model.norm")
-        mixer_norm, feedforward_norm = norm(config, name="mixer_norm"), norm(config, name="feedforward_norm")
-        mixer = choose(MIXERS, self.mixer, "config.model.mixers")(config, name="mixer")
-        feedforward = choose(FEEDFORWARDS, config.feedforward, "config.model.feedforward")(config, name="feedforward")
+        (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
+        mixer = choose(MIXERS, mixer_name, "config.model.mixers")(config, name="mixer")
+        feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(config, name="feedforward")
 
-        if config.norm_placement == "pre":
-            mixed_BTD, cache = mixer(mixer_norm(x_BTD), context, cache)
-            x_BTD = x_BTD + dropout(mixed_BTD, config.dropout, context, site=1)
-            fed_BTD = feedforward(feedforward_norm(x_BTD))
-            return x_BTD + dropout(fed_BTD, config.dropout, context, site=2), cache
-        mixed_BTD, cache = mixer(x_BTD, context, cache)
-        x_BTD = mixer_norm(x_BTD + dropout(mixed_BTD, config.dropout, context, site=1))
-        fed_BTD = feedforward(x_BTD)
-        return feedforward_norm(x_BTD + dropout(fed_BTD, config.dropout, context, site=2)), cache
+        mixed_BTD, cache = mixer(self._norm("mixer_norm", x_BTD, BEFORE), context, cache)
+        x_BTD = self._add(x_BTD, mixed_BTD, "mixer", context, site=1)
+        fed_BTD, signals = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE), context)
+        return self._add(x_BTD, fed_BTD, "feedforward", context, site=2), cache, signals
+
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: Context, site: int) -> jax.Array:
+        """The residual stream with the output of a sublayer in it."""
+        y_BTD = self._norm(f"{name}_output_norm", y_BTD, ON_OUTPUT)
+        x_BTD = x_BTD + dropout(y_BTD, self.config.dropout, context, site)
+        return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
+
+    def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:
+        if self.config.norm_placement not in placements:
+            return x_BTD
+        return choose(NORMS, self.config.norm, "config.model.norm")(self.config, name=name)(x_BTD)

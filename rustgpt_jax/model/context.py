@@ -5,11 +5,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Signals = dict[str, jax.Array]
+
+# The signal that is added to the loss.
+AUXILIARY_LOSS = "auxiliary_loss"
+
 
 class Context(NamedTuple):
     """Where each token stands, and the randomness of a training step.
 
-    positions_BT: place of a token in its document, from 0; with a cache, also the slot that it is kept in.
+    positions_BT: place of a token in its document, from 0.
     segments_BT: number of a token's document within its row, from 1. 0 is padding, which no other token sees.
     dropout_key: None where nothing is dropped.
     """

@@ -27,12 +27,13 @@ class Linear(nn.Module):
     """y = x W (+ b), in the model's dtype, from float32 parameters.
 
     W has shape (inputs, features). `residual` marks a projection into the residual stream, whose initial values are
-    divided by sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2).
+    divided by sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2). `has_bias` None: as the model.
     """
 
     config: ModelConfig
     features: int
     residual: bool = False
+    has_bias: bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ class Linear(nn.Module):
             std = std / (2 * self.config.n_layers) ** 0.5
         kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
         y = x.astype(self.config.dtype) @ kernel.astype(self.config.dtype)
-        if self.config.bias:
+        if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + over_channels(bias, y).astype(y.dtype)
         return y

@@ -1,4 +1,7 @@
-"""Normalisation over the last axis, computed in float32."""
+"""Normalisation over the last axis, computed in float32 at least."""
+
+from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -6,6 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.linear import over_channels
+from rustgpt_jax.model.precision import widened
 
 
 class LayerNorm(nn.Module):
@@ -15,8 +19,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        wide = widened(x)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         y = centered * jax.lax.rsqrt(variance + self.config.norm_epsilon)
         y = y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
@@ -26,16 +30,23 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Unit root mean square, then a learned scale (arXiv 1910.07467)."""
+    """Unit root mean square, then a learned scale (arXiv 1910.07467); `zero_centered`, 1 + a learned scale (Gemma)."""
 
     config: ModelConfig
+    zero_centered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
-        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+        wide = widened(x)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
+        start = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        scale = over_channels(self.param("scale", start, x.shape[-1:]), x)
+        return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "zero_centered_rmsnorm": partial(RMSNorm, zero_centered=True),
+}

@@ -5,14 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.errors import choose
+from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals, dropout
 from rustgpt_jax.model.linear import scaled_normal
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.model.precision import product_type, softcap
+from rustgpt_jax.model.stacks import Stack, stacks
+from rustgpt_jax.tables import choose
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -21,26 +23,25 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.che
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
-    """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, repeats of the pattern."""
+    """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, the layers of a stack."""
     context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
     vocab_size = vocabulary(model)
     keys = dict(zip(("embedding", "positions", "norm", "head", "blocks"), jax.random.split(key, 5), strict=True))
-    repeats = model.n_layers // len(model.mixers)
 
-    def init_blocks(index: int, mixer: str) -> Params:
-        block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), repeats)
-        return jax.vmap(lambda block_key: Block(model, mixer).init(block_key, x_BTD, context, None)["params"])(
+    def init_stack(index: int, stack: Stack) -> Params:
+        block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), len(stack.layers))
+        return jax.vmap(lambda block_key: Block(stack.block).init(block_key, x_BTD, context, None)["params"])(
             block_keys_N
         )
 
     params: Params = {
         "embedding": {"table": scaled_normal(model.init_std)(keys["embedding"], (vocab_size, model.d_model))},
-        "blocks": {str(index): init_blocks(index, mixer) for index, mixer in enumerate(model.mixers)},
+        "blocks": {str(index): init_stack(index, stack) for index, stack in enumerate(stacks(model))},
     }
-    if (embed := _positions(model).embed) is not None:
-        params["positions"] = embed(model).init(keys["positions"], context.positions_BT)["params"]
-    if model.norm_placement == "pre":
+    if (embed := _positions_embedding(model)) is not None:
+        params["positions"] = embed.init(keys["positions"], context.positions_BT)["params"]
+    if model.norm_placement != "post":
         params["norm"] = _norm(model).init(keys["norm"], x_BTD)["params"]
     if not model.tie_embeddings:
         params["head"] = {"kernel": scaled_normal(model.init_std)(keys["head"], (model.d_model, vocab_size))}
@@ -49,13 +50,13 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
 
 def init_cache(model: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens, stacked over N like the parameters."""
-    repeats = model.n_layers // len(model.mixers)
 
-    def stacked(mixer: str) -> Any:
-        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(model, batch, length)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
+    def stacked(stack: Stack) -> Any:
+        (mixer,) = stack.block.mixers
+        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block, batch, length)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
 
-    return {str(index): stacked(mixer) for index, mixer in enumerate(model.mixers)}
+    return {str(index): stacked(stack) for index, stack in enumerate(stacks(model))}
 
 
 def apply(
@@ -79,7 +80,7 @@ def apply(
         segments_BT: documents packed in a row, from 1; 0 is padding; by default each row is one document.
         dropout_key: drops activations at rate `model.dropout`; None for none.
     """
-    hidden_BTD, cache = hidden_states(
+    hidden_BTD, cache, _ = hidden_states(
         params,
         tokens_BT,
         model,
@@ -100,8 +101,11 @@ def hidden_states(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """The residual stream (B, T, D) after the last norm, and the cache. Arguments as those of `apply`."""
+) -> tuple[jax.Array, Cache | None, Signals]:
+    """The residual stream (B, T, D) after the last norm, the cache, and the blocks' signals, each the mean over them.
+
+    The signal AUXILIARY_LOSS is the sum over the blocks. Arguments as those of `apply`.
+    """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     if segments_BT is None:
@@ -109,44 +113,84 @@ def hidden_states(
     context = Context(positions_BT, segments_BT, dropout_key)
 
     x_BTD = params["embedding"]["table"][tokens_BT]
-    if (embed := _positions(model).embed) is not None:
-        x_BTD = x_BTD + embed(model).apply({"params": params["positions"]}, positions_BT)
+    if model.scale_embeddings:
+        x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
+    if (embed := _positions_embedding(model)) is not None:
+        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD, cache = _run_blocks(params["blocks"], x_BTD, model, context, cache)
-    if model.norm_placement == "pre":
+    x_BTD, cache, signals = _run_blocks(params["blocks"], x_BTD, model, context, cache)
+    if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return x_BTD, cache
+    return x_BTD, cache, signals
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """logits_BTV in float32, from the embedding table or from an output layer of their own."""
     if model.tie_embeddings:
         table_VD = params["embedding"]["table"].astype(model.dtype)
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
-    kernel_DV = params["head"]["kernel"].astype(model.dtype)
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=product_type(table_VD))
+    else:
+        kernel_DV = params["head"]["kernel"].astype(model.dtype)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=product_type(kernel_DV))
+    return softcap(logits_BTV, model.logits_softcap) if is_on(model.logits_softcap) else logits_BTV
 
 
 def _run_blocks(
     blocks: Params, x_BTD: jax.Array, model: ModelConfig, context: Context, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
-    """One scan over N repeats of the pattern. With no cache, None rides along as an empty tree."""
+) -> tuple[jax.Array, Cache | None, Signals]:
+    """One scan over the repeats of the pattern, then the layers that are left. With no cache, None rides along."""
+    every = {str(index): stack for index, stack in enumerate(stacks(model))}
+    repeats = model.n_layers // model.period
+    pattern_keys = list(every)[: model.period] if repeats else []
+    left_keys = list(every)[len(pattern_keys) :]
 
-    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, jax.Array]) -> tuple[jax.Array, Cache | None]:
-        params, cache, repeat = slices
+    def run(x_BTD: jax.Array, keys: list[str], repeat: jax.Array | int, params: Params, cache: Cache | None) -> Any:
         written: Cache = {}
-        for index, mixer in enumerate(model.mixers):
-            layer = context.fold_in(repeat * len(model.mixers) + index)
-            kept = None if cache is None else cache[str(index)]
-            x_BTD, written[str(index)] = Block(model, mixer).apply({"params": params[str(index)]}, x_BTD, layer, kept)
-        return x_BTD, None if cache is None else written
+        signals: dict[str, Signals] = {}
+        for key in keys:
+            layer = context.fold_in(repeat * model.period + every[key].layers.start)
+            kept = None if cache is None else cache[key]
+            block = Block(every[key].block)
+            x_BTD, written[key], signals[key] = block.apply({"params": params[key]}, x_BTD, layer, kept)
+        return x_BTD, (None if cache is None else written, signals)
+
+    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, jax.Array]) -> Any:
+        params, cache, repeat = slices
+        return run(x_BTD, pattern_keys, repeat, params, cache)
+
+    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None]) -> Any:
+        return run(x_BTD, left_keys, 0, *jax.tree.map(lambda leaf: leaf[0], slices))
 
     if model.remat != "none":
-        pattern = jax.checkpoint(pattern, policy=REMAT_POLICIES[model.remat], prevent_cse=model.layers == "unrolled")
-    repeats = model.n_layers // len(model.mixers)
-    return jax.lax.scan(
-        pattern, x_BTD, (blocks, cache, jnp.arange(repeats)), unroll=repeats if model.layers == "unrolled" else 1
-    )
+        policy = REMAT_POLICIES[model.remat]
+        pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=model.layers == "unrolled")
+        left = jax.checkpoint(left, policy=policy)
+
+    def of(tree: Any, keys: list[str]) -> Any:
+        return None if tree is None else {key: tree[key] for key in keys}
+
+    signals: dict[str, Signals] = {}
+    written: Cache = {}
+    if repeats:
+        slices = (of(blocks, pattern_keys), of(cache, pattern_keys), jnp.arange(repeats))
+        unroll = repeats if model.layers == "unrolled" else 1
+        x_BTD, (scanned, signals) = jax.lax.scan(pattern, x_BTD, slices, unroll=unroll)
+        written |= scanned or {}
+    if left_keys:
+        x_BTD, (single, left_signals) = left(x_BTD, (of(blocks, left_keys), of(cache, left_keys)))
+        written |= jax.tree.map(lambda leaf: leaf[None], single or {})
+        signals |= left_signals
+    return x_BTD, None if cache is None else written, _over_blocks(signals)
+
+
+def _over_blocks(signals: dict[str, Signals]) -> Signals:
+    """Signals of the stacks, a number for each of their layers, as one number each."""
+    names = dict.fromkeys(name for of_stack in signals.values() for name in of_stack)
+    values = {
+        name: jnp.concatenate([jnp.ravel(of_stack[name]) for of_stack in signals.values() if name in of_stack])
+        for name in names
+    }
+    return {name: jnp.sum(each) if name == AUXILIARY_LOSS else jnp.mean(each) for name, each in values.items()}
 
 
 def vocabulary(model: ModelConfig) -> int:
@@ -155,8 +199,11 @@ def vocabulary(model: ModelConfig) -> int:
     return model.vocab_size
 
 
-def _positions(model: ModelConfig) -> Any:
-    return choose(POSITIONS, model.position, "config.model.position")
+def _positions_embedding(model: ModelConfig) -> Any:
+    """The leaf that adds positions to the embeddings, if the model has one."""
+    schemes = (choose(POSITIONS, name, "config.model.positions") for name in model.positions)
+    embed = next((scheme.embed for scheme in schemes if scheme.embed is not None), None)
+    return None if embed is None else embed(model)
 
 
 def _norm(model: ModelConfig) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rustgpt_jax.errors import UserError, choose
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.parallel.machine import Machine, cores, this_machine
 from rustgpt_jax.runs.folder import create as create_run
@@ -25,6 +25,7 @@ from rustgpt_jax.sweeps.ledger import DONE, Event, Ledger
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.tables import choose
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.signals import StopRequest
 

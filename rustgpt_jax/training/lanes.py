@@ -81,7 +81,7 @@ def _stacked(orders: list[Orders]) -> Orders:
 
 
 def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
-    return lambda: Metrics(*(column[index] for column in read()))
+    return lambda: jax.tree.map(lambda column: column[index], read())
 
 
 def train_lanes(runs: Sequence[Run], lanes: Lanes, is_stopped: Callable[[], bool]) -> None:

@@ -43,7 +43,7 @@ def residual_bytes(config: Config, window: int) -> int:
     if model.remat == "none":
         return kept
     everything = _kept_bytes(dataclasses.replace(config, model=dataclasses.replace(model, remat="none")), window)
-    return kept + (everything - kept) * len(model.mixers) // model.n_layers
+    return kept + (everything - kept) * min(model.period, model.n_layers) // model.n_layers
 
 
 def _kept_bytes(config: Config, window: int) -> int:

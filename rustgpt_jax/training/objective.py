@@ -8,21 +8,26 @@ import jax.numpy as jnp
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
+from rustgpt_jax.model.context import AUXILIARY_LOSS, Signals
 
 
 class Sums(NamedTuple):
-    """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not."""
+    """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not.
+
+    signals: what the blocks report of a part of a batch, times the weight of the part.
+    """
 
     loss: jax.Array
     squared_normalizer: jax.Array
     weight: jax.Array
+    signals: Signals
 
 
 def token_sums(
     params: transformer.Params, batch: Batch, model: ModelConfig, dropout_key: jax.Array | None = None
 ) -> Sums:
     """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch."""
-    logits_BTV, _ = transformer.apply(
+    hidden_BTD, _, signals = transformer.hidden_states(
         params,
         batch.tokens_BT,
         model,
@@ -30,18 +35,26 @@ def token_sums(
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
     )
+    logits_BTV = transformer.logits(params, hidden_BTD, model)
+    weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
     return Sums(
         loss=jnp.sum((normalizer_BT - chosen_BT) * batch.weights_BT),
         squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
-        weight=jnp.sum(batch.weights_BT),
+        weight=weight,
+        signals={name: value * weight for name, value in signals.items()},
     )
 
 
 def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
-    """Sums over a part of a batch as that part's share of the batch's mean loss, z-loss included (arXiv 2204.02311)."""
+    """Sums over a part of a batch as that part's share of the batch's mean loss.
+
+    z-loss is in it (arXiv 2204.02311), and the auxiliary loss of the blocks, which each part of a batch has for itself.
+    """
     loss = sums.loss
+    if AUXILIARY_LOSS in sums.signals:
+        loss = loss + sums.signals[AUXILIARY_LOSS]
     if is_on(z_loss):
         loss = loss + z_loss * sums.squared_normalizer
     return loss / jnp.maximum(total_weight, 1.0)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from rustgpt_jax.config import OptimizerConfig
-from rustgpt_jax.errors import UserError, choose
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tables import choose
 
 
 def adamw(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
@@ -83,18 +84,25 @@ def averaged_params(params: Any, opt_state: Any) -> Any:
 
 
 def muon_partition(params: Any) -> Any:
-    """Which optimizer each parameter has under muon: blocks' kernels, stacked to three axes, are its matrices."""
+    """Which optimizer each parameter has under muon: what blocks multiply by, stacked, are its matrices.
+
+    These are kernels of three axes, of layers, inputs and outputs, and of four, with experts after the layers.
+    Convolutions multiply each channel by itself.
+    """
 
     def label(path: Any, parameter: jax.Array) -> str:
-        is_matrix = path_name(path).startswith("blocks/") and parameter.ndim == 3
+        name = path_name(path)
+        is_matrix = name.startswith("blocks/") and parameter.ndim >= 3 and "convolution" not in name
         return "muon" if is_matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _stacked_matrices(params: Any) -> Any:
-    # The first axis counts layers: without these numbers Optax would take (layers, inputs) for one matrix.
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), params)
+    # The first axes count layers and experts: without these numbers Optax would take (layers, inputs) for one matrix.
+    return jax.tree.map(
+        lambda leaf: optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1), params
+    )
 
 
 def _scaled_by_shape(updates: Any, params: Any = None) -> Any:

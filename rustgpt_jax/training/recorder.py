@@ -96,10 +96,12 @@ class Recorder:
         if pending is None or self.diverged_at is not None:
             return
         metrics = pending.read()
+        columns = {**metrics._asdict(), **metrics.signals}
+        del columns["signals"]
         speed = self._speed(pending.n_steps)
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1
-            values = {f"train/{name}": float(column[index]) for name, column in metrics._asdict().items()} | speed
+            values = {f"train/{name}": float(column[index]) for name, column in columns.items()} | speed
             if not math.isfinite(values["train/loss"]):
                 self.diverged_at = step
             if self._is_logged(step) or self.diverged_at:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ScheduleConfig
-from rustgpt_jax.errors import choose
+from rustgpt_jax.tables import choose
 
 Scalar = jax.Array | float
 Factor = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]

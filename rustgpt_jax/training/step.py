@@ -10,6 +10,7 @@ import optax
 from rustgpt_jax.config import Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
+from rustgpt_jax.model.context import Signals
 from rustgpt_jax.training.objective import Sums, objective, token_sums
 from rustgpt_jax.training.optimizers import clip, optimizer
 from rustgpt_jax.training.schedules import factor
@@ -26,12 +27,16 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells: loss in nats a token (z-loss not included), the gradient's norm before clipping, and so on."""
+    """What a step tells: loss in nats a token (that of tokens alone), the gradient's norm before clipping, and so on.
+
+    signals: what the blocks report, each the mean over them.
+    """
 
     loss: jax.Array
     gradient_norm: jax.Array
     learning_rate: jax.Array
     learned_tokens: jax.Array
+    signals: Signals
 
 
 def as_arguments(numbers: dict[str, float]) -> Numbers:
@@ -64,6 +69,7 @@ def train_step(
         gradient_norm=norm,
         learning_rate=rate * config.optimizer.learning_rate,
         learned_tokens=sums.weight,
+        signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
     return State(params, opt_state, state.step + 1), metrics
 
@@ -92,7 +98,8 @@ def gradient(
         return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
 
     split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-    zeros = (jax.tree.map(jnp.zeros_like, params), Sums(*(jnp.zeros(()) for _ in Sums._fields)))
+    first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
+    zeros = _zeros_like(jax.eval_shape(part_gradient, params, first_part, key))
     return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
 
 
@@ -111,8 +118,14 @@ def train_steps(
         state, metrics = train_step(structure, state, batch, numbers, first_step)
         return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
 
-    history = Metrics(*(jnp.zeros(slots) for _ in Metrics._fields))
+    first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    _, metrics = jax.eval_shape(lambda: train_step(structure, state, first_batch, numbers, first_step))
+    history = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), metrics)
     return jax.lax.fori_loop(0, count, body, (state, history))
+
+
+def _zeros_like(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 compiled_start = jax.jit(start, static_argnums=0)

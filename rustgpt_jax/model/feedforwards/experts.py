@@ -1,0 +1,138 @@
+"""A mixture of experts: a router sends each token to a few of many feed-forward layers."""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals
+from rustgpt_jax.model.feedforwards.dense import Activation, gated_width
+from rustgpt_jax.model.linear import scaled_normal
+from rustgpt_jax.model.precision import widened
+
+
+class Routes(NamedTuple):
+    """Where the tokens go. weight_BTX: of each expert in a token's output, 0 for those that it does not go to."""
+
+    weight_BTX: jax.Array
+    chosen_BTX: jax.Array
+    probability_BTX: jax.Array
+    router_logits_BTX: jax.Array
+
+
+class MixtureOfExperts(nn.Module):
+    """The weighted sum of the gated feed-forward layers that a router chooses for a token (arXiv 2401.04088).
+
+    With `expert_capacity` 0 no token is dropped: every expert is computed for every token, and what was not chosen has
+    the weight 0. That costs n_experts / experts_per_token times what is used, and makes a token independent of all
+    others. With a capacity, experts are computed for the tokens that they have places for, the earliest ones of a row
+    (arXiv 2006.16668): cheaper, but whether a token is fed then depends on those before it, across documents too.
+    """
+
+    config: ModelConfig
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+        config = self.config
+        width = config.d_expert or config.d_ff or gated_width(config.d_model)
+        residual_std = config.init_std / (2 * config.n_layers) ** 0.5
+        router_DX = self.param("router", scaled_normal(config.init_std), (config.d_model, config.n_experts))
+        shape = (config.n_experts, config.d_model, width)
+        gate_XDF = self.param("gate", scaled_normal(config.init_std), shape).astype(config.dtype)
+        up_XDF = self.param("up", scaled_normal(config.init_std), shape).astype(config.dtype)
+        down_XFD = self.param("down", scaled_normal(residual_std), (shape[0], width, config.d_model)).astype(
+            config.dtype
+        )
+
+        routes = route(widened(x_BTD) @ widened(router_DX), config)
+        if config.expert_capacity:
+            y_BTD, is_fed_BTX = self._fed_by_capacity(x_BTD, routes, context, gate_XDF, up_XDF, down_XFD)
+        else:
+            hidden_BTXF = self.activation(jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF))
+            hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
+            weighted_BTXF = hidden_BTXF * routes.weight_BTX[..., None].astype(hidden_BTXF.dtype)
+            y_BTD, is_fed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routes.chosen_BTX
+        return y_BTD, signals(routes, is_fed_BTX, context, config)
+
+    def _fed_by_capacity(
+        self,
+        x_BTD: jax.Array,
+        routes: Routes,
+        context: Context,
+        gate_XDF: jax.Array,
+        up_XDF: jax.Array,
+        down_XFD: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The output, and which tokens found a place with which experts. P counts the places of an expert in a row."""
+        batch, length, _ = x_BTD.shape
+        config = self.config
+        fair_share = length * config.experts_per_token / config.n_experts
+        places = min(length, math.ceil(config.expert_capacity * fair_share))
+        asks_BTX = routes.chosen_BTX & (context.segments_BT > 0)[..., None]
+        place_BTX = jnp.cumsum(asks_BTX, axis=1) - 1
+        is_fed_BTX = asks_BTX & (place_BTX < places)
+
+        rows_BTX = jnp.arange(batch)[:, None, None]
+        experts_BTX = jnp.arange(config.n_experts)[None, None, :]
+        tokens_BTX = jnp.broadcast_to(jnp.arange(length)[None, :, None], place_BTX.shape)
+        kept_BTX = jnp.where(is_fed_BTX, place_BTX, places)
+        # The token in each place; an empty place holds the number `length`, which is no token.
+        empty_BXP = jnp.full((batch, config.n_experts, places), length)
+        token_BXP = empty_BXP.at[rows_BTX, experts_BTX, kept_BTX].set(tokens_BTX, mode="drop")
+
+        rows_BXP = jnp.arange(batch)[:, None, None]
+        fed_BXPD = x_BTD.at[rows_BXP, token_BXP].get(mode="fill", fill_value=0)
+        hidden_BXPF = self.activation(jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF))
+        hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
+        out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
+        weight_BXP = routes.weight_BTX.at[rows_BXP, token_BXP, jnp.arange(config.n_experts)[None, :, None]].get(
+            mode="fill", fill_value=0
+        )
+        weighted_BXPD = out_BXPD * weight_BXP[..., None].astype(out_BXPD.dtype)
+        return jnp.zeros_like(x_BTD).at[rows_BXP, token_BXP].add(weighted_BXPD, mode="drop"), is_fed_BTX
+
+
+def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
+    """Each token goes to the experts of its highest logits, weighted by their softmax over all experts."""
+    probability_BTX = jax.nn.softmax(router_logits_BTX, axis=-1)
+    top_BTk, experts_BTk = jax.lax.top_k(probability_BTX, config.experts_per_token)
+    if config.normalize_experts:
+        top_BTk = top_BTk / jnp.sum(top_BTk, axis=-1, keepdims=True)
+    one_hot_BTkX = jax.nn.one_hot(experts_BTk, config.n_experts, dtype=top_BTk.dtype)
+    weight_BTX = jnp.sum(one_hot_BTkX * top_BTk[..., None], axis=-2)
+    return Routes(weight_BTX, jnp.sum(one_hot_BTkX, axis=-2) > 0, probability_BTX, router_logits_BTX)
+
+
+def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: ModelConfig) -> Signals:
+    """How evenly the experts are used, over the tokens that are not padding, and the losses that even it out.
+
+    load_balance: experts times the sum over experts of (share of the choices * mean probability), 1 where all is even
+    (arXiv 2101.03961). router_entropy: of a token's probabilities, in nats. busiest_expert: its share of the choices.
+    dropped: the share of choices that found no place.
+    """
+    is_token_BT1 = (context.segments_BT > 0)[..., None]
+    n_tokens = jnp.maximum(jnp.sum(is_token_BT1), 1)
+
+    def mean_X(values_BTX: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(is_token_BT1, widened(values_BTX), 0), axis=(0, 1)) / n_tokens
+
+    share_X = mean_X(routes.chosen_BTX) / config.experts_per_token
+    load_balance = config.n_experts * jnp.sum(share_X * mean_X(routes.probability_BTX))
+    normalizer_BT1 = jax.nn.logsumexp(routes.router_logits_BTX, axis=-1, keepdims=True)
+    entropy_BTX = -routes.probability_BTX * (routes.router_logits_BTX - normalizer_BT1)
+    found = {
+        "load_balance": load_balance,
+        "router_entropy": jnp.sum(mean_X(entropy_BTX)),
+        "busiest_expert": jnp.max(share_X),
+        "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.experts_per_token,
+    }
+    losses: list[jax.Array] = []
+    if is_on(config.load_balance):
+        losses.append(config.load_balance * load_balance)
+    if is_on(config.router_z_loss):
+        losses.append(config.router_z_loss * mean_X(jnp.square(normalizer_BT1))[0])
+    return found | ({AUXILIARY_LOSS: jnp.sum(jnp.stack(losses))} if losses else {})
