@@ -28,6 +28,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
+flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
+flags.DEFINE_string("to", None, "For export: the folder to write, which transformers loads.")
+flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "For export: another type than the parameters have."
+)
+flags.DEFINE_list("only", [], "For check: the names of the checks to make, instead of all.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
 OVERVIEW = """\
@@ -42,6 +48,9 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     evaluate  --run=DIR                      loss, perplexity, bits per byte; answers right, for dialogues
     generate  --run=DIR --prompt=TEXT ...    continue texts, or answer questions
     chat      --run=DIR                      talk to the model
+    check     [PART ...]                     check a layer: mixers/attention, my_lab.mixers:Retention, or all there are
+    import    --from=DIR --run=DIR           make a run of a Hugging Face model (with --config: its training knobs)
+    export    --run=DIR --to=DIR             write a run as a Hugging Face model
 
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
@@ -190,6 +199,38 @@ def chat() -> int:
     return 0
 
 
+def check() -> int:
+    """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
+    from rich.console import Console
+
+    from rustgpt_jax.conformance.command import check, use_eight_devices
+
+    use_eight_devices()
+    return check(_arguments, Console(), FLAGS.only)
+
+
+def import_model() -> int:
+    """Make a run of a Hugging Face model."""
+    if FLAGS["from"].value is None or FLAGS.run is None:
+        raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
+    FLAGS.config = FLAGS.config or str(Path(__file__).parent / "configs" / "base.py")
+    tree, origins = _config()
+    from rustgpt_jax.interop.runs import import_run
+
+    import_run(Path(FLAGS["from"].value), Path(FLAGS.run), tree, origins, print)
+    return 0
+
+
+def export() -> int:
+    """Write a run as a Hugging Face model."""
+    if FLAGS.run is None or FLAGS.to is None:
+        raise UserError("Which run, and where to? Give --run=DIR, a run, and --to=DIR, a new folder.")
+    from rustgpt_jax.interop.runs import export_run
+
+    export_run(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
+    return 0
+
+
 VERBS: dict[str, Callable[[], int]] = {
     "train": train,
     "sweep": sweep,
@@ -198,7 +239,13 @@ VERBS: dict[str, Callable[[], int]] = {
     "evaluate": evaluate,
     "generate": generate,
     "chat": chat,
+    "check": check,
+    "import": import_model,
+    "export": export,
 }
+
+# What follows the verb. Only check takes something.
+_arguments: list[str] = []
 
 # `--config.x.y=VALUE` in the order given; filled while flags are parsed.
 _overrides: list[tuple[str, str]] = []
@@ -321,7 +368,9 @@ def main(argv: Sequence[str]) -> int:
     verb, *rest = argv[1:]
     if verb not in VERBS:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
-    if rest:
+    if verb == "check":
+        _arguments.extend(rest)
+    elif rest:
         _fail(f"{verb} takes no argument {rest[0]!r}; flags begin with --.")
     # Libraries report their progress to absl at this level; ours goes to the console.
     logging.set_verbosity(logging.WARNING)
@@ -336,7 +385,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    # Parts of one's own, such as my_lab.mixers:Retention, are looked for in the current folder too.
+    sys.path[:0] = [str(Path(__file__).parent), str(Path.cwd())]
     if any(word in ("-h", "-help", "--help") for word in sys.argv[1:]):
         print(OVERVIEW, end="")
     else:

@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
     # Hidden width of the feed-forward. None: 4 d_model, or where it is gated 8/3 d_model (up to a multiple of 8).
     config.model.d_ff = None
     # Three patterns, each repeated over the layers. A name is one of a table, or the import path of a part of your own,
-    # such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention, rg_lru, deltanet.
+    # such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention; rg_lru and deltanet,
+    # which are recurrent and need no positions.
     config.model.mixers = ("attention",)
     # gelu, relu, relu_squared, swiglu, geglu (gelu in its tanh form), or a mixture of experts: moe (of swiglu).
     config.model.feedforwards = ("swiglu",)
@@ -82,7 +83,7 @@ def get_config() -> ConfigDict:
     # Normalise queries and keys, by the model's norm: head, in each head (arXiv 2010.04245); projection, all heads of
     # a token at once; none.
     config.model.qk_norm = "none"
-    # What scores are multiplied by. None: head_dim^-1/2.
+    # What scores are multiplied by. None: head_dim^-1/2, or (head_dim + shared_key_width)^-1/2 in latent_attention.
     config.model.attention_scale = None
     # Keep scores between plus and minus this, by tanh. 0: not in the program.
     config.model.attention_softcap = 0.0
@@ -169,7 +170,7 @@ def get_config() -> ConfigDict:
     # Decoupled weight decay, multiplied by the learning rate and by the factor of the parameter's group.
     config.optimizer.weight_decay = 0.1
     # (regular expression, factor): the first expression found in a parameter's path decides. All must be matched.
-    config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
+    config.optimizer.weight_decay_groups = ((r"norm|bias|decay|sinks", 0.0), (r".*", 1.0))
     # Scale gradients so that their global norm is at most this. 0: no clipping in the program at all.
     config.optimizer.clip_norm = 1.0
 

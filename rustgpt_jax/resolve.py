@@ -244,6 +244,11 @@ def check_combinations(config: Config) -> None:
             raise UserError(f"config.model.{knob} names no part; {PLAIN_PARTS[knob]!r} is the usual one.")
     if {"rope", "local_rope"} & set(model.positions):
         _check_rope(model)
+    if "latent_attention" in model.mixers and model.qk_norm != "none":
+        raise UserError(
+            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, whose keys are never made when it "
+            "decodes; its latent is normalised."
+        )
     if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
         raise UserError(
             f"config.model.experts_per_token={model.experts_per_token} is more than "

@@ -86,10 +86,10 @@ MISTAKES = {
         "config.model.mixers: there is no 'atention'. Did you mean 'attention'?",
     ),
     "feedforward": (
-        ["--config.model.feedforward=gleu"],
-        "config.model.feedforward: there is no 'gleu'. Did you mean 'gelu'?",
+        ["--config.model.feedforwards=gleu"],
+        "config.model.feedforwards: there is no 'gleu'. Did you mean 'gelu'?",
     ),
-    "position": (["--config.model.position=rop"], "config.model.position: there is no 'rop'. Did you mean 'rope'?"),
+    "position": (["--config.model.positions=rop"], "config.model.positions: there is no 'rop'. Did you mean 'rope'?"),
     "corpus": (["--config.data.corpus=fact"], "config.data.corpus: there is no 'fact'. Did you mean 'facts'?"),
     "tokenizer": (
         ["--config.tokenizer.name=bytes"],

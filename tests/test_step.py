@@ -117,7 +117,12 @@ def test_no_number_compiles_anything_new() -> None:
     _, numbers = split(tiny(**ALL_ON))
     assert len(numbers) > 15
     for path, value in numbers.items():
-        other = tiny(**(ALL_ON | {path: value + 1 if FIELDS[path].type is int else value * 0.5}))
+        other = tiny(
+            **(
+                ALL_ON
+                | {path: value + 1 if FIELDS[path].type is int else max(value * 0.5, FIELDS[path].metadata["low"])}
+            )
+        )
         compiled_start(*program_of(other))
         run(other, [2])
         assert (compiled_start._cache_size(), compiled_train_steps._cache_size()) == before, path
@@ -168,9 +173,31 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
     params = parameters(init_std=0.3)
     whole, whole_sums = gradient_of(tiny(**IN_PARTS), params, batch)
     summed, sums = gradient_of(tiny(**IN_PARTS, **{"training.accumulation": parts}), params, batch)
-    np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sums, whole_sums)
     smallest = 1e-6 * float(optax.tree.norm(whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=smallest), summed, whole)
+
+
+def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
+    experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 2, "model.n_experts": 3}
+    config, batch = tiny(**experts, **{"model.load_balance": 0.7}), batch_of(tiny())
+    params = compiled_start(*program_of(config)).params
+    gradient, sums = gradient_of(config, params, batch)
+
+    def reported(params: Any) -> Any:
+        return transformer.hidden_states(
+            params, batch.tokens_BT, config.model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
+        )[2]
+
+    signals = jax.jit(reported)(params)
+    assert signals["auxiliary_loss"] == pytest.approx(0.7 * float(signals["load_balance"]))
+    assert signals["load_balance"] >= 1 and signals["dropped"] == 0
+    jax.tree.map(
+        lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5), sums.signals, signals
+    )
+    without, _ = gradient_of(tiny(**experts, **{"model.load_balance": 0.0}), params, batch)
+    alone = jax.jit(jax.grad(lambda params: reported(params)["auxiliary_loss"]))(params)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-3, atol=1e-6), gradient, without, alone)
 
 
 # Values.

@@ -19,13 +19,13 @@ from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data import corpora, store
 from rustgpt_jax.data.store import build_store, open_store, require_batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
 LINES = [f"The rain fell on day {index}, but it didn't stop." for index in range(40)]
 
 
 def char(texts: list[str] = LINES) -> Tokenizer:
-    return TOKENIZERS["char"](texts, None)
+    return Codec(TOKENIZERS["char"](texts, None))
 
 
 def config(paths: tuple[str, ...], **changes: Any) -> DataConfig:
@@ -59,7 +59,7 @@ def refuse_to_encode(*arguments: object) -> None:
 @pytest.mark.parametrize("shard_tokens", [7, 2**26])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
-    tokenizer = TOKENIZERS[name](LINES[:20], 300)
+    tokenizer = Codec(TOKENIZERS[name](LINES[:20], 300))
     built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
     for split in store.SPLITS:
         documents = [d for side, d in corpora.divide(corpora.documents(lines), lines, 0) if side == split]
@@ -146,7 +146,7 @@ def test_a_store_is_built_once(lines: DataConfig, tmp_path: Path, monkeypatch: p
 
 
 CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, Tokenizer]]] = {
-    "tokenizer": lambda found: (found, TOKENIZERS["byte"]([], None)),
+    "tokenizer": lambda found: (found, Codec(TOKENIZERS["byte"]([], None))),
     "valid_fraction": lambda found: (dataclasses.replace(found, valid_fraction=0.3), char()),
     "split": lambda found: (dataclasses.replace(found, split="tail"), char()),
     "loss_on": lambda found: (dataclasses.replace(found, loss_on="assistant"), char()),
@@ -217,15 +217,15 @@ KILLED = """
 import os, sys
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data import store
-from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 store.BATCH_CHARACTERS = 500
 data = DataConfig("files", (sys.argv[1],), None, "document", 0.25, "all", None)
-store.build_store(data, TOKENIZERS["byte"]([], None), sys.argv[2], lambda done, total: done > 20 and os._exit(9))
+store.build_store(data, Codec(TOKENIZERS["byte"]([], None)), sys.argv[2], lambda done, total: done > 20 and os._exit(9))
 """
 
 
 def test_a_killed_build_is_not_taken_for_a_store(lines: DataConfig, tmp_path: Path) -> None:
-    root, tokenizer = tmp_path / "stores", TOKENIZERS["byte"]([], None)
+    root, tokenizer = tmp_path / "stores", Codec(TOKENIZERS["byte"]([], None))
     done = subprocess.run([sys.executable, "-c", KILLED, lines.paths[0], str(root)], check=False)
     assert done.returncode == 9
     (torn,) = root.iterdir()

@@ -15,7 +15,17 @@ from rustgpt_jax.config import DataConfig, TokenizerConfig
 from rustgpt_jax.data import corpora
 from rustgpt_jax.data.corpora import Document, Turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import ASSISTANT, END, ROLE_TOKENS, SPECIAL_TOKENS, TOKENIZERS, UNKNOWN, USER
+from rustgpt_jax.tokenizers import (
+    ASSISTANT,
+    END,
+    ROLE_TOKENS,
+    SPECIAL_TOKENS,
+    TOKENIZERS,
+    UNKNOWN,
+    USER,
+    Codec,
+    documents,
+)
 
 TEXTS = [
     "The rain falls on the hill. It doesn't stop, does it?",
@@ -28,7 +38,7 @@ LOSSLESS = sorted(TOKENIZERS.keys() - {"word"})
 BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
 
 
-def train(name: str, texts: list[str], vocab_size: int | None = None) -> Tokenizer:
+def train(name: str, texts: list[str], vocab_size: int | None = None) -> Codec:
     if name == "bpe" and vocab_size is None:
         vocab_size = 300
     return tokenizers.train_tokenizer(TokenizerConfig(name, vocab_size), texts)
@@ -69,21 +79,21 @@ def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
 def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "PIECE_CHARACTERS", 4)
-        patch.setattr(tokenizers, "CALL_CHARACTERS", 10)
+        patch.setattr(documents, "PIECE_CHARACTERS", 4)
+        patch.setattr(documents, "CALL_CHARACTERS", 10)
         ids, _ = tokenizers.encode_document(tokenizer, corpora.plain("", text), "all")
     assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
 
 
 def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "PIECE_CHARACTERS", 4)
-    assert list(tokenizers._pieces("one   two three\nfour")) == ["one   two", " three\nfour"]
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 4)
+    assert list(documents._pieces("one   two three\nfour")) == ["one   two", " three\nfour"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
     texts = [document.text for document in corpora.documents(facts(100))]
-    assert train(name, texts).to_str() == train(name, texts).to_str()
+    assert train(name, texts).written == train(name, texts).written
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -95,7 +105,7 @@ def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
 @pytest.mark.parametrize(("name", "kept"), [("word", {"b", "a"}), ("char", {"b", "a"})])
 def test_the_most_frequent_are_kept_and_ties_go_by_the_alphabet(name: str, kept: set[str]) -> None:
     reserved = 5 if name == "word" else 260
-    vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).get_vocab()
+    vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).tokenizer.get_vocab()
     assert {token for token, index in vocabulary.items() if index >= reserved} == kept
 
 
@@ -110,7 +120,7 @@ def test_a_character_is_one_token_and_a_strange_one_its_bytes() -> None:
 
 
 def test_bpe_merges_what_is_frequent() -> None:
-    assert "Ġrain" in TRAINED["bpe"].get_vocab()
+    assert "Ġrain" in TRAINED["bpe"].tokenizer.get_vocab()
 
 
 def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
@@ -145,7 +155,7 @@ def test_words_give_back_every_bundled_text(name: str) -> None:
 
 def test_words_and_punctuation_marks_are_tokens_of_their_own() -> None:
     text = 'Yes, "it doesn\'t" (3.5 well-known).\nEnd'
-    tokens = train("word", [text]).encode(text).tokens
+    tokens = train("word", [text]).tokenizer.encode(text).tokens
     bare = [token.strip("￭") for token in tokens]
     words = ["Yes", ",", '"', "it", "doesn't", '"', "(", "3", ".", "5", "well", "-", "known", ")", ".", "", "End"]
     assert [token.strip() for token in bare] == words
@@ -216,7 +226,7 @@ def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
     loaded = tokenizers.load_tokenizer(path)
     text = f"The rain {END} fell {USER} on <0x41> it."
     assert tokenizers.encode(loaded, text) == tokenizers.encode(TRAINED[name], text)
-    assert loaded.to_str() == TRAINED[name].to_str()
+    assert loaded.written == TRAINED[name].written
     assert os.listdir(path.parent) == ["tokenizer.json"]
 
 
@@ -277,7 +287,7 @@ def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_pat
 
 
 def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
-    foreign = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    foreign = Codec(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
         tokenizers.encode_document(foreign, corpora.plain("", "a"), "all")
 

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from rustgpt_jax.config import Config, Stage, stages
 from rustgpt_jax.data.corpora import training_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
 from rustgpt_jax.data.store import Store, build_store, require_batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import load_tokenizer, train_tokenizer
+from rustgpt_jax.tokenizers import Codec, load_tokenizer, train_tokenizer
 
 StoreProgress = Callable[[int, int | None], None]
 
@@ -50,7 +48,7 @@ class StageData:
         )
 
 
-def obtain_tokenizer(config: Config, file: Path | None = None) -> Tokenizer:
+def obtain_tokenizer(config: Config, file: Path | None = None) -> Codec:
     """The tokenizer in `file` if there is one, else one trained on the training documents of all stages."""
     if file is not None and file.exists():
         return load_tokenizer(file)
@@ -59,7 +57,7 @@ def obtain_tokenizer(config: Config, file: Path | None = None) -> Tokenizer:
     return train_tokenizer(config.tokenizer, texts)
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+def with_vocabulary(config: Config, tokenizer: Codec) -> Config:
     """The config with model.vocab_size filled in. Raises UserError if the model has too few rows for the tokenizer."""
     needed, given = tokenizer.get_vocab_size(), config.model.vocab_size
     if given is not None and given < needed:
@@ -70,7 +68,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
 def prepare_stage(
     stage: Stage,
-    tokenizer: Tokenizer,
+    tokenizer: Codec,
     cache: Path,
     progress: StoreProgress | None = None,
     store: Store | None = None,

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint
 from rustgpt_jax.data.stream import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import END, UNKNOWN, encode_documents, special_id
+from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
@@ -109,7 +107,7 @@ class _Survey:
 
 def build_store(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Codec,
     root: Path,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -153,14 +151,14 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
         yield document
 
 
-def _key(config: DataConfig, tokenizer: Tokenizer, survey: _Survey) -> str:
+def _key(config: DataConfig, tokenizer: Codec, survey: _Survey) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_on]
     parts = [FORMAT_VERSION, survey.source, _tokenizer_hash(tokenizer), *knobs]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _tokenizer_hash(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+def _tokenizer_hash(tokenizer: Codec) -> str:
+    return hashlib.sha256(tokenizer.written.encode()).hexdigest()
 
 
 def _existing(folder: Path) -> Store | None:
@@ -187,13 +185,13 @@ def _publish(temporary: Path, folder: Path) -> Store:
 
 def _write_splits(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Codec,
     survey: _Survey,
     folder: Path,
     progress: Progress | None,
     shard_tokens: int,
 ) -> dict[str, SplitManifest]:
-    end_id, unknown_id = special_id(tokenizer, END), tokenizer.token_to_id(UNKNOWN)
+    end_id, unknown_id = tokenizer.end_id, tokenizer.token_to_id(UNKNOWN)
     writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens, end_id) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
     for batch in _batches(divide(_hashed(documents(config), digest), config, survey.n_characters)):
@@ -213,7 +211,7 @@ def _write_splits(
     return splits
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
+def _dtype(tokenizer: Codec) -> str:
     return "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
 
 
@@ -244,13 +242,13 @@ def _require_documents(config: DataConfig, survey: _Survey, splits: dict[str, Sp
             )
 
 
-def _write_manifest(folder: Path, tokenizer: Tokenizer, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
+def _write_manifest(folder: Path, tokenizer: Codec, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=survey.source,
         tokenizer=_tokenizer_hash(tokenizer),
         vocab_size=tokenizer.get_vocab_size(),
-        end_id=special_id(tokenizer, END),
+        end_id=tokenizer.end_id,
         dtype=_dtype(tokenizer),
         n_dialogues=survey.n_dialogues,
         splits=splits,

@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from rustgpt_jax.config import ModelConfig, SamplingConfig
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.decoding.generate import begin, drawn_tokens, extend, generate, stop_tokens
 from rustgpt_jax.decoding.samplers import from_config
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.tokenizers import END, SYSTEM, USER, decode, encode_prompt, special_id
+from rustgpt_jax.tokenizers import Codec, decode, encode_prompt
 
 # Tokens drawn on the device between looks at the text, where it is shown as it comes.
 TOKENS_PER_LOOK = 8
@@ -24,7 +23,7 @@ class Writer(NamedTuple):
 
     params: Params
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Codec
     is_dialogue: bool
 
     def prompt(self, text: str) -> list[int]:
@@ -38,7 +37,7 @@ class Writer(NamedTuple):
     @property
     def stops(self) -> list[int]:
         """The tokens that end a text or a reply."""
-        return [special_id(self.tokenizer, token) for token in (END, USER, SYSTEM)]
+        return self.tokenizer.stop_ids
 
 
 def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
@@ -73,7 +72,7 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
             return
 
 
-def _settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def _settled(tokenizer: Codec, tokens: Sequence[int]) -> str:
     """The part of the text of `tokens` that later tokens cannot change.
 
     An unfinished character decodes to U+FFFD. Where bytes are tokens for what is no character of the vocabulary, a run

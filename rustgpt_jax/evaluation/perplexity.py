@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 
 import jax
-import numpy as np
 
 from rustgpt_jax.config import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
@@ -23,7 +22,8 @@ def evaluate(params: Params, model: ModelConfig, batches: Iterable[Batch], bytes
     sums = [compiled_token_sums(params, batch, model) for batch in batches]
     if not sums:
         return {}
-    loss, _, weight = (np.asarray(column, np.float64).sum() for column in zip(*jax.device_get(sums), strict=True))
+    on_host = jax.device_get(sums)
+    loss, weight = (sum(float(getattr(part, name)) for part in on_host) for name in ("loss", "weight"))
     mean = float(loss / max(weight, 1.0))
     return {
         "valid/loss": mean,

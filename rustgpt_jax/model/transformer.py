@@ -150,8 +150,8 @@ def _run_blocks(
         for key in keys:
             layer = context.fold_in(repeat * model.period + every[key].layers.start)
             kept = None if cache is None else cache[key]
-            block = Block(every[key].block)
-            x_BTD, written[key], signals[key] = block.apply({"params": params[key]}, x_BTD, layer, kept)
+            after: Any = Block(every[key].block).apply({"params": params[key]}, x_BTD, layer, kept)
+            x_BTD, written[key], signals[key] = after
         return x_BTD, (None if cache is None else written, signals)
 
     def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, jax.Array]) -> Any:

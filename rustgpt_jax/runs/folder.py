@@ -61,6 +61,21 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def parameters_file(self) -> Path:
+        """The parameters that an imported run begins with. Other runs have none: the seed makes theirs."""
+        return self.path / "parameters.safetensors"
+
+    @property
+    def import_file(self) -> Path:
+        """Where an imported model came from, and as what."""
+        return self.path / "import.json"
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether this is an imported run without a checkpoint of its own."""
+        return self.parameters_file.exists() and not any(self.checkpoints.glob("[0-9]*"))
+
+    @property
     def samples_file(self) -> Path:
         """One JSON object a line for each text generated during training."""
         return self.path / "samples.jsonl"

@@ -6,13 +6,11 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import Config, Stage, stages
 from rustgpt_jax.data.prepare import StageData, StoreProgress, obtain_tokenizer, prepare_stage, with_vocabulary
 from rustgpt_jax.data.store import Store
-from rustgpt_jax.tokenizers import save_tokenizer
+from rustgpt_jax.tokenizers import Codec, save_tokenizer
 from rustgpt_jax.training.run import Material
 
 
@@ -24,10 +22,10 @@ class Shelf:
 
     def __init__(self, folder: Path | None = None, progress: StoreProgress | None = None) -> None:
         self._folder, self._progress, self._turn = folder, progress, threading.RLock()
-        self._tokenizers: dict[str, Tokenizer] = {}
+        self._tokenizers: dict[str, Codec] = {}
         self._stores: dict[tuple[str, str], Store] = {}
 
-    def tokenizer(self, config: Config) -> Tokenizer:
+    def tokenizer(self, config: Config) -> Codec:
         """The tokenizer of a trial. Raises UserError for a corpus that cannot be read."""
         key = _tokenizer_key(config)
         if key not in self._tokenizers:

@@ -11,7 +11,7 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS
 from rustgpt_jax.tables import choose
-from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.schedules import SCHEDULES
 
@@ -21,7 +21,8 @@ PATTERNS: dict[str, Mapping[str, Any]] = {"mixers": MIXERS, "feedforwards": FEED
 def check_parts(config: Config) -> None:
     """Raises UserError, with the nearest valid name, for a part that no table has."""
     model = config.model
-    choose(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name")
+    if config.tokenizer.name != IMPORTED:
+        choose(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name")
     choose(NORMS, model.norm, "config.model.norm")
     choose(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling")
     for knob, table in PATTERNS.items():

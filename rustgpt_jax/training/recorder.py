@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from rustgpt_jax.config import Config, OptimizerConfig, Structure, for_inference, split
 from rustgpt_jax.data.prepare import StageData
@@ -22,6 +21,7 @@ from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
+from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import Metrics, State
 
@@ -59,7 +59,7 @@ class Recorder:
     config: Config
     data: StageData
     run: RunFolder
-    tokenizer: Tokenizer
+    tokenizer: Codec
     writer: MetricsWriter
     progress: Shows
     placement: Placement

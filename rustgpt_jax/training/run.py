@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from rustgpt_jax.config import Config, Stage, Structure, config_hash, split, stages
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.prepare import StageData, changed_data, record_data
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder, create, lock, write_atomically
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
-from rustgpt_jax.tokenizers import encode_prompt, save_tokenizer
+from rustgpt_jax.tokenizers import Codec, encode_prompt, save_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Pending, Recorder, Shows
-from rustgpt_jax.training.step import Metrics, Numbers, State, as_arguments, compiled_start
+from rustgpt_jax.training.step import Metrics, Numbers, State, as_arguments, compiled_start, compiled_start_from
 
 
 class Program(NamedTuple):
@@ -43,7 +43,7 @@ class Material:
 
     config: Config
     whole: Config
-    tokenizer: Tokenizer
+    tokenizer: Codec
     stages: list[StageData]
 
     @property
@@ -73,7 +73,7 @@ def _program(stage: Stage) -> Program:
     return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
 
 
-def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+def _check_prompts(config: Config, tokenizer: Codec) -> None:
     for prompt in config.record.prompts:
         length = len(encode_prompt(tokenizer, [Turn("user", prompt)]))
         if length >= config.model.context_length:
@@ -161,6 +161,9 @@ class Run:
         """The state to go on from: that of the last checkpoint, or the one that the seed gives."""
         structure, numbers = split(stages(self.material.whole)[0].config)
         arguments = as_arguments(numbers)
+        if self.step == 0 and self.folder.parameters_file.exists():
+            shapes = parameter_shapes(self.material.whole.model)
+            return compiled_start_from(structure, arguments, read_parameters(self.folder.parameters_file, shapes))
         if self.step == 0:
             return compiled_start(structure, arguments)
         return self.checkpoints.restore(jax.eval_shape(lambda: compiled_start(structure, arguments)))

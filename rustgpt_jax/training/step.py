@@ -48,6 +48,12 @@ def start(structure: Structure, numbers: Numbers) -> State:
     """The state at step 0."""
     config = merge(structure, numbers)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
+    return start_from(structure, numbers, params)
+
+
+def start_from(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
+    """The state at step 0 with parameters that are there already."""
+    config = merge(structure, numbers)
     return State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32))
 
 
@@ -129,4 +135,5 @@ def _zeros_like(shapes: Any) -> Any:
 
 
 compiled_start = jax.jit(start, static_argnums=0)
+compiled_start_from = jax.jit(start_from, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)

@@ -11,8 +11,11 @@ from rustgpt_jax.config import Config, config_hash, differences, split
 from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.decoding.text import Writer
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.parameters import read_parameters
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.tokenizers import load_tokenizer
+from rustgpt_jax.tokenizers import Codec, load_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import as_arguments, compiled_start
@@ -40,15 +43,29 @@ def load(path: Path, which: str = "last") -> Trained:
     """The `last` or the `best` checkpoint of a run. Raises UserError if the folder has no run, or the run none yet."""
     stored = load_config(path)
     run = RunFolder(path)
-    if not run.checkpoints.exists():
+    if not (run.is_untrained or run.checkpoints.exists()):
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
     tokenizer = load_tokenizer(run.tokenizer_file)
     config = with_vocabulary(stored, tokenizer)
+    if run.is_untrained:
+        params, step = read_parameters(run.parameters_file, parameter_shapes(config.model)), 0
+    else:
+        params, step = _restored(run, stored, config, which)
+    return Trained(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
+
+
+def _restored(run: RunFolder, stored: Config, config: Config, which: str) -> tuple[Params, int]:
+    """The parameters to evaluate at a checkpoint, and its step."""
     structure, numbers = split(config)
     like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
     with Checkpoints(run.checkpoints, config_hash(stored)) as checkpoints:
         state = checkpoints.restore(like, which)
-        params = evaluation_params(config.optimizer, state.params, state.opt_state)
-        step = checkpoints.step(which) or 0
-    is_dialogue = any(stage["n_dialogues"] for stage in json.loads(run.data_file.read_text(encoding="utf-8")))
-    return Trained(run, config, step, Writer(params, config.model, tokenizer, is_dialogue))
+        return evaluation_params(config.optimizer, state.params, state.opt_state), checkpoints.step(which) or 0
+
+
+def _is_dialogue(run: RunFolder, tokenizer: Codec) -> bool:
+    """Whether the model has learned dialogues: elsewhere, to judge by its chat template, or here."""
+    if tokenizer.dialect is not None and tokenizer.dialect.chat_template is not None:
+        return True
+    recorded = json.loads(run.data_file.read_text(encoding="utf-8")) if run.data_file.exists() else []
+    return any(stage["n_dialogues"] for stage in recorded)

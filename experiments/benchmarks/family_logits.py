@@ -1,0 +1,205 @@
+"""How far are the logits of each family of models here from those of `transformers`, with the same weights?
+
+python -m experiments.benchmarks.family_logits
+
+A tiny random model of every family, and of its variants (untied embeddings, biases, windows, stretched positions), is
+made and saved by `transformers`, read here, and asked for the logits of 24 random tokens in float32, which are of the
+order of 1. The weights are random with a spread that lets every part matter, and windows are shorter than the text.
+
+FINDING (CPU, float32; JAX 0.10.2, torch 2.13, transformers 5.23): PLACEHOLDER
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from configs import base
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.resolve import resolve
+
+TOKENS = 24
+
+_GPT2: dict[str, Any] = {
+    "architecture": "GPT2LMHeadModel",
+    "vocab_size": 97,
+    "n_positions": 64,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 40,
+}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def _case(architecture: str, **keys: Any) -> dict[str, Any]:
+    return {"architecture": architecture} | _SIZES | keys
+
+
+def _rope(kind: str, base: float = 1e4, **keys: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": base, **keys}}
+
+
+_LLAMA3 = _rope(
+    "llama3", 5e5, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)
+
+# One tiny model for each family: the class in transformers, and the values of its config.
+CASES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2,
+    "llama2": _case("LlamaForCausalLM", head_dim=8),
+    "llama3": _case("LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA3),
+    "mistral": _case("MistralForCausalLM", head_dim=8, sliding_window=7),
+    "qwen2": _case("Qwen2ForCausalLM"),
+    "qwen3": _case("Qwen3ForCausalLM", head_dim=8),
+    "gemma2": _case("Gemma2ForCausalLM", head_dim=8, num_hidden_layers=3, sliding_window=7, query_pre_attn_scalar=6),
+    "gemma3": _case(
+        "Gemma3ForCausalLM",
+        head_dim=8,
+        num_hidden_layers=4,
+        sliding_window_pattern=3,
+        sliding_window=7,
+        query_pre_attn_scalar=8,
+    ),
+    "olmo2": _case("Olmo2ForCausalLM"),
+    "smollm3": _case("SmolLM3ForCausalLM", num_hidden_layers=5),
+    "mixtral": _case("MixtralForCausalLM", num_local_experts=4, intermediate_size=16),
+    "qwen3_moe": _case(
+        "Qwen3MoeForCausalLM", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2 untied": _GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False},
+    "llama, biases": _case("LlamaForCausalLM", attention_bias=True, mlp_bias=True),
+    "llama, linear": _case("LlamaForCausalLM", **_rope("linear", factor=3.0)),
+    "llama, yarn": _case("LlamaForCausalLM", **_YARN),
+    "qwen2, windows": _case(
+        "Qwen2ForCausalLM",
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "gemma3, linear": _case(
+        "Gemma3ForCausalLM",
+        head_dim=8,
+        sliding_window_pattern=2,
+        sliding_window=7,
+        tie_word_embeddings=False,
+        final_logit_softcapping=5.0,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "mixtral, window": _case("MixtralForCausalLM", num_local_experts=4, intermediate_size=16, sliding_window=7),
+    "qwen3_moe, a dense layer": _case(
+        "Qwen3MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+        use_sliding_window=True,
+        sliding_window=7,
+    ),
+}
+
+
+def get_config() -> ConfigDict:
+    """A family with all that base.py says of sizes."""
+    config = base.get_config()
+    config.model.update(FAMILIES["qwen3"])
+    return config
+
+
+def random_reference(case: dict[str, Any], seed: int = 0) -> Any:
+    """The model of a case by `transformers`, with random weights that let every part of it matter."""
+    import torch
+    import transformers
+
+    config_class = getattr(transformers, case["architecture"]).config_class
+    keys = {key: value for key, value in case.items() if key != "architecture"}
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = config_class(**keys, **no_tokens, attn_implementation="eager")
+    model = getattr(transformers, case["architecture"])(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    # Where embeddings are the output layer too, large ones would make every token follow itself.
+    embedding = 0.15 if config.tie_word_embeddings else 0.5
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1 and "bias" not in name:
+                weight += 0.2 * noise
+            elif weight.ndim == 1 or "embed" in name or "wte" in name or "wpe" in name:
+                weight.copy_(embedding * noise)
+            else:
+                inputs = weight.shape[0] if case["architecture"].startswith("GPT2") else weight.shape[-1]
+                weight.copy_(noise / inputs**0.5)
+    return model
+
+
+def model_config(knobs: dict[str, Any]) -> ModelConfig:
+    """The knobs that a Hugging Face folder says, with what base.py says of the rest."""
+    config = base.get_config()
+    config.model.update(knobs)
+    return resolve(config).model
+
+
+def largest_difference(case: dict[str, Any], folder: Path) -> float:
+    """Save the model of a case in a folder, read it here, and compare the logits."""
+    import numpy as np
+    import torch
+
+    from rustgpt_jax.interop.compare import difference
+    from rustgpt_jax.interop.importing import read_model, write_parameters
+    from rustgpt_jax.interop.parameters import read_parameters
+    from rustgpt_jax.model.cost import parameter_shapes
+
+    reference = random_reference(case)
+    reference.save_pretrained(folder)
+    knobs, architecture, _ = read_model(folder)
+    model = model_config(knobs)
+    write_parameters(folder, folder / "parameters.safetensors", model, architecture)
+    params = read_parameters(folder / "parameters.safetensors", parameter_shapes(model))
+    tokens_BT = np.random.default_rng(0).integers(0, case["vocab_size"], (1, TOKENS))
+    with torch.no_grad():
+        logits_BTV = reference(torch.tensor(tokens_BT)).logits.numpy()
+    found = difference(logits_BTV, tokens_BT, params, model).difference
+    assert found is not None
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    del argv
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    table = Table("model", "architecture", "largest difference of a logit", box=None)
+    for name, case in (CASES | VARIANTS).items():
+        with tempfile.TemporaryDirectory() as folder:
+            table.add_row(name, case["architecture"], f"{largest_difference(case, Path(folder)):.1e}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,147 @@
+"""What a part says of itself: its parameters, its FLOPs, and how large its activations are at the beginning."""
+
+import dataclasses
+import math
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance import programs
+from rustgpt_jax.conformance.broken import Broken
+from rustgpt_jax.conformance.jaxprs import equations, product_flops
+from rustgpt_jax.conformance.small import LENGTH
+from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.block import ON_OUTPUT, Block
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.cost import parameter_shapes, total_size
+
+FLOPS_ERROR = 0.05
+# Sizes at which matrix products are nearly all that there is to do.
+LARGE: dict[str, Any] = {
+    "d_model": 1024,
+    "n_heads": 8,
+    "head_dim": 128,
+    "d_ff": 2048,
+    "d_expert": 2048,
+    "latent_width": 512,
+    "shared_key_width": 64,
+    "recurrent_width": 1024,
+}
+WINDOW = 128
+DEPTH = 16
+SEEDS = 3
+# The root mean square of the residual stream after DEPTH layers, where it is 1 before them. Norms on the outputs of
+# sublayers make each of these as large as what they are added to.
+LEAST_SCALE, MOST_SCALE = 0.5, 4.0
+LOSS_ERROR = 0.1
+USUAL_STD = 0.02
+
+
+def parameters(subject: Subject) -> str:
+    """The parameters that a run plans for are those that it makes, and every one of them matters."""
+    model = subject.model_
+    declared = total_size(parameter_shapes(model))
+    made = programs.leaves_by_name(programs.initial_params(model))
+    count = sum(leaf.size for leaf in made.values())
+    if count != declared:
+        raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
+    for name, leaf in programs.leaves_by_name(programs.ordinary(model).gradient).items():
+        if not leaf.any():
+            raise Broken("a parameter is never used", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
+    own = [leaf.size // model.n_layers for name, leaf in made.items() if name.startswith(_prefix(subject))]
+    if hasattr(subject.part, "n_parameters") and own:
+        said = subject.part.n_parameters(model.block(0))
+        if said != sum(own):
+            raise Broken("n_parameters is not the number of parameters", subject.name, f"{said} said, {sum(own)} made")
+    return f"{count} in the small model"
+
+
+def _prefix(subject: Subject) -> str:
+    """Where the parameters of the part stand in the first stack of blocks."""
+    return {"mixers": "blocks/0/mixer/", "feedforwards": "blocks/0/feedforward/", "norms": "blocks/0/mixer_norm/"}.get(
+        subject.kind, "nowhere"
+    )
+
+
+def flops(subject: Subject) -> str:
+    """The FLOPs that are declared, those of matrix products, are nearly all that XLA counts; loops counted once."""
+    model = dataclasses.replace(subject.model_, **LARGE, n_kv_heads=2, n_layers=subject.model_.period)
+    tokens = jax.ShapeDtypeStruct((1, WINDOW), jnp.int32)
+    traced = jax.jit(lambda params, tokens: transformer.apply(params, tokens, model)[0]).trace(
+        parameter_shapes(model), tokens
+    )
+    declared = sum(map(product_flops, equations(traced.jaxpr.jaxpr)))
+    analysis: Any = traced.lower().cost_analysis()
+    counted = float(analysis["flops"])
+    if abs(declared / counted - 1) > FLOPS_ERROR:
+        raise Broken(
+            "the declared FLOPs are not those that XLA counts",
+            f"a forward over {WINDOW} tokens with d_model {LARGE['d_model']}",
+            f"{declared:.4g} declared, {counted:.4g} counted, {declared / counted - 1:+.0%} "
+            f"({FLOPS_ERROR:.0%} is allowed)",
+        )
+    return f"{declared / counted - 1:+.1%} of XLA's count"
+
+
+@cache
+def _compiled_profile() -> Any:
+    return programs.quick_jit(_profile, static_argnames="model")
+
+
+def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """The root mean square of the residual stream after each layer of initial parameters, and the loss."""
+    model = dataclasses.replace(model, init_std=init_std)
+    init_key, x_key, tokens_key = jax.random.split(key, 3)
+    params = transformer.init(init_key, model)
+    x_BTD = jax.random.normal(x_key, (4, LENGTH, model.d_model))
+    positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (4, LENGTH))
+    context = Context(positions_BT, jnp.ones_like(positions_BT))
+
+    def repeat(x_BTD: jax.Array, blocks: Any) -> tuple[jax.Array, jax.Array]:
+        sizes = []
+        for index in range(model.period):
+            applied: Any = Block(model.block(index)).apply({"params": blocks[str(index)]}, x_BTD, context, None)
+            x_BTD = applied[0]
+            sizes.append(jnp.sqrt(jnp.mean(jnp.square(x_BTD))))
+        return x_BTD, jnp.stack(sizes)
+
+    _, sizes = jax.lax.scan(repeat, x_BTD, params["blocks"])
+    tokens_BT = jax.random.randint(tokens_key, (4, LENGTH), 0, model.vocab_size or 0)
+    log_probabilities = jax.nn.log_softmax(transformer.apply(params, tokens_BT, model)[0])
+    chosen = jnp.take_along_axis(log_probabilities[:, :-1], tokens_BT[:, 1:, None], axis=-1)
+    return sizes.reshape(-1), -jnp.mean(chosen)
+
+
+def initial_scale(subject: Subject) -> str:
+    """Over 16 layers of initial parameters the residual stream keeps its size, and the loss is that of no knowledge."""
+    model = subject.model_
+    model = dataclasses.replace(model, n_layers=model.period * math.ceil(DEPTH / model.period))
+    most = 2 * math.sqrt(1 + 2 * model.n_layers) if model.norm_placement in ON_OUTPUT else MOST_SCALE
+    ends = []
+    for seed in range(SEEDS):
+        sizes, _ = jax.device_get(
+            _compiled_profile()(jax.random.key(seed), np.float32(model.d_model**-0.5), model=model)
+        )
+        outside = np.flatnonzero(~((sizes >= LEAST_SCALE) & (sizes <= most)))
+        if len(outside):
+            raise Broken(
+                "the residual stream grows or shrinks over the layers",
+                f"layer {outside[0]}, seed {seed}",
+                f"a root mean square of {sizes[outside[0]]:.3g} there and {sizes[-1]:.3g} at the end, from 1 before "
+                f"the first layer ({LEAST_SCALE} to {most:.2g} is allowed)",
+            )
+        ends.append(float(sizes[-1]))
+    _, loss = jax.device_get(_compiled_profile()(jax.random.key(0), np.float32(USUAL_STD), model=model))
+    expected = math.log(model.vocab_size or 1)
+    if not abs(loss - expected) <= LOSS_ERROR:
+        raise Broken(
+            "the loss at the beginning is not that of a uniform guess",
+            f"initial parameters with init_std {USUAL_STD}",
+            f"{loss:.3f} and not about ln(vocab_size) = {expected:.3f}",
+        )
+    return f"{min(ends):.2f} to {max(ends):.2f} after {model.n_layers} layers, from 1; loss {loss:.2f}"

@@ -1,0 +1,80 @@
+"""A batch that is shared by eight devices gives what it gives on one.
+
+Where a process has fewer devices, the check is run in a child process, `python -m rustgpt_jax.conformance.devices`.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rustgpt_jax.conformance import programs
+from rustgpt_jax.conformance.broken import Broken
+from rustgpt_jax.conformance.small import SMALL
+from rustgpt_jax.conformance.subjects import Subject, subjects
+from rustgpt_jax.conformance.transforms import require_close_results
+
+DEVICES = 8
+
+
+def eight_devices_are_one(subject: Subject) -> str:
+    """Logits and gradients with the rows of the batch over eight devices, against those of one device."""
+    if len(jax.devices()) < DEVICES:
+        return _in_a_child(subject)
+    model = subject.model_
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
+    place = partial(NamedSharding, mesh)
+    params = programs.random_params(model)
+    rows = programs.rows_of(programs.random_tokens(model), model)
+    cut: list[Any] = [jax.device_put(each, place(PartitionSpec("data"))) for each in rows[:-1]]
+    shared = programs.Rows(*cut, rows.auxiliary)
+    found = programs.run(jax.device_put(params, place(PartitionSpec())), shared, model)
+    largest = require_close_results(found, programs.ordinary(model), "eight devices are not one")
+    return f"within {largest:.0e}"
+
+
+def _in_a_child(subject: Subject) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    changes = {field: value for field, value in dataclasses.asdict(subject.model_).items() if value != SMALL[field]}
+    command = [sys.executable, "-m", "rustgpt_jax.conformance.devices", subject.title, json.dumps(changes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().rsplit("\n", 1)[-1])
+    answer = json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
+    if "broken" in answer:
+        raise Broken(*answer["broken"])
+    return answer["note"]
+
+
+def main(title: str, changes: str) -> None:
+    """Run the check on eight virtual devices of the CPU, and print what came of it as a line of JSON."""
+    use_eight_cpu_devices()
+    (subject,) = subjects(title, {name: as_knob(value) for name, value in json.loads(changes).items()})
+    answer: dict[str, Any]
+    try:
+        with programs.quick_compilation():
+            answer = {"note": eight_devices_are_one(subject)}
+    except Broken as broken:
+        answer = {"broken": broken.args}
+    print(json.dumps(answer))
+
+
+def as_knob(value: Any) -> Any:
+    """A value from JSON as a config has it: tuples in the place of lists."""
+    return tuple(map(as_knob, value)) if isinstance(value, list) else value
+
+
+def use_eight_cpu_devices() -> None:
+    """Make eight devices of a CPU. To be called before JAX is used; an accelerator is left as it is."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,55 @@
+"""The checks as tests of a project that has parts of its own:
+
+    @pytest.mark.conforms("my_lab.mixers:Retention")
+    def test_retention(conformance_check):
+        conformance_check()
+
+is a test for each check that the part must pass. Knobs of the small model may be set too: `conforms(NAME, n_heads=2)`.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+MARKER = "conforms(*names, **knobs): one test for each check of these parts, with the argument conformance_check"
+ARGUMENT = "conformance_check"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", MARKER)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each part and check. Only here, where a test asks for it, is JAX imported."""
+    if ARGUMENT not in metafunc.fixturenames:
+        return
+    markers = list(metafunc.definition.iter_markers("conforms"))
+    if not markers:
+        raise pytest.UsageError(f'{metafunc.definition.nodeid} needs @pytest.mark.conforms("my_lab.mixers:Retention")')
+    from rustgpt_jax.conformance.checks import checks_for
+    from rustgpt_jax.conformance.subjects import subjects
+
+    cases = {
+        f"{part.name.rpartition(':')[2]}-{name}": _case(name, part)
+        for marker in markers
+        for wanted in marker.args
+        for part in subjects(wanted, marker.kwargs)
+        for name in checks_for(part)
+    }
+    metafunc.parametrize(ARGUMENT, list(cases.values()), ids=list(cases))
+
+
+def _case(name: str, part: object) -> Callable[[], str]:
+    """A function that runs one check, gives what it measured, and fails the test where it fails."""
+
+    def conformance_check() -> str:
+        from rustgpt_jax.conformance.checks import CHECKS
+        from rustgpt_jax.conformance.report import run_check
+
+        outcome = run_check(name, CHECKS[name], part)  # type: ignore[arg-type]
+        if not outcome.is_ok:
+            pytest.fail(outcome.note, pytrace=False)
+        return outcome.note
+
+    return conformance_check

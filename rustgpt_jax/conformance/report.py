@@ -1,0 +1,103 @@
+"""Running checks and showing what came of them: a line for each as it ends, then a table."""
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rustgpt_jax.conformance.broken import Broken
+from rustgpt_jax.conformance.checks import Check, checks_for
+from rustgpt_jax.conformance.programs import quick_compilation
+from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.errors import UserError
+
+LONGEST_MESSAGE = 240
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check of a part found: a measurement, or what broke; and the seconds that it took."""
+
+    subject: Subject
+    check: str
+    is_ok: bool
+    note: str
+    seconds: float
+
+
+def run_check(name: str, check: Check, subject: Subject) -> Outcome:
+    """A check, with its failures, and exceptions of the part, as a sentence."""
+    began = time.perf_counter()
+    is_ok = False
+    try:
+        with quick_compilation():
+            note = check.function(subject)
+        is_ok = True
+    except Broken as broken:
+        note = f"{broken}. Usual cause: {check.cause}"
+    except UserError:
+        raise
+    except Exception as error:
+        note = crash(error)
+    return Outcome(subject, name, is_ok, note, time.perf_counter() - began)
+
+
+def crash(error: BaseException) -> str:
+    """An exception in a line: the first line of what it says, and the last place outside the libraries."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    last = frames[-1] if frames else None
+    where = f"; at {last.filename.rsplit('/', 1)[-1]}, line {last.lineno}, in {last.name}" if last else ""
+    return f"{type(error).__name__}: {lines[0][:LONGEST_MESSAGE]}{where}"
+
+
+def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Console) -> list[Outcome]:
+    """All checks of all parts, each shown as it ends. Parts that stand in the same small model share their checks."""
+    known: dict[Any, Outcome] = {}
+    outcomes = []
+    width = max(len(subject.title) for subject in subjects)
+    for subject in subjects:
+        for name, check in checks_for(subject, only).items():
+            # All that a check looks at is the model, except what the part declares of itself.
+            key = (name, subject.model or subject.title, getattr(subject.part, "n_parameters", None))
+            if key in known:
+                first = known[key]
+                outcome = Outcome(subject, name, first.is_ok, f"{first.note} (as {first.subject.title})", 0.0)
+            else:
+                outcome = known[key] = run_check(name, check, subject)
+            outcomes.append(outcome)
+            console.print(_line(outcome, width))
+    return outcomes
+
+
+def _line(outcome: Outcome, width: int) -> Text:
+    line = Text(f"{outcome.subject.title:{width}}  {outcome.check:20} ")
+    line.append("ok    " if outcome.is_ok else "BROKEN", "green" if outcome.is_ok else "bold red")
+    line.append(f" {outcome.seconds:5.1f} s  {outcome.note}")
+    return line
+
+
+def table_of(outcomes: Sequence[Outcome]) -> Table:
+    """The checks of one part, or the parts and how many of their checks they pass."""
+    parts = list(dict.fromkeys(outcome.subject for outcome in outcomes))
+    if len(parts) == 1:
+        table = Table("check", "", "measured, or what broke", title=parts[0].title, title_justify="left")
+        for outcome in outcomes:
+            table.add_row(outcome.check, _verdict(outcome.is_ok), Text(outcome.note))
+        return table
+    table = Table("part", "checks", "", "broken", "seconds")
+    for part in parts:
+        own = [outcome for outcome in outcomes if outcome.subject is part]
+        broken = [outcome.check for outcome in own if not outcome.is_ok]
+        seconds = f"{sum(outcome.seconds for outcome in own):.1f}"
+        table.add_row(part.title, str(len(own)), _verdict(not broken), Text(", ".join(broken)), seconds)
+    return table
+
+
+def _verdict(is_ok: bool) -> Text:
+    return Text("ok", "green") if is_ok else Text("BROKEN", "bold red")

@@ -1,0 +1,74 @@
+"""The small model that parts are checked in: an explicit value for every knob, so that nothing hangs on a recipe."""
+
+from typing import Any
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.errors import UserError, suggestion
+
+LENGTH = 12  # tokens in a row
+ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
+
+SMALL: dict[str, Any] = {
+    # A row of the embedding table for each token of LENGTH rows, and a few that no such row has.
+    "vocab_size": 151,
+    "context_length": 64,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "mixers": ("attention",),
+    "feedforwards": ("swiglu",),
+    "positions": ("rope",),
+    "norm": "rmsnorm",
+    "norm_placement": "pre",
+    "norm_epsilon": 1e-5,
+    "bias": True,
+    "qkv_bias": False,
+    "tie_embeddings": False,
+    "scale_embeddings": False,
+    "logits_softcap": 0.0,
+    "qk_norm": "none",
+    "attention_scale": None,
+    "attention_softcap": 0.0,
+    "attention_sinks": False,
+    # Shorter than a row, so that what leaves the window is seen to leave it.
+    "local_window": 5,
+    "latent_width": 16,
+    "query_latent_width": None,
+    "shared_key_width": 4,
+    "conv_width": 3,
+    "recurrent_width": 24,
+    "rope_base": 100.0,
+    "local_rope_base": 50.0,
+    "rope_fraction": 1.0,
+    "rope_scaling": "none",
+    "rope_factor": 2.0,
+    "rope_original_context": 32,
+    "rope_slow_turns": 1.0,
+    "rope_fast_turns": 4.0,
+    "rope_attention_factor": None,
+    "n_experts": 4,
+    "experts_per_token": 2,
+    "d_expert": 24,
+    "expert_capacity": 0.0,
+    "normalize_experts": True,
+    "load_balance": 0.01,
+    "router_z_loss": 0.001,
+    "options": (),
+    "dropout": 0.0,
+    # Of order d_model^-1/2: what a layer gives is as large as what it gets, and every weight matters.
+    "init_std": 0.2,
+    "dtype": "float32",
+    "layers": "scanned",
+    "remat": "none",
+}
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    """The small model with some of its knobs changed. Raises UserError for one that a model does not have."""
+    for name in changes:
+        if name not in SMALL:
+            raise UserError(f"check: a model has no knob {name!r}.{suggestion(name, SMALL)}")
+    return ModelConfig(**{**SMALL, **changes})

@@ -1,0 +1,172 @@
+"""What a user means by a name: a part of a table, a whole table, or a part of their own, and the model it is in."""
+
+import dataclasses
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance.small import small_model
+from rustgpt_jax.data.corpora import CORPORA
+from rustgpt_jax.decoding.samplers import SAMPLERS
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.positions import POSITIONS, PositionScheme
+from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS
+from rustgpt_jax.sweeps.launchers import LAUNCHERS
+from rustgpt_jax.tables import choose
+from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.schedules import SCHEDULES
+
+# Tables of parts of the model, and the knob of the small model that names one.
+KNOBS = {
+    "mixers": "mixers",
+    "feedforwards": "feedforwards",
+    "norms": "norm",
+    "positions": "positions",
+    "rope_scalings": "rope_scaling",
+}
+TABLES: dict[str, Mapping[str, Any]] = {
+    "mixers": MIXERS,
+    "feedforwards": FEEDFORWARDS,
+    "norms": NORMS,
+    "positions": POSITIONS,
+    "rope_scalings": ROPE_SCALINGS,
+    "families": FAMILIES,
+    "optimizers": OPTIMIZERS,
+    "schedules": SCHEDULES,
+    "samplers": SAMPLERS,
+    "tokenizers": TOKENIZERS,
+    "corpora": CORPORA,
+    "launchers": LAUNCHERS,
+}
+MODEL_KINDS = (*KNOBS, "families")
+
+WHAT_PARTS_LOOK_LIKE = (
+    "a mixer has init_cache and __call__(x, context, cache), a feed-forward __call__(x, context), a norm __call__(x), "
+    "and a position scheme is a PositionScheme. Say which it is, as in mixers/my_lab.mixers:Retention"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A part that is checked: the table it belongs to, its name, itself, and the small model that has it (or None)."""
+
+    kind: str
+    name: str
+    part: Any
+    model: ModelConfig | None
+
+    @property
+    def title(self) -> str:
+        """The part as a user would name it: 'mixers/attention'."""
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def model_(self) -> ModelConfig:
+        """The model of a part of the model."""
+        assert self.model is not None, f"{self.title} is no part of a model"
+        return self.model
+
+
+def subjects(name: str | None = None, changes: Mapping[str, Any] | None = None) -> list[Subject]:
+    """The parts that a name means; all parts for None. `changes` are knobs of the small model that is theirs.
+
+    A name is that of a part ('attention'), of a table ('mixers'), both ('mixers/attention'), an import path
+    ('my_lab.mixers:Retention') or a file ('my_lab/mixers.py:Retention'). Raises UserError for a name that means
+    nothing or more than one thing.
+    """
+    if name is None:
+        return [subject(kind, entry, changes) for kind, table in TABLES.items() for entry in table]
+    if name in TABLES:
+        return [subject(name, entry, changes) for entry in TABLES[name]]
+    kind, _, rest = name.partition("/")
+    if kind in TABLES and rest:
+        return [subject(kind, rest, changes)]
+    if ":" in name:
+        path = import_path(name)
+        return [subject(kind_of(choose({}, path, "check"), name), path, changes)]
+    kinds = [kind for kind, table in TABLES.items() if name in table]
+    if not kinds:
+        known = {*TABLES, *(entry for table in TABLES.values() for entry in table)}
+        raise UserError(f"check: there is no part {name!r}.{suggestion(name, known)} Tables: {', '.join(TABLES)}.")
+    if len(kinds) > 1:
+        raise UserError(f"check: {name!r} is in more than one table; say {' or '.join(f'{k}/{name}' for k in kinds)}.")
+    return [subject(kinds[0], name, changes)]
+
+
+def subject(kind: str, name: str, changes: Mapping[str, Any] | None = None) -> Subject:
+    """The part of a table, by its name or its import path, in its model. Raises UserError for a wrong name."""
+    name = import_path(name)
+    part = choose(TABLES[kind], name, f"check {kind}")
+    return Subject(kind, name, part, model_of(kind, name, changes or {}) if kind in MODEL_KINDS else None)
+
+
+def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
+    """The small model that has a part in its place, with some knobs changed.
+
+    That of a family has a layer more than its patterns, where these are longer than one: layers may be left over.
+    """
+    if kind == "families":
+        preset = choose(FAMILIES, name, "check families")
+        model = small_model(**{**preset, **changes})
+        return model if model.period == 1 else dataclasses.replace(model, n_layers=model.period + 1)
+    knob = KNOBS[kind]
+    part = (name,) if knob in ("mixers", "feedforwards", "positions") else name
+    return small_model(**{knob: part, **changes})
+
+
+def kind_of(part: Any, name: str) -> str:
+    """The table that a part would be in, by what it is. Raises UserError for what is no part of a model."""
+    if hasattr(part, "init_cache"):
+        return "mixers"
+    if isinstance(part, PositionScheme):
+        return "positions"
+    module = part.func if isinstance(part, partial) else part
+    if inspect.isclass(module) and hasattr(module, "init") and hasattr(module, "apply"):
+        match _arguments(module.__call__):
+            case 2:
+                return "feedforwards"
+            case 1:
+                return "norms"
+    raise UserError(f"check: it is not clear what {name} is: {WHAT_PARTS_LOOK_LIKE}.")
+
+
+def _arguments(method: Any) -> int:
+    """The arguments of a method that have no default, itself left out."""
+    arguments = list(inspect.signature(method).parameters.values())[1:]
+    return sum(argument.default is inspect.Parameter.empty for argument in arguments)
+
+
+def import_path(name: str) -> str:
+    """A name with a file before its colon, 'my_lab/mixers.py:Retention', as the import path of the same part."""
+    file, colon, part = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        return name
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"check: there is no file {file}.")
+    resolved = path.resolve()
+    inside = resolved.is_relative_to(Path.cwd())
+    shown = resolved.relative_to(Path.cwd()) if inside else Path(resolved.name)
+    module_name = ".".join(shown.with_suffix("").parts)
+    if module_name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(module_name, resolved)
+        assert specification is not None and specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[module_name] = module
+        try:
+            specification.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    return f"{module_name}:{part}"

@@ -1,0 +1,100 @@
+"""What a program is turned into must not change what it computes: other layouts of layers, remat, and vmap."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance import programs
+from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, require_close
+from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.model import transformer
+
+LOGITS_CLOSE = 1e-5
+# A gradient is a sum over all tokens, in which much may cancel.
+GRADIENTS_CLOSE = 5e-4
+TRIALS = 3
+
+
+def require_close_results(found: programs.Result, expected: programs.Result, what: str) -> float:
+    """The largest relative difference of logits and gradients. Raises Broken if it is more than rounding gives."""
+    worst = require_close(
+        found.logits_BTV, expected.logits_BTV, LOGITS_CLOSE, f"{what}: the logits differ", ROWS_OF_LOGITS
+    )
+    gradients = programs.leaves_by_name(found.gradient)
+    # A gradient that would be 0 but for rounding, as that of a bias of keys, has no size of its own.
+    noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
+    for name, leaf in programs.leaves_by_name(expected.gradient).items():
+        gradient = f"{what}: the gradient of {name}"
+        worst = max(worst, require_close(gradients[name], leaf, GRADIENTS_CLOSE, gradient, (), least_size=noise))
+    return worst
+
+
+def unrolled_is_scanned(subject: Subject) -> str:
+    """The layers run in a loop, and one after another, give the same."""
+    return _same_with(subject.model_, "unrolled layers are not scanned ones", layers="unrolled")
+
+
+def remat_is_none(subject: Subject) -> str:
+    """What the backward pass computes again is what the forward pass computed."""
+    notes = [_same_with(subject.model_, f"remat {each!r} is not 'none'", remat=each) for each in ("dots", "full")]
+    return notes[-1]
+
+
+def _same_with(model: ModelConfig, what: str, **changes: Any) -> str:
+    rows = programs.rows_of(programs.random_tokens(model), model)
+    found = programs.run(programs.random_params(model), rows, dataclasses.replace(model, **changes))
+    return f"within {require_close_results(found, programs.ordinary(model), what):.0e}"
+
+
+@cache
+def _compiled_trials() -> Any:
+    def one(params: Any, numbers: Any, rows: programs.Rows, model: ModelConfig) -> programs.Result:
+        return programs.forward_and_backward(params, rows, dataclasses.replace(model, **numbers))
+
+    def all_trials(params: Any, numbers: Any, rows: programs.Rows, model: ModelConfig) -> programs.Result:
+        return jax.vmap(lambda params, numbers: one(params, numbers, rows, model))(params, numbers)
+
+    return programs.quick_jit(all_trials, static_argnames="model")
+
+
+@cache
+def _compiled_inits() -> Any:
+    def one(key: jax.Array, numbers: Any, model: ModelConfig) -> Any:
+        return transformer.init(key, dataclasses.replace(model, **numbers))
+
+    def all_trials(keys: jax.Array, numbers: Any, model: ModelConfig) -> Any:
+        return jax.vmap(lambda key, numbers: one(key, numbers, model))(keys, numbers)
+
+    return programs.quick_jit(all_trials, static_argnames="model")
+
+
+def vmap_is_loop(subject: Subject) -> str:
+    """Trials side by side, their parameters and their numbers as arguments, are what each is alone.
+
+    So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_epsilon.
+    """
+    model = subject.model_
+    numbers = {name: np.repeat(value, TRIALS) for name, value in programs.numbers_of(model).items()}
+    keys = jax.vmap(jax.random.key)(np.arange(TRIALS))
+    initial = jax.device_get(_compiled_inits()(keys, numbers, model=model))
+    worst = 0.0
+    for trial in range(TRIALS):
+        alone = programs.leaves_by_name(programs.initial_params(model, trial))
+        for name, leaf in programs.leaves_by_name(initial).items():
+            what = f"trial {trial} of vmap is not what it is alone: the initial {name}"
+            worst = max(worst, require_close(leaf[trial], alone[name], LOGITS_CLOSE, what, ()))
+
+    rows = programs.rows_of(programs.random_tokens(model), model)
+    several = [programs.random_params(model, seed) for seed in range(TRIALS)]
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
+    together = jax.device_get(_compiled_trials()(params, numbers, rows, model=model))
+    for trial in range(TRIALS):
+        alone_result = programs.run(several[trial], rows, model)
+        one = jax.tree.map(lambda leaf, trial=trial: leaf[trial], together)
+        what = f"trial {trial} of vmap is not what it is alone"
+        worst = max(worst, require_close_results(one, alone_result, what))
+    return f"{TRIALS} trials within {worst:.0e}"

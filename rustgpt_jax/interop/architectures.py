@@ -1,0 +1,412 @@
+"""The Hugging Face architectures that are read and written: a family of parts, the keys of config.json, the tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.interop import correspondences as says
+from rustgpt_jax.interop.computation import dense_width, disagreements
+from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
+from rustgpt_jax.interop.rope import global_and_local_rope, rope
+from rustgpt_jax.interop.settings import Settings
+from rustgpt_jax.interop.tensors import Rule, Rules
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.resolve import checked
+
+# Keys that change what is computed or stored, and that no architecture here has.
+FOREIGN_KEYS = ("quantization_config", "adapter_config")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one class of `transformers` says a model.
+
+    name, model_type: as in config.json. family: whose knobs hold where config.json says nothing else.
+    correspondences: between keys of config.json and knobs. defaults: of keys that a config.json may leave out, as in
+    the config class of `transformers`. rules: the tensors that are written, and read; other_rules: those of other
+    forms of the same, which are read too. prefix: of the tensors of the model without its head, which may be missing.
+    ignored: regular expressions of tensors that hold no parameters.
+    """
+
+    name: str
+    model_type: str
+    family: str
+    correspondences: tuple[Correspondence, ...]
+    defaults: Mapping[str, Any]
+    rules: Rules
+    other_rules: tuple[Rules, ...] = ()
+    prefix: str = "model."
+    ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+
+    def knobs(self, config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+        """The knobs of ModelConfig that a config.json says. Raises UserError naming a key that cannot be said."""
+        settings = Settings(file, config, self.defaults)
+        for key in FOREIGN_KEYS:
+            if config.get(key):
+                raise UserError(f"{file}: {key} is not read here; only models stored as plain numbers are.")
+        knobs = FAMILIES[self.family] | joined_knobs(self.correspondences, settings)
+        return {knob: checked(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        """The config.json that comes nearest to a model; whether it says the same, `differences` tells."""
+        names = {"architectures": [self.name], "model_type": self.model_type}
+        return names | joined_keys(self.correspondences, model)
+
+    def differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
+        """The knobs in which a model differs from what its config.json would be read as: none if it can be said.
+
+        Raises UserError for one that could not be read at all.
+        """
+        there = self.knobs(self.hf_config(model), Path("config.json"))
+        return disagreements(model, replace(model, **there))
+
+
+# Tensors.
+
+
+def _with_bias(path: str, name: str, transposed: bool = True) -> Rules:
+    return {
+        f"{path}/kernel": Rule(f"{name}.weight", transposed),
+        f"{path}/bias": Rule(f"{name}.bias"),
+    }
+
+
+LAYER = "model.layers.{layer}."
+DENSE: Rules = {
+    "embedding/table": Rule("model.embed_tokens.weight"),
+    "norm/scale": Rule("model.norm.weight"),
+    "head/kernel": Rule("lm_head.weight", True),
+    **_with_bias("mixer/query", LAYER + "self_attn.q_proj"),
+    **_with_bias("mixer/key", LAYER + "self_attn.k_proj"),
+    **_with_bias("mixer/value", LAYER + "self_attn.v_proj"),
+    **_with_bias("mixer/output", LAYER + "self_attn.o_proj"),
+    "mixer/query_norm/scale": Rule(LAYER + "self_attn.q_norm.weight"),
+    "mixer/key_norm/scale": Rule(LAYER + "self_attn.k_norm.weight"),
+    **_with_bias("feedforward/gate", LAYER + "mlp.gate_proj"),
+    **_with_bias("feedforward/up", LAYER + "mlp.up_proj"),
+    **_with_bias("feedforward/down", LAYER + "mlp.down_proj"),
+    "mixer_norm/scale": Rule(LAYER + "input_layernorm.weight"),
+    "feedforward_norm/scale": Rule(LAYER + "post_attention_layernorm.weight"),
+}
+OUTPUT_NORMS: Rules = {
+    **DENSE,
+    "mixer_output_norm/scale": Rule(LAYER + "post_attention_layernorm.weight"),
+    "feedforward_norm/scale": Rule(LAYER + "pre_feedforward_layernorm.weight"),
+    "feedforward_output_norm/scale": Rule(LAYER + "post_feedforward_layernorm.weight"),
+}
+# Experts one by one, and, as transformers 5 holds them in memory, all at once with gate and up side by side.
+ONE_BY_ONE: Rules = {
+    **DENSE,
+    "feedforward/router": Rule(LAYER + "mlp.gate.weight", True),
+    "feedforward/gate": Rule(LAYER + "mlp.experts.{expert}.gate_proj.weight", True),
+    "feedforward/up": Rule(LAYER + "mlp.experts.{expert}.up_proj.weight", True),
+    "feedforward/down": Rule(LAYER + "mlp.experts.{expert}.down_proj.weight", True),
+}
+AT_ONCE: Rules = {
+    **ONE_BY_ONE,
+    "feedforward/gate": Rule(LAYER + "mlp.experts.gate_up_proj", True),
+    "feedforward/up": Rule(LAYER + "mlp.experts.gate_up_proj", True),
+    "feedforward/down": Rule(LAYER + "mlp.experts.down_proj", True),
+}
+MIXTRAL: Rules = {
+    **DENSE,
+    "feedforward/router": Rule(LAYER + "block_sparse_moe.gate.weight", True),
+    "feedforward/gate": Rule(LAYER + "block_sparse_moe.experts.{expert}.w1.weight", True),
+    "feedforward/up": Rule(LAYER + "block_sparse_moe.experts.{expert}.w3.weight", True),
+    "feedforward/down": Rule(LAYER + "block_sparse_moe.experts.{expert}.w2.weight", True),
+}
+H = "transformer.h.{layer}."
+GPT2: Rules = {
+    "embedding/table": Rule("transformer.wte.weight"),
+    "positions/table": Rule("transformer.wpe.weight"),
+    "norm/scale": Rule("transformer.ln_f.weight"),
+    "norm/bias": Rule("transformer.ln_f.bias"),
+    "head/kernel": Rule("lm_head.weight", True),
+    "mixer_norm/scale": Rule(H + "ln_1.weight"),
+    "mixer_norm/bias": Rule(H + "ln_1.bias"),
+    "feedforward_norm/scale": Rule(H + "ln_2.weight"),
+    "feedforward_norm/bias": Rule(H + "ln_2.bias"),
+    # Linear layers are (inputs, outputs) as here, and queries, keys and values come from one.
+    **_with_bias("mixer/query", H + "attn.c_attn", False),
+    **_with_bias("mixer/key", H + "attn.c_attn", False),
+    **_with_bias("mixer/value", H + "attn.c_attn", False),
+    **_with_bias("mixer/output", H + "attn.c_proj", False),
+    **_with_bias("feedforward/up", H + "mlp.c_fc", False),
+    **_with_bias("feedforward/down", H + "mlp.c_proj", False),
+}
+
+# Keys.
+
+SIZES = (
+    says.same("vocab_size", "vocab_size"),
+    says.same("max_position_embeddings", "context_length"),
+    says.same("num_hidden_layers", "n_layers"),
+    says.same("hidden_size", "d_model"),
+    says.same("num_attention_heads", "n_heads"),
+    says.same("num_key_value_heads", "n_kv_heads", lambda model: model.n_kv_heads or model.n_heads),
+    says.same("head_dim", "head_dim", lambda model: model.head_width),
+    says.same("rms_norm_eps", "norm_epsilon"),
+    says.same("tie_word_embeddings", "tie_embeddings"),
+)
+WIDTH = says.same("intermediate_size", "d_ff", dense_width)
+SILU = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+GATED = (*SIZES, WIDTH, says.activation("hidden_act", SILU))
+NO_BIAS = says.always("attention_bias", False)
+
+ROPE_DEFAULTS = dict.fromkeys(
+    ("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
+)
+USUAL_DEFAULTS: dict[str, Any] = ROPE_DEFAULTS | {
+    "rope_theta": 10000.0,
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+}
+QWEN_DEFAULTS = USUAL_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+GEMMA_DEFAULTS = USUAL_DEFAULTS | {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+GEMMA = (
+    *SIZES,
+    WIDTH,
+    NO_BIAS,
+    says.whole_heads(),
+    says.activation("hidden_activation", {"gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "silu": "swiglu"}),
+    says.query_scale("query_pre_attn_scalar"),
+    says.softcap("final_logit_softcapping", "logits_softcap"),
+    says.always("use_bidirectional_attention", False, None),
+)
+
+
+def _every_other(settings: Settings, layer: int) -> str:
+    return FULL if layer % 2 else SLIDING
+
+
+def _all_but_every_sixth(settings: Settings, layer: int) -> str:
+    return SLIDING if (layer + 1) % settings["sliding_window_pattern"] else FULL
+
+
+def _without_positions(settings: Settings, layer: int) -> str:
+    has_window = settings["use_sliding_window"] and settings["sliding_window"] is not None
+    positions = says.layers_without_positions().read(settings)["positions"]
+    return SLIDING if has_window and positions[layer % len(positions)] == "none" else FULL
+
+
+_EVERY = (
+    Architecture(
+        name="LlamaForCausalLM",
+        model_type="llama",
+        family="llama2",
+        correspondences=(*GATED, says.whole_heads(), says.biases("attention_bias", "mlp_bias"), rope()),
+        defaults=USUAL_DEFAULTS,
+        rules=DENSE,
+    ),
+    Architecture(
+        name="GPT2LMHeadModel",
+        model_type="gpt2",
+        family="gpt2",
+        correspondences=(
+            says.same("vocab_size", "vocab_size"),
+            says.same("n_positions", "context_length"),
+            says.same("n_layer", "n_layers"),
+            says.same("n_embd", "d_model"),
+            says.same("n_head", "n_heads"),
+            says.same("n_inner", "d_ff", dense_width),
+            says.same("layer_norm_epsilon", "norm_epsilon"),
+            says.same("tie_word_embeddings", "tie_embeddings"),
+            says.activation(
+                "activation_function",
+                {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu_squared"},
+            ),
+            says.scaled_or_not("scale_attn_weights"),
+            says.always("scale_attn_by_inverse_layer_idx", False),
+            says.always("add_cross_attention", False),
+            Correspondence(lambda settings: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
+        ),
+        defaults={
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        rules=GPT2,
+        prefix="transformer.",
+        # Masks, which old versions of transformers stored.
+        ignored=(r"\.attn\.(masked_)?bias$",),
+    ),
+    Architecture(
+        name="MistralForCausalLM",
+        model_type="mistral",
+        family="mistral",
+        correspondences=(*GATED, says.window_everywhere(), rope()),
+        defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+        rules=DENSE,
+    ),
+    Architecture(
+        name="Qwen2ForCausalLM",
+        model_type="qwen2",
+        family="qwen2",
+        correspondences=(*GATED, says.window_after_first_layers(), rope()),
+        defaults=QWEN_DEFAULTS,
+        rules=DENSE,
+    ),
+    Architecture(
+        name="Qwen3ForCausalLM",
+        model_type="qwen3",
+        family="qwen3",
+        correspondences=(*GATED, NO_BIAS, says.window_after_first_layers(), rope()),
+        defaults=QWEN_DEFAULTS | {"head_dim": 128},
+        rules=DENSE,
+    ),
+    Architecture(
+        name="Gemma2ForCausalLM",
+        model_type="gemma2",
+        family="gemma2",
+        correspondences=(
+            *GEMMA,
+            says.softcap("attn_logit_softcapping", "attention_softcap"),
+            says.window_by_layer(_every_other),
+            rope(),
+        ),
+        defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        rules=OUTPUT_NORMS,
+    ),
+    Architecture(
+        name="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        family="gemma3",
+        correspondences=(
+            *GEMMA,
+            # transformers reads it and does not use it.
+            says.always("attn_logit_softcapping", None),
+            says.local_layers_turn_faster(_all_but_every_sixth),
+            global_and_local_rope(),
+        ),
+        defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        rules=OUTPUT_NORMS,
+    ),
+    Architecture(
+        name="Olmo2ForCausalLM",
+        model_type="olmo2",
+        family="olmo2",
+        correspondences=(*GATED, NO_BIAS, rope()),
+        defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5},
+        rules=OUTPUT_NORMS,
+    ),
+    Architecture(
+        name="SmolLM3ForCausalLM",
+        model_type="smollm3",
+        family="smollm3",
+        correspondences=(
+            *GATED,
+            says.biases("attention_bias", "mlp_bias"),
+            says.layers_without_positions(),
+            says.window_by_layer_if(_without_positions),
+            rope(),
+        ),
+        defaults=USUAL_DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_theta": 2e6,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        rules=DENSE,
+    ),
+    Architecture(
+        name="MixtralForCausalLM",
+        model_type="mixtral",
+        family="mixtral",
+        correspondences=(
+            *SIZES,
+            says.activation("hidden_act", {"silu": "moe"}),
+            says.experts_everywhere(),
+            says.window_everywhere(),
+            rope(),
+        ),
+        defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        rules=MIXTRAL,
+        other_rules=(AT_ONCE,),
+    ),
+    Architecture(
+        name="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        family="qwen3_moe",
+        correspondences=(
+            *SIZES,
+            NO_BIAS,
+            says.activation("hidden_act", {"silu": "moe"}),
+            says.experts_in_some_layers(),
+            says.window_everywhere("use_sliding_window"),
+            rope(),
+        ),
+        defaults=USUAL_DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+            "norm_topk_prob": False,
+        },
+        rules=ONE_BY_ONE,
+        other_rules=(AT_ONCE,),
+    ),
+)
+
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _EVERY}
+
+
+def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
+    """The architecture that a config.json names. Raises UserError with the known ones."""
+    named = config.get("architectures") or [
+        architecture.name for architecture in _EVERY if architecture.model_type == config.get("model_type")
+    ]
+    if not named:
+        raise UserError(
+            f"{file} names no architecture, and its model_type {config.get('model_type')!r} is not known."
+            f"{suggestion(str(config.get('model_type')), [each.model_type for each in _EVERY])}"
+        )
+    if named[0] not in ARCHITECTURES:
+        raise UserError(f"{file}: the architecture {named[0]!r} is not known.{suggestion(named[0], ARCHITECTURES)}")
+    return ARCHITECTURES[named[0]]
+
+
+def architecture_for(model: ModelConfig) -> Architecture:
+    """The first architecture that can say a model. Raises UserError with what the nearest one cannot say."""
+    nearest: tuple[int, str, str] | None = None
+    for architecture in _EVERY:
+        try:
+            differing = architecture.differences(model)
+        except UserError:
+            continue
+        if not differing:
+            return architecture
+        shown = ", ".join(f"{knob} {here!r} (there {there!r})" for knob, (here, there) in differing.items())
+        nearest = min(nearest or (len(differing), architecture.name, shown), (len(differing), architecture.name, shown))
+    assert nearest is not None
+    raise UserError(
+        f"No Hugging Face architecture known here computes what this model does. The nearest, {nearest[1]}, "
+        f"cannot say config.model: {nearest[2]}."
+    )

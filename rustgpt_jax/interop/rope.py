@@ -1,0 +1,126 @@
+"""RoPE in a config.json: rope_theta and rope_scaling, or rope_parameters as transformers 5 writes them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, Keys, Knobs
+from rustgpt_jax.interop.settings import Settings
+from rustgpt_jax.resolve import checked
+
+# What rope_type is called here, and the keys beside it.
+NAMES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+FACTOR = {"factor": "rope_factor"}
+STRETCHED = FACTOR | {"original_max_position_embeddings": "rope_original_context"}
+TURNS = {
+    "llama3": {"low_freq_factor": "rope_slow_turns", "high_freq_factor": "rope_fast_turns"},
+    "yarn": {"beta_slow": "rope_slow_turns", "beta_fast": "rope_fast_turns"},
+}
+KEYS = {
+    "default": {},
+    "linear": FACTOR,
+    "llama3": STRETCHED | TURNS["llama3"],
+    "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope_attention_factor"},
+}
+# Keys that are read in their own way.
+OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "mscale", "mscale_all_dim")
+
+
+def rope() -> Correspondence:
+    """One RoPE for all layers."""
+
+    def read(settings: Settings) -> Knobs:
+        return rope_knobs(settings, _stored(settings), settings["rope_theta"])
+
+    return Correspondence(read, rope_keys)
+
+
+def global_and_local_rope() -> Correspondence:
+    """A RoPE for global layers and one, unscaled, for local ones (Gemma 3)."""
+
+    def read(settings: Settings) -> Knobs:
+        stored = settings["rope_parameters"] or {}
+        of_global = _mapping(settings, stored.get(FULL)) | _mapping(settings, settings["rope_scaling"])
+        of_local = _mapping(settings, stored.get(SLIDING))
+        local = rope_knobs(settings, of_local, settings["rope_local_base_freq"])
+        if local["rope_scaling"] != "none":
+            raise settings.refuse("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
+        return rope_knobs(settings, of_global, settings["rope_theta"]) | {"local_rope_base": local["rope_base"]}
+
+    return Correspondence(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_base})
+
+
+def rope_knobs(settings: Settings, stored: Mapping[str, Any], base: Any) -> Knobs:
+    """The knobs of one RoPE. Raises UserError naming a type or a key that is not known."""
+    where = f"{settings.file}: RoPE"
+    kind = stored.get("rope_type") or stored.get("type") or "default"
+    if kind not in NAMES:
+        raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), NAMES)}")
+    for key, value in stored.items():
+        if key not in OTHER_KEYS and key not in KEYS[kind] and value is not None:
+            raise UserError(f"{where} of the type {kind!r} has an unknown key {key!r}.")
+    fraction = stored.get("partial_rotary_factor", settings["partial_rotary_factor"])
+    if fraction not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
+    given = {key: value for key, value in stored.items() if value is not None}
+    knobs: Knobs = {"rope_base": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
+    if kind in ("llama3", "yarn"):
+        given["original_max_position_embeddings"] = _original_context(settings, given)
+    if kind == "yarn":
+        given = _yarn(settings, given)
+    for key, knob in KEYS[kind].items():
+        if key not in given and key != "attention_factor":
+            raise UserError(f"{where} of the type {kind!r} has no {key!r}.")
+        knobs[knob] = given.get(key)
+    return {knob: checked(f"model.{knob}", value, f"{where}: {knob}") for knob, value in knobs.items()}
+
+
+def rope_keys(model: ModelConfig) -> Keys:
+    """rope_theta and rope_scaling, which transformers 4 and 5 both read."""
+    kind = next((name for name, here in NAMES.items() if here == model.rope_scaling), None)
+    if kind in (None, "default"):
+        return {"rope_theta": model.rope_base, "rope_scaling": None}
+    values = {key: getattr(model, knob) for key, knob in KEYS[str(kind)].items()}
+    scaling = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
+    return {"rope_theta": model.rope_base, "rope_scaling": scaling}
+
+
+def _stored(settings: Settings) -> dict[str, Any]:
+    stored = _mapping(settings, settings["rope_scaling"]) or _mapping(settings, settings["rope_parameters"])
+    nested = [key for key, value in stored.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(f"{settings.file}: a RoPE of their own for {' and '.join(nested)} cannot be said here.")
+    return stored
+
+
+def _mapping(settings: Settings, stored: Any) -> dict[str, Any]:
+    if not isinstance(stored, Mapping | None):
+        raise UserError(f"{settings.file}: the parameters of RoPE are no JSON object but {stored!r}.")
+    return dict(stored or {})
+
+
+def _original_context(settings: Settings, given: Mapping[str, Any]) -> Any:
+    own = settings["original_max_position_embeddings"]
+    return own or given.get("original_max_position_embeddings") or settings["max_position_embeddings"]
+
+
+def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of yarn with what transformers takes for those that are not there."""
+    if given.get("truncate") is False:
+        raise UserError(f"{settings.file}: RoPE: truncate=false cannot be said here.")
+    usual = {
+        "beta_slow": 1.0,
+        "beta_fast": 32.0,
+        "factor": settings["max_position_embeddings"] / given["original_max_position_embeddings"],
+    }
+    whole = usual | given
+    one, other = given.get("mscale"), given.get("mscale_all_dim")
+    if one and other and "attention_factor" not in given:
+        whole["attention_factor"] = _magnitude(whole["factor"], one) / _magnitude(whole["factor"], other)
+    return whole
+
+
+def _magnitude(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

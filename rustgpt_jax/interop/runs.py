@@ -1,0 +1,117 @@
+"""Runs from Hugging Face folders, and Hugging Face folders from runs: what the verbs import and export do."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.compare import compare_logits
+from rustgpt_jax.interop.exporting import appearing_folder, export_model
+from rustgpt_jax.interop.importing import read_model, write_parameters
+from rustgpt_jax.interop.parameters import open_parameters, read_parameters
+from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.parallel.machine import free_memory
+from rustgpt_jax.resolve import override, resolve
+from rustgpt_jax.runs.folder import RunFolder, create, load_config
+from rustgpt_jax.runs.formatting import count
+from rustgpt_jax.tokenizers import IMPORTED, load_tokenizer, save_tokenizer
+from rustgpt_jax.training.trained import load
+
+# Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
+TOLERANCE = 1e-3
+# Tokens in a training window of an imported model, unless its recipe says otherwise.
+WINDOW = 1024
+
+Says = Callable[[str], None]
+
+
+def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], says: Says) -> None:
+    """Make a run of a Hugging Face folder: its model and tokenizer, with the other knobs of a config `tree`.
+
+    The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
+    here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
+    """
+    described, codec = read_model(source), read_codec(source)
+    tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
+    config = resolve(tree)
+    model, name = with_vocabulary(config, codec).model, described.architecture.name
+    shapes = parameter_shapes(model)
+    says(f"{source}: {name}, {count(total_size(shapes))} parameters")
+    with appearing_folder(path) as hidden:
+        run = create(hidden, config, origins)
+        save_tokenizer(codec, run.tokenizer_file)
+        write_parameters(source, run.parameters_file, model, described.architecture)
+        about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
+        run.import_file.write_text(json.dumps(about, indent=2) + "\n")
+        says(_compared(source, read_parameters(run.parameters_file, shapes), model))
+    says(f"{path}: a run at step 0")
+
+
+def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Says) -> None:
+    """Write a run as a folder that `transformers` loads: config, tensors, tokenizer, chat template.
+
+    `dtype` None: the type that an imported model came in as long as it is not trained on, then float32. The folder
+    appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
+    `transformers` can say, and logits that are not the same there.
+    """
+    run, codec = RunFolder(path), load_tokenizer(RunFolder(path).tokenizer_file)
+    whole = with_vocabulary(load_config(path), codec)
+    is_dialogue = False
+    if run.is_untrained:
+        params: Any = open_parameters(run.parameters_file)
+    else:
+        trained = load(path, which)
+        params, is_dialogue = trained.writer.params, trained.writer.is_dialogue
+    about = json.loads(run.import_file.read_bytes()) if run.import_file.exists() else {}
+
+    def finish(hidden: Path) -> None:
+        write_codec(codec, hidden, whole.model.context_length, is_dialogue)
+        stored = read_parameters(run.parameters_file, parameter_shapes(whole.model)) if run.is_untrained else params
+        says(_compared(hidden, stored, whole.model, dtype))
+
+    special_tokens = about.get("special_tokens") or special_ids(codec)
+    architecture = export_model(
+        params,
+        whole.model,
+        folder,
+        architecture=about.get("architecture"),
+        dtype=dtype,
+        special_tokens=special_tokens,
+        finish=finish,
+    )
+    says(f"{folder}: {architecture.name}")
+
+
+def _compared(folder: Path, params: Any, model: ModelConfig, dtype: str | None = None) -> str:
+    """What a comparison with `transformers` found. Raises UserError if the logits are not the same."""
+    needed = 2 * total_bytes(parameter_shapes(model))
+    if needed > free_memory():
+        return f"Not compared with transformers: that needs about {needed / 2**30:.1f} GiB of free memory."
+    found = compare_logits(folder, params, model)
+    if found.difference is None:
+        return f"Not compared with transformers: {found.reason}."
+    rounded = dtype not in (None, "float32")
+    if not rounded and found.difference > TOLERANCE * max(1.0, found.largest):
+        raise UserError(
+            f"{folder}: the logits here differ by up to {found.difference:.2g} from those of transformers, whose "
+            f"largest is {found.largest:.2g}. Nothing was written."
+        )
+    return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}."
+
+
+def _with_model(
+    tree: Any, knobs: Mapping[str, Any], origins: dict[str, str], origin: str
+) -> tuple[Any, dict[str, str]]:
+    """A config with an imported model in it, and where its values came from."""
+    values = {f"model.{name}": value for name, value in knobs.items()}
+    values |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
+    if tree["data"]["window"] is None:
+        values["data.window"] = min(WINDOW, knobs["context_length"])
+    for path, value in values.items():
+        override(tree, path, value)
+        origins[path] = origin
+    return tree, origins

@@ -1,0 +1,141 @@
+"""Which tensors of a Hugging Face model are which of our parameters, and how one is made of the other.
+
+A rule gives, for a parameter of a block or of the whole model, the name of a tensor there. Blocks are stacked here, and
+tensors there belong to one layer (and one expert), so a parameter is made of slots, one for each of them. A tensor is
+one slot, or several side by side along the last axis, transposed where a linear layer keeps (outputs, inputs).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.stacks import stacks
+
+
+class Rule(NamedTuple):
+    """The name of a tensor, with {layer} and {expert} in it. Rules with the same name are its parts, in their order."""
+
+    name: str
+    transposed: bool = False
+
+
+Rules = Mapping[str, Rule]
+Index = tuple[int, ...]
+
+
+class Slot(NamedTuple):
+    """A part of a parameter: what stands at a place, an index of its first axes."""
+
+    path: str
+    place: Index
+    shape: tuple[int, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor there, made of slots side by side along the last axis, then transposed over the last two axes."""
+
+    name: str
+    transposed: bool
+    slots: tuple[Slot, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that it has there."""
+        *first, _ = self.slots[0].shape
+        whole = (*first, sum(slot.shape[-1] for slot in self.slots))
+        return (*whole[:-2], whole[-1], whole[-2]) if self.transposed else whole
+
+
+class Piece(NamedTuple):
+    """The columns of a tensor that fill one slot."""
+
+    tensor: Tensor
+    start: int
+    stop: int
+
+    def of(self, stored: np.ndarray) -> np.ndarray:
+        """The slot, as a view of the tensor."""
+        return (np.swapaxes(stored, -1, -2) if self.tensor.transposed else stored)[..., self.start : self.stop]
+
+
+def shapes_by_path(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters by path, such as blocks/0/mixer/query/kernel."""
+    return {path: tuple(leaf.shape) for path, leaf in by_path(parameter_shapes(model)).items()}
+
+
+def by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+    """The leaves of a tree of parameters by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `by_path`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = leaf
+    return tree
+
+
+def tensors(rules: Rules, model: ModelConfig) -> dict[str, Tensor]:
+    """All tensors of a model by name, in the order of the layers. Parameters without a rule have none."""
+    found: dict[str, list[tuple[int, Rule, Slot]]] = {}
+    order = {path: number for number, path in enumerate(rules)}
+    for path, shape in shapes_by_path(model).items():
+        key, layers = _rule_key(path, model)
+        rule = rules[key]
+        for index, names in _indices(rule, layers, shape):
+            slot = Slot(path, index, shape[len(index) :])
+            found.setdefault(rule.name.format(**names), []).append((order[key], rule, slot))
+    result: dict[str, Tensor] = {}
+    for name, parts in found.items():
+        parts.sort(key=lambda part: part[0])
+        result[name] = Tensor(name, parts[0][1].transposed, tuple(slot for _, _, slot in parts))
+    return dict(sorted(result.items(), key=lambda item: _natural(item[0])))
+
+
+def pieces(plan: Iterable[Tensor]) -> dict[str, list[Piece]]:
+    """For each parameter, what fills its slots, in their order."""
+    found: dict[str, dict[tuple[int, ...], Piece]] = {}
+    for tensor in plan:
+        start = 0
+        for slot in tensor.slots:
+            stop = start + slot.shape[-1]
+            found.setdefault(slot.path, {})[slot.place] = Piece(tensor, start, stop)
+            start = stop
+    return {path: [of_index[index] for index in sorted(of_index)] for path, of_index in found.items()}
+
+
+def _rule_key(path: str, model: ModelConfig) -> tuple[str, tuple[int, ...]]:
+    """The path that a rule stands under, without the stack, and the layers that the parameter is stacked over."""
+    if not path.startswith("blocks/"):
+        return path, ()
+    _, stack, key = path.split("/", 2)
+    return key, tuple(stacks(model)[int(stack)].layers)
+
+
+def _indices(
+    rule: Rule, layers: tuple[int, ...], shape: tuple[int, ...]
+) -> list[tuple[tuple[int, ...], dict[str, int]]]:
+    if not layers:
+        return [((), {})]
+    if "{expert}" not in rule.name:
+        return [((place,), {"layer": layer}) for place, layer in enumerate(layers)]
+    return [
+        ((place, expert), {"layer": layer, "expert": expert})
+        for place, layer in enumerate(layers)
+        for expert in range(shape[1])
+    ]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]

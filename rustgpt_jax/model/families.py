@@ -1,0 +1,95 @@
+"""Families of models, as presets of the same parts: the knobs that make the family, whatever the size.
+
+A recipe begins with `config.model.update(FAMILIES["qwen3"])`. Depth, widths, heads, experts, vocabulary, context and
+the window of local_attention are left to it. Constants are those of the released models.
+"""
+
+from typing import Any
+
+Knobs = dict[str, Any]
+
+# What most families since Llama have in common; every preset says all of these knobs.
+_USUAL: Knobs = {
+    "mixers": ("attention",),
+    "feedforwards": ("swiglu",),
+    "positions": ("rope",),
+    "norm": "rmsnorm",
+    "norm_placement": "pre",
+    "norm_epsilon": 1e-6,
+    "bias": False,
+    "qkv_bias": False,
+    "tie_embeddings": False,
+    "scale_embeddings": False,
+    "logits_softcap": 0.0,
+    "qk_norm": "none",
+    "attention_scale": None,
+    "attention_softcap": 0.0,
+    "attention_sinks": False,
+    "rope_base": 1e4,
+    "local_rope_base": 1e4,
+    "rope_fraction": 1.0,
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_original_context": None,
+    "rope_slow_turns": 1.0,
+    "rope_fast_turns": 4.0,
+    "rope_attention_factor": None,
+    "expert_capacity": 0.0,
+    "normalize_experts": True,
+}
+
+_GEMMA: Knobs = _USUAL | {
+    "feedforwards": ("geglu",),
+    "norm": "zero_centered_rmsnorm",
+    "norm_placement": "sandwich",
+    "tie_embeddings": True,
+    "scale_embeddings": True,
+}
+
+FAMILIES: dict[str, Knobs] = {
+    # Radford and others, Language Models are Unsupervised Multitask Learners (2019).
+    "gpt2": _USUAL
+    | {
+        "feedforwards": ("gelu",),
+        "positions": ("learned",),
+        "norm": "layernorm",
+        "norm_epsilon": 1e-5,
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    # arXiv 2307.09288.
+    "llama2": _USUAL | {"norm_epsilon": 1e-5},
+    # arXiv 2407.21783, with the scaling of positions that came with 3.1.
+    "llama3": _USUAL
+    | {
+        "norm_epsilon": 1e-5,
+        "rope_base": 5e5,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_context": 8192,
+    },
+    # arXiv 2310.06825: the first release, with its sliding window.
+    "mistral": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
+    # arXiv 2407.10671.
+    "qwen2": _USUAL | {"qkv_bias": True, "rope_base": 1e6},
+    # arXiv 2505.09388.
+    "qwen3": _USUAL | {"qk_norm": "head", "rope_base": 1e6},
+    # arXiv 2408.00118.
+    "gemma2": _GEMMA | {"mixers": ("local_attention", "attention"), "logits_softcap": 30.0, "attention_softcap": 50.0},
+    # arXiv 2503.19786: five local layers, then a global one with slower positions.
+    "gemma3": _GEMMA
+    | {
+        "mixers": (*["local_attention"] * 5, "attention"),
+        "positions": (*["local_rope"] * 5, "rope"),
+        "qk_norm": "head",
+        "rope_base": 1e6,
+    },
+    # arXiv 2501.00656.
+    "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_base": 5e5},
+    # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
+    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope_base": 5e6},
+    # arXiv 2401.04088.
+    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_epsilon": 1e-5, "rope_base": 1e6},
+    # arXiv 2505.09388.
+    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "qk_norm": "head", "rope_base": 1e6},
+}

@@ -1,0 +1,105 @@
+"""The gated delta rule: a matrix a head that maps keys to values, corrected by each token, of fixed size."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.mixers.convolution import ShortConvolution, document_numbers
+from rustgpt_jax.model.mixers.delta_rule import gated_delta_rule
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.precision import widened
+from rustgpt_jax.tables import choose
+
+STREAMS = ("query", "key", "value")
+
+
+class DeltaCache(NamedTuple):
+    """What is kept of all earlier tokens: the state, whose rows are channels of keys, and what convolutions see."""
+
+    state_BHCE: jax.Array
+    histories: dict[str, jax.Array]
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet (arXiv 2412.06464): in each head, with q and k of length 1 after a short convolution and SiLU,
+
+        S_t = e^(g_t) S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T,    o_t = S_t q_t / sqrt(C)
+        b_t = sigmoid(W_b x_t),    g_t = -e^A softplus(W_g x_t + d)
+
+    where A and d are the parameters `decay_rate` and `decay_bias`. The output is norm(o_t) * SiLU(W x_t), projected
+    back. S is 0 before a document, and padding leaves it as it is.
+    """
+
+    config: ModelConfig
+
+    @classmethod
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> DeltaCache:
+        """The state before any token. It has the same size for every length."""
+        del length
+        n_heads, channels = config.n_heads, config.head_width
+        history = ShortConvolution.init_history(config, batch, n_heads * channels)
+        return DeltaCache(_no_state(config, batch), dict.fromkeys(STREAMS, history))
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: DeltaCache | None
+    ) -> tuple[jax.Array, DeltaCache | None]:
+        config, n_heads, channels = self.config, self.config.n_heads, self.config.head_width
+        batch, length = x_BTD.shape[:2]
+        histories: dict[str, Any] = dict.fromkeys(STREAMS) if cache is None else dict(cache.histories)
+
+        def heads(name: str) -> jax.Array:
+            x_BTR = Linear(config, n_heads * channels, has_bias=config.bias or config.qkv_bias, name=name)(x_BTD)
+            convolution = ShortConvolution(config, n_heads * channels, name=f"{name}_convolution")
+            x_BTR, histories[name] = convolution(x_BTR, context, histories[name])
+            return widened(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)
+
+        q_BTHC, k_BTHC, v_BTHE = (heads(name) for name in STREAMS)
+        is_token_BT1 = (context.segments_BT > 0)[..., None]
+        rate_H = jnp.exp(self.param("decay_rate", initial_decay_rate, (n_heads,)))
+        bias_H = self.param("decay_bias", initial_decay_bias, (n_heads,))
+        forget_BTH = widened(Linear(config, n_heads, has_bias=False, name="forget")(x_BTD)) + bias_H[None, None]
+        g_BTH = jnp.where(is_token_BT1, -rate_H[None, None] * jax.nn.softplus(forget_BTH), 0)
+        write_BTH = widened(Linear(config, n_heads, name="write")(x_BTD))
+        beta_BTH = jnp.where(is_token_BT1, jax.nn.sigmoid(write_BTH), 0)
+
+        o_BTHE, state_BHCE = gated_delta_rule(
+            unit(q_BTHC, config.norm_epsilon) / channels**0.5,
+            unit(k_BTHC, config.norm_epsilon),
+            v_BTHE,
+            beta_BTH,
+            g_BTH,
+            document_numbers(context),
+            _no_state(config, batch) if cache is None else cache.state_BHCE,
+        )
+        norm = choose(NORMS, config.norm, "config.model.norm")(config, name="output_norm")
+        gate_BTR = jax.nn.silu(Linear(config, n_heads * channels, name="gate")(x_BTD))
+        y_BTR = norm(o_BTHE).astype(gate_BTR.dtype).reshape(gate_BTR.shape) * gate_BTR
+        y_BTD = Linear(config, config.d_model, residual=True, name="output")(y_BTR)
+        return y_BTD, None if cache is None else DeltaCache(state_BHCE, histories)
+
+
+def unit(x: jax.Array, epsilon: Any) -> jax.Array:
+    """x divided by its length along the last axis."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def initial_decay_rate(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Logs of rates that are uniform between 1 and 16 (arXiv 2405.21060)."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def initial_decay_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Biases whose softplus is log-uniform between 0.001 and 0.1 (arXiv 2405.21060)."""
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+def _no_state(config: ModelConfig, batch: int) -> jax.Array:
+    shape = (batch, config.n_heads, config.head_width, config.head_width)
+    return jnp.zeros(shape, jnp.promote_types(config.dtype, jnp.float32))

@@ -1,0 +1,98 @@
+"""Attention whose keys and values are made from one narrow latent a token, which is all that the cache keeps."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.linear import Linear, scaled_normal
+from rustgpt_jax.model.mixers.attention import attention_weights, position_scheme, window_of
+from rustgpt_jax.model.mixers.window import Ring
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.precision import product_type
+from rustgpt_jax.tables import choose
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Each token has a latent l = norm(W_l x) of R channels, and a key p = turned(W_p x) of E channels, the only ones with
+    the position, that all heads share. A head has a query of two parts, q of C channels and turned(r) of E, and
+
+        k_s = W_k l_s,    v_s = W_v l_s,    score_ts = scale (q_t . k_s + turned(r_t) . p_s)
+
+    The cache keeps l and p. With it k and v are never made: q_t . W_k l_s = W_k^T q_t . l_s, and the mean of W_v l_s
+    by attention is W_v times the mean of l_s.
+    """
+
+    config: ModelConfig
+
+    @staticmethod
+    def widths(config: ModelConfig) -> tuple[int, int]:
+        """R and E, the channels of the latent and of the shared key."""
+        half_to_even = 2 * -(-config.head_width // 4)
+        return config.latent_width or 4 * config.head_width, config.shared_key_width or half_to_even
+
+    @classmethod
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
+        """Room for the latents and shared keys of `length` tokens a row."""
+        return Ring(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:
+        config = self.config
+        n_heads, channels, (latent_width, shared_width) = config.n_heads, config.head_width, self.widths(config)
+        rotate = position_scheme(config).rotate
+
+        def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
+            return Linear(config, features, has_bias=config.bias or config.qkv_bias, name=name)(x_BTD)
+
+        def latent(name: str, features: int) -> jax.Array:
+            norm = choose(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
+            return norm(linear(name, features))
+
+        def turned(x_BTHE: jax.Array) -> jax.Array:
+            return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
+
+        source_BTD = latent("query_latent", config.query_latent_width) if config.query_latent_width else x_BTD
+        query = linear("query", n_heads * (channels + shared_width), source_BTD)
+        query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
+        q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
+        shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
+        is_cached = cache is not None
+        seen, cache = window_of(cache, (latent("latent", latent_width), shared_BTE), context, None)
+        latent_BSR, shared_BSE = seen.keys
+
+        key_RHC = HeadKernel(config, name="key")(latent_width)
+        value_RHC = HeadKernel(config, name="value")(latent_width)
+        if is_cached:
+            scores_BHTS = _scores("BTHR,BSR->BHTS", jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC), latent_BSR)
+        else:
+            scores_BHTS = _scores("BTHC,BSHC->BHTS", q_BTHC, jnp.einsum("BSR,RHC->BSHC", latent_BSR, key_RHC))
+        scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
+        scale = (channels + shared_width) ** -0.5 if config.attention_scale is None else config.attention_scale
+        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
+        att_BHTS = attention_weights(scale * scores_BHTS, seen, sinks_H, context, config).astype(latent_BSR.dtype)
+        if is_cached:
+            mixed_BTHC = jnp.einsum("BTHR,RHC->BTHC", jnp.einsum("BHTS,BSR->BTHR", att_BHTS, latent_BSR), value_RHC)
+        else:
+            mixed_BTHC = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, jnp.einsum("BSR,RHC->BSHC", latent_BSR, value_RHC))
+        output = Linear(config, config.d_model, residual=True, name="output")
+        return output(mixed_BTHC.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
+
+
+class HeadKernel(nn.Module):
+    """The matrix (R, H C) that makes the keys or values of all heads from a latent, seen as (R, H, C)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, latent_width: int) -> jax.Array:
+        n_heads, channels = self.config.n_heads, self.config.head_width
+        kernel = self.param("kernel", scaled_normal(self.config.init_std), (latent_width, n_heads * channels))
+        return kernel.astype(self.config.dtype).reshape(latent_width, n_heads, channels)
+
+
+def _scores(product: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.einsum(product, queries, keys, preferred_element_type=product_type(queries, keys))

@@ -1,0 +1,90 @@
+"""The real-gated linear recurrent unit: a state of fixed size, each channel of which decays at a rate of its own."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.mixers.convolution import ShortConvolution, document_starts
+from rustgpt_jax.model.precision import widened
+
+# The constant c of the paper: how far a gate that is open carries the decay.
+SHARPNESS = 8.0
+
+
+class RecurrentCache(NamedTuple):
+    """What is kept of all earlier tokens: the state of each channel, and what the convolution still sees."""
+
+    state_BR: jax.Array
+    history: jax.Array
+
+
+class RecurrentGatedLRU(nn.Module):
+    """Griffin's recurrent block (arXiv 2402.19427): GeLU(x W) * RG-LRU(convolution(x W)), projected back.
+
+    The RG-LRU has R channels, each with
+
+        r_t = sigmoid(W_a x_t),  i_t = sigmoid(W_x x_t),  log a_t = -c softplus(Lambda) r_t
+        h_t = a_t h_(t-1) + sqrt(1 - a_t^2) (i_t * x_t)
+
+    where Lambda is the parameter `decay_rate`. h is 0 before a document, and padding leaves it as it is.
+    """
+
+    config: ModelConfig
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """R, the channels of the state."""
+        return config.recurrent_width or config.d_model
+
+    @classmethod
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> RecurrentCache:
+        """The state before any token. It has the same size for every length."""
+        del length
+        state_BR = jnp.zeros((batch, cls.width(config)), jnp.promote_types(config.dtype, jnp.float32))
+        return RecurrentCache(state_BR, ShortConvolution.init_history(config, batch, cls.width(config)))
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        config, width = self.config, self.width(self.config)
+        gate_BTR = jax.nn.gelu(Linear(config, width, name="gate")(x_BTD))
+        state_BR, history = (None, None) if cache is None else cache
+        convolution = ShortConvolution(config, width, name="convolution")
+        x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), context, history)
+
+        r_BTR = jax.nn.sigmoid(widened(Linear(config, width, name="recurrence_gate")(x_BTR)))
+        i_BTR = jax.nn.sigmoid(widened(Linear(config, width, name="input_gate")(x_BTR)))
+        rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
+        log_a_BTR = -SHARPNESS * rate_R[None, None] * r_BTR
+        # A floor that is no rounding error, for the slope of the root at 0 is infinite.
+        variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
+        new_BTR = jnp.sqrt(variance_BTR) * i_BTR * widened(x_BTR)
+
+        is_token_BT1, starts_BT1 = (context.segments_BT > 0)[..., None], document_starts(context)[..., None]
+        kept_BTR = jnp.where(is_token_BT1, jnp.where(starts_BT1, 0, jnp.exp(log_a_BTR)), 1)
+        h_BTR = linear_recurrence(kept_BTR, jnp.where(is_token_BT1, new_BTR, 0), state_BR)
+        y_BTD = Linear(config, config.d_model, residual=True, name="output")(gate_BTR * h_BTR.astype(gate_BTR.dtype))
+        return y_BTD, None if history is None else RecurrentCache(h_BTR[:, -1], history)
+
+
+def linear_recurrence(a_BTR: jax.Array, b_BTR: jax.Array, state_BR: jax.Array | None = None) -> jax.Array:
+    """h_BTR of h_t = a_t h_(t-1) + b_t, from the state before the first token (None: 0), in log T parallel steps."""
+    if state_BR is not None:
+        b_BTR = b_BTR.at[:, 0].add(a_BTR[:, 0] * state_BR)
+
+    def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    return jax.lax.associative_scan(then, (a_BTR, b_BTR), axis=1)[1]
+
+
+def initial_decay_rate(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Lambda for which a_t, where r_t is 1, is uniform between 0.9 and 0.999."""
+    decay = jax.random.uniform(key, shape, dtype, 0.9, 0.999)
+    return jnp.log(jnp.expm1(-jnp.log(decay) / SHARPNESS))

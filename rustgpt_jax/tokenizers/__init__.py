@@ -1,0 +1,43 @@
+"""Text to token ids and back. A tokenizer is one of Hugging Face's `tokenizers` library, kept in a tokenizer.json."""
+
+from rustgpt_jax.tokenizers.codec import (
+    ASSISTANT,
+    END,
+    ROLE_TOKENS,
+    SPECIAL_TOKENS,
+    SYSTEM,
+    UNKNOWN,
+    USER,
+    Codec,
+    decode,
+    encode,
+    load_tokenizer,
+    save_tokenizer,
+    special_id,
+)
+from rustgpt_jax.tokenizers.dialect import Dialect
+from rustgpt_jax.tokenizers.documents import encode_document, encode_documents, encode_prompt
+from rustgpt_jax.tokenizers.kinds import IMPORTED, TOKENIZERS, train_tokenizer
+
+__all__ = [
+    "ASSISTANT",
+    "END",
+    "IMPORTED",
+    "ROLE_TOKENS",
+    "SPECIAL_TOKENS",
+    "SYSTEM",
+    "TOKENIZERS",
+    "UNKNOWN",
+    "USER",
+    "Codec",
+    "Dialect",
+    "decode",
+    "encode",
+    "encode_document",
+    "encode_documents",
+    "encode_prompt",
+    "load_tokenizer",
+    "save_tokenizer",
+    "special_id",
+    "train_tokenizer",
+]

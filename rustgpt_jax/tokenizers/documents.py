@@ -1,0 +1,159 @@
+"""Documents and conversations as tokens.
+
+In the dialect of tokenizers trained here every document begins with END, so END also ends the document before it; it
+pads as well. A dialogue's turns begin with the token of their role. Special tokens are inserted by id only.
+
+In another model's dialect a document is what that model's tokenizer makes of a text, with the model's end before or
+after it, and a dialogue is what its chat template writes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from rustgpt_jax.data.corpora import Document, Turn
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, special_id
+from rustgpt_jax.tokenizers.dialect import Dialect, rendered
+
+# A long text is encoded in pieces of about this many characters, so that threads share the work ...
+PIECE_CHARACTERS = 2**14
+# ... and this many characters at a time, because the library spends over 100 bytes on a token until it is read.
+CALL_CHARACTERS = 2**20
+
+
+def encode_prompt(codec: Codec, turns: Sequence[Turn]) -> list[int]:
+    """What a model is given to continue: a text, or a dialogue up to where the assistant is to answer.
+
+    Raises UserError for a dialogue where the model has no chat template, or one that its template refuses.
+    """
+    if codec.dialect is not None:
+        return _foreign_prompt(codec, codec.dialect, turns)
+    ids, _ = encode_document(codec, Document("prompt", tuple(turns)), "all")
+    answer = [special_id(codec, ASSISTANT)] if turns and turns[-1].role == "user" else []
+    return ids.tolist() + answer
+
+
+def encode_document(codec: Codec, document: Document, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a document and whether each is to be learned. See `encode_documents`."""
+    return next(encode_documents(codec, [document], loss_on))
+
+
+def encode_documents(
+    codec: Codec, documents: Sequence[Document], loss_on: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The (ids int32, weights bool) of each document, encoded together by the library's threads.
+
+    A document is END, then its text; in a dialogue each turn's text follows the token of its role. With `loss_on`
+    'all' every weight is True. With 'assistant' a dialogue has True on the assistant's words and on the token that
+    ends them: the role token of the next turn, or END.
+    """
+    if codec.dialect is not None:
+        for document in documents:
+            yield _foreign_document(codec, codec.dialect, document, loss_on)
+        return
+    encoded = iter(_encode_texts(codec, [turn.text for document in documents for turn in document.turns]))
+    end = codec.end_id
+    for document in documents:
+        ids, weights = [np.array([end], np.int32)], [np.array([True])]
+        before = "text"
+        for turn in document.turns:
+            if turn.role in ROLE_TOKENS:
+                ids.append(np.array([special_id(codec, ROLE_TOKENS[turn.role])], np.int32))
+                weights.append(np.array([loss_on == "all" or before == "assistant"]))
+            words = next(encoded)
+            ids.append(words)
+            weights.append(np.full(len(words), loss_on == "all" or turn.is_learned_as_answer))
+            before = turn.role
+        yield np.concatenate(ids), np.concatenate(weights)
+
+
+# The dialects of other models.
+
+
+def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> list[int]:
+    if all(turn.role == "text" for turn in turns):
+        prompt = codec.tokenizer.encode("".join(turn.text for turn in turns), add_special_tokens=True).ids
+        return prompt or [codec.end_id]
+    text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=_special_tokens(codec))
+    return codec.template_reader.encode(text, add_special_tokens=False).ids
+
+
+def _foreign_document(
+    codec: Codec, dialect: Dialect, document: Document, loss_on: str
+) -> tuple[np.ndarray, np.ndarray]:
+    if not document.is_dialogue:
+        words = np.concatenate(_encode_texts(codec, [turn.text for turn in document.turns]))
+        opening = codec.tokenizer.encode("", add_special_tokens=True).ids
+        if not opening:
+            return np.concatenate([[codec.end_id], words]).astype(np.int32), np.ones(len(words) + 1, bool)
+        # Nothing predicts the tokens with which every text begins.
+        weights = np.arange(len(opening) + len(words) + 1) >= len(opening)
+        return np.concatenate([opening, words, [codec.end_id]]).astype(np.int32), weights
+    text = rendered(dialect, document.turns, is_asking=False, special_tokens=_special_tokens(codec))
+    encoding = codec.template_reader.encode(text, add_special_tokens=False)
+    weights = np.full(len(encoding.ids), loss_on == "all")
+    if loss_on == "assistant":
+        ends = np.array([end for _, end in encoding.offsets])
+        for start, end in _answers(codec, dialect, document.turns, text):
+            weights |= (ends > start) & (ends <= end)
+    return np.array(encoding.ids, np.int32), weights
+
+
+def _answers(codec: Codec, dialect: Dialect, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
+    """Where in a rendered dialogue each of the assistant's turns begins and ends, its closing token included."""
+    specials = _special_tokens(codec)
+    for place, turn in enumerate(turns):
+        if turn.role == "assistant":
+            before = rendered(dialect, turns[:place], is_asking=True, special_tokens=specials)
+            after = rendered(dialect, turns[: place + 1], is_asking=False, special_tokens=specials)
+            if not (text.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
+                    "cannot be told apart: set config.data.loss_on='all'."
+                )
+            yield len(before), len(after)
+
+
+def _special_tokens(codec: Codec) -> list[str]:
+    return [token.content for token in codec.tokenizer.get_added_tokens_decoder().values() if token.special]
+
+
+def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
+    pieces = [(index, piece) for index, text in enumerate(texts) for piece in _pieces(text)]
+    parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
+    for group in _groups(pieces):
+        encodings = codec.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+        for (index, _), encoding in zip(group, encodings, strict=True):
+            parts[index].append(np.array(encoding.ids, np.int32))
+    return [np.concatenate(part) for part in parts]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Consecutive parts of a text whose encodings, one after another, are the encoding of the whole."""
+    start = 0
+    while start < len(text):
+        stop = _safe_cut(text, start + PIECE_CHARACTERS)
+        yield text[start:stop]
+        start = stop
+
+
+def _safe_cut(text: str, start: int) -> int:
+    # No tokenizer here looks past a single blank, or has a token that goes on from a visible character to a blank.
+    stop = text.find(" ", start)
+    while stop != -1 and text[stop - 1].isspace():
+        stop = text.find(" ", stop + 1)
+    return len(text) if stop == -1 else stop
+
+
+def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    group: list[tuple[int, str]] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[1])
+        if size >= CALL_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,427 @@
+"""Parts with one mistake each, made from two honest ones, and the check that must find it."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from tokenizers import Tokenizer, normalizers
+
+from rustgpt_jax.config import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from rustgpt_jax.data.corpora import Document, plain
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.linear import Linear, over_channels
+from rustgpt_jax.model.norms import RMSNorm
+from rustgpt_jax.model.positions import LearnedPositions, PositionScheme, rotary
+from rustgpt_jax.model.precision import product_type, widened
+from rustgpt_jax.model.rope_scaling import Rope
+from rustgpt_jax.tokenizers import TOKENIZERS
+
+
+class Mistake(NamedTuple):
+    """A part by its table and import path, the check that must find it, and what the message must say (a pattern)."""
+
+    part: str
+    check: str
+    message: str
+
+
+class HonestAttention(nn.Module):
+    """Attention of one head, in steps that a mistake can be made in. It has no mistake itself."""
+
+    config: ModelConfig
+
+    @staticmethod
+    def init_cache(config: ModelConfig, batch: int, length: int) -> dict[str, jax.Array]:
+        return dict.fromkeys(("keys", "values"), jnp.zeros((batch, length, config.d_model), config.dtype))
+
+    def visible(self, context: Context) -> jax.Array:
+        order_T = jnp.arange(context.segments_BT.shape[1])
+        same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
+        return (order_T[None, :, None] >= order_T[None, None, :]) & same_BTS
+
+    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+        return jnp.arange(slots)[None, None, :] <= context.positions_BT[:, :, None]
+
+    def slots(self, context: Context, n_slots: int) -> jax.Array:
+        return jnp.where(context.segments_BT > 0, context.positions_BT, n_slots)
+
+    def weights(self, scores_BTS: jax.Array) -> jax.Array:
+        return jax.nn.softmax(scores_BTS, axis=-1)
+
+    def keys(self, k_BTD: jax.Array) -> jax.Array:
+        return k_BTD
+
+    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+        del context
+        return y_BTD
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        q, k, v = (Linear(self.config, self.config.d_model, name=name)(x_BTD) for name in ("query", "key", "value"))
+        k = self.keys(k)
+        visible_BTS = self.visible(context)
+        if cache is not None:
+            slots_BT = self.slots(context, cache["keys"].shape[1])
+            rows_B1 = jnp.arange(len(slots_BT))[:, None]
+            new = {"keys": k, "values": v}
+            cache = {name: cache[name].at[rows_B1, slots_BT].set(new[name], mode="drop") for name in cache}
+            k, v, visible_BTS = cache["keys"], cache["values"], self.cached_visible(context, cache["keys"].shape[1])
+        scores_BTS = jnp.einsum("BTD,BSD->BTS", q, k, preferred_element_type=product_type(q, k))
+        scores_BTS = jnp.where(visible_BTS, scores_BTS * self.config.d_model**-0.5, -jnp.inf)
+        y_BTD = jnp.einsum("BTS,BSD->BTD", self.weights(scores_BTS).astype(v.dtype), v)
+        y_BTD = Linear(self.config, self.config.d_model, residual=True, name="output")(y_BTD)
+        return self.result(y_BTD, context), cache
+
+
+class SeesTheNextToken(HonestAttention):
+    def visible(self, context: Context) -> jax.Array:
+        order_T = jnp.arange(context.segments_BT.shape[1])
+        same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
+        return (order_T[None, :, None] + 1 >= order_T[None, None, :]) & same_BTS
+
+
+class SeesOtherDocuments(HonestAttention):
+    def visible(self, context: Context) -> jax.Array:
+        order_T = jnp.arange(context.segments_BT.shape[1])
+        return jnp.broadcast_to(order_T[:, None] >= order_T[None, :], (*context.segments_BT.shape, len(order_T)))
+
+
+class SoftmaxInBfloat16(HonestAttention):
+    def weights(self, scores_BTS: jax.Array) -> jax.Array:
+        return jax.nn.softmax(scores_BTS.astype(self.config.dtype), axis=-1)
+
+
+class SoftmaxWithoutMaximum(HonestAttention):
+    def weights(self, scores_BTS: jax.Array) -> jax.Array:
+        exponentials = jnp.exp(scores_BTS)
+        return exponentials / jnp.sum(exponentials, axis=-1, keepdims=True)
+
+
+class WritesOneSlotLate(HonestAttention):
+    def slots(self, context: Context, n_slots: int) -> jax.Array:
+        return jnp.where(context.segments_BT > 0, context.positions_BT + 1, n_slots)
+
+
+class WritesPadding(HonestAttention):
+    def slots(self, context: Context, n_slots: int) -> jax.Array:
+        return context.positions_BT % n_slots
+
+
+class SeesAnEmptySlot(HonestAttention):
+    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+        return jnp.arange(slots)[None, None, :] <= context.positions_BT[:, :, None] + 1
+
+
+class CountsSlotsFromTheCall(HonestAttention):
+    def slots(self, context: Context, n_slots: int) -> jax.Array:
+        return jnp.where(context.segments_BT > 0, jnp.arange(context.segments_BT.shape[1])[None], n_slots)
+
+
+class StopsTheGradientOfKeys(HonestAttention):
+    def keys(self, k_BTD: jax.Array) -> jax.Array:
+        return k_BTD + jax.lax.stop_gradient(k_BTD)
+
+
+class ScalesByTokensOfTheRow(HonestAttention):
+    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+        n_tokens_B = jnp.sum(context.segments_BT > 0, axis=1)
+        return y_BTD * (n_tokens_B / y_BTD.shape[1]).astype(y_BTD.dtype)[:, None, None]
+
+
+class ScalesByItsOwnCalls(HonestAttention):
+    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+        return y_BTD * (1 + next(_calls) % 5)
+
+
+_calls = itertools.count()
+
+
+class PinnedToADevice(HonestAttention):
+    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+        return jax.device_put(y_BTD, jax.devices()[0])
+
+
+class WidensItsResult(HonestAttention):
+    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+        return widened(y_BTD)
+
+
+class HonestState(nn.Module):
+    """h_t = a h_(t-1) + W x_t, read out by another matrix. It has no mistake."""
+
+    config: ModelConfig
+
+    @staticmethod
+    def init_cache(config: ModelConfig, batch: int, length: int) -> jax.Array:
+        del length
+        return jnp.zeros((batch, config.d_model), jnp.promote_types(config.dtype, jnp.float32))
+
+    def is_start(self, context: Context) -> jax.Array:
+        before_BT = jnp.pad(context.segments_BT[:, :-1], ((0, 0), (1, 0)), mode="edge")
+        return context.segments_BT != before_BT
+
+    def is_token(self, context: Context) -> jax.Array:
+        return context.segments_BT > 0
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        config = self.config
+        decay_D = jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,)))[None]
+        new_BTD = widened(Linear(config, config.d_model, name="input")(x_BTD))
+
+        def step(h_BD: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
+            new_BD, is_start_B, is_token_B = token
+            after_BD = decay_D * jnp.where(is_start_B[:, None], 0, h_BD) + new_BD
+            h_BD = jnp.where(is_token_B[:, None], after_BD, h_BD)
+            return h_BD, h_BD
+
+        tokens = (new_BTD, self.is_start(context), self.is_token(context))
+        start_BD = jnp.zeros_like(new_BTD[:, 0]) if cache is None else cache
+        last_BD, h_TBD = jax.lax.scan(step, start_BD, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tokens))
+        h_BTD = jnp.swapaxes(h_TBD, 0, 1).astype(x_BTD.dtype)
+        y_BTD = Linear(config, config.d_model, residual=True, name="output")(h_BTD)
+        return y_BTD, None if cache is None else last_BD
+
+
+class StateLeaksOverDocuments(HonestState):
+    def is_start(self, context: Context) -> jax.Array:
+        return jnp.zeros_like(context.segments_BT, bool)
+
+
+class StateMovedByPadding(HonestState):
+    def is_token(self, context: Context) -> jax.Array:
+        return jnp.ones_like(context.segments_BT, bool)
+
+
+class StateStartsAnewWithEachCall(HonestState):
+    def is_start(self, context: Context) -> jax.Array:
+        return super().is_start(context).at[:, 0].set(True)
+
+
+# Feed-forwards.
+
+
+class HonestFeedForward(nn.Module):
+    """Two matrices with a ReLU between them."""
+
+    config: ModelConfig
+
+    def hidden(self, hidden_BTF: jax.Array) -> jax.Array:
+        return jax.nn.relu(hidden_BTF)
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden_BTF = self.hidden(Linear(self.config, 2 * self.config.d_model, name="up")(x_BTD))
+        return Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF), {}
+
+    @staticmethod
+    def n_parameters(config: ModelConfig) -> int:
+        return 4 * config.d_model**2 + 3 * config.d_model * config.bias
+
+
+class LooksAhead(HonestFeedForward):
+    """A convolution that is padded on both sides."""
+
+    def hidden(self, hidden_BTF: jax.Array) -> jax.Array:
+        return jax.nn.relu(hidden_BTF + jnp.pad(hidden_BTF[:, 1:], ((0, 0), (0, 1), (0, 0))))
+
+
+class UnusedParameter(HonestFeedForward):
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        unused_D = self.param("unused", nn.initializers.ones, (self.config.d_model,))
+        y_BTD = Linear(self.config, self.config.d_model, residual=True, name="down")(x_BTD)
+        return y_BTD + 0 * over_channels(unused_D, y_BTD).astype(y_BTD.dtype), {}
+
+    @staticmethod
+    def n_parameters(config: ModelConfig) -> int:
+        return config.d_model**2 + config.d_model * (1 + config.bias)
+
+
+class CountsTooFew(HonestFeedForward):
+    @staticmethod
+    def n_parameters(config: ModelConfig) -> int:
+        return 4 * config.d_model**2
+
+
+class ProductByHand(HonestFeedForward):
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+        shape = (self.config.d_model, self.config.d_model)
+        kernel_DD = self.param("kernel", nn.initializers.normal(self.config.init_std), shape).astype(x_BTD.dtype)
+        return jnp.sum(x_BTD[..., None] * kernel_DD[None, None], axis=2), {}
+
+
+class Explodes(HonestFeedForward):
+    def hidden(self, hidden_BTF: jax.Array) -> jax.Array:
+        return 10 * jax.nn.relu(hidden_BTF)
+
+
+class Saturates(HonestFeedForward):
+    """A logarithm of what may be 0."""
+
+    def hidden(self, hidden_BTF: jax.Array) -> jax.Array:
+        return jnp.sqrt(jax.nn.relu(hidden_BTF))
+
+
+# Norms, positions and scalings.
+
+
+class NormOfTheBatch(RMSNorm):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = widened(x)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y)) + self.config.norm_epsilon)
+        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+
+
+class NormOverTokens(RMSNorm):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = widened(x)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) + self.config.norm_epsilon)
+        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+
+
+class NormWithoutEpsilon(RMSNorm):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = widened(x)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True))
+        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+
+
+class NormInBfloat16(RMSNorm):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(mean_square + jnp.asarray(self.config.norm_epsilon, x.dtype))
+        return y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x).astype(x.dtype)
+
+
+class PositionsOfTheRow(LearnedPositions):
+    @nn.compact
+    def __call__(self, positions_BT: jax.Array) -> jax.Array:
+        places_BT = jnp.broadcast_to(jnp.arange(positions_BT.shape[1])[None], positions_BT.shape)
+        shape = (self.config.context_length, self.config.d_model)
+        return self.param("table", nn.initializers.normal(1.0), shape)[places_BT]
+
+
+def _rotated_by_place(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    return rotary(x_BTHC, jnp.broadcast_to(jnp.arange(positions_BT.shape[1])[None], positions_BT.shape), config)
+
+
+positions_of_the_row = PositionScheme(embed=PositionsOfTheRow)
+rotated_by_place = PositionScheme(rotate=_rotated_by_place)
+
+
+def looks_at_the_factor(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
+    """Python asks whether a number is above 1."""
+    return Rope(frequencies_C / config.rope_factor if config.rope_factor > 1 else frequencies_C, 1.0)
+
+
+# Parts of other tables.
+
+
+def uphill(config: OptimizerConfig, rate: Any) -> optax.GradientTransformation:
+    """The sign is wrong."""
+    return optax.scale(rate * config.learning_rate)
+
+
+def state_in_bfloat16(config: OptimizerConfig, rate: Any) -> optax.GradientTransformation:
+    """Moments come back in another type than they begin with."""
+
+    def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        state = jax.tree.map(lambda m, g: (0.9 * m + g).astype(jnp.bfloat16), state, gradients)
+        return jax.tree.map(lambda m: -rate * config.learning_rate * m.astype(jnp.float32), state), state
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def looks_at_the_rate(config: OptimizerConfig, rate: Any) -> optax.GradientTransformation:
+    """Python asks whether a number is 0."""
+    return optax.identity() if config.learning_rate == 0 else optax.scale(-rate * config.learning_rate)
+
+
+def rises_for_ever(step: jax.Array, steps: Any, schedule: ScheduleConfig) -> jax.Array:
+    """Above 1 after the first half."""
+    return 2.0 * jnp.asarray(step, jnp.float32) / steps + 0.01
+
+
+def counts_in_python(step: jax.Array, steps: Any, schedule: ScheduleConfig) -> jax.Array:
+    """Python makes an integer of a number."""
+    return jnp.minimum(1.0, (step + 1.0) / int(schedule.warmup_steps + 1))
+
+
+class RevivesTokens:
+    def __init__(self, number: Any) -> None:
+        self.number = number
+
+    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
+        return jnp.maximum(logits_BV, -20.0)
+
+
+class ThresholdOfTheBatch(RevivesTokens):
+    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
+        return jnp.where(
+            logits_BV >= jnp.max(logits_BV) - 4.0, logits_BV, jnp.where(logits_BV > 2, logits_BV, -jnp.inf)
+        )
+
+
+def lower_case(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
+    """Capital letters are lost."""
+    tokenizer = TOKENIZERS["byte"](texts, vocab_size)
+    tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def other_every_time(config: DataConfig) -> Iterator[Document]:
+    """A counter is in the text."""
+    yield plain("counter", f"This is text number {next(_calls)}.")
+
+
+MISTAKES = (
+    Mistake("mixers/broken_parts:SeesTheNextToken", "causality", r"output token 0, input token 1: a slope of"),
+    Mistake("mixers/broken_parts:SeesOtherDocuments", "isolation", r"row 0, token 6, logit 0"),
+    Mistake("mixers/broken_parts:SoftmaxInBfloat16", "precision", r"`exp`.*line \d+, in weights"),
+    Mistake("mixers/broken_parts:SoftmaxWithoutMaximum", "finite", r"large activations in float32; at row 0"),
+    Mistake("mixers/broken_parts:WritesOneSlotLate", "cache", r"reads its first r \+ 1 tokens; at row \d+, token"),
+    Mistake("mixers/broken_parts:WritesPadding", "cache", r"row \d+"),
+    Mistake("mixers/broken_parts:SeesAnEmptySlot", "cache", r"reads its first r \+ 1 tokens; at row \d+, token"),
+    Mistake("mixers/broken_parts:CountsSlotsFromTheCall", "cache", r"the rest after .* row \d+, token"),
+    Mistake("mixers/broken_parts:StopsTheGradientOfKeys", "gradients", r"the parameter .*mixer/key/kernel"),
+    Mistake("mixers/broken_parts:ScalesByTokensOfTheRow", "padding", r"a padded row is not .* row \d+, token"),
+    Mistake("mixers/broken_parts:ScalesByItsOwnCalls", "remat", r"row \d+, token \d+, logit \d+"),
+    Mistake("mixers/broken_parts:ScalesByItsOwnCalls", "layers", r"row \d+, token \d+, logit \d+"),
+    Mistake("mixers/broken_parts:WidensItsResult", "shapes", r"float32.* instead of bfloat16"),
+    Mistake("mixers/broken_parts:PinnedToADevice", "devices", r"device"),
+    Mistake("mixers/broken_parts:StateLeaksOverDocuments", "isolation", r"second document .* row 0, token 6"),
+    Mistake("mixers/broken_parts:StateMovedByPadding", "cache", r"padding changes the cache.* finished row \d+"),
+    Mistake("mixers/broken_parts:StateStartsAnewWithEachCall", "cache", r"the rest after .* row \d+, token"),
+    Mistake("feedforwards/broken_parts:LooksAhead", "causality", r"output token 0, input token 1"),
+    Mistake("feedforwards/broken_parts:UnusedParameter", "parameters", r"blocks/0/feedforward/unused"),
+    Mistake("feedforwards/broken_parts:CountsTooFew", "parameters", r"4096 said, 4192 made"),
+    Mistake("feedforwards/broken_parts:ProductByHand", "flops", r"d_model 1024: .* declared, .* counted, -\d+%"),
+    Mistake("feedforwards/broken_parts:Explodes", "initial_scale", r"layer \d+, seed 0: a root mean square of"),
+    Mistake("feedforwards/broken_parts:Saturates", "finite", r"the gradient of .* is not finite"),
+    Mistake("norms/broken_parts:NormOfTheBatch", "isolation", r"row 1, token 0, logit 0"),
+    Mistake("norms/broken_parts:NormOverTokens", "causality", r"output token 0, input token 1"),
+    Mistake("norms/broken_parts:NormWithoutEpsilon", "finite", r"zero activations in float32; at row 0, token 0"),
+    Mistake("norms/broken_parts:NormInBfloat16", "precision", r"`rsqrt`.*line \d+, in __call__"),
+    Mistake("positions/broken_parts:positions_of_the_row", "isolation", r"alone is not .* row \d+, token \d+"),
+    Mistake("positions/broken_parts:rotated_by_place", "cache", r"row \d+, token \d+"),
+    Mistake("rope_scalings/broken_parts:looks_at_the_factor", "vmap", r"broken_parts.py, line \d+"),
+    Mistake("optimizers/broken_parts:uphill", "optimizer_descent", r"step 200: "),
+    Mistake("optimizers/broken_parts:state_in_bfloat16", "optimizer_update", r"bfloat16.* instead of float32"),
+    Mistake("optimizers/broken_parts:looks_at_the_rate", "optimizer_numbers", r"broken_parts.py, line \d+"),
+    Mistake("schedules/broken_parts:rises_for_ever", "schedule_factor", r"step \d+ of 7 "),
+    Mistake("schedules/broken_parts:counts_in_python", "schedule_numbers", r"broken_parts.py, line \d+"),
+    Mistake("samplers/broken_parts:RevivesTokens", "sampler_distribution", r"row 0, token \d+.* -inf became -20"),
+    Mistake("samplers/broken_parts:ThresholdOfTheBatch", "sampler_rows", r"row 0, token"),
+    Mistake("tokenizers/broken_parts:lower_case", "tokenizer_round_trip", r"text 0: 'It was"),
+    Mistake("corpora/broken_parts:other_every_time", "corpus_documents", r"document 0"),
+)

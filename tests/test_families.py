@@ -1,0 +1,218 @@
+"""Families: what their presets say of the released models, and, without torch, what golden models answer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_tree
+
+from configs import base
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.decoding.generate import generate
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
+from rustgpt_jax.interop.computation import UNSAID, computation, disagreements
+from rustgpt_jax.interop.importing import read_model, write_parameters
+from rustgpt_jax.interop.parameters import read_parameters
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import parameter_shapes, total_size
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.resolve import resolve
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = {
+    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
+    *("local_window", "n_experts", "experts_per_token", "d_expert"),
+}
+
+
+def with_knobs(knobs: dict[str, Any]) -> ModelConfig:
+    config = base.get_config()
+    config.model.update(knobs)
+    return resolve(config).model
+
+
+# Presets.
+
+
+def test_every_preset_says_the_same_knobs_and_leaves_only_sizes_and_training() -> None:
+    (said,) = {frozenset(knobs) for knobs in FAMILIES.values()}
+    every = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert said | SIZES | set(UNSAID) == every
+    assert not (said & SIZES or said & set(UNSAID))
+
+
+def test_every_knob_is_either_part_of_the_computation_or_listed_as_none() -> None:
+    parts = {"mixers": ("local_attention",), "feedforwards": ("swiglu", "moe"), "positions": ("rope", "local_rope")}
+    model = dataclasses.replace(small(parts), rope_scaling="yarn", rope_original_context=16)
+    assert set(computation(model)) | set(UNSAID) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def small(knobs: dict[str, Any]) -> ModelConfig:
+    config = small_tree(**{"model.n_kv_heads": 2, "model.head_dim": 16, "model.local_window": 5, "model.n_experts": 4})
+    config.model.update(knobs)
+    return resolve(config).model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
+    model = small(FAMILIES[name] | ({"n_kv_heads": None, "head_dim": None} if name == "gpt2" else {}))
+    family_of = {architecture.family: architecture for architecture in ARCHITECTURES.values()}
+    architecture = family_of[name.replace("llama3", "llama2")]
+    assert architecture.differences(model) == {}
+    assert total_size(parameter_shapes(model)) > 0
+
+
+# The config.json of released models, their words on tokens and training left out, and how many parameters they have.
+LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "rope_scaling": None}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "gpt2": (
+        {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_ctx": 1024, "n_embd": 768}
+        | {"n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257, "layer_norm_epsilon": 1e-05},
+        124_439_808,
+    ),
+    "llama2": (
+        LLAMA
+        | {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008}
+        | {"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 32, "vocab_size": 32000, "pretraining_tp": 1},
+        6_738_415_616,
+    ),
+    "llama3": (
+        LLAMA
+        | {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "mlp_bias": False}
+        | {"max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "attention_bias": False}
+        | {
+            "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+        },
+        8_030_261_248,
+    ),
+    "mistral": (
+        LLAMA
+        | {"architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336}
+        | {"max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 32000, "rope_theta": 10000.0, "sliding_window": 4096},
+        7_241_732_096,
+    ),
+    "qwen2": (
+        LLAMA
+        | {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944}
+        | {"max_position_embeddings": 131072, "num_attention_heads": 28, "num_hidden_layers": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0, "sliding_window": 131072}
+        | {"rms_norm_eps": 1e-06, "max_window_layers": 28, "use_sliding_window": False},
+        7_615_616_512,
+    ),
+    "qwen3": (
+        LLAMA
+        | {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128}
+        | {"max_position_embeddings": 40960, "num_attention_heads": 32, "num_hidden_layers": 36}
+        | {"num_key_value_heads": 8, "vocab_size": 151936, "rope_theta": 1000000, "sliding_window": None}
+        | {"rms_norm_eps": 1e-06, "max_window_layers": 36, "use_sliding_window": False, "attention_bias": False},
+        8_190_735_360,
+    ),
+    "gemma2": (
+        {"architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256}
+        | {"max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "vocab_size": 256000}
+        | {"num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256}
+        | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        2_614_341_888,
+    ),
+    "gemma3": (
+        {"architectures": ["Gemma3ForCausalLM"], "hidden_size": 1152, "intermediate_size": 6912, "head_dim": 256}
+        | {"max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "vocab_size": 262144}
+        | {"num_key_value_heads": 1, "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_local_base_freq": 10000}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 256}
+        | {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 512, "sliding_window_pattern": 6},
+        999_885_952,
+    ),
+    "olmo2": (
+        LLAMA
+        | {"architectures": ["Olmo2ForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008}
+        | {"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 32, "vocab_size": 100352, "rope_theta": 500000, "rms_norm_eps": 1e-06},
+        7_298_617_344,
+    ),
+    "smollm3": (
+        {"architectures": ["SmolLM3ForCausalLM"], "hidden_size": 2048, "intermediate_size": 11008}
+        | {"max_position_embeddings": 65536, "num_attention_heads": 16, "num_hidden_layers": 36, "hidden_act": "silu"}
+        | {"num_key_value_heads": 4, "vocab_size": 128256, "rope_theta": 5000000.0, "rms_norm_eps": 1e-06}
+        | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 36}
+        | {"use_sliding_window": False, "sliding_window": None, "mlp_bias": False, "attention_bias": False},
+        3_075_098_624,
+    ),
+    "mixtral": (
+        LLAMA
+        | {"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336}
+        | {"max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 32000}
+        | {"num_key_value_heads": 8, "rope_theta": 1000000.0, "num_local_experts": 8, "num_experts_per_tok": 2},
+        46_702_792_704,
+    ),
+    "qwen3_moe": (
+        LLAMA
+        | {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128}
+        | {"max_position_embeddings": 40960, "num_attention_heads": 32, "num_hidden_layers": 48}
+        | {"num_key_value_heads": 4, "vocab_size": 151936, "rope_theta": 1000000.0, "sliding_window": None}
+        | {"rms_norm_eps": 1e-06, "use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1}
+        | {"mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128}
+        | {"num_experts_per_tok": 8},
+        30_532_122_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_is_what_the_released_model_says_of_itself(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    architecture = architecture_of(config, Path("config.json"))
+    model = with_knobs(architecture.knobs(config, Path("config.json")))
+    assert disagreements(model, dataclasses.replace(model, **FAMILIES[name])) == {}
+    assert total_size(parameter_shapes(model)) == parameters
+    assert architecture.differences(model) == {}
+
+
+def test_all_families_are_published_and_golden() -> None:
+    assert set(PUBLISHED) == set(FAMILIES) == {folder.name for folder in GOLDEN.iterdir()}
+
+
+# Golden models, made by make_golden.py.
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    source, file = GOLDEN / request.param, tmp_path_factory.mktemp(request.param) / "parameters.safetensors"
+    knobs, architecture, _ = read_model(source)
+    model = with_knobs(knobs)
+    write_parameters(source, file, model, architecture)
+    with np.load(source / "expected.npz") as expected:
+        return model, read_parameters(file, parameter_shapes(model)), dict(expected)
+
+
+def test_golden_models_have_the_logits_of_transformers(golden: Any) -> None:
+    model, params, expected = golden
+    logits_BTV = jax.jit(lambda params, tokens: transformer.apply(params, tokens, model)[0])(
+        params, expected["tokens_BT"]
+    )
+    np.testing.assert_allclose(logits_BTV, expected["logits_BTV"], rtol=0, atol=1e-4)
+    assert jnp.std(logits_BTV) > 0.3
+
+
+def test_golden_models_say_the_same_words_as_by_transformers(golden: Any) -> None:
+    model, params, expected = golden
+    (drawn,) = generate(
+        params,
+        [expected["prompt_T"].tolist()],
+        model,
+        samplers=(Greedy(),),
+        key=jax.random.key(0),
+        max_tokens=len(expected["greedy_T"]),
+    )
+    assert drawn == expected["greedy_T"].tolist()

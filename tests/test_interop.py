@@ -1,0 +1,513 @@
+"""Hugging Face folders in and out: the same logits, the same bytes, little memory, and errors that name the culprit."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+
+from configs import base
+from experiments.benchmarks.family_logits import CASES, TOKENS, VARIANTS, model_config, random_reference
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.decoding.generate import generate
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop import compare
+from rustgpt_jax.interop.architectures import ARCHITECTURES
+from rustgpt_jax.interop.computation import disagreements, over_layers, shortest_pattern
+from rustgpt_jax.interop.exporting import export_model
+from rustgpt_jax.interop.importing import read_model, write_parameters
+from rustgpt_jax.interop.parameters import open_parameters, read_parameters
+from rustgpt_jax.interop.safetensors_files import read_folder, read_header
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.resolve import resolve
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+LLAMA = small_config(
+    **{"model.n_kv_heads": 2, "model.head_dim": 16, "model.tie_embeddings": False, "model.n_layers": 3}
+).model
+
+
+def imported(folder: Path, file: Path) -> tuple[ModelConfig, Any]:
+    """The model of a folder and its parameters, by way of a file."""
+    knobs, architecture, _ = read_model(folder)
+    model = model_config(knobs)
+    write_parameters(folder, file, model, architecture)
+    return model, read_parameters(file, parameter_shapes(model))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# Against transformers.
+
+
+@pytest.fixture
+def torch() -> Iterator[Any]:
+    pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        yield torch
+
+
+EVERY = CASES | VARIANTS
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_logits_are_those_of_transformers(name: str, torch: Any, tmp_path: Path) -> None:
+    reference = random_reference(EVERY[name])
+    reference.save_pretrained(tmp_path / "there")
+    model, params = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
+    tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, (2, TOKENS))
+    wanted_BTV = reference(torch.tensor(tokens_BT)).logits.numpy()
+    logits_BTV, _ = transformer.apply(params, tokens_BT, model)
+    np.testing.assert_allclose(logits_BTV, wanted_BTV, rtol=0, atol=1e-4)
+    assert np.std(wanted_BTV) > 0.3
+
+    import transformers
+
+    architecture = export_model(params, model, tmp_path / "back")
+    assert architecture.differences(model) == {}
+    back, found = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+    np.testing.assert_allclose(back(torch.tensor(tokens_BT)).logits.numpy(), wanted_BTV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_greedy_tokens_are_those_of_transformers(name: str, torch: Any, tmp_path: Path) -> None:
+    reference = random_reference(EVERY[name], seed=2)
+    reference.save_pretrained(tmp_path)
+    model, params = imported(tmp_path, tmp_path / "parameters.safetensors")
+    prompt = np.random.default_rng(2).integers(0, model.vocab_size, 11).tolist()
+    ids = torch.tensor([prompt])
+    written = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+    (drawn,) = generate(params, [prompt], model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=32)
+    assert drawn == written[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(name: str, torch: Any) -> None:
+    import transformers
+
+    theirs = getattr(transformers, name).config_class()
+    ours = ARCHITECTURES[name].defaults
+    rope_keys = {"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor"}
+    # Written out by the class when it is made, from other keys.
+    filled = {"layer_types", "head_dim", "num_key_value_heads", "no_rope_layers", "sliding_window", "mlp_only_layers"}
+    fields = {field.name: field.default for field in dataclasses.fields(type(theirs))}
+    for key in ours.keys() - rope_keys:
+        if key in fields:
+            assert ours[key] == fields[key] or not (ours[key] or fields[key]), key
+        elif hasattr(theirs, key) and key not in filled:
+            assert ours[key] == getattr(theirs, key), key
+    rope = theirs.to_dict().get("rope_parameters")
+    if rope:
+        whole = rope.get("full_attention", rope)
+        assert whole == {"rope_type": "default", "rope_theta": ours["rope_theta"]}
+
+
+def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    found = compare.compare_logits(tmp_path / "there", random_params(LLAMA), LLAMA)
+    assert found.difference is not None and found.difference < 1e-4
+    other = compare.compare_logits(tmp_path / "there", random_params(LLAMA, seed=1), LLAMA)
+    assert other.difference is not None and other.difference > 0.1
+
+
+def test_the_comparison_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = compare.compare_logits(tmp_path, {}, LLAMA)
+    assert (found.difference, found.reason) == (None, "torch is not installed")
+
+
+# There and back, without torch.
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    first, file, second = tmp_path / "first", tmp_path / "parameters.safetensors", tmp_path / "second"
+    knobs, architecture, tokens = read_model(GOLDEN / name)
+    model = model_config(knobs)
+    write_parameters(GOLDEN / name, file, model, architecture)
+    export_model(open_parameters(file), model, first, special_tokens=tokens)
+    knobs, architecture, tokens = read_model(first)
+    assert disagreements(model_config(knobs), model) == {}
+    write_parameters(first, file, model_config(knobs), architecture)
+    export_model(open_parameters(file), model_config(knobs), second, special_tokens=tokens)
+    assert contents(first) == contents(second)
+    original, exported = read_folder(GOLDEN / name), read_folder(first)
+    assert original.keys() == exported.keys()
+    assert all(np.array_equal(original[key].read(), exported[key].read()) for key in original)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_parameters_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    config = base.get_config()
+    config.model.update(FAMILIES[name])
+    config.model.update({"vocab_size": 31, "d_model": 16, "d_ff": 24, "n_layers": 7, "n_experts": 3})
+    model = resolve(config).model
+    params = random_params(model)
+    export_model(params, model, tmp_path / "there", shard_bytes=4000)
+    assert len(list((tmp_path / "there").glob("*.safetensors"))) > 2
+    again, read = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
+    assert disagreements(model, again) == {}
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_export_in_another_type_rounds_once(dtype: str, tmp_path: Path) -> None:
+    params = random_params(LLAMA)
+    export_model(params, LLAMA, tmp_path / "there", dtype=dtype)
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["torch_dtype"] == dtype
+    _, read = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
+    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other.astype(kind)), read, params)
+    stored = read_header(tmp_path / "parameters.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {np.dtype(kind)}
+
+
+def test_our_files_are_read_by_the_safetensors_library(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    params = random_params(LLAMA)
+    export_model(params, LLAMA, tmp_path / "there")
+    loaded = load_file(tmp_path / "there" / "model.safetensors")
+    table, kernel = params["embedding"]["table"], params["blocks"]["0"]["mixer"]["query"]["kernel"]
+    np.testing.assert_array_equal(loaded["model.embed_tokens.weight"], table)
+    np.testing.assert_array_equal(loaded["model.layers.2.self_attn.q_proj.weight"], kernel[2].T)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_at_once_are_read(name: str, tmp_path: Path) -> None:
+    """The form that transformers 5 holds in memory: gate and up side by side, all experts in one tensor."""
+    knobs, architecture, _ = read_model(GOLDEN / name)
+    model = model_config(knobs)
+    write_parameters(GOLDEN / name, tmp_path / "one_by_one", model, architecture)
+    stored = {key: tensor.read().astype(np.float32) for key, tensor in read_folder(GOLDEN / name).items()}
+    merged = fused(stored)
+    assert not any(".experts.0." in key for key in merged)
+    (tmp_path / "there").mkdir()
+    save(merged, tmp_path / "there" / "model.safetensors")
+    write_parameters(tmp_path / "there", tmp_path / "at_once", model, architecture)
+    shapes = parameter_shapes(model)
+    one, other = (read_parameters(tmp_path / form, shapes) for form in ("one_by_one", "at_once"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
+
+
+def fused(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    merged: dict[str, np.ndarray] = {}
+    experts: dict[str, dict[str, list[np.ndarray]]] = {}
+    renamed = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for name, tensor in stored.items():
+        name = name.replace("block_sparse_moe", "mlp")
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
+            group, number, matrix = match.groups()
+            of_group = experts.setdefault(group, {}).setdefault(renamed.get(matrix, matrix), [])
+            assert len(of_group) == int(number)
+            of_group.append(tensor)
+        else:
+            merged[name] = tensor
+    for group, matrices in experts.items():
+        gate, up, down = (np.stack(matrices[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        merged |= {f"{group}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{group}.down_proj": down}
+    return merged
+
+
+def test_names_without_the_prefix_masks_and_tied_heads_are_understood(tmp_path: Path) -> None:
+    """The published gpt2 has names without 'transformer.', and masks."""
+    knobs, architecture, _ = read_model(GOLDEN / "gpt2")
+    model = model_config(knobs)
+    stored = {key: tensor.read().astype(np.float32) for key, tensor in read_folder(GOLDEN / "gpt2").items()}
+    bare = {key.removeprefix("transformer."): tensor for key, tensor in stored.items()}
+    bare |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "lm_head.weight": bare["wte.weight"]}
+    save(bare, tmp_path / "model.safetensors")
+    write_parameters(tmp_path, tmp_path / "bare", model, architecture)
+    write_parameters(GOLDEN / "gpt2", tmp_path / "prefixed", model, architecture)
+    one, other = (read_parameters(tmp_path / name, parameter_shapes(model)) for name in ("bare", "prefixed"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
+    for layers in range(1, 12):
+        for pattern in ("a", "aab", "abab", "aaaaab", "abcd"):
+            names = over_layers(pattern, layers)
+            shortest = shortest_pattern(names)
+            assert over_layers(shortest, layers) == names
+            assert all(over_layers(names[:period], layers) != names for period in range(1, len(shortest)))
+
+
+# What cannot be said.
+
+
+@pytest.mark.parametrize(
+    ("knobs", "named"),
+    [
+        ({"attention_sinks": True}, "attention_sinks"),
+        ({"norm": "layernorm"}, "norm"),
+        ({"feedforwards": ("moe",), "expert_capacity": 1.0}, "expert_capacity"),
+        ({"rope_fraction": 0.5}, "rope_fraction"),
+        ({"positions": ("alibi",)}, "positions"),
+        ({"logits_softcap": 3.0}, "logits_softcap"),
+    ],
+)
+def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], named: str, tmp_path: Path) -> None:
+    model = dataclasses.replace(LLAMA, **knobs)
+    with pytest.raises(UserError, match=rf"The nearest, \w+, cannot say config.model: .*{named}"):
+        export_model({}, model, tmp_path / "there")
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot say config.model"):
+        export_model({}, model, tmp_path / "there", architecture="LlamaForCausalLM")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not known"),
+        ({"architectures": None, "model_type": "lama"}, "'lama' is not known. Did you mean 'llama'"),
+        ({"hidden_act": "relu6"}, "hidden_act='relu6'"),
+        ({"mlp_bias": True}, "attention_bias and mlp_bias must be the same"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "no type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no 'low_freq_factor'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "offset": 1}}, "unknown key 'offset'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers takes a whole number"),
+        ({"hidden_size": None}, "hidden_size takes a whole number"),
+    ],
+)
+def test_a_config_that_cannot_be_said_is_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    file = tmp_path / "there" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        read_model(tmp_path / "there")
+    assert "config.json" in str(raised.value)
+
+
+def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save(tensors, folder / "model.safetensors")
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def drop(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.pop(NORM))
+
+
+def add(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.layers.7.input_layernorm.weight": np.ones(3)}))
+
+
+def reshape(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({NORM: np.ones(33, np.float32)}))
+
+
+def retype(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({NORM: np.ones(32, np.int8)}))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def truncate_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def garble(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"data_offsets", b"date_offsets"))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def missing_shard(folder: Path) -> None:
+    nothing(folder)
+    index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def foreign_shard(folder: Path) -> None:
+    nothing(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: "../secret.safetensors"}}))
+
+
+def damaged_index(folder: Path) -> None:
+    nothing(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def no_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop, f"has no tensor {NORM}"),
+        (add, "model.layers.7.input_layernorm.weight"),
+        (reshape, f"{NORM} has the shape (33,); config.json asks for (32,)"),
+        (retype, f"{NORM} has the type I8"),
+        (truncate, "model.safetensors is truncated"),
+        (truncate_header, "model.safetensors is truncated"),
+        (garble, "model.safetensors is damaged"),
+        (only_pickles, "only as pickles"),
+        (nothing, "has no model.safetensors"),
+        (missing_shard, "names model-00001-of-00002.safetensors, which is missing"),
+        (foreign_shard, "names '../secret.safetensors'"),
+        (damaged_index, "model.safetensors.index.json is damaged"),
+        (no_index, "neither model.safetensors nor model.safetensors.index.json"),
+    ],
+)
+def test_damage_is_named_and_nothing_is_left_behind(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    damage(tmp_path / "there")
+    knobs, architecture, _ = read_model(tmp_path / "there")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_parameters(tmp_path / "there", tmp_path / "run" / "parameters", model_config(knobs), architecture)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.touch(), lambda path: path.mkdir()])
+def test_what_is_no_folder_of_a_model_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "there")
+    with pytest.raises(UserError, match="there is not a folder with a Hugging Face model"):
+        read_model(tmp_path / "there")
+
+
+def test_a_head_that_is_not_the_tied_table_is_refused(tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    _, architecture, _ = read_model(tmp_path / "there")
+    tied = dataclasses.replace(LLAMA, tie_embeddings=True)
+    with pytest.raises(UserError, match="tie_word_embeddings, and lm_head.weight is another"):
+        write_parameters(tmp_path / "there", tmp_path / "parameters", tied, architecture)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_parameters_of_another_model_are_refused(layers: int, tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    imported(tmp_path / "there", tmp_path / "file")
+    shapes = parameter_shapes(dataclasses.replace(LLAMA, n_layers=layers))
+    with pytest.raises(UserError, match=r"blocks/0/.* has the shape \(3, "):
+        read_parameters(tmp_path / "file", shapes)
+    with pytest.raises(UserError, match="has no blocks/0/mixer/key/bias"):
+        read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, qkv_bias=True)))
+    with pytest.raises(UserError, match="has head/kernel, which the model of this run has not"):
+        read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, tie_embeddings=True)))
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(Exception):
+        pass
+
+    def fail(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists()
+        raise Broken
+
+    with pytest.raises(Broken):
+        export_model(random_params(LLAMA), LLAMA, tmp_path / "there", finish=fail)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").touch()
+    with pytest.raises(UserError, match="there is there already and not empty"):
+        export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    assert [file.name for file in tmp_path.rglob("*")] == ["there", "notes"]
+
+
+# Memory.
+
+PEAK = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from experiments.benchmarks.family_logits import model_config
+from rustgpt_jax.interop.exporting import export_model
+from rustgpt_jax.interop.importing import read_model, write_parameters
+from rustgpt_jax.interop.parameters import open_parameters, read_parameters
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+folder = Path(sys.argv[1])
+knobs, architecture, _ = read_model(folder / "there")
+model = model_config(knobs)
+shapes = parameter_shapes(model)
+jax.device_put(np.ones(1)).block_until_ready()
+file = folder / "parameters"
+before = status("VmRSS")
+
+def peak(name, work):
+    Path("/proc/self/clear_refs").write_text("5")
+    result = work()
+    print(name, (status("VmHWM") - before) / total_bytes(shapes))
+    return result
+
+peak("write", lambda: write_parameters(folder / "there", file, model, architecture))
+peak("copy", lambda: export_model(open_parameters(file), model, folder / "copy"))
+params = peak("read", lambda: jax.block_until_ready(read_parameters(file, shapes)))
+peak("export", lambda: export_model(params, model, folder / "back", dtype="bfloat16"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of a process's memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "vocab_size"), [("llama2", 8000), ("gemma3", 60000)])
+def test_no_step_needs_much_more_memory_than_the_model(
+    family: str, vocab_size: int, dtype: str, tmp_path: Path
+) -> None:
+    config = base.get_config()
+    config.model.update(FAMILIES[family])
+    config.model.update({"vocab_size": vocab_size, "d_model": 512, "n_layers": 7, "n_heads": 8})
+    model = resolve(config).model
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), parameter_shapes(model))
+    export_model(params, model, tmp_path / "there", dtype=dtype)
+    words = [sys.executable, "-c", PEAK, str(tmp_path)]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peaks = {name: float(share) for name, share in map(str.split, shown.splitlines())}
+    assert peaks.keys() == {"write", "copy", "read", "export"}
+    assert max(peaks.values()) < 1.3, peaks
+    assert peaks["read"] > 0.9
