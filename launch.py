@@ -203,10 +203,10 @@ def check() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
     from rich.console import Console
 
-    from rustgpt_jax.conformance.command import check, use_eight_devices
+    from rustgpt_jax.conformance.command import check
+    from rustgpt_jax.resolve import parse
 
-    use_eight_devices()
-    return check(_arguments, Console(), FLAGS.only)
+    return check(_arguments, Console(), FLAGS.only, {path: parse(path, text) for path, text in _overrides})
 
 
 def import_model() -> int:

@@ -27,7 +27,7 @@ from rustgpt_jax.interop.computation import disagreements, over_layers, shortest
 from rustgpt_jax.interop.exporting import export_model
 from rustgpt_jax.interop.importing import read_model, write_parameters
 from rustgpt_jax.interop.parameters import open_parameters, read_parameters
-from rustgpt_jax.interop.safetensors_files import read_folder, read_header
+from rustgpt_jax.interop.safetensors_files import NewTensor, StoredTensor, read_folder, read_header, write_file
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.families import FAMILIES
@@ -309,6 +309,20 @@ def test_a_config_that_cannot_be_said_is_refused_by_name(changes: dict[str, Any]
     assert "config.json" in str(raised.value)
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_nonsense_in_a_config_is_answered_by_one_sentence(name: str) -> None:
+    file = GOLDEN / name / "config.json"
+    _, architecture, _ = read_model(file.parent)
+    config = json.loads(file.read_text())
+    for key in [*config, *architecture.defaults]:
+        for nonsense in ("x", None, -1, 0, 0.5, True, [], [3], {}, {"full_attention": 3}, {"rope_type": "yarn"}):
+            try:
+                knobs = architecture.knobs(config | {key: nonsense}, file)
+            except UserError:
+                continue
+            assert knobs.keys() >= FAMILIES[name].keys()
+
+
 def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
     from safetensors.numpy import load_file
 
@@ -407,6 +421,43 @@ def test_damage_is_named_and_nothing_is_left_behind(
     with pytest.raises(UserError, match=re.escape(message)):
         write_parameters(tmp_path / "there", tmp_path / "run" / "parameters", model_config(knobs), architecture)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 20_000])
+def test_a_truncated_file_is_found_by_its_header_alone(cut: int, tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    file = tmp_path / "there" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(UserError, match="model.safetensors is truncated"):
+        read_header(file)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    file, whole = tmp_path / "there" / "model.safetensors", StoredTensor.read
+
+    def cut_short(stored: StoredTensor) -> np.ndarray:
+        if stored.name == NORM:
+            file.write_bytes(file.read_bytes()[:5000])
+        return whole(stored)
+
+    monkeypatch.setattr(StoredTensor, "read", cut_short)
+    with pytest.raises(UserError, match="model.safetensors is truncated: .* is not whole"):
+        imported(tmp_path / "there", tmp_path / "parameters")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_numbers_lie_where_their_type_wants_them(tmp_path: Path) -> None:
+    values = {
+        "odd": np.ones(3, ml_dtypes.bfloat16),
+        "wide": np.ones((2, 5), np.float32),
+        "half": np.ones(8, np.float16),
+    }
+    new = [NewTensor(name, array.dtype, array.shape, lambda array=array: [array]) for name, array in values.items()]
+    write_file(tmp_path / "file", new, {})
+    stored = read_header(tmp_path / "file")
+    assert all(tensor.offset % tensor.dtype.itemsize == 0 for tensor in stored.values())
+    assert all(np.array_equal(stored[name].read(), array) for name, array in values.items())
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.touch(), lambda path: path.mkdir()])

@@ -89,6 +89,10 @@ def isolation(subject: Subject) -> str:
         return programs.run(params, programs.rows_of(tokens_BT, model, positions_BT, segments_BT), model).logits_BTV
 
     packed = logits(tokens_BT)
+    changed = tokens_BT.copy()
+    changed[0] = others_BT[0]
+    is_other_row_BT = np.broadcast_to(np.arange(ROWS)[:, None] != 0, tokens_BT.shape)
+    require_same_bits(logits(changed), packed, "a row changes with another row", ROWS_OF_LOGITS, is_other_row_BT)
     require_same_bits(
         logits(np.where(is_second_BT, tokens_BT, others_BT)),
         packed,
@@ -103,10 +107,6 @@ def isolation(subject: Subject) -> str:
         ROWS_OF_LOGITS,
         ~is_second_BT,
     )
-    changed = tokens_BT.copy()
-    changed[0] = others_BT[0]
-    is_other_row_BT = np.broadcast_to(np.arange(ROWS)[:, None] != 0, tokens_BT.shape)
-    require_same_bits(logits(changed), packed, "a row changes with another row", ROWS_OF_LOGITS, is_other_row_BT)
 
     # The second document again, at the beginning of a row of its own.
     source_BT = np.minimum(PLACES_T[None, :] + cut_B1, LENGTH - 1)

@@ -51,9 +51,10 @@ def activation(key: str, names: Mapping[str, str]) -> Correspondence:
     """The activation of all feed-forwards: their name here for each name there."""
 
     def read(settings: Settings) -> Knobs:
-        if settings[key] not in names:
+        name = settings[key]
+        if not isinstance(name, str) or name not in names:
             raise settings.refuse(key, f"the known ones are {', '.join(names)}")
-        return {"feedforwards": (names[settings[key]],)}
+        return {"feedforwards": (names[name],)}
 
     def write(model: ModelConfig) -> Keys:
         there = [name for name, here in names.items() if here == model.feedforwards[0]]
@@ -110,7 +111,7 @@ def whole_heads() -> Correspondence:
     """Heads that divide d_model, which some config classes insist on even where head_dim is given."""
 
     def read(settings: Settings) -> Knobs:
-        if settings["hidden_size"] % settings["num_attention_heads"]:
+        if settings.whole("hidden_size") % settings.whole("num_attention_heads"):
             raise settings.refuse("hidden_size", "it must be a multiple of num_attention_heads")
         return {}
 
@@ -127,7 +128,7 @@ def window_everywhere(switch: str | None = None) -> Correspondence:
     """A sliding window in all layers, or null (Mistral); with a `switch` only where that is true."""
 
     def read(settings: Settings) -> Knobs:
-        if settings["sliding_window"] is None or (switch is not None and not settings[switch]):
+        if settings["sliding_window"] is None or (switch is not None and not settings.flag(switch)):
             return {"mixers": ("attention",)}
         return {"mixers": ("local_attention",), "local_window": settings.knob("sliding_window", "local_window")}
 
@@ -156,7 +157,7 @@ def window_by_layer_if(usual: LayerType) -> Correspondence:
 
     def read(settings: Settings) -> Knobs:
         types = _layer_types(settings, usual)
-        if SLIDING in types and not settings["use_sliding_window"]:
+        if SLIDING in types and not settings.flag("use_sliding_window"):
             raise settings.refuse("layer_types", "use_sliding_window is not true")
         return _mixers(settings, types)
 
@@ -171,8 +172,8 @@ def window_after_first_layers() -> Correspondence:
     """The first max_window_layers see all, the others a window (Qwen2); layer_types says so too, and goes first."""
 
     def usual(settings: Settings, layer: int) -> str:
-        has_window = settings["use_sliding_window"] and settings["sliding_window"] is not None
-        return SLIDING if has_window and layer >= settings["max_window_layers"] else FULL
+        has_window = settings.flag("use_sliding_window") and settings["sliding_window"] is not None
+        return SLIDING if has_window and layer >= settings.count("max_window_layers") else FULL
 
     by_layer = window_by_layer_if(usual)
 
@@ -200,8 +201,8 @@ def layers_without_positions() -> Correspondence:
     """no_rope_layers: 1 where a layer has RoPE and 0 where it has no positions (SmolLM3)."""
 
     def read(settings: Settings) -> Knobs:
-        layers, every = settings.knob("num_hidden_layers", "n_layers"), settings["no_rope_layer_interval"]
-        has_rope = settings["no_rope_layers"]
+        layers, every = settings.whole("num_hidden_layers"), settings.whole("no_rope_layer_interval")
+        has_rope = settings.entries("no_rope_layers")
         if has_rope is None:
             has_rope = [(layer + 1) % every != 0 for layer in range(layers)]
         if len(has_rope) < layers:
@@ -216,13 +217,13 @@ def layers_without_positions() -> Correspondence:
 
 
 def _layer_types(settings: Settings, usual: LayerType) -> list[str]:
-    layers = settings.knob("num_hidden_layers", "n_layers")
-    types = settings["layer_types"]
+    layers = settings.whole("num_hidden_layers")
+    types = settings.entries("layer_types")
     if types is None:
         return [usual(settings, layer) for layer in range(layers)]
-    if len(types) != layers or set(types) - {FULL, SLIDING}:
+    if len(types) != layers or not all(kind in (FULL, SLIDING) for kind in types):
         raise settings.refuse("layer_types", f"it must name {FULL} or {SLIDING} for each of {layers} layers")
-    return list(types)
+    return types
 
 
 def _mixers(settings: Settings, types: Sequence[str]) -> Knobs:
@@ -270,8 +271,8 @@ def experts_in_some_layers() -> Correspondence:
     )
 
     def read(settings: Settings) -> Knobs:
-        layers, every = settings.knob("num_hidden_layers", "n_layers"), settings["decoder_sparse_step"]
-        dense = settings["mlp_only_layers"] or ()
+        layers, every = settings.whole("num_hidden_layers"), settings.whole("decoder_sparse_step")
+        dense = settings.entries("mlp_only_layers") or ()
         names = ["moe" if layer not in dense and (layer + 1) % every == 0 else "swiglu" for layer in range(layers)]
         # transformers 5 writes num_local_experts, and the published models say num_experts.
         count = "num_experts" if "num_experts" in settings.values else "num_local_experts"

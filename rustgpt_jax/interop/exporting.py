@@ -23,6 +23,7 @@ TYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 SHARD_BYTES = 5_000_000_000
 
 Tree = Any
@@ -69,9 +70,6 @@ def export_model(
     return chosen
 
 
-TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
-
-
 @contextmanager
 def appearing_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which appears under its own name once all is written, or not at all.
@@ -112,5 +110,6 @@ def _tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: str | None) -> New
 
 
 def _slot(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+    """A part of a parameter, wherever that is: in a file, in memory, on a device. A whole one is not copied."""
     leaf = leaves[slot.path]
-    return leaf[slot.place] if isinstance(leaf, StoredTensor) else np.asarray(leaf)[slot.place]
+    return np.asarray(leaf[slot.place] if slot.place or isinstance(leaf, StoredTensor) else leaf)

@@ -41,7 +41,7 @@ def global_and_local_rope() -> Correspondence:
     """A RoPE for global layers and one, unscaled, for local ones (Gemma 3)."""
 
     def read(settings: Settings) -> Knobs:
-        stored = settings["rope_parameters"] or {}
+        stored = _mapping(settings, settings["rope_parameters"])
         of_global = _mapping(settings, stored.get(FULL)) | _mapping(settings, settings["rope_scaling"])
         of_local = _mapping(settings, stored.get(SLIDING))
         local = rope_knobs(settings, of_local, settings["rope_local_base_freq"])
@@ -56,7 +56,7 @@ def rope_knobs(settings: Settings, stored: Mapping[str, Any], base: Any) -> Knob
     """The knobs of one RoPE. Raises UserError naming a type or a key that is not known."""
     where = f"{settings.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
-    if kind not in NAMES:
+    if not isinstance(kind, str) or kind not in NAMES:
         raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), NAMES)}")
     for key, value in stored.items():
         if key not in OTHER_KEYS and key not in KEYS[kind] and value is not None:

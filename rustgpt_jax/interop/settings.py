@@ -30,6 +30,24 @@ class Settings:
         """The value of a key, in the type and range of a knob of the model. Raises UserError for another."""
         return checked(f"model.{knob}", self[key], f"{self.file}: {key}")
 
+    def whole(self, key: str) -> int:
+        """The value of a key that counts something, 1 or more. Raises UserError for another."""
+        return self.knob(key, "n_layers")
+
+    def count(self, key: str) -> int:
+        """The value of a key that counts something, 0 included. Raises UserError for another."""
+        return 0 if self[key] == 0 else self.whole(key)
+
+    def flag(self, key: str) -> bool:
+        """The value of a key that is true or false; null is false. Raises UserError for another."""
+        return self[key] is not None and self.knob(key, "bias")
+
+    def entries(self, key: str) -> list[Any] | None:
+        """The value of a key that is a list or null. Raises UserError for another."""
+        if not isinstance(self[key], list | None):
+            raise UserError(f"{self.file}: {key} takes a list, not {self[key]!r}.")
+        return self[key]
+
     def refuse(self, key: str, why: str) -> UserError:
         """The error for a value that the parts here cannot say."""
         return UserError(f"{self.file}: {key}={self[key]!r} cannot be said with the parts here: {why}.")

@@ -1,0 +1,69 @@
+"""docs/new_layer.md is what a newcomer does: its files work as they stand, with nothing else touched."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")
+CODE = r"```python\n(.*?)```"
+# Each file of the page stands after the sentence that names it.
+FILES = dict(re.findall(rf"`(my_lab/\w+\.py)`(?:(?!```).)*{CODE}", PAGE, re.DOTALL))
+COMMANDS = [line for block in re.findall(r"```\n(python.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """A folder of one's own with the files of the page."""
+    for name, code in FILES.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+    return tmp_path
+
+
+def run(lab: Path, *command: str) -> str:
+    """What a command prints in the lab, which is not where the project is."""
+    done = subprocess.run([sys.executable, *command], cwd=lab, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_page_has_the_files_and_commands_that_are_tested() -> None:
+    assert sorted(FILES) == ["my_lab/feedforwards.py", "my_lab/mixers.py", "my_lab/retention.py"]
+    assert [command.split()[2] for command in COMMANDS] == ["check", "sweep", "sweep"]
+    lines = FILES["my_lab/mixers.py"].split("class Retention")[1].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["my_lab.mixers:Retention", "my_lab.feedforwards:SiluFeedForward"])
+def test_the_parts_pass_every_check(part: str, lab: Path) -> None:
+    assert ", 0 failed" in run(lab, str(ROOT / "launch.py"), "check", part)
+
+
+def test_the_parts_are_swept_against_those_that_are_there(lab: Path) -> None:
+    shown = run(lab, str(ROOT / "launch.py"), "sweep", "--config=my_lab/retention.py", "--dry_run")
+    assert "18 trials" in shown
+
+
+@pytest.mark.slow
+def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
+    launch = str(ROOT / "launch.py")
+    knobs = "--config.model.mixers=my_lab.mixers:Retention"
+    other = "--config.model.feedforwards=my_lab.feedforwards:SiluFeedForward"
+    run(
+        lab, launch, "train", f"--config={ROOT}/configs/tiny.py", "--run=run", knobs, other, "--config.training.steps=2"
+    )
+    run(lab, launch, "generate", "--run=run", "--prompt=a", "--config.sampling.max_tokens=2")
+
+
+@pytest.mark.slow
+def test_the_plugin_makes_a_test_of_each_check(lab: Path) -> None:
+    (code,) = (code for code in re.findall(CODE, PAGE, re.DOTALL) if "conforms" in code)
+    (lab / "test_lab.py").write_text(code)
+    shown = run(lab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "shapes or causality", "test_lab.py")
+    assert "2 passed" in shown
