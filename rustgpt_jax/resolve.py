@@ -246,8 +246,8 @@ def check_combinations(config: Config) -> None:
         _check_rope(model)
     if "latent_attention" in model.mixers and model.qk_norm != "none":
         raise UserError(
-            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, whose keys are never made when it "
-            "decodes; its latent is normalised."
+            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which decodes without making keys; "
+            "its latent is normalised."
         )
     if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
         raise UserError(

@@ -309,13 +309,20 @@ def test_a_config_that_cannot_be_said_is_refused_by_name(changes: dict[str, Any]
     assert "config.json" in str(raised.value)
 
 
+ROPES = [
+    {"rope_type": "yarn", key: value}
+    for key in ("original_max_position_embeddings", "factor", "mscale", "beta_fast", "attention_factor", "truncate")
+    for value in ("x", None, -1, 0)
+]
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_nonsense_in_a_config_is_answered_by_one_sentence(name: str) -> None:
     file = GOLDEN / name / "config.json"
     _, architecture, _ = read_model(file.parent)
     config = json.loads(file.read_text())
     for key in [*config, *architecture.defaults]:
-        for nonsense in ("x", None, -1, 0, 0.5, True, [], [3], {}, {"full_attention": 3}, {"rope_type": "yarn"}):
+        for nonsense in ("x", None, -1, 0, 0.5, True, [], [3], {}, {"full_attention": 3}, *ROPES):
             try:
                 knobs = architecture.knobs(config | {key: nonsense}, file)
             except UserError:

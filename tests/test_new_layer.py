@@ -45,6 +45,20 @@ def test_the_parts_pass_every_check(part: str, lab: Path) -> None:
     assert ", 0 failed" in run(lab, str(ROOT / "launch.py"), "check", part)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("cache * faded(n_tokens_B1)[..., None] + jnp", "cache + jnp"), ("is_token_BT[:, None]", "True")],
+)
+def test_the_mistakes_that_the_page_proposes_are_found(right: str, wrong: str, lab: Path) -> None:
+    file = lab / "my_lab/mixers.py"
+    assert file.read_text().count(right) == 1
+    file.write_text(file.read_text().replace(right, wrong))
+    check = [sys.executable, str(ROOT / "launch.py"), "check", "my_lab.mixers:Retention", "--only=cache"]
+    done = subprocess.run(check, cwd=lab, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed" in done.stdout and "Usual" in done.stdout
+
+
 def test_the_parts_are_swept_against_those_that_are_there(lab: Path) -> None:
     shown = run(lab, str(ROOT / "launch.py"), "sweep", "--config=my_lab/retention.py", "--dry_run")
     assert "18 trials" in shown
@@ -56,9 +70,28 @@ def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
     knobs = "--config.model.mixers=my_lab.mixers:Retention"
     other = "--config.model.feedforwards=my_lab.feedforwards:SiluFeedForward"
     run(
-        lab, launch, "train", f"--config={ROOT}/configs/tiny.py", "--run=run", knobs, other, "--config.training.steps=2"
+        lab,
+        launch,
+        "train",
+        f"--config={ROOT}/configs/tiny.py",
+        "--run=run",
+        knobs,
+        other,
+        "--config.training.steps=10",
     )
     run(lab, launch, "generate", "--run=run", "--prompt=a", "--config.sampling.max_tokens=2")
+
+
+@pytest.mark.slow
+def test_workers_of_a_sweep_have_the_part(lab: Path) -> None:
+    (lab / "my_lab/small.py").write_text(
+        "from configs import tiny\nfrom rustgpt_jax.sweeps import values\n"
+        "def get_config():\n    config = tiny.get_config()\n    config.training.steps = 10\n    return config\n"
+        "def sweep():\n    return values('model.mixers', 'my_lab.mixers:Retention')\n"
+    )
+    shown = run(lab, str(ROOT / "launch.py"), "sweep", "--config=my_lab/small.py", "--launcher=processes", "--run=s")
+    assert "1 finished" in shown
+    assert [file.name for file in lab.glob("s/code/*/my_lab/mixers.py")] == ["mixers.py"]
 
 
 @pytest.mark.slow

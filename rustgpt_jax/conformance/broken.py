@@ -1,5 +1,6 @@
 """How a check fails, and the comparisons that make it fail: what broke, where, and by how much."""
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 ROWS_OF_LOGITS = ("row", "token", "logit")
+LONGEST_MESSAGE = 240
 
 
 class Broken(Exception):
@@ -44,7 +46,8 @@ def require_same_bits(found: Any, expected: Any, what: str, axes: Sequence[str],
         )
     if differs.any():
         first = tuple(np.argwhere(differs)[0])
-        difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         largest = np.nanmax(np.where(differs, difference, 0))
         raise Broken(
             what,
@@ -92,3 +95,12 @@ def require_finite(array: Any, what: str, axes: Sequence[str]) -> None:
     if wrong.any():
         first = tuple(np.argwhere(wrong)[0])
         raise Broken(what, place(first, axes), f"{array[first]}; so are {wrong.sum()} of {wrong.size} elements")
+
+
+def crash(error: BaseException) -> str:
+    """An exception in a line: the first line of what it says, and the last place outside the libraries."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    last = frames[-1] if frames else None
+    where = f"; at {last.filename.rsplit('/', 1)[-1]}, line {last.lineno}, in {last.name}" if last else ""
+    return f"{type(error).__name__}: {lines[0][:LONGEST_MESSAGE]}{where}"

@@ -19,7 +19,7 @@ def check(
     """Check the parts that `names` mean, all parts if there are none, and show what was found; 1 if any is broken.
 
     `only` names the checks to run, all for none; `changes` sets knobs of the small model that parts are checked in,
-    such as `options`. Raises UserError for a name that means nothing.
+    as `options` or as `model.options`. Raises UserError for a name that means nothing.
     """
     for name in only:
         if name not in CHECKS:
@@ -27,7 +27,8 @@ def check(
     # Once JAX has started it is too late: the check of eight devices then has a process of its own.
     with contextlib.suppress(RuntimeError):
         use_eight_cpu_devices()
-    parts = [part for name in names or (None,) for part in subjects(name, changes)]
+    knobs = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
+    parts = [part for name in names or (None,) for part in subjects(name, knobs)]
     parts = [part for part in parts if checks_for(part, only)]
     if not parts:
         raise UserError(f"check: {', '.join(only)} is no check for {', '.join(names)}.")

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rustgpt_jax.conformance import programs
-from rustgpt_jax.conformance.broken import Broken
+from rustgpt_jax.conformance.broken import Broken, crash
 from rustgpt_jax.conformance.small import SMALL
 from rustgpt_jax.conformance.subjects import Subject, subjects
 from rustgpt_jax.conformance.transforms import require_close_results
@@ -62,6 +62,8 @@ def main(title: str, changes: str) -> None:
             answer = {"note": eight_devices_are_one(subject)}
     except Broken as broken:
         answer = {"broken": broken.args}
+    except Exception as error:
+        answer = {"broken": ("the part fails on eight devices", "its forward or backward pass", crash(error))}
     print(json.dumps(answer))
 
 

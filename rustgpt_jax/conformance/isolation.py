@@ -173,11 +173,11 @@ def cached_is_uncached(subject: Subject) -> str:
         logits_BTV, after = programs.run_cached(
             params, filled_BT, model, cache, places_BT, is_token_BT.astype(np.int32)
         )
+        _require_same_shapes(cache, after)
+        _require_unchanged_rows(cache, after, np.asarray(~is_token_BT.any(axis=1)))
         expected = np.take_along_axis(expected_BTV, source_BT[..., None], axis=1)
         what = f"with a cache the logits are others, {doing}"
         worst = max(worst, require_close(logits_BTV, expected, CLOSE, what, ROWS_OF_LOGITS, is_token_BT))
-        _require_same_shapes(cache, after)
-        _require_unchanged_rows(cache, after, np.asarray(~is_token_BT.any(axis=1)))
         return after
 
     empty = programs.empty_cache(model)
@@ -204,10 +204,6 @@ def _require_same_shapes(before: Any, after: Any) -> None:
 
 def _require_unchanged_rows(before: Any, after: Any, is_padding_B: np.ndarray) -> None:
     for name, leaf in programs.leaves_by_name(before).items():
+        by_row, by_row_after = (np.moveaxis(tree, 1, 0) for tree in (leaf, programs.leaves_by_name(after)[name]))
         what = f"padding changes the cache {name}"
-        require_same_bits(
-            programs.leaves_by_name(after)[name][:, is_padding_B],
-            leaf[:, is_padding_B],
-            what,
-            ("layer", "finished row"),
-        )
+        require_same_bits(by_row_after, by_row, what, ("row", "layer"), is_padding_B)

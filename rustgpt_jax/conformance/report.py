@@ -1,22 +1,20 @@
 """Running checks and showing what came of them: a line for each as it ends, then a table."""
 
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rustgpt_jax.conformance.broken import Broken
-from rustgpt_jax.conformance.checks import Check, checks_for
+from rustgpt_jax.conformance.broken import Broken, crash
+from rustgpt_jax.conformance.checks import CHECKS, Check, checks_for
 from rustgpt_jax.conformance.programs import quick_compilation
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.errors import UserError
-
-LONGEST_MESSAGE = 240
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,10 @@ def run_check(name: str, check: Check, subject: Subject) -> Outcome:
     except UserError:
         raise
     except Exception as error:
-        note = crash(error)
+        # What JAX says of a number that is an argument has one cause, whatever the check.
+        is_looked_at = isinstance(error, jax.errors.ConcretizationTypeError)
+        note = crash(error) + (f". Usual cause: {CHECKS['vmap'].cause}" if is_looked_at else "")
     return Outcome(subject, name, is_ok, note, time.perf_counter() - began)
-
-
-def crash(error: BaseException) -> str:
-    """An exception in a line: the first line of what it says, and the last place outside the libraries."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    last = frames[-1] if frames else None
-    where = f"; at {last.filename.rsplit('/', 1)[-1]}, line {last.lineno}, in {last.name}" if last else ""
-    return f"{type(error).__name__}: {lines[0][:LONGEST_MESSAGE]}{where}"
 
 
 def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Console) -> list[Outcome]:

@@ -110,6 +110,6 @@ def _tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: str | None) -> New
 
 
 def _slot(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
-    """A part of a parameter, wherever that is: in a file, in memory, on a device. A whole one is not copied."""
+    """A part of a parameter, read from its file, or a view of it where it is in memory."""
     leaf = leaves[slot.path]
-    return np.asarray(leaf[slot.place] if slot.place or isinstance(leaf, StoredTensor) else leaf)
+    return leaf[slot.place] if isinstance(leaf, StoredTensor) else np.asarray(leaf)[slot.place]

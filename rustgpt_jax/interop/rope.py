@@ -24,8 +24,9 @@ KEYS = {
     "llama3": STRETCHED | TURNS["llama3"],
     "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope_attention_factor"},
 }
-# Keys that are read in their own way.
-OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "mscale", "mscale_all_dim")
+# Keys that are read in their own way, and those of them that are no numbers.
+WORDS = ("rope_type", "type", "truncate")
+OTHER_KEYS = (*WORDS, "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
 
 
 def rope() -> Correspondence:
@@ -61,6 +62,8 @@ def rope_knobs(settings: Settings, stored: Mapping[str, Any], base: Any) -> Knob
     for key, value in stored.items():
         if key not in OTHER_KEYS and key not in KEYS[kind] and value is not None:
             raise UserError(f"{where} of the type {kind!r} has an unknown key {key!r}.")
+        if key not in WORDS and not isinstance(value, int | float | None):
+            raise UserError(f"{where}: {key} takes a number, not {value!r}.")
     fraction = stored.get("partial_rotary_factor", settings["partial_rotary_factor"])
     if fraction not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
@@ -101,9 +104,10 @@ def _mapping(settings: Settings, stored: Any) -> dict[str, Any]:
     return dict(stored or {})
 
 
-def _original_context(settings: Settings, given: Mapping[str, Any]) -> Any:
-    own = settings["original_max_position_embeddings"]
-    return own or given.get("original_max_position_embeddings") or settings["max_position_embeddings"]
+def _original_context(settings: Settings, given: Mapping[str, Any]) -> float:
+    if settings["original_max_position_embeddings"] is not None:
+        return settings.whole("original_max_position_embeddings")
+    return given.get("original_max_position_embeddings") or settings.whole("max_position_embeddings")
 
 
 def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     usual = {
         "beta_slow": 1.0,
         "beta_fast": 32.0,
-        "factor": settings["max_position_embeddings"] / given["original_max_position_embeddings"],
+        "factor": settings.whole("max_position_embeddings") / given["original_max_position_embeddings"],
     }
     whole = usual | given
     one, other = given.get("mscale"), given.get("mscale_all_dim")
