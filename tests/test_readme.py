@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rustgpt_jax.data.corpora import CORPORA
+from rustgpt_jax.model.families import FAMILIES
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
@@ -31,6 +32,10 @@ TABLES = {
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_python_in_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_lists_every_family() -> None:
+    assert [name for name in FAMILIES if f"| `{name}`" not in README] == []
 
 
 @pytest.mark.parametrize("name", TABLES)

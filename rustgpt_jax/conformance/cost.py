@@ -44,7 +44,7 @@ USUAL_STD = 0.02
 
 def parameters(subject: Subject) -> str:
     """The parameters that a run plans for are those that it makes, and every one of them matters."""
-    model = subject.model_
+    model = subject.small_model
     declared = total_size(parameter_shapes(model))
     made = programs.leaves_by_name(programs.initial_params(model))
     count = sum(leaf.size for leaf in made.values())
@@ -70,7 +70,7 @@ def _prefix(subject: Subject) -> str:
 
 def flops(subject: Subject) -> str:
     """The FLOPs that are declared, those of matrix products, are nearly all that XLA counts; loops counted once."""
-    model = dataclasses.replace(subject.model_, **LARGE, n_kv_heads=2, n_layers=subject.model_.period)
+    model = dataclasses.replace(subject.small_model, **LARGE, n_kv_heads=2, n_layers=subject.small_model.period)
     tokens = jax.ShapeDtypeStruct((1, WINDOW), jnp.int32)
     traced = jax.jit(lambda params, tokens: transformer.apply(params, tokens, model)[0]).trace(
         parameter_shapes(model), tokens
@@ -119,7 +119,7 @@ def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Arr
 
 def initial_scale(subject: Subject) -> str:
     """Over 16 layers of initial parameters the residual stream keeps its size, and the loss is that of no knowledge."""
-    model = subject.model_
+    model = subject.small_model
     model = dataclasses.replace(model, n_layers=model.period * math.ceil(DEPTH / model.period))
     most = 2 * math.sqrt(1 + 2 * model.n_layers) if model.norm_placement in ON_OUTPUT else MOST_SCALE
     ends = []

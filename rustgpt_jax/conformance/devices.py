@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,21 +26,22 @@ def eight_devices_are_one(subject: Subject) -> str:
     """Logits and gradients with the rows of the batch over eight devices, against those of one device."""
     if len(jax.devices()) < DEVICES:
         return _in_a_child(subject)
-    model = subject.model_
+    model = subject.small_model
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
-    place = partial(NamedSharding, mesh)
+    cut, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = programs.random_params(model)
     rows = programs.rows_of(programs.random_tokens(model), model)
-    cut: list[Any] = [jax.device_put(each, place(PartitionSpec("data"))) for each in rows[:-1]]
-    shared = programs.Rows(*cut, rows.auxiliary)
-    found = programs.run(jax.device_put(params, place(PartitionSpec())), shared, model)
+    shared = rows._replace(**{name: jax.device_put(getattr(rows, name), cut) for name in rows._fields[:-1]})
+    found = programs.run(jax.device_put(params, whole), shared, model)
     largest = require_close_results(found, programs.ordinary(model), "eight devices are not one")
     return f"within {largest:.0e}"
 
 
 def _in_a_child(subject: Subject) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    changes = {field: value for field, value in dataclasses.asdict(subject.model_).items() if value != SMALL[field]}
+    changes = {
+        field: value for field, value in dataclasses.asdict(subject.small_model).items() if value != SMALL[field]
+    }
     command = [sys.executable, "-m", "rustgpt_jax.conformance.devices", subject.title, json.dumps(changes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -58,7 +58,7 @@ def main(title: str, changes: str) -> None:
     (subject,) = subjects(title, {name: as_knob(value) for name, value in json.loads(changes).items()})
     answer: dict[str, Any]
     try:
-        with programs.quick_compilation():
+        with programs.conditions():
             answer = {"note": eight_devices_are_one(subject)}
     except Broken as broken:
         answer = {"broken": broken.args}

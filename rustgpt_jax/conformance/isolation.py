@@ -24,7 +24,7 @@ CLOSE = 1e-4
 
 def causality(subject: Subject) -> str:
     """By the Jacobian, and bit by bit: no output moves when a later token does, and each moves with its own token."""
-    model = dataclasses.replace(subject.model_, tie_embeddings=False)
+    model = dataclasses.replace(subject.small_model, tie_embeddings=False)
     size_TS = _sizes_of_jacobian(model)
     require_finite(size_TS, "the Jacobian of the logits by the input is not finite", ("output token", "input token"))
     later = np.argwhere(np.triu(size_TS, 1) != 0)
@@ -39,7 +39,7 @@ def causality(subject: Subject) -> str:
     if len(itself):
         raise Broken("an output does not depend on its own token", f"token {itself[0]}", "a slope of 0")
 
-    model = subject.model_
+    model = subject.small_model
     params, tokens_BT = programs.random_params(model), programs.random_tokens(model, 1)
     is_kept_BT = PLACES_T[None, :] <= np.arange(ROWS)[:, None]
     others_BT = np.where(is_kept_BT, tokens_BT, programs.random_tokens(model, 2))
@@ -73,7 +73,7 @@ def _sizes_of_jacobian(model: ModelConfig) -> np.ndarray:
 
 def isolation(subject: Subject) -> str:
     """Documents packed in a row, and rows of a batch, are invisible to one another, bit by bit."""
-    model = subject.model_
+    model = subject.small_model
     params, tokens_BT, others_BT = (
         programs.random_params(model),
         programs.random_tokens(model, 3),
@@ -125,7 +125,7 @@ def isolation(subject: Subject) -> str:
 
 def padding(subject: Subject) -> str:
     """What padding says does not matter, nor how much of it there is."""
-    model = subject.model_
+    model = subject.small_model
     params, tokens_BT = programs.random_params(model), programs.random_tokens(model)
     is_token_BT = PLACES_T[None, :] < 1 + np.arange(ROWS)[:, None] % LENGTH
 
@@ -156,7 +156,7 @@ def cached_is_uncached(subject: Subject) -> str:
     Row r reads r + 1 tokens first. Rows end at different lengths: those that are through read padding, which must
     leave their caches as they are.
     """
-    model = subject.model_
+    model = subject.small_model
     params, tokens_BT = programs.random_params(model), programs.random_tokens(model)
     expected_BTV = programs.ordinary(model).logits_BTV
     prefix_B = np.arange(ROWS) % LENGTH + 1

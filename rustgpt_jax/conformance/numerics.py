@@ -32,7 +32,7 @@ GRADIENT_ERROR = 1e-4
 def shapes(subject: Subject) -> str:
     """Blocks give what they get in shape and type, for any batch and length, and parameters and logits are float32."""
     for dtype in ("float32", "bfloat16"):
-        model = dataclasses.replace(subject.model_, dtype=dtype)
+        model = dataclasses.replace(subject.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
         for name, leaf in programs.leaves_by_name(params).items():
             _require_type(leaf, leaf.shape, "float32", f"the parameter {name}", f"a {dtype} model")
@@ -92,8 +92,8 @@ def finite(subject: Subject) -> str:
     """Values and gradients are finite for ordinary activations, for large ones and for zeros, in both types."""
     worst = 0.0
     for dtype in ("float32", "bfloat16"):
-        model = dataclasses.replace(subject.model_, dtype=dtype)
-        ordinary = programs.random_params(subject.model_)
+        model = dataclasses.replace(subject.small_model, dtype=dtype)
+        ordinary = programs.random_params(subject.small_model)
         rows = programs.rows_of(programs.random_tokens(model), model)
         for kind, params in ("ordinary", ordinary), ("large", _magnified(ordinary)), ("zero", _with_zeros(ordinary)):
             result = programs.run(params, rows, model)
@@ -121,7 +121,7 @@ def _with_zeros(params: Any) -> Any:
 
 def precision(subject: Subject) -> str:
     """A bfloat16 model takes exponents, roots and long sums in float32, and its logits are those of float32 closely."""
-    model = subject.model_
+    model = subject.small_model
     half = dataclasses.replace(model, dtype="bfloat16")
     params = jax.tree.map(lambda leaf: np.asarray(jnp.bfloat16(leaf), np.float32), programs.random_params(model))
     rows = programs.rows_of(programs.random_tokens(model), model)
@@ -156,9 +156,9 @@ def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[Any]:
 
 def gradients(subject: Subject) -> str:
     """The slope along a random direction of each parameter, in float64, against differences of the function itself."""
-    model = dataclasses.replace(subject.model_, dtype="float64")
-    single = programs.random_params(subject.model_)
-    rows = programs.rows_of(programs.random_tokens(subject.model_)[:2], subject.model_)
+    model = dataclasses.replace(subject.small_model, dtype="float64")
+    single = programs.random_params(subject.small_model)
+    rows = programs.rows_of(programs.random_tokens(subject.small_model)[:2], subject.small_model)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(np.float64), single)
         rows = rows._replace(weights_BTV=rows.weights_BTV.astype(np.float64), auxiliary=np.float64(1.0))

@@ -40,12 +40,13 @@ class Result(NamedTuple):
 
 
 @contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Programs are compiled in a fraction of the time, and run slower."""
+def conditions() -> Iterator[None]:
+    """What checks run under: quick compilations, and products of float32 numbers that are float32 on every device."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        yield
+        with jax.default_matmul_precision("highest"):
+            yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 

@@ -8,6 +8,7 @@ is a test for each check that the part must pass. Knobs of the small model may b
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -30,24 +31,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from rustgpt_jax.conformance.checks import checks_for
     from rustgpt_jax.conformance.subjects import subjects
 
-    cases = {
-        f"{part.name.rpartition(':')[2]}-{name}": _case(name, part)
+    cases = [
+        pytest.param(_case(name, part), id=f"{part.name.rpartition(':')[2]}-{name}")
         for marker in markers
         for wanted in marker.args
         for part in subjects(wanted, marker.kwargs)
         for name in checks_for(part)
-    }
-    metafunc.parametrize(ARGUMENT, list(cases.values()), ids=list(cases))
+    ]
+    metafunc.parametrize(ARGUMENT, cases)
 
 
-def _case(name: str, part: object) -> Callable[[], str]:
+def _case(name: str, part: Any) -> Callable[[], str]:
     """A function that runs one check, gives what it measured, and fails the test where it fails."""
 
     def conformance_check() -> str:
         from rustgpt_jax.conformance.checks import CHECKS
         from rustgpt_jax.conformance.report import run_check
 
-        outcome = run_check(name, CHECKS[name], part)  # type: ignore[arg-type]
+        outcome = run_check(name, CHECKS[name], part)
         if not outcome.is_ok:
             pytest.fail(outcome.note, pytrace=False)
         return outcome.note

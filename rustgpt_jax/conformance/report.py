@@ -12,7 +12,7 @@ from rich.text import Text
 
 from rustgpt_jax.conformance.broken import Broken, crash
 from rustgpt_jax.conformance.checks import CHECKS, Check, checks_for
-from rustgpt_jax.conformance.programs import quick_compilation
+from rustgpt_jax.conformance.programs import conditions
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def run_check(name: str, check: Check, subject: Subject) -> Outcome:
     began = time.perf_counter()
     is_ok = False
     try:
-        with quick_compilation():
+        with conditions():
             note = check.function(subject)
         is_ok = True
     except Broken as broken:
@@ -51,7 +51,7 @@ def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Consol
     """All checks of all parts, each shown as it ends. Parts that stand in the same small model share their checks."""
     known: dict[Any, Outcome] = {}
     outcomes = []
-    width = max(len(subject.title) for subject in subjects)
+    width = max(len(subject.title) for subject in subjects) + 2 if len(subjects) > 1 else 0
     for subject in subjects:
         for name, check in checks_for(subject, only).items():
             # All that a check looks at is the model, except what the part declares of itself.
@@ -67,7 +67,8 @@ def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Consol
 
 
 def _line(outcome: Outcome, width: int) -> Text:
-    line = Text(f"{outcome.subject.title:{width}}  {outcome.check:20} ")
+    """The part, where there are several, and what its check found."""
+    line = Text(f"{outcome.subject.title if width else '':{width}}{outcome.check:20} ")
     line.append("ok    " if outcome.is_ok else "BROKEN", "green" if outcome.is_ok else "bold red")
     line.append(f" {outcome.seconds:5.1f} s  {outcome.note}")
     return line

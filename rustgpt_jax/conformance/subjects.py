@@ -72,8 +72,8 @@ class Subject:
         return f"{self.kind}/{self.name}"
 
     @property
-    def model_(self) -> ModelConfig:
-        """The model of a part of the model."""
+    def small_model(self) -> ModelConfig:
+        """The model that a part of a model is checked in."""
         assert self.model is not None, f"{self.title} is no part of a model"
         return self.model
 
@@ -119,7 +119,9 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
     if kind == "families":
         preset = choose(FAMILIES, name, "check families")
         model = small_model(**{**preset, **changes})
-        return model if model.period == 1 else dataclasses.replace(model, n_layers=model.period + 1)
+        if model.period == 1 or "n_layers" in changes:
+            return model
+        return dataclasses.replace(model, n_layers=model.period + 1)
     knob = KNOBS[kind]
     part = (name,) if knob in ("mixers", "feedforwards", "positions") else name
     return small_model(**{knob: part, **changes})
@@ -155,18 +157,12 @@ def import_path(name: str) -> str:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"check: there is no file {file}.")
-    resolved = path.resolve()
-    inside = resolved.is_relative_to(Path.cwd())
-    shown = resolved.relative_to(Path.cwd()) if inside else Path(resolved.name)
-    module_name = ".".join(shown.with_suffix("").parts)
-    if module_name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(module_name, resolved)
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[module_name] = module
-        try:
-            specification.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return f"{module_name}:{part}"
+    file_path = path.resolve()
+    root = Path.cwd() if file_path.is_relative_to(Path.cwd()) else file_path.parent
+    module = ".".join(file_path.relative_to(root).with_suffix("").parts)
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin != str(file_path):
+        raise UserError(f"check: {file} cannot be imported: another module is called {module}. Rename the file.")
+    return f"{module}:{part}"

@@ -35,12 +35,12 @@ def require_close_results(found: programs.Result, expected: programs.Result, wha
 
 def unrolled_is_scanned(subject: Subject) -> str:
     """The layers run in a loop, and one after another, give the same."""
-    return _same_with(subject.model_, "unrolled layers are not scanned ones", layers="unrolled")
+    return _same_with(subject.small_model, "unrolled layers are not scanned ones", layers="unrolled")
 
 
 def remat_is_none(subject: Subject) -> str:
     """What the backward pass computes again is what the forward pass computed."""
-    notes = [_same_with(subject.model_, f"remat {each!r} is not 'none'", remat=each) for each in ("dots", "full")]
+    notes = [_same_with(subject.small_model, f"remat {each!r} is not 'none'", remat=each) for each in ("dots", "full")]
     return notes[-1]
 
 
@@ -77,7 +77,7 @@ def vmap_is_loop(subject: Subject) -> str:
 
     So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_epsilon.
     """
-    model = subject.model_
+    model = subject.small_model
     numbers = {name: np.repeat(value, TRIALS) for name, value in programs.numbers_of(model).items()}
     keys = jax.vmap(jax.random.key)(np.arange(TRIALS))
     initial = jax.device_get(_compiled_inits()(keys, numbers, model=model))

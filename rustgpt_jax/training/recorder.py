@@ -71,7 +71,8 @@ class Recorder:
         self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
         self._peak_flops = self.placement.peak_flops()
         self._best_loss = self._best_loss_so_far()
-        self._clock = time.perf_counter()
+        # When the device was last known to be at the beginning of a call; None where that is not known.
+        self._clock: float | None = time.perf_counter()
 
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
@@ -83,7 +84,8 @@ class Recorder:
         if structure not in self.compiled:
             self.compiled.add(structure)
             self.progress.message(f"compiled the training step in {duration(seconds)}")
-            self._clock = time.perf_counter()
+            # It may have made some of its steps by now.
+            self._clock = None
 
     def trained(self, pending: Pending) -> None:
         """Take the metrics of a call that has just begun, and write those of the one before."""
@@ -116,10 +118,12 @@ class Recorder:
         return step == 1 or step % self.config.record.log_every == 0 or step == self.data.stage.end_step
 
     def _speed(self, count: int) -> dict[str, float]:
-        now = time.perf_counter()
-        tokens = count * self.data.stage.config.training.batch_size * self.data.window
-        tokens_per_second = tokens / (now - self._clock)
+        now, began = time.perf_counter(), self._clock
         self._clock = now
+        if began is None:
+            return {}
+        tokens = count * self.data.stage.config.training.batch_size * self.data.window
+        tokens_per_second = tokens / (now - began)
         return {
             "train/tokens_per_second": tokens_per_second,
             "train/flops_share": tokens_per_second * self._flops_per_token / self._peak_flops,
