@@ -171,15 +171,18 @@ class HonestState(nn.Module):
     def is_token(self, context: Context) -> jax.Array:
         return context.segments_BT > 0
 
+    def state_type(self, x_BTD: jax.Array) -> jax.Array:
+        return widened(x_BTD)
+
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
         decay_D = jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,)))[None]
-        new_BTD = widened(Linear(config, config.d_model, name="input")(x_BTD))
+        new_BTD = self.state_type(Linear(config, config.d_model, name="input")(x_BTD))
 
         def step(h_BD: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
             new_BD, is_start_B, is_token_B = token
-            after_BD = decay_D * jnp.where(is_start_B[:, None], 0, h_BD) + new_BD
+            after_BD = decay_D.astype(h_BD.dtype) * jnp.where(is_start_B[:, None], 0, h_BD) + new_BD
             h_BD = jnp.where(is_token_B[:, None], after_BD, h_BD)
             return h_BD, h_BD
 
@@ -204,6 +207,11 @@ class StateMovedByPadding(HonestState):
 class StateStartsAnewWithEachCall(HonestState):
     def is_start(self, context: Context) -> jax.Array:
         return super().is_start(context).at[:, 0].set(True)
+
+
+class StateInBfloat16(HonestState):
+    def state_type(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD
 
 
 # Feed-forwards.
@@ -410,6 +418,9 @@ MISTAKES = (
     Mistake("mixers/broken_parts:StateMovedByPadding", "cache", r"padding changes the cache.* row 11, layer 0"),
     Mistake(
         "mixers/broken_parts:StateStartsAnewWithEachCall", "cache", r"the rest after .* row \d+, token", is_slow=True
+    ),
+    Mistake(
+        "mixers/broken_parts:StateInBfloat16", "precision", r"keeps its state in bfloat16; at broken_parts.py, line"
     ),
     Mistake("feedforwards/broken_parts:LooksAhead", "causality", r"output token 0, input token 1"),
     Mistake("feedforwards/broken_parts:UnusedParameter", "parameters", r"blocks/0/feedforward/unused"),

@@ -22,6 +22,14 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
                 yield from equations(leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf)
 
 
+def loop_state(equation: Any) -> list[Any]:
+    """The types of what a `scan` carries from one round to the next; nothing for any other equation."""
+    if equation.primitive.name != "scan":
+        return []
+    n_constants, n_carried = equation.params["num_consts"], equation.params["num_carry"]
+    return [variable.aval for variable in equation.invars[n_constants : n_constants + n_carried]]
+
+
 def product_flops(equation: Any) -> float:
     """2 m n k of a matrix product, 0 of any other equation."""
     if equation.primitive.name != "dot_general":

@@ -11,7 +11,7 @@ import numpy as np
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, Broken, place, require_finite, require_same_tree
-from rustgpt_jax.conformance.jaxprs import equations, line_of
+from rustgpt_jax.conformance.jaxprs import equations, line_of, loop_state
 from rustgpt_jax.conformance.small import LENGTH
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
@@ -125,12 +125,9 @@ def precision(subject: Subject) -> str:
     half = dataclasses.replace(model, dtype="bfloat16")
     params = jax.tree.map(lambda leaf: np.asarray(jnp.bfloat16(leaf), np.float32), programs.random_params(model))
     rows = programs.rows_of(programs.random_tokens(model), model)
-    for equation in _delicate_in_bfloat16(half):
-        raise Broken(
-            f"`{equation.primitive.name}` is taken of bfloat16 numbers",
-            line_of(equation),
-            f"{equation.invars[0].aval.str_short()}, which has 8 bits; `precision.widened` gives float32",
-        )
+    for what, equation, numbers in _delicate_in_bfloat16(half):
+        shown = f"{numbers.str_short()}, which has 8 bits; `precision.widened` gives float32"
+        raise Broken(what, line_of(equation), shown)
     found, expected = (programs.run(params, rows, each).logits_BTV.astype(np.float64) for each in (half, model))
     error_BT = np.sqrt(np.mean(np.square(found - expected), -1) / np.mean(np.square(expected), -1))
     error = float(np.median(error_BT))
@@ -145,13 +142,21 @@ def precision(subject: Subject) -> str:
     return f"bfloat16 within {error:.1%}"
 
 
-def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[Any]:
+def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What is done to bfloat16 numbers and should not be: in words, the equation, and the type of the numbers."""
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
     tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     program = jax.make_jaxpr(lambda params, tokens: transformer.apply(params, tokens, model)[0])(params, tokens)
     for equation in equations(program.jaxpr):
-        if equation.primitive.name in DELICATE and equation.invars[0].aval.dtype == jnp.bfloat16:
-            yield equation
+        numbers = equation.invars[0].aval if equation.invars else None
+        if equation.primitive.name in DELICATE and numbers.dtype == jnp.bfloat16:
+            yield f"`{equation.primitive.name}` is taken of bfloat16 numbers", equation, numbers
+    layers = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan"]
+    for inside in (equations(loop.params["jaxpr"].jaxpr) for loop in layers):
+        for loop in inside:
+            for state in loop_state(loop):
+                if state.dtype == jnp.bfloat16:
+                    yield "a loop inside a layer keeps its state in bfloat16", loop, state
 
 
 def gradients(subject: Subject) -> str:

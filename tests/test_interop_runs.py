@@ -1,0 +1,150 @@
+"""The verbs import and export: a run goes out as a Hugging Face folder, comes back, answers the same and trains on."""
+
+import filecmp
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_tree
+from rich.console import Console
+
+from rustgpt_jax.config import config_hash
+from rustgpt_jax.decoding.text import write
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop import runs
+from rustgpt_jax.interop.compare import Comparison
+from rustgpt_jax.interop.runs import export_run, import_run
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_origins
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.training.loop import train
+from rustgpt_jax.training.trained import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KNOBS = {
+    "data.corpus": "chat",
+    "data.max_documents": 60,
+    "tokenizer.vocab_size": 300,
+    "model.vocab_size": None,
+    "model.tie_embeddings": False,
+    "schedule.warmup_steps": 0,
+    "optimizer.learning_rate": 0.01,
+    "training.steps": 30,
+    "training.steps_per_call": 10,
+    "record.evaluate_every": 30,
+    "record.checkpoint_every": 30,
+    "sampling.temperature": 0.0,
+}
+RECIPE = KNOBS | {"training.steps": 2, "training.steps_per_call": 2}
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def quiet(said: str) -> None:
+    del said
+
+
+def imported(source: Path, path: Path, says: Any = quiet) -> RunFolder:
+    import_run(source, path, small_tree(**RECIPE), {"data.corpus": "here"}, says)
+    return RunFolder(path)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    """A run that has learned a little of the dialogues."""
+    path = tmp_path_factory.mktemp("native") / "run"
+    train(resolve(small_tree(**KNOBS)), path, {}, Console(file=StringIO()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(native: Path) -> Path:
+    """The same as a Hugging Face folder."""
+    path = native.parent / "exported"
+    export_run(native, path, "last", None, quiet)
+    return path
+
+
+@pytest.fixture(scope="module")
+def back(folder: Path) -> Iterator[RunFolder]:
+    """The folder as a run again."""
+    yield imported(folder, folder.parent / "back")
+
+
+def test_what_comes_back_is_what_went_out(native: Path, back: RunFolder) -> None:
+    there, here = load(native), load(back.path)
+    assert here.step == 0 and back.is_untrained
+    jax.tree.map(np.testing.assert_array_equal, there.writer.params, here.writer.params)
+    assert there.writer.stops == here.writer.stops and here.writer.is_dialogue
+    prompts = [there.writer.prompt("Why is the sky blue?"), there.writer.prompt("Hello!")]
+    assert [here.writer.prompt("Why is the sky blue?"), here.writer.prompt("Hello!")] == prompts
+    assert write(there.writer, prompts, there.config.sampling) == write(here.writer, prompts, there.config.sampling)
+
+
+def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: RunFolder, tmp_path: Path) -> None:
+    export_run(back.path, tmp_path / "again", "last", None, quiet)
+    again = imported(tmp_path / "again", tmp_path / "run")
+    export_run(again.path, tmp_path / "thrice", "last", None, quiet)
+    for name in FILES:
+        assert filecmp.cmp(folder / name, tmp_path / "again" / name, shallow=False), name
+        assert filecmp.cmp(tmp_path / "again" / name, tmp_path / "thrice" / name, shallow=False), name
+
+
+def test_the_config_says_where_the_model_came_from(folder: Path, back: RunFolder) -> None:
+    config, origins = load_config(back.path), load_origins(back.path)
+    assert (config.tokenizer.name, config.model.d_model, config.data.corpus) == ("imported", 32, "chat")
+    assert origins["model.d_model"] == f"import from {folder}" and origins["data.corpus"] == "here"
+
+
+def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Path, tmp_path: Path) -> None:
+    run = imported(folder, tmp_path / "run")
+    assert train(load_config(run.path), run.path, {}, Console(file=StringIO()))
+    first, learned = (next(iter(read_metrics(path)))["train/loss"] for path in (native, run.path))
+    assert learned < 0.8 * first
+    assert load(run.path).step == 2 and not run.is_untrained
+    export_run(run.path, tmp_path / "trained", "last", "bfloat16", quiet)
+    assert (tmp_path / "trained/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
+
+
+def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="launch.py import"):
+        train(load_config(back.path), tmp_path / "new", {}, Console(file=StringIO()))
+    assert not (tmp_path / "new").exists()
+    assert config_hash(load_config(back.path)) != config_hash(resolve(small_tree(**RECIPE)))
+
+
+# What is compared, and what is said.
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_other_logits_are_no_success(verb: str, folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(runs, "compare_logits", lambda *_: Comparison(0.1, "", 5.0))
+    with pytest.raises(UserError, match="differ by up to 0.1 .*Nothing was written"):
+        if verb == "import":
+            imported(folder, tmp_path / "new")
+        else:
+            export_run(native, tmp_path / "new", "last", None, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(runs, "compare_logits", lambda *_: Comparison(None, "torch is not installed"))
+    imported(folder, tmp_path / "run", said.append)
+    assert "Not compared with transformers: torch is not installed." in said
+    monkeypatch.setattr(runs, "free_memory", lambda: 0)
+    imported(folder, tmp_path / "other", said.append)
+    assert said[-2].startswith("Not compared with transformers: that needs about")
+
+
+def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunFolder, native: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]}
+    with pytest.raises(UserError, match="is there already"):
+        imported(folder, back.path)
+    with pytest.raises(UserError, match="is there already"):
+        export_run(native, folder, "last", None, quiet)
+    assert {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]} == before
