@@ -311,9 +311,25 @@ def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str
         for path, label in leaves(muon_partition(parameter_shapes(small_config(**everything).model)))
         if label == "muon"
     }
-    assert taken == {path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")}
+    experts = {f"blocks/0/feedforward/{name}" for name in ("gate", "up", "down")} & set(shapes)
+    kernels = {path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")}
+    assert taken == kernels | experts
     assert len(taken) >= 6
-    assert all(len(shapes[path].shape) == 3 for path in taken)
+    assert all(len(shapes[path].shape) == 3 + (path in experts) for path in taken)
+
+
+def test_muon_leaves_routers_and_convolutions_to_adamw() -> None:
+    block = {"router": np.empty((2, 4, 4)), "convolution": {"kernel": np.empty((2, 4, 4))}}
+    assert set(jax.tree.leaves(muon_partition({"blocks": {"0": block}}))) == {"adamw"}
+
+
+def test_muon_orthogonalises_each_expert_of_each_layer() -> None:
+    gradients = {"blocks": {"0": {"up": np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)}}}
+    config = knobs(name="muon", weight_decay=0.0)
+    updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
+    (update,) = jax.tree.leaves(updates)
+    values = np.linalg.svd(np.asarray(update) / config.matrix_learning_rate / (5 / 4) ** 0.5, compute_uv=False)
+    assert values.shape == (2, 3, 4) and np.all((values > 0.6) & (values < 1.25))
 
 
 def test_muon_leaves_arrays_outside_the_blocks_to_adamw() -> None:

@@ -31,7 +31,8 @@ from rustgpt_jax.training.step import as_arguments, compiled_train_steps
 # Which trials share a program.
 
 # Another value for each knob, to be tried from a config in which each of them can stand.
-BEFORE = {"model.dropout": 0.1, "training.z_loss": 1e-4}
+SWITCHES = [path for path in FIELDS if field_of(path).metadata.get("off_at_zero")]
+BEFORE = dict.fromkeys(SWITCHES, 0.1)
 OTHER: dict[str, Any] = {
     "seed": 1,
     "tokenizer.name": "byte",
@@ -61,6 +62,34 @@ OTHER: dict[str, Any] = {
     "model.qk_norm": "head",
     "model.bias": True,
     "model.tie_embeddings": False,
+    "model.qkv_bias": True,
+    "model.scale_embeddings": True,
+    "model.logits_softcap": 5.0,
+    "model.attention_scale": 0.5,
+    "model.attention_softcap": 5.0,
+    "model.attention_sinks": True,
+    "model.local_window": 4,
+    "model.latent_width": 8,
+    "model.query_latent_width": 8,
+    "model.shared_key_width": 8,
+    "model.conv_width": 2,
+    "model.recurrent_width": 8,
+    "model.local_rope_base": 100.0,
+    "model.rope_fraction": 0.5,
+    "model.rope_scaling": "linear",
+    "model.rope_factor": 2.0,
+    "model.rope_original_context": 8,
+    "model.rope_slow_turns": 2.0,
+    "model.rope_fast_turns": 5.0,
+    "model.rope_attention_factor": 2.0,
+    "model.n_experts": 4,
+    "model.experts_per_token": 1,
+    "model.d_expert": 8,
+    "model.expert_capacity": 1.5,
+    "model.normalize_experts": False,
+    "model.load_balance": 0.5,
+    "model.router_z_loss": 0.5,
+    "model.options": (("decay", 0.5),),
     "model.dropout": 0.2,
     "model.init_std": 0.5,
     "model.dtype": "bfloat16",
@@ -119,7 +148,7 @@ def test_numbers_share_a_program_and_structure_does_not(path: str) -> None:
     assert (class_key(before) != class_key(after)) == selects_a_program(path)
 
 
-@pytest.mark.parametrize("path", [path for path in FIELDS if field_of(path).metadata.get("off_at_zero")])
+@pytest.mark.parametrize("path", SWITCHES)
 def test_a_part_that_is_switched_off_is_another_program(path: str) -> None:
     on, other, off = (class_key(small_config(**{path: value})) for value in (0.25, 0.5, 0.0))
     assert on == other != off

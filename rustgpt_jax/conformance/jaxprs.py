@@ -14,20 +14,28 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
     """Every equation of a program and of the programs inside it, those of a loop once."""
     for equation in jaxpr.eqns:
         yield equation
-        leaves = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
-        )
-        for leaf in leaves:
-            if isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr)):
-                yield from equations(leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf)
+        for program in inner_programs(equation):
+            yield from equations(program)
+
+
+def inner_programs(equation: Any) -> list[core.Jaxpr]:
+    """The programs that an equation runs: the body of a loop, the branches of a choice."""
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, kinds))
+    programs = [leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf for leaf in leaves]
+    return [program for program in programs if isinstance(program, core.Jaxpr)]
 
 
 def loop_state(equation: Any) -> list[Any]:
     """The types of what a `scan` carries from one round to the next; nothing for any other equation."""
     if equation.primitive.name != "scan":
         return []
-    n_constants, n_carried = equation.params["num_consts"], equation.params["num_carry"]
-    return [variable.aval for variable in equation.invars[n_constants : n_constants + n_carried]]
+    (body,) = inner_programs(equation)
+    # What is not carried but collected has an axis more outside.
+    pairs: list[tuple[Any, Any]] = [
+        (outside.aval, inside.aval) for outside, inside in zip(equation.outvars, body.outvars, strict=True)
+    ]
+    return [outside for outside, inside in pairs if outside.shape == inside.shape]
 
 
 def product_flops(equation: Any) -> float:

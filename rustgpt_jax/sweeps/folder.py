@@ -139,7 +139,7 @@ def own_modules(folder: Path) -> list[Path]:
     found = []
     for name, module in list(sys.modules.items()):
         # A package without an __init__.py has no file, only a path.
-        files = [getattr(module, "__file__", None), *list(getattr(module, "__path__", []))[:1]]
+        files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
         source = Path(next(filter(None, files), ""))
         source = source.parent if source.name == "__init__.py" else source
         if "." not in name and source.parent == folder and source.name not in CODE:

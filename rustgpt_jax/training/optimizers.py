@@ -87,12 +87,12 @@ def muon_partition(params: Any) -> Any:
     """Which optimizer each parameter has under muon: what blocks multiply by, stacked, are its matrices.
 
     These are kernels of three axes, of layers, inputs and outputs, and of four, with experts after the layers.
-    Convolutions multiply each channel by itself.
+    Convolutions multiply each channel by itself, and a router chooses more than it multiplies.
     """
 
     def label(path: Any, parameter: jax.Array) -> str:
         name = path_name(path)
-        is_matrix = name.startswith("blocks/") and parameter.ndim >= 3 and "convolution" not in name
+        is_matrix = name.startswith("blocks/") and parameter.ndim >= 3 and not re.search("convolution|router", name)
         return "muon" if is_matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
