@@ -1,6 +1,7 @@
 """docs/new_layer.md is what a newcomer does: its files work as they stand, with nothing else touched."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
         "--config.training.steps=10",
     )
     run(lab, launch, "generate", "--run=run", "--prompt=a", "--config.sampling.max_tokens=2")
+
+
+@pytest.mark.slow
+def test_a_feedforward_in_the_package_is_two_places_in_one_file(tmp_path: Path) -> None:
+    for name in ("rustgpt_jax", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", tmp_path)
+    file = tmp_path / "rustgpt_jax/model/feedforwards.py"
+    code = FILES["my_lab/feedforwards.py"]
+    there, here = file.read_text(), code[code.index("class SiluFeedForward") :]
+    table = "FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {\n"
+    assert there.count(table) == 1 and '    "silu": SiluFeedForward,\n'.strip() in PAGE
+    with_class = there.replace("# gelu in its tanh form", f"{here}\n\n# gelu in its tanh form")
+    file.write_text(with_class.replace(table, f'{table}    "silu": SiluFeedForward,\n'))
+    assert ", 0 failed" in run(tmp_path, "launch.py", "check", "feedforwards/silu")
+    run(tmp_path, "launch.py", "explain", "--config=configs/tiny.py", "--config.model.feedforwards=swiglu,silu")
 
 
 @pytest.mark.slow

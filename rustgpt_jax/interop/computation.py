@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.feedforwards.dense import gated_width
+from rustgpt_jax.model.linear import gated_width
 
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (

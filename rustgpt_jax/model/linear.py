@@ -1,5 +1,6 @@
-"""The linear layer that all parts share."""
+"""The linear layer that all parts share, and what gated layers share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
+
+Activation = Callable[[jax.Array], jax.Array]
 
 
 def scaled_normal(std: Any) -> nn.initializers.Initializer:
@@ -46,3 +49,8 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + over_channels(bias, y).astype(y.dtype)
         return y
+
+
+def gated_width(d_model: int) -> int:
+    """8/3 d_model, up to a multiple of 8: three matrices of this width have as many weights as two of 4 d_model."""
+    return -(-8 * d_model // 3 // 8) * 8

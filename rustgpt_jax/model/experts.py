@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals
-from rustgpt_jax.model.feedforwards.dense import Activation, gated_width
-from rustgpt_jax.model.linear import scaled_normal
+from rustgpt_jax.model.linear import Activation, gated_width, scaled_normal
 from rustgpt_jax.model.precision import widened
 
 

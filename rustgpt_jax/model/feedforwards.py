@@ -1,6 +1,14 @@
-"""Feed-forward layers of which each token uses every weight."""
+"""Feed-forward layers: what a block does to each token by itself.
+
+A feed-forward is a Flax leaf made from the config of its block. It has
+
+    __call__(x_BTD, context)     y_BTD, and its signals: named numbers to be recorded in training, {} for none
+
+The signal AUXILIARY_LOSS is added to the loss.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -8,9 +16,8 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context, Signals
-from rustgpt_jax.model.linear import Linear
-
-Activation = Callable[[jax.Array], jax.Array]
+from rustgpt_jax.model.experts import MixtureOfExperts
+from rustgpt_jax.model.linear import Activation, Linear, gated_width
 
 
 class FeedForward(nn.Module):
@@ -41,11 +48,18 @@ class GatedFeedForward(nn.Module):
         return Linear(self.config, self.config.d_model, residual=True, name="down")(gate_BTF * up_BTF), {}
 
 
-def gated_width(d_model: int) -> int:
-    """8/3 d_model, up to a multiple of 8: three matrices of this width have as many weights as two of 4 d_model."""
-    return -(-8 * d_model // 3 // 8) * 8
-
-
 def relu_squared(x: jax.Array) -> jax.Array:
     """max(x, 0)^2 (arXiv 2109.08668)."""
     return jnp.square(jax.nn.relu(x))
+
+
+# gelu in its tanh form, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as in PaLM
+# and Llama, geglu as in Gemma (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
+FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": partial(FeedForward, activation=jax.nn.gelu),
+    "relu": partial(FeedForward, activation=jax.nn.relu),
+    "relu_squared": partial(FeedForward, activation=relu_squared),
+    "swiglu": partial(GatedFeedForward, activation=jax.nn.silu),
+    "geglu": partial(GatedFeedForward, activation=jax.nn.gelu),
+    "moe": partial(MixtureOfExperts, activation=jax.nn.silu),
+}
