@@ -340,6 +340,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(straight: Path) -> None:
     assert f"{loss:.4f}" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_prompt_in_the_same_way_each_time(straight: Path) -> None:
     def text(*arguments: str) -> str:
         return launch("generate", f"--run={straight}", "--prompt=The sun", *arguments, cwd=straight.parent).stdout
@@ -377,6 +378,7 @@ def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     begun = "from the start"

@@ -249,6 +249,7 @@ def test_documents_and_padding_change_no_bit_of_another_document(case: str) -> N
         assert np.isfinite(padding).all()
 
 
+@pytest.mark.slow
 @over_mixers
 def test_gradients_stay_within_a_document_in_float64_under_vmap_and_remat(mixer: str) -> None:
     model = model_config(mixers=mixer)

@@ -85,7 +85,7 @@ def staged(accumulation: int) -> list[Config]:
             id="accumulation",
             marks=pytest.mark.slow,
         ),
-        pytest.param(staged(2), id="stages"),
+        pytest.param(staged(2), id="stages", marks=pytest.mark.slow),
     ],
 )
 def test_exact_mode_has_the_bits_of_each_run_alone(
@@ -102,6 +102,7 @@ def test_exact_mode_has_the_bits_of_each_run_alone(
             assert contents(together).get(name) == contents(alone).get(name)
 
 
+@pytest.mark.slow
 def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = population({})
     train_together("fused", configs, tmp_path / "together", n_lanes=4)
@@ -131,6 +132,7 @@ def test_a_population_compiles_once_and_goes_on_bit_for_bit(
         assert metrics(broken) == metrics(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path: Path) -> None:
     calm = [tiny(**NO_SAMPLES, seed=seed) for seed in (0, 1)]
@@ -154,6 +156,7 @@ def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
         loop.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
 
 
+@pytest.mark.slow
 def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(**NO_SAMPLES)
     material = loop.gather(config, tmp_path / "none.json", QUIET)
