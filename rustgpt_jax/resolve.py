@@ -246,7 +246,7 @@ def check_combinations(config: Config) -> None:
         _check_rope(model)
     if "latent_attention" in model.mixers and model.qk_norm != "none":
         raise UserError(
-            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which decodes without making keys; "
+            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which makes no keys to decode; "
             "its latent is normalised."
         )
     if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
