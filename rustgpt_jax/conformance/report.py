@@ -53,6 +53,8 @@ def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Consol
     outcomes = []
     width = max(len(subject.title) for subject in subjects) + 2 if len(subjects) > 1 else 0
     for subject in subjects:
+        # Programs of other models are used no more, and a process can map only so many into its memory.
+        jax.clear_caches()
         for name, check in checks_for(subject, only).items():
             # All that a check looks at is the model, except what the part declares of itself.
             key = (name, subject.model or subject.title, getattr(subject.part, "n_parameters", None))
