@@ -385,8 +385,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
     # Parts of one's own, such as my_lab.mixers:Retention, are looked for in the current folder too.
-    sys.path[:0] = [str(Path(__file__).parent), str(Path.cwd())]
+    sys.path.append(str(Path.cwd()))
     if any(word in ("-h", "-help", "--help") for word in sys.argv[1:]):
         print(OVERVIEW, end="")
     else:

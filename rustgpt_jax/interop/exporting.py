@@ -79,7 +79,7 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
     hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is there already and not empty; choose another folder to export to.")
+            raise UserError(f"{folder} is there already and not empty; choose another folder.")
         hidden.mkdir(parents=True)
         yield hidden
         os.replace(hidden, folder)

@@ -24,7 +24,7 @@ from rustgpt_jax.training.trained import load
 # Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
 TOLERANCE = 1e-3
 # Tokens in a training window of an imported model, unless its recipe says otherwise.
-WINDOW = 1024
+WINDOW = 256
 
 Says = Callable[[str], None]
 
@@ -100,7 +100,8 @@ def _compared(folder: Path, params: Any, model: ModelConfig, dtype: str | None =
             f"{folder}: the logits here differ by up to {found.difference:.2g} from those of transformers, whose "
             f"largest is {found.largest:.2g}. Nothing was written."
         )
-    return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}."
+    why = f", for its parameters are rounded to {dtype}" if rounded else ""
+    return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}{why}."
 
 
 def _with_model(

@@ -1,0 +1,137 @@
+"""Mixtures of experts: with a capacity, against a loop over the tokens; what they report, against its definition."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import small_config
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+
+ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6
+# The last row is two documents, the second one ends in padding.
+SEGMENTS_BT = np.array([[1] * 10, [1] * 7 + [0] * 3, [1] * 4 + [2] * 6], np.int32)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    knobs = {"d_model": WIDTH, "n_heads": 2, "n_experts": EXPERTS, "d_expert": HIDDEN, **changes}
+    return small_config(**{f"model.{name}": value for name, value in knobs.items()}).model
+
+
+def parameters(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"router": (WIDTH, EXPERTS), "gate": (EXPERTS, WIDTH, HIDDEN), "up": (EXPERTS, WIDTH, HIDDEN)}
+    shapes["down"] = (EXPERTS, HIDDEN, WIDTH)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def inputs(seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames="model")
+def feed(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> Any:
+    context = Context(np.broadcast_to(np.arange(LENGTH), SEGMENTS_BT.shape), SEGMENTS_BT)
+    return FEEDFORWARDS["moe"](model).apply({"params": params}, x_BTD, context)
+
+
+def expert(x_D: np.ndarray, params: Any, index: int) -> np.ndarray:
+    gate, up = x_D @ params["gate"][index], x_D @ params["up"][index]
+    return (gate / (1 + np.exp(-gate)) * up) @ params["down"][index]
+
+
+def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, dict[str, float]]:
+    """Outputs and signals in float64. A row's experts take its tokens in their order, as long as they have places."""
+    params = {name: leaf.astype(np.float64) for name, leaf in params.items()}
+    y_BTD = np.zeros(x_BTD.shape)
+    places = LENGTH
+    if model.expert_capacity:
+        places = min(LENGTH, math.ceil(model.expert_capacity * LENGTH * model.experts_per_token / EXPERTS))
+    chosen, mean, entropy, squares, n_tokens, n_dropped = np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0.0, 0, 0
+    for row in range(ROWS):
+        free = [places] * EXPERTS
+        for t in range(LENGTH):
+            logits = x_BTD[row, t].astype(np.float64) @ params["router"]
+            odds = np.exp(logits) / np.exp(logits).sum()
+            best = np.argsort(-odds)[: model.experts_per_token]
+            if SEGMENTS_BT[row, t] == 0:
+                # Nobody reads what padding gives, and with a capacity it takes no place.
+                y_BTD[row, t] = np.nan
+                continue
+            n_tokens += 1
+            mean += odds
+            entropy -= (odds * np.log(odds)).sum()
+            squares += np.log(np.exp(logits).sum()) ** 2
+            for index in best:
+                chosen[index] += 1
+                if free[index] == 0:
+                    n_dropped += 1
+                    continue
+                free[index] -= 1
+                weight = odds[index] / (odds[best].sum() if model.normalize_experts else 1)
+                y_BTD[row, t] += weight * expert(x_BTD[row, t], params, index)
+    share = chosen / n_tokens / model.experts_per_token
+    balance = EXPERTS * (share * mean / n_tokens).sum()
+    return y_BTD, {
+        "load_balance": balance,
+        "router_entropy": entropy / n_tokens,
+        "busiest_expert": share.max(),
+        "dropped": n_dropped / n_tokens / model.experts_per_token,
+        "auxiliary_loss": model.load_balance * balance + model.router_z_loss * squares / n_tokens,
+    }
+
+
+@pytest.mark.parametrize("capacity", [0.0, 0.5, 1.0, 10.0])
+@pytest.mark.parametrize(("top", "normalize"), [(2, True), (1, False), (3, False)])
+def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, top: int, normalize: bool) -> None:
+    model = model_config(
+        expert_capacity=capacity,
+        experts_per_token=top,
+        normalize_experts=normalize,
+        load_balance=0.3,
+        router_z_loss=0.2,
+    )
+    params, x_BTD = parameters(), inputs()
+    expected_BTD, expected = in_a_loop(params, x_BTD, model)
+    y_BTD, signals = feed(params, x_BTD, model)
+    is_token_BT = SEGMENTS_BT > 0
+    np.testing.assert_allclose(np.asarray(y_BTD)[is_token_BT], expected_BTD[is_token_BT], rtol=1e-4, atol=1e-5)
+    assert {name: float(value) for name, value in signals.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (expected["dropped"] > 0) == (capacity in (0.5, 1.0))
+
+
+def test_places_for_all_are_as_good_as_no_limit() -> None:
+    params, x_BTD = parameters(), inputs()
+    dropless, _ = feed(params, x_BTD, model_config())
+    roomy, _ = feed(params, x_BTD, model_config(expert_capacity=2.0 * EXPERTS))
+    is_token_BT = SEGMENTS_BT > 0
+    np.testing.assert_allclose(np.asarray(roomy)[is_token_BT], np.asarray(dropless)[is_token_BT], rtol=1e-4, atol=1e-5)
+
+
+def test_even_use_has_a_load_balance_of_one() -> None:
+    params = parameters() | {"router": np.zeros((WIDTH, EXPERTS), np.float32)}
+    _, signals = feed(params, inputs(), model_config(experts_per_token=EXPERTS, load_balance=0.0))
+    assert float(signals["load_balance"]) == pytest.approx(1)
+    assert float(signals["router_entropy"]) == pytest.approx(math.log(EXPERTS))
+    assert "auxiliary_loss" not in signals
+
+
+def test_a_capacity_costs_less_than_all_experts() -> None:
+    def flops(model: ModelConfig) -> float:
+        return feed.lower(parameters(), inputs(), model).cost_analysis()["flops"]
+
+    assert flops(model_config(expert_capacity=1.0)) < 0.7 * flops(model_config())
+
+
+def test_the_balance_loss_reaches_the_router_alone() -> None:
+    def loss(params: Any) -> jax.Array:
+        return feed(params, inputs(), model_config(load_balance=1.0))[1]["auxiliary_loss"]
+
+    gradient = jax.grad(loss)(parameters())
+    assert np.abs(gradient["router"]).max() > 1e-4
+    assert all(not np.any(gradient[name]) for name in ("gate", "up", "down"))
