@@ -128,7 +128,8 @@ def get_config() -> ConfigDict:
     # Hidden width of an expert. None: that of swiglu.
     config.model.d_expert = None
     # Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that finds none
-    # is not fed. 0: a place for every token (dropless).
+    # is not fed, so it depends on those before it, and decoding, with places for all, is not what training was.
+    # 0: a place for every token (dropless).
     config.model.expert_capacity = 0.0
     # Make the weights of a token's experts add up to 1.
     config.model.normalize_experts = True
@@ -189,7 +190,8 @@ def get_config() -> ConfigDict:
     config.training.steps = 200
     # Windows in a step, over all devices and accumulation parts.
     config.training.batch_size = 16
-    # Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole batch.
+    # Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole batch, but for
+    # the load balance of moe, which each part has for itself.
     config.training.accumulation = 1
     # Optimizer steps in one call of the compiled program. The results do not depend on it.
     config.training.steps_per_call = 10

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
@@ -49,12 +50,10 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
     """Outputs and signals in float64. A row's experts take its tokens in their order, as long as they have places."""
     params = {name: leaf.astype(np.float64) for name, leaf in params.items()}
     y_BTD = np.zeros(x_BTD.shape)
-    places = LENGTH
-    if model.expert_capacity:
-        places = min(LENGTH, math.ceil(model.expert_capacity * LENGTH * model.experts_per_token / EXPERTS))
     chosen, mean, entropy, squares, n_tokens, n_dropped = np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0.0, 0, 0
     for row in range(ROWS):
-        free = [places] * EXPERTS
+        n_asked = np.count_nonzero(SEGMENTS_BT[row]) * model.experts_per_token
+        free = [math.ceil(model.expert_capacity * n_asked / EXPERTS) if model.expert_capacity else LENGTH] * EXPERTS
         for t in range(LENGTH):
             logits = x_BTD[row, t].astype(np.float64) @ params["router"]
             odds = np.exp(logits) / np.exp(logits).sum()
@@ -111,6 +110,17 @@ def test_places_for_all_are_as_good_as_no_limit() -> None:
     roomy, _ = feed(params, x_BTD, model_config(expert_capacity=2.0 * EXPERTS))
     is_token_BT = SEGMENTS_BT > 0
     np.testing.assert_allclose(np.asarray(roomy)[is_token_BT], np.asarray(dropless)[is_token_BT], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing_where_places_are_few() -> None:
+    model, x_BTD = model_config(expert_capacity=0.5), inputs()
+
+    def fed(x_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
+        context = Context(np.zeros_like(segments_BT), segments_BT)
+        return np.asarray(FEEDFORWARDS["moe"](model).apply({"params": parameters()}, jnp.asarray(x_BTD), context)[0])
+
+    padded = fed(x_BTD, np.array([[1] * 6 + [0] * 4] * ROWS))
+    np.testing.assert_allclose(padded[:, :6], fed(x_BTD[:, :6], np.ones((ROWS, 6), int)), rtol=1e-5, atol=1e-6)
 
 
 def test_even_use_has_a_load_balance_of_one() -> None:

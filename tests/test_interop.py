@@ -126,15 +126,15 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str, torch: A
 
 def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
-    found = compare.compare_logits(tmp_path / "there", random_params(LLAMA), LLAMA)
+    found = compare.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)
     assert found.difference is not None and found.difference < 1e-4
-    other = compare.compare_logits(tmp_path / "there", random_params(LLAMA, seed=1), LLAMA)
+    other = compare.compare_logits(tmp_path / "there", lambda: random_params(LLAMA, seed=1), LLAMA)
     assert other.difference is not None and other.difference > 0.1
 
 
 def test_the_comparison_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = compare.compare_logits(tmp_path, {}, LLAMA)
+    found = compare.compare_logits(tmp_path, dict, LLAMA)
     assert (found.difference, found.reason) == (None, "torch is not installed")
 
 

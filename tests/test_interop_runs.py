@@ -1,6 +1,7 @@
 """The verbs import and export: a run goes out as a Hugging Face folder, comes back, answers the same and trains on."""
 
 import filecmp
+import sys
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from rustgpt_jax.config import config_hash
 from rustgpt_jax.decoding.text import write
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop import runs
+from rustgpt_jax.interop import compare, runs
 from rustgpt_jax.interop.compare import Comparison
 from rustgpt_jax.interop.runs import export_run, import_run
 from rustgpt_jax.resolve import resolve
@@ -139,6 +140,43 @@ def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_pat
     monkeypatch.setattr(runs, "free_memory", lambda: 0)
     imported(folder, tmp_path / "other", said.append)
     assert said[-2].startswith("Not compared with transformers: that needs about")
+
+
+def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    pytest.importorskip("torch")
+    said: list[str] = []
+    monkeypatch.setattr(compare, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
+    assert imported(folder, tmp_path / "run", said.append).parameters_file.exists()
+    assert "Not compared with transformers: it cannot run this folder (OSError: no such file)." in said
+
+
+def test_nothing_is_read_that_cannot_be_compared(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(runs, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
+    monkeypatch.setattr(runs, "free_memory", lambda: 0)
+    imported(folder, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    imported(folder, tmp_path / "other")
+
+
+def test_a_knob_of_the_model_is_the_folders(folder: Path, tmp_path: Path) -> None:
+    tree = small_tree(**RECIPE, **{"model.context_length": 64})
+    with pytest.raises(UserError, match="config.model.context_length=64 was given, and the model .* has 32"):
+        import_run(folder, tmp_path / "run", tree, {"model.context_length": "command line"}, quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_folder_may_be_the_place(folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    export_run(native.resolve(), Path("."), "last", None, quiet)
+    assert filecmp.cmp(folder / "model.safetensors", place / "model.safetensors", shallow=False)
+    with pytest.raises(UserError, match="/ is there already"):
+        export_run(native.resolve(), Path("/"), "last", None, quiet)
 
 
 def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunFolder, native: Path) -> None:

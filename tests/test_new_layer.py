@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import small_config
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.training.parts import check_parts
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")
@@ -63,6 +68,45 @@ def test_the_mistakes_that_the_page_proposes_are_found(right: str, wrong: str, l
 def test_the_parts_are_swept_against_those_that_are_there(lab: Path) -> None:
     shown = run(lab, str(ROOT / "launch.py"), "sweep", "--config=my_lab/retention.py", "--dry_run")
     assert "18 trials" in shown
+
+
+WRONG = """
+import flax.linen as nn
+class NoCache(nn.Module):
+    config: object
+    def __call__(self, x_BTD, context, cache):
+        return x_BTD, cache
+class NoSignals(nn.Module):
+    config: object
+    def __call__(self, x_BTD, context):
+        return x_BTD
+"""
+
+
+@pytest.mark.parametrize(
+    ("knob", "part", "said"),
+    [
+        ("mixers", "json:loads", "is not a mixer: a Flax module with init_cache"),
+        ("mixers", "wrong:NoCache", "is not a mixer"),
+        ("mixers", "wrong:NoSignals", "is not a mixer"),
+        ("feedforwards", "wrong:NoSignals", "gives no signals: let it return (y_BTD, {})"),
+        ("positions", "wrong:NoSignals", "is not a position scheme: a PositionScheme"),
+        ("norm", "wrong:NoSignals", "is not a norm"),
+        ("mixers", "wrong:Missing", "wrong has no 'Missing'"),
+        ("mixers", "nowhere.at.all:X", "there is no module 'nowhere' here"),
+        ("mixers", ".wrong:X", "is no import path"),
+    ],
+)
+def test_a_part_that_is_none_is_answered_in_one_sentence(
+    knob: str, part: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = small_config(**{f"model.{knob}": part})
+    with pytest.raises(UserError) as caught:
+        check_parts(config)
+        parameter_shapes(config.model)
+    assert said in str(caught.value)
 
 
 @pytest.mark.slow

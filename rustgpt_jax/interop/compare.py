@@ -1,6 +1,7 @@
 """The same tokens through `transformers` and through the model here: how far are the logits apart?"""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,30 +42,41 @@ def reference_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray | str:
         import transformers
     except ImportError as error:
         return f"{error.name} is not installed"
-    with _quiet(transformers), torch.no_grad():
-        reference = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        ).eval()
-        return reference(torch.tensor(tokens_BT, dtype=torch.long), use_cache=False).logits.float().numpy()
+    try:
+        with _quiet(transformers), torch.no_grad():
+            return _logits(transformers, torch, folder, tokens_BT)
+    except Exception as error:  # Whatever keeps it from loading a folder that is read here.
+        return f"it cannot run this folder ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
-def compare_logits(folder: Path, params: transformer.Params, model: ModelConfig) -> Comparison:
-    """The largest difference over random tokens between the logits of a folder and of parameters that are the same."""
+def _logits(transformers: Any, torch: Any, folder: Path, tokens_BT: np.ndarray) -> np.ndarray:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    ).eval()
+    return reference(torch.tensor(tokens_BT, dtype=torch.long), use_cache=False).logits.float().numpy()
+
+
+def compare_logits(folder: Path, read: Callable[[], transformer.Params], model: ModelConfig) -> Comparison:
+    """The largest difference over random tokens between the logits of a folder and of parameters that are the same.
+
+    These are read last: the model is in memory once at a time.
+    """
     tokens_BT = random_tokens(model)
-    return difference(reference_logits(folder, tokens_BT), tokens_BT, params, model)
+    reference_BTV = reference_logits(folder, tokens_BT)
+    if isinstance(reference_BTV, str):
+        return Comparison(None, reference_BTV)
+    return difference(reference_BTV, tokens_BT, read(), model)
 
 
 def difference(
-    reference_BTV: np.ndarray | str, tokens_BT: np.ndarray, params: transformer.Params, model: ModelConfig
+    reference_BTV: np.ndarray, tokens_BT: np.ndarray, params: transformer.Params, model: ModelConfig
 ) -> Comparison:
-    """The same for logits that are there already, or the reason why they are not."""
-    if isinstance(reference_BTV, str):
-        return Comparison(None, reference_BTV)
+    """The same for logits that are there already."""
     logits_BTV = jax.jit(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(params, tokens_BT)
     found = np.max(np.abs(np.asarray(logits_BTV) - reference_BTV))
     return Comparison(float(found), "", float(np.max(np.abs(reference_BTV))))

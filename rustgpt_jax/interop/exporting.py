@@ -76,17 +76,27 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
 
     Raises UserError if there is something in its place, or it cannot be made.
     """
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
+    place = folder.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{folder} is there already and not empty; choose another folder.")
+    hidden = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is there already and not empty; choose another folder.")
-        hidden.mkdir(parents=True)
+        with _told(folder):
+            hidden.mkdir(parents=True)
         yield hidden
-        os.replace(hidden, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+        with _told(folder):
+            os.replace(hidden, place)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the operating system refuses, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
 def _named(name: str, model: ModelConfig) -> Architecture:

@@ -14,6 +14,7 @@ from rustgpt_jax.interop.importing import read_model, write_parameters
 from rustgpt_jax.interop.parameters import open_parameters, read_parameters
 from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
 from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.parallel.machine import free_memory
 from rustgpt_jax.resolve import override, resolve
 from rustgpt_jax.runs.folder import RunFolder, create, load_config
@@ -47,7 +48,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
         write_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
         run.import_file.write_text(json.dumps(about, indent=2) + "\n")
-        says(_compared(source, read_parameters(run.parameters_file, shapes), model))
+        says(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
     says(f"{path}: a run at step 0")
 
 
@@ -70,8 +71,9 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
 
     def finish(hidden: Path) -> None:
         write_codec(codec, hidden, whole.model.context_length, is_dialogue)
-        stored = read_parameters(run.parameters_file, parameter_shapes(whole.model)) if run.is_untrained else params
-        says(_compared(hidden, stored, whole.model, dtype))
+        shapes = parameter_shapes(whole.model)
+        read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
+        says(_compared(hidden, read, whole.model, dtype))
 
     special_tokens = about.get("special_tokens") or special_ids(codec)
     architecture = export_model(
@@ -86,12 +88,15 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
     says(f"{folder}: {architecture.name}")
 
 
-def _compared(folder: Path, params: Any, model: ModelConfig, dtype: str | None = None) -> str:
-    """What a comparison with `transformers` found. Raises UserError if the logits are not the same."""
+def _compared(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:
+    """What a comparison with `transformers` found. Raises UserError if the logits are not the same.
+
+    Nothing is read where nothing can be compared, or the memory does not hold the other side's model as well.
+    """
     needed = 2 * total_bytes(parameter_shapes(model))
     if needed > free_memory():
         return f"Not compared with transformers: that needs about {needed / 2**30:.1f} GiB of free memory."
-    found = compare_logits(folder, params, model)
+    found = compare_logits(folder, read, model)
     if found.difference is None:
         return f"Not compared with transformers: {found.reason}."
     rounded = dtype not in (None, "float32")
@@ -113,6 +118,15 @@ def _with_model(
     if tree["data"]["window"] is None:
         values["data.window"] = min(WINDOW, knobs["context_length"])
     for path, value in values.items():
+        given = _value(tree, path)
+        if origins.get(path) == "command line" and given != value:
+            raise UserError(f"config.{path}={given!r} was given, and the model that is imported has {value!r}.")
         override(tree, path, value)
         origins[path] = origin
     return tree, origins
+
+
+def _value(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree

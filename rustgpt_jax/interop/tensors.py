@@ -86,7 +86,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tensors(rules: Rules, model: ModelConfig) -> dict[str, Tensor]:
-    """All tensors of a model by name, in the order of the layers. Parameters without a rule have none."""
+    """All tensors of a model by name, in the order of the layers. Each parameter has a rule."""
     found: dict[str, list[tuple[int, Rule, Slot]]] = {}
     order = {path: number for number, path in enumerate(rules)}
     for path, shape in shapes_by_path(model).items():

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.context import Context, Signals, dropout
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
@@ -32,7 +33,12 @@ class Block(nn.Module):
 
         mixed_BTD, cache = mixer(self._norm("mixer_norm", x_BTD, BEFORE), context, cache)
         x_BTD = self._add(x_BTD, mixed_BTD, "mixer", context, site=1)
-        fed_BTD, signals = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE), context)
+        fed = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE), context)
+        if not isinstance(fed, tuple):
+            raise UserError(
+                f"config.model.feedforwards={feedforward_name!r} gives no signals: let it return (y_BTD, {{}})."
+            )
+        fed_BTD, signals = fed
         return self._add(x_BTD, fed_BTD, "feedforward", context, site=2), cache, signals
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: Context, site: int) -> jax.Array:

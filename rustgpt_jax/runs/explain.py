@@ -26,13 +26,11 @@ def explain(config: Config, origins: Mapping[str, str], console: Console) -> Non
     check_parts(config)
     for stage in stages(config):
         all_devices().check_batch(stage.config.training)
-    console.print(_knobs(config, origins))
-    for own in config.stages:
-        console.print(_stage_knobs(own.name, dict(own.overrides)))
-    if config.model.vocab_size is None:
-        config = with_vocabulary(config, obtain_tokenizer(config))
-    console.print(_parameters(config))
-    console.print(_costs(config))
+    whole = config if config.model.vocab_size else with_vocabulary(config, obtain_tokenizer(config))
+    # All of it is made before any of it is shown: a part may refuse its knobs.
+    tables = [_knobs(config, origins), *(_stage_knobs(own.name, dict(own.overrides)) for own in config.stages)]
+    for table in [*tables, _parameters(whole), _costs(whole)]:
+        console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:

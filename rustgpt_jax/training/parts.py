@@ -5,6 +5,8 @@ from typing import Any
 
 from rustgpt_jax.config import Config, stages
 from rustgpt_jax.data.corpora import CORPORA
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import kinds
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
@@ -15,19 +17,26 @@ from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.schedules import SCHEDULES
 
-PATTERNS: dict[str, Mapping[str, Any]] = {"mixers": MIXERS, "feedforwards": FEEDFORWARDS, "positions": POSITIONS}
+# Knobs that name parts of the model, the tables of these parts, and what they are.
+MODEL_PARTS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "mixers": (MIXERS, kinds.MIXER),
+    "feedforwards": (FEEDFORWARDS, kinds.FEEDFORWARD),
+    "positions": (POSITIONS, kinds.POSITION),
+    "norm": (NORMS, kinds.NORM),
+}
 
 
 def check_parts(config: Config) -> None:
-    """Raises UserError, with the nearest valid name, for a part that no table has."""
+    """Raises UserError, with the nearest valid name, for a part that no table has, or one that is of another kind."""
     model = config.model
     if config.tokenizer.name != IMPORTED:
         choose(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name")
-    choose(NORMS, model.norm, "config.model.norm")
     choose(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling")
-    for knob, table in PATTERNS.items():
-        for name in getattr(model, knob):
-            choose(table, name, f"config.model.{knob}")
+    for knob, (table, kind) in MODEL_PARTS.items():
+        named = getattr(model, knob)
+        for name in (named,) if isinstance(named, str) else named:
+            if kinds.kind_of(choose(table, name, f"config.model.{knob}")) != kind:
+                raise UserError(f"config.model.{knob}={name!r} is not {kind}: {kinds.LOOKS[kind]}.")
     choose(OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
     for stage in stages(config):
         choose(CORPORA, stage.config.data.corpus, "config.data.corpus")
