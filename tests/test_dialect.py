@@ -1,16 +1,18 @@
 """Tokenizers of other models: their documents, their chat templates, and what marks the end."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from rustgpt_jax.config import TokenizerConfig
 from rustgpt_jax.data.corpora import Document, Turn, plain
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.tokenizer_files import read_codec, write_codec
 from rustgpt_jax.tokenizers import (
     Codec,
@@ -18,11 +20,13 @@ from rustgpt_jax.tokenizers import (
     decode,
     encode,
     encode_document,
+    encode_documents,
     encode_prompt,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from rustgpt_jax.tokenizers.dialect import rendered
 
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{ '<s>[' + messages[0].content + ']' }}{% endif %}
@@ -64,6 +68,17 @@ def shown(codec: Codec, ids: Any) -> str:
     return codec.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
+def llama_2() -> Codec:
+    """A tokenizer that, like Llama 2's, writes ▁ before a text and for its blanks, and unknown characters as bytes."""
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Codec(tokenizer, Dialect("</s>", ("</s>",), TEMPLATE, {}))
+
+
 # Documents.
 
 
@@ -76,6 +91,21 @@ def test_a_text_is_marked_as_its_model_marks_it(has_opening: bool, expected: str
     assert weights.tolist() == [not has_opening] + [True] * (len(ids) - 1)
     assert shown(codec, encode_prompt(codec, [Turn("text", "a rain")])) == ("<s>" if has_opening else "") + "a rain"
     assert codec.stop_ids == [1, 2] and codec.end_id == 1
+
+
+def test_a_long_text_begins_once() -> None:
+    codec, text = llama_2(), "a bab " * 7000
+    ids, _ = encode_document(codec, plain("", text), "all")
+    assert shown(codec, [4 + 256]) == "▁"
+    assert ids.tolist() == [0, *codec.tokenizer.encode(text, add_special_tokens=False).ids, 1]
+
+
+def test_documents_encoded_together_are_as_they_are_alone() -> None:
+    codec = llama_2()
+    group = [plain("", "a b"), Document("", TURNS), plain("", "ba"), Document("", ())]
+    for document, (ids, weights) in zip(group, encode_documents(codec, group, "assistant"), strict=True):
+        alone = encode_document(codec, document, "assistant")
+        assert (ids.tolist(), weights.tolist()) == (alone[0].tolist(), alone[1].tolist())
 
 
 def test_what_a_text_says_is_never_a_special_token() -> None:
@@ -107,8 +137,34 @@ def test_a_dialogue_that_the_template_does_not_take_is_a_user_error() -> None:
         encode_prompt(foreign(), [Turn("tool", "x")])
     with pytest.raises(UserError, match="has no chat template"):
         encode_prompt(foreign(template=None), [Turn("user", "x")])
-    with pytest.raises(UserError, match="does not take this dialogue"):
-        encode_prompt(foreign(template="{{ messages.__class__.__mro__ }}"), [Turn("user", "x")])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages.__class__.__mro__ }}", "attribute '__class__' of 'list' object is unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 1 + 'x' }}", "unsupported operand"),
+        ("{% for message in tools %}{% endfor %}", "'NoneType' object is not iterable"),
+        ("{{ messages[0] | tojson(indent=[]) }}", "can't multiply sequence"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% set ns = namespace(_x=1) %}", "'_x' is no name"),
+        ("{{ dict.update(messages[0], role='x') }}", "has no attribute 'update'"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_template_that_fails_is_a_user_error(template: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"chat template does not take this dialogue: .*{re.escape(reason)}"):
+        encode_prompt(foreign(template=template), [Turn("user", "x")])
+
+
+def test_stopping_the_program_is_no_mistake_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompt(foreign(template="{{ messages | tojson }}"), [Turn("user", "x")])
 
 
 def test_answers_that_the_template_changes_later_are_not_guessed() -> None:
@@ -161,7 +217,105 @@ def test_a_model_that_ends_nowhere_or_has_no_tokenizer_is_named(tmp_path: Path) 
     assert read_codec(tmp_path).dialect == Dialect("</s>", ("</s>",), None, {"eos_token": "</s>"})
 
 
+TOKEN_LISTS = ("tokenizer_config.json", "special_tokens_map.json")
+MODEL_FILES = ("config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "key"),
+    [
+        *(
+            (MODEL_FILES, {"eos_token_id": ids}, "eos_token_id")
+            for ids in (-1, 260, 2**40, 1.0, True, "1", [1, -1], {})
+        ),
+        *((TOKEN_LISTS, {"eos_token": token}, "eos_token") for token in ("</S>", {"content": "</S>"}, {}, 5, ["</s>"])),
+        *(
+            (TOKEN_LISTS[:1], {"eos_token": "</s>", "chat_template": template}, "chat_template")
+            for template in (["x"], 5, {"default": "x"}, [{"name": "default"}], [{"name": "default", "template": 5}])
+        ),
+    ],
+)
+def test_what_the_files_say_wrongly_is_named(
+    names: tuple[str, ...], settings: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    save_tokenizer(Codec(foreign_tokenizer()), tmp_path / "tokenizer.json")
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: {key} takes"):
+            read_codec(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_texts_are_neither_cut_off_nor_padded_as_the_file_may_ask(tmp_path: Path) -> None:
+    tokenizer = foreign_tokenizer()
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    codec = read_codec(tmp_path)
+    documents = [plain("", "a rain"), plain("", "a")]
+    assert [shown(codec, ids) for ids, _ in encode_documents(codec, documents, "all")] == ["<s>a rain</s>", "<s>a</s>"]
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    write_codec(foreign(), tmp_path, 64, is_dialogue=False)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'chat_template.jinja'} cannot be read")):
+        read_codec(tmp_path)
+
+
+def test_the_newer_file_says_how_a_text_ends(tmp_path: Path) -> None:
+    save_tokenizer(Codec(foreign_tokenizer()), tmp_path / "tokenizer.json")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<u>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    assert read_codec(tmp_path).stop_ids == [2, 3, 1]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert read_codec(tmp_path).stop_ids == [1, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert read_codec(tmp_path).stop_ids == [2, 3, 1]
+
+
+@pytest.mark.parametrize("named", [[None], [["x"]], {"a": 1}, "L", "", 0, False, {}])
+def test_architectures_that_are_no_list_of_names_are_refused(named: Any) -> None:
+    config = {"architectures": named, "model_type": "llama"}
+    with pytest.raises(UserError, match=r'^there/config.json: architectures takes a list .* \["LlamaForCausalLM"\]'):
+        architecture_of(config, Path("there/config.json"))
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": []}])
+def test_without_architectures_the_model_type_counts(config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r'^config.json names no architecture, such as .*\["LlamaForCausalLM"\]'):
+        architecture_of(config, Path("config.json"))
+    assert architecture_of(config | {"model_type": "llama"}, Path("config.json")).name == "LlamaForCausalLM"
+
+
 # Beside transformers.
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if tools is not none or documents is not none %}asked{% else %}not asked{% endif %}",
+        "{{ tools is defined }}{{ documents is defined }}{{ functions is defined }}{{ bos_token }}{{ pad_token }}",
+        "{{ messages | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(ensure_ascii=true, sort_keys=true) }}",
+        "{{ messages | tojson(indent=2) }}{{ messages | tojson(separators=(',', ':')) }}{{ 'é' | tojson(true, 2) }}",
+        "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% set ns.n = ns.n + 2 %}{% endfor %}{{ ns.n }}",
+        "{{ dict(messages[0], content='x') }}{{ dict(a=1).items() | list }}{{ dict.fromkeys('ab', 0) }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}\n  {%- if loop.last %}\n{{ m['content'] }}\n  {% endif %}\n{% endfor %}\n\n",
+        TEMPLATE,
+    ],
+)
+def test_templates_write_what_they_write_for_transformers(template: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    codec = foreign(template=template)
+    write_codec(codec, tmp_path, 64, is_dialogue=False)
+    messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert codec.dialect is not None
+    assert rendered(codec.dialect, TURNS, is_asking=True, special_tokens=SPECIAL) == expected
 
 
 @pytest.mark.parametrize("has_opening", [True, False])
@@ -171,8 +325,8 @@ def test_transformers_reads_the_same_tokenizer(has_opening: bool, tmp_path: Path
     write_codec(codec, tmp_path, 64, is_dialogue=False)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert rendered == encode_prompt(codec, TURNS)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == encode_prompt(codec, TURNS)
     assert theirs("a rain")["input_ids"] == encode_prompt(codec, [Turn("text", "a rain")])
     assert (theirs.eos_token_id, theirs.bos_token_id) == (1, 0)
 
@@ -183,6 +337,6 @@ def test_transformers_writes_dialogues_as_a_tokenizer_that_was_trained_here(tmp_
     write_codec(codec, tmp_path, 64, is_dialogue=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": turn.role, "content": turn.text} for turn in TURNS]
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert rendered == encode_prompt(codec, TURNS)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == encode_prompt(codec, TURNS)
     assert np.array_equal(theirs("sky", add_special_tokens=False)["input_ids"], encode(codec, "sky"))

@@ -306,14 +306,21 @@ ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for ar
 
 
 def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
-    """The architecture that a config.json names. Raises UserError with the known ones."""
-    named = config.get("architectures") or [
-        architecture.name for architecture in _EVERY if architecture.model_type == config.get("model_type")
-    ]
+    """The architecture that a config.json names, or else the one of its model_type.
+
+    Raises UserError with the known ones, and for architectures that are no list of names.
+    """
+    named, model_type = config.get("architectures"), config.get("model_type")
+    if named is None or named == []:
+        named = [architecture.name for architecture in _EVERY if architecture.model_type == model_type]
+    elif not isinstance(named, list) or not isinstance(named[0], str):
+        raise UserError(
+            f'{file}: architectures takes a list with the name of one, such as ["LlamaForCausalLM"], not {named!r}.'
+        )
     if not named:
         raise UserError(
-            f"{file} names no architecture, and its model_type {config.get('model_type')!r} is not known."
-            f"{suggestion(str(config.get('model_type')), [each.model_type for each in _EVERY])}"
+            f'{file} names no architecture, such as "architectures": ["LlamaForCausalLM"], and its model_type '
+            f"{model_type!r} is not known.{suggestion(str(model_type), [each.model_type for each in _EVERY])}"
         )
     if named[0] not in ARCHITECTURES:
         raise UserError(f"{file}: the architecture {named[0]!r} is not known.{suggestion(named[0], ARCHITECTURES)}")

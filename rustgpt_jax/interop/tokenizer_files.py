@@ -20,23 +20,32 @@ OWN_TEMPLATE = (
 
 
 def read_codec(source: Path) -> Codec:
-    """The tokenizer of a folder with its dialect. Raises UserError if it has none, or no token that ends a text."""
+    """The tokenizer of a folder with its dialect.
+
+    Raises UserError if it has none, or no token that ends a text, and naming a file that is damaged or says what cannot
+    be: an end that the vocabulary lacks, a chat template that is no text.
+    """
     file = source / TOKENIZER
     if not file.exists():
         raise UserError(f"{source} has no {TOKENIZER}; `transformers` writes one by AutoTokenizer...save_pretrained.")
     codec = load_tokenizer(file)
+    # A file may ask for these, which `transformers` does only when its caller does.
+    codec.tokenizer.no_truncation()
+    codec.tokenizer.no_padding()
     return Codec(codec.tokenizer, _read_dialect(source, codec))
 
 
 def _read_dialect(source: Path, codec: Codec) -> Dialect:
     files = {name: _optional(source / name) for name in (SPECIAL, SETTINGS, MODEL, GENERATION)}
     named = _named_tokens(files[SPECIAL]) | _named_tokens(files[SETTINGS])
-    stops = [token for name in (MODEL, GENERATION) for token in _end_tokens(files[name], codec)]
-    end = named.get("eos_token") or next(iter(stops), None)
-    if end is None:
+    stops = [
+        *(_named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)),
+        *(token for name in (MODEL, GENERATION) for token in _numbered_ends(source / name, files[name], codec)),
+    ]
+    if not stops:
         raise UserError(f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token).")
-    named["eos_token"] = end
-    return Dialect(end, tuple(dict.fromkeys([end, *stops])), _template(source, files[SETTINGS]), named)
+    named["eos_token"] = stops[0]
+    return Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -47,28 +56,62 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like: each is a string, or an object with its content."""
     found = {}
     for name, token in settings.items():
-        content = token.get("content") if isinstance(token, Mapping) else token
+        content = _content(token)
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content
     return found
 
 
-def _end_tokens(settings: Mapping[str, Any], codec: Codec) -> list[str]:
-    ids = settings.get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [ids]
-    tokens = [codec.id_to_token(index) for index in listed if isinstance(index, int)]
-    return [token for token in tokens if token is not None]
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _named_end(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[str]:
+    """The token that eos_token names, if it names one."""
+    token = settings.get("eos_token")
+    if token is None:
+        return []
+    content = _content(token)
+    if not isinstance(content, str) or codec.token_to_id(content) is None:
+        raise UserError(f"{file}: eos_token takes a token of {TOKENIZER}, and {token!r} is none.")
+    return [content]
+
+
+def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[str]:
+    """The tokens whose numbers eos_token_id gives: one or a list of them, or null."""
+    given = settings.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    size = codec.get_vocab_size()
+    tokens = []
+    for index in ids:
+        token = codec.id_to_token(index) if type(index) is int and 0 <= index < size else None
+        if token is None:
+            raise UserError(f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, and {index!r} is none.")
+        tokens.append(token)
+    return tokens
 
 
 def _template(source: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or in the settings, where there may be several by name."""
     file = source / TEMPLATE
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}.") from None
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+    if template is None or isinstance(template, str):
+        return template
+    if not (isinstance(template, list) and all(_is_named_template(entry) for entry in template)):
+        raise UserError(
+            f"{source / SETTINGS}: chat_template takes a text, or a list of objects with the texts name and template, "
+            f"not {template!r}."
+        )
+    return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+
+
+def _is_named_template(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def write_codec(codec: Codec, folder: Path, context_length: int, is_dialogue: bool) -> None:

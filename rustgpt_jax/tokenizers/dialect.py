@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.errors import UserError
@@ -45,21 +46,51 @@ def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, specia
         if found:
             raise UserError(f"The text contains {found}, which is a special token of the model.")
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    absent = {"tools": None, "documents": None}
     try:
         template = _compiled(dialect.chat_template)
-        return template.render(messages=messages, add_generation_prompt=is_asking, **dialect.named)
-    except jinja2.TemplateError as error:
-        raise UserError(f"The model's chat template does not take this dialogue: {error}.") from None
+        return template.render(messages=messages, add_generation_prompt=is_asking, **absent, **dialect.named)
+    except Exception as error:  # A template is a program, and may fail in any way.
+        reason = str(error) or type(error).__name__
+        raise UserError(f"The model's chat template does not take this dialogue: {reason}.") from None
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} and {% endgeneration %}, around the assistant's words in some templates: the body as it is."""
+    """{% generation %} and {% endgeneration %}, around the assistant's words in some templates: the body as it is.
+
+    Variables set inside end with it.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+class _Dictionary:
+    """`dict` in templates, which makes dictionaries and gives no way to the type."""
+
+    def __call__(self, *args: Any, **entries: Any) -> dict[Any, Any]:
+        return dict(*args, **entries)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` in templates: variables that outlive a loop, none of which begins with an underscore."""
+
+    def __init__(self, /, *args: Any, **variables: Any) -> None:
+        super().__init__()
+        for name, value in dict(*args, **variables).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"{name!r} is no name for a variable of a namespace")
+        super().__setitem__(name, value)
 
 
 @cache
@@ -69,13 +100,21 @@ def _compiled(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
+    environment.globals["dict"] = _Dictionary()
+    environment.globals["namespace"] = _Namespace
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -16,9 +16,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, special_id
 from rustgpt_jax.tokenizers.dialect import Dialect, rendered
 
-# A long text is encoded in pieces of about this many characters, so that threads share the work ...
+# For the tokenizers trained here a text is encoded in pieces of about this many characters, which threads share ...
 PIECE_CHARACTERS = 2**14
-# ... and this many characters at a time, because the library spends over 100 bytes on a token until it is read.
+# ... and about this many characters at a time, because the library spends over 100 bytes on a token until it is read.
 CALL_CHARACTERS = 2**20
 
 
@@ -49,8 +49,7 @@ def encode_documents(
     ends them: the role token of the next turn, or END.
     """
     if codec.dialect is not None:
-        for document in documents:
-            yield _foreign_document(codec, codec.dialect, document, loss_on)
+        yield from _foreign_documents(codec, codec.dialect, documents, loss_on)
         return
     encoded = iter(_encode_texts(codec, [turn.text for document in documents for turn in document.turns]))
     end = codec.end_id
@@ -79,23 +78,35 @@ def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> li
     return codec.template_reader.encode(text, add_special_tokens=False).ids
 
 
-def _foreign_document(
-    codec: Codec, dialect: Dialect, document: Document, loss_on: str
+def _foreign_documents(
+    codec: Codec, dialect: Dialect, documents: Sequence[Document], loss_on: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    encoded = iter(_encode_texts(codec, [document.text for document in documents if not document.is_dialogue]))
+    for document in documents:
+        if document.is_dialogue:
+            yield _foreign_dialogue(codec, dialect, document.turns, loss_on)
+        else:
+            yield _foreign_text(codec, next(encoded))
+
+
+def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    opening = codec.tokenizer.encode("", add_special_tokens=True).ids
+    if not opening:
+        return np.concatenate([[codec.end_id], words]).astype(np.int32), np.ones(len(words) + 1, bool)
+    # Nothing predicts the tokens with which every text begins.
+    weights = np.arange(len(opening) + len(words) + 1) >= len(opening)
+    return np.concatenate([opening, words, [codec.end_id]]).astype(np.int32), weights
+
+
+def _foreign_dialogue(
+    codec: Codec, dialect: Dialect, turns: Sequence[Turn], loss_on: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    if not document.is_dialogue:
-        words = np.concatenate(_encode_texts(codec, [turn.text for turn in document.turns]))
-        opening = codec.tokenizer.encode("", add_special_tokens=True).ids
-        if not opening:
-            return np.concatenate([[codec.end_id], words]).astype(np.int32), np.ones(len(words) + 1, bool)
-        # Nothing predicts the tokens with which every text begins.
-        weights = np.arange(len(opening) + len(words) + 1) >= len(opening)
-        return np.concatenate([opening, words, [codec.end_id]]).astype(np.int32), weights
-    text = rendered(dialect, document.turns, is_asking=False, special_tokens=_special_tokens(codec))
+    text = rendered(dialect, turns, is_asking=False, special_tokens=_special_tokens(codec))
     encoding = codec.template_reader.encode(text, add_special_tokens=False)
     weights = np.full(len(encoding.ids), loss_on == "all")
     if loss_on == "assistant":
         ends = np.array([end for _, end in encoding.offsets])
-        for start, end in _answers(codec, dialect, document.turns, text):
+        for start, end in _answers(codec, dialect, turns, text):
             weights |= (ends > start) & (ends <= end)
     return np.array(encoding.ids, np.int32), weights
 
@@ -120,7 +131,9 @@ def _special_tokens(codec: Codec) -> list[str]:
 
 
 def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
-    pieces = [(index, piece) for index, text in enumerate(texts) for piece in _pieces(text)]
+    # Another model's tokenizer may do something at the beginning of a text that it must not do at that of a piece.
+    cut = _pieces if codec.dialect is None else _whole
+    pieces = [(index, piece) for index, text in enumerate(texts) for piece in cut(text)]
     parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
     for group in _groups(pieces):
         encodings = codec.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
@@ -129,8 +142,12 @@ def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
     return [np.concatenate(part) for part in parts]
 
 
+def _whole(text: str) -> Iterator[str]:
+    yield text
+
+
 def _pieces(text: str) -> Iterator[str]:
-    """Consecutive parts of a text whose encodings, one after another, are the encoding of the whole."""
+    """Consecutive parts of a text; their encodings by a tokenizer trained here are, joined, that of the whole."""
     start = 0
     while start < len(text):
         stop = _safe_cut(text, start + PIECE_CHARACTERS)
@@ -139,7 +156,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _safe_cut(text: str, start: int) -> int:
-    # No tokenizer here looks past a single blank, or has a token that goes on from a visible character to a blank.
+    # No tokenizer that is trained here looks past a single blank, or has a token that goes on from a visible character
+    # to a blank. Those of other models may, so their texts are not cut.
     stop = text.find(" ", start)
     while stop != -1 and text[stop - 1].isspace():
         stop = text.find(" ", stop + 1)
