@@ -222,9 +222,8 @@ def unknown(path: str, where: str = "config") -> str:
 PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}
 
 
-def check_combinations(config: Config) -> None:
-    """Refuse knobs that cannot go together. Raises UserError."""
-    model, training = config.model, config.training
+def check_model(model: schema.ModelConfig) -> None:
+    """Refuse knobs of a model that cannot go together. Raises UserError."""
     heads = model.n_heads
     if model.head_dim is None and model.d_model % heads:
         start = min(heads, model.d_model)
@@ -254,6 +253,12 @@ def check_combinations(config: Config) -> None:
             f"config.model.experts_per_token={model.experts_per_token} is more than "
             f"config.model.n_experts={model.n_experts}."
         )
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse knobs that cannot go together. Raises UserError."""
+    model, training = config.model, config.training
+    check_model(model)
     window = config.data.window
     if window is not None and window > model.context_length:
         raise UserError(

@@ -27,6 +27,8 @@ def imported(path: str, what: str) -> Any:
     A mistake inside the module keeps its traceback.
     """
     module_name, _, name = path.partition(":")
+    if "" in module_name.split("."):
+        raise UserError(f"{what}={path!r} is no import path; one looks like my_lab.mixers:Retention.")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -36,8 +38,6 @@ def imported(path: str, what: str) -> Any:
             f"{what}={path!r}: there is no module {error.name!r} here. Parts are looked for in the current folder and "
             "among the installed packages."
         ) from None
-    except ValueError:
-        raise UserError(f"{what}={path!r} is no import path; one looks like my_lab.mixers:Retention.") from None
     if not hasattr(module, name):
         names = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(f"{what}={path!r}: {module.__name__} has no {name!r}.{suggestion(name, names)}")

@@ -424,7 +424,7 @@ MISTAKES = (
     ),
     Mistake("feedforwards/broken_parts:LooksAhead", "causality", r"output token 0, input token 1"),
     Mistake("feedforwards/broken_parts:UnusedParameter", "parameters", r"blocks/0/feedforward/unused"),
-    Mistake("feedforwards/broken_parts:CountsTooFew", "parameters", r"4096 said, 4192 made"),
+    Mistake("feedforwards/broken_parts:CountsTooFew", "parameters", r"4096 declared, 4192 made"),
     Mistake("feedforwards/broken_parts:ProductByHand", "flops", r"d_model 1024: .* declared, .* counted, -\d+%"),
     Mistake("feedforwards/broken_parts:Explodes", "initial_scale", r"layer \d+, seed 0: a root mean square of"),
     Mistake("feedforwards/broken_parts:RootOfZero", "finite", r"the gradient of .* is not finite", is_slow=True),

@@ -19,12 +19,13 @@ from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance.broken import Broken, require_close, require_finite, require_same_bits
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.command import check
-from rustgpt_jax.conformance.jaxprs import equations, product_flops
 from rustgpt_jax.conformance.report import run_check
-from rustgpt_jax.conformance.small import SMALL
+from rustgpt_jax.conformance.small import SMALL, small_model
 from rustgpt_jax.conformance.subjects import MODEL_KINDS, TABLES, Subject, kind_of, subjects
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import matrix_product_flops
+from rustgpt_jax.model import cost
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS
 
 ROOT = Path(__file__).parent.parent
 # Outside a process that has eight devices, it starts one.
@@ -159,10 +160,81 @@ def test_a_name_of_two_tables_and_a_wrong_one_are_answered() -> None:
         subjects("linear")
     with pytest.raises(UserError, match="Did you mean 'attention'"):
         subjects("atention")
-    with pytest.raises(UserError, match="a mixer has init_cache"):
+    with pytest.raises(UserError, match="a mixer is a Flax module with init_cache"):
         kind_of(len, "len")
     with pytest.raises(UserError, match="no knob 'n_layer'.*'n_layers'"):
         subjects("attention", {"n_layer": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": "heads"}, "config.model.qk_norm: there is no 'heads'.*Did you mean 'head'"),
+        ({"n_heads": 5}, "n_heads=5 is not divisible by config.model.n_kv_heads=2"),
+        ({"n_heads": 5, "head_dim": None, "n_kv_heads": None}, "d_model=32 is not divisible"),
+        ({"n_layers": 1.5}, "config.model.n_layers takes a whole number, not 1.5"),
+        ({"n_layers": 0}, "config.model.n_layers must be at least 1"),
+        ({"bias": 1}, "config.model.bias takes True or False"),
+        ({"rope_fraction": 2.0}, "config.model.rope_fraction must be at most 1"),
+        ({"rope_fraction": 0.4}, "rotates pairs of channels"),
+        ({"positions": ()}, "config.model.positions names no part"),
+        ({"positions": ("rope", "ropes")}, "config.model.positions: there is no 'ropes'.*Did you mean 'rope'"),
+        ({"norm": "rmsnom"}, "config.model.norm: there is no 'rmsnom'.*Did you mean 'rmsnorm'"),
+        ({"mixers": "rg_lru"}, r"mixers=\('rg_lru',\) does not have mixers/attention"),
+        ({"vocab_size": None}, "config.model.vocab_size must be at least 145 here, not None"),
+        ({"context_length": 4}, "config.model.context_length must be at least 12 here, not 4"),
+    ],
+)
+def test_a_knob_of_the_small_model_is_held_against_its_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        subjects("mixers/attention", changes)
+
+
+def test_knobs_of_the_small_model_that_go_together_are_taken() -> None:
+    (subject,) = subjects("attention", {"mixers": ["attention", "rg_lru"], "positions": "none", "n_heads": 6.0})
+    model = subject.small_model
+    assert (model.mixers, model.positions, model.n_heads) == (("attention", "rg_lru"), ("none",), 6)
+    with pytest.raises(UserError, match="qk_norm='head' cannot go with latent_attention"):
+        subjects("latent_attention", {"qk_norm": "head"})
+    with pytest.raises(UserError, match="experts_per_token=2 is more than"):
+        subjects("moe", {"n_experts": 1})
+    with pytest.raises(UserError, match="Did you mean 'n_heads'"):
+        subjects("attention", {"n_head": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v1.0/parts.py:Opt", r"v1\.0/parts\.py is no import path, for 'v1\.0' has a dot"),
+        ("optimizers/lab/parts.v2.py:Opt", "is no import path, for 'parts.v2' has a dot"),
+        ("code/parts.py:Opt", "another module is called code.parts"),
+        ("../x:Y", "'../x:Y' is no import path"),
+        ("mixers/../x:Y", "'../x:Y' is no import path"),
+        (":Y", "':Y' is no import path"),
+        ("families/broken_parts:MISTAKES", "families/broken_parts:MISTAKES is no mapping"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("v1.0/parts.py", "lab/parts.v2.py", "code/parts.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("Opt = None\n")
+    with pytest.raises(UserError, match=message):
+        subjects(name)
+
+
+@pytest.mark.parametrize("mistake", ["ValueError('inside')", "TypeError('inside')"])
+def test_a_mistake_inside_a_module_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"mistaken_{mistake[:5]}"
+    (tmp_path / f"{name}.py").write_text(f"raise {mistake}\n")
+    with pytest.raises((ValueError, TypeError), match="inside") as raised:
+        subjects(f"{name}:Part")
+    assert not isinstance(raised.value, UserError)
 
 
 def test_a_table_is_all_its_parts_and_nothing_is_everything() -> None:
@@ -208,12 +280,82 @@ def test_differences_are_found_where_they_are() -> None:
             compare()
 
 
-def test_flops_of_a_program_without_loops_are_those_that_are_declared() -> None:
+# What is declared.
+
+
+def test_flops_count_a_loop_by_its_length_or_once() -> None:
     def function(a: jax.Array, b: jax.Array) -> jax.Array:
+        a = jax.lax.scan(lambda x, _: (jax.lax.scan(lambda x, _: (x @ b, None), x, length=3)[0], None), a, length=5)[0]
         return jax.jit(lambda x: x @ b)(a) @ b
 
     jaxpr = jax.make_jaxpr(function)(np.ones((3, 4), np.float32), np.ones((4, 4), np.float32)).jaxpr
-    assert sum(map(product_flops, equations(jaxpr))) == matrix_product_flops(jaxpr) == 2 * 2 * 3 * 4 * 4
+    assert cost.matrix_product_flops(jaxpr) == (15 + 2) * 2 * 3 * 4 * 4
+    assert cost.matrix_product_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
+
+
+EQUATIONS, PRODUCT_FLOPS = cost.equations, cost._product_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("equations", lambda *arguments: ((each, 1) for each, _ in EQUATIONS(*arguments)), "layers in a loop"),
+        ("equations", lambda *arguments: ((each, times**2) for each, times in EQUATIONS(*arguments)), "in a loop"),
+        ("_product_flops", lambda equation: PRODUCT_FLOPS(equation) / 2, r"declared, .* counted, -5\d%"),
+    ],
+    ids=["loops_once", "loops_too_often", "multiplications_only"],
+)
+def test_flops_that_runs_would_report_wrong_are_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any, message: str
+) -> None:
+    cost.forward_flops_per_token.cache_clear()
+    monkeypatch.setattr(cost, name, wrong)
+    outcome = run_check("flops", CHECKS["flops"], subjects("mixers/attention")[0])
+    cost.forward_flops_per_token.cache_clear()
+    assert not outcome.is_ok and re.search(message, outcome.note), outcome.note
+
+
+WIDTHS = {"d_ff": None, "d_expert": None, "latent_width": None, "shared_key_width": None, "recurrent_width": None}
+OF_MIXERS = [{"bias": True}, {"bias": False, "qkv_bias": True, "norm": "layernorm"}, {"n_kv_heads": None} | WIDTHS]
+
+
+@pytest.mark.parametrize("changes", [*OF_MIXERS, {"bias": True, "norm": "layernorm"}])
+@pytest.mark.parametrize(
+    ("mixer", "more"),
+    [
+        ("attention", {"attention_sinks": True}),
+        ("local_attention", {"qk_norm": "head"}),
+        ("attention", {"qk_norm": "projection"}),
+        ("latent_attention", {"query_latent_width": 12, "attention_sinks": True}),
+        ("latent_attention", {}),
+        ("rg_lru", {}),
+        ("deltanet", {"conv_width": 2}),
+    ],
+)
+def test_mixers_declare_the_parameters_that_they_make(mixer: str, more: Any, changes: Any) -> None:
+    model = small_model(mixers=mixer, n_layers=3, **changes, **more)
+    made = cost.total_size(cost.parameter_shapes(model)["blocks"]["0"]["mixer"])
+    assert 3 * MIXERS[mixer].n_parameters(model.block(0)) == made
+
+
+@pytest.mark.parametrize("changes", [{"bias": True}, {"bias": False}, WIDTHS, {"d_expert": None, "d_ff": 40}])
+@pytest.mark.parametrize("name", FEEDFORWARDS)
+def test_feedforwards_declare_the_parameters_that_they_make(name: str, changes: Any) -> None:
+    model = small_model(feedforwards=name, n_layers=3, **changes)
+    made = cost.total_size(cost.parameter_shapes(model)["blocks"]["0"]["feedforward"])
+    part: Any = FEEDFORWARDS[name]
+    assert 3 * part.func.n_parameters(model.block(0)) == made
+
+
+@pytest.mark.parametrize(
+    ("title", "part"), [("attention", MIXERS["attention"]), ("mixtral", getattr(FEEDFORWARDS["moe"], "func", None))]
+)
+def test_a_wrong_number_of_a_registered_part_is_found(monkeypatch: pytest.MonkeyPatch, title: str, part: Any) -> None:
+    right = part.n_parameters
+    monkeypatch.setattr(part, "n_parameters", staticmethod(lambda config: right(config) - 1))
+    outcome = run_check("parameters", CHECKS["parameters"], subjects(title, {"n_layers": 1})[0])
+    assert not outcome.is_ok
+    assert re.search(r"n_parameters is not .* (\d+) declared, (\d+) made", outcome.note), outcome.note
 
 
 # What a user sees.

@@ -413,6 +413,10 @@ def test_a_ring_holds_the_last_tokens_of_each_row_and_knows_where_they_stand() -
     segments_BT = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     written = jax.jit(Ring.write)(ring, positions_BT.astype(np.float32), Context(positions_BT, segments_BT))
     np.testing.assert_array_equal(written.kept, [[6, 7, 8], [0, 4, 5]])
+    # What is older than the slots is not written at all: which of two writes to a slot wins is nobody's promise.
+    turned = Context(positions_BT[:, ::-1], np.ones((2, 5), int))
+    again = jax.jit(Ring.write)(ring, positions_BT[:, ::-1].astype(np.float32), turned)
+    np.testing.assert_array_equal(again.kept, [[6, 7, 8], [6, 7, 8]])
     np.testing.assert_array_equal(written.positions(np.array([8, 5])), [[6, 7, 8], [3, 4, 5]])
     np.testing.assert_array_equal(written.positions(np.array([0, -1])), [[0, -2, -1], [-3, -2, -1]])
 
@@ -448,7 +452,7 @@ def equations(jaxpr: Any) -> list[str]:
     names = []
     for equation in jaxpr.eqns:
         names.append(equation.primitive.name)
-        for inner in cost._inner_programs(equation.params):
+        for inner in cost.inner_programs(equation):
             names += equations(inner)
     return names
 
@@ -610,6 +614,22 @@ def test_each_sublayer_of_each_layer_drops_elements_of_its_own() -> None:
     assert (dropped_hidden(params) == hidden_BTD).all()
     assert (dropped_hidden(params, key=1) != hidden_BTD).mean() > 0.5
     np.testing.assert_allclose(dropped_hidden(params, rate=0.0), np.ones_like(hidden_BTD), rtol=1e-5)
+
+
+def test_layers_of_a_pattern_drop_elements_of_their_own() -> None:
+    model = dataclasses.replace(DROPPING, n_layers=4, mixers=("attention", "attention"))
+    params = jax.tree.map(np.zeros_like, random_params(model))
+    params["norm"]["scale"][:] = 1
+    kept = []
+    for layer in range(4):
+        repeat, index = divmod(layer, 2)
+        bias = params["blocks"][str(index)]["feedforward"]["down"]["bias"]
+        bias[repeat] = 1
+        hidden_BTD = transformer.hidden_states(params, random_tokens()[:4], model, dropout_key=jax.random.key(0))[0]
+        bias[repeat] = 0
+        kept.append(np.asarray(hidden_BTD) != 0)
+    same = [np.mean(kept[one] == kept[other]) for one in range(4) for other in range(one)]
+    assert max(same) < 0.6
 
 
 def test_embeddings_are_dropped() -> None:

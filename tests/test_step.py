@@ -179,7 +179,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 
 
 def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
-    experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 2, "model.n_experts": 3}
+    experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.n_experts": 3}
     config, batch = tiny(**experts, **{"model.load_balance": 0.7}), batch_of(tiny())
     params = compiled_start(*program_of(config)).params
     gradient, sums = gradient_of(config, params, batch)
@@ -190,7 +190,7 @@ def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
         )[2]
 
     signals = jax.jit(reported)(params)
-    assert signals["auxiliary_loss"] == pytest.approx(0.7 * float(signals["load_balance"]))
+    assert signals["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(signals["load_balance"]))
     assert signals["load_balance"] >= 1 and signals["dropped"] == 0
     jax.tree.map(
         lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5), sums.signals, signals

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,13 +12,16 @@ import numpy as np
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import Broken
-from rustgpt_jax.conformance.jaxprs import equations, product_flops
 from rustgpt_jax.conformance.small import LENGTH
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
 from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.cost import parameter_shapes, total_size
+from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_size
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.stacks import stacks
+from rustgpt_jax.tables import choose
 
 FLOPS_ERROR = 0.05
 # Sizes at which matrix products are nearly all that there is to do.
@@ -31,6 +34,8 @@ LARGE: dict[str, Any] = {
     "latent_width": 512,
     "shared_key_width": 64,
     "recurrent_width": 1024,
+    # Of channels that are many, a share that may be odd; it changes no product.
+    "rope_fraction": 1.0,
 }
 WINDOW = 128
 DEPTH = 16
@@ -43,7 +48,11 @@ USUAL_STD = 0.02
 
 
 def parameters(subject: Subject) -> str:
-    """The parameters that a run plans for are those that it makes, and every one of them matters."""
+    """The parameters that a run plans for are those that it makes, and every one of them matters.
+
+    So are those of each mixer and feed-forward that declares them: `n_parameters(config)`, a static method or one of
+    the class, gives their number for the config of a block. A part of your own need not have it.
+    """
     model = subject.small_model
     declared = total_size(parameter_shapes(model))
     made = programs.leaves_by_name(programs.initial_params(model))
@@ -53,31 +62,34 @@ def parameters(subject: Subject) -> str:
     for name, leaf in programs.leaves_by_name(programs.ordinary(model).gradient).items():
         if not leaf.any():
             raise Broken("a parameter is never used", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
-    own = [leaf.size // model.n_layers for name, leaf in made.items() if name.startswith(_prefix(subject))]
-    if hasattr(subject.part, "n_parameters") and own:
-        said = subject.part.n_parameters(model.block(0))
-        if said != sum(own):
-            raise Broken("n_parameters is not the number of parameters", subject.name, f"{said} said, {sum(own)} made")
+    for index, stack in enumerate(stacks(model)):
+        for part, names, place in (
+            (MIXERS, stack.block.mixers, "mixer"),
+            (FEEDFORWARDS, stack.block.feedforwards, "feedforward"),
+        ):
+            prefix = f"blocks/{index}/{place}/"
+            own = sum(leaf.size for name, leaf in made.items() if name.startswith(prefix)) // len(stack.layers)
+            _require_declared(choose(part, names[0], f"config.model.{place}s"), names[0], stack.block, own)
     return f"{count} in the small model"
 
 
-def _prefix(subject: Subject) -> str:
-    """Where the parameters of the part stand in the first stack of blocks."""
-    return {"mixers": "blocks/0/mixer/", "feedforwards": "blocks/0/feedforward/", "norms": "blocks/0/mixer_norm/"}.get(
-        subject.kind, "nowhere"
-    )
+def _require_declared(part: Any, name: str, block: ModelConfig, made: int) -> None:
+    """Raises Broken if a part says that it has another number of parameters in a block than are made."""
+    module = part.func if isinstance(part, partial) else part
+    if not hasattr(module, "n_parameters"):
+        return
+    declared = module.n_parameters(block)
+    if declared != made:
+        raise Broken("n_parameters is not the number of parameters", name, f"{declared} declared, {made} made")
 
 
 def flops(subject: Subject) -> str:
-    """The FLOPs that are declared, those of matrix products, are nearly all that XLA counts; loops counted once."""
+    """The FLOPs that runs declare, those of matrix products, are nearly all that XLA counts, which counts loops once;
+    and layers in a loop are declared to cost what they cost without one.
+    """
     model = dataclasses.replace(subject.small_model, **LARGE, n_kv_heads=2, n_layers=subject.small_model.period)
-    tokens = jax.ShapeDtypeStruct((1, WINDOW), jnp.int32)
-    traced = jax.jit(lambda params, tokens: transformer.apply(params, tokens, model)[0]).trace(
-        parameter_shapes(model), tokens
-    )
-    declared = sum(map(product_flops, equations(traced.jaxpr.jaxpr)))
-    analysis: Any = traced.lower().cost_analysis()
-    counted = float(analysis["flops"])
+    declared = WINDOW * forward_flops_per_token(model, WINDOW, loops_once=True)
+    counted = _flops_by_xla(model)
     if abs(declared / counted - 1) > FLOPS_ERROR:
         raise Broken(
             "the declared FLOPs are not those that XLA counts",
@@ -85,7 +97,30 @@ def flops(subject: Subject) -> str:
             f"{declared:.4g} declared, {counted:.4g} counted, {declared / counted - 1:+.0%} "
             f"({FLOPS_ERROR:.0%} is allowed)",
         )
+    deep = dataclasses.replace(model, n_layers=2 * model.period)
+    looped, listed = (forward_flops_per_token(each, WINDOW) for each in (deep, _without_a_loop(deep)))
+    if looped != listed:
+        raise Broken(
+            "layers in a loop are declared to cost other FLOPs than without one",
+            f"{deep.n_layers} layers with d_model {LARGE['d_model']}",
+            f"{looped:.6g} a token in a loop, {listed:.6g} without",
+        )
     return f"{declared / counted - 1:+.1%} of XLA's count"
+
+
+def _without_a_loop(model: ModelConfig) -> ModelConfig:
+    """The same layers as one pattern that names them all: a program of as many blocks."""
+    patterns = {knob: getattr(model, knob) for knob in ("mixers", "feedforwards", "positions")}
+    listed = {knob: names * (model.n_layers // len(names)) for knob, names in patterns.items()}
+    return dataclasses.replace(model, **listed)
+
+
+def _flops_by_xla(model: ModelConfig) -> float:
+    """All operations of a forward over WINDOW tokens, before XLA makes them fewer."""
+    tokens = jax.ShapeDtypeStruct((1, WINDOW), jnp.int32)
+    forward = jax.jit(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])
+    analysis: Any = forward.lower(parameter_shapes(model), tokens).cost_analysis()
+    return float(analysis["flops"])
 
 
 @cache

@@ -11,12 +11,13 @@ import numpy as np
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, Broken, place, require_finite, require_same_tree
-from rustgpt_jax.conformance.jaxprs import equations, inner_programs, line_of, loop_state
+from rustgpt_jax.conformance.jaxprs import line_of, loop_state
 from rustgpt_jax.conformance.small import LENGTH
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.cost import equations, inner_programs
 from rustgpt_jax.model.stacks import stacks
 
 LARGE = 100.0
@@ -147,13 +148,13 @@ def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
     tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     program = jax.make_jaxpr(lambda params, tokens: transformer.apply(params, tokens, model)[0])(params, tokens)
-    for equation in equations(program.jaxpr):
+    for equation, _ in equations(program.jaxpr):
         if equation.primitive.name in DELICATE and equation.invars[0].aval.dtype == jnp.bfloat16:
             what = f"`{equation.primitive.name}` is taken of bfloat16 numbers"
             yield what, equation, equation.invars[0].aval
     layers = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan"]
     for body in (body for loop in layers for body in inner_programs(loop)):
-        for loop in equations(body):
+        for loop, _ in equations(body):
             for state in loop_state(loop):
                 if state.dtype == jnp.bfloat16:
                     yield "a loop inside a layer keeps its state in bfloat16", loop, state

@@ -56,8 +56,8 @@ def run_checks(subjects: Sequence[Subject], only: Sequence[str], console: Consol
         # Programs of other models are used no more, and a process can map only so many into its memory.
         jax.clear_caches()
         for name, check in checks_for(subject, only).items():
-            # All that a check looks at is the model, except what the part declares of itself.
-            key = (name, subject.model or subject.title, getattr(subject.part, "n_parameters", None))
+            # All that a check of a model looks at is the model.
+            key = (name, subject.model or subject.title)
             if key in known:
                 first = known[key]
                 outcome = Outcome(subject, name, first.is_ok, f"{first.note} (as {first.subject.title})", 0.0)

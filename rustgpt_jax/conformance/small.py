@@ -4,12 +4,14 @@ from typing import Any
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.resolve import check_model, checked
 
 LENGTH = 12  # tokens in a row
 ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
+# What the checks need: a token of its own for each place in LENGTH rows and one more, and a position for each place.
+LEAST = {"vocab_size": LENGTH * LENGTH + 1, "context_length": LENGTH}
 
 SMALL: dict[str, Any] = {
-    # A row of the embedding table for each token of LENGTH rows, and a few that no such row has.
     "vocab_size": 151,
     "context_length": 64,
     "n_layers": 2,
@@ -67,8 +69,20 @@ SMALL: dict[str, Any] = {
 
 
 def small_model(**changes: Any) -> ModelConfig:
-    """The small model with some of its knobs changed. Raises UserError for one that a model does not have."""
+    """The small model with some of its knobs changed.
+
+    Raises UserError for a knob that a model does not have, a value that it cannot have, and knobs that cannot go
+    together.
+    """
     for name in changes:
         if name not in SMALL:
             raise UserError(f"check: a model has no knob {name!r}.{suggestion(name, SMALL)}")
-    return ModelConfig(**{**SMALL, **changes})
+    values = {
+        name: checked(f"model.{name}", value, f"config.model.{name}") for name, value in {**SMALL, **changes}.items()
+    }
+    for name, least in LEAST.items():
+        if values[name] is None or values[name] < least:
+            raise UserError(f"check: config.model.{name} must be at least {least} here, not {values[name]!r}.")
+    model = ModelConfig(**values)
+    check_model(model)
+    return model

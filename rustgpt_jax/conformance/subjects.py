@@ -2,11 +2,9 @@
 
 import dataclasses
 import importlib.util
-import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,14 @@ from rustgpt_jax.conformance.small import small_model
 from rustgpt_jax.data.corpora import CORPORA
 from rustgpt_jax.decoding.samplers import SAMPLERS
 from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.model import kinds
 from rustgpt_jax.model.families import FAMILIES
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.positions import POSITIONS, PositionScheme
+from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS
+from rustgpt_jax.resolve import TREES
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.tables import choose
 from rustgpt_jax.tokenizers import TOKENIZERS
@@ -51,10 +51,12 @@ TABLES: dict[str, Mapping[str, Any]] = {
 }
 MODEL_KINDS = (*KNOBS, "families")
 
-WHAT_PARTS_LOOK_LIKE = (
-    "a mixer has init_cache and __call__(x, context, cache), a feed-forward __call__(x, context), a norm __call__(x), "
-    "and a position scheme is a PositionScheme. Say which it is, as in mixers/my_lab.mixers:Retention"
-)
+TABLE_OF = {
+    kinds.MIXER: "mixers",
+    kinds.FEEDFORWARD: "feedforwards",
+    kinds.NORM: "norms",
+    kinds.POSITION: "positions",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,35 +120,30 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
     """
     if kind == "families":
         preset = choose(FAMILIES, name, "check families")
+        if not isinstance(preset, TREES):
+            raise UserError(f"check: families/{name} is no mapping from knobs of a model to their values.")
         model = small_model(**{**preset, **changes})
-        if model.period == 1 or "n_layers" in changes:
-            return model
-        return dataclasses.replace(model, n_layers=model.period + 1)
-    knob = KNOBS[kind]
-    part = (name,) if knob in ("mixers", "feedforwards", "positions") else name
-    return small_model(**{knob: part, **changes})
+        if model.period > 1 and "n_layers" not in changes:
+            model = dataclasses.replace(model, n_layers=model.period + 1)
+    else:
+        model = small_model(**{KNOBS[kind]: name, **changes})
+    for table, knob in KNOBS.items():
+        value = getattr(model, knob)
+        names = (value,) if isinstance(value, str) else value
+        for each in names:
+            choose(TABLES[table], each, f"config.model.{knob}")
+        if table == kind and name not in names:
+            raise UserError(f"check: a model with config.model.{knob}={value!r} does not have {kind}/{name} in it.")
+    return model
 
 
 def kind_of(part: Any, name: str) -> str:
     """The table that a part would be in, by what it is. Raises UserError for what is no part of a model."""
-    if hasattr(part, "init_cache"):
-        return "mixers"
-    if isinstance(part, PositionScheme):
-        return "positions"
-    module = part.func if isinstance(part, partial) else part
-    if inspect.isclass(module) and hasattr(module, "init") and hasattr(module, "apply"):
-        match _arguments(module.__call__):
-            case 2:
-                return "feedforwards"
-            case 1:
-                return "norms"
-    raise UserError(f"check: it is not clear what {name} is: {WHAT_PARTS_LOOK_LIKE}.")
-
-
-def _arguments(method: Any) -> int:
-    """The arguments of a method that have no default, itself left out."""
-    arguments = list(inspect.signature(method).parameters.values())[1:]
-    return sum(argument.default is inspect.Parameter.empty for argument in arguments)
+    kind = kinds.kind_of(part)
+    if kind is None:
+        looks = "; ".join(f"{kind} is {look}" for kind, look in kinds.LOOKS.items())
+        raise UserError(f"check: it is not clear what {name} is: {looks}. Or say which, as in mixers/my_lab:Retention.")
+    return TABLE_OF[kind]
 
 
 def import_path(name: str) -> str:
@@ -159,10 +156,19 @@ def import_path(name: str) -> str:
         raise UserError(f"check: there is no file {file}.")
     file_path = path.resolve()
     root = Path.cwd() if file_path.is_relative_to(Path.cwd()) else file_path.parent
-    module = ".".join(file_path.relative_to(root).with_suffix("").parts)
+    names = file_path.relative_to(root).with_suffix("").parts
+    if dotted := [each for each in names if "." in each]:
+        raise UserError(f"check: {file} is no import path, for {dotted[0]!r} has a dot in it. Rename it.")
+    module = ".".join(names)
     if str(root) not in sys.path:
         sys.path.append(str(root))
-    found = importlib.util.find_spec(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        # So it is where the folder has the name of a module that is no package.
+        if error.name != module:
+            raise
+        found = None
     if found is None or found.origin != str(file_path):
         raise UserError(f"check: {file} cannot be imported: another module is called {module}. Rename the file.")
     return f"{module}:{part}"

@@ -34,10 +34,20 @@ class MixtureOfExperts(nn.Module):
     config: ModelConfig
     activation: Activation
 
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """The hidden width of an expert."""
+        return config.d_expert or config.d_ff or gated_width(config.d_model)
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: those of the router, and three matrices an expert."""
+        return config.n_experts * config.d_model * (1 + 3 * cls.width(config))
+
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         config = self.config
-        width = config.d_expert or config.d_ff or gated_width(config.d_model)
+        width = self.width(config)
         residual_std = config.init_std / (2 * config.n_layers) ** 0.5
         router_DX = self.param("router", scaled_normal(config.init_std), (config.d_model, config.n_experts))
         shape = (config.n_experts, config.d_model, width)
@@ -69,11 +79,14 @@ class MixtureOfExperts(nn.Module):
         """The output, and which tokens found a place with which experts. P counts the places of an expert in a row."""
         batch, length, _ = x_BTD.shape
         config = self.config
-        fair_share = length * config.experts_per_token / config.n_experts
-        places = min(length, math.ceil(config.expert_capacity * fair_share))
-        asks_BTX = routes.chosen_BTX & (context.segments_BT > 0)[..., None]
+        is_token_BT = context.segments_BT > 0
+        share = config.expert_capacity * config.experts_per_token / config.n_experts
+        places = min(length, math.ceil(share * length))
+        # Padding makes no places.
+        places_B = jnp.minimum(jnp.ceil(share * jnp.sum(is_token_BT, axis=1)), places)
+        asks_BTX = routes.chosen_BTX & is_token_BT[..., None]
         place_BTX = jnp.cumsum(asks_BTX, axis=1) - 1
-        is_fed_BTX = asks_BTX & (place_BTX < places)
+        is_fed_BTX = asks_BTX & (place_BTX < places_B[:, None, None])
 
         rows_BTX = jnp.arange(batch)[:, None, None]
         experts_BTX = jnp.arange(config.n_experts)[None, None, :]

@@ -26,10 +26,21 @@ class FeedForward(nn.Module):
     config: ModelConfig
     activation: Activation
 
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """The hidden width."""
+        return config.d_ff or 4 * config.d_model
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: two matrices, and their biases where the model has biases."""
+        width = cls.width(config)
+        return 2 * config.d_model * width + config.bias * (width + config.d_model)
+
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
-        hidden_BTF = self.activation(Linear(self.config, self.config.d_ff or 4 * self.config.d_model, name="up")(x_BTD))
+        hidden_BTF = self.activation(Linear(self.config, self.width(self.config), name="up")(x_BTD))
         return Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF), {}
 
 
@@ -39,10 +50,21 @@ class GatedFeedForward(nn.Module):
     config: ModelConfig
     activation: Activation
 
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """The hidden width."""
+        return config.d_ff or gated_width(config.d_model)
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: three matrices, and their biases where the model has biases."""
+        width = cls.width(config)
+        return 3 * config.d_model * width + config.bias * (2 * width + config.d_model)
+
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
-        width = self.config.d_ff or gated_width(self.config.d_model)
+        width = self.width(self.config)
         gate_BTF = self.activation(Linear(self.config, width, name="gate")(x_BTD))
         up_BTF = Linear(self.config, width, name="up")(x_BTD)
         return Linear(self.config, self.config.d_model, residual=True, name="down")(gate_BTF * up_BTF), {}

@@ -26,5 +26,5 @@ def kind_of(part: Any) -> str | None:
     arguments = list(inspect.signature(module.__call__).parameters.values())[1:]
     required = sum(argument.default is inspect.Parameter.empty for argument in arguments)
     if hasattr(module, "init_cache"):
-        return MIXER if required == 3 else None
+        return MIXER
     return {2: FEEDFORWARD, 1: NORM}.get(required)

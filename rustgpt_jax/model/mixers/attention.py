@@ -8,7 +8,7 @@ from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import Context, dropout
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.window import Ring, Window, cached_window, own_window
-from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.positions import POSITIONS, PositionScheme
 from rustgpt_jax.model.precision import product_type, softcap
 from rustgpt_jax.tables import choose
@@ -31,6 +31,16 @@ class Attention(nn.Module):
         slots = min(length, cls.window(config) or length)
         empty = jnp.zeros((batch, slots, config.n_kv_heads or config.n_heads, config.head_width), config.dtype)
         return Ring((empty, empty))
+
+    @staticmethod
+    def n_parameters(config: ModelConfig) -> int:
+        """The parameters of a layer: the projections, norms of queries and keys, and sinks."""
+        width, has_bias = config.n_heads * config.head_width, config.bias or config.qkv_bias
+        kv_width = (config.n_kv_heads or config.n_heads) * config.head_width
+        projections = (config.d_model + has_bias) * (width + 2 * kv_width) + (width + config.bias) * config.d_model
+        normalized = {"none": (), "head": (config.head_width,) * 2, "projection": (width, kv_width)}[config.qk_norm]
+        norms = sum(norm_parameters(config, channels) for channels in normalized)
+        return projections + norms + config.n_heads * config.attention_sinks
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:

@@ -9,7 +9,7 @@ from rustgpt_jax.model.context import Context
 from rustgpt_jax.model.linear import Linear, scaled_normal
 from rustgpt_jax.model.mixers.attention import attention_weights, position_scheme, window_of
 from rustgpt_jax.model.mixers.window import Ring
-from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.precision import product_type
 from rustgpt_jax.tables import choose
 
@@ -38,6 +38,18 @@ class LatentAttention(nn.Module):
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
         """Room for the latents and shared keys of `length` tokens a row."""
         return Ring(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: those of queries, of the latent and the shared key, of keys and values, sinks."""
+        (latent_width, shared_width), width = cls.widths(config), config.n_heads * config.head_width
+        source, has_bias = config.query_latent_width or config.d_model, config.bias or config.qkv_bias
+        latents = (latent_width, *([config.query_latent_width] if config.query_latent_width else ()))
+        made = sum((config.d_model + has_bias) * each + norm_parameters(config, each) for each in latents)
+        queries = (source + has_bias) * (width + config.n_heads * shared_width)
+        keys_and_values = (config.d_model + has_bias) * shared_width + 2 * latent_width * width
+        output = (width + config.bias) * config.d_model
+        return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:

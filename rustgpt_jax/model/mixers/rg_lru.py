@@ -48,6 +48,13 @@ class RecurrentGatedLRU(nn.Module):
         state_BR = jnp.zeros((batch, cls.width(config)), jnp.promote_types(config.dtype, jnp.float32))
         return RecurrentCache(state_BR, ShortConvolution.init_history(config, batch, cls.width(config)))
 
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: two projections in and one back, a convolution, two gates and the decay rates."""
+        width, bias = cls.width(config), config.bias
+        projections = 2 * (config.d_model + bias) * width + (width + bias) * config.d_model
+        return projections + (config.conv_width + bias) * width + 2 * (width + bias) * width + width
+
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None
