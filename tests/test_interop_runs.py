@@ -1,6 +1,7 @@
 """The verbs import and export: a run goes out as a Hugging Face folder, comes back, answers the same and trains on."""
 
 import filecmp
+import shutil
 import sys
 from collections.abc import Iterator
 from io import StringIO
@@ -109,6 +110,22 @@ def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Pat
     assert load(run.path).step == 2 and not run.is_untrained
     export_run(run.path, tmp_path / "trained", "last", "bfloat16", quiet)
     assert (tmp_path / "trained/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
+
+
+def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / "chat_template.jinja").unlink()
+    tree = small_tree(**RECIPE | {"data.corpus": "facts", "record.prompts": ("The sky",)})
+    import_run(plain, tmp_path / "run", tree, {}, quiet)
+    assert train(load_config(tmp_path / "run"), tmp_path / "run", {}, Console(file=StringIO()))
+    assert '"prompt": "The sky"' in RunFolder(tmp_path / "run").samples_file.read_text()
+
+
+def test_a_checkpoint_that_was_never_finished_is_none(folder: Path, tmp_path: Path) -> None:
+    run = imported(folder, tmp_path / "run")
+    (run.checkpoints / "30.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert run.is_untrained and load(run.path).step == 0
 
 
 def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunFolder, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class RunFolder:
     @property
     def is_untrained(self) -> bool:
         """Whether this is an imported run without a checkpoint of its own."""
-        return self.parameters_file.exists() and not any(self.checkpoints.glob("[0-9]*"))
+        return self.parameters_file.exists() and not any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
     @property
     def samples_file(self) -> Path:

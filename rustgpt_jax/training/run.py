@@ -59,7 +59,8 @@ class Material:
     def check(self, run: RunFolder, placement: Placement) -> None:
         """Raises UserError, before anything is compiled or written, for what cannot work."""
         check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
-        _check_prompts(self.whole, self.tokenizer)
+        for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
+            _check_prompts(self.whole, self.tokenizer, role)
         for data in self.stages:
             placement.check_batch(data.stage.config.training)
         changed = changed_data(run.data_file, self.stages)
@@ -73,9 +74,9 @@ def _program(stage: Stage) -> Program:
     return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
 
 
-def _check_prompts(config: Config, tokenizer: Codec) -> None:
+def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
     for prompt in config.record.prompts:
-        length = len(encode_prompt(tokenizer, [Turn("user", prompt)]))
+        length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
         if length >= config.model.context_length:
             raise UserError(
                 f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
