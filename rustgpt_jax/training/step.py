@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rustgpt_jax.config import Structure, is_on, merge
+from rustgpt_jax.config import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.context import Signals
@@ -105,7 +105,9 @@ def gradient(
 
     split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
-    zeros = _zeros_like(jax.eval_shape(part_gradient, params, first_part, key))
+    signals = _no_signals(params, first_part, config.model)
+    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    zeros = (jax.tree.map(jnp.zeros_like, params), nothing)
     return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
 
 
@@ -125,13 +127,16 @@ def train_steps(
         return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
 
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    _, metrics = jax.eval_shape(lambda: train_step(structure, state, first_batch, numbers, first_step))
-    history = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), metrics)
+    signals = _no_signals(state.params, first_batch, merge(structure, numbers).model)
+    nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
     return jax.lax.fori_loop(0, count, body, (state, history))
 
 
-def _zeros_like(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _no_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
+    """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
+    shapes = jax.eval_shape(lambda: token_sums(params, batch, model).signals)
+    return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
 
 compiled_start = jax.jit(start, static_argnums=0)
