@@ -15,6 +15,7 @@ from rustgpt_jax.config import OptimizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.training.optimizers import (
     EVALUATION_PARAMS,
     OPTIMIZERS,
@@ -22,7 +23,6 @@ from rustgpt_jax.training.optimizers import (
     evaluation_params,
     muon_partition,
     optimizer,
-    path_name,
 )
 
 Params = dict[str, Any]
@@ -239,7 +239,7 @@ def followed(oracle: Direction, path: Any, start: np.ndarray, steps: int, layer:
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+    yield from by_path(tree).items()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

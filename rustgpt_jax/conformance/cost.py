@@ -20,6 +20,7 @@ from rustgpt_jax.model.context import Context
 from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_size
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.model.stacks import stacks
 from rustgpt_jax.tables import choose
 
@@ -55,11 +56,11 @@ def parameters(subject: Subject) -> str:
     """
     model = subject.small_model
     declared = total_size(parameter_shapes(model))
-    made = programs.leaves_by_name(programs.initial_params(model))
+    made = by_path(programs.initial_params(model))
     count = sum(leaf.size for leaf in made.values())
     if count != declared:
         raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
-    for name, leaf in programs.leaves_by_name(programs.ordinary(model).gradient).items():
+    for name, leaf in by_path(programs.ordinary(model).gradient).items():
         if not leaf.any():
             raise Broken("a parameter is never used", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
     for index, stack in enumerate(stacks(model)):

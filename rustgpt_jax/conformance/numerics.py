@@ -18,6 +18,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.context import Context
 from rustgpt_jax.model.cost import equations, inner_programs
+from rustgpt_jax.model.paths import by_path, path_name
 from rustgpt_jax.model.stacks import stacks
 
 LARGE = 100.0
@@ -35,7 +36,7 @@ def shapes(subject: Subject) -> str:
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(subject.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
-        for name, leaf in programs.leaves_by_name(params).items():
+        for name, leaf in by_path(params).items():
             _require_type(leaf, leaf.shape, "float32", f"the parameter {name}", f"a {dtype} model")
         for batch, length in ((1, 1), (3, LENGTH - 1)):
             where = f"{batch} x {length} tokens of a {dtype} model"
@@ -84,8 +85,8 @@ def _require_type(array: Any, shape: Any, dtype: str, what: str, where: str) -> 
 
 def _require_same_tree(before: Any, after: Any, where: str) -> None:
     require_same_tree(after, before, f"the cache of {where}")
-    found = programs.leaves_by_name(after)
-    for name, leaf in programs.leaves_by_name(before).items():
+    found = by_path(after)
+    for name, leaf in by_path(before).items():
         _require_type(found[name], leaf.shape, str(leaf.dtype), f"the cache {name}", where)
 
 
@@ -100,7 +101,7 @@ def finite(subject: Subject) -> str:
             result = programs.run(params, rows, model)
             where = f"{kind} activations in {dtype}"
             require_finite(result.logits_BTV, f"a logit is not finite with {where}", ROWS_OF_LOGITS)
-            for name, leaf in programs.leaves_by_name(result.gradient).items():
+            for name, leaf in by_path(result.gradient).items():
                 require_finite(leaf, f"the gradient of {name} is not finite with {where}", ())
             worst = max(worst, float(np.abs(result.logits_BTV).max()))
     return f"largest logit {worst:.2g}"
@@ -168,7 +169,7 @@ def gradients(subject: Subject) -> str:
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(np.float64), single)
         rows = rows._replace(weights_BTV=rows.weights_BTV.astype(np.float64), auxiliary=np.float64(1.0))
-        gradient = programs.leaves_by_name(programs.run(params, rows, model).gradient)
+        gradient = by_path(programs.run(params, rows, model).gradient)
         # What is smaller is rounding: some gradients would be 0 without it.
         noise = 1e-6 * max(float(np.linalg.norm(leaf)) for leaf in gradient.values())
         # A wrong slope in one place makes all that come before it wrong: the one that is most so is shown.
@@ -200,7 +201,6 @@ def gradients(subject: Subject) -> str:
 def _total_at(params: Any, name: str, moved: np.ndarray, rows: programs.Rows, model: ModelConfig) -> float:
     """The weighted sum with one parameter moved."""
     there = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf + moved if jax.tree_util.keystr(path, simple=True, separator="/") == name else leaf,
-        params,
+        lambda path, leaf: leaf + moved if path_name(path) == name else leaf, params
     )
     return float(programs.run(there, rows, model).total)

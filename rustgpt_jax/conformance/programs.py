@@ -163,11 +163,3 @@ def run_cached(params: Any, tokens_BT: Any, model: ModelConfig, cache: Any, posi
 def empty_cache(model: ModelConfig) -> Any:
     """A cache for ROWS rows of LENGTH tokens, as NumPy arrays."""
     return jax.device_get(quick_jit(lambda: transformer.init_cache(model, ROWS, LENGTH))())
-
-
-def leaves_by_name(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their paths: 'blocks/0/mixer/query/kernel'."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

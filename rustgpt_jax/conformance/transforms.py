@@ -12,6 +12,7 @@ from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, require_close
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
+from rustgpt_jax.model.paths import by_path
 
 LOGITS_CLOSE = 5e-5
 # A gradient is a sum over all tokens, in which much may cancel.
@@ -24,10 +25,10 @@ def require_close_results(found: programs.Result, expected: programs.Result, wha
     worst = require_close(
         found.logits_BTV, expected.logits_BTV, LOGITS_CLOSE, f"{what}: the logits differ", ROWS_OF_LOGITS
     )
-    gradients = programs.leaves_by_name(found.gradient)
+    gradients = by_path(found.gradient)
     # A gradient that would be 0 but for rounding, as that of a bias of keys, has no size of its own.
     noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
-    for name, leaf in programs.leaves_by_name(expected.gradient).items():
+    for name, leaf in by_path(expected.gradient).items():
         gradient = f"{what}: the gradient of {name}"
         worst = max(worst, require_close(gradients[name], leaf, GRADIENTS_CLOSE, gradient, (), least_size=noise))
     return worst
@@ -83,8 +84,8 @@ def vmap_is_loop(subject: Subject) -> str:
     initial = jax.device_get(_compiled_inits()(keys, numbers, model=model))
     worst = 0.0
     for trial in range(TRIALS):
-        alone = programs.leaves_by_name(programs.initial_params(model, trial))
-        for name, leaf in programs.leaves_by_name(initial).items():
+        alone = by_path(programs.initial_params(model, trial))
+        for name, leaf in by_path(initial).items():
             what = f"trial {trial} of vmap is not what it is alone: the initial {name}"
             worst = max(worst, require_close(leaf[trial], alone[name], LOGITS_CLOSE, what, ()))
 

@@ -12,6 +12,7 @@ from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import Config, Stage, flatten, split, stages
 from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
 from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_bytes, total_size
+from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.parallel.devices import all_devices
 from rustgpt_jax.runs.formatting import byte_size, count
 from rustgpt_jax.training.parts import check_parts
@@ -61,10 +62,9 @@ def _parameters(config: Config) -> Table:
     table = _table(
         "\nParameters (blocks are stacked: the first axis counts repeats of the pattern)", "path", "shape", "size"
     )
-    leaves = jax.tree_util.tree_flatten_with_path(parameter_shapes(config.model))[0]
-    for path, leaf in leaves:
+    for path, leaf in by_path(parameter_shapes(config.model)).items():
         shape = " x ".join(map(str, leaf.shape))
-        table.add_row(jax.tree_util.keystr(path, simple=True, separator="/"), shape, f"{total_size(leaf):,}")
+        table.add_row(path, shape, f"{total_size(leaf):,}")
     table.add_row("all", "", f"{total_size(parameter_shapes(config.model)):,}", style="bold")
     return table
 

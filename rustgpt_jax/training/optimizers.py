@@ -15,6 +15,7 @@ import optax
 
 from rustgpt_jax.config import OptimizerConfig
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.paths import by_path, path_name
 from rustgpt_jax.tables import choose
 
 
@@ -145,13 +146,8 @@ def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
 
 def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
     """Raises UserError if some parameter (or shape) of a tree belongs to no group of weight decay."""
-    for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
-        decay_factor(path_name(path), config.weight_decay_groups)
-
-
-def path_name(path: Any) -> str:
-    """A parameter's path as one string: 'blocks/0/mixer/query/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    for path in by_path(params):
+        decay_factor(path, config.weight_decay_groups)
 
 
 def clip(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:

@@ -1,0 +1,76 @@
+"""A fingerprint tells arrays apart, by every bit of every element and by its place, wherever the array lies."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustgpt_jax.training.fingerprints import fingerprints
+
+TYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int8, np.uint8]
+
+
+def one(array: np.ndarray | jax.Array) -> str:
+    return fingerprints({"x": array})["x"]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@given(st.data())
+def test_every_bit_counts(dtype: type, data: st.DataObject) -> None:
+    raw = np.random.default_rng(0).integers(0, 256, 60 * np.dtype(dtype).itemsize, np.uint8)
+    flipped = raw.copy()
+    flipped[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert one(raw.view(dtype).reshape(4, 15)) != one(flipped.view(dtype).reshape(4, 15))
+
+
+@given(st.permutations(range(12)))
+def test_places_count(order: list[int]) -> None:
+    values = np.arange(12, dtype=np.float32)
+    assert (one(values[order]) == one(values)) == (order == sorted(order))
+
+
+def test_zeros_of_other_sizes_and_signs_are_told_apart() -> None:
+    arrays = [np.zeros(3, np.float32), np.zeros(4, np.float32), -np.zeros(3, np.float32), np.zeros(0, np.float32)]
+    assert len({one(array) for array in arrays}) == len(arrays)
+
+
+def test_paths_name_the_arrays_and_scalars_have_one_too() -> None:
+    found = fingerprints({"a": {"b": jnp.ones((2, 3))}, "step": jnp.int32(7), "on": np.array([True, False])})
+    assert list(found) == ["a/b", "on", "step"]
+    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in found.values())
+
+
+def test_it_is_that_of_the_written_definition() -> None:
+    def mixed(word: int) -> int:
+        word = (word ^ word >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        word = (word ^ word >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return word ^ word >> 16
+
+    values = np.random.default_rng(1).normal(size=(2, 3, 5)).astype(np.float32)
+    words = values.ravel().view(np.uint32).tolist()
+    expected = ""
+    for salt in (0x9E3779B9, 0x85EBCA6B):
+        total = sum(mixed(word ^ mixed((place + salt) & 0xFFFFFFFF)) for place, word in enumerate(words))
+        expected += f"{total & 0xFFFFFFFF:08x}"
+    assert one(values) == expected
+
+
+def test_sharding_changes_nothing() -> None:
+    code = """
+import jax, numpy as np
+from rustgpt_jax.training.fingerprints import fingerprints
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+values = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32)
+placed = [jax.device_put(values, jax.NamedSharding(mesh, spec)) for spec in (jax.P(), jax.P("data"))]
+print(len({fingerprints({"x": array})["x"] for array in [values, *placed]}))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout == "1\n"
