@@ -86,6 +86,21 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def journal_file(self) -> Path:
+        """What happened to the run, one JSON object a line: launches with their code and environment, and so on."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def code(self) -> Path:
+        """The code that the run was made with, in archives named by its hash."""
+        return self.path / "code"
+
+    @property
+    def autotune_file(self) -> Path:
+        """What the compiler for GPUs chose by timing; with it, it chooses the same again."""
+        return self.path / "autotune.textproto"
+
+    @property
     def lock_file(self) -> Path:
         """Held by the process that trains in this folder."""
         return self.path / ".lock"
