@@ -72,9 +72,10 @@ def train() -> int:
     keep_compiled_programs()
     folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
     console = Console()
-    if train(config, folder, origins, console):
+    status = train(config, folder, origins, console)
+    if status == 0:
         console.print(f"Talk to it:  python launch.py chat --run={folder}", highlight=False)
-    return 0
+    return status
 
 
 def sweep() -> int:

@@ -198,6 +198,13 @@ def get_config() -> ConfigDict:
     # Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.
     config.training.z_loss = 0.0
 
+    config.faults = ConfigDict()
+    # A step whose loss or gradient is not finite changes no parameter. Then: stop; skip, which goes on with the next
+    # batch; or rewind, which goes back to the last regular checkpoint and on with the batches after the bad one.
+    config.faults.not_finite = "stop"
+    # How many such steps skip and rewind forgive a run; one more stops it.
+    config.faults.most_forgiven = 10
+
     config.record = ConfigDict()
     # Steps between lines of training metrics.
     config.record.log_every = 10

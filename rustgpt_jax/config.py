@@ -179,6 +179,14 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What becomes of a run when a step goes wrong."""
+
+    not_finite: str = knob(choices=("stop", "skip", "rewind"))
+    most_forgiven: int = knob(low=0)
+
+
+@dataclass(frozen=True)
 class RecordConfig:
     """What a run writes, and when."""
 
@@ -222,6 +230,7 @@ class Config:
     optimizer: OptimizerConfig = knob()
     schedule: ScheduleConfig = knob()
     training: TrainingConfig = knob()
+    faults: FaultsConfig = knob()
     record: RecordConfig = knob()
     sampling: SamplingConfig = knob()
     stages: tuple[StageConfig, ...] = knob()

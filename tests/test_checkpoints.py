@@ -1,6 +1,8 @@
 """Checkpoints: every bit comes back, nothing is made up, and only the last and the best are kept."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from rustgpt_jax.config import split
+from rustgpt_jax.config import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.training.checkpoints import Checkpoints, layout
+from rustgpt_jax.training.checkpoints import Checkpoints, Damaged, layout
+from rustgpt_jax.training.health import healthy
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
 from rustgpt_jax.training.step import State, as_arguments, compiled_start
+
+CONFIG = small_config()
 
 
 def state_of(name: str = "adamw", seed: int = 0) -> State:
@@ -25,7 +32,7 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
     config = small_config(**{"optimizer.name": name, "model.d_model": 8})
     shapes = parameter_shapes(config.model)
     opt_shapes = jax.eval_shape(optimizer(config.optimizer).init, shapes)
-    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")))
+    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(healthy))
     generator = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -37,7 +44,8 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
 
 def small_state(**params: Any) -> State:
     """A state of a few arrays."""
-    return State({name: jnp.asarray(value) for name, value in params.items()}, (), jnp.asarray(3, jnp.int32))
+    arrays = {name: jnp.asarray(value) for name, value in params.items()}
+    return State(arrays, (), jnp.asarray(3, jnp.int32), healthy())
 
 
 def shapes_of(state: State) -> State:
@@ -51,8 +59,8 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save(folder: Path, state: State, *steps: int, is_best: bool = False, config_hash: str = "abc") -> None:
-    with Checkpoints(folder, config_hash) as checkpoints:
+def save(folder: Path, state: State, *steps: int, is_best: bool = False, config: Config = CONFIG) -> None:
+    with Checkpoints(folder, config) as checkpoints:
         for step in steps:
             checkpoints.save(state, step, is_best)
 
@@ -65,7 +73,7 @@ def kept(folder: Path) -> list[int]:
 def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
     state = state_of(name)
     save(tmp_path, state, 5)
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.step() == 5
         assert_same_bits(checkpoints.restore(shapes_of(state)), state)
 
@@ -85,7 +93,7 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
     # A step takes over the buffers of the state before it.
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     step(jax.tree.map(jnp.copy, state))
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(state, 1)
         step(state)
         checkpoints.wait()
@@ -95,7 +103,7 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.step() is None
         for step in range(1, 8):
             checkpoints.save(small_state(a=float(step)), step, is_best=step in (1, 3))
@@ -113,21 +121,21 @@ def test_the_best_before_holds_until_the_new_one_is_written(tmp_path: Path) -> N
     assert kept(tmp_path) == [1, 4, 5]
     # As a kill in the middle of it leaves it.
     (tmp_path / "5").rename(tmp_path / "5.orbax-checkpoint-tmp")
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert (checkpoints.step(), checkpoints.step("best")) == (4, 1)
 
 
 def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 7)
     save(tmp_path, small_state(a=2.0), 7)
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
 
 def test_half_a_save_does_not_count(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 4)
     (tmp_path / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.step() == 4
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
@@ -137,15 +145,15 @@ def test_half_a_save_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("which", "what"), [("last", "checkpoint"), ("best", "best checkpoint")])
 def test_there_may_be_none(tmp_path: Path, which: str, what: str) -> None:
-    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=f"has no {what} yet"):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=f"has no {what} yet"):
         checkpoints.restore(shapes_of(small_state(a=[0.0])), which)
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, small_state(a=[1.0]), 4, config_hash="abc")
+    save(tmp_path, small_state(a=[1.0]), 4)
     with (
-        Checkpoints(tmp_path, "xyz") as checkpoints,
-        pytest.raises(UserError, match=r"/4 .* another config \(abc\)"),
+        Checkpoints(tmp_path, small_config(seed=1)) as checkpoints,
+        pytest.raises(UserError, match=r"/4 .* another config: seed is 0 there and 1 here\."),
     ):
         checkpoints.restore(shapes_of(small_state(a=[0.0])))
 
@@ -163,13 +171,13 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 )
 def test_other_arrays_are_refused_by_name(tmp_path: Path, wanted: dict[str, Any], sentence: str) -> None:
     save(tmp_path, small_state(a=[1.0, 2.0]), 4)
-    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=sentence):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=sentence):
         checkpoints.restore(shapes_of(small_state(**wanted)))
 
 
 def test_the_optimizer_state_is_compared_too(tmp_path: Path) -> None:
     save(tmp_path, state_of("adamw"), 4)
-    with Checkpoints(tmp_path, "abc") as checkpoints, pytest.raises(UserError, match=r"/4: opt_state/\S+ is "):
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=r"/4: opt_state/\S+ is "):
         checkpoints.restore(shapes_of(state_of("lion")))
 
 
@@ -194,6 +202,117 @@ def test_what_another_device_saved_comes_back_on_this_one(tmp_path: Path) -> Non
     code = ON_THE_SECOND_DEVICE.format(root=str(tests.parent), tests=str(tests))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, capture_output=True)
-    with Checkpoints(tmp_path, "abc") as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         restored = checkpoints.restore(shapes_of(small_state(a=[0.0, 0.0])))
     np.testing.assert_array_equal(restored.params["a"], [1.0, 2.0])
+
+
+# Damage.
+
+
+def damaged_copies(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "8").rglob("*") if path.is_file())
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :] if content else b"x"
+
+
+DAMAGE = {"truncated": truncated, "a byte flipped": flipped, "missing": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_read(tmp_path: Path, damage: str) -> None:
+    arrays = {name: np.random.default_rng(3).normal(size=(40, 50)).astype(np.float32) for name in "ab"}
+    before, last = (small_state(**{name: array + step for name, array in arrays.items()}) for step in (4, 8))
+    save(tmp_path, before, 4)
+    save(tmp_path, last, 8)
+    n_noticed = 0
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for file in damaged_copies(tmp_path):
+            content, change = file.read_bytes(), DAMAGE[damage]
+            file.unlink()
+            if change:
+                file.write_bytes(change(content))
+            passed_over: dict[int, str] = {}
+            restored = checkpoints.restore(shapes_of(last), passed_over=passed_over.__setitem__)
+            # What is not noticed has done no harm: some files say what others say too.
+            assert_same_bits(restored, before if passed_over else last)
+            assert all(reason and "\n" not in reason for reason in passed_over.values())
+            n_noticed += bool(passed_over)
+            file.write_bytes(content)
+        assert_same_bits(checkpoints.restore(shapes_of(last)), last)
+    assert n_noticed >= 4
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+    state = small_state(a=np.random.default_rng(5).normal(size=(30, 30)).astype(np.float32))
+    if not (tmp_path / "8").exists():
+        save(tmp_path, state, 8)
+    file = data.draw(st.sampled_from(damaged_copies(tmp_path)))
+    content = bytearray(file.read_bytes())
+    place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    content[place] ^= 1 << bit
+    file.write_bytes(content)
+    try:
+        with Checkpoints(tmp_path, CONFIG) as checkpoints:
+            assert_same_bits(checkpoints.restore_step(shapes_of(state), 8), state)
+    except Damaged:
+        pass
+    finally:
+        content[place] ^= 1 << bit
+        file.write_bytes(content)
+
+
+def test_an_array_that_another_was_put_for_is_noticed(tmp_path: Path) -> None:
+    # All files are whole, and not those that were saved together.
+    save(tmp_path / "one", small_state(a=[1.0, 2.0]), 4)
+    save(tmp_path / "other", small_state(a=[1.0, 2.5]), 4)
+    shutil.rmtree(tmp_path / "one/4/state")
+    shutil.copytree(tmp_path / "other/4/state", tmp_path / "one/4/state")
+    sums, others = (json.loads((tmp_path / name / "4/sha256.json").read_bytes()) for name in ("one", "other"))
+    own = {name: digest for name, digest in sums.items() if not name.startswith("state/")}
+    (tmp_path / "one/4/sha256.json").write_text(
+        json.dumps(own | {name: digest for name, digest in others.items() if name.startswith("state/")})
+    )
+    with Checkpoints(tmp_path / "one", CONFIG) as checkpoints, pytest.raises(Damaged, match="params/a is not what was"):
+        checkpoints.restore_step(shapes_of(small_state(a=[0.0, 0.0])), 4)
+
+
+def test_with_no_sound_checkpoint_left_there_is_a_clear_error(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[1.0]), 4, 8)
+    for step in (4, 8):
+        shutil.rmtree(tmp_path / str(step) / "state")
+    with (
+        Checkpoints(tmp_path, CONFIG) as checkpoints,
+        pytest.raises(UserError, match=r"no checkpoint that is sound .*8: .*4: "),
+    ):
+        checkpoints.restore(shapes_of(small_state(a=[0.0])))
+    assert kept(tmp_path) == [4, 8]
+
+
+def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[1.0]), 4, 8)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.set_aside(8).is_dir()
+        assert checkpoints.step() == 4
+        checkpoints.save(small_state(a=[3.0]), 8)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(shapes_of(small_state(a=[0.0]))).params["a"] == 3.0
+
+
+def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(small_state(a=[float(step)]), step, is_regular=step in (1, 3))
+        checkpoints.wait()
+        assert (kept(tmp_path), checkpoints.last_regular(7), checkpoints.last_regular(2)) == ([3, 6, 7], 3, None)
+        checkpoints.delete_after(3)
+        assert (kept(tmp_path), checkpoints.step()) == ([3], 3)

@@ -21,7 +21,7 @@ from conftest import small_config
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config import Config, config_hash, split
+from rustgpt_jax.config import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, lock
 from rustgpt_jax.runs.metrics import read_metrics
@@ -104,15 +104,15 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
         if interruption == Interruption(0, is_kill=False):
             patch.setattr(loop, "StopRequest", StopAtOnce)
         with suppress(Killed):
-            is_complete = loop.train(config, path, {}, console)
-            return is_complete, console.file.getvalue()
+            status = loop.train(config, path, {}, console)
+            return status == 0, console.file.getvalue()
     return False, console.file.getvalue()
 
 
 def stored_state(config: Config, path: Path, which: str = "last") -> State:
     structure, numbers = split(config)
     like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
-    with Checkpoints(RunFolder(path).checkpoints, config_hash(config)) as checkpoints:
+    with Checkpoints(RunFolder(path).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 
 

@@ -13,6 +13,7 @@ from conftest import small_config
 from rustgpt_jax.config import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
+from rustgpt_jax.training.health import healthy
 from rustgpt_jax.training.objective import Sums, compiled_token_sums, objective, token_sums
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
 from rustgpt_jax.training.step import (
@@ -76,7 +77,7 @@ def run(
     """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
     structure, numbers = program_of(config)
     params = parameters()
-    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step))
+    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step), healthy())
     done, history = 0, []
     for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
@@ -261,7 +262,7 @@ def test_a_z_loss_is_minimised_but_not_reported() -> None:
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     structure, numbers = program_of(config)
-    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0))
+    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0), healthy())
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
     state, metrics = compiled_train_steps(structure, state, batches, np.int32(1), numbers, np.int32(0))

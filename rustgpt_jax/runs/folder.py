@@ -24,6 +24,10 @@ class InUse(UserError):
     """Another process trains in a run folder."""
 
 
+class Unwritable(UserError):
+    """What a run leaves can no longer be written: the disk is full, or the folder may not be written to."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The names of the files of a run. Nothing is read or written by asking for them."""
@@ -109,7 +113,7 @@ class RunFolder:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file as a whole: a reader, or a crash, sees the old content or the new and nothing between.
 
-    Text is written as UTF-8. Raises UserError if the file cannot be written.
+    Text is written as UTF-8. Raises Unwritable if the file cannot be written.
     """
     # The name is hidden, so that a leftover of a crash does not make a new run's folder look used.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -122,13 +126,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise Unwritable(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def check(path: Path, config: Config) -> None:
     """Raises UserError if a folder, which need not exist, holds a run with another config. Nothing is written."""
     if RunFolder(path).config_file.exists():
-        _check_same(path, load_config(path), config)
+        changed = in_words(to_dict(load_config(path)), config)
+        if changed:
+            raise UserError(
+                f"{path} holds a run with another config: {changed}. Choose another --run folder or delete this one."
+            )
 
 
 def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
@@ -223,18 +231,24 @@ def _runs_beside(path: Path) -> list[str]:
     return [file.parent.name for file in path.parent.glob("*/config.json")]
 
 
-def _check_same(path: Path, stored: Config, wanted: Config) -> None:
-    changed = differences(stored, wanted)
-    if "stages" in changed:
-        changed |= _stage_differences(*changed.pop("stages"))
+def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
+    """The knobs in which a config, as `to_dict` writes it, differs from another: no words if there are none."""
+    try:
+        changed = all_differences(resolve(stored), wanted)
+    except UserError as error:
+        return f"one that this version does not know ({error})"
     shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
     if len(shown) > MOST_DIFFERENCES_SHOWN:
         shown[MOST_DIFFERENCES_SHOWN:] = [f"and {len(shown) - MOST_DIFFERENCES_SHOWN} more"]
-    if shown:
-        raise UserError(
-            f"{path} holds a run with another config: {'; '.join(shown)}. "
-            "Choose another --run folder or delete this one."
-        )
+    return "; ".join(shown)
+
+
+def all_differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+    """The knobs in which two configs differ, those of their stages by 'stages.NAME.path'."""
+    changed = differences(first, second)
+    if "stages" in changed:
+        changed |= _stage_differences(*changed.pop("stages"))
+    return changed
 
 
 def _stage_differences(stored: Stages, wanted: Stages) -> dict[str, tuple[Any, Any]]:

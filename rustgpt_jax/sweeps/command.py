@@ -34,7 +34,7 @@ class Command:
 def run_sweep(
     tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Sequence[str], path: Path, command: Command, console: Console
 ) -> int:
-    """Run a sweep in a folder and report. The exit status: 1 if trials failed.
+    """Run a sweep in a folder and report. The exit status: 1 if trials failed, that of a stop if it was stopped.
 
     `trials` are those that are known from the start; for a search by Optuna, one to check the config with.
     """
@@ -68,7 +68,7 @@ def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
         again = "The same command goes on from there."
         what = "its jobs go on" if launcher == "slurm" else "what was running is saved"
         console.print(f"Stopped by {sweep.stop.signal_name}; {what}. {again}", highlight=False)
-        return 0
+        return sweep.stop.exit_status
     try:
         console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
     except UserError as error:

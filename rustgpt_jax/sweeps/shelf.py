@@ -11,7 +11,7 @@ from rustgpt_jax.config import Config, Stage, stages
 from rustgpt_jax.data.prepare import StageData, StoreProgress, obtain_tokenizer, prepare_stage, with_vocabulary
 from rustgpt_jax.data.store import Store
 from rustgpt_jax.tokenizers import Codec, save_tokenizer
-from rustgpt_jax.training.run import Material
+from rustgpt_jax.training.material import Material
 
 
 class Shelf:

@@ -98,10 +98,10 @@ class Worker:
         self._ended(runs)
 
     def _begin(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
-        about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
-        self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
         for run in runs.values():
             run.begin(_Quiet())
+        about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
+        self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
 
     def _ended(self, runs: Mapping[str, Run]) -> None:
         for run in runs.values():

@@ -1,98 +1,212 @@
-"""Checkpoints through Orbax: written in the background, whole or not at all; the last two and the best are kept."""
+"""Checkpoints through Orbax: written in the background, whole or not at all; the last ones and the best are kept.
 
+Beside its state, a checkpoint has a record: the config, and the shape, type and fingerprint of each array; and the
+SHA-256 of each of its files. What is read back is held against them, so that nothing is ever left out, made up, cast, or
+taken from a damaged file.
+"""
+
+import hashlib
 import json
+import shutil
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from rustgpt_jax.config import Config, config_hash, to_dict
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import write_atomically
+from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
+from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.step import State
 
 LAST_KEPT = 2
+SEAL = "sha256.json"
+# Orbax writes the time in it when all else is done; nothing is read from it.
+NOT_SEALED = "_CHECKPOINT_METADATA"
+LONGEST_REASON = 160
+# What the operating system says, in the long texts of libraries.
+KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
 # Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
 _one_at_a_time = threading.Lock()
 
 
-class Checkpoints:
-    """The checkpoints of one run, in folders named by their steps: the last ones and the best. Use it in a `with`.
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or that is not what was saved."""
 
-    The file `best` names the step of the best one, and the one before it, which holds until that one is written.
+
+class Checkpoints:
+    """The checkpoints of one run, in folders named by their steps. Use it in a `with`.
+
+    The last ones are kept, the best, and the last regular one, which is there at that step however the run was
+    interrupted. The file `best` names the step of the best one, and the one before it, which holds until that one is
+    written.
     """
 
-    def __init__(self, folder: Path, config_hash: str) -> None:
-        self._config_hash, self._best_file = config_hash, folder.absolute() / "best"
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder, self._config = folder.absolute(), config
+        self._best_file = self._folder / "best"
         # Orbax deletes nothing by itself: it does not know which is the best.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
-        with _one_at_a_time:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "about"))
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True, async_options=sealing)
+        with _writing(self._folder), _one_at_a_time:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-        with _one_at_a_time:
-            self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            # What went wrong first is what the user is told.
+            if kind is None:
+                raise
+        finally:
+            with _one_at_a_time:
+                self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def written(self) -> list[int]:
+        """The steps of those that are whole on the disk, without one that is being written or could not be."""
+        return sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
 
     def step(self, which: str = "last") -> int | None:
         """The step of the `last` or the `best` checkpoint, or None."""
-        steps = self._manager.all_steps()
-        if which == "last":
-            return max(steps, default=None)
-        return next((step for step in self._named_best() if step in steps), None)
+        return next(iter(self._candidates(which)), None)
 
-    def save(self, state: State, step: int, is_best: bool = False) -> None:
-        """Begin to write the state at `step`; its buffers are free again on return. One that is there already stays."""
-        if step not in self._manager.all_steps():
-            about = {"config_hash": self._config_hash, "layout": layout(state)}
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-            with _one_at_a_time:
-                self._manager.save(step, args=args)
-        if is_best:
-            write_atomically(self._best_file, json.dumps([step, *self._named_best()[:1]]))
-        self._delete_old(step)
+    def _candidates(self, which: str) -> list[int]:
+        steps = self.steps()
+        return steps[::-1] if which == "last" else [step for step in self._named_best() if step in steps]
+
+    # Writing.
+
+    def save(self, state: State, step: int, is_best: bool = False, is_regular: bool = True) -> None:
+        """Begin to write the state at `step`; its buffers are free again on return. One that is there already stays.
+
+        Raises Unwritable if this one, or the one before it, cannot be written.
+        """
+        with _writing(self._folder):
+            if step not in self._manager.all_steps():
+                about = _about(state, self._config, is_regular)
+                args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+                with _one_at_a_time:
+                    self._manager.save(step, args=args)
+            if is_best:
+                write_atomically(self._best_file, json.dumps([step, *self._named_best()[:1]]))
+            self._delete_old(step)
+
+    def wait(self) -> None:
+        """Return when all that was saved is on the disk. Raises Unwritable if it cannot be written."""
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
+
+    def _seal(self) -> None:
+        # Orbax calls this before it gives the one that is being written its name.
+        if jax.process_index() == 0:
+            (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
+            _seal(temporary)
 
     def _named_best(self) -> list[int]:
-        return json.loads(self._best_file.read_bytes()) if self._best_file.exists() else []
+        try:
+            return json.loads(self._best_file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return []
 
     def _delete_old(self, saving: int) -> None:
-        steps, best = sorted(self._manager.all_steps()), self._named_best()
+        steps, best = self.steps(), self._named_best()
         # What is being saved now may never be finished: the best one before it holds until then.
-        needed = best[:2] if best[:1] == [saving] else best[:1]
-        for step in set(steps[:-LAST_KEPT]) - set(needed):
-            with _one_at_a_time:
-                self._manager.delete(step)
+        needed = {*(best[:2] if best[:1] == [saving] else best[:1]), *steps[-LAST_KEPT:], self.last_regular(saving - 1)}
+        for step in set(steps) - needed:
+            self._delete(step)
 
-    def restore(self, like: Any, which: str = "last") -> State:
-        """The newest checkpoint, on the shapes and types of `like` (arrays or their shapes), on one device.
-
-        Raises UserError if there is none, or if it is of another config or has other arrays: nothing is left out,
-        made up or cast.
-        """
-        manager, step = self._manager, self.step(which)
-        if step is None:
-            raise UserError(f"{manager.directory} has no {'best ' if which == 'best' else ''}checkpoint yet.")
+    def _delete(self, step: int) -> None:
         with _one_at_a_time:
-            about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        self._check(about, layout(like), f"{manager.directory}/{step}")
+            self._manager.delete(step)
+
+    def last_regular(self, step: int) -> int | None:
+        """The last regular checkpoint at or before a step, or None."""
+        return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
+
+    def _is_regular(self, step: int) -> bool:
+        try:
+            return bool(stored_about(self._folder, step)["is_regular"])
+        except Damaged:
+            return False
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints after a step."""
+        for each in self.steps()[::-1]:
+            if each > step:
+                self._delete(each)
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
+        aside = self._folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        with _writing(self._folder):
+            (self._folder / str(step)).rename(aside)
+            self._manager.reload()
+        return aside
+
+    # Reading.
+
+    def restore(self, like: Any, which: str = "last", passed_over: Callable[[int, str], object] | None = None) -> State:
+        """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes), on one device.
+
+        `passed_over` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
+        none is sound, and if one is of another config or has other arrays.
+        """
+        candidates = self._candidates(which)
+        what = "best checkpoint" if which == "best" else "checkpoint"
+        if not candidates:
+            raise UserError(f"{self._folder} has no {what} yet.")
+        damage: dict[int, str] = {}
+        for step in candidates:
+            try:
+                state = self.restore_step(like, step)
+            except Damaged as error:
+                damage[step] = str(error)
+                continue
+            for each, reason in damage.items():
+                if passed_over is not None:
+                    passed_over(each, reason)
+            return state
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
+        raise UserError(f"{self._folder} has no {what} that is sound ({reasons}). Delete it to begin from the start.")
+
+    def restore_step(self, like: Any, step: int) -> State:
+        """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does."""
+        _check_seal(self._folder / str(step))
+        about = stored_about(self._folder, step)
+        self._check(about, layout(like), f"{self._folder}/{step}")
         # Not where they were when they were saved: that may have been a device that this process does not have.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-        with _one_at_a_time:
-            return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-
-    def wait(self) -> None:
-        """Return when all that was saved is on the disk."""
-        self._manager.wait_until_finished()
+        try:
+            with _one_at_a_time:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=args)["state"]
+        # Orbax, TensorStore and what they call raise errors of many kinds.
+        except Exception as error:
+            raise Damaged(_reason(error)) from error
+        found = fingerprints(state)
+        changed = [path for path, digest in about["fingerprints"].items() if found[path] != digest]
+        if changed:
+            raise Damaged(f"{changed[0]} is not what was saved")
+        return state
 
     def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
-        if about["config_hash"] != self._config_hash:
-            raise UserError(f"{where} is a checkpoint of another config ({about['config_hash']}).")
+        if about["config_hash"] != config_hash(self._config):
+            raise UserError(f"{where} is a checkpoint of another config: {in_words(about['config'], self._config)}.")
         stored = about["layout"]
         for path in sorted(stored.keys() | wanted.keys()):
             if stored.get(path) != wanted.get(path):
@@ -102,10 +216,74 @@ class Checkpoints:
                 )
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to."""
+    try:
+        yield
+    except UserError:
+        raise
+    # Errors of the threads of Orbax and TensorStore are of many kinds.
+    except Exception as error:
+        raise Unwritable(f"{folder}: the checkpoint cannot be written: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of a library, or what the operating system says in it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error) or type(error).__name__
+    known = next((each for each in KNOWN_REASONS if each in text), None)
+    line = " ".join(text.splitlines()[0].split()).rstrip(".")
+    return known or (line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}...")
+
+
+def _about(state: State, config: Config, is_regular: bool) -> dict[str, Any]:
+    return {
+        "config_hash": config_hash(config),
+        "config": to_dict(config),
+        "is_regular": is_regular,
+        "layout": layout(state),
+        "fingerprints": fingerprints(state),
+    }
+
+
+def stored_about(folder: Path, step: int) -> dict[str, Any]:
+    """The record of a checkpoint. Raises Damaged if it cannot be read, or is not what was written."""
+    try:
+        about = json.loads((folder / str(step) / "about" / "metadata").read_bytes())
+    except OSError as error:
+        raise Damaged(f"its record cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Damaged("its record is not JSON") from error
+    return dict(about)
+
+
+def _seal(folder: Path) -> None:
+    """Write the SHA-256 of each file of a finished checkpoint into it, before it gets its name."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != NOT_SEALED]
+    sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
+    write_atomically(folder / SEAL, json.dumps(sums, indent=1))
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises Damaged, naming the first file, if the files of a checkpoint are not those that were written."""
+    try:
+        sums = json.loads((folder / SEAL).read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{SEAL} cannot be read") from error
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{name} is missing")
+        if _sha256(folder / name) != digest:
+            raise Damaged(f"{name} is not what was written")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def layout(tree: Any) -> dict[str, str]:
     """Shape and type of each array of a tree by its path: {'params/embedding/table': 'float32[65, 128]'}."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{json.dumps(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in by_path(tree).items()}

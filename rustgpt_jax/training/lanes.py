@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, stack
+from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, compiled_put, stack
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
 
@@ -22,12 +22,16 @@ class Lanes(Protocol):
     def state(self, index: int) -> State:
         """The state of a run."""
 
+    def put(self, index: int, state: State) -> None:
+        """Give a run another state."""
+
 
 class Solo:
     """One run, each call a program of its own."""
 
     def __init__(self, run: Run) -> None:
-        self._state = run.placement.replicate(run.state())
+        self._placement = run.placement
+        self._state = self._placement.replicate(run.state())
 
     def advance(self, runs: Sequence[Run | None], count: int) -> None:
         """`count` steps of the run."""
@@ -43,6 +47,11 @@ class Solo:
         """The state of the run."""
         del index
         return self._state
+
+    def put(self, index: int, state: State) -> None:
+        """Give the run another state."""
+        del index
+        self._state = self._placement.replicate(state)
 
 
 class Together:
@@ -75,6 +84,10 @@ class Together:
         """The state of a run, apart from the others'."""
         return compiled_member(self._states_P, np.int32(index))
 
+    def put(self, index: int, state: State) -> None:
+        """Give a run another state."""
+        self._states_P = compiled_put(self._states_P, state, np.int32(index))
+
 
 def _stacked(orders: list[Orders]) -> Orders:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *orders)
@@ -94,6 +107,8 @@ def train_lanes(runs: Sequence[Run], lanes: Lanes, is_stopped: Callable[[], bool
         for index, run in enumerate(turn):
             if run and run.is_due:
                 run.record(lanes.state(index))
+            if run and run.must_rewind:
+                lanes.put(index, run.rewind())
     for index, run in enumerate(runs):
         if not run.is_over:
             run.stop(lanes.state(index))

@@ -1,7 +1,8 @@
 """Training as a whole: from a config to a finished run, with all its effects in their order."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -14,21 +15,23 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.parallel.devices import all_devices
 from rustgpt_jax.runs.curves import draw_loss_curves
-from rustgpt_jax.runs.folder import RunFolder, check
+from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.progress import Progress, counting, waiting
 from rustgpt_jax.training.lanes import Solo, train_lanes
+from rustgpt_jax.training.material import Material
 from rustgpt_jax.training.parts import check_parts
-from rustgpt_jax.training.run import Material, Run
+from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
 
 
-def train(config: Config, path: Path, origins: Mapping[str, str], console: Console) -> bool:
-    """Train the run of a config in a folder, from its last checkpoint if it has one. Whether it reached its end.
+def train(config: Config, path: Path, origins: Mapping[str, str], console: Console) -> int:
+    """Train the run of a config in a folder, from its last sound checkpoint if it has one.
 
-    Raises UserError, before anything is compiled and before the folder is made, for what cannot work; and in the end,
-    if the training loss ceased to be finite.
+    The exit status: 0 at its end, that of a stop if a signal stopped it. Raises UserError, before anything is compiled
+    and before the folder is made, for what cannot work; for a folder that cannot be written to any more; and in the
+    end, if loss or gradient ceased to be finite.
     """
     check(path, config)
     check_parts(config)
@@ -49,28 +52,41 @@ def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
     return Material(config, whole, tokenizer, data)
 
 
-def _train(run: Run, console: Console) -> bool:
+def _train(run: Run, console: Console) -> int:
     path, total_steps = run.folder.path, run.material.total_steps
     if run.is_over:
         console.print(f"{path} is complete: {total_steps} steps. There is nothing to do.", highlight=False)
-        return True
-    console.print(_headline(run), highlight=False, soft_wrap=True)
+        return 0
     began = time.perf_counter()
-    with StopRequest() as stop, Progress(console, total_steps) as progress:
+    with StopRequest() as stop, Progress(console, total_steps) as progress, _writing(run):
         run.begin(progress)
+        progress.message(_headline(run))
         train_lanes([run], Solo(run), lambda: bool(stop))
         run.checkpoints.wait()
     if run.diverged_at is not None:
         raise UserError(
-            f"{path} diverged: the training loss of step {run.diverged_at} is not finite, and training ended there. "
-            f"Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate usually helps."
+            f"{path} diverged: the loss or the gradient of step {run.diverged_at} is not finite, and training ended "
+            f"there. Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate usually "
+            f"helps; `launch.py doctor --run={path}` looks for the cause."
         )
     if not run.is_over:
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
-        return False
+        return stop.exit_status
     console.print(f"Done in {duration(time.perf_counter() - began)}. {_curves(run)}", highlight=False, soft_wrap=True)
-    return True
+    return 0
+
+
+@contextmanager
+def _writing(run: Run) -> Iterator[None]:
+    """Says in a sentence that the folder of a run cannot be written to any more, and what is left."""
+    try:
+        yield
+    except (OSError, Unwritable) as error:
+        reason = f"{run.folder.path} cannot be written: {error.strerror}." if isinstance(error, OSError) else error
+        kept = run.checkpoints.written()
+        left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint yet"
+        raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error
 
 
 def _curves(run: Run) -> str:

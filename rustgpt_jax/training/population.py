@@ -56,6 +56,11 @@ def member(tree_P: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree_P)
 
 
+def put(tree_P: Any, tree: Any, index: jax.Array) -> Any:
+    """The arrays of a population with those of one run replaced."""
+    return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """Trees of equal shapes as one tree with a first axis P, on the host: stacking compiles nothing."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
@@ -63,3 +68,4 @@ def stack(trees: Sequence[Any]) -> Any:
 
 compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
 compiled_member = jax.jit(member)
+compiled_put = jax.jit(put, donate_argnums=0)

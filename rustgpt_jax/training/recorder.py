@@ -39,6 +39,13 @@ class Pending(NamedTuple):
     read: Callable[[], Metrics]
 
 
+class Fault(NamedTuple):
+    """A step whose loss or gradient was not finite, and how many there have been in the run, itself included."""
+
+    step: int
+    n_faults: int
+
+
 class Shows(Protocol):
     """What is told to a person while a run trains."""
 
@@ -53,7 +60,7 @@ class Shows(Protocol):
 class Recorder:
     """Writes what happens in one stage of a run. Metrics are read one call late, so that the device never waits.
 
-    A training loss that is not finite is the last thing that is written: `diverged_at` is its step.
+    A step that went wrong is the last thing that is written, unless it is to be skipped: `fault` tells of it.
     """
 
     config: Config
@@ -65,7 +72,7 @@ class Recorder:
     placement: Placement
     compiled: set[Structure]
     pending: Pending | None = None
-    diverged_at: int | None = None
+    fault: Fault | None = None
 
     def __post_init__(self) -> None:
         self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
@@ -73,6 +80,7 @@ class Recorder:
         self._best_loss = self._best_loss_so_far()
         # When the device was last known to be at the beginning of a call; None where that is not known.
         self._clock: float | None = time.perf_counter()
+        self.seconds_per_step: float | None = None
 
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
@@ -95,7 +103,7 @@ class Recorder:
     def flush(self) -> None:
         """Write the metrics that are still to be written."""
         pending, self.pending = self.pending, None
-        if pending is None or self.diverged_at is not None:
+        if pending is None or self.fault is not None:
             return
         metrics = pending.read()
         columns = {**metrics._asdict(), **metrics.signals}
@@ -103,15 +111,20 @@ class Recorder:
         speed = self._speed(pending.n_steps)
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1
-            values = {f"train/{name}": float(column[index]) for name, column in columns.items()} | speed
-            if not math.isfinite(values["train/loss"]):
-                self.diverged_at = step
-            if self._is_logged(step) or self.diverged_at:
+            values = {f"train/{name}": column[index].item() for name, column in columns.items()} | speed
+            is_bad = not (math.isfinite(values["train/loss"]) and math.isfinite(values["train/gradient_norm"]))
+            if is_bad and not self._is_skipped(values["train/faults"]):
+                self.fault = Fault(step, values["train/faults"])
+            if self._is_logged(step) or is_bad:
                 self.writer.write(step, {"stage": self.data.stage.name, **values})
-            if index == pending.n_steps - 1 or self.diverged_at:
+            if index == pending.n_steps - 1 or self.fault:
                 self.progress.update(step, values, self.data.stage.name)
-            if self.diverged_at:
+            if self.fault:
                 return
+
+    def _is_skipped(self, n_faults: int) -> bool:
+        faults = self.config.faults
+        return faults.not_finite == "skip" and n_faults <= faults.most_forgiven
 
     def _is_logged(self, step: int) -> bool:
         # The loss of the first step is that of the initial parameters.
@@ -122,6 +135,7 @@ class Recorder:
         self._clock = now
         if began is None:
             return {}
+        self.seconds_per_step = (now - began) / count
         tokens = count * self.data.stage.config.training.batch_size * self.data.window
         tokens_per_second = tokens / (now - began)
         return {

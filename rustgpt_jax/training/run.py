@@ -1,87 +1,32 @@
-"""A run in progress: what it reads, where it stands, what its next call needs, and what is recorded after it."""
+"""A run in progress: where it stands, what its next call needs, and what is recorded after it."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config import Config, Stage, Structure, config_hash, split, stages
-from rustgpt_jax.data.corpora import Turn
+from rustgpt_jax.config import Structure, split, stages
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.data.prepare import StageData, changed_data, record_data
+from rustgpt_jax.data.prepare import StageData, record_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder, create, lock, write_atomically
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
-from rustgpt_jax.tokenizers import Codec, encode_prompt, save_tokenizer
-from rustgpt_jax.training.checkpoints import Checkpoints
-from rustgpt_jax.training.optimizers import check_decay_groups
+from rustgpt_jax.tokenizers import save_tokenizer
+from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
+from rustgpt_jax.training.material import Material, Program
 from rustgpt_jax.training.population import Orders
-from rustgpt_jax.training.recorder import Pending, Recorder, Shows
-from rustgpt_jax.training.step import Metrics, Numbers, State, as_arguments, compiled_start, compiled_start_from
+from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
+from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 
-
-class Program(NamedTuple):
-    """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
-
-    structure: Structure
-    numbers: Numbers
-    first_step: np.int32
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """What a run is made of: its config as it was written and with the vocabulary filled in, tokenizer and data."""
-
-    config: Config
-    whole: Config
-    tokenizer: Codec
-    stages: list[StageData]
-
-    @property
-    def total_steps(self) -> int:
-        """The steps of all stages."""
-        return self.stages[-1].stage.end_step
-
-    @cached_property
-    def programs(self) -> list[Program]:
-        """The program of each stage."""
-        return [_program(data.stage) for data in self.stages]
-
-    def check(self, run: RunFolder, placement: Placement) -> None:
-        """Raises UserError, before anything is compiled or written, for what cannot work."""
-        check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
-        for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
-            _check_prompts(self.whole, self.tokenizer, role)
-        for data in self.stages:
-            placement.check_batch(data.stage.config.training)
-        changed = changed_data(run.data_file, self.stages)
-        if changed:
-            again = "give back the old text, or choose another --run folder"
-            raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
-
-
-def _program(stage: Stage) -> Program:
-    structure, numbers = split(stage.config)
-    return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
-
-
-def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
-    for prompt in config.record.prompts:
-        length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
-        if length >= config.model.context_length:
-            raise UserError(
-                f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
-                f"config.model.context_length={config.model.context_length}."
-            )
+# A call of the compiled program takes no longer than about this, so that a run that is asked to stop soon can.
+LONGEST_CALL_SECONDS = 5.0
 
 
 class Run:
@@ -102,8 +47,11 @@ class Run:
         self.end_step = material.total_steps if until is None else min(until, material.total_steps)
         self._origins, self._resources = origins, ExitStack()
         self._recorder: Recorder | None = None
+        self._writer: MetricsWriter | None = None
         self._source: Generator[Batch, None, None] | None = None
         self._compiled = set[Structure]()
+        self._state: State | None = None
+        self._skipped = 0
 
     def __enter__(self) -> "Run":
         with self._resources:
@@ -111,7 +59,8 @@ class Run:
             self._resources.enter_context(lock(self.folder.path))
             save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
             write_atomically(self.folder.data_file, record_data(self.material.stages))
-            checkpoints = Checkpoints(self.folder.checkpoints, config_hash(self.material.config))
+            self._resources.callback(self._close)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config)
             self.checkpoints = self._resources.enter_context(checkpoints)
             self.step = self.checkpoints.step() or 0
             self._resources = self._resources.pop_all()
@@ -120,8 +69,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close_source()
-        self._resources.close()
+        self._resources.__exit__(kind, error, traceback)
 
     # Where it stands.
 
@@ -131,9 +79,21 @@ class Run:
         return self.step >= self.end_step or self.diverged_at is not None
 
     @property
+    def _fault(self) -> Fault | None:
+        return self._recorder.fault if self._recorder else None
+
+    @property
+    def must_rewind(self) -> bool:
+        """Whether a step went wrong that is to be undone."""
+        faults = self.material.config.faults
+        if self._fault is None or faults.not_finite != "rewind":
+            return False
+        return self._fault.n_faults <= faults.most_forgiven
+
+    @property
     def diverged_at(self) -> int | None:
-        """The step whose training loss was not finite, if there was one."""
-        return self._recorder.diverged_at if self._recorder else None
+        """The step at which training ended, its loss or gradient not finite, if there was one."""
+        return self._fault.step if self._fault and not self.must_rewind else None
 
     @property
     def stage(self) -> StageData:
@@ -153,33 +113,72 @@ class Run:
     # Going on.
 
     def begin(self, progress: Shows) -> None:
-        """Open the records, without what a killed process wrote after the last checkpoint."""
-        keep_until(self.folder.samples_file, self.step)
+        """Read the last sound checkpoint, and open the records, without what was written after it.
+
+        Raises UserError if there are checkpoints, and none is sound.
+        """
         self._progress = progress
-        self._writer = self._resources.enter_context(MetricsWriter(self.folder.path, self.step))
+        damaged: dict[int, str] = {}
+        if self.step > 0:
+            self._state = self.checkpoints.restore(state_shapes(self.material), passed_over=damaged.__setitem__)
+            self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
+        for step, reason in damaged.items():
+            aside = self.checkpoints.set_aside(step)
+            progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
+        self._open_records()
 
     def state(self) -> State:
-        """The state to go on from: that of the last checkpoint, or the one that the seed gives."""
-        structure, numbers = split(stages(self.material.whole)[0].config)
-        arguments = as_arguments(numbers)
-        if self.step == 0 and self.folder.parameters_file.exists():
-            shapes = parameter_shapes(self.material.whole.model)
-            return compiled_start_from(structure, arguments, read_parameters(self.folder.parameters_file, shapes))
-        if self.step == 0:
-            return compiled_start(structure, arguments)
-        return self.checkpoints.restore(jax.eval_shape(lambda: compiled_start(structure, arguments)))
+        """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
+        state, self._state = self._state, None
+        return first_state(self.material, self.folder) if state is None else state
+
+    def rewind(self) -> State:
+        """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
+
+        The state to go on from. Raises UserError if that checkpoint is damaged.
+        """
+        assert self._fault is not None
+        fault, self._recorder = self._fault, None
+        self.checkpoints.wait()
+        self.step = self.checkpoints.last_regular(fault.step - 1) or 0
+        self._skipped += fault.step - self.step
+        self._progress.message(
+            f"The loss or the gradient of step {fault.step} is not finite: back to step {self.step}, and on with the "
+            f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."
+        )
+        self.checkpoints.delete_after(self.step)
+        self._close()
+        self._open_records()
+        try:
+            state = self.checkpoints.restore_step(state_shapes(self.material), self.step) if self.step else self.state()
+        except Damaged as damage:
+            raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
+        health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
+        return state._replace(health=health)
+
+    def _open_records(self) -> None:
+        keep_until(self.folder.samples_file, self.step)
+        self._writer = MetricsWriter(self.folder.path, self.step)
+
+    def _close(self) -> None:
+        self._close_source()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def steps_to_event(self) -> int:
         """How many steps the next call may take: to the next evaluation or checkpoint, and as many as it has slots."""
         stage, record = self.stage.stage, self.stage.stage.config.record
         events = (_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every))
-        return min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
+        most = min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
+        seconds = self._recorder.seconds_per_step if self._recorder else None
+        return min(most, max(1, int(LONGEST_CALL_SECONDS / seconds))) if seconds else most
 
     def orders(self, count: int) -> Orders:
         """The arguments of the next call, for its next `count` steps."""
         slots = self.stage.stage.config.training.steps_per_call
         if self._source is None:
-            self._source = self.stage.training_batches().iterate(self.step)
+            self._source = self.stage.training_batches().iterate(self.step + self._skipped)
         batches = [next(self._source) for _ in range(count)]
         # No step reads what fills up the slots.
         batches += [batches[-1]] * (slots - count)
@@ -202,10 +201,11 @@ class Run:
         """Evaluate and save the state after the step just made, where that is due."""
         recorder = self._open_recorder()
         recorder.flush()
-        if self.diverged_at is None:
-            is_best = self._evaluates and recorder.evaluate(state, self.step)
-            if self._saves or is_best or self.step == self.end_step:
-                self.checkpoints.save(state, self.step, is_best)
+        if recorder.fault is not None:
+            return
+        is_best = self._evaluates and recorder.evaluate(state, self.step)
+        if self._saves or is_best or self.step == self.end_step:
+            self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
         if self.step == recorder.data.stage.end_step:
             self._close_source()
             self._recorder = self._recorder if self.is_over else None
@@ -214,8 +214,10 @@ class Run:
         """Save the state after the last step made, so that the run can go on from there."""
         if self._recorder:
             self._recorder.flush()
-        if self.diverged_at is None:
-            self.checkpoints.save(state, self.step)
+        if self.must_rewind:
+            self.rewind()
+        elif self.diverged_at is None:
+            self.checkpoints.save(state, self.step, is_regular=False)
 
     @property
     def _evaluates(self) -> bool:
@@ -229,6 +231,7 @@ class Run:
 
     def _open_recorder(self) -> Recorder:
         if self._recorder is None:
+            assert self._writer is not None, "begin() opens the records"
             self._recorder = Recorder(
                 self.material.whole,
                 self.stage,
@@ -245,6 +248,21 @@ class Run:
         if self._source is not None:
             self._source.close()
             self._source = None
+
+
+def state_shapes(material: Material) -> State:
+    """The state of a run as shapes and types."""
+    structure, numbers = split(stages(material.whole)[0].config)
+    return jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+
+
+def first_state(material: Material, folder: RunFolder) -> State:
+    """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
+    structure, numbers = split(stages(material.whole)[0].config)
+    if not folder.parameters_file.exists():
+        return compiled_start(structure, as_arguments(numbers))
+    params = read_parameters(folder.parameters_file, parameter_shapes(material.whole.model))
+    return compiled_start_from(structure, as_arguments(numbers), params)
 
 
 def _next(step: int, every: int) -> int:

@@ -1,4 +1,4 @@
-"""Stopping politely: the first SIGINT or SIGTERM asks training to save and end, a SIGINT after it ends it at once."""
+"""Stopping politely: the first signal asks training to save and end, a SIGINT after it ends it at once."""
 
 import os
 import signal
@@ -6,10 +6,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a cluster sends to a job that it wants to end, beside those.
-PREEMPTION = (*SIGNALS, signal.SIGUSR2)
-STOPPED_AT_ONCE = 130
+# A user sends the first; the others are what a cluster warns a job with before it takes the machine away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED_BY_USER = 130
+# "Temporary failure; try again": a job script can have a job that ends with this queued again.
+STOPPED_BY_CLUSTER = os.EX_TEMPFAIL
 
 
 class StopRequest:
@@ -19,13 +20,12 @@ class StopRequest:
     can end the process while the main thread waits for a long computation.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
-        self._signals = signals
+    def __init__(self) -> None:
         self.signal_name: str | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._ask) for number in self._signals}
+        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._earlier_writing = signal.set_wakeup_fd(self._writing)
@@ -47,12 +47,19 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    @property
+    def exit_status(self) -> int:
+        """What the process should end with: 0 if nobody asked it to stop."""
+        if self.signal_name is None:
+            return 0
+        return STOPPED_BY_USER if self.signal_name == "SIGINT" else STOPPED_BY_CLUSTER
+
 
 def _watch(reading: int) -> None:
     """End the process at a SIGINT that is not the first signal; return when the pipe is closed."""
     is_asked = False
     while numbers := os.read(reading, 1):
         if is_asked and numbers[0] == signal.SIGINT:
-            os._exit(STOPPED_AT_ONCE)
+            os._exit(STOPPED_BY_USER)
         is_asked = is_asked or numbers[0] in SIGNALS
     os.close(reading)

@@ -11,6 +11,7 @@ from rustgpt_jax.config import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.context import Signals
+from rustgpt_jax.training.health import Health, examined, healthy
 from rustgpt_jax.training.objective import Sums, objective, token_sums
 from rustgpt_jax.training.optimizers import clip, optimizer
 from rustgpt_jax.training.schedules import factor
@@ -19,16 +20,21 @@ Numbers = dict[str, Any]
 
 
 class State(NamedTuple):
-    """Everything that training changes. The step is the whole position of a run: data and randomness follow from it."""
+    """Everything that training changes. The step is the whole position of a run: data and randomness follow from it.
+
+    Where a run has been rewound, the batches that it passed over, `health.skipped`, are a part of its position too.
+    """
 
     params: transformer.Params
     opt_state: Any
     step: jax.Array
+    health: Health
 
 
 class Metrics(NamedTuple):
     """What a step tells: loss in nats a token (that of tokens alone), the gradient's norm before clipping, and so on.
 
+    spikes, faults: how many there have been in the run so far.
     signals: what the blocks report, each the mean over them.
     """
 
@@ -36,6 +42,8 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
     learning_rate: jax.Array
     learned_tokens: jax.Array
+    spikes: jax.Array
+    faults: jax.Array
     signals: Signals
 
 
@@ -54,13 +62,16 @@ def start(structure: Structure, numbers: Numbers) -> State:
 def start_from(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
     """The state at step 0 with parameters that are there already."""
     config = merge(structure, numbers)
-    return State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32))
+    return State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), healthy())
 
 
 def train_step(
     structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
 ) -> tuple[State, Metrics]:
-    """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts."""
+    """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts.
+
+    If the loss or the gradient is not finite, parameters and optimizer state stay as they are, and the step is counted.
+    """
     config = merge(structure, numbers)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     gradients, sums = gradient(state.params, batch, config, key)
@@ -70,14 +81,22 @@ def train_step(
     rate = factor(state.step - first_step, config.training.steps, config.schedule)
     updates, opt_state = optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    loss = sums.loss / jnp.maximum(sums.weight, 1.0)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    health = examined(state.health, loss, is_finite, is_first=state.step == first_step)
     metrics = Metrics(
-        loss=sums.loss / jnp.maximum(sums.weight, 1.0),
+        loss=loss,
         gradient_norm=norm,
         learning_rate=rate * config.optimizer.learning_rate,
         learned_tokens=sums.weight,
+        spikes=health.spikes,
+        faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    return State(params, opt_state, state.step + 1), metrics
+    return State(params, opt_state, state.step + 1, health), metrics
 
 
 def gradient(
@@ -128,7 +147,8 @@ def train_steps(
 
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
     signals = _no_signals(state.params, first_batch, merge(structure, numbers).model)
-    nothing = Metrics(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    nothing = Metrics(zero, zero, zero, zero, none, none, signals)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
     return jax.lax.fori_loop(0, count, body, (state, history))
 

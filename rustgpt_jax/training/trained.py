@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from rustgpt_jax.config import Config, config_hash, differences, split
+from rustgpt_jax.config import Config, differences, split
 from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.decoding.text import Writer
 from rustgpt_jax.errors import UserError
@@ -39,8 +41,16 @@ class Trained:
         return dataclasses.replace(self, config=config)
 
 
-def load(path: Path, which: str = "last") -> Trained:
-    """The `last` or the `best` checkpoint of a run. Raises UserError if the folder has no run, or the run none yet."""
+def warn(text: str) -> None:
+    """Print a text where errors go, so that it is no part of what a verb answers."""
+    print(text, file=sys.stderr)
+
+
+def load(path: Path, which: str = "last", says: Callable[[str], object] = warn) -> Trained:
+    """The `last` or the `best` checkpoint of a run, or the one before it if that is damaged, which is said.
+
+    Raises UserError if the folder has no run, or the run no sound checkpoint yet.
+    """
     stored = load_config(path)
     run = RunFolder(path)
     if not (run.is_untrained or run.checkpoints.exists()):
@@ -50,17 +60,23 @@ def load(path: Path, which: str = "last") -> Trained:
     if run.is_untrained:
         params, step = read_parameters(run.parameters_file, parameter_shapes(config.model)), 0
     else:
-        params, step = _restored(run, stored, config, which)
+        params, step = _restored(run, stored, config, which, says)
     return Trained(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
 
 
-def _restored(run: RunFolder, stored: Config, config: Config, which: str) -> tuple[Params, int]:
+def _restored(
+    run: RunFolder, stored: Config, config: Config, which: str, says: Callable[[str], object]
+) -> tuple[Params, int]:
     """The parameters to evaluate at a checkpoint, and its step."""
+
+    def passed_over(step: int, reason: str) -> None:
+        says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
+
     structure, numbers = split(config)
     like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
-    with Checkpoints(run.checkpoints, config_hash(stored)) as checkpoints:
-        state = checkpoints.restore(like, which)
-        return evaluation_params(config.optimizer, state.params, state.opt_state), checkpoints.step(which) or 0
+    with Checkpoints(run.checkpoints, stored) as checkpoints:
+        state = checkpoints.restore(like, which, passed_over)
+        return evaluation_params(config.optimizer, state.params, state.opt_state), int(state.step)
 
 
 def _is_dialogue(run: RunFolder, tokenizer: Codec) -> bool:

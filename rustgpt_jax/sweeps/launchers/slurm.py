@@ -191,9 +191,9 @@ class Job:
 
     def __call__(self, chunk: Chunk) -> None:
         """Work on a chunk. If the cluster wants the node back, save, and have the job queued again."""
-        from rustgpt_jax.training.signals import PREEMPTION, StopRequest
+        from rustgpt_jax.training.signals import StopRequest
 
-        with StopRequest(PREEMPTION) as stop:
+        with StopRequest() as stop:
             import jax
 
             from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs

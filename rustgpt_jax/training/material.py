@@ -1,0 +1,73 @@
+"""What a run is made of: its config, tokenizer and data, and the programs that its stages run."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from rustgpt_jax.config import Config, Stage, Structure, split
+from rustgpt_jax.data.corpora import Turn
+from rustgpt_jax.data.prepare import StageData, changed_data
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.tokenizers import Codec, encode_prompt
+from rustgpt_jax.training.optimizers import check_decay_groups
+from rustgpt_jax.training.step import Numbers, as_arguments
+
+
+class Program(NamedTuple):
+    """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
+
+    structure: Structure
+    numbers: Numbers
+    first_step: np.int32
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a run is made of: its config as it was written and with the vocabulary filled in, tokenizer and data."""
+
+    config: Config
+    whole: Config
+    tokenizer: Codec
+    stages: list[StageData]
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return self.stages[-1].stage.end_step
+
+    @cached_property
+    def programs(self) -> list[Program]:
+        """The program of each stage."""
+        return [_program(data.stage) for data in self.stages]
+
+    def check(self, run: RunFolder, placement: Placement) -> None:
+        """Raises UserError, before anything is compiled or written, for what cannot work."""
+        check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
+        for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
+            _check_prompts(self.whole, self.tokenizer, role)
+        for data in self.stages:
+            placement.check_batch(data.stage.config.training)
+        changed = changed_data(run.data_file, self.stages)
+        if changed:
+            again = "give back the old text, or choose another --run folder"
+            raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
+
+
+def _program(stage: Stage) -> Program:
+    structure, numbers = split(stage.config)
+    return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
+
+
+def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
+    for prompt in config.record.prompts:
+        length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
+        if length >= config.model.context_length:
+            raise UserError(
+                f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
+                f"config.model.context_length={config.model.context_length}."
+            )

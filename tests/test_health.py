@@ -1,0 +1,188 @@
+"""How a run fares: spikes against a plain count of them, faults that change no parameter, and what becomes of them."""
+
+import itertools
+import math
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, train
+from test_population import train_together
+
+from rustgpt_jax.config import Config
+from rustgpt_jax.data.pipeline import Batch, Batches
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.training.health import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+compiled_examined = jax.jit(examined)
+
+
+def after(losses: list[float]) -> Health:
+    health = healthy()
+    for step, loss in enumerate(losses):
+        health = compiled_examined(health, jnp.float32(loss), jnp.isfinite(loss), jnp.bool_(step == 0))
+    return health
+
+
+def test_at_first_the_averages_are_plain() -> None:
+    losses = np.random.default_rng(0).normal(3.0, 0.5, MEMORY_STEPS)
+    health = after(list(losses))
+    np.testing.assert_allclose((health.mean, health.variance), (losses.mean(), losses.var()), rtol=1e-5)
+
+
+def test_spikes_are_those_far_above_an_exponential_mean() -> None:
+    generator = np.random.default_rng(1)
+    losses = generator.normal(3.0, 0.1, 400)
+    losses[[20, 120, 250]] += 2.0
+    mean, variance, expected = 0.0, 0.0, 0
+    for step, loss in enumerate(losses):
+        expected += step >= MEMORY_STEPS and loss - mean > SPIKE_DEVIATIONS * variance**0.5
+        share = 1 / min(step + 1, MEMORY_STEPS)
+        mean, variance = (
+            mean + share * (loss - mean),
+            (1 - share) * (variance + share * (loss - mean) ** 2) if step else 0.0,
+        )
+    assert (int(after(list(losses)).spikes), expected) == (2, 2)
+
+
+def test_what_is_not_finite_is_a_fault_and_no_part_of_the_averages() -> None:
+    losses = [3.0, 2.0, float("nan"), 2.5, float("inf")]
+    health, without = after(losses), after([3.0, 2.0, 2.5])
+    assert (int(health.faults), int(health.spikes), int(health.seen)) == (2, 0, 3)
+    assert (health.mean, health.variance) == (without.mean, without.variance)
+
+
+def test_a_stage_is_measured_by_its_own_losses() -> None:
+    health = after([1.0] * MEMORY_STEPS)
+    for step in range(MEMORY_STEPS):
+        health = examined(health, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0))
+    assert (int(health.spikes), float(health.mean)) == (0, 5.0)
+
+
+# Whole runs with batches that go wrong.
+
+BAD = frozenset({5, 16})
+
+
+def sick(not_finite: str, **changes: Any) -> Config:
+    """A run of 20 steps, with checkpoints at every third."""
+    return small_config(
+        **(TINY | {"training.steps": 20, "record.prompts": (), "faults.not_finite": not_finite} | changes)
+    )
+
+
+@pytest.fixture(autouse=True)
+def bad_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The batches of BAD give a loss that is not a number. `order` tells which batch is the one of a number."""
+    plan: dict[str, Any] = {"bad": BAD, "order": lambda number: number}
+    original = Batches.batch
+
+    def iterate(self: Batches, first_step: int) -> Iterator[Batch]:
+        for number in itertools.count(first_step):
+            batch = original(self, plan["order"](number))
+            is_bad = plan["order"](number) in plan["bad"]
+            yield batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan)) if is_bad else batch
+
+    def generator(self: Batches, first_step: int) -> Generator[Batch, None, None]:
+        yield from iterate(self, first_step)
+
+    monkeypatch.setattr(Batches, "iterate", generator)
+    return plan
+
+
+def test_stop_ends_at_the_bad_step_and_keeps_what_was_before(tmp_path: Path) -> None:
+    config = sick("stop")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step 6 is not finite.* last checkpoint is of step 4\. .*doctor --run="):
+            train(config, tmp_path)
+        assert math.isnan(metrics(tmp_path)[-1]["train/loss"]) and metrics(tmp_path)[-1]["step"] == 6
+        state = stored_state(config, tmp_path)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
+    config = sick("skip", **{"record.log_every": 4})
+    assert train(config, tmp_path)[0]
+    state = stored_state(config, tmp_path)
+    assert (int(state.step), int(state.health.faults), int(state.health.skipped)) == (20, 2, 0)
+    lines = [line for line in metrics(tmp_path) if "train/loss" in line]
+    # A bad step is recorded even where no line is due.
+    assert [line["step"] for line in lines] == [1, 4, 6, 8, 12, 16, 17, 20]
+    assert [line["train/faults"] for line in lines] == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert [math.isnan(line["train/loss"]) for line in lines] == [line["step"] in (6, 17) for line in lines]
+
+
+def test_rewind_is_the_run_that_never_saw_those_batches(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
+    config = sick("rewind")
+    is_complete, printed = train(config, tmp_path / "rewound")
+    assert is_complete and "step 6 is not finite: back to step 4" in printed and "(2 of 10 forgiven)" in printed
+    rewound = stored_state(config, tmp_path / "rewound")
+    # Batch 5 is that of step 6: back to step 4, the next one reads batch 6. Batch 16 is then that of step 15: back to
+    # step 12, and on with batch 17.
+    bad_batches.update(bad=frozenset(), order=lambda number: number + 2 * (number >= 4) + 3 * (number >= 12))
+    assert train(config, tmp_path / "spared")[0]
+    spared = stored_state(config, tmp_path / "spared")
+    assert_same_bits(rewound.params, spared.params)
+    assert_same_bits(rewound.opt_state, spared.opt_state)
+    assert (int(rewound.health.faults), int(rewound.health.skipped)) == (2, 5)
+    counters = {"train/faults"}
+    left, right = (
+        [{name: value for name, value in line.items() if name not in counters} for line in metrics(tmp_path / name)]
+        for name in ("rewound", "spared")
+    )
+    assert left == right
+
+
+@pytest.mark.parametrize("not_finite", ["skip", "rewind"])
+def test_more_than_is_forgiven_ends_the_run(tmp_path: Path, not_finite: str) -> None:
+    with pytest.raises(UserError, match=r"the gradient of step \d+ is not finite"):
+        train(sick(not_finite, **{"faults.most_forgiven": 1}), tmp_path)
+    assert math.isnan(metrics(tmp_path)[-1]["train/loss"])
+    assert metrics(tmp_path)[-1]["train/faults"] == 2
+
+
+def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
+    tmp_path: Path, bad_batches: dict[str, Any]
+) -> None:
+    bad_batches["bad"] = frozenset(range(1000))
+    with pytest.raises(UserError, match=r"the gradient of step 1 is not finite.* last checkpoint is of step 0"):
+        train(sick("rewind", **{"faults.most_forgiven": 3}), tmp_path)
+
+
+@pytest.mark.parametrize("not_finite", ["skip", "rewind"])
+@pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
+def test_interruptions_leave_no_trace_where_steps_go_wrong(tmp_path: Path, not_finite: str, is_kill: bool) -> None:
+    config = sick(not_finite)
+    assert train(config, tmp_path / "straight")[0]
+    for steps in (5, 2, 7, 1, 4):
+        train(config, tmp_path / "broken", Interruption(steps, is_kill))
+    assert train(config, tmp_path / "broken")[0]
+    assert_same_bits(stored_state(config, tmp_path / "broken"), stored_state(config, tmp_path / "straight"))
+    assert_same_bits(
+        stored_state(config, tmp_path / "broken", "best"), stored_state(config, tmp_path / "straight", "best")
+    )
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_a_lane_that_rewinds_disturbs_no_other(tmp_path: Path, mode: str) -> None:
+    configs = [sick("rewind", seed=seed) for seed in (0, 1)]
+    steady = sick("rewind", seed=2, **{"training.steps": 4})
+    train_together(mode, [*configs, steady], tmp_path / "together")
+    for index, config in enumerate([*configs, steady]):
+        path = tmp_path / "together" / str(index)
+        alone = tmp_path / f"alone{config.seed}"
+        assert train(config, alone)[0]
+        left, right = stored_state(config, path), stored_state(config, alone)
+        assert left.health.faults == right.health.faults == (0 if config is steady else 2)
+        if mode == "exact":
+            assert_same_bits(left, right)
+        else:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-4), left.params, right.params)
