@@ -1,0 +1,100 @@
+"""A run that begins with parameters of another takes what fits, bit for bit, and says what it took and what it left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_loop import VOCABULARY, stored_state, tiny, train
+
+from rustgpt_jax.data.prepare import obtain_tokenizer
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.taking import begin_from
+from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.runs.folder import RunFolder, create
+from rustgpt_jax.training.trained import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "run"
+    assert train(tiny(), path)[0]
+    return path
+
+
+def begin(source: str, path: Path, **changes: Any) -> str:
+    said: list[str] = []
+    begin_from(source, path, tiny(**changes), {}, said.append)
+    return "\n".join(said)
+
+
+def parameters(path: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in by_path(load(path).writer.params).items()}
+
+
+def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, tmp_path: Path) -> None:
+    said = begin(str(source), tmp_path / "new", **{"optimizer.learning_rate": 1e-4, "seed": 3})
+    taken, given = parameters(tmp_path / "new"), parameters(source)
+    assert f"{source} at step 10: took {len(given)} of {len(given)} arrays" in said and "from the seed" not in said
+    assert taken.keys() == given.keys()
+    assert all(taken[name].tobytes() == given[name].tobytes() for name in given)
+    # With a rate of zero, training leaves what it began with.
+    still = {"optimizer.learning_rate": 0.0, "schedule.warmup_steps": 0}
+    begin(str(source), tmp_path / "still", **still)
+    assert train(tiny(**still), tmp_path / "still")[0]
+    after = by_path(stored_state(tiny(**still), tmp_path / "still").params)
+    assert all(np.asarray(after[name]).tobytes() == given[name].tobytes() for name in given)
+
+
+def test_what_does_not_fit_is_what_the_seed_gives(source: Path, tmp_path: Path) -> None:
+    changes = {"model.qk_norm": "head", "model.d_ff": 24, "model.tie_embeddings": False}
+    said = begin(f"{source}@10", tmp_path / "new", **changes)
+    create(tmp_path / "fresh", tiny(**changes), {})
+    taken, given = parameters(tmp_path / "new"), parameters(source)
+    about = json.loads((tmp_path / "new/import.json").read_bytes())
+    assert set(about["taken"]) | set(about["from_seed"]) == set(taken)
+    for name in about["taken"]:
+        np.testing.assert_array_equal(taken[name], given[name])
+    assert about["from_seed"]["blocks/0/mixer/query_norm/scale"] == about["from_seed"]["head/kernel"] == "not there"
+    assert "16 x 24 here" in about["from_seed"]["blocks/0/feedforward/up/kernel"]
+    assert "blocks/0/feedforward/up/kernel (" in said and "left there: " in said
+
+
+def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path: Path) -> None:
+    other = {"tokenizer.name": "char", "tokenizer.vocab_size": VOCABULARY}
+    begin(str(source), tmp_path / "new", **other)
+    about = json.loads((tmp_path / "new/import.json").read_bytes())
+    assert about["from_seed"] == {"embedding/table": "its tokens are of another tokenizer"}
+    assert load(tmp_path / "new").writer.tokenizer.written == obtain_tokenizer(tiny(**other)).written
+
+
+def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: Path) -> None:
+    begin(str(source), tmp_path / "new")
+    before = (tmp_path / "new/parameters.safetensors").read_bytes()
+    assert begin(str(source), tmp_path / "new") == ""
+    assert (tmp_path / "new/parameters.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"new began with the parameters of .*, not with those of .*@best; choose"):
+        begin(f"{source}@best", tmp_path / "new")
+    train(tiny(), tmp_path / "plain")
+    with pytest.raises(UserError, match=r"plain began otherwise, not with those of"):
+        begin(str(source), tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "changes", "sentence"),
+    [
+        ("@7", {}, r"no checkpoint of step 7 yet; there are those of .*10\."),
+        ("@beast", {}, r"no checkpoint of step beast yet"),
+        ("x", {}, r"There is no run .*runx\. Did you mean 'run'\?"),
+        ("", {"model.d_model": 24}, r"No parameter of .* fits the model of this config: .* 16 there and .* 24 here"),
+    ],
+)
+def test_what_cannot_be_is_a_sentence_and_leaves_nothing(
+    source: Path, tmp_path: Path, suffix: str, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        begin(f"{source}{suffix}", tmp_path / "new", **changes)
+    assert not RunFolder(tmp_path / "new").path.exists()
