@@ -1,11 +1,52 @@
 """How a user's mistake is answered: one sentence that says what, where, and the nearest right answer."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+MOST_CHARACTERS = 560
 
 
 class UserError(Exception):
-    """A mistake in a config, a command line or a file. Its text is one clear sentence, shown without a traceback."""
+    """A mistake in a config, a command line or a file. Its text is one clear sentence, shown without a traceback.
+
+    The sentence may cite what stands in a damaged file: it is written on one line, and loses its middle if it is long.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(_shortened(_on_one_line(sentence)))
+
+
+def _on_one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    # What is wrong and where stands at the beginning, the right answer at the end.
+    end = MOST_CHARACTERS // 3
+    return f"{text[: MOST_CHARACTERS - end]} ... {text[-end:]}"
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python refuses to write out an int of thousands of digits.
+            return "a number of thousands of digits"
+
+
+def shown(value: Any) -> str:
+    """Any value as it would be written in Python, cut short where it is long or deep."""
+    return _Repr().repr(value)
 
 
 def suggestion(name: str, valid: Iterable[str]) -> str:

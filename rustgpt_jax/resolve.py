@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax import config as schema
 from rustgpt_jax.config import FIELDS, Config
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, shown, suggestion
+
+# What the types of programs hold: int32 for what is counted, float32 for all other numbers.
+LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
 
 # A Mapping, or a ConfigDict, which has the methods of one without being one.
 Tree = Any
@@ -150,17 +153,26 @@ def checked(path: str, value: Any, where: str) -> Any:
     try:
         value = _convert(field.type, value)
     except TypeError:
-        raise UserError(f"{where} takes {_describe(field.type)}, not {value!r}.") from None
+        raise UserError(f"{where} takes {_describe(field.type)}, not {shown(value)}.") from None
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
     if value is None:
         return value
     if choices and value not in choices:
-        raise UserError(f"{where}: there is no {value!r}.{suggestion(value, choices)}")
-    if low is not None and value < low:
-        raise UserError(f"{where} must be at least {low:.10g}, not {value!r}.")
-    if high is not None and value > high:
-        raise UserError(f"{where} must be at most {high:.10g}, not {value!r}.")
+        raise UserError(f"{where}: there is no {shown(value)}.{suggestion(value, choices)}")
+    for number in _numbers(value):
+        if low is not None and number < low:
+            raise UserError(f"{where} must be at least {low:.10g}, not {shown(number)}.")
+        highest = high if high is not None else LARGEST_COUNT if isinstance(number, int) else LARGEST_NUMBER
+        if abs(number) > highest:
+            raise UserError(f"{where} must be at most {highest:.10g}, not {shown(number)}.")
     return value
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in a value of a knob: itself, or those of a list of pairs."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
 
 
 def _convert(hint: Any, value: Any) -> Any:

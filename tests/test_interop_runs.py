@@ -104,7 +104,7 @@ def test_the_config_says_where_the_model_came_from(folder: Path, back: RunFolder
 
 def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Path, tmp_path: Path) -> None:
     run = imported(folder, tmp_path / "run")
-    assert train(load_config(run.path), run.path, {}, Console(file=StringIO()))
+    assert train(load_config(run.path), run.path, {}, Console(file=StringIO())) == 0
     first, learned = (next(iter(read_metrics(path)))["train/loss"] for path in (native, run.path))
     assert learned < 0.8 * first
     assert load(run.path).step == 2 and not run.is_untrained
@@ -118,7 +118,7 @@ def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_
     (plain / "chat_template.jinja").unlink()
     tree = small_tree(**RECIPE | {"data.corpus": "facts", "record.prompts": ("The sky",)})
     import_run(plain, tmp_path / "run", tree, {}, quiet)
-    assert train(load_config(tmp_path / "run"), tmp_path / "run", {}, Console(file=StringIO()))
+    assert train(load_config(tmp_path / "run"), tmp_path / "run", {}, Console(file=StringIO())) == 0
     assert '"prompt": "The sky"' in RunFolder(tmp_path / "run").samples_file.read_text()
 
 

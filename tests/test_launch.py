@@ -15,7 +15,7 @@ from rustgpt_jax.runs.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
 TINY = f"--config={ROOT}/configs/tiny.py"
-VERBS = ("train", "sweep", "report", "explain", "evaluate", "generate", "chat")
+VERBS = (*"train sweep report explain evaluate generate chat replay rerun diff doctor check import export".split(),)
 
 
 def environment() -> dict[str, str]:
@@ -56,9 +56,16 @@ FILES = "--config.data.corpus=files"
 SWEEP = ["sweep", "--config=swept.py"]
 MISTAKES = {
     "verb": (["tarin"], "There is no verb 'tarin'. Did you mean 'train'?"),
-    "argument": (["train", "configs/tiny.py"], "train takes no argument 'configs/tiny.py'"),
+    "argument": (["train", "configs/tiny.py"], "train takes no argument, and 'configs/tiny.py' is one"),
     "flag": (["train", "--confg=x"], "There is no flag --confg. Did you mean --config?"),
     "flag without a value": (["train", "--config"], "config"),
+    "flag of another verb": (["check", TINY], "check does not read --config; what reads it: train, sweep, explain, imp"),
+    "knob where none is read": (["replay", "RUN", "--config.seed=1"], "replay does not read --config.seed: the config"),
+    "two runs": (["evaluate", "RUN", "--run=other"], "Which run: RUN or --run=other? Give one of them."),
+    "too many runs": (["diff", "a", "b", "c"], "diff takes no more than 2 arguments, and 'c' is one"),
+    "one run to compare": (["diff", "a"], "Which two runs?"),
+    "no step": (["replay", "other"], "Which step? Give --step=K"),
+    "initial run": ([TINY, "--init_from=other@3"], "other is not the folder of a run"),
     "no config": (["train"], "Which config?"),
     "no run": (["evaluate"], "Which run?"),
     "config missing": (["train", f"--config={ROOT}/configs/tny.py"], f"Did you mean '{ROOT}/configs/tiny.py'?"),
@@ -382,11 +389,11 @@ def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_end(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     begun = "from the start"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, os.EX_TEMPFAIL)):
         process = begin(folder)
         process.send_signal(number)
         stdout, stderr = process.communicate()
-        assert (process.returncode, stderr) == (0, "")
+        assert (process.returncode, stderr) == (status, "")
         assert begun in stdout
         step = int(stdout.rsplit(f"Stopped by {number.name} at step ", 1)[1].split(",")[0])
         assert 0 < step < STEPS

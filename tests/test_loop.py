@@ -98,6 +98,7 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
         return result
 
     loop_steps = lanes.compiled_train_steps
+    steps_then_interruption.lower = loop_steps.lower
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lanes, "compiled_train_steps", steps_then_interruption)
         patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
@@ -281,6 +282,7 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
         return steps(*arguments)
 
     steps = lanes.compiled_train_steps
+    counted.lower = steps.lower
     monkeypatch.setattr(lanes, "compiled_train_steps", counted)
     train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
     assert counts == [3, 1, 3, 1, 1, 1]
@@ -361,6 +363,7 @@ def reporting(structure, state, batches, *others):
     print(table.sharding.is_fully_replicated, tokens.shape, tokens.addressable_shards[0].data.shape)
     return steps(structure, state, batches, *others)
 
+reporting.lower = steps.lower
 lanes.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
     changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 3}}

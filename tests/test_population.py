@@ -59,7 +59,7 @@ def train_together(
 
 def train_alone(config: Config, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
-    assert loop.train(config, path, {}, QUIET)
+    assert loop.train(config, path, {}, QUIET) == 0
 
 
 def population(base: dict[str, Any]) -> list[Config]:

@@ -55,3 +55,12 @@ def test_files_that_the_readme_names_are_there(link: str) -> None:
 def test_the_readme_lists_every_recipe() -> None:
     recipes = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py"}
     assert recipes == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
+
+
+PROMISES = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PROMISES))))
+def test_each_promise_has_its_test(name: str) -> None:
+    file, test = name.split("::")
+    assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8")

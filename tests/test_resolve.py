@@ -77,12 +77,19 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"optimizer.momentum": 1.0000001}, ["config.optimizer.momentum must be at most 1, not 1.0000001"]),
     ({"seed": 2**32}, ["config.seed must be at most 4294967295, not 4294967296"]),
     ({"seed": 10**400}, ["config.seed must be at most 4294967295, not 1000"]),
+    ({"model.d_ff": 2**31}, ["config.model.d_ff must be at most 2147483647, not 2147483648"]),
+    ({"model.norm": [[[]]] * 300}, ["config.model.norm takes a string, not [[[]], [[]], "]),
+    ({"optimizer.learning_rate": 1e39}, ["config.optimizer.learning_rate must be at most 3.4e+38, not 1e+39"]),
+    (
+        {"optimizer.weight_decay_groups": [["norm", -1e39]]},
+        ["config.optimizer.weight_decay_groups must be at most 3.4e+38, not -1e+39"],
+    ),
     ({"data.split": "documents"}, ["config.data.split: there is no 'documents'", "'document'?", "document, tail"]),
     ({"model.dtype": "float16"}, ["config.model.dtype", "bfloat16, float32"]),
     # Combinations.
     ({"model.n_heads": 5}, ["model.d_model=32", "model.n_heads=5", "is 4", "head_dim"]),
-    ({"model.d_model": 10**12 + 1, "model.n_heads": 4}, ["model.n_heads=4"]),
-    ({"model.n_heads": 10**12}, ["is 32"]),
+    ({"model.d_model": 10**9 + 1, "model.n_heads": 4}, ["model.n_heads=4"]),
+    ({"model.n_heads": 10**9}, ["is 32"]),
     ({"model.n_kv_heads": 3}, ["model.n_heads=4", "model.n_kv_heads=3"]),
     ({"model.n_kv_heads": 8}, ["model.n_heads=4", "model.n_kv_heads=8"]),
     ({"model.n_heads": 32}, ["rope", "even", "not 1"]),
@@ -146,6 +153,11 @@ def test_ranges_include_their_ends_and_nothing_beyond(path: str) -> None:
 def test_whole_floats_are_ints_and_ints_are_floats_where_the_schema_says_so() -> None:
     config = resolve(edited({"training.steps": 1e3, "optimizer.clip_norm": 2}))
     assert (repr(config.training.steps), repr(config.optimizer.clip_norm)) == ("1000", "2.0")
+
+
+def test_a_number_that_python_will_not_write_out_is_refused_all_the_same() -> None:
+    with pytest.raises(UserError, match="must be at most 2147483647, not a number of thousands of digits"):
+        resolve(edited({"model.d_ff": 10**5000}))
 
 
 @pytest.mark.parametrize("value", [{"x": {"y": 1}}, ConfigDict({"x": {"y": 1}})])

@@ -208,6 +208,7 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
         return steps(*arguments)
 
     steps = lanes.compiled_population_steps
+    killed_later.lower = steps.lower
     monkeypatch.setattr(lanes, "compiled_population_steps", killed_later)
     n_kills = 0
     while not events(tmp_path / "halved", "finished"):

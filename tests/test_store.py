@@ -1,6 +1,8 @@
 """The token store: holds every token, is built once, and is whole or not there."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from rustgpt_jax import tokenizers
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data import corpora, store
 from rustgpt_jax.data.store import build_store, open_store, require_batch
+from rustgpt_jax.data.temporary import temporary_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
@@ -213,26 +216,97 @@ def test_an_error_in_the_build_leaves_nothing(lines: DataConfig, tmp_path: Path)
     assert os.listdir(tmp_path / "stores") == []
 
 
+# Builds that are killed.
+
+# Builds a store in one process after another, each of which kills itself at a later file operation of the build.
+# Nothing but data/ is imported, and no thread is started before the processes part.
 KILLED = """
-import os, sys
+import os, signal, sys
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data import store
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
-store.BATCH_CHARACTERS = 500
-data = DataConfig("files", (sys.argv[1],), None, "document", 0.25, "all", None)
-store.build_store(data, Codec(TOKENIZERS["byte"]([], None)), sys.argv[2], lambda done, total: done > 20 and os._exit(9))
+
+file, folder = sys.argv[1:]
+store.BATCH_CHARACTERS = 700
+data = DataConfig("files", (file,), None, "document", 0.25, "all", None)
+tokenizer = Codec(TOKENIZERS["byte"]([], None))
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "fcntl.flock", "os.scandir")
+
+def build(moment):
+    left = moment
+    def count(event, arguments):
+        nonlocal left
+        if event in EVENTS:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    store.build_store(data, tokenizer, f"{folder}/{moment}", shard_tokens=300)
+    os._exit(0)
+
+for moment in range(1, 1000):
+    pid = os.fork()
+    if not pid:
+        build(moment)
+    if os.waitpid(pid, 0)[1] == 0:
+        break
 """
 
 
+def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
+    lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 700)
+    subprocess.run([sys.executable, "-c", KILLED, lines.paths[0], str(tmp_path / "killed")], check=True)
+    roots = sorted((tmp_path / "killed").iterdir(), key=lambda root: int(root.name))
+    left = [{entry.name[0] == "." for entry in root.iterdir()} for root in roots]
+    # There were kills before the store had its name and after, and at last there was none.
+    assert len(roots) > 30 and left.count({True}) > 20 and left.count({False}) > 1
+
+    tokenizer = Codec(TOKENIZERS["byte"]([], None))
+    undisturbed = build_store(lines, tokenizer, tmp_path / "undisturbed", shard_tokens=300)
+    for root in roots:
+        built = build_store(lines, tokenizer, root, shard_tokens=300)
+        built.verify()
+        assert built.manifest == undisturbed.manifest
+        for split in store.SPLITS:
+            ours, theirs = built.split(split), undisturbed.split(split)
+            assert ours.tokens(0, ours.n_tokens).tolist() == theirs.tokens(0, theirs.n_tokens).tolist()
+        build_store(dataclasses.replace(lines, valid_fraction=0.3), tokenizer, root)
+        assert [path.name for path in root.glob(".*")] == []
+
+
 def test_a_killed_build_is_not_taken_for_a_store(lines: DataConfig, tmp_path: Path) -> None:
-    root, tokenizer = tmp_path / "stores", Codec(TOKENIZERS["byte"]([], None))
-    done = subprocess.run([sys.executable, "-c", KILLED, lines.paths[0], str(root)], check=False)
-    assert done.returncode == 9
-    (torn,) = root.iterdir()
-    assert torn.name.startswith(".") and any(torn.iterdir())
-    built = build_store(lines, tokenizer, root)
-    built.verify()
-    assert built.path != torn
+    built = build_store(lines, char(), tmp_path / "stores")
+    torn = built.path.with_name(f".{built.path.name}.0123")
+    built.path.rename(torn)
+    again = build_store(lines, char(), tmp_path / "stores")
+    again.verify()
+    assert os.listdir(tmp_path / "stores") == [built.path.name]
+
+
+def test_what_another_process_builds_is_left_alone(lines: DataConfig, tmp_path: Path) -> None:
+    root = tmp_path / "stores"
+    with temporary_folder(root, "key") as held:
+        build_store(lines, char(), root)
+        assert held.is_dir()
+    (root / ".key.of_a_killed_one").mkdir()
+    (root / ".a_file").touch()
+    build_store(dataclasses.replace(lines, valid_fraction=0.3), char(), root)
+    assert [path.name for path in root.glob(".*")] == [".a_file"]
+
+
+def test_where_there_are_no_locks_nothing_is_removed(
+    lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    leftover = tmp_path / "stores" / ".key.of_another"
+    leftover.mkdir(parents=True)
+    build_store(lines, char(), tmp_path / "stores").verify()
+    assert leftover.is_dir()
 
 
 def test_the_first_of_two_builders_wins(lines: DataConfig, tmp_path: Path) -> None:
@@ -286,3 +360,9 @@ def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
     message = f"{numbers}.*batch_size=1 or .*window={fitting + 1}"
     with pytest.raises(UserError, match=message):
         require_batch(stream, fitting + 1, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_named(lines: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file/stores: the token store cannot be written .Not a directory"):
+        build_store(lines, char(), tmp_path / "file" / "stores")

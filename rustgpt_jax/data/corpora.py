@@ -15,6 +15,7 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -223,14 +224,17 @@ def _bundled(name: str) -> Iterator[Document]:
 
 def _python_stdlib(config: DataConfig) -> Iterator[Document]:
     """Each .py file of the running Python's standard library, its tests left out, in the order of their paths."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(_modules(root)):
+    for path in sorted(_modules(_library())):
         try:
-            with tokenize.open(root / path) as file:
+            with tokenize.open(_library() / path) as file:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):  # Some files are written wrongly on purpose.
             continue
         yield plain(path, text)
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 _NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -244,12 +248,16 @@ def _modules(root: Path) -> Iterator[str]:
 
 def _files(config: DataConfig) -> Iterator[Document]:
     """The documents of the files that config.data.paths names, in the order of the paths, each file once."""
-    for path in sorted({found for pattern in config.paths for found in _matches(pattern)}):
+    for path in _paths(config):
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
         yield from read_file(path, data)
+
+
+def _paths(config: DataConfig) -> list[str]:
+    return sorted({found for pattern in config.paths for found in _matches(pattern)})
 
 
 def _matches(pattern: str) -> list[str]:
@@ -268,3 +276,44 @@ CORPORA: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
     "python_stdlib": _python_stdlib,
     "files": _files,
 }
+
+
+# What a run's record has of the files of a corpus.
+
+
+def file_digests(config: DataConfig) -> dict[str, str]:
+    """The SHA-256 of each file that a corpus reads, cut to 16 hex digits, by name; none for one that is no files.
+
+    Of more than MOST_LISTED files, all of a folder have one digest. Raises UserError for a file that cannot be read.
+    """
+    digests = {name: _file_digest(path) for name, path in _FILES_OF.get(config.corpus, lambda _: {})(config).items()}
+    while len(digests) > MOST_LISTED:
+        folders: dict[str, list[str]] = {}
+        for name, digest in digests.items():
+            folders.setdefault(os.path.dirname(name) or ".", []).append(f"{name} {digest}")
+        digests = {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for name, lines in folders.items()}
+    return digests
+
+
+MOST_LISTED = 1000
+
+_FILES_OF: dict[str, Callable[[DataConfig], dict[str, Path]]] = {
+    "python_stdlib": lambda config: {name: _library() / name for name in sorted(_modules(_library()))},
+    "files": lambda config: {path: Path(path) for path in _paths(config)},
+}
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        state = path.stat()
+        return _digest_of(path, state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
+
+
+@cache
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    """The digest of a file that has, as far as anyone can tell, not changed: the trials of a sweep read it once."""
+    del size, modified
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -5,9 +5,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rustgpt_jax.config import Config, Stage, stages
-from rustgpt_jax.data.corpora import training_documents
+from rustgpt_jax.data.corpora import file_digests, training_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
 from rustgpt_jax.data.store import Store, build_store, require_batch
 from rustgpt_jax.errors import UserError
@@ -83,14 +84,37 @@ def prepare_stage(
 
 
 def record_data(material: Iterable[StageData]) -> str:
-    """What a run folder keeps of its data, as JSON: for each stage, counts and hashes of the text and its tokens."""
-    stages = [{"stage": data.stage.name, **dataclasses.asdict(data.store.manifest)} for data in material]
+    """What a run folder keeps of its data, as JSON: for each stage, counts and hashes of the text and its tokens.
+
+    The digests of its `files` say which of them changed; whether the text did, `source` says.
+    """
+    stages = [{**_tokens(data), "files": file_digests(data.stage.config.data)} for data in material]
     return json.dumps(stages, indent=2) + "\n"
 
 
+def _tokens(data: StageData) -> dict[str, Any]:
+    return {"stage": data.stage.name, **json.loads(json.dumps(dataclasses.asdict(data.store.manifest)))}
+
+
 def changed_data(record: Path, material: Iterable[StageData]) -> list[str]:
-    """The stages whose text or tokens are not those of the record in a file; none if there is no such file yet."""
+    """The stages whose text or tokens are not those of the record in a file; none if there is no such file yet.
+
+    Raises UserError as `read_record` does.
+    """
     if not record.exists():
         return []
-    recorded = json.loads(record.read_text(encoding="utf-8"))
-    return [now["stage"] for now in json.loads(record_data(material)) if now not in recorded]
+    recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_record(record)]
+    return [data.stage.name for data in material if _tokens(data) not in recorded]
+
+
+def read_record(record: Path) -> list[dict[str, Any]]:
+    """What `record_data` has written into a file. Raises UserError if it cannot be read or is damaged."""
+    try:
+        stages = json.loads(record.read_bytes())
+    except OSError as error:
+        raise UserError(f"{record} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{record} is damaged: it is not JSON.") from error
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) and "n_dialogues" in stage for stage in stages):
+        raise UserError(f"{record} is damaged: it does not say what each stage reads.")
+    return stages

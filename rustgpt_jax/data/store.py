@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint
 from rustgpt_jax.data.stream import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
+from rustgpt_jax.data.temporary import LOCK, temporary_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents
 
@@ -52,14 +52,22 @@ class Store:
     manifest: Manifest
 
     def split(self, name: str) -> TokenStream:
-        """The stream of 'train' or 'valid', memory-mapped. With valid_fraction=0 the latter is empty."""
-        return read_stream(self.path, self.manifest.splits[name], self.manifest.dtype, self.manifest.end_id)
+        """The stream of 'train' or 'valid', memory-mapped. With valid_fraction=0 the latter is empty.
+
+        Raises UserError naming a file that is damaged, as far as that can be told without reading all tokens.
+        """
+        split = self.manifest.splits[name]
+        self._verify(split.offsets)
+        return read_stream(self.path, split, self.manifest.dtype, self.manifest.end_id)
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest's. Raises UserError naming the first that differs."""
         for file in (file for split in self.manifest.splits.values() for file in split.files):
-            if stored_file(self.path / file.name) != file:
-                raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to build it anew.")
+            self._verify(file)
+
+    def _verify(self, file: StoredFile) -> None:
+        if stored_file(self.path / file.name) != file:
+            raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to build it anew.")
 
 
 def open_store(path: Path) -> Store:
@@ -68,13 +76,19 @@ def open_store(path: Path) -> Store:
         values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: the store has format {values['format_version']}, not {FORMAT_VERSION}.")
+        if values.pop("checksum") != _checksum(values):
+            raise UserError(f"{path}: the store's manifest.json is damaged; delete {path} to build it anew.")
         splits = {name: _split_manifest(split) for name, split in values.pop("splits").items()}
         for file in (file for split in splits.values() for file in split.files):
             if os.path.getsize(path / file.name) != file.size:
                 raise UserError(f"{path / file.name}: the file does not have the size that the manifest says.")
         return Store(path, Manifest(**values, splits=splits))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: this is not a token store ({error}).") from None
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _split_manifest(values: dict[str, Any]) -> SplitManifest:
@@ -115,8 +129,9 @@ def build_store(
     """The store of a corpus under `root`: the one that is there already, or a new one.
 
     The documents are read twice, to name the store and to encode them, and never held all at once. `progress` is
-    called with the number of documents encoded so far and of all. Raises UserError when the corpus is empty, and
-    when a split that is to have a share of it gets no document.
+    called with the number of documents encoded so far and of all. What killed builds left under `root` is removed.
+    Raises UserError when the corpus is empty, when a split that is to have a share of it gets no document, and when
+    nothing can be written under `root`.
     """
     survey = _survey(documents(config))
     if not survey.n_documents:
@@ -126,14 +141,13 @@ def build_store(
     store = _existing(folder)
     if store is not None:
         return store
-    temporary = root / f".{folder.name}.{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
     try:
-        splits = _write_splits(config, tokenizer, survey, temporary, progress, shard_tokens)
-        _write_manifest(temporary, tokenizer, survey, splits)
-        return _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with temporary_folder(root, folder.name) as temporary:
+            splits = _write_splits(config, tokenizer, survey, temporary, progress, shard_tokens)
+            _write_manifest(temporary, tokenizer, survey, splits)
+            return _publish(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{root}: the token store cannot be written ({error.strerror}).") from error
 
 
 def _survey(source: Iterable[Document]) -> _Survey:
@@ -179,7 +193,8 @@ def _publish(temporary: Path, folder: Path) -> Store:
         damaged = temporary.with_name(f"{temporary.name}.damaged")
         os.rename(folder, damaged)
         os.rename(temporary, folder)
-        shutil.rmtree(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
     return open_store(folder)
 
 
@@ -253,4 +268,6 @@ def _write_manifest(folder: Path, tokenizer: Codec, survey: _Survey, splits: dic
         n_dialogues=survey.n_dialogues,
         splits=splits,
     )
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+    values = dataclasses.asdict(manifest)
+    text = json.dumps(values | {"checksum": _checksum(values)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")

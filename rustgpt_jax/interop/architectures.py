@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.interop import correspondences as says
 from rustgpt_jax.interop.computation import dense_width, disagreements
 from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
@@ -19,6 +19,9 @@ from rustgpt_jax.resolve import checked
 
 # Keys that change what is computed or stored, and that no architecture here has.
 FOREIGN_KEYS = ("quantization_config", "adapter_config")
+# Keys that count what is gone through one by one, long before it is known whether the tensors are there.
+COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
+MOST_COUNTED = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Architecture:
         for key in FOREIGN_KEYS:
             if config.get(key):
                 raise UserError(f"{file}: {key} is not read here; only models stored as plain numbers are.")
+        for key in COUNTING_KEYS:
+            if isinstance(config.get(key), int | float) and config[key] > MOST_COUNTED:
+                raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MOST_COUNTED} are read.")
         knobs = FAMILIES[self.family] | joined_knobs(self.correspondences, settings)
         return {knob: checked(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 

@@ -5,7 +5,7 @@ An imported run keeps its parameters so, until training makes float32 checkpoint
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,23 +57,28 @@ def read_parameters(file: Path, shapes: Tree) -> Tree:
 
     Raises UserError naming a parameter that is missing, too much, or of another shape.
     """
-    stored = read_header(file)
-    wanted = by_path(shapes)
-    _check_names(file, stored, wanted)
-    for path, leaf in wanted.items():
-        if stored[path].shape != tuple(leaf.shape):
-            raise UserError(f"{file}: {path} has the shape {stored[path].shape}, and the model {tuple(leaf.shape)}.")
+    stored = matching_parameters(file, shapes)
     # The largest first: what is read and not yet given to JAX is then small when the memory is fullest.
     order = sorted(stored, key=lambda path: -np.prod(stored[path].shape))
     given = {path: jax.device_put(_float32(stored[path])) for path in order}
-    return nested({path: given[path] for path in wanted})
+    return nested({path: given[path] for path in stored})
 
 
-def _check_names(file: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Any]) -> None:
+def matching_parameters(file: Path, shapes: Tree) -> dict[str, StoredTensor]:
+    """The tensors of a file by path, one for each parameter of a model, in their order; `shapes` has the parameters'.
+
+    Raises UserError as `read_parameters` does.
+    """
+    stored, wanted = read_header(file), by_path(shapes)
     for path in sorted(wanted.keys() - stored.keys()):
         raise UserError(f"{file} has no {path}, which the model of this run has.")
     for path in sorted(stored.keys() - wanted.keys()):
         raise UserError(f"{file} has {path}, which the model of this run has not.")
+    for path, leaf in wanted.items():
+        if stored[path].shape != tuple(leaf.shape):
+            raise UserError(f"{file}: {path} has the shape {stored[path].shape}, and the model {tuple(leaf.shape)}.")
+        _ = stored[path].dtype
+    return {path: stored[path] for path in wanted}
 
 
 def _float32(stored: StoredTensor) -> np.ndarray:

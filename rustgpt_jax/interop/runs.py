@@ -11,7 +11,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.compare import compare_logits
 from rustgpt_jax.interop.exporting import appearing_folder, export_model
 from rustgpt_jax.interop.importing import read_model, write_parameters
-from rustgpt_jax.interop.parameters import open_parameters, read_parameters
+from rustgpt_jax.interop.parameters import matching_parameters, read_parameters
+from rustgpt_jax.interop.settings import read_json
+from rustgpt_jax.interop.tensors import nested
 from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
 from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
@@ -63,11 +65,11 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
     whole = with_vocabulary(load_config(path), codec)
     is_dialogue = False
     if run.is_untrained:
-        params: Any = open_parameters(run.parameters_file)
+        params: Any = nested(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
     else:
         trained = load(path, which)
         params, is_dialogue = trained.writer.params, trained.writer.is_dialogue
-    about = json.loads(run.import_file.read_bytes()) if run.import_file.exists() else {}
+    about = _import_record(run.import_file) if run.import_file.exists() else {}
 
     def finish(hidden: Path) -> None:
         write_codec(codec, hidden, whole.model.context_length, is_dialogue)
@@ -86,6 +88,13 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
         finish=finish,
     )
     says(f"{folder}: {architecture.name}")
+
+
+def _import_record(file: Path) -> dict[str, Any]:
+    about = read_json(file)
+    if not isinstance(about.get("architecture"), str) or not isinstance(about.get("special_tokens"), dict):
+        raise UserError(f"{file} is damaged: it does not say which architecture and special tokens were imported.")
+    return about
 
 
 def _compared(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:

@@ -104,7 +104,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(header)
         found = {name: _entry(file, name, entry, 8 + length) for name, entry in entries.items() if name[:2] != "__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its header is not one of a safetensors file.") from error
     end = 8 + length
     for stored in sorted(found.values(), key=lambda stored: stored.offset):

@@ -59,7 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not JSON.") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: it is not a JSON object.")

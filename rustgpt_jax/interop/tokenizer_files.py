@@ -29,9 +29,6 @@ def read_codec(source: Path) -> Codec:
     if not file.exists():
         raise UserError(f"{source} has no {TOKENIZER}; `transformers` writes one by AutoTokenizer...save_pretrained.")
     codec = load_tokenizer(file)
-    # A file may ask for these, which `transformers` does only when its caller does.
-    codec.tokenizer.no_truncation()
-    codec.tokenizer.no_padding()
     return Codec(codec.tokenizer, _read_dialect(source, codec))
 
 
@@ -45,7 +42,10 @@ def _read_dialect(source: Path, codec: Codec) -> Dialect:
     if not stops:
         raise UserError(f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token).")
     named["eos_token"] = stops[0]
-    return Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
+    try:
+        return Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
+    except ValueError as error:
+        raise UserError(f"{source}: a special token or the chat template is no text ({error}).") from None
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The picture of a run: loss over steps, drawn from metrics.jsonl alone."""
 
 import io
-import math
+import warnings
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import LARGEST_NUMBER
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
 from rustgpt_jax.runs.metrics import read_metrics
 
@@ -78,13 +79,16 @@ def draw_loss_curves(folder: Path) -> Path:
     figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.07, 0.115, 0.735, 0.745))
-    _style(axes, folder.resolve().name, train + valid)
+    _style(axes, _drawable(folder.resolve().name), train + valid)
     _draw_stages(axes, records)
     labels = _draw_train(axes, train) + _draw_valid(axes, valid)
     _write_labels(axes, labels)
     picture = io.BytesIO()
     # The same metrics give the same bytes, whatever the version of the library.
-    canvas.print_png(picture, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A letter that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        canvas.print_png(picture, metadata={"Software": None})
     target = RunFolder(folder).loss_png
     write_atomically(target, picture.getvalue())
     return target
@@ -94,7 +98,7 @@ def _curves(records: list[dict[str, Any]], name: str) -> list[Curve]:
     points = [
         (record.get("stage", ""), record["step"], record[name])
         for record in records
-        if name in record and math.isfinite(record[name])
+        if isinstance(record.get(name), (int, float)) and abs(record[name]) <= LARGEST_NUMBER
     ]
     curves = []
     for stage, group in groupby(points, key=lambda point: point[0]):
@@ -138,6 +142,11 @@ def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
     axes.annotate("loss, nats per token", (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
 
 
+def _drawable(name: Any) -> str:
+    """A name without halves of surrogate pairs, which stand for bytes of a file's name that are not UTF-8."""
+    return str(name).encode(errors="replace").decode()
+
+
 def _draw_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
     groups = [(stage, list(group)) for stage, group in groupby(records, key=lambda record: record.get("stage", ""))]
     if len(groups) < 2:
@@ -148,7 +157,7 @@ def _draw_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
             axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
         narrow = end - start < NARROW_STAGE * ends[-1]
         axes.annotate(
-            stage, ((start + end) / 2, 1), (0, -5), axes.get_xaxis_transform(), "offset points",
+            _drawable(stage), ((start + end) / 2, 1), (0, -5), axes.get_xaxis_transform(), "offset points",
             rotation=90 if narrow else 0, ha="center", va="top", color=SOFT_INK, fontsize=9.5, parse_math=False,
         )  # fmt: skip
 

@@ -174,7 +174,7 @@ def load_config(path: Path) -> Config:
         tree = json.loads(file.read_bytes())["config"]
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{file} is damaged: its config is not a JSON object.")
@@ -187,7 +187,11 @@ def load_config(path: Path) -> Config:
 def load_origins(path: Path) -> dict[str, str]:
     """Where each value of a run's config came from, as it was recorded. Raises UserError as `load_config` does."""
     load_config(path)
-    return dict(json.loads(RunFolder(path).config_file.read_bytes())["origins"])
+    file = RunFolder(path).config_file
+    origins = json.loads(file.read_bytes()).get("origins")
+    if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
+        raise UserError(f"{file} is damaged: it does not say where each value of its config came from.")
+    return origins
 
 
 @contextmanager

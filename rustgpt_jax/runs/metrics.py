@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import LARGEST_COUNT
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
 
 if TYPE_CHECKING:
@@ -79,10 +80,13 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     file = RunFolder(folder).metrics_file
     if not file.exists():
         return {}
-    with open(file, "rb") as lines:
-        lines.seek(0, os.SEEK_END)
-        lines.seek(max(0, lines.tell() - LAST_BYTES))
-        records = [_parse(line) for line in lines.read().split(b"\n")]
+    try:
+        with open(file, "rb") as lines:
+            lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, lines.tell() - LAST_BYTES))
+            records = [_parse(line) for line in lines.read().split(b"\n")]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     merged: dict[str, Any] = {}
     for record in filter(None, records):
         merged |= record
@@ -101,7 +105,10 @@ def keep_until(file: Path, last_step: int) -> None:
 def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
     if not file.exists():
         return []
-    *whole_lines, rest = file.read_bytes().split(b"\n")
+    try:
+        *whole_lines, rest = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     result = []
     for number, line in enumerate(whole_lines, start=1):
         record = _parse(line)
@@ -115,9 +122,9 @@ def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_COUNT:
         return None
     return {name: _from_json(value) for name, value in record.items()}
 

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 # Not a special token in the sense of the library: decoding shows it, where it skips the others.
 UNKNOWN = "<unk>"
+
+# Far more than any tokenizer has. The library takes time and memory for each id below the largest.
+MOST_TOKENS = 2**24
 
 SPECIAL_TOKENS = (END, SYSTEM, USER, ASSISTANT)
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
@@ -52,6 +56,12 @@ class Codec:
         reader.encode_special_tokens = False
         return reader
 
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens as they are written."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     @property
     def end_id(self) -> int:
         """The token that ends documents."""
@@ -69,7 +79,10 @@ class Codec:
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token, or None."""
-        return self.tokenizer.token_to_id(token)
+        try:
+            return self.tokenizer.token_to_id(token)
+        except UnicodeEncodeError:  # No token has half of a surrogate pair.
+            return None
 
     def id_to_token(self, index: int) -> str | None:
         """The token of an id, or None."""
@@ -86,12 +99,26 @@ def special_id(codec: Codec, token: str) -> int:
 
 def encode(codec: Codec, text: str) -> list[int]:
     """The token ids of a text, without END and never with a special token."""
-    return codec.tokenizer.encode(text, add_special_tokens=False).ids
+    with refusals():
+        return codec.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode(codec: Codec, ids: Iterable[int]) -> str:
     """The text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""
-    return codec.tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+    with refusals():
+        return codec.tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+
+@contextmanager
+def refusals(what: str = "The tokenizer does not take this text") -> Iterator[None]:
+    """Around calls of the library: what it cannot do becomes a UserError, `what` with the library's reason."""
+    try:
+        yield
+    except BaseException as error:
+        # The library raises nothing narrower than Exception, and where Rust panics not even that.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{what}: {error}.") from None
 
 
 # Files.
@@ -127,11 +154,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Codec:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror}).") from None
-    try:
+    with refusals(f"{path}: this is not a tokenizer.json"):
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # The library raises nothing narrower.
-        raise UserError(f"{path}: this is not a tokenizer.json ({error}).") from None
-    return Codec(tokenizer, _load_dialect(dialect_file(path)))
+    # A file may ask for these, which `transformers` does only when its caller does.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    codec = Codec(tokenizer, _load_dialect(dialect_file(path)))
+    if codec.get_vocab_size() > MOST_TOKENS:
+        raise UserError(f"{path}: a token has the id {codec.get_vocab_size() - 1}; ids below {MOST_TOKENS} are read.")
+    return codec
 
 
 def _load_dialect(path: Path) -> Dialect | None:
@@ -140,5 +171,5 @@ def _load_dialect(path: Path) -> Dialect | None:
     try:
         fields = json.loads(path.read_bytes())
         return Dialect(**{**fields, "stops": tuple(fields["stops"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: this is not the dialect of a tokenizer ({error}).") from None

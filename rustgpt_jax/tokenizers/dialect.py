@@ -15,7 +15,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,20 @@ class Dialect:
 
     end: the token that ends a text. stops: tokens that end a text or a reply, `end` among them. chat_template: how a
     dialogue is written, in Jinja, or None for a model that has learned none. named: special tokens by the names that
-    the template has for them, such as bos_token.
+    the template has for them, such as bos_token. Raises TypeError and ValueError for what is no text.
     """
 
     end: str
     stops: tuple[str, ...]
     chat_template: str | None
     named: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for text in (self.end, *self.stops, self.chat_template or "", *self.named, *self.named.values()):
+            if not isinstance(text, str):
+                raise TypeError(f"{shown(text)} is no text")
+            # Half of a surrogate pair, which JSON can say, is none either.
+            text.encode()
 
 
 def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:

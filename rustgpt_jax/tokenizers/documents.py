@@ -13,7 +13,7 @@ import numpy as np
 
 from rustgpt_jax.data.corpora import Document, Turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, special_id
+from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, refusals, special_id
 from rustgpt_jax.tokenizers.dialect import Dialect, rendered
 
 # For the tokenizers trained here a text is encoded in pieces of about this many characters, which threads share ...
@@ -72,10 +72,12 @@ def encode_documents(
 
 def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> list[int]:
     if all(turn.role == "text" for turn in turns):
-        prompt = codec.tokenizer.encode("".join(turn.text for turn in turns), add_special_tokens=True).ids
+        with refusals():
+            prompt = codec.tokenizer.encode("".join(turn.text for turn in turns), add_special_tokens=True).ids
         return prompt or [codec.end_id]
-    text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=_special_tokens(codec))
-    return codec.template_reader.encode(text, add_special_tokens=False).ids
+    text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=codec.special_tokens)
+    with refusals():
+        return codec.template_reader.encode(text, add_special_tokens=False).ids
 
 
 def _foreign_documents(
@@ -90,7 +92,8 @@ def _foreign_documents(
 
 
 def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    opening = codec.tokenizer.encode("", add_special_tokens=True).ids
+    with refusals():
+        opening = codec.tokenizer.encode("", add_special_tokens=True).ids
     if not opening:
         return np.concatenate([[codec.end_id], words]).astype(np.int32), np.ones(len(words) + 1, bool)
     # Nothing predicts the tokens with which every text begins.
@@ -101,8 +104,9 @@ def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _foreign_dialogue(
     codec: Codec, dialect: Dialect, turns: Sequence[Turn], loss_on: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    text = rendered(dialect, turns, is_asking=False, special_tokens=_special_tokens(codec))
-    encoding = codec.template_reader.encode(text, add_special_tokens=False)
+    text = rendered(dialect, turns, is_asking=False, special_tokens=codec.special_tokens)
+    with refusals():
+        encoding = codec.template_reader.encode(text, add_special_tokens=False)
     weights = np.full(len(encoding.ids), loss_on == "all")
     if loss_on == "assistant":
         ends = np.array([end for _, end in encoding.offsets])
@@ -113,11 +117,10 @@ def _foreign_dialogue(
 
 def _answers(codec: Codec, dialect: Dialect, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
     """Where in a rendered dialogue each of the assistant's turns begins and ends, its closing token included."""
-    specials = _special_tokens(codec)
     for place, turn in enumerate(turns):
         if turn.role == "assistant":
-            before = rendered(dialect, turns[:place], is_asking=True, special_tokens=specials)
-            after = rendered(dialect, turns[: place + 1], is_asking=False, special_tokens=specials)
+            before = rendered(dialect, turns[:place], is_asking=True, special_tokens=codec.special_tokens)
+            after = rendered(dialect, turns[: place + 1], is_asking=False, special_tokens=codec.special_tokens)
             if not (text.startswith(before) and text.startswith(after)):
                 raise UserError(
                     "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
@@ -126,17 +129,14 @@ def _answers(codec: Codec, dialect: Dialect, turns: Sequence[Turn], text: str) -
             yield len(before), len(after)
 
 
-def _special_tokens(codec: Codec) -> list[str]:
-    return [token.content for token in codec.tokenizer.get_added_tokens_decoder().values() if token.special]
-
-
 def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
     # Another model's tokenizer may do something at the beginning of a text that it must not do at that of a piece.
     cut = _pieces if codec.dialect is None else _whole
     pieces = [(index, piece) for index, text in enumerate(texts) for piece in cut(text)]
     parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
     for group in _groups(pieces):
-        encodings = codec.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+        with refusals():
+            encodings = codec.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
         for (index, _), encoding in zip(group, encodings, strict=True):
             parts[index].append(np.array(encoding.ids, np.int32))
     return [np.concatenate(part) for part in parts]

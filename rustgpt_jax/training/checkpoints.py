@@ -1,12 +1,14 @@
 """Checkpoints through Orbax: written in the background, whole or not at all; the last ones and the best are kept.
 
 Beside its state, a checkpoint has a record: the config, and the shape, type and fingerprint of each array; and the
-SHA-256 of each of its files. What is read back is held against them, so that nothing is ever left out, made up, cast, or
-taken from a damaged file.
+SHA-256 of each of its files. What is read back is held against them, so that nothing is ever left out, made up, cast,
+or taken from a damaged file.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from rustgpt_jax.config import Config, config_hash, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
+from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.step import State
 
@@ -85,7 +88,8 @@ class Checkpoints:
 
     def _candidates(self, which: str) -> list[int]:
         steps = self.steps()
-        return steps[::-1] if which == "last" else [step for step in self._named_best() if step in steps]
+        named = {"last": steps[::-1], "best": self._named_best()}.get(which, [int(which)] if which.isdigit() else [])
+        return [step for step in named if step in steps]
 
     # Writing.
 
@@ -96,6 +100,7 @@ class Checkpoints:
         """
         with _writing(self._folder):
             if step not in self._manager.all_steps():
+                _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
                 about = _about(state, self._config, is_regular)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
                 with _one_at_a_time:
@@ -117,9 +122,10 @@ class Checkpoints:
 
     def _named_best(self) -> list[int]:
         try:
-            return json.loads(self._best_file.read_bytes())
+            named = json.loads(self._best_file.read_bytes())
         except (FileNotFoundError, ValueError):
             return []
+        return named if isinstance(named, list) else []
 
     def _delete_old(self, saving: int) -> None:
         steps, best = self.steps(), self._named_best()
@@ -162,13 +168,15 @@ class Checkpoints:
     def restore(self, like: Any, which: str = "last", passed_over: Callable[[int, str], object] | None = None) -> State:
         """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes), on one device.
 
+        `which` is `last`, `best`, or a step, for which there is no other.
         `passed_over` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
         none is sound, and if one is of another config or has other arrays.
         """
         candidates = self._candidates(which)
-        what = "best checkpoint" if which == "best" else "checkpoint"
+        what = {"last": "checkpoint", "best": "best checkpoint"}.get(which, f"checkpoint of step {which}")
         if not candidates:
-            raise UserError(f"{self._folder} has no {what} yet.")
+            there = ", ".join(map(str, self.steps()))
+            raise UserError(f"{self._folder} has no {what} yet{f'; there are those of {there}' if there else ''}.")
         damage: dict[int, str] = {}
         for step in candidates:
             try:
@@ -226,6 +234,17 @@ def _writing(folder: Path) -> Iterator[None]:
     # Errors of the threads of Orbax and TensorStore are of many kinds.
     except Exception as error:
         raise Unwritable(f"{folder}: the checkpoint cannot be written: {_reason(error)}.") from error
+
+
+def _check_room(folder: Path, n_bytes: int) -> None:
+    """Raises an OSError if a checkpoint cannot be written now: once begun, Orbax's threads wait for one another."""
+    probe = folder / ".probe"
+    probe.mkdir()
+    probe.rmdir()
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        needs = f"it takes up to {byte_size(n_bytes)}, and {byte_size(free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Every name in a config held against the tables, before anything is made or compiled."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,14 +31,23 @@ def check_parts(config: Config) -> None:
     """Raises UserError, with the nearest valid name, for a part that no table has, or one that is of another kind."""
     model = config.model
     if config.tokenizer.name != IMPORTED:
-        choose(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name")
-    choose(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling")
+        _check_function(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name", "texts", "vocab_size")
+    _check_function(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling", "frequencies", "config")
     for knob, (table, kind) in MODEL_PARTS.items():
         named = getattr(model, knob)
         for name in (named,) if isinstance(named, str) else named:
             if kinds.kind_of(choose(table, name, f"config.model.{knob}")) != kind:
                 raise UserError(f"config.model.{knob}={name!r} is not {kind}: {kinds.LOOKS[kind]}.")
-    choose(OPTIMIZERS, config.optimizer.name, "config.optimizer.name")
+    _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
     for stage in stages(config):
-        choose(CORPORA, stage.config.data.corpus, "config.data.corpus")
-        choose(SCHEDULES, stage.config.schedule.name, "config.schedule.name")
+        _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
+        _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
+
+
+def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:
+    """Raises UserError for a name of nothing, or of what cannot be called with these arguments."""
+    part = choose(table, name, knob)
+    try:
+        inspect.signature(part).bind(*arguments)
+    except (TypeError, ValueError):  # What is no function, one of other arguments, or a built-in that hides its own.
+        raise UserError(f"{knob}={name!r} is not a function of ({', '.join(arguments)}).") from None

@@ -1,7 +1,6 @@
 """A trained model, read back from its run folder."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import jax
 
 from rustgpt_jax.config import Config, differences, split
-from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.data.prepare import read_record, with_vocabulary
 from rustgpt_jax.decoding.text import Writer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
@@ -83,5 +82,5 @@ def _is_dialogue(run: RunFolder, tokenizer: Codec) -> bool:
     """Whether the model has learned dialogues: elsewhere, to judge by its chat template, or here."""
     if tokenizer.dialect is not None and tokenizer.dialect.chat_template is not None:
         return True
-    recorded = json.loads(run.data_file.read_text(encoding="utf-8")) if run.data_file.exists() else []
+    recorded = read_record(run.data_file) if run.data_file.exists() else []
     return any(stage["n_dialogues"] for stage in recorded)

@@ -1,0 +1,231 @@
+"""Random edits of real inputs, and what is asked of whatever they are given to.
+
+Each test takes an input that works, edits it and calls what a verb would call. The call returns, or raises a UserError
+of one clear line; it ends within seconds, prints nothing, and leaves nothing outside the folder that it was given.
+
+The cases are the same in every session. $RUSTGPT_JAX_FUZZ, where it is set, multiplies their number and draws others:
+RUSTGPT_JAX_FUZZ=20 python -m pytest tests/fuzz
+"""
+
+import copy
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from rustgpt_jax.errors import UserError
+
+FACTOR = os.environ.get("RUSTGPT_JAX_FUZZ")
+# Of the processor, and of the clock: a machine may have much else to do.
+MOST_SECONDS, HANG_SECONDS = 6.0, 60.0
+MOST_CHARACTERS = 600
+
+Draw = Callable[[Any], Any]
+Result = TypeVar("Result")
+
+
+def cases(number: int) -> Any:
+    """A decorator: this many cases of a property."""
+    return hypothesis.settings(
+        max_examples=math.ceil(number * float(FACTOR or 1)),
+        derandomize=FACTOR is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+# Edits of values.
+
+ODD_NUMBERS = (
+    *(0, 1, -1, 2, 3, 7, 8, 100, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, -(10**30), 10**400),
+    *(0.0, -0.0, 0.5, 1.0, 1.5, 1e-320, 1e38, 1e39, 1e308, math.nan, math.inf, -math.inf),
+)
+ODD_TEXTS = (
+    *("", " ", "None", "nan", "1e3", "x" * 5000, "\0", "\ud800", "\u202e", "日本", "a\nb\r\n", "\x1b[2J", "%s{}{0}"),
+    *("../../etc/passwd", "/", ".", "..", "*", "**", "[", "~", "json:loads", ":", "a:b", "os:getcwd", "math:pi"),
+)
+
+
+def nested_lists(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Deeper than Python's reader of JSON goes, and than most code that calls itself.
+DEEP_JSON = "[" * 100_000 + "]" * 100_000
+
+odd_scalars = (
+    st.none() | st.booleans() | st.sampled_from(ODD_NUMBERS) | st.sampled_from(ODD_TEXTS) | st.integers() | st.floats()
+)
+odd_values = odd_scalars | st.text(max_size=12) | st.sampled_from(
+    ([], {}, [[]], {"": {}}, [None], ["a", 1], [["a", 1]], [0] * 3000, nested_lists(40), nested_lists(700))
+)  # fmt: skip
+
+
+@st.composite
+def edited(draw: Draw, value: Any) -> Any:
+    """A copy of a tree of dicts and lists with some of its values replaced, removed, doubled, renamed or nested."""
+    tree = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 4))):
+        tree = _edited(draw, tree)
+    return tree
+
+
+def _edited(draw: Draw, node: Any) -> Any:
+    keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, (list, tuple)) else []
+    how = draw(st.sampled_from(("below", "below", "below", "change") if keys else ("replace", "replace", "nest")))
+    if how == "replace":
+        return draw(odd_values)
+    if how == "nest":
+        return draw(st.sampled_from(([node], {"x": node}, [node, node], str(node))))
+    key = keys[draw(st.integers(0, len(keys) - 1))]
+    whole = dict(node) if isinstance(node, dict) else list(node)
+    if how == "below":
+        whole[key] = _edited(draw, whole[key])
+    elif draw(st.booleans()):
+        del whole[key]
+    elif isinstance(whole, dict):
+        renamed = draw(st.sampled_from((f"{key}s", str(key)[:-1], str(key).upper())) | st.sampled_from(ODD_TEXTS))
+        whole[renamed] = draw(st.sampled_from((whole[key], whole[keys[0]])))
+    else:
+        whole.insert(draw(st.integers(0, len(whole))), whole[key])
+    return tuple(whole) if isinstance(node, tuple) else whole
+
+
+# Edits of bytes.
+
+ODD_BYTES = (
+    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\r", b"\\ud800", b"\x1a", b"\x1b[2J"),
+    *(b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"9" * 5000, b"-1", b"null", b"true", b"0", b"1.5"),
+    *(b'"', b"'", b",", b"{", b"}", b"[", b"]", b":", b"/", b"\\", b" " * 300, "é".encode("latin-1"), "日本".encode()),
+)
+
+
+class Data(bytes):
+    """Bytes that do not fill the screen."""
+
+    def __repr__(self) -> str:
+        return repr(bytes(self)) if len(self) < 4000 else f"{bytes(self[:2000])!r} ... {bytes(self[-2000:])!r}"
+
+
+@st.composite
+def damaged(draw: Draw, data: bytes) -> bytes:
+    """Bytes with some of them changed, cut out, put in, doubled, or all after some place gone."""
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(data)))
+        stop = min(len(data), place + draw(st.sampled_from((1, 1, 2, 5, 40, 1000))))
+        part = data[place:stop]
+        how = draw(st.sampled_from(("flip", "cut", "insert", "insert", "replace", "double", "truncate", "ends", "all")))
+        if how == "flip":
+            part = bytes(byte ^ draw(st.sampled_from((1, 32, 128, 255))) for byte in part[:1]) + part[1:]
+        elif how == "cut":
+            part = b""
+        elif how == "insert":
+            part = draw(st.sampled_from(ODD_BYTES)) + part
+        elif how == "replace":
+            part = draw(st.sampled_from(ODD_BYTES))
+        elif how == "double":
+            part = part * 2
+        elif how == "truncate":
+            part, stop = b"", len(data)
+        elif how == "ends":
+            place, stop, part = 0, len(data), data.replace(b"\n", b"\r\n")
+        else:
+            utf_16 = data.decode("latin-1").encode("utf-16")
+            whole = (b"", b"\xef\xbb\xbf" + data, DEEP_JSON.encode(), data + data, utf_16)
+            place, stop, part = 0, len(data), draw(st.sampled_from(whole))
+        data = data[:place] + part + data[stop:]
+    return Data(data)
+
+
+def write(file: Path, data: bytes | None) -> None:
+    """Put a file where it is to be found: its bytes, or, for None, a folder in its place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        file.mkdir()
+    else:
+        file.write_bytes(data)
+
+
+# What is asked.
+
+
+class Hangs(Exception):
+    """A case does not come to an end."""
+
+
+def answer(call: Callable[[], Result]) -> Result | None:
+    """What a call gives, or None where it raises a UserError of one clear line. It must end within seconds."""
+
+    def stop(*_: object) -> None:
+        raise Hangs
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    start = time.process_time()
+    try:
+        result = call()
+    except UserError as error:
+        require_sentence(str(error))
+        result = None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.process_time() - start < MOST_SECONDS
+    return result
+
+
+def require_sentence(text: str) -> None:
+    """One line, neither empty nor long, that ends as sentences do."""
+    assert text.isprintable() and text.strip(), repr(text)
+    assert text.endswith((".", "?", ")")), text
+    assert len(text) < MOST_CHARACTERS and "Traceback" not in text, text
+
+
+class Place:
+    """A folder for one case at a time; the current folder, the user's and the temporary one lie beside it."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.root, self.inside = root, root / "inside"
+        for name in ("current", "home", "temporary"):
+            (root / name).mkdir()
+        patch.chdir(root / "current")
+        patch.setenv("HOME", str(root / "home"))
+        patch.setenv("RUSTGPT_JAX_CACHE", str(self.inside / "cache"))
+        patch.setattr(tempfile, "tempdir", str(root / "temporary"))
+
+    @contextmanager
+    def case(self) -> Iterator[Path]:
+        """An empty folder. In the end nothing may have changed around it."""
+        self.inside.mkdir()
+        before = self._around()
+        try:
+            yield self.inside
+            assert self._around() == before
+        finally:
+            shutil.rmtree(self.inside)
+
+    def _around(self) -> dict[str, tuple[int, int]]:
+        beside = (path for path in self.root.rglob("*") if not path.is_relative_to(self.inside))
+        return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in beside}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Place]:
+    """Where the cases of a test work. Nothing may be printed."""
+    yield Place(tmp_path, monkeypatch)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,146 @@
+"""Configs with random edits: resolved, named, divided and given shapes, or refused in a sentence."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzzing import ODD_TEXTS, Place, answer, cases, damaged, edited, write
+from fuzzing import place as place
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from rustgpt_jax.config import FIELDS, Config, config_hash, merge, split, stages, to_dict, with_values
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.resolve import TREES, override, parse, resolve
+from rustgpt_jax.runs.folder import check, load_config, load_origins
+from rustgpt_jax.training.optimizers import check_decay_groups
+from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.step import as_arguments
+
+ROOT = Path(__file__).parent.parent.parent
+# Shapes of more than this take more time than a case has.
+MOST_LAYERS = 30
+
+
+def recipes() -> dict[str, Any]:
+    """The config of each file that gives one."""
+    files = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")])
+    modules = (importlib.import_module(f"{file.parent.name}.{file.stem}") for file in files)
+    return {module.__name__: plain(module.get_config()) for module in modules if hasattr(module, "get_config")}
+
+
+def plain(node: Any) -> Any:
+    """A ConfigDict as dicts; tuples stay."""
+    if isinstance(node, TREES):
+        return {key: plain(value) for key, value in node.items()}
+    return tuple(plain(item) for item in node) if isinstance(node, (tuple, list)) else node
+
+
+RECIPES = recipes()
+
+
+def use(config: Config) -> Config | None:
+    """What a verb does with a config before it compiles anything; the config as it is written and read again."""
+    check_parts(config)
+    for stage in stages(config):
+        Placement((None,) * 2).check_batch(stage.config.training)
+        structure, numbers = split(stage.config)
+        as_arguments(numbers)
+        whole = merge(structure, numbers)
+        assert all(getattr(whole, name) == getattr(stage.config, name) for name in ("model", "optimizer", "training"))
+    model = config.model
+    if model.n_layers < MOST_LAYERS or model.period < MOST_LAYERS:
+        sized = with_values(config, {"model.vocab_size": model.vocab_size or 300})
+        check_decay_groups(parameter_shapes(sized.model), config.optimizer)
+    return resolve(json.loads(json.dumps(to_dict(config))))
+
+
+def require_same(config: Config, again: Config | None) -> None:
+    """A config comes back as it was."""
+    assert again is None or (again == config and config_hash(again) == config_hash(config))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_works(name: str, place: Place) -> None:
+    assert use(resolve(RECIPES[name])) == resolve(RECIPES[name])
+
+
+@cases(1000)
+@given(st.sampled_from(sorted(RECIPES)).flatmap(lambda name: edited(RECIPES[name])))
+def test_a_config_with_edits(place: Place, tree: Any) -> None:
+    config = answer(lambda: resolve(tree)) if isinstance(tree, TREES) else None
+    if config is not None:
+        require_same(config, answer(lambda: use(config)))
+
+
+paths = st.sampled_from([*FIELDS, "stages.instruct.training.steps", "stages.pretrain.data.corpus"]).flatmap(
+    lambda path: st.sampled_from((path, path, path, path[:-1], path.upper(), path.split(".")[0], f"{path}.x"))
+)
+texts = st.text(max_size=20) | st.sampled_from(
+    (*ODD_TEXTS, "[" * 3000, "-" * 3000 + "1", "1+1j", "9" * 5000, "(1,", "{}", "b''", "1_0", "0x10", "a,,b", "['a',]")
+)
+
+
+@cases(500)
+@given(st.lists(st.tuples(paths | texts, texts | st.sampled_from(("0", "1", "2", "64", "True", "0.5"))), max_size=3))
+def test_knobs_on_a_command_line(place: Place, given: list[tuple[str, str]]) -> None:
+    def resolved() -> Config:
+        tree = ConfigDict(RECIPES["configs.rustgpt"])
+        for path, text in given:
+            override(tree, path, parse(path, text))
+        return resolve(tree)
+
+    config = answer(resolved)
+    if config is not None:
+        require_same(config, answer(lambda: use(config)))
+
+
+def record(name: str) -> dict[str, Any]:
+    """What config.json holds for a recipe."""
+    config = resolve(RECIPES[name])
+    return {"config": to_dict(config), "origins": dict.fromkeys(FIELDS, "base"), "hash": config_hash(config)}
+
+
+RECORD = record("configs.rustgpt")
+WRITTEN = json.dumps(RECORD, indent=2).encode()
+records = damaged(WRITTEN) | edited(RECORD).map(lambda tree: json.dumps(tree).encode()) | st.none()
+
+
+@cases(300)
+@given(records)
+def test_the_config_of_a_run(place: Place, data: bytes | None) -> None:
+    with place.case() as folder:
+        write(folder / "config.json", data)
+        config = answer(lambda: load_config(folder))
+        origins = answer(lambda: load_origins(folder))
+        assert (config is None) <= (origins is None)
+        answer(lambda: check(folder, resolve(RECIPES["configs.rustgpt"])))
+        if config is not None:
+            require_same(config, answer(lambda: use(config)))
+
+
+@pytest.mark.parametrize(
+    ("knob", "name", "arguments"),
+    [
+        ("tokenizer.name", "json:loads", "texts, vocab_size"),
+        ("model.rope_scaling", "math:pi", "frequencies, config"),
+        ("optimizer.name", "json:loads", "config, rate"),
+        ("schedule.name", "json:loads", "step, steps, schedule"),
+        ("data.corpus", "os:getcwd", "config"),
+        ("data.corpus", "json:decoder", "config"),
+    ],
+)
+def test_what_is_no_such_function_is_refused_before_it_is_called(knob: str, name: str, arguments: str) -> None:
+    config = with_values(resolve(RECIPES["configs.tiny"]), {knob: name})
+    with pytest.raises(UserError, match=rf"config\.{knob}='{name}' is not a function of \({arguments}\)\."):
+        check_parts(config)
+
+
+def test_a_sentence_is_one_line_of_moderate_length() -> None:
+    text = str(UserError("first\nsecond\x1b[2J " + "word " * 300 + "Did you mean this?"))
+    assert text.startswith("first\\nsecond\\x1b[2J") and text.endswith("Did you mean this?") and len(text) < 600

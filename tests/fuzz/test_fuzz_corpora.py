@@ -1,0 +1,188 @@
+"""Corpora, token stores and what a run keeps of them, with random edits: read to the last batch, or refused."""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_config
+from fuzzing import ODD_TEXTS, Place, answer, cases, damaged, edited, write
+from fuzzing import place as place
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustgpt_jax.config import DataConfig, TokenizerConfig, stages
+from rustgpt_jax.data.corpora import documents, training_documents
+from rustgpt_jax.data.pipeline import batches, evaluation_batches
+from rustgpt_jax.data.prepare import StageData, changed_data, record_data
+from rustgpt_jax.data.store import SPLITS, Store, build_store, open_store, require_batch
+from rustgpt_jax.tokenizers import TOKENIZERS, Codec, train_tokenizer
+
+LINES = [f"The rain fell on day {index},\nbut it didn't stop: “naïve” 日本." for index in range(9)]
+MESSAGES = [
+    {"messages": [{"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", line))]}
+    for line in LINES
+]
+
+
+def table(rows: list[Any]) -> bytes:
+    """Rows as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([row if isinstance(row, list) else [row] for row in rows])
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def lines_of_json(items: list[Any]) -> bytes:
+    """Items as JSONL."""
+    return "\n".join(map(json.dumps, items)).encode()
+
+
+# Each kind of file: as its writer writes it, and with edits before or after it is written.
+TEXT = "\n\n".join(LINES).encode()
+ROWS = [["name", "text"], *([str(place), line] for place, line in enumerate(LINES))]
+ITEMS = [*MESSAGES, *({"text": line} for line in LINES)]
+FILES: dict[str, tuple[bytes, Any]] = {
+    "a.txt": (TEXT, damaged(TEXT)),
+    "a.json": (json.dumps(LINES).encode(), edited(LINES).map(lambda items: json.dumps(items).encode())),
+    "a.jsonl": (lines_of_json(ITEMS), edited(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
+    "a.csv": (table(ROWS), edited(ROWS).map(lambda rows: table(list(rows or ())))),
+}
+CODECS = {name: Codec(make(LINES, 400)) for name, make in TOKENIZERS.items()}
+
+
+def data_config(folder: Path, name: str, **changes: Any) -> DataConfig:
+    """The corpus of one file."""
+    whole = DataConfig("files", (str(folder / name),), None, "document", 0.2, "all", None)
+    return dataclasses.replace(whole, **changes)
+
+
+def use(config: DataConfig, codec: Codec, stores: Path) -> Store:
+    """The whole way from files to batches."""
+    store = build_store(config, codec, stores)
+    store.verify()
+    for split in SPLITS:
+        stream = store.split(split)
+        require_batch(stream, 4, 1)
+        tokens = batches(stream, 4, 1, seed=0).batch(0).tokens_BT
+        list(evaluation_batches(stream, 4, 2, limit=2))
+        assert tokens.max() < codec.get_vocab_size()
+    return store
+
+
+files = st.sampled_from(sorted(FILES)).flatmap(
+    lambda name: st.tuples(st.just(name), damaged(FILES[name][0]) | FILES[name][1] | st.none())
+)
+choices = st.fixed_dictionaries(
+    {
+        "split": st.sampled_from(("document", "tail")),
+        "valid_fraction": st.sampled_from((0.0, 0.2, 0.9)),
+        "max_documents": st.sampled_from((None, 1, 5)),
+        "loss_on": st.sampled_from(("all", "assistant")),
+    }
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_works(name: str, place: Place) -> None:
+    with place.case() as folder:
+        write(folder / name, FILES[name][0])
+        use(data_config(folder, name, split="tail"), CODECS["bpe"], folder / "stores")
+
+
+@cases(450)
+@given(files, choices, st.sampled_from(sorted(CODECS)))
+def test_files_with_edits(place: Place, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
+    name, data = file
+    with place.case() as folder:
+        write(folder / name, data)
+        config = data_config(folder, name, **changes)
+        read = answer(lambda: list(documents(config)))
+        store = answer(lambda: use(config, CODECS[kind], folder / "stores"))
+        assert read is not None or store is None
+        assert list((folder / "stores").glob(".*")) == []
+
+
+@cases(120)
+@given(files, st.sampled_from(sorted(TOKENIZERS)), st.sampled_from((None, 1, 261, 300)))
+def test_tokenizers_of_files_with_edits(
+    place: Place, file: tuple[str, bytes | None], kind: str, vocab_size: int | None
+) -> None:
+    name, data = file
+    with place.case() as folder:
+        write(folder / name, data)
+        config = data_config(folder, name)
+
+        def train() -> Codec:
+            texts = (turn.text for document in training_documents(config) for turn in document.turns)
+            return train_tokenizer(TokenizerConfig(kind, vocab_size), texts)
+
+        answer(train)
+
+
+patterns = st.lists(st.sampled_from([text for text in ODD_TEXTS if text != "/"]) | st.text(max_size=8), max_size=3)
+
+
+@cases(120)
+@given(patterns)
+def test_odd_paths(place: Place, names: list[str]) -> None:
+    # A path from the root may be all there is.
+    paths = tuple(name.lstrip("/") for name in names)
+    with place.case() as folder:
+        answer(lambda: use(data_config(folder, "", paths=paths), CODECS["byte"], folder / "stores"))
+
+
+# What was written before.
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store to be damaged."""
+    folder = tmp_path_factory.mktemp("built")
+    write(folder / "a.jsonl", FILES["a.jsonl"][0])
+    return build_store(data_config(folder, "a.jsonl", loss_on="assistant"), CODECS["byte"], folder / "stores")
+
+
+def sums(store: Store) -> list[int]:
+    """Something of every array."""
+    streams = [store.split(split) for split in SPLITS]
+    return [int(np.sum(read(0, stream.n_tokens))) for stream in streams for read in (stream.tokens, stream.weights)]
+
+
+@cases(250)
+@given(st.data())
+def test_a_damaged_store(place: Place, built: Store, data: st.DataObject) -> None:
+    with place.case() as folder:
+        root = folder / built.path.name
+        shutil.copytree(built.path, root)
+        file = data.draw(st.sampled_from(sorted(root.iterdir())))
+        old = file.read_bytes()
+        new = data.draw(
+            damaged(old) | edited(json.loads(old)).map(json_bytes) if file.suffix == ".json" else damaged(old)
+        )
+        file.unlink()
+        write(file, data.draw(st.sampled_from((new, new, new, None))))
+        answer(lambda: sums(open_store(root)))
+        answer(lambda: open_store(root).verify())
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON."""
+    return json.dumps(value).encode()
+
+
+@cases(150)
+@given(st.data())
+def test_the_data_of_a_run(place: Place, built: Store, data: st.DataObject) -> None:
+    material = [StageData(stages(small_config())[0], built)]
+    written = record_data(material)
+    new = data.draw(damaged(written.encode()) | edited(json.loads(written)).map(json_bytes) | st.none())
+    with place.case() as folder:
+        write(folder / "data.json", new)
+        changed = answer(lambda: changed_data(folder / "data.json", material))
+        assert changed in (None, [], ["train"])
+        assert changed != [] or new in (None, written.encode()) or json.loads(new)

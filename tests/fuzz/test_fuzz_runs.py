@@ -1,0 +1,97 @@
+"""Records of a run with random edits: read, cut short, drawn, or refused in a sentence."""
+
+import json
+import math
+from typing import Any
+
+# Its list of fonts is made in the user's own folder when it is first imported, which is not to be in a case.
+import matplotlib.font_manager as _fonts
+import pytest
+import tensorboardX.proto.summary_pb2 as _summary
+from fuzzing import ODD_NUMBERS, Data, Place, answer, cases, damaged, edited, write
+from fuzzing import place as place
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustgpt_jax.runs.curves import draw_loss_curves
+from rustgpt_jax.runs.metrics import MetricsWriter, keep_until, last_metrics, read_metrics
+
+assert _fonts.fontManager and _summary
+ROWS: list[dict[str, Any]] = [
+    {"step": step, "stage": "pretrain" if step < 5 else "instruct", "train/loss": 3 / (step + 1), "tokens/s": 9.5}
+    | ({"valid/loss": 3.5 / (step + 1)} if step % 3 == 0 else {})
+    for step in range(9)
+]
+NOT_FINITE = [{"step": 9, "train/loss": "NaN"}, {"step": 10, "train/loss": "Infinity", "valid/loss": "-Infinity"}]
+
+
+def lines(rows: Any) -> bytes:
+    """Rows as the lines of metrics.jsonl."""
+    return Data("".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode())
+
+
+WRITTEN = lines(ROWS + NOT_FINITE)
+# Names that a reader looks at, with a value that it does not expect.
+odd_rows = st.lists(
+    st.fixed_dictionaries(
+        {"step": st.sampled_from((1, 2, 3, *ODD_NUMBERS)) | st.integers(0, 9)},
+        optional={
+            "train/loss": st.floats() | st.sampled_from(("NaN", "x", None, [], 1e308, 0)),
+            "valid/loss": st.floats() | st.integers(),
+            "stage": st.sampled_from(("a", "b", "$x$", "", 1, None, [], {}, "x" * 300, "\ud800", "日本\n")),
+        },
+    ),
+    max_size=5,
+)
+metrics = damaged(WRITTEN) | edited(ROWS + NOT_FINITE).map(lines) | odd_rows.map(lines) | st.none()
+
+
+def test_a_record_works(place: Place) -> None:
+    with place.case() as folder:
+        write(folder / "metrics.jsonl", WRITTEN)
+        assert len(read_metrics(folder)) == 11 and math.isnan(read_metrics(folder)[9]["train/loss"])
+        assert last_metrics(folder)["step"] == 10
+        assert draw_loss_curves(folder).exists()
+
+
+@cases(400)
+@given(metrics, st.sampled_from((0, 1, 4, 9, 10**30)))
+def test_metrics_with_edits(place: Place, data: bytes | None, last_step: int) -> None:
+    with place.case() as folder:
+        write(folder / "metrics.jsonl", data)
+        rows = answer(lambda: read_metrics(folder))
+        last = answer(lambda: last_metrics(folder))
+        assert rows is None or data is None or last is not None
+        answer(lambda: keep_until(folder / "metrics.jsonl", last_step))
+        if rows is not None:
+            kept = [row for row in rows if last_step and row["step"] <= last_step]
+            # NaN is not equal to itself.
+            assert repr(read_metrics(folder)) == repr(kept)
+
+
+@cases(25)
+@given(metrics, st.sampled_from((0, 3)))
+def test_metrics_with_edits_that_a_run_goes_on_from(place: Place, data: bytes | None, last_step: int) -> None:
+    with place.case() as folder:
+        write(folder / "metrics.jsonl", data)
+
+        def go_on() -> None:
+            with MetricsWriter(folder, last_step) as writer:
+                writer.write(last_step + 1, {"train/loss": math.nan})
+
+        answer(go_on)
+
+
+@cases(25)
+@given(metrics)
+def test_curves_of_metrics_with_edits(place: Place, data: bytes | None) -> None:
+    with place.case() as folder:
+        write(folder / "metrics.jsonl", data)
+        answer(lambda: draw_loss_curves(folder))
+
+
+@pytest.mark.parametrize("name", ["日本", "\udcff", "$x$"])
+def test_names_that_are_hard_to_draw(place: Place, name: str) -> None:
+    with place.case() as folder:
+        write(folder / name / "metrics.jsonl", lines([*ROWS, {"step": 20, "stage": name, "train/loss": 1.0}]))
+        draw_loss_curves(folder / name)

@@ -1,0 +1,199 @@
+"""Tokenizers with random edits: texts to tokens and back, documents and prompts, or a sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_config
+from fuzzing import Place, answer, cases, damaged, edited, write
+from fuzzing import place as place
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from rustgpt_jax.data.corpora import Document, Turn, plain
+from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
+from rustgpt_jax.tokenizers import (
+    TOKENIZERS,
+    Codec,
+    decode,
+    encode,
+    encode_document,
+    encode_prompt,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+TEXTS = ("The rain fell, “naïve”\n\n日本 \x00 <|endoftext|> </s>", "", " a  b\r\n", "👩‍👩‍👧 e\u0301")
+LINES = [f"The rain fell on day {index}." for index in range(9)]
+DIALOGUE = Document("chat", (Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "Oh?")))
+SPECIAL = ("<unk>", "<s>", "</s>", "[CLS]", "[SEP]")
+TEMPLATE = "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] }}{% endfor %}"
+
+
+def bytes_with_template() -> Tokenizer:
+    """As GPT-2 and Llama 3 have them: bytes, a token that opens every text."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *characters, "Th", "The"]
+    merges = [("T", "h"), ("Th", "e")]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(6, stride=2)
+    tokenizer.enable_padding(pad_id=1, pad_token="<s>", pad_to_multiple_of=8)
+    return tokenizer
+
+
+def llama_2() -> Tokenizer:
+    """As Llama 2 has it: ▁ for blanks, unknown characters as bytes."""
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As Gemma and T5 have them: pieces with scores."""
+    scores = dict.fromkeys(SPECIAL, 0.0) | {"▁": -2.0, "he": -1.0} | dict.fromkeys("Therainfo.", -3.0)
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def bert() -> Tokenizer:
+    """As BERT has it: pieces of words."""
+    tokens = [*SPECIAL, "[UNK]", "the", "rain", "##y", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
+    tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with its special tokens marked as such."""
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+OWN = {name: make(LINES, 300).to_str() for name, make in TOKENIZERS.items()}
+FOREIGN = {
+    make.__name__: with_special_tokens(make()).to_str() for make in (bytes_with_template, llama_2, unigram, bert)
+}
+# What stands beside the tokenizer.json of another model.
+BESIDE: dict[str, Any] = {
+    "tokenizer_config.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE},
+    "special_tokens_map.json": {"eos_token": "</s>", "additional_special_tokens": ["<s>"]},
+    "generation_config.json": {"eos_token_id": [2, 1]},
+    "config.json": {"eos_token_id": 2},
+}
+
+
+def use(codec: Codec, folder: Path) -> None:
+    """All that a run does with a tokenizer."""
+    with_vocabulary(small_config(**{"model.vocab_size": None}), codec)
+    for text in TEXTS:
+        ids = encode(codec, text)
+        assert all(0 <= index < codec.get_vocab_size() for index in ids)
+        assert isinstance(decode(codec, ids), str)
+    decode(codec, [0, codec.get_vocab_size() - 1, codec.get_vocab_size() + 7])
+    assert all(isinstance(index, int) for index in (codec.end_id, *codec.stop_ids))
+    for document in (plain("text", TEXTS[0]), DIALOGUE):
+        for loss_on in ("all", "assistant"):
+            ids, weights = encode_document(codec, document, loss_on)
+            assert len(ids) == len(weights)
+    for turns in ([Turn("text", "The")], DIALOGUE.turns):
+        encode_prompt(codec, turns)
+    save_tokenizer(codec, folder / "again" / "tokenizer.json")
+    load_tokenizer(folder / "again" / "tokenizer.json")
+
+
+def edits(written: str) -> Any:
+    """A tokenizer.json with edits of its values or of its bytes."""
+    tree = json.loads(written)
+    return edited(tree).map(lambda value: json.dumps(value).encode()) | damaged(written.encode())
+
+
+@pytest.mark.parametrize("name", [*OWN, *FOREIGN])
+def test_a_tokenizer_works(name: str, place: Place) -> None:
+    with place.case() as folder:
+        write(folder / "tokenizer.json", (OWN | FOREIGN)[name].encode())
+        for file, values in BESIDE.items():
+            write(folder / file, json.dumps(values).encode())
+        if name in OWN:
+            use(load_tokenizer(folder / "tokenizer.json"), folder)
+        else:
+            use(read_codec(folder), folder)
+
+
+@cases(300)
+@given(st.sampled_from(sorted(OWN)).flatmap(lambda name: edits(OWN[name])) | st.none())
+def test_a_tokenizer_of_a_run_with_edits(place: Place, data: bytes | None) -> None:
+    with place.case() as folder:
+        write(folder / "tokenizer.json", data)
+        answer(lambda: use(load_tokenizer(folder / "tokenizer.json"), folder))
+
+
+@cases(300)
+@given(st.sampled_from(sorted(FOREIGN)).flatmap(lambda name: edits(FOREIGN[name])))
+def test_a_tokenizer_of_another_model_with_edits(place: Place, data: bytes) -> None:
+    with place.case() as folder:
+        write(folder / "tokenizer.json", data)
+        for file, values in BESIDE.items():
+            write(folder / file, json.dumps(values).encode())
+        answer(lambda: use(read_codec(folder), folder))
+
+
+templates = st.sampled_from(
+    (
+        *("{% for", "{{", "{{ 1/0 }}", "{{ messages[9].x.y }}", "{% for i in range(9**9) %}{% endfor %}", "\ud800"),
+        *("{{ ''.__class__.__mro__ }}", "{{ raise_exception('no\nno') }}", "{{ dict(a=dict) }}", "{% generation %}"),
+        *("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ strftime_now(1) }}", "{{ messages.append(1) }}", "\0"),
+    )
+)
+settings_with = st.sampled_from(("chat_template", "eos_token", "bos_token"))
+beside = (
+    edited(BESIDE).filter(lambda tree: isinstance(tree, dict))
+    | st.builds(lambda text: BESIDE | {"chat_template.jinja": text}, templates)
+    | st.builds(lambda text: BESIDE | {"chat_template.jinja": text}, damaged(TEMPLATE.encode()))
+    | st.builds(
+        lambda key, text: BESIDE | {"tokenizer_config.json": {"eos_token": "</s>", key: text}}, settings_with, templates
+    )
+    | st.builds(lambda name, data: BESIDE | {name: data}, st.sampled_from(sorted(BESIDE)), st.none())
+    | st.builds(
+        lambda name, data: BESIDE | {name: data}, st.sampled_from(sorted(BESIDE)), damaged(json.dumps(BESIDE).encode())
+    )
+)
+
+
+def as_bytes(value: Any) -> bytes | None:
+    """A file beside a tokenizer: a template is a text, all else JSON; None for a folder."""
+    if isinstance(value, bytes | None):
+        return value
+    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else json.dumps(value).encode()
+
+
+@cases(300)
+@given(beside)
+def test_what_stands_beside_a_tokenizer_with_edits(place: Place, files: dict[str, Any]) -> None:
+    with place.case() as folder:
+        write(folder / "tokenizer.json", FOREIGN["llama_2"].encode())
+        for name, value in files.items():
+            if name in (*BESIDE, "chat_template.jinja"):
+                write(folder / name, as_bytes(value))
+
+        def read_and_write() -> None:
+            codec = read_codec(folder)
+            use(codec, folder)
+            special_ids(codec)
+            (folder / "export").mkdir()
+            write_codec(codec, folder / "export", 64, is_dialogue=True)
+
+        answer(read_and_write)

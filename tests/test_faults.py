@@ -1,0 +1,381 @@
+"""Faults, caused for real: kills, signals, full disks, folders that may not be written to, damaged files, long runs.
+
+`pytest` makes them in a small form, `pytest -m faults` in full.
+"""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_loop import Interruption, assert_same_bits, metrics, stored_state, tiny, train
+
+from rustgpt_jax.config import split
+from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.tokenizers import load_tokenizer
+from rustgpt_jax.training import recorder
+from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.step import State, as_arguments, compiled_start
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = str(ROOT / "launch.py")
+TINY = f"--config={ROOT}/configs/tiny.py"
+# Saves without end.
+LONG = (
+    TINY,
+    "--config.training.steps=100000",
+    "--config.record.checkpoint_every=20",
+    "--config.training.steps_per_call=5",
+)
+IN_FULL = (pytest.mark.slow, pytest.mark.faults)
+PATIENCE = 240.0
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def start(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Begin to train, in a process of its own."""
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [*prefix, sys.executable, LAUNCH, "train", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until something is so, or the process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not is_so() and process.poll() is None:
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.002)
+
+
+def steps_saved(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in RunFolder(run).checkpoints.glob("*") if path.name.isdigit())
+
+
+def is_saving(run: Path) -> bool:
+    return any(".orbax-checkpoint-tmp" in path.name for path in RunFolder(run).checkpoints.glob("*"))
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for the end of a process: its exit status, and what it said and complained of."""
+    try:
+        stdout, stderr = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    return process.returncode, stdout, stderr
+
+
+def saved_state(run: Path, which: str = "last") -> State:
+    """The state in a checkpoint of a run of configs/tiny.py."""
+    config, tokenizer = load_config(run), load_tokenizer(RunFolder(run).tokenizer_file)
+    structure, numbers = split(with_vocabulary(config, tokenizer))
+    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    with Checkpoints(RunFolder(run).checkpoints, config) as checkpoints:
+        return checkpoints.restore(like, which)
+
+
+def assert_is_sound(run: Path) -> None:
+    """The last checkpoint can be read, and is what was saved."""
+    state = saved_state(run)
+    assert int(state.step) == steps_saved(run)[-1]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+# Kills.
+
+
+@pytest.mark.parametrize("n_kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(100, marks=IN_FULL)])
+def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: Path, n_kills: int) -> None:
+    often = {"training.steps": 240, "record.checkpoint_every": 4, "record.evaluate_every": 40, "record.log_every": 1}
+    arguments = (TINY, *(f"--config.{knob}={value}" for knob, value in often.items()))
+    moments = random.Random(0)
+    straight = tmp_path / "straight"
+    began = time.monotonic()
+    assert end(start(*arguments, f"--run={straight}"))[0] == 0
+    seconds = time.monotonic() - began
+    expected, n_saving, kills = saved_state(straight), 0, 0
+    for number in itertools.count():
+        run = tmp_path / f"killed{number}"
+        while kills < n_kills:
+            process = start(*arguments, f"--run={run}")
+            if kills % 2:
+                # In the middle of a save, where most could go wrong.
+                patience = time.monotonic() + moments.uniform(0.0, seconds)
+                wait_until(lambda run=run, patience=patience: time.monotonic() > patience and is_saving(run), process)
+                time.sleep(moments.uniform(0.0, 0.02))
+            else:
+                moment = time.monotonic() + moments.uniform(0.2, 0.8) * seconds
+                wait_until(lambda moment=moment: time.monotonic() > moment, process)
+            n_saving += is_saving(run)
+            process.kill()
+            is_complete = end(process)[0] == 0
+            kills += not is_complete
+            if is_complete:
+                break
+        assert end(start(*arguments, f"--run={run}"))[0] == 0
+        assert_same_bits(saved_state(run), expected)
+        assert_same_bits(saved_state(run, "best"), saved_state(straight, "best"))
+        assert metrics(run) == metrics(straight)
+        if kills >= n_kills:
+            break
+    assert n_saving >= n_kills // 4
+
+
+# Signals.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
+def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = start(*LONG, f"--run={run}")
+    wait_until(lambda: bool(steps_saved(run)), process)
+    process.send_signal(number)
+    began = time.monotonic()
+    status, stdout, stderr = end(process)
+    assert (status, stderr) == (os.EX_TEMPFAIL, "")
+    assert f"Stopped by {number.name} at step {steps_saved(run)[-1]}, saved." in stdout
+    assert time.monotonic() - began < 20
+    assert_is_sound(run)
+
+
+def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
+    counts: list[int] = []
+    trained = recorder.Recorder.trained
+
+    def noted(self: Any, pending: Any) -> None:
+        counts.append(pending.n_steps)
+        trained(self, pending)
+        self.seconds_per_step = 2.0
+
+    config = tiny(**{"record.evaluate_every": 10, "record.checkpoint_every": 10})
+    assert train(config, tmp_path / "quick")[0]
+    monkeypatch.setattr(recorder.Recorder, "trained", noted)
+    assert train(config, tmp_path / "slow")[0]
+    assert counts == [3, 2, 2, 2, 1]
+    assert_same_bits(stored_state(config, tmp_path / "slow"), stored_state(config, tmp_path / "quick"))
+
+
+# Two trainers.
+
+
+@pytest.mark.slow
+def test_the_second_trainer_in_a_folder_refuses_and_the_first_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = start(*LONG, f"--run={run}")
+    wait_until(lambda: bool(steps_saved(run)), first)
+    status, _, stderr = end(start(*LONG, f"--run={run}"))
+    assert status == 2
+    assert stderr == (
+        f"error: {run} is in use: process {first.pid} on {os.uname().nodename} is training in it. "
+        "Choose another --run folder or wait.\n"
+    )
+    before = steps_saved(run)[-1]
+    wait_until(lambda: steps_saved(run)[-1] > before, first)
+    first.send_signal(signal.SIGTERM)
+    assert end(first)[0] == os.EX_TEMPFAIL
+
+
+# Disks.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB. Only who may mount one can have it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True)
+    if done.returncode:
+        pytest.skip("no disk may be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    try:
+        with open(disk / "ballast", "ab", buffering=0) as ballast:
+            while True:
+                ballast.write(b"\0" * 4096)
+    except OSError:
+        pass
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_training_and_spares_the_checkpoint(small_disk: Path) -> None:
+    run = small_disk / "run"
+    process = start(*LONG, f"--run={run}")
+    wait_until(lambda: len(steps_saved(run)) >= 2, process)
+    fill(small_disk)
+    status, _, stderr = end(process)
+    assert status == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert "No space left on device" in stderr and "Training stopped at step" in stderr
+    assert f"its checkpoint of step {steps_saved(run)[-1]} is whole" in stderr
+    (small_disk / "ballast").unlink()
+    assert_is_sound(run)
+    # What is left goes on.
+    before = steps_saved(run)[-1]
+    process = start(*LONG, f"--run={run}")
+    wait_until(lambda: steps_saved(run)[-1] > before, process)
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == os.EX_TEMPFAIL
+
+
+@pytest.mark.slow
+def test_a_read_only_disk_is_a_sentence(small_disk: Path) -> None:
+    run = small_disk / "run"
+    assert end(start(TINY, "--config.training.steps=20", f"--run={run}"))[0] == 0
+    shutil.rmtree(RunFolder(run).checkpoints)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for folder in (run, small_disk / "new"):
+        status, _, stderr = end(start(TINY, "--config.training.steps=20", f"--run={folder}"))
+        assert (status, stderr.count("\n")) == (2, 1) and "Read-only file system" in stderr, stderr
+
+
+@pytest.mark.slow
+def test_permission_lost_midway_ends_training_and_spares_the_checkpoint(tmp_path: Path) -> None:
+    prefix: tuple[str, ...] = ()
+    if os.getuid() == 0:
+        # Else permissions mean nothing.
+        if shutil.which("setpriv") is None:
+            pytest.skip("no setpriv here")
+        without = "-dac_override,-dac_read_search"
+        prefix = ("setpriv", f"--bounding-set={without}", f"--inh-caps={without}")
+    run = tmp_path / "run"
+    process = start(*LONG, f"--run={run}", prefix=prefix)
+    wait_until(lambda: len(steps_saved(run)) >= 2, process)
+    RunFolder(run).checkpoints.chmod(0o500)
+    status, _, stderr = end(process)
+    RunFolder(run).checkpoints.chmod(0o700)
+    assert status == 2 and "Permission denied" in stderr and stderr.count("\n") == 1, stderr
+    assert f"its checkpoint of step {steps_saved(run)[-1]} is whole" in stderr
+    assert_is_sound(run)
+
+
+@pytest.mark.slow
+def test_a_folder_that_may_not_be_written_to_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "file").write_text("")
+    status, _, stderr = end(start(TINY, f"--run={tmp_path}/file/run"))
+    assert (status, stderr.count("\n")) == (2, 1) and "there is a file in its place" in stderr
+
+
+# Damage.
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {"truncated": cut, "a byte flipped": flip, "a file missing": Path.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
+    config = tiny()
+    assert train(config, tmp_path / "straight")[0]
+    run = tmp_path / "run"
+    train(config, run, Interruption(7, is_kill=False))
+    last, before = steps_saved(run)[::-1][:2]
+    files = (file for file in (RunFolder(run).checkpoints / str(last) / "state").rglob("*") if file.is_file())
+    DAMAGE[damage](max(files, key=lambda file: file.stat().st_size))
+    is_complete, printed = train(config, run)
+    assert is_complete
+    assert f"The checkpoint of step {last} is damaged" in printed and f"from step {before}" in printed
+    assert (RunFolder(run).checkpoints / f"{last}.damaged").is_dir()
+    assert_same_bits(stored_state(config, run), stored_state(config, tmp_path / "straight"))
+    assert metrics(run) == metrics(tmp_path / "straight")
+
+
+def test_half_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    config, run = tiny(), tmp_path / "run"
+    train(config, run, Interruption(7, is_kill=False))
+    last, before = steps_saved(run)[::-1][:2]
+    shutil.rmtree(RunFolder(run).checkpoints / str(last) / "state" / "d")
+    is_complete, printed = train(config, run)
+    assert is_complete and f"from step {before}" in printed
+
+
+def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
+    config, run = tiny(), tmp_path / "run"
+    train(config, run, Interruption(7, is_kill=False))
+    for step in steps_saved(run):
+        (RunFolder(run).checkpoints / str(step) / "sha256.json").unlink()
+    before, saved = metrics(run), steps_saved(run)
+    with pytest.raises(UserError, match=r"no checkpoint that is sound \(.*sha256.json cannot be read.*begin from the"):
+        train(config, run)
+    assert (metrics(run), steps_saved(run)) == (before, saved)
+
+
+# Memory.
+
+GROWTH = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax
+from rich.console import Console
+from test_loop import tiny
+from rustgpt_jax.decoding.text import write
+from rustgpt_jax.training import loop, trained
+steps, texts, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+class Noting:
+    seen = {{}}
+    def __init__(self, *_): ...
+    def __enter__(self): return self
+    def __exit__(self, *_): ...
+    def message(self, text): ...
+    def update(self, step, values, stage): self.seen[step] = resident()
+
+loop.Progress = Noting
+loop.draw_loss_curves = lambda path: path
+every = {{"record.log_every": 10, "record.evaluate_every": 250, "record.checkpoint_every": 250}}
+loop.train(tiny(**{{"training.steps": steps, "training.steps_per_call": 10, **every}}), path, {{}}, Console(quiet=True))
+settled = min(step for step in Noting.seen if step >= steps // 4)
+print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
+model = trained.load(path)
+for text in range(texts):
+    write(model.writer, [model.writer.prompt(f"{{text}}")], model.config.sampling)
+    if text == texts // 4:
+        before = resident()
+print((resident() - before) / 2**20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "texts"), [pytest.param(1000, 80, marks=pytest.mark.slow), pytest.param(5000, 500, marks=IN_FULL)]
+)
+def test_long_runs_and_many_texts_do_not_grow(tmp_path: Path, steps: int, texts: int) -> None:
+    tests = Path(__file__).parent
+    code = GROWTH.format(root=str(ROOT), tests=str(tests))
+    command = [sys.executable, "-c", code, str(steps), str(texts), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    training, writing = map(float, done.stdout.split())
+    # In MiB. A leak of one state a step, or of one cache a text, would be tens of them.
+    assert training < 24 and writing < 8, (training, writing)
