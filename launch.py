@@ -4,21 +4,33 @@ A verb and flags in, one function called. JAX is imported by the verbs that need
 """
 
 import difflib
-import runpy
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
 from rustgpt_jax.errors import UserError, suggestion
 
+BASE = Path(__file__).parent / "configs" / "base.py"
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A Python file with get_config(); any knob is set by --config.x.y=VALUE.")
 flags.DEFINE_string("run", None, "The folder of the run. For train: runs/NAME of the config file, unless given.")
-flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Which checkpoint evaluate, generate and chat read.")
+flags.DEFINE_string("checkpoint", "last", "Which checkpoint is read: last, best, or that of a step.")
+flags.register_validator(
+    "checkpoint", lambda which: which in ("last", "best") or which.isdigit(), "It is last, best, or a step."
+)
+flags.DEFINE_string(
+    "init_from", None, "For train: a run, as RUN, RUN@STEP or RUN@best, whose parameters a new run takes."
+)
+flags.DEFINE_integer(
+    "step", None, "For replay: the step. For doctor: the step that went wrong, unless it is to look.", 1
+)
+flags.DEFINE_bool("taps", False, "For replay: measure the activations and gradients of every layer.")
 flags.DEFINE_string("sweep", "sweep", "Which sweep of the config file: `NAME` stands for its function sweep_NAME().")
 flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm.")
 flags.DEFINE_string("mode", "auto", "How trials of one shape run: fused, exact, solo, or auto to have it chosen.")
@@ -29,7 +41,7 @@ flags.DEFINE_integer(
 flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
-flags.DEFINE_string("to", None, "For export: the folder to write, which transformers loads.")
+flags.DEFINE_string("to", None, "For export: the folder to write, which transformers loads. For rerun: the new run.")
 flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "For export: another type than the parameters have."
 )
@@ -43,18 +55,24 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
 
     train     --config=FILE [--run=DIR]      train, or go on from the run's last checkpoint
     sweep     --config=FILE [--run=DIR]      run the trials of the file's sweep(), or those that are missing, and report
-    report    --run=DIR                      what a sweep found: a table, results.csv and report.html
-    explain   --config=FILE | --run=DIR      each knob with its value and origin, shapes, FLOPs and memory
-    evaluate  --run=DIR                      loss, perplexity, bits per byte; answers right, for dialogues
-    generate  --run=DIR --prompt=TEXT ...    continue texts, or answer questions
-    chat      --run=DIR                      talk to the model
+    report    RUN                            what a sweep found: a table, results.csv and report.html
+    explain   --config=FILE | RUN            each knob with its value and origin, shapes, FLOPs and memory
+    evaluate  RUN                            loss, perplexity, bits per byte; answers right, for dialogues
+    generate  RUN --prompt=TEXT ...          continue texts, or answer questions
+    chat      RUN                            talk to the model
+    replay    RUN --step=K [--taps]          one step again, bit for bit; with taps, what every layer did in it
+    rerun     RUN [--to=DIR]                 the whole run again, from its folder alone, and whether it is the same
+    diff      RUN RUN                        where two runs differ, and the first tensor that does
+    doctor    RUN [--step=K]                 why a step went wrong, and what would have saved it
     check     [PART ...]                     check a layer: mixers/attention, my_lab.mixers:Retention, or all there are
     import    --from=DIR --run=DIR           make a run of a Hugging Face model (with --config: its training knobs)
-    export    --run=DIR --to=DIR             write a run as a Hugging Face model
+    export    RUN --to=DIR                   write a run as a Hugging Face model
 
+    RUN is the folder of a run, such as runs/rustgpt
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
+    train takes --init_from=RUN@STEP, to begin with parameters of another run
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
-    --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last
+    --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
 
 Begin with:  python launch.py train --config=configs/rustgpt.py
 """
@@ -67,11 +85,18 @@ def train() -> int:
     tree, origins = _config()
     config = _resolved(tree)
     from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.runs.folder import RunFolder
+    from rustgpt_jax.runs.programs import keep_autotuning
     from rustgpt_jax.training.loop import train
 
-    keep_compiled_programs()
     folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
+    keep_compiled_programs()
+    keep_autotuning(RunFolder(folder))
     console = Console()
+    if FLAGS.init_from is not None:
+        from rustgpt_jax.interop.taking import begin_from
+
+        begin_from(FLAGS.init_from, folder, config, origins, console.print)
     status = train(config, folder, origins, console)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat --run={folder}", highlight=False)
@@ -82,6 +107,7 @@ def sweep() -> int:
     """Run a sweep, or go on with it, and report."""
     from rich.console import Console
 
+    from rustgpt_jax.runs.recipes import sweep_function
     from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
     from rustgpt_jax.sweeps.trials import expand
 
@@ -90,7 +116,7 @@ def sweep() -> int:
             "Which sweep? Give --config=FILE, a config with a sweep(), such as experiments/learning_rate.py."
         )
     tree, origins = _config()
-    says = _sweep_function(FLAGS.config)
+    says = sweep_function(FLAGS.config, FLAGS.sweep)
     spec, fixed = _called(FLAGS.config, says), [path for path, _ in _overrides]
     if isinstance(spec, TreeParzen):
         trials = expand(tree, [spec.middle], fixed)
@@ -104,19 +130,6 @@ def sweep() -> int:
     command = Command(About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run)
     name = "_".join([Path(FLAGS.config).stem, *says.__name__.split("_", 1)[1:]])
     return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, Console())
-
-
-def _sweep_function(file: str) -> Callable[[], Any]:
-    """The function of a config file that --sweep names: sweep, or sweep_NAME."""
-    functions = {name: value for name, value in _namespace(file).items() if name.split("_")[0] == "sweep"}
-    names = [name.removeprefix("sweep_") for name, value in functions.items() if callable(value)]
-    if not names:
-        raise UserError(
-            f"{file} has no sweep(): a function that yields overrides, as experiments/learning_rate.py has."
-        )
-    if FLAGS.sweep not in names:
-        raise UserError(f"--sweep: {file} has no sweep {FLAGS.sweep!r}.{suggestion(FLAGS.sweep, names)}")
-    return functions["sweep" if FLAGS.sweep == "sweep" else f"sweep_{FLAGS.sweep}"]
 
 
 def _called(file: str, says: Callable[[], Any]) -> Any:
@@ -200,6 +213,52 @@ def chat() -> int:
     return 0
 
 
+def replay() -> int:
+    """Make one step of a run again."""
+    from rich.console import Console
+
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.reproduce.replay import replay
+
+    if FLAGS.step is None:
+        raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
+    keep_compiled_programs()
+    replay(_run_folder(), FLAGS.step, FLAGS.taps, Console())
+    return 0
+
+
+def rerun() -> int:
+    """Make a whole run again, and compare. The exit status is 1 if they differ."""
+    from rich.console import Console
+
+    from rustgpt_jax.reproduce.rerun import rerun
+
+    return 0 if rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console()) else 1
+
+
+def diff() -> int:
+    """Tell two runs apart. The exit status is 1 if they differ."""
+    from rich.console import Console
+
+    from rustgpt_jax.reproduce.diff import diff
+
+    if len(_arguments) != 2:
+        raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
+    return 0 if diff(*map(Path, _arguments), Console()) else 1
+
+
+def doctor() -> int:
+    """Look for what made a step of a run go wrong."""
+    from rich.console import Console
+
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.reproduce.doctor import doctor
+
+    keep_compiled_programs()
+    doctor(_run_folder(), FLAGS.step, Console())
+    return 0
+
+
 def check() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
     from rich.console import Console
@@ -214,7 +273,7 @@ def import_model() -> int:
     """Make a run of a Hugging Face model."""
     if FLAGS["from"].value is None or FLAGS.run is None:
         raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
-    FLAGS.config = FLAGS.config or str(Path(__file__).parent / "configs" / "base.py")
+    FLAGS.config = FLAGS.config or str(BASE)
     tree, origins = _config()
     from rustgpt_jax.interop.runs import import_run
 
@@ -232,20 +291,34 @@ def export() -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[], int]] = {
-    "train": train,
-    "sweep": sweep,
-    "report": report,
-    "explain": explain,
-    "evaluate": evaluate,
-    "generate": generate,
-    "chat": chat,
-    "check": check,
-    "import": import_model,
-    "export": export,
-}
+class Verb(NamedTuple):
+    """What a verb does, the flags that it reads, and how many arguments may follow it; one alone is the run."""
 
-# What follows the verb. Only check takes something.
+    function: Callable[[], int]
+    flags: tuple[str, ...]
+    most_arguments: int = 1
+
+
+VERBS = {
+    "train": Verb(train, ("config", "run", "init_from"), 0),
+    "sweep": Verb(sweep, ("config", "run", "sweep", "launcher", "mode", "width", "workers", "slurm", "dry_run"), 0),
+    "report": Verb(report, ("run",)),
+    "explain": Verb(explain, ("config", "run")),
+    "evaluate": Verb(evaluate, ("run", "checkpoint")),
+    "generate": Verb(generate, ("run", "checkpoint", "prompt")),
+    "chat": Verb(chat, ("run", "checkpoint")),
+    "replay": Verb(replay, ("run", "step", "taps")),
+    "rerun": Verb(rerun, ("run", "to")),
+    "diff": Verb(diff, (), 2),
+    "doctor": Verb(doctor, ("run", "step")),
+    "check": Verb(check, ("only",), sys.maxsize),
+    "import": Verb(import_model, ("from", "run", "config"), 0),
+    "export": Verb(export, ("run", "to", "checkpoint", "dtype")),
+}
+# Verbs that read no knobs.
+WITHOUT_KNOBS = ("report", "replay", "rerun", "diff", "doctor", "export")
+
+# What follows the verb.
 _arguments: list[str] = []
 
 # `--config.x.y=VALUE` in the order given; filled while flags are parsed.
@@ -275,36 +348,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _config() -> tuple[Any, dict[str, str]]:
     """The config file or the run's config with the command line's overrides, and where each value came from."""
-    from rustgpt_jax.config import FIELDS
-    from rustgpt_jax.resolve import leaves, override, parse
+    from rustgpt_jax.runs.recipes import read_recipe, recipe_of_run
 
-    if FLAGS.config is None and FLAGS.run is None:
+    if FLAGS.config is not None:
+        return read_recipe(FLAGS.config, BASE, _overrides)
+    run = FLAGS.run if FLAGS.init_from is None else FLAGS.init_from.partition("@")[0]
+    if run is None:
         raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
-    if FLAGS.config is None:
-        return _config_of_run()
-    tree = _load(FLAGS.config)
-    base = dict(leaves(_load(str(Path(__file__).parent / "configs" / "base.py"))))
-    given = dict(leaves(tree))
-    origins = {path: "base" if given.get(path) == base.get(path) else FLAGS.config for path in FIELDS}
-    for path, text in _overrides:
-        override(tree, path, parse(path, text))
-        origins[path] = "command line"
-    return tree, origins
-
-
-def _config_of_run() -> tuple[Any, dict[str, str]]:
-    from ml_collections import ConfigDict
-
-    from rustgpt_jax.config import to_dict
-    from rustgpt_jax.resolve import override, parse
-    from rustgpt_jax.runs.folder import load_config, load_origins
-
-    path = Path(FLAGS.run)
-    tree, origins = ConfigDict(to_dict(load_config(path))), load_origins(path)
-    for knob, text in _overrides:
-        override(tree, knob, parse(knob, text))
-        origins[knob] = "command line"
-    return tree, origins
+    return recipe_of_run(Path(run), _overrides)
 
 
 def _resolved(tree: Any) -> Any:
@@ -313,52 +364,51 @@ def _resolved(tree: Any) -> Any:
     return resolve(tree)
 
 
-@cache
-def _namespace(file: str) -> dict[str, Any]:
-    """What a config file defines."""
-    path = Path(file)
-    if not path.is_file():
-        beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
-        raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
-    try:
-        return runpy.run_path(file)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
-
-
-def _load(file: str) -> Any:
-    """Run a config file's get_config()."""
-    names = _namespace(file)
-    try:
-        tree = names["get_config"]()
-    except UserError:
-        raise
-    except Exception as error:
-        what = "it has no get_config()" if "get_config" not in names else f"{type(error).__name__}: {error}"
-        raise UserError(f"{file} cannot be read as a config: {what}.") from error
-    if not hasattr(tree, "items"):
-        raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
-    return tree
-
-
 def _trained() -> Any:
     """The trained model of --run, with the sampling knobs of the command line."""
-    if FLAGS.run is None:
-        raise UserError("Which run? Give --run=DIR, the folder that `train` wrote, such as --run=runs/rustgpt.")
-    tree, _ = _config_of_run()
+    folder = _run_folder()
+    tree, _ = _config()
     config = _resolved(tree)
     from rustgpt_jax.parallel.devices import keep_compiled_programs
     from rustgpt_jax.training.trained import load
 
     keep_compiled_programs()
-    return load(Path(FLAGS.run), FLAGS.checkpoint).with_config(config)
+    return load(folder, FLAGS.checkpoint).with_config(config)
+
+
+def _run_folder() -> Path:
+    """The run that is named on the command line."""
+    if FLAGS.run is None:
+        raise UserError("Which run? Give its folder, which `train` wrote, such as runs/rustgpt.")
+    return Path(FLAGS.run)
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # A write that failed may have left threads of a library that wait for it, and Python would wait for them.
+        os._exit(2)
     sys.exit(2)
+
+
+def _check_usage(verb: str) -> None:
+    """End with a sentence if a verb is given what it does not read; one argument that is a run stands for --run."""
+    _, own, most = VERBS[verb]
+    if len(_arguments) > most:
+        takes = f"no more than {most} argument{'s' * (most > 1)}" if most else "no argument"
+        _fail(f"{verb} takes {takes}, and {_arguments[most]!r} is one; flags begin with --.")
+    ours = [flag.name for flag in FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("config"))]
+    for name in ours:
+        if FLAGS[name].present and name not in own:
+            readers = ", ".join(each for each, (_, names, _) in VERBS.items() if name in names)
+            _fail(f"{verb} does not read --{name}; what reads it: {readers}.")
+    if _overrides and verb in WITHOUT_KNOBS:
+        _fail(f"{verb} does not read --config.{_overrides[0][0]}: the config is that of the run.")
+    if most == 1 and _arguments:
+        if FLAGS.run is not None:
+            _fail(f"Which run: {_arguments[0]} or --run={FLAGS.run}? Give one of them.")
+        FLAGS.run = _arguments[0]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -366,17 +416,14 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) == 1:
         print(OVERVIEW, end="")
         return 0
-    verb, *rest = argv[1:]
+    verb, *_arguments[:] = argv[1:]
     if verb not in VERBS:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
-    if verb == "check":
-        _arguments.extend(rest)
-    elif rest:
-        _fail(f"{verb} takes no argument {rest[0]!r}; flags begin with --.")
+    _check_usage(verb)
     # Libraries report their progress to absl at this level; ours goes to the console.
     logging.set_verbosity(logging.WARNING)
     try:
-        return VERBS[verb]()
+        return VERBS[verb].function()
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:

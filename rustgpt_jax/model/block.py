@@ -11,6 +11,7 @@ from rustgpt_jax.model.context import Context, Signals, dropout
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.taps import Tap
 from rustgpt_jax.tables import choose
 
 # Where norms stand around a sublayer f, by config.norm_placement.
@@ -44,7 +45,7 @@ class Block(nn.Module):
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: Context, site: int) -> jax.Array:
         """The residual stream with the output of a sublayer in it."""
         y_BTD = self._norm(f"{name}_output_norm", y_BTD, ON_OUTPUT)
-        x_BTD = x_BTD + dropout(y_BTD, self.config.dropout, context, site)
+        x_BTD = Tap(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, context, site))
         return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
 
     def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:

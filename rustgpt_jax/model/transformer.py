@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.model import taps
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals, dropout
 from rustgpt_jax.model.linear import scaled_normal
@@ -111,17 +112,49 @@ def hidden_states(
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
     context = Context(positions_BT, segments_BT, dropout_key)
+    hidden_BTD, cache, signals, _ = _hidden_states(params, tokens_BT, model, cache, context, None)
+    return hidden_BTD, cache, signals
+
+
+def tapped(
+    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: Context, slots: taps.Slots
+) -> tuple[jax.Array, Signals, taps.Measurements]:
+    """logits_BTV, the blocks' signals, and a measurement of the tensor at each site, in the places of the slots.
+
+    `slots` are those of `sites.slots`. The gradient with respect to them is the measurement of the tensors' gradients.
+    """
+    hidden_BTD, _, signals, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
+    logits_BTV, measured["logits"] = taps.watch(logits(params, hidden_BTD, model), slots["logits"])
+    return logits_BTV, signals, measured
+
+
+def _hidden_states(
+    params: Params,
+    tokens_BT: jax.Array,
+    model: ModelConfig,
+    cache: Cache | None,
+    context: Context,
+    slots: taps.Slots | None,
+) -> tuple[jax.Array, Cache | None, Signals, taps.Measurements]:
+    measured: taps.Measurements = {}
+
+    def tapped(x_BTD: jax.Array, site: str) -> jax.Array:
+        if slots is not None:
+            x_BTD, measured[site] = taps.watch(x_BTD, slots[site])
+        return x_BTD
 
     x_BTD = params["embedding"]["table"][tokens_BT]
     if model.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
-        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, positions_BT)
+        x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD, cache, signals = _run_blocks(params["blocks"], x_BTD, model, context, cache)
+    x_BTD = tapped(x_BTD, "embeddings")
+    of_blocks = None if slots is None else slots["blocks"]
+    x_BTD, cache, signals, measured["blocks"] = _run_blocks(params["blocks"], x_BTD, model, context, cache, of_blocks)
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return x_BTD, cache, signals
+    return tapped(x_BTD, "hidden"), cache, signals, measured
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
@@ -136,29 +169,46 @@ def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Arr
 
 
 def _run_blocks(
-    blocks: Params, x_BTD: jax.Array, model: ModelConfig, context: Context, cache: Cache | None
-) -> tuple[jax.Array, Cache | None, Signals]:
-    """One scan over the repeats of the pattern, then the layers that are left. With no cache, None rides along."""
+    blocks: Params,
+    x_BTD: jax.Array,
+    model: ModelConfig,
+    context: Context,
+    cache: Cache | None,
+    slots: taps.Slots | None,
+) -> tuple[jax.Array, Cache | None, Signals, taps.Measurements]:
+    """One scan over the repeats of the pattern, then the layers that are left.
+
+    With no cache, and with no slots for taps, None rides along.
+    """
     every = {str(index): stack for index, stack in enumerate(stacks(model))}
     repeats = model.n_layers // model.period
     pattern_keys = list(every)[: model.period] if repeats else []
     left_keys = list(every)[len(pattern_keys) :]
 
-    def run(x_BTD: jax.Array, keys: list[str], repeat: jax.Array | int, params: Params, cache: Cache | None) -> Any:
+    def run(
+        x_BTD: jax.Array,
+        keys: list[str],
+        repeat: jax.Array | int,
+        params: Params,
+        cache: Cache | None,
+        slots: taps.Slots | None,
+    ) -> Any:
         written: Cache = {}
         signals: dict[str, Signals] = {}
+        measured: taps.Measurements = {}
         for key in keys:
             layer = context.fold_in(repeat * model.period + every[key].layers.start)
-            kept = None if cache is None else cache[key]
-            after: Any = Block(every[key].block).apply({"params": params[key]}, x_BTD, layer, kept)
+            kept, of_block = (None if tree is None else tree[key] for tree in (cache, slots))
+            block = Block(every[key].block)
+            after, measured[key] = taps.apply(block, params[key], of_block, x_BTD, layer, kept)
             x_BTD, written[key], signals[key] = after
-        return x_BTD, (None if cache is None else written, signals)
+        return x_BTD, (None if cache is None else written, signals, measured)
 
-    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, jax.Array]) -> Any:
-        params, cache, repeat = slices
-        return run(x_BTD, pattern_keys, repeat, params, cache)
+    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None, jax.Array]) -> Any:
+        params, cache, slots, repeat = slices
+        return run(x_BTD, pattern_keys, repeat, params, cache, slots)
 
-    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None]) -> Any:
+    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None]) -> Any:
         return run(x_BTD, left_keys, 0, *jax.tree.map(lambda leaf: leaf[0], slices))
 
     if model.remat != "none":
@@ -169,18 +219,23 @@ def _run_blocks(
     def of(tree: Any, keys: list[str]) -> Any:
         return None if tree is None else {key: tree[key] for key in keys}
 
+    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, taps.Slots | None]:
+        return of(blocks, keys), of(cache, keys), of(slots, keys)
+
     signals: dict[str, Signals] = {}
+    measured: taps.Measurements = {}
     written: Cache = {}
     if repeats:
-        slices = (of(blocks, pattern_keys), of(cache, pattern_keys), jnp.arange(repeats))
+        slices = (*slices_of(pattern_keys), jnp.arange(repeats))
         unroll = repeats if model.layers == "unrolled" else 1
-        x_BTD, (scanned, signals) = jax.lax.scan(pattern, x_BTD, slices, unroll=unroll)
+        x_BTD, (scanned, signals, measured) = jax.lax.scan(pattern, x_BTD, slices, unroll=unroll)
         written |= scanned or {}
     if left_keys:
-        x_BTD, (single, left_signals) = left(x_BTD, (of(blocks, left_keys), of(cache, left_keys)))
+        x_BTD, (single, left_signals, left_measured) = left(x_BTD, slices_of(left_keys))
         written |= jax.tree.map(lambda leaf: leaf[None], single or {})
+        measured |= jax.tree.map(lambda leaf: leaf[None], left_measured)
         signals |= left_signals
-    return x_BTD, None if cache is None else written, _over_blocks(signals)
+    return x_BTD, None if cache is None else written, _over_blocks(signals), measured
 
 
 def _over_blocks(signals: dict[str, Signals]) -> Signals:

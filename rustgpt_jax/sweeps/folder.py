@@ -1,19 +1,15 @@
 """A sweep on disk: what lies where in its folder."""
 
-import hashlib
 import json
 import shutil
-import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rustgpt_jax
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
-
-CODE = ("rustgpt_jax", "configs", "experiments", "launch.py")
+from rustgpt_jax.runs.snapshot import code_files, code_hash, code_sources
 
 
 @dataclass(frozen=True)
@@ -109,22 +105,13 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def keep_code(folder: SweepFolder) -> Path:
-    """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy.
-
-    With it go the modules of the current folder that parts were taken from.
-    """
-    root = Path(rustgpt_jax.__file__).parent.parent
-    sources = [root / name for name in CODE] + own_modules(Path.cwd())
-    names = {file: file.relative_to(source.parent) for source in sources for file in _source_files(source)}
-    files = sorted(names, key=names.__getitem__)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(names[file]).encode() + b"\0" + file.read_bytes() + b"\0")
-    copy = folder.code / digest.hexdigest()[:12]
+    """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy."""
+    files = code_files(code_sources())
+    copy = folder.code / code_hash(files)
     if not copy.exists():
         partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}")
-        for file in files:
-            target = partial / names[file]
+        for name, file in files.items():
+            target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target)
         try:
@@ -132,22 +119,3 @@ def keep_code(folder: SweepFolder) -> Path:
         except OSError:  # Another launcher was first.
             shutil.rmtree(partial)
     return copy
-
-
-def own_modules(folder: Path) -> list[Path]:
-    """The modules and packages in a folder that this process has imported, such as one's own parts, but for ours."""
-    found = []
-    for name, module in list(sys.modules.items()):
-        # A package without an __init__.py has no file, only a path.
-        files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
-        source = Path(next(filter(None, files), ""))
-        source = source.parent if source.name == "__init__.py" else source
-        if "." not in name and source.parent == folder and source.name not in CODE:
-            found.append(source)
-    return sorted(found)
-
-
-def _source_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]

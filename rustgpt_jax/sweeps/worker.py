@@ -99,7 +99,7 @@ class Worker:
 
     def _begin(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
         for run in runs.values():
-            run.begin(_Quiet())
+            run.begin(_Quiet(), chunk.mode, chunk.width)
         about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
         self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
 

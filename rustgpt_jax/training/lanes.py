@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from rustgpt_jax.runs.programs import Program as NamedProgram
+from rustgpt_jax.runs.programs import observed
 from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, compiled_put, stack
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
@@ -40,7 +42,9 @@ class Solo:
         orders = run.orders(count)
         batches = run.placement.share(orders.batches, batch_axis=1)
         began = time.perf_counter()
-        self._state, metrics = compiled_train_steps(run.program.structure, self._state, batches, *orders[1:])
+        self._state, metrics = _call(
+            [run], compiled_train_steps, run.program.structure, self._state, batches, *orders[1:]
+        )
         run.advanced(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
 
     def state(self, index: int) -> State:
@@ -73,7 +77,10 @@ class Together:
         idle = next(iter(orders.values()))._replace(count=np.int32(0))
         orders_P = _stacked([orders.get(index, idle) for index in range(self._n_lanes)])
         began = time.perf_counter()
-        self._states_P, metrics_P = compiled_population_steps(self._mode, structure, self._states_P, orders_P)
+        members = [run for run in runs if run is not None]
+        self._states_P, metrics_P = _call(
+            members, compiled_population_steps, self._mode, structure, self._states_P, orders_P
+        )
         seconds = time.perf_counter() - began
         read = cache(lambda: jax.device_get(metrics_P))
         for index, run in enumerate(runs):
@@ -87,6 +94,33 @@ class Together:
     def put(self, index: int, state: State) -> None:
         """Give a run another state."""
         self._states_P = compiled_put(self._states_P, state, np.int32(index))
+
+
+# The programs that this process has run, by what selects them.
+_programs: dict[Any, NamedProgram] = {}
+
+
+def _call(runs: Sequence[Run], function: Any, *arguments: Any) -> Any:
+    """Call a compiled function; the journals of runs that call it for the first time are told what it is."""
+    unnamed = [run for run in runs if run.is_unnamed]
+    if not unnamed:
+        return function(*arguments)
+    leaves, tree = jax.tree.flatten(arguments)
+    key = function, tree, tuple(map(_selects, leaves))
+    if key in _programs:
+        result = function(*arguments)
+    else:
+        result, _programs[key] = observed(function, *arguments)
+    for run in unnamed:
+        run.name_program(_programs[key])
+    return result
+
+
+def _selects(argument: Any) -> Any:
+    """What of an argument selects the program: all of a structure; shape, type and place of an array."""
+    if not hasattr(argument, "shape"):
+        return argument
+    return argument.shape, argument.dtype, getattr(argument, "sharding", None)
 
 
 def _stacked(orders: list[Orders]) -> Orders:

@@ -17,7 +17,11 @@ from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.runs.folder import RunFolder, create, lock, write_atomically
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import record_launch, record_program
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
+from rustgpt_jax.runs.programs import Program as NamedProgram
+from rustgpt_jax.runs.programs import take_autotuning
 from rustgpt_jax.tokenizers import save_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.material import Material, Program
@@ -49,7 +53,8 @@ class Run:
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
         self._source: Generator[Batch, None, None] | None = None
-        self._compiled = set[Structure]()
+        self._compiled, self._named = set[Structure](), set[int]()
+        self._journal = Journal(self.folder.journal_file)
         self._state: State | None = None
         self._skipped = 0
 
@@ -112,9 +117,10 @@ class Run:
 
     # Going on.
 
-    def begin(self, progress: Shows) -> None:
+    def begin(self, progress: Shows, mode: str = "solo", width: int = 1) -> None:
         """Read the last sound checkpoint, and open the records, without what was written after it.
 
+        The journal is told of this launch: `mode` is how the run trains, alone or with others in a program of so many.
         Raises UserError if there are checkpoints, and none is sound.
         """
         self._progress = progress
@@ -124,7 +130,9 @@ class Run:
             self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
         for step, reason in damaged.items():
             aside = self.checkpoints.set_aside(step)
+            self._journal.append("damaged", step=step, reason=reason)
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
+        record_launch(self.folder, self.step, mode, width, len(self.placement.devices))
         self._open_records()
 
     def state(self) -> State:
@@ -142,6 +150,7 @@ class Run:
         self.checkpoints.wait()
         self.step = self.checkpoints.last_regular(fault.step - 1) or 0
         self._skipped += fault.step - self.step
+        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped)
         self._progress.message(
             f"The loss or the gradient of step {fault.step} is not finite: back to step {self.step}, and on with the "
             f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."
@@ -155,6 +164,17 @@ class Run:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
         health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
         return state._replace(health=health)
+
+    @property
+    def is_unnamed(self) -> bool:
+        """Whether the journal does not know yet what the next step runs, in this launch."""
+        return self._stage_index not in self._named
+
+    def name_program(self, program: NamedProgram) -> None:
+        """Tell the journal what the next step runs, and keep what the compiler chose for it."""
+        self._named.add(self._stage_index)
+        record_program(self.folder, self.stage.stage.name, program, self.step)
+        take_autotuning(self.folder)
 
     def _open_records(self) -> None:
         keep_until(self.folder.samples_file, self.step)

@@ -11,6 +11,7 @@ from rustgpt_jax.model.mixers.window import Ring, Window, cached_window, own_win
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.positions import POSITIONS, PositionScheme
 from rustgpt_jax.model.precision import product_type, softcap
+from rustgpt_jax.model.taps import Tap
 from rustgpt_jax.tables import choose
 
 
@@ -108,6 +109,7 @@ def attention_weights(
     scores_BHTS: jax.Array, seen: Window, sinks_H: jax.Array | None, context: Context, config: ModelConfig
 ) -> jax.Array:
     """Scaled scores through soft-cap, bias of distance, mask, softmax (with sinks, where there are any) and dropout."""
+    scores_BHTS = Tap(name="scores")(scores_BHTS)
     if is_on(config.attention_softcap):
         scores_BHTS = softcap(scores_BHTS, config.attention_softcap)
     if bias := position_scheme(config).bias:

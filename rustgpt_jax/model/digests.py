@@ -1,0 +1,39 @@
+"""Digests of arrays: sums modulo 2^32, whose order cannot matter, so an array has one on any device, sharded or not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Odd numbers without pattern, for two hashes of each element.
+SALTS = (0x9E3779B9, 0x85EBCA6B)
+
+
+def digest(array: jax.Array) -> tuple[jax.Array, ...]:
+    """Two numbers of 32 bits: for each salt the sum of a hash of each element with its place.
+
+    A change of one element alone always changes both.
+    """
+    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hashes(array))
+
+
+def hashes(array: jax.Array) -> tuple[jax.Array, ...]:
+    """For each salt the hash of each word of an array (an element is one word, or two where it has 64 bits)."""
+    words, places = _words(array), jnp.zeros((), jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        places = places * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return tuple(_mixed(words ^ _mixed(places + np.uint32(salt))) for salt in SALTS)
+
+
+def _words(array: jax.Array) -> jax.Array:
+    """The bits of an array as numbers of 32 bits."""
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint32)
+    size = array.dtype.itemsize * 8
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(size, 32)}")).astype(jnp.uint32)
+
+
+def _mixed(words: jax.Array) -> jax.Array:
+    """A one-to-one scrambling of 32 bits (the finalizer of MurmurHash3)."""
+    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)

@@ -1,0 +1,89 @@
+"""A step of a run made again, held against what the run recorded of it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rustgpt_jax.reproduce.past import Inside, Past, named
+from rustgpt_jax.runs.environment import environment, flat
+from rustgpt_jax.runs.launches import launches
+
+MOST_CHANGES_NAMED = 4
+# What a clock decides, and no config.
+TIMED = ("train/tokens_per_second", "train/flops_share")
+# What of an environment may change bits.
+MATTERS = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
+
+
+@dataclass(frozen=True)
+class Again:
+    """A step made again from the nearest checkpoint.
+
+    metrics: by the names of metrics.jsonl. record: the line of that file, None if the step was not logged.
+    reasons: why the step may have other bits than it had.
+    """
+
+    run: str
+    step: int
+    stage: str
+    from_step: int
+    metrics: dict[str, float]
+    record: dict[str, Any] | None
+    reasons: tuple[str, ...]
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """The recorded metrics that a config decides."""
+        record = self.record or {}
+        return {name: value for name, value in record.items() if name.startswith("train/") and name not in TIMED}
+
+    @property
+    def unequal(self) -> list[str]:
+        """The recorded metrics that are not the same now, bit for bit."""
+        return [name for name, value in self.recorded.items() if not _same(value, self.metrics.get(name))]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and the gradient are finite."""
+        return math.isfinite(self.metrics["train/loss"]) and math.isfinite(self.metrics["train/gradient_norm"])
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether it is what was recorded."""
+        if self.record is None:
+            return f"metrics.jsonl has no line of step {self.step} to hold this against."
+        if not self.unequal:
+            return f"All {len(self.recorded)} recorded numbers of the step are the same, bit for bit."
+        names = ", ".join(name.removeprefix("train/") for name in self.unequal)
+        why = "; ".join(self.reasons) or "the code is not that of the run"
+        return f"Not the recorded bits: {names}. Perhaps because {why}."
+
+
+def make_again(past: Past, step: int, has_taps: bool) -> tuple[Again, Inside | None]:
+    """A step of a run made again, and with taps, what it looks like from inside. Raises UserError for no step of it."""
+    past.check(step)
+    from_step = past.nearest(step - 1)
+    state = past.state_at(step - 1)
+    inside = past.look_into(state) if has_taps else None
+    _, (metrics,) = past.train(state, 1)
+    run, stage = past.folder.path.resolve().name, past.data_of(step).stage.name
+    return Again(run, step, stage, from_step, named(metrics), past.record(step), _reasons(past, step)), inside
+
+
+def _same(recorded: float, now: float | None) -> bool:
+    if now is None:
+        return False
+    return recorded == now or (math.isnan(recorded) and math.isnan(now))
+
+
+def _reasons(past: Past, step: int) -> tuple[str, ...]:
+    launch = next((launch for launch in launches(past.folder)[::-1] if launch.step < step), None)
+    if launch is None:
+        return ()
+    found: list[str] = []
+    if launch.mode == "fused":
+        found.append(f"it was trained fused with {launch.width - 1} others, whose sums are taken in another order")
+    there, here = flat(launch.environment), flat(environment())
+    changed = [name for name in there | here if name.startswith(MATTERS) and there.get(name) != here.get(name)]
+    found += [f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
+    return tuple(found)

@@ -1,0 +1,203 @@
+"""A run that is only read: its state after any step, and its steps again with the same bits."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.data.prepare import StageData, changed_data
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.devices import all_devices
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
+from rustgpt_jax.training.loop import gather
+from rustgpt_jax.training.material import Program
+from rustgpt_jax.training.run import first_state, state_shapes
+from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
+from rustgpt_jax.training.tapped import TapReport, Tensor, compiled_tapped_step, tensors
+
+
+class Inside(NamedTuple):
+    """A step from inside: its batch, what was measured of it, and all its tensors in the order of their making."""
+
+    batch: Batch
+    report: TapReport
+    tensors: list[Tensor]
+
+
+class Rewind(NamedTuple):
+    """A fault that a run went back from: its step, the step that it went on from, and what its state counted then."""
+
+    step: int
+    to: int
+    skipped: int
+    faults: int
+
+
+class Past:
+    """A run as its folder has it. Nothing is written there, and no lock is taken. Use it in a `with` statement.
+
+    Step K of a run, from 1, is the one whose record has "step": K; it takes the state after step K - 1.
+    Raises UserError if the folder has no run, or the text that it read is not there any more.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.folder, self._console = RunFolder(path), console
+        self.config = load_config(path)
+        self.material = gather(self.config, self.folder.tokenizer_file, console)
+        changed = changed_data(self.folder.data_file, self.material.stages)
+        if changed:
+            raise UserError(
+                f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
+            )
+        self._placement = all_devices()
+        for data in self.material.stages:
+            self._placement.check_batch(data.stage.config.training)
+        self.rewinds = _rewinds(self.folder)
+        self._last_saved = self.total_steps
+        self._resources = ExitStack()
+        self._checkpoints: Checkpoints | None = None
+
+    def __enter__(self) -> "Past":
+        if self.folder.checkpoints.exists():
+            checkpoints = Checkpoints(self.folder.checkpoints, self.config)
+            self._checkpoints = self._resources.enter_context(checkpoints)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return self.material.total_steps
+
+    def check(self, step: int) -> None:
+        """Raises UserError for a step that the run does not have."""
+        if not 1 <= step <= self.total_steps:
+            raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.total_steps}.")
+
+    def data_of(self, step: int) -> StageData:
+        """The stage that a step belongs to."""
+        return self.material.stages[self._stage_index(step)]
+
+    def program_of(self, step: int) -> Program:
+        """What a step runs."""
+        return self.material.programs[self._stage_index(step)]
+
+    def _stage_index(self, step: int) -> int:
+        return next(index for index, data in enumerate(self.material.stages) if step <= data.stage.end_step)
+
+    def record(self, step: int) -> dict[str, Any] | None:
+        """What metrics.jsonl has of the training of a step, None if it was not logged."""
+        found = [line for line in self.records() if line["step"] == step]
+        return found[-1] if found else None
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl has of the training."""
+        lines = read_metrics(self.folder.path)
+        return [line for line in lines if "train/loss" in line and line["step"] <= self._last_saved]
+
+    def go_before(self, rewind: Rewind) -> None:
+        """See the run as it was when it had not gone back from a fault yet: nothing that was written later counts."""
+        self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
+        self._last_saved = rewind.to
+
+    # Doing it again.
+
+    def saved_steps(self) -> list[int]:
+        """The steps after which there is a checkpoint, and 0."""
+        steps = self._checkpoints.steps() if self._checkpoints else []
+        return [0, *(step for step in steps if step <= self._last_saved)]
+
+    def nearest(self, step: int) -> int:
+        """The last step, at or before this one, after which there is a checkpoint; 0 for the start."""
+        return max(saved for saved in self.saved_steps() if saved <= step)
+
+    def state_at(self, step: int) -> State:
+        """The state after a step: that of the nearest sound checkpoint at or before it, advanced by what is missing."""
+        state = self._placement.replicate(self._saved_state(step))
+        return self.train(state, step - int(state.step))[0]
+
+    def _saved_state(self, step: int) -> State:
+        for saved in self.saved_steps()[::-1]:
+            if 0 < saved <= step and self._checkpoints:
+                try:
+                    return self._checkpoints.restore_step(state_shapes(self.material), saved)
+                except Damaged as damage:
+                    self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
+        return first_state(self.material, self.folder)
+
+    def batch(self, state: State) -> Batch:
+        """The batch of the step after a state."""
+        step = int(state.step)
+        return self.data_of(step + 1).training_batches().batch(step + int(state.health.skipped))
+
+    def batches(self, state: State, count: int) -> list[Batch]:
+        """The batches of the next `count` steps after a state, which are all of one stage."""
+        first = int(state.step)
+        source = self.data_of(first + 1).training_batches()
+        return [source.batch(first + int(state.health.skipped) + index) for index in range(count)]
+
+    def train(self, state: State, count: int) -> tuple[State, list[Metrics]]:
+        """The state after `count` more steps, and the metrics of each. The buffers of `state` are gone then."""
+        every: list[Metrics] = []
+        state = self._rewound(state)
+        while len(every) < count:
+            step = int(state.step)
+            data, program = self.data_of(step + 1), self.program_of(step + 1)
+            slots = data.stage.config.training.steps_per_call
+            borders = [data.stage.end_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
+            now = min(slots, min(borders) - step, count - len(every))
+            batches = self.batches(state, now)
+            # No step reads what fills up the slots.
+            batches += [batches[-1]] * (slots - now)
+            stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+            shared = self._placement.share(stacked, batch_axis=1)
+            state, metrics = compiled_train_steps(
+                program.structure, state, shared, np.int32(now), program.numbers, program.first_step
+            )
+            history = jax.device_get(metrics)
+            every += [jax.tree.map(lambda column, index=index: column[index], history) for index in range(now)]
+            state = self._rewound(state)
+        return state, every
+
+    def _rewound(self, state: State) -> State:
+        """The state from which the run went on, which is another where it had come back to this step."""
+        step = int(state.step)
+        last = next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
+        if last is None or last.to < step:
+            return state
+        health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
+        return self._placement.replicate(state._replace(health=health))
+
+    def look_into(self, state: State) -> Inside:
+        """What the step after a state makes. The state stays as it is."""
+        program, batch = self.program_of(int(state.step) + 1), self.batch(state)
+        shared = self._placement.share(batch, batch_axis=0)
+        report = compiled_tapped_step(program.structure, state, shared, program.numbers, program.first_step)
+        return Inside(batch, report, tensors((program.structure, program.numbers), state.params, report))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _rewinds(folder: RunFolder) -> list[Rewind]:
+    """The rewinds of a run. One that was done again, after a kill, is one."""
+    events = [event for event in Journal(folder.journal_file).events() if event["event"] == "rewind"]
+    distinct = dict.fromkeys((event["step"], event["to"], event["skipped"]) for event in events)
+    return [Rewind(*rewind, faults=number) for number, rewind in enumerate(distinct, start=1)]
+
+
+def named(metrics: Metrics) -> dict[str, float]:
+    """The metrics of a step by the names that metrics.jsonl has for them."""
+    values = {**metrics._asdict(), **metrics.signals}
+    del values["signals"]
+    return {f"train/{name}": value.item() for name, value in values.items()}

@@ -1,0 +1,75 @@
+"""`replay`: a step of a run made again with the same bits, held against its record, and looked into."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rustgpt_jax.reproduce.again import Again, make_again
+from rustgpt_jax.reproduce.page import page
+from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.runs.folder import write_atomically
+from rustgpt_jax.runs.formatting import printable
+from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
+
+
+def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
+    """Make a step of a run again and print what it was. Whether it has the recorded bits, as far as they are known.
+
+    With taps, its tensors are measured, and RUN/replay/step_K.html is written. Raises UserError as `Past` does, and for
+    a step that the run does not have.
+    """
+    with Past(path, console) as past:
+        again, inside = make_again(past, step, has_taps)
+    _print(again, path, console)
+    if inside is not None:
+        print_tensors(inside.tensors, console)
+        file = write_page(path, again, inside.tensors)
+        console.print(f"Each tensor of the step: {file}", highlight=False, soft_wrap=True)
+    return not again.unequal
+
+
+def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
+    """Write the page of a step into the folder of its run. Returns where it is."""
+    file = path / "replay" / f"step_{again.step}.html"
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, page(again, tensors))
+    return file
+
+
+def _print(again: Again, path: Path, console: Console) -> None:
+    start = f"the checkpoint of step {again.from_step}" if again.from_step else "the start"
+    console.print(
+        f"step {again.step} of {path} (stage {printable(again.stage)}), made again from {start}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head, justify in (("", "left"), ("again", "right"), ("recorded", "right"), ("", "left")):
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    recorded = again.recorded
+    for name, value in again.metrics.items():
+        there = f"{recorded[name]:.9g}" if name in recorded else ""
+        same = ("differs" if name in again.unequal else "same bits") if name in recorded else ""
+        table.add_row(name.removeprefix("train/"), f"{value:.9g}", there, same)
+    console.print(table, highlight=False)
+    console.print(again.verdict, highlight=False, soft_wrap=True)
+
+
+def print_tensors(tensors: Sequence[Tensor], console: Console) -> None:
+    """A table with a row for each site: of all layers the one with the largest magnitude, forward and backward."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("site", no_wrap=True)
+    for head in ("largest", "layer", "norm", "not finite", "gradient", "layer", "norm", "not finite"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for site in dict.fromkeys(tensor.site for tensor in tensors if tensor.kind == ACTIVATION):
+        cells: list[str] = []
+        for kind in (ACTIVATION, ACTIVATION_GRADIENT):
+            of_site = [tensor for tensor in tensors if tensor.kind == kind and tensor.site == site]
+            worst = max(of_site, key=lambda tensor: (tensor.nonfinite, tensor.largest))
+            layer = "" if worst.layer is None else str(worst.layer)
+            bad = f"[red]{worst.nonfinite:,}[/red]" if worst.nonfinite else "0"
+            cells += [f"{worst.largest:.3g}", layer, f"{worst.norm:.3g}", bad]
+        table.add_row(site, *cells)
+    console.print(table, highlight=False)

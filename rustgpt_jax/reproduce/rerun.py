@@ -1,0 +1,147 @@
+"""A run again, from its folder alone: by the code that it keeps, into a new folder; then both are compared."""
+
+import hashlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.exporting import appearing_folder
+from rustgpt_jax.reproduce.differences import say, say_section, sections
+from rustgpt_jax.reproduce.own_code import own_code
+from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples, in_a_sentence
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import Launch, first_launch, launches
+from rustgpt_jax.runs.metrics import read_metrics
+
+# A population in `fused` mode takes sums in another order than a run alone.
+FUSED_TOLERANCE = 1e-3
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a run begins with, and what its compiler chose.
+BEGINNING = ("config.json", "tokenizer.json", "parameters.safetensors", "import.json", "autotune.textproto")
+
+
+def rerun(path: Path, to: Path | None, console: Console) -> bool:
+    """Run a run again in the folder `to` (NAME.rerun beside it, unless given). Whether it is what it was.
+
+    A rerun that was stopped goes on when it is asked for again. Raises UserError if the run does not have its code, if
+    `to` holds anything else, and if the rerun fails.
+    """
+    if not RunFolder(path).config_file.exists():
+        load_config(path)  # Which says what is there instead.
+    beside = path if path.name else path.absolute()
+    run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
+    launch = _first_launch(run, console)
+    _prepare(run, again, launch)
+    if not _train(run, again, launch, console):
+        return False
+    return _compared(run, again, launch, console)
+
+
+def _first_launch(run: RunFolder, console: Console) -> Launch:
+    every, first = launches(run), first_launch(run)
+    codes = list(dict.fromkeys(launch.code for launch in every))
+    if len(codes) > 1:
+        say(console, f"{run.path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
+    return first
+
+
+# Running.
+
+
+def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
+    """Make the new run's folder with all that a run begins with, or see that it is there already."""
+    about = {"code": launch.code, "config": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
+    if again.path.exists() and any(again.path.iterdir()):
+        began = [event for event in Journal(again.journal_file).events() if event["event"] == "rerun"]
+        if not began or {name: began[0].get(name) for name in about} != about:
+            raise UserError(f"{again.path} holds something else than a rerun of {run.path}; choose another folder.")
+        return
+    with appearing_folder(again.path) as hidden:
+        for name in BEGINNING:
+            if (run.path / name).exists():
+                shutil.copyfile(run.path / name, hidden / name)
+        Journal(RunFolder(hidden).journal_file).append("rerun", of=str(run.path), **about)
+
+
+def _train(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> bool:
+    """Train the new run by the old code. Whether it came to its end, rather than being stopped."""
+    with own_code(run, launch) as code:
+        child = code.start([str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"])
+        with _passing_on(child) as passed:
+            status = child.wait()
+    if passed and status:
+        say(console, f"Stopped by {passed[0].name}. The same command goes on from there.")
+        return False
+    reached, wanted = (max((line["step"] for line in read_metrics(each.path)), default=0) for each in (again, run))
+    # A run that diverged ends with another status than 0, as the first one did.
+    if status and reached < wanted:
+        raise UserError(f"The rerun of {run.path} ended at step {reached} with exit status {status}, as it says above.")
+    return True
+
+
+@contextmanager
+def _passing_on(child: "subprocess.Popen[bytes]") -> Iterator[list[signal.Signals]]:
+    """Signals to this process go to a child while the block runs; it gives the list of those that did."""
+    passed: list[signal.Signals] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        passed.append(signal.Signals(number))
+        child.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield passed
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# Comparing.
+
+
+def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> bool:
+    """Say how far the two runs are the same, and if they are not, what differs in what they were made of."""
+    if launch.mode == "fused":
+        return _compared_roughly(run, again, console)
+    found, arrays = compare_records(run.path, again.path), compare_checkpoints(run, again)
+    n_texts, text = compare_samples(run.path, again.path, found.last_step)
+    parting = min(filter(None, (found.parting, text)), key=lambda each: each.step, default=None)
+    if parting is not None:
+        say(console, f"bit-identical for {min(found.agreed, parting.step - 1):,} steps. {in_a_sentence(parting)}")
+    else:
+        counts = f"{found.n_values:,} values and {n_texts:,} texts"
+        say(console, f"bit-identical for {found.last_step:,} steps: {counts} of the record")
+    if arrays.n_arrays:
+        same = f"{arrays.n_arrays - len(arrays.unequal)} of {arrays.n_arrays} arrays are the same"
+        first = f"; the first that is not: {arrays.unequal[0]}" if arrays.unequal else ""
+        say(console, f"After step {arrays.step:,} {same}{first}.")
+    is_identical = parting is None and not arrays.unequal and found.last_step > 0
+    if not is_identical:
+        _say_sections(run, again, console)
+    return is_identical
+
+
+def _compared_roughly(run: RunFolder, again: RunFolder, console: Console) -> bool:
+    found = compare_records(run.path, again.path, FUSED_TOLERANCE)
+    say(console, f"{run.path} was trained together with others, its sums taken in another order: no bits are compared.")
+    if found.parting is None:
+        counts = f"{found.n_values:,} values of the record"
+        say(console, f"within {FUSED_TOLERANCE:g} for {found.last_step:,} steps: {counts}")
+        return found.last_step > 0
+    say(console, f"within {FUSED_TOLERANCE:g} for {found.agreed:,} steps. {in_a_sentence(found.parting)}")
+    _say_sections(run, again, console)
+    return False
+
+
+def _say_sections(run: RunFolder, again: RunFolder, console: Console) -> None:
+    for section in sections(run, again):
+        say_section(section, console)

@@ -1,0 +1,87 @@
+"""Where two runs part inside a step: both are made again by their own code, and held against each other by tensor."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.own_code import own_code
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.launches import first_launch
+
+# What a step makes, in the order in which it is made.
+PARTS = ("batch", "before", "activations", "loss", "gradients", "after")
+FEW_STEPS = 3
+Trace = dict[int, dict[str, Any]]
+
+
+class Origin(NamedTuple):
+    """The first tensor in which two runs differ: its step, the part of the step, its name there."""
+
+    step: int
+    part: str
+    name: str
+
+
+def trace(run: RunFolder, first: int, last: int, has_taps: bool) -> Trace:
+    """The steps `first` to `last` of a run, made again by the code and with the settings of its first launch.
+
+    Raises UserError if that cannot be.
+    """
+    with own_code(run, first_launch(run)) as code, tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "trace.json", Path(folder) / "log"
+        arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
+        with open(log, "wb") as errors:
+            child = code.start(["-m", "rustgpt_jax.reproduce.trace", *arguments], errors)
+            try:
+                status = child.wait()
+            except BaseException:
+                child.terminate()
+                raise
+        if status or not out.exists():
+            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
+            raise UserError(f"The steps of {run.path} cannot be made again: {lines[-1].removeprefix('error: ')}")
+        return {step["step"]: step for step in json.loads(out.read_bytes())["steps"]}
+
+
+def find_origin(first: RunFolder, second: RunFolder, agreed: int, parted: int) -> Origin | None:
+    """The first tensor in which two runs differ, whose records agree up to one step and part at another.
+
+    Raises UserError if either cannot be made again.
+    """
+    begin = max(agreed, 1)
+    # The inside of a few steps is looked at right away, that of many only where it is needed.
+    has_taps = parted - begin < FEW_STEPS
+    origin = _first_between(first, second, begin, parted, has_taps)
+    if origin is not None and origin.part == "before" and origin.step > 1:
+        # They differed before their records showed it.
+        origin, has_taps = _first_between(first, second, 1, begin, False) or origin, False
+    if origin is None or origin.part in ("batch", "before") or has_taps:
+        return origin
+    return _first_between(first, second, origin.step, origin.step, True) or origin
+
+
+def _first_between(first: RunFolder, second: RunFolder, begin: int, last: int, has_taps: bool) -> Origin | None:
+    return _first_unequal(trace(first, begin, last, has_taps), trace(second, begin, last, has_taps))
+
+
+def _first_unequal(left: Trace, right: Trace) -> Origin | None:
+    for step in sorted(left.keys() & right.keys()):
+        for part in PARTS:
+            here, there = (dict(_tensors(side[step], part)) for side in (left, right))
+            for name in dict.fromkeys([*here, *there]):
+                if here.get(name) != there.get(name):
+                    return Origin(step, part, name)
+    return None
+
+
+def _tensors(step: dict[str, Any], part: str) -> Iterator[tuple[str, Any]]:
+    """The tensors of a part of a step by their names, each by what tells it apart."""
+    if part == "loss":
+        yield "train/loss", step["metrics"]["train/loss"]
+    elif part in ("activations", "gradients"):
+        yield from ((tensor["site"], tensor["fingerprint"]) for tensor in step.get(part, []))
+    else:
+        yield from step[part].items()

@@ -1,0 +1,130 @@
+"""What a run runs in, as far as it can change a run's bits: Python, packages, devices, processor, settings.
+
+Nothing of it tells who runs it, or where: no user, no host, no path, and of the variables only those listed here.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Variables that JAX, XLA, the libraries under them and their threads read.
+PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "NCCL_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "ROCR_", "HIP_")
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED")
+# They name folders and hosts, and change no bits.
+PRIVATE = ("_DIR", "_PATH", "_FILE", "_HOME", "HOST", "ADDRESS", "TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+# What says where to keep something, in XLA_FLAGS.
+PRIVATE_FLAGS = ("--xla_dump_to=", "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from=")
+# Which devices there are to be seen is this machine's matter.
+OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# Settings of JAX that change what is computed.
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_disable_most_optimizations",
+)
+OURS = "rustgpt_jax"
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and settings of this process, ready for JSON. JAX is started if it is not yet."""
+    return {
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "packages": packages(),
+        "machine": _machine(),
+        "devices": _devices(),
+        "settings": {name: jax.config.values[name] for name in SETTINGS},
+        "variables": variables(os.environ),
+    }
+
+
+def flat(environment: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """An environment with a name for each value: {'packages.jax': '0.10.2', ...}."""
+    values: dict[str, Any] = {}
+    for name, value in environment.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
+
+
+def as_variables(environment: Mapping[str, Any]) -> dict[str, str]:
+    """The variables that give a process the settings of an environment; those of this process that it lacks are gone.
+
+    Devices are those that this process may see.
+    """
+    stays = {name: value for name, value in os.environ.items() if not _is_recorded(name) or name in OF_THIS_MACHINE}
+    settings = {name.upper(): str(value) for name, value in environment["settings"].items() if value is not None}
+    recorded = {name: value for name, value in environment["variables"].items() if name not in OF_THIS_MACHINE}
+    return stays | settings | recorded
+
+
+def variables(values: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are recorded, in order. What they say of the settings, the settings say."""
+    of_settings = {name.upper() for name in SETTINGS}
+    kept = {name: values[name] for name in sorted(values) if _is_recorded(name) and name not in of_settings}
+    if "XLA_FLAGS" in kept:
+        flags = [flag for flag in kept["XLA_FLAGS"].split() if not flag.startswith(PRIVATE_FLAGS)]
+        kept["XLA_FLAGS"] = " ".join(flags)
+    return {name: value for name, value in kept.items() if value or name in OF_THIS_MACHINE}
+
+
+def _is_recorded(name: str) -> bool:
+    is_ours = name.startswith(PREFIXES) or name in VARIABLES
+    return is_ours and not any(mark in name for mark in PRIVATE)
+
+
+@cache
+def packages() -> dict[str, str]:
+    """The version of each installed package but ours, whose code each run keeps.
+
+    One that is installed from its sources, to be edited, says so.
+    """
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        # The first of a name is the one that is imported.
+        if distribution.name and distribution.name not in {OURS, *found}:
+            about = distribution.read_text("direct_url.json") or ""
+            found[distribution.name] = distribution.version + (" (editable)" if '"editable": true' in about else "")
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    model, features = _processor()
+    return {
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+        "processor": model,
+        "processor_features": features,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _processor() -> tuple[str, str]:
+    """The name of the processor, and a hash of what it can do: XLA compiles for that."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    features = " ".join(sorted((fields.get("flags") or fields.get("Features") or "").split()))
+    return fields.get("model name") or platform.processor(), hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+def _devices() -> dict[str, Any]:
+    devices = jax.devices()
+    kinds = [device.device_kind for device in devices]
+    return {
+        "backend": jax.default_backend(),
+        "count": len(devices),
+        "processes": jax.process_count(),
+        "kinds": sorted(set(kinds)),
+        "platform_version": " ".join(devices[0].client.platform_version.split()),
+        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.exists() else None,
+    }

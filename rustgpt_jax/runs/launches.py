@@ -1,0 +1,84 @@
+"""The launches of a run: each time that it was begun or gone on with, by which code, in what environment."""
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.environment import environment
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.programs import Program
+from rustgpt_jax.runs.snapshot import keep_code
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as the journal has it. It began at `step`; `code` is the hash by which its archive is named.
+
+    `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs.
+    """
+
+    step: int
+    argv: list[str]
+    cwd: str
+    code: str
+    git: dict[str, Any] | None
+    environment: dict[str, Any]
+    mode: str
+    width: int
+    devices: int
+
+
+def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int) -> None:
+    """Write into the journal that this process trains the run from a step on, and keep its code.
+
+    Raises UserError if the folder cannot be written.
+    """
+    Journal(run.journal_file).append(
+        "launch",
+        step=step,
+        argv=sys.argv,
+        cwd=os.getcwd(),
+        **keep_code(run),
+        environment=environment(),
+        mode=mode,
+        width=width,
+        devices=devices,
+    )
+
+
+def record_program(run: RunFolder, stage: str, program: Program, step: int) -> None:
+    """Write into the journal which program a stage runs from a step on."""
+    Journal(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
+
+
+def launches(run: RunFolder) -> list[Launch]:
+    """The launches of a run in their order; none for a run that has no journal."""
+    events = (event for event in Journal(run.journal_file).events() if event["event"] == "launch")
+    names = [field.name for field in fields(Launch)]
+    return [Launch(**{name: event[name] for name in names}) for event in events]
+
+
+def first_launch(run: RunFolder) -> Launch:
+    """The launch that a run began with. Raises UserError for a run that does not have it."""
+    every = launches(run)
+    if not every:
+        raise UserError(f"{run.path} has no record of its launches: no journal.jsonl with one.")
+    return every[0]
+
+
+def programs(run: RunFolder) -> dict[str, Program]:
+    """The first program of each stage of a run."""
+    found: dict[str, Program] = {}
+    for event in Journal(run.journal_file).events():
+        if event["event"] == "program":
+            found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
+    return found
+
+
+def archive_of(run: RunFolder, launch: Launch) -> Path:
+    """The archive of the code of a launch."""
+    return run.code / f"{launch.code}.zip"

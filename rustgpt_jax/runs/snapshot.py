@@ -1,0 +1,208 @@
+"""The code that is running, kept with each run as one archive: from it the run can be run again.
+
+An archive is named by the hash of the names and contents of its files. It is written once to the user's cache folder,
+and linked into the runs from there.
+"""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+import uuid
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import rustgpt_jax
+from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder
+
+CODE = ("rustgpt_jax", "configs", "experiments", "launch.py", "pyproject.toml")
+HASH_DIGITS = 12
+# A file beside one's own modules that is larger than this is not code.
+MOST_BYTES = 2**23
+GIT_SECONDS = 10
+# The earliest that an archive can say: when a file was touched is no part of what it is.
+TOUCHED = (1980, 1, 1, 0, 0, 0)
+
+
+def keep_code(run: RunFolder) -> dict[str, Any]:
+    """Keep the code that is running in a run's folder. What the journal says of it: its hash, and where git has it.
+
+    `left_out` are files beside one's own modules that are too large to be code. Raises UserError if the folder cannot
+    be written.
+    """
+    code, archive, left_out = _packed(tuple(code_sources()))
+    git, patch = _git_state(_root())
+    try:
+        run.code.mkdir(exist_ok=True)
+        _keep(f"{code}.zip", archive, run.code)
+        if git is not None and git["patch"] is not None:
+            _keep(git["patch"], patch, run.code)
+    except OSError as error:
+        raise UserError(f"{run.code} cannot be written: {error.strerror}.") from error
+    return {"code": code, "left_out": left_out, "git": git}
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the files of an archive into a folder. Raises UserError if it is damaged, or would write elsewhere."""
+    contents = read_code(archive)
+    for name in contents:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise UserError(f"{archive} has a file {name!r}, which is not in the folder that it is unpacked into.")
+    found = _digest(sorted(contents.items()))
+    if found != archive.stem:
+        raise UserError(f"{archive} is not what was kept: its files have the hash {found}.")
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def read_code(archive: Path) -> dict[str, bytes]:
+    """The files of an archive: name -> content. Raises UserError if it is not there, or damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return {name: file.read(name) for name in file.namelist()}
+    except OSError as error:
+        raise UserError(f"{archive} cannot be read: {error.strerror}.") from error
+    # Damaged archives make zipfile and zlib raise errors of many kinds.
+    except Exception as error:
+        raise UserError(f"{archive} is damaged: {error}.") from error
+
+
+# What the code is.
+
+
+def code_sources() -> list[Path]:
+    """The files and folders that the code of this process stands in: ours, and the modules of the current folder."""
+    root = _root()
+    return [root / name for name in CODE] + own_modules({root, Path.cwd()})
+
+
+def code_files(sources: Sequence[Path]) -> dict[str, Path]:
+    """The files of sources by their names in a copy, in order."""
+    names = {file.relative_to(source.parent).as_posix(): file for source in sources for file in _files(source)}
+    return dict(sorted(names.items()))
+
+
+def code_hash(files: Mapping[str, Path]) -> str:
+    """The name of a copy of the code: what its files are called and what is in them, as hex digits."""
+    return _digest((name, file.read_bytes()) for name, file in files.items())
+
+
+def own_modules(folders: set[Path]) -> list[Path]:
+    """The modules and packages in some folders that this process has imported, such as one's own parts, but for ours.
+
+    What was installed is not one's own.
+    """
+    folders = folders - {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    found = []
+    for name, module in list(sys.modules.items()):
+        # A package without an __init__.py has no file, only a path.
+        files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
+        source = Path(next(filter(None, files), ""))
+        source = source.parent if source.name == "__init__.py" else source
+        if "." not in name and source.parent in folders and source.name not in CODE:
+            found.append(source)
+    return sorted(found)
+
+
+def _root() -> Path:
+    return Path(rustgpt_jax.__file__).parent.parent
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+
+
+def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
+    digest = hashlib.sha256()
+    for name, content in contents:
+        digest.update(name.encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()[:HASH_DIGITS]
+
+
+# Keeping it.
+
+
+@cache
+def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
+    """The hash of the code, its archive, and what is left out of it.
+
+    Read once, when the first run begins: what runs was read before, and does not see what is edited later.
+    """
+    files = code_files(sources)
+    left_out = [name for name, file in files.items() if file.stat().st_size > MOST_BYTES]
+    contents = {name: file.read_bytes() for name, file in files.items() if name not in left_out}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(zipfile.ZipInfo(name, TOUCHED), content, zipfile.ZIP_DEFLATED)
+    return _digest(contents.items()), packed.getvalue(), left_out
+
+
+def _keep(name: str, content: bytes, folder: Path) -> None:
+    """A file in a folder, of one copy that all folders share where the file system has links."""
+    if (folder / name).exists():
+        return
+    partial, shared = _hidden(folder / name), cache_folder() / "code" / name
+    try:
+        if not shared.exists():
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            _write(shared, content)
+        os.link(shared, partial)
+        partial.replace(folder / name)
+    except OSError:
+        _write(folder / name, content)
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = _hidden(file)
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def _hidden(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+
+
+# Where git has it.
+
+
+@cache
+def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
+    """Commit and branch of the code, its files that git does not know, and what was changed in the others."""
+    if not _git(root, "ls-files", "--", CODE[0]):
+        return None, b""
+    status = (_git(root, "status", "--porcelain=v2", "--branch", "-z", "--", *CODE) or b"").decode().split("\0")
+    headers = dict(line[2:].split(" ", 1) for line in status if line.startswith("# "))
+    patch = _git(root, "diff", "--binary", "HEAD", "--", *CODE) or b""
+    untracked = [line[2:] for line in status if line.startswith("? ")]
+    about = {
+        "commit": headers.get("branch.oid"),
+        "branch": headers.get("branch.head"),
+        "clean": not patch and not untracked,
+        "patch": f"{hashlib.sha256(patch).hexdigest()[:HASH_DIGITS]}.patch" if patch else None,
+        "untracked": untracked,
+    }
+    return about, patch
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
+    """What git prints; None where it, or a repository, is not to be had."""
+    try:
+        # It must not wait for a lock that somebody else holds, and write nothing.
+        environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, env=environment)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,70 @@
+"""Small runs for tests of what is done with runs: trained here, or by another copy of the code in a process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from conftest import small_config
+from rich.console import Console
+
+from rustgpt_jax.config import Config
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "tokenizer.name": "byte",
+    "tokenizer.vocab_size": 300,
+    "model.vocab_size": 300,
+    "model.context_length": 16,
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "training.steps": 6,
+    "training.steps_per_call": 2,
+    "record.log_every": 1,
+    "record.evaluate_every": 3,
+    "record.evaluation_batches": 1,
+    "record.checkpoint_every": 2,
+    "record.prompts": (),
+}
+
+ELSEWHERE = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+from small_runs import train
+train(Path(sys.argv[3]), **json.loads(sys.argv[4]))
+"""
+
+
+def run_config(**changes: Any) -> Config:
+    """A config of six steps that take no time."""
+    return small_config(**(SMALL | changes))
+
+
+def train(path: Path, **changes: Any) -> None:
+    """Train such a run in this process."""
+    from rustgpt_jax.training import loop
+
+    loop.train(run_config(**changes), path, {}, Console(file=StringIO()))
+
+
+def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] | None = None, **changes: Any) -> None:
+    """Train such a run in a process of its own, by the code in a folder."""
+    variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | (environment or {})
+    command = [sys.executable, "-P", "-c", ELSEWHERE, str(code), str(ROOT / "tests"), str(path), json.dumps(changes)]
+    done = subprocess.run(command, env=variables, cwd=path.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def copy_code(folder: Path) -> Path:
+    """A copy of the code, to be changed."""
+    for name in ("rustgpt_jax", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("launch.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder

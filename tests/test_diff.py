@@ -1,0 +1,332 @@
+"""Two runs that differ in one thing: that thing is named, first of all, and the first tensor that it changes."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small_runs import copy_code, run_config, train_elsewhere
+
+from rustgpt_jax.config import with_values
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce import diff as diffs
+from rustgpt_jax.reproduce import traces
+from rustgpt_jax.reproduce.diff import diff
+from rustgpt_jax.reproduce.differences import sections
+from rustgpt_jax.reproduce.traces import Origin
+from rustgpt_jax.runs.folder import RunFolder, create
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.snapshot import code_files, code_hash
+
+VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "0.12"}, "machine": {"cores": 2}}
+LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
+FILES = {"a.txt": "1", "b.txt": "2"}
+DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits": {}, "files": FILES}
+CODE = {"rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
+
+
+def said_of(first: Path, second: Path) -> tuple[bool, list[str]]:
+    """Whether two runs are the same, and the lines that are said of them."""
+    console = Console(file=StringIO(), width=300)
+    is_same = diff(first, second, console)
+    return is_same, console.file.getvalue().splitlines()
+
+
+# What runs are made of: folders made by hand.
+
+
+def made_by_hand(path: Path, **changes: Any) -> RunFolder:
+    """A run folder with a record of everything. In `changes`: config, code, environment, data, launch, programs."""
+    run = create(path, with_values(run_config(), changes.get("config", {})), {})
+    code = path / "files"
+    for name, content in (CODE | changes.get("code", {})).items():
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_text(content)
+    name = code_hash(code_files(list(code.iterdir())))
+    run.code.mkdir()
+    shutil.make_archive(str(run.code / name), "zip", code)
+    environment = json.loads(json.dumps(VALUES))
+    for group, values in changes.get("environment", {}).items():
+        environment[group] |= values
+    journal = Journal(run.journal_file)
+    journal.append("launch", **(LAUNCH | changes.get("launch", {})), code=name, environment=environment)
+    for stage, stablehlo in changes.get("programs", {"train": "ef" * 32}).items():
+        journal.append("program", stage=stage, step=0, stablehlo=stablehlo, cache_key=None)
+    run.data_file.write_text(json.dumps([DATA | changes.get("data", {})]))
+    return run
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> RunFolder:
+    return made_by_hand(tmp_path / "first")
+
+
+def different(first: RunFolder, second: RunFolder) -> dict[str, list[str]]:
+    """The names of what differs, by section."""
+    return {
+        each.kind: [found.name for found in each.differences] for each in sections(first, second) if each.differences
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "name"),
+    [
+        ({"config": {"optimizer.weight_decay": 0.3}}, "config", "config.optimizer.weight_decay"),
+        ({"config": {"seed": 7}}, "config", "config.seed"),
+        ({"code": {"launch.py": "print(1)\n"}}, "code", "launch.py"),
+        ({"code": {"my_lab.py": ""}}, "code", "my_lab.py"),
+        ({"environment": {"packages": {"flax": "0.13"}}}, "environment", "packages.flax"),
+        ({"environment": {"machine": {"cores": 64}}}, "environment", "machine.cores"),
+        ({"environment": {"packages": {"new": "1"}}}, "environment", "packages.new"),
+        ({"data": {"source": "00" * 32, "files": {"a.txt": "1", "b.txt": "3"}}}, "data", "stage train: b.txt"),
+        ({"data": {"source": "00" * 32, "files": {"/x/a.txt": "1", "/x/b.txt": "3"}}}, "data", "stage train: b.txt"),
+        ({"data": {"source": "00" * 32, "files": {}}}, "data", "stage train: "),
+        ({"data": {"tokenizer": "00" * 32}}, "data", "stage train: the tokenizer"),
+        ({"programs": {"train": "00" * 32}}, "program", "stage train"),
+    ],
+)
+def test_the_one_thing_is_named(
+    tmp_path: Path, first: RunFolder, changes: dict[str, Any], kind: str, name: str
+) -> None:
+    found = different(first, made_by_hand(tmp_path / "second", **changes))
+    assert found.keys() == {kind}
+    assert all(each.startswith(name) for each in found[kind])
+    _, lines = said_of(first.path, tmp_path / "second")
+    assert lines[lines.index(f"{kind}:") + 1].startswith(f"  {name}")
+    assert [line for line in lines if line.endswith(": the same")] == [
+        f"{each}: the same" for each in ("config", "code", "environment", "data", "program") if each != kind
+    ]
+
+
+def test_programs_of_other_modes_are_not_compared(tmp_path: Path, first: RunFolder) -> None:
+    second = made_by_hand(tmp_path / "second", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
+    assert different(first, second) == {"environment": ["launch.mode"]}
+    _, lines = said_of(first.path, second.path)
+    assert "program: not compared. They trained in other modes, solo of 1 and exact of 4." in lines
+
+
+def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunFolder) -> None:
+    # The same texts elsewhere, and written otherwise.
+    second = made_by_hand(tmp_path / "second", data={"files": {"/other/a.txt": "9", "/other/c.txt": "8"}})
+    assert different(first, second) == {}
+    is_same, lines = said_of(first.path, second.path)
+    assert is_same and "losses: the same for 0 steps" in lines
+
+
+def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunFolder) -> None:
+    other = {
+        "launch.py": '"""Words."""\n\n# More words.\nprint()\n',
+        "rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q > s\n",
+    }
+    second = made_by_hand(tmp_path / "second", code=other)
+    _, lines = said_of(first.path, second.path)
+    place = lines.index("code:")
+    assert lines[place + 1] == "  rustgpt_jax/model/mixers/window.py"
+    assert "    -    return q >= s" in lines and "    +    return q > s" in lines
+    assert "  launch.py (only comments and docstrings)" in lines
+
+
+def test_knobs_of_stages_are_named(tmp_path: Path) -> None:
+    stages = [[{"name": "a"}, {"name": "b", "optimizer": {"learning_rate": rate}}] for rate in (0.1, 0.2)]
+    runs = [made_by_hand(tmp_path / str(number)) for number in range(3)]
+    for run, own in zip(runs, [*stages, stages[0][:1]], strict=True):
+        about = json.loads(run.config_file.read_text())
+        about["config"]["stages"] = own
+        run.config_file.write_text(json.dumps(about))
+    assert different(runs[0], runs[1]) == {"config": ["config.stages.b.optimizer.learning_rate"]}
+    assert different(runs[0], runs[2])["config"][0] == "config.stages"
+
+
+def test_what_is_missing_is_said(tmp_path: Path, first: RunFolder) -> None:
+    second = made_by_hand(tmp_path / "second", config={"seed": 3})
+    second.journal_file.unlink()
+    _, lines = said_of(first.path, second.path)
+    assert "  config.seed: 0 -> 3" in lines
+    for kind in ("code", "environment"):
+        assert f"{kind}: not compared. {second.path} has no record of its launches: no journal.jsonl with one." in lines
+    assert f"program: not compared. {second.path} has no record of its programs." in lines
+    with pytest.raises(UserError, match="There is no run"):
+        diff(tmp_path / "gone", first.path, Console(file=StringIO()))
+
+
+# The first tensor, in traces made by hand.
+
+
+def a_step(number: int) -> dict[str, Any]:
+    return {
+        "step": number,
+        "batch": {"tokens_BT": "a"},
+        "before": {"params/x": f"x{number}", "opt_state/m": "b"},
+        "activations": [{"site": "blocks/0/mixer/query", "fingerprint": "c"}, {"site": "logits", "fingerprint": "d"}],
+        "metrics": {"train/loss": 1.0},
+        "gradients": [{"site": "logits", "fingerprint": "e"}, {"site": "params/x", "fingerprint": "f"}],
+        "after": {"params/x": f"x{number + 1}", "opt_state/m": "g"},
+    }
+
+
+def spoiled(step: dict[str, Any], part: str, name: str) -> None:
+    """Change a tensor of a step, and all that is made after it."""
+    parts = ["batch", "before", "activations", "loss", "gradients", "after"]
+    for each in parts[parts.index(part) :]:
+        if each in ("activations", "gradients"):
+            names = [tensor["site"] for tensor in step[each]]
+            for tensor in step[each][names.index(name) if each == part else 0 :]:
+                tensor["fingerprint"] += "!"
+        elif each == "loss":
+            step["metrics"]["train/loss"] += 1
+        else:
+            step[each] |= {path: value + "!" for path, value in step[each].items() if each != part or path == name}
+
+
+PLACES = [
+    ("batch", "tokens_BT"),
+    ("before", "opt_state/m"),
+    ("activations", "logits"),
+    ("loss", "train/loss"),
+    ("gradients", "params/x"),
+    ("after", "params/x"),
+]
+
+
+@pytest.mark.parametrize(("part", "name"), PLACES)
+def test_the_first_tensor_is_the_first_that_is_made(
+    part: str, name: str, first: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def trace(run: RunFolder, begin: int, last: int, has_taps: bool) -> traces.Trace:
+        asked.append((begin, last, has_taps))
+        steps = {number: a_step(number) for number in range(begin, last + 1)}
+        for number, step in steps.items():
+            if run is not first and number == 4:
+                spoiled(step, part, name)
+            if run is not first and number > 4:
+                spoiled(step, "before", "params/x")
+            if not has_taps:
+                del step["activations"], step["gradients"]
+        return steps
+
+    monkeypatch.setattr(traces, "trace", trace)
+    second = RunFolder(first.path)
+    for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
+        assert traces.find_origin(first, second, agreed, parted) == Origin(4, part, name)
+    # The insides of many steps are not looked at.
+    assert all(last - begin < traces.FEW_STEPS for begin, last, has_taps in asked if has_taps)
+
+
+def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunFolder) -> None:
+    both = {"config": {"optimizer.weight_decay": 0.3, "model.dropout": 0.5, "data.max_documents": 7}}
+    second = made_by_hand(tmp_path / "second", **both, environment={"packages": {"flax": "0.13", "optax": "9"}})
+    found = sections(first, second)
+
+    def likely(part: str) -> list[str]:
+        return [each.name for each in diffs._likely(Origin(1, part, "x"), found)]
+
+    assert likely("batch") == ["config.data.max_documents"]
+    assert likely("activations") == ["config.model.dropout", "packages.flax"]
+    assert likely("after") == ["config.optimizer.weight_decay", "packages.optax"]
+
+
+def test_without_a_replay_the_likely_cause_is_what_differs(
+    tmp_path: Path, first: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("The text is gone.")
+
+    monkeypatch.setattr(diffs, "find_origin", refuse)
+    second = made_by_hand(tmp_path / "second", config={"seed": 3})
+    for run, loss in ((first, 1.0), (second, 2.0)):
+        run.metrics_file.write_text(json.dumps({"step": 1, "train/loss": loss}) + "\n")
+    is_same, lines = said_of(first.path, second.path)
+    assert not is_same
+    assert lines[-3:] == [
+        "losses: Step 1 is the first that differs: train/loss is 1.0 and 2.0.",
+        "first tensor: not found. The text is gone.",
+        "likely cause: config.seed: 0 -> 3",
+    ]
+
+
+# Whole runs, each with one seeded mutation.
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus of two files, and a run that has read it."""
+    folder = tmp_path_factory.mktemp("diff")
+    texts(folder, "the question")
+    # Of its own: the code here may be edited while this runs.
+    copy_code(folder / "code")
+    train_elsewhere(folder / "run", folder / "code", **CORPUS)
+    return folder
+
+
+CORPUS = {"data.corpus": "files", "data.paths": ["texts/*.txt"], "data.split": "tail"}
+
+
+def texts(folder: Path, what: str) -> None:
+    (folder / "texts").mkdir(exist_ok=True)
+    (folder / "texts" / "a.txt").write_text("To be, or not to be.\n" * 40)
+    (folder / "texts" / "b.txt").write_text(f"That is {what}.\n" * 40)
+
+
+def with_another_number(folder: Path) -> None:
+    train_elsewhere(folder / "other", folder / "code", **CORPUS, **{"optimizer.weight_decay": 0.2})
+
+
+def with_another_seed(folder: Path) -> None:
+    train_elsewhere(folder / "other", folder / "code", **CORPUS, **{"seed": 1})
+
+
+def with_another_mask(folder: Path) -> None:
+    window = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "window.py"
+    before = window.read_text()
+    # A token sees the one after it.
+    window.write_text(before.replace("order_T[:, None] >= ", "order_T[:, None] + 1 >= "))
+    assert window.read_text() != before
+    train_elsewhere(folder / "other", folder / "code", **CORPUS)
+
+
+def with_another_package(folder: Path) -> None:
+    about = folder / "site" / "flax-99.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: flax\nVersion: 99\n")
+    train_elsewhere(folder / "other", folder / "code", {"PYTHONPATH": str(folder / "site")}, **CORPUS)
+
+
+def with_another_file(folder: Path) -> None:
+    texts(folder, "no question")
+    train_elsewhere(folder / "other", folder / "code", **CORPUS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mutate", "kind", "name", "cause"),
+    [
+        (with_another_number, "config", "config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
+        (with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: "),
+        (with_another_mask, "code", "rustgpt_jax/model/mixers/window.py", "not the same activations: "),
+        (with_another_package, "environment", "packages.flax: ", ""),
+        (with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: "),
+    ],
+)
+def test_a_seeded_mutation_is_the_first_that_is_named(
+    place: Path, tmp_path: Path, mutate: Callable[[Path], None], kind: str, name: str, cause: str
+) -> None:
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    mutate(tmp_path)
+    is_same, lines = said_of(tmp_path / "run", tmp_path / "other")
+    assert not is_same
+    text = "\n".join(lines)
+    (first,) = [number for number, line in enumerate(lines) if line.endswith(":")][:1]
+    assert lines[first] == f"{kind}:", text
+    assert lines[first + 1].startswith(f"  {name}"), text
+    if cause:
+        assert cause in lines[-1] and lines[-1].split(cause)[1].startswith(name), text
+    else:
+        assert "losses: the same for 6 steps" in lines, text
+    assert os.listdir(tmp_path / "run") == os.listdir(place / "run")

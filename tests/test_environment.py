@@ -1,0 +1,109 @@
+"""What a run runs in: recorded whole and fast, without a word about who and where; and given to another process."""
+
+import json
+import os
+import platform
+import socket
+import string
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from rustgpt_jax.runs import environment as environments
+from rustgpt_jax.runs.environment import as_variables, environment, flat, packages, variables
+
+ROOT = Path(__file__).parent.parent
+SECRET = "swordfish"
+
+
+def test_it_says_what_a_run_runs_in() -> None:
+    values = flat(json.loads(json.dumps(environment())))
+    assert values["python.version"] == platform.python_version()
+    assert values["packages.jax"] == metadata.version("jax") == jax.__version__
+    assert values["packages.numpy"] == metadata.version("numpy")
+    assert values["machine.cores"] == len(os.sched_getaffinity(0))
+    assert values["devices.backend"] == "cpu" and values["devices.count"] == jax.device_count()
+    assert values["devices.driver"] is None or "NVIDIA" in values["devices.driver"]
+    assert values["settings.jax_default_prng_impl"] == "threefry2x32"
+    assert values["variables.JAX_NUMPY_RANK_PROMOTION"] == "raise"
+    assert len(values["machine.processor"]) > 2
+
+
+def test_it_costs_a_run_nothing() -> None:
+    environment()
+    began = time.perf_counter()
+    environment()
+    assert time.perf_counter() - began < 0.05
+
+
+def test_it_does_not_tell_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_SECRET_FILE", "JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/home/{SECRET} --xla_gpu_autotune_level=0")
+    text = json.dumps(environment())
+    assert SECRET not in text and socket.gethostname() not in text
+    assert str(Path.home()) + "/" not in text and str(ROOT) not in text
+    assert environment()["variables"]["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+
+
+NAMES = some.text(string.ascii_uppercase + "_", min_size=1, max_size=12) | some.sampled_from(["JAX_A", "XLA_B"])
+
+
+@given(some.dictionaries(NAMES, some.just(SECRET)))
+@hypothesis.settings(max_examples=100)
+def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
+    others = {"HOME": "a", "AWS_SECRET": "b", "WANDB_API_KEY": "c", "JAX_API_TOKEN": "d"}
+    listed = {name: value for name, value in values.items() if name.startswith(environments.PREFIXES)}
+    assert variables(values | others) == variables(listed)
+
+
+def test_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, version in (("first", "9.9"), ("second", "8.8")):
+        about = tmp_path / folder / "numpy-0.dist-info" / "METADATA"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Metadata-Version: 2.1\nName: numpy\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    packages.cache_clear()
+    try:
+        assert packages()["numpy"] == "9.9"
+    finally:
+        packages.cache_clear()
+
+
+REPORT = """
+import json
+from rustgpt_jax.runs.environment import environment
+print(json.dumps(environment()))
+"""
+
+
+def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = json.loads(json.dumps(environment()))
+    wanted["settings"] |= {
+        "jax_enable_x64": True,
+        "jax_default_matmul_precision": "highest",
+        "jax_default_prng_impl": "rbg",
+        "jax_disable_most_optimizations": True,
+    }
+    wanted["variables"] = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    # What this process has of its own is not the other's, but for what it may see and where it keeps things.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    monkeypatch.setenv("JAX_DEBUG_NANS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
+    given = as_variables(wanted)
+    assert given["JAX_COMPILATION_CACHE_DIR"] == "somewhere"
+    shown = subprocess.run([sys.executable, "-c", REPORT], env=given, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["settings"] == wanted["settings"]
+    assert found["devices"]["count"] == 2
+    assert found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert "JAX_DEBUG_NANS" not in found["variables"] and "JAX_ENABLE_X64" not in found["variables"]

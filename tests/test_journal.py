@@ -1,0 +1,96 @@
+"""The journal of a run: whatever happens to its writers, what was written whole is read, and nothing else."""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.journal import Journal
+
+VALUES = some.dictionaries(
+    some.sampled_from(["step", "code", "text", "environment"]),
+    some.one_of(some.integers(), some.text(max_size=9), some.lists(some.integers(), max_size=3)),
+)
+EVENT = some.tuples(some.sampled_from(["launch", "program", "stopped"]), VALUES)
+HAPPENINGS = some.lists(
+    some.one_of(
+        some.tuples(some.just("append"), EVENT),
+        some.tuples(some.just("kill"), EVENT, some.floats(0, 1)),
+        some.tuples(some.just("look")),
+    ),
+    max_size=10,
+)
+
+
+def bare(event: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An event as it was given."""
+    return event["event"], {name: value for name, value in event.items() if name not in ("time", "event")}
+
+
+@given(HAPPENINGS)
+@hypothesis.settings(max_examples=60)
+def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "journal.jsonl"
+        journal, written = Journal(file), []
+        for happening in happenings:
+            match happening:
+                case ("append", (name, values)):
+                    journal.append(name, **values)
+                    written.append((name, values))
+                case ("kill", (name, values), share):
+                    line = json.dumps({"time": 0.0, "event": name, **values}).encode()
+                    with open(file, "ab") as half:
+                        half.write(line[: int(share * (len(line) - 1))])
+                case _:
+                    assert [bare(event) for event in journal.events()] == written
+        for reader in (journal, Journal(file)):
+            assert [bare(event) for event in reader.events()] == written
+
+
+def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
+    journal, before = Journal(tmp_path / "journal.jsonl"), time.time()
+    journal.append("launch", step=3)
+    (event,) = journal.events()
+    assert before <= event["time"] <= time.time()
+    assert bare(event) == ("launch", {"step": 3})
+
+
+def test_many_threads_lose_no_line(tmp_path: Path) -> None:
+    journals = [Journal(tmp_path / "journal.jsonl") for _ in range(4)]
+
+    def write(number: int) -> None:
+        for step in range(20):
+            journals[number].append("program", writer=number, step=step)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    events = journals[0].events()
+    for number in range(4):
+        assert [event["step"] for event in events if event["writer"] == number] == list(range(20))
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="nowhere/journal.jsonl cannot be written: No such file or directory"):
+        Journal(tmp_path / "nowhere" / "journal.jsonl").append("launch")
+    # A disk with room for half of it.
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))
+        with pytest.raises(UserError, match="journal.jsonl cannot be written: No space left on device"):
+            Journal(tmp_path / "journal.jsonl").append("launch", step=1)
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("launch", step=2)
+    assert [event["step"] for event in journal.events()] == [2]

@@ -1,0 +1,334 @@
+"""A step made again has the bits that it had, wherever the checkpoints are, and the run's folder stays as it was."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import small_config
+from rich.console import Console
+
+from rustgpt_jax.config import Config
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.again import Again, make_again
+from rustgpt_jax.reproduce.heat import short
+from rustgpt_jax.reproduce.past import Past, Rewind
+from rustgpt_jax.reproduce.replay import replay
+from rustgpt_jax.reproduce.suspects import suspect
+from rustgpt_jax.reproduce.trace import trace
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.training import loop
+from rustgpt_jax.training.fingerprints import fingerprints
+from rustgpt_jax.training.tapped import Tensor
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STEPS, BORDER = 10, 5
+TINY: dict[str, Any] = {
+    "tokenizer.name": "byte",
+    "tokenizer.vocab_size": 300,
+    "model.vocab_size": 300,
+    "model.context_length": 16,
+    "model.n_layers": 2,
+    "model.d_model": 16,
+    "model.n_heads": 2,
+    "model.dropout": 0.1,
+    "data.corpus": "files",
+    "data.split": "tail",
+    "training.accumulation": 2,
+    "training.steps_per_call": 3,
+    "record.log_every": 1,
+    "record.evaluate_every": 4,
+    "record.evaluation_batches": 1,
+    "record.checkpoint_every": 3,
+}
+
+
+def text_file() -> Path:
+    return Path(os.environ["RUSTGPT_JAX_CACHE"]) / "replayed.txt"
+
+
+def two_stages() -> Config:
+    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
+    second = {"name": "second", "training": {"steps": STEPS - BORDER}, "optimizer": {"learning_rate": 0.01}}
+    stages = ({"name": "first", "training": {"steps": BORDER}}, second)
+    return small_config(**TINY, **{"data.paths": (str(text_file()),), "stages": stages})
+
+
+def quiet() -> Console:
+    return Console(file=StringIO(), width=100)
+
+
+def said(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two stages with dropout and accumulation. It must stay as it is."""
+    path = tmp_path_factory.mktemp("runs") / "done"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+        loop.train(two_stages(), path, {}, quiet())
+    return path
+
+
+@pytest.fixture
+def own(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(run, tmp_path / "own"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def rewritten(path: Path, change: Any) -> None:
+    """Change the lines of metrics.jsonl."""
+    file = RunFolder(path).metrics_file
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in map(change, lines) if line))
+
+
+# The bits.
+
+
+def test_every_step_has_its_recorded_bits(run: Path) -> None:
+    before = contents(run)
+    with Past(run, quiet()) as past:
+        saved = past.saved_steps()
+        assert 0 < len(saved) < STEPS
+        for step in range(1, STEPS + 1):
+            again, inside = make_again(past, step, has_taps=False)
+            assert again.record is not None and again.unequal == [] and inside is None
+            assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(again.recorded)
+            assert again.from_step == max(each for each in saved if each < step)
+            assert again.stage == ("first" if step <= BORDER else "second")
+            assert "the same, bit for bit" in again.verdict
+    assert contents(run) == before
+
+
+def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
+    with Past(run, quiet()) as past:
+        last = past.saved_steps()[-1]
+        saved = fingerprints(past.state_at(last))
+        past.go_before(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
+        assert past.saved_steps() == [0]
+        assert fingerprints(past.state_at(last)) == saved
+
+
+def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
+    console = quiet()
+    with Past(own, console) as past:
+        nearest = past.nearest(STEPS - 1)
+        assert nearest > 0
+    for file in (RunFolder(own).checkpoints / str(nearest)).rglob("*"):
+        if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
+            file.write_bytes(file.read_bytes()[::-1])
+    assert replay(own, STEPS, False, console)
+    assert f"The checkpoint of step {nearest} is damaged" in said(console)
+
+
+def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own: Path) -> None:
+    def change(line: dict[str, Any]) -> dict[str, Any] | None:
+        if line["step"] == 2 and "train/loss" in line:
+            line["train/loss"] = math.nextafter(line["train/loss"], 9)
+        return None if line["step"] == 3 else line
+
+    rewritten(own, change)
+    with Past(own, quiet()) as past:
+        again, _ = make_again(past, 2, has_taps=False)
+        assert again.unequal == ["train/loss"] and again.verdict.startswith("Not the recorded bits: loss.")
+        again, _ = make_again(past, 3, has_taps=False)
+        assert again.record is None and again.unequal == [] and "no line of step 3" in again.verdict
+
+
+def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
+    metrics = {"train/loss": 1.0, "train/gradient_norm": math.nan}
+    record = {"step": 3, "train/loss": 1.0, "train/gradient_norm": math.nan, "train/tokens_per_second": 3.0}
+    same = Again("run", 3, "train", 0, metrics, record, ("it was trained fused with 3 others",))
+    assert same.unequal == [] and not same.is_finite
+    other = Again("run", 3, "train", 0, metrics | {"train/loss": 1.1}, record, same.reasons)
+    assert other.verdict == "Not the recorded bits: loss. Perhaps because it was trained fused with 3 others."
+
+
+def test_a_fused_launch_is_a_reason(own: Path) -> None:
+    journal = Journal(RunFolder(own).journal_file)
+    launch = next(event for event in journal.events() if event["event"] == "launch")
+    journal.append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
+    with Past(own, quiet()) as past:
+        assert "fused with 3 others" in make_again(past, 4, has_taps=False)[0].reasons[0]
+        assert make_again(past, 2, has_taps=False)[0].reasons == ()
+
+
+def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
+    """After a rewind from step 8 to step 6 the run reads the batches after step 8's."""
+    Journal(RunFolder(own).journal_file).append("rewind", step=8, to=6, skipped=2)
+    with Past(own, quiet()) as past:
+        (rewind,) = past.rewinds
+        past._last_saved = 6
+        state = past.state_at(7)
+        assert (int(state.health.skipped), int(state.health.faults)) == (2, 1)
+        batch = past.batch(past.state_at(6))
+        assert (batch.tokens_BT == past.data_of(7).training_batches().batch(8).tokens_BT).all()
+        past.go_before(rewind)
+        assert int(past.state_at(7).health.skipped) == 0
+        assert (past.batch(past.state_at(6)).tokens_BT == past.data_of(7).training_batches().batch(6).tokens_BT).all()
+
+
+STUMBLING = """
+import flax.linen as nn
+import jax.numpy as jnp
+from rustgpt_jax.model.linear import Linear
+
+class Stumbling(nn.Module):
+    config: object
+    @nn.compact
+    def __call__(self, x_BTD, context):
+        is_bad = jnp.any(context.segments_BT > 1)
+        return jnp.where(is_bad, jnp.inf, Linear(self.config, self.config.d_model, name="inner")(x_BTD)), {}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layer stumbles over batches in which the text begins anew."""
+    (tmp_path / "stumbling.py").write_text(STUMBLING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
+    changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.accumulation": 1}
+    changes |= {"faults.not_finite": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
+    path = tmp_path / "run"
+    loop.train(small_config(**(TINY | changes)), path, {}, quiet())
+    with Past(path, quiet()) as past:
+        assert len(past.rewinds) >= 2 and past.record(30) is not None
+        for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
+            again, _ = make_again(past, step, has_taps=False)
+            assert again.unequal == [] and again.is_finite, step
+        found = suspect(past, None)
+        assert found.rewind == past.rewinds[-1] and found.is_fault
+        past.go_before(past.rewinds[-1])
+        again, inside = make_again(past, found.step, has_taps=True)
+        assert not again.is_finite and again.record is None and inside is not None
+        bad = next(tensor for tensor in inside.tensors if tensor.nonfinite)
+        assert bad.name == "layers/0/feedforward"
+
+
+@pytest.mark.slow
+def test_many_devices_measure_the_same(tmp_path: Path) -> None:
+    """On four devices a replay has its bits, and what is measured is what one device measures."""
+    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
+    code = f"""
+import json, sys
+from io import StringIO
+from pathlib import Path
+from rich.console import Console
+sys.path[:0] = ["tests"]
+from conftest import small_config
+from rustgpt_jax.reproduce.again import make_again
+from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.training import loop
+loop.draw_loss_curves = lambda folder: folder
+path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
+changes = {TINY | {"data.paths": (str(text_file()),), "training.accumulation": 1, "model.n_layers": 1}!r}
+loop.train(small_config(**changes), path, {{}}, console)
+with Past(path, console) as past:
+    again, inside = make_again(past, 2, has_taps=True)
+    assert again.unequal == [], again
+    print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in inside.tensors]))
+"""
+    found = []
+    for count in (1, 4):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        command, here = [sys.executable, "-c", code, str(count)], Path(__file__).parent.parent
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    for one, four in zip(*found, strict=True):
+        assert (one[0], *one[2:]) == (four[0], *four[2:]) and four[1] == pytest.approx(one[1], rel=1e-3, abs=1e-6)
+
+
+# Taps, pages and traces.
+
+
+def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> None:
+    before, console = contents(own), quiet()
+    assert replay(own, 4, True, console)
+    after = contents(own)
+    page = after.pop("replay/step_4.html").decode()
+    assert after == before
+    text = said(console)
+    assert "bit for bit" in text and "mixer/scores" in text and "replay/step_4.html" in text.replace("\n", "")
+    assert all(len(line) <= 100 for line in text.splitlines() if "mixer" in line)
+    assert page.count('class="heat') == 8 and "http" not in page
+    assert "layers/1/feedforward/down/kernel" in page and "All is finite." in page
+    with Past(own, quiet()) as past:
+        inside = past.look_into(past.state_at(3))
+        norm = next(tensor for tensor in inside.tensors if tensor.name == "layers/1/mixer/scores").norm
+        loss = jax.device_get(inside.report.loss)
+    assert f"norm {norm:.4g}" in page
+    assert loss == pytest.approx(past.record(4)["train/loss"], rel=1e-5)  # type: ignore[index]
+
+
+def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> None:
+    found = json.loads(json.dumps(trace(run, 5, 7, True, quiet()), allow_nan=False))
+    steps = found["steps"]
+    assert [step["step"] for step in steps] == [5, 6, 7]
+    for first, second in zip(steps, steps[1:], strict=False):
+        assert first["after"] == second["before"] != first["before"]
+        assert first["batch"]["tokens_BT"] != second["batch"]["tokens_BT"]
+    records = {line["step"]: line for line in read_metrics(run) if "train/loss" in line}
+    for step in steps:
+        assert step["metrics"]["train/loss"] == records[step["step"]]["train/loss"]
+        sites = [each["site"] for each in step["activations"]]
+        assert sites[0] == "embeddings" and sites[-1] == "logits" and "layers/1/mixer/query" in sites
+        backward = [each["site"] for each in step["gradients"]]
+        assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
+        assert {"params/embedding/table", "step"} <= set(step["before"])
+    with Past(run, quiet()) as past:
+        assert fingerprints(past.state_at(7)) == steps[-1]["after"]
+    again = trace(run, 6, 6, True, quiet())["steps"]
+    assert json.loads(json.dumps(again)) == [steps[1]]
+    assert "activations" not in trace(run, 6, 6, False, quiet())["steps"][0]
+
+
+def test_the_command_of_a_trace_answers_mistakes_in_a_sentence(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rustgpt_jax.reproduce.trace", str(run), "1", "11", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 2 and not (tmp_path / "out.json").exists()
+    assert done.stderr.splitlines()[-1] == f"error: {run} has no step 11: its steps are 1 to 10."
+
+
+@pytest.mark.parametrize("step", [0, -1, STEPS + 1])
+def test_a_step_that_is_none_is_refused(step: int, run: Path) -> None:
+    with pytest.raises(UserError, match=f"has no step {step}: its steps are 1 to 10"):
+        replay(run, step, False, quiet())
+
+
+def test_a_text_that_is_another_is_named_by_its_stage(own: Path) -> None:
+    text = text_file().read_text()
+    try:
+        text_file().write_text(text.replace("question", "answer"))
+        with pytest.raises(UserError, match="stage 'first' is not what the run read"):
+            replay(own, 2, False, quiet())
+    finally:
+        text_file().write_text(text)
+
+
+def test_a_tensor_has_a_root_mean_square_of_what_is_finite_and_numbers_are_short() -> None:
+    tensor = Tensor("activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint="")
+    assert tensor.rms == 3.0 and tensor._replace(nonfinite=5).rms == 0.0
+    assert [short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]

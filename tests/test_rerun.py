@@ -1,0 +1,317 @@
+"""Reruns: from the folder of a run alone comes the same run, bit for bit; and what is not the same is named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+from rich.console import Console
+from small_runs import ROOT, copy_code, train, train_elsewhere
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce import records
+from rustgpt_jax.reproduce import rerun as reruns
+from rustgpt_jax.reproduce.records import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import launches
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def rerun(path: Path, to: Path | None = None) -> tuple[bool, str]:
+    """Run again. Whether it is the same, and what was said of it."""
+    console = Console(file=StringIO(), width=200)
+    is_same = reruns.rerun(path, to, console)
+    return is_same, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> tuple[Path, str]:
+    """A folder with a run, `run`, its rerun beside it, and what was said of them."""
+    folder = tmp_path_factory.mktemp("twice")
+    train(folder / "run")
+    is_same, said = rerun(folder / "run")
+    assert is_same, said
+    return folder, said
+
+
+def copied(twice: tuple[Path, str], folder: Path) -> tuple[RunFolder, RunFolder]:
+    """A copy of both runs, to be changed."""
+    for name in ("run", "run.rerun"):
+        shutil.copytree(twice[0] / name, folder / name)
+    return RunFolder(folder / "run"), RunFolder(folder / "run.rerun")
+
+
+# The whole of it.
+
+
+def test_a_rerun_has_the_bits_of_the_run(twice: tuple[Path, str]) -> None:
+    folder, said = twice
+    assert "bit-identical for 6 steps: " in said
+    first, second = RunFolder(folder / "run"), RunFolder(folder / "run.rerun")
+    assert f"After step 6 {(n := compare_checkpoints(first, second).n_arrays)} of {n} arrays are the same." in said
+    assert n > 10
+    for name in ("config.json", "tokenizer.json", "data.json"):
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
+    # By its own code, in another process.
+    assert launches(second)[0].code == launches(first)[0].code
+    assert launches(second)[0].argv[0] not in (launches(first)[0].argv[0], str(ROOT / "launch.py"))
+
+
+def test_a_complete_rerun_is_compared_again_and_not_run_again(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, again = copied(twice, tmp_path)
+    before = again.metrics_file.read_bytes()
+    assert rerun(run.path)[0]
+    assert again.metrics_file.read_bytes() == before
+
+
+def edited(file: Path, step: int, name: str, value: Any) -> None:
+    """Change a value in a file of JSON lines, where it stands with a step."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step and name in line:
+            line[name] = value
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rerun that is there is held for complete."""
+    monkeypatch.setattr(reruns, "_train", lambda *_: True)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_the_first_step_that_differs_is_named_and_what_else_does(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = copied(twice, tmp_path)
+    edited(run.metrics_file, 5, "train/loss", 1.5)
+    edited(run.metrics_file, 4, "train/gradient_norm", "NaN")
+    is_same, said = rerun(run.path)
+    assert not is_same
+    assert "bit-identical for 3 steps. Step 4 is the first that differs: train/gradient_norm is nan and " in said
+    assert "code: the same" in said and "data: the same" in said and "config: the same" in said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_text_that_differs_is_named(twice: tuple[Path, str], tmp_path: Path) -> None:
+    for run, text in zip(copied(twice, tmp_path), ("something", "something else"), strict=True):
+        run.samples_file.write_text(json.dumps({"step": 3, "prompt": "A", "text": text}) + "\n")
+    is_same, said = rerun(tmp_path / "run")
+    assert not is_same
+    assert "bit-identical for 2 steps. Step 3 is the first that differs: " in said
+    assert "the text after 'A' is something and something else." in said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_array_that_differs_is_named(
+    twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, again = copied(twice, tmp_path)
+    stored_about, paths = records.stored_about, []
+
+    def about(folder: Path, step: int) -> dict[str, Any]:
+        stored = stored_about(folder, step)
+        if folder == again.checkpoints:
+            paths.append(list(stored["fingerprints"])[3])
+            stored["fingerprints"][paths[0]] = "0" * 16
+        return stored
+
+    monkeypatch.setattr(records, "stored_about", about)
+    is_same, said = rerun(run.path)
+    assert not is_same
+    assert f"arrays are the same; the first that is not: {paths[0]}." in said
+    assert "bit-identical for 6 steps" in said and "environment: the same" in said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_run_that_was_cut_off_is_compared_as_far_as_it_went(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = copied(twice, tmp_path)
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    third = next(place for place, line in enumerate(lines) if json.loads(line)["step"] == 3)
+    # In the middle of a step: its evaluation was never written.
+    run.metrics_file.write_text("".join(lines[: third + 1]) + lines[third + 1][:9])
+    shutil.rmtree(run.checkpoints)
+    is_same, said = rerun(run.path)
+    assert is_same and "bit-identical for 3 steps" in said, said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_run_that_was_trained_with_others_is_compared_roughly(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = copied(twice, tmp_path)
+    run.journal_file.write_text(run.journal_file.read_text().replace('"mode": "solo"', '"mode": "fused"'))
+    loss = next(json.loads(line)["train/loss"] for line in run.metrics_file.read_text().splitlines())
+    edited(run.metrics_file, 1, "train/loss", loss * 1.0005)
+    is_same, said = rerun(run.path)
+    assert is_same and "no bits are compared" in said and "within 0.001 for 6 steps" in said, said
+    edited(run.metrics_file, 1, "train/loss", loss * 1.002)
+    is_same, said = rerun(run.path)
+    assert not is_same and "Step 1 is the first that differs: train/loss" in said
+
+
+@pytest.mark.usefixtures("no_training")
+def test_of_several_codes_the_first_is_taken(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = copied(twice, tmp_path)
+    event = {**Journal(run.journal_file).events()[0], "code": "0123456789ab"}
+    del event["time"]
+    Journal(run.journal_file).append_all([event])
+    _, said = rerun(run.path)
+    assert f"was trained by 2 versions of the code; this is the first, {launches(run)[0].code}." in said
+
+
+# What cannot be.
+
+
+def test_what_cannot_be_run_again_is_said(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, again = copied(twice, tmp_path)
+    with pytest.raises(UserError, match="There is no run .*gone"):
+        rerun(tmp_path / "gone")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    for used in (tmp_path / "used", run.path):
+        with pytest.raises(UserError, match="holds something else than a rerun"):
+            rerun(run.path, used)
+    shutil.rmtree(run.code)
+    shutil.rmtree(again.path)
+    with pytest.raises(UserError, match="does not have the code that it was made with"):
+        rerun(run.path)
+    run.journal_file.unlink()
+    with pytest.raises(UserError, match="no record of its launches"):
+        rerun(run.path)
+    assert not (tmp_path / "run.rerun").exists() or not any((tmp_path / "run.rerun").glob("metrics*"))
+
+
+def test_a_rerun_that_fails_says_where(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, again = copied(twice, tmp_path)
+    shutil.rmtree(again.path)
+    # A folder that was not made by the code that it has.
+    about = json.loads(run.config_file.read_text())
+    about["config"]["optimizer"]["name"] = "none such"
+    run.config_file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="ended at step 0 with exit status 2"):
+        rerun(run.path)
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from rustgpt_jax.reproduce.rerun import rerun
+print(rerun(Path(sys.argv[1]), None, Console()))
+"""
+
+
+@pytest.mark.slow
+def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    changes = {"training.steps": 2000, "training.steps_per_call": 20, "record.evaluate_every": 2000}
+    train_elsewhere(tmp_path / "run", **changes, **{"record.checkpoint_every": 500})
+    again = RunFolder(tmp_path / "run.rerun")
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while not again.metrics_file.exists() or again.metrics_file.stat().st_size == 0:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate()
+    assert "Stopped by SIGINT" in said and said.endswith("False\n"), said
+    assert max(int(step.name) for step in again.checkpoints.glob("[0-9]*")) < 2000
+    is_same, said = rerun(tmp_path / "run")
+    assert is_same and "bit-identical for 2,000 steps" in said, said
+
+
+@pytest.mark.slow
+def test_a_rerun_needs_nothing_but_the_folder(tmp_path: Path) -> None:
+    text = tmp_path / "place" / "small.txt"
+    text.parent.mkdir()
+    text.write_text("To be, or not to be, that is the question:\n" * 40)
+    code = tmp_path / "code"
+    copy_code(code)
+    # Code of its own, a corpus by a relative path.
+    step = code / "rustgpt_jax" / "training" / "step.py"
+    step.write_text(step.read_text().replace("loss=sums.loss /", "loss=2 * sums.loss /"))
+    corpus = {"data.corpus": "files", "data.paths": ["small.txt"], "data.split": "tail"}
+    train_elsewhere(text.parent / "run", code, **corpus, **{"record.prompts": ["A"], "sampling.max_tokens": 2})
+    shutil.rmtree(code)
+    os.rename(text.parent / "run", tmp_path / "moved")
+    is_same, said = rerun(tmp_path / "moved", tmp_path / "again")
+    assert is_same and "bit-identical for 6 steps" in said and "2 texts" in said, said
+    # Without its text, it cannot be the same.
+    text.write_text("To be, or not to be, that is not the question:\n" * 40)
+    is_same, said = rerun(tmp_path / "moved", tmp_path / "other")
+    assert not is_same
+    assert "Step 1 is the first that differs" in said
+    assert "  stage train: small.txt: " in said, said
+
+
+# Records.
+
+RECORD = some.lists(
+    some.fixed_dictionaries(
+        {"train/loss": some.floats(0, 9) | some.sampled_from(["NaN", "Infinity"]), "stage": some.just("a")},
+        optional={"valid/loss": some.floats(0, 9), "train/tokens_per_second": some.floats(1, 9)},
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def record(folder: Path, name: str, lines: list[dict[str, Any]]) -> Path:
+    """A run folder with nothing but metrics, a line a step."""
+    path = folder / name
+    path.mkdir()
+    text = "".join(json.dumps({"step": step, **line}) + "\n" for step, line in enumerate(lines, start=1))
+    RunFolder(path).metrics_file.write_text(text)
+    return path
+
+
+@given(RECORD, some.data())
+@hypothesis.settings(max_examples=60)
+def test_the_first_value_that_was_changed_is_found(lines: list[dict[str, Any]], data: some.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        other = [{**line, "train/tokens_per_second": 0.5} for line in lines]
+        first = record(folder, "first", lines)
+        same = compare_records(first, record(folder, "same", other))
+        assert same.parting is None and same.last_step == same.agreed == len(lines)
+        places = data.draw(some.lists(some.integers(0, len(lines) - 1), min_size=1, max_size=3))
+        for place in places:
+            other[place] = {**other[place], "train/loss": 77.0}
+        found = compare_records(first, record(folder, "second", other))
+        step = min(places) + 1
+        assert found.parting is not None
+        assert (found.parting.step, found.parting.name, found.parting.second) == (step, "train/loss", 77.0)
+        assert found.agreed == step - 1
+        # However much is the same within a tolerance, 77 is not.
+        assert compare_records(first, folder / "second", 0.5).parting is not None
+
+
+def test_a_step_that_only_one_has_differs(tmp_path: Path) -> None:
+    lines = [{"train/loss": float(step)} for step in range(5)]
+    first = record(tmp_path, "first", lines)
+    second = record(tmp_path, "second", lines)
+    kept = [line for line in RunFolder(second).metrics_file.read_text().splitlines() if '"step": 3' not in line]
+    RunFolder(second).metrics_file.write_text("\n".join(kept) + "\n")
+    assert compare_records(first, second).parting == Parting(3, "train/loss", 2.0, ABSENT)
+    # What the other has not come to yet does not.
+    shorter = record(tmp_path, "shorter", lines[:2])
+    assert compare_records(first, shorter)[:1] + compare_records(first, shorter)[3:] == (2, None)
+
+
+def test_texts_are_compared_in_their_order(tmp_path: Path) -> None:
+    for name, texts in (("a", "xyz"), ("b", "xy"), ("c", "xQz")):
+        lines = [json.dumps({"step": step, "prompt": "P", "text": text}) for step, text in enumerate(texts)]
+        record(tmp_path, name, [])
+        RunFolder(tmp_path / name).samples_file.write_text("\n".join(lines) + '\n{"half')
+    assert compare_samples(tmp_path / "a", tmp_path / "b", 1) == (2, None)
+    assert compare_samples(tmp_path / "a", tmp_path / "b", 2)[1] == Parting(2, "the text after 'P'", "z", ABSENT)
+    assert compare_samples(tmp_path / "a", tmp_path / "c", 2)[1] == Parting(1, "the text after 'P'", "y", "Q")

@@ -1,0 +1,285 @@
+"""The code that a run keeps: all of it, once, under a name that says what is in it; and where git has it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs import snapshot
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.snapshot import code_files, code_hash, keep_code, own_modules, read_code, unpack
+from rustgpt_jax.sweeps import folder as sweep_folders
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    "rustgpt_jax/__init__.py": b"",
+    "rustgpt_jax/model/block.py": b"block = 1\n",
+    "configs/base.py": "# Größe\n".encode(),
+    "launch.py": b"print()\n",
+    "pyproject.toml": b"[project]\n",
+}
+IGNORED = {"README.md": b"read", "rustgpt_jax/__pycache__/block.pyc": b"compiled", "runs/a/config.json": b"{}"}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """A process keeps its code once; each test is a process of its own here."""
+    yield
+    snapshot._packed.cache_clear()
+    snapshot._git_state.cache_clear()
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with code, which this process is said to run, and a cache of its own."""
+    folder = write(tmp_path / "code", FILES | IGNORED)
+    monkeypatch.setattr(snapshot, "_root", lambda: folder)
+    monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def run_folder(path: Path) -> RunFolder:
+    path.mkdir(parents=True)
+    return RunFolder(path)
+
+
+# Archives.
+
+
+def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    unpack(run.code / f"{about['code']}.zip", tmp_path / "copy")
+    there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in snapshot.CODE}
+    assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
+    assert about["left_out"] == []
+    # It stands alone.
+    shown = subprocess.run(
+        [sys.executable, "-P", str(tmp_path / "copy" / "launch.py"), "explain", "--config=configs/tiny.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")},
+        cwd=tmp_path / "copy",
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and "config.model.d_model" in shown.stdout, shown.stderr
+
+
+def test_an_archive_has_the_code_and_nothing_else(code: Path, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    assert read_code(run.code / f"{keep_code(run)['code']}.zip") == FILES
+
+
+@given(
+    some.dictionaries(some.sampled_from(sorted(FILES)), some.binary(max_size=20)),
+    some.dictionaries(some.sampled_from(sorted(FILES)), some.binary(max_size=20)),
+)
+@hypothesis.settings(max_examples=40)
+def test_the_hash_is_that_of_names_and_contents(first: dict[str, bytes], second: dict[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        left, right = (write(Path(folder) / name, files) for name, files in (("a", first), ("b", second)))
+        for side in (left, right):
+            side.mkdir(exist_ok=True)
+        hashes = [code_hash(code_files([side / name for name in snapshot.CODE])) for side in (left, right)]
+        assert (hashes[0] == hashes[1]) == (first == second)
+
+
+def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [run_folder(tmp_path / name) for name in ("a", "b")]
+    names = {f"{keep_code(run)['code']}.zip" for run in runs}
+    (name,) = names
+    files = [run.code / name for run in runs] + [tmp_path / "cache" / "code" / name]
+    assert len({file.stat().st_ino for file in files}) == 1
+    # Another process, another time.
+    before = files[0].read_bytes()
+    snapshot._packed.cache_clear()
+    os.utime(code / "launch.py", (0, 0))
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    files[2].unlink()
+    other = run_folder(tmp_path / "c")
+    keep_code(other)
+    assert (other.code / name).read_bytes() == before
+    assert [file.name for run in [*runs, other] for file in run.code.iterdir()] == [name] * 3
+
+
+def test_without_links_or_a_cache_a_run_has_a_copy(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            raise OSError("there are no links here")
+
+        patch.setattr(os, "link", refuse)
+        name = f"{keep_code(first)['code']}.zip"
+    (tmp_path / "no_folder").write_text("")
+    monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "no_folder"))
+    keep_code(second)
+    for run in (first, second):
+        assert read_code(run.code / name) == FILES
+        assert [file.name for file in run.code.iterdir()] == [name]
+
+
+def test_what_is_edited_later_is_not_what_runs(code: Path, tmp_path: Path) -> None:
+    first = keep_code(run_folder(tmp_path / "a"))
+    (code / "launch.py").write_text("print(2)\n")
+    assert keep_code(run_folder(tmp_path / "b"))["code"] == first["code"]
+
+
+def test_ones_own_modules_are_kept_but_no_data_beside_them(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = write(tmp_path / "lab", {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n", "other.py": b""})
+    (lab / "my_lab" / "weights.bin").write_bytes(b"\0" * (snapshot.MOST_BYTES + 1))
+    monkeypatch.chdir(lab)
+    monkeypatch.syspath_prepend(str(lab))
+    for name in ("my_lab", "my_lab.mixers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    __import__("my_lab.mixers")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    own = {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n"}
+    assert read_code(run.code / f"{about['code']}.zip") == FILES | own
+    assert about["left_out"] == ["my_lab/weights.bin"]
+    # The jobs of a sweep run all of it.
+    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    assert contents(copy).keys() == {*FILES, *own, "my_lab/weights.bin"}
+    for name in ("my_lab", "my_lab.mixers"):
+        sys.modules.pop(name)
+
+
+def test_what_is_installed_is_not_ones_own() -> None:
+    assert own_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
+
+
+# Unpacking.
+
+
+@pytest.mark.parametrize("name", ["../outside.py", "/tmp/outside.py", "a/../../outside.py", ".."])
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("launch.py", b"")
+        archive.writestr(name, b"evil")
+    with pytest.raises(UserError, match="not in the folder"):
+        unpack(tmp_path / "evil.zip", tmp_path / "inside" / "folder")
+    assert not (tmp_path / "inside").exists()
+
+
+@given(some.floats(0, 1, exclude_max=True), some.sampled_from(["cut", "flip"]))
+@hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_a_damaged_archive_is_never_unpacked_as_something_else(
+    tmp_path_factory: pytest.TempPathFactory, place: float, damage: str
+) -> None:
+    folder = tmp_path_factory.mktemp("damage")
+    files = code_files([write(folder / "code", FILES) / name for name in snapshot.CODE])
+    archive = folder / f"{code_hash(files)}.zip"
+    with zipfile.ZipFile(archive, "w") as whole:
+        for name, content in FILES.items():
+            whole.writestr(name, content)
+    whole_bytes = archive.read_bytes()
+    at = int(place * len(whole_bytes))
+    flipped = whole_bytes[:at] + bytes([whole_bytes[at] ^ 0x55]) + whole_bytes[at + 1 :]
+    archive.write_bytes(whole_bytes[:at] if damage == "cut" else flipped)
+    try:
+        unpack(archive, folder / "copy")
+    except UserError:
+        assert not (folder / "copy").exists()
+    else:
+        assert contents(folder / "copy") == FILES
+
+
+def test_an_archive_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone.zip cannot be read: No such file"):
+        unpack(tmp_path / "gone.zip", tmp_path)
+
+
+# Git.
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(code: Path) -> Path:
+    """The code, all of it committed."""
+    git(code, "init", "-q", "-b", "trunk")
+    (code / ".gitignore").write_text("__pycache__\n/runs\n")
+    git(code, "add", ".")
+    git(code, "commit", "-q", "-m", "first")
+    return code
+
+
+def test_a_clean_tree_has_its_commit_and_no_patch(repository: Path, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    commit = git(repository, "rev-parse", "HEAD")
+    assert about["git"] == {"commit": commit, "branch": "trunk", "clean": True, "patch": None, "untracked": []}
+    assert len(list(run.code.iterdir())) == 1
+
+
+def test_the_patch_makes_the_code_of_the_commit(repository: Path, tmp_path: Path) -> None:
+    (repository / "README.md").write_text("what is not code does not matter")
+    (repository / "launch.py").write_bytes(b"print(\x00\xff)\n")
+    (repository / "configs" / "base.py").unlink()
+    (repository / "rustgpt_jax" / "new.py").write_text("new = 1\n")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)["git"]
+    assert not about["clean"]
+    assert about["untracked"] == ["rustgpt_jax/new.py"]
+    patch = (run.code / about["patch"]).absolute()
+    git(repository, "clone", "-q", str(repository), str(tmp_path / "clone"))
+    git(tmp_path / "clone", "checkout", "-q", about["commit"])
+    git(tmp_path / "clone", "apply", str(patch))
+    for name in FILES:
+        assert (tmp_path / "clone" / name).exists() == (repository / name).exists()
+        if (repository / name).exists():
+            assert (tmp_path / "clone" / name).read_bytes() == (repository / name).read_bytes()
+
+
+def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keep_code(run_folder(tmp_path / "no_repository"))["git"] is None
+    # In a repository that does not have it.
+    git(tmp_path, "init", "-q")
+    snapshot._git_state.cache_clear()
+    assert keep_code(run_folder(tmp_path / "not_in_it"))["git"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    snapshot._git_state.cache_clear()
+    assert keep_code(run_folder(tmp_path / "no_git"))["git"] is None
+
+
+def test_a_git_that_hangs_is_left_alone(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = tmp_path / "bin" / "git"
+    hanging.parent.mkdir()
+    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(snapshot, "GIT_SECONDS", 0.2)
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    assert about["git"] is None
+    assert read_code(run.code / f"{about['code']}.zip") == FILES

@@ -1,0 +1,362 @@
+"""Taps measure what every layer gives, and its gradient, in every layer there is; where none are asked, none are."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from conftest import random_params, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rustgpt_jax.config import ModelConfig, split
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model import block as block_module
+from rustgpt_jax.model import taps, transformer
+from rustgpt_jax.model.block import Block
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.mixers import MIXERS, attention
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.sites import Site, sites, slots
+from rustgpt_jax.model.stacks import stacks
+from rustgpt_jax.training.fingerprints import fingerprint, fingerprints
+from rustgpt_jax.training.step import as_arguments, start_from, train_step
+from rustgpt_jax.training.tapped import (
+    ACTIVATION,
+    ACTIVATION_GRADIENT,
+    KINDS,
+    PARAMETER,
+    PARAMETER_GRADIENT,
+    UPDATE,
+    TapReport,
+    Tensor,
+    compiled_tapped_step,
+    tapped_step,
+    tensors,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROWS, LENGTH = 2, 10
+SMALL: dict[str, Any] = {"model.d_model": 16, "model.n_heads": 2, "model.context_length": 16, "model.local_window": 4}
+
+
+def batch(rows: int = ROWS, seed: int = 0, vocab_size: int = 61) -> Batch:
+    """Two documents a row, some padding, and some targets that are not learned."""
+    rng = np.random.default_rng(seed)
+    tokens_BS = rng.integers(0, vocab_size, (rows, LENGTH + 1)).astype(np.int32)
+    segments_BT = np.tile(np.repeat([1, 2, 0], [4, LENGTH - 5, 1]).astype(np.int32), (rows, 1))
+    positions_BT = np.tile(np.r_[0:4, 0 : LENGTH - 4].astype(np.int32), (rows, 1))
+    weights_BT = (rng.random((rows, LENGTH)) < 0.8).astype(np.float32) * (segments_BT > 0)
+    return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], weights_BT, segments_BT, positions_BT)
+
+
+def context_of(batch: Batch) -> Context:
+    return Context(jnp.asarray(batch.positions_BT), jnp.asarray(batch.segments_BT))
+
+
+def scalar(logits_BTV: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sin(logits_BTV))
+
+
+# A measurement.
+
+
+@given(st.data())
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> None:
+    ordinary = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+    values = data.draw(st.lists(ordinary | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]), min_size=6, max_size=6))
+    x = np.array(values, np.float32).reshape(2, 3).astype(dtype)
+    read = taps.reading(np.asarray(compiled_measured(x)))
+    wide = x.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    assert read.nonfinite == wide.size - finite.size
+    np.testing.assert_allclose(read.largest, np.max(np.abs(finite), initial=0), rtol=1e-6)
+    np.testing.assert_allclose(read.norm, np.sqrt(np.sum(finite**2)), rtol=1e-5)
+    assert fingerprint(*map(int, read.digest)) == fingerprints({"x": x})["x"]
+
+
+compiled_measured = jax.jit(taps.measured)
+
+
+def test_watching_changes_neither_the_tensor_nor_its_gradient() -> None:
+    def loss(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        watched, measured = taps.watch(x, slot)
+        return jnp.sum(watched**3), measured
+
+    x = jnp.linspace(-1.0, 2.0, 5)
+    (of_x, of_slot), measured = jax.grad(loss, (0, 1), has_aux=True)(x, jnp.zeros(taps.MEASUREMENT_SIZE))
+    np.testing.assert_array_equal(of_x, 3 * x**2)
+    np.testing.assert_array_equal(of_slot, taps.measured(3 * x**2))
+    np.testing.assert_array_equal(measured, taps.measured(x))
+
+
+# Every layer, against a forward of the test's own in which each tensor can be moved.
+
+
+def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: ModelConfig) -> Any:
+    """The loss with each site's tensor moved by an array, and the tensors: one layer after another, in Python."""
+    seen: dict[str, jax.Array] = {}
+
+    def at(site: str, x: jax.Array) -> jax.Array:
+        seen[site] = x + moves[site]
+        return seen[site]
+
+    x_BTD = at("embeddings", params["embedding"]["table"][batch.tokens_BT])
+    index_of = {
+        layer: (str(key), row) for key, each in enumerate(stacks(model)) for row, layer in enumerate(each.layers)
+    }
+    for layer in range(model.n_layers):
+        key, row = index_of[layer]
+
+        def move(call: Any, given: Any, named: Any, context: Any, layer: int = layer) -> Any:
+            output = call(*given, **named)
+            site = f"layers/{layer}/{'/'.join(context.module.path)}"
+            if context.method_name != "__call__" or site not in moves:
+                return output
+            if isinstance(output, tuple):
+                return (at(site, output[0]), *output[1:])
+            return at(site, output)
+
+        own = jax.tree.map(lambda leaf, row=row: leaf[row], params["blocks"][key])
+        with nn.intercept_methods(move):
+            x_BTD, _, _ = Block(model.block(layer)).apply({"params": own}, x_BTD, context_of(batch), None)
+    if model.norm_placement != "post":
+        x_BTD = NORMS[model.norm](model).apply({"params": params["norm"]}, x_BTD)
+    logits_BTV = at("logits", transformer.logits(params, at("hidden", x_BTD), model))
+    return scalar(logits_BTV), seen
+
+
+def check(model: ModelConfig) -> None:
+    """Every measurement, forward and backward, is that of the tensor and of the gradient in `perturbed`."""
+    params, read = random_params(model), batch()
+    every = sites(model, ROWS, LENGTH)
+
+    @jax.jit
+    def measure(params: Any, slots: taps.Slots) -> Any:
+        def loss(slots: taps.Slots) -> Any:
+            logits_BTV, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots)
+            return scalar(logits_BTV), measured
+
+        return jax.value_and_grad(loss, has_aux=True)(slots)
+
+    moves = {site.name: jnp.zeros(site.shape) for site in every}
+    (expected_loss, expected), expected_gradients = jax.jit(
+        jax.value_and_grad(lambda moves: perturbed(params, moves, read, model), has_aux=True)
+    )(moves)
+    (loss, forward), backward = measure(params, slots(every))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
+    assert list(expected) == [] or set(expected) == set(moves)
+    for measurements, arrays in ((forward, expected), (backward, expected_gradients)):
+        for site in every:
+            read_there = taps.reading(np.asarray(site.of(measurements)))
+            array = np.asarray(arrays[site.name], np.float64)
+            assert array.shape == site.shape and read_there.nonfinite == 0
+            np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=site.name)
+            np.testing.assert_allclose(read_there.largest, np.abs(array).max(), rtol=2e-3, atol=1e-6)
+            assert np.linalg.norm(array) > 0
+
+
+def model_with(**changes: Any) -> ModelConfig:
+    return small_config(**(SMALL | {f"model.{name}": value for name, value in changes.items()})).model
+
+
+def test_layers_of_a_pattern_and_those_left_over_are_measured() -> None:
+    mixers = ("attention", "local_attention")
+    check(model_with(n_layers=3, mixers=mixers, qk_norm="head", norm_placement="sandwich", remat="full"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_measured(mixer: str) -> None:
+    check(model_with(n_layers=1, mixers=mixer, norm_placement="post"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feedforward", FEEDFORWARDS)
+def test_every_feedforward_is_measured(feedforward: str) -> None:
+    check(model_with(n_layers=1, feedforwards=feedforward, n_experts=4))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_has_sites_in_the_order_of_its_computation(mixer: str) -> None:
+    model = model_with(n_layers=2, mixers=mixer, feedforwards="moe", norm_placement="pre")
+    names = [site.name for site in sites(model, ROWS, LENGTH)]
+    assert len(set(names)) == len(names)
+    inside = [name for name in names if name.startswith("layers/0/mixer/")]
+    assert len(inside) >= 4 and inside[-1] == "layers/0/mixer/output"
+    around = ["embeddings", "layers/0/mixer_norm", inside[0], inside[-1], "layers/0/mixer_sum"]
+    around += ["layers/0/feedforward_norm", "layers/0/feedforward", "layers/0/feedforward_sum", "layers/1/mixer_norm"]
+    assert [name for name in names if name in around] == around and names[-2:] == ["hidden", "logits"]
+
+
+OWN = """
+import flax.linen as nn
+import jax, jax.numpy as jnp
+from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.taps import Tap
+
+class Own(nn.Module):
+    config: object
+    @nn.compact
+    def __call__(self, x_BTD, context):
+        twice = Linear(self.config, self.config.d_model, name="twice")
+        x_BTD = twice(jnp.tanh(twice(x_BTD)))
+        angle = Tap(name="angle")(3 * x_BTD)
+        many = nn.vmap(Linear, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
+        again = nn.remat(Linear)(self.config, self.config.d_model, name="again")
+        return jnp.sin(angle) + jnp.sum(many(self.config, 16, name="many")(x_BTD), axis=0) + again(x_BTD), {}
+"""
+
+
+def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_layer.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = model_with(n_layers=2, feedforwards="own_layer:Own")
+    found = {site.site: site for site in sites(model, ROWS, LENGTH) if site.layer == 1}
+    inside = [name for name in found if name.startswith("feedforward") and "_" not in name]
+    # Linear layers under vmap have many outputs: what is made of them has one.
+    kinds = ["twice", "twice:2", "angle", "again"]
+    assert inside == [*(f"feedforward/{kind}" for kind in kinds), "feedforward"]
+    params, read, every = random_params(model), batch(), sites(model, ROWS, LENGTH)
+    _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
+    norms = {name: taps.reading(np.asarray(site.of(measured))).norm for name, site in found.items()}
+    np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
+
+
+# Where there are none.
+
+
+def lowered(model: ModelConfig) -> str:
+    params, read = random_params(model), batch()
+
+    def loss(params: Any) -> jax.Array:
+        context = context_of(read)._asdict()
+        del context["dropout_key"]
+        return scalar(transformer.apply(params, read.tokens_BT, model, **context)[0])
+
+    return jax.jit(jax.value_and_grad(loss)).lower(params).as_text()
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
+    remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_with(n_layers=3, mixers=("attention", "latent_attention"), feedforwards="moe", remat=remat)
+    with_code = lowered(model)
+    monkeypatch.setattr(taps, "apply", lambda block, params, slots, *rest: (block.apply({"params": params}, *rest), {}))
+    for module in (attention, block_module):
+        monkeypatch.setattr(module, "Tap", lambda name: lambda x: x)
+    assert lowered(model) == with_code
+
+
+# A whole step.
+
+
+def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
+    """The program, a state at step 5, a batch, and the config."""
+    config = small_config(**(SMALL | {"model.n_layers": 2, "training.batch_size": 4} | changes))
+    structure, numbers = split(config)
+    program = structure, as_arguments(numbers)
+    params = jax.tree.map(jnp.asarray, random_params(config.model))
+    return program, start_from(*program, params)._replace(step=jnp.int32(5)), batch(4), config
+
+
+def looked_into(program: Any, state: Any, read: Batch) -> tuple[TapReport, list[Tensor]]:
+    report = compiled_tapped_step(program[0], state, read, program[1])
+    return report, tensors(program, state.params, report)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.accumulation": 2, "model.dropout": 0.2, "training.z_loss": 0.01},
+        pytest.param(
+            {
+                "model.mixers": ("attention", "deltanet"),
+                "model.feedforwards": "moe",
+                "model.layers": "unrolled",
+                "model.n_layers": 3,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["parts", "kinds"],
+)
+def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]) -> None:
+    program, state, read, config = prepared(**changes)
+    after, metrics = jax.jit(train_step, static_argnums=0)(program[0], state, read, program[1])
+    report, found = looked_into(program, state, read)
+    np.testing.assert_allclose(report.loss, metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(report.gradient_norm, metrics.gradient_norm, rtol=1e-4)
+    total = np.sum(np.where(read.weights_BT > 0, report.losses_BT, 0)) / read.weights_BT.sum()
+    np.testing.assert_allclose(total, metrics.loss, rtol=1e-5)
+
+    order = [KINDS.index(tensor.kind) for tensor in found]
+    assert order == sorted(order)
+    of = {kind: [tensor for tensor in found if tensor.kind == kind] for kind in KINDS}
+    assert [tensor.name for tensor in of[ACTIVATION_GRADIENT]] == [tensor.name for tensor in of[ACTIVATION]][::-1]
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    for kind in (PARAMETER, PARAMETER_GRADIENT, UPDATE):
+        assert sum(tensor.size for tensor in of[kind]) == size
+        assert len({tensor.name for tensor in of[kind]}) == len(of[kind])
+    change = jax.tree.map(jnp.subtract, after.params, state.params)
+    for kind, norm in (
+        (PARAMETER, optax.tree.norm(state.params)),
+        (PARAMETER_GRADIENT, metrics.gradient_norm),
+        (UPDATE, optax.tree.norm(change)),
+    ):
+        np.testing.assert_allclose(np.sqrt(sum(tensor.norm**2 for tensor in of[kind])), norm, rtol=1e-3)
+    named = {tensor.name: tensor for tensor in of[PARAMETER]}
+    for index, stack in enumerate(stacks(config.model)):
+        for row, layer in enumerate(stack.layers):
+            array = state.params["blocks"][str(index)]["mixer"]["query"]["kernel"][row]
+            tensor = named[f"layers/{layer}/mixer/query/kernel"]
+            assert (tensor.fingerprint, tensor.size) == (fingerprints({"x": array})["x"], array.size)
+
+
+def test_parts_of_a_batch_are_measured_as_one() -> None:
+    """Where parts have nothing for themselves, the tensors of two halves are those of the whole."""
+    _, whole = looked_into(*prepared(**{"model.n_layers": 1})[:3])
+    _, parts = looked_into(*prepared(**{"model.n_layers": 1, "training.accumulation": 2})[:3])
+    for one, two in zip(whole, parts, strict=True):
+        assert (one.kind, one.name, one.size, one.nonfinite) == (two.kind, two.name, two.size, two.nonfinite)
+        np.testing.assert_allclose(two.norm, one.norm, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(two.largest, one.largest, rtol=1e-3, atol=1e-7)
+
+
+def test_parameters_stand_in_the_order_in_which_they_are_needed() -> None:
+    program, state, read, _ = prepared(**{"model.positions": "learned", "model.tie_embeddings": False})
+    shapes = jax.eval_shape(lambda: tapped_step(program[0], state, read, program[1]))
+    report = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    names = [each.name for each in tensors(program, state.params, report) if each.kind == PARAMETER]
+    assert names[:2] == ["embedding/table", "positions/table"] and names[-2:] == ["norm/scale", "head/kernel"]
+    second = [name.removeprefix("layers/1/") for name in names if name.startswith("layers/1/")]
+    mixer = ["mixer_norm/scale", *(f"mixer/{name}/kernel" for name in ("query", "key", "value", "output"))]
+    feedforward = ["feedforward_norm/scale", *(f"feedforward/{name}/kernel" for name in ("gate", "up", "down"))]
+    assert second == [*mixer, *feedforward]
+
+
+def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
+    model = model_with(n_layers=3)
+    params = random_params(model)
+    params["blocks"]["0"]["mixer"]["key"]["kernel"][1, 0, 0] = np.nan
+    read, every = batch(), sites(model, ROWS, LENGTH)
+    _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
+    bad = [site.name for site in every if taps.reading(np.asarray(site.of(measured))).nonfinite]
+    assert bad[0] == "layers/1/mixer/key"
+    key = next(site for site in every if site.name == bad[0])
+    assert taps.reading(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
+    assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
+
+
+def test_sites_say_where_they_are() -> None:
+    site = Site("mixer/key", (2, 3), 4, "1", 2)
+    assert (site.name, site.size) == ("layers/4/mixer/key", 6)
