@@ -99,7 +99,7 @@ def train() -> int:
         begin_from(FLAGS.init_from, folder, config, origins, console.print)
     status = train(config, folder, origins, console)
     if status == 0:
-        console.print(f"Talk to it:  python launch.py chat --run={folder}", highlight=False)
+        console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status
 
 

@@ -1,7 +1,7 @@
 """The seed's job: pretrain on facts, then learn to answer questions, in about a minute on two cores.
 
 python launch.py train --config=configs/rustgpt.py
-python launch.py chat --run=runs/rustgpt
+python launch.py chat runs/rustgpt
 """
 
 from ml_collections import ConfigDict

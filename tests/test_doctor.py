@@ -5,6 +5,7 @@ import os
 import shlex
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from rustgpt_jax.config import Config, split, with_values
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.reproduce import findings
-from rustgpt_jax.reproduce.again import make_again
+from rustgpt_jax.reproduce.again import Again, make_again
 from rustgpt_jax.reproduce.doctor import Trial, View, advice, diagnosis, doctor, try_remedies
 from rustgpt_jax.reproduce.findings import first_bad, odd_rows, of_first_bad
 from rustgpt_jax.reproduce.past import Past
@@ -198,6 +199,7 @@ def fate(name: str, *losses: float) -> Fate:
 def test_the_fates_are_told_as_they_are() -> None:
     control, good, better, bad = fate(CONTROL, 2, math.nan, 1), fate("a", 2, 3), fate("b", 2, 2.5), fate("c", 2, 9)
     assert [each.died_at(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.died_at(math.inf) is None
+    assert (bad.died_at(8.0, since=1), bad.died_at(8.0, since=2), control.died_at(8.0, since=2)) == (1, None, 1)
     config = small_config()
 
     def told(*fates: Fate) -> str:
@@ -207,6 +209,35 @@ def test_the_fates_are_told_as_they_are() -> None:
     assert told(control, good).endswith("--config.optimizer.learning_rate=0.1")
     assert told(control, bad) == "None of the remedies would have been enough. Look at the tensor and at the batch."
     assert told(fate(CONTROL, 2, 2), good).startswith("With nothing changed")
+
+
+class Recorded:
+    """A run of which only the record is read."""
+
+    def __init__(self, losses: list[float]) -> None:
+        model = small_config(**{"model.vocab_size": 300}).model
+        self.material = SimpleNamespace(whole=SimpleNamespace(model=model))
+        self._lines = [line(10 * index, loss) for index, loss in enumerate(losses, start=1)]
+
+    def records(self) -> list[dict[str, Any]]:
+        return self._lines
+
+
+def again_at(step: int, loss: float, norm: float = 1.0) -> Any:
+    return Again("run", step, "train", 0, {"train/loss": loss, "train/gradient_norm": norm}, None, ())
+
+
+def test_a_step_is_seen_as_a_fault_as_a_spike_or_as_sound() -> None:
+    nothing_known = 1.5 * math.log(300)
+    calm: Any = Recorded([5.7, 4.0, 3.0, 2.0, 2.1, 1.9, 2.0])
+    fault = View.of(calm, again_at(75, math.nan))
+    assert fault == View(pytest.approx(nothing_known), 1, None, 1.0)  # type: ignore[arg-type]
+    spike = View.of(calm, again_at(75, 4.0))
+    assert spike is not None and (spike.ceiling, spike.since, spike.lost_at) == (3.0, 30, None)
+    assert View.of(calm, again_at(75, 2.05)) is None
+    lost: Any = Recorded([5.7, 4.0, 30.0, 5.0, 20.0, 900.0])
+    view = View.of(lost, again_at(65, 5.7, math.inf))
+    assert view is not None and (view.lost_at, view.since) == (50, 1)
 
 
 # A layer that breaks at a known step: weight decay alone shortens its fuse.
@@ -260,7 +291,7 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         assert "Before it comes the activation layers/1/feedforward/inner (layer 1)" in first
         assert rows.startswith("All 4 rows of the batch")
         view = View.of(past, again)
-        assert view.lost_at is None and 0 < view.calm_norm < math.inf
+        assert view is not None and view.lost_at is None and 0 < view.calm_norm < math.inf
         with pytest.raises(UserError, match="has no step 13"):
             suspect(past, 13)
         # A sound step that is recorded as a fault lays the blame elsewhere.
@@ -293,10 +324,10 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
     with Past(path, quiet()) as past:
         again, _ = make_again(past, record[-1]["step"], has_taps=False)
         view = View.of(past, again)
-        assert view.lost_at is not None and record[view.lost_at - 2]["train/loss"] < view.ceiling
+        assert view is not None and view.lost_at is not None and record[view.lost_at - 2]["train/loss"] < view.ceiling
         trial = try_remedies(past, again, view)
-    died = {fate.remedy.name: fate.died_at(trial.ceiling) for fate in trial.fates}
-    assert died[CONTROL] is not None and trial.first + died[CONTROL] == view.lost_at
+    died = {fate.remedy.name: trial.died_at(fate) for fate in trial.fates}
+    assert died[CONTROL] == view.lost_at
     assert {name for name, at in died.items() if at is None} == {"tighter clipping"}
 
     assert doctor(path, None, console)
@@ -307,4 +338,4 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
     assert len(better) == 40 and max(line["train/loss"] for line in better) < view.ceiling
     half = train(with_values(config, {"optimizer.learning_rate": 1.0}), tmp_path / "half")
     at = died["half the learning rate"]
-    assert at is not None and half[trial.first + at - 1]["train/loss"] >= view.ceiling
+    assert at is not None and half[at - 1]["train/loss"] >= view.ceiling

@@ -100,7 +100,7 @@ def assert_is_sound(run: Path) -> None:
 
 @pytest.mark.parametrize("n_kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(100, marks=IN_FULL)])
 def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: Path, n_kills: int) -> None:
-    often = {"training.steps": 240, "record.checkpoint_every": 4, "record.evaluate_every": 40, "record.log_every": 1}
+    often = {"training.steps": 600, "record.checkpoint_every": 4, "record.evaluate_every": 40, "record.log_every": 1}
     arguments = (TINY, *(f"--config.{knob}={value}" for knob, value in often.items()))
     moments = random.Random(0)
     straight = tmp_path / "straight"
@@ -114,11 +114,11 @@ def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: 
             process = start(*arguments, f"--run={run}")
             if kills % 2:
                 # In the middle of a save, where most could go wrong.
-                patience = time.monotonic() + moments.uniform(0.0, seconds)
+                patience = time.monotonic() + moments.uniform(0.2, 0.7) * seconds
                 wait_until(lambda run=run, patience=patience: time.monotonic() > patience and is_saving(run), process)
                 time.sleep(moments.uniform(0.0, 0.02))
             else:
-                moment = time.monotonic() + moments.uniform(0.2, 0.8) * seconds
+                moment = time.monotonic() + moments.uniform(0.1, 0.7) * seconds
                 wait_until(lambda moment=moment: time.monotonic() > moment, process)
             n_saving += is_saving(run)
             process.kill()

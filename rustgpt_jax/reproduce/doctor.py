@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -36,13 +36,22 @@ LOST_FACTOR = 1.5
 
 @dataclass(frozen=True)
 class Trial:
-    """Remedies tried over the steps `first` to `last`, and the fate of each that could be; none may reach `ceiling`."""
+    """Remedies tried over the steps `first` to `last`, and the fate of each that could be.
+
+    A loss that reaches `ceiling` in step `since` or later is too high.
+    """
 
     first: int
     last: int
     tried: list[Remedy]
     fates: list[Fate]
     ceiling: float
+    since: int = 1
+
+    def died_at(self, fate: Fate) -> int | None:
+        """The step at which a run would have ended with a remedy, None if it came through."""
+        index = fate.died_at(self.ceiling, max(0, self.since - self.first))
+        return None if index is None else self.first + index
 
     def fate_of(self, remedy: Remedy) -> Fate | None:
         """The fate of a remedy, None if it could not be tried."""
@@ -50,7 +59,7 @@ class Trial:
 
     def survivors(self) -> list[Fate]:
         """Those that came through, the lowest loss at the end first."""
-        alive = [fate for fate in self.fates if fate.died_at(self.ceiling) is None]
+        alive = [fate for fate in self.fates if self.died_at(fate) is None]
         return sorted(alive, key=lambda fate: float(fate.losses[-1]))
 
 
@@ -75,6 +84,9 @@ def doctor(path: Path, step: int | None, console: Console) -> bool:
             say(sentence)
         say(f"Each tensor of the step: {write_page(path, again, inside.tensors)}")
         view = View.of(past, again)
+        if view is None:
+            say("Its loss is not above those before it: there is nothing to be remedied.")
+            return False
         if view.lost_at is not None:
             say(f"The run was lost before: from step {view.lost_at} on its loss is {view.ceiling:.3g} or more.")
         trial = try_remedies(past, again, view)
@@ -105,25 +117,34 @@ def diagnosis(past: Past, found: Suspect, again: Again, inside: Inside) -> list[
 
 @dataclass(frozen=True)
 class View:
-    """A bad step in its record: the loss that is too much, where that was reached for good, and the norm before it."""
+    """A bad step in its record.
+
+    ceiling, since: the loss that is too much, and the step from which on that is so. lost_at: the step from which on
+    the run was lost before this one. calm_norm: of the gradients while all was well, 0 if that is not known.
+    """
 
     ceiling: float
+    since: int
     lost_at: int | None
     calm_norm: float
 
     @staticmethod
-    def of(past: Past, again: Again) -> "View":
-        """The view of a step from what was recorded before it."""
+    def of(past: Past, again: Again) -> "View | None":
+        """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
         lines = [line for line in past.records() if line["step"] < again.step and not is_fault(line)]
         losses, loss = [line[LOSS] for line in lines], again.metrics[LOSS]
         ceiling = LOST_FACTOR * max(math.log(vocabulary(past.material.whole.model)), *losses[:1], 0.0)
         sound = [line for line in lines if line[LOSS] < ceiling]
-        if again.is_finite and sound:
-            calm = median(line[LOSS] for line in sound[-CALM_RECORDS:])
-            ceiling = calm + SPIKE_SHARE * (loss - calm) if loss > calm else math.inf
         lost = [line["step"] for line in lines if not sound or line["step"] > sound[-1]["step"]]
         norms = [line[NORM] for line in sound[-CALM_RECORDS:]]
-        return View(ceiling, lost[0] if lost else None, median(norms) if norms else 0.0)
+        view = View(ceiling, 1, lost[0] if lost else None, median(norms) if norms else 0.0)
+        before = losses[-CALM_RECORDS:]
+        if lost or not before or not again.is_finite:
+            return view
+        # A spike is no more than some loss of long before, when there was much to be learned.
+        spike = median(before) + SPIKE_SHARE * (loss - median(before))
+        is_spike = loss > max(before)
+        return replace(view, ceiling=spike, since=lines[-CALM_RECORDS:][0]["step"]) if is_spike else None
 
 
 def try_remedies(past: Past, again: Again, view: View) -> Trial:
@@ -137,7 +158,9 @@ def try_remedies(past: Past, again: Again, view: View) -> Trial:
     batches = past.batches(state, last - first + 1)
     tried = remedies(stage.config, view.calm_norm)
     stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-    return Trial(first, last, tried, fates(tried, stage.config, state, stacked, program.first_step), view.ceiling)
+    return Trial(
+        first, last, tried, fates(tried, stage.config, state, stacked, program.first_step), view.ceiling, view.since
+    )
 
 
 def _first_step(past: Past, step: int, begin: int) -> int:
@@ -181,11 +204,12 @@ def _row(remedy: Remedy, trial: Trial) -> Sequence[str]:
     fate = trial.fate_of(remedy)
     if fate is None:
         return remedy.name, "", f"not tried: {remedy.hindrance}", ""
-    died = fate.died_at(trial.ceiling)
+    died = trial.died_at(fate)
     knobs = ", ".join(f"{path.split('.', 1)[1]}={value_text(value)}" for path, value in remedy.knobs)
-    loss = float(fate.losses[-1 if died is None else died])
+    index = -1 if died is None else died - trial.first
+    loss = float(fate.losses[index])
     if died is None:
         return remedy.name, knobs, "survived", f"{loss:.4f}"
-    is_finite = math.isfinite(loss) and math.isfinite(float(fate.gradient_norms[died]))
+    is_finite = math.isfinite(loss) and math.isfinite(float(fate.gradient_norms[index]))
     what = "too high" if is_finite else "not finite"
-    return remedy.name, knobs, f"{what} at step {trial.first + died}", f"{loss:.4g}"
+    return remedy.name, knobs, f"{what} at step {died}", f"{loss:.4g}"

@@ -56,7 +56,7 @@ def heat_map(title: str, caption: str, tensors: Sequence[Tensor], value: Value) 
 
 
 def _columns(tensors: Sequence[Tensor]) -> list[str]:
-    """The sites in the order in which they come in their layers; where layers differ, by how far into a layer they are."""
+    """The sites in the order in which they come in their layers, by how far into a layer where layers differ."""
     layers: dict[int | None, list[str]] = {}
     for tensor in tensors:
         layers.setdefault(tensor.layer, []).append(tensor.site)

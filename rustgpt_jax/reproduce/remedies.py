@@ -40,9 +40,13 @@ class Fate(NamedTuple):
     losses: np.ndarray
     gradient_norms: np.ndarray
 
-    def died_at(self, ceiling: float) -> int | None:
-        """The index of the first step with a loss or gradient that is not finite, or a loss of `ceiling` or more."""
-        bad = ~(np.isfinite(self.losses) & np.isfinite(self.gradient_norms)) | (self.losses >= ceiling)
+    def died_at(self, ceiling: float, since: int = 0) -> int | None:
+        """The index of the first step with a loss or gradient that is not finite, or a loss of `ceiling` or more.
+
+        The latter counts from the index `since` on.
+        """
+        is_too_high = (self.losses >= ceiling) & (np.arange(len(self.losses)) >= since)
+        bad = ~(np.isfinite(self.losses) & np.isfinite(self.gradient_norms)) | is_too_high
         return int(np.argmax(bad)) if bad.any() else None
 
 
