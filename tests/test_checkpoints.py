@@ -60,7 +60,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 
 def save(folder: Path, state: State, *steps: int, is_best: bool = False, config: Config = CONFIG) -> None:
-    with Checkpoints(folder, config) as checkpoints:
+    with Checkpoints(folder, config, is_writer=True) as checkpoints:
         for step in steps:
             checkpoints.save(state, step, is_best)
 
@@ -93,7 +93,7 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
     # A step takes over the buffers of the state before it.
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     step(jax.tree.map(jnp.copy, state))
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(state, 1)
         step(state)
         checkpoints.wait()
@@ -103,7 +103,7 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         assert checkpoints.step() is None
         for step in range(1, 8):
             checkpoints.save(small_state(a=float(step)), step, is_best=step in (1, 3))
@@ -138,6 +138,18 @@ def test_half_a_save_does_not_count(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.step() == 4
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
+
+
+def test_a_reader_leaves_alone_what_a_writer_has_begun(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 4)
+    begun = tmp_path / "8.orbax-checkpoint-tmp" / "state"
+    begun.mkdir(parents=True)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.step() == 4
+    assert begun.is_dir()
+    save(tmp_path, small_state(a=2.0), 8)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 2.0
 
 
 # Refusals.
@@ -300,7 +312,7 @@ def test_with_no_sound_checkpoint_left_there_is_a_clear_error(tmp_path: Path) ->
 
 def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4, 8)
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         assert checkpoints.set_aside(8).is_dir()
         assert checkpoints.step() == 4
         checkpoints.save(small_state(a=[3.0]), 8)
@@ -309,7 +321,7 @@ def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None
 
 
 def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(small_state(a=[float(step)]), step, is_regular=step in (1, 3))
         checkpoints.wait()

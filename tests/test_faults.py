@@ -139,7 +139,7 @@ def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(*LONG, f"--run={run}")

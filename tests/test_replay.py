@@ -172,7 +172,7 @@ def test_a_fused_launch_is_a_reason(own: Path) -> None:
 
 def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
     """After a rewind from step 8 to step 6 the run reads the batches after step 8's."""
-    Journal(RunFolder(own).journal_file).append("rewind", step=8, to=6, skipped=2)
+    Journal(RunFolder(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
     with Past(own, quiet()) as past:
         (rewind,) = past.rewinds
         past._last_saved = 6

@@ -1,5 +1,6 @@
 """Taps measure what every layer gives, and its gradient, in every layer there is; where none are asked, none are."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -170,19 +171,22 @@ def model_with(**changes: Any) -> ModelConfig:
 
 def test_layers_of_a_pattern_and_those_left_over_are_measured() -> None:
     mixers = ("attention", "local_attention")
-    check(model_with(n_layers=3, mixers=mixers, qk_norm="head", norm_placement="sandwich", remat="full"))
+    check(model_with(n_layers=5, mixers=mixers, qk_norm="head", norm_placement="sandwich", remat="full"))
+
+
+# Each mixer with a feed-forward: every one of both is there.
+COUPLES = [
+    pytest.param(mixer, feedforward, id=f"{mixer}-{feedforward}")
+    for _, mixer, feedforward in zip(
+        range(max(len(MIXERS), len(FEEDFORWARDS))), itertools.cycle(MIXERS), itertools.cycle(FEEDFORWARDS), strict=False
+    )
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_is_measured(mixer: str) -> None:
-    check(model_with(n_layers=1, mixers=mixer, norm_placement="post"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("feedforward", FEEDFORWARDS)
-def test_every_feedforward_is_measured(feedforward: str) -> None:
-    check(model_with(n_layers=1, feedforwards=feedforward, n_experts=4))
+@pytest.mark.parametrize(("mixer", "feedforward"), COUPLES)
+def test_every_layer_is_measured(mixer: str, feedforward: str) -> None:
+    check(model_with(n_layers=1, mixers=mixer, feedforwards=feedforward, n_experts=4, norm_placement="post"))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

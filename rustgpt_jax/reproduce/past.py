@@ -137,8 +137,7 @@ class Past:
 
     def batch(self, state: State) -> Batch:
         """The batch of the step after a state."""
-        step = int(state.step)
-        return self.data_of(step + 1).training_batches().batch(step + int(state.health.skipped))
+        return self.batches(state, 1)[0]
 
     def batches(self, state: State, count: int) -> list[Batch]:
         """The batches of the next `count` steps after a state, which are all of one stage."""
@@ -192,8 +191,8 @@ class Past:
 def _rewinds(folder: RunFolder) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
     events = [event for event in Journal(folder.journal_file).events() if event["event"] == "rewind"]
-    distinct = dict.fromkeys((event["step"], event["to"], event["skipped"]) for event in events)
-    return [Rewind(*rewind, faults=number) for number, rewind in enumerate(distinct, start=1)]
+    names = ("step", "to", "skipped", "faults")
+    return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
 
 
 def named(metrics: Metrics) -> dict[str, float]:

@@ -98,7 +98,7 @@ def _z_loss(config: Config) -> Remedy:
 
 def _float32(config: Config) -> Remedy:
     if config.model.dtype == "float32":
-        return Remedy("float32", hindrance="the model computes in it already, its softmax too")
+        return Remedy("float32", hindrance="in float32 already, softmax too")
     return Remedy("float32", (("model.dtype", "float32"),))
 
 

@@ -44,19 +44,22 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folders named by their steps. Use it in a `with`.
+    """The checkpoints of one run, in folders named by their steps. Use it in a `with`; only one may be the writer.
 
     The last ones are kept, the best, and the last regular one, which is there at that step however the run was
     interrupted. The file `best` names the step of the best one, and the one before it, which holds until that one is
     written.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, is_writer: bool = False) -> None:
         self._folder, self._config = folder.absolute(), config
         self._best_file = self._folder / "best"
         # Orbax deletes nothing by itself: it does not know which is the best.
         sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True, async_options=sealing)
+        # A reader leaves alone what a writer has begun.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
+        )
         with _writing(self._folder), _one_at_a_time:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
 

@@ -35,16 +35,22 @@ def token_sums(
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
     )
-    logits_BTV = transformer.logits(params, hidden_BTD, model)
+    return sums_of(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
+
+
+def sums_of(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
+    """The sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
-    return Sums(
-        loss=jnp.sum((normalizer_BT - chosen_BT) * batch.weights_BT),
+    losses_BT = normalizer_BT - chosen_BT
+    sums = Sums(
+        loss=jnp.sum(losses_BT * batch.weights_BT),
         squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
         weight=weight,
         signals={name: value * weight for name, value in signals.items()},
     )
+    return sums, losses_BT
 
 
 def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:

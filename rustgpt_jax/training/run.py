@@ -65,7 +65,7 @@ class Run:
             save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
             write_atomically(self.folder.data_file, record_data(self.material.stages))
             self._resources.callback(self._close)
-            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config, is_writer=True)
             self.checkpoints = self._resources.enter_context(checkpoints)
             self.step = self.checkpoints.step() or 0
             self._resources = self._resources.pop_all()
@@ -150,7 +150,7 @@ class Run:
         self.checkpoints.wait()
         self.step = self.checkpoints.last_regular(fault.step - 1) or 0
         self._skipped += fault.step - self.step
-        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped)
+        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_faults)
         self._progress.message(
             f"The loss or the gradient of step {fault.step} is not finite: back to step {self.step}, and on with the "
             f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."

@@ -15,7 +15,7 @@ from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.model.sites import sites, slots
 from rustgpt_jax.model.stacks import stacks
 from rustgpt_jax.training.fingerprints import fingerprint
-from rustgpt_jax.training.objective import Sums, objective
+from rustgpt_jax.training.objective import objective, sums_of
 from rustgpt_jax.training.optimizers import clip, optimizer
 from rustgpt_jax.training.schedules import factor
 from rustgpt_jax.training.step import Numbers, State
@@ -59,16 +59,8 @@ def tapped_step(
     def part_loss(params: Any, slots: taps.Slots, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         context = Context(part.positions_BT, part.segments_BT, key if is_on(config.model.dropout) else None)
         logits_BTV, signals, measured = transformer.tapped(params, part.tokens_BT, config.model, context, slots)
-        normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        chosen_BT = jnp.take_along_axis(logits_BTV, part.targets_BT[..., None], axis=-1)[..., 0]
-        weight = jnp.sum(part.weights_BT)
-        sums = Sums(
-            loss=jnp.sum((normalizer_BT - chosen_BT) * part.weights_BT),
-            squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * part.weights_BT),
-            weight=weight,
-            signals={name: value * weight for name, value in signals.items()},
-        )
-        return objective(sums, total_weight, config.training.z_loss), (sums.loss, normalizer_BT - chosen_BT, measured)
+        sums, losses_BT = sums_of(logits_BTV, part, signals)
+        return objective(sums, total_weight, config.training.z_loss), (sums.loss, losses_BT, measured)
 
     def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
         index, part = indexed_part
