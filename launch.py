@@ -82,6 +82,8 @@ def train() -> int:
     """Train a run, or go on with it."""
     from rich.console import Console
 
+    if FLAGS.init_from is not None and FLAGS.config is None and FLAGS.run is None:
+        raise UserError("Where to? Give --run=DIR, the folder of the new run.")
     tree, origins = _config()
     config = _resolved(tree)
     from rustgpt_jax.parallel.devices import keep_compiled_programs
@@ -214,7 +216,7 @@ def chat() -> int:
 
 
 def replay() -> int:
-    """Make one step of a run again."""
+    """Make one step of a run again. The exit status is 1 if it is not what was recorded."""
     from rich.console import Console
 
     from rustgpt_jax.parallel.devices import keep_compiled_programs
@@ -223,8 +225,7 @@ def replay() -> int:
     if FLAGS.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
     keep_compiled_programs()
-    replay(_run_folder(), FLAGS.step, FLAGS.taps, Console())
-    return 0
+    return 0 if replay(_run_folder(), FLAGS.step, FLAGS.taps, Console()) else 1
 
 
 def rerun() -> int:
@@ -352,10 +353,13 @@ def _config() -> tuple[Any, dict[str, str]]:
 
     if FLAGS.config is not None:
         return read_recipe(FLAGS.config, BASE, _overrides)
-    run = FLAGS.run if FLAGS.init_from is None else FLAGS.init_from.partition("@")[0]
-    if run is None:
+    if FLAGS.init_from is not None:
+        from rustgpt_jax.interop.taking import run_and_step
+
+        return recipe_of_run(run_and_step(FLAGS.init_from)[0], _overrides)
+    if FLAGS.run is None:
         raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
-    return recipe_of_run(Path(run), _overrides)
+    return recipe_of_run(Path(FLAGS.run), _overrides)
 
 
 def _resolved(tree: Any) -> Any:
@@ -405,6 +409,8 @@ def _check_usage(verb: str) -> None:
             _fail(f"{verb} does not read --{name}; what reads it: {readers}.")
     if _overrides and verb in WITHOUT_KNOBS:
         _fail(f"{verb} does not read --config.{_overrides[0][0]}: the config is that of the run.")
+    if verb == "explain" and FLAGS.config is not None and (_arguments or FLAGS.run is not None):
+        _fail("explain tells of a config or of a run: give --config or the run.")
     if most == 1 and _arguments:
         if FLAGS.run is not None:
             _fail(f"Which run: {_arguments[0]} or --run={FLAGS.run}? Give one of them.")

@@ -125,6 +125,22 @@ def test_the_best_before_holds_until_the_new_one_is_written(tmp_path: Path) -> N
         assert (checkpoints.step(), checkpoints.step("best")) == (4, 1)
 
 
+def test_a_kill_in_the_save_of_a_best_one_costs_no_other(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=1.0), 4, is_best=True)
+    save(tmp_path, small_state(a=2.0), 6, is_best=True)
+    (tmp_path / "6").rename(tmp_path / "6.orbax-checkpoint-tmp")
+    save(tmp_path, small_state(a=3.0), 7, 8, 9)
+    assert kept(tmp_path) == [4, 8, 9]
+    save(tmp_path, small_state(a=2.0), 10, is_best=True)
+    assert json.loads((tmp_path / "best").read_bytes()) == [10, 4]
+
+
+def test_what_a_kill_left_of_a_look_at_the_disk_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".probe").mkdir()
+    save(tmp_path, small_state(a=1.0), 4)
+    assert kept(tmp_path) == [4]
+
+
 def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 7)
     save(tmp_path, small_state(a=2.0), 7)

@@ -156,18 +156,27 @@ def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, num
 def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
     counts: list[int] = []
-    trained = recorder.Recorder.trained
+    trained, speed = recorder.Recorder.trained, recorder.Recorder._speed
 
     def noted(self: Any, pending: Any) -> None:
         counts.append(pending.n_steps)
         trained(self, pending)
-        self.seconds_per_step = 2.0
+
+    def slow(self: Any, count: int) -> dict[str, float]:
+        values = speed(self, count)
+        if values:
+            self.seconds_per_step[self._structure] = 2.0
+        return values
 
     config = tiny(**{"record.evaluate_every": 10, "record.checkpoint_every": 10})
-    assert train(config, tmp_path / "quick")[0]
     monkeypatch.setattr(recorder.Recorder, "trained", noted)
+    assert train(config, tmp_path / "quick")[0]
+    # Until the speed is known, the steps go one by one.
+    assert counts == [1, 1, 1, 3, 3, 1]
+    counts.clear()
+    monkeypatch.setattr(recorder.Recorder, "_speed", slow)
     assert train(config, tmp_path / "slow")[0]
-    assert counts == [3, 2, 2, 2, 1]
+    assert counts == [1, 1, 1, 2, 2, 2, 1]
     assert_same_bits(stored_state(config, tmp_path / "slow"), stored_state(config, tmp_path / "quick"))
 
 

@@ -285,7 +285,8 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
     counted.lower = steps.lower
     monkeypatch.setattr(lanes, "compiled_train_steps", counted)
     train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
-    assert counts == [3, 1, 3, 1, 1, 1]
+    # The first ones go one by one, until it is known how long a step takes.
+    assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
 
 
 def test_a_stage_has_its_own_data_schedule_and_numbers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rustgpt_jax.runs import programs
 from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.programs import keep_autotuning, observed, take_autotuning
+from rustgpt_jax.runs.programs import keep_autotuning, load_autotuning, observed, take_autotuning
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,7 +186,7 @@ DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_resu
 
 def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    assert keep_autotuning(gpu)
+    keep_autotuning(gpu)
     assert flags().keys() == {"--xla_gpu_autotune_level", DUMP}
     take_autotuning(gpu)
     assert not gpu.autotune_file.exists()
@@ -196,12 +196,18 @@ def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunFolder, mon
     dumped = flags()[DUMP]
 
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert keep_autotuning(gpu)
+    keep_autotuning(gpu)
     assert flags() == {DUMP: dumped, LOAD: str(gpu.autotune_file)}
+
+    # Who makes a step of it again chooses the same, and writes nothing.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
+    load_autotuning(gpu)
+    assert flags() == {"--xla_gpu_autotune_level": "4", LOAD: str(gpu.autotune_file)}
 
 
 def test_choices_of_another_compiler_are_not_read(gpu: RunFolder) -> None:
     gpu.autotune_file.write_text("# jaxlib 0.0.1\nversion: 1\n")
+    load_autotuning(gpu)
     keep_autotuning(gpu)
     assert LOAD not in flags()
 
@@ -209,13 +215,15 @@ def test_choices_of_another_compiler_are_not_read(gpu: RunFolder) -> None:
 def test_what_the_user_says_stays(gpu: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in (f"{DUMP}=a", f"{LOAD}=b"):
         monkeypatch.setenv("XLA_FLAGS", flag)
-        assert not keep_autotuning(gpu)
+        keep_autotuning(gpu)
+        load_autotuning(gpu)
         assert os.environ["XLA_FLAGS"] == flag
 
 
 def test_without_a_gpu_nothing_is_changed(gpu: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "DRIVER", tmp_path / "none")
-    assert not keep_autotuning(gpu)
+    keep_autotuning(gpu)
+    load_autotuning(gpu)
     assert "XLA_FLAGS" not in os.environ
     take_autotuning(gpu)
     assert list(gpu.path.iterdir()) == []

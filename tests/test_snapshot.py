@@ -1,6 +1,7 @@
 """The code that a run keeps: all of it, once, under a name that says what is in it; and where git has it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,16 @@ from hypothesis import strategies as some
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs import snapshot
 from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.snapshot import code_files, code_hash, keep_code, own_modules, read_code, unpack
+from rustgpt_jax.runs.snapshot import (
+    code_files,
+    code_hash,
+    keep_code,
+    own_modules,
+    read_code,
+    remember_code,
+    running_code,
+    unpack,
+)
 from rustgpt_jax.sweeps import folder as sweep_folders
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +52,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def forget_code() -> None:
+    for memory in (snapshot._packed, snapshot._contents):
+        memory.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """A process keeps its code once; each test is a process of its own here."""
     yield
-    snapshot._packed.cache_clear()
+    forget_code()
     snapshot._git_state.cache_clear()
 
 
@@ -115,7 +130,7 @@ def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytes
     assert len({file.stat().st_ino for file in files}) == 1
     # Another process, another time.
     before = files[0].read_bytes()
-    snapshot._packed.cache_clear()
+    forget_code()
     os.utime(code / "launch.py", (0, 0))
     monkeypatch.setattr(time, "time", lambda: 2e9)
     files[2].unlink()
@@ -148,6 +163,15 @@ def test_what_is_edited_later_is_not_what_runs(code: Path, tmp_path: Path) -> No
     assert keep_code(run_folder(tmp_path / "b"))["code"] == first["code"]
 
 
+def test_what_is_edited_while_data_is_prepared_is_not_what_runs(code: Path, tmp_path: Path) -> None:
+    remember_code()
+    (code / "launch.py").write_text("print(2)\n")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    assert read_code(run.code / f"{about['code']}.zip") == FILES
+    assert running_code(run) == about["code"]
+
+
 def test_ones_own_modules_are_kept_but_no_data_beside_them(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +191,22 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
     copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
     assert contents(copy).keys() == {*FILES, *own, "my_lab/weights.bin"}
     for name in ("my_lab", "my_lab.mixers"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
+    is_installed: bool, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = write(tmp_path / "lab", {"far_lab/__init__.py": b"", "far_lab/mixers.py": b"import far_help", "far_help.py": b""})
+    write(lab, {"not_imported.py": b""} | ({"far_lab-1.dist-info/METADATA": b""} if is_installed else {}))
+    monkeypatch.syspath_prepend(str(lab))
+    __import__("far_lab.mixers")
+    run = run_folder(tmp_path / "run")
+    run.config_file.write_text('{"config": {"model": {"mixers": ["softmax", "far_lab.mixers:Retention", "sys:path"]}}}')
+    own = read_code(run.code / f"{keep_code(run)['code']}.zip").keys() - FILES.keys()
+    assert own == (set() if is_installed else {"far_lab/__init__.py", "far_lab/mixers.py", "far_help.py"})
+    for name in ("far_lab", "far_lab.mixers", "far_help"):
         sys.modules.pop(name)
 
 
@@ -273,13 +313,59 @@ def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monk
 
 
 def test_a_git_that_hangs_is_left_alone(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hanging = tmp_path / "bin" / "git"
-    hanging.parent.mkdir()
-    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
-    hanging.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
+    fake_git(tmp_path, "exec sleep 30", monkeypatch)
     monkeypatch.setattr(snapshot, "GIT_SECONDS", 0.2)
     run = run_folder(tmp_path / "run")
     about = keep_code(run)
     assert about["git"] is None
     assert read_code(run.code / f"{about['code']}.zip") == FILES
+
+
+def fake_git(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A git that is a shell script, before the one that there is."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "git").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("command", ["diff", "status"])
+def test_what_git_does_not_tell_is_not_called_clean(
+    command: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which("git")
+    fake_git(tmp_path, f'case "$*" in *" {command} "*) exit 1;; esac; exec {real} "$@"', monkeypatch)
+    about = keep_code(run_folder(tmp_path / "run"))["git"]
+    assert about["clean"] is None and about["patch"] is None
+
+
+def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: Path) -> None:
+    (repository / ".git" / "info" / "attributes").write_text("*.py diff=shouting\n")
+    for name, value in (("diff.external", "true"), ("diff.shouting.textconv", "tr a-z A-Z <"), ("color.ui", "always")):
+        git(repository, "config", name, value)
+    (repository / "launch.py").write_text("print('quiet')\n")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)["git"]
+    assert about["clean"] is False
+    assert "\n+print('quiet')\n" in (run.code / about["patch"]).read_text()
+
+
+def test_names_of_files_are_any_bytes(repository: Path, tmp_path: Path) -> None:
+    with open(os.fsencode(repository / "rustgpt_jax") + b"/gr\xfcn.txt", "w"):
+        pass
+    assert keep_code(run_folder(tmp_path / "run"))["git"]["untracked"] == ["rustgpt_jax/gr\\xfcn.txt"]
+
+
+def test_a_copy_of_the_code_knows_where_git_has_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "launch.py").write_text("print(2)\n")
+    first = run_folder(tmp_path / "here")
+    about = keep_code(first)
+    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    # A job of the sweep, in another process.
+    monkeypatch.setattr(snapshot, "_root", lambda: copy)
+    forget_code()
+    trial = run_folder(tmp_path / "trial")
+    assert keep_code(trial) == about and about["git"]["clean"] is False
+    assert contents(trial.code) == contents(first.code)

@@ -45,12 +45,12 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     run = RunFolder(path)
     if run.config_file.exists():
         began = json.loads(run.import_file.read_bytes()).get("source") if run.import_file.exists() else None
-        if began != source:
+        if began is None or _same(began) != _same(source):
             how = f"with the parameters of {began}" if began else "otherwise"
             raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
         return
-    place, _, which = source.partition("@")
-    there = load(Path(place), which or "last")
+    place, which = run_and_step(source)
+    there = load(place, which)
     own = there.writer.tokenizer if config.tokenizer.name == IMPORTED else obtain_tokenizer(config)
     whole = with_vocabulary(config, own)
     structure, numbers = split(stages(whole)[0].config)
@@ -78,6 +78,18 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
         says(f"  left there: {_named(chosen.left)}; the optimizer's state; the step")
     else:
         says("  left there: the optimizer's state; the step")
+
+
+def run_and_step(source: str) -> tuple[Path, str]:
+    """The folder and the checkpoint that RUN, RUN@STEP or RUN@best names. A folder may have an @ in its own name."""
+    place, at, which = source.rpartition("@")
+    return (Path(place), which) if at and not Path(source).exists() else (Path(source), "last")
+
+
+def _same(source: str) -> tuple[Path, str]:
+    """What a source names, however it is written."""
+    place, which = run_and_step(source)
+    return place.resolve(), which
 
 
 def _choose(given: Mapping[str, Any], wanted: Mapping[str, Any], is_same_tokenizer: bool) -> Taken:

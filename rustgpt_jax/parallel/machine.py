@@ -32,9 +32,14 @@ def this_machine() -> Machine:
 
 
 def use_cores_as_devices() -> None:
-    """Make each core of a CPU a device of its own. To be called before JAX is used; an accelerator is left as it is."""
+    """Make each core of a CPU a device of its own, as `use_cpu_devices` does."""
+    use_cpu_devices(cores())
+
+
+def use_cpu_devices(count: int) -> None:
+    """Make a CPU so many devices. To be called before JAX is used; accelerators, and what XLA was told, stay."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", cores())
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def cores() -> int:

@@ -1,26 +1,28 @@
 """A step of a run made again, held against what the run recorded of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rustgpt_jax.reproduce.past import Inside, Past, named
+from rustgpt_jax.reproduce.records import TIMED
 from rustgpt_jax.runs.environment import environment, flat
 from rustgpt_jax.runs.launches import launches
+from rustgpt_jax.runs.snapshot import running_code
+from rustgpt_jax.training.recorder import MUST_BE_FINITE
 
 MOST_CHANGES_NAMED = 4
-# What a clock decides, and no config.
-TIMED = ("train/tokens_per_second", "train/flops_share")
 # What of an environment may change bits.
 MATTERS = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
 
 
 @dataclass(frozen=True)
 class Again:
-    """A step made again from the nearest checkpoint.
+    """A step made again from the state after `from_step`, that of the nearest sound checkpoint.
 
     metrics: by the names of metrics.jsonl. record: the line of that file, None if the step was not logged.
-    reasons: why the step may have other bits than it had.
+    reasons: why the step may have other bits than it had; none if all that is known of its making is the same.
     """
 
     run: str
@@ -44,8 +46,8 @@ class Again:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss and the gradient are finite."""
-        return math.isfinite(self.metrics["train/loss"]) and math.isfinite(self.metrics["train/gradient_norm"])
+        """Whether the loss, the gradient and the update are finite."""
+        return not is_fault(self.metrics)
 
     @property
     def verdict(self) -> str:
@@ -55,15 +57,22 @@ class Again:
         if not self.unequal:
             return f"All {len(self.recorded)} recorded numbers of the step are the same, bit for bit."
         names = ", ".join(name.removeprefix("train/") for name in self.unequal)
-        why = "; ".join(self.reasons) or "the code is not that of the run"
-        return f"Not the recorded bits: {names}. Perhaps because {why}."
+        if not self.reasons:
+            return f"Not the recorded bits: {names}. The code is that of the run, and so is all it is known to run in."
+        return f"Not the recorded bits: {names}. Perhaps because {'; '.join(self.reasons)}."
+
+
+def is_fault(metrics: Mapping[str, Any]) -> bool:
+    """Whether metrics, or a line of their record, have a loss, gradient or update that is not finite."""
+    return not all(math.isfinite(metrics.get(f"train/{name}", 0.0)) for name in MUST_BE_FINITE)
 
 
 def make_again(past: Past, step: int, has_taps: bool) -> tuple[Again, Inside | None]:
     """A step of a run made again, and with taps, what it looks like from inside. Raises UserError for no step of it."""
     past.check(step)
-    from_step = past.nearest(step - 1)
-    state = past.state_at(step - 1)
+    state = past.saved_state(step - 1)
+    from_step = int(state.step)
+    state = past.advanced(state, step - 1)
     inside = past.look_into(state) if has_taps else None
     _, (metrics,) = past.train(state, 1)
     run, stage = past.folder.path.resolve().name, past.data_of(step).stage.name
@@ -79,8 +88,11 @@ def _same(recorded: float, now: float | None) -> bool:
 def _reasons(past: Past, step: int) -> tuple[str, ...]:
     launch = next((launch for launch in launches(past.folder)[::-1] if launch.step < step), None)
     if launch is None:
-        return ()
+        return ("it was made by other code or elsewhere, of which there is no record",)
     found: list[str] = []
+    code = running_code(past.folder)
+    if launch.code != code:
+        found.append(f"the code was {launch.code} and is {code}")
     if launch.mode == "fused":
         found.append(f"it was trained fused with {launch.width - 1} others, whose sums are taken in another order")
     there, here = flat(launch.environment), flat(environment())

@@ -55,7 +55,8 @@ ON_THE_HOST = ("batch", "before")
 def diff(first: Path, second: Path, console: Console) -> bool:
     """Print in what two runs differ, from their configs to the first tensor, and what the cause is likely to be.
 
-    Whether they are the same. Raises UserError for a folder without a run.
+    Whether they are the same: what could not be compared is not known to be. Raises UserError for a folder without a
+    run.
     """
     for path in (first, second):
         if not RunFolder(path).config_file.exists():
@@ -66,7 +67,7 @@ def diff(first: Path, second: Path, console: Console) -> bool:
     for section in found:
         say_section(section, console)
     is_same = _compare_steps(*runs, found, console)
-    return is_same and not any(section.differences for section in found)
+    return is_same and not any(section.differences or section.missing for section in found)
 
 
 def _compare_steps(first: RunFolder, second: RunFolder, found: list[Section], console: Console) -> bool:

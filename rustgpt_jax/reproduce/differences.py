@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from rustgpt_jax.errors import UserError, shown
+from rustgpt_jax.reproduce.records import ABSENT
 from rustgpt_jax.runs.environment import flat
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.runs.launches import archive_of, first_launch, programs
 from rustgpt_jax.runs.snapshot import read_code
 
-ABSENT, OWN = "nothing", "the run's own"
+OWN = "the run's own"
 HASH_DIGITS = 12
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -14,11 +14,11 @@ from rustgpt_jax.config import Config
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.transformer import vocabulary
 from rustgpt_jax.reproduce import findings
-from rustgpt_jax.reproduce.again import Again, make_again
+from rustgpt_jax.reproduce.again import Again, is_fault, make_again
 from rustgpt_jax.reproduce.past import Inside, Past
 from rustgpt_jax.reproduce.remedies import CONTROL, Fate, Remedy, fates, flags, remedies
 from rustgpt_jax.reproduce.replay import write_page
-from rustgpt_jax.reproduce.suspects import LOSS, NORM, Suspect, is_fault, suspect
+from rustgpt_jax.reproduce.suspects import LOSS, NORM, Suspect, suspect
 from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.sweeps.report.words import value_text
 
@@ -63,8 +63,8 @@ class Trial:
         return sorted(alive, key=lambda fate: float(fate.losses[-1]))
 
 
-def doctor(path: Path, step: int | None, console: Console) -> bool:
-    """Say what went wrong in a run, at a step or at its worst, and what would have helped. Whether something would.
+def doctor(path: Path, step: int | None, console: Console) -> None:
+    """Say what went wrong in a run, at a step or at its worst, and what would have helped.
 
     Writes RUN/replay/step_K.html. Raises UserError as `Past` and `suspect` do.
     """
@@ -86,14 +86,13 @@ def doctor(path: Path, step: int | None, console: Console) -> bool:
         view = View.of(past, again)
         if view is None:
             say("Its loss is not above those before it: there is nothing to be remedied.")
-            return False
+            return
         if view.lost_at is not None:
             say(f"The run was lost before: from step {view.lost_at} on its loss is {view.ceiling:.3g} or more.")
         trial = try_remedies(past, again, view)
         _print(trial, console)
         for sentence in advice(trial, past.config, again.stage):
             say(sentence)
-    return any(fate.remedy.name != CONTROL for fate in trial.survivors())
 
 
 def diagnosis(past: Past, found: Suspect, again: Again, inside: Inside) -> list[str]:

@@ -1,20 +1,41 @@
 """The code that a run was made with, unpacked, and processes that run it as the run was launched."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.machine import use_cpu_devices
 from rustgpt_jax.runs.environment import as_variables
 from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.launches import Launch, archive_of
+from rustgpt_jax.runs.launches import Launch, archive_of, launches
 from rustgpt_jax.runs.snapshot import unpack
 from rustgpt_jax.sweeps.launchers.processes import visible_gpus
+from rustgpt_jax.training.signals import SIGNALS
+
+# What a shell says of a process that a signal ended.
+KILLED_BY = 128
+
+
+def use_devices_of(run: RunFolder) -> None:
+    """Make a CPU as many devices as the last launch of a run had, if there was one. To be called before JAX is used."""
+    for launch in launches(run)[-1:]:
+        use_cpu_devices(launch.devices)
+
+
+class Ended(NamedTuple):
+    """How a process ended: its status, as a shell would have it, and the first signal that was passed on to it."""
+
+    status: int
+    stopped_by: signal.Signals | None
 
 
 class OwnCode(NamedTuple):
@@ -23,8 +44,18 @@ class OwnCode(NamedTuple):
     folder: Path
     launch: Launch
 
-    def start(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
-        """Start Python with this code before all other, on as many cores and GPUs as the launch had, in its place."""
+    def run(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> Ended:
+        """Run Python with this code before all other, on as many cores and devices as the launch had, in its place.
+
+        Signals that ask this process to stop go to that one, and end it: this one lives on to clean up.
+        """
+        with _passing_on() as signals:
+            child = self._start(arguments, errors)
+            signals.pass_to(child)
+            status = child.wait()
+        return Ended(status if status >= 0 else KILLED_BY - status, signals.first)
+
+    def _start(self, arguments: Sequence[str], errors: IO[bytes] | None) -> "subprocess.Popen[bytes]":
         # Paths of the config may be relative to where the run was launched.
         place = Path(self.launch.cwd) if Path(self.launch.cwd).is_dir() else self.folder
         mine = os.sched_getaffinity(0)
@@ -47,7 +78,53 @@ class OwnCode(NamedTuple):
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
         gpus = visible_gpus()
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.launch.devices])} if gpus else {}
-        return as_variables(self.launch.environment) | {"PYTHONPATH": path} | seen
+        return as_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path} | seen
+
+
+class _Signals:
+    """Signals to this process, which go to a child, also those that came before there was one."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._waiting = deque[int]()
+
+    def heard(self, number: int, frame: FrameType | None) -> None:
+        """The handler of a signal."""
+        del frame
+        self.first = self.first or signal.Signals(number)
+        # Training saves and ends at the one, and knows nothing of the other.
+        self._waiting.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        self._send()
+
+    def pass_to(self, child: "subprocess.Popen[bytes]") -> None:
+        """Send them to this child from now on."""
+        self._child = child
+        self._send()
+
+    def _send(self) -> None:
+        # Another signal may interrupt this anywhere.
+        while self._child is not None:
+            try:
+                number = self._waiting.popleft()
+            except IndexError:
+                return
+            self._child.send_signal(number)
+
+
+@contextmanager
+def _passing_on() -> Iterator[_Signals]:
+    """Signals that ask to stop are kept for a child while the block runs."""
+    signals = _Signals()
+    # A process that was told not to mind the end of its terminal does not.
+    minds_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    numbers = [*SIGNALS, *([signal.SIGHUP] if minds_terminal else [])]
+    handlers = {number: signal.signal(number, signals.heard) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

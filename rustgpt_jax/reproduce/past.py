@@ -1,5 +1,6 @@
 """A run that is only read: its state after any step, and its steps again with the same bits."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,16 @@ from rustgpt_jax.parallel.devices import all_devices
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.progress import counting
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.loop import gather
 from rustgpt_jax.training.material import Program
 from rustgpt_jax.training.run import first_state, state_shapes
 from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
 from rustgpt_jax.training.tapped import TapReport, Tensor, compiled_tapped_step, tensors
+
+# Steps that have to be made before the one that is wanted, which are worth a word.
+FAR = 20
 
 
 class Inside(NamedTuple):
@@ -123,10 +128,13 @@ class Past:
 
     def state_at(self, step: int) -> State:
         """The state after a step: that of the nearest sound checkpoint at or before it, advanced by what is missing."""
-        state = self._placement.replicate(self._saved_state(step))
-        return self.train(state, step - int(state.step))[0]
+        return self.advanced(self.saved_state(step), step)
 
-    def _saved_state(self, step: int) -> State:
+    def saved_state(self, step: int) -> State:
+        """The state of the nearest sound checkpoint at or before a step, or else the one that the run began with."""
+        return self._placement.replicate(self._sound_state(step))
+
+    def _sound_state(self, step: int) -> State:
         for saved in self.saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
@@ -135,18 +143,36 @@ class Past:
                     self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
         return first_state(self.material, self.folder)
 
+    def advanced(self, state: State, step: int) -> State:
+        """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""
+        missing = step - int(state.step)
+        if missing > FAR:
+            self._say(f"{missing:,} steps are made again first, from {start_of(int(state.step))} on.")
+        with counting(self._console, "steps made again") as progress:
+            return self.train(state, missing, lambda done: progress(done, missing))[0]
+
     def batch(self, state: State) -> Batch:
         """The batch of the step after a state."""
         return self.batches(state, 1)[0]
 
     def batches(self, state: State, count: int) -> list[Batch]:
-        """The batches of the next `count` steps after a state, which are all of one stage."""
+        """The batches that the run read in the `count` steps after a state, which are all of one stage."""
         first = int(state.step)
         source = self.data_of(first + 1).training_batches()
-        return [source.batch(first + int(state.health.skipped) + index) for index in range(count)]
+        return [source.batch(step + self._skipped(state, step)) for step in range(first, first + count)]
 
-    def train(self, state: State, count: int) -> tuple[State, list[Metrics]]:
-        """The state after `count` more steps, and the metrics of each. The buffers of `state` are gone then."""
+    def _skipped(self, state: State, step: int) -> int:
+        """How many batches the run had passed over after a step, of the stage in which it has come from a state."""
+        last = self._last_rewind(step)
+        return int(state.health.skipped) if last is None or last.to < int(state.step) else last.skipped
+
+    def train(
+        self, state: State, count: int, made: Callable[[int], object] | None = None
+    ) -> tuple[State, list[Metrics]]:
+        """The state after `count` more steps, and the metrics of each. The buffers of `state` are gone then.
+
+        `made` is told how many have been made.
+        """
         every: list[Metrics] = []
         state = self._rewound(state)
         while len(every) < count:
@@ -166,16 +192,20 @@ class Past:
             history = jax.device_get(metrics)
             every += [jax.tree.map(lambda column, index=index: column[index], history) for index in range(now)]
             state = self._rewound(state)
+            if made is not None:
+                made(len(every))
         return state, every
 
     def _rewound(self, state: State) -> State:
         """The state from which the run went on, which is another where it had come back to this step."""
-        step = int(state.step)
-        last = next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
-        if last is None or last.to < step:
+        last = self._last_rewind(int(state.step))
+        if last is None or last.to < int(state.step):
             return state
         health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
         return self._placement.replicate(state._replace(health=health))
+
+    def _last_rewind(self, step: int) -> Rewind | None:
+        return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
     def look_into(self, state: State) -> Inside:
         """What the step after a state makes. The state stays as it is."""
@@ -190,9 +220,14 @@ class Past:
 
 def _rewinds(folder: RunFolder) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
-    events = [event for event in Journal(folder.journal_file).events() if event["event"] == "rewind"]
-    names = ("step", "to", "skipped", "faults")
+    names = Rewind._fields
+    events = Journal(folder.journal_file).events_named("rewind", names)
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
+
+
+def start_of(step: int) -> str:
+    """What a state after a step is read from, in words."""
+    return f"the checkpoint of step {step}" if step else "the start"
 
 
 def named(metrics: Metrics) -> dict[str, float]:

@@ -7,12 +7,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.training.checkpoints import Damaged, stored_about
 
 # What a clock decides, and no config.
 TIMED = ("train/tokens_per_second", "train/flops_share")
+# What there is where a side has none of something, in words.
 ABSENT = "nothing"
 
 
@@ -68,7 +70,7 @@ def compare_records(
 
 
 def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Parting | None]:
-    """How many texts two runs wrote up to a step, and where they part."""
+    """How many texts two runs wrote up to a step, and where they part. Raises UserError for a file of other things."""
     both = [[text for text in _samples(path) if text["step"] <= last_step] for path in (first, second)]
     for here, there in zip_longest(*both, fillvalue={}):
         if here != there:
@@ -125,6 +127,16 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     file = RunFolder(path).samples_file
     if not file.exists():
         return []
-    whole = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = file.read_bytes().splitlines(keepends=True)
     # A kill may have left half a line.
-    return [json.loads(line) for line in whole if line.endswith("\n")]
+    return [_text(line, f"{file}, line {number}") for number, line in enumerate(whole, start=1) if line.endswith(b"\n")]
+
+
+def _text(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: it is damaged, for it is not JSON.") from error
+    if not isinstance(text, dict) or not text.keys() >= {"step", "prompt", "text"}:
+        raise UserError(f"{where}: it is damaged, for it has no step, prompt and text.")
+    return text

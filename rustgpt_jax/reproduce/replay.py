@@ -8,7 +8,7 @@ from rich.table import Table
 
 from rustgpt_jax.reproduce.again import Again, make_again
 from rustgpt_jax.reproduce.page import page
-from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.reproduce.past import Past, start_of
 from rustgpt_jax.runs.folder import write_atomically
 from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
@@ -39,9 +39,8 @@ def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
 
 
 def _print(again: Again, path: Path, console: Console) -> None:
-    start = f"the checkpoint of step {again.from_step}" if again.from_step else "the start"
     console.print(
-        f"step {again.step} of {path} (stage {printable(again.stage)}), made again from {start}",
+        f"step {again.step} of {path} (stage {printable(again.stage)}), made again from {start_of(again.from_step)}",
         highlight=False,
         soft_wrap=True,
     )

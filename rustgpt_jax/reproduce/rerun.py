@@ -2,15 +2,11 @@
 
 import hashlib
 import shutil
-import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
+from rustgpt_jax.config import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
 from rustgpt_jax.reproduce.differences import say, say_section, sections
@@ -23,16 +19,17 @@ from rustgpt_jax.runs.metrics import read_metrics
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MOST_NAMED = 4
 # What a run begins with, and what its compiler chose.
 BEGINNING = ("config.json", "tokenizer.json", "parameters.safetensors", "import.json", "autotune.textproto")
 
 
-def rerun(path: Path, to: Path | None, console: Console) -> bool:
-    """Run a run again in the folder `to` (NAME.rerun beside it, unless given). Whether it is what it was.
+def rerun(path: Path, to: Path | None, console: Console) -> int:
+    """Run a run again in the folder `to` (NAME.rerun beside it, unless given), and compare.
 
-    A rerun that was stopped goes on when it is asked for again. Raises UserError if the run does not have its code, if
-    `to` holds anything else, and if the rerun fails.
+    The exit status: 0 if it is what it was, 1 if not, and that of the training if a signal stopped it: then it goes on
+    when it is asked for again. Raises UserError if the run does not have its code, if `to` holds anything else, and if
+    the rerun fails.
     """
     if not RunFolder(path).config_file.exists():
         load_config(path)  # Which says what is there instead.
@@ -40,9 +37,10 @@ def rerun(path: Path, to: Path | None, console: Console) -> bool:
     run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
     _prepare(run, again, launch)
-    if not _train(run, again, launch, console):
-        return False
-    return _compared(run, again, launch, console)
+    status = _train(run, again, launch, console)
+    if status:
+        return status
+    return 0 if _compared(run, again, launch, console) else 1
 
 
 def _first_launch(run: RunFolder, console: Console) -> Launch:
@@ -50,6 +48,9 @@ def _first_launch(run: RunFolder, console: Console) -> Launch:
     codes = list(dict.fromkeys(launch.code for launch in every))
     if len(codes) > 1:
         say(console, f"{run.path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
+    if first.left_out:
+        files = ", ".join(first.left_out[:MOST_NAMED]) + (", ..." if len(first.left_out) > MOST_NAMED else "")
+        say(console, f"Too large to be kept with the code of {run.path}, and not there for its rerun: {files}.")
     return first
 
 
@@ -59,6 +60,8 @@ def _first_launch(run: RunFolder, console: Console) -> Launch:
 def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
     """Make the new run's folder with all that a run begins with, or see that it is there already."""
     about = {"code": launch.code, "config": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
+    if again.path.exists() and not again.path.is_dir():
+        raise UserError(f"{again.path} is a file, and the folder of the rerun cannot be there; choose another.")
     if again.path.exists() and any(again.path.iterdir()):
         began = [event for event in Journal(again.journal_file).events() if event["event"] == "rerun"]
         if not began or {name: began[0].get(name) for name in about} != about:
@@ -71,38 +74,36 @@ def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
         Journal(RunFolder(hidden).journal_file).append("rerun", of=str(run.path), **about)
 
 
-def _train(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> bool:
-    """Train the new run by the old code. Whether it came to its end, rather than being stopped."""
+def _train(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> int:
+    """Train the new run by the old code. The exit status: 0 if it came to its end, rather than being stopped."""
+    wanted = _reached(run)
+    _say_if_early(run, wanted, console)
     with own_code(run, launch) as code:
-        child = code.start([str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"])
-        with _passing_on(child) as passed:
-            status = child.wait()
-    if passed and status:
-        say(console, f"Stopped by {passed[0].name}. The same command goes on from there.")
-        return False
-    reached, wanted = (max((line["step"] for line in read_metrics(each.path)), default=0) for each in (again, run))
+        arguments = [str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"]
+        status, stopped_by = code.run(arguments)
+    if stopped_by is not None and status:
+        say(console, f"Stopped by {stopped_by.name}. The same command goes on from there.")
+        return status
+    reached = _reached(again)
     # A run that diverged ends with another status than 0, as the first one did.
     if status and reached < wanted:
         raise UserError(f"The rerun of {run.path} ended at step {reached} with exit status {status}, as it says above.")
-    return True
+    return 0
 
 
-@contextmanager
-def _passing_on(child: "subprocess.Popen[bytes]") -> Iterator[list[signal.Signals]]:
-    """Signals to this process go to a child while the block runs; it gives the list of those that did."""
-    passed: list[signal.Signals] = []
+def _reached(run: RunFolder) -> int:
+    return max((line["step"] for line in read_metrics(run.path)), default=0)
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        del frame
-        passed.append(signal.Signals(number))
-        child.send_signal(number)
 
-    handlers = {number: signal.signal(number, pass_on) for number in SIGNALS}
+def _say_if_early(run: RunFolder, reached: int, console: Console) -> None:
     try:
-        yield passed
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        total_steps = stages(load_config(run.path))[-1].end_step
+    except UserError:
+        # Its own code may read a config that this one does not.
+        return
+    if reached < total_steps:
+        to = f"step {reached:,} of {total_steps:,}"
+        say(console, f"{run.path} went to {to}. Its rerun is not stopped there; what both have made is compared.")
 
 
 # Comparing.

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.again import is_fault
 from rustgpt_jax.reproduce.past import Past, Rewind
 
 LOSS, NORM, SPIKES = "train/loss", "train/gradient_norm", "train/spikes"
+FAULTS = {LOSS: "loss", NORM: "gradient"}
 # A recorded loss stands out that is further above so many before it than these are apart.
 LOSSES_BEFORE = 20
 
 
 class Suspect(NamedTuple):
-    """A step, what is wrong with it in words, and whether that is a loss or gradient that is not finite.
+    """A step, what is wrong with it in words, and whether that is something that is not finite.
 
     rewind: how the run went back from it.
     """
@@ -39,7 +41,7 @@ def suspect(past: Past, step: int | None) -> Suspect:
         return Suspect(step, "you asked for it", line is not None and is_fault(line))
     fault = next((line for line in lines[::-1] if is_fault(line)), None)
     if fault is not None:
-        what = "loss" if not math.isfinite(fault[LOSS]) else "gradient"
+        what = next((what for name, what in FAULTS.items() if not math.isfinite(fault.get(name, 0.0))), "update")
         return Suspect(fault["step"], f"its {what} is not finite", True)
     if past.rewinds:
         return _undone(past.rewinds[-1])
@@ -56,13 +58,8 @@ def suspect(past: Past, step: int | None) -> Suspect:
 
 
 def _undone(rewind: Rewind) -> Suspect:
-    why = f"its loss or gradient was not finite, and the run went back from it to step {rewind.to}"
+    why = f"its loss, gradient or update was not finite, and the run went back from it to step {rewind.to}"
     return Suspect(rewind.step, why, True, rewind)
-
-
-def is_fault(line: dict[str, Any]) -> bool:
-    """Whether a line has a loss or a gradient norm that is not finite."""
-    return not (math.isfinite(line[LOSS]) and math.isfinite(line.get(NORM, 0.0)))
 
 
 def _last_counted(lines: Sequence[dict[str, Any]]) -> tuple[int, int] | None:

@@ -27,7 +27,8 @@ from rich.console import Console
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.devices import keep_compiled_programs
 from rustgpt_jax.reproduce.past import Past, named
-from rustgpt_jax.runs.folder import write_atomically
+from rustgpt_jax.runs.folder import RunFolder, write_atomically
+from rustgpt_jax.runs.programs import load_autotuning
 from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.step import State
 from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, Tensor
@@ -84,6 +85,7 @@ def main() -> int:
     parser.add_argument("--taps", action="store_true")
     given = parser.parse_args()
     keep_compiled_programs()
+    load_autotuning(RunFolder(given.run))
     try:
         found = trace(given.run, given.first, given.last, given.taps, Console(stderr=True))
         write_atomically(given.out, json.dumps(found) + "\n")

@@ -28,18 +28,15 @@ class Origin(NamedTuple):
 def trace(run: RunFolder, first: int, last: int, has_taps: bool) -> Trace:
     """The steps `first` to `last` of a run, made again by the code and with the settings of its first launch.
 
-    Raises UserError if that cannot be.
+    Raises UserError if that cannot be, and KeyboardInterrupt if a signal asks to stop.
     """
     with own_code(run, first_launch(run)) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"
         arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
         with open(log, "wb") as errors:
-            child = code.start(["-m", "rustgpt_jax.reproduce.trace", *arguments], errors)
-            try:
-                status = child.wait()
-            except BaseException:
-                child.terminate()
-                raise
+            status, stopped_by = code.run(["-m", "rustgpt_jax.reproduce.trace", *arguments], errors)
+        if stopped_by is not None:
+            raise KeyboardInterrupt
         if status or not out.exists():
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
             raise UserError(f"The steps of {run.path} cannot be made again: {lines[-1].removeprefix('error: ')}")

@@ -23,6 +23,8 @@ PRIVATE = ("_DIR", "_PATH", "_FILE", "_HOME", "HOST", "ADDRESS", "TOKEN", "KEY",
 PRIVATE_FLAGS = ("--xla_dump_to=", "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from=")
 # Which devices there are to be seen is this machine's matter.
 OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# So many devices a CPU is taken for. It is recorded as the count of devices, however it was said.
+CPU_DEVICES, CPU_DEVICES_FLAG = "JAX_NUM_CPU_DEVICES", "--xla_force_host_platform_device_count="
 # Settings of JAX that change what is computed.
 SETTINGS = (
     "jax_enable_x64",
@@ -56,23 +58,25 @@ def flat(environment: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def as_variables(environment: Mapping[str, Any]) -> dict[str, str]:
+def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, str]:
     """The variables that give a process the settings of an environment; those of this process that it lacks are gone.
 
-    Devices are those that this process may see.
+    A CPU is so many devices; others are those that this process may see.
     """
     stays = {name: value for name, value in os.environ.items() if not _is_recorded(name) or name in OF_THIS_MACHINE}
     settings = {name.upper(): str(value) for name, value in environment["settings"].items() if value is not None}
     recorded = {name: value for name, value in environment["variables"].items() if name not in OF_THIS_MACHINE}
-    return stays | settings | recorded
+    devices = {CPU_DEVICES: str(n_devices)} if environment["devices"]["backend"] == "cpu" else {}
+    return stays | settings | variables(recorded) | devices
 
 
 def variables(values: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are recorded, in order. What they say of the settings, the settings say."""
-    of_settings = {name.upper() for name in SETTINGS}
-    kept = {name: values[name] for name in sorted(values) if _is_recorded(name) and name not in of_settings}
+    """The variables that are recorded, in order. What they say of settings and devices is recorded with these."""
+    elsewhere = {CPU_DEVICES, *(name.upper() for name in SETTINGS)}
+    kept = {name: values[name] for name in sorted(values) if _is_recorded(name) and name not in elsewhere}
     if "XLA_FLAGS" in kept:
-        flags = [flag for flag in kept["XLA_FLAGS"].split() if not flag.startswith(PRIVATE_FLAGS)]
+        left_out = (*PRIVATE_FLAGS, CPU_DEVICES_FLAG)
+        flags = [flag for flag in kept["XLA_FLAGS"].split() if not flag.startswith(left_out)]
         kept["XLA_FLAGS"] = " ".join(flags)
     return {name: value for name, value in kept.items() if value or name in OF_THIS_MACHINE}
 

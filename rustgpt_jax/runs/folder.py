@@ -139,6 +139,18 @@ def check(path: Path, config: Config) -> None:
             )
 
 
+def admit(path: Path, config: Config) -> None:
+    """Make a folder, if it is not there. Raises UserError if it is not free for a run, or for one with this config."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        used = any(not entry.name.startswith(".") for entry in path.iterdir())
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
+    check(path, config)
+    if used and not RunFolder(path).config_file.exists():
+        raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
+
+
 def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
     """Make the folder of a run and record its config in it, or check that the run already there has the same config.
 
@@ -146,16 +158,9 @@ def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
     a run with another config, or other files, or cannot be written.
     """
     run = RunFolder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        used = any(not entry.name.startswith(".") for entry in path.iterdir())
-    except OSError as error:
-        raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
-    check(path, config)
+    admit(path, config)
     if run.config_file.exists():
         return run
-    if used:
-        raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
     record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
     write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
     return run

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ class Journal:
                 self._read_bytes += sum(len(line) + 1 for line in whole)
                 self._events += [event for line in whole if (event := _parse(line)) is not None]
             return list(self._events)
+
+    def events_named(self, name: str, values: Sequence[str]) -> list[Event]:
+        """The events of one name so far. Raises UserError if one of them lacks one of these values."""
+        found = [event for event in self.events() if event["event"] == name]
+        missing = [value for event in found for value in values if value not in event]
+        if missing:
+            raise UserError(f"{self._file} is damaged: a line of the event {name!r} has no {missing[0]!r}.")
+        return found
 
 
 def _parse(line: bytes) -> Event | None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rustgpt_jax.runs.snapshot import keep_code
 class Launch:
     """A launch as the journal has it. It began at `step`; `code` is the hash by which its archive is named.
 
+    `left_out` are files beside one's own modules that the archive does not have.
     `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs.
     """
 
@@ -30,6 +31,7 @@ class Launch:
     mode: str
     width: int
     devices: int
+    left_out: list[str] = field(default_factory=list)
 
 
 def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int) -> None:
@@ -56,10 +58,11 @@ def record_program(run: RunFolder, stage: str, program: Program, step: int) -> N
 
 
 def launches(run: RunFolder) -> list[Launch]:
-    """The launches of a run in their order; none for a run that has no journal."""
-    events = (event for event in Journal(run.journal_file).events() if event["event"] == "launch")
-    names = [field.name for field in fields(Launch)]
-    return [Launch(**{name: event[name] for name in names}) for event in events]
+    """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
+    names = [each.name for each in fields(Launch)]
+    needed = [each.name for each in fields(Launch) if each.default_factory is MISSING]
+    events = Journal(run.journal_file).events_named("launch", needed)
+    return [Launch(**{name: event[name] for name in names if name in event}) for event in events]
 
 
 def first_launch(run: RunFolder) -> Launch:
@@ -71,11 +74,10 @@ def first_launch(run: RunFolder) -> Launch:
 
 
 def programs(run: RunFolder) -> dict[str, Program]:
-    """The first program of each stage of a run."""
+    """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
     found: dict[str, Program] = {}
-    for event in Journal(run.journal_file).events():
-        if event["event"] == "program":
-            found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
+    for event in Journal(run.journal_file).events_named("program", ("stage", *Program._fields)):
+        found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
     return found
 
 

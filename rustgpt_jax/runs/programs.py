@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.runs.environment import DRIVER
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
 
-DRIVER = Path("/proc/driver/nvidia/version")
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from="
 # Where JAX says which key of its cache it looks for, and found or not.
 COMPILER = logging.getLogger("jax._src.compiler")
@@ -75,22 +75,26 @@ def _listen() -> None:
 # What a GPU's compiler chose.
 
 
-def keep_autotuning(run: RunFolder) -> bool:
-    """Have XLA write what it chooses by timing for a run, and choose as before where it has. Whether there is a GPU.
+def keep_autotuning(run: RunFolder) -> None:
+    """Have XLA write what it chooses by timing for a run, and choose as before where it has.
 
     To be called before JAX is used: XLA reads its flags once. Flags that the user has set stay as they are. The names
     of the files are part of the keys of JAX's cache, so that each run compiles its programs itself once: a program that
     comes out of the cache makes no choices that could be written down.
     """
-    given, dumped = os.environ.get("XLA_FLAGS", ""), _dumped(run)
-    if not DRIVER.exists() or DUMP in given or LOAD in given:
-        return False
-    dumped.parent.mkdir(parents=True, exist_ok=True)
-    flags = [f"{DUMP}{dumped}"]
-    if run.autotune_file.exists() and run.autotune_file.read_text().startswith(_compiler()):
-        flags.append(f"{LOAD}{run.autotune_file.absolute()}")
-    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *flags])
-    return True
+    if _may_choose():
+        dumped = _dumped(run)
+        dumped.parent.mkdir(parents=True, exist_ok=True)
+        _add_flags(f"{DUMP}{dumped}", *_loading(run))
+
+
+def load_autotuning(run: RunFolder) -> None:
+    """Have XLA choose as it did for a run, and write nothing: for what makes steps of the run again.
+
+    To be called before JAX is used. Trials of sweeps have no choices kept: one process chooses for many of them.
+    """
+    if _may_choose():
+        _add_flags(*_loading(run))
 
 
 def take_autotuning(run: RunFolder) -> None:
@@ -98,6 +102,22 @@ def take_autotuning(run: RunFolder) -> None:
     dumped = _dumped(run)
     if f"{DUMP}{dumped}" in os.environ.get("XLA_FLAGS", "").split() and dumped.exists():
         write_atomically(run.autotune_file, _compiler() + dumped.read_text())
+
+
+def _may_choose() -> bool:
+    """Whether there is a GPU, and the user has said nothing of its choices."""
+    given = os.environ.get("XLA_FLAGS", "")
+    return DRIVER.exists() and DUMP not in given and LOAD not in given
+
+
+def _loading(run: RunFolder) -> list[str]:
+    is_known = run.autotune_file.exists() and run.autotune_file.read_text().startswith(_compiler())
+    return [f"{LOAD}{run.autotune_file.absolute()}"] if is_known else []
+
+
+def _add_flags(*flags: str) -> None:
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags])
 
 
 def _dumped(run: RunFolder) -> Path:

@@ -6,7 +6,9 @@ and linked into the runs from there.
 
 import hashlib
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +17,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import rustgpt_jax
@@ -27,6 +30,10 @@ HASH_DIGITS = 12
 # A file beside one's own modules that is larger than this is not code.
 MOST_BYTES = 2**23
 GIT_SECONDS = 10
+# In a copy of the code: where git has it.
+GIT_STATE, GIT_PATCH = ".git_state.json", ".git_state.patch"
+# A part that a config names by its import path, such as "my_lab.mixers:Retention".
+PART = re.compile(r'"([A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*"')
 # The earliest that an archive can say: when a file was touched is no part of what it is.
 TOUCHED = (1980, 1, 1, 0, 0, 0)
 
@@ -37,7 +44,7 @@ def keep_code(run: RunFolder) -> dict[str, Any]:
     `left_out` are files beside one's own modules that are too large to be code. Raises UserError if the folder cannot
     be written.
     """
-    code, archive, left_out = _packed(tuple(code_sources()))
+    code, archive, left_out = _packed(_sources_of(run))
     git, patch = _git_state(_root())
     try:
         run.code.mkdir(exist_ok=True)
@@ -47,6 +54,20 @@ def keep_code(run: RunFolder) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{run.code} cannot be written: {error.strerror}.") from error
     return {"code": code, "left_out": left_out, "git": git}
+
+
+def remember_code() -> None:
+    """Read the code that is running: what is edited from now on is not taken for it. Costs some milliseconds, once.
+
+    To be called when one's own parts are imported: modules that are imported later are read when they are kept.
+    """
+    for source in code_sources():
+        _contents(source)
+
+
+def running_code(run: RunFolder) -> str:
+    """The hash of the code that is running, with a run's parts, as `keep_code` would record it."""
+    return _packed(_sources_of(run))[0]
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -79,10 +100,16 @@ def read_code(archive: Path) -> dict[str, bytes]:
 # What the code is.
 
 
-def code_sources() -> list[Path]:
-    """The files and folders that the code of this process stands in: ours, and the modules of the current folder."""
+def code_sources(parts: Iterable[str] = ()) -> list[Path]:
+    """The files and folders that the code of this process stands in: ours, and the modules of the current folder.
+
+    `parts` are imported modules, wherever they come from: they and those beside them are one's own too.
+    """
     root = _root()
-    return [root / name for name in CODE] + own_modules({root, Path.cwd()})
+    sources = (_source(sys.modules[name]) for name in parts if name in sys.modules)
+    folders = {source.parent for source in sources if source is not None}
+    own = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
+    return [root / name for name in CODE] + own_modules({root, Path.cwd()} | own)
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
@@ -104,13 +131,24 @@ def own_modules(folders: set[Path]) -> list[Path]:
     folders = folders - {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
     found = []
     for name, module in list(sys.modules.items()):
-        # A package without an __init__.py has no file, only a path.
-        files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
-        source = Path(next(filter(None, files), ""))
-        source = source.parent if source.name == "__init__.py" else source
-        if "." not in name and source.parent in folders and source.name not in CODE:
+        source = _source(module)
+        if "." not in name and source is not None and source.parent in folders and source.name not in CODE:
             found.append(source)
     return sorted(found)
+
+
+def _source(module: ModuleType) -> Path | None:
+    """The file of a module, or the folder of a package; None for one that is built in."""
+    # A package without an __init__.py has no file, only a path.
+    files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
+    file = next(filter(None, files), None)
+    source = None if file is None else Path(file)
+    return source.parent if source is not None and source.name == "__init__.py" else source
+
+
+def _sources_of(run: RunFolder) -> tuple[Path, ...]:
+    config = run.config_file.read_text(encoding="utf-8") if run.config_file.exists() else ""
+    return tuple(code_sources(sorted(set(PART.findall(config)))))
 
 
 def _root() -> Path:
@@ -135,18 +173,25 @@ def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
 
 @cache
 def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
-    """The hash of the code, its archive, and what is left out of it.
-
-    Read once, when the first run begins: what runs was read before, and does not see what is edited later.
-    """
-    files = code_files(sources)
-    left_out = [name for name, file in files.items() if file.stat().st_size > MOST_BYTES]
-    contents = {name: file.read_bytes() for name, file in files.items() if name not in left_out}
+    """The hash of the code, its archive, and what is left out of it."""
+    every = {name: content for source in sources for name, content in _contents(source).items()}
+    left_out = sorted(name for name, content in every.items() if content is None)
+    contents = {name: content for name, content in sorted(every.items()) if content is not None}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, content in contents.items():
             archive.writestr(zipfile.ZipInfo(name, TOUCHED), content, zipfile.ZIP_DEFLATED)
     return _digest(contents.items()), packed.getvalue(), left_out
+
+
+@cache
+def _contents(source: Path) -> dict[str, bytes | None]:
+    """The files of a source by their names in an archive; None for what is too large.
+
+    Read once: what runs was read before, and does not see what is edited later.
+    """
+    files = code_files([source]).items()
+    return {name: None if file.stat().st_size > MOST_BYTES else file.read_bytes() for name, file in files}
 
 
 def _keep(name: str, content: bytes, folder: Path) -> None:
@@ -177,23 +222,38 @@ def _hidden(file: Path) -> Path:
 # Where git has it.
 
 
+def write_git_state(copy: Path) -> None:
+    """Write into a copy of the code that is running where git has it: a run that is made by the copy records that."""
+    about, patch = _git_state(_root())
+    if about is not None:
+        (copy / GIT_PATCH).write_bytes(patch)
+        (copy / GIT_STATE).write_text(json.dumps(about))
+
+
 @cache
 def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
-    """Commit and branch of the code, its files that git does not know, and what was changed in the others."""
+    """Commit and branch of the code, its files that git does not know, and what was changed in the others.
+
+    `clean` is None if git does not tell whether anything was.
+    """
+    if (root / GIT_STATE).exists():
+        return json.loads((root / GIT_STATE).read_bytes()), (root / GIT_PATCH).read_bytes()
     if not _git(root, "ls-files", "--", CODE[0]):
         return None, b""
-    status = (_git(root, "status", "--porcelain=v2", "--branch", "-z", "--", *CODE) or b"").decode().split("\0")
-    headers = dict(line[2:].split(" ", 1) for line in status if line.startswith("# "))
-    patch = _git(root, "diff", "--binary", "HEAD", "--", *CODE) or b""
-    untracked = [line[2:] for line in status if line.startswith("? ")]
+    status = _git(root, "status", "--porcelain=v2", "--branch", "-z", "--", *CODE)
+    patch = _git(root, "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--", *CODE)
+    # Names of files are any bytes.
+    lines = (status or b"").decode(errors="backslashreplace").split("\0")
+    headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
+    untracked = [line[2:] for line in lines if line.startswith("? ")]
     about = {
         "commit": headers.get("branch.oid"),
         "branch": headers.get("branch.head"),
-        "clean": not patch and not untracked,
+        "clean": None if status is None or patch is None else not patch and not untracked,
         "patch": f"{hashlib.sha256(patch).hexdigest()[:HASH_DIGITS]}.patch" if patch else None,
         "untracked": untracked,
     }
-    return about, patch
+    return about, patch or b""
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:

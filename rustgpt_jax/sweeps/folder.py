@@ -9,7 +9,7 @@ from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
-from rustgpt_jax.runs.snapshot import code_files, code_hash, code_sources
+from rustgpt_jax.runs.snapshot import code_files, code_hash, code_sources, remember_code, write_git_state
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def keep_code(folder: SweepFolder) -> Path:
     """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy."""
+    remember_code()
     files = code_files(code_sources())
     copy = folder.code / code_hash(files)
     if not copy.exists():
@@ -114,6 +115,7 @@ def keep_code(folder: SweepFolder) -> Path:
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target)
+        write_git_state(partial)
         try:
             partial.rename(copy)
         except OSError:  # Another launcher was first.

@@ -32,6 +32,7 @@ SEAL = "sha256.json"
 # Orbax writes the time in it when all else is done; nothing is read from it.
 NOT_SEALED = "_CHECKPOINT_METADATA"
 LONGEST_REASON = 160
+RECORDED = {"config_hash", "config", "is_regular", "layout", "fingerprints"}
 # What the operating system says, in the long texts of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
@@ -109,7 +110,8 @@ class Checkpoints:
                 with _one_at_a_time:
                     self._manager.save(step, args=args)
             if is_best:
-                write_atomically(self._best_file, json.dumps([step, *self._named_best()[:1]]))
+                before = [other for other in self._candidates("best") if other != step]
+                write_atomically(self._best_file, json.dumps([step, *before[:1]]))
             self._delete_old(step)
 
     def wait(self) -> None:
@@ -131,7 +133,7 @@ class Checkpoints:
         return named if isinstance(named, list) else []
 
     def _delete_old(self, saving: int) -> None:
-        steps, best = self.steps(), self._named_best()
+        steps, best = self.steps(), self._candidates("best")
         # What is being saved now may never be finished: the best one before it holds until then.
         needed = {*(best[:2] if best[:1] == [saving] else best[:1]), *steps[-LAST_KEPT:], self.last_regular(saving - 1)}
         for step in set(steps) - needed:
@@ -242,7 +244,8 @@ def _writing(folder: Path) -> Iterator[None]:
 def _check_room(folder: Path, n_bytes: int) -> None:
     """Raises an OSError if a checkpoint cannot be written now: once begun, Orbax's threads wait for one another."""
     probe = folder / ".probe"
-    probe.mkdir()
+    # A kill may have left it.
+    probe.mkdir(exist_ok=True)
     probe.rmdir()
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
@@ -271,14 +274,16 @@ def _about(state: State, config: Config, is_regular: bool) -> dict[str, Any]:
 
 
 def stored_about(folder: Path, step: int) -> dict[str, Any]:
-    """The record of a checkpoint. Raises Damaged if it cannot be read, or is not what was written."""
+    """The record of a checkpoint. Raises Damaged if it cannot be read, or is none."""
     try:
         about = json.loads((folder / str(step) / "about" / "metadata").read_bytes())
     except OSError as error:
         raise Damaged(f"its record cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise Damaged("its record is not JSON") from error
-    return dict(about)
+    if not isinstance(about, dict) or not about.keys() >= RECORDED:
+        raise Damaged("its record is not one of a checkpoint")
+    return about
 
 
 def _seal(folder: Path) -> None:

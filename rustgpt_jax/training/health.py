@@ -18,7 +18,7 @@ class Health(NamedTuple):
     seen: finite losses in this stage.
     spikes: steps of the run whose loss was a spike.
     faults: steps of the run whose loss or gradient was not finite.
-    skipped: batches passed over by rewinding. The batch of a step is number step + skipped of the run.
+    skipped: batches of this stage passed over by rewinding. The batch of a step is number step + skipped.
     """
 
     mean: jax.Array
@@ -35,8 +35,8 @@ def healthy() -> Health:
     return Health(*(jnp.zeros((), dtype) for dtype in types))
 
 
-def examined(health: Health, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array) -> Health:
-    """The health after a step with this loss, the first of its stage or a later one."""
+def examined(health: Health, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array) -> Health:
+    """The health after a step with this loss, which may be the first or the last of its stage."""
     seen = jnp.where(is_first, 0, health.seen)
     above = loss - health.mean
     is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(health.variance))
@@ -51,5 +51,5 @@ def examined(health: Health, loss: jax.Array, is_finite: jax.Array, is_first: ja
         seen=seen + is_finite,
         spikes=health.spikes + is_spike,
         faults=health.faults + ~is_finite,
-        skipped=health.skipped,
+        skipped=jnp.where(is_last, 0, health.skipped),
     )

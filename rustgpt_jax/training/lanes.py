@@ -93,7 +93,8 @@ class Together:
 
     def put(self, index: int, state: State) -> None:
         """Give a run another state."""
-        self._states_P = compiled_put(self._states_P, state, np.int32(index))
+        # From the host: a state that is bound to a device would take the others there.
+        self._states_P = compiled_put(self._states_P, jax.device_get(state), np.int32(index))
 
 
 # The programs that this process has run, by what selects them.

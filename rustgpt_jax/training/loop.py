@@ -54,21 +54,17 @@ def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
 
 def _train(run: Run, console: Console) -> int:
     path, total_steps = run.folder.path, run.material.total_steps
-    if run.is_over:
-        console.print(f"{path} is complete: {total_steps} steps. There is nothing to do.", highlight=False)
-        return 0
     began = time.perf_counter()
     with StopRequest() as stop, Progress(console, total_steps) as progress, _writing(run):
         run.begin(progress)
+        if run.is_over:
+            progress.message(f"{path} is complete: {total_steps} steps. There is nothing to do.")
+            return 0
         progress.message(_headline(run))
         train_lanes([run], Solo(run), lambda: bool(stop))
         run.checkpoints.wait()
     if run.diverged_at is not None:
-        raise UserError(
-            f"{path} diverged: the loss or the gradient of step {run.diverged_at} is not finite, and training ended "
-            f"there. Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate usually "
-            f"helps; `launch.py doctor --run={path}` looks for the cause."
-        )
+        raise UserError(_divergence(run))
     if not run.is_over:
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
@@ -77,13 +73,23 @@ def _train(run: Run, console: Console) -> int:
     return 0
 
 
+def _divergence(run: Run) -> str:
+    path, forgiven = run.folder.path, run.n_faults - 1
+    before = f", after {forgiven} that were forgiven (config.faults.most_forgiven)" if forgiven > 0 else ""
+    return (
+        f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
+        f"training ended there. Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate "
+        f"usually helps; `python launch.py doctor {path}` looks for the cause."
+    )
+
+
 @contextmanager
 def _writing(run: Run) -> Iterator[None]:
-    """Says in a sentence that the folder of a run cannot be written to any more, and what is left."""
+    """Says in a sentence that files can no longer be written, or read, and what is left of the run."""
     try:
         yield
     except (OSError, Unwritable) as error:
-        reason = f"{run.folder.path} cannot be written: {error.strerror}." if isinstance(error, OSError) else error
+        reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
         kept = run.checkpoints.written()
         left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint yet"
         raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error

@@ -25,6 +25,9 @@ from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import Metrics, State
 
+# What makes a step a fault where it is not finite, as in `train_step`.
+MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
+
 compiled_evaluation_params = jax.jit(evaluation_params, static_argnums=0)
 
 
@@ -40,7 +43,7 @@ class Pending(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A step whose loss or gradient was not finite, and how many there have been in the run, itself included."""
+    """A step whose loss, gradient or update was not finite, and how many of them there have been, itself included."""
 
     step: int
     n_faults: int
@@ -70,7 +73,7 @@ class Recorder:
     writer: MetricsWriter
     progress: Shows
     placement: Placement
-    compiled: set[Structure]
+    seconds_per_step: dict[Structure, float]
     pending: Pending | None = None
     fault: Fault | None = None
 
@@ -80,7 +83,7 @@ class Recorder:
         self._best_loss = self._best_loss_so_far()
         # When the device was last known to be at the beginning of a call; None where that is not known.
         self._clock: float | None = time.perf_counter()
-        self.seconds_per_step: float | None = None
+        self._structure = split(self.data.stage.config)[0]
 
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
@@ -89,8 +92,8 @@ class Recorder:
 
     def called(self, structure: Structure, seconds: float) -> None:
         """Say once for each program how long its first call took to return: that is its tracing and compiling."""
-        if structure not in self.compiled:
-            self.compiled.add(structure)
+        if structure not in self.seconds_per_step:
+            self.seconds_per_step[structure] = math.inf
             self.progress.message(f"compiled the training step in {duration(seconds)}")
             # It may have made some of its steps by now.
             self._clock = None
@@ -112,7 +115,7 @@ class Recorder:
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1
             values = {f"train/{name}": column[index].item() for name, column in columns.items()} | speed
-            is_bad = not (math.isfinite(values["train/loss"]) and math.isfinite(values["train/gradient_norm"]))
+            is_bad = not all(math.isfinite(values[f"train/{name}"]) for name in MUST_BE_FINITE)
             if is_bad and not self._is_skipped(values["train/faults"]):
                 self.fault = Fault(step, values["train/faults"])
             if self._is_logged(step) or is_bad:
@@ -135,7 +138,7 @@ class Recorder:
         self._clock = now
         if began is None:
             return {}
-        self.seconds_per_step = (now - began) / count
+        self.seconds_per_step[self._structure] = (now - began) / count
         tokens = count * self.data.stage.config.training.batch_size * self.data.window
         tokens_per_second = tokens / (now - began)
         return {

@@ -1,5 +1,6 @@
 """A run in progress: where it stands, what its next call needs, and what is recorded after it."""
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.devices import Placement
-from rustgpt_jax.runs.folder import RunFolder, create, lock, write_atomically
+from rustgpt_jax.runs.folder import RunFolder, admit, create, lock, write_atomically
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import record_launch, record_program
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
@@ -29,7 +30,7 @@ from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
 from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 
-# A call of the compiled program takes no longer than about this, so that a run that is asked to stop soon can.
+# A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 LONGEST_CALL_SECONDS = 5.0
 
 
@@ -53,15 +54,16 @@ class Run:
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
         self._source: Generator[Batch, None, None] | None = None
-        self._compiled, self._named = set[Structure](), set[int]()
+        self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
         self._state: State | None = None
         self._skipped = 0
 
     def __enter__(self) -> "Run":
         with self._resources:
-            create(self.folder.path, self.material.config, self._origins)
+            admit(self.folder.path, self.material.config)
             self._resources.enter_context(lock(self.folder.path))
+            create(self.folder.path, self.material.config, self._origins)
             save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
             write_atomically(self.folder.data_file, record_data(self.material.stages))
             self._resources.callback(self._close)
@@ -86,6 +88,11 @@ class Run:
     @property
     def _fault(self) -> Fault | None:
         return self._recorder.fault if self._recorder else None
+
+    @property
+    def n_faults(self) -> int:
+        """The steps that went wrong, up to the one at which training ended; 0 if it did not."""
+        return self._fault.n_faults if self._fault else 0
 
     @property
     def must_rewind(self) -> bool:
@@ -121,7 +128,7 @@ class Run:
         """Read the last sound checkpoint, and open the records, without what was written after it.
 
         The journal is told of this launch: `mode` is how the run trains, alone or with others in a program of so many.
-        Raises UserError if there are checkpoints, and none is sound.
+        If there is nothing more to do, nothing is written. Raises UserError if there are checkpoints, but no sound one.
         """
         self._progress = progress
         damaged: dict[int, str] = {}
@@ -129,9 +136,11 @@ class Run:
             self._state = self.checkpoints.restore(state_shapes(self.material), passed_over=damaged.__setitem__)
             self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
         for step, reason in damaged.items():
-            aside = self.checkpoints.set_aside(step)
             self._journal.append("damaged", step=step, reason=reason)
+            aside = self.checkpoints.set_aside(step)
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
+        if self.is_over:
+            return
         record_launch(self.folder, self.step, mode, width, len(self.placement.devices))
         self._open_records()
 
@@ -145,6 +154,16 @@ class Run:
 
         The state to go on from. Raises UserError if that checkpoint is damaged.
         """
+        fault = self._go_back()
+        try:
+            state = self.checkpoints.restore_step(state_shapes(self.material), self.step) if self.step else self.state()
+        except Damaged as damage:
+            raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
+        health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
+        return state._replace(health=health)
+
+    def _go_back(self) -> Fault:
+        """Forget what was done after the last regular checkpoint before the step that went wrong."""
         assert self._fault is not None
         fault, self._recorder = self._fault, None
         self.checkpoints.wait()
@@ -152,18 +171,13 @@ class Run:
         self._skipped += fault.step - self.step
         self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_faults)
         self._progress.message(
-            f"The loss or the gradient of step {fault.step} is not finite: back to step {self.step}, and on with the "
+            f"Loss, gradient or update of step {fault.step} is not finite: back to step {self.step}, and on with the "
             f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."
         )
         self.checkpoints.delete_after(self.step)
         self._close()
         self._open_records()
-        try:
-            state = self.checkpoints.restore_step(state_shapes(self.material), self.step) if self.step else self.state()
-        except Damaged as damage:
-            raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
-        health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
-        return state._replace(health=health)
+        return fault
 
     @property
     def is_unnamed(self) -> bool:
@@ -191,8 +205,9 @@ class Run:
         stage, record = self.stage.stage, self.stage.stage.config.record
         events = (_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every))
         most = min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
-        seconds = self._recorder.seconds_per_step if self._recorder else None
-        return min(most, max(1, int(LONGEST_CALL_SECONDS / seconds))) if seconds else most
+        # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
+        seconds = self._seconds_per_step.get(self.program.structure, math.inf)
+        return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
 
     def orders(self, count: int) -> Orders:
         """The arguments of the next call, for its next `count` steps."""
@@ -228,6 +243,7 @@ class Run:
             self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
         if self.step == recorder.data.stage.end_step:
             self._close_source()
+            self._skipped = 0
             self._recorder = self._recorder if self.is_over else None
 
     def stop(self, state: State) -> None:
@@ -235,7 +251,7 @@ class Run:
         if self._recorder:
             self._recorder.flush()
         if self.must_rewind:
-            self.rewind()
+            self._go_back()
         elif self.diverged_at is None:
             self.checkpoints.save(state, self.step, is_regular=False)
 
@@ -260,7 +276,7 @@ class Run:
                 self._writer,
                 self._progress,
                 self.placement,
-                self._compiled,
+                self._seconds_per_step,
             )
         return self._recorder
 

@@ -32,7 +32,10 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells: loss in nats a token (that of tokens alone), the gradient's norm before clipping, and so on.
+    """What a step tells: loss in nats a token (that of tokens alone), learning rate, and so on.
+
+    gradient_norm: before clipping.
+    update_norm: of what was, or would have been, added to the parameters.
 
     spikes, faults: how many there have been in the run so far.
     signals: what the blocks report, each the mean over them.
@@ -40,6 +43,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array
     gradient_norm: jax.Array
+    update_norm: jax.Array
     learning_rate: jax.Array
     learned_tokens: jax.Array
     spikes: jax.Array
@@ -70,7 +74,8 @@ def train_step(
 ) -> tuple[State, Metrics]:
     """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts.
 
-    If the loss or the gradient is not finite, parameters and optimizer state stay as they are, and the step is counted.
+    If the loss, the gradient or the update is not finite, parameters and optimizer state stay as they are, and the step
+    is counted.
     """
     config = merge(structure, numbers)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
@@ -82,14 +87,17 @@ def train_step(
     updates, opt_state = optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    update_norm = optax.tree.norm(updates)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
-    health = examined(state.health, loss, is_finite, is_first=state.step == first_step)
+    stage_step = state.step - first_step
+    health = examined(state.health, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1)
     metrics = Metrics(
         loss=loss,
         gradient_norm=norm,
+        update_norm=update_norm,
         learning_rate=rate * config.optimizer.learning_rate,
         learned_tokens=sums.weight,
         spikes=health.spikes,
@@ -148,7 +156,7 @@ def train_steps(
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
     signals = _no_signals(state.params, first_batch, merge(structure, numbers).model)
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    nothing = Metrics(zero, zero, zero, zero, none, none, signals)
+    nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
     return jax.lax.fori_loop(0, count, body, (state, history))
 
