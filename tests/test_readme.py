@@ -60,6 +60,10 @@ def test_the_readme_lists_every_recipe() -> None:
 PROMISES = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert re.findall(r"^[A-Z]+$", PROMISES + README, re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PROMISES))))
 def test_each_promise_has_its_test(name: str) -> None:
     file, test = name.split("::")

@@ -1,0 +1,43 @@
+"""The job script of docs/reproducibility.md on a real Slurm: warned, it saves, is queued again and comes to its end."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_loop import metrics
+from test_slurm_cluster import output_of, state, submit, wait_for
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict[str, str], tmp_path: Path) -> None:
+    (script,) = re.findall(r"```\n(#SBATCH.*?)```", PAGE, re.DOTALL)
+    steps = ("--config.training.steps=3000", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
+    arguments = f"--config={ROOT}/configs/tiny.py {' '.join(steps)} --run={tmp_path}/run"
+    training = "python launch.py train --config=configs/gpt2_124m.py --run=runs/gpt2"
+    assert training in script
+    script = script.replace(training, f"{sys.executable} {ROOT}/launch.py train {arguments}")
+    environment = slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "RUSTGPT_JAX_CACHE": os.environ["RUSTGPT_JAX_CACHE"]}
+    job, printed = submit(environment, tmp_path, script)
+    saved = tmp_path / "run" / "checkpoints"
+    wait_for(lambda: any(path.name.isdigit() for path in saved.glob("*")), seconds=180)
+    # What Slurm does by itself at the time that --signal names, to the steps of the job.
+    output_of(slurm, "scancel", "--signal=USR1", job)
+    wait_for(lambda: "Stopped by SIGUSR1 at step" in printed.read_text(), seconds=180)
+    deadline = time.monotonic() + 240
+    while "Done in" not in printed.read_text():
+        assert time.monotonic() < deadline, printed.read_text()
+        time.sleep(0.2)
+    wait_for(lambda: state(slurm, job) == "COMPLETED", seconds=60)
+    assert re.search(r"from step \d+", printed.read_text())
+    straight = f"{sys.executable} {ROOT}/launch.py train --config={ROOT}/configs/tiny.py {' '.join(steps)}"
+    subprocess.run([*straight.split(), f"--run={tmp_path}/straight"], env=environment, check=True, capture_output=True)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [
+        line["step"] for line in metrics(tmp_path / "straight")
+    ]
