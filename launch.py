@@ -219,22 +219,21 @@ def replay() -> int:
     """Make one step of a run again. The exit status is 1 if it is not what was recorded."""
     from rich.console import Console
 
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
     from rustgpt_jax.reproduce.replay import replay
 
     if FLAGS.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
-    keep_compiled_programs()
+    _compute_as(_run_folder())
     return 0 if replay(_run_folder(), FLAGS.step, FLAGS.taps, Console()) else 1
 
 
 def rerun() -> int:
-    """Make a whole run again, and compare. The exit status is 1 if they differ."""
+    """Make a whole run again, and compare. The exit status is 1 if they differ, and that of a stop if it was stopped."""
     from rich.console import Console
 
     from rustgpt_jax.reproduce.rerun import rerun
 
-    return 0 if rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console()) else 1
+    return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console())
 
 
 def diff() -> int:
@@ -252,10 +251,9 @@ def doctor() -> int:
     """Look for what made a step of a run go wrong."""
     from rich.console import Console
 
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
     from rustgpt_jax.reproduce.doctor import doctor
 
-    keep_compiled_programs()
+    _compute_as(_run_folder())
     doctor(_run_folder(), FLAGS.step, Console())
     return 0
 
@@ -378,6 +376,18 @@ def _trained() -> Any:
 
     keep_compiled_programs()
     return load(folder, FLAGS.checkpoint).with_config(config)
+
+
+def _compute_as(run: Path) -> None:
+    """Have JAX, which is not used yet, compute as it did for a run."""
+    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.reproduce.own_code import use_devices_of
+    from rustgpt_jax.runs.folder import RunFolder
+    from rustgpt_jax.runs.programs import load_autotuning
+
+    keep_compiled_programs()
+    use_devices_of(RunFolder(run))
+    load_autotuning(RunFolder(run))
 
 
 def _run_folder() -> Path:

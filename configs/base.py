@@ -199,8 +199,8 @@ def get_config() -> ConfigDict:
     config.training.z_loss = 0.0
 
     config.faults = ConfigDict()
-    # A step whose loss or gradient is not finite changes no parameter. Then: stop; skip, which goes on with the next
-    # batch; or rewind, which goes back to the last regular checkpoint and on with the batches after the bad one.
+    # A step whose loss, gradient or update is not finite changes no parameter. Then: stop; skip, which goes on with
+    # the next batch; or rewind: back to the last regular checkpoint, and on with the batches after the bad one.
     config.faults.not_finite = "stop"
     # How many such steps skip and rewind forgive a run; one more stops it.
     config.faults.most_forgiven = 10

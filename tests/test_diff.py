@@ -145,6 +145,10 @@ def test_knobs_of_stages_are_named(tmp_path: Path) -> None:
 def test_what_is_missing_is_said(tmp_path: Path, first: RunFolder) -> None:
     second = made_by_hand(tmp_path / "second", config={"seed": 3})
     second.journal_file.unlink()
+    third = made_by_hand(tmp_path / "third")
+    third.journal_file.unlink()
+    # Nothing that is known differs, but not much is known.
+    assert different(first, third) == {} and not said_of(first.path, third.path)[0]
     _, lines = said_of(first.path, second.path)
     assert "  config.seed: 0 -> 3" in lines
     for kind in ("code", "environment"):

@@ -93,17 +93,21 @@ def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.Monk
         "jax_default_prng_impl": "rbg",
         "jax_disable_most_optimizations": True,
     }
-    wanted["variables"] = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    wanted["variables"] = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     # What this process has of its own is not the other's, but for what it may see and where it keeps things.
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
-    given = as_variables(wanted)
+    given = as_variables(wanted, n_devices=2)
     assert given["JAX_COMPILATION_CACHE_DIR"] == "somewhere"
     shown = subprocess.run([sys.executable, "-c", REPORT], env=given, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["settings"] == wanted["settings"]
+    # However it was said, and recorded once.
     assert found["devices"]["count"] == 2
+    assert not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & found["variables"].keys()
+    wanted["devices"]["backend"] = "gpu"
+    assert "JAX_NUM_CPU_DEVICES" not in as_variables(wanted, n_devices=2)
     assert found["variables"]["OMP_NUM_THREADS"] == "1"
     assert "JAX_DEBUG_NANS" not in found["variables"] and "JAX_ENABLE_X64" not in found["variables"]

@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce import past
+from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import launches, programs
 
 VALUES = some.dictionaries(
     some.sampled_from(["step", "code", "text", "environment"]),
@@ -94,3 +97,24 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
     journal = Journal(tmp_path / "journal.jsonl")
     journal.append("launch", step=2)
     assert [event["step"] for event in journal.events()] == [2]
+
+
+LAUNCH = {"step": 0, "argv": [], "cwd": "/", "code": "c", "git": None, "environment": {}}
+LAUNCH |= {"mode": "solo", "width": 1, "devices": 1}
+LINES = {
+    "launch": (LAUNCH, launches),
+    "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, programs),
+    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, past._rewinds),
+}
+
+
+@pytest.mark.parametrize(
+    ("event", "missing"), [(event, name) for event, (values, _) in LINES.items() for name in values]
+)
+def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tmp_path: Path) -> None:
+    run, (values, read) = RunFolder(tmp_path), LINES[event]
+    Journal(run.journal_file).append(event, **values)
+    assert len(read(run)) == 1
+    Journal(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
+    with pytest.raises(UserError, match=f"journal.jsonl is damaged: a line of the event '{event}' has no '{missing}'"):
+        read(run)

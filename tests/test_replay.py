@@ -17,14 +17,16 @@ from rich.console import Console
 
 from rustgpt_jax.config import Config
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce import past as pasts
 from rustgpt_jax.reproduce.again import Again, make_again
 from rustgpt_jax.reproduce.heat import short
-from rustgpt_jax.reproduce.past import Past, Rewind
+from rustgpt_jax.reproduce.past import Past, Rewind, start_of
 from rustgpt_jax.reproduce.replay import replay
 from rustgpt_jax.reproduce.suspects import suspect
 from rustgpt_jax.reproduce.trace import trace
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import launches
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.fingerprints import fingerprints
@@ -134,8 +136,23 @@ def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
     for file in (RunFolder(own).checkpoints / str(nearest)).rglob("*"):
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
+        before = past.nearest(nearest - 1)
     assert replay(own, STEPS, False, console)
     assert f"The checkpoint of step {nearest} is damaged" in said(console)
+    assert f"made again from {start_of(before)}\n" in said(console)
+
+
+def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(RunFolder(own).checkpoints)
+    for far, is_said in ((8, False), (7, True)):
+        monkeypatch.setattr(pasts, "FAR", far)
+        console = quiet()
+        replay(own, 9, False, console)
+        assert ("8 steps are made again first, from the start on." in said(console)) == is_said
+    made: list[int] = []
+    with Past(own, quiet()) as past:
+        past.train(past.saved_state(0), 8, made.append)
+    assert made == [3, 5, 8]
 
 
 def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own: Path) -> None:
@@ -147,7 +164,8 @@ def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own:
     rewritten(own, change)
     with Past(own, quiet()) as past:
         again, _ = make_again(past, 2, has_taps=False)
-        assert again.unequal == ["train/loss"] and again.verdict.startswith("Not the recorded bits: loss.")
+        assert again.unequal == ["train/loss"] and again.reasons == ()
+        assert again.verdict.startswith("Not the recorded bits: loss. The code is that of the run, and so is all")
         again, _ = make_again(past, 3, has_taps=False)
         assert again.record is None and again.unequal == [] and "no line of step 3" in again.verdict
 
@@ -159,6 +177,17 @@ def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
     assert same.unequal == [] and not same.is_finite
     other = Again("run", 3, "train", 0, metrics | {"train/loss": 1.1}, record, same.reasons)
     assert other.verdict == "Not the recorded bits: loss. Perhaps because it was trained fused with 3 others."
+
+
+def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> None:
+    file = RunFolder(own).journal_file
+    code = launches(RunFolder(own))[0].code
+    file.write_text(file.read_text().replace(f'"code": "{code}"', '"code": "0123456789ab"'))
+    with Past(own, quiet()) as past:
+        assert make_again(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
+        file.unlink()
+        (reason,) = make_again(past, 2, has_taps=False)[0].reasons
+        assert "of which there is no record" in reason
 
 
 def test_a_fused_launch_is_a_reason(own: Path) -> None:
@@ -183,6 +212,28 @@ def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
         past.go_before(rewind)
         assert int(past.state_at(7).health.skipped) == 0
         assert (past.batch(past.state_at(6)).tokens_BT == past.data_of(7).training_batches().batch(6).tokens_BT).all()
+
+
+def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_back(own: Path) -> None:
+    """It went back from step 9 to 8, from 10 to 6, and then from 8 to 7."""
+    journal = Journal(RunFolder(own).journal_file)
+    for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
+        journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
+    with Past(own, quiet()) as past:
+        past._last_saved = 6
+        source = past.data_of(7).training_batches()
+
+        def numbers(first: int, count: int) -> list[int]:
+            tokens = [batch.tokens_BT.tobytes() for batch in past.batches(past.state_at(first), count)]
+            known = [source.batch(number).tokens_BT.tobytes() for number in range(6, 26)]
+            return [6 + known.index(each) for each in tokens]
+
+        # Step 7 reads batch 6 + 5; steps 8 to 10 the batches 7 + 6, 8 + 6, 9 + 6.
+        assert numbers(6, 4) == [11, 13, 14, 15]
+        one_by_one = [numbers(step, 1)[0] for step in (6, 7, 8, 9)]
+        assert numbers(6, 4) == one_by_one
+        past.go_before(past.rewinds[-1])
+        assert numbers(6, 4) == [11, 12, 13, 14]
 
 
 STUMBLING = """

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -20,12 +22,15 @@ from rich.console import Console
 from small_runs import ROOT, copy_code, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import records
+from rustgpt_jax.reproduce import records, traces
 from rustgpt_jax.reproduce import rerun as reruns
+from rustgpt_jax.reproduce.own_code import Ended, OwnCode
 from rustgpt_jax.reproduce.records import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
+from rustgpt_jax.runs.environment import environment
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import launches
+from rustgpt_jax.training.signals import SIGNALS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,8 +38,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def rerun(path: Path, to: Path | None = None) -> tuple[bool, str]:
     """Run again. Whether it is the same, and what was said of it."""
     console = Console(file=StringIO(), width=200)
-    is_same = reruns.rerun(path, to, console)
-    return is_same, console.file.getvalue()
+    status = reruns.rerun(path, to, console)
+    assert status in (0, 1)
+    return status == 0, console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def edited(file: Path, step: int, name: str, value: Any) -> None:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rerun that is there is held for complete."""
-    monkeypatch.setattr(reruns, "_train", lambda *_: True)
+    monkeypatch.setattr(reruns, "_train", lambda *_: 0)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -169,6 +175,105 @@ def test_of_several_codes_the_first_is_taken(twice: tuple[Path, str], tmp_path: 
     assert f"was trained by 2 versions of the code; this is the first, {launches(run)[0].code}." in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_stopped_rerun_ends_as_its_training_did(
+    number: signal.Signals, twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = copied(twice, tmp_path)
+    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(75, number))
+    console = Console(file=StringIO(), width=200)
+    assert reruns.rerun(run.path, None, console) == 75
+    assert f"Stopped by {number.name}. The same command goes on" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_was_not_kept_is_said(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = copied(twice, tmp_path)
+    run.journal_file.write_text(run.journal_file.read_text().replace('"left_out": []', '"left_out": ["lab/w.bin"]'))
+    _, said = rerun(run.path)
+    assert "not there for its rerun: lab/w.bin." in said
+
+
+def test_a_run_that_ended_early_is_said_to_have(
+    twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = copied(twice, tmp_path)
+    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(0, None))
+    assert "went to step" not in rerun(run.path)[1]
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
+    said = rerun(run.path)[1]
+    assert f"{run.path} went to step 4 of 6. Its rerun is not stopped there" in said
+
+
+# Signals, to a child that ends with the number of the first signal that it knows of.
+
+CHILD = """
+import signal, sys, time
+def ended(number, frame):
+    sys.exit(number)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, ended)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+def own_child() -> OwnCode:
+    return OwnCode(ROOT, SimpleNamespace(cwd="/", devices=1, environment=environment()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(number, number) for number in SIGNALS] + [(signal.SIGHUP, signal.SIGTERM)],
+)
+def test_every_signal_that_asks_to_stop_ends_the_child_alone(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    def stop() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop).start()
+    assert own_child().run(["-c", CHILD, str(tmp_path / "ready")]) == (status, number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_before_there_is_a_child_ends_it_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = OwnCode._start
+
+    def begin(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    monkeypatch.setattr(OwnCode, "_start", begin)
+    assert own_child().run(["-c", "import time; time.sleep(5)"]) == (128 + signal.SIGTERM, signal.SIGTERM)
+
+
+def test_one_who_does_not_mind_the_end_of_a_terminal_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        child = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+        assert own_child().run(["-c", child]) == (0, None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_trace_that_is_stopped_leaves_nothing_behind(
+    twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        traces.trace(RunFolder(twice[0] / "run"), 1, 1, False)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 # What cannot be.
 
 
@@ -181,6 +286,8 @@ def test_what_cannot_be_run_again_is_said(twice: tuple[Path, str], tmp_path: Pat
     for used in (tmp_path / "used", run.path):
         with pytest.raises(UserError, match="holds something else than a rerun"):
             rerun(run.path, used)
+    with pytest.raises(UserError, match="notes.txt is a file"):
+        rerun(run.path, tmp_path / "used" / "notes.txt")
     shutil.rmtree(run.code)
     shutil.rmtree(again.path)
     with pytest.raises(UserError, match="does not have the code that it was made with"):
@@ -207,7 +314,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from rustgpt_jax.reproduce.rerun import rerun
-print(rerun(Path(sys.argv[1]), None, Console()))
+sys.exit(rerun(Path(sys.argv[1]), None, Console()))
 """
 
 
@@ -223,10 +330,45 @@ def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate()
-    assert "Stopped by SIGINT" in said and said.endswith("False\n"), said
+    assert "Stopped by SIGINT" in said and process.returncode == 130, said
     assert max(int(step.name) for step in again.checkpoints.glob("[0-9]*")) < 2000
     is_same, said = rerun(tmp_path / "run")
     assert is_same and "bit-identical for 2,000 steps" in said, said
+
+
+OVER_TWO_DEVICES = """
+import sys
+from pathlib import Path
+from rich.console import Console
+sys.path[:0] = ["tests"]
+from rustgpt_jax.runs.folder import RunFolder
+path = Path(sys.argv[2])
+if sys.argv[1] == "train":
+    from rustgpt_jax.parallel.machine import use_cpu_devices
+    use_cpu_devices(2)
+    from small_runs import train
+    train(path)
+else:
+    from rustgpt_jax.reproduce.own_code import use_devices_of
+    from rustgpt_jax.reproduce.replay import replay
+    use_devices_of(RunFolder(path))
+    sys.exit(not replay(path, 5, False, Console()))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_over_several_devices_of_a_cpu_is_made_again_over_as_many(tmp_path: Path) -> None:
+    """As trials of a sweep are trained, whose process sets the number itself."""
+    for what in ("train", "replay"):
+        command = [sys.executable, "-c", OVER_TWO_DEVICES, what, str(tmp_path / "run")]
+        variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert launches(RunFolder(tmp_path / "run"))[0].devices == 2
+    is_same, said = rerun(tmp_path / "run")
+    assert is_same and "bit-identical for 6 steps" in said, said
+    again = launches(RunFolder(tmp_path / "run.rerun"))[0]
+    assert again.devices == again.environment["devices"]["count"] == 2
 
 
 @pytest.mark.slow
@@ -315,3 +457,12 @@ def test_texts_are_compared_in_their_order(tmp_path: Path) -> None:
     assert compare_samples(tmp_path / "a", tmp_path / "b", 1) == (2, None)
     assert compare_samples(tmp_path / "a", tmp_path / "b", 2)[1] == Parting(2, "the text after 'P'", "z", ABSENT)
     assert compare_samples(tmp_path / "a", tmp_path / "c", 2)[1] == Parting(1, "the text after 'P'", "y", "Q")
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"\xff", b'{"step": 1, "prompt": "P"}', b""])
+def test_a_damaged_file_of_texts_is_named(line: bytes, tmp_path: Path) -> None:
+    record(tmp_path, "a", [])
+    whole = json.dumps({"step": 1, "prompt": "P", "text": "x"}).encode()
+    RunFolder(tmp_path / "a").samples_file.write_bytes(whole + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match="samples.jsonl, line 2: it is damaged"):
+        compare_samples(tmp_path / "a", tmp_path / "a", 2)

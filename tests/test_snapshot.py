@@ -198,7 +198,9 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
 def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
     is_installed: bool, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = write(tmp_path / "lab", {"far_lab/__init__.py": b"", "far_lab/mixers.py": b"import far_help", "far_help.py": b""})
+    lab = write(
+        tmp_path / "lab", {"far_lab/__init__.py": b"", "far_lab/mixers.py": b"import far_help", "far_help.py": b""}
+    )
     write(lab, {"not_imported.py": b""} | ({"far_lab-1.dist-info/METADATA": b""} if is_installed else {}))
     monkeypatch.syspath_prepend(str(lab))
     __import__("far_lab.mixers")
@@ -353,7 +355,9 @@ def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: P
 def test_names_of_files_are_any_bytes(repository: Path, tmp_path: Path) -> None:
     with open(os.fsencode(repository / "rustgpt_jax") + b"/gr\xfcn.txt", "w"):
         pass
-    assert keep_code(run_folder(tmp_path / "run"))["git"]["untracked"] == ["rustgpt_jax/gr\\xfcn.txt"]
+    about = keep_code(run_folder(tmp_path / "run"))
+    assert about["git"]["untracked"] == about["left_out"] == ["rustgpt_jax/gr\\xfcn.txt"]
+    sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
 
 
 def test_a_copy_of_the_code_knows_where_git_has_it(

@@ -14,8 +14,9 @@ from rustgpt_jax.reproduce.own_code import own_code
 from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples, in_a_sentence
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import Launch, first_launch, launches
+from rustgpt_jax.runs.launches import Launch, archive_of, first_launch, launches
 from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.snapshot import read_code
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3
@@ -36,6 +37,8 @@ def rerun(path: Path, to: Path | None, console: Console) -> int:
     beside = path if path.name else path.absolute()
     run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
+    # It is there, and whole, before anything is made.
+    read_code(archive_of(run, launch))
     _prepare(run, again, launch)
     status = _train(run, again, launch, console)
     if status:
@@ -50,7 +53,7 @@ def _first_launch(run: RunFolder, console: Console) -> Launch:
         say(console, f"{run.path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
     if first.left_out:
         files = ", ".join(first.left_out[:MOST_NAMED]) + (", ..." if len(first.left_out) > MOST_NAMED else "")
-        say(console, f"Too large to be kept with the code of {run.path}, and not there for its rerun: {files}.")
+        say(console, f"Beside the code of {run.path}, but not kept with it and not there for its rerun: {files}.")
     return first
 
 

@@ -41,8 +41,8 @@ TOUCHED = (1980, 1, 1, 0, 0, 0)
 def keep_code(run: RunFolder) -> dict[str, Any]:
     """Keep the code that is running in a run's folder. What the journal says of it: its hash, and where git has it.
 
-    `left_out` are files beside one's own modules that are too large to be code. Raises UserError if the folder cannot
-    be written.
+    `left_out` are files beside one's own modules that are too large to be code, or have no name in UTF-8. Raises
+    UserError if the folder cannot be written.
     """
     code, archive, left_out = _packed(_sources_of(run))
     git, patch = _git_state(_root())
@@ -164,7 +164,7 @@ def _files(path: Path) -> list[Path]:
 def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
     digest = hashlib.sha256()
     for name, content in contents:
-        digest.update(name.encode() + b"\0" + content + b"\0")
+        digest.update(name.encode(errors="surrogateescape") + b"\0" + content + b"\0")
     return digest.hexdigest()[:HASH_DIGITS]
 
 
@@ -186,12 +186,20 @@ def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
 
 @cache
 def _contents(source: Path) -> dict[str, bytes | None]:
-    """The files of a source by their names in an archive; None for what is too large.
+    """The files of a source by their names in an archive; None for what is too large, or has no name in UTF-8.
 
     Read once: what runs was read before, and does not see what is edited later.
     """
     files = code_files([source]).items()
-    return {name: None if file.stat().st_size > MOST_BYTES else file.read_bytes() for name, file in files}
+    return {_readable(name): file.read_bytes() if _is_kept(name, file) else None for name, file in files}
+
+
+def _is_kept(name: str, file: Path) -> bool:
+    return _readable(name) == name and file.stat().st_size <= MOST_BYTES
+
+
+def _readable(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _keep(name: str, content: bytes, folder: Path) -> None:

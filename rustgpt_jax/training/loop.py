@@ -19,6 +19,7 @@ from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.progress import Progress, counting, waiting
+from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material
 from rustgpt_jax.training.parts import check_parts
@@ -35,6 +36,8 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     """
     check(path, config)
     check_parts(config)
+    # As it is now: it may be edited while the data are prepared.
+    remember_code()
     placement = all_devices()
     material = gather(config, RunFolder(path).tokenizer_file, console)
     material.check(RunFolder(path), placement)
