@@ -228,7 +228,7 @@ def replay() -> int:
 
 
 def rerun() -> int:
-    """Make a whole run again, and compare. The exit status is 1 if they differ, and that of a stop if it was stopped."""
+    """Make a whole run again, and compare. The exit status is 1 if they differ, or that of a stop."""
     from rich.console import Console
 
     from rustgpt_jax.reproduce.rerun import rerun

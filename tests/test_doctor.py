@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,12 @@ from rustgpt_jax.config import Config, split, with_values
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.reproduce import findings
-from rustgpt_jax.reproduce.again import Again, make_again
-from rustgpt_jax.reproduce.doctor import Trial, View, advice, diagnosis, doctor, try_remedies
+from rustgpt_jax.reproduce.again import Again, is_fault, make_again
+from rustgpt_jax.reproduce.doctor import Trial, View, advice, diagnosis, doctor, earlier, try_remedies
 from rustgpt_jax.reproduce.findings import first_bad, odd_rows, of_first_bad
 from rustgpt_jax.reproduce.past import Past
 from rustgpt_jax.reproduce.remedies import CONTROL, Fate, Remedy, fitted, flags, remedies
-from rustgpt_jax.reproduce.suspects import is_fault, spike, suspect
+from rustgpt_jax.reproduce.suspects import TooHigh, spike, suspect
 from rustgpt_jax.resolve import parse
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.metrics import read_metrics
@@ -91,10 +92,26 @@ def test_a_spike_is_found_among_ordinary_losses_and_nothing_where_there_is_none(
 
 @pytest.mark.parametrize(
     ("changed", "is_bad"),
-    [({}, False), ({"train/loss": math.nan}, True), ({"train/gradient_norm": math.inf}, True)],
+    [
+        ({}, False),
+        ({"train/loss": math.nan}, True),
+        ({"train/gradient_norm": math.inf}, True),
+        ({"train/update_norm": math.inf}, True),
+        ({"train/other": math.inf}, False),
+    ],
 )
-def test_a_fault_is_a_loss_or_a_gradient_that_is_not_finite(changed: dict[str, float], is_bad: bool) -> None:
+def test_a_fault_is_a_loss_a_gradient_or_an_update_that_is_not_finite(changed: dict[str, float], is_bad: bool) -> None:
     assert is_fault(line(3, 2.0) | changed) == is_bad
+    (again,) = [again_at(3, 2.0)]
+    again.metrics.update(changed)
+    assert again.is_finite != is_bad
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "update"])
+def test_what_is_not_finite_is_said(what: str) -> None:
+    name = {"loss": "train/loss", "gradient": "train/gradient_norm", "update": "train/update_norm"}[what]
+    past: Any = SimpleNamespace(records=lambda: [line(1, 2.0), line(2, 2.0) | {name: math.nan}], rewinds=[])
+    assert suspect(past, None)[:3] == (2, f"its {what} is not finite", True)
 
 
 # Which tensor, and which rows.
@@ -110,7 +127,10 @@ def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:
     sentence = of_first_bad(rows)
     assert sentence.startswith("The first tensor that is not finite is the activation mixer/scores (layer 2): 5 of 64")
     assert "Before it comes the activation mixer/key (layer 2), whose largest magnitude is 3e+19." in sentence
-    assert of_first_bad(rows[:2]) == "Every tensor of the step is finite."
+    large = tensor("layers/2/w", kind=UPDATE)._replace(largest=1e30)
+    sentence = of_first_bad([*rows[:2], large])
+    assert sentence.startswith("Every tensor of the step is finite, but the sum of their squares is not")
+    assert sentence.endswith("1e+30, in the update of the parameter layers/2/w (layer 2).")
     assert "Before it every parameter is finite." in of_first_bad([rows[0], rows[2]])
     assert "It was so before the step began." in of_first_bad([tensor("layers/2/w", 1, kind=PARAMETER), *rows])
     assert "Before it the forward is finite" not in of_first_bad([rows[0], tensor("layers/2/w", 1, kind=UPDATE)])
@@ -120,7 +140,7 @@ def test_what_grew_most_is_named_against_a_calm_step() -> None:
     calm = [tensor("a"), tensor("b"), tensor("c")]
     now = [calm[0]._replace(largest=6e19), calm[1]._replace(largest=3e22), calm[2]]
     (sentence,) = findings.of_growth(now, calm, 7)
-    assert "Against step 7" in sentence and " b that grew most" in sentence and "1e+03 times" in sentence
+    assert sentence.startswith("The activation that grew most since step 7 is b:") and "1e+03 times" in sentence
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -146,6 +166,8 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
     assert [name for name, why in usual.items() if why is None] == [
         CONTROL,
         "half the learning rate",
+        "a tenth of the learning rate",
+        "a hundredth of the learning rate",
         "tighter clipping",
         "QK-norm",
         "z-loss",
@@ -174,9 +196,9 @@ def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them()
         "--config.model.qk_norm=head",
     ]
     assert list(flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
-    halved = dict(remedies(config, 1.0)[1].knobs)
     rates = config.optimizer.learning_rate, config.optimizer.matrix_learning_rate
-    assert tuple(2 * rate for rate in halved.values()) == rates
+    for remedy, times in zip(remedies(config, 1.0)[1:4], (2, 10, 100), strict=True):
+        assert tuple(times * rate for rate in dict(remedy.knobs).values()) == pytest.approx(rates)
 
 
 def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
@@ -193,28 +215,48 @@ def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
 
 
 def fate(name: str, *losses: float) -> Fate:
-    return Fate(Remedy(name, (("optimizer.learning_rate", 0.1),)), np.array(losses), np.ones(len(losses)))
+    return Fate(Remedy(name, (("optimizer.learning_rate", 0.1),)), np.array(losses), np.isfinite(losses))
 
 
 def test_the_fates_are_told_as_they_are() -> None:
     control, good, better, bad = fate(CONTROL, 2, math.nan, 1), fate("a", 2, 3), fate("b", 2, 2.5), fate("c", 2, 9)
-    assert [each.died_at(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.died_at(math.inf) is None
+    assert [each.died_at(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.died_at(9.0) is None
+    assert bad._replace(is_finite=np.array([False, True])).died_at(math.inf) == 0
     assert (bad.died_at(8.0, since=1), bad.died_at(8.0, since=2), control.died_at(8.0, since=2)) == (1, None, 1)
     config = small_config()
 
     def told(*fates: Fate) -> str:
-        return "\n".join(advice(Trial(4, 9, [each.remedy for each in fates], list(fates), 8.0), config, "train"))
+        return "\n".join(advice(trial_of(*fates), config, "train"))
 
     assert told(control, good, better, bad).startswith("Survived: b, a. Of these, b has the lowest loss at step 9.")
-    assert told(control, good).endswith("--config.optimizer.learning_rate=0.1")
-    assert told(control, bad) == "None of the remedies would have been enough. Look at the tensor and at the batch."
+    assert told(control, good) == "Survived: a. Begin again with\n    --config.optimizer.learning_rate=0.1"
+    assert told(control, bad).startswith(
+        "None of these remedies would have been enough, not even a learning rate of 0.1."
+    )
     assert told(fate(CONTROL, 2, 2), good).startswith("With nothing changed")
 
 
-class Recorded:
-    """A run of which only the record is read."""
+def trial_of(*fates: Fate) -> Trial:
+    return Trial(4, 9, [each.remedy for each in fates], list(fates), TooHigh(8.0, "as is known"))
 
-    def __init__(self, losses: list[float]) -> None:
+
+def test_a_run_that_was_lost_before_is_told_where() -> None:
+    view, trial = View(6, TooHigh(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
+    sentence, command = earlier(trial, view, 6, Path("my runs/a"))
+    assert "at step 5." in sentence and command == "    python launch.py doctor 'my runs/a' --step=5"
+    assert "at step 6." in earlier(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
+    assert earlier(trial, replace(view, step=5), 5, Path("a")) == []
+    assert earlier(trial_of(fate(CONTROL, 2, 2, 2)), view, 6, Path("a")) == []
+
+
+class Recorded:
+    """A run of which only the record is read. Made again, its steps have the losses `between`."""
+
+    rewinds = ()
+    folder = RunFolder(Path("run"))
+
+    def __init__(self, losses: list[float], between: list[float] | None = None) -> None:
+        self._between = between or []
         model = small_config(**{"model.vocab_size": 300}).model
         self.material = SimpleNamespace(whole=SimpleNamespace(model=model))
         self._lines = [line(10 * index, loss) for index, loss in enumerate(losses, start=1)]
@@ -222,22 +264,63 @@ class Recorded:
     def records(self) -> list[dict[str, Any]]:
         return self._lines
 
+    def check(self, step: int) -> None:
+        """It has every step."""
+
+    def state_at(self, step: int) -> int:
+        return step
+
+    def train(self, step: int, count: int) -> tuple[int, list[Any]]:
+        return step, [SimpleNamespace(loss=loss) for loss in self._between[step : step + count]]
+
 
 def again_at(step: int, loss: float, norm: float = 1.0) -> Any:
     return Again("run", step, "train", 0, {"train/loss": loss, "train/gradient_norm": norm}, None, ())
 
 
 def test_a_step_is_seen_as_a_fault_as_a_spike_or_as_sound() -> None:
-    nothing_known = 1.5 * math.log(300)
-    calm: Any = Recorded([5.7, 4.0, 3.0, 2.0, 2.1, 1.9, 2.0])
-    fault = View.of(calm, again_at(75, math.nan))
-    assert fault == View(pytest.approx(nothing_known), 1, None, 1.0)  # type: ignore[arg-type]
+    calm: Any = Recorded([5.8, 4.0, 3.0, 2.0, 2.1, 1.9, 2.0])
+    first_loss = TooHigh(pytest.approx(8.7), "1.5 times the first loss")  # type: ignore[arg-type]
+    assert View.of(calm, again_at(75, math.nan)) == View(75, first_loss, 1.0)
+    assert View.of(calm, again_at(75, 30.0)) == View(75, first_loss, 1.0)
     spike = View.of(calm, again_at(75, 4.0))
-    assert spike is not None and (spike.ceiling, spike.since, spike.lost_at) == (3.0, 30, None)
+    assert spike is not None and (spike.step, spike.too_high.above, spike.too_high.since) == (75, 3.0, 30)
     assert View.of(calm, again_at(75, 2.05)) is None
     lost: Any = Recorded([5.7, 4.0, 30.0, 5.0, 20.0, 900.0])
-    view = View.of(lost, again_at(65, 5.7, math.inf))
-    assert view is not None and (view.lost_at, view.since) == (50, 1)
+    view = View.of(lost, again_at(65, 5.6, math.inf))
+    assert view is not None and (view.step, view.too_high.since) == (50, 1)
+    assert "ln 300" in view.too_high.meaning and view.too_high.above == pytest.approx(1.5 * math.log(300))
+    # The same from wherever it is seen, with a record or without.
+    assert View.of(lost, again_at(50, 20.0)) == view
+    nothing: Any = Recorded([])
+    assert View.of(nothing, again_at(1, 5.0)) is None
+    assert View.of(nothing, again_at(3, 50.0)) == View(3, view.too_high, 0.0)
+
+
+def test_the_first_step_that_is_not_finite_is_looked_at() -> None:
+    run: Any = Recorded([5.7, 5.6, math.nan, 30.0, math.nan])
+    found = suspect(run, None)
+    assert (found.step, found.is_fault, found.why) == (30, True, "its loss is not finite, the first of 2 such steps")
+    run.records()[1]["train/update_norm"] = math.inf
+    assert suspect(run, None).why == "its update is not finite, the first of 3 such steps"
+
+
+def test_the_first_loss_that_is_too_high_is_looked_at() -> None:
+    recorded = [5.8, 6.2, 14.9, 19.8, 29.1, 14.7, 5.3]
+    losses = [5.8] * 24 + [8.6, 8.8, 9.0, 8.5, 11.0, 14.9]
+    found = suspect(Recorded(recorded, losses), None)  # type: ignore[arg-type]
+    assert (found.step, found.is_fault) == (26, False) and found.why.endswith("above 8.7, 1.5 times the first loss")
+    # Made again elsewhere, it may not be found again.
+    assert suspect(Recorded(recorded, [5.8] * 30), None).step == 30  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no loss stands out"):
+        suspect(Recorded([5.8, 6.2, 8.6, 5.3]), None)  # type: ignore[arg-type]
+
+
+def test_without_a_record_it_is_said_that_there_is_none() -> None:
+    run: Any = Recorded([])
+    with pytest.raises(UserError, match=r"no record of its training \(metrics.jsonl\).* Give --step=K"):
+        suspect(run, None)
+    assert suspect(run, 3).step == 3
 
 
 # A layer that breaks at a known step: weight decay alone shortens its fuse.
@@ -291,7 +374,7 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         assert "Before it comes the activation layers/1/feedforward/inner (layer 1)" in first
         assert rows.startswith("All 4 rows of the batch")
         view = View.of(past, again)
-        assert view is not None and view.lost_at is None and 0 < view.calm_norm < math.inf
+        assert view is not None and view.step == BAD_STEP and 0 < view.calm_norm < math.inf
         with pytest.raises(UserError, match="has no step 13"):
             suspect(past, 13)
         # A sound step that is recorded as a fault lays the blame elsewhere.
@@ -324,18 +407,24 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
     with Past(path, quiet()) as past:
         again, _ = make_again(past, record[-1]["step"], has_taps=False)
         view = View.of(past, again)
-        assert view is not None and view.lost_at is not None and record[view.lost_at - 2]["train/loss"] < view.ceiling
-        trial = try_remedies(past, again, view)
+        assert view is not None and view.step < again.step
+        ceiling = view.too_high.above
+        assert record[view.step - 2]["train/loss"] <= ceiling < record[view.step - 1]["train/loss"]
+        trial = try_remedies(past, view)
     died = {fate.remedy.name: trial.died_at(fate) for fate in trial.fates}
-    assert died[CONTROL] == view.lost_at
-    assert {name for name, at in died.items() if at is None} == {"tighter clipping"}
+    assert died[CONTROL] == view.step
+    assert {name for name, at in died.items() if at is None} == {
+        "a tenth of the learning rate",
+        "a hundredth of the learning rate",
+        "tighter clipping",
+    }
 
-    assert doctor(path, None, console)
+    doctor(path, None, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     (flag,) = (word for word in shlex.split(said) if word.startswith("--config."))
     knob, value = flag.removeprefix("--config.").split("=")
     better = train(with_values(config, {knob: parse(knob, value)}), tmp_path / "better")
-    assert len(better) == 40 and max(line["train/loss"] for line in better) < view.ceiling
+    assert len(better) == 40 and max(line["train/loss"] for line in better) < ceiling
     half = train(with_values(config, {"optimizer.learning_rate": 1.0}), tmp_path / "half")
     at = died["half the learning rate"]
-    assert at is not None and half[at - 1]["train/loss"] >= view.ceiling
+    assert at is not None and half[at - 1]["train/loss"] > ceiling

@@ -152,7 +152,7 @@ def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path
 
 
 def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run diverged: the loss, the gradient or the update of step \d+ is not finite"):
+    with pytest.raises(UserError, match=r"run diverged: the loss, .* of step \d+ is not finite"):
         loop.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
 
 

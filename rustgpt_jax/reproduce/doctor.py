@@ -1,6 +1,6 @@
 """`doctor`: the step that went wrong is made again, its first bad tensor named, and remedies are tried before it."""
 
-import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +12,14 @@ from rich.table import Table
 
 from rustgpt_jax.config import Config
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.model.transformer import vocabulary
 from rustgpt_jax.reproduce import findings
 from rustgpt_jax.reproduce.again import Again, is_fault, make_again
 from rustgpt_jax.reproduce.past import Inside, Past
 from rustgpt_jax.reproduce.remedies import CONTROL, Fate, Remedy, fates, flags, remedies
 from rustgpt_jax.reproduce.replay import write_page
-from rustgpt_jax.reproduce.suspects import LOSS, NORM, Suspect, suspect
+from rustgpt_jax.reproduce.suspects import LOSS, NORM, Suspect, TooHigh, lost_above, suspect
 from rustgpt_jax.runs.formatting import printable
+from rustgpt_jax.runs.progress import waiting
 from rustgpt_jax.sweeps.report.words import value_text
 
 # Remedies begin at a checkpoint at least so many steps before the bad one, and at most so many, and go on after it.
@@ -30,27 +30,21 @@ CALM_BEFORE = 5
 CALM_RECORDS = 5
 # How far from calm to spike a loss must come to be called one.
 SPIKE_SHARE = 0.5
-# A loss this many times that of a model that knows nothing is a run that has left its way.
-LOST_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Remedies tried over the steps `first` to `last`, and the fate of each that could be.
-
-    A loss that reaches `ceiling` in step `since` or later is too high.
-    """
+    """Remedies tried over the steps `first` to `last`, the fate of each that could be, and what loss was too high."""
 
     first: int
     last: int
     tried: list[Remedy]
     fates: list[Fate]
-    ceiling: float
-    since: int = 1
+    too_high: TooHigh
 
     def died_at(self, fate: Fate) -> int | None:
         """The step at which a run would have ended with a remedy, None if it came through."""
-        index = fate.died_at(self.ceiling, max(0, self.since - self.first))
+        index = fate.died_at(self.too_high.above, max(0, self.too_high.since - self.first))
         return None if index is None else self.first + index
 
     def fate_of(self, remedy: Remedy) -> Fate | None:
@@ -70,28 +64,34 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
     """
 
     def say(text: str) -> None:
-        console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
+        # What is to be copied must not be broken in two.
+        is_command = text.startswith(" ")
+        console.print(printable(text), highlight=False, soft_wrap=is_command, markup=False)
 
     with Past(path, console) as past:
-        found = suspect(past, step)
+        with waiting(console, "looking for the step that went wrong"):
+            found = suspect(past, step)
         if found.rewind is not None:
             past.go_before(found.rewind)
         say(f"Step {found.step} of {path} is looked at, because {found.why}.")
-        again, inside = make_again(past, found.step, has_taps=True)
-        assert inside is not None
-        say(again.verdict)
-        for sentence in diagnosis(past, found, again, inside):
+        with waiting(console, f"making step {found.step} again and measuring its tensors"):
+            again, inside = make_again(past, found.step, has_taps=True)
+            assert inside is not None
+            sentences = diagnosis(past, found, again, inside)
+        for sentence in (again.verdict, *sentences):
             say(sentence)
         say(f"Each tensor of the step: {write_page(path, again, inside.tensors)}")
         view = View.of(past, again)
         if view is None:
-            say("Its loss is not above those before it: there is nothing to be remedied.")
+            say("Its loss stands out from none that was recorded before it: there is nothing to be remedied.")
             return
-        if view.lost_at is not None:
-            say(f"The run was lost before: from step {view.lost_at} on its loss is {view.ceiling:.3g} or more.")
-        trial = try_remedies(past, again, view)
+        with waiting(console, "trying remedies, all in one program"):
+            trial = try_remedies(past, view)
+        for sentence in earlier(trial, view, again.step, path):
+            say(sentence)
+        say(_heading(trial))
         _print(trial, console)
-        for sentence in advice(trial, past.config, again.stage):
+        for sentence in advice(trial, past.config, past.data_of(view.step).stage.name):
             say(sentence)
 
 
@@ -118,48 +118,44 @@ def diagnosis(past: Past, found: Suspect, again: Again, inside: Inside) -> list[
 class View:
     """A bad step in its record.
 
-    ceiling, since: the loss that is too much, and the step from which on that is so. lost_at: the step from which on
-    the run was lost before this one. calm_norm: of the gradients while all was well, 0 if that is not known.
+    step: the one that is to be survived: itself, or the one from which on the run was lost before. calm_norm: of the
+    gradients while all was well, 0 if that is not known.
     """
 
-    ceiling: float
-    since: int
-    lost_at: int | None
+    step: int
+    too_high: TooHigh
     calm_norm: float
 
     @staticmethod
     def of(past: Past, again: Again) -> "View | None":
         """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
-        lines = [line for line in past.records() if line["step"] < again.step and not is_fault(line)]
-        losses, loss = [line[LOSS] for line in lines], again.metrics[LOSS]
-        ceiling = LOST_FACTOR * max(math.log(vocabulary(past.material.whole.model)), *losses[:1], 0.0)
-        sound = [line for line in lines if line[LOSS] < ceiling]
-        lost = [line["step"] for line in lines if not sound or line["step"] > sound[-1]["step"]]
-        norms = [line[NORM] for line in sound[-CALM_RECORDS:]]
-        view = View(ceiling, 1, lost[0] if lost else None, median(norms) if norms else 0.0)
-        before = losses[-CALM_RECORDS:]
-        if lost or not before or not again.is_finite:
-            return view
+        lines = [line for line in past.records() if line["step"] < again.step]
+        rule, loss = lost_above(past), again.metrics[LOSS]
+        sound = [line for line in lines if not is_fault(line) and line[LOSS] <= rule.above]
+        calm = sound[-CALM_RECORDS:]
+        view = View(again.step, rule, median(line[NORM] for line in calm) if calm else 0.0)
+        if not again.is_finite or loss > rule.above:
+            lost = [line["step"] for line in lines if not sound or line["step"] > sound[-1]["step"]]
+            return replace(view, step=lost[0]) if lost else view
+        before = [line[LOSS] for line in calm]
+        if not before or loss <= max(before):
+            return None
         # A spike is no more than some loss of long before, when there was much to be learned.
-        spike = median(before) + SPIKE_SHARE * (loss - median(before))
-        is_spike = loss > max(before)
-        return replace(view, ceiling=spike, since=lines[-CALM_RECORDS:][0]["step"]) if is_spike else None
+        half_way = median(before) + SPIKE_SHARE * (loss - median(before))
+        meaning = f"half way from the losses before step {again.step} to its own"
+        return replace(view, too_high=TooHigh(half_way, meaning, calm[0]["step"]))
 
 
-def try_remedies(past: Past, again: Again, view: View) -> Trial:
+def try_remedies(past: Past, view: View) -> Trial:
     """Every remedy from a state before the step, on the batches that the run read, to some steps after it."""
-    stage, program = past.data_of(again.step).stage, past.program_of(again.step)
-    first, last = (
-        _first_step(past, view.lost_at or again.step, stage.first_step),
-        min(again.step + AFTER, stage.end_step),
-    )
+    stage, program = past.data_of(view.step).stage, past.program_of(view.step)
+    first, last = _first_step(past, view.step, stage.first_step), min(view.step + AFTER, stage.end_step)
     state = past.state_at(first - 1)
     batches = past.batches(state, last - first + 1)
     tried = remedies(stage.config, view.calm_norm)
     stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-    return Trial(
-        first, last, tried, fates(tried, stage.config, state, stacked, program.first_step), view.ceiling, view.since
-    )
+    found = fates(tried, stage.config, state, stacked, program.first_step)
+    return Trial(first, last, tried, found, view.too_high)
 
 
 def _first_step(past: Past, step: int, begin: int) -> int:
@@ -168,29 +164,51 @@ def _first_step(past: Past, step: int, begin: int) -> int:
     return max(nearest, step - MOST_BEFORE) + 1
 
 
+def earlier(trial: Trial, view: View, step: int, path: Path) -> list[str]:
+    """Where the run was lost before the step that was looked at, if it was."""
+    control = next((trial.died_at(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
+    lost_at = min(view.step, control or view.step)
+    if lost_at == step:
+        return []
+    command = f"    python launch.py doctor {shlex.quote(str(path))} --step={lost_at}"
+    return [f"The run was lost before, at step {lost_at}. To look at that:", command]
+
+
 def advice(trial: Trial, config: Config, stage: str) -> list[str]:
     """What to do, in sentences."""
     survivors = trial.survivors()
-    helpful = [fate for fate in survivors if fate.remedy.name != CONTROL]
+    helpful = [fate.remedy for fate in survivors if fate.remedy.name != CONTROL]
     sentences: list[str] = []
-    if any(fate.remedy.name == CONTROL for fate in survivors):
+    if len(helpful) < len(survivors):
         sentences.append(
             "With nothing changed, side by side with the others, it came through as well: sums taken in another "
             "order were enough, so of a remedy that survived nothing is proved."
         )
     if not helpful:
-        return [*sentences, "None of the remedies would have been enough. Look at the tensor and at the batch."]
-    best = helpful[0]
-    named = ", ".join(fate.remedy.name for fate in helpful)
+        rate = min(value for remedy in trial.tried for path, value in remedy.knobs if path == "optimizer.learning_rate")
+        none = f"None of these remedies would have been enough, not even a learning rate of {value_text(rate)}."
+        return [*sentences, f"{none} Look at the tensor and at the batch, or try a still lower rate."]
+    best = helpful[0].name
+    lowest = (
+        f"{', '.join(remedy.name for remedy in helpful)}. Of these, {best} has the lowest loss at step {trial.last}"
+    )
     return [
         *sentences,
-        f"Survived: {named}. Of these, {best.remedy.name} has the lowest loss at step {trial.last}. Begin again with",
-        f"    {' '.join(flags(best.remedy, config, stage))}",
+        f"Survived: {lowest if len(helpful) > 1 else best}. Begin again with",
+        f"    {' '.join(flags(helpful[0], config, stage))}",
     ]
 
 
+def _heading(trial: Trial) -> str:
+    rule = trial.too_high
+    since = f" from step {rule.since} on" if rule.since > trial.first else ""
+    return (
+        f"What survives steps {trial.first} to {trial.last}, from the state before them. "
+        f"Too high is a loss above {rule.above:.3g}{since}: {rule.meaning}."
+    )
+
+
 def _print(trial: Trial, console: Console) -> None:
-    console.print(f"What survives steps {trial.first} to {trial.last}, from the state before them:", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for head, justify in (("remedy", "left"), ("knobs", "left"), ("", "left"), ("last loss", "right")):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
@@ -209,6 +227,5 @@ def _row(remedy: Remedy, trial: Trial) -> Sequence[str]:
     loss = float(fate.losses[index])
     if died is None:
         return remedy.name, knobs, "survived", f"{loss:.4f}"
-    is_finite = math.isfinite(loss) and math.isfinite(float(fate.gradient_norms[index]))
-    what = "too high" if is_finite else "not finite"
+    what = "too high" if fate.is_finite[index] else "not finite"
     return remedy.name, knobs, f"{what} at step {died}", f"{loss:.4g}"

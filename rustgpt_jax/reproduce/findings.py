@@ -48,7 +48,11 @@ def of_first_bad(tensors: Sequence[Tensor]) -> str:
     """A sentence about the first tensor that is not finite and the one that was made before it."""
     bad = first_bad(tensors)
     if bad is None:
-        return "Every tensor of the step is finite."
+        most = max(tensors, key=lambda tensor: tensor.largest)
+        return (
+            "Every tensor of the step is finite, but the sum of their squares is not: "
+            f"the largest magnitude is {most.largest:.3g}, in {called(most)}."
+        )
     count = f"{bad.nonfinite:,} of {bad.size:,} elements"
     sentence = f"The first tensor that is not finite is {called(bad)}: {count}."
     if bad.kind == PARAMETER:
@@ -83,8 +87,8 @@ def of_growth(tensors: Sequence[Tensor], calm: Sequence[Tensor], calm_step: int)
         most = next(iter(growth for growth in growths(tensors, calm) if growth.tensor.kind == kind), None)
         if most is not None:
             sentences.append(
-                f"Against step {calm_step}, of the {kind}s it is {most.tensor.name} that grew most: its largest "
-                f"magnitude is {most.tensor.largest:.3g}, {most.times:.3g} times what it was."
+                f"The {kind} that grew most since step {calm_step} is {most.tensor.name}: its largest magnitude is "
+                f"{most.tensor.largest:.3g}, {most.times:.3g} times what it was."
             )
     return sentences
 
@@ -117,8 +121,8 @@ def of_batch(inside: Inside, tokenizer: Codec) -> str:
     if len(rows) == n_rows:
         return f"All {n_rows} rows of the batch have a loss that is not finite: it is not one of them alone."
     named = ", ".join(str(row) for row in rows[:MOST_ROWS_NAMED]) + (", ..." if len(rows) > MOST_ROWS_NAMED else "")
-    which = f"row {named}" if len(rows) == 1 else f"rows {named}"
+    which, stand = (f"row {named}", "stands") if len(rows) == 1 else (f"rows {named}", "stand")
     is_broken = not np.isfinite(losses_B[rows[0]])
     what = "not finite" if is_broken else f"{losses_B[rows[0]]:.3g}, the median is {np.median(losses_B):.3g}"
     text = decode(tokenizer, np.asarray(inside.batch.tokens_BT)[rows[0], :TOKENS_SHOWN].tolist())
-    return f"Of the {n_rows} rows of the batch, {which} (from 0) stand out: loss {what}. It begins: {text!r}"
+    return f"Of the {n_rows} rows of the batch, {which} (from 0) {stand} out: loss {what}. It begins: {text!r}"

@@ -15,11 +15,14 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.paths import by_path, path_name
 from rustgpt_jax.resolve import resolve
+from rustgpt_jax.training.recorder import MUST_BE_FINITE
 from rustgpt_jax.training.step import Numbers, State, as_arguments, compiled_start, train_step
 
 Z_LOSS = 1e-4
 # Of the norm that gradients had while all was well.
 CLIPPED_SHARE = 0.1
+# What a learning rate is divided by.
+RATE_DIVISORS = {"half": 2, "a tenth of": 10, "a hundredth of": 100}
 
 CONTROL = "as it was"
 
@@ -34,19 +37,19 @@ class Remedy:
 
 
 class Fate(NamedTuple):
-    """How a run fares with a remedy, step by step."""
+    """How a run fares with a remedy, step by step: its losses, and whether loss, gradient and update are finite."""
 
     remedy: Remedy
     losses: np.ndarray
-    gradient_norms: np.ndarray
+    is_finite: np.ndarray
 
     def died_at(self, ceiling: float, since: int = 0) -> int | None:
-        """The index of the first step with a loss or gradient that is not finite, or a loss of `ceiling` or more.
+        """The index of the first step with something that is not finite, or with a loss above `ceiling`.
 
         The latter counts from the index `since` on.
         """
-        is_too_high = (self.losses >= ceiling) & (np.arange(len(self.losses)) >= since)
-        bad = ~(np.isfinite(self.losses) & np.isfinite(self.gradient_norms)) | is_too_high
+        is_too_high = (self.losses > ceiling) & (np.arange(len(self.losses)) >= since)
+        bad = ~self.is_finite | is_too_high
         return int(np.argmax(bad)) if bad.any() else None
 
 
@@ -55,10 +58,13 @@ def remedies(config: Config, calm_norm: float) -> list[Remedy]:
     rates = ["optimizer.learning_rate"]
     if config.optimizer.name == "muon":
         rates.append("optimizer.matrix_learning_rate")
-    halved = tuple((path, getattr(config.optimizer, path.split(".")[1]) / 2) for path in rates)
+    values = {path: getattr(config.optimizer, path.split(".")[1]) for path in rates}
     return [
         Remedy(CONTROL),
-        Remedy("half the learning rate", halved),
+        *(
+            Remedy(f"{share} the learning rate", tuple((path, value / divisor) for path, value in values.items()))
+            for share, divisor in RATE_DIVISORS.items()
+        ),
         _tighter_clipping(config, calm_norm),
         _qk_norm(config),
         _z_loss(config),
@@ -98,7 +104,7 @@ def _z_loss(config: Config) -> Remedy:
 
 def _float32(config: Config) -> Remedy:
     if config.model.dtype == "float32":
-        return Remedy("float32", hindrance="in float32 already, softmax too")
+        return Remedy("float32", hindrance="in float32 already")
     return Remedy("float32", (("model.dtype", "float32"),))
 
 
@@ -133,8 +139,8 @@ def fates(tried: Sequence[Remedy], config: Config, state: State, batches_S: Batc
     ]
     curves = jax.device_get(compiled_curves(tuple(groups), lanes, batches_S, first_step))
     found = {
-        remedy: Fate(remedy, losses_PS[row], norms_PS[row])
-        for members, (losses_PS, norms_PS) in zip(groups.values(), curves, strict=True)
+        remedy: Fate(remedy, losses_PS[row], is_finite_PS[row])
+        for members, (losses_PS, is_finite_PS) in zip(groups.values(), curves, strict=True)
         for row, (remedy, _) in enumerate(members)
     }
     return [found[remedy] for remedy in tried if remedy in found]
@@ -143,12 +149,13 @@ def fates(tried: Sequence[Remedy], config: Config, state: State, batches_S: Batc
 def curves(
     structures: tuple[Structure, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Losses and gradient norms, P x S, of each lane: those of equal structure at once, one structure after another."""
+    """Losses, and whether all is finite, P x S, of each lane: those of equal structure at once, others in turn."""
 
     def steps(structure: Structure, state: State, numbers: Numbers) -> tuple[jax.Array, jax.Array]:
         def body(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
             state, metrics = train_step(structure, state, batch, numbers, first_step)
-            return state, (metrics.loss, metrics.gradient_norm)
+            is_finite = [jnp.isfinite(getattr(metrics, name)) for name in MUST_BE_FINITE]
+            return state, (metrics.loss, jnp.stack(is_finite).all())
 
         return jax.lax.scan(body, state, batches_S)[1]
 
