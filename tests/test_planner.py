@@ -114,6 +114,8 @@ OTHER: dict[str, Any] = {
     "training.accumulation": 2,
     "training.steps_per_call": 2,
     "training.z_loss": 0.5,
+    "faults.not_finite": "skip",
+    "faults.most_forgiven": 3,
     "record.log_every": 3,
     "record.evaluate_every": 3,
     "record.evaluation_batches": 3,
