@@ -10,13 +10,12 @@ from rustgpt_jax.config import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
 from rustgpt_jax.reproduce.differences import say, say_section, sections
-from rustgpt_jax.reproduce.own_code import own_code
+from rustgpt_jax.reproduce.own_code import OwnCode, own_code
 from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples, in_a_sentence
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import Launch, archive_of, first_launch, launches
+from rustgpt_jax.runs.launches import Launch, first_launch, launches
 from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.runs.snapshot import read_code
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3
@@ -37,10 +36,9 @@ def rerun(path: Path, to: Path | None, console: Console) -> int:
     beside = path if path.name else path.absolute()
     run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
-    # It is there, and whole, before anything is made.
-    read_code(archive_of(run, launch))
-    _prepare(run, again, launch)
-    status = _train(run, again, launch, console)
+    with own_code(run, launch) as code:
+        _prepare(run, again, launch)
+        status = _train(run, again, code, console)
     if status:
         return status
     return 0 if _compared(run, again, launch, console) else 1
@@ -77,13 +75,12 @@ def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
         Journal(RunFolder(hidden).journal_file).append("rerun", of=str(run.path), **about)
 
 
-def _train(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> int:
+def _train(run: RunFolder, again: RunFolder, code: OwnCode, console: Console) -> int:
     """Train the new run by the old code. The exit status: 0 if it came to its end, rather than being stopped."""
     wanted = _reached(run)
     _say_if_early(run, wanted, console)
-    with own_code(run, launch) as code:
-        arguments = [str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"]
-        status, stopped_by = code.run(arguments)
+    arguments = [str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"]
+    status, stopped_by = code.run(arguments)
     if stopped_by is not None and status:
         say(console, f"Stopped by {stopped_by.name}. The same command goes on from there.")
         return status
