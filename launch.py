@@ -6,7 +6,6 @@ A verb and flags in, one function called. JAX is imported by the verbs that need
 import difflib
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -398,12 +397,10 @@ def _run_folder() -> Path:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
-        # A write that failed may have left threads of a library that wait for it, and Python would wait for them.
-        os._exit(2)
-    sys.exit(2)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    # Not sys.exit: where a write has failed, threads of libraries wait for it, and their exit handlers complain of it.
+    os._exit(2)
 
 
 def _check_usage(verb: str) -> None:

@@ -7,7 +7,9 @@ numbers that are not finite; these are written as the strings "NaN", "Infinity" 
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -139,11 +141,24 @@ def _from_json(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+@cache
+def _silence_the_view() -> None:
+    """Let the thread that writes TensorBoard files end without a word, as on a full disk: the record is what counts."""
+    others = threading.excepthook
+
+    def told(news: threading.ExceptHookArgs) -> None:
+        if type(news.thread).__module__.split(".")[0] != "tensorboardX":
+            others(news)
+
+    threading.excepthook = told
+
+
 def _open_tensorboard(folder: Path, resume_step: int) -> "FileWriter":
     # Not SummaryWriter.add_scalar: it prints a line for every value that is not finite.
     from tensorboardX import FileWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
+    _silence_the_view()
     # File names have a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
     number = sum(1 for _ in folder.glob("events.*"))
     writer = FileWriter(folder, flush_secs=TENSORBOARD_FLUSH_SECONDS, filename_suffix=f".{number}")

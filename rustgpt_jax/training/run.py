@@ -76,7 +76,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._resources.__exit__(kind, error, traceback)
+        try:
+            self._resources.__exit__(kind, error, traceback)
+        except OSError:
+            # On a full disk, closing a file fails again; what went wrong first is what the user is told.
+            if error is None:
+                raise
 
     # Where it stands.
 
