@@ -38,6 +38,7 @@ from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.training import lanes
 from rustgpt_jax.training.recorder import Recorder
+from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.training.trained import load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -294,10 +295,10 @@ class Launched:
         """The worker processes that this launch has now."""
         return [pid for pid in _processes() if _parent(pid) == self.process.pid]
 
-    def ends(self) -> str:
-        """Wait for the end, which must be a good one. What was printed."""
+    def ends(self, status: int = 0) -> str:
+        """Wait for the end, which must have this exit status. What was printed."""
         printed = self.process.communicate(timeout=SECONDS)[0]
-        assert self.process.returncode == 0, printed
+        assert self.process.returncode == status, printed
         assert "Traceback" not in printed
         return printed
 
@@ -535,7 +536,7 @@ def stop_and_go_on(launcher: Launcher, path: Path, flags: list[str], number: sig
     launched = launcher(path, *flags)
     wait_until(lambda: len(checkpoints(path)) >= 2, launched)
     launched.process.send_signal(number)
-    printed = launched.ends()
+    printed = launched.ends(STOPPED_BY_USER if number == signal.SIGINT else STOPPED_BY_CLUSTER)
     again = "The same command goes on from there."
     assert f"Stopped by {number.name}; what was running is saved. {again}" in " ".join(printed.split())
     assert not (path / "results.csv").exists()

@@ -171,10 +171,15 @@ import sys
 sys.argv = ["launch.py", "sweep", "--config=swept.py"]
 sys.path.insert(0, ROOT)
 import runpy
-try:
-    runpy.run_path(ROOT + "/launch.py", run_name="__main__")
-finally:
-    print([name for name in ("jax", "jaxlib", "flax", "optax", "orbax") if name in sys.modules])
+import os
+end = os._exit
+
+def told(status):
+    print([name for name in ("jax", "jaxlib", "flax", "optax", "orbax") if name in sys.modules], flush=True)
+    end(status)
+
+os._exit = told
+runpy.run_path(ROOT + "/launch.py", run_name="__main__")
 """
 
 
