@@ -31,7 +31,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("taps", False, "For replay: measure the activations and gradients of every layer.")
 flags.DEFINE_string("sweep", "sweep", "Which sweep of the config file: `NAME` stands for its function sweep_NAME().")
-flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm.")
+flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm. For train: inline or slurm.")
 flags.DEFINE_string("mode", "auto", "How trials of one shape run: fused, exact, solo, or auto to have it chosen.")
 flags.DEFINE_integer("width", None, "The most trials in one program. Unless given: as many as are of use and fit.", 1)
 flags.DEFINE_integer(
@@ -39,6 +39,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
+flags.DEFINE_string("coordinator", None, "For train in several processes: HOST:PORT of process 0. Clusters tell it.")
+flags.DEFINE_integer("processes", None, "For train: how many processes there are.", 1)
+flags.DEFINE_integer("process", None, "For train: the number of this one, from 0.", 0)
+flags.DEFINE_integer("patience", 600, "Seconds after which a process gives up one that it waits for.", 1)
+flags.DEFINE_integer("devices", None, "For plan: how many chips.", 1)
+flags.DEFINE_string("chip", None, "For plan: which chips, such as h100, b200, v5p.")
 flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
 flags.DEFINE_string("to", None, "For export: the folder to write, which transformers loads. For rerun: the new run.")
 flags.DEFINE_enum(
@@ -56,6 +62,7 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     sweep     --config=FILE [--run=DIR]      run the trials of the file's sweep(), or those that are missing, and report
     report    RUN                            what a sweep found: a table, results.csv and report.html
     explain   --config=FILE | RUN            each knob with its value and origin, shapes, FLOPs and memory
+    plan      --config=FILE --devices=N --chip=NAME   whether it fits so many h100, v5p, .., and how fast it could be
     evaluate  RUN                            loss, perplexity, bits per byte; answers right, for dialogues
     generate  RUN --prompt=TEXT ...          continue texts, or answer questions
     chat      RUN                            talk to the model
@@ -69,7 +76,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
 
     RUN is the folder of a run, such as runs/rustgpt
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
-    train takes --init_from=RUN@STEP, to begin with parameters of another run
+    train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
+    train on a cluster (docs/scaling.md)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
 
@@ -81,27 +89,60 @@ def train() -> int:
     """Train a run, or go on with it."""
     from rich.console import Console
 
+    from rustgpt_jax.parallel.clusters import detected
+
+    in_several = FLAGS.processes is not None or detected(os.environ) is not None
+    if FLAGS.init_from is not None and in_several:
+        raise UserError("--init_from makes the folder of a run in one process; several can go on from there.")
     if FLAGS.init_from is not None and FLAGS.config is None and FLAGS.run is None:
         raise UserError("Where to? Give --run=DIR, the folder of the new run.")
     tree, origins = _config()
     config = _resolved(tree)
     from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.parallel.processes import is_first, join
     from rustgpt_jax.runs.folder import RunFolder
     from rustgpt_jax.runs.programs import keep_autotuning
     from rustgpt_jax.training.loop import train
 
     folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
+    if FLAGS.launcher != "inline":
+        return _submit(folder, config)
     keep_compiled_programs()
+    join(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.patience)
     keep_autotuning(RunFolder(folder))
-    console = Console()
+    # All processes of a run would say the same.
+    console = Console(quiet=not is_first())
     if FLAGS.init_from is not None:
         from rustgpt_jax.interop.taking import begin_from
 
         begin_from(FLAGS.init_from, folder, config, origins, console.print)
-    status = train(config, folder, origins, console)
+    status = train(config, folder, origins, console, FLAGS.patience)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status
+
+
+def _submit(folder: Path, config: Any) -> int:
+    """Have a cluster train a run."""
+    from rustgpt_jax.runs.cluster_job import job_script, submit
+    from rustgpt_jax.runs.folder import check
+    from rustgpt_jax.training.parts import check_parts
+
+    if FLAGS.launcher != "slurm":
+        raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
+    check(folder, config)
+    check_parts(config)
+    ours = ("--launcher", "--slurm", "-launcher", "-slurm")
+    words, kept = iter(sys.argv[1:]), list[str]()
+    for word in words:
+        if word.partition("=")[0] not in ours:
+            kept.append(word)
+        elif "=" not in word:
+            next(words, "")
+    command = [sys.executable, str(Path(__file__).resolve()), *kept]
+    job = submit(job_script(folder, command, dict(_pair(option) for option in FLAGS.slurm), Path.cwd()))
+    print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
+    return 0
 
 
 def sweep() -> int:
@@ -176,6 +217,21 @@ def explain() -> int:
 
     explain(config, origins, Console())
     return 0
+
+
+def plan() -> int:
+    """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
+    from rich.console import Console
+
+    tree, _ = _config()
+    config = _resolved(tree)
+    if FLAGS.devices is None:
+        raise UserError("For how many chips? Give --devices=N.")
+    if FLAGS.chip is None:
+        raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
+    from rustgpt_jax.plan.command import plan
+
+    return 0 if plan(config, FLAGS.chip, FLAGS.devices, Console()) else 1
 
 
 def evaluate() -> int:
@@ -298,10 +354,15 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb(train, ("config", "run", "init_from"), 0),
+    "train": Verb(
+        train,
+        ("config", "run", "init_from", "launcher", "slurm", "coordinator", "processes", "process", "patience"),
+        0,
+    ),
     "sweep": Verb(sweep, ("config", "run", "sweep", "launcher", "mode", "width", "workers", "slurm", "dry_run"), 0),
     "report": Verb(report, ("run",)),
     "explain": Verb(explain, ("config", "run")),
+    "plan": Verb(plan, ("config", "run", "devices", "chip")),
     "evaluate": Verb(evaluate, ("run", "checkpoint")),
     "generate": Verb(generate, ("run", "checkpoint", "prompt")),
     "chat": Verb(chat, ("run", "checkpoint")),

@@ -89,6 +89,11 @@ def get_config() -> ConfigDict:
     config.model.attention_softcap = 0.0
     # A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453).
     config.model.attention_sinks = False
+    # What computes attention; all give the same but for rounding, and tokens from a cache are always served by plain.
+    # auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, else as portable; portable: blockwise from 2048 tokens
+    # on, else plain; plain: all scores in memory; blockwise: those of 512 tokens at a time; cudnn, tokamax: flash
+    # attention (arXiv 2307.08691) of these libraries.
+    config.model.attention_kernel = "auto"
     # Tokens that local_attention sees, itself included.
     config.model.local_window = 64
     # latent_attention (arXiv 2405.04434): width of the latent that keys and values are made from. None: 4 head_dim.
@@ -146,9 +151,21 @@ def get_config() -> ConfigDict:
     config.model.init_std = 0.02
     # Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32.
     config.model.dtype = "float32"
+    # The same for what mixers compute, and keep in their caches; the residual stream stays in dtype. None: dtype.
+    config.model.mixer_dtype = None
+    # The same for what feed-forwards compute. None: dtype.
+    config.model.feedforward_dtype = None
+    # The same for the product that gives the logits, which are float32 themselves. None: dtype.
+    config.model.logits_dtype = None
+    # How linear layers in blocks multiply: plain, in the precision of their part; float8, in 8 bits with a scale for
+    # each tensor (arXiv 2209.05433), fast from the H100 on. The scales are found in all of a call's tokens, so that a
+    # token then depends a little on those after it, and on other rows.
+    config.model.matmul = "plain"
     # scanned: one compiled block run in a loop; unrolled: each layer compiled, slower to start, faster when small.
     config.model.layers = "scanned"
-    # What the backward pass recomputes to save memory: none, dots (all but matrix products), or full (each block).
+    # What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix products;
+    # weights, all but products with weights, so attention too; full, each block. offload is weights with what it keeps
+    # moved to the memory of the host.
     config.model.remat = "none"
 
     config.optimizer = ConfigDict()
@@ -174,6 +191,13 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay_groups = ((r"norm|bias|decay|sinks", 0.0), (r".*", 1.0))
     # Scale gradients so that their global norm is at most this. 0: no clipping in the program at all.
     config.optimizer.clip_norm = 1.0
+    # Keep what the optimizer keeps in the memory of the host, and bring it to the device for each update: slower, for
+    # models that would not fit.
+    config.optimizer.offload = False
+    # Type in which momentum and first moments are kept, and z of schedule_free: float32 or bfloat16. Second moments are
+    # float32 always: they change by 1 - b2 of themselves a step, which bfloat16 would round away. So it does with steps
+    # of z below 1/256 of a parameter: for schedule_free, keep float32 where learning rates are small.
+    config.optimizer.state_dtype = "float32"
 
     config.schedule = ConfigDict()
     # constant, linear, cosine or wsd (warm up, stay, decay); each after a linear warm-up.
@@ -197,6 +221,22 @@ def get_config() -> ConfigDict:
     config.training.steps_per_call = 10
     # Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.
     config.training.z_loss = 0.0
+    # Tokens of each window whose logits exist at a time; the backward pass computes them again. None: all at once.
+    config.training.loss_chunk = None
+
+    # A mesh of devices: how many each kind of parallelism has. -1, for one of them: all that are left. A run may go on
+    # with another mesh: the mesh says where it is computed, not what.
+    config.mesh = ConfigDict()
+    # Each has a share of the batch, and the whole state.
+    config.mesh.data = -1
+    # Each has a share of the batch, and of the parameters, which are gathered layer by layer (arXiv 1910.02054).
+    config.mesh.fsdp = 1
+    # Each has a share of the batch, and some of the experts of each layer (arXiv 2006.16668).
+    config.mesh.expert = 1
+    # Each has a stretch of every window of text.
+    config.mesh.context = 1
+    # Each has a share of the heads, of the hidden channels and of the vocabulary (arXiv 1909.08053).
+    config.mesh.tensor = 1
 
     config.faults = ConfigDict()
     # A step whose loss, gradient or update is not finite changes no parameter. Then: stop; skip, which goes on with

@@ -83,6 +83,7 @@ class ModelConfig:
     attention_scale: float | None = knob(low=0.0)
     attention_softcap: float = number(low=0.0, off_at_zero=True)
     attention_sinks: bool = knob()
+    attention_kernel: str = knob(choices=("auto", "portable", "plain", "blockwise", "cudnn", "tokamax"))
     local_window: int = knob(low=1)
     latent_width: int | None = knob(low=1)
     query_latent_width: int | None = knob(low=1)
@@ -109,8 +110,12 @@ class ModelConfig:
     dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
     init_std: float = number(low=0.0)
     dtype: str = knob(choices=("float32", "bfloat16"))
+    mixer_dtype: str | None = knob(choices=("float32", "bfloat16"))
+    feedforward_dtype: str | None = knob(choices=("float32", "bfloat16"))
+    logits_dtype: str | None = knob(choices=("float32", "bfloat16"))
+    matmul: str = knob(choices=("plain", "float8"))
     layers: str = knob(choices=("scanned", "unrolled"))
-    remat: str = knob(choices=("none", "dots", "full"))
+    remat: str = knob(choices=("none", "dots", "weights", "full", "offload"))
 
     @property
     def period(self) -> int:
@@ -122,6 +127,16 @@ class ModelConfig:
         names = (self.mixers, self.feedforwards, self.positions)
         mixer, feedforward, position = (pattern[layer % len(pattern)] for pattern in names)
         return dataclasses.replace(self, mixers=(mixer,), feedforwards=(feedforward,), positions=(position,))
+
+    @property
+    def for_mixer(self) -> "ModelConfig":
+        """What the mixer of a block sees: this config in the mixers' own precision."""
+        return dataclasses.replace(self, dtype=self.mixer_dtype or self.dtype)
+
+    @property
+    def for_feedforward(self) -> "ModelConfig":
+        """What the feed-forward of a block sees: this config in the feed-forwards' own precision."""
+        return dataclasses.replace(self, dtype=self.feedforward_dtype or self.dtype)
 
     @property
     def head_width(self) -> int:
@@ -155,6 +170,8 @@ class OptimizerConfig:
     weight_decay: float = number(low=0.0)
     weight_decay_groups: tuple[tuple[str, float], ...] = knob()
     clip_norm: float = number(low=0.0, off_at_zero=True)
+    offload: bool = knob()
+    state_dtype: str = knob(choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,18 @@ class TrainingConfig:
     accumulation: int = knob(low=1)
     steps_per_call: int = knob(low=1)
     z_loss: float = number(low=0.0, off_at_zero=True)
+    loss_chunk: int | None = knob(low=1)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each kind of parallelism has; -1 stands for all that are left. No result depends on it."""
+
+    data: int = knob(low=-1)
+    fsdp: int = knob(low=-1)
+    expert: int = knob(low=-1)
+    context: int = knob(low=-1)
+    tensor: int = knob(low=-1)
 
 
 @dataclass(frozen=True)
@@ -230,6 +259,7 @@ class Config:
     optimizer: OptimizerConfig = knob()
     schedule: ScheduleConfig = knob()
     training: TrainingConfig = knob()
+    mesh: MeshConfig = knob()
     faults: FaultsConfig = knob()
     record: RecordConfig = knob()
     sampling: SamplingConfig = knob()
@@ -293,8 +323,12 @@ def is_on(value: Any) -> bool:
 
 
 def for_inference(model: ModelConfig) -> ModelConfig:
-    """A model whose numbers that only training reads are 0: two that differ in these alone run the same program."""
-    return dataclasses.replace(model, dropout=0.0, init_std=0.0, load_balance=0.0, router_z_loss=0.0)
+    """A model as it is read: numbers that only training reads are 0, so that models that differ in these alone run the
+    same program; and attention is computed as suits the device here, not the one that trained it.
+    """
+    return dataclasses.replace(
+        model, dropout=0.0, init_std=0.0, load_balance=0.0, router_z_loss=0.0, attention_kernel="auto"
+    )
 
 
 # Fields by dotted path.
@@ -404,9 +438,16 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def is_of_result(path: str) -> bool:
+    """Whether a knob says what a run computes, and not only where."""
+    return not path.startswith("mesh.")
+
+
 def config_hash(config: Config) -> str:
-    """The name of a config: 16 hex digits of the SHA-256 of its canonical JSON."""
-    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    """The name of a config, but for its mesh: 16 hex digits of the SHA-256 of its canonical JSON."""
+    plain = to_dict(config)
+    del plain["mesh"]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

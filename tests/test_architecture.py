@@ -15,7 +15,7 @@ PACKAGE = "rustgpt_jax"
 # From the top down: a room may import the rooms of its own floor and of those below.
 FLOORS = (
     ("launch",),
-    ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance", "reproduce"),
+    ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance", "reproduce", "plan"),
     ("parallel", "model", "data", "tokenizers"),
     ("config", "resolve", "tables", "errors", "cache"),
 )

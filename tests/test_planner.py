@@ -68,6 +68,7 @@ OTHER: dict[str, Any] = {
     "model.attention_scale": 0.5,
     "model.attention_softcap": 5.0,
     "model.attention_sinks": True,
+    "model.attention_kernel": "plain",
     "model.local_window": 4,
     "model.latent_width": 8,
     "model.query_latent_width": 8,
@@ -93,6 +94,10 @@ OTHER: dict[str, Any] = {
     "model.dropout": 0.2,
     "model.init_std": 0.5,
     "model.dtype": "bfloat16",
+    "model.mixer_dtype": "bfloat16",
+    "model.feedforward_dtype": "bfloat16",
+    "model.logits_dtype": "bfloat16",
+    "model.matmul": "float8",
     "model.layers": "unrolled",
     "model.remat": "full",
     "optimizer.name": "sgd",
@@ -105,6 +110,8 @@ OTHER: dict[str, Any] = {
     "optimizer.weight_decay": 0.5,
     "optimizer.weight_decay_groups": ((".*", 1.0),),
     "optimizer.clip_norm": 0.5,
+    "optimizer.offload": True,
+    "optimizer.state_dtype": "bfloat16",
     "schedule.name": "linear",
     "schedule.warmup_steps": 1,
     "schedule.decay_fraction": 0.5,
@@ -114,6 +121,12 @@ OTHER: dict[str, Any] = {
     "training.accumulation": 2,
     "training.steps_per_call": 2,
     "training.z_loss": 0.5,
+    "training.loss_chunk": 4,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.expert": 2,
+    "mesh.context": 2,
+    "mesh.tensor": 2,
     "faults.not_finite": "skip",
     "faults.most_forgiven": 3,
     "record.log_every": 3,
@@ -130,7 +143,7 @@ OTHER: dict[str, Any] = {
     "sampling.repetition_penalty": 2.0,
     "sampling.memory": 3,
 }
-PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training")
+PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 
 
 def selects_a_program(path: str) -> bool:

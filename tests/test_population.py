@@ -13,7 +13,7 @@ from test_loop import assert_same_bits, config_of, contents, metrics, stored_sta
 
 from rustgpt_jax.config import Config
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.lanes import Together, train_lanes
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 QUIET = Console(file=StringIO())
 NO_SAMPLES: dict[str, Any] = {"record.prompts": ()}
-ONE_DEVICE = Placement((jax.devices()[0],))
+ONE_DEVICE = Placement()
 
 
 class Silent:

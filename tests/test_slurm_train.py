@@ -11,6 +11,8 @@ import pytest
 from test_loop import metrics
 from test_slurm_cluster import output_of, state, submit, wait_for
 
+from rustgpt_jax.runs.cluster_job import job_script
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
 
@@ -41,3 +43,36 @@ def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict
     assert [line["step"] for line in metrics(tmp_path / "run")] == [
         line["step"] for line in metrics(tmp_path / "straight")
     ]
+
+
+@pytest.mark.slow
+def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
+    steps = ("--config.training.steps=2000", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
+    command = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", *steps]
+    command += [f"--run={tmp_path}/run", "--launcher=slurm", "--slurm=ntasks=2", "--slurm=time=20"]
+    environment = slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "RUSTGPT_JAX_CACHE": os.environ["RUSTGPT_JAX_CACHE"]}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((job, log),) = re.findall(r"Submitted as job (\d+)\. Its log: (\S+)", done.stdout)
+    printed = Path(log)
+    saved = tmp_path / "run" / "checkpoints"
+    wait_for(lambda: any(path.name.isdigit() for path in saved.glob("*")), seconds=240)
+    output_of(slurm, "scancel", "--signal=USR1", job)
+    wait_for(lambda: "Stopped by SIGUSR1 at step" in printed.read_text(), seconds=180)
+    deadline = time.monotonic() + 300
+    while "Done in" not in printed.read_text():
+        assert time.monotonic() < deadline, printed.read_text()
+        time.sleep(0.2)
+    wait_for(lambda: state(slurm, job) == "COMPLETED", seconds=60)
+    assert re.search(r"steps from the start, on 2 x cpu \(data 2\)", printed.read_text())
+    assert re.search(r"steps from step \d+, on 2 x cpu", printed.read_text())
+
+
+def test_a_job_runs_the_command_that_was_given(tmp_path: Path) -> None:
+    script = job_script(
+        Path("runs/a"), ["python", "launch.py", "train", "--run=a b"], {"nodes": "4"}, Path("/some where")
+    )
+    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n" in script
+    assert "cd '/some where'\nsrun python launch.py train '--run=a b'\n" in script
+    assert f"#SBATCH --output={Path('runs').absolute()}/a.slurm-%j.log" in script
+    assert "ntasks-per-node" not in job_script(Path("a"), ["x"], {"ntasks": "2"}, Path("."))

@@ -145,7 +145,8 @@ BARE_STEPS = """
 import json, runpy, time
 import jax
 from pathlib import Path
-from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs
+from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.training.run import Run
@@ -154,7 +155,7 @@ keep_compiled_programs()
 material = Shelf().material(resolve(runpy.run_path({file!r})["get_config"]()))
 seconds = []
 for repeat in range(4):
-    run = Run(material, Path("unused"), {{}}, Placement((None,)))
+    run = Run(material, Path("unused"), {{}}, Placement())
     run.step, orders = 0, []
     while run.step < material.total_steps:
         count = min(material.programs[0].structure.training.steps_per_call, material.total_steps - run.step)

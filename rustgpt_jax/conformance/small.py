@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "attention_scale": None,
     "attention_softcap": 0.0,
     "attention_sinks": False,
+    "attention_kernel": "auto",
     # Shorter than a row, so that what leaves the window is seen to leave it.
     "local_window": 5,
     "latent_width": 16,
@@ -63,6 +64,10 @@ SMALL: dict[str, Any] = {
     # Of order d_model^-1/2: what a layer gives is as large as what it gets, and every weight matters.
     "init_std": 0.2,
     "dtype": "float32",
+    "mixer_dtype": None,
+    "feedforward_dtype": None,
+    "logits_dtype": None,
+    "matmul": "plain",
     "layers": "scanned",
     "remat": "none",
 }

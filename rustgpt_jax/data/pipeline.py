@@ -87,8 +87,9 @@ class Windows:
 class Batches:
     """The training batches of a run. Made by `batches`."""
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int) -> None:
+    def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int, rows: np.ndarray) -> None:
         self._windows, self._batch_size, self._seed, self._first_step = windows, batch_size, seed, first_step
+        self._rows = rows
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
         self._dataset = order.batch(batch_size).map_with_index(self._gather)
 
@@ -106,9 +107,9 @@ class Batches:
             reader.close()
 
     def _gather(self, place: int, indices_B: np.ndarray) -> Batch:
-        epochs_B = (place * self._batch_size + np.arange(self._batch_size)) // len(self._windows)
+        epochs_B = (place * self._batch_size + self._rows) // len(self._windows)
         turns_B = [_turn(self._seed, epoch, self._windows.circle) for epoch in epochs_B.tolist()]
-        return self._windows.gather(indices_B, np.array(turns_B))
+        return self._windows.gather(indices_B[self._rows], np.array(turns_B))
 
     def _place(self, step: int) -> int:
         if step < self._first_step:
@@ -121,17 +122,34 @@ def _turn(seed: int, epoch: int, circle: int) -> int:
     return int(np.random.default_rng((seed, epoch)).integers(circle))
 
 
-def batches(stream: TokenStream, window: int, batch_size: int, seed: int, first_step: int = 0) -> Batches:
+def batches(
+    stream: TokenStream,
+    window: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
+) -> Batches:
     """The batches of a run whose data begin at `first_step`: B = batch_size, T = window, an order for each epoch.
 
-    The stream must have at least two tokens. `seed` is from 0 to 2**32 - 1.
+    The stream must have at least two tokens. `seed` is from 0 to 2**32 - 1. `rows` are the rows of each batch that are
+    wanted: the others are not read. None: all.
     """
-    return Batches(Windows(stream, window), batch_size, seed, first_step)
+    return Batches(Windows(stream, window), batch_size, seed, first_step, _chosen(rows, batch_size))
 
 
-def evaluation_batches(stream: TokenStream, window: int, batch_size: int, limit: int | None) -> Iterator[Batch]:
-    """All windows in order, or the first `limit` batches of them. Rows of weight 0 fill up the last batch."""
-    windows = Windows(stream, window)
+def evaluation_batches(
+    stream: TokenStream, window: int, batch_size: int, limit: int | None, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """All windows in order, or the first `limit` batches of them. Rows of weight 0 fill up the last batch.
+
+    `rows` as in `batches`.
+    """
+    windows, rows = Windows(stream, window), _chosen(rows, batch_size)
     n_batches = -(-len(windows) // batch_size)
     for index in range(n_batches if limit is None else min(limit, n_batches)):
-        yield windows.gather(np.arange(index * batch_size, (index + 1) * batch_size), np.zeros(batch_size, np.int64))
+        yield windows.gather(index * batch_size + rows, np.zeros(len(rows), np.int64))
+
+
+def _chosen(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    return np.arange(batch_size) if rows is None else rows

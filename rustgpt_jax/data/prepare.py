@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rustgpt_jax.config import Config, Stage, stages
 from rustgpt_jax.data.corpora import file_digests, training_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
@@ -34,19 +36,17 @@ class StageData:
         """Whether prompts are questions to be answered, rather than texts to be continued."""
         return self.store.manifest.n_dialogues > 0
 
-    def training_batches(self) -> Batches:
-        """The stage's batches, addressed by the step of the run."""
-        config = self.stage.config
-        return batches(
-            self.store.split("train"), self.window, config.training.batch_size, config.seed, self.stage.first_step
-        )
+    def training_batches(self, rows: np.ndarray | None = None) -> Batches:
+        """The stage's batches, addressed by the step of the run, or some rows of each."""
+        config, first_step = self.stage.config, self.stage.first_step
+        stream, batch_size = self.store.split("train"), config.training.batch_size
+        return batches(stream, self.window, batch_size, config.seed, first_step, rows)
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """The windows that an evaluation reads, in order."""
-        config = self.stage.config
-        return evaluation_batches(
-            self.store.split("valid"), self.window, config.training.batch_size, config.record.evaluation_batches
-        )
+    def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """The windows that an evaluation reads, in order, or some rows of each batch of them."""
+        config, stream = self.stage.config, self.store.split("valid")
+        limit = config.record.evaluation_batches
+        return evaluation_batches(stream, self.window, config.training.batch_size, limit, rows)
 
 
 def obtain_tokenizer(config: Config, file: Path | None = None) -> Codec:

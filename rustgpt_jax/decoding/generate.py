@@ -16,6 +16,7 @@ from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.decoding.samplers import Sampler, draw
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import transformer
+from rustgpt_jax.model.layout import laid_out
 
 SMALLEST_BUCKET = 16
 
@@ -125,7 +126,9 @@ def extend(
             cache=cache,
         )
 
-    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), generation))[1]
+    after = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), generation))[1]
+    # Every process of a mesh reads them.
+    return after._replace(tokens_BS=laid_out(after.tokens_BS, ".."), lengths_B=laid_out(after.lengths_B, "."))
 
 
 def begin(

@@ -9,7 +9,8 @@ from rustgpt_jax.model.linear import gated_width
 
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (
-    *("dropout", "init_std", "load_balance", "router_z_loss", "dtype", "layers", "remat"),
+    *("dropout", "init_std", "load_balance", "router_z_loss", "layers", "remat", "attention_kernel"),
+    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul"),
     *("latent_width", "query_latent_width", "shared_key_width", "conv_width", "recurrent_width", "options"),
 )
 

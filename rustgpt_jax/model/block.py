@@ -29,12 +29,15 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Signals]:
         config = self.config
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
-        mixer = choose(MIXERS, mixer_name, "config.model.mixers")(config, name="mixer")
-        feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(config, name="feedforward")
+        of_mixer, of_feedforward = config.for_mixer, config.for_feedforward
+        mixer = choose(MIXERS, mixer_name, "config.model.mixers")(of_mixer, name="mixer")
+        feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(
+            of_feedforward, name="feedforward"
+        )
 
-        mixed_BTD, cache = mixer(self._norm("mixer_norm", x_BTD, BEFORE), context, cache)
+        mixed_BTD, cache = mixer(self._norm("mixer_norm", x_BTD, BEFORE).astype(of_mixer.dtype), context, cache)
         x_BTD = self._add(x_BTD, mixed_BTD, "mixer", context, site=1)
-        fed = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE), context)
+        fed = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE).astype(of_feedforward.dtype), context)
         if not isinstance(fed, tuple):
             raise UserError(
                 f"config.model.feedforwards={feedforward_name!r} gives no signals: let it return (y_BTD, {{}})."
@@ -43,8 +46,8 @@ class Block(nn.Module):
         return self._add(x_BTD, fed_BTD, "feedforward", context, site=2), cache, signals
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: Context, site: int) -> jax.Array:
-        """The residual stream with the output of a sublayer in it."""
-        y_BTD = self._norm(f"{name}_output_norm", y_BTD, ON_OUTPUT)
+        """The residual stream, in its own precision, with the output of a sublayer in it."""
+        y_BTD = self._norm(f"{name}_output_norm", y_BTD.astype(x_BTD.dtype), ON_OUTPUT)
         x_BTD = Tap(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, context, site))
         return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
 

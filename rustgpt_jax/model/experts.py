@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals
+from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.linear import Activation, gated_width, scaled_normal
 from rustgpt_jax.model.precision import widened
 
@@ -77,8 +78,7 @@ class MixtureOfExperts(nn.Module):
         down_XFD: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """The output, and which tokens found a place with which experts. P counts the places of an expert in a row."""
-        batch, length, _ = x_BTD.shape
-        config = self.config
+        config, length = self.config, x_BTD.shape[1]
         is_token_BT = context.segments_BT > 0
         share = config.expert_capacity * config.experts_per_token / config.n_experts
         places = min(length, math.ceil(share * length))
@@ -88,35 +88,49 @@ class MixtureOfExperts(nn.Module):
         place_BTX = jnp.cumsum(asks_BTX, axis=1) - 1
         is_fed_BTX = asks_BTX & (place_BTX < places_B[:, None, None])
 
-        rows_BTX = jnp.arange(batch)[:, None, None]
-        experts_BTX = jnp.arange(config.n_experts)[None, None, :]
-        tokens_BTX = jnp.broadcast_to(jnp.arange(length)[None, :, None], place_BTX.shape)
         kept_BTX = jnp.where(is_fed_BTX, place_BTX, places)
-        # The token in each place; an empty place holds the number `length`, which is no token.
-        empty_BXP = jnp.full((batch, config.n_experts, places), length)
-        token_BXP = empty_BXP.at[rows_BTX, experts_BTX, kept_BTX].set(tokens_BTX, mode="drop")
-
-        rows_BXP = jnp.arange(batch)[:, None, None]
-        fed_BXPD = x_BTD.at[rows_BXP, token_BXP].get(mode="fill", fill_value=0)
+        # The rows one by one: where they lie on different devices, none needs to know of the others.
+        token_BXP = jax.vmap(lambda kept_TX: _tokens_in_places(kept_TX, places))(kept_BTX)
+        fed_BXPD = jax.vmap(lambda x_TD, token_XP: x_TD.at[token_XP].get(mode="fill", fill_value=0))(x_BTD, token_BXP)
+        # Where experts lie on different devices, the tokens go to theirs, and what these make of them comes back.
+        fed_BXPD = laid_out(laid_out(fed_BXPD, "B..."), "BXPD")
         hidden_BXPF = self.activation(jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF))
         hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
         out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
-        weight_BXP = routes.weight_BTX.at[rows_BXP, token_BXP, jnp.arange(config.n_experts)[None, :, None]].get(
-            mode="fill", fill_value=0
-        )
-        weighted_BXPD = out_BXPD * weight_BXP[..., None].astype(out_BXPD.dtype)
-        return jnp.zeros_like(x_BTD).at[rows_BXP, token_BXP].add(weighted_BXPD, mode="drop"), is_fed_BTX
+        out_BXPD = laid_out(laid_out(out_BXPD, "BXPD"), "B...")
+        return jax.vmap(_back_to_tokens)(out_BXPD, token_BXP, routes.weight_BTX), is_fed_BTX
+
+
+def _tokens_in_places(kept_TX: jax.Array, places: int) -> jax.Array:
+    """The token in each place of each expert; an empty place holds a number that no token has."""
+    length, n_experts = kept_TX.shape
+    tokens_TX = jnp.broadcast_to(jnp.arange(length)[:, None], kept_TX.shape)
+    empty_XP = jnp.full((n_experts, places), length)
+    return empty_XP.at[jnp.arange(n_experts)[None, :], kept_TX].set(tokens_TX, mode="drop")
+
+
+def _back_to_tokens(out_XPD: jax.Array, token_XP: jax.Array, weight_TX: jax.Array) -> jax.Array:
+    """The weighted sum for each token of what experts made of it."""
+    experts_X1 = jnp.arange(len(token_XP))[:, None]
+    weight_XP = weight_TX.at[token_XP, experts_X1].get(mode="fill", fill_value=0)
+    weighted_XPD = out_XPD * weight_XP[..., None].astype(out_XPD.dtype)
+    nothing_TD = jnp.zeros((len(weight_TX), out_XPD.shape[-1]), out_XPD.dtype)
+    return nothing_TD.at[token_XP].add(weighted_XPD, mode="drop")
 
 
 def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
     """Each token goes to the experts of its highest logits, weighted by their softmax over all experts."""
     probability_BTX = jax.nn.softmax(router_logits_BTX, axis=-1)
-    top_BTk, experts_BTk = jax.lax.top_k(probability_BTX, config.experts_per_token)
+    chosen_BTX = jnp.zeros(probability_BTX.shape, bool)
+    # Not `top_k`, for which compilers bring a batch that is cut over devices together.
+    for _ in range(config.experts_per_token):
+        left_BTX = jnp.where(chosen_BTX, -1, jax.lax.stop_gradient(probability_BTX))
+        highest_BT = jnp.argmax(left_BTX, axis=-1)
+        chosen_BTX = chosen_BTX | jax.nn.one_hot(highest_BT, config.n_experts, dtype=bool)
+    weight_BTX = jnp.where(chosen_BTX, probability_BTX, 0)
     if config.normalize_experts:
-        top_BTk = top_BTk / jnp.sum(top_BTk, axis=-1, keepdims=True)
-    one_hot_BTkX = jax.nn.one_hot(experts_BTk, config.n_experts, dtype=top_BTk.dtype)
-    weight_BTX = jnp.sum(one_hot_BTkX * top_BTk[..., None], axis=-2)
-    return Routes(weight_BTX, jnp.sum(one_hot_BTkX, axis=-2) > 0, probability_BTX, router_logits_BTX)
+        weight_BTX = weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True)
+    return Routes(weight_BTX, chosen_BTX, probability_BTX, router_logits_BTX)
 
 
 def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: ModelConfig) -> Signals:

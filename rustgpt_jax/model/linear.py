@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.model import float8
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -27,7 +28,7 @@ def over_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """y = x W (+ b), in the model's dtype, from float32 parameters.
+    """y = x W (+ b), in the model's dtype, from float32 parameters; config.matmul says how it is multiplied.
 
     W has shape (inputs, features). `residual` marks a projection into the residual stream, whose initial values are
     divided by sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2). `has_bias` None: as the model.
@@ -44,7 +45,8 @@ class Linear(nn.Module):
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
         kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
-        y = x.astype(self.config.dtype) @ kernel.astype(self.config.dtype)
+        x = x.astype(self.config.dtype)
+        y = float8.product(x, kernel) if self.config.matmul == "float8" else x @ kernel.astype(self.config.dtype)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + over_channels(bias, y).astype(y.dtype)

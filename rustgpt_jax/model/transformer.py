@@ -1,14 +1,17 @@
 """The whole model as pure functions: `init`, `apply`, `init_cache`. One forward serves training and decoding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import taps
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals, dropout
+from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.linear import scaled_normal
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
@@ -20,7 +23,14 @@ from rustgpt_jax.tables import choose
 Params = dict[str, Any]
 Cache = dict[str, Any]
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+# Where a policy keeps what leaves the device.
+HOST_MEMORY = "pinned_host"
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
+}
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
@@ -54,7 +64,7 @@ def init_cache(model: ModelConfig, batch: int, length: int) -> Cache:
 
     def stacked(stack: Stack) -> Any:
         (mixer,) = stack.block.mixers
-        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block, batch, length)
+        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.for_mixer, batch, length)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
 
     return {str(index): stacked(stack) for index, stack in enumerate(stacks(model))}
@@ -143,13 +153,13 @@ def _hidden_states(
             x_BTD, measured[site] = taps.watch(x_BTD, slots[site])
         return x_BTD
 
-    x_BTD = params["embedding"]["table"][tokens_BT]
+    x_BTD = laid_out(params["embedding"]["table"], "VD")[tokens_BT]
     if model.scale_embeddings:
         x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD = tapped(x_BTD, "embeddings")
+    x_BTD = tapped(laid_out(x_BTD, "BTD"), "embeddings")
     of_blocks = None if slots is None else slots["blocks"]
     x_BTD, cache, signals, measured["blocks"] = _run_blocks(params["blocks"], x_BTD, model, context, cache, of_blocks)
     if model.norm_placement != "post":
@@ -159,13 +169,26 @@ def _hidden_states(
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """logits_BTV in float32, from the embedding table or from an output layer of their own."""
+    dtype = model.logits_dtype or model.dtype
+    hidden_BTD = hidden_BTD.astype(dtype)
     if model.tie_embeddings:
-        table_VD = params["embedding"]["table"].astype(model.dtype)
+        table_VD = params["embedding"]["table"].astype(dtype)
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=product_type(table_VD))
     else:
-        kernel_DV = params["head"]["kernel"].astype(model.dtype)
+        kernel_DV = params["head"]["kernel"].astype(dtype)
         logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=product_type(kernel_DV))
     return softcap(logits_BTV, model.logits_softcap) if is_on(model.logits_softcap) else logits_BTV
+
+
+def remat_policy(name: str) -> Callable[..., Any]:
+    """What a backward pass finds in memory. Raises UserError if it is to lie where the devices can put nothing."""
+    device = jax.local_devices()[0]
+    if name == "offload" and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"config.model.remat='offload' needs devices that can keep arrays in {HOST_MEMORY} memory, and "
+            f"{device.platform} has none; 'weights' keeps the same on the device, 'full' keeps less."
+        )
+    return REMAT_POLICIES[name]
 
 
 def _run_blocks(
@@ -202,6 +225,7 @@ def _run_blocks(
             block = Block(every[key].block)
             after, measured[key] = taps.apply(block, params[key], of_block, x_BTD, layer, kept)
             x_BTD, written[key], signals[key] = after
+            x_BTD = laid_out(x_BTD, "BTD")
         return x_BTD, (None if cache is None else written, signals, measured)
 
     def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None, jax.Array]) -> Any:
@@ -212,7 +236,7 @@ def _run_blocks(
         return run(x_BTD, left_keys, 0, *jax.tree.map(lambda leaf: leaf[0], slices))
 
     if model.remat != "none":
-        policy = REMAT_POLICIES[model.remat]
+        policy = remat_policy(model.remat)
         pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=model.layers == "unrolled")
         left = jax.checkpoint(left, policy=policy)
 

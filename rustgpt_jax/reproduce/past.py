@@ -13,7 +13,7 @@ from rich.console import Console
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.prepare import StageData, changed_data
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.devices import all_devices
+from rustgpt_jax.parallel.placement import all_devices, check_shares
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.metrics import read_metrics
@@ -62,15 +62,16 @@ class Past:
             raise UserError(
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
             )
-        self._placement = all_devices()
+        self._placement = all_devices(self.config.mesh)
         for data in self.material.stages:
-            self._placement.check_batch(data.stage.config.training)
+            check_shares(data.stage.config, data.window, self._placement.n_devices)
         self.rewinds = _rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()
         self._checkpoints: Checkpoints | None = None
 
     def __enter__(self) -> "Past":
+        self._resources.enter_context(self._placement.active())
         if self.folder.checkpoints.exists():
             checkpoints = Checkpoints(self.folder.checkpoints, self.config)
             self._checkpoints = self._resources.enter_context(checkpoints)
@@ -132,7 +133,7 @@ class Past:
 
     def saved_state(self, step: int) -> State:
         """The state of the nearest sound checkpoint at or before a step, or else the one that the run began with."""
-        return self._placement.replicate(self._sound_state(step))
+        return self._placement.place(self._sound_state(step))
 
     def _sound_state(self, step: int) -> State:
         for saved in self.saved_steps()[::-1]:
@@ -185,7 +186,7 @@ class Past:
             # No step reads what fills up the slots.
             batches += [batches[-1]] * (slots - now)
             stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-            shared = self._placement.share(stacked, batch_axis=1)
+            shared = self._placement.share(stacked, stacked.tokens_BT.shape[1])
             state, metrics = compiled_train_steps(
                 program.structure, state, shared, np.int32(now), program.numbers, program.first_step
             )
@@ -202,7 +203,7 @@ class Past:
         if last is None or last.to < int(state.step):
             return state
         health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
-        return self._placement.replicate(state._replace(health=health))
+        return self._placement.place(state._replace(health=health))
 
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
@@ -210,7 +211,7 @@ class Past:
     def look_into(self, state: State) -> Inside:
         """What the step after a state makes. The state stays as it is."""
         program, batch = self.program_of(int(state.step) + 1), self.batch(state)
-        shared = self._placement.share(batch, batch_axis=0)
+        shared = self._placement.share(batch, len(batch.tokens_BT))
         report = compiled_tapped_step(program.structure, state, shared, program.numbers, program.first_step)
         return Inside(batch, report, tensors((program.structure, program.numbers), state.params, report))
 

@@ -15,6 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.paths import by_path, path_name
 from rustgpt_jax.resolve import resolve
+from rustgpt_jax.training.population import side_by_side
 from rustgpt_jax.training.recorder import MUST_BE_FINITE
 from rustgpt_jax.training.step import Numbers, State, as_arguments, compiled_start, train_step
 
@@ -103,9 +104,11 @@ def _z_loss(config: Config) -> Remedy:
 
 
 def _float32(config: Config) -> Remedy:
-    if config.model.dtype == "float32":
+    wide = {"dtype": "float32", "mixer_dtype": None, "feedforward_dtype": None, "logits_dtype": None, "matmul": "plain"}
+    changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
+    if all(value is None for value in changes.values()):
         return Remedy("float32", hindrance="in float32 already")
-    return Remedy("float32", (("model.dtype", "float32"),))
+    return Remedy("float32", tuple(changes.items()))
 
 
 def _rounded(value: float) -> float:
@@ -161,7 +164,7 @@ def curves(
 
     return [
         jax.vmap(lambda numbers, structure=structure, lane=lane: steps(structure, lane.state, numbers))(lane.numbers)
-        for structure, lane in zip(structures, lanes, strict=True)
+        for structure, lane in zip(map(side_by_side, structures), lanes, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from rustgpt_jax.config import Config, Stage, flatten, split, stages
 from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
 from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.parallel.devices import all_devices
+from rustgpt_jax.parallel.placement import check_shares
 from rustgpt_jax.runs.formatting import byte_size, count
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.step import as_arguments, start
@@ -26,7 +26,7 @@ def explain(config: Config, origins: Mapping[str, str], console: Console) -> Non
     """
     check_parts(config)
     for stage in stages(config):
-        all_devices().check_batch(stage.config.training)
+        check_shares(stage.config, stage.config.data.window or config.model.context_length, jax.device_count())
     whole = config if config.model.vocab_size else with_vocabulary(config, obtain_tokenizer(config))
     # All of it is made before any of it is shown: a part may refuse its knobs.
     tables = [_knobs(config, origins), *(_stage_knobs(own.name, dict(own.overrides)) for own in config.stages)]

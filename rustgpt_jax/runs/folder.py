@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rustgpt_jax.config import Config, StageConfig, config_hash, differences, to_dict
+from rustgpt_jax.config import Config, StageConfig, config_hash, differences, is_of_result, to_dict
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.resolve import resolve
 
@@ -241,9 +241,10 @@ def _runs_beside(path: Path) -> list[str]:
 
 
 def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
-    """The knobs in which a config, as `to_dict` writes it, differs from another: no words if there are none."""
+    """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
     try:
-        changed = all_differences(resolve(stored), wanted)
+        differing = all_differences(resolve(stored), wanted)
+        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
     except UserError as error:
         return f"one that this version does not know ({error})"
     shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config import Config, Structure, split, stages
+from rustgpt_jax.config import Config, MeshConfig, Structure, split, stages
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.parallel.machine import Machine
+from rustgpt_jax.parallel.mesh import in_words, is_open, least_devices
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.trials import Trial
 from rustgpt_jax.training.memory import state_shapes, step_bytes
@@ -26,7 +27,7 @@ MEMORY_SHARE = 0.7
 # A step shorter than this leaves an accelerator idle while the next one is sent to it.
 IDLE_SECONDS = 5e-3
 
-ClassKey = tuple[tuple[Structure, int], ...]
+ClassKey = tuple[tuple[Structure, int, MeshConfig], ...]
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class ShapeClass:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Trials that run together: a program of `width` lanes in a mode, up to the step `until` or to their ends."""
+    """Trials that run together: a program of `width` lanes in a mode, up to the step `until` or to their ends.
+
+    It runs on so many `devices`; None stands for all that there are.
+    """
 
     trials: tuple[str, ...]
     mode: str
     width: int
     until: int | None = None
+    devices: int | None = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The chunk as JSON has it."""
@@ -66,7 +71,7 @@ class Chunk:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Chunk":
         """The inverse of `to_dict`."""
-        return Chunk(tuple(values["trials"]), values["mode"], values["width"], values["until"])
+        return Chunk(**values | {"trials": tuple(values["trials"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,7 @@ class Plan:
     mode: str
     width: int
     reason: str
+    devices: int | None = 1
 
     @property
     def memory(self) -> int:
@@ -90,7 +96,7 @@ class Plan:
         ids, wanted = [trial.id for trial in self.shape_class.trials], set(wanted)
         parts = (ids[first : first + self.width] for first in range(0, len(ids), self.width))
         kept = (tuple(name for name in part if name in wanted) for part in parts)
-        return [Chunk(part, self.mode, self.width, until) for part in kept if part]
+        return [Chunk(part, self.mode, self.width, until, self.devices) for part in kept if part]
 
 
 def shape_classes(trials: Sequence[Trial], shelf: Shelf) -> list[ShapeClass]:
@@ -106,8 +112,8 @@ def shape_classes(trials: Sequence[Trial], shelf: Shelf) -> list[ShapeClass]:
 
 
 def class_key(whole: Config) -> ClassKey:
-    """What selects a trial's programs: the structure and the window of each stage."""
-    return tuple((split(stage.config)[0], _window(stage.config)) for stage in stages(whole))
+    """What selects a trial's programs: the structure and the window of each stage, and the mesh."""
+    return tuple((split(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
 
 
 def cost(whole: Config) -> Cost:
@@ -136,24 +142,36 @@ def _window(config: Config) -> int:
 def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
     """How a class runs on a machine, in the mode asked for or, for `auto`, in the one that suits it.
 
-    Raises UserError for a mode that there is not.
+    The trials are shared among the devices, or among groups of them where the mesh of a trial needs several.
+    Raises UserError for a mode that there is not, and for a mesh that needs more devices than there are.
     """
     if mode not in MODES:
         raise UserError(f"--mode: there is no {mode!r}.{suggestion(mode, MODES)}")
-    n_trials = len(shape_class.trials)
+    n_trials, mesh = len(shape_class.trials), shape_class.whole.mesh
+    needed = least_devices(mesh)
+    if needed > machine.n_devices:
+        raise UserError(
+            f"config.mesh: a trial on {in_words(mesh)} needs {needed} devices; there are {machine.n_devices}."
+        )
     chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
+    if shape_class.whole.optimizer.offload and chosen != "solo":
+        raise UserError(f"config.optimizer.offload is for trials that run alone: --mode=solo, not {chosen}.")
+    if needed > 1:
+        reason += f"; each on {needed} devices ({in_words(mesh)})"
     if chosen == "solo":
-        return Plan(shape_class, chosen, 1, reason)
-    share = math.ceil(n_trials / machine.n_devices)
+        return Plan(shape_class, chosen, 1, reason, None if is_open(mesh) else needed)
+    share = math.ceil(n_trials / (machine.n_devices // needed))
     if width is not None:
-        return Plan(shape_class, chosen, min(width, share), reason)
+        return Plan(shape_class, chosen, min(width, share), reason, needed)
     most, limit = _most(shape_class.cost, machine, chosen)
     if most < share:
         reason += f"; {most} at a time, {limit}"
-    return Plan(shape_class, chosen, min(share, most), reason)
+    return Plan(shape_class, chosen, min(share, most), reason, needed)
 
 
 def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
+    if shape_class.whole.optimizer.offload:
+        return "solo", "config.optimizer.offload leaves the memory of the device to one trial"
     if machine.platform == "cpu":
         return (
             "exact",

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.devices import Placement
 from rustgpt_jax.parallel.machine import Machine, cores, this_machine
+from rustgpt_jax.parallel.mesh import least_devices
 from rustgpt_jax.runs.folder import create as create_run
 from rustgpt_jax.sweeps import folder as folders
 from rustgpt_jax.sweeps.board import Board
@@ -34,8 +34,6 @@ JOBS_AT_ONCE = 8
 # What workers elsewhere are planned for, since nobody can look: a small GPU, or a core with its share of memory.
 UNSEEN_GPU = Machine("gpu", 1, 16e9, 1e14)
 UNSEEN_CPU = Machine("cpu", 1, 2e9, 0.0)
-# What trials are checked for: a trial runs on one device.
-ONE_DEVICE = Placement((None,))
 
 
 @dataclass(frozen=True)
@@ -181,6 +179,6 @@ def check(trials: Iterable[Trial], shelf: Shelf) -> None:
     for trial in trials:
         try:
             check_parts(trial.config)
-            shelf.material(trial.config).check(nowhere.trial(trial.id), ONE_DEVICE)
+            shelf.material(trial.config).check(nowhere.trial(trial.id), least_devices(trial.config.mesh))
         except UserError as error:
             raise UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}") from error

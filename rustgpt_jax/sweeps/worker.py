@@ -11,11 +11,13 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from rustgpt_jax.parallel.devices import Placement
+import jax
+
+from rustgpt_jax.parallel.placement import on_devices
 from rustgpt_jax.runs.folder import InUse, load_config, load_origins
 from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.ledger import Ledger
@@ -37,12 +39,17 @@ class _Quiet:
 
 
 class Worker:
-    """Runs chunks of a sweep on some devices, on the thread that calls it."""
+    """Runs chunks of a sweep on some devices, the first ones of these, on the thread that calls it."""
 
     def __init__(
-        self, folder: SweepFolder, shelf: Shelf, placement: Placement, code: str, is_stopped: Callable[[], bool]
+        self,
+        folder: SweepFolder,
+        shelf: Shelf,
+        devices: Sequence[jax.Device],
+        code: str,
+        is_stopped: Callable[[], bool],
     ) -> None:
-        self._folder, self._shelf, self._placement = folder, shelf, placement
+        self._folder, self._shelf, self._devices = folder, shelf, devices
         self._ledger, self._is_stopped = Ledger(folder.ledger_file), is_stopped
         self._identity = {"host": socket.gethostname(), "process": os.getpid(), "code": code}
 
@@ -72,10 +79,9 @@ class Worker:
         folder = self._folder.trial(trial)
         try:
             material = self._shelf.material(load_config(folder.path))
-            material.check(folder, self._placement)
-            run = held.enter_context(
-                Run(material, folder.path, load_origins(folder.path), self._placement, chunk.until)
-            )
+            placement = on_devices(material.config.mesh, self._devices[: chunk.devices])
+            material.check(folder, placement.n_devices)
+            run = held.enter_context(Run(material, folder.path, load_origins(folder.path), placement, chunk.until))
         except InUse:
             return None
         except Exception as error:
@@ -120,9 +126,7 @@ def _outcome(run: Run) -> tuple[str, dict[str, int]]:
 
 
 def main(sweep: str, code: str) -> None:
-    """Work through the chunks of standard input on the first device of this process, until it ends."""
-    import jax
-
+    """Work through the chunks of standard input on the devices of this process, until it ends."""
     from rustgpt_jax.parallel.devices import keep_compiled_programs
 
     keep_compiled_programs()
@@ -139,8 +143,8 @@ def main(sweep: str, code: str) -> None:
 
     with StopRequest() as stop:
         threading.Thread(target=listen, daemon=True).start()
-        placement = Placement((jax.local_devices()[0],))
-        worker = Worker(folder, Shelf(folder.tokenizers), placement, code, lambda: bool(stop) or is_alone.is_set())
+        shelf, devices = Shelf(folder.tokenizers), jax.local_devices()
+        worker = Worker(folder, shelf, devices, code, lambda: bool(stop) or is_alone.is_set())
         while not stop:
             arrived.acquire()
             if not told:

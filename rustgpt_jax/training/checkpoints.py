@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from rustgpt_jax.config import Config, config_hash, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.parallel.processes import all_agree, is_first, meet
 from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
 from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.fingerprints import fingerprints
@@ -63,6 +64,9 @@ class Checkpoints:
         )
         with _writing(self._folder), _one_at_a_time:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
+        # Kept here and not read again, so that all processes of a run delete the same ones.
+        self._best = self._named_best()
+        self._regular: dict[int, bool] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -92,7 +96,7 @@ class Checkpoints:
 
     def _candidates(self, which: str) -> list[int]:
         steps = self.steps()
-        named = {"last": steps[::-1], "best": self._named_best()}.get(which, [int(which)] if which.isdigit() else [])
+        named = {"last": steps[::-1], "best": self._best}.get(which, [int(which)] if which.isdigit() else [])
         return [step for step in named if step in steps]
 
     # Writing.
@@ -109,9 +113,11 @@ class Checkpoints:
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
                 with _one_at_a_time:
                     self._manager.save(step, args=args)
+                self._regular[step] = is_regular
             if is_best:
-                before = [other for other in self._candidates("best") if other != step]
-                write_atomically(self._best_file, json.dumps([step, *before[:1]]))
+                self._best = [step, *[other for other in self._candidates("best") if other != step][:1]]
+                if is_first():
+                    write_atomically(self._best_file, json.dumps(self._best))
             self._delete_old(step)
 
     def wait(self) -> None:
@@ -121,7 +127,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         # Orbax calls this before it gives the one that is being written its name.
-        if jax.process_index() == 0:
+        if is_first():
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
             _seal(temporary)
 
@@ -148,6 +154,8 @@ class Checkpoints:
         return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
 
     def _is_regular(self, step: int) -> bool:
+        if step in self._regular:
+            return self._regular[step]
         try:
             return bool(stored_about(self._folder, step)["is_regular"])
         except Damaged:
@@ -162,17 +170,22 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
         aside = self._folder / f"{step}.damaged"
-        shutil.rmtree(aside, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)
         with _writing(self._folder):
-            (self._folder / str(step)).rename(aside)
+            if is_first():
+                (self._folder / str(step)).rename(aside)
+            meet("a damaged checkpoint is set aside")
             self._manager.reload()
         return aside
 
     # Reading.
 
     def restore(self, like: Any, which: str = "last", passed_over: Callable[[int, str], object] | None = None) -> State:
-        """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes), on one device.
+        """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes).
 
+        Its arrays lie where those of `like` do, whatever the devices that they were saved from; all on one device, if
+        these have no place.
         `which` is `last`, `best`, or a step, for which there is no other.
         `passed_over` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
         none is sound, and if one is of another config or has other arrays.
@@ -197,20 +210,28 @@ class Checkpoints:
         raise UserError(f"{self._folder} has no {what} that is sound ({reasons}). Delete it to begin from the start.")
 
     def restore_step(self, like: Any, step: int) -> State:
-        """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does."""
-        _check_seal(self._folder / str(step))
+        """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does.
+
+        The processes of a run read it together, each what lies on its devices; all find it sound, or none.
+        """
+        with _together():
+            _check_seal(self._folder / str(step))
         about = stored_about(self._folder, step)
         self._check(about, layout(like), f"{self._folder}/{step}")
         # Not where they were when they were saved: that may have been a device that this process does not have.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-        try:
-            with _one_at_a_time:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                state = self._manager.restore(step, args=args)["state"]
-        # Orbax, TensorStore and what they call raise errors of many kinds.
-        except Exception as error:
-            raise Damaged(_reason(error)) from error
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
+            like,
+        )
+        with _together():
+            try:
+                with _one_at_a_time:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    state = self._manager.restore(step, args=args)["state"]
+            # Orbax, TensorStore and what they call raise errors of many kinds.
+            except Exception as error:
+                raise Damaged(_reason(error)) from error
         found = fingerprints(state)
         changed = [path for path, digest in about["fingerprints"].items() if found[path] != digest]
         if changed:
@@ -227,6 +248,18 @@ class Checkpoints:
                     f"{where}: {path} is {stored.get(path, 'missing')} in the checkpoint, "
                     f"and the config makes it {wanted.get(path, 'nothing')}."
                 )
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raises Damaged in every process of a run if one of them finds the checkpoint so."""
+    damage: Damaged | None = None
+    try:
+        yield
+    except Damaged as error:
+        damage = error
+    if not all_agree(damage is None):
+        raise damage or Damaged("another process could not read its part")
 
 
 @contextmanager
@@ -299,7 +332,8 @@ def _check_seal(folder: Path) -> None:
         sums = json.loads((folder / SEAL).read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged(f"{SEAL} cannot be read") from error
-    for name, digest in sums.items():
+    # The processes of a run share the work.
+    for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
             raise Damaged(f"{name} is missing")
         if _sha256(folder / name) != digest:

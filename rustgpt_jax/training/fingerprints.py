@@ -27,4 +27,5 @@ def fingerprint(first: int, second: int) -> str:
 
 @jax.jit
 def _digests(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
-    return [digest(jnp.asarray(array)) for array in arrays]
+    # Some may be in the memory of the host.
+    return [digest(jax.device_put(jnp.asarray(array), jax.memory.Space.Device)) for array in arrays]

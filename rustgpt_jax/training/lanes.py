@@ -33,14 +33,14 @@ class Solo:
 
     def __init__(self, run: Run) -> None:
         self._placement = run.placement
-        self._state = self._placement.replicate(run.state())
+        self._state = self._placement.place(run.state())
 
     def advance(self, runs: Sequence[Run | None], count: int) -> None:
         """`count` steps of the run."""
         (run,) = runs
         assert run is not None
         orders = run.orders(count)
-        batches = run.placement.share(orders.batches, batch_axis=1)
+        batches = run.placement.share(orders.batches, run.batch_size)
         began = time.perf_counter()
         self._state, metrics = _call(
             [run], compiled_train_steps, run.program.structure, self._state, batches, *orders[1:]
@@ -55,7 +55,7 @@ class Solo:
     def put(self, index: int, state: State) -> None:
         """Give the run another state."""
         del index
-        self._state = self._placement.replicate(state)
+        self._state = self._placement.place(state)
 
 
 class Together:
@@ -66,8 +66,8 @@ class Together:
 
     def __init__(self, mode: str, runs: Sequence[Run], n_lanes: int) -> None:
         states = [run.state() for run in runs]
-        self._mode = mode
-        self._states_P = stack(states + [states[0]] * (n_lanes - len(states)))
+        self._mode, self._placement = mode, runs[0].placement
+        self._states_P = self._placement.place(stack(states + [states[0]] * (n_lanes - len(states))))
         self._n_lanes = n_lanes
 
     def advance(self, runs: Sequence[Run | None], count: int) -> None:
@@ -76,6 +76,8 @@ class Together:
         structure = next(run.program.structure for run in runs if run is not None)
         idle = next(iter(orders.values()))._replace(count=np.int32(0))
         orders_P = _stacked([orders.get(index, idle) for index in range(self._n_lanes)])
+        batch_size = orders_P.batches.tokens_BT.shape[-2]
+        orders_P = orders_P._replace(batches=self._placement.share(orders_P.batches, batch_size))
         began = time.perf_counter()
         members = [run for run in runs if run is not None]
         self._states_P, metrics_P = _call(

@@ -1,8 +1,9 @@
 """Training as a whole: from a config to a finished run, with all its effects in their order."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import jax
@@ -13,12 +14,16 @@ from rustgpt_jax.config import Config, stages
 from rustgpt_jax.data.prepare import obtain_tokenizer, prepare_stage, with_vocabulary
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.parallel.devices import all_devices
+from rustgpt_jax.model.kernels.selfcheck import check_kernels
+from rustgpt_jax.parallel.mesh import in_words
+from rustgpt_jax.parallel.placement import all_devices, check_memories
+from rustgpt_jax.parallel.processes import Patience, Votes, is_first
 from rustgpt_jax.runs.curves import draw_loss_curves
 from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.progress import Progress, counting, waiting
+from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material
@@ -27,22 +32,33 @@ from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
 
 
-def train(config: Config, path: Path, origins: Mapping[str, str], console: Console) -> int:
+def train(config: Config, path: Path, origins: Mapping[str, str], console: Console, patience: float = math.inf) -> int:
     """Train the run of a config in a folder, from its last sound checkpoint if it has one.
 
     The exit status: 0 at its end, that of a stop if a signal stopped it. Raises UserError, before anything is compiled
     and before the folder is made, for what cannot work; for a folder that cannot be written to any more; and in the
     end, if loss or gradient ceased to be finite.
+
+    Where several processes train the run, all call this; a process that waits for the others for more than `patience`
+    seconds ends.
     """
     check(path, config)
     check_parts(config)
     # As it is now: it may be edited while the data are prepared.
     remember_code()
-    placement = all_devices()
-    material = gather(config, RunFolder(path).tokenizer_file, console)
-    material.check(RunFolder(path), placement)
-    with Run(material, path, origins, placement) as run:
-        return _train(run, console)
+    placement = all_devices(config.mesh)
+    check_memories(config)
+    again = "The same command goes on from the last checkpoint."
+    with Patience(patience, again) as waiting_for_others, _records(path, config, origins) as folder:
+        material = gather(config, RunFolder(folder).tokenizer_file, console)
+        material.check(RunFolder(folder), placement.n_devices)
+        with Run(material, folder, origins, placement) as run:
+            return _train(run, path, console, waiting_for_others)
+
+
+def _records(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
+    """The folder that this process writes to."""
+    return nullcontext(path) if is_first() else shadow(path, config, origins)
 
 
 def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
@@ -55,19 +71,21 @@ def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
     return Material(config, whole, tokenizer, data)
 
 
-def _train(run: Run, console: Console) -> int:
-    path, total_steps = run.folder.path, run.material.total_steps
+def _train(run: Run, path: Path, console: Console, patience: Patience) -> int:
+    total_steps = run.material.total_steps
     began = time.perf_counter()
     with StopRequest() as stop, Progress(console, total_steps) as progress, _writing(run):
         run.begin(progress)
         if run.is_over:
             progress.message(f"{path} is complete: {total_steps} steps. There is nothing to do.")
             return 0
-        progress.message(_headline(run))
-        train_lanes([run], Solo(run), lambda: bool(stop))
+        progress.message(_headline(run, path))
+        for sentence in _attention(run):
+            progress.message(sentence)
+        train_lanes([run], Solo(run), _stopped(stop, patience))
         run.checkpoints.wait()
     if run.diverged_at is not None:
-        raise UserError(_divergence(run))
+        raise UserError(_divergence(run, path))
     if not run.is_over:
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
@@ -76,8 +94,22 @@ def _train(run: Run, console: Console) -> int:
     return 0
 
 
-def _divergence(run: Run) -> str:
-    path, forgiven = run.folder.path, run.n_faults - 1
+def _stopped(stop: StopRequest, patience: Patience) -> Callable[[], bool]:
+    """Asks, turn by turn, whether a process of the run has been told to stop: all hear of it at the same turn."""
+    votes = Votes(0)
+
+    def is_stopped() -> bool:
+        patience.beat()
+        number = int(votes.largest(stop.signal_number))
+        if number:
+            stop.obey(number)
+        return number > 0
+
+    return is_stopped
+
+
+def _divergence(run: Run, path: Path) -> str:
+    forgiven = run.n_faults - 1
     before = f", after {forgiven} that were forgiven (config.faults.most_forgiven)" if forgiven > 0 else ""
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
@@ -98,6 +130,17 @@ def _writing(run: Run) -> Iterator[None]:
         raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error
 
 
+def _attention(run: Run) -> list[str]:
+    """What computes attention, if it is not the plain form alone. Raises UserError if it does not compute the same."""
+    findings = [
+        finding
+        for data in {data.window: data for data in run.material.stages}.values()
+        for finding in check_kernels(data.stage.config.model, data.window)
+    ]
+    sentences = list(dict.fromkeys(finding.sentence for finding in findings))
+    return sentences if any(finding.choice.kernel != "plain" for finding in findings) else []
+
+
 def _curves(run: Run) -> str:
     try:
         return f"Loss curves: {draw_loss_curves(run.folder.path)}"
@@ -105,8 +148,9 @@ def _curves(run: Run) -> str:
         return str(error)
 
 
-def _headline(run: Run) -> str:
+def _headline(run: Run, path: Path) -> str:
     parameters = formatted(total_size(parameter_shapes(run.material.whole.model)))
     begin = f"from step {run.step}" if run.step else "from the start"
-    devices = f"{len(run.placement.devices)} x {jax.devices()[0].device_kind}"
-    return f"{run.folder.path}: {parameters} parameters, {run.material.total_steps} steps {begin}, on {devices}"
+    devices = f"{run.placement.n_devices} x {jax.devices()[0].device_kind}"
+    mesh = f" ({in_words(run.placement.sizes)})" if run.placement.n_devices > 1 else ""
+    return f"{path}: {parameters} parameters, {run.material.total_steps} steps {begin}, on {devices}{mesh}"

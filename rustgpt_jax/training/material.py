@@ -11,7 +11,7 @@ from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.data.prepare import StageData, changed_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.placement import check_shares
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.tokenizers import Codec, encode_prompt
 from rustgpt_jax.training.optimizers import check_decay_groups
@@ -45,13 +45,13 @@ class Material:
         """The program of each stage."""
         return [_program(data.stage) for data in self.stages]
 
-    def check(self, run: RunFolder, placement: Placement) -> None:
-        """Raises UserError, before anything is compiled or written, for what cannot work."""
+    def check(self, run: RunFolder, n_devices: int) -> None:
+        """Raises UserError, before anything is compiled or written, for what cannot work on so many devices."""
         check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
             _check_prompts(self.whole, self.tokenizer, role)
         for data in self.stages:
-            placement.check_batch(data.stage.config.training)
+            check_shares(data.stage.config, data.window, n_devices)
         changed = changed_data(run.data_file, self.stages)
         if changed:
             again = "give back the old text, or choose another --run folder"

@@ -1,12 +1,11 @@
 """What a training step holds in memory, counted from shapes alone, before anything is compiled."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import Config, is_on, split
+from rustgpt_jax.config import Config, is_on, split, with_values
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.cost import Shapes, parameter_shapes, total_bytes
 from rustgpt_jax.training.objective import objective, token_sums
@@ -37,13 +36,22 @@ def step_bytes(config: Config, window: int) -> int:
 def residual_bytes(config: Config, window: int) -> int:
     """Bytes of what the forward of one part of a batch keeps for its backward, without the parameters.
 
-    With remat, what one repeat of the pattern of blocks computes anew for its own backward is there too.
+    With remat, what one repeat of the pattern of blocks computes anew for its own backward is there too; so are the
+    logits of one chunk.
     """
-    kept, model = _kept_bytes(config, window), config.model
-    if model.remat == "none":
-        return kept
-    everything = _kept_bytes(dataclasses.replace(config, model=dataclasses.replace(model, remat="none")), window)
-    return kept + (everything - kept) * min(model.period, model.n_layers) // model.n_layers
+    model, chunk = config.model, config.training.loss_chunk
+    # What is offloaded is not on the device, as if it were computed anew.
+    on_device = "full" if model.remat == "offload" else model.remat
+    config = with_values(config, {"model.remat": on_device})
+    kept = _kept_bytes(config, window)
+    anew = 0
+    if on_device != "none":
+        everything = _kept_bytes(with_values(config, {"model.remat": "none"}), window)
+        anew += (everything - kept) * min(model.period, model.n_layers) // model.n_layers
+    if chunk is not None:
+        whole = _kept_bytes(with_values(config, {"training.loss_chunk": None}), window)
+        anew += (whole - kept) * min(chunk, window) // window
+    return kept + anew
 
 
 def _kept_bytes(config: Config, window: int) -> int:
@@ -51,7 +59,8 @@ def _kept_bytes(config: Config, window: int) -> int:
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         key = jax.random.key(0) if is_on(config.model.dropout) else None
-        return objective(token_sums(params, batch, config.model, key), jnp.ones(()), config.training.z_loss)
+        sums = token_sums(params, batch, config.model, key, config.training.loss_chunk)
+        return objective(sums, jnp.ones(()), config.training.z_loss)
 
     def backward(params: Any, batch: Batch) -> Any:
         return jax.vjp(lambda params: loss(params, batch), params)[1]

@@ -1,5 +1,6 @@
 """What training minimises: the mean cross-entropy of the next token over the tokens to be learned."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,9 +25,16 @@ class Sums(NamedTuple):
 
 
 def token_sums(
-    params: transformer.Params, batch: Batch, model: ModelConfig, dropout_key: jax.Array | None = None
+    params: transformer.Params,
+    batch: Batch,
+    model: ModelConfig,
+    dropout_key: jax.Array | None = None,
+    loss_chunk: int | None = None,
 ) -> Sums:
-    """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch."""
+    """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch.
+
+    loss_chunk: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
+    """
     hidden_BTD, _, signals = transformer.hidden_states(
         params,
         batch.tokens_BT,
@@ -35,7 +43,36 @@ def token_sums(
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
     )
+    if loss_chunk is not None:
+        return _chunked_sums(params, hidden_BTD, batch, signals, model, loss_chunk)
     return sums_of(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
+
+
+def _chunked_sums(
+    params: transformer.Params, hidden_BTD: jax.Array, batch: Batch, signals: Signals, model: ModelConfig, chunk: int
+) -> Sums:
+    """The sums of a batch from the logits of one chunk of all rows after another."""
+    length = hidden_BTD.shape[1]
+    chunk = min(chunk, length)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        """(B, T, ...) as (chunks, B, chunk, ...), with zeros, which have no weight, after the last token.
+
+        A chunk has tokens from all over the window, so that what is cut over devices along T stays so.
+        """
+        padded = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(hidden_BTD: jax.Array, part: Batch) -> Sums:
+        return sums_of(transformer.logits(params, hidden_BTD, model), part, {})[0]
+
+    def add(total: Sums, one: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, of_chunk(*one)), None
+
+    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
+    sums, _ = jax.lax.scan(add, nothing, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
+    return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
 
 
 def sums_of(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
@@ -66,4 +103,4 @@ def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) ->
     return loss / jnp.maximum(total_weight, 1.0)
 
 
-compiled_token_sums = jax.jit(token_sums, static_argnames="model")
+compiled_token_sums = jax.jit(token_sums, static_argnames=("model", "loss_chunk"))

@@ -31,14 +31,14 @@ def adam(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
 
 def sgd(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """Gradient descent with momentum, with weight decay added to the gradient."""
-    return optax.chain(weight_decay(config), optax.trace(config.momentum), optax.scale(-rate * config.learning_rate))
+    trace = optax.trace(config.momentum, accumulator_dtype=_moment_dtype(config))
+    return optax.chain(weight_decay(config), trace, optax.scale(-rate * config.learning_rate))
 
 
 def lion(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """The sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
-    return optax.chain(
-        optax.scale_by_lion(config.b1, config.b2), weight_decay(config), optax.scale(-rate * config.learning_rate)
-    )
+    direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=_moment_dtype(config))
+    return optax.chain(direction, weight_decay(config), optax.scale(-rate * config.learning_rate))
 
 
 def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
@@ -47,7 +47,9 @@ def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
     Matrices learn at matrix_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
     """
     matrices = optax.chain(
-        optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=_stacked_matrices),
+        optax.contrib.scale_by_muon(
+            beta=config.momentum, mu_dtype=_moment_dtype(config), weight_dimension_numbers=_stacked_matrices
+        ),
         optax.stateless(_scaled_by_shape),
         weight_decay(config),
         optax.scale(-rate * config.matrix_learning_rate),
@@ -67,7 +69,7 @@ def schedule_free(config: OptimizerConfig, rate: jax.Array | float) -> optax.Gra
     movement = optax.chain(direction, weight_decay(config), optax.scale(-learning_rate))
 
     def averaging(b1: jax.Array | float) -> optax.GradientTransformationExtraArgs:
-        return optax.contrib.schedule_free(movement, learning_rate, b1)
+        return optax.contrib.schedule_free(movement, learning_rate, b1, state_dtype=_moment_dtype(config))
 
     def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
         # The state has the b1 that y was made with, which may be that of another stage. y - z is b1 times x - z.
@@ -112,7 +114,12 @@ def _scaled_by_shape(updates: Any, params: Any = None) -> Any:
 
 
 def _adam_direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    return optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=_moment_dtype(config))
+
+
+def _moment_dtype(config: OptimizerConfig) -> str | None:
+    """The type of first moments for Optax; None, for float32, is that of the parameters."""
+    return None if config.state_dtype == "float32" else config.state_dtype
 
 
 def weight_decay(config: OptimizerConfig) -> optax.GradientTransformation:

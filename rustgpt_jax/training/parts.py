@@ -9,6 +9,8 @@ from rustgpt_jax.data.corpora import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import kinds
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.kernels.request import ANY_DEVICE
+from rustgpt_jax.model.kernels.selfcheck import attention_choices
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
@@ -28,7 +30,10 @@ MODEL_PARTS: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 def check_parts(config: Config) -> None:
-    """Raises UserError, with the nearest valid name, for a part that no table has, or one that is of another kind."""
+    """Raises UserError, with the nearest valid name, for a part that no table has, or one that is of another kind.
+
+    So it does for an attention kernel that could compute the model on no device.
+    """
     model = config.model
     if config.tokenizer.name != IMPORTED:
         _check_function(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name", "texts", "vocab_size")
@@ -42,6 +47,7 @@ def check_parts(config: Config) -> None:
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
         _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
+        attention_choices(stage.config.model, ANY_DEVICE, stage.config.data.window or stage.config.model.context_length)
 
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:

@@ -5,6 +5,7 @@ fused   all runs at once (`vmap`): fastest where one run leaves the device idle;
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ def exact(structure: Structure, states_P: State, orders_P: Orders) -> tuple[Stat
 
 def fused(structure: Structure, states_P: State, orders_P: Orders) -> tuple[State, Metrics]:
     """The steps of all runs at once. All counts that are not 0 must be equal."""
-    count = jnp.max(orders_P.count)
+    count, structure = jnp.max(orders_P.count), side_by_side(structure)
 
     def steps(state: State, orders: Orders) -> tuple[State, Metrics]:
         after, metrics = train_steps(structure, state, orders.batches, count, orders.numbers, orders.first_step)
@@ -44,6 +45,13 @@ def fused(structure: Structure, states_P: State, orders_P: Orders) -> tuple[Stat
 
 
 MODES: dict[str, Callable[[Structure, State, Orders], tuple[State, Metrics]]] = {"exact": exact, "fused": fused}
+
+
+def side_by_side(structure: Structure) -> Structure:
+    """A structure whose steps can be made of many runs at once: libraries' attention kernels cannot."""
+    if structure.model.attention_kernel != "auto":
+        return structure
+    return replace(structure, model=replace(structure.model, attention_kernel="portable"))
 
 
 def population_steps(mode: str, structure: Structure, states_P: State, orders_P: Orders) -> tuple[State, Metrics]:

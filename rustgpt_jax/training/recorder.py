@@ -17,13 +17,13 @@ from rustgpt_jax.decoding.text import Writer, write
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.model.cost import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.optimizers import evaluation_params
-from rustgpt_jax.training.step import Metrics, State
+from rustgpt_jax.training.step import Metrics, State, at_hand
 
 # What makes a step a fault where it is not finite, as in `train_step`.
 MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
@@ -149,8 +149,10 @@ class Recorder:
     def evaluate(self, state: State, step: int) -> bool:
         """Measure the stage's validation split and write samples. Whether the loss is the best of the stage so far."""
         bytes_per_token = self.data.store.split("valid").bytes_per_token
-        batches = (self.placement.share(batch, batch_axis=0) for batch in self.data.validation_batches())
-        params = compiled_evaluation_params(self._optimizer, state.params, state.opt_state)
+        batch_size = self.data.stage.config.training.batch_size
+        rows = self.placement.rows(batch_size, self.data.window)
+        batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
+        params = compiled_evaluation_params(self._optimizer, state.params, at_hand(self._structure, state.opt_state))
         values = evaluate(params, self.config.model, batches, bytes_per_token)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:

@@ -16,7 +16,8 @@ from rustgpt_jax.data.prepare import StageData, record_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.placement import Placement
+from rustgpt_jax.parallel.processes import Votes
 from rustgpt_jax.runs.folder import RunFolder, admit, create, lock, write_atomically
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import record_launch, record_program
@@ -28,7 +29,7 @@ from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.material import Material, Program
 from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
-from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
+from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from, resident
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 LONGEST_CALL_SECONDS = 5.0
@@ -56,11 +57,13 @@ class Run:
         self._source: Generator[Batch, None, None] | None = None
         self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
+        self._pace = Votes(math.inf)
         self._state: State | None = None
         self._skipped = 0
 
     def __enter__(self) -> "Run":
         with self._resources:
+            self._resources.enter_context(self.placement.active())
             admit(self.folder.path, self.material.config)
             self._resources.enter_context(lock(self.folder.path))
             create(self.folder.path, self.material.config, self._origins)
@@ -118,6 +121,11 @@ class Run:
         return self.material.stages[self._stage_index]
 
     @property
+    def batch_size(self) -> int:
+        """The rows of the next batch, those of all processes together."""
+        return self.stage.stage.config.training.batch_size
+
+    @property
     def program(self) -> Program:
         """What the next step runs."""
         return self.material.programs[self._stage_index]
@@ -138,7 +146,7 @@ class Run:
         self._progress = progress
         damaged: dict[int, str] = {}
         if self.step > 0:
-            self._state = self.checkpoints.restore(state_shapes(self.material), passed_over=damaged.__setitem__)
+            self._state = self.checkpoints.restore(self._like(), passed_over=damaged.__setitem__)
             self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
         for step, reason in damaged.items():
             self._journal.append("damaged", step=step, reason=reason)
@@ -146,13 +154,17 @@ class Run:
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
         if self.is_over:
             return
-        record_launch(self.folder, self.step, mode, width, len(self.placement.devices))
+        record_launch(self.folder, self.step, mode, width, self.placement.n_devices)
         self._open_records()
+
+    def _like(self) -> State:
+        return self.placement.like(state_shapes(self.material))
 
     def state(self) -> State:
         """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
         state, self._state = self._state, None
-        return first_state(self.material, self.folder) if state is None else state
+        state = first_state(self.material, self.folder) if state is None else state
+        return resident(self.program.structure, state)
 
     def rewind(self) -> State:
         """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
@@ -161,11 +173,11 @@ class Run:
         """
         fault = self._go_back()
         try:
-            state = self.checkpoints.restore_step(state_shapes(self.material), self.step) if self.step else self.state()
+            state = self.checkpoints.restore_step(self._like(), self.step) if self.step else self.state()
         except Damaged as damage:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
         health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
-        return state._replace(health=health)
+        return resident(self.program.structure, state._replace(health=health))
 
     def _go_back(self) -> Fault:
         """Forget what was done after the last regular checkpoint before the step that went wrong."""
@@ -211,14 +223,15 @@ class Run:
         events = (_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every))
         most = min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
-        seconds = self._seconds_per_step.get(self.program.structure, math.inf)
+        seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
         return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
 
     def orders(self, count: int) -> Orders:
-        """The arguments of the next call, for its next `count` steps."""
+        """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
         slots = self.stage.stage.config.training.steps_per_call
         if self._source is None:
-            self._source = self.stage.training_batches().iterate(self.step + self._skipped)
+            rows = self.placement.rows(self.batch_size, self.stage.window)
+            self._source = self.stage.training_batches(rows).iterate(self.step + self._skipped)
         batches = [next(self._source) for _ in range(count)]
         # No step reads what fills up the slots.
         batches += [batches[-1]] * (slots - count)

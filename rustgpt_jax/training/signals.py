@@ -42,7 +42,16 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del frame
+        self.obey(number)
+
+    def obey(self, number: int) -> None:
+        """Take note of a signal that came here, or to another process of the run; only the first counts."""
         self.signal_name = self.signal_name or signal.Signals(number).name
+
+    @property
+    def signal_number(self) -> int:
+        """The signal that came first, 0 for none."""
+        return signal.Signals[self.signal_name].value if self.signal_name else 0
 
     def __bool__(self) -> bool:
         return self.signal_name is not None

@@ -11,6 +11,8 @@ from rustgpt_jax.config import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.context import Signals
+from rustgpt_jax.model.layout import laid_out
+from rustgpt_jax.parallel.rules import constrained
 from rustgpt_jax.training.health import Health, examined, healthy
 from rustgpt_jax.training.objective import Sums, objective, token_sums
 from rustgpt_jax.training.optimizers import clip, optimizer
@@ -66,7 +68,20 @@ def start(structure: Structure, numbers: Numbers) -> State:
 def start_from(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
     """The state at step 0 with parameters that are there already."""
     config = merge(structure, numbers)
-    return State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), healthy())
+    state = State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), healthy())
+    return resident(structure, constrained(state))
+
+
+def resident(structure: Structure, state: State) -> State:
+    """A state whose parts are in the memory where they stay between steps: with `offload`, that of the host."""
+    if not structure.optimizer.offload:
+        return state
+    return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
+
+
+def at_hand(structure: Structure, opt_state: Any) -> Any:
+    """What the optimizer keeps, in the memory of the device."""
+    return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload else opt_state
 
 
 def train_step(
@@ -77,9 +92,10 @@ def train_step(
     If the loss, the gradient or the update is not finite, parameters and optimizer state stay as they are, and the step
     is counted.
     """
-    config = merge(structure, numbers)
+    config, state = merge(structure, numbers), state._replace(opt_state=at_hand(structure, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     gradients, sums = gradient(state.params, batch, config, key)
+    gradients = constrained(gradients)
     norm = optax.tree.norm(gradients)
     if is_on(config.optimizer.clip_norm):
         gradients = clip(gradients, norm, config.optimizer.clip_norm)
@@ -104,7 +120,7 @@ def train_step(
         faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    return State(params, opt_state, state.step + 1, health), metrics
+    return resident(structure, constrained(State(params, opt_state, state.step + 1, health))), metrics
 
 
 def gradient(
@@ -118,7 +134,8 @@ def gradient(
     total_weight = jnp.sum(batch.weights_BT)
 
     def part_loss(params: transformer.Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = token_sums(params, part, config.model, key if is_on(config.model.dropout) else None)
+        dropout_key = key if is_on(config.model.dropout) else None
+        sums = token_sums(params, part, config.model, dropout_key, config.training.loss_chunk)
         return objective(sums, total_weight, config.training.z_loss), sums
 
     part_gradient = jax.grad(part_loss, has_aux=True)
@@ -130,7 +147,8 @@ def gradient(
         index, part = indexed_part
         return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
 
-    split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+    # Every device has a share of each part.
+    split_batch = jax.tree.map(lambda leaf: laid_out(leaf.reshape(parts, -1, leaf.shape[1]), "PBT"), batch)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
     signals = _no_signals(params, first_part, config.model)
     nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
@@ -158,7 +176,7 @@ def train_steps(
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
     nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
-    return jax.lax.fori_loop(0, count, body, (state, history))
+    return jax.lax.fori_loop(0, count, body, (resident(structure, state), history))
 
 
 def _no_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:

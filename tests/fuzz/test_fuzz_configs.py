@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rustgpt_jax.config import FIELDS, Config, config_hash, merge, split, stages, to_dict, with_values
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.parallel.devices import Placement
+from rustgpt_jax.parallel.placement import check_shares
 from rustgpt_jax.resolve import TREES, override, parse, resolve
 from rustgpt_jax.runs.folder import check, load_config, load_origins
 from rustgpt_jax.training.optimizers import check_decay_groups
@@ -48,7 +48,7 @@ def use(config: Config) -> Config | None:
     """What a verb does with a config before it compiles anything; the config as it is written and read again."""
     check_parts(config)
     for stage in stages(config):
-        Placement((None,) * 2).check_batch(stage.config.training)
+        check_shares(stage.config, stage.config.data.window or stage.config.model.context_length, 2)
         structure, numbers = split(stage.config)
         as_arguments(numbers)
         whole = merge(structure, numbers)

@@ -1,16 +1,21 @@
 """Causal softmax attention, over all earlier tokens or over a sliding window of them."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.model.kernels.choice import KERNELS, chosen
+from rustgpt_jax.model.kernels.plain import attended, softmax_weights
+from rustgpt_jax.model.kernels.request import Bias, Device, Request, Task, device_at_hand
+from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.window import Ring, Window, cached_window, own_window
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.positions import POSITIONS, PositionScheme
-from rustgpt_jax.model.precision import product_type, softcap
 from rustgpt_jax.model.taps import Tap
 from rustgpt_jax.tables import choose
 
@@ -32,6 +37,18 @@ class Attention(nn.Module):
         slots = min(length, cls.window(config) or length)
         empty = jnp.zeros((batch, slots, config.n_kv_heads or config.n_heads, config.head_width), config.dtype)
         return Ring((empty, empty))
+
+    @classmethod
+    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
+        """What a layer asks of a kernel for rows of `length` tokens without a cache."""
+        return request_of(config, config.n_kv_heads or config.n_heads, config.head_width, length, device, dropout)
+
+    @classmethod
+    def task(
+        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
+    ) -> Task:
+        """What a kernel computes for a layer from queries, keys and values."""
+        return task_of(config, arrays, context, cls.window(config), sinks_H)
 
     @staticmethod
     def n_parameters(config: ModelConfig) -> int:
@@ -66,19 +83,20 @@ class Attention(nn.Module):
                 return x
             return choose(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
-        q_BTHC, k_BTKC, v_BTKC = heads("query", n_heads), heads("key", n_kv_heads), heads("value", n_kv_heads)
-        seen, cache = window_of(cache, (k_BTKC, v_BTKC), context, self.window(config))
-        k_BSKC, v_BSKC = seen.keys
-
-        q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
-        scores_BKGTS = jnp.einsum(
-            "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=product_type(q_BTKGC, k_BSKC)
-        )
-        scale = channels**-0.5 if config.attention_scale is None else config.attention_scale
-        scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
+        # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
+        q_BTHC = laid_out(heads("query", n_heads), "BTHC")
+        k_BTKC, v_BTKC = (laid_out(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
-        att_BHTS = attention_weights(scores_BHTS, seen, sinks_H, context, config).astype(v_BSKC.dtype)
-        mixed_BTKGC = jnp.einsum("BKGTS,BSKC->BTKGC", att_BHTS.reshape(scores_BKGTS.shape), v_BSKC)
+        request = self.request(config, length, device_at_hand(), context.dropout_key is not None)
+        cached = cache is not None or self.is_initializing()
+        kernel, _ = chosen(config.attention_kernel, request._replace(cached=cached))
+        if kernel == "plain":
+            seen, cache = window_of(cache, (k_BTKC, v_BTKC), context, self.window(config))
+            weights = partial(attention_weights, seen=seen, sinks_H=sinks_H, context=context, config=config)
+            k_BSKC, v_BSKC = seen.keys
+            mixed_BTKGC = attended(q_BTHC, k_BSKC, v_BSKC, attention_scale(config, channels), weights)
+        else:
+            mixed_BTKGC = KERNELS[kernel].attend(self.task(config, (q_BTHC, k_BTKC, v_BTKC), context, sinks_H))
         output = Linear(config, config.d_model, residual=True, name="output")
         return output(mixed_BTKGC.reshape(batch, length, n_heads * channels)), cache
 
@@ -110,13 +128,52 @@ def attention_weights(
 ) -> jax.Array:
     """Scaled scores through soft-cap, bias of distance, mask, softmax (with sinks, where there are any) and dropout."""
     scores_BHTS = Tap(name="scores")(scores_BHTS)
-    if is_on(config.attention_softcap):
-        scores_BHTS = softcap(scores_BHTS, config.attention_softcap)
-    if bias := position_scheme(config).bias:
-        scores_BHTS = scores_BHTS + bias(context.positions_BT, seen.positions_BS, config)
-    scores_BHTS = jnp.where(seen.visible_BTS[:, None], scores_BHTS, -jnp.inf)
-    if sinks_H is not None:
-        sinks_BHT1 = jnp.broadcast_to(sinks_H[None, :, None, None], (*scores_BHTS.shape[:3], 1))
-        scores_BHTS = jnp.concatenate([scores_BHTS, sinks_BHT1.astype(scores_BHTS.dtype)], axis=-1)
-    att_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)[..., : seen.visible_BTS.shape[-1]]
+    positions = (context.positions_BT, seen.positions_BS)
+    att_BHTS = softmax_weights(
+        scores_BHTS, seen.visible_BTS, positions, config.attention_softcap, bias_of(config), sinks_H
+    )
     return dropout(att_BHTS, config.dropout, context, site=0)
+
+
+def bias_of(config: ModelConfig) -> Bias | None:
+    """What the position scheme of the block adds to scores, as a function of the positions of queries and keys."""
+    bias = position_scheme(config).bias
+    return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
+
+
+def attention_scale(config: ModelConfig, channels: int) -> float:
+    """What scores of queries and keys of so many channels are multiplied by."""
+    return channels**-0.5 if config.attention_scale is None else config.attention_scale
+
+
+def request_of(
+    config: ModelConfig, n_kv_heads: int, key_width: int, length: int, device: Device, dropout: bool
+) -> Request:
+    """What a block asks of a kernel, without a cache. `key_width`: the channels of queries and keys."""
+    return Request(
+        device=device,
+        dtype=config.dtype,
+        length=length,
+        n_heads=config.n_heads,
+        n_kv_heads=n_kv_heads,
+        head_width=key_width,
+        value_width=config.head_width,
+        softcap=is_on(config.attention_softcap),
+        bias=position_scheme(config).bias is not None,
+        sinks=config.attention_sinks,
+        dropout=dropout,
+        cached=False,
+    )
+
+
+def task_of(
+    config: ModelConfig,
+    arrays: tuple[jax.Array, ...],
+    context: Context,
+    window: int | None,
+    sinks_H: jax.Array | None,
+) -> Task:
+    """What a kernel computes for a block from queries, keys and values, each B x T x heads x channels."""
+    q_BTHC, k_BSKC, v_BSKC = arrays
+    scale = attention_scale(config, q_BTHC.shape[-1])
+    return Task(q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attention_softcap, bias_of(config), sinks_H)

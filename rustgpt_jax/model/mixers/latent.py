@@ -6,8 +6,17 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.kernels.choice import KERNELS, chosen
+from rustgpt_jax.model.kernels.request import Device, Request, Task, device_at_hand
 from rustgpt_jax.model.linear import Linear, scaled_normal
-from rustgpt_jax.model.mixers.attention import attention_weights, position_scheme, window_of
+from rustgpt_jax.model.mixers.attention import (
+    attention_scale,
+    attention_weights,
+    position_scheme,
+    request_of,
+    task_of,
+    window_of,
+)
 from rustgpt_jax.model.mixers.window import Ring
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.precision import product_type
@@ -38,6 +47,19 @@ class LatentAttention(nn.Module):
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
         """Room for the latents and shared keys of `length` tokens a row."""
         return Ring(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
+
+    @classmethod
+    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
+        """What a layer asks of a kernel for rows of `length` tokens without a cache."""
+        key_width = config.head_width + cls.widths(config)[1]
+        return request_of(config, config.n_heads, key_width, length, device, dropout)
+
+    @classmethod
+    def task(
+        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
+    ) -> Task:
+        """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
+        return task_of(config, arrays, context, None, sinks_H)
 
     @classmethod
     def n_parameters(cls, config: ModelConfig) -> int:
@@ -73,23 +95,35 @@ class LatentAttention(nn.Module):
         q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
         shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
         is_cached = cache is not None
+        request = self.request(config, x_BTD.shape[1], device_at_hand(), context.dropout_key is not None)
+        asked = request._replace(cached=is_cached or self.is_initializing())
+        kernel, _ = chosen(config.attention_kernel, asked)
         seen, cache = window_of(cache, (latent("latent", latent_width), shared_BTE), context, None)
         latent_BSR, shared_BSE = seen.keys
 
         key_RHC = HeadKernel(config, name="key")(latent_width)
         value_RHC = HeadKernel(config, name="value")(latent_width)
-        if is_cached:
-            scores_BHTS = _scores("BTHR,BSR->BHTS", jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC), latent_BSR)
-        else:
-            scores_BHTS = _scores("BTHC,BSHC->BHTS", q_BTHC, jnp.einsum("BSR,RHC->BSHC", latent_BSR, key_RHC))
-        scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
-        scale = (channels + shared_width) ** -0.5 if config.attention_scale is None else config.attention_scale
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
-        att_BHTS = attention_weights(scale * scores_BHTS, seen, sinks_H, context, config).astype(latent_BSR.dtype)
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
+            scale = attention_scale(config, channels + shared_width)
+            return attention_weights(scale * scores_BHTS, seen, sinks_H, context, config).astype(latent_BSR.dtype)
+
+        def made(kernel_RHC: jax.Array) -> jax.Array:
+            return jnp.einsum("BSR,RHC->BSHC", latent_BSR, kernel_RHC)
+
         if is_cached:
+            att_BHTS = weights(_scores("BTHR,BSR->BHTS", jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC), latent_BSR))
             mixed_BTHC = jnp.einsum("BTHR,RHC->BTHC", jnp.einsum("BHTS,BSR->BTHR", att_BHTS, latent_BSR), value_RHC)
+        elif kernel == "plain":
+            att_BHTS = weights(_scores("BTHC,BSHC->BHTS", q_BTHC, made(key_RHC)))
+            mixed_BTHC = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, made(value_RHC))
         else:
-            mixed_BTHC = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, jnp.einsum("BSR,RHC->BSHC", latent_BSR, value_RHC))
+            shared_BSHE = jnp.broadcast_to(shared_BSE[:, :, None], q_BTHE.shape)
+            queries, keys = ((q_BTHC, q_BTHE), (made(key_RHC), shared_BSHE))
+            arrays = (*(jnp.concatenate(parts, axis=-1) for parts in (queries, keys)), made(value_RHC))
+            mixed_BTHC = KERNELS[kernel].attend(self.task(config, arrays, context, sinks_H))
         output = Linear(config, config.d_model, residual=True, name="output")
         return output(mixed_BTHC.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
 

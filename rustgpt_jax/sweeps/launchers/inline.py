@@ -1,4 +1,4 @@
-"""In this process: a thread for each device takes one chunk after another."""
+"""In this process: a thread for each device, or for each group of them, takes one chunk after another."""
 
 import queue
 import threading
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 import jax
 
-from rustgpt_jax.parallel.devices import Placement, all_devices
 from rustgpt_jax.sweeps.launchers.launch import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.worker import Worker
 
 
 def inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
-    """Run chunks on the devices of this process, each on one of them; those in mode solo on all, one after another."""
-    alone = [chunk for chunk in chunks if chunk.mode == "solo"]
-    together = [chunk for chunk in chunks if chunk.mode != "solo"]
-    for placements, share in ([all_devices()], alone), ([Placement((device,)) for device in jax.devices()], together):
-        _run(launch, placements, share)
+    """Run chunks on the devices of this process, at the same time on groups of as many devices as a chunk needs."""
+    devices = jax.local_devices()
+    for needed in dict.fromkeys(chunk.devices for chunk in chunks):
+        size = needed or len(devices)
+        groups = [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+        _run(launch, groups, [chunk for chunk in chunks if chunk.devices == needed])
 
 
-def _run(launch: Launch, placements: Sequence[Placement], chunks: Sequence[Chunk]) -> None:
+def _run(launch: Launch, groups: Sequence[Sequence[jax.Device]], chunks: Sequence[Chunk]) -> None:
     waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
     for chunk in chunks:
         waiting.put(chunk)
     errors: list[BaseException] = []
 
-    def take(placement: Placement) -> None:
-        worker = Worker(launch.folder, launch.shelf, placement, launch.code.name, launch.is_stopped)
+    def take(devices: Sequence[jax.Device]) -> None:
+        worker = Worker(launch.folder, launch.shelf, devices, launch.code.name, launch.is_stopped)
         try:
-            with jax.default_device(placement.devices[0]):
+            with jax.default_device(devices[0]):
                 while not launch.is_stopped() and not waiting.empty():
                     worker.work(waiting.get_nowait())
         except queue.Empty:
@@ -37,7 +37,7 @@ def _run(launch: Launch, placements: Sequence[Placement], chunks: Sequence[Chunk
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=take, args=(placement,)) for placement in placements[: len(chunks)]]
+    threads = [threading.Thread(target=take, args=(devices,)) for devices in groups[: len(chunks)]]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -196,15 +196,15 @@ class Job:
         with StopRequest() as stop:
             import jax
 
-            from rustgpt_jax.parallel.devices import Placement, keep_compiled_programs
+            from rustgpt_jax.parallel.devices import keep_compiled_programs
             from rustgpt_jax.sweeps.folder import SweepFolder
             from rustgpt_jax.sweeps.shelf import Shelf
             from rustgpt_jax.sweeps.worker import Worker
 
             keep_compiled_programs()
             folder = SweepFolder(Path(self._folder))
-            placement = Placement((jax.local_devices()[0],))
-            Worker(folder, Shelf(folder.tokenizers), placement, self._code, lambda: bool(stop)).work(chunk)
+            shelf = Shelf(folder.tokenizers)
+            Worker(folder, shelf, jax.local_devices(), self._code, lambda: bool(stop)).work(chunk)
         if stop:
             _requeue()
             # Not a return, which submitit would take for the end of the job.

@@ -1,0 +1,20 @@
+"""Llama 3 70B (arXiv 2407.21783) on any text, for 512 accelerators: four million tokens a step.
+
+python launch.py plan --config=configs/llama3_70b.py --devices=512 --chip=h100
+"""
+
+from ml_collections import ConfigDict
+
+from configs import llama3_8b
+
+
+def get_config() -> ConfigDict:
+    """80 layers of 8192, 64 heads that share 8 pairs of keys and values, context 8192; parameters over all devices."""
+    config = llama3_8b.get_config()
+    config.model.n_layers = 80
+    config.model.d_model = 8192
+    config.model.n_heads = 64
+    config.model.d_ff = 28_672
+    config.optimizer.learning_rate = 1.5e-4
+    config.training.batch_size = 512
+    return config

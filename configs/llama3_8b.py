@@ -1,0 +1,49 @@
+"""Llama 3 8B (arXiv 2407.21783) on any text, for 64 accelerators: half a million tokens a step.
+
+python launch.py plan --config=configs/llama3_8b.py --devices=64 --chip=h100
+python launch.py train --config=configs/llama3_8b.py --config.data.paths='text/*.jsonl'
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from rustgpt_jax.model.families import FAMILIES
+
+
+def get_config() -> ConfigDict:
+    """32 layers of 4096, 32 heads that share 8 pairs of keys and values, context 8192; parameters over all devices."""
+    config = base.get_config()
+    config.tokenizer.name = "bpe"
+    config.tokenizer.vocab_size = 128_256
+    config.data.corpus = "files"
+    config.data.paths = ("text/*.jsonl",)
+    config.data.valid_fraction = 0.0005
+    config.model.update(FAMILIES["llama3"])
+    # The scaling of positions came with the longer contexts of 3.1.
+    config.model.rope_scaling = "none"
+    config.model.rope_factor = 1.0
+    config.model.rope_original_context = None
+    config.model.vocab_size = 128_256
+    config.model.context_length = 8192
+    config.model.n_layers = 32
+    config.model.d_model = 4096
+    config.model.n_heads = 32
+    config.model.n_kv_heads = 8
+    config.model.d_ff = 14_336
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.b2 = 0.95
+    config.schedule.warmup_steps = 2000
+    config.training.steps = 500_000
+    config.training.batch_size = 64
+    config.training.loss_chunk = 1024
+    config.training.steps_per_call = 1
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.record.log_every = 10
+    config.record.evaluate_every = 1000
+    config.record.evaluation_batches = 20
+    config.record.checkpoint_every = 1000
+    config.record.prompts = ("The meaning of life is",)
+    return config

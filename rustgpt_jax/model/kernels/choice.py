@@ -1,0 +1,52 @@
+"""Which kernel computes attention."""
+
+from typing import NamedTuple
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.kernels.blockwise import BLOCKWISE
+from rustgpt_jax.model.kernels.cudnn import CUDNN
+from rustgpt_jax.model.kernels.plain import PLAIN
+from rustgpt_jax.model.kernels.request import Kernel, Request
+from rustgpt_jax.model.kernels.tokamax import TOKAMAX
+
+KERNELS: dict[str, Kernel] = {"plain": PLAIN, "blockwise": BLOCKWISE, "cudnn": CUDNN, "tokamax": TOKAMAX}
+# What auto tries first, by platform.
+FASTEST = {"gpu": "cudnn", "tpu": "tokamax"}
+# From so many tokens on, the scores of one head of one row take 16 MiB in float32: memory, and the time to read and
+# write it, are then mostly theirs.
+LONG = 2048
+
+
+class Choice(NamedTuple):
+    """A kernel by its name in KERNELS, and why it was chosen, in words that follow 'because'."""
+
+    kernel: str
+    reason: str
+
+
+def chosen(name: str, request: Request) -> Choice:
+    """The kernel that serves a request where config.model.attention_kernel is `name`.
+
+    auto: the fastest of the platform where it serves the request; then, like portable, blockwise for long rows, and
+    plain for all others. Cached tokens are always served by plain. Raises UserError for a kernel asked for by name that
+    refuses.
+    """
+    if request.cached:
+        return Choice("plain", "tokens are cached")
+    if name not in ("auto", "portable"):
+        if (reason := KERNELS[name].refuses(request)) is not None:
+            raise UserError(
+                f"config.model.attention_kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
+            )
+        return Choice(name, "the config names it")
+    refusals = []
+    fastest = FASTEST.get(request.device.platform or "") if name == "auto" else None
+    if fastest:
+        if (reason := KERNELS[fastest].refuses(request)) is None:
+            return Choice(fastest, f"this is a {request.device.platform}")
+        refusals.append(f"{fastest} cannot be used: {reason}")
+    if request.length >= LONG:
+        if (reason := BLOCKWISE.refuses(request)) is None:
+            return Choice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
+        refusals.append(f"blockwise cannot be used: {reason}")
+    return Choice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")

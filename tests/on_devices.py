@@ -1,0 +1,149 @@
+"""Trains small models on meshes of 8 virtual devices, in a process of its own, and tells what came of it as JSON.
+
+python tests/on_devices.py FOLDER
+"""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from conftest import small_config
+
+from rustgpt_jax.config import Config, merge, split
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.parallel.placement import on_devices
+from rustgpt_jax.plan.collectives import collectives, summary
+from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.step import as_arguments, compiled_start, compiled_train_steps, gradient
+
+STEPS = 20
+BASE = {
+    "model.n_layers": 3,
+    "model.d_model": 32,
+    "model.n_heads": 8,
+    "model.head_dim": 4,
+    "model.d_ff": 64,
+    "model.vocab_size": 64,
+    "model.dropout": 0.1,
+    "training.batch_size": 16,
+    "training.z_loss": 1e-4,
+    "optimizer.learning_rate": 3e-3,
+}
+MOE = {"model.feedforwards": ("moe",), "model.expert_capacity": 1.5, "model.d_ff": 32}
+# Name of a case: knobs of the model, and the mesh.
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "data 8": ({}, {}),
+    "fsdp 8": ({}, {"fsdp": 8}),
+    "tensor 4": ({}, {"tensor": 4}),
+    "fsdp 2 x tensor 2": ({"training.accumulation": 2}, {"fsdp": 2, "tensor": 2}),
+    "expert 4": (MOE, {"expert": 4}),
+    "context 4": ({"model.n_kv_heads": 2}, {"context": 4}),
+}
+
+
+def config_of(knobs: dict[str, Any], mesh: dict[str, int]) -> Config:
+    """A small model on a mesh; devices that the mesh does not name are of its axis data."""
+    return small_config(**{**BASE, **knobs, **{f"mesh.{axis}": size for axis, size in mesh.items()}})
+
+
+def batches_of(config: Config) -> Batch:
+    """Some batches of documents and padding, without a pattern."""
+    random = np.random.default_rng(0)
+    shape = STEPS, config.training.batch_size, config.model.context_length
+    tokens = random.integers(0, 64, (*shape[:2], shape[2] + 1)).astype(np.int32)
+    # As if half of the texts were the first ones again, so that there is something to learn.
+    tokens[:, ::2] = tokens[0, 0]
+    segments = 1 + (np.arange(shape[2]) > shape[2] // 3).astype(np.int32)
+    positions = np.where(segments == 2, np.arange(shape[2]) - shape[2] // 3 - 1, np.arange(shape[2])).astype(np.int32)
+    weights = (random.random(shape) < 0.8).astype(np.float32)
+    full = (np.broadcast_to(each, shape).copy() for each in (segments, positions))
+    return Batch(tokens[..., :-1], tokens[..., 1:], weights, *full)
+
+
+def run(config: Config, n_devices: int, folder: Path | None = None) -> dict[str, Any]:
+    """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
+    (structure, numbers), batches = split(config), batches_of(config)
+    numbers = as_arguments(numbers)
+    placement = on_devices(config.mesh, jax.devices()[:n_devices])
+    rows = config.training.batch_size
+    with placement.active():
+        state = compiled_start(structure, numbers)
+        first = jax.device_get(state.params)
+        shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
+        one = placement.share(jax.tree.map(lambda leaf: leaf[0], batches), rows)
+        key = jax.random.key(1)
+        gradients = jax.jit(lambda params, batch: gradient(params, batch, merge(structure, numbers), key)[0])
+        found = jax.device_get(gradients(state.params, one))
+        arguments = placement.share(batches, rows), np.int32(STEPS), numbers, np.int32(0)
+        compiled = compiled_train_steps.lower(structure, state, *arguments).compile()
+        state, metrics = compiled_train_steps(structure, state, *arguments)
+        if folder is not None:
+            with Checkpoints(folder, config, is_writer=True) as checkpoints:
+                checkpoints.save(state, STEPS)
+        return {
+            "first": first,
+            "gradients": found,
+            "losses": np.asarray(metrics.loss),
+            "last": jax.device_get(state),
+            "shards": shards,
+            "text": compiled.as_text(),
+            "sizes": placement.sizes,
+        }
+
+
+@cache
+def run_alone(knobs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The same on one device."""
+    return run(config_of(dict(knobs), {}), 1)
+
+
+def difference(left: Any, right: Any) -> dict[str, float]:
+    """The largest difference in each array of two trees, as a share of the largest value."""
+    left, right = by_path(left), by_path(right)
+    return {
+        path: float(np.max(np.abs(left[path] - right[path])) / max(np.max(np.abs(left[path])), 1e-6)) for path in left
+    }
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two trees have the same bits."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str, Any]:
+    """What a case shows, beside the same model on one device."""
+    config = config_of(knobs, mesh)
+    alone, here = run_alone(tuple(knobs.items())), run(config, 8, folder)
+    found = collectives(here["text"], 8)
+    restored = {}
+    for name, onto in {"one device": {}, "tensor 2": {"tensor": 2}, "fsdp 4": {"fsdp": 4}}.items():
+        other = on_devices(config_of({}, onto).mesh, jax.devices()[: 1 if not onto else 8])
+        with other.active(), Checkpoints(folder, config) as checkpoints:
+            like = jax.eval_shape(lambda: compiled_start(split(config)[0], as_arguments(split(config)[1])))
+            restored[name] = same_bits(jax.device_get(checkpoints.restore(other.like(like))), here["last"])
+    return {
+        "same_start": same_bits(alone["first"], here["first"]),
+        "losses": [alone["losses"].tolist(), here["losses"].tolist()],
+        "gradients": difference(alone["gradients"], here["gradients"]),
+        "collectives": {
+            f"{kind} {' '.join(axes)}": [each.count, each.received]
+            for (kind, axes), each in summary(found, here["sizes"]).items()
+        },
+        "largest_gather": max([each.received for each in found if each.kind == "all-gather"], default=0.0),
+        "shards": {
+            path: [list(leaf.shape), list(here["shards"][path])] for path, leaf in by_path(here["last"]).items()
+        },
+        "restored": restored,
+    }
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    names = sys.argv[2:] or list(CASES)
+    print(json.dumps({name: told(*CASES[name], root / name.replace(" ", "_")) for name in names}))

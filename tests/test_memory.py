@@ -1,0 +1,103 @@
+"""What is kept for a backward pass, and where: the policies of remat, and the estimates of what a step needs."""
+
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+
+from rustgpt_jax.config import FIELDS, Config
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.training.memory import batch_shapes, residual_bytes, state_shapes
+from rustgpt_jax.training.objective import token_sums
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROWS, LENGTH = 4, 32
+
+
+def kept(**changes: Any) -> int:
+    config = small_config(**{"model.n_layers": 4} | changes)
+    return residual_bytes(config, config.model.context_length)
+
+
+def batch_of() -> Batch:
+    """Windows of one document, of which every token is learned."""
+    tokens = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH), np.int32)
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    return Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.ones_like(tokens), places)
+
+
+def gradient_of(config: Config) -> Any:
+    """The gradient of the summed loss as a compiled function of parameters and batch."""
+
+    def loss(params: Any, batch: Batch) -> Any:
+        return token_sums(params, batch, config.model, None, config.training.loss_chunk).loss
+
+    return jax.jit(jax.grad(loss))
+
+
+def test_every_policy_can_be_chosen() -> None:
+    assert set(FIELDS["model.remat"].metadata["choices"]) == {"none", *transformer.REMAT_POLICIES}
+
+
+def test_policies_keep_different_things_and_give_the_same_gradients() -> None:
+    gradients = {}
+    for remat in ("none", "weights", "offload"):
+        config = small_config(**{"model.remat": remat, "model.d_model": 16, "model.n_heads": 2})
+        gradient = gradient_of(config)
+        params = random_params(config.model)
+        gradients[remat] = gradient(params, batch_of())
+        on_gpu = gradient.trace(params, batch_of()).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("pinned_host" in on_gpu) == (remat == "offload")
+    for remat in ("weights", "offload"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[remat], gradients["none"]
+        )
+
+
+def test_offloading_where_the_host_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = [types.SimpleNamespace(kind="device")]
+    device = types.SimpleNamespace(platform="abacus", addressable_memories=lambda: memories)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(UserError, match=r"remat='offload' needs .* pinned_host memory, and abacus has none; 'weights'"):
+        transformer.remat_policy("offload")
+    assert transformer.remat_policy("weights") is transformer.REMAT_POLICIES["weights"]
+
+
+def test_what_is_kept_on_the_device_is_counted() -> None:
+    policies = [kept(**{"model.remat": remat}) for remat in ("full", "weights", "dots", "none")]
+    assert policies == sorted(set(policies))
+    assert kept(**{"model.remat": "offload"}) == kept(**{"model.remat": "full"})
+
+
+def test_the_logits_of_a_chunk_are_counted() -> None:
+    large = {"model.vocab_size": 5000}
+    whole, half, eighth = (
+        kept(**large, **{"training.loss_chunk": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
+    )
+    logits = ROWS * LENGTH * 5000 * 4
+    assert eighth < half - logits / 4 < half < whole - logits / 3
+    assert kept(**large, **{"training.loss_chunk": 1000}) <= 1.1 * whole
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_the_estimate_is_within_a_factor_of_two(chunk: int | None) -> None:
+    config = small_config(**{"model.vocab_size": 5000, "model.d_model": 16, "training.loss_chunk": chunk})
+    program = gradient_of(config).lower(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH)).compile()
+    needed = program.memory_analysis()
+    assert needed is not None
+    assert 0.5 < residual_bytes(config, LENGTH) / needed.temp_size_in_bytes < 2
+
+
+def test_narrow_first_moments_take_half_the_bytes() -> None:
+    def moments(state_dtype: str) -> int:
+        return total_bytes(state_shapes(small_config(**{"optimizer.state_dtype": state_dtype})).opt_state)
+
+    parameters = total_size(parameter_shapes(small_config().model))
+    assert moments("float32") - moments("bfloat16") == 2 * parameters

@@ -1,0 +1,133 @@
+"""The loss in chunks: the sums and gradients of all logits at once, without ever having all logits at once."""
+
+import math
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+
+from rustgpt_jax.config import Config, merge, split
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model.cost import equations, parameter_shapes
+from rustgpt_jax.training.memory import batch_shapes
+from rustgpt_jax.training.objective import compiled_token_sums, objective, token_sums
+from rustgpt_jax.training.step import as_arguments, gradient
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# No other array of a step has as many elements as all logits.
+LENGTH, VOCABULARY, ROWS = 12, 251, 4
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"model.logits_softcap": 5.0},
+    "untied": {"model.tie_embeddings": False, "model.dtype": "bfloat16"},
+    "moe": {"model.feedforwards": ("moe",), "model.n_experts": 4},
+}
+
+
+def tiny(**changes: Any) -> Config:
+    sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "context_length": LENGTH, "vocab_size": VOCABULARY}
+    return small_config(**{f"model.{name}": size for name, size in sizes.items()} | changes)
+
+
+def batch_of(rows: int = ROWS) -> Batch:
+    """Random tokens, of which a ragged share is learned, with weights of their own; in the first row none."""
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, VOCABULARY, (2, rows, LENGTH), np.int32)
+    weights = rng.random((rows, LENGTH), np.float32) * (rng.random((rows, LENGTH)) < 0.6)
+    weights[0] = 0
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    return Batch(tokens, targets, weights.astype(np.float32), np.ones_like(tokens), places)
+
+
+def loss_of(config: Config, chunk: int | None, params: Any, batch: Batch, softcap: Any = None) -> tuple[Any, Any]:
+    """The mean loss with z-loss, and the sums that it is made of."""
+    structure, numbers = split(config)
+    model = merge(structure, numbers | ({} if softcap is None else {"model.logits_softcap": softcap})).model
+    sums = token_sums(params, batch, model, None, chunk)
+    return objective(sums, sums.weight, 0.01), sums
+
+
+@cache
+def found(name: str, chunk: int | None) -> Any:
+    """The gradients and sums of a model."""
+    config = tiny(**MODELS[name])
+    return jax.jit(jax.grad(lambda params: loss_of(config, chunk, params, batch_of()), has_aux=True))(
+        random_params(config.model)
+    )
+
+
+def assert_close(left: Any, right: Any, rtol: float = 2e-5, share: float = 2e-6) -> None:
+    """Equal but for rounding: of each element, and of the largest of its array."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=share * float(np.max(np.abs(b)))), left, right
+    )
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("tied", 1), ("tied", 5), ("untied", 5), ("moe", 100)])
+def test_chunks_give_the_sums_and_gradients_of_the_whole(name: str, chunk: int) -> None:
+    rounding = {"rtol": 0.02, "share": 0.01} if MODELS[name].get("model.dtype") == "bfloat16" else {}
+    (gradients, sums), (expected, expected_sums) = found(name, chunk), found(name, None)
+    assert_close(gradients, expected, **rounding)
+    assert_close(sums, expected_sums)
+    assert sums.weight > 1 and sums.loss > sums.weight
+
+
+def test_chunks_serve_many_trials_with_numbers_of_their_own() -> None:
+    config = tiny(**MODELS["tied"])
+    params = [random_params(config.model, seed) for seed in range(2)]
+    caps = np.array([0.5, 9.0], np.float32)
+
+    def gradients(chunk: int | None, params: Any, cap: Any) -> Any:
+        return jax.grad(lambda params: loss_of(config, chunk, params, batch_of(), cap)[0])(params)
+
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *params)
+    many = jax.jit(jax.vmap(lambda params, cap: gradients(5, params, cap)))(stacked, caps)
+    one = jax.jit(lambda params, cap: gradients(None, params, cap))
+    assert_close(many, jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, params, caps)), rtol=1e-4, share=1e-5)
+
+
+def test_an_evaluation_takes_chunks_too() -> None:
+    model = tiny().model
+    params = random_params(model)
+    chunked = compiled_token_sums(params, batch_of(), model, loss_chunk=5)
+    assert_close(chunked, compiled_token_sums(params, batch_of(), model))
+
+
+# Memory.
+
+
+def largest(jaxpr: Any) -> int:
+    """The elements of the largest array of a program."""
+    return max(math.prod(out.aval.shape) for equation, _ in equations(jaxpr.jaxpr) for out in equation.outvars)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_logits_never_exist_at_once(tied: bool) -> None:
+    config = tiny(**{"model.tie_embeddings": tied})
+    shapes = parameter_shapes(config.model), batch_shapes(ROWS, LENGTH)
+
+    def largest_of_step(chunk: int | None) -> int:
+        return largest(jax.make_jaxpr(jax.grad(lambda *given: loss_of(config, chunk, *given)[0]))(*shapes))
+
+    assert largest_of_step(None) == ROWS * LENGTH * VOCABULARY
+    # The parameters of the last layer, or the logits of a chunk.
+    assert largest_of_step(3) == max(ROWS * 3 * VOCABULARY, 16 * VOCABULARY)
+
+
+def test_a_step_takes_the_chunks_of_its_config() -> None:
+    def gradients(chunk: int | None) -> Any:
+        config = tiny(**{"training.loss_chunk": chunk, "training.accumulation": 2, "training.z_loss": 0.1})
+        structure, numbers = split(config)
+
+        def of(params: Any, batch: Batch) -> Any:
+            return gradient(params, batch, merge(structure, as_arguments(numbers)), jax.random.key(0))
+
+        assert largest(jax.make_jaxpr(of)(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH))) == max(
+            ROWS // 2 * (chunk or LENGTH) * VOCABULARY, 16 * VOCABULARY
+        )
+        return jax.jit(of)(random_params(config.model), batch_of())
+
+    assert_close(gradients(5), gradients(None))

@@ -1,0 +1,50 @@
+"""What the optimizer keeps may stay in the host's memory: the same training, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from test_loop import assert_same_bits, metrics, stored_state, tiny, train
+
+from rustgpt_jax.config import split
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.placement import check_memories
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.step import as_arguments, compiled_start
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def kinds(tree: Any) -> set[str | None]:
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
+    structure, numbers = split(tiny(**{"optimizer.offload": True, "optimizer.name": name}))
+    state = compiled_start(structure, as_arguments(numbers))
+    assert kinds(state.opt_state) == {"pinned_host"}
+    assert kinds(state.params) == {"device"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_offloading_changes_no_bit(name: str, tmp_path: Path) -> None:
+    here = tiny(**{"optimizer.name": name, "training.steps": 6})
+    there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload": True})
+    assert train(here, tmp_path / "here")[0] and train(there, tmp_path / "there")[0]
+    assert_same_bits(stored_state(here, tmp_path / "here"), stored_state(there, tmp_path / "there"))
+    assert metrics(tmp_path / "here") == metrics(tmp_path / "there")
+
+
+def test_devices_that_cannot_reach_the_host_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        device_kind = "a small one"
+
+        def addressable_memories(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(UserError, match="a small one cannot compute from the host's memory"):
+        check_memories(tiny(**{"optimizer.offload": True}))
+    check_memories(tiny())

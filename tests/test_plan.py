@@ -1,0 +1,268 @@
+"""The plan of a config: bounds by the roofline, memory by kind, what changes do, and the command itself."""
+
+import dataclasses
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import small_config
+from hypothesis import given
+from hypothesis import strategies as some
+from rich.console import Console
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, training_flops_per_token
+from rustgpt_jax.parallel.chips import CHIPS, Chip
+from rustgpt_jax.parallel.devices import PEAK_FLOPS
+from rustgpt_jax.parallel.mesh import axis_sizes
+from rustgpt_jax.parallel.placement import Placement, check_shares
+from rustgpt_jax.plan.changes import changes
+from rustgpt_jax.plan.collectives import Collective
+from rustgpt_jax.plan.command import plan, with_vocabulary_size
+from rustgpt_jax.plan.compiled import compiled_step
+from rustgpt_jax.plan.estimate import Estimate, estimate
+from rustgpt_jax.plan.report import show, show_changes
+from rustgpt_jax.plan.roofline import Seconds, collective_seconds, step_seconds, utilization
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# FLOP/s, bytes, bytes/s: numbers that are easy to divide by.
+CHIP = Chip("X", 100.0, 200.0, 1e12, 10.0, 8.0, 8, 2.0)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_chips_are_plausible(name: str) -> None:
+    chip = CHIPS[name]
+    assert 1e14 < chip.bfloat16 < 1e16 and 1e10 < chip.memory < 1e12
+    assert chip.bfloat16 > chip.bandwidth > chip.links > chip.network > 1e9
+    assert chip.float8 is None or chip.float8 == pytest.approx(2 * chip.bfloat16, rel=1e-3)
+    assert chip.flops("float8") == (chip.float8 or chip.bfloat16)
+    assert chip.flops("bfloat16") == chip.flops("float32") == chip.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("TPU v5 lite", "v5e"), ("TPU v5p", "v5p")],
+)
+def test_chips_are_known_by_what_jax_calls_them(device_kind: str, name: str) -> None:
+    assert next(peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind) == CHIPS[name].bfloat16
+
+
+# The roofline.
+
+
+def collective(received: float, *groups: tuple[int, ...], kind: str = "all-gather", times: int = 1) -> Collective:
+    return Collective(kind, "f32", received, groups, times, "")
+
+
+@pytest.mark.parametrize(
+    ("found", "seconds"),
+    [
+        # Within nodes of 8: by links.
+        (collective(80.0, tuple(range(8)), tuple(range(8, 16))), 10.0),
+        (collective(80.0, (0, 1), (8, 9), times=3), 30.0),
+        # Over two nodes: four adapters of each are as fast as its links, two half as fast, one a quarter.
+        (collective(80.0, tuple(range(16))), 10.0),
+        (collective(80.0, (0, 2, 4, 6, 8, 10, 12, 14)), 10.0),
+        (collective(80.0, (0, 4, 8, 12)), 20.0),
+        (collective(80.0, (0, 8), (1, 9)), 40.0),
+        # The node and the group with the fewest adapters are the last to have it all.
+        (collective(80.0, (0, 1, 2, 8)), 40.0),
+        (collective(80.0, (0, 4, 8, 12), (1, 9)), 40.0),
+        (collective(80.0, (0, 1), (7, 8), kind="collective-permute"), 40.0),
+        (collective(80.0, (0, 1), (1, 2), kind="collective-permute"), 10.0),
+    ],
+)
+def test_seconds_of_collectives(found: Collective, seconds: float) -> None:
+    assert collective_seconds(found, CHIP) == seconds
+
+
+@given(some.floats(0, 1e6), some.floats(0, 1e6), some.floats(0, 1e6))
+def test_bounds_enclose_each_other(flops: float, traffic: float, received: float) -> None:
+    seconds = step_seconds(CHIP, "bfloat16", flops, traffic, [collective(received, (0, 1))])
+    assert seconds == Seconds(flops / 100, traffic / 10, received / 8)
+    assert max(seconds.compute, seconds.memory) <= seconds.overlapped <= seconds.exposed
+    assert seconds.exposed <= 2 * seconds.overlapped
+    assert getattr(seconds, seconds.limit) == seconds.overlapped
+
+
+def test_utilization_is_all_at_the_peak() -> None:
+    assert utilization(CHIP, "bfloat16", 50.0, 0.5) == 1.0
+    assert utilization(CHIP, "float8", 50.0, 0.5) == 0.5
+
+
+# One device.
+
+WIDE = {"model.d_model": 64, "model.context_length": 128, "model.vocab_size": 256, "training.batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def found() -> Estimate:
+    """The estimate of a small config on one device."""
+    return estimate(small_config(**WIDE), 128, Placement(), CHIPS["h100"])
+
+
+def test_memory_adds_up(found: Estimate) -> None:
+    memory, compiled = found.memory, found.compiled
+    parameters = total_bytes(parameter_shapes(found.config.model))
+    assert memory.parameters == memory.gradients == parameters
+    # Two moments of adamw and a count.
+    assert memory.optimizer == pytest.approx(2 * parameters, abs=16)
+    assert memory.peak == compiled.peak
+    assert memory.batch >= 5 * 16 * 128 * 4
+    assert compiled.shared >= 3 * parameters and memory.activations > 0
+    assert not dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6)).fits
+
+
+def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) -> None:
+    tokens = found.config.training.batch_size * 128
+    assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
+    # Blockwise attention makes its scores again in the backward pass.
+    config = small_config(**WIDE, **{"model.attention_kernel": "plain"})
+    plain = compiled_step(config, 128, Placement())
+    assert plain.flops == pytest.approx(found.model_flops, rel=0.02)
+    assert plain.flops < found.compiled.flops < 1.3 * plain.flops
+    assert plain.counted_once < 0.6 * plain.flops
+
+
+@pytest.mark.slow
+def test_remat_takes_less_memory_and_more_flops(found: Estimate) -> None:
+    again = estimate(small_config(**WIDE, **{"model.remat": "full"}), 128, Placement(), CHIPS["h100"])
+    assert again.memory.peak < found.memory.peak
+    assert again.compiled.flops > 1.15 * found.compiled.flops
+    assert again.model_flops == found.model_flops
+
+
+def test_bfloat16_takes_less_memory(found: Estimate) -> None:
+    """As on an accelerator: the program for this CPU takes no less of it than in float32, for it widens."""
+    narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
+    assert compiled_step(narrow, 128, Placement()).working < 0.75 * found.compiled.working
+
+
+def test_a_vocabulary_is_needed() -> None:
+    assert with_vocabulary_size(small_config()).model.vocab_size == 61
+    of_tokenizer = small_config(**{"model.vocab_size": None, "tokenizer.vocab_size": 300})
+    assert with_vocabulary_size(of_tokenizer).model.vocab_size == 300
+    nothing = {"model.vocab_size": None, "tokenizer.vocab_size": None, "tokenizer.name": "char"}
+    with pytest.raises(UserError, match="--config.model.vocab_size=N"):
+        with_vocabulary_size(small_config(**nothing))
+
+
+# Changes.
+
+
+@given(some.data())
+def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None:
+    powers = [data.draw(some.integers(0, 3)) for _ in range(4)]
+    fsdp, tensor, context, rows = (2**power for power in powers)
+    n_devices = fsdp * tensor * context * 2 ** data.draw(some.integers(0, 3))
+    knobs: dict[str, Any] = {"mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.context": context}
+    knobs["model.remat"] = data.draw(some.sampled_from(["none", "full"]))
+    shares = n_devices // tensor // context
+    config = small_config(**knobs, **{"training.batch_size": rows * shares, "model.n_heads": 8})
+    for of_kind in changes(config, 32, n_devices):
+        for change in of_kind:
+            changed = change.of(config)
+            assert changed != config
+            check_shares(changed, 32, n_devices)
+            assert math.prod(axis_sizes(changed.mesh, n_devices).values()) == n_devices
+        assert len(set(map(str, of_kind))) == len(of_kind)
+
+
+def test_changes_of_a_config() -> None:
+    config = small_config(**{"training.batch_size": 32, "model.n_heads": 4, "data.window": None})
+    assert [[str(change) for change in of_kind] for of_kind in changes(config, 1024, 8)] == [
+        ["--config.training.accumulation=2", "--config.training.accumulation=4"],
+        ["--config.model.remat=full"],
+        ["--config.training.loss_chunk=512"],
+        [f"--config.mesh.data={8 // n} --config.mesh.fsdp={n}" for n in (2, 4, 8)],
+        [f"--config.mesh.data={8 // n} --config.mesh.tensor={n}" for n in (2, 4)],
+    ]
+
+
+# What is shown.
+
+
+def shown(*estimates: Estimate) -> str:
+    console = Console(file=io.StringIO(), width=150)
+    show(estimates[0], "h100", console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_fits_is_said_to_fit(found: Estimate) -> None:
+    text = shown(found)
+    assert "It fits." in text and "on 1 h100 (one device)" in text and "Collectives" not in text
+    small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6))
+    assert "It does not fit." in shown(small)
+
+
+def test_where_no_change_helps_that_is_said(found: Estimate) -> None:
+    small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6))
+    (change,) = list(changes(found.config, 128, 1))[1]
+    console = Console(file=io.StringIO(), width=150)
+    show_changes([(change, small)], small.room, console)
+    show_changes([(change, found)], found.room, console)
+    none, one = console.file.getvalue().split("None of these alone makes it fit")  # type: ignore[attr-defined]
+    assert "--config.model.remat=full" in none and " no " in none
+    assert " yes " in one
+
+
+# The command.
+
+
+def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), "plan", *arguments]
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "150"}
+    return subprocess.run(command, env=os.environ | quick, capture_output=True, text=True)
+
+
+SMALL = [f"--config={ROOT}/configs/tiny.py", "--config.model.vocab_size=256"]
+
+
+def test_plan_of_a_mesh() -> None:
+    done = launched(*SMALL, "--devices=8", "--chip=v5e", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("on 8 v5e (fsdp 4 x tensor 2)", "all-gather", "reduce-scatter", "It fits.", "optimizer state"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--devices=8"], "For which chip? Give --chip="), (["--chip=h100"], "For how many chips? Give --devices=N.")],
+)
+def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> None:
+    done = launched(*SMALL, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "chip", "devices", "sentence"),
+    [
+        ({}, "h101", 8, "--chip: there is no 'h101'. Did you mean 'h100'?"),
+        ({}, "h100", 3, "config.training.batch_size=4 in 1 parts cannot be shared equally by 3 devices"),
+        ({"mesh.data": 2}, "h100", 8, "config.mesh has data 2 = 2 places, and there are 8 devices"),
+        ({"model.norm": "rmsnrm"}, "h100", 8, "Did you mean 'rmsnorm'?"),
+    ],
+)
+def test_mistakes_are_answered(knobs: dict[str, Any], chip: str, devices: int, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(small_config(**knobs), chip, devices, Console(file=io.StringIO()))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "devices"), [("llama3_8b", 64), ("llama3_70b", 512)])
+def test_large_models_are_planned_here(recipe: str, devices: int) -> None:
+    done = launched(f"--config={ROOT}/configs/{recipe}.py", f"--devices={devices}", "--chip=h100")
+    assert done.returncode == 0, done.stderr
+    assert "It fits." in done.stdout
+    assert jax.device_count() < devices

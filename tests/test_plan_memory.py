@@ -1,0 +1,56 @@
+"""The predicted memory of a step beside what a process that runs it takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
+MEASURED = """
+import json, re, sys
+import jax
+import numpy as np
+from conftest import small_config
+from rustgpt_jax.config import split
+from rustgpt_jax.parallel.placement import Placement
+from rustgpt_jax.plan.compiled import compiled_step
+from rustgpt_jax.training.memory import batch_shapes, state_shapes
+from rustgpt_jax.training.step import as_arguments, compiled_start, train_step
+
+def status(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+LARGE = {"model.n_layers": 8, "model.d_model": 512, "model.n_heads": 8, "model.vocab_size": 16384,
+         "model.context_length": 256, "training.batch_size": 8, "schedule.warmup_steps": 0}
+config = small_config(**LARGE | json.loads(sys.argv[1]))
+window, rows = config.model.context_length, config.training.batch_size
+predicted = compiled_step(config, window, Placement(), for_cpu=True).peak
+structure, numbers = split(config)
+numbers = as_arguments(numbers)
+step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+step = step.lower(structure, state_shapes(config), batch_shapes(rows, window), numbers).compile()
+start = compiled_start.lower(structure, numbers).compile()
+before = status("VmRSS")
+state = jax.block_until_ready(start(numbers))
+batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), batch_shapes(rows, window))
+# The kernel begins anew with the most memory that the process has had.
+open("/proc/self/clear_refs", "w").write("5")
+for _ in range(2):
+    state, metrics = jax.block_until_ready(step(state, batch, numbers))
+print(json.dumps([predicted, status("VmHWM") - before]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs", ["{}", '{"model.dtype": "bfloat16", "model.remat": "full"}', '{"training.accumulation": 4}']
+)
+def test_predicted_memory_is_that_of_a_process(knobs: str) -> None:
+    command = [sys.executable, "-c", MEASURED, knobs]
+    done = subprocess.run(command, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    predicted, measured = (float(number) for number in done.stdout.strip(" []\n").split(","))
+    assert predicted == pytest.approx(measured, rel=0.1)

@@ -1,0 +1,251 @@
+"""Several processes that train one run: the numbers of one process, whoever stops them, and whatever becomes of one."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from test_loop import TINY
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel import processes
+from rustgpt_jax.parallel.clusters import detected
+from rustgpt_jax.parallel.processes import LOST, Patience, Votes, all_agree, is_loss, join
+from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
+
+LAUNCH = str(Path(__file__).parent.parent / "launch.py")
+SECONDS = 300
+STEPS = 30
+KNOBS = (
+    SMALL
+    | TINY
+    | {
+        "model.d_model": 16,
+        "model.n_layers": 2,
+        "model.dropout": 0.1,
+        "training.steps": STEPS,
+        "training.batch_size": 8,
+        "training.steps_per_call": 2,
+        "record.log_every": 1,
+        "record.evaluate_every": 10,
+        "record.checkpoint_every": 5,
+        "record.prompts": ("Why?",),
+    }
+)
+CONFIG = f"""
+from configs import base
+from rustgpt_jax.resolve import override
+
+def get_config():
+    tree = base.get_config()
+    for path, value in {KNOBS}.items():
+        override(tree, path, value)
+    return tree
+"""
+
+
+class Job:
+    """The processes that train one run."""
+
+    def __init__(self, config: Path, run: Path, count: int, flags: Sequence[str], patience: int = SECONDS) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+        meeting = [f"--coordinator={coordinator}", f"--processes={count}", f"--patience={patience}"]
+        command = [sys.executable, LAUNCH, "train", f"--config={config}", f"--run={run}", *flags]
+        environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+        self.run = run
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *command,
+                    *(f"{flag}" for flag in meeting if count > 1),
+                    *([f"--process={index}"] if count > 1 else []),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+            for index in range(count)
+        ]
+
+    def ends(self, *statuses: int) -> list[str]:
+        """Wait for the ends of all processes, which must have these exit statuses. What each printed."""
+        printed = [process.communicate(timeout=SECONDS)[0] for process in self.processes]
+        assert [process.returncode for process in self.processes] == list(statuses), printed
+        assert not any("Traceback" in text for text in printed), printed
+        return printed
+
+    def waits_for_step(self, step: int) -> None:
+        """Return when a step is recorded."""
+        until = time.monotonic() + SECONDS
+        while not any(line["step"] >= step for line in lines(self.run)):
+            for process in self.processes:
+                assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run) if (run / "metrics.jsonl").exists() else []
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    (tmp_path / "small.py").write_text(CONFIG)
+    jobs: list[Job] = []
+
+    def begin(run: Path, count: int, *flags: str, patience: int = SECONDS) -> Job:
+        jobs.append(Job(tmp_path / "small.py", run, count, flags, patience))
+        return jobs[-1]
+
+    yield begin
+    for process in (process for job in jobs for process in job.processes):
+        process.kill()
+        process.communicate()
+
+
+def assert_as_if_never_stopped(run: Path, undisturbed: Path) -> None:
+    """The two runs have the same steps with the same losses, and have written the same about them."""
+    ours, theirs = lines(run), lines(undisturbed)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("train/loss", "valid/loss", "train/gradient_norm"):
+            assert math.isclose(one.get(name, 0.0), other.get(name, 0.0), abs_tol=1e-4), (name, one, other)
+        for name in ("train/learned_tokens", "train/learning_rate"):
+            assert one.get(name) == other.get(name)
+    steps = [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30]
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Callable[..., Job], tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone", 1)
+    alone.ends(0)
+    run = tmp_path / "run"
+    four = train(run, 4, "--config.mesh.fsdp=2")
+    four.waits_for_step(7)
+    # A signal that reaches one of them stops them all.
+    four.processes[2].send_signal(signal.SIGUSR1)
+    printed = four.ends(*[STOPPED_BY_CLUSTER] * 4)
+    assert "on 4 x cpu (data 2 x fsdp 2)" in printed[0] and "Stopped by SIGUSR1 at step" in printed[0]
+    assert "Stopped" not in printed[1]
+    two = train(run, 2)
+    two.waits_for_step(17)
+    two.processes[0].send_signal(signal.SIGINT)
+    two.ends(STOPPED_BY_USER, STOPPED_BY_USER)
+    assert 17 <= lines(run)[-1]["step"] < STEPS
+    train(run, 1).ends(0)
+    train(run, 2).ends(0, 0)
+    assert_as_if_never_stopped(run, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
+    train: Callable[..., Job], tmp_path: Path, killed: int
+) -> None:
+    run = tmp_path / "run"
+    two = train(run, 2)
+    two.waits_for_step(12)
+    two.processes[killed].kill()
+    began = time.monotonic()
+    other = two.processes[1 - killed]
+    printed = other.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 60
+    assert other.returncode == LOST, printed
+    assert "Another process of the run is gone" in printed and "goes on from the last checkpoint" in printed
+    assert "Traceback" not in printed
+    train(run, 2).ends(0, 0)
+    assert lines(run)[-1]["step"] == STEPS
+
+
+@pytest.mark.slow
+def test_where_one_hangs_the_others_lose_patience(train: Callable[..., Job], tmp_path: Path) -> None:
+    two = train(tmp_path / "run", 2, patience=40)
+    two.waits_for_step(12)
+    two.processes[1].send_signal(signal.SIGSTOP)
+    printed = two.processes[0].communicate(timeout=120)[0]
+    assert two.processes[0].returncode == LOST, printed
+    assert "Another process of the run has been silent for 40 s." in printed
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_wrong_all_say(train: Callable[..., Job], tmp_path: Path) -> None:
+    printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").ends(2, 2)
+    assert all("config.mesh has fsdp 3 = 3 places, and there are 2 devices" in text for text in printed)
+    assert not (tmp_path / "run").exists()
+
+
+# What needs no other process.
+
+
+@pytest.mark.parametrize(
+    ("environment", "cluster"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "Slurm"),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "a pod of TPUs"),
+        ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster: str | None) -> None:
+    assert detected(environment) == cluster
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "count", "index", "says"),
+    [
+        ("h:1", None, 0, "Give all three of --coordinator"),
+        (None, 2, None, "Give all three of --coordinator"),
+        ("h:1", 2, 2, "--process=2: the processes are numbered from 0 to 1."),
+    ],
+)
+def test_half_of_what_processes_need_is_refused(
+    coordinator: str | None, count: int | None, index: int | None, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        join(coordinator, count, index, 10)
+
+
+def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
+    votes = Votes(math.inf)
+    assert [votes.largest(value) for value in (0.0, 3.0)] == [0.0, 3.0]
+    assert all_agree(True) and not all_agree(False)
+    with Patience(0.01, "") as patience:
+        time.sleep(0.1)
+        patience.beat()
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
+    with Patience(0.2, "Again.") as patience:
+        for _ in range(4):
+            time.sleep(0.1)
+            patience.beat()
+        assert not ended
+        time.sleep(0.5)
+        assert ended[0] == "Another process of the run has been silent for 0 s. Again."
+
+
+def test_errors_that_tell_of_a_loss_are_known() -> None:
+    assert is_loss(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert not is_loss(ValueError("shapes do not match"))
+    assert not is_loss(UserError("The connection is bad."))

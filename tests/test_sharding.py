@@ -1,0 +1,218 @@
+"""Meshes of 8 virtual devices: the same numbers as on one, with the collectives that there should be and no others."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import small_config
+from jax.sharding import PartitionSpec
+
+from rustgpt_jax.config import split
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.layout import partition_spec
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.parallel.mesh import axis_sizes, least_devices
+from rustgpt_jax.parallel.placement import check_shares
+from rustgpt_jax.parallel.rules import RULES, placed, share
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.step import as_arguments, start
+
+MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
+
+
+# Which collectives each mesh has: those between the devices of an axis, and nothing else.
+
+EXPECTED = {
+    "data 8": {"all-reduce data"},
+    "fsdp 8": {"all-gather fsdp", "all-reduce fsdp"},
+    "tensor 4": {"all-reduce tensor", "all-reduce data"},
+    "fsdp 2 x tensor 2": {"all-gather fsdp", "all-reduce"},
+    "expert 4": {"all-to-all expert", "all-reduce"},
+    "context 4": {"all-gather context", "all-reduce", "reduce-scatter context"},
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": f"{tests.parent}:{tests}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        # Layouts and numbers do not depend on it, and compiling takes a third of the time.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, str(tests / "on_devices.py"), str(tmp_path_factory.mktemp("meshes"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPECTED)
+def test_a_mesh_changes_no_result(told: dict[str, Any], case: str) -> None:
+    assert told[case]["same_start"]
+    alone, here = told[case]["losses"]
+    assert len(alone) == 20 and alone[-1] < alone[0] - 0.1
+    assert max(abs(one - other) for one, other in zip(alone, here, strict=True)) < 1e-5
+    for path, difference in told[case]["gradients"].items():
+        assert difference < 1e-5, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPECTED)
+def test_a_mesh_has_the_collectives_that_it_should(told: dict[str, Any], case: str) -> None:
+    found = told[case]["collectives"]
+    for name in found:
+        assert any(name == expected or name.split()[0] == expected for expected in EXPECTED[case]), found
+    for expected in EXPECTED[case]:
+        assert any(name.startswith(expected) for name in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPECTED)
+def test_no_device_ever_gathers_more_than_a_layer(told: dict[str, Any], case: str) -> None:
+    shapes = {path: whole for path, (whole, _) in told[case]["shards"].items() if path.startswith("params")}
+    largest = max(math.prod(shape[1:] if path.startswith("params/blocks") else shape) for path, shape in shapes.items())
+    assert told[case]["largest_gather"] <= 4 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPECTED)
+def test_a_checkpoint_is_read_on_other_meshes(told: dict[str, Any], case: str) -> None:
+    assert told[case]["restored"] == {"one device": True, "tensor 2": True, "fsdp 4": True}
+
+
+@pytest.mark.slow
+def test_parameters_and_what_the_optimizer_keeps_are_cut_alike(told: dict[str, Any]) -> None:
+    shards = told["fsdp 8"]["shards"]
+    for path, (whole, part) in shards.items():
+        is_matrix = re.search("kernel|table", path)
+        assert math.prod(whole) == math.prod(part) * (8 if is_matrix else 1), path
+    moments = [path for path in shards if path.startswith("opt_state") and "kernel" in path]
+    assert moments
+
+
+# The rules.
+
+
+def models() -> dict[str, Any]:
+    """A model of every family and of every part."""
+    base = {"model.bias": True, "model.vocab_size": 64, "model.attention_sinks": True, "model.tie_embeddings": False}
+    found = {
+        name: small_config(**{f"model.{knob}": value for knob, value in preset.items()}).model
+        for name, preset in FAMILIES.items()
+    }
+    for name in MIXERS:
+        for latent in (None, 8):
+            own = {"model.mixers": (name,), "model.query_latent_width": latent}
+            found[f"{name} {latent}"] = small_config(**base | own).model
+    for table, knob in ((FEEDFORWARDS, "feedforwards"), (POSITIONS, "positions")):
+        for name in table:
+            found[name] = small_config(**base | {f"model.{knob}": (name,)}).model
+    return found | {name: small_config(**base | {"model.norm": name}).model for name in NORMS}
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
+    used = set()
+    for name, model in models().items():
+        for path, leaf in by_path(parameter_shapes(model)).items():
+            rule = placed(path, leaf.shape, MESH).rule
+            assert rule is not None, (name, path)
+            used.add(rule)
+    assert used == set(range(len(RULES))), [RULES[index] for index in set(range(len(RULES))) - used]
+
+
+def test_every_matrix_is_cut() -> None:
+    for name, model in models().items():
+        for path, leaf in by_path(parameter_shapes(model)).items():
+            if re.search(r"kernel$|table$|(gate|up|down)$", path) and "convolution" not in path:
+                assert share(leaf.shape, placed(path, leaf.shape, MESH).spec, MESH) < 1, (name, path, leaf.shape)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
+    config = small_config(**{"optimizer.name": optimizer})
+    structure, numbers = split(config)
+    leaves = by_path(jax.eval_shape(lambda: start(structure, as_arguments(numbers))))
+    params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
+    for path, leaf in leaves.items():
+        own = next((name for name in params if path.endswith(name)), None)
+        if own and leaf.shape == params[own].shape:
+            assert placed(path, leaf.shape, MESH) == placed(own, leaf.shape, MESH), path
+
+
+def test_a_parameter_of_ones_own_is_cut_where_it_is_longest() -> None:
+    assert placed("blocks/0/mixer/my_own", (2, 6, 8), MESH).spec == PartitionSpec(None, None, "fsdp")
+    assert placed("blocks/0/mixer/my_own", (2, 6, 7), MESH).spec == PartitionSpec(None, "fsdp", None)
+    assert placed("blocks/0/mixer/my_own", (3, 5, 7), MESH).spec == PartitionSpec(None, None, None)
+    assert placed("my_scale", (8,), MESH).spec == PartitionSpec(None)
+
+
+def test_what_does_not_divide_stays_whole() -> None:
+    assert placed("head/kernel", (6, 61), MESH).spec == PartitionSpec("fsdp", None)
+    assert partition_spec("BTD", (4, 8, 8), MESH) == PartitionSpec(None, None, None)
+    assert partition_spec("BTD", (8, 8, 8), MESH) == PartitionSpec(("data", "fsdp", "expert"), None, None)
+
+
+def test_experts_take_their_axis_from_the_batch() -> None:
+    assert partition_spec("BXPD", (8, 4, 3, 8), MESH) == PartitionSpec(("data", "fsdp"), "expert", None, None)
+
+
+# The mesh.
+
+
+def test_minus_one_takes_the_devices_that_are_left() -> None:
+    mesh = small_config(**{"mesh.fsdp": 2, "mesh.tensor": 2}).mesh
+    assert axis_sizes(mesh, 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert least_devices(mesh) == 4
+    assert axis_sizes(small_config(**{"mesh.data": 1, "mesh.fsdp": -1}).mesh, 6)["fsdp"] == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_devices", "says"),
+    [
+        ({"fsdp": 3}, 8, "config.mesh has fsdp 3 = 3 places, and there are 8 devices; they must divide 8."),
+        ({"data": 1, "tensor": 4}, 8, "config.mesh has tensor 4 = 4 places, and there are 8 devices; "),
+        ({"fsdp": 2}, 1, "config.mesh has fsdp 2 = 2 places, and there is 1 device; "),
+        ({"fsdp": -1}, 8, "config.mesh: only one axis may be -1, not both data and fsdp."),
+        ({"tensor": 0}, 8, "config.mesh.tensor=0: "),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sizes: dict[str, int], n_devices: int, says: str) -> None:
+    mesh = small_config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
+    with pytest.raises(UserError, match=re.escape(says)):
+        axis_sizes(mesh, n_devices)
+
+
+def test_shares_that_cannot_be_equal_are_refused() -> None:
+    config = small_config(**{"training.batch_size": 12})
+    with pytest.raises(UserError, match="cannot be shared equally by 8 devices; the nearest batch size that can is 16"):
+        check_shares(config, 32, 8)
+    config = small_config(**{"training.batch_size": 8, "mesh.context": 3})
+    with pytest.raises(UserError, match=r"config.mesh.context=3: windows of 32 tokens"):
+        check_shares(config, 32, 3)
+    check_shares(small_config(**{"mesh.tensor": 4}), 32, 4)
+
+
+@pytest.mark.slow
+def test_train_says_what_is_wrong_with_a_mesh_and_makes_no_folder(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "launch.py"), "train", f"--config={root / 'configs/tiny.py'}"]
+    command += ["--config.mesh.fsdp=3", f"--run={tmp_path / 'run'}"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "they must divide 8." in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
