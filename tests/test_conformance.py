@@ -114,6 +114,7 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_what_one_gives() -> None:
     code = """
 import sys
@@ -361,6 +362,7 @@ def test_a_wrong_number_of_a_registered_part_is_found(monkeypatch: pytest.Monkey
 # What a user sees.
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_broke_and_says_so_to_the_shell() -> None:
     console = Console(file=io.StringIO(), width=300)
     assert check(["samplers/top_k"], console) == 0

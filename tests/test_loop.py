@@ -376,6 +376,7 @@ for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
     tests = Path(__file__).parent
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -144,6 +144,7 @@ def test_a_feedforward_in_the_package_is_two_places_in_one_file(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_of_a_sweep_have_the_part(lab: Path) -> None:
     (lab / "my_lab/small.py").write_text(
         "from configs import tiny\nfrom rustgpt_jax.sweeps import values\n"

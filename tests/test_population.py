@@ -83,9 +83,9 @@ def staged(accumulation: int) -> list[Config]:
         pytest.param(
             population({"training.accumulation": 2, "optimizer.name": "muon"}),
             id="accumulation",
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.long],
         ),
-        pytest.param(staged(2), id="stages", marks=pytest.mark.slow),
+        pytest.param(staged(2), id="stages", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_exact_mode_has_the_bits_of_each_run_alone(
@@ -158,6 +158,7 @@ def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(**NO_SAMPLES)
     material = loop.gather(config, tmp_path / "none.json", QUIET)

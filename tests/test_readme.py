@@ -57,7 +57,8 @@ def test_the_readme_lists_every_recipe() -> None:
     assert recipes == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
 
 
-PROMISES = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+PROMISES = PAGES["reproducibility.md"] + PAGES["scaling.md"]
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:

@@ -251,6 +251,7 @@ class Stumbling(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +279,7 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_devices_measure_the_same(tmp_path: Path) -> None:
     """On four devices a replay has its bits, and what is measured is what one device measures."""
     text_file().write_text("To be, or not to be, that is the question:\n" * 40)

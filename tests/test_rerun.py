@@ -319,6 +319,7 @@ sys.exit(rerun(Path(sys.argv[1]), None, Console()))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
     changes = {"training.steps": 2000, "training.steps_per_call": 20, "record.evaluate_every": 2000}
     train_elsewhere(tmp_path / "run", **changes, **{"record.checkpoint_every": 500})
@@ -357,6 +358,7 @@ else:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_over_several_devices_of_a_cpu_is_made_again_over_as_many(tmp_path: Path) -> None:
     """As trials of a sweep are trained, whose process sets the number itself."""
     for what in ("train", "replay"):

@@ -193,6 +193,7 @@ def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e30)
     trials = expand(tiny_tree(), rates)
@@ -403,7 +404,7 @@ def sweep_parzen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["halving", "parzen"])
+@pytest.mark.parametrize("name", ["halving", pytest.param("parzen", marks=pytest.mark.long)])
 def test_a_search_that_is_killed_decides_the_same(name: str, tmp_path: Path) -> None:
     path, rng, flag = tmp_path / "killed", random.Random(name), f"--sweep={name}"
     with contextmanager(launcher_of)(tmp_path / "searches.py", SEARCHES) as launcher:

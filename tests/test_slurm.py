@@ -214,6 +214,7 @@ def test_queued_jobs_run_the_code_of_their_launch_and_outlive_the_launcher(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_cancelled_job_is_submitted_again(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:

@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict[str, str], tmp_path: Path) -> None:
     (script,) = re.findall(r"```\n(#SBATCH.*?)```", PAGE, re.DOTALL)
-    steps = ("--config.training.steps=3000", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
+    steps = ("--config.training.steps=1200", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
     arguments = f"--config={ROOT}/configs/tiny.py {' '.join(steps)} --run={tmp_path}/run"
     training = "python launch.py train --config=configs/gpt2_124m.py --run=runs/gpt2"
     assert training in script

@@ -494,6 +494,7 @@ def test_kills_leave_no_trace(launcher: Launcher, undisturbed: bytes, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [[], PROCESSES], ids=["inline", "processes"])
 def test_random_kills_leave_no_trace(long_launcher: Launcher, flags: list[str], tmp_path: Path) -> None:
     long_launcher(tmp_path / "undisturbed").ends()
@@ -506,7 +507,9 @@ def test_random_kills_leave_no_trace(long_launcher: Launcher, flags: list[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], PROCESSES], ids=["inline", "processes"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.long), PROCESSES], ids=["inline", "processes"]
+)
 def test_two_launches_share_a_sweep(launcher: Launcher, undisturbed: bytes, flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "shared"
     for launched in [launcher(path, *flags), launcher(path, *flags)]:
@@ -518,6 +521,7 @@ def test_two_launches_share_a_sweep(launcher: Launcher, undisturbed: bytes, flag
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_launch_takes_over_from_one_that_is_killed(long_launcher: Launcher, tmp_path: Path) -> None:
     path = tmp_path / "shared"
     first = long_launcher(path)
@@ -558,6 +562,7 @@ def test_a_signal_stops_a_sweep_which_goes_on(launcher: Launcher, undisturbed: b
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "number"), [([], signal.SIGTERM), (PROCESSES, signal.SIGINT), (PROCESSES, signal.SIGTERM)]
 )

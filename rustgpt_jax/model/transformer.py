@@ -172,10 +172,10 @@ def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Arr
     dtype = model.logits_dtype or model.dtype
     hidden_BTD = hidden_BTD.astype(dtype)
     if model.tie_embeddings:
-        table_VD = params["embedding"]["table"].astype(dtype)
+        table_VD = laid_out(params["embedding"]["table"].astype(dtype), "VD")
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=product_type(table_VD))
     else:
-        kernel_DV = params["head"]["kernel"].astype(dtype)
+        kernel_DV = laid_out(params["head"]["kernel"].astype(dtype), "DV")
         logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=product_type(kernel_DV))
     return softcap(logits_BTV, model.logits_softcap) if is_on(model.logits_softcap) else logits_BTV
 

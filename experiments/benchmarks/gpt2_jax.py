@@ -1,0 +1,253 @@
+"""How fast does one process of this framework train, decode or sweep a GPT-2, and do its attention kernels agree?
+
+python -m experiments.benchmarks.gpt2_jax '{"what": "training", "size": "124m", "batch": 16}'
+
+One measurement, printed as JSON: `accelerator.py` asks for many and puts them together. What is asked for is one of
+TASKS; its other words are the arguments of the function there. A training step is the framework's own, compiled as
+`train` compiles it, several steps in a call; decoding is what `generate` does. Times are of calls from start to end,
+after two that are not counted: the first compiles, and the second has its arguments where the first has put them.
+
+FINDING: none of its own; see `accelerator.py`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import shakespeare_char
+from experiments.benchmarks.accelerator import config_of, printed, tree_of
+from rustgpt_jax.config import Config, ModelConfig, split, with_values
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.decoding.generate import begin, extend, stop_tokens
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.model.kernels.choice import KERNELS
+from rustgpt_jax.model.kernels.request import Task, device_at_hand
+from rustgpt_jax.model.kernels.selfcheck import TOLERANCES, attention_choices, largest_difference
+from rustgpt_jax.model.mixers.attention import Attention
+from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.runs.environment import environment
+from rustgpt_jax.training.population import Orders, compiled_population_steps, stack
+from rustgpt_jax.training.step import as_arguments, compiled_start, compiled_train_steps
+
+WARM_UP = 2
+
+
+def get_config() -> ConfigDict:
+    """The smallest GPT-2."""
+    return tree_of("124m")
+
+
+def machine(sizes: list[str]) -> dict[str, Any]:
+    """The device that JAX has, versions, and what models of some sizes cost."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "memory": (device.memory_stats() or {}).get("bytes_limit"),
+        "environment": environment(),
+        "costs": {size: cost(config_of(size).model) for size in sizes},
+    }
+
+
+def cost(model: ModelConfig) -> dict[str, float]:
+    """Parameters, and FLOPs that training needs for a token by the convention of `rustgpt_jax.model.cost`."""
+    # Of a library's kernel no product could be seen, so those of attention as it is written down are counted.
+    counted = dataclasses.replace(model, attention_kernel="plain")
+    return {
+        "parameters": total_size(parameter_shapes(model)),
+        "flops_per_token": training_flops_per_token(counted, model.context_length),
+    }
+
+
+def checks(size: str) -> list[dict[str, Any]]:
+    """How far each kernel's attention, values and gradients, is from the reference in float32; or why it refuses."""
+    block = config_of(size).model.block(0)
+    request = Attention.request(block, block.context_length, device_at_hand(), False)
+    found: list[dict[str, Any]] = []
+    for name, kernel in KERNELS.items():
+        row: dict[str, Any] = {"size": size, "kernel": name, "dtype": block.dtype}
+        if (reason := kernel.refuses(request)) is not None:
+            row["refuses"] = reason
+        else:
+            try:
+                row |= {
+                    "difference": largest_difference(name, *attention_task(block)),
+                    "tolerance": TOLERANCES[block.dtype],
+                }
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"
+        found.append(row)
+    return found
+
+
+def attention_task(block: ModelConfig) -> tuple[Task, jax.Array]:
+    """Attention of two rows of a block's full length, one of them two documents and padding; and a cotangent."""
+    length, rng = block.context_length, np.random.default_rng(0)
+    places_T = np.arange(length, dtype=np.int32)
+    border, end = length // 3, length - length // 8
+    segments_BT = np.stack([np.ones_like(places_T), 1 + (places_T >= border)]).astype(np.int32)
+    segments_BT[1, end:] = 0
+    positions_BT = np.stack([places_T, np.where(places_T < border, places_T, places_T - border)])
+    queries, keys, values, cotangent_BTHC = (
+        jnp.asarray(rng.standard_normal((2, length, block.n_heads, block.head_width)), block.dtype) for _ in range(4)
+    )
+    context = Context(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)
+    return Attention.task(block, (queries, keys, values), context, None), cotangent_BTHC
+
+
+def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of a step in each of some calls of several steps, at a batch size and with knobs that differ."""
+    config = config_of(size, {"training.batch_size": batch} | knobs)
+    structure, numbers = split(config)
+    arguments = as_arguments(numbers)
+    steps = config.training.steps_per_call
+    batches = jax.device_put(synthetic(config, (steps, batch)))
+    state = jax.block_until_ready(compiled_start(structure, arguments))
+
+    def call() -> jax.Array:
+        nonlocal state
+        state, metrics = compiled_train_steps(
+            structure, state, batches, np.int32(steps), arguments, np.zeros((), np.int32)
+        )
+        return metrics.loss
+
+    compiling, seconds, losses = timed(call, repeats)
+    if not np.isfinite(losses).all():
+        raise ArithmeticError(f"the loss is {losses}")
+    choices = attention_choices(config.model, device_at_hand(), config.model.context_length)
+    return {
+        "seconds": [each / steps for each in seconds],
+        "tokens": batch * config.model.context_length,
+        "memory": peak_memory(),
+        "first_call": compiling,
+        "kernel": ", ".join(choice.kernel for choice in choices.values()),
+    }
+
+
+def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
+    """Windows of random tokens, each one document of which every token is learned."""
+    model = config.model
+    shape = (*lead, model.context_length)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
+    positions = np.broadcast_to(np.arange(model.context_length, dtype=np.int32), shape)
+    return Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
+
+
+def decoding(size: str, batch: int, layers: str, prompt: int, new: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a token of all rows, and the bytes that it cannot do without: parameters, and keys and values.
+
+    Parameters are kept in the type that is computed in. A row has the tokens of its prompt and on average half of those
+    that are drawn.
+    """
+    model = config_of(size, {"model.layers": layers}).model
+    narrowed = jax.jit(
+        lambda key: jax.tree.map(lambda leaf: leaf.astype(model.dtype), transformer.init(key, model)),
+    )
+    params = narrowed(jax.random.key(0))
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
+    key, stops = jax.random.key(1), stop_tokens(())
+
+    def call(generation: Any) -> jax.Array:
+        return extend(params, generation, np.int32(new), (Greedy(),), key, stops, model=model).tokens_BS
+
+    compiling, seconds, _ = timed(call, repeats, lambda: begin(params, prompts, model, new))
+    # One row of the table of positions is read.
+    read_whole = {name: tree for name, tree in params.items() if name != "positions"}
+    cached_token = total_bytes(jax.eval_shape(partial(transformer.init_cache, model, 1, 1)))
+    return {
+        "seconds": [each / new for each in seconds],
+        "parameter_bytes": total_bytes(read_whole),
+        "cache_bytes": int(batch * (prompt + new / 2) * cached_token),
+        "memory": peak_memory(),
+        "first_call": compiling,
+    }
+
+
+def sweep_of_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Seconds of a step of all trials of a small model: fused, and one trial's whole call after another's."""
+    tree = shakespeare_char.get_config()
+    tree.model.vocab_size = 65
+    config = with_values(resolve(tree), knobs)
+    structure, numbers = split(config)
+    each = [
+        as_arguments(numbers | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
+        for index in range(trials)
+    ]
+    steps, zero = config.training.steps_per_call, np.zeros((), np.int32)
+    batches = synthetic(config, (steps, config.training.batch_size))
+    on_device = jax.device_put(batches)
+    states = [compiled_start(structure, arguments) for arguments in each]
+    states_P = jax.device_put(stack(states))
+    orders_P = jax.device_put(stack([Orders(batches, np.int32(steps), arguments, zero) for arguments in each]))
+
+    def one_after_another() -> list[jax.Array]:
+        losses = []
+        for index, arguments in enumerate(each):
+            states[index], metrics = compiled_train_steps(
+                structure, states[index], on_device, np.int32(steps), arguments, zero
+            )
+            losses.append(metrics.loss)
+        return losses
+
+    def together() -> jax.Array:
+        nonlocal states_P
+        states_P, metrics_P = compiled_population_steps("fused", structure, states_P, orders_P)
+        return metrics_P.loss
+
+    _, alone, losses = timed(one_after_another, repeats)
+    _, fused, losses_P = timed(together, repeats)
+    # Both have done the same steps; sums are taken in another order, and training amplifies that.
+    difference = float(np.max(np.abs(np.stack(losses) - losses_P)))
+    return {
+        "trials": trials,
+        "one_after_another": [seconds / steps for seconds in alone],
+        "fused": [seconds / steps for seconds in fused],
+        "difference": difference,
+        "memory": peak_memory(),
+    }
+
+
+def timed(
+    call: Callable[..., Any], repeats: int, prepare: Callable[[], Any] | None = None
+) -> tuple[float, list[float], Any]:
+    """Seconds of the first call, which compiles, and of each one after the warm-up; and what the last one gave.
+
+    What `prepare` gives is the argument of each call, and takes no time.
+    """
+    seconds, result = [], None
+    for _ in range(WARM_UP + repeats):
+        arguments = () if prepare is None else (jax.block_until_ready(prepare()),)
+        began = time.perf_counter()
+        result = jax.block_until_ready(call(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return seconds[0], seconds[WARM_UP:], jax.device_get(result)
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process has had on its device; None where the device does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+TASKS = {
+    "machine": machine,
+    "checks": checks,
+    "training": training,
+    "decoding": decoding,
+    "sweep": sweep_of_trials,
+}
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    printed(TASKS)

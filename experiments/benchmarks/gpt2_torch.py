@@ -1,0 +1,192 @@
+"""How fast does PyTorch train a GPT-2 that is equal to this framework's?
+
+python -m experiments.benchmarks.gpt2_torch '{"what": "training", "size": "124m", "batch": 16, "device": "cuda"}'
+
+One measurement, printed as JSON, to be put beside those of `gpt2_jax.py` by `accelerator.py`. The model is what a
+careful user of PyTorch writes: torch.compile, queries, keys and values by one product, scaled_dot_product_attention,
+bfloat16 by autocast over float32 weights, fused AdamW. It has the same parameters, and for the same weights the same
+logits and the same losses over steps of training (tests/test_accelerator.py). Knobs: remat=full computes each block
+anew in the backward pass; attention=cudnn asks for that kernel, where PyTorch would choose its own flash attention.
+In its favour, logits are bfloat16 until the loss widens them, the learning rate is constant, and nothing looks whether
+an update is finite.
+
+FINDING: none of its own; see `accelerator.py`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.accelerator import config_of, printed, tree_of
+from rustgpt_jax.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+WARM_UP = 2
+
+
+def get_config() -> ConfigDict:
+    """The smallest GPT-2."""
+    return tree_of("124m")
+
+
+def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":
+    """The layers of a GPT-2 whose output layer is its embedding table."""
+    from torch import nn
+
+    width = model.d_model
+
+    def norm() -> nn.Module:
+        return nn.LayerNorm(width, model.norm_epsilon)
+
+    def block() -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "mixer_norm": norm(),
+                "query_key_value": nn.Linear(width, 3 * width),
+                "output": nn.Linear(width, width),
+                "feedforward_norm": norm(),
+                "up": nn.Linear(width, 4 * width),
+                "down": nn.Linear(4 * width, width),
+            }
+        )
+
+    layers = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(model.vocab_size, width),
+            "positions": nn.Embedding(model.context_length, width),
+            "blocks": nn.ModuleList(block() for _ in range(model.n_layers)),
+            "norm": norm(),
+        }
+    )
+    for parameter in layers.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=model.init_std)
+    return layers
+
+
+def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: ModelConfig) -> "torch.Tensor":
+    """logits_BTV for the token after each token."""
+    import torch
+    from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
+
+    def block(x_BTD: torch.Tensor, layer: torch.nn.ModuleDict) -> torch.Tensor:
+        batch, length, width = x_BTD.shape
+        projected = layer["query_key_value"](layer["mixer_norm"](x_BTD))
+        q_BHTC, k_BHTC, v_BHTC = projected.view(batch, length, 3, model.n_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed_BHTC = functional.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
+        x_BTD = x_BTD + layer["output"](mixed_BHTC.transpose(1, 2).reshape(batch, length, width))
+        hidden_BTF = functional.gelu(layer["up"](layer["feedforward_norm"](x_BTD)), approximate="tanh")
+        return x_BTD + layer["down"](hidden_BTF)
+
+    x_BTD = layers["embedding"](tokens_BT) + layers["positions"].weight[None, : tokens_BT.shape[1]]
+    for layer in layers["blocks"]:
+        x_BTD = checkpoint(block, x_BTD, layer, use_reentrant=False) if model.remat == "full" else block(x_BTD, layer)
+    return functional.linear(layers["norm"](x_BTD), layers["embedding"].weight)
+
+
+def loss_of(layers: "torch.nn.ModuleDict", model: ModelConfig) -> Callable[..., "torch.Tensor"]:
+    """The mean cross-entropy of targets_BT as a function of tokens_BT and them."""
+    from torch.nn import functional
+
+    def loss(tokens_BT: "torch.Tensor", targets_BT: "torch.Tensor") -> "torch.Tensor":
+        logits_BTV = logits(layers, tokens_BT, model)
+        return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+    return loss
+
+
+def adamw(layers: "torch.nn.ModuleDict", config: Config) -> "torch.optim.AdamW":
+    """AdamW with the config's numbers; biases and norms do not decay."""
+    import torch
+
+    numbers = config.optimizer
+    matrices = [parameter for parameter in layers.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in layers.parameters() if parameter.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": numbers.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (numbers.b1, numbers.b2)
+    return torch.optim.AdamW(groups, lr=numbers.learning_rate, betas=betas, eps=numbers.epsilon, fused=True)
+
+
+def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Callable[..., "torch.Tensor"]:
+    """A training step: a function of tokens_BT and targets_BT that changes the layers and gives the loss."""
+    import torch
+
+    optimizer, model = adamw(layers, config), config.model
+    loss_function = torch.compile(loss_of(layers, model)) if compiled else loss_of(layers, model)
+    kind = next(layers.parameters()).device.type
+
+    def step(tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=model.dtype == "bfloat16"):
+            loss = loss_function(tokens_BT, targets_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(layers.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device: str) -> dict[str, Any]:
+    """Seconds of a step in each of some runs of several steps, at a batch size and with knobs that differ."""
+    import torch
+
+    remat = {"model.remat": knobs.get("remat", "none")}
+    config = config_of(size, {"training.batch_size": batch} | remat)
+    steps, model, is_cuda = config.training.steps_per_call, config.model, device == "cuda"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    if knobs.get("attention") == "cudnn":
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_math_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    with torch.device(device):
+        layers = gpt2(model)
+        windows = torch.randint(model.vocab_size, (steps, batch, model.context_length + 1))
+    # Compiling for a CPU would take the most of a smoke's time.
+    step = stepper(config, layers, compiled=is_cuda)
+    seconds = []
+    for _ in range(WARM_UP + repeats):
+        began = time.perf_counter()
+        for tokens_BS in windows:
+            loss = step(tokens_BS[:, :-1], tokens_BS[:, 1:])
+        last = loss.item()  # Waits for the device.
+        seconds.append(time.perf_counter() - began)
+    if not abs(last) < float("inf"):
+        raise ArithmeticError(f"the loss is {last}")
+    return {
+        "seconds": [each / steps for each in seconds[WARM_UP:]],
+        "tokens": batch * model.context_length,
+        "memory": torch.cuda.max_memory_allocated() if is_cuda else None,
+        "first_call": seconds[0],
+        "kernel": knobs.get("attention", "PyTorch's choice"),
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The version of PyTorch, and why it cannot be used on a device, if it cannot."""
+    try:
+        import torch
+    except ImportError as error:
+        return {"absent": f"PyTorch cannot be imported ({error}): pip install torch"}
+    found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
+    if device == "cuda" and not torch.cuda.is_available():
+        return found | {"absent": f"PyTorch {torch.__version__} finds no CUDA here"}
+    if device == "cuda":
+        found |= {"kind": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+    return found
+
+
+TASKS = {"machine": machine, "training": training}
+
+if __name__ == "__main__":
+    printed(TASKS)
