@@ -77,7 +77,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     RUN is the folder of a run, such as runs/rustgpt
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
     train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
-    train on a cluster (docs/scaling.md)
+    train on a cluster; elsewhere, several processes are told --coordinator=HOST:PORT --processes=N --process=I, and
+    --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
 
@@ -140,6 +141,7 @@ def _submit(folder: Path, config: Any) -> int:
         elif "=" not in word:
             next(words, "")
     command = [sys.executable, str(Path(__file__).resolve()), *kept]
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     job = submit(job_script(folder, command, dict(_pair(option) for option in FLAGS.slurm), Path.cwd()))
     print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
     return 0

@@ -23,7 +23,7 @@ from rustgpt_jax.training.step import as_arguments, compiled_start, compiled_tra
 
 STEPS = 20
 BASE = {
-    "model.n_layers": 3,
+    "model.n_layers": 2,
     "model.d_model": 32,
     "model.n_heads": 8,
     "model.head_dim": 4,
@@ -81,7 +81,7 @@ def run(config: Config, n_devices: int, folder: Path | None = None) -> dict[str,
         found = jax.device_get(gradients(state.params, one))
         arguments = placement.share(batches, rows), np.int32(STEPS), numbers, np.int32(0)
         compiled = compiled_train_steps.lower(structure, state, *arguments).compile()
-        state, metrics = compiled_train_steps(structure, state, *arguments)
+        state, metrics = compiled(state, *arguments)
         if folder is not None:
             with Checkpoints(folder, config, is_writer=True) as checkpoints:
                 checkpoints.save(state, STEPS)

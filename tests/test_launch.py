@@ -15,7 +15,20 @@ from rustgpt_jax.runs.metrics import read_metrics
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
 TINY = f"--config={ROOT}/configs/tiny.py"
-VERBS = ("train", "sweep", "report", "explain", "evaluate", "generate", "chat", "replay", "rerun", "diff", "doctor", "plan")
+VERBS = (
+    "train",
+    "sweep",
+    "report",
+    "explain",
+    "evaluate",
+    "generate",
+    "chat",
+    "replay",
+    "rerun",
+    "diff",
+    "doctor",
+    "plan",
+)
 
 
 def environment() -> dict[str, str]:

@@ -73,6 +73,6 @@ def test_a_job_runs_the_command_that_was_given(tmp_path: Path) -> None:
         Path("runs/a"), ["python", "launch.py", "train", "--run=a b"], {"nodes": "4"}, Path("/some where")
     )
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n" in script
-    assert "cd '/some where'\nsrun python launch.py train '--run=a b'\n" in script
+    assert "cd '/some where'\nsrun " in script and " python launch.py train '--run=a b'\n" in script
     assert f"#SBATCH --output={Path('runs').absolute()}/a.slurm-%j.log" in script
     assert "ntasks-per-node" not in job_script(Path("a"), ["x"], {"ntasks": "2"}, Path("."))

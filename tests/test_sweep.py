@@ -507,9 +507,7 @@ def test_random_kills_leave_no_trace(long_launcher: Launcher, flags: list[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [pytest.param([], marks=pytest.mark.long), PROCESSES], ids=["inline", "processes"]
-)
+@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.long), PROCESSES], ids=["inline", "processes"])
 def test_two_launches_share_a_sweep(launcher: Launcher, undisturbed: bytes, flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "shared"
     for launched in [launcher(path, *flags), launcher(path, *flags)]:

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import shakespeare_char
-from experiments.benchmarks.accelerator import config_of, printed, tree_of
+from experiments.benchmarks.best_batch import config_of, printed, tree_of
 from rustgpt_jax.config import Config, ModelConfig, split, with_values
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.decoding.generate import begin, extend, stop_tokens

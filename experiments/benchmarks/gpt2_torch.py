@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from experiments.benchmarks.accelerator import config_of, printed, tree_of
+from experiments.benchmarks.best_batch import config_of, printed, tree_of
 from rustgpt_jax.config import Config, ModelConfig
 
 if TYPE_CHECKING:
@@ -177,10 +177,10 @@ def machine(device: str) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
-        return {"absent": f"PyTorch cannot be imported ({error}): pip install torch"}
+        return {"absent": f"it cannot be imported ({error}): python -m pip install torch"}
     found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
     if device == "cuda" and not torch.cuda.is_available():
-        return found | {"absent": f"PyTorch {torch.__version__} finds no CUDA here"}
+        return found | {"absent": f"version {torch.__version__} finds no CUDA here"}
     if device == "cuda":
         found |= {"kind": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
     return found

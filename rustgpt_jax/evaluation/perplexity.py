@@ -11,15 +11,21 @@ from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.training.objective import compiled_token_sums
 
 
-def evaluate(params: Params, model: ModelConfig, batches: Iterable[Batch], bytes_per_token: float) -> dict[str, float]:
+def evaluate(
+    params: Params,
+    model: ModelConfig,
+    batches: Iterable[Batch],
+    bytes_per_token: float,
+    loss_chunk: int | None = None,
+) -> dict[str, float]:
     """Mean loss in nats a token, perplexity, and bits per byte over the learned tokens of some batches.
 
     Bits per byte divide the loss in bits by the bytes of text that a learned token stands for on average in the whole
     split, which makes tokenizers comparable. A word tokenizer loses spacing and unknown words: its value says what its
-    tokens cost, not what the text would. Empty if there are no batches.
+    tokens cost, not what the text would. Empty if there are no batches. `loss_chunk` as in `token_sums`.
     """
     model = for_inference(model)
-    sums = [compiled_token_sums(params, batch, model) for batch in batches]
+    sums = [compiled_token_sums(params, batch, model, loss_chunk=loss_chunk) for batch in batches]
     if not sums:
         return {}
     on_host = jax.device_get(sums)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rustgpt_jax.config import MeshConfig
@@ -44,10 +45,10 @@ def is_open(config: MeshConfig) -> bool:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of some devices. Raises UserError as `axis_sizes` does."""
     sizes = axis_sizes(config, len(devices))
+    # Not `jax.make_mesh`, which refuses GPUs of several hosts.
+    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     # Of type Auto: the compiler carries the layout of some arrays on to all others.
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=tuple(devices)
-    )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def in_words(mesh: MeshConfig | dict[str, int]) -> str:

@@ -127,6 +127,4 @@ def check_shares(config: Config, window: int, n_devices: int) -> None:
             f"equally by {n_shares} devices; the nearest batch size that can is {nearest}."
         )
     if window % sizes["context"]:
-        raise UserError(
-            f"config.mesh.context={sizes['context']}: windows of {window} tokens have no as many equal parts."
-        )
+        raise UserError(f"config.mesh.context={sizes['context']}: windows of {window} tokens cannot be cut so.")

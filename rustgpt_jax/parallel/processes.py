@@ -13,10 +13,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.clusters import detected
+from rustgpt_jax.parallel.clusters import detected, own_devices
 
-# "Temporary failure; try again": what a process ends with when it has lost the others.
-LOST = os.EX_TEMPFAIL
+# "Error in protocol": what a process ends with when it has lost the others. It is the highest of ours, and so what a
+# cluster sees of a job in which one process fails and the others lose it.
+LOST = os.EX_PROTOCOL
 # JAX ends a process without a word to its user when another is silent for so much longer than the patience.
 SECONDS_TO_SAY_SO = 30
 # Texts in the errors of the libraries through which processes talk.
@@ -42,6 +43,7 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
             coordinator,
             count,
             index,
+            local_device_ids=own_devices(os.environ),
             initialization_timeout=patience,
             heartbeat_timeout_seconds=patience + SECONDS_TO_SAY_SO,
         )
@@ -71,23 +73,24 @@ def meet(place: str) -> None:
 class Votes:
     """Finds the largest of a number that each process has, turn by turn, without waiting for the device.
 
-    With several processes, the answer is that of the turn before: all get the same. The first is `first`.
+    With several processes, the answer is that of the turn before: all get the same. The first is `first`. All must take
+    their turns at the same places.
     """
 
     def __init__(self, first: float) -> None:
         self._result: jax.Array | float = first
+        self._mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
     def largest(self, value: float) -> float:
         """The largest number that a process said at its last turn; of one process alone, this one."""
         if jax.process_count() == 1:
             return value
         before = float(self._result)
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-        here = NamedSharding(mesh, PartitionSpec("all"))
-        said = jax.make_array_from_callback(
-            (jax.device_count(),), here, lambda index: np.full(jax.device_count(), value, np.float32)[index]
-        )
-        self._result = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(said)
+        here, values = NamedSharding(self._mesh, PartitionSpec("all")), np.full(jax.device_count(), value, np.float32)
+        # The devices of the run's own mesh may have another order.
+        with jax.set_mesh(self._mesh):
+            self._result = self._largest(jax.make_array_from_callback(values.shape, here, lambda index: values[index]))
         return before
 
 
@@ -124,7 +127,9 @@ class Patience:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error of a library says that another process is gone."""
+    """Whether an error of a library, or one that it has caused, says that another process is gone."""
+    if error.__cause__ is not None:
+        return is_loss(error.__cause__)
     return not isinstance(error, UserError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from rustgpt_jax.config import MeshConfig
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.prepare import StageData, changed_data
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.parallel.mesh import axis_sizes, in_words
 from rustgpt_jax.parallel.placement import all_devices, check_shares
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
@@ -62,13 +65,24 @@ class Past:
             raise UserError(
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
             )
-        self._placement = all_devices(self.config.mesh)
+        mesh = self._mesh_here()
+        self._placement = all_devices(mesh)
         for data in self.material.stages:
-            check_shares(data.stage.config, data.window, self._placement.n_devices)
+            check_shares(replace(data.stage.config, mesh=mesh), data.window, self._placement.n_devices)
         self.rewinds = _rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()
         self._checkpoints: Checkpoints | None = None
+
+    def _mesh_here(self) -> MeshConfig:
+        """The mesh of the run; where there are other devices, one that shares the batches among them."""
+        try:
+            axis_sizes(self.config.mesh, jax.device_count())
+        except UserError:
+            was = in_words(self.config.mesh)
+            self._say(f"The run began on another mesh ({was}); on these devices, results are close to its, not equal.")
+            return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
+        return self.config.mesh
 
     def __enter__(self) -> "Past":
         self._resources.enter_context(self._placement.active())

@@ -13,6 +13,8 @@ from rustgpt_jax.errors import UserError
 
 # Seconds between the warning and the end of the time, in which the job saves.
 GRACE = 120
+# A job that loses a process is queued again as long as it has been queued again less often than this.
+MOST_LOSSES = 10
 # One process a node, with all its devices, unless --slurm says otherwise.
 DEFAULTS = {"nodes": "1", "ntasks_per_node": "1"}
 
@@ -20,10 +22,12 @@ SCRIPT = """\
 #!/bin/bash
 {options}
 cd {folder}
-srun {command}
+srun ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} {command}
 status=$?
-# What a warned job ends with: it has saved, and goes on when its turn comes again.
-if [ $status = 75 ]; then scontrol requeue $SLURM_JOB_ID; fi
+# 75: warned, it has saved, and goes on when its turn comes again. Above: a process was killed, or has lost another.
+if [ $status = 75 ] || {{ [ $status -gt 75 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {most_losses} ]; }}; then
+  scontrol requeue $SLURM_JOB_ID
+fi
 exit $status
 """
 
@@ -35,9 +39,13 @@ def job_script(run: Path, command: Sequence[str], options: Mapping[str, str], fo
     asked = {key.replace("-", "_"): value for key, value in options.items()}
     # Who asks for a number of tasks says how they lie, too.
     defaults = {} if "ntasks" in asked else DEFAULTS
-    lines = [f"#SBATCH --{key.replace('_', '-')}={value}" for key, value in {**own, **defaults, **asked}.items()]
+    every = {key.replace("_", "-"): value for key, value in {**own, **defaults, **asked}.items()}
+    lines = [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in every.items()]
     return SCRIPT.format(
-        options="\n".join([*lines, "#SBATCH --requeue"]), folder=shlex.quote(str(folder)), command=shlex.join(command)
+        options="\n".join([*lines, "#SBATCH --requeue"]),
+        folder=shlex.quote(str(folder)),
+        command=shlex.join(command),
+        most_losses=MOST_LOSSES,
     )
 
 

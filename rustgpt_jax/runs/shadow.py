@@ -19,7 +19,8 @@ def shadow(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[P
     with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
         real, own = RunFolder(path.absolute()), RunFolder(Path(made) / path.absolute().name)
         own.path.mkdir()
-        for file in (real.config_file, real.tokenizer_file, real.data_file, real.metrics_file):
+        # The config last: the first process makes it first.
+        for file in (real.metrics_file, real.data_file, real.tokenizer_file, real.config_file):
             if file.exists():
                 shutil.copyfile(file, own.path / file.name)
         create(own.path, config, origins)

@@ -122,6 +122,11 @@ class Sweep:
 
     def _plans(self, trials: Sequence[Trial], until: int | None) -> list[Plan]:
         settings = self._settings
+        several = next((trial for trial in trials if least_devices(trial.config.mesh) > 1), None)
+        if several and settings.launcher == "processes":
+            raise UserError(
+                f"--launcher=processes gives a trial one device: {in_words(several.overrides)} needs several."
+            )
         plans = [
             plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self._shelf)
         ]

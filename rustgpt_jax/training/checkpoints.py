@@ -22,13 +22,15 @@ import orbax.checkpoint as ocp
 from rustgpt_jax.config import Config, config_hash, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.parallel.processes import all_agree, is_first, meet
+from rustgpt_jax.parallel.processes import all_agree, is_first, is_loss, meet
 from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
 from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.step import State
 
 LAST_KEPT = 2
+# Sealing reads all of it again: a large one takes long.
+LONGEST_SAVE_SECONDS = 6 * 3600
 SEAL = "sha256.json"
 # Orbax writes the time in it when all else is done; nothing is read from it.
 NOT_SEALED = "_CHECKPOINT_METADATA"
@@ -57,7 +59,7 @@ class Checkpoints:
         self._folder, self._config = folder.absolute(), config
         self._best_file = self._folder / "best"
         # Orbax deletes nothing by itself: it does not know which is the best.
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=LONGEST_SAVE_SECONDS)
         # A reader leaves alone what a writer has begun.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
@@ -108,7 +110,8 @@ class Checkpoints:
         """
         with _writing(self._folder):
             if step not in self._manager.all_steps():
-                _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+                if is_first():
+                    _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
                 about = _about(state, self._config, is_regular)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
                 with _one_at_a_time:
@@ -216,7 +219,7 @@ class Checkpoints:
         """
         with _together():
             _check_seal(self._folder / str(step))
-        about = stored_about(self._folder, step)
+            about = stored_about(self._folder, step)
         self._check(about, layout(like), f"{self._folder}/{step}")
         # Not where they were when they were saved: that may have been a device that this process does not have.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -231,6 +234,8 @@ class Checkpoints:
                     state = self._manager.restore(step, args=args)["state"]
             # Orbax, TensorStore and what they call raise errors of many kinds.
             except Exception as error:
+                if is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise
                 raise Damaged(_reason(error)) from error
         found = fingerprints(state)
         changed = [path for path, digest in about["fingerprints"].items() if found[path] != digest]

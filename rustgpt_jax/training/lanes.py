@@ -12,7 +12,7 @@ from rustgpt_jax.runs.programs import Program as NamedProgram
 from rustgpt_jax.runs.programs import observed
 from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, compiled_put, stack
 from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
+from rustgpt_jax.training.step import Metrics, State, compiled_train_steps, resident
 
 
 class Lanes(Protocol):
@@ -32,8 +32,8 @@ class Solo:
     """One run, each call a program of its own."""
 
     def __init__(self, run: Run) -> None:
-        self._placement = run.placement
-        self._state = self._placement.place(run.state())
+        self._placement, self._structure = run.placement, run.program.structure
+        self._state = resident(self._structure, self._placement.place(run.state()))
 
     def advance(self, runs: Sequence[Run | None], count: int) -> None:
         """`count` steps of the run."""
@@ -55,7 +55,7 @@ class Solo:
     def put(self, index: int, state: State) -> None:
         """Give the run another state."""
         del index
-        self._state = self._placement.place(state)
+        self._state = resident(self._structure, self._placement.place(state))
 
 
 class Together:

@@ -1,6 +1,7 @@
 """Training as a whole: from a config to a finished run, with all its effects in their order."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,11 +50,11 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     placement = all_devices(config.mesh)
     check_memories(config)
     again = "The same command goes on from the last checkpoint."
-    with Patience(patience, again) as waiting_for_others, _records(path, config, origins) as folder:
+    with _records(path, config, origins) as folder:
         material = gather(config, RunFolder(folder).tokenizer_file, console)
         material.check(RunFolder(folder), placement.n_devices)
-        with Run(material, folder, origins, placement) as run:
-            return _train(run, path, console, waiting_for_others)
+        with Patience(patience, again) as waiting, Run(material, folder, origins, placement) as run:
+            return _train(run, path, console, waiting)
 
 
 def _records(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
@@ -102,7 +103,7 @@ def _stopped(stop: StopRequest, patience: Patience) -> Callable[[], bool]:
         patience.beat()
         number = int(votes.largest(stop.signal_number))
         if number:
-            stop.obey(number)
+            stop.signal_name = signal.Signals(number).name
         return number > 0
 
     return is_stopped

@@ -22,7 +22,7 @@ from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
 from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.training.optimizers import evaluation_params
+from rustgpt_jax.training.optimizers import EVALUATION_PARAMS, evaluation_params
 from rustgpt_jax.training.step import Metrics, State, at_hand
 
 # What makes a step a fault where it is not finite, as in `train_step`.
@@ -152,8 +152,12 @@ class Recorder:
         batch_size = self.data.stage.config.training.batch_size
         rows = self.placement.rows(batch_size, self.data.window)
         batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
-        params = compiled_evaluation_params(self._optimizer, state.params, at_hand(self._structure, state.opt_state))
-        values = evaluate(params, self.config.model, batches, bytes_per_token)
+        params = state.params
+        if self._optimizer.name in EVALUATION_PARAMS:
+            opt_state = at_hand(self._structure, state.opt_state)
+            params = compiled_evaluation_params(self._optimizer, params, opt_state)
+        chunk = self.data.stage.config.training.loss_chunk
+        values = evaluate(params, self.config.model, batches, bytes_per_token, chunk)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
             self.writer.write(step, {"stage": self.data.stage.name, **values})

@@ -29,7 +29,7 @@ from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.material import Material, Program
 from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
-from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from, resident
+from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 LONGEST_CALL_SECONDS = 5.0
@@ -163,8 +163,7 @@ class Run:
     def state(self) -> State:
         """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
         state, self._state = self._state, None
-        state = first_state(self.material, self.folder) if state is None else state
-        return resident(self.program.structure, state)
+        return first_state(self.material, self.folder) if state is None else state
 
     def rewind(self) -> State:
         """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
@@ -177,7 +176,7 @@ class Run:
         except Damaged as damage:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
         health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
-        return resident(self.program.structure, state._replace(health=health))
+        return state._replace(health=health)
 
     def _go_back(self) -> Fault:
         """Forget what was done after the last regular checkpoint before the step that went wrong."""

@@ -42,10 +42,6 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.obey(number)
-
-    def obey(self, number: int) -> None:
-        """Take note of a signal that came here, or to another process of the run; only the first counts."""
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     @property

@@ -1,0 +1,320 @@
+"""What do the measurements of `accelerator.py` come to, and are its goals met?
+
+python -m experiments.benchmarks.accelerator_report runs/accelerator/results.json
+
+It prints the tables of a results.json again, whose numbers are as they were measured: seconds, bytes, and what a model
+costs. All shares and ratios are made here. Measurements of the same thing are put together; a framework's best is what
+has the most tokens a second.
+
+FINDING: none of its own; see `accelerator.py`.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from configs import gpt2_124m
+from rustgpt_jax.parallel.chips import CHIPS, Chip
+from rustgpt_jax.runs.formatting import byte_size, count
+
+Row = dict[str, Any]
+UNKNOWN = "-"
+
+# What is wanted of one H100.
+TRAINING_GOAL, TRAINING_GOAL_SIZES = 0.5, ("350m", "1.5b")
+TORCH_GOAL = 1.0
+DECODING_GOAL = 0.6
+SWEEP_GOAL = 6.0
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return gpt2_124m.get_config()
+
+
+# From seconds to shares.
+
+
+def tokens_per_second(row: Row) -> float:
+    """Of a measurement of training, by its median step."""
+    return row["tokens"] / float(np.median(row["seconds"]))
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """The width of the middle half of some times, as a share of their median."""
+    lower, median, upper = np.percentile(seconds, (25, 50, 75))
+    return float((upper - lower) / median)
+
+
+def share_of_peak(flops_per_token: float, rate: float, chip: Chip | None) -> float | None:
+    """Of a chip's bfloat16 FLOPs, those that a model needs at so many tokens a second; None for an unknown chip."""
+    return None if chip is None else flops_per_token * rate / chip.bfloat16
+
+
+def share_of_bandwidth(n_bytes: float, seconds: float, chip: Chip | None) -> float | None:
+    """Of a chip's memory bandwidth, what reading so many bytes in that time takes; None for an unknown chip."""
+    return None if chip is None else n_bytes / seconds / chip.bandwidth
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip that JAX calls so; None if its data sheet is not known."""
+    return next((chip for chip in CHIPS.values() if chip.kind.lower() in kind.lower()), None)
+
+
+def training_share(results: Row, row: Row) -> float | None:
+    """The share of peak of a measurement of training."""
+    machine = results["machine"]
+    flops = machine["costs"][row["size"]]["flops_per_token"]
+    return share_of_peak(flops, tokens_per_second(row), chip_of(machine["kind"]))
+
+
+def decoding_share(results: Row, row: Row) -> float | None:
+    """The share of bandwidth of a measurement of decoding."""
+    n_bytes = row["parameter_bytes"] + row["cache_bytes"]
+    return share_of_bandwidth(n_bytes, float(np.median(row["seconds"])), chip_of(results["machine"]["kind"]))
+
+
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """Training by what was trained: the times of all its measurements, and the least of their peaks of memory.
+
+    The first process has compiled too, which takes memory of its own.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["size"], row["framework"], row["batch"], in_words(row["knobs"]))
+        known = found.setdefault(key, row | {"seconds": []})
+        known["seconds"] = known["seconds"] + row["seconds"]
+        known["memory"] = None if row["memory"] is None else min(known["memory"], row["memory"])
+    return list(found.values())
+
+
+def best(results: Row, size: str, framework: str, batch: int | None = None) -> Row | None:
+    """The measurement with the most tokens a second, of those with a batch where one is given."""
+    wanted = {"size": size, "framework": framework} | ({} if batch is None else {"batch": batch})
+    fitting = [row for row in merged(results["training"]) if wanted.items() <= row.items()]
+    return max(fitting, key=tokens_per_second, default=None)
+
+
+def ratios(results: Row, size: str) -> tuple[float | None, float | None]:
+    """Our tokens a second over PyTorch's: the best of each, and at the batch of our best."""
+    ours, theirs = (best(results, size, framework) for framework in ("rustgpt_jax", "PyTorch"))
+    if ours is None or theirs is None:
+        return None, None
+    same = best(results, size, "PyTorch", ours["batch"])
+    rate = tokens_per_second(ours)
+    return rate / tokens_per_second(theirs), None if same is None else rate / tokens_per_second(same)
+
+
+def best_decoding(results: Row, size: str, batch: int) -> Row | None:
+    """The measurement with the least time for a token."""
+    fitting = [row for row in results["decoding"] if (row["size"], row["batch"]) == (size, batch)]
+    return min(fitting, key=lambda row: np.median(row["seconds"]), default=None)
+
+
+def sweep_ratio(row: Row) -> float:
+    """The throughput of trials together over that of trials one after another."""
+    return float(np.median(row["one_after_another"]) / np.median(row["fused"]))
+
+
+class Goal(NamedTuple):
+    """What is wanted at least, and what was measured; None: it was not."""
+
+    what: str
+    wanted: float
+    measured: float | None
+    shown: Callable[[float | None], str]
+
+
+def goals(results: Row) -> list[Goal]:
+    """The goals that concern the sizes that were measured, and the sweep."""
+    found = []
+    for size in results["machine"]["costs"]:
+        ours = best(results, size, "rustgpt_jax")
+        if size in TRAINING_GOAL_SIZES:
+            share = ours and training_share(results, ours)
+            found.append(Goal(f"training {size}: share of peak FLOPs", TRAINING_GOAL, share, percent))
+        found.append(Goal(f"training {size}: against PyTorch", TORCH_GOAL, ratios(results, size)[0], times))
+    for size in dict.fromkeys(row["size"] for row in results["decoding"]):
+        row = best_decoding(results, size, 1)
+        share = row and decoding_share(results, row)
+        found.append(Goal(f"decoding {size} at batch 1: share of bandwidth", DECODING_GOAL, share, percent))
+    for row in results["sweep"]:
+        what = f"{row['trials']} small trials: fused against one after another"
+        found.append(Goal(what, SWEEP_GOAL, sweep_ratio(row), times))
+    return found
+
+
+def has_failed(results: Row) -> bool:
+    """Whether anything went wrong that is not about memory, or a kernel that serves is not right."""
+    wrong = [row for row in results["checks"] if "refuses" not in row and not is_right(row)]
+    return bool(wrong) or not all(row["is_expected"] for row in results["unmeasured"])
+
+
+def is_right(row: Row) -> bool:
+    """Whether a kernel differs from the reference by no more than rounding explains."""
+    return "difference" in row and row["difference"] <= row["tolerance"]
+
+
+# Tables: a title, and rows of cells by their columns.
+
+Cells = dict[str, str]
+
+
+def sheets(results: Row) -> dict[str, list[Cells]]:
+    """All tables that have rows, by their titles."""
+    size_of = {size: count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
+    every = {
+        "Attention kernels: the largest difference from plain attention in float32, of its largest value": [
+            _check(row) for row in results["checks"]
+        ],
+        "Training": [
+            {"model": f"{row['size']} ({size_of[row['size']]})"} | _training(results, row)
+            for row in merged(results["training"])
+        ],
+        "Training: our tokens a second over PyTorch's": [
+            {"model": size, "best against best": times(at_best), "at the batch of our best": times(at_same)}
+            for size, (at_best, at_same) in ((size, ratios(results, size)) for size in size_of)
+            if at_best is not None
+        ],
+        "Decoding": [_decoding(results, row) for row in results["decoding"]],
+        "A sweep of small trials": [_sweep(row) for row in results["sweep"]],
+        "Goals for one H100": [_goal(goal) for goal in goals(results)],
+        "Not measured": [{"what": row["what"], "why": row["reason"]} for row in results["unmeasured"]],
+    }
+    if absent := (results["torch"] or {}).get("absent"):
+        every["Not measured"].append({"what": "PyTorch", "why": absent})
+    return {title: rows for title, rows in every.items() if rows}
+
+
+def _check(row: Row) -> Cells:
+    if "difference" in row:
+        difference, verdict = f"{row['difference']:.1e}", "right" if is_right(row) else "WRONG"
+    else:
+        difference, verdict = UNKNOWN, f"refuses: {row['refuses']}" if "refuses" in row else f"FAILED: {row['failed']}"
+    return {"model": row["size"], "kernel": row["kernel"], "type": row["dtype"], "difference": difference, "": verdict}
+
+
+def _training(results: Row, row: Row) -> Cells:
+    is_best = best(results, row["size"], row["framework"]) == row
+    return {
+        "framework": row["framework"],
+        "batch": str(row["batch"]),
+        "knobs": in_words(row["knobs"]),
+        "attention": row["kernel"],
+        "ms a step": milliseconds(row["seconds"]),
+        "tokens/s": f"{tokens_per_second(row):,.0f}",
+        "of peak FLOPs": percent(training_share(results, row)),
+        "peak memory": memory(row["memory"]),
+        "first call, s": f"{row['first_call']:.1f}",
+        "": "best" if is_best else "",
+    }
+
+
+def _decoding(results: Row, row: Row) -> Cells:
+    return {
+        "model": row["size"],
+        "batch": str(row["batch"]),
+        "layers": row["layers"],
+        "ms a token": milliseconds(row["seconds"]),
+        "tokens/s": f"{row['batch'] / np.median(row['seconds']):,.0f}",
+        "parameters": byte_size(row["parameter_bytes"]),
+        "cache": byte_size(row["cache_bytes"]),
+        "of bandwidth": percent(decoding_share(results, row)),
+        "peak memory": memory(row["memory"]),
+    }
+
+
+def _sweep(row: Row) -> Cells:
+    return {
+        "trials": str(row["trials"]),
+        "one after another, ms a step of all": milliseconds(row["one_after_another"]),
+        "fused": milliseconds(row["fused"]),
+        "throughput": times(sweep_ratio(row)),
+        "largest difference of a loss": f"{row['difference']:.0e}",
+    }
+
+
+def _goal(goal: Goal) -> Cells:
+    verdict = "not measured" if goal.measured is None else "met" if goal.measured >= goal.wanted else "missed"
+    shown = (goal.shown(goal.wanted), goal.shown(goal.measured))
+    return {"goal": goal.what, "at least": shown[0], "measured": shown[1], "": verdict}
+
+
+def in_words(knobs: dict[str, Any]) -> str:
+    """Knobs as they are set: 'model.remat=full'."""
+    return " ".join(f"{path}={value}" for path, value in knobs.items())
+
+
+def percent(share: float | None) -> str:
+    """A share as 52.3%."""
+    return UNKNOWN if share is None else f"{share:.1%}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as 1.07x."""
+    return UNKNOWN if ratio is None else f"{ratio:.2f}x"
+
+
+def memory(n_bytes: int | None) -> str:
+    """Bytes as 12.3 GB."""
+    return UNKNOWN if n_bytes is None else byte_size(n_bytes)
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Times as their median and their spread: '12.3 (1.2%)'."""
+    return f"{1e3 * np.median(seconds):.4g} ({spread(seconds):.1%})"
+
+
+def about(results: Row) -> list[str]:
+    """What the figures were measured on, and how."""
+    machine, torch = results["machine"], results["torch"] or {}
+    environment, chip = machine["environment"], chip_of(machine["kind"])
+    names = ("jax", "jaxlib", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "tokamax")
+    versions = {name: environment["packages"].get(name) for name in names}
+    versions |= {"Python": environment["python"]["version"], "torch": torch.get("version")}
+    peak = "its data sheet is not known"
+    if chip is not None:
+        peak = f"data sheet: {chip.bfloat16 / 1e12:,.0f} TFLOP/s in bfloat16, {chip.bandwidth / 1e12:.2f} TB/s"
+    variables = " ".join(f"{name}={value}" for name, value in environment["variables"].items())
+    return [
+        f"{machine['kind']}; memory for JAX: {memory(machine['memory'])}; {peak}",
+        f"driver: {environment['devices']['driver'] or UNKNOWN}; {environment['devices']['platform_version']}",
+        f"{environment['machine']['processor']}, {environment['machine']['cores']} cores",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        f"variables: {variables or UNKNOWN}",
+        f"{results['date']}: {results['command']}",
+    ]
+
+
+def show(results: Row, console: Console) -> None:
+    """Print everything."""
+    for line in about(results):
+        console.print(line, highlight=False, markup=False)
+    for title, rows in sheets(results).items():
+        table = Table(*rows[0], title=title, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*map(Text, row.values()))
+        console.print()
+        console.print(table)
+
+
+def markdown(results: Row) -> str:
+    """The same as a page of Markdown."""
+    lines = ["# The accelerator", "", *(f"- {line}" for line in about(results))]
+    for title, rows in sheets(results).items():
+        lines += ["", f"## {title}", ""]
+        for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    show(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Console())

@@ -1,0 +1,177 @@
+"""At which batch does a GPT-2 train fastest on this accelerator, here or in PyTorch?
+
+python -m experiments.benchmarks.best_batch 350m rustgpt_jax
+
+Every measurement is a process of its own: none holds memory that another lacks, its peak of memory is its own, and one
+that fails leaves the others alone. The batch is doubled until it no longer fits, or gains less than 2%. Where it was
+memory that was short, the search goes on with less and less kept for the backward pass; where not even the first batch
+fits so, with smaller ones.
+
+FINDING: none of its own; see `accelerator.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import gpt2_124m
+from rustgpt_jax.config import Config
+from rustgpt_jax.resolve import override, resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+Knobs = dict[str, Any]
+
+# Of GPT-2 (OpenAI 2019); heads have 64 channels.
+SIZES: dict[str, Knobs] = {
+    "124m": {"n_layers": 12, "n_heads": 12, "d_model": 768},
+    "350m": {"n_layers": 24, "n_heads": 16, "d_model": 1024},
+    "1.5b": {"n_layers": 48, "n_heads": 25, "d_model": 1600},
+    "smoke": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64, "vocab_size": 128},
+}
+# Where the search begins.
+FIRST_BATCH = {"124m": 32, "350m": 16, "1.5b": 8, "smoke": 1}
+MOST_BATCH = 512
+# A batch twice as large is worth it if it gives so many times the tokens a second.
+GAIN = 1.02
+MODULES = {"rustgpt_jax": "gpt2_jax", "PyTorch": "gpt2_torch"}
+# What keeps less and less for the backward pass.
+SAVINGS: dict[str, tuple[Knobs, ...]] = {
+    "rustgpt_jax": ({}, {"model.remat": "weights"}, {"model.remat": "full"}),
+    "PyTorch": ({}, {"remat": "full"}),
+}
+MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "Out of memory", "ALLOC_FAILED")
+# Both frameworks may have nearly all of the memory of one device. What the user has set stays.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "CUDA_VISIBLE_DEVICES": "0",
+}
+
+
+class Failure(Exception):
+    """Why a measurement gave nothing, in one line. is_memory: what was to be measured did not fit."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split())[:300])
+        self.is_memory = any(word in reason for word in MEMORY_WORDS)
+
+
+class Best(NamedTuple):
+    """The batch, and the knobs, with the most tokens a second."""
+
+    rate: float
+    batch: int
+    knobs: Knobs
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def tree_of(size: str) -> ConfigDict:
+    """configs/gpt2_124m.py in another size, with batches in one part; five steps in a call."""
+    tree = gpt2_124m.get_config()
+    tree.model.update(SIZES[size])
+    tree.training.accumulation = tree.training.batch_size = 1
+    return tree
+
+
+def config_of(size: str, knobs: Knobs | None = None) -> Config:
+    """The same with the values at some dotted paths changed, as a resolved config."""
+    tree = tree_of(size)
+    for path, value in (knobs or {}).items():
+        override(tree, path, value)
+    return resolve(tree)
+
+
+def best_batch(rate: Callable[[int, Knobs], float], first: int, most: int, savings: Sequence[Knobs]) -> Best:
+    """The search. `rate` gives tokens a second, and raises Failure where it cannot.
+
+    So does this where nothing fits, down to a batch of 1, or where there was another failure before anything was
+    measured.
+    """
+    best, batch, failure = Best(0.0, first, {}), first, None
+    for knobs in savings:
+        try:
+            while batch <= most:
+                now = Best(rate(batch, knobs), batch, knobs)
+                gained = now.rate >= GAIN * best.rate
+                best = max(best, now, key=lambda each: each.rate)
+                if not gained:
+                    return best
+                batch *= 2
+            return best
+        except Failure as found:
+            failure = found
+            if not failure.is_memory:
+                break
+    if best.rate > 0:
+        return best
+    assert failure is not None, "savings has at least one entry, and what ends it without a result is a failure"
+    if failure.is_memory and first > 1:
+        return best_batch(rate, first // 2, first // 2, savings[-1:])
+    raise failure
+
+
+def measured(module: str, request: dict[str, Any], patience: float, log: Path) -> Any:
+    """What a process of its own measures. Raises Failure; then the log has all that the process has said."""
+    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", json.dumps(request)]
+    environment = ENVIRONMENT | os.environ
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=patience
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure(f"it took more than {patience:.0f} seconds") from None
+    try:
+        reply = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        reply = {"error": f"its process ended with status {done.returncode}: {last}"}
+    if "error" not in reply:
+        return reply["result"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ python -m {command[2]} '{command[3]}'\n{done.stderr}\n")
+    raise Failure(reply["error"])
+
+
+def printed(tasks: dict[str, Callable[..., Any]]) -> None:
+    """What such a process does: the task that its one argument asks for, and its result printed as JSON."""
+    request = json.loads(sys.argv[1])
+    try:
+        reply = {"result": tasks[request.pop("what")](**request)}
+    except Exception as error:
+        traceback.print_exc()
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(reply))
+
+
+def main(size: str, framework: str) -> None:
+    """Search, and tell each step of it."""
+    device = {"device": "cuda"} if framework == "PyTorch" else {}
+
+    def rate(batch: int, knobs: Knobs) -> float:
+        request = {"what": "training", "size": size, "batch": batch, "knobs": knobs, "repeats": 3} | device
+        try:
+            found = measured(MODULES[framework], request, 900, Path("runs/best_batch.txt"))
+        except Failure as failure:
+            print(f"batch {batch} {knobs}: {failure}")
+            raise
+        tokens_per_second = found["tokens"] / sorted(found["seconds"])[1]
+        print(f"batch {batch} {knobs}: {tokens_per_second:,.0f} tokens/s")
+        return tokens_per_second
+
+    print(best_batch(rate, FIRST_BATCH[size], MOST_BATCH, SAVINGS[framework]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
