@@ -53,15 +53,22 @@ def read_parameters(file: Path, shapes: Tree) -> Tree:
 
     Args:
         file: from `write_parameters`.
-        shapes: the tree of shapes of the model, from `parameter_shapes`.
+        shapes: the tree of shapes of the model, from `parameter_shapes`. Where these have shardings, each device gets
+            its part.
 
     Raises UserError naming a parameter that is missing, too much, or of another shape.
     """
-    stored = matching_parameters(file, shapes)
+    stored, wanted = matching_parameters(file, shapes), by_path(shapes)
     # The largest first: what is read and not yet given to JAX is then small when the memory is fullest.
     order = sorted(stored, key=lambda path: -np.prod(stored[path].shape))
-    given = {path: jax.device_put(_float32(stored[path])) for path in order}
+    given = {path: _given(_float32(stored[path]), wanted[path].sharding) for path in order}
     return nested({path: given[path] for path in stored})
+
+
+def _given(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def matching_parameters(file: Path, shapes: Tree) -> dict[str, StoredTensor]:

@@ -101,6 +101,11 @@ def all_devices(config: MeshConfig) -> Placement:
     return on_devices(config, jax.devices())
 
 
+def over_local_devices() -> Placement:
+    """All devices of this process, each with a part of every array: for reading what one could not hold."""
+    return on_devices(MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1), jax.local_devices())
+
+
 def on_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> Placement:
     """A run on some devices. Raises UserError if its mesh does not hold just these."""
     axis_sizes(config, len(devices))

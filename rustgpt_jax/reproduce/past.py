@@ -24,7 +24,8 @@ from rustgpt_jax.runs.progress import counting
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.loop import gather
 from rustgpt_jax.training.material import Program
-from rustgpt_jax.training.run import first_state, state_shapes
+from rustgpt_jax.training.memory import state_shapes
+from rustgpt_jax.training.run import first_state
 from rustgpt_jax.training.step import Metrics, State, compiled_train_steps
 from rustgpt_jax.training.tapped import TapReport, Tensor, compiled_tapped_step, tensors
 
@@ -150,13 +151,14 @@ class Past:
         return self._placement.place(self._sound_state(step))
 
     def _sound_state(self, step: int) -> State:
+        like = self._placement.like(state_shapes(self.material.stages[0].stage.config))
         for saved in self.saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
-                    return self._checkpoints.restore_step(state_shapes(self.material), saved)
+                    return self._checkpoints.restore_step(like, saved)
                 except Damaged as damage:
                     self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
-        return first_state(self.material, self.folder)
+        return first_state(self.material, self.folder, self._placement)
 
     def advanced(self, state: State, step: int) -> State:
         """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +26,7 @@ from rustgpt_jax.runs.programs import take_autotuning
 from rustgpt_jax.tokenizers import save_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.material import Material, Program
+from rustgpt_jax.training.memory import state_shapes
 from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
 from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
@@ -158,12 +158,12 @@ class Run:
         self._open_records()
 
     def _like(self) -> State:
-        return self.placement.like(state_shapes(self.material))
+        return self.placement.like(state_shapes(stages(self.material.whole)[0].config))
 
     def state(self) -> State:
         """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
         state, self._state = self._state, None
-        return first_state(self.material, self.folder) if state is None else state
+        return first_state(self.material, self.folder, self.placement) if state is None else state
 
     def rewind(self) -> State:
         """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
@@ -303,18 +303,12 @@ class Run:
             self._source = None
 
 
-def state_shapes(material: Material) -> State:
-    """The state of a run as shapes and types."""
-    structure, numbers = split(stages(material.whole)[0].config)
-    return jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
-
-
-def first_state(material: Material, folder: RunFolder) -> State:
+def first_state(material: Material, folder: RunFolder, placement: Placement) -> State:
     """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
     structure, numbers = split(stages(material.whole)[0].config)
     if not folder.parameters_file.exists():
         return compiled_start(structure, as_arguments(numbers))
-    params = read_parameters(folder.parameters_file, parameter_shapes(material.whole.model))
+    params = read_parameters(folder.parameters_file, placement.like(parameter_shapes(material.whole.model)))
     return compiled_start_from(structure, as_arguments(numbers), params)
 
 

@@ -15,6 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.parallel.placement import over_local_devices
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.tokenizers import Codec, load_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
@@ -57,7 +58,8 @@ def load(path: Path, which: str = "last", says: Callable[[str], object] = warn) 
     tokenizer = load_tokenizer(run.tokenizer_file)
     config = with_vocabulary(stored, tokenizer)
     if run.is_untrained:
-        params, step = read_parameters(run.parameters_file, parameter_shapes(config.model)), 0
+        shapes = over_local_devices().like(parameter_shapes(config.model))
+        params, step = read_parameters(run.parameters_file, shapes), 0
     else:
         params, step = _restored(run, stored, config, which, says)
     return Trained(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
@@ -72,7 +74,7 @@ def _restored(
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
 
     structure, numbers = split(config)
-    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    like = over_local_devices().like(jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers))))
     with Checkpoints(run.checkpoints, stored) as checkpoints:
         state = checkpoints.restore(like, which, passed_over)
         return evaluation_params(config.optimizer, state.params, state.opt_state), int(state.step)
