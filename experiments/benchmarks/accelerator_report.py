@@ -119,7 +119,7 @@ def best_decoding(results: Row, size: str, batch: int) -> Row | None:
     return min(fitting, key=lambda row: np.median(row["seconds"]), default=None)
 
 
-def sweep_ratio(row: Row) -> float:
+def fused_ratio(row: Row) -> float:
     """The throughput of trials together over that of trials one after another."""
     return float(np.median(row["one_after_another"]) / np.median(row["fused"]))
 
@@ -148,7 +148,7 @@ def goals(results: Row) -> list[Goal]:
         found.append(Goal(f"decoding {size} at batch 1: share of bandwidth", DECODING_GOAL, share, percent))
     for row in results["sweep"]:
         what = f"{row['trials']} small trials: fused against one after another"
-        found.append(Goal(what, SWEEP_GOAL, sweep_ratio(row), times))
+        found.append(Goal(what, SWEEP_GOAL, fused_ratio(row), times))
     return found
 
 
@@ -237,7 +237,7 @@ def _sweep(row: Row) -> Cells:
         "trials": str(row["trials"]),
         "one after another, ms a step of all": milliseconds(row["one_after_another"]),
         "fused": milliseconds(row["fused"]),
-        "throughput": times(sweep_ratio(row)),
+        "throughput": times(fused_ratio(row)),
         "largest difference of a loss": f"{row['difference']:.0e}",
     }
 

@@ -175,7 +175,7 @@ def decoding(size: str, batch: int, layers: str, prompt: int, new: int, repeats:
     }
 
 
-def sweep_of_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
+def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds of a step of all trials of a small model: fused, and one trial's whole call after another's."""
     tree = shakespeare_char.get_config()
     tree.model.vocab_size = 65
@@ -245,7 +245,7 @@ TASKS = {
     "checks": checks,
     "training": training,
     "decoding": decoding,
-    "sweep": sweep_of_trials,
+    "sweep": small_trials,
 }
 
 if __name__ == "__main__":

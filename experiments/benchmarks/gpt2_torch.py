@@ -4,11 +4,11 @@ python -m experiments.benchmarks.gpt2_torch '{"what": "training", "size": "124m"
 
 One measurement, printed as JSON, to be put beside those of `gpt2_jax.py` by `accelerator.py`. The model is what a
 careful user of PyTorch writes: torch.compile, queries, keys and values by one product, scaled_dot_product_attention,
-bfloat16 by autocast over float32 weights, fused AdamW. It has the same parameters, and for the same weights the same
-logits and the same losses over steps of training (tests/test_accelerator.py). Knobs: remat=full computes each block
-anew in the backward pass; attention=cudnn asks for that kernel, where PyTorch would choose its own flash attention.
-In its favour, logits are bfloat16 until the loss widens them, the learning rate is constant, and nothing looks whether
-an update is finite.
+bfloat16 by autocast over float32 weights and in the residual stream, fused AdamW. It has the same parameters, and for
+the same weights the same logits and the same losses over steps of training (tests/test_accelerator.py). Knobs:
+remat=full computes each block anew in the backward pass; attention=cudnn asks for that kernel, where PyTorch would
+choose its own flash attention. In its favour, logits are bfloat16 until the loss widens them, the learning rate is
+constant, and nothing looks whether an update is finite.
 
 FINDING: none of its own; see `accelerator.py`.
 """
@@ -84,6 +84,7 @@ def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: Mode
         return x_BTD + layer["down"](hidden_BTF)
 
     x_BTD = layers["embedding"](tokens_BT) + layers["positions"].weight[None, : tokens_BT.shape[1]]
+    x_BTD = x_BTD.to(getattr(torch, model.dtype))
     for layer in layers["blocks"]:
         x_BTD = checkpoint(block, x_BTD, layer, use_reentrant=False) if model.remat == "full" else block(x_BTD, layer)
     return functional.linear(layers["norm"](x_BTD), layers["embedding"].weight)
