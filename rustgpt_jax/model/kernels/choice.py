@@ -6,7 +6,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.kernels.blockwise import BLOCKWISE
 from rustgpt_jax.model.kernels.cudnn import CUDNN
 from rustgpt_jax.model.kernels.plain import PLAIN
-from rustgpt_jax.model.kernels.request import Kernel, Request
+from rustgpt_jax.model.kernels.request import ANY_DEVICE, Device, Kernel, Request, device_at_hand
 from rustgpt_jax.model.kernels.tokamax import TOKAMAX
 
 KERNELS: dict[str, Kernel] = {"plain": PLAIN, "blockwise": BLOCKWISE, "cudnn": CUDNN, "tokamax": TOKAMAX}
@@ -17,11 +17,20 @@ FASTEST = {"gpu": "cudnn", "tpu": "tokamax"}
 LONG = 2048
 
 
+# These are the same on every device.
+EVERYWHERE = ("plain", "portable", "blockwise")
+
+
 class Choice(NamedTuple):
     """A kernel by its name in KERNELS, and why it was chosen, in words that follow 'because'."""
 
     kernel: str
     reason: str
+
+
+def device_for(name: str, cached: bool) -> Device:
+    """The device to choose for; where that does not matter, none is started to be asked."""
+    return ANY_DEVICE if cached or name in EVERYWHERE else device_at_hand()
 
 
 def chosen(name: str, request: Request) -> Choice:

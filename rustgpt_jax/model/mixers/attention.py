@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import Context, dropout
-from rustgpt_jax.model.kernels.choice import KERNELS, chosen
+from rustgpt_jax.model.kernels.choice import KERNELS, chosen, device_for
 from rustgpt_jax.model.kernels.plain import attended, softmax_weights
-from rustgpt_jax.model.kernels.request import Bias, Device, Request, Task, device_at_hand
+from rustgpt_jax.model.kernels.request import Bias, Device, Request, Task
 from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.window import Ring, Window, cached_window, own_window
@@ -87,8 +87,9 @@ class Attention(nn.Module):
         q_BTHC = laid_out(heads("query", n_heads), "BTHC")
         k_BTKC, v_BTKC = (laid_out(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
-        request = self.request(config, length, device_at_hand(), context.dropout_key is not None)
         cached = cache is not None or self.is_initializing()
+        device = device_for(config.attention_kernel, cached)
+        request = self.request(config, length, device, context.dropout_key is not None)
         kernel, _ = chosen(config.attention_kernel, request._replace(cached=cached))
         if kernel == "plain":
             seen, cache = window_of(cache, (k_BTKC, v_BTKC), context, self.window(config))

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.kernels.choice import KERNELS, chosen
-from rustgpt_jax.model.kernels.request import Device, Request, Task, device_at_hand
+from rustgpt_jax.model.kernels.choice import KERNELS, chosen, device_for
+from rustgpt_jax.model.kernels.request import Device, Request, Task
 from rustgpt_jax.model.linear import Linear, scaled_normal
 from rustgpt_jax.model.mixers.attention import (
     attention_scale,
@@ -95,9 +95,10 @@ class LatentAttention(nn.Module):
         q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
         shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
         is_cached = cache is not None
-        request = self.request(config, x_BTD.shape[1], device_at_hand(), context.dropout_key is not None)
-        asked = request._replace(cached=is_cached or self.is_initializing())
-        kernel, _ = chosen(config.attention_kernel, asked)
+        is_plain = is_cached or self.is_initializing()
+        device = device_for(config.attention_kernel, is_plain)
+        request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
+        kernel, _ = chosen(config.attention_kernel, request._replace(cached=is_plain))
         seen, cache = window_of(cache, (latent("latent", latent_width), shared_BTE), context, None)
         latent_BSR, shared_BSE = seen.keys
 
