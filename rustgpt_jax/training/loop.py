@@ -53,7 +53,8 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     with _records(path, config, origins) as folder:
         material = gather(config, RunFolder(folder).tokenizer_file, console)
         material.check(RunFolder(folder), placement.n_devices)
-        with Patience(patience, again) as waiting, Run(material, folder, origins, placement) as run:
+        # The patience ends first: closing the run would wait for processes that are gone.
+        with Run(material, folder, origins, placement) as run, Patience(patience, again) as waiting:
             return _train(run, path, console, waiting)
 
 
