@@ -145,7 +145,7 @@ def test_what_grew_most_is_named_against_a_calm_step() -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_odd_rows_are_those_that_are_not_finite_or_else_far_above_the_others(seed: int) -> None:
-    losses = np.random.default_rng(seed).normal(3.0, 0.1, 16).clip(2.8, 3.2)
+    losses = np.random.default_rng(seed).permutation(np.linspace(2.8, 3.2, 16))
     assert odd_rows(losses) == []
     losses[[4, 9]] = 8.0, 12.0
     assert odd_rows(losses) == [9, 4]
