@@ -27,6 +27,7 @@ OPTIMIZER = OptimizerConfig(
     weight_decay_groups=((r".*", 1.0),),
     clip_norm=0.0,
     state_dtype="float32",
+    offload=False,
 )
 # The shapes of a model's parameters: stacked over layers inside the blocks, plain outside.
 SHAPES = {

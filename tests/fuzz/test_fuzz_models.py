@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from fuzzing import ODD_TEXTS, Data, Place, answer, cases, damaged, edited, write
@@ -56,7 +57,7 @@ def use(file: Path) -> None:
     found = read_header(file)
     for stored in found.values():
         assert stored.read().shape == stored.shape
-    shapes = nested({name: np.zeros(shape) for name, shape in SHAPES.items()})
+    shapes = nested({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()})
     matching_parameters(file, shapes)
     read_parameters(file, shapes)
 
