@@ -60,15 +60,24 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
     places = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     for index, stack in enumerate(stacks(model)):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), blocks[str(index)])
-        y, _, signals = jax.eval_shape(
+        (y, _, signals), kept = jax.eval_shape(
             lambda params, x, positions, segments, stack=stack: Block(stack.block).apply(
-                {"params": params}, x, Context(positions, segments), None
+                {"params": params},
+                x,
+                Context(positions, segments),
+                None,
+                capture_intermediates=lambda module, _: module.name in ("mixer", "feedforward"),
+                mutable=["intermediates"],
             ),
             one,
             x,
             places,
             places,
         )
+        # The residual stream has its own type whatever is added to it: the parts' own results are asked for theirs.
+        for name, own in (("mixer", stack.block.for_mixer), ("feedforward", stack.block.for_feedforward)):
+            ((result, *_),) = kept["intermediates"][name]["__call__"]
+            _require_type(result, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
         _require_type(y, x.shape, model.dtype, f"the output of block {index}", where)
         for name, signal in signals.items():
             _require_type(signal, (), "float32", f"the signal {name} of block {index}", where)
