@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model import float8
+from rustgpt_jax.model.products import product
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -45,8 +45,7 @@ class Linear(nn.Module):
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
         kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
-        x = x.astype(self.config.dtype)
-        y = float8.product(x, kernel) if self.config.matmul == "float8" else x @ kernel.astype(self.config.dtype)
+        y = product(x, kernel, self.config)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + over_channels(bias, y).astype(y.dtype)
