@@ -100,6 +100,7 @@ def train() -> int:
     tree, origins = _config()
     config = _resolved(tree)
     from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.parallel.endings import ending_together
     from rustgpt_jax.parallel.processes import is_first, join
     from rustgpt_jax.runs.folder import RunFolder
     from rustgpt_jax.runs.programs import keep_autotuning
@@ -110,14 +111,15 @@ def train() -> int:
         return _submit(folder, config)
     keep_compiled_programs()
     join(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.patience)
-    keep_autotuning(RunFolder(folder))
     # All processes of a run would say the same.
     console = Console(quiet=not is_first())
-    if FLAGS.init_from is not None:
-        from rustgpt_jax.interop.taking import begin_from
+    with ending_together():
+        keep_autotuning(RunFolder(folder))
+        if FLAGS.init_from is not None:
+            from rustgpt_jax.interop.taking import begin_from
 
-        begin_from(FLAGS.init_from, folder, config, origins, console.print)
-    status = train(config, folder, origins, console, FLAGS.patience)
+            begin_from(FLAGS.init_from, folder, config, origins, console.print)
+        status = train(config, folder, origins, console, FLAGS.patience)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status

@@ -13,7 +13,7 @@ from rustgpt_jax.config import Config, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.cost import equations, parameter_shapes
 from rustgpt_jax.training.memory import batch_shapes
-from rustgpt_jax.training.objective import compiled_token_sums, objective, token_sums
+from rustgpt_jax.training.objective import held_out_sums, objective, token_sums
 from rustgpt_jax.training.step import as_arguments, gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -92,8 +92,23 @@ def test_chunks_serve_many_trials_with_numbers_of_their_own() -> None:
 def test_an_evaluation_takes_chunks_too() -> None:
     model = tiny().model
     params = random_params(model)
-    chunked = compiled_token_sums(params, batch_of(), model, loss_chunk=5)
-    assert_close(chunked, compiled_token_sums(params, batch_of(), model))
+    chunked = held_out_sums(params, batch_of(), model, loss_chunk=5)
+    assert_close(chunked, held_out_sums(params, batch_of(), model))
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_an_evaluation_takes_the_parts_of_a_step(chunk: int | None) -> None:
+    model = tiny().model
+    params = random_params(model)
+    whole = held_out_sums(params, batch_of(), model)
+    assert_close(held_out_sums(params, batch_of(), model, chunk, n_parts=2), whole)
+
+    def room(n_parts: int) -> int:
+        analysis = held_out_sums.lower(params, batch_of(64), model, None, n_parts).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert room(8) < room(1) / 4
 
 
 # Memory.

@@ -17,9 +17,11 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel import processes
+from rustgpt_jax.parallel import endings
 from rustgpt_jax.parallel.clusters import detected, own_devices
-from rustgpt_jax.parallel.processes import LOST, Patience, Votes, all_agree, is_loss, join
+from rustgpt_jax.parallel.endings import LOST, MISTAKE, Patience, is_loss
+from rustgpt_jax.parallel.processes import Votes, all_agree, join
+from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 
@@ -57,7 +59,15 @@ def get_config():
 class Job:
     """The processes that train one run."""
 
-    def __init__(self, config: Path, run: Path, count: int, flags: Sequence[str], patience: int = SECONDS) -> None:
+    def __init__(
+        self,
+        config: Path,
+        run: Path,
+        count: int,
+        flags: Sequence[str],
+        patience: int = SECONDS,
+        places: Sequence[Path] = (),
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -76,6 +86,7 @@ class Job:
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=environment,
+                cwd=places[index] if places else None,
             )
             for index in range(count)
         ]
@@ -106,8 +117,8 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     (tmp_path / "small.py").write_text(CONFIG)
     jobs: list[Job] = []
 
-    def begin(run: Path, count: int, *flags: str, patience: int = SECONDS) -> Job:
-        jobs.append(Job(tmp_path / "small.py", run, count, flags, patience))
+    def begin(run: Path, count: int, *flags: str, patience: int = SECONDS, places: Sequence[Path] = ()) -> Job:
+        jobs.append(Job(tmp_path / "small.py", run, count, flags, patience, places))
         return jobs[-1]
 
     yield begin
@@ -192,6 +203,26 @@ def test_what_one_process_finds_wrong_all_say(train: Callable[..., Job], tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, 1, "--config.training.steps=2").ends(0)
+    # Held by another trainer: only process 0 asks for the folder's lock.
+    with lock(run):
+        printed = train(run, 2, "--config.training.steps=2").ends(MISTAKE, MISTAKE)
+    assert "error: " in printed[0] and "error in process 0: " in printed[1]
+    assert all("is in use" in text for text in printed), printed
+    # Texts that only one of them finds where it is.
+    (tmp_path / "here").mkdir()
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "here" / "text.txt").write_text("A text. " * 500)
+    files = ("--config.data.corpus=files", "--config.data.paths=('text.txt',)", "--config.data.split=tail")
+    two = train(tmp_path / "other", 2, *files, places=(tmp_path / "here", tmp_path / "nowhere"))
+    printed = two.ends(MISTAKE, MISTAKE)
+    assert "error in process 1: " in printed[0] and all("text.txt" in text for text in printed), printed
+    assert not list((tmp_path / "other").glob("checkpoints/*"))
+
+
 # What needs no other process.
 
 
@@ -256,8 +287,8 @@ def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
+    monkeypatch.setattr(endings.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(endings, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
     with Patience(0.2, "Again.") as patience:
         for _ in range(4):
             time.sleep(0.1)

@@ -14,7 +14,7 @@ from rustgpt_jax.config import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.health import healthy
-from rustgpt_jax.training.objective import Sums, compiled_token_sums, objective, token_sums
+from rustgpt_jax.training.objective import Sums, held_out_sums, objective, token_sums
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
 from rustgpt_jax.training.step import (
     Metrics,
@@ -224,7 +224,7 @@ def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, flo
 def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
     params, batch = parameters(init_std=0.5), batch_of(tiny())
     loss, square = loss_in_numpy(params, tiny(), batch)
-    sums = compiled_token_sums(params, batch, tiny().model)
+    sums = held_out_sums(params, batch, tiny().model)
     total = np.float32(batch.weights_BT.sum())
     assert sums.weight == total
     assert objective(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
@@ -334,9 +334,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
 
 def test_evaluation_drops_nothing() -> None:
     rates = (0.0, 0.9)
-    sums = [
-        compiled_token_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates
-    ]
+    sums = [held_out_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates]
     assert_same_bits(*sums)
 
 

@@ -1,10 +1,9 @@
-"""Many processes that train one run: how they find each other, agree, and notice that one of them is gone."""
+"""Many processes that train one run: how they find each other, agree, and wait for one another."""
 
 import os
-import sys
-import threading
-import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.clusters import detected, own_devices
 
-# "Error in protocol": what a process ends with when it has lost the others. It is the highest of ours, and so what a
-# cluster sees of a job in which one process fails and the others lose it.
-LOST = os.EX_PROTOCOL
 # JAX ends a process without a word to its user when another is silent for so much longer than the patience.
 SECONDS_TO_SAY_SO = 30
-# Texts in the errors of the libraries through which processes talk.
-SIGNS_OF_LOSS = ("Gloo", "NCCL", "oordination", "eartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "onnection")
+LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 
 def join(coordinator: str | None, count: int | None, index: int | None, patience: int) -> None:
@@ -55,6 +50,28 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
 def is_first() -> bool:
     """Whether this is process 0, whose records are the run's."""
     return jax.process_index() == 0
+
+
+def board() -> Any | None:
+    """Where processes leave short texts for one another, without taking turns; None for one process alone."""
+    # JAX has no public name for it. It needs no device, and so goes on while the main thread waits for one.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+@contextmanager
+def first_alone(what: str) -> Iterator[None]:
+    """A block that process 0 does before the others begin it, who then find its work in the cache if they share it.
+
+    `what` is another one for each block.
+    """
+    notes, name = board(), f"rustgpt_jax/done/{what}"
+    if notes is not None and not is_first():
+        notes.blocking_key_value_get(name, LONGEST_WAIT_MS)
+    yield
+    if notes is not None and is_first():
+        notes.key_value_set(name, "")
 
 
 def all_agree(is_so: bool) -> bool:
@@ -92,48 +109,3 @@ class Votes:
         with jax.set_mesh(self._mesh):
             self._result = self._largest(jax.make_array_from_callback(values.shape, here, lambda index: values[index]))
         return before
-
-
-class Patience:
-    """Ends this process, with a sentence, when it has waited too long for others. Use it in a `with` statement.
-
-    Alone, a process waits for nobody, and nothing is done.
-    """
-
-    def __init__(self, seconds: float, hint: str) -> None:
-        self._seconds, self._hint = seconds, hint
-        self._last, self._over = time.monotonic(), threading.Event()
-
-    def __enter__(self) -> "Patience":
-        if jax.process_count() > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._over.set()
-        if error is not None and jax.process_count() > 1 and is_loss(error):
-            end_for_loss(f"Another process of the run is gone ({' '.join(str(error).split())[:160]}).", self._hint)
-
-    def beat(self) -> None:
-        """Something was done: the waiting begins anew."""
-        self._last = time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
-                end_for_loss(f"Another process of the run has been silent for {self._seconds:.0f} s.", self._hint)
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether an error of a library, or one that it has caused, says that another process is gone."""
-    if error.__cause__ is not None:
-        return is_loss(error.__cause__)
-    return not isinstance(error, UserError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
-
-
-def end_for_loss(what: str, hint: str) -> None:
-    """End this process at once, for no other would take part in an orderly end."""
-    print(f"process {jax.process_index()}: {what} {hint}", file=sys.stderr, flush=True)
-    os._exit(LOST)

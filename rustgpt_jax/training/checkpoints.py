@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 from rustgpt_jax.config import Config, config_hash, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.parallel.processes import all_agree, is_first, is_loss, meet
+from rustgpt_jax.parallel.endings import is_loss
+from rustgpt_jax.parallel.processes import all_agree, is_first, meet
 from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
 from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.fingerprints import fingerprints

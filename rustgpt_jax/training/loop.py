@@ -16,9 +16,10 @@ from rustgpt_jax.data.prepare import obtain_tokenizer, prepare_stage, with_vocab
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.selfcheck import check_kernels
+from rustgpt_jax.parallel.endings import MISTAKE, Patience
 from rustgpt_jax.parallel.mesh import in_words
 from rustgpt_jax.parallel.placement import all_devices, check_memories
-from rustgpt_jax.parallel.processes import Patience, Votes, is_first
+from rustgpt_jax.parallel.processes import Votes, first_alone, is_first
 from rustgpt_jax.runs.curves import draw_loss_curves
 from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
@@ -51,11 +52,16 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     check_memories(config)
     again = "The same command goes on from the last checkpoint."
     with _records(path, config, origins) as folder:
-        material = gather(config, RunFolder(folder).tokenizer_file, console)
+        with first_alone("data"):
+            material = gather(config, RunFolder(folder).tokenizer_file, console)
         material.check(RunFolder(folder), placement.n_devices)
-        # The patience ends first: closing the run would wait for processes that are gone.
-        with Run(material, folder, origins, placement) as run, Patience(patience, again) as waiting:
-            return _train(run, path, console, waiting)
+        with Run(material, folder, origins, placement) as run:
+            # It ends before the run is closed, which would wait for processes that are gone.
+            with Patience(patience, again) as waiting:
+                status = _train(run, path, console, waiting)
+            if run.diverged_at is not None:
+                raise UserError(_divergence(run, path))
+            return status
 
 
 def _records(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
@@ -87,7 +93,7 @@ def _train(run: Run, path: Path, console: Console, patience: Patience) -> int:
         train_lanes([run], Solo(run), _stopped(stop, patience))
         run.checkpoints.wait()
     if run.diverged_at is not None:
-        raise UserError(_divergence(run, path))
+        return MISTAKE
     if not run.is_over:
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)

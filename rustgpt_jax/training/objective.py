@@ -10,6 +10,7 @@ from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Signals
+from rustgpt_jax.model.layout import laid_out
 
 
 class Sums(NamedTuple):
@@ -103,4 +104,17 @@ def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) ->
     return loss / jnp.maximum(total_weight, 1.0)
 
 
-compiled_token_sums = jax.jit(token_sums, static_argnames=("model", "loss_chunk"))
+def in_parts(batch: Batch, n_parts: int) -> Batch:
+    """A batch as equal parts along a new first axis, of each of which every device has a share."""
+    return jax.tree.map(lambda leaf: laid_out(leaf.reshape(n_parts, -1, leaf.shape[1]), "PBT"), batch)
+
+
+@partial(jax.jit, static_argnames=("model", "loss_chunk", "n_parts"))
+def held_out_sums(
+    params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk: int | None = None, n_parts: int = 1
+) -> Sums:
+    """The sums of a batch without its gradient, `n_parts` of it one after another: it needs less memory than a step."""
+    if n_parts == 1:
+        return token_sums(params, batch, model, None, loss_chunk)
+    sums_P = jax.lax.map(lambda part: token_sums(params, part, model, None, loss_chunk), in_parts(batch, n_parts))
+    return jax.tree.map(jnp.sum, sums_P)

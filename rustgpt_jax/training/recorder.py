@@ -149,15 +149,17 @@ class Recorder:
     def evaluate(self, state: State, step: int) -> bool:
         """Measure the stage's validation split and write samples. Whether the loss is the best of the stage so far."""
         bytes_per_token = self.data.store.split("valid").bytes_per_token
-        batch_size = self.data.stage.config.training.batch_size
+        training = self.data.stage.config.training
+        batch_size = training.batch_size
         rows = self.placement.rows(batch_size, self.data.window)
         batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
         if self._optimizer.name in EVALUATION_PARAMS:
             opt_state = at_hand(self._structure, state.opt_state)
             params = compiled_evaluation_params(self._optimizer, params, opt_state)
-        chunk = self.data.stage.config.training.loss_chunk
-        values = evaluate(params, self.config.model, batches, bytes_per_token, chunk)
+        values = evaluate(
+            params, self.config.model, batches, bytes_per_token, training.loss_chunk, training.accumulation
+        )
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
             self.writer.write(step, {"stage": self.data.stage.name, **values})

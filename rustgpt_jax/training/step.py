@@ -11,10 +11,9 @@ from rustgpt_jax.config import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.context import Signals
-from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.parallel.rules import constrained
 from rustgpt_jax.training.health import Health, examined, healthy
-from rustgpt_jax.training.objective import Sums, objective, token_sums
+from rustgpt_jax.training.objective import Sums, in_parts, objective, token_sums
 from rustgpt_jax.training.optimizers import clip, optimizer
 from rustgpt_jax.training.schedules import factor
 
@@ -147,8 +146,7 @@ def gradient(
         index, part = indexed_part
         return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
 
-    # Every device has a share of each part.
-    split_batch = jax.tree.map(lambda leaf: laid_out(leaf.reshape(parts, -1, leaf.shape[1]), "PBT"), batch)
+    split_batch = in_parts(batch, parts)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
     signals = _no_signals(params, first_part, config.model)
     nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
