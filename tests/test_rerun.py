@@ -371,6 +371,7 @@ def test_a_run_over_several_devices_of_a_cpu_is_made_again_over_as_many(tmp_path
     assert is_same and "bit-identical for 6 steps" in said, said
     again = launches(RunFolder(tmp_path / "run.rerun"))[0]
     assert again.devices == again.environment["devices"]["count"] == 2
+    assert again.mesh == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.slow

@@ -115,7 +115,10 @@ def environment_differences(first: RunFolder, second: RunFolder) -> list[Differe
     """Versions, devices and settings that were not the same at the first launches, and how they trained."""
     both = [first_launch(run) for run in (first, second)]
     left, right = (
-        flat(launch.environment) | {"launch.mode": launch.mode, "launch.devices": launch.devices} for launch in both
+        flat(launch.environment)
+        | {"launch.mode": launch.mode, "launch.devices": launch.devices}
+        | {f"launch.mesh.{axis}": size for axis, size in launch.mesh.items()}
+        for launch in both
     )
     return _unequal(left, right)
 

@@ -19,6 +19,7 @@ from rustgpt_jax.parallel.mesh import axis_sizes, in_words
 from rustgpt_jax.parallel.placement import all_devices, check_shares
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import launches
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.runs.progress import counting
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
@@ -76,14 +77,17 @@ class Past:
         self._checkpoints: Checkpoints | None = None
 
     def _mesh_here(self) -> MeshConfig:
-        """The mesh of the run; where there are other devices, one that shares the batches among them."""
+        """The mesh of the last launch; where there are other devices, one that shares the batches among them."""
+        last = launches(self.folder)[-1:]
+        was = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
         try:
-            axis_sizes(self.config.mesh, jax.device_count())
+            axis_sizes(was, jax.device_count())
         except UserError:
-            was = in_words(self.config.mesh)
-            self._say(f"The run began on another mesh ({was}); on these devices, results are close to its, not equal.")
+            self._say(
+                f"The run was on another mesh ({in_words(was)}); on these devices, results are close to its, not equal."
+            )
             return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
-        return self.config.mesh
+        return was
 
     def __enter__(self) -> "Past":
         self._resources.enter_context(self._placement.active())

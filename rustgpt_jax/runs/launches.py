@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class Launch:
     """A launch as the journal has it. It began at `step`; `code` is the hash by which its archive is named.
 
     `left_out` are files beside one's own modules that the archive does not have.
-    `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs.
+    `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs. `mesh`
+    has the sizes of the axes that these formed, {} for one.
     """
 
     step: int
@@ -32,9 +34,10 @@ class Launch:
     width: int
     devices: int
     left_out: list[str] = field(default_factory=list)
+    mesh: dict[str, int] = field(default_factory=dict)
 
 
-def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int) -> None:
+def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> None:
     """Write into the journal that this process trains the run from a step on, and keep its code.
 
     Raises UserError if the folder cannot be written.
@@ -49,6 +52,7 @@ def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int
         mode=mode,
         width=width,
         devices=devices,
+        mesh=dict(mesh),
     )
 
 

@@ -154,7 +154,7 @@ class Run:
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
         if self.is_over:
             return
-        record_launch(self.folder, self.step, mode, width, self.placement.n_devices)
+        record_launch(self.folder, self.step, mode, width, self.placement.n_devices, self.placement.sizes)
         self._open_records()
 
     def _like(self) -> State:
