@@ -135,14 +135,10 @@ def _submit(folder: Path, config: Any) -> int:
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
     check(folder, config)
     check_parts(config)
-    ours = ("--launcher", "--slurm", "-launcher", "-slurm")
-    words, kept = iter(sys.argv[1:]), list[str]()
-    for word in words:
-        if word.partition("=")[0] not in ours:
-            kept.append(word)
-        elif "=" not in word:
-            next(words, "")
-    command = [sys.executable, str(Path(__file__).resolve()), *kept]
+    given = [FLAGS[name] for name in VERBS["train"].flags if name not in ("launcher", "slurm")]
+    words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]
+    knobs = [f"--config.{path}={text}" for path, text in _overrides]
+    command = [sys.executable, str(Path(__file__).resolve()), "train", *words, *knobs]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     job = submit(job_script(folder, command, dict(_pair(option) for option in FLAGS.slurm), Path.cwd()))
     print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
