@@ -1,6 +1,6 @@
-"""Trains small models on meshes of 8 virtual devices, in a process of its own, and tells what came of it as JSON.
+"""Trains small models on meshes of 8 virtual devices, of one process or several, and tells what came of it as JSON.
 
-python tests/on_devices.py FOLDER
+python tests/on_devices.py FOLDER [--meet=HOST:PORT,PROCESSES,PROCESS] [CASE ...]
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from conftest import small_config
+from jax.experimental import multihost_utils
 
 from rustgpt_jax.config import Config, merge, split
 from rustgpt_jax.data.pipeline import Batch
@@ -65,20 +66,29 @@ def batches_of(config: Config) -> Batch:
     return Batch(tokens[..., :-1], tokens[..., 1:], weights, *full)
 
 
-def run(config: Config, n_devices: int, folder: Path | None = None) -> dict[str, Any]:
+def whole(tree: Any) -> Any:
+    """A tree of arrays, wherever their parts lie, as NumPy arrays of this process."""
+    return multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
+
+
+def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -> dict[str, Any]:
     """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
     (structure, numbers), batches = split(config), batches_of(config)
     numbers = as_arguments(numbers)
-    placement = on_devices(config.mesh, jax.devices()[:n_devices])
+    placement = on_devices(config.mesh, devices)
     rows = config.training.batch_size
+    # What lies on one device of this process is whole.
+    take = whole if placement.mesh else jax.device_get
     with placement.active():
+        here = placement.rows(rows, config.model.context_length)
+        batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
         state = compiled_start(structure, numbers)
-        first = jax.device_get(state.params)
+        first = take(state.params)
         shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
         one = placement.share(jax.tree.map(lambda leaf: leaf[0], batches), rows)
         key = jax.random.key(1)
         gradients = jax.jit(lambda params, batch: gradient(params, batch, merge(structure, numbers), key)[0])
-        found = jax.device_get(gradients(state.params, one))
+        found = take(gradients(state.params, one))
         arguments = placement.share(batches, rows), np.int32(STEPS), numbers, np.int32(0)
         compiled = compiled_train_steps.lower(structure, state, *arguments).compile()
         state, metrics = compiled(state, *arguments)
@@ -88,8 +98,8 @@ def run(config: Config, n_devices: int, folder: Path | None = None) -> dict[str,
         return {
             "first": first,
             "gradients": found,
-            "losses": np.asarray(metrics.loss),
-            "last": jax.device_get(state),
+            "losses": take(metrics.loss),
+            "last": take(state),
             "shards": shards,
             "text": compiled.as_text(),
             "sizes": placement.sizes,
@@ -99,7 +109,7 @@ def run(config: Config, n_devices: int, folder: Path | None = None) -> dict[str,
 @cache
 def run_alone(knobs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """The same on one device."""
-    return run(config_of(dict(knobs), {}), 1)
+    return run(config_of(dict(knobs), {}), jax.local_devices()[:1])
 
 
 def difference(left: Any, right: Any) -> dict[str, float]:
@@ -119,14 +129,16 @@ def same_bits(left: Any, right: Any) -> bool:
 def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str, Any]:
     """What a case shows, beside the same model on one device."""
     config = config_of(knobs, mesh)
-    alone, here = run_alone(tuple(knobs.items())), run(config, 8, folder)
+    alone, here = run_alone(tuple(knobs.items())), run(config, jax.devices(), folder)
     found = collectives(here["text"], 8)
     restored = {}
     for name, onto in {"one device": {}, "tensor 2": {"tensor": 2}, "fsdp 4": {"fsdp": 4}}.items():
-        other = on_devices(config_of({}, onto).mesh, jax.devices()[: 1 if not onto else 8])
+        if not onto and jax.process_count() > 1:
+            continue
+        other = on_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
         with other.active(), Checkpoints(folder, config) as checkpoints:
             like = jax.eval_shape(lambda: compiled_start(split(config)[0], as_arguments(split(config)[1])))
-            restored[name] = same_bits(jax.device_get(checkpoints.restore(other.like(like))), here["last"])
+            restored[name] = same_bits(whole(checkpoints.restore(other.like(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),
         "losses": [alone["losses"].tolist(), here["losses"].tolist()],
@@ -144,6 +156,9 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    names = sys.argv[2:] or list(CASES)
-    print(json.dumps({name: told(*CASES[name], root / name.replace(" ", "_")) for name in names}))
+    root, names = Path(sys.argv[1]), [word for word in sys.argv[2:] if not word.startswith("--")]
+    for word in sys.argv[2:]:
+        if word.startswith("--meet="):
+            coordinator, count, index = word.removeprefix("--meet=").split(",")
+            jax.distributed.initialize(coordinator, int(count), int(index))
+    print(json.dumps({name: told(*CASES[name], root / name.replace(" ", "_")) for name in names or CASES}))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,24 +47,59 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told_by(folder: Path, n_processes: int = 1) -> list[dict[str, Any]]:
+    """What the processes tell that have 8 devices together."""
     tests = Path(__file__).parent
     environment = os.environ | {
         "PYTHONPATH": f"{tests.parent}:{tests}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // n_processes}",
         # Layouts and numbers do not depend on it, and compiling takes a third of the time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, str(tests / "on_devices.py"), str(tmp_path_factory.mktemp("meshes"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, str(tests / "on_devices.py"), str(folder)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meeting = [[f"--meet=127.0.0.1:{port},{n_processes},{index}"] for index in range(n_processes)]
+    processes = [
+        subprocess.Popen(
+            [*command, *(words if n_processes > 1 else [])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in meeting
+    ]
+    printed = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, printed, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(text.splitlines()[-1]) for text, _ in printed]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return told_by(tmp_path_factory.mktemp("meshes"))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EXPECTED)
 def test_a_mesh_changes_no_result(told: dict[str, Any], case: str) -> None:
+    assert_unchanged(told, case)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_nor_does_it_where_its_axes_go_through_four_processes(tmp_path: Path) -> None:
+    for told in told_by(tmp_path, 4):
+        for case in EXPECTED:
+            assert_unchanged(told, case)
+            assert told[case]["restored"] == {"tensor 2": True, "fsdp 4": True}
+
+
+def assert_unchanged(told: dict[str, Any], case: str) -> None:
+    """The first parameters have the bits of one device, losses and gradients differ by rounding."""
     assert told[case]["same_start"]
     alone, here = told[case]["losses"]
     assert len(alone) == 20 and alone[-1] < alone[0] - 0.1

@@ -1,6 +1,7 @@
 """What a sweep is planned for: the devices here, their free memory and their speed, without starting JAX on a CPU."""
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -22,9 +23,10 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine of this process. On a CPU every core is a device, and JAX is not started to find that out."""
+    """The machine of this process. On a CPU every core is a device, unless XLA was told otherwise; JAX is not asked."""
     if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
-        return Machine("cpu", cores(), free_memory() / cores(), 0.0)
+        n_devices = _told_to_xla() or cores()
+        return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)
     devices = jax.local_devices()
     statistics = devices[0].memory_stats() or {}
     free = statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)
@@ -38,8 +40,14 @@ def use_cores_as_devices() -> None:
 
 def use_cpu_devices(count: int) -> None:
     """Make a CPU so many devices. To be called before JAX is used; accelerators, and what XLA was told, stay."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if _told_to_xla() is None:
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def _told_to_xla() -> int | None:
+    """The devices that XLA was told to make of a CPU; None if it was not."""
+    told = re.findall(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(told[-1]) if told else None
 
 
 def cores() -> int:

@@ -1,0 +1,74 @@
+"""Sweeps over several devices: a trial on each, or on a mesh of several of them, with the numbers of a run alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from test_loop import TINY
+
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.launches import launches
+from rustgpt_jax.runs.metrics import read_metrics
+
+LAUNCH = str(Path(__file__).parent.parent / "launch.py")
+KNOBS = SMALL | TINY | {"training.steps": 8, "training.batch_size": 8, "record.log_every": 1, "record.prompts": ()}
+CONFIG = f"""
+from configs import base
+from rustgpt_jax.resolve import override
+from rustgpt_jax.sweeps.space import values
+
+def get_config():
+    tree = base.get_config()
+    for path, value in {KNOBS}.items():
+        override(tree, path, value)
+    return tree
+
+def sweep():
+    return values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
+"""
+
+
+def call(n_devices: int, *words: str) -> str:
+    """What a verb prints that has so many devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run([sys.executable, LAUNCH, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(run: Path) -> list[tuple[int, Any, Any]]:
+    return [(line["step"], line.get("train/loss"), line.get("valid/loss")) for line in read_metrics(run)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "per_trial"),
+    [([], 1), pytest.param(["--config.mesh.fsdp=2", "--config.mesh.data=1"], 2, marks=pytest.mark.long)],
+)
+def test_trials_have_their_own_devices_and_the_bits_of_runs_alone(
+    tmp_path: Path, mesh: list[str], per_trial: int
+) -> None:
+    (tmp_path / "small.py").write_text(CONFIG)
+    config = f"--config={tmp_path}/small.py"
+    foretold = call(4, "sweep", config, f"--run={tmp_path}/sweep", "--dry_run", *mesh)
+    call(4, "sweep", config, f"--run={tmp_path}/sweep", *mesh)
+    if per_trial == 2:
+        assert "each on 2 devices (fsdp 2)" in " ".join(foretold.split())
+    trials = sorted((tmp_path / "sweep" / "trials").iterdir())
+    assert len(trials) == 3
+    for trial in trials:
+        (launch,) = launches(RunFolder(trial))
+        assert launch.devices == per_trial
+        assert launch.mesh.get("fsdp", 1) == per_trial
+    rate = load_config(trials[1]).optimizer.learning_rate
+    alone = tmp_path / "alone"
+    call(per_trial, "train", config, f"--run={alone}", f"--config.optimizer.learning_rate={rate}", *mesh)
+    assert losses(alone) == losses(trials[1]) and len(losses(alone)) >= 8
