@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 2000
     config.training.steps = 500_000
     config.training.batch_size = 64
-    config.training.loss_chunk = 1024
+    config.training.loss_chunk = 4096
     config.training.steps_per_call = 1
     config.mesh.data = 1
     config.mesh.fsdp = -1
