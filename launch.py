@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
+from rustgpt_jax.allocation import keep_freed_memory
 from rustgpt_jax.errors import UserError, suggestion
 
 BASE = Path(__file__).parent / "configs" / "base.py"
@@ -99,7 +100,7 @@ def train() -> int:
         raise UserError("Where to? Give --run=DIR, the folder of the new run.")
     tree, origins = _config()
     config = _resolved(tree)
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
     from rustgpt_jax.parallel.endings import ending_together
     from rustgpt_jax.parallel.processes import is_first, join
     from rustgpt_jax.runs.folder import RunFolder
@@ -431,7 +432,7 @@ def _trained() -> Any:
     folder = _run_folder()
     tree, _ = _config()
     config = _resolved(tree)
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
     from rustgpt_jax.training.trained import load
 
     keep_compiled_programs()
@@ -440,7 +441,7 @@ def _trained() -> Any:
 
 def _compute_as(run: Path) -> None:
     """Have JAX, which is not used yet, compute as it did for a run."""
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
     from rustgpt_jax.reproduce.own_code import use_devices_of
     from rustgpt_jax.runs.folder import RunFolder
     from rustgpt_jax.runs.programs import load_autotuning
@@ -494,6 +495,7 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
     _check_usage(verb)
+    keep_freed_memory()
     # Libraries report their progress to absl at this level; ours goes to the console.
     logging.set_verbosity(logging.WARNING)
     try:

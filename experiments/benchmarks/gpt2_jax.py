@@ -34,7 +34,7 @@ from rustgpt_jax.model.kernels.choice import KERNELS
 from rustgpt_jax.model.kernels.request import Task, device_at_hand
 from rustgpt_jax.model.kernels.selfcheck import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
-from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.runs.environment import environment
 from rustgpt_jax.training.population import Orders, compiled_population_steps, stack

@@ -1,4 +1,4 @@
-"""The devices of this process: how fast they could be, and the programs compiled for them, which are kept."""
+"""The devices of this process: how fast they could be."""
 
 import time
 from functools import cache
@@ -7,19 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.parallel.chips import CHIPS
 
 # Peak dense bfloat16 FLOP/s, by what JAX calls the chip.
 PEAK_FLOPS = {chip.kind: chip.bfloat16 for chip in CHIPS.values()}
-
-
-def keep_compiled_programs() -> None:
-    """Keep every compiled program in the user's cache folder, so that the next start need not compile it again."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @cache

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 from rustgpt_jax.reproduce.past import Past, named
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
 from rustgpt_jax.runs.programs import load_autotuning

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.devices import keep_compiled_programs
+from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 from rustgpt_jax.parallel.machine import this_machine, use_cores_as_devices
 from rustgpt_jax.runs.progress import counting, waiting
 from rustgpt_jax.sweeps import search

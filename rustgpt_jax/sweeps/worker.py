@@ -127,8 +127,10 @@ def _outcome(run: Run) -> tuple[str, dict[str, int]]:
 
 def main(sweep: str, code: str) -> None:
     """Work through the chunks of standard input on the devices of this process, until it ends."""
-    from rustgpt_jax.parallel.devices import keep_compiled_programs
+    from rustgpt_jax.allocation import keep_freed_memory
+    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 
+    keep_freed_memory()
     keep_compiled_programs()
     folder = SweepFolder(Path(sweep))
     told: list[str] = []

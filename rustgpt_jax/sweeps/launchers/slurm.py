@@ -196,7 +196,7 @@ class Job:
         with StopRequest() as stop:
             import jax
 
-            from rustgpt_jax.parallel.devices import keep_compiled_programs
+            from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
             from rustgpt_jax.sweeps.folder import SweepFolder
             from rustgpt_jax.sweeps.shelf import Shelf
             from rustgpt_jax.sweeps.worker import Worker

@@ -1,0 +1,83 @@
+"""Compiled programs are kept in the user's cache folder, so that the next start need not compile them again."""
+
+import contextlib
+import os
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from rustgpt_jax.cache import cache_folder
+
+# The folder may grow to this; the variable sets another limit.
+MOST_BYTES, VARIABLE = 4 * 1024**3, "RUSTGPT_JAX_CACHE_BYTES"
+# The names of JAX's entries end so.
+ENTRY = "-cache"
+# How JAX begins an entry where it has no better compression than that of the standard library.
+ZLIB = b"\x78"
+# What is younger may still be being written.
+SECONDS_TO_WRITE = 60
+
+
+def keep_compiled_programs() -> None:
+    """Keep every compiled program. To be called before anything is compiled.
+
+    The folder is tidied first. JAX leaves a program that is not there any more, or that a kill cut short, to be
+    compiled again, so whatever is deleted, and by whomever, no result changes.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = cache_folder() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        tidy(folder, int(os.environ.get(VARIABLE, MOST_BYTES)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def tidy(folder: Path, most_bytes: int) -> None:
+    """Delete entries that are not whole, and then those that were not used for longest, until the rest is small enough.
+
+    Each entry is checked once, at the first call after it was written. Other processes may use the folder meanwhile.
+    """
+    marker = folder / ".checked"
+    now = time.time()
+    since = marker.stat().st_mtime if marker.exists() else 0.0
+    entries = dict(_entries(folder))
+    for file, stat in list(entries.items()):
+        if since - SECONDS_TO_WRITE <= stat.st_mtime < now - SECONDS_TO_WRITE and not _is_whole(file):
+            _delete(file)
+            del entries[file]
+    total = sum(stat.st_size for stat in entries.values())
+    for file, stat in sorted(entries.items(), key=lambda entry: max(entry[1].st_atime, entry[1].st_mtime)):
+        if total <= most_bytes:
+            break
+        _delete(file)
+        total -= stat.st_size
+    # A folder that cannot be written to serves those who only read.
+    with contextlib.suppress(OSError):
+        marker.touch()
+
+
+def _entries(folder: Path) -> Iterable[tuple[Path, os.stat_result]]:
+    for file in folder.glob(f"*{ENTRY}"):
+        with contextlib.suppress(OSError):
+            yield file, file.stat()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether an entry can be unpacked to its end, where that can be told."""
+    try:
+        content = file.read_bytes()
+        if content.startswith(ZLIB):
+            zlib.decompress(content)
+    except zlib.error:
+        return False
+    except OSError:
+        return True
+    return len(content) > 0
+
+
+def _delete(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink()
