@@ -44,6 +44,7 @@ flags.DEFINE_string("coordinator", None, "For train in several processes: HOST:P
 flags.DEFINE_integer("processes", None, "For train: how many processes there are.", 1)
 flags.DEFINE_integer("process", None, "For train: the number of this one, from 0.", 0)
 flags.DEFINE_integer("patience", 600, "Seconds after which a process gives up one that it waits for.", 1)
+flags.DEFINE_string("profile", None, "START:STOP: trace the steps after START, up to STOP, into the run's folder.")
 flags.DEFINE_integer("devices", None, "For plan: how many chips.", 1)
 flags.DEFINE_string("chip", None, "For plan: which chips, such as h100, b200, v5p.")
 flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
@@ -80,6 +81,7 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
     train on a cluster; elsewhere, several processes are told --coordinator=HOST:PORT --processes=N --process=I, and
     --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
+    train --profile=START:STOP traces these steps (docs/performance.md)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
 
@@ -120,7 +122,7 @@ def train() -> int:
             from rustgpt_jax.interop.taking import begin_from
 
             begin_from(FLAGS.init_from, folder, config, origins, console.print)
-        status = train(config, folder, origins, console, FLAGS.patience)
+        status = train(config, folder, origins, console, FLAGS.patience, FLAGS.profile)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status
@@ -357,7 +359,10 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb(
         train,
-        ("config", "run", "init_from", "launcher", "slurm", "coordinator", "processes", "process", "patience"),
+        (
+            *("config", "run", "init_from", "profile", "launcher", "slurm"),
+            *("coordinator", "processes", "process", "patience"),
+        ),
         0,
     ),
     "sweep": Verb(sweep, ("config", "run", "sweep", "launcher", "mode", "width", "workers", "slurm", "dry_run"), 0),

@@ -24,17 +24,26 @@ from rustgpt_jax.runs.curves import draw_loss_curves
 from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
+from rustgpt_jax.runs.laps import Laps
 from rustgpt_jax.runs.progress import Progress, counting, waiting
 from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material
 from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.profile import Profile, span
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
 
 
-def train(config: Config, path: Path, origins: Mapping[str, str], console: Console, patience: float = math.inf) -> int:
+def train(
+    config: Config,
+    path: Path,
+    origins: Mapping[str, str],
+    console: Console,
+    patience: float = math.inf,
+    profile: str | None = None,
+) -> int:
     """Train the run of a config in a folder, from its last sound checkpoint if it has one.
 
     The exit status: 0 at its end, that of a stop if a signal stopped it. Raises UserError, before anything is compiled
@@ -42,8 +51,9 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
     end, if loss or gradient ceased to be finite.
 
     Where several processes train the run, all call this; a process that waits for the others for more than `patience`
-    seconds ends.
+    seconds ends. `profile`, START:STOP, has these steps traced into the folder.
     """
+    laps = Laps("Python and packages")
     check(path, config)
     check_parts(config)
     # As it is now: it may be edited while the data are prepared.
@@ -55,10 +65,12 @@ def train(config: Config, path: Path, origins: Mapping[str, str], console: Conso
         with first_alone("data"):
             material = gather(config, RunFolder(folder).tokenizer_file, console)
         material.check(RunFolder(folder), placement.n_devices)
+        laps.lap("the data")
+        traced = None if profile is None else Profile(span(profile, material.total_steps), path / "profile")
         with Run(material, folder, origins, placement) as run:
             # It ends before the run is closed, which would wait for processes that are gone.
             with Patience(patience, again) as waiting:
-                status = _train(run, path, console, waiting)
+                status = _train(run, path, console, waiting, laps, traced)
             if run.diverged_at is not None:
                 raise UserError(_divergence(run, path))
             return status
@@ -79,7 +91,7 @@ def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
     return Material(config, whole, tokenizer, data)
 
 
-def _train(run: Run, path: Path, console: Console, patience: Patience) -> int:
+def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Laps, profile: Profile | None) -> int:
     total_steps = run.material.total_steps
     began = time.perf_counter()
     with StopRequest() as stop, Progress(console, total_steps) as progress, _writing(run):
@@ -90,7 +102,22 @@ def _train(run: Run, path: Path, console: Console, patience: Patience) -> int:
         progress.message(_headline(run, path))
         for sentence in _attention(run):
             progress.message(sentence)
-        train_lanes([run], Solo(run), _stopped(stop, patience))
+        laps.lap("the folder")
+        lanes = Solo(run)
+        laps.lap("the first state")
+        is_stopped, first_step = _stopped(stop, patience), run.step
+
+        def between_calls() -> bool:
+            if run.step > first_step and (told := laps.finish("compiling")):
+                progress.message(f"The first step began after {told}.")
+            if profile is not None:
+                _trace(profile, run, progress)
+            return is_stopped()
+
+        train_lanes([run], lanes, between_calls)
+        if profile is not None:
+            # Where the run was stopped before.
+            profile.ends(profile.steps.stop)
         run.checkpoints.wait()
     if run.diverged_at is not None:
         return MISTAKE
@@ -100,6 +127,18 @@ def _train(run: Run, path: Path, console: Console, patience: Patience) -> int:
         return stop.exit_status
     console.print(f"Done in {duration(time.perf_counter() - began)}. {_curves(run)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _trace(profile: Profile, run: Run, progress: Progress) -> None:
+    """Begin or end the trace of a run where it stands, with nothing left to be done of the steps before."""
+    run.marks = profile.steps
+    if run.step not in profile.steps:
+        return
+    run.catch_up()
+    if profile.begins(run.step):
+        progress.message(f"Tracing steps {run.step + 1} to {profile.steps.stop}.")
+    elif profile.ends(run.step):
+        progress.message(f"The trace is in {profile.folder}; docs/performance.md says how to read it.")
 
 
 def _stopped(stop: StopRequest, patience: Patience) -> Callable[[], bool]:

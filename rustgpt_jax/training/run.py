@@ -1,7 +1,7 @@
 """A run in progress: where it stands, what its next call needs, and what is recorded after it."""
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,8 @@ class Run:
     ) -> None:
         self.material, self.folder, self.placement = material, RunFolder(path), placement
         self.end_step = material.total_steps if until is None else min(until, material.total_steps)
+        # Steps at which a call ends, so that something can be done between two.
+        self.marks: Sequence[int] = ()
         self._origins, self._resources = origins, ExitStack()
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
@@ -217,9 +219,10 @@ class Run:
             self._writer = None
 
     def steps_to_event(self) -> int:
-        """How many steps the next call may take: to the next evaluation or checkpoint, and as many as it has slots."""
+        """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
         stage, record = self.stage.stage, self.stage.stage.config.record
-        events = (_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every))
+        events = [_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every)]
+        events += [mark for mark in self.marks if mark > self.step]
         most = min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
         seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
@@ -248,6 +251,11 @@ class Run:
     def is_due(self) -> bool:
         """Whether there is something to be done with the state after the step just made."""
         return self._evaluates or self._saves or self.step == self.end_step
+
+    def catch_up(self) -> None:
+        """Wait for the steps that were begun, and write their metrics."""
+        if self._recorder is not None:
+            self._recorder.flush()
 
     def record(self, state: State) -> None:
         """Evaluate and save the state after the step just made, where that is due."""
