@@ -48,9 +48,14 @@ flags.DEFINE_string("profile", None, "START:STOP: trace the steps after START, u
 flags.DEFINE_integer("devices", None, "For plan: how many chips.", 1)
 flags.DEFINE_string("chip", None, "For plan: which chips, such as h100, b200, v5p.")
 flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
-flags.DEFINE_string("to", None, "For export: the folder to write, which transformers loads. For rerun: the new run.")
+flags.DEFINE_string(
+    "to", None, "For export: the folder to write, which transformers loads, or a .gguf file. For rerun: the new run."
+)
 flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "For export: another type than the parameters have."
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16", "int8"],
+    "For export: another type than the parameters have; int8 for a .gguf file only.",
 )
 flags.DEFINE_list("only", [], "For check: the names of the checks to make, instead of all.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
@@ -74,7 +79,7 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     doctor    RUN [--step=K]                 why a step went wrong, and what would have saved it
     check     [PART ...]                     check a layer: mixers/attention, my_lab.mixers:Retention, or all there are
     import    --from=DIR --run=DIR           make a run of a Hugging Face model (with --config: its training knobs)
-    export    RUN --to=DIR                   write a run as a Hugging Face model
+    export    RUN --to=DIR | --to=FILE.gguf  write a run as a Hugging Face model, or for llama.cpp
 
     RUN is the folder of a run, such as runs/rustgpt
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
@@ -250,12 +255,14 @@ def evaluate() -> int:
 def generate() -> int:
     """Print what a model writes after each prompt."""
     from rustgpt_jax.decoding.text import write_as_it_comes
+    from rustgpt_jax.decoding.weights import form
     from rustgpt_jax.runs.formatting import printable
 
     trained = _trained()
+    writer, sampling = trained.writer.laid_out(form(trained.config.sampling)), trained.config.sampling
     for prompt in FLAGS.prompt or [""]:
-        print(prompt, end="\n" if trained.writer.is_dialogue else "")
-        for piece in write_as_it_comes(trained.writer, trained.writer.prompt(prompt), trained.config.sampling):
+        print(prompt, end="\n" if writer.is_dialogue else "")
+        for piece in write_as_it_comes(writer, writer.prompt(prompt), sampling):
             print(printable(piece), end="", flush=True)
         print("\n")
     return 0
@@ -339,9 +346,14 @@ def import_model() -> int:
 
 
 def export() -> int:
-    """Write a run as a Hugging Face model."""
+    """Write a run as a Hugging Face model, or as a file for llama.cpp."""
     if FLAGS.run is None or FLAGS.to is None:
         raise UserError("Which run, and where to? Give --run=DIR, a run, and --to=DIR, a new folder.")
+    if Path(FLAGS.to).suffix == ".gguf":
+        from rustgpt_jax.interop.gguf import export_gguf
+
+        export_gguf(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
+        return 0
     from rustgpt_jax.interop.runs import export_run
 
     export_run(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
@@ -360,8 +372,16 @@ VERBS = {
     "train": Verb(
         train,
         (
-            *("config", "run", "init_from", "profile", "launcher", "slurm"),
-            *("coordinator", "processes", "process", "patience"),
+            "config",
+            "run",
+            "init_from",
+            "launcher",
+            "slurm",
+            "coordinator",
+            "processes",
+            "process",
+            "patience",
+            "profile",
         ),
         0,
     ),

@@ -157,10 +157,14 @@ def get_config() -> ConfigDict:
     config.model.feedforward_dtype = None
     # The same for the product that gives the logits, which are float32 themselves. None: dtype.
     config.model.logits_dtype = None
-    # How linear layers in blocks multiply: plain, in the precision of their part; float8, in 8 bits with a scale for
+    # How linear layers in blocks multiply: plain, in the precision of their part; bfloat16, factors that are rounded to
+    # it, in the backward pass too, with sums and results in that precision; float8, in 8 bits with a scale for
     # each tensor (arXiv 2209.05433), fast from the H100 on. The scales are found in all of a call's tokens, so that a
     # token then depends a little on those after it, and on other rows.
     config.model.matmul = "plain"
+    # Gradients of linear layers and activations; all give the same but for rounding. plain: as JAX derives them; kept:
+    # from arrays that the compiler may not compute anew; auto: kept on CPUs, where it is faster, else plain.
+    config.model.derivatives = "auto"
     # scanned: one compiled block run in a loop; unrolled: each layer compiled, slower to start, faster when small.
     config.model.layers = "scanned"
     # What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix products;
@@ -274,6 +278,12 @@ def get_config() -> ConfigDict:
     config.sampling.repetition_penalty = 1.0
     # Earlier exchanges that a question in a chat comes with. None: as many as the context holds.
     config.sampling.memory = None
+    # Type in which the weights of linear layers are read, token by token: bfloat16, or int8 with a scale for each
+    # output. It is narrower for speed, and changes what is drawn. None: that in which the model multiplies.
+    config.sampling.weights = None
+    # What multiplies the few rows of a token on a CPU; all give the same but for rounding. plain: XLA; native: code in
+    # C++, faster, which is compiled on its first use, and replaced by plain where there is no compiler.
+    config.sampling.kernel = "plain"
 
     # Stages run one after another on the same parameters and optimizer state, each with the knobs in which it differs:
     # ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the knobs above.

@@ -113,7 +113,8 @@ class ModelConfig:
     mixer_dtype: str | None = knob(choices=("float32", "bfloat16"))
     feedforward_dtype: str | None = knob(choices=("float32", "bfloat16"))
     logits_dtype: str | None = knob(choices=("float32", "bfloat16"))
-    matmul: str = knob(choices=("plain", "float8"))
+    matmul: str = knob(choices=("plain", "bfloat16", "float8"))
+    derivatives: str = knob(choices=("auto", "plain", "kept"))
     layers: str = knob(choices=("scanned", "unrolled"))
     remat: str = knob(choices=("none", "dots", "weights", "full", "offload"))
 
@@ -238,6 +239,8 @@ class SamplingConfig:
     min_p: float = knob(low=0.0, high=1.0)
     repetition_penalty: float = knob(low=1.0)
     memory: int | None = knob(low=0)
+    weights: str | None = knob(choices=("bfloat16", "int8"))
+    kernel: str = knob(choices=("plain", "native"))
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,13 @@ def for_inference(model: ModelConfig) -> ModelConfig:
     same program; and attention is computed as suits the device here, not the one that trained it.
     """
     return dataclasses.replace(
-        model, dropout=0.0, init_std=0.0, load_balance=0.0, router_z_loss=0.0, attention_kernel="auto"
+        model,
+        dropout=0.0,
+        init_std=0.0,
+        load_balance=0.0,
+        router_z_loss=0.0,
+        attention_kernel="auto",
+        derivatives="plain",
     )
 
 

@@ -290,6 +290,8 @@ VALUES = {
     "repetition_penalty": 1.5,
     "max_tokens": 3,
     "memory": 1,
+    "weights": "int8",
+    "kernel": "native",
 }
 
 

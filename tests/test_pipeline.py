@@ -128,6 +128,11 @@ def test_a_batch_may_reach_over_two_epochs() -> None:
         assert sorted((start - epoch[0]) % 20 for start in epoch) == list(range(0, 20, 4))
 
 
+def test_batches_of_one_have_the_order_of_larger_ones() -> None:
+    one, four = (first_tokens(batches(stream_of([96]), 4, size, seed=3), 48 // size) for size in (1, 4))
+    assert one == four
+
+
 def test_seeds_give_different_orders() -> None:
     stream = stream_of([400])
     orders = {tuple(batches(stream, 4, 50, seed).batch(0).tokens_BT[:, 0].tolist()) for seed in range(20)}

@@ -98,6 +98,7 @@ OTHER: dict[str, Any] = {
     "model.feedforward_dtype": "bfloat16",
     "model.logits_dtype": "bfloat16",
     "model.matmul": "float8",
+    "model.derivatives": "kept",
     "model.layers": "unrolled",
     "model.remat": "full",
     "optimizer.name": "sgd",
@@ -142,6 +143,8 @@ OTHER: dict[str, Any] = {
     "sampling.min_p": 0.5,
     "sampling.repetition_penalty": 2.0,
     "sampling.memory": 3,
+    "sampling.weights": "int8",
+    "sampling.kernel": "native",
 }
 PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 

@@ -51,7 +51,7 @@ def tokens_per_second(row: Row) -> float:
 def spread(seconds: Sequence[float]) -> float:
     """The width of the middle half of some times, as a share of their median."""
     lower, median, upper = np.percentile(seconds, (25, 50, 75))
-    return float((upper - lower) / median)
+    return float((upper - lower) / median) if median else 0.0
 
 
 def share_of_peak(flops_per_token: float, rate: float, chip: Chip | None) -> float | None:
@@ -166,9 +166,10 @@ def is_right(row: Row) -> bool:
 # Tables: a title, and rows of cells by their columns.
 
 Cells = dict[str, str]
+Sheets = dict[str, list[Cells]]
 
 
-def sheets(results: Row) -> dict[str, list[Cells]]:
+def sheets(results: Row) -> Sheets:
     """All tables that have rows, by their titles."""
     size_of = {size: count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
@@ -298,7 +299,12 @@ def show(results: Row, console: Console) -> None:
     """Print everything."""
     for line in about(results):
         console.print(line, highlight=False, markup=False)
-    for title, rows in sheets(results).items():
+    show_sheets(sheets(results), console)
+
+
+def show_sheets(sheets: Sheets, console: Console) -> None:
+    """Print tables."""
+    for title, rows in sheets.items():
         table = Table(*rows[0], title=title, title_justify="left", box=None)
         for row in rows:
             table.add_row(*map(Text, row.values()))
@@ -310,10 +316,14 @@ def markdown(results: Row) -> str:
     """The same as a page of Markdown."""
     lines = ["# The accelerator", "", *(f"- {line}" for line in about(results))]
     for title, rows in sheets(results).items():
-        lines += ["", f"## {title}", ""]
-        for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines += ["", f"## {title}", "", *markdown_table(rows)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: list[Cells]) -> list[str]:
+    """The lines of a table of Markdown."""
+    lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
 
 
 if __name__ == "__main__":

@@ -110,20 +110,8 @@ def attention_task(block: ModelConfig) -> tuple[Task, jax.Array]:
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds of a step in each of some calls of several steps, at a batch size and with knobs that differ."""
     config = config_of(size, {"training.batch_size": batch} | knobs)
-    structure, numbers = split(config)
-    arguments = as_arguments(numbers)
     steps = config.training.steps_per_call
-    batches = jax.device_put(synthetic(config, (steps, batch)))
-    state = jax.block_until_ready(compiled_start(structure, arguments))
-
-    def call() -> jax.Array:
-        nonlocal state
-        state, metrics = compiled_train_steps(
-            structure, state, batches, np.int32(steps), arguments, np.zeros((), np.int32)
-        )
-        return metrics.loss
-
-    compiling, seconds, losses = timed(call, repeats)
+    compiling, seconds, losses = timed(trainer(config), repeats)
     if not np.isfinite(losses).all():
         raise ArithmeticError(f"the loss is {losses}")
     choices = attention_choices(config.model, device_at_hand(), config.model.context_length)
@@ -134,6 +122,22 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
         "first_call": compiling,
         "kernel": ", ".join(choice.kernel for choice in choices.values()),
     }
+
+
+def trainer(config: Config) -> Callable[[], jax.Array]:
+    """A function that goes on training for the steps of a call, and gives their losses."""
+    structure, numbers = split(config)
+    arguments = as_arguments(numbers)
+    steps = np.int32(config.training.steps_per_call)
+    batches = jax.device_put(synthetic(config, (int(steps), config.training.batch_size)))
+    state = jax.block_until_ready(compiled_start(structure, arguments))
+
+    def call() -> jax.Array:
+        nonlocal state
+        state, metrics = compiled_train_steps(structure, state, batches, steps, arguments, np.zeros((), np.int32))
+        return metrics.loss
+
+    return call
 
 
 def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:

@@ -136,37 +136,51 @@ def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Ca
     return step
 
 
+def trainer(config: Config, device: str, compiled: bool) -> Callable[[], float]:
+    """A function that goes on training for the steps of a call, and gives the last loss, for which it waits."""
+    import torch
+
+    model, training = config.model, config.training
+    torch.manual_seed(0)
+    with torch.device(device):
+        layers = gpt2(model)
+        shape = (training.steps_per_call, training.batch_size, model.context_length + 1)
+        windows = torch.randint(model.vocab_size, shape)
+    step = stepper(config, layers, compiled)
+
+    def call() -> float:
+        for tokens_BS in windows:
+            loss = step(tokens_BS[:, :-1], tokens_BS[:, 1:])
+        return loss.item()
+
+    return call
+
+
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device: str) -> dict[str, Any]:
     """Seconds of a step in each of some runs of several steps, at a batch size and with knobs that differ."""
     import torch
 
     remat = {"model.remat": knobs.get("remat", "none")}
     config = config_of(size, {"training.batch_size": batch} | remat)
-    steps, model, is_cuda = config.training.steps_per_call, config.model, device == "cuda"
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+    is_cuda = device == "cuda"
     if knobs.get("attention") == "cudnn":
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_math_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
-    with torch.device(device):
-        layers = gpt2(model)
-        windows = torch.randint(model.vocab_size, (steps, batch, model.context_length + 1))
+    torch.set_float32_matmul_precision("high")
     # Compiling for a CPU would take the most of a smoke's time.
-    step = stepper(config, layers, compiled=is_cuda)
+    call = trainer(config, device, compiled=is_cuda)
     seconds = []
     for _ in range(WARM_UP + repeats):
         began = time.perf_counter()
-        for tokens_BS in windows:
-            loss = step(tokens_BS[:, :-1], tokens_BS[:, 1:])
-        last = loss.item()  # Waits for the device.
+        last = call()
         seconds.append(time.perf_counter() - began)
     if not abs(last) < float("inf"):
         raise ArithmeticError(f"the loss is {last}")
     return {
-        "seconds": [each / steps for each in seconds[WARM_UP:]],
-        "tokens": batch * model.context_length,
+        "seconds": [each / config.training.steps_per_call for each in seconds[WARM_UP:]],
+        "tokens": batch * config.model.context_length,
         "memory": torch.cuda.max_memory_allocated() if is_cuda else None,
         "first_call": seconds[0],
         "kernel": knobs.get("attention", "PyTorch's choice"),

@@ -22,8 +22,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -137,59 +139,32 @@ class Bench:
 
     def bare_steps(self) -> float:
         """Seconds of the compiled steps of one trial, alone in a process: the least of three runs."""
-        self.command("-c", BARE_STEPS.format(file=str(self.file)), cache="warm")
+        self.command("-m", "experiments.benchmarks.bare_steps", str(self.file), cache="warm")
         return float(json.loads(self.output.splitlines()[-1]))
 
 
-BARE_STEPS = """
-import json, runpy, time
-import jax
-from pathlib import Path
-from rustgpt_jax.parallel.devices import keep_compiled_programs
-from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.sweeps.shelf import Shelf
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.step import compiled_train_steps
-keep_compiled_programs()
-material = Shelf().material(resolve(runpy.run_path({file!r})["get_config"]()))
-seconds = []
-for repeat in range(4):
-    run = Run(material, Path("unused"), {{}}, Placement())
-    run.step, orders = 0, []
-    while run.step < material.total_steps:
-        count = min(material.programs[0].structure.training.steps_per_call, material.total_steps - run.step)
-        orders.append(run.orders(count))
-        run.step += count
-    run.step = 0
-    state = run.state()
-    jax.block_until_ready(state)
-    began = time.perf_counter()
-    for order in orders:
-        state, metrics = compiled_train_steps(run.program.structure, state, *order)
-    jax.block_until_ready(state)
-    seconds.append(time.perf_counter() - began)
-    run.__exit__(None, None, None)
-print(json.dumps(min(seconds[1:])))
-"""
+def measure(
+    name: str, config: ConfigDict, out: Path, console: Console, n: int, caches: Sequence[str]
+) -> dict[str, Any]:
+    """Time everything for one config, with n `train` processes, and print it as a table of Markdown.
 
-
-def measure(name: str, config: ConfigDict, out: Path, console: Console) -> None:
-    """Time everything for one config, and print it as a table of Markdown."""
+    bare: seconds of the bare steps of a trial. rows: pairs of what was run and its seconds. more: by profile, seconds
+    that one more trial takes.
+    """
     bench = Bench(name, config, out)
-    n = FLAGS.processes
     bare = bench.bare_steps()
     rows: list[tuple[str, float]] = []
+    more_of: dict[str, float] = {}
 
     def add(label: str, seconds: float) -> None:
         rows.append((label, seconds))
         console.print(f"{name}: {label}: {seconds:.1f} s", highlight=False)
 
     for profile in PROFILES:
-        for kind in FLAGS.caches:
+        for kind in caches:
             add(f"one sweep, {profile}, {kind} cache", bench.sweep(profile, kind))
-        added = rows[-len(FLAGS.caches)][1] - bench.sweep(profile, FLAGS.caches[0], "few")
-        more = added / (len(bench.trials) - SEEDS)
+        added = rows[-len(caches)][1] - bench.sweep(profile, caches[0], "few")
+        more = more_of[profile] = added / (len(bench.trials) - SEEDS)
         console.print(f"{name}: one more trial, {profile}: {more:.2f} s, {more / bare:.2f} of its bare steps")
     for cold, at_once in ((True, 1), (False, 1), (True, 2), (False, 2)):
         kind = f"{'cold' if cold else 'warm'} cache, {'one after another' if at_once == 1 else 'two at a time'}"
@@ -202,6 +177,7 @@ def measure(name: str, config: ConfigDict, out: Path, console: Console) -> None:
         table.add_row(label, f"{seconds:.1f}", f"{trial:.2f}", f"{trial / bare:.2f}", f"{cold / seconds:.1f}x")
     console.print(table)
     console.print(f"bare steps of one trial: {bare:.2f} s; best of the alternatives: {best:.1f} s", highlight=False)
+    return {"bare": bare, "rows": rows, "more": more_of, "processes": n}
 
 
 def main(argv: list[str]) -> None:
@@ -211,7 +187,7 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     configs = {"tiny": tiny.get_config(), "shakespeare_char": shakespeare(FLAGS.text)}
     for name in FLAGS.models:
-        measure(name, configs[name], out / name, console)
+        measure(name, configs[name], out / name, console, FLAGS.processes, FLAGS.caches)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ SMALL: dict[str, Any] = {
     "feedforward_dtype": None,
     "logits_dtype": None,
     "matmul": "plain",
+    "derivatives": "auto",
     "layers": "scanned",
     "remat": "none",
 }

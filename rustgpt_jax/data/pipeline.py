@@ -15,6 +15,9 @@ import numpy as np
 
 from rustgpt_jax.data.stream import TokenStream
 
+# More than any run reads.
+MOST_WINDOWS = 2**62
+
 
 class Batch(NamedTuple):
     """B windows of T tokens, as NumPy arrays, or JAX arrays once on a device.
@@ -90,7 +93,9 @@ class Batches:
     def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int, rows: np.ndarray) -> None:
         self._windows, self._batch_size, self._seed, self._first_step = windows, batch_size, seed, first_step
         self._rows = rows
-        order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
+        # Not without end: grain then has more elements than its batches of one can count.
+        epochs = MOST_WINDOWS // max(len(windows), 1)
+        order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat(epochs)
         self._dataset = order.batch(batch_size).map_with_index(self._gather)
 
     def batch(self, step: int) -> Batch:

@@ -20,6 +20,7 @@ from rustgpt_jax.config import SamplingConfig
 from rustgpt_jax.data.corpora import Document, Turn
 from rustgpt_jax.decoding.samplers import SAMPLERS
 from rustgpt_jax.decoding.text import Writer, write_as_it_comes
+from rustgpt_jax.decoding.weights import Form, form
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.cost import total_size
 from rustgpt_jax.resolve import checked, parse
@@ -80,6 +81,7 @@ class Session:
         self.conversation = Conversation()
         self.sampling = sampling
         self._writer = writer
+        self._laid_out: tuple[Form, Writer] | None = None
         self._console = console
         self._is_over = False
         self._has_forgotten = False
@@ -143,10 +145,17 @@ class Session:
         sampling = dataclasses.replace(self.sampling, seed=self.conversation.reply_seed(self.sampling.seed))
         reply = ""
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in write_as_it_comes(self._writer, prompt, sampling):
+            for piece in write_as_it_comes(self._fast_writer(), prompt, sampling):
                 reply += piece
                 self.show(piece)
         return reply
+
+    def _fast_writer(self) -> Writer:
+        """The writer with its weights in the form that is asked for now."""
+        asked = form(self.sampling)
+        if self._laid_out is None or self._laid_out[0] != asked:
+            self._laid_out = asked, self._writer.laid_out(asked)
+        return self._laid_out[1]
 
     def _help(self, _: str) -> None:
         self.note(f"A line is {'answered' if self._writer.is_dialogue else 'continued'}, or it is a command:")

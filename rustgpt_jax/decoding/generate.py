@@ -56,7 +56,7 @@ def prefill(
         params,
         prompts_BT,
         model,
-        transformer.init_cache(model, batch, slots),
+        transformer.init_cache(model, batch, slots, unstacked=transformer.are_unstacked(params["blocks"])),
         segments_BT=is_token_BT.astype(jnp.int32),
     )
     last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)

@@ -129,8 +129,10 @@ def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
 
 def draw(keys_B: jax.Array, logits_BV: jax.Array, seen_BV: jax.Array, samplers: tuple[Sampler, ...]) -> jax.Array:
     """One token for each row, drawn from the logits that the samplers leave, with a key of its own for each row."""
-    for sampler in samplers:
+    is_greedy = bool(samplers) and isinstance(samplers[-1], Greedy)
+    # What Greedy leaves is found without asking it: one reading of the logits, not three.
+    for sampler in samplers[: len(samplers) - is_greedy]:
         logits_BV = sampler(logits_BV, seen_BV)
-    if any(isinstance(sampler, Greedy) for sampler in samplers):
+    if is_greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rustgpt_jax.config import ModelConfig, SamplingConfig
+from rustgpt_jax.config import ModelConfig, SamplingConfig, for_inference
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.decoding.generate import begin, drawn_tokens, extend, generate, stop_tokens
 from rustgpt_jax.decoding.samplers import from_config
+from rustgpt_jax.decoding.weights import Form, for_decoding
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.tokenizers import Codec, decode, encode_prompt
 
@@ -33,6 +34,11 @@ class Writer(NamedTuple):
     def conversation(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens of a conversation whose next turn is the model's."""
         return encode_prompt(self.tokenizer, turns)
+
+    def laid_out(self, form: Form) -> "Writer":
+        """A writer that has its weights in a form in which they are read faster."""
+        model = for_inference(self.model)
+        return self._replace(model=model, params=for_decoding(self.params, model, form))
 
     @property
     def stops(self) -> list[int]:

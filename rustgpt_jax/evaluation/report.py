@@ -4,16 +4,23 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import stages
+from rustgpt_jax.config import SamplingConfig, stages
 from rustgpt_jax.data.corpora import divide, documents
 from rustgpt_jax.data.prepare import StageData, changed_data, prepare_stage
+from rustgpt_jax.decoding.text import Writer
+from rustgpt_jax.decoding.weights import form
 from rustgpt_jax.evaluation.answers import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.training.trained import Trained
 
 
 def evaluate_run(trained: Trained, console: Console) -> None:
-    """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues."""
+    """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues.
+
+    Where weights of a narrower type are read in decoding, a line more says what the model loses by it.
+    """
+    sampling = trained.config.sampling
+    reader = trained.writer.laid_out(form(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
@@ -21,17 +28,30 @@ def evaluate_run(trained: Trained, console: Console) -> None:
     for stage in changed_data(trained.run.data_file, material):
         console.print(f"The text of stage {stage} is not the one that the model was trained on.", style="yellow")
     for data in material:
-        table.add_row(data.stage.name, *_predictions(trained, data), *_answers(trained, data))
+        answers = _answers(reader, sampling, data)
+        if sampling.weights is None:
+            table.add_row(data.stage.name, *_predictions(trained.writer, data), *answers)
+        else:
+            table.add_row(data.stage.name, *_predictions(trained.writer, data))
+            table.add_row(f"{data.stage.name}, weights in {sampling.weights}", *_predictions(reader, data), *answers)
     console.print(table)
 
 
-def _predictions(trained: Trained, data: StageData) -> list[str]:
+def _predictions(writer: Writer, data: StageData) -> list[str]:
     stream = data.store.split("valid")
-    values = evaluate(trained.writer.params, trained.config.model, data.validation_batches(), stream.bytes_per_token)
+    training = data.stage.config.training
+    values = evaluate(
+        writer.params,
+        writer.model,
+        data.validation_batches(),
+        stream.bytes_per_token,
+        training.loss_chunk,
+        training.accumulation,
+    )
     return [f"{value:.4f}" for value in values.values()] or ["no validation text", "", ""]
 
 
-def _answers(trained: Trained, data: StageData) -> list[str]:
+def _answers(writer: Writer, sampling: SamplingConfig, data: StageData) -> list[str]:
     if not data.is_dialogue:
         return ["", ""]
     config = data.stage.config.data
@@ -39,5 +59,5 @@ def _answers(trained: Trained, data: StageData) -> list[str]:
     sides: dict[str, list] = {"train": [], "valid": []}
     for side, document in divide(documents(config), config, n_characters):
         sides[side].append(document)
-    counts = [right_answers(trained.writer, side, trained.config.sampling) for side in sides.values()]
+    counts = [right_answers(writer, side, sampling) for side in sides.values()]
     return [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in counts]

@@ -10,7 +10,7 @@ from rustgpt_jax.model.linear import gated_width
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (
     *("dropout", "init_std", "load_balance", "router_z_loss", "layers", "remat", "attention_kernel"),
-    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul"),
+    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul", "derivatives"),
     *("latent_width", "query_latent_width", "shared_key_width", "conv_width", "recurrent_width", "options"),
 )
 

@@ -39,8 +39,8 @@ def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = 
     Scores of later tokens, which the causal mask hides, are computed and so counted. A backward pass costs twice this.
     loops_once: as `matrix_product_flops` has it.
     """
-    # In the kernels of libraries no product is to be seen.
-    model = dataclasses.replace(model, attention_kernel="plain")
+    # In the kernels of libraries no product is to be seen. No device is asked what suits it.
+    model = dataclasses.replace(model, attention_kernel="plain", derivatives="plain")
     tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens

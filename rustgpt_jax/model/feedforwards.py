@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context, Signals
+from rustgpt_jax.model.derivatives import Activation, activated
 from rustgpt_jax.model.experts import MixtureOfExperts
-from rustgpt_jax.model.linear import Activation, Linear, gated_width
+from rustgpt_jax.model.linear import Linear, gated_width
 
 
 class FeedForward(nn.Module):
@@ -40,7 +41,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
-        hidden_BTF = self.activation(Linear(self.config, self.width(self.config), name="up")(x_BTD))
+        up_BTF = Linear(self.config, self.width(self.config), name="up")(x_BTD)
+        hidden_BTF = activated(self.activation, up_BTF, self.config)
         return Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF), {}
 
 
@@ -65,7 +67,7 @@ class GatedFeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
         width = self.width(self.config)
-        gate_BTF = self.activation(Linear(self.config, width, name="gate")(x_BTD))
+        gate_BTF = activated(self.activation, Linear(self.config, width, name="gate")(x_BTD), self.config)
         up_BTF = Linear(self.config, width, name="up")(x_BTD)
         return Linear(self.config, self.config.d_model, residual=True, name="down")(gate_BTF * up_BTF), {}
 

@@ -1,6 +1,5 @@
 """The linear layer that all parts share, and what gated layers share."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,8 +8,6 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.products import product
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def scaled_normal(std: Any) -> nn.initializers.Initializer:

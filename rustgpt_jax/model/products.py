@@ -3,7 +3,7 @@
 import jax
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model import float8
+from rustgpt_jax.model import derivatives, float8
 from rustgpt_jax.model.stored import Stored
 
 
@@ -14,4 +14,7 @@ def product(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> ja
         return kernel.product(x)
     if config.matmul == "float8":
         return float8.product(x, kernel)
-    return x @ kernel.astype(config.dtype)
+    operands, is_kept = config.dtype if config.matmul == "plain" else config.matmul, derivatives.are_kept(config)
+    if operands == config.dtype and not is_kept:
+        return x @ kernel.astype(config.dtype)
+    return derivatives.product(x, kernel, operands, is_kept)

@@ -18,6 +18,7 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.precision import product_type, softcap
 from rustgpt_jax.model.stacks import Stack, stacks
+from rustgpt_jax.model.stored import Stored
 from rustgpt_jax.tables import choose
 
 Params = dict[str, Any]
@@ -59,15 +60,22 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
     return params
 
 
-def init_cache(model: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of at most `length` tokens, stacked over N like the parameters."""
+def are_unstacked(blocks: Params) -> bool:
+    """Whether a stack is a list of layers, each with arrays of its own, and not one of arrays with a first axis N."""
+    return any(isinstance(of_stack, list) for of_stack in blocks.values())
 
-    def stacked(stack: Stack) -> Any:
+
+def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool = False) -> Cache:
+    """An empty cache for `batch` rows of at most `length` tokens, stacked over N or in lists, as the parameters are."""
+
+    def of_stack(stack: Stack) -> Any:
         (mixer,) = stack.block.mixers
         one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.for_mixer, batch, length)
+        if unstacked:
+            return [one] * len(stack.layers)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
 
-    return {str(index): stacked(stack) for index, stack in enumerate(stacks(model))}
+    return {str(index): of_stack(stack) for index, stack in enumerate(stacks(model))}
 
 
 def apply(
@@ -83,7 +91,7 @@ def apply(
     """logits_BTV (float32) for the token after each token, and the cache with the new tokens in it.
 
     Args:
-        params: from `init`.
+        params: from `init`, or these in the form for decoding (decoding/weights.py): blocks in lists, weights `Stored`.
         tokens_BT: token ids.
         model: what `params` were made from.
         cache: None to see `tokens_BT` alone; else they follow the cached tokens and are written at their positions.
@@ -168,12 +176,14 @@ def _hidden_states(
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
-    """logits_BTV in float32, from the embedding table or from an output layer of their own."""
+    """logits_BTV in float32, from an output layer where there is one, else from the embedding table."""
     dtype = model.logits_dtype or model.dtype
     hidden_BTD = hidden_BTD.astype(dtype)
-    if model.tie_embeddings:
+    if "head" not in params:
         table_VD = laid_out(params["embedding"]["table"].astype(dtype), "VD")
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=product_type(table_VD))
+    elif isinstance(params["head"]["kernel"], Stored):
+        logits_BTV = params["head"]["kernel"].product(hidden_BTD, product_type(hidden_BTD))
     else:
         kernel_DV = laid_out(params["head"]["kernel"].astype(dtype), "DV")
         logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=product_type(kernel_DV))
@@ -199,11 +209,12 @@ def _run_blocks(
     cache: Cache | None,
     slots: taps.Slots | None,
 ) -> tuple[jax.Array, Cache | None, Signals, taps.Measurements]:
-    """One scan over the repeats of the pattern, then the layers that are left.
+    """One scan over the repeats of the pattern, then the layers that are left. In lists, one follows the other.
 
     With no cache, and with no slots for taps, None rides along.
     """
     every = {str(index): stack for index, stack in enumerate(stacks(model))}
+    in_lists = are_unstacked(blocks)
     repeats = model.n_layers // model.period
     pattern_keys = list(every)[: model.period] if repeats else []
     left_keys = list(every)[len(pattern_keys) :]
@@ -228,12 +239,12 @@ def _run_blocks(
             x_BTD = laid_out(x_BTD, "BTD")
         return x_BTD, (None if cache is None else written, signals, measured)
 
-    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None, jax.Array]) -> Any:
+    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None, jax.Array | int]) -> Any:
         params, cache, slots, repeat = slices
         return run(x_BTD, pattern_keys, repeat, params, cache, slots)
 
     def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None]) -> Any:
-        return run(x_BTD, left_keys, 0, *jax.tree.map(lambda leaf: leaf[0], slices))
+        return run(x_BTD, left_keys, 0, *_of_repeat(slices, 0, in_lists))
 
     if model.remat != "none":
         policy = remat_policy(model.remat)
@@ -250,16 +261,51 @@ def _run_blocks(
     measured: taps.Measurements = {}
     written: Cache = {}
     if repeats:
-        slices = (*slices_of(pattern_keys), jnp.arange(repeats))
-        unroll = repeats if model.layers == "unrolled" else 1
-        x_BTD, (scanned, signals, measured) = jax.lax.scan(pattern, x_BTD, slices, unroll=unroll)
+        slices = slices_of(pattern_keys)
+        if in_lists:
+            results: list[Any] = []
+            for repeat in range(repeats):
+                x_BTD, result = pattern(x_BTD, (*_of_repeat(slices, repeat, in_lists), repeat))
+                results.append(result)
+            scanned, signals, measured = _gathered(results, in_lists)
+        else:
+            unroll = repeats if model.layers == "unrolled" else 1
+            x_BTD, (scanned, signals, measured) = jax.lax.scan(
+                pattern, x_BTD, (*slices, jnp.arange(repeats)), unroll=unroll
+            )
         written |= scanned or {}
     if left_keys:
-        x_BTD, (single, left_signals, left_measured) = left(x_BTD, slices_of(left_keys))
-        written |= jax.tree.map(lambda leaf: leaf[None], single or {})
-        measured |= jax.tree.map(lambda leaf: leaf[None], left_measured)
+        x_BTD, result = left(x_BTD, slices_of(left_keys))
+        single, left_signals, left_measured = _gathered([result], in_lists)
+        written |= single or {}
+        measured |= left_measured
         signals |= left_signals
     return x_BTD, None if cache is None else written, _over_blocks(signals), measured
+
+
+def _of_repeat(slices: tuple[Any, Any, Any], repeat: int, in_lists: bool) -> tuple[Any, Any, Any]:
+    """What one repeat of the pattern has of the parameters, the cache and the slots, which are never in lists."""
+
+    def row(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[repeat], tree)
+
+    def layer(tree: Any) -> Any:
+        return None if tree is None else {key: of_stack[repeat] for key, of_stack in tree.items()}
+
+    params, cache, slots = slices
+    return (layer(params), layer(cache), row(slots)) if in_lists else (row(params), row(cache), row(slots))
+
+
+def _gathered(results: list[tuple[Any, Any, Any]], in_lists: bool) -> tuple[Any, Any, Any]:
+    """The caches of some repeats, stacked or in lists; their signals and measurements, stacked."""
+
+    def stacked(trees: tuple[Any, ...]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    caches, signals, measured = zip(*results, strict=True)
+    if not in_lists or caches[0] is None:
+        return stacked(caches), stacked(signals), stacked(measured)
+    return {key: [cache[key] for cache in caches] for key in caches[0]}, stacked(signals), stacked(measured)
 
 
 def _over_blocks(signals: dict[str, Signals]) -> Signals:

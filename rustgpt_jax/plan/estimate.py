@@ -108,4 +108,4 @@ def bytes_on_device(tree: Any) -> int:
 
 def _dtype(config: Config) -> str:
     """The type of most matrix products."""
-    return "float8" if config.model.matmul == "float8" else config.model.dtype
+    return config.model.dtype if config.model.matmul == "plain" else config.model.matmul

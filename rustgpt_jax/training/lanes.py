@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.runs.programs import Program as NamedProgram
 from rustgpt_jax.runs.programs import observed
 from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, compiled_put, stack
@@ -39,12 +40,9 @@ class Solo:
         """`count` steps of the run."""
         (run,) = runs
         assert run is not None
-        orders = run.orders(count)
-        batches = run.placement.share(orders.batches, run.batch_size)
+        orders = _sent(run.orders(count), run.placement, run.batch_size)
         began = time.perf_counter()
-        self._state, metrics = _call(
-            [run], compiled_train_steps, run.program.structure, self._state, batches, *orders[1:]
-        )
+        self._state, metrics = _call([run], compiled_train_steps, run.program.structure, self._state, *orders)
         run.advanced(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
 
     def state(self, index: int) -> State:
@@ -76,8 +74,7 @@ class Together:
         structure = next(run.program.structure for run in runs if run is not None)
         idle = next(iter(orders.values()))._replace(count=np.int32(0))
         orders_P = _stacked([orders.get(index, idle) for index in range(self._n_lanes)])
-        batch_size = orders_P.batches.tokens_BT.shape[-2]
-        orders_P = orders_P._replace(batches=self._placement.share(orders_P.batches, batch_size))
+        orders_P = _sent(orders_P, self._placement, orders_P.batches.tokens_BT.shape[-2])
         began = time.perf_counter()
         members = [run for run in runs if run is not None]
         self._states_P, metrics_P = _call(
@@ -124,6 +121,13 @@ def _selects(argument: Any) -> Any:
     if not hasattr(argument, "shape"):
         return argument
     return argument.shape, argument.dtype, getattr(argument, "sharding", None)
+
+
+def _sent(orders: Orders, placement: Placement, batch_size: int) -> Orders:
+    """Orders on their way to the devices, which nothing waits for. On a mesh, what is no batch goes with the call."""
+    if placement.mesh is None:
+        return jax.device_put(orders)
+    return orders._replace(batches=placement.share(orders.batches, batch_size))
 
 
 def _stacked(orders: list[Orders]) -> Orders:

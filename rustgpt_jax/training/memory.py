@@ -56,6 +56,7 @@ def residual_bytes(config: Config, window: int) -> int:
 
 def _kept_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.accumulation
+    config = with_values(config, {"model.derivatives": "plain"})
     if config.model.attention_kernel != "plain":
         # As a kernel of a library would, which needs its own device to be traced, it keeps no scores.
         config = with_values(config, {"model.attention_kernel": "portable"})

@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from rustgpt_jax.config import Config, OptimizerConfig, Structure, for_inference, split
+from rustgpt_jax.config import Config, OptimizerConfig, Structure, split
 from rustgpt_jax.data.prepare import StageData
 from rustgpt_jax.decoding.text import Writer, write
+from rustgpt_jax.decoding.weights import form
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.model.cost import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
@@ -182,7 +183,8 @@ class Recorder:
         prompts = self.config.record.prompts
         if not prompts:
             return
-        author = Writer(params, for_inference(self.config.model), self.tokenizer, self.data.is_dialogue)
+        author = Writer(params, self.config.model, self.tokenizer, self.data.is_dialogue)
+        author = author.laid_out(form(self.config.sampling))
         texts = write(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):

@@ -1,0 +1,73 @@
+"""How long do the compiled training steps of a run take, alone in a process, with its data ready?
+
+python -m experiments.benchmarks.bare_steps CONFIG.py
+
+It prints the seconds of all steps of the run, the least of three times. Nothing is written.
+
+FINDING: none of its own; see `sweep_throughput.py`.
+"""
+
+import json
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from configs import tiny
+from rustgpt_jax.config import Structure
+from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
+from rustgpt_jax.parallel.placement import Placement
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.training.material import Material
+from rustgpt_jax.training.population import Orders
+from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.step import compiled_train_steps
+
+REPEATS = 3
+
+
+def get_config() -> ConfigDict:
+    """A run that is soon over."""
+    return tiny.get_config()
+
+
+def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
+    """A function that does all steps of a config file's run and gives their seconds, and how many steps they are."""
+    material = Shelf().material(resolve(runpy.run_path(str(file))["get_config"]()))
+    calls = list(calls_of(material))
+
+    def all_steps() -> float:
+        state = jax.block_until_ready(Run(material, Path("unused"), {}, Placement()).state())
+        began = time.perf_counter()
+        for structure, orders in calls:
+            state, _ = compiled_train_steps(structure, state, *orders)
+        jax.block_until_ready(state)
+        return time.perf_counter() - began
+
+    all_steps()
+    return all_steps, material.total_steps
+
+
+def calls_of(material: Material) -> Iterator[tuple[Structure, Orders]]:
+    """What each call of the compiled program is given, stage by stage."""
+    step = 0
+    for data in material.stages:
+        run = Run(material, Path("unused"), {}, Placement())
+        run.step = step
+        while run.step < data.stage.end_step:
+            count = min(data.stage.config.training.steps_per_call, data.stage.end_step - run.step)
+            yield run.program.structure, run.orders(count)
+            run.step += count
+        step = run.step
+        run.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    call, _ = bare_steps(Path(sys.argv[1]))
+    print(json.dumps(min(call() for _ in range(REPEATS))))

@@ -1,0 +1,196 @@
+"""What do all parts of the benchmark have in common: how much is measured, where, and what is told meanwhile?
+
+python experiments/benchmarks/run.py
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from experiments.benchmarks.accelerator_report import spread
+from experiments.benchmarks.best_batch import tree_of
+from experiments.benchmarks.performance.models import DECODED, SMOKE, Decoded
+from experiments.benchmarks.performance.turns import Reading, take_turns
+from experiments.benchmarks.performance.workers import Request, asked, crew
+from experiments.benchmarks.sweep_throughput import shakespeare
+from rustgpt_jax.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Extent(NamedTuple):
+    """How much is measured.
+
+    shapes: to train, each with its rounds, against the types of PyTorch in `races`. batches, dtypes, kernels: to decode
+    with. rounds: of everything else. product, gigabytes: of what the peaks are found with. width, train_steps: of a
+    whole run of configs/shakespeare_char.py. job_steps: of the two stages of RustGPT's job. compiled: whether
+    torch.compile takes part.
+    """
+
+    shapes: Mapping[str, int]
+    races: tuple[str, ...]
+    decoded: Decoded
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    kernels: tuple[str, ...]
+    rounds: int
+    product: int
+    gigabytes: float
+    width: int
+    train_steps: int
+    job_steps: tuple[int, int]
+    compiled: bool
+
+
+FULL = Extent(
+    shapes={"shk": 15, "mid": 7, "124M": 5},
+    races=("float32", "bfloat16"),
+    decoded=DECODED,
+    batches=(1, 8),
+    dtypes=("float32", "bfloat16", "int8"),
+    kernels=("plain", "native"),
+    rounds=7,
+    product=2048,
+    gigabytes=1.0,
+    width=128,
+    train_steps=600,
+    job_steps=(2500, 5300),
+    compiled=True,
+)
+TINY = Extent(
+    shapes={"smoke": 2},
+    races=("float32",),
+    decoded=SMOKE,
+    batches=(2,),
+    dtypes=("float32",),
+    kernels=("plain",),
+    rounds=1,
+    product=256,
+    gigabytes=0.01,
+    width=16,
+    train_steps=40,
+    job_steps=(40, 40),
+    compiled=False,
+)
+
+
+class Bench(NamedTuple):
+    """What a part is given. text: of configs/shakespeare_char.py; None where none was named. out: for its files."""
+
+    extent: Extent
+    text: Path | None
+    out: Path
+    patience: float
+    console: Console
+
+    def ask(self, module: str, what: str, **arguments: Any) -> Row:
+        """What a worker says. Raises Failure."""
+        return asked(Request(module, what, arguments), self.patience, self.log)
+
+    def race(self, requests: Mapping[str, Request], rounds: int, title: str) -> Row:
+        """Workers that take turns: their readings by contender and by what is read, and why some have none."""
+        self.say(f"{title}: {', '.join(requests)}")
+        with crew(requests, self.patience, self.log) as (workers, absent):
+            about = {name: worker.about for name, worker in workers.items()}
+            readings, failures = take_turns({name: worker.turn for name, worker in workers.items()}, rounds)
+        columns = {name: columns_of(rows) for name, rows in readings.items()}
+        for name, reason in (absent | failures).items():
+            self.say(f"  {name} is not measured: {reason}", "yellow")
+        for name, column in columns.items():
+            shown = (f"{what} {told(values)}" for what, values in column.items())
+            self.say(f"  {name}: {', '.join(shown)}")
+        return {"readings": columns, "about": about, "absent": absent | failures, "date": today()}
+
+    def needed_text(self) -> Path:
+        """The text. Raises UserError where none was named."""
+        if self.text is None:
+            raise UserError("Which text? Give --text=FILE, such as tiny Shakespeare.")
+        return self.text
+
+    def shakespeare(self, steps: int, every: int) -> ConfigDict:
+        """configs/shakespeare_char.py for so many steps, with evaluations and checkpoints every so many.
+
+        Raises UserError where no text was named.
+        """
+        config = shakespeare(str(self.needed_text()))
+        config.training.steps, config.schedule.warmup_steps = steps, min(steps // 2, config.schedule.warmup_steps)
+        config.model.d_model = self.extent.width
+        config.record.evaluate_every = config.record.checkpoint_every = every
+        return config
+
+    def peaks(self) -> Row:
+        """FLOP/s and bytes a second that the machine gives at best, by whatever product is the fastest."""
+        requests = {
+            "rustgpt_jax": Request("ours", "peaks", {"size": self.extent.product, "gigabytes": self.extent.gigabytes}),
+            "torch": Request("torch_peer", "peaks", {"size": self.extent.product}),
+        }
+        found = self.race(requests, self.extent.rounds, "peaks")["readings"]
+        best: Row = {}
+        for column in found.values():
+            for what, values in column.items():
+                best[what] = max(best.get(what, 0.0), *values)
+        return best
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a line."""
+        self.console.print(text, style=style, highlight=False, markup=False)
+
+    @property
+    def log(self) -> Path:
+        """What processes have said."""
+        return self.out / "log.txt"
+
+
+def about(*peers: str) -> Row:
+    """The machine, the versions of JAX and of some packages, as far as they are installed, and the date."""
+    versions = {"Python": platform.python_version()}
+    for package in ("jax", *peers):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"date": today(), "command": " ".join(["python", *sys.argv]), "versions": versions} | machine()
+
+
+def columns_of(readings: list[Reading]) -> dict[str, list[float]]:
+    """Readings by what is read."""
+    return {name: [reading[name] for reading in readings] for name in readings[0]} if readings else {}
+
+
+def told(values: list[float]) -> str:
+    """A median and its spread, for a line that is printed meanwhile."""
+    return f"{np.median(values):.4g} ({spread(values):.0%})"
+
+
+def today() -> str:
+    """The date in UTC."""
+    return f"{datetime.now(UTC):%Y-%m-%d}"
+
+
+def machine() -> Row:
+    """The processor, its cores and its memory."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    features = (fields.get("flags") or fields.get("Features") or "").split()
+    wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd") if name in features]
+    return {
+        "processor": fields.get("model name") or platform.processor(),
+        "features": wide,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")

@@ -1,0 +1,89 @@
+"""Which models are measured, at which batch, and in how many ways?
+
+python experiments/benchmarks/run.py
+
+FINDING: none of its own; see `run.py`.
+"""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.best_batch import Knobs, config_of, tree_of
+from rustgpt_jax.config import Config
+
+
+class Shape(NamedTuple):
+    """A GPT-2 to train. steps: in a call, which is a turn. layers: the way that is faster at this size."""
+
+    knobs: Knobs
+    batch: int
+    steps: int
+    layers: str
+
+    @property
+    def tokens(self) -> int:
+        """In a batch."""
+        return self.batch * self.knobs["model.context_length"]
+
+
+def _knobs(layers: int, heads: int, width: int, context: int, vocabulary: int) -> Knobs:
+    return {
+        "model.n_layers": layers,
+        "model.n_heads": heads,
+        "model.d_model": width,
+        "model.context_length": context,
+        "model.vocab_size": vocabulary,
+    }
+
+
+SHAPES = {
+    "shk": Shape(_knobs(4, 4, 128, 64, 65), batch=12, steps=20, layers="unrolled"),
+    "mid": Shape(_knobs(6, 6, 384, 256, 65), batch=16, steps=1, layers="unrolled"),
+    "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, layers="scanned"),
+    "smoke": Shape(_knobs(2, 2, 32, 16, 64), batch=2, steps=2, layers="unrolled"),
+}
+# The ways that we train; one more is a line more, and a name in RACES.
+TRAINING: dict[str, Knobs] = {
+    "float32": {"model.dtype": "float32"},
+    "bfloat16 factors": {"model.dtype": "float32", "model.matmul": "bfloat16", "model.logits_dtype": "bfloat16"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+}
+
+
+def training_config(shape: str, knobs: Knobs) -> Config:
+    """The config of a shape, with the values at some dotted paths changed."""
+    wanted = SHAPES[shape]
+    sizes = {"training.batch_size": wanted.batch, "training.steps_per_call": wanted.steps}
+    return config_of("124m", wanted.knobs | sizes | {"model.layers": wanted.layers, "model.dtype": "float32"} | knobs)
+
+
+# The ways that weights are read in decoding.
+WEIGHTS: dict[str, Knobs] = {
+    "float32": {"model.dtype": "float32"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "int8": {"model.dtype": "float32", "sampling.weights": "int8"},
+}
+
+
+class Decoded(NamedTuple):
+    """A GPT-2 to decode with, and how many tokens: of the prompt, new ones, and steps that are timed one by one."""
+
+    size: str
+    prompt: int
+    new: int
+    steps: int
+
+
+DECODED = Decoded("124m", prompt=128, new=128, steps=1000)
+SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
+
+
+def decoding_config(size: str, weights: str, kernel: str) -> Config:
+    """The config of a GPT-2 that decodes with weights of a type by a kernel."""
+    return config_of(size, {"model.layers": "unrolled", "sampling.kernel": kernel} | WEIGHTS[weights])
+
+
+def get_config() -> ConfigDict:
+    """The largest of the models."""
+    return tree_of("124m")

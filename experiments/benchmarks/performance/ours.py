@@ -1,0 +1,234 @@
+"""How fast does one process of this framework train and decode, turn by turn, and what could the machine do?
+
+python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 2048, "gigabytes": 1}'
+
+A worker (`workers.py`), which does a turn for each line that it reads; what it does is one of TASKS.
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.bare_steps import bare_steps
+from experiments.benchmarks.best_batch import Knobs, tree_of
+from experiments.benchmarks.gpt2_jax import trainer
+from experiments.benchmarks.performance.models import SHAPES, decoding_config, training_config
+from experiments.benchmarks.performance.turns import Reading
+from experiments.benchmarks.performance.workers import Prepared, only_said, serve
+from rustgpt_jax.config import ModelConfig, for_inference
+from rustgpt_jax.decoding.generate import Generation, begin, extend, stop_tokens
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.decoding.weights import for_decoding, form
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.exporting import export_model
+from rustgpt_jax.interop.gguf import write_gguf
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
+from rustgpt_jax.parallel.placement import Placement
+from rustgpt_jax.plan.compiled import compiled_step
+
+# Event of JAX for each program that its compiler makes, or that it finds among those that are kept.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+# What the machine could do.
+
+
+def peaks(size: int, gigabytes: float) -> Prepared:
+    """FLOP/s of products of large matrices, and bytes read a second; a turn is one of each."""
+    left = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
+    products = {name: partial(_product, left.astype(name)) for name in ("float32", "bfloat16")}
+    cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(int(gigabytes * 2**28), np.float32), cores)
+    pool = ThreadPoolExecutor(cores)
+
+    def read() -> float:
+        # A product with itself reads each number once, and computes less than the memory can deliver.
+        return sum(pool.map(lambda part: float(part @ part), parts))
+
+    def turn() -> Reading:
+        found = {name: 2 * size**3 / seconds(call) for name, call in products.items()}
+        return found | {"bytes": sum(part.nbytes for part in parts) / seconds(read)}
+
+    turn()
+    return {}, turn
+
+
+@jax.jit
+def _product(matrix: jax.Array) -> jax.Array:
+    return jnp.dot(matrix, matrix, preferred_element_type=jnp.float32)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes, until its result is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+# Training.
+
+
+def training(shape: str, knobs: Knobs) -> Prepared:
+    """Seconds of a training step, the framework's own, compiled as `train` compiles it."""
+    config = training_config(shape, knobs)
+    call = trainer(config)
+    first = seconds(call)
+
+    def turn() -> Reading:
+        began = time.perf_counter()
+        losses = np.asarray(call())
+        taken = time.perf_counter() - began
+        if not np.isfinite(losses).all():
+            raise ArithmeticError(f"the loss is {losses}")
+        return {"seconds": taken / config.training.steps_per_call}
+
+    return {"first_call": first}, turn
+
+
+def bare(config: str) -> Prepared:
+    """Seconds of a step of a run, of its compiled steps alone."""
+    call, steps = bare_steps(Path(config))
+
+    def turn() -> Reading:
+        return {"seconds": call() / steps}
+
+    return {"steps": steps}, turn
+
+
+def cost(shape: str) -> Prepared:
+    """Parameters, and FLOPs of a training step: counted from shapes, from the compiled program, and by XLA."""
+    config = training_config(shape, {})
+    window = config.model.context_length
+    flops = training_flops_per_token(config.model, window) * SHAPES[shape].tokens
+    # XLA counts the body of a loop once.
+    unrolled = training_config(shape, {"model.layers": "unrolled"})
+    step = compiled_step(unrolled, window, Placement(), for_cpu=True)
+    return only_said(
+        {
+            "parameters": total_size(parameter_shapes(config.model)),
+            "flops": flops,
+            "of the program": step.flops,
+            "of XLA": step.counted_once,
+        }
+    )
+
+
+# Decoding.
+
+
+def export(size: str, folder: str) -> Prepared:
+    """Write a model for the others, with the parameters that `weights` gives; for llama.cpp where `gguf` is there."""
+    model = decoding_config(size, "float32", "plain").model
+    params, place = weights(model), Path(folder)
+    export_model(params, model, place / "transformers")
+    with suppress(UserError):
+        for dtype in ("float32", "bfloat16", "int8"):
+            write_gguf(params, model, place / f"{dtype}.gguf", dtype=dtype)
+    return only_said({"parameters": total_size(params)})
+
+
+def weights(model: ModelConfig) -> transformer.Params:
+    """The parameters that everybody decodes with."""
+    return jax.jit(lambda key: transformer.init(key, model))(jax.random.key(0))
+
+
+def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
+    """Parameters as they lie for decoding in a type, by plain products or by the native kernel."""
+    config = decoding_config(size, dtype, kernel)
+    model, wanted = for_inference(config.model), form(config.sampling)
+    if wanted.kernel != kernel:
+        raise UserError(f"There is no {kernel} kernel on this machine.")
+    return for_decoding(weights(config.model), model, wanted), model
+
+
+def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: int) -> Prepared:
+    """Seconds of a prompt of all rows, and then of a token of all of them, the likeliest each time."""
+    params, model = prepared(size, dtype, kernel)
+    key, stops = jax.random.key(1), stop_tokens(())
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
+
+    def turn() -> Reading:
+        began = time.perf_counter()
+        generation = jax.block_until_ready(begin(params, prompts, model, new))
+        read = time.perf_counter()
+        extended = extend(params, generation, np.int32(new), (Greedy(),), key, stops, model=model)
+        jax.block_until_ready(extended.tokens_BS)
+        return {"prompt": read - began, "token": (time.perf_counter() - read) / new}
+
+    turn()
+    read_whole = {name: tree for name, tree in params.items() if name != "positions"}
+    return {"parameter_bytes": total_bytes(read_whole)}, turn
+
+
+def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> Prepared:
+    """Seconds of each of many decoding steps; programs that were compiled meanwhile, and memory that was taken."""
+    params, model = prepared(size, dtype, kernel)
+    key, stops = jax.random.key(1), stop_tokens(())
+    compiled = 0
+
+    def count(event: str, duration: float, **_: Any) -> None:
+        nonlocal compiled
+        compiled += event == COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+
+    def step(generation: Generation) -> tuple[Generation, float]:
+        began = time.perf_counter()
+        after = extend(params, generation, np.int32(1), (Greedy(),), key, stops, model=model)
+        jax.block_until_ready(after.tokens_BS)
+        return after, time.perf_counter() - began
+
+    def turn() -> Reading:
+        generation = begin(params, [[1] * prompt], model, model.context_length - prompt)
+        for _ in range(8):
+            generation, _ = step(generation)
+        gc.collect()
+        compiled_before, memory_before, taken = compiled, resident_memory(), []
+        for _ in range(steps):
+            generation, each = step(generation)
+            taken.append(each)
+        p50, p99 = np.percentile(taken, (50, 99))
+        grown = resident_memory() - memory_before
+        return {"p50": p50, "p99": p99, "compiled": compiled - compiled_before, "grown": grown, "steps": steps}
+
+    return {}, turn
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+TASKS = {
+    "peaks": peaks,
+    "training": training,
+    "bare": bare,
+    "cost": cost,
+    "export": export,
+    "decoding": decoding,
+    "steadiness": steadiness,
+}
+
+if __name__ == "__main__":
+    keep_compiled_programs()
+    serve(TASKS)

@@ -1,0 +1,275 @@
+"""What does the benchmark show, as tables and in docs/performance.md?
+
+python -m experiments.benchmarks.performance.page
+
+It draws the page again from docs/performance.json. The page keeps its words; between `<!-- begin: NAME -->` and
+`<!-- end: NAME -->` it has the tables of the part NAME, which are replaced when that part has been measured.
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.accelerator_report import (
+    UNKNOWN,
+    Cells,
+    Sheets,
+    markdown_table,
+    milliseconds,
+    percent,
+    spread,
+    times,
+)
+from experiments.benchmarks.best_batch import ROOT, tree_of
+from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, goals, megabytes, ratio
+from experiments.benchmarks.performance.models import SHAPES
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.formatting import byte_size, count
+
+Row = dict[str, Any]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.json"
+PARTS = ("training", "decoding", "startup", "sweeps")
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def draw(results: Row, page: Path = PAGE) -> None:
+    """Put the tables of what was measured into the page. Raises UserError where it has no place for them."""
+    text = page.read_text(encoding="utf-8")
+    measured = [part for part in PARTS if part in results]
+    for part in ["goals", *measured]:
+        text = replaced(text, part, "\n".join(lines(part, results)))
+    page.write_text(text, encoding="utf-8")
+
+
+def replaced(text: str, part: str, by: str) -> str:
+    """A page with other lines between the marks of a part. Raises UserError if it has not both marks, once each."""
+    begin, end = f"<!-- begin: {part} -->", f"<!-- end: {part} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"docs/performance.md needs one line {begin!r} and, after it, one line {end!r}.")
+    return re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}\n{by}\n{end}", text)
+
+
+def lines(part: str, results: Row) -> Iterator[str]:
+    """What stands between the marks of a part, as Markdown."""
+    if part != "goals":
+        yield from (f"{line}  " for line in about(results[part]["about"]))
+    for title, rows in sheets(part, results).items():
+        yield from ("", f"**{title}**", "", *markdown_table(rows))
+    yield ""
+
+
+def about(row: Row) -> list[str]:
+    """What a part was measured on, when, and by which command."""
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    machine = f"{row['processor']} ({' '.join(row['features'])}), {row['cores']} cores, {byte_size(row['memory'])}"
+    return [f"{row['date']}: `{row['command']}`", machine, versions]
+
+
+def sheets(part: str, results: Row) -> Sheets:
+    """The tables of a part that have rows, by their titles."""
+    if part == "goals":
+        every: Sheets = {"Goals on two cores": [_goal(goal) for goal in goals(results)]}
+    else:
+        every = {"training": _training, "decoding": _decoding, "startup": _startup, "sweeps": _sweeps}[part](
+            results[part]
+        )
+    return {title: rows for title, rows in every.items() if rows}
+
+
+def _goal(goal: Any) -> Cells:
+    sign = "at least" if goal.at_least else "at most"
+    measured = goal.shown(goal.measured)
+    return {
+        "goal": goal.what,
+        "wanted": f"{sign} {goal.shown(goal.wanted)}",
+        "measured": measured if goal.spread is None else f"{measured} ({goal.spread:.1%})",
+        "": goal.verdict,
+        "between": goal.who,
+    }
+
+
+def _absent(part: Row) -> list[Cells]:
+    """Who did not take part, once each, and why."""
+    races = [*part.get("races", {}).values(), *part.get("steadiness", {}).values()]
+    found = {(name, reason): None for race in races for name, reason in race["absent"].items()}
+    return [{"not measured": name, "why": reason} for name, reason in found]
+
+
+def _peaks(peaks: Row) -> list[Cells]:
+    shown = {name: f"{peaks[name] / 1e9:,.0f} GFLOP/s" for name in ("float32", "bfloat16") if name in peaks}
+    return [shown | {"memory, read": f"{peaks['bytes'] / 1e9:.1f} GB/s"}] if peaks else []
+
+
+# Training.
+
+
+def _training(part: Row) -> Sheets:
+    rows = [
+        _step(title, name, column["seconds"], part)
+        for title, race in part["races"].items()
+        for name, column in race["readings"].items()
+    ]
+    whole = part["whole"]["readings"]
+    return {
+        "Peaks, as measured": _peaks(part["peaks"]),
+        "A training step, ms (and the width of the middle half)": rows,
+        "FLOPs of a step": [_cost(shape, row) for shape, row in part["costs"].items()],
+        "A whole run, configs/shakespeare_char.py": [
+            {"": name, "ms a step": milliseconds(seconds)} for name, seconds in whole.items() if seconds
+        ],
+        "Not measured": _absent(part),
+    }
+
+
+def _step(title: str, name: str, seconds: list[float], part: Row) -> Cells:
+    shape, against = title.split(", ")
+    race, median = part["races"][title], float(np.median(seconds))
+    peak = part["peaks"].get("bfloat16" if "bfloat16" in name else "float32")
+    against_torch = ratio(race, name, TORCH, "seconds")
+    return {
+        "model": shape,
+        "against": f"torch {against}",
+        "who": name,
+        "ms": milliseconds(seconds),
+        "tokens/s": f"{SHAPES[shape].tokens / median:,.0f}",
+        "of peak FLOPs": percent(part["costs"][shape]["flops"] / median / peak if peak else None),
+        "times as fast as the best of torch": UNKNOWN if against_torch is None else times(against_torch.median),
+        "first call, s": f"{race['about'][name]['first_call']:.1f}",
+        "measured": race["date"],
+    }
+
+
+def _cost(shape: str, row: Row) -> Cells:
+    return {
+        "model": shape,
+        "parameters": count(row["parameters"]),
+        "counted from shapes": f"{row['flops']:.4g}",
+        "products of the compiled program": f"{row['of the program'] / row['flops']:.3f} times that",
+        "XLA's cost analysis": f"{row['of XLA'] / row['flops']:.3f} times that",
+    }
+
+
+# Decoding.
+
+
+def _decoding(part: Row) -> Sheets:
+    rows = [
+        _token(title, name, column, part)
+        for title, race in part["races"].items()
+        for name, column in race["readings"].items()
+    ]
+    steady = [
+        {
+            "who": f"{OURS}, {name}",
+            "steps": f"{column['steps'][0]:.0f}",
+            "p50, ms": f"{1e3 * column['p50'][0]:.2f}",
+            "p99, ms": f"{1e3 * column['p99'][0]:.2f}",
+            "p99 over p50": times(column["p99"][0] / column["p50"][0]),
+            "compiled": f"{column['compiled'][0]:.0f}",
+            "memory grew by": megabytes(column["grown"][0]),
+        }
+        for race in part["steadiness"].values()
+        for name, column in race["readings"].items()
+    ]
+    return {
+        "Peaks, as measured": _peaks(part["peaks"]),
+        "Decoding": rows,
+        "Steps one by one": steady,
+        "Not measured": _absent(part),
+    }
+
+
+# Bytes of a weight.
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 34 / 32}
+
+
+def _token(title: str, name: str, column: dict[str, list[float]], part: Row) -> Cells:
+    dtype, batch = title.split(", batch ")
+    race, rows, token = part["races"][title], int(batch), float(np.median(column["token"]))
+    against = {peer: ratio(race, name, peer, "token") for peer in (LLAMA_CPP, TRANSFORMERS)}
+    n_bytes = part["parameters"] * WIDTHS[dtype]
+    return {
+        "weights": dtype,
+        "batch": batch,
+        "who": name,
+        "ms a token": milliseconds(column["token"]),
+        "tokens/s": f"{rows / token:,.1f}",
+        "prompt, tokens/s": f"{rows * part['prompt'] / np.median(column['prompt']):,.0f}",
+        "of bandwidth": percent(n_bytes / token / part["peaks"]["bytes"] if "bytes" in part["peaks"] else None),
+    } | {
+        f"times as fast as {peer}": UNKNOWN if found is None else times(found.median) for peer, found in against.items()
+    }
+
+
+# Starting up.
+
+
+def _startup(part: Row) -> Sheets:
+    def rows(name: str) -> list[Cells]:
+        if not part[name]:
+            return []
+        cold, *warm = part[name]
+        found = [{"caches": "empty", "first step, s": f"{cold['first step']:.2f}", "all, s": f"{cold['all']:.2f}"}]
+        if warm:
+            columns = {what: [row[what] for row in warm] for what in ("first step", "all")}
+            shown = {
+                f"{what}, s": f"{np.median(column):.2f} ({spread(column):.1%})" for what, column in columns.items()
+            }
+            found.append({"caches": "full"} | shown)
+        return found
+
+    said = [row["parts"] for row in part["starts"] if row["parts"]]
+    bare = part["job's bare steps"]["readings"].get("job", {}).get("seconds", [])
+    compute = {"updates": f"{part['updates']:,}", "ms an update": milliseconds(bare)} if bare else None
+    return {
+        "Starts of `train`, configs/shakespeare_char.py, 40 steps": rows("starts"),
+        "Where the seconds before the first step go": [{"the last start says": said[-1]}] if said else [],
+        "RustGPT's job": rows("jobs"),
+        "RustGPT's job, its bare steps": [compute | {"all, s": f"{np.median(bare) * part['updates']:.2f}"}]
+        if compute
+        else [],
+        "Not measured": [{"": "RustGPT's job", "why": part["job fails"]}] if "job fails" in part else [],
+    }
+
+
+# Sweeps.
+
+
+def _sweeps(part: Row) -> Sheets:
+    found: Sheets = {}
+    for model, row in part["models"].items():
+        cold = next(seconds for label, seconds in row["rows"] if label.startswith("16 train processes, cold"))
+        found[f"16 trials of {model}; the bare steps of one trial take {row['bare']:.3g} s"] = [
+            {
+                "": label,
+                "seconds": f"{seconds:.1f}",
+                "a trial": f"{seconds / 16:.2f}",
+                "in bare steps": f"{seconds / 16 / row['bare']:.2f}",
+                "against cold processes": f"{cold / seconds:.1f}x",
+            }
+            for label, seconds in row["rows"]
+        ]
+        found[f"One more trial of {model}"] = [
+            {"": profile, "in bare steps": f"{seconds / row['bare']:.2f}"} for profile, seconds in row["more"].items()
+        ]
+    return found
+
+
+def read(file: Path = RESULTS) -> Row:
+    """What was measured; nothing yet where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+if __name__ == "__main__":
+    draw(read())

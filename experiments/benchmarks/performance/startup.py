@@ -1,0 +1,121 @@
+"""How long until the first step of a run, and how long does RustGPT's whole job take?
+
+python experiments/benchmarks/run.py startup --text=tinyshakespeare.txt
+
+Start: `launch.py train --config=configs/shakespeare_char.py`, until the first line of metrics.jsonl is there, with the
+program's caches empty and then full. Each start makes a new run.
+
+Job: RustGPT (github.com/tekaratzas/RustGPT) trains three blocks of one head, 128 wide with 256 hidden channels, on 25
+facts for 100 epochs and on 53 dialogues for 100 more, one text an update: 7,800 updates in 20 seconds of one core, as
+measured with its program built by rustc 1.95 on 2 vCPUs of an AMD EPYC (Zen 4); its program is not run here. Ours has
+the same sizes (an output projection of attention more), and makes as many updates, each on a window of 32 tokens, which
+would hold any of RustGPT's texts.
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import rustgpt
+from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
+from experiments.benchmarks.performance.bench import Bench, Row, about
+from experiments.benchmarks.performance.workers import Request, environment
+from experiments.benchmarks.sweep_throughput import write_config
+
+# Between looks at the metrics of a run.
+LOOK_SECONDS = 0.003
+START_STEPS = 40
+# Of RustGPT's program, measured once.
+RUSTGPT_SECONDS = 20.0
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def job(steps: tuple[int, int]) -> ConfigDict:
+    """RustGPT's job: so many updates on facts, and then on dialogues."""
+    config = rustgpt.get_config()
+    config.data.window = 32
+    config.model.update(
+        {"vocab_size": 533, "context_length": 80, "n_layers": 3, "d_model": 128, "n_heads": 1, "d_ff": 256}
+    )
+    config.model.update({"feedforwards": ("relu",), "positions": ("learned",), "norm": "layernorm", "bias": True})
+    config.model.update({"tie_embeddings": False, "layers": "unrolled", "norm_epsilon": 1e-5})
+    config.optimizer.update({"name": "adam", "learning_rate": 5e-4, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 5.0})
+    config.schedule.update({"name": "constant", "warmup_steps": 0})
+    config.training.batch_size, config.training.steps_per_call = 1, 100
+    config.tokenizer.vocab_size = 533
+    config.record.update({"log_every": 100, "evaluate_every": sum(steps), "checkpoint_every": sum(steps)})
+    config.record.prompts = ()
+    facts, dialogues = {"corpus": "facts", "max_documents": 25}, {"corpus": "chat", "max_documents": 53}
+    config.stages = (
+        {"name": "pretrain", "data": facts, "training": {"steps": steps[0]}},
+        {"name": "instruct", "data": dialogues, "training": {"steps": steps[1]}},
+    )
+    return config
+
+
+def measure(bench: Bench) -> Row:
+    """Starts, and the job."""
+    folder = bench.out / "startup"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_config(bench.shakespeare(START_STEPS, START_STEPS), folder / "start.py")
+    write_config(job(bench.extent.job_steps), folder / "job.py")
+    found: Row = {
+        "about": about(),
+        "starts": [started(bench, folder, "start", turn) for turn in range(1 + bench.extent.rounds)],
+    }
+    try:
+        found["jobs"] = [started(bench, folder, "job", turn) for turn in range(1 + min(3, bench.extent.rounds))]
+    except Failure as failure:
+        found |= {"jobs": [], "job fails": str(failure)}
+    request = {"job": Request("ours", "bare", {"config": str(folder / "job.py")})}
+    found["job's bare steps"] = bench.race(request, min(3, bench.extent.rounds), "the job's bare steps")
+    found["updates"] = sum(bench.extent.job_steps)
+    return found
+
+
+def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
+    """Seconds of a training command until its first step is recorded, and until its end. The first finds empty caches.
+
+    parts: where the command says that the seconds before the first step went, if it says so.
+    """
+    run, caches = folder / f"{name}_{turn}", folder / "caches"
+    settings = environment() | {"RUSTGPT_JAX_CACHE": str(caches)}
+    settings.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "launch.py", "train", f"--config={folder / name}.py", f"--run={run}"]
+    metrics, said = run / "metrics.jsonl", folder / f"{run.name}.txt"
+    began = time.perf_counter()
+    with (
+        said.open("w") as output,
+        subprocess.Popen(command, cwd=ROOT, env=settings, stdout=output, stderr=output) as ran,
+    ):
+        while ran.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(LOOK_SECONDS)
+        first = time.perf_counter() - began
+        try:
+            status = ran.wait(timeout=bench.patience)
+        except subprocess.TimeoutExpired:
+            ran.kill()
+            raise Failure(f"{' '.join(command)} took more than {bench.patience:.0f} seconds") from None
+        if status:
+            raise Failure(f"{' '.join(command)}: {said.read_text().strip().splitlines()[-1]}")
+    taken = time.perf_counter() - began
+    bench.say(f"{run.name}: {first:.2f} s until the first step, {taken:.2f} s in all")
+    return {"first step": first, "all": taken, "parts": parts(said.read_text())}
+
+
+def parts(said: str) -> str | None:
+    """What a training command has said of the seconds before its first step."""
+    found = re.search(r"^.*(first step|before the first).*$", said, re.MULTILINE | re.IGNORECASE)
+    return found[0].strip() if found else None

@@ -1,0 +1,67 @@
+"""How fast does one process of PyTorch train the same models, turn by turn?
+
+python -m experiments.benchmarks.performance.torch_peer '{"what": "peaks", "size": 2048}'
+
+A worker (`workers.py`), which does a turn for each line that it reads. The model is that of `gpt2_torch.py`, with the
+same parameters and logits as ours, eager or through torch.compile, with fused AdamW.
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import time
+
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.best_batch import tree_of
+from experiments.benchmarks.gpt2_torch import trainer
+from experiments.benchmarks.performance.models import training_config
+from experiments.benchmarks.performance.turns import Reading
+from experiments.benchmarks.performance.workers import Prepared, serve
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def peaks(size: int) -> Prepared:
+    """FLOP/s of products of large matrices."""
+    import torch
+
+    matrices = {name: torch.randn(size, size, dtype=getattr(torch, name)) for name in ("float32", "bfloat16")}
+
+    def turn() -> Reading:
+        found = {}
+        for name, matrix in matrices.items():
+            began = time.perf_counter()
+            torch.mm(matrix, matrix)
+            found[name] = 2 * size**3 / (time.perf_counter() - began)
+        return found
+
+    turn()
+    return {}, turn
+
+
+def training(shape: str, dtype: str, compiled: bool) -> Prepared:
+    """Seconds of a training step, in float32, or in bfloat16 by autocast over float32 weights."""
+    config = training_config(shape, {"model.dtype": dtype})
+    began = time.perf_counter()
+    call = trainer(config, "cpu", compiled)
+    call()
+    first = time.perf_counter() - began
+
+    def turn() -> Reading:
+        began = time.perf_counter()
+        loss = call()
+        taken = time.perf_counter() - began
+        if not abs(loss) < float("inf"):
+            raise ArithmeticError(f"the loss is {loss}")
+        return {"seconds": taken / config.training.steps_per_call}
+
+    return {"first_call": first}, turn
+
+
+TASKS = {"peaks": peaks, "training": training}
+
+if __name__ == "__main__":
+    serve(TASKS)

@@ -1,0 +1,60 @@
+"""How fast does one process of transformers decode with our exported weights, turn by turn?
+
+python -m experiments.benchmarks.performance.transformers_peer \
+    '{"what": "decoding", "folder": "weights", "batch": 1, "dtype": "float32", "prompt": 9, "new": 9}'
+
+A worker (`workers.py`), which does a turn for each line that it reads: `generate` as it is, greedy, with its cache of
+keys and values.
+
+FINDING: none of its own; see `run.py`.
+"""
+
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments.benchmarks.best_batch import tree_of
+from experiments.benchmarks.performance.turns import Reading
+from experiments.benchmarks.performance.workers import Prepared, serve
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def decoding(folder: str, batch: int, dtype: str, prompt: int, new: int) -> Prepared:
+    """Seconds of a prompt of all rows and its first token, and then of a token of all of them."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        Path(folder) / "transformers", dtype=getattr(torch, dtype), local_files_only=True
+    )
+    model.eval()
+    model.generation_config.eos_token_id = None
+    tokens_BT = torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones_like(tokens_BT)
+
+    def write(count: int) -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            written = model.generate(
+                tokens_BT, attention_mask=mask_BT, max_new_tokens=count, do_sample=False, pad_token_id=0
+            )
+        assert written.shape[1] == prompt + count
+        return time.perf_counter() - began
+
+    def turn() -> Reading:
+        first = write(1)
+        return {"prompt": first, "token": (write(new) - first) / (new - 1)}
+
+    turn()
+    return {}, turn
+
+
+TASKS = {"decoding": decoding}
+
+if __name__ == "__main__":
+    serve(TASKS)

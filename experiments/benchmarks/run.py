@@ -1,0 +1,127 @@
+"""How fast is this framework on this machine, beside PyTorch, transformers, llama.cpp and RustGPT?
+
+python experiments/benchmarks/run.py [training] [decoding] [startup] [sweeps] --text=tinyshakespeare.txt
+
+All parts take about an hour on two cores, the sweeps half of it; without a name, all are measured. Peers come with
+`pip install 'rustgpt_jax[bench]'`; one that is not installed is left out, which is said. Nothing else should run
+meanwhile.
+
+training   a step, against the same model in PyTorch (`performance/training.py`); --shapes=shk,mid,124M does some
+decoding   against transformers and llama.cpp with the same weights (`performance/decoding.py`)
+startup    until the first step, and RustGPT's whole job (`performance/startup.py`)
+sweeps     many trials as one program (`sweep_throughput.py`)
+
+Tables are printed; docs/performance.json has everything that was measured, and docs/performance.md is drawn from it,
+with the goals. A part that is not measured keeps what it has there. --smoke does it all with tiny models in --out.
+
+FINDING: docs/performance.md has the tables, and which goals are reached.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+# A file that is run finds only its neighbours by itself.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs import tiny
+from experiments.benchmarks import sweep_throughput
+from experiments.benchmarks.accelerator_report import show_sheets
+from experiments.benchmarks.best_batch import Failure, tree_of
+from experiments.benchmarks.performance import decoding, page, startup, training
+from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, about
+from rustgpt_jax.errors import UserError, suggestion
+
+FLAGS = flags.FLAGS
+# Of the 16 `train` processes of a sweep's alternatives, how many are run.
+PROCESSES = 4
+CACHES = ("cold", "warm")
+SMOKE_TEXT = "Two households, both alike in dignity, in fair Verona, where we lay our scene.\n" * 200
+
+
+def define_flags() -> None:
+    """What the command takes."""
+    flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
+    flags.DEFINE_list("shapes", None, f"Which models to train, of {', '.join(FULL.shapes)}.")
+    flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
+    flags.DEFINE_integer("patience", 1800, "Seconds after which a worker is given up.", 1)
+    flags.DEFINE_bool("smoke", False, "Measure tiny models, to see that everything works; the results stay in --out.")
+
+
+def get_config() -> ConfigDict:
+    """The smallest of the models."""
+    return tree_of("124m")
+
+
+def sweeps(bench: Bench) -> Row:
+    """Many trials as one program, and as processes."""
+    configs = {"tiny": tiny.get_config()}
+    if not FLAGS.smoke:
+        configs["shakespeare_char"] = sweep_throughput.shakespeare(str(bench.needed_text()))
+    found: dict[str, Any] = {"about": about(), "models": {}}
+    for name, config in configs.items():
+        folder = bench.out / "sweeps" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        found["models"][name] = sweep_throughput.measure(name, config, folder, bench.console, PROCESSES, CACHES)
+    return found
+
+
+def run(parts: list[str], console: Console) -> int:
+    """Measure these parts, print them, and write them down. Raises UserError for what there is not."""
+    extent, out = TINY if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
+    known(parts, page.PARTS, "There is no part")
+    shapes = FLAGS.shapes or list(extent.shapes)
+    known(shapes, extent.shapes, "--shapes: there is no")
+    out.mkdir(parents=True, exist_ok=True)
+    text, results, place = Path(FLAGS.text).absolute() if FLAGS.text else None, page.RESULTS, page.PAGE
+    if FLAGS.smoke:
+        text, results, place = out / "text.txt", out / "performance.json", out / "performance.md"
+        text.write_text(SMOKE_TEXT)
+        shutil.copy(page.PAGE, place)
+    found: Row = page.read(results)
+    bench = Bench(extent, text, out, FLAGS.patience, console)
+    if {"training", "startup", "sweeps"} & set(parts):
+        bench.needed_text()
+    for part in parts:
+        match part:
+            case "training":
+                found[part] = training.measure(bench, shapes, found.get(part, {}))
+            case "decoding":
+                found[part] = decoding.measure(bench)
+            case "startup":
+                found[part] = startup.measure(bench)
+            case _:
+                found[part] = sweeps(bench)
+        results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        page.draw(found, place)
+    for part in [*parts, "goals"]:
+        show_sheets(page.sheets(part, found), console)
+    console.print(f"\nWritten to {place} and {results}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def known(names: list[str], every: Any, saying: str) -> None:
+    """Raises UserError for a name that there is not."""
+    for name in names:
+        if name not in every:
+            raise UserError(f"{saying} {name!r}.{suggestion(name, every)}")
+
+
+def main(argv: list[str]) -> int:
+    """Measure; a mistake is one sentence, and exit status 2."""
+    try:
+        return run(argv[1:] or list(page.PARTS), Console(width=None if sys.stdout.isatty() else 160))
+    except (UserError, Failure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

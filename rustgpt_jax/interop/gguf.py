@@ -1,0 +1,283 @@
+"""From the parameters of a model to a GGUF file, which llama.cpp and its relatives load.
+
+The `gguf` package writes it (the extra `bench`). Matrices are stored in the type that is asked for, one-dimensional
+tensors and the table of positions in float32, as llama.cpp wants them. A byte-level BPE is written with its merges; of
+other tokenizers the file says nothing, and such a model is fed with token ids.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.interop.architectures import architecture_for
+from rustgpt_jax.interop.computation import dense_width
+from rustgpt_jax.interop.runs import Says
+from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, by_path, tensors
+from rustgpt_jax.interop.tokenizer_files import special_ids
+from rustgpt_jax.model.transformer import Params, vocabulary
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.tokenizers import Codec, load_tokenizer
+from rustgpt_jax.training.trained import load
+
+# What a type is called in a file.
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
+# Rows of 8-bit numbers are cut into blocks with a scale each.
+BLOCK = 32
+# Read row by row and added, never multiplied.
+POSITIONS = "position_embd.weight"
+
+LAYER = "blk.{layer}."
+
+
+def _linear(path: str, name: str) -> Rules:
+    return {f"{path}/kernel": Rule(f"{name}.weight", True), f"{path}/bias": Rule(f"{name}.bias")}
+
+
+def _norm(path: str, name: str) -> Rules:
+    return {f"{path}/scale": Rule(f"{name}.weight"), f"{path}/bias": Rule(f"{name}.bias")}
+
+
+EVERYWHERE: Rules = {
+    "embedding/table": Rule("token_embd.weight"),
+    **_norm("norm", "output_norm"),
+    "head/kernel": Rule("output.weight", True),
+    **_norm("mixer_norm", LAYER + "attn_norm"),
+    **_norm("feedforward_norm", LAYER + "ffn_norm"),
+    **_linear("mixer/output", LAYER + "attn_output"),
+    **_linear("feedforward/up", LAYER + "ffn_up"),
+    **_linear("feedforward/down", LAYER + "ffn_down"),
+}
+# Queries, keys and values come from one product.
+GPT2: Rules = {
+    **EVERYWHERE,
+    "positions/table": Rule(POSITIONS),
+    **_linear("mixer/query", LAYER + "attn_qkv"),
+    **_linear("mixer/key", LAYER + "attn_qkv"),
+    **_linear("mixer/value", LAYER + "attn_qkv"),
+}
+GATED: Rules = {
+    **EVERYWHERE,
+    **_linear("mixer/query", LAYER + "attn_q"),
+    **_linear("mixer/key", LAYER + "attn_k"),
+    **_linear("mixer/value", LAYER + "attn_v"),
+    **_norm("mixer/query_norm", LAYER + "attn_q_norm"),
+    **_norm("mixer/key_norm", LAYER + "attn_k_norm"),
+    **_linear("feedforward/gate", LAYER + "ffn_gate"),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one architecture of llama.cpp says a model.
+
+    name: in the file. rules: the tensors. fixed: knobs that must have these values, for nothing in the file says them.
+    interleaved: tensors whose outputs RoPE rotates as neighbours in a head, where here they are half a head apart.
+    """
+
+    name: str
+    rules: Rules
+    fixed: Mapping[str, Any]
+    interleaved: tuple[str, ...] = ()
+
+
+UNSTRETCHED = {"rope_scaling": "none", "rope_fraction": 1.0, "feedforwards": ("swiglu",)}
+# By the architecture of `transformers` that says the same model.
+FORMS = {
+    "GPT2LMHeadModel": Form("gpt2", GPT2, {"feedforwards": ("gelu",)}),
+    "LlamaForCausalLM": Form("llama", GATED, UNSTRETCHED | {"bias": False}, ("attn_q.", "attn_k.")),
+    "Qwen3ForCausalLM": Form("qwen3", GATED, UNSTRETCHED),
+}
+
+
+def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Says) -> None:
+    """Write a run as a GGUF file, in float32 unless `dtype` says otherwise. The file appears when it is complete.
+
+    Raises UserError for a run without parameters, a file that is there already, and as `write_gguf` does.
+    """
+    if file.exists():
+        raise UserError(f"{file} is there already; choose another name.")
+    trained = load(path, which)
+    codec = load_tokenizer(RunFolder(path).tokenizer_file)
+    model = with_vocabulary(load_config(path), codec).model
+    name = write_gguf(trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec)
+    without = "" if merges(codec) is not None else ", without a tokenizer: it is to be fed with token ids"
+    says(f"{file}: {name}{without}")
+
+
+def write_gguf(
+    params: Params, model: ModelConfig, file: Path, *, dtype: str = "float32", tokenizer: Codec | None = None
+) -> str:
+    """Write a model as a GGUF file, a tensor at a time, and say as which architecture of llama.cpp.
+
+    `dtype` is float32, float16, bfloat16 or int8 (blocks of 32 numbers with a scale each). Raises UserError where the
+    package `gguf` is missing, for a model that no architecture here can say, and for a file that cannot be written.
+    """
+    gguf = _package()
+    form = form_of(model)
+    if dtype not in TYPES:
+        raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
+    plan, leaves = tensors(form.rules, model), by_path(params)
+    kinds = {tensor.name: gguf.GGMLQuantizationType[_type_of(tensor, dtype)] for tensor in plan.values()}
+    with _appearing(file) as hidden:
+        writer = gguf.GGUFWriter(hidden, form.name)
+        for name, argument in _settings(form, model, dtype, gguf).items():
+            getattr(writer, f"add_{name}")(argument)
+        _add_vocabulary(writer, model, tokenizer, gguf)
+        for tensor in plan.values():
+            _announce(writer, tensor, kinds[tensor.name], gguf)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan.values():
+            writer.write_tensor_data(gguf.quants.quantize(_numbers(tensor, leaves, model, form), kinds[tensor.name]))
+        writer.close()
+    return form.name
+
+
+def form_of(model: ModelConfig) -> Form:
+    """How llama.cpp says a model. Raises UserError with what it cannot say."""
+    architecture = architecture_for(model).name
+    if architecture not in FORMS:
+        raise UserError(f"GGUF is not written for {architecture} here.{suggestion(architecture, FORMS)}")
+    form = FORMS[architecture]
+    for knob, there in form.fixed.items():
+        here = getattr(model, knob)
+        if here != there:
+            raise UserError(f"llama.cpp's {form.name} cannot say config.model.{knob}={here!r}; there it is {there!r}.")
+    return form
+
+
+def merges(codec: Codec) -> list[str] | None:
+    """The merges of a byte-level BPE as llama.cpp reads them, 'a b'; None for another kind of tokenizer.
+
+    So is one without merges: llama.cpp takes none that has none.
+    """
+    written = json.loads(codec.tokenizer.to_str())
+    model, decoder = written["model"], written["decoder"] or {}
+    if model["type"] != "BPE" or decoder.get("type") != "ByteLevel":
+        return None
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]] or None
+
+
+@contextmanager
+def _appearing(file: Path) -> Iterator[Path]:
+    """A file to write, which takes its name once it is whole, or is gone. Raises UserError where it cannot be."""
+    hidden = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield hidden
+            os.replace(hidden, file)
+        finally:
+            hidden.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}.") from error
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "GGUF is written by the package gguf, which is not installed: python -m pip install 'rustgpt_jax[bench]'"
+        ) from None
+    return gguf
+
+
+def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
+    """What the file says of the model, by the names of the writer's methods."""
+    values = {
+        "context_length": model.context_length,
+        "embedding_length": model.d_model,
+        "block_count": model.n_layers,
+        "feed_forward_length": dense_width(model),
+        "head_count": model.n_heads,
+        "vocab_size": vocabulary(model),
+        "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[dtype], f"MOSTLY_{TYPES[dtype]}")],
+    }
+    if form.rules is GPT2:
+        return values | {"layer_norm_eps": model.norm_epsilon}
+    width = model.head_width
+    return values | {
+        "head_count_kv": model.n_kv_heads or model.n_heads,
+        "key_length": width,
+        "value_length": width,
+        "layer_norm_rms_eps": model.norm_epsilon,
+        "rope_dimension_count": width,
+        "rope_freq_base": model.rope_base,
+    }
+
+
+def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, gguf: Any) -> None:
+    """The tokens, as far as llama.cpp knows how to make them."""
+    joined = None if tokenizer is None else merges(tokenizer)
+    if tokenizer is None or joined is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    rows = list(_tokens(tokenizer, vocabulary(model), gguf.TokenType))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges(joined)
+    ids = special_ids(tokenizer)
+    for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
+        if f"{name}_token_id" in ids:
+            add(ids[f"{name}_token_id"])
+    writer.add_add_bos_token("bos_token_id" in ids)
+
+
+def _tokens(tokenizer: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
+    """Each row of the embedding table as it is written, and what kind of token it is."""
+    special = set(tokenizer.special_tokens)
+    for index in range(size):
+        token = tokenizer.id_to_token(index)
+        if token is None:
+            yield f"<unused{index}>", kinds.UNUSED
+        else:
+            yield token, kinds.CONTROL if token in special else kinds.NORMAL
+
+
+def _type_of(tensor: Tensor, dtype: str) -> str:
+    if len(tensor.shape) == 1 or tensor.name == POSITIONS:
+        return TYPES["float32"]
+    if dtype == "int8" and tensor.shape[-1] % BLOCK:
+        raise UserError(f"int8 takes rows of multiples of {BLOCK} numbers, and {tensor.name} has {tensor.shape[-1]}.")
+    return TYPES[dtype]
+
+
+def _announce(writer: Any, tensor: Tensor, kind: Any, gguf: Any) -> None:
+    """Say what a tensor will be; its numbers follow when all are announced."""
+    native = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    if native is not None:
+        n_bytes = np.dtype(native).itemsize * int(np.prod(tensor.shape))
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(native), n_bytes)
+        return
+    shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+    writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
+
+
+def _numbers(tensor: Tensor, leaves: Mapping[str, Any], model: ModelConfig, form: Form) -> np.ndarray:
+    """A tensor as llama.cpp wants it: a linear layer has a row for each output."""
+    columns = [np.asarray(leaves[slot.path])[slot.place].astype(np.float32) for slot in tensor.slots]
+    whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+    if tensor.transposed:
+        whole = np.swapaxes(whole, -1, -2)
+    if any(name in tensor.name for name in form.interleaved):
+        whole = _interleaved(whole, model.head_width)
+    return np.ascontiguousarray(whole)
+
+
+def _interleaved(rows: np.ndarray, width: int) -> np.ndarray:
+    """The rows of each head, its first half and its second half in turns."""
+    halves = rows.reshape(-1, 2, width // 2, *rows.shape[1:])
+    return np.swapaxes(halves, 1, 2).reshape(rows.shape)

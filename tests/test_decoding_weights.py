@@ -1,0 +1,307 @@
+"""The form for decoding is the trained model: the same logits, caches and tokens, and what int8 loses is bounded."""
+
+import dataclasses
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params, small_config, small_tree
+from rich.console import Console
+from small_runs import train
+
+from rustgpt_jax.config import ModelConfig, for_inference
+from rustgpt_jax.decoding.generate import begin, extend, generate, stop_tokens
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.decoding.weights import Form, for_decoding, form
+from rustgpt_jax.evaluation.report import evaluate_run
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import total_bytes
+from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.matrices import linear_layers
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.model.stored import OutputByOutput, Stored, Widened, output_by_output, quantized, rounded
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.training.trained import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PLAIN = Form(None, "plain", "cpu")
+INT8 = Form("int8", "plain", "cpu")
+TOKENS_BT = np.random.default_rng(0).integers(0, 61, (2, 9))
+forward = jax.jit(transformer.apply, static_argnums=2)
+
+
+def model(**changes: Any) -> ModelConfig:
+    return for_inference(small_config(**{f"model.{name}": value for name, value in changes.items()}).model)
+
+
+def in_turn(table: dict[str, Any], first: int, count: int) -> tuple[str, ...]:
+    names = list(table)
+    return tuple(names[(first + place) % len(names)] for place in range(count))
+
+
+def all_parts(first: int) -> ModelConfig:
+    """Every mixer with feed-forwards and positions of the tables from a place on, and two layers left over."""
+    parts = {"mixers": MIXERS, "feedforwards": FEEDFORWARDS, "positions": POSITIONS}
+    patterns = {name: in_turn(table, first if name != "mixers" else 0, len(MIXERS)) for name, table in parts.items()}
+    return model(**patterns, n_layers=len(MIXERS) + 2, local_window=4, tie_embeddings=first == 0)
+
+
+def family(name: str) -> ModelConfig:
+    tree = small_tree(**{"model.local_window": 4, "model.n_experts": 4})
+    tree.model.update(FAMILIES[name])
+    tree.model.n_layers = max(2, len(tree.model.mixers))
+    return for_inference(resolve(tree).model)
+
+
+def by_layer(cache: Any, model: ModelConfig) -> Any:
+    """A stacked cache as lists of layers."""
+    return {
+        key: [
+            jax.tree.map(lambda leaf, row=row: leaf[row], of_stack) for row in range(len(jax.tree.leaves(of_stack)[0]))
+        ]
+        for key, of_stack in cache.items()
+    }
+
+
+def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> Any:
+    """Logits of a prompt and of a token after it, and the cache."""
+    cache = transformer.init_cache(model, 2, 9, unstacked=transformer.are_unstacked(params["blocks"]))
+    before, cache = transformer.apply(params, tokens_BT[:, :8], model, cache)
+    after, cache = transformer.apply(params, tokens_BT[:, 8:], model, cache, positions_BT=jnp.full((2, 1), 8))
+    return before, after, cache
+
+
+def assert_same(asked: ModelConfig) -> None:
+    params = random_params(asked)
+    assert not transformer.are_unstacked(params["blocks"])
+    laid_out = for_decoding(params, asked, PLAIN)
+    assert transformer.are_unstacked(laid_out["blocks"])
+    compiled = jax.jit(read_in_two_calls, static_argnums=2)
+    *trained, cache = compiled(params, TOKENS_BT, asked)
+    *decoded, other_cache = compiled(laid_out, TOKENS_BT, asked)
+    for expected, found in zip(trained, decoded, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    jax.tree.map(
+        lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5), by_layer(cache, asked), other_cache
+    )
+
+
+# The same model.
+
+
+@pytest.mark.parametrize("first", [0, len(FEEDFORWARDS) - len(MIXERS)])
+def test_every_part_gives_the_same_from_weights_of_each_layer(first: int) -> None:
+    assert_same(all_parts(first))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> None:
+    assert_same(family(name))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"matmul": "bfloat16"}, {"mixer_dtype": "bfloat16"}])
+def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
+    asked = model(**changes)
+    laid_out = for_decoding(random_params(asked), asked, PLAIN)
+    kernels = {name: laid_out["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
+    types = {
+        "mixer": kernels["mixer"]["query"]["kernel"],
+        "feedforward": kernels["feedforward"]["down"]["kernel"],
+        "head": laid_out["head"]["kernel"],
+    }
+    found = {name: kernel.operands if isinstance(kernel, Widened) else kernel.dtype for name, kernel in types.items()}
+    wanted = dict.fromkeys(types, changes.get("dtype", "float32"))
+    if "mixer_dtype" in changes:
+        wanted["mixer"] = "bfloat16"
+    if "matmul" in changes:
+        wanted["mixer"] = wanted["feedforward"] = "bfloat16"
+    assert found == wanted
+    assert {leaf.dtype for leaf in jax.tree.leaves(laid_out["blocks"]["0"][0]["mixer_norm"])} == {np.dtype("float32")}
+
+
+def test_a_model_in_bfloat16_is_read_as_it_was_trained() -> None:
+    asked = model(dtype="bfloat16", tie_embeddings=False)
+    params = random_params(asked)
+    trained, _ = forward(params, TOKENS_BT, asked)
+    decoded, _ = forward(for_decoding(params, asked, PLAIN), TOKENS_BT, asked)
+    exact, _ = forward(params, TOKENS_BT, dataclasses.replace(asked, dtype="float32"))
+    assert np.abs(decoded - exact).max() < 1.5 * np.abs(trained - exact).max()
+
+
+def test_matrices_are_found_by_what_they_are_not_by_their_names() -> None:
+    (block,) = {model(mixers=("rg_lru",)).block(0)}
+    found = set(linear_layers(block))
+    assert "mixer/recurrence_gate/kernel" in found
+    # Each channel is convolved by itself, in float32.
+    assert "mixer/convolution/kernel" not in found
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixers": ("attention", "rg_lru"), "n_layers": 3}, {"tie_embeddings": False}])
+def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
+    asked = model(**changes)
+    params = random_params(asked)
+
+    def drawn(params: Any) -> Any:
+        prompts = [[1, 2, 3], [7], [5] * 17]
+        return generate(params, prompts, asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
+
+    assert drawn(for_decoding(params, asked, PLAIN)) == drawn(params)
+
+
+# Programs.
+
+
+def program(params: Any, asked: ModelConfig) -> Any:
+    """The compiled loop over tokens, as it is compiled for use."""
+    generation = begin(params, [[1, 2, 3]], asked, 200)
+    jax.config.update("jax_disable_most_optimizations", False)
+    lowered = extend.lower(
+        params, generation, np.int32(3), (Greedy(),), jax.random.key(0), stop_tokens([]), model=asked
+    )
+    return lowered.compile()
+
+
+def test_the_loop_copies_neither_caches_nor_weights() -> None:
+    asked = model(context_length=256, layers="scanned", d_model=64)
+    params = random_params(asked)
+    laid_out = for_decoding(params, asked, PLAIN)
+    # The keys of all layers, or of one.
+    of_stacked, of_layer = "f32[2,1,256,4,16]", "f32[1,256,4,16]"
+
+    def copies(compiled: Any, shape: str) -> list[str]:
+        lines = compiled.as_text().splitlines()
+        return [line for line in lines if f"= {shape}" in line and (" copy(" in line or " transpose(" in line)]
+
+    decoding = program(laid_out, asked)
+    assert of_layer in decoding.as_text()
+    assert copies(decoding, of_layer) == []
+    assert copies(program(params, asked), of_stacked) != []
+    a_layer = laid_out["blocks"]["0"][0]
+    assert decoding.memory_analysis().temp_size_in_bytes < total_bytes(a_layer)
+
+
+def test_new_lengths_compile_nothing() -> None:
+    asked = model()
+    laid_out = for_decoding(random_params(asked), asked, PLAIN)
+
+    def drawn(prompt: list[int], max_tokens: int) -> None:
+        generate(laid_out, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
+
+    drawn([1, 2], 6)
+    before = extend._cache_size()
+    drawn([1, 2, 3, 4], 9)
+    assert extend._cache_size() == before
+
+
+# Narrower weights.
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (64, 7), (128, 16)])
+def test_int8_is_as_near_as_it_can_be(shape: tuple[int, int]) -> None:
+    weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    weights[:, 1] = 0
+    values_OI, scales_O = (np.asarray(each) for each in quantized(weights))
+    # By the definition: 127 stands for the largest weight of each output.
+    expected_O = np.where(np.arange(shape[1]) == 1, 1, np.abs(weights).max(0) / 127)
+    np.testing.assert_allclose(scales_O, expected_O, rtol=1e-6)
+    assert values_OI.dtype == np.int8
+    assert (np.abs(values_OI.T * scales_O[None] - weights) <= 0.5001 * scales_O[None]).all()
+    np.testing.assert_array_equal(rounded(weights, "int8"), (values_OI * scales_O[:, None]).T)
+
+
+def kept_narrow(weights: Any, dtype: str) -> Stored:
+    return output_by_output(weights, dtype, "plain")
+
+
+def kept_wide(weights: Any, dtype: str) -> Stored:
+    return Widened(rounded(weights, dtype), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("shape", [(64, 7), (50, 33)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [kept_narrow, kept_wide])
+def test_products_with_stored_weights_are_those_with_rounded_ones(
+    kind: Any, dtype: str, shape: tuple[int, int], rows: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    weights, x = (rng.standard_normal(size).astype(np.float32) for size in (shape, (2, rows, shape[0])))
+    stored = kind(weights, dtype)
+    assert jax.tree.leaves(stored)[0].shape == shape
+    by = x.astype(jnp.bfloat16).astype(np.float64) if dtype == "bfloat16" else x.astype(np.float64)
+    expected = by @ np.asarray(rounded(weights, dtype), np.float64)
+    np.testing.assert_allclose(stored.product(x), expected, rtol=1e-5, atol=1e-5)
+    assert stored.product(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert stored.product(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -> None:
+    asked = model(mixers=("attention", "rg_lru"), n_layers=3)
+    params = random_params(asked)
+    layers = {str(index): linear_layers(asked.block(index)) for index in (0, 1, 2)}
+
+    def narrowed(path: Any, leaf: Any) -> Any:
+        _, index, *names = (str(part.key) for part in path)
+        return np.stack([rounded(row, weights) for row in leaf]) if "/".join(names) in layers[index] else leaf
+
+    blocks = jax.tree_util.tree_map_with_path(narrowed, {"blocks": params["blocks"]})["blocks"]
+    head = {"kernel": np.asarray(rounded(params["embedding"]["table"].T, weights))}
+    # In float32, which rounds no activations.
+    by_definition, _ = forward(params | {"blocks": blocks, "head": head}, TOKENS_BT, asked)
+    found, _ = forward(for_decoding(params, asked, Form(weights, "plain", "cpu")), TOKENS_BT, asked)
+    exact, _ = forward(params, TOKENS_BT, asked)
+    lost = np.abs(by_definition - exact).max()
+    assert lost > 1e-3
+    assert np.abs(found - by_definition).max() < (2e-5 if weights == "int8" else 3 * lost)
+
+
+def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
+    asked = model()
+    params = jax.tree.map(jnp.asarray, random_params(asked))
+    on_one, _ = forward(for_decoding(params, asked, INT8), TOKENS_BT, asked)
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))):
+        assert for_decoding(params, asked, PLAIN) is params
+        narrow = for_decoding(params, asked, INT8)
+        assert not transformer.are_unstacked(narrow["blocks"])
+        on_mesh, _ = forward(narrow, TOKENS_BT, asked)
+    np.testing.assert_allclose(on_mesh, on_one, rtol=0, atol=2e-5)
+
+
+def test_the_form_is_what_the_config_asks_for() -> None:
+    assert form(small_config().sampling) == PLAIN
+    assert form(small_config(**{"sampling.weights": "int8"}).sampling) == INT8
+    laid_out = for_decoding(random_params(model()), model(), INT8)
+    kernel = laid_out["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+    assert isinstance(kernel, Widened)
+    assert (kernel.values.dtype, kernel.operands) == (np.float32, "int8")
+    for platform, kept in (("cpu", "native"), ("gpu", "plain")):
+        laid_out = for_decoding(random_params(model()), model(), Form("int8", kept, platform))
+        kernel = laid_out["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+        assert isinstance(kernel, OutputByOutput)
+        assert (kernel.values.dtype, kernel.kernel) == (np.int8, kept)
+
+
+def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
+    train(tmp_path / "run", **{"training.steps": 2, "record.evaluate_every": 2})
+    trained = load(tmp_path / "run")
+
+    def told(**changes: Any) -> list[list[str]]:
+        sampling = dataclasses.replace(trained.config.sampling, **changes)
+        shown = Console(file=StringIO(), width=200)
+        evaluate_run(trained.with_config(dataclasses.replace(trained.config, sampling=sampling)), shown)
+        return [line.split() for line in shown.file.getvalue().splitlines() if line.startswith("train")]
+
+    ((_, loss, *_),) = told()
+    whole, narrow = told(weights="int8")
+    assert whole[:2] == ["train", loss]
+    assert narrow[:4] == ["train,", "weights", "in", "int8"]
+    assert float(narrow[4]) == pytest.approx(float(loss), rel=0.01)

@@ -1,0 +1,276 @@
+"""The native kernel computes what the plain path does, is built by many at once, and is never needed."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+
+from rustgpt_jax.config import for_inference
+from rustgpt_jax.decoding.generate import generate
+from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.decoding.weights import Form, for_decoding, form
+from rustgpt_jax.model.stored import MOST_NATIVE_ROWS, output_by_output
+from rustgpt_jax.native import build, matvec
+from rustgpt_jax.native.build import NotBuilt, built
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).parent.parent
+
+
+def has_compiler() -> bool:
+    try:
+        build._compiler()
+    except NotBuilt:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache in which nothing is built yet, and a process that has not asked for the kernel."""
+    monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
+    matvec.target.cache_clear()
+    yield tmp_path / "cache"
+    matvec.target.cache_clear()
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted((cache / "native").rglob("*.so"))
+
+
+# What it computes.
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", matvec.TYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 19])
+def test_products_are_right(dtype: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    # Fewer inputs than lanes, an odd end, more than a thread's work; fewer outputs than a tile, and an odd end.
+    for inputs, outputs in ((1, 1), (5, 3), (64, 8), (77, 2), (40, 1001), (3072, 50)):
+        x_BI = rng.standard_normal((rows, inputs)).astype(np.float32)
+        weights_OI = jnp.asarray(rng.integers(-127, 128, (outputs, inputs))).astype(dtype)
+        if dtype != "int8":
+            weights_OI = weights_OI + jnp.asarray(rng.standard_normal((outputs, inputs))).astype(dtype)
+        found = np.asarray(jax.jit(matvec.products)(x_BI, weights_OI))
+        expected = x_BI.astype(np.float64) @ np.asarray(weights_OI, np.float64).T
+        assert found.dtype == np.float32
+        bound = 1e-6 * np.abs(x_BI) @ np.abs(np.asarray(weights_OI, np.float32)).T
+        assert (np.abs(found - expected) <= bound).all()
+
+
+@needs_compiler
+def test_each_element_is_used_once_in_its_place() -> None:
+    inputs, outputs = 33, 11
+    weights_OI = jnp.asarray(np.arange(outputs * inputs).reshape(outputs, inputs) % 251 - 125).astype(jnp.int8)
+    found = matvec.products(jnp.eye(inputs), weights_OI)
+    np.testing.assert_array_equal(found, np.asarray(weights_OI).T)
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
+    x_BI = np.ones((3, 20), np.float32)
+    x_BI[1, 3] = np.nan
+    weights_OI = np.ones((5, 20), np.float32)
+    weights_OI[4, 19] = np.inf
+    found = np.asarray(matvec.products(x_BI, weights_OI))
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], [[20, 20, 20, 20, np.inf]] * 2)
+
+
+@needs_compiler
+def test_in_a_loop_with_other_work_it_computes_the_same_each_time() -> None:
+    rng = np.random.default_rng(0)
+    kernels = [jnp.asarray(rng.standard_normal((256, 256)).astype(np.float32) / 16) for _ in range(4)]
+
+    @jax.jit
+    def looped(x_BI: jax.Array) -> jax.Array:
+        def step(_: jax.Array, x_BI: jax.Array) -> jax.Array:
+            # These have no order, and may run at once.
+            return jnp.tanh(sum(matvec.products(x_BI, kernel) for kernel in kernels))
+
+        return jax.lax.fori_loop(0, 200, step, x_BI)
+
+    x_BI = rng.standard_normal((2, 256)).astype(np.float32)
+    first = np.asarray(looped(x_BI))
+    for _ in range(5):
+        np.testing.assert_array_equal(looped(x_BI), first)
+
+
+@needs_compiler
+def test_weights_that_do_not_fit_are_refused() -> None:
+    call = jax.ffi.ffi_call(matvec.target() or "", jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    with pytest.raises(Exception, match="weights are"):
+        jax.block_until_ready(call(jnp.ones((1, 5)), jnp.ones((4, 6))))
+    with pytest.raises(Exception, match="weights are"):
+        jax.block_until_ready(call(jnp.ones((1, 5)), jnp.ones((4, 5), jnp.float16)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", matvec.TYPES)
+@pytest.mark.parametrize("rows", [1, MOST_NATIVE_ROWS, MOST_NATIVE_ROWS + 1])
+def test_stored_weights_give_the_same_with_every_kernel(dtype: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 30), (rows, 70)))
+    native, plain = (output_by_output(weights, dtype, kernel).product(x) for kernel in ("native", "plain"))
+    np.testing.assert_allclose(native, plain, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> None:
+    model = for_inference(small_config(**{"model.dtype": dtype}).model)
+    params = random_params(model)
+
+    def drawn(kernel: str) -> list[list[int]]:
+        laid_out = for_decoding(params, model, Form(weights, kernel, "cpu"))
+        prompts = [[1, 2, 3], [7]]
+        return generate(laid_out, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
+
+    assert drawn("native") == drawn("plain")
+
+
+# How it is built.
+
+
+@needs_compiler
+def test_it_is_built_once_for_each_source_and_compiler(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "small.cc"
+    source.write_text("int one() { return 1; }\n")
+    library = built(source)
+    before = library.stat().st_mtime_ns
+    assert built(source) == library
+    assert library.stat().st_mtime_ns == before
+    source.write_text("int one() { return 2; }\n")
+    assert built(source) != library
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    built(source)
+    assert len(libraries(own_cache)) == 3
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+from rustgpt_jax.native.build import built
+print(built(Path(sys.argv[1])))
+"""
+
+
+@needs_compiler
+def test_many_may_build_it_at_once(own_cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "small.cc"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    command = [sys.executable, "-c", BUILDER, str(source)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    shown = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert [str(path) for path in libraries(own_cache)] == list(shown)
+
+
+@needs_compiler
+@pytest.mark.parametrize("harm", [lambda data: data[:1000], lambda data: data[:-1] + b"?", lambda data: b""])
+def test_a_damaged_library_is_built_again(harm: Any, own_cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "small.cc"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    library = built(source)
+    whole = library.read_bytes()
+    library.write_bytes(harm(whole))
+    assert built(source) == library
+    assert library.read_bytes() == whole
+    assert libraries(own_cache) == [library]
+
+
+# Where it cannot be.
+
+
+def broken(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+BROKEN = {
+    "missing": ("", "there is no C++ compiler (no-such-compiler)"),
+    "failing": ("echo 'x.cc:1: error: no such header' >&2; exit 1", "failed: x.cc:1: error: no such header"),
+    "silent": ("exit 1", "failed: it gives no reason"),
+    "writing nothing": ("exit 0", "failed: it gives no reason"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_once(
+    name: str, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, said = BROKEN[name]
+    monkeypatch.setenv("CXX", broken(tmp_path / "compiler", script) if script else "no-such-compiler")
+    sampling = small_config(**{"sampling.kernel": "native"}).sampling
+    assert form(sampling) == form(sampling) == Form(None, "plain", "cpu")
+    shown = capsys.readouterr().err
+    assert shown.startswith("The native kernel is not used, because ")
+    assert shown.count("\n") == 1
+    assert said in shown
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may write anywhere sees no such folder")
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_cache.mkdir(mode=0o500)
+    assert matvec.target() is None
+    assert "cannot be used" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_file_in_the_place_of_the_folder_is_no_reason_to_fail(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_cache.write_text("")
+    assert matvec.target() is None
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_it_is_not_asked_for_unless_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matvec, "target", lambda: pytest.fail("the kernel was asked for"))
+    assert form(small_config().sampling).kernel == "plain"
+
+
+# In the cache of compiled programs.
+
+IN_A_PROCESS = """
+import sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+from rustgpt_jax.native import matvec
+print(float(jax.jit(lambda x, w: matvec.products(x, w).sum())(jnp.ones((1, 8)), jnp.ones((4, 8)))))
+"""
+
+
+@needs_compiler
+def test_a_program_from_the_cache_finds_the_kernel(tmp_path: Path) -> None:
+    def ran() -> str:
+        command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert ran() == "32.0\n"
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache"))
+    assert ran() == "32.0\n"
+    assert kept
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")) == kept

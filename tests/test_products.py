@@ -1,0 +1,243 @@
+"""Products and activations: values and gradients in every form against NumPy in float64, and under what JAX makes."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import random_params, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rustgpt_jax.config import ModelConfig, for_inference
+from rustgpt_jax.model import derivatives, transformer
+from rustgpt_jax.model.cost import inner_programs
+from rustgpt_jax.model.derivatives import COSTLY, activated
+from rustgpt_jax.model.kernels.request import Device
+from rustgpt_jax.model.products import product
+from rustgpt_jax.model.transformer import REMAT_POLICIES
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+FORMS = ("plain", "kept")
+# What is kept on the device of a policy that offloads is kept here too: this one has no other memory.
+POLICIES = ("none", *(name for name in REMAT_POLICIES if name != "offload"))
+
+
+def model_of(**changes: Any) -> ModelConfig:
+    sizes = {"n_layers": 3, "d_model": 16, "n_heads": 2, "context_length": 8, "vocab_size": 31}
+    return small_config(**{f"model.{name}": value for name, value in (sizes | changes).items()}).model
+
+
+def arrays(shape: tuple[int, ...], outputs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, W, and a gradient of x W."""
+    rng = np.random.default_rng(seed)
+    three = (shape, (shape[-1], outputs), (*shape[:-1], outputs))
+    return tuple(rng.standard_normal(each).astype(np.float32) for each in three)
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest numbers of a type, in float64."""
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(np.float64)
+
+
+def in_numpy(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray, dtype: str) -> list[np.ndarray]:
+    """x W and the gradients of x and W, of factors that are rounded to a type."""
+    x, kernel, gradient = (rounded(each, dtype) for each in (x, kernel, gradient))
+    rows_ND, rows_NF = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return [x @ kernel, gradient @ kernel.T, rows_ND.T @ rows_NF]
+
+
+def in_jax(function: Callable[..., jax.Array], x: Any, kernel: Any, gradient: Any) -> list[Any]:
+    y, transpose = jax.vjp(function, x, kernel)
+    return [y, *transpose(jnp.asarray(gradient, y.dtype))]
+
+
+def near(found: Any, exact: Any, share: float) -> None:
+    """Each array within a share of its largest number."""
+    for one, other in zip(found, exact, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=share * np.max(np.abs(other)))
+
+
+# Products.
+
+
+@settings(max_examples=10)
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
+    outputs=st.integers(1, 5),
+    form=st.sampled_from(FORMS),
+    matmul=st.sampled_from(("plain", "bfloat16")),
+)
+def test_products_and_their_gradients_are_those_of_numpy(
+    shape: tuple[int, ...], outputs: int, form: str, matmul: str
+) -> None:
+    config = model_of(derivatives=form, matmul=matmul)
+    x, kernel, gradient = arrays(shape, outputs)
+    found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
+    assert {each.dtype for each in found} == {np.dtype(np.float32)}
+    near(found, in_numpy(x, kernel, gradient, "float32" if matmul == "plain" else matmul), 2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: str) -> None:
+    config = model_of(derivatives=form, dtype="bfloat16")
+    x, kernel, gradient = arrays((2, 9, 7), 5)
+    found = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
+    assert [str(each.dtype) for each in found] == ["bfloat16", "bfloat16", "float32"]
+    near(found, in_numpy(x, kernel, gradient, "bfloat16"), 2**-8)
+
+
+def test_the_gradient_of_a_kernel_is_summed_up_in_float32_where_it_is_kept() -> None:
+    config = model_of(derivatives="kept", dtype="bfloat16")
+    x, kernel, gradient = arrays((2, 9, 7), 5)
+    _, _, of_kernel = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
+    near([of_kernel], in_numpy(x, kernel, gradient, "bfloat16")[2:], 2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_in_float64_multiplies_in_float64(form: str) -> None:
+    config = dataclasses.replace(model_of(derivatives=form), dtype="float64")
+    x, kernel, gradient = (each.astype(np.float64) for each in arrays((2, 3, 7), 5))
+    with jax.enable_x64(True):
+        found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
+        near(found, in_numpy(x, kernel, gradient, "float64"), 1e-14)
+
+
+@pytest.mark.parametrize("matmul", ["plain", "bfloat16"])
+def test_both_forms_multiply_in_the_same_types(matmul: str) -> None:
+    def types(form: str) -> list[tuple[str, ...]]:
+        config, (x, kernel, gradient) = model_of(derivatives=form, matmul=matmul), arrays((2, 3, 7), 5)
+        function = lambda *given: in_jax(lambda x, kernel: product(x, kernel, config), *given)  # noqa: E731
+        return sorted(types_of_products(jax.make_jaxpr(function)(x, kernel, gradient).jaxpr))
+
+    operands = "float32" if matmul == "plain" else matmul
+    assert types("plain") == types("kept") == 3 * [(operands, operands, "float32")]
+
+
+def types_of_products(program: Any) -> list[tuple[str, ...]]:
+    """The types of the factors and of the result of each matrix product in a program."""
+    found = [
+        tuple(str(each.aval.dtype) for each in (*equation.invars, *equation.outvars))
+        for equation in program.eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    for equation in program.eqns:
+        for inner in inner_programs(equation):
+            found += types_of_products(inner)
+    return found
+
+
+# Activations.
+
+
+def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The value and the slope of an activation, as they are written in textbooks."""
+    x = x.astype(np.float64)
+    if activation is jax.nn.silu:
+        gate = 1 / (1 + np.exp(-x))
+        return x * gate, gate * (1 + x * (1 - gate))
+    inner, scale = x + 0.044715 * x**3, np.sqrt(2 / np.pi)
+    tanh = np.tanh(scale * inner)
+    return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) * scale * (1 + 3 * 0.044715 * x**2) / 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
+def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: str) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 97), [0.0, -0.0, 1e-20, 50, -50]]).astype(np.float32).reshape(2, -1)
+    gradient = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(derivatives=form)), x)
+    exact, slope = in_float64(activation, x)
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(transpose(jnp.asarray(gradient))[0], gradient * slope, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
+def test_activations_keep_their_type(activation: Any) -> None:
+    x = jnp.linspace(-3, 3, 50, dtype=jnp.bfloat16)
+    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(derivatives="kept")), x)
+    (of_x,) = transpose(jnp.ones_like(y))
+    assert y.dtype == of_x.dtype == jnp.bfloat16
+    near([y, of_x], in_float64(activation, np.asarray(x, np.float32)), 2**-6)
+
+
+# A whole model.
+
+
+def gradients(model: ModelConfig, params: Any = None) -> Any:
+    """The gradient of a sum of a model's logits that weighs each of them, with respect to all parameters."""
+    tokens_BT = np.random.default_rng(0).integers(0, 31, (2, 8), np.int32)
+    weights_BTV = np.random.default_rng(1).standard_normal((2, 8, 31)).astype(np.float32)
+
+    def total(params: Any) -> jax.Array:
+        return jnp.sum(weights_BTV * transformer.apply(params, tokens_BT, model)[0])
+
+    return jax.jit(jax.grad(total))(random_params(model) if params is None else params)
+
+
+def alike(found: Any, expected: Any) -> None:
+    noise = 1e-4 * max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=noise), found, expected)
+
+
+def test_feedforwards_have_the_gradients_that_jax_derives() -> None:
+    model = model_of(feedforwards=("gelu", "geglu", "moe"), bias=True)
+    plain, kept = (gradients(dataclasses.replace(model, derivatives=form)) for form in FORMS)
+    alike(kept, plain)
+
+
+@pytest.mark.parametrize(
+    ("remat", "layers"), [*((remat, "scanned") for remat in POLICIES), ("none", "unrolled"), ("full", "unrolled")]
+)
+def test_what_is_computed_anew_has_the_same_gradients(remat: str, layers: str) -> None:
+    model = model_of(n_layers=2, feedforwards=("gelu",))
+    kept = dataclasses.replace(model, derivatives="kept", remat=remat, layers=layers)
+    alike(gradients(kept), plain_gradients(model))
+
+
+@cache
+def plain_gradients(model: ModelConfig) -> Any:
+    return gradients(dataclasses.replace(model, derivatives="plain"))
+
+
+def test_models_side_by_side_have_their_own_gradients() -> None:
+    model = model_of(derivatives="kept", n_layers=1, feedforwards=("gelu",))
+    several = [random_params(model, seed) for seed in range(3)]
+    alone = jax.jit(lambda params: gradients(model, params))
+    together = jax.jit(jax.vmap(alone))(jax.tree.map(lambda *each: np.stack(each), *several))
+    for index, params in enumerate(several):
+        alike(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone(params))
+
+
+# Which form.
+
+
+def barriers(model: ModelConfig) -> int:
+    """The arrays that a training step keeps from the compiler."""
+    params = jax.eval_shape(lambda: random_params(model))
+    return str(jax.make_jaxpr(lambda params: gradients(model, params))(params)).count("optimization_barrier")
+
+
+@pytest.mark.parametrize(("platform", "form"), [("cpu", "kept"), ("gpu", "plain"), ("rocm", "plain"), ("tpu", "plain")])
+def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: str, form: str) -> None:
+    model = model_of(n_layers=1, attention_kernel="plain")
+    wanted = barriers(dataclasses.replace(model, derivatives=form))
+    monkeypatch.setattr(derivatives, "device_at_hand", lambda: Device(platform))
+    assert barriers(dataclasses.replace(model, derivatives="auto")) == wanted
+    # At least two for each of four products of attention and three of the feed-forward, and one for its activation.
+    assert wanted >= 15 if form == "kept" else wanted == 0
+
+
+def test_a_forward_alone_is_the_same_program_whatever_its_derivatives_would_be() -> None:
+    texts = set()
+    for form in FORMS:
+        model = for_inference(model_of(derivatives=form))
+        forward = jax.jit(lambda params, model=model: transformer.apply(params, np.zeros((1, 4), np.int32), model)[0])
+        texts.add(forward.lower(random_params(model)).as_text())
+    assert len(texts) == 1

@@ -1,0 +1,77 @@
+"""The loop around the steps: it waits for no device, and brings nothing to one that it was not told to."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from small_runs import run_config, train
+
+from rustgpt_jax.training import lanes
+from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.step import Metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Nothing but steps, until the last one.
+STEPS: dict[str, Any] = {
+    "training.steps": 8,
+    "record.evaluate_every": 8,
+    "record.checkpoint_every": 8,
+    "faults.not_finite": "skip",
+}
+
+
+def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance, guarded = lanes.Solo.advance, list[int]()
+
+    def advance_guarded(solo: lanes.Solo, runs: Sequence[Run | None], count: int) -> None:
+        (run,) = runs
+        assert run is not None
+        # The first call compiles its program, with constants that are brought to the device once.
+        if run.step:
+            guarded.append(run.step)
+        with jax.transfer_guard("disallow" if run.step else "allow"):
+            advance(solo, runs, count)
+
+    monkeypatch.setattr(lanes.Solo, "advance", advance_guarded)
+    train(tmp_path / "run", **STEPS)
+    assert len(guarded) >= 3 and guarded[-1] < 8
+
+
+def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced, events = Run.advanced, list[tuple[str, int]]()
+
+    def noted(run: Run, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+        first = run.step
+        events.append(("begun", first))
+
+        def read() -> Metrics:
+            events.append(("read", first))
+            return read_metrics()
+
+        advanced(run, count, read, seconds)
+
+    monkeypatch.setattr(Run, "advanced", noted)
+    train(tmp_path / "run", **STEPS)
+    calls = [step for what, step in events if what == "begun"]
+    assert len(calls) >= 4
+    assert [step for what, step in events if what == "read"] == calls
+    for call, after in zip(calls[:-1], calls[1:], strict=True):
+        assert events.index(("read", call)) == events.index(("begun", after)) + 1
+
+
+def test_a_state_is_given_to_the_steps_and_comes_back_in_its_memory() -> None:
+    from rustgpt_jax.config import split
+    from rustgpt_jax.training.memory import batch_shapes, state_shapes
+    from rustgpt_jax.training.step import as_arguments, compiled_train_steps
+
+    config = run_config()
+    structure, numbers = split(config)
+    state = state_shapes(config)
+    batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), batch_shapes(4, 16))
+    arguments = structure, state, batches, jax.ShapeDtypeStruct((), "int32"), as_arguments(numbers)
+    program = compiled_train_steps.lower(*arguments, jax.ShapeDtypeStruct((), "int32")).compile()
+    bytes_of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert program.memory_analysis().alias_size_in_bytes >= bytes_of_state
