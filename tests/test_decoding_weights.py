@@ -87,9 +87,9 @@ def assert_same(asked: ModelConfig) -> None:
     *trained, cache = compiled(params, TOKENS_BT, asked)
     *decoded, other_cache = compiled(laid_out, TOKENS_BT, asked)
     for expected, found in zip(trained, decoded, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     jax.tree.map(
-        lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5), by_layer(cache, asked), other_cache
+        lambda e, f: np.testing.assert_allclose(f, e, rtol=1e-5, atol=5e-5), by_layer(cache, asked), other_cache
     )
 
 

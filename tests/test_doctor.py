@@ -400,7 +400,7 @@ def test_a_record_in_which_nothing_stands_out_is_told_so(bombed: Path) -> None:
 @pytest.mark.slow
 def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path: Path) -> None:
     ill = {"optimizer.name": "sgd", "optimizer.learning_rate": 2.0, "optimizer.clip_norm": 0.0, "training.steps": 40}
-    rarely = {"record.evaluate_every": 40, "record.checkpoint_every": 20}
+    rarely = {"record.evaluate_every": 40, "record.checkpoint_every": 20, "model.derivatives": "plain"}
     config, path, console = config_of(**ill, **rarely), tmp_path / "ill", quiet()
     record = train(config, path)
     assert is_fault(record[-1]) and len(record) < 40

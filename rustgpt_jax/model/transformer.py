@@ -1,5 +1,6 @@
 """The whole model as pure functions: `init`, `apply`, `init_cache`. One forward serves training and decoding."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,8 @@ REMAT_POLICIES = {
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
     """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, the layers of a stack."""
+    # No value depends on it, and so no device is asked what suits it.
+    model = dataclasses.replace(model, derivatives="plain")
     context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
     vocab_size = vocabulary(model)
