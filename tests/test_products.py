@@ -113,8 +113,11 @@ def test_a_model_in_float64_multiplies_in_float64(form: str) -> None:
 def test_both_forms_multiply_in_the_same_types(matmul: str) -> None:
     def types(form: str) -> list[tuple[str, ...]]:
         config, (x, kernel, gradient) = model_of(derivatives=form, matmul=matmul), arrays((2, 3, 7), 5)
-        function = lambda *given: in_jax(lambda x, kernel: product(x, kernel, config), *given)  # noqa: E731
-        return sorted(types_of_products(jax.make_jaxpr(function)(x, kernel, gradient).jaxpr))
+
+        def both_ways(*given: Any) -> Any:
+            return in_jax(lambda x, kernel: product(x, kernel, config), *given)
+
+        return sorted(types_of_products(jax.make_jaxpr(both_ways)(x, kernel, gradient).jaxpr))
 
     operands = "float32" if matmul == "plain" else matmul
     assert types("plain") == types("kept") == 3 * [(operands, operands, "float32")]
