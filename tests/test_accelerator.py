@@ -315,6 +315,7 @@ def command(out: Path, *words: str, **variables: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_everything_runs_with_tiny_models(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = command(out, "--smoke")

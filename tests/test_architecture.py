@@ -17,7 +17,7 @@ FLOORS = (
     ("launch",),
     ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance", "reproduce", "plan"),
     ("parallel", "model", "data", "tokenizers"),
-    ("config", "resolve", "tables", "errors", "cache", "allocation", "native"),
+    ("config", "resolve", "tables", "errors", "cache", "allocation", "native", "pytrees"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS_WITHOUT_JAX = ("data", "tokenizers", "config", "resolve", "tables", "errors", "cache")

@@ -363,6 +363,7 @@ def test_a_wrong_number_of_a_registered_part_is_found(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_shows_what_broke_and_says_so_to_the_shell() -> None:
     console = Console(file=io.StringIO(), width=300)
     assert check(["samplers/top_k"], console) == 0

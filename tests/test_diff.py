@@ -312,10 +312,14 @@ def with_another_file(folder: Path) -> None:
     ("mutate", "kind", "name", "cause"),
     [
         (with_another_number, "config", "config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
-        (with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: "),
+        pytest.param(
+            with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: ", marks=pytest.mark.long
+        ),
         (with_another_mask, "code", "rustgpt_jax/model/mixers/window.py", "not the same activations: "),
         (with_another_package, "environment", "packages.flax: ", ""),
-        (with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: "),
+        pytest.param(
+            with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: ", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_seeded_mutation_is_the_first_that_is_named(

@@ -46,7 +46,12 @@ print(json.dumps([predicted, status("VmHWM") - before]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "knobs", ["{}", '{"model.dtype": "bfloat16", "model.remat": "full"}', '{"training.accumulation": 4}']
+    "knobs",
+    [
+        "{}",
+        pytest.param('{"model.dtype": "bfloat16", "model.remat": "full"}', marks=pytest.mark.long),
+        pytest.param('{"training.accumulation": 4}', marks=pytest.mark.long),
+    ],
 )
 def test_predicted_memory_is_that_of_a_process(knobs: str) -> None:
     command = [sys.executable, "-c", MEASURED, knobs]

@@ -141,6 +141,7 @@ def assert_as_if_never_stopped(run: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Callable[..., Job], tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 1)
     alone.ends(0)
@@ -163,7 +164,7 @@ def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
     train: Callable[..., Job], tmp_path: Path, killed: int
 ) -> None:
@@ -187,6 +188,7 @@ def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_where_one_hangs_the_others_lose_patience(train: Callable[..., Job], tmp_path: Path) -> None:
     two = train(tmp_path / "run", 2, patience=40)
     two.waits_for_step(12)

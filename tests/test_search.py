@@ -404,7 +404,8 @@ def sweep_parzen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["halving", pytest.param("parzen", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["halving", "parzen"])
 def test_a_search_that_is_killed_decides_the_same(name: str, tmp_path: Path) -> None:
     path, rng, flag = tmp_path / "killed", random.Random(name), f"--sweep={name}"
     with contextmanager(launcher_of)(tmp_path / "searches.py", SEARCHES) as launcher:

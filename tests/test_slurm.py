@@ -172,6 +172,7 @@ def test_an_array_of_jobs_finds_what_one_process_finds(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_preempted_jobs_save_wait_and_go_on(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:

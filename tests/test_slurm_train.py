@@ -47,6 +47,7 @@ def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
     steps = ("--config.training.steps=2000", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
     command = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", *steps]

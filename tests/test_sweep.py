@@ -507,7 +507,8 @@ def test_random_kills_leave_no_trace(long_launcher: Launcher, flags: list[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.long), PROCESSES], ids=["inline", "processes"])
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [[], PROCESSES], ids=["inline", "processes"])
 def test_two_launches_share_a_sweep(launcher: Launcher, undisturbed: bytes, flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "shared"
     for launched in [launcher(path, *flags), launcher(path, *flags)]:
@@ -639,6 +640,7 @@ if "rustgpt_jax.sweeps.worker" in sys.orig_argv:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_that_kills_its_worker_fails_alone(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
     (tmp_path / "poison").mkdir()
     (tmp_path / "poison" / "sitecustomize.py").write_text(POISON)

@@ -289,7 +289,7 @@ def looked_into(program: Any, state: Any, read: Batch) -> tuple[TapReport, list[
                 "model.layers": "unrolled",
                 "model.n_layers": 3,
             },
-            marks=pytest.mark.slow,
+            marks=(pytest.mark.slow, pytest.mark.long),
         ),
     ],
     ids=["parts", "kinds"],

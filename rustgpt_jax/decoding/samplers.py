@@ -6,7 +6,6 @@ out by the logit -inf. `draw` applies the samplers in order and draws from what 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -14,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config import SamplingConfig
-
-value = partial(jax.tree_util.register_dataclass, meta_fields=[])
+from rustgpt_jax.pytrees import pytree
 
 
 class Sampler(Protocol):
@@ -24,7 +22,7 @@ class Sampler(Protocol):
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array: ...
 
 
-@partial(value, data_fields=[])
+@pytree()
 @dataclass(frozen=True)
 class Greedy:
     """Leave only the likeliest token (the first of equals)."""
@@ -36,7 +34,7 @@ class Greedy:
         return jnp.where(is_best_BV, 0.0, -jnp.inf)
 
 
-@partial(value, data_fields=["temperature"])
+@pytree()
 @dataclass(frozen=True)
 class Temperature:
     """Divide the logits: below 1 sharpens the distribution, above 1 flattens it."""
@@ -48,7 +46,7 @@ class Temperature:
         return logits_BV / self.temperature
 
 
-@partial(value, data_fields=["k"])
+@pytree()
 @dataclass(frozen=True)
 class TopK:
     """Keep the k likeliest tokens, and any equal to the last of them."""
@@ -63,7 +61,7 @@ class TopK:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@partial(value, data_fields=["p"])
+@pytree()
 @dataclass(frozen=True)
 class TopP:
     """Keep the fewest likeliest tokens whose probabilities sum to at least p: nucleus sampling (arXiv 1904.09751)."""
@@ -80,7 +78,7 @@ class TopP:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@partial(value, data_fields=["p"])
+@pytree()
 @dataclass(frozen=True)
 class MinP:
     """Keep the tokens at least p times as likely as the likeliest (arXiv 2407.01082)."""
@@ -93,7 +91,7 @@ class MinP:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@partial(value, data_fields=["penalty"])
+@pytree()
 @dataclass(frozen=True)
 class RepetitionPenalty:
     """Make the tokens seen so far less likely: positive logits divided, negative ones multiplied (arXiv 1909.05858)."""

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.model.precision import product_type, widened
 from rustgpt_jax.native import matvec
+from rustgpt_jax.pytrees import pytree
 
 # The most rows of x for which the native kernel is faster than XLA.
 MOST_NATIVE_ROWS = 8
@@ -28,7 +28,7 @@ class Stored(ABC):
         """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["kernel"])
+@pytree(meta=["kernel"])
 @dataclass(frozen=True)
 class OutputByOutput(Stored):
     """A matrix in the order in which a product with few rows reads it: all weights of one output, then of the next.
@@ -61,7 +61,7 @@ class OutputByOutput(Stored):
         return y_BO.reshape(*x.shape[:-1], y_BO.shape[-1]).astype(dtype or x.dtype)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["operands"])
+@pytree(meta=["operands"])
 @dataclass(frozen=True)
 class Widened(Stored):
     """A matrix with the values of a narrower type, `operands`, in float32, which gives what OutputByOutput gives.
