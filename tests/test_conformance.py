@@ -32,6 +32,9 @@ ROOT = Path(__file__).parent.parent
 IN_A_CHILD = "devices"
 # What combinations of parts, each of which is checked by itself, could still break.
 OF_A_WHOLE = ("isolation", "cache", "parameters")
+# What compiles much, `pytest -m long` asks of those that are not the first of their kind.
+LONG_CHECKS = ("finite", "vmap", "remat", "initial_scale", "layers", "flops")
+FIRST = tuple(next(iter(TABLES[kind])) for kind in MODEL_KINDS)
 HONEST = ("mixers/broken_parts:HonestAttention", "broken_parts:HonestState", "broken_parts:HonestFeedForward")
 
 pytest_plugins = ["pytester"]
@@ -41,7 +44,10 @@ pytest_plugins = ["pytester"]
 
 
 def of_mistake(mistake: Mistake) -> Any:
+    """The first mistake for each check, and with `pytest -m long` the others."""
     marks = [pytest.mark.slow] if mistake.is_slow else []
+    if mistake is not next(other for other in MISTAKES if other.check == mistake.check):
+        marks.append(pytest.mark.long)
     return pytest.param(mistake, id=f"{mistake.part.rpartition(':')[2]}-{mistake.check}", marks=marks)
 
 
@@ -73,7 +79,15 @@ def over_parts(names: tuple[str, ...], only: tuple[str, ...] = ()) -> Any:
                     cases.setdefault((check_name, one.model or one.title), (one, check_name))
     return pytest.mark.parametrize(
         ("subject", "name"),
-        [pytest.param(*case, id=f"{case[0].title}-{case[1]}") for case in cases.values()],
+        [
+            pytest.param(
+                subject,
+                check,
+                id=f"{subject.title}-{check}",
+                marks=[pytest.mark.long] if check in LONG_CHECKS and subject.title.split("/")[-1] not in FIRST else [],
+            )
+            for subject, check in cases.values()
+        ],
     )
 
 
@@ -89,12 +103,14 @@ def test_parts_of_the_model_conform(subject: Subject, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @over_parts(("families",), OF_A_WHOLE)
 def test_families_conform(subject: Subject, name: str) -> None:
     require_ok(subject, name)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @over_parts(HONEST)
 def test_the_parts_that_mistakes_are_made_in_conform(subject: Subject, name: str) -> None:
     require_ok(subject, name)

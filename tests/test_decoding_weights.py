@@ -29,6 +29,9 @@ from rustgpt_jax.model.stored import OutputByOutput, Stored, Widened, output_by_
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.training.trained import load
 
+# Families that differ in all that decoding does; `pytest -m long` asks the others.
+SOME = ("gpt2", "gemma3", "qwen3_moe")
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PLAIN = Form(None, "plain", "cpu")
@@ -102,7 +105,9 @@ def test_every_part_gives_the_same_from_weights_of_each_layer(first: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
+)
 def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> None:
     assert_same(family(name))
 

@@ -121,6 +121,12 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(path)]
 
 
+def programs(path: Path) -> set[tuple[str, str]]:
+    """The programs that the launches of a run have named, with their stages."""
+    events = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
+    return {(event["stage"], event["stablehlo"]) for event in events if event["event"] == "program"}
+
+
 def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
@@ -198,6 +204,7 @@ def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Inte
         assert_same_bits(stored_state(config, broken), stored_state(config, straight))
         assert_same_bits(stored_state(config, broken, "best"), stored_state(config, straight, "best"))
         assert metrics(broken) == metrics(straight)
+        assert programs(broken) == programs(straight)
         assert [line["step"] for line in metrics(straight) if "train/loss" in line] == list(range(1, 11))
         for name in ("samples.jsonl", "tokenizer.json", "data.json"):
             assert (broken / name).read_bytes() == (straight / name).read_bytes(), name

@@ -52,7 +52,10 @@ class Placement:
 
     def place(self, state: Any) -> Any:
         """A state, whole in this process or already on the mesh, with its arrays where they belong."""
-        return state if self.mesh is None else jax.device_put(state, shardings(state, self.mesh))
+        if self.mesh is None:
+            # Bound to where they are, as those of a checkpoint: the program of a resumed run is that of its start.
+            return jax.tree.map(lambda leaf: jax.device_put(leaf, getattr(leaf, "sharding", None)), state)
+        return jax.device_put(state, shardings(state, self.mesh))
 
     def rows(self, batch_size: int, window: int) -> np.ndarray:
         """The rows of a batch that lie on devices of this process."""
