@@ -28,7 +28,7 @@ def pytree(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
 
         def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
             # Not __init__: children may be anything while JAX looks at a structure.
-            value = object.__new__(cls)
+            value: Any = object.__new__(cls)
             for name, child in (*zip(names_of_structure, structure, strict=True), *zip(names, children, strict=True)):
                 object.__setattr__(value, name, child)
             return value

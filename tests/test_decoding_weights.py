@@ -31,6 +31,7 @@ from rustgpt_jax.training.trained import load
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.
 SOME = ("gpt2", "gemma3", "qwen3_moe")
+MODELS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for name in FAMILIES]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
