@@ -27,7 +27,7 @@ SIGNS_OF_LOSS = ("Gloo", "NCCL", "oordination", "eartbeat", "UNAVAILABLE", "DEAD
 FAILED, HEARD = "rustgpt_jax/failed", "rustgpt_jax/heard"
 LONGEST_HEARING_MS = 10_000
 # Process 0 keeps the board: where it goes first, JAX ends the others by a signal.
-SECONDS_TO_LEAVE = 1.0
+SECONDS_TO_LEAVE = 2.0
 
 
 @contextmanager
@@ -71,6 +71,8 @@ def _tell(sentence: str, status: int) -> None:
         _leave(notes)
         return
     _wait_until_heard(notes, jax.process_index())
+    if is_first():
+        time.sleep(SECONDS_TO_LEAVE)
 
 
 def _listen(notes: Any, over: threading.Event) -> None:
