@@ -311,7 +311,10 @@ def with_another_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("mutate", "kind", "name", "cause"),
     [
-        (with_another_number, "config", "config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
+        pytest.param(
+            *(with_another_number, "config", "config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: ", marks=pytest.mark.long
         ),

@@ -229,7 +229,7 @@ def test_a_run_in_pieces_is_the_run_in_one(
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
     corpus=st.sampled_from(sorted(CORPORA)),
     tokenizer=st.sampled_from(["word", "char", "byte", "bpe"]),

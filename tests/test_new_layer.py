@@ -46,7 +46,9 @@ def test_the_page_has_the_files_and_commands_that_are_tested() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["my_lab.mixers:Retention", "my_lab.feedforwards:SiluFeedForward"])
+@pytest.mark.parametrize(
+    "part", ["my_lab.mixers:Retention", pytest.param("my_lab.feedforwards:SiluFeedForward", marks=pytest.mark.long)]
+)
 def test_the_parts_pass_every_check(part: str, lab: Path) -> None:
     assert ", 0 failed" in run(lab, str(ROOT / "launch.py"), "check", part)
 
@@ -128,6 +130,7 @@ def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_feedforward_in_the_package_is_two_places_in_one_file(tmp_path: Path) -> None:
     for name in ("rustgpt_jax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

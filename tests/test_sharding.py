@@ -48,7 +48,7 @@ EXPECTED = {
 }
 
 
-OTHERS = {"data 8", "fsdp 8", "tensor 4"}
+OTHERS = {"data 8", "fsdp 8", "tensor 4", "context 4"}
 CASES = [pytest.param(case, marks=[pytest.mark.long] if case in OTHERS else []) for case in EXPECTED]
 
 

@@ -161,6 +161,7 @@ def undisturbed(config: Path, cluster: Environment) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_array_of_jobs_finds_what_one_process_finds(
     config: Path, tmp_path: Path, cluster: Environment, undisturbed: Callable[[str], Path]
 ) -> None:

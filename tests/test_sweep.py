@@ -555,6 +555,7 @@ def stop_and_go_on(launcher: Launcher, path: Path, flags: list[str], number: sig
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_stops_a_sweep_which_goes_on(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
     stop_and_go_on(launcher, tmp_path / "stopped", [], signal.SIGINT)
     assert (tmp_path / "stopped" / "results.csv").read_bytes() == undisturbed

@@ -49,9 +49,10 @@ def losses(run: Path) -> list[tuple[int, Any, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mesh", "per_trial"),
-    [([], 1), pytest.param(["--config.mesh.fsdp=2", "--config.mesh.data=1"], 2, marks=pytest.mark.long)],
+    [([], 1), (["--config.mesh.fsdp=2", "--config.mesh.data=1"], 2)],
 )
 def test_trials_have_their_own_devices_and_the_bits_of_runs_alone(
     tmp_path: Path, mesh: list[str], per_trial: int
