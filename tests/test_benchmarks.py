@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.benchmarks.best_batch import Failure
+from experiments.benchmarks.best_batch import Failure, as_given
 from experiments.benchmarks.performance import page
 from experiments.benchmarks.performance.bench import FULL, TINY, about
 from experiments.benchmarks.performance.goals import goals, ratio
@@ -321,3 +322,9 @@ def test_a_part_runs_with_tiny_models(part: str, tmp_path: Path) -> None:
 def test_mistakes_are_one_sentence(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = command(tmp_path / "out", *words)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_recorded_command_has_no_path_of_the_machine() -> None:
+    words = ["/home/me/run.py", "training", "--text=/home/me/text.txt", "--out=/home/me/out", "--rounds=3"]
+    assert as_given(words) == "python experiments/benchmarks/run.py training --text=text.txt --rounds=3"
+    assert not re.search(r"(/home|/root|/tmp|/work)/", page.RESULTS.read_text() + page.PAGE.read_text())

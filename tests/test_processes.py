@@ -164,8 +164,7 @@ def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
     train: Callable[..., Job], tmp_path: Path, killed: int
 ) -> None:

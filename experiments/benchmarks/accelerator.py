@@ -58,6 +58,7 @@ from experiments.benchmarks.best_batch import (
     Best,
     Failure,
     Knobs,
+    as_given,
     best_batch,
     measured,
     tree_of,
@@ -146,7 +147,7 @@ class Bench:
         self.extent, self.sizes, self.out, self.patience, self.console = extent, sizes, out, patience, console
         self.results: dict[str, Any] = {
             "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            "command": " ".join(["python", *sys.argv]),
+            "command": as_given(sys.argv),
             "machine": self.ask("gpt2_jax", "machine", sizes=list(sizes)),
             "torch": None,
         }

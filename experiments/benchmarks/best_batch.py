@@ -76,6 +76,14 @@ def get_config() -> ConfigDict:
     return tree_of("124m")
 
 
+def as_given(words: list[str]) -> str:
+    """The command of a benchmark, for its results: without the folders of the machine that it ran on."""
+    script, *others = words
+    shown = [f"--text={Path(word).name}" if word.startswith("--text=") else word for word in others]
+    kept = [word for word in shown if not word.startswith("--out=")]
+    return " ".join([f"python experiments/benchmarks/{Path(script).name}", *kept])
+
+
 def tree_of(size: str) -> ConfigDict:
     """configs/gpt2_124m.py in another size, with batches in one part; five steps in a call."""
     tree = gpt2_124m.get_config()

@@ -50,6 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_string("text", None, "A text file for configs/shakespeare_char.py, such as tiny Shakespeare.")
     flags.DEFINE_list("shapes", None, f"Which models to train, of {', '.join(FULL.shapes)}.")
     flags.DEFINE_string("out", "runs/benchmarks", "The folder for everything but the results.")
+    flags.DEFINE_integer("rounds", None, "Turns of each contender in a race, instead of as many as usual.", 1)
     flags.DEFINE_integer("patience", 1800, "Seconds after which a worker is given up.", 1)
     flags.DEFINE_bool("smoke", False, "Measure tiny models, to see that everything works; the results stay in --out.")
 
@@ -75,6 +76,8 @@ def sweeps(bench: Bench) -> Row:
 def run(parts: list[str], console: Console) -> int:
     """Measure these parts, print them, and write them down. Raises UserError for what there is not."""
     extent, out = TINY if FLAGS.smoke else FULL, Path(FLAGS.out).absolute()
+    if FLAGS.rounds:
+        extent = extent._replace(rounds=FLAGS.rounds, shapes=dict.fromkeys(extent.shapes, FLAGS.rounds))
     known(parts, page.PARTS, "There is no part")
     shapes = FLAGS.shapes or list(extent.shapes)
     known(shapes, extent.shapes, "--shapes: there is no")

@@ -71,8 +71,6 @@ def _tell(sentence: str, status: int) -> None:
         _leave(notes)
         return
     _wait_until_heard(notes, jax.process_index())
-    if is_first():
-        time.sleep(SECONDS_TO_LEAVE)
 
 
 def _listen(notes: Any, over: threading.Event) -> None:
@@ -90,7 +88,6 @@ def _leave(notes: Any) -> None:
     notes.key_value_set(f"{HEARD}/{jax.process_index()}", "", allow_overwrite=True)
     if is_first():
         _wait_until_heard(notes, 0)
-        time.sleep(SECONDS_TO_LEAVE)
 
 
 def _wait_until_heard(notes: Any, own: int) -> None:
@@ -101,7 +98,9 @@ def _wait_until_heard(notes: Any, own: int) -> None:
             try:
                 notes.blocking_key_value_get(f"{HEARD}/{other}", int(1000 * left))
             except jax.errors.JaxRuntimeError:
-                return
+                break
+    if is_first():
+        time.sleep(SECONDS_TO_LEAVE)
 
 
 class Patience:

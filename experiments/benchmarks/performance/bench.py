@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from experiments.benchmarks.accelerator_report import spread
-from experiments.benchmarks.best_batch import tree_of
+from experiments.benchmarks.best_batch import as_given, tree_of
 from experiments.benchmarks.performance.models import DECODED, SMOKE, Decoded
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, asked, crew
@@ -159,7 +159,7 @@ def about(*peers: str) -> Row:
     for package in ("jax", *peers):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    return {"date": today(), "command": " ".join(["python", *sys.argv]), "versions": versions} | machine()
+    return {"date": today(), "command": as_given(sys.argv), "versions": versions} | machine()
 
 
 def columns_of(readings: list[Reading]) -> dict[str, list[float]]:
