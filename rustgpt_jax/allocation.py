@@ -10,13 +10,19 @@ import platform
 
 # "system" leaves the allocator as it is.
 VARIABLE = "RUSTGPT_JAX_MALLOC"
-# Parameters of mallopt(3), and the largest value that they take.
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
-MOST = 2**31 - 1
-# What the heap grows by at least.
-PADDING = 64 * 1024**2
+# Parameters of mallopt(3): how much free memory at the end of the heap is given back, what the heap grows by at least, and
+# how many blocks may be mapped apart from the heap. It takes an int and makes a size of it: -1 is the largest of all.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+WANTED = ((TRIM_THRESHOLD, -1), (TOP_PAD, 64 * 1024**2), (MMAP_MAX, 0))
 # What a user has told the allocator stays.
-OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+OWN_SETTINGS = (
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
 
 
 def keep_freed_memory() -> bool:
@@ -29,6 +35,4 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    wanted = ((MMAP_THRESHOLD, MOST), (TRIM_THRESHOLD, MOST), (TOP_PAD, PADDING))
-    kept = [mallopt(parameter, value) for parameter, value in wanted]
-    return all(kept)
+    return all([mallopt(parameter, value) for parameter, value in WANTED])

@@ -1,4 +1,4 @@
-"""Freed blocks are kept: taking as much again costs no page fault."""
+"""Freed blocks are kept, however large: taking as much again costs no page fault."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from rustgpt_jax.allocation import keep_freed_memory
 is_kept = keep_freed_memory()
 
 def touch():
-    np.empty(100_000_000, np.uint8).fill(1)
+    np.empty(3_000_000_000, np.uint8)[:100_000_000].fill(1)
 
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +36,8 @@ def faults(**variables: str) -> tuple[bool, int]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep what is freed")
 def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
     is_kept, few = faults()
-    assert is_kept and few < 1000
+    # Where the system hands out huge pages, each touch would cost about fifty.
+    assert is_kept and few < 50
 
 
 def test_it_can_be_turned_off_and_leaves_a_users_own_settings() -> None:
