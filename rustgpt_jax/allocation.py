@@ -1,7 +1,8 @@
 """How this process gets its memory: blocks that were freed are kept, for a training step frees and takes the same ones.
 
 The allocator of the C library gives large blocks back to the system when they are freed, and each page of the next one
-costs a fault: a third of the time of a small model's step on a CPU.
+costs a fault: a third of the time of a step on a CPU. It maps those apart too that a thread asks for which has an arena
+of its own, as XLA's threads do for all that a program keeps while it runs; so there is one arena for all.
 """
 
 import ctypes
@@ -10,12 +11,14 @@ import platform
 
 # "system" leaves the allocator as it is.
 VARIABLE = "RUSTGPT_JAX_MALLOC"
-# Parameters of mallopt(3): how much free memory at the end of the heap is given back, what the heap grows by at least, and
-# how many blocks may be mapped apart from the heap. It takes an int and makes a size of it: -1 is the largest of all.
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
-WANTED = ((TRIM_THRESHOLD, -1), (TOP_PAD, 64 * 1024**2), (MMAP_MAX, 0))
+# Parameters of mallopt(3): how much free memory at the end of the heap is given back, what the heap grows by at least,
+# how many blocks may be mapped apart from the heap, and how many arenas there are. It takes an int and makes a size of
+# it: -1 is the largest of all.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+WANTED = ((TRIM_THRESHOLD, -1), (TOP_PAD, 64 * 1024**2), (MMAP_MAX, 0), (ARENA_MAX, 1))
 # What a user has told the allocator stays.
 OWN_SETTINGS = (
+    "MALLOC_ARENA_MAX",
     "MALLOC_MMAP_MAX_",
     "MALLOC_MMAP_THRESHOLD_",
     "MALLOC_TRIM_THRESHOLD_",

@@ -1,4 +1,4 @@
-"""Freed blocks are kept, however large: taking as much again costs no page fault."""
+"""Freed blocks are kept, however large and whatever thread had them: taking as much again costs no page fault."""
 
 import os
 import platform
@@ -9,6 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from rustgpt_jax.allocation import keep_freed_memory
 is_kept = keep_freed_memory()
@@ -16,10 +17,14 @@ is_kept = keep_freed_memory()
 def touch():
     np.empty(3_000_000_000, np.uint8)[:100_000_000].fill(1)
 
-touch()
+def touch_in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(touch).result()
+
+touch_in_a_thread()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    touch()
+    touch_in_a_thread()
 print(int(is_kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -36,8 +41,8 @@ def faults(**variables: str) -> tuple[bool, int]:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep what is freed")
 def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
     is_kept, few = faults()
-    # Where the system hands out huge pages, each touch would cost about fifty.
-    assert is_kept and few < 50
+    # Where the system hands out huge pages, each touch would cost fifty or more.
+    assert is_kept and few < 100
 
 
 def test_it_can_be_turned_off_and_leaves_a_users_own_settings() -> None:

@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import tiny
+from rustgpt_jax.allocation import keep_freed_memory
 from rustgpt_jax.config import Structure
 from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 from rustgpt_jax.parallel.placement import Placement
@@ -68,6 +69,7 @@ def calls_of(material: Material) -> Iterator[tuple[Structure, Orders]]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     keep_compiled_programs()
     call, _ = bare_steps(Path(sys.argv[1]))
     print(json.dumps(min(call() for _ in range(REPEATS))))

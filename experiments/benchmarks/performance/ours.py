@@ -28,6 +28,7 @@ from experiments.benchmarks.gpt2_jax import trainer
 from experiments.benchmarks.performance.models import SHAPES, decoding_config, training_config
 from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, only_said, serve
+from rustgpt_jax.allocation import keep_freed_memory
 from rustgpt_jax.config import ModelConfig, for_inference
 from rustgpt_jax.decoding.generate import Generation, begin, extend, stop_tokens
 from rustgpt_jax.decoding.samplers import Greedy
@@ -230,5 +231,6 @@ TASKS = {
 }
 
 if __name__ == "__main__":
+    keep_freed_memory()
     keep_compiled_programs()
     serve(TASKS)

@@ -14,6 +14,7 @@ would hold any of RustGPT's texts.
 FINDING: none of its own; see `run.py`.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from configs import rustgpt
 from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
 from experiments.benchmarks.performance.bench import Bench, Row, about
-from experiments.benchmarks.performance.workers import Request, environment
+from experiments.benchmarks.performance.workers import Request
 from experiments.benchmarks.sweep_throughput import write_config
 
 # Between looks at the metrics of a run.
@@ -91,7 +92,7 @@ def started(bench: Bench, folder: Path, name: str, turn: int) -> Row:
     parts: where the command says that the seconds before the first step went, if it says so.
     """
     run, caches = folder / f"{name}_{turn}", folder / "caches"
-    settings = environment() | {"RUSTGPT_JAX_CACHE": str(caches)}
+    settings = os.environ | {"RUSTGPT_JAX_CACHE": str(caches)}
     settings.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "launch.py", "train", f"--config={folder / name}.py", f"--run={run}"]
     metrics, said = run / "metrics.jsonl", folder / f"{run.name}.txt"

@@ -3,7 +3,7 @@
 python experiments/benchmarks/run.py training --text=tinyshakespeare.txt
 
 A step is forward, backward, clipping and AdamW, on random tokens that lie ready. Each contender is a process of its own
-with the same settings of the allocator. Those of a race take turns: all that compute in float32 or say that they round
+with the settings of the allocator that serve it best. Those of a race take turns: all that compute in float32 or say that they round
 the factors of products only; all that compute in bfloat16, and the fastest that rounds factors. Then a whole run of
 configs/shakespeare_char.py, with its data, metrics, evaluations and checkpoints, beside its bare compiled steps.
 
@@ -21,7 +21,7 @@ from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
 from experiments.benchmarks.performance.bench import Bench, Row, about, columns_of, told
 from experiments.benchmarks.performance.models import TRAINING
 from experiments.benchmarks.performance.turns import Reading, take_turns
-from experiments.benchmarks.performance.workers import Request, Worker, environment
+from experiments.benchmarks.performance.workers import Request, Worker
 from experiments.benchmarks.sweep_throughput import write_config
 from rustgpt_jax.runs.metrics import read_metrics
 
@@ -94,7 +94,7 @@ def whole_run(bench: Bench) -> Row:
 def run_once(folder: Path, name: str, config: ConfigDict) -> float:
     """Seconds of a step in a run, on average over all calls but the first. Raises Failure."""
     command = [sys.executable, "launch.py", "train", f"--config={folder / 'config.py'}", f"--run={folder / name}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise Failure(done.stderr.strip().splitlines()[-1])
     tokens = config.training.batch_size * config.model.context_length

@@ -4,7 +4,8 @@ python -m experiments.benchmarks.performance.ours '{"what": "peaks", "size": 204
 
 A worker is a process that prepares what its one argument asks for (one of the tasks of its module), says so, and then
 does a turn for each line that it is sent, and tells what it measured. Only one works at a time: the others wait for a
-line. Each begins with the same settings of the allocator (`MALLOC`), which matter to all of them.
+line. Ours tell the allocator what every command of the framework tells it; peers begin with those settings of it that
+serve them best (`MALLOC`), which matter to all of them.
 
 FINDING: none of its own; see `run.py`.
 """
@@ -27,18 +28,15 @@ from experiments.benchmarks.best_batch import ROOT, Failure, tree_of
 from experiments.benchmarks.performance.turns import Reading
 
 PACKAGE = "experiments.benchmarks.performance"
+OURS = "ours"
 # glibc is to keep large blocks instead of giving them back to the system, which would hand them out page by page again.
-LARGE = str(2**32)
+# One arena for all threads, as we have it, makes PyTorch slower.
+LARGE = str(2**33)
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": LARGE,
     "MALLOC_TRIM_THRESHOLD_": LARGE,
     "MALLOC_TOP_PAD_": str(2**26),
 }
-
-
-def environment() -> dict[str, str]:
-    """The variables of a process that is measured."""
-    return os.environ | MALLOC
 
 
 # What a task gives: what there is to say once it is prepared, and the function that does a turn.
@@ -67,7 +65,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"{PACKAGE}.{request.module}", words],
                 cwd=ROOT,
-                env=environment(),
+                env=os.environ | ({} if request.module == OURS else MALLOC),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
