@@ -50,41 +50,46 @@ def _activated_back(activation: Activation, slope: jax.Array, gradient: jax.Arra
 _with_kept_slope.defvjp(_activated, _activated_back)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool, inputs: int = 0) -> jax.Array:
     """x W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs).
 
     operands: the type of what is multiplied, forward and backward; sums are float32 at least. is_kept: a factor of
-    the gradient of the kernel is transposed in memory before it is multiplied.
+    the gradient of the kernel is transposed in memory before it is multiplied. inputs: 1 for a kernel that is
+    (outputs, inputs).
     """
-    return _multiplied(x, kernel, operands, is_kept)[0]
+    return _multiplied(x, kernel, operands, is_kept, inputs)[0]
 
 
 def _multiplied(
-    x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool
+    x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool, inputs: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     del is_kept
     left = x.astype(operands)
-    return _contracted(left, kernel.astype(operands), (x.ndim - 1,), (0,), x.dtype), (left, kernel)
+    return _contracted(left, kernel.astype(operands), (x.ndim - 1,), (inputs,), x.dtype), (left, kernel)
 
 
 def _multiplied_back(
-    operands: Any, is_kept: bool, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+    operands: Any, is_kept: bool, inputs: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     left, kernel = kept
     narrow = gradient.astype(operands)
-    of_x = _contracted(narrow, kernel.astype(operands), (gradient.ndim - 1,), (1,), gradient.dtype)
-    return of_x, _of_kernel(left, narrow, is_kept).astype(kernel.dtype)
+    of_x = _contracted(narrow, kernel.astype(operands), (gradient.ndim - 1,), (1 - inputs,), gradient.dtype)
+    of_kernel = _summed_over_tokens(left, narrow, is_kept) if inputs == 0 else _summed_over_tokens(narrow, left, is_kept)
+    return of_x, of_kernel.astype(kernel.dtype)
 
 
-def _of_kernel(left: jax.Array, gradient: jax.Array, is_kept: bool) -> jax.Array:
-    """The gradient of a kernel (inputs, outputs). Kept is the narrower of the factors, transposed."""
+def _summed_over_tokens(left: jax.Array, right: jax.Array, is_kept: bool) -> jax.Array:
+    """The sum of the outer products of all rows, (channels of left, channels of right).
+
+    Kept is what makes less to be transposed: the left factor, or the right one and then the result.
+    """
     dtype, rows, behind = product_type(left), range(left.ndim - 1), range(1, left.ndim)
     if not is_kept:
-        return _contracted(left, gradient, rows, rows, dtype)
-    if left.shape[-1] <= gradient.shape[-1]:
-        return _contracted(_transposed(left), gradient, behind, rows, dtype)
-    return jax.lax.optimization_barrier(_contracted(_transposed(gradient), left, behind, rows, dtype)).T
+        return _contracted(left, right, rows, rows, dtype)
+    if left.size <= right.size + left.shape[-1] * right.shape[-1]:
+        return _contracted(_transposed(left), right, behind, rows, dtype)
+    return jax.lax.optimization_barrier(_contracted(_transposed(right), left, behind, rows, dtype)).T
 
 
 def _transposed(x: jax.Array) -> jax.Array:

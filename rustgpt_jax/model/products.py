@@ -1,9 +1,12 @@
 """Products of activations with weights, in the form that the model asks for, or in that of a weight kept otherwise."""
 
 import jax
+import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model import derivatives, float8
+from rustgpt_jax.model.layout import laid_out
+from rustgpt_jax.model.precision import product_type
 from rustgpt_jax.model.stored import Stored
 
 
@@ -18,3 +21,19 @@ def product(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> ja
     if operands == config.dtype and not is_kept:
         return x @ kernel.astype(config.dtype)
     return derivatives.product(x, kernel, operands, is_kept)
+
+
+def readout(hidden_BTD: jax.Array, weights: jax.Array | Stored, letters: str, config: ModelConfig) -> jax.Array:
+    """logits_BTV in float32 at least, from factors in config.logits_dtype, or else in the model's dtype.
+
+    letters: the axes of the weights, "VD" of a float32 table, "DV" of a kernel.
+    """
+    operands = config.logits_dtype or config.dtype
+    if isinstance(weights, Stored):
+        hidden_BTD = hidden_BTD.astype(operands)
+        return weights.product(hidden_BTD, product_type(hidden_BTD))
+    wide, weights, axis = jnp.promote_types(operands, jnp.float32), laid_out(weights, letters), letters.index("D")
+    hidden_BTD = hidden_BTD.astype(wide)
+    if operands == wide:
+        return jax.lax.dot_general(hidden_BTD, weights.astype(wide), (((2,), (axis,)), ((), ())))
+    return derivatives.product(hidden_BTD, weights, operands, derivatives.are_kept(config), axis)

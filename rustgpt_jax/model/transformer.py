@@ -17,9 +17,9 @@ from rustgpt_jax.model.linear import scaled_normal
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.model.precision import product_type, softcap
+from rustgpt_jax.model.precision import softcap
+from rustgpt_jax.model.products import readout
 from rustgpt_jax.model.stacks import Stack, stacks
-from rustgpt_jax.model.stored import Stored
 from rustgpt_jax.tables import choose
 
 Params = dict[str, Any]
@@ -180,16 +180,10 @@ def _hidden_states(
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """logits_BTV in float32, from an output layer where there is one, else from the embedding table."""
-    dtype = model.logits_dtype or model.dtype
-    hidden_BTD = hidden_BTD.astype(dtype)
-    if "head" not in params:
-        table_VD = laid_out(params["embedding"]["table"].astype(dtype), "VD")
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, table_VD, preferred_element_type=product_type(table_VD))
-    elif isinstance(params["head"]["kernel"], Stored):
-        logits_BTV = params["head"]["kernel"].product(hidden_BTD, product_type(hidden_BTD))
+    if "head" in params:
+        logits_BTV = readout(hidden_BTD, params["head"]["kernel"], "DV", model)
     else:
-        kernel_DV = laid_out(params["head"]["kernel"].astype(dtype), "DV")
-        logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel_DV, preferred_element_type=product_type(kernel_DV))
+        logits_BTV = readout(hidden_BTD, params["embedding"]["table"], "VD", model)
     return softcap(logits_BTV, model.logits_softcap) if is_on(model.logits_softcap) else logits_BTV
 
 
