@@ -94,11 +94,19 @@ def packages() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
+        name, version = _name_and_version(distribution)
         # The first of a name is the one that is imported.
-        if distribution.name and distribution.name not in {OURS, *found}:
+        if name and name not in {OURS, *found}:
             about = distribution.read_text("direct_url.json") or ""
-            found[distribution.name] = distribution.version + (" (editable)" if '"editable": true' in about else "")
+            found[name] = version + (" (editable)" if '"editable": true' in about else "")
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _name_and_version(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Those of a package, from the head of its description: to parse all of each takes a quarter of a second."""
+    head = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").partition("\n\n")[0]
+    fields = dict(line.split(": ", 1) for line in head.splitlines() if line.startswith(("Name: ", "Version: ")))
+    return fields.get("Name", "").strip(), fields.get("Version", "").strip()
 
 
 @cache

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,10 +37,10 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        run = RunFolder(folder)
-        keep_until(run.metrics_file, resume_step)
-        self._tensorboard = _open_tensorboard(run.tensorboard, resume_step)
-        self._file = open(run.metrics_file, "a", encoding="utf-8")
+        self._run, self._resume_step = RunFolder(folder), resume_step
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_until(self._run.metrics_file, resume_step)
+        self._file = open(self._run.metrics_file, "a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -53,7 +53,13 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        self._tensorboard.close()
+        if "_tensorboard" in vars(self):
+            self._tensorboard.close()
+
+    @cached_property
+    def _tensorboard(self) -> "FileWriter":
+        # Its package imports all of PyTorch where that is installed: a second that the first step need not wait for.
+        return _open_tensorboard(self._run.tensorboard, self._resume_step)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one line, which is on its way to the disk on return. Strings, such as the stage, are not plotted."""
