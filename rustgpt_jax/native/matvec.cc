@@ -38,6 +38,9 @@ constexpr int kSums = 12;
 constexpr int64_t kNearBytes = 32 * 1024;
 // Weights of about so many bytes are a thread's work at a time.
 constexpr int64_t kChunkBytes = 64 * 1024;
+// How far ahead weights are asked for: while rows of x are read too, processors do not see by themselves that the
+// weights are read in order.
+constexpr int kAheadBytes = 4096;
 constexpr int kSpins = 2000;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
@@ -81,6 +84,20 @@ inline Floats Widened(const int8_t* from) {
 }
 #endif
 
+// The sum of all lanes, halves upon halves: one after another would take as long as a row's products.
+inline float Sum(Floats vector) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)vector);
+#else
+  float lanes[kLanes];
+  std::memcpy(lanes, &vector, sizeof(lanes));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+#endif
+}
+
 inline float Single(float weight) { return weight; }
 inline float Single(int8_t weight) { return weight; }
 inline float Single(BFloat16 weight) {
@@ -99,7 +116,10 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
       int64_t at = i + u * kLanes;
       Floats weights[kOutputs];
 #pragma GCC unroll 8
-      for (int o = 0; o < kOutputs; ++o) weights[o] = Widened(w + o * inputs + at);
+      for (int o = 0; o < kOutputs; ++o) {
+        weights[o] = Widened(w + o * inputs + at);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + o * inputs + at) + kAheadBytes);
+      }
 #pragma GCC unroll 8
       for (int b = 0; b < kRows; ++b) {
         Floats row = Loaded<Floats>(x + b * inputs + at);
@@ -115,8 +135,7 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
       Floats vector = sums[o][b][0];
 #pragma GCC unroll 8
       for (int u = 1; u < kUnrolled; ++u) vector += sums[o][b][u];
-      float sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum += vector[lane];
+      float sum = Sum(vector);
       for (int64_t j = i; j < inputs; ++j) sum += Single(w[o * inputs + j]) * x[b * inputs + j];
       y[b * outputs + o] = sum;
     }
