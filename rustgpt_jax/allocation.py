@@ -38,4 +38,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(parameter, value) for parameter, value in WANTED])
+    kept = [mallopt(parameter, value) for parameter, value in WANTED]
+    return all(kept)

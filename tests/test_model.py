@@ -399,12 +399,15 @@ def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) 
 
 
 def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
-    model = model_config(n_heads=1, d_model=2)
-    new = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 4, 1, 2)
+    model = model_config(n_heads=2, d_model=4)
+    new_BTKC = np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 2, 2)
+    new_BKTC = np.swapaxes(new_BTKC, 1, 2)
     context = Context(jnp.array([[2, 0, 1, 3]]), jnp.array([[1, 1, 0, 1]]))
-    k_BSKC, v_BSKC = jax.jit(lambda: Attention.init_cache(model, 1, 4).write((new, -new), context).kept)()
-    np.testing.assert_array_equal(k_BSKC[0, :, 0], [[3, 4], [0, 0], [1, 2], [7, 8]])
-    np.testing.assert_array_equal(v_BSKC, -np.asarray(k_BSKC))
+    ring = jax.jit(lambda: Attention.init_cache(model, 1, 4).write((new_BKTC, -new_BKTC), context).kept)()
+    k_BKSC, v_BKSC = (np.asarray(kept) for kept in ring)
+    expected_BSKC = np.stack([new_BTKC[:, 1], np.zeros((1, 2, 2)), new_BTKC[:, 0], new_BTKC[:, 3]], axis=1)
+    np.testing.assert_array_equal(k_BKSC, np.swapaxes(expected_BSKC, 1, 2))
+    np.testing.assert_array_equal(v_BKSC, -k_BKSC)
 
 
 def test_a_ring_holds_the_last_tokens_of_each_row_and_knows_where_they_stand() -> None:

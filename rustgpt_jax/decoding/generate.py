@@ -17,6 +17,7 @@ from rustgpt_jax.decoding.samplers import Sampler, draw
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.layout import laid_out
+from rustgpt_jax.model.mixers.window import quickly_read
 
 SMALLEST_BUCKET = 16
 
@@ -52,11 +53,13 @@ def prefill(
     """Read prompts, padded on the right to one length, into a new cache of `slots` tokens a row."""
     batch, length = prompts_BT.shape
     is_token_BT = jnp.arange(length)[None, :] < lengths_B[:, None]
+    is_unstacked = transformer.are_unstacked(params["blocks"])
+    empty = transformer.init_cache(model, batch, slots, unstacked=is_unstacked)
     hidden_BTD, cache, _ = transformer.hidden_states(
         params,
         prompts_BT,
         model,
-        transformer.init_cache(model, batch, slots, unstacked=transformer.are_unstacked(params["blocks"])),
+        quickly_read(empty) if is_unstacked else empty,
         segments_BT=is_token_BT.astype(jnp.int32),
     )
     last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)

@@ -75,7 +75,9 @@ def _multiplied_back(
     left, kernel = kept
     narrow = gradient.astype(operands)
     of_x = _contracted(narrow, kernel.astype(operands), (gradient.ndim - 1,), (1 - inputs,), gradient.dtype)
-    of_kernel = _summed_over_tokens(left, narrow, is_kept) if inputs == 0 else _summed_over_tokens(narrow, left, is_kept)
+    of_kernel = (
+        _summed_over_tokens(left, narrow, is_kept) if inputs == 0 else _summed_over_tokens(narrow, left, is_kept)
+    )
     return of_x, of_kernel.astype(kernel.dtype)
 
 

@@ -40,7 +40,7 @@ def _knobs(layers: int, heads: int, width: int, context: int, vocabulary: int) -
 SHAPES = {
     "shk": Shape(_knobs(4, 4, 128, 64, 65), batch=12, steps=20, layers="unrolled"),
     "mid": Shape(_knobs(6, 6, 384, 256, 65), batch=16, steps=1, layers="unrolled"),
-    "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, layers="scanned"),
+    "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, layers="unrolled"),
     "smoke": Shape(_knobs(2, 2, 32, 16, 64), batch=2, steps=2, layers="unrolled"),
 }
 # The ways that we train; one more is a line more, and a name in RACES.

@@ -3,9 +3,10 @@
 python experiments/benchmarks/run.py training --text=tinyshakespeare.txt
 
 A step is forward, backward, clipping and AdamW, on random tokens that lie ready. Each contender is a process of its own
-with the settings of the allocator that serve it best. Those of a race take turns: all that compute in float32 or say that they round
-the factors of products only; all that compute in bfloat16, and the fastest that rounds factors. Then a whole run of
-configs/shakespeare_char.py, with its data, metrics, evaluations and checkpoints, beside its bare compiled steps.
+with the settings of the allocator that serve it best. Those of a race take turns: all that compute in float32 or say
+that they round the factors of products only; all that compute in bfloat16, and the fastest that rounds factors. Then a
+whole run of configs/shakespeare_char.py, with its data, metrics, evaluations and checkpoints, beside its bare compiled
+steps.
 
 FINDING: none of its own; see `run.py`.
 """

@@ -43,7 +43,8 @@ def blockwise(task: Task, block: int = BLOCK) -> jax.Array:
         def weights(scores_BHTS: jax.Array) -> jax.Array:
             return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
 
-        return attended(q_BTHC, near(task.k_BSKC), near(task.v_BSKC), task.scale, weights)
+        by_heads = (jnp.swapaxes(near(task.k_BSKC), 1, 2), jnp.swapaxes(near(task.v_BSKC), 1, 2))
+        return attended(q_BTHC, *by_heads, task.scale, weights)
 
     queries = (task.q_BTHC, task.context.positions_BT, task.context.segments_BT)
     mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))

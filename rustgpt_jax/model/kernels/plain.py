@@ -13,21 +13,21 @@ from rustgpt_jax.model.precision import product_type, softcap
 
 def attended(
     q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
     scale: float,
     weights: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """mixed_BTKGC, the mean of the values by att_BHTS = weights(scores_BHTS)."""
     batch, length, n_heads, channels = q_BTHC.shape
-    n_kv_heads = k_BSKC.shape[2]
+    n_kv_heads = k_BKSC.shape[1]
     q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
     scores_BKGTS = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=product_type(q_BTKGC, k_BSKC)
+        "BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=product_type(q_BTKGC, k_BKSC)
     )
     scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
-    att_BHTS = weights(scores_BHTS).astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", att_BHTS.reshape(scores_BKGTS.shape), v_BSKC)
+    att_BHTS = weights(scores_BHTS).astype(v_BKSC.dtype)
+    return jnp.einsum("BKGTS,BKSC->BTKGC", att_BHTS.reshape(scores_BKGTS.shape), v_BKSC)
 
 
 def softmax_weights(
@@ -58,7 +58,8 @@ def plain(task: Task) -> jax.Array:
     def weights(scores_BHTS: jax.Array) -> jax.Array:
         return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
 
-    return attended(task.q_BTHC, task.k_BSKC, task.v_BSKC, task.scale, weights)
+    by_heads = (jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2))
+    return attended(task.q_BTHC, *by_heads, task.scale, weights)
 
 
 PLAIN = Kernel(plain, lambda request: None)

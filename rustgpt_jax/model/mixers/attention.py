@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
         """Room for the keys and values of `length` tokens a row, or of the window where that is less."""
         slots = min(length, cls.window(config) or length)
-        empty = jnp.zeros((batch, slots, config.n_kv_heads or config.n_heads, config.head_width), config.dtype)
+        empty = jnp.zeros((batch, config.n_kv_heads or config.n_heads, slots, config.head_width), config.dtype)
         return Ring((empty, empty))
 
     @classmethod
@@ -92,10 +92,11 @@ class Attention(nn.Module):
         request = self.request(config, length, device, context.dropout_key is not None)
         kernel, _ = chosen(config.attention_kernel, request._replace(cached=cached))
         if kernel == "plain":
-            seen, cache = window_of(cache, (k_BTKC, v_BTKC), context, self.window(config))
+            by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
+            seen, cache = window_of(cache, by_heads, context, self.window(config))
             weights = partial(attention_weights, seen=seen, sinks_H=sinks_H, context=context, config=config)
-            k_BSKC, v_BSKC = seen.keys
-            mixed_BTKGC = attended(q_BTHC, k_BSKC, v_BSKC, attention_scale(config, channels), weights)
+            k_BKSC, v_BKSC = seen.keys
+            mixed_BTKGC = attended(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
         else:
             mixed_BTKGC = KERNELS[kernel].attend(self.task(config, (q_BTHC, k_BTKC, v_BTKC), context, sinks_H))
         output = Linear(config, config.d_model, residual=True, name="output")

@@ -1,17 +1,21 @@
 """What attention keeps of earlier tokens, in a ring of slots, and which of them a token sees."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.kernels.request import device_at_hand
+from rustgpt_jax.model.precision import widened
 
 
 class Ring(NamedTuple):
-    """Arrays with one slot a token along their second axis: the token at position p is in slot p modulo the slots.
+    """Arrays (B, S, ...), or (B, K, S, C) with heads: the token at position p is in slot p modulo the slots S.
 
     A ring with a slot for each position of a row never wraps; one of a sliding window forgets what the window left.
+    Each head has its slots together, for that is how attention reads them.
     """
 
     kept: Any
@@ -19,7 +23,8 @@ class Ring(NamedTuple):
     @property
     def slots(self) -> int:
         """How many tokens the ring holds."""
-        return jax.tree.leaves(self.kept)[0].shape[1]
+        first = jax.tree.leaves(self.kept)[0]
+        return first.shape[_tokens_axis(first)]
 
     def write(self, new: Any, context: Context) -> "Ring":
         """The ring with the tokens of a call in their slots: the last ones, where there are more than slots."""
@@ -27,10 +32,7 @@ class Ring(NamedTuple):
         stays_BT = (context.segments_BT > 0) & is_new_BT
         # No slot has the number `slots`: what is written there is dropped.
         slots_BT = jnp.where(stays_BT, context.positions_BT % self.slots, self.slots)
-        rows_BT = jnp.arange(slots_BT.shape[0])[:, None]
-        return Ring(
-            jax.tree.map(lambda kept, now: kept.at[rows_BT, slots_BT].set(now, mode="drop"), self.kept, new),
-        )
+        return Ring(jax.tree.map(partial(_with_tokens, slots_BT=slots_BT), self.kept, new))
 
     def positions(self, newest_B: jax.Array) -> jax.Array:
         """positions_BS of the tokens in the slots, when the newest is at position newest_B; below 0: no token yet."""
@@ -38,8 +40,22 @@ class Ring(NamedTuple):
         return newest_B[:, None] - (newest_B[:, None] - slot_S[None, :]) % self.slots
 
 
+def quickly_read(cache: Any) -> Any:
+    """A tree of caches with rings in the type in which this device reads them fastest, token by token.
+
+    XLA on a CPU widens all of a ring of bfloat16 to read it, and to write a token. So there its values are float32.
+    """
+    if device_at_hand().platform != "cpu":
+        return cache
+
+    def wide(cache: Any) -> Any:
+        return jax.tree.map(widened, cache) if isinstance(cache, Ring) else cache
+
+    return jax.tree.map(wide, cache, is_leaf=lambda each: isinstance(each, Ring))
+
+
 class Window(NamedTuple):
-    """The keys of a call: their arrays with S as the second axis, their positions, and which queries see which."""
+    """The keys of a call: their arrays as in a ring, their positions, and which queries see which."""
 
     keys: Any
     positions_BS: jax.Array
@@ -68,9 +84,23 @@ def cached_window(ring: Ring, new: Any, context: Context, window: int | None = N
     before_BS = ring.positions(context.positions_BT[:, 0] - 1)
     old_BTS = _up_to(context, before_BS) & _near(context, before_BS, window)
     own = own_window(new, context, window)
-    keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], axis=1), ring.kept, new)
+    keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], _tokens_axis(kept)), ring.kept, new)
     positions_BS = jnp.concatenate([before_BS, own.positions_BS], axis=1)
     return Window(keys, positions_BS, jnp.concatenate([old_BTS, own.visible_BTS], axis=2)), after
+
+
+def _tokens_axis(x: jax.Array) -> int:
+    return 2 if x.ndim == 4 else 1
+
+
+def _with_tokens(kept: jax.Array, now: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """A ring's array with tokens in its slots; those for which there is no slot are dropped."""
+    if kept.ndim != 4:
+        return kept.at[jnp.arange(len(slots_BT))[:, None], slots_BT].set(now, mode="drop")
+    # Heads are rows here: so XLA on CPUs writes where the ring is, and copies it for no number of rows.
+    flat = kept.reshape(-1, *kept.shape[2:])
+    slots_BT = jnp.repeat(slots_BT, kept.shape[1], axis=0)
+    return _with_tokens(flat, now.reshape(len(flat), *now.shape[2:]), slots_BT).reshape(kept.shape)
 
 
 def _last_position(context: Context) -> jax.Array:
