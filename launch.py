@@ -4,6 +4,7 @@ A verb and flags in, one function called. JAX is imported by the verbs that need
 """
 
 import difflib
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from absl import app, flags, logging
 
 from rustgpt_jax.allocation import keep_freed_memory
 from rustgpt_jax.errors import UserError, suggestion
+
+# Imports and tracing make many objects that stay: Python's collector need not look through them all the time.
+OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
 
 BASE = Path(__file__).parent / "configs" / "base.py"
 
@@ -521,6 +525,7 @@ def main(argv: Sequence[str]) -> int:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
     _check_usage(verb)
     keep_freed_memory()
+    gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     # Libraries report their progress to absl at this level; ours goes to the console.
     logging.set_verbosity(logging.WARNING)
     try:

@@ -165,6 +165,19 @@ def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
 # Programs.
 
 
+@pytest.mark.parametrize("mixer", ["attention", "local_attention", "latent_attention"])
+def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
+    asked = model(dtype="bfloat16", mixers=(mixer,), local_window=4)
+    params = random_params(asked)
+
+    def kept(params: Any) -> list[jax.Array]:
+        return jax.tree.leaves(begin(params, [[1, 2, 3]], asked, 4).cache)
+
+    trained, wide = kept(params), kept(for_decoding(params, asked, PLAIN))
+    assert {str(each.dtype) for each in trained} == {"bfloat16"} and {str(each.dtype) for each in wide} == {"float32"}
+    assert all(np.array_equal(each, np.asarray(each).astype(jnp.bfloat16).astype(np.float32)) for each in wide)
+
+
 def program(params: Any, asked: ModelConfig, rows: int) -> Any:
     """The compiled loop over tokens of some rows, as it is compiled for use."""
     generation = begin(params, [[1, 2, 3]] * rows, asked, 200)

@@ -19,7 +19,7 @@ from rustgpt_jax.model import derivatives, transformer
 from rustgpt_jax.model.cost import inner_programs
 from rustgpt_jax.model.derivatives import COSTLY, activated
 from rustgpt_jax.model.kernels.request import Device
-from rustgpt_jax.model.products import product
+from rustgpt_jax.model.products import product, readout
 from rustgpt_jax.model.transformer import REMAT_POLICIES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -121,6 +121,26 @@ def test_both_forms_multiply_in_the_same_types(matmul: str) -> None:
 
     operands = "float32" if matmul == "plain" else matmul
     assert types("plain") == types("kept") == 3 * [(operands, operands, "float32")]
+
+
+@pytest.mark.parametrize("outputs", [3, 40])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("letters", ["DV", "VD"])
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"), [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")]
+)
+def test_logits_and_their_gradients_are_those_of_numpy(
+    dtype: str, logits_dtype: str | None, letters: str, form: str, outputs: int
+) -> None:
+    config = model_of(derivatives=form, dtype=dtype, logits_dtype=logits_dtype)
+    hidden, kernel_DV, gradient = arrays((2, 9, 7), outputs)
+    hidden = np.asarray(rounded(hidden, dtype), np.float32)
+    weights = kernel_DV if letters == "DV" else kernel_DV.T
+    found = in_jax(lambda *given: readout(*given, letters, config), jnp.asarray(hidden, dtype), weights, gradient)
+    assert [str(each.dtype) for each in found] == ["float32", dtype, "float32"]
+    logits, of_hidden, of_weights = in_numpy(hidden, kernel_DV, gradient, logits_dtype or dtype)
+    near([found[0], found[2]], [logits, of_weights if letters == "DV" else of_weights.T], 2e-6)
+    near([found[1]], [of_hidden], 2e-6 if dtype == "float32" else 2**-8)
 
 
 def types_of_products(program: Any) -> list[tuple[str, ...]]:
