@@ -235,7 +235,8 @@ def plan() -> int:
     """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
     from rich.console import Console
 
-    tree, _ = _config()
+    # No chip is a CPU.
+    tree, _ = _config(platform="tpu")
     config = _resolved(tree)
     if FLAGS.devices is None:
         raise UserError("For how many chips? Give --devices=N.")
@@ -435,8 +436,27 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _fail(" ".join(str(error).split()))
 
 
-def _config() -> tuple[Any, dict[str, str]]:
-    """The config file or the run's config with the command line's overrides, and where each value came from."""
+def _config(platform: str | None = None) -> tuple[Any, dict[str, str]]:
+    """The config file or the run's config with the command line's overrides, and where each value came from.
+
+    Its precision is settled: what `auto` is on a platform, or else on the device at hand.
+    """
+    tree, origins = _recipe()
+    if tree["model"]["dtype"] == "auto":
+        from rustgpt_jax.parallel.clusters import detected
+
+        if platform is None and (FLAGS.launcher == "slurm" or FLAGS.processes or detected(os.environ)):
+            raise UserError(
+                "config.model.dtype='auto' asks the device of this process, and others are to compute: name it, "
+                "float32 or bfloat16."
+            )
+        from rustgpt_jax.parallel.precision import settle
+
+        settle(tree, origins, platform)
+    return tree, origins
+
+
+def _recipe() -> tuple[Any, dict[str, str]]:
     from rustgpt_jax.runs.recipes import read_recipe, recipe_of_run
 
     if FLAGS.config is not None:

@@ -149,7 +149,9 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0
     # Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 n_layers).
     config.model.init_std = 0.02
-    # Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32.
+    # Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32. To
+    # launch.py, auto is what suits its device, and what the run's config says then: bfloat16 on GPUs and TPUs; on CPUs
+    # float32, with matmul and logits_dtype bfloat16 where the processor multiplies so.
     config.model.dtype = "float32"
     # The same for what mixers compute, and keep in their caches; the residual stream stays in dtype. None: dtype.
     config.model.mixer_dtype = None

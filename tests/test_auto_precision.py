@@ -1,0 +1,67 @@
+"""Precision that a device chooses: what is chosen stands in the run's config, and nothing that was given is changed."""
+
+from pathlib import Path
+
+import pytest
+from test_launch import TINY, launch
+
+from configs import base
+from rustgpt_jax.config import FIELDS
+from rustgpt_jax.parallel import precision
+from rustgpt_jax.parallel.precision import settle, suited
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.runs.folder import load_config
+
+FACTORS = {"model.matmul": "bfloat16", "model.logits_dtype": "bfloat16"}
+AUTO = "--config.model.dtype=auto"
+
+
+@pytest.mark.parametrize(
+    ("platform", "processor", "expected"),
+    [
+        ("gpu", "avx512_bf16", {"model.dtype": "bfloat16"}),
+        ("tpu", "", {"model.dtype": "bfloat16"}),
+        ("cpu", "flags : avx2 avx512_bf16 avx512_vnni", {"model.dtype": "float32"} | FACTORS),
+        ("cpu", "Features : asimd bf16 i8mm", {"model.dtype": "float32"} | FACTORS),
+        ("cpu", "flags : avx2 avx512f", {"model.dtype": "float32"}),
+        ("cpu", "", {"model.dtype": "float32"}),
+    ],
+)
+def test_each_device_has_what_it_multiplies_fast(
+    platform: str, processor: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_processor", lambda: processor)
+    assert suited(platform) == expected
+
+
+def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_processor", lambda: "avx512_bf16")
+    tree = base.get_config()
+    origins = dict.fromkeys(FIELDS, "base") | {"model.matmul": "command line", "model.dtype": "mine.py"}
+    tree.model.dtype = "auto"
+    settle(tree, origins, "cpu")
+    model = resolve(tree).model
+    assert (model.dtype, model.matmul, model.logits_dtype) == ("float32", "plain", "bfloat16")
+    changed = {path for path, origin in origins.items() if origin == "auto, for a cpu"}
+    assert changed == {"model.dtype", "model.logits_dtype"} and origins["model.matmul"] == "command line"
+
+
+def test_a_precision_that_was_named_is_nobodys_choice() -> None:
+    tree, origins = base.get_config(), dict.fromkeys(FIELDS, "base")
+    settle(tree, origins, "gpu")
+    assert tree.model.dtype == "float32" and set(origins.values()) == {"base"}
+
+
+def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:
+    command = ("train", TINY, AUTO, f"--run={tmp_path / 'run'}", "--config.training.steps=2")
+    first = launch(*command, "--config.schedule.warmup_steps=1", cwd=tmp_path)
+    assert "Done" in first.stdout
+    assert load_config(tmp_path / "run").model.dtype == "float32"
+    assert "is complete" in launch(*command, "--config.schedule.warmup_steps=1", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("others", ["--launcher=slurm", "--processes=2"])
+def test_a_device_elsewhere_is_not_asked(others: str, tmp_path: Path) -> None:
+    refused = launch("train", TINY, AUTO, others, cwd=tmp_path, code=2)
+    assert "config.model.dtype='auto' asks the device of this process" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
