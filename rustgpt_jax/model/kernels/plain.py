@@ -27,7 +27,9 @@ def attended(
     )
     scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
     att_BHTS = weights(scores_BHTS).astype(v_BKSC.dtype)
-    return jnp.einsum("BKGTS,BKSC->BTKGC", att_BHTS.reshape(scores_BKGTS.shape), v_BKSC)
+    # In the order of its factors: in another, XLA on CPUs would put the values into another order too.
+    mixed_BKGTC = jax.lax.dot_general(att_BHTS.reshape(scores_BKGTS.shape), v_BKSC, (((4,), (2,)), ((0, 1), (0, 1))))
+    return jnp.moveaxis(mixed_BKGTC, 3, 1)
 
 
 def softmax_weights(
