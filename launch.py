@@ -441,8 +441,11 @@ def _config(platform: str | None = None) -> tuple[Any, dict[str, str]]:
 
     Its precision is settled: what `auto` is on a platform, or else on the device at hand.
     """
+    from rustgpt_jax.resolve import leaves
+
     tree, origins = _recipe()
-    if tree["model"]["dtype"] == "auto":
+    # A config that says nothing of it is told so when it is resolved.
+    if dict(leaves(tree)).get("model.dtype") == "auto":
         from rustgpt_jax.parallel.clusters import detected
 
         if platform is None and (FLAGS.launcher == "slurm" or FLAGS.processes or detected(os.environ)):

@@ -46,10 +46,11 @@ def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed == {"model.dtype", "model.logits_dtype"} and origins["model.matmul"] == "command line"
 
 
-def test_a_precision_that_was_named_is_nobodys_choice() -> None:
-    tree, origins = base.get_config(), dict.fromkeys(FIELDS, "base")
-    settle(tree, origins, "gpu")
-    assert tree.model.dtype == "float32" and set(origins.values()) == {"base"}
+@pytest.mark.parametrize("says", ["{}", "{'model': 3}", "{'model': {'n_layers': 2}}"])
+def test_a_config_without_a_precision_is_told_what_it_lacks(says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    return {says}\n")
+    refused = launch("explain", "--config=mine.py", cwd=tmp_path, code=2)
+    assert refused.stderr.startswith("error: config.") and "Traceback" not in refused.stderr
 
 
 def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 XLA on CPUs computes an array again for each of its readers, exponentials and all, and is slow to multiply a matrix by
 another that it has to read down its columns. So here an optimization barrier, through which it does not look, keeps in
 memory what a gradient is made from: an activation's slope, and a transposed factor of a product. All that
-`config.model.derivatives` may be gives the same gradients, up to rounding. Only `plain` has derivatives forward.
+`config.model.derivatives` may be gives the same gradients, up to rounding. Only `plain` has derivatives forward,
+and that only of linear layers in the model's own dtype and of logits in float32.
 """
 
 from collections.abc import Callable, Sequence

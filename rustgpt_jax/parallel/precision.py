@@ -8,7 +8,6 @@ import jax
 
 from rustgpt_jax.resolve import override
 
-AUTO = "auto"
 # What processors call their instructions that multiply numbers in bfloat16.
 MULTIPLIES_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 # What CPUs compute, with such instructions: bfloat16 alone is slower there (docs/performance.md).
@@ -20,8 +19,6 @@ def settle(tree: Any, origins: dict[str, str], platform: str | None = None) -> N
 
     Other knobs of precision stay as they are where somebody has set them.
     """
-    if tree["model"]["dtype"] != AUTO:
-        return
     platform = platform or jax.default_backend()
     for path, value in suited(platform).items():
         if path == "model.dtype" or origins.get(path) == "base":
