@@ -63,10 +63,12 @@ def test_a_job_that_is_queued_again_runs_again(slurm: Environment, tmp_path: Pat
 
 
 def test_a_job_of_high_preempts_one_of_low(slurm: Environment, tmp_path: Path) -> None:
-    # Not through srun, which may end before it has passed on what a task prints last.
-    told = tmp_path / "told"
-    task = f"trap 'touch {told}; scontrol requeue $SLURM_JOB_ID; exit' TERM; echo begun; sleep 60 & wait"
-    low, printed = submit(slurm, tmp_path, f'srun sh -c "{task}"', "--exclusive")
+    # Told by a file: srun may end before it has passed on what a task prints last. The signal comes more than once and
+    # to each process: the shell makes the file itself, and waits for nothing whose end would be its own.
+    told, task = tmp_path / "told", tmp_path / "task.sh"
+    on_signal = f"trap '' TERM\n: > {told}\nscontrol requeue $SLURM_JOB_ID\nexit"
+    task.write_text(f"told() {{ {on_signal}\n}}\ntrap told TERM\necho begun\nwhile true; do sleep 1; done\n")
+    low, printed = submit(slurm, tmp_path, f"srun sh {task}", "--exclusive")
     wait_for(lambda: printed.exists() and "begun" in printed.read_text())
     high = output_of(
         slurm, "sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true"
