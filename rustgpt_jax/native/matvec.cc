@@ -3,6 +3,7 @@
 // Such a product takes as long as the weights take to come from memory, so each weight is read once and in order, is
 // widened to float32 in registers, and is used for up to eight rows there. Sums are float32, in lanes.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -34,13 +35,14 @@ constexpr int kSums = 12;
 constexpr int kLanes = 4;
 constexpr int kSums = 12;
 #endif
-// Rows of so many bytes stay in the cache next to a core, so that they may be read again for each output.
-constexpr int64_t kNearBytes = 32 * 1024;
-// Weights of about so many bytes are a thread's work at a time.
-constexpr int64_t kChunkBytes = 64 * 1024;
+// A thread's work at a time is a part of what is its own, but not so small that it is read out of order, nor so large
+// that one thread waits long for the other.
+constexpr int64_t kChunksPerThread = 4;
+constexpr int64_t kLeastBytes = 64 * 1024;
+constexpr int64_t kMostBytes = 1024 * 1024;
 // How far ahead weights are asked for: while rows of x are read too, processors do not see by themselves that the
 // weights are read in order.
-constexpr int kAheadBytes = 4096;
+constexpr int kAheadBytes = 1024;
 constexpr int kSpins = 2000;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
@@ -105,9 +107,9 @@ inline float Single(BFloat16 weight) {
   return Loaded<float>(&word);
 }
 
-// `kOutputs` outputs of `kRows` rows, from `kUnrolled` vectors of weights at a time.
+// `kOutputs` outputs of `kRows` rows, so many `apart`, from `kUnrolled` vectors of weights of each at a time.
 template <typename Weight, int kRows, int kOutputs, int kUnrolled>
-inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs) {
+inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t apart) {
   Floats sums[kOutputs][kRows][kUnrolled] = {};
   int64_t i = 0;
   for (; i + kLanes * kUnrolled <= inputs; i += kLanes * kUnrolled) {
@@ -117,8 +119,8 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
       Floats weights[kOutputs];
 #pragma GCC unroll 8
       for (int o = 0; o < kOutputs; ++o) {
-        weights[o] = Widened(w + o * inputs + at);
-        __builtin_prefetch(reinterpret_cast<const char*>(w + o * inputs + at) + kAheadBytes);
+        weights[o] = Widened(w + o * apart * inputs + at);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + o * apart * inputs + at) + kAheadBytes);
       }
 #pragma GCC unroll 8
       for (int b = 0; b < kRows; ++b) {
@@ -136,25 +138,23 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
 #pragma GCC unroll 8
       for (int u = 1; u < kUnrolled; ++u) vector += sums[o][b][u];
       float sum = Sum(vector);
-      for (int64_t j = i; j < inputs; ++j) sum += Single(w[o * inputs + j]) * x[b * inputs + j];
-      y[b * outputs + o] = sum;
+      for (int64_t j = i; j < inputs; ++j) sum += Single(w[o * apart * inputs + j]) * x[b * inputs + j];
+      y[b * outputs + o * apart] = sum;
     }
   }
 }
 
-// Memory is fastest when read in order, so one output follows the other; only where the rows of x are too long to be
-// read again from near are some outputs made from one reading.
+// Several outputs are made together, whose weights lie far apart: memory delivers more when it is read at several
+// places in order than at one.
 template <typename Weight, int kRows>
 void Span(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t from, int64_t to) {
   constexpr int kTogether = kSums / kRows < 4 ? kSums / kRows : 4;
-  constexpr int kUnrolled = kRows == 1 ? 4 : kRows < 4 ? 2 : 1;
-  int64_t o = from;
-  if (kRows * inputs * static_cast<int64_t>(sizeof(float)) > kNearBytes) {
-    for (; o + kTogether <= to; o += kTogether) {
-      Tile<Weight, kRows, kTogether, 1>(w + o * inputs, x, y + o, inputs, outputs);
-    }
+  constexpr int kUnrolled = kRows == 1 ? 2 : 1;
+  int64_t apart = (to - from) / kTogether, alone = from + apart * kTogether;
+  for (int64_t o = from; o < from + apart; ++o) {
+    Tile<Weight, kRows, kTogether, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, apart);
   }
-  for (; o < to; ++o) Tile<Weight, kRows, 1, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs);
+  for (int64_t o = alone; o < to; ++o) Tile<Weight, kRows, 1, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, 0);
 }
 
 // Outputs `from` to `to` of all rows, eight, four, two or one of them at a time.
@@ -203,7 +203,10 @@ void Share(ffi::ThreadPool pool, int64_t chunks, const Work& work) {
 template <typename Weight>
 void Product(ffi::ThreadPool pool, const Weight* w, const float* x, float* y, int64_t rows, int64_t inputs,
              int64_t outputs) {
-  int64_t of_chunk = kChunkBytes / (inputs * static_cast<int64_t>(sizeof(Weight)) + 1);
+  int64_t of_output = inputs * static_cast<int64_t>(sizeof(Weight)) + 1;
+  int64_t bytes = outputs * of_output / (kChunksPerThread * pool.num_threads());
+  bytes = std::clamp(bytes, kLeastBytes, kMostBytes);
+  int64_t of_chunk = bytes / of_output;
   of_chunk = of_chunk < 8 ? 8 : of_chunk - of_chunk % 8;
   int64_t chunks = (outputs + of_chunk - 1) / of_chunk;
   Share(pool, chunks, [=](int64_t chunk) {
