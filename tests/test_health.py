@@ -17,6 +17,7 @@ from test_population import train_together
 from rustgpt_jax.config import Config
 from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.training import sources
 from rustgpt_jax.training.health import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,7 +83,11 @@ def sick(not_finite: str, **changes: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def bad_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The batches of BAD give a loss that is not a number. `order` tells which batch is the one of a number."""
+    """The batches of BAD give a loss that is not a number. `order` tells which batch is the one of a number.
+
+    All are made by this process, as where no stream fits the memory of a device.
+    """
+    monkeypatch.setattr(sources, "SHARE", 0)
     plan: dict[str, Any] = {"bad": BAD, "order": lambda number: number}
     original = Batches.batch
 

@@ -81,7 +81,7 @@ def test_a_window_is_what_it_says(stream: TokenStream, window: int, seed: int) -
     source = Windows(stream, window)
     indices = np.arange(len(source))[::-1]
     turns = np.random.default_rng(seed).integers(stream.n_tokens - 1, size=len(indices))
-    together = source.gather(indices, turns)
+    together = source.read(source.places(indices, turns))
     for row, (index, turn) in enumerate(zip(indices.tolist(), turns.tolist(), strict=True)):
         assert_means(Batch(*(field[row] for field in together)), slow_window(stream, window, index, turn))
 

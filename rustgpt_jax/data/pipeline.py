@@ -33,6 +33,13 @@ class Batch(NamedTuple):
     positions_BT: Any  # int32
 
 
+class Places(NamedTuple):
+    """Where B windows are read: where in the stream each begins, and how many of its T tokens are no padding."""
+
+    starts_B: Any
+    real_B: Any
+
+
 class Windows:
     """The windows of a stream, by random access. The last one is filled up with padding of weight 0."""
 
@@ -44,14 +51,17 @@ class Windows:
     def __len__(self) -> int:
         return -(-self.circle // self.window)
 
-    def gather(self, indices_B: np.ndarray, turns_B: np.ndarray) -> Batch:
-        """The windows of these indices as one batch, each with the circle turned so that window 0 begins at its turn.
+    def places(self, indices_B: np.ndarray, turns_B: np.ndarray) -> Places:
+        """Where the windows of these indices are, each with the circle turned so that window 0 begins at its turn.
 
         An index of `len(self)` or more gives a window of padding.
         """
         offsets_B = np.asarray(indices_B, np.int64) * self.window
-        starts_B = (offsets_B + turns_B) % self.circle
-        real_B = np.clip(self.circle - offsets_B, 0, self.window)
+        return Places((offsets_B + turns_B) % self.circle, np.clip(self.circle - offsets_B, 0, self.window))
+
+    def read(self, places: Places) -> Batch:
+        """The windows at these places as one batch. `resident.read_windows` reads the same on a device."""
+        starts_B, real_B = places
         tokens_BS, weights_BS = self._read(starts_B, real_B)
         within_T = np.arange(self.window, dtype=np.int32)
         is_real_BT = within_T < real_B[:, None]
@@ -96,27 +106,32 @@ class Batches:
         # Not without end: grain then has more elements than its batches of one can count.
         epochs = MOST_WINDOWS // max(len(windows), 1)
         order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat(epochs)
-        self._dataset = order.batch(batch_size).map_with_index(self._gather)
+        self._dataset = order.batch(batch_size).map_with_index(self._places)
+
+    def places(self, step: int) -> Places:
+        """Where the windows of the batch of a step are. Raises IndexError before the first step."""
+        return self._dataset[self._index(step)]
 
     def batch(self, step: int) -> Batch:
         """The batch of a step of the run. Raises IndexError before the first step."""
-        return self._dataset[self._place(step)]
+        return self._windows.read(self.places(step))
 
     def iterate(self, first_step: int) -> Generator[Batch, None, None]:
         """The batches of `first_step` and all after it, read ahead by a thread that ends with the iterator."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        reader = iter(self._dataset[self._place(first_step) :].to_iter_dataset(options))
+        dataset = self._dataset[self._index(first_step) :].map(self._windows.read)
+        reader = iter(dataset.to_iter_dataset(options))
         try:
             yield from reader
         finally:
             reader.close()
 
-    def _gather(self, place: int, indices_B: np.ndarray) -> Batch:
-        epochs_B = (place * self._batch_size + self._rows) // len(self._windows)
+    def _places(self, index: int, indices_B: np.ndarray) -> Places:
+        epochs_B = (index * self._batch_size + self._rows) // len(self._windows)
         turns_B = [_turn(self._seed, epoch, self._windows.circle) for epoch in epochs_B.tolist()]
-        return self._windows.gather(indices_B[self._rows], np.array(turns_B))
+        return self._windows.places(indices_B[self._rows], np.array(turns_B))
 
-    def _place(self, step: int) -> int:
+    def _index(self, step: int) -> int:
         if step < self._first_step:
             raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
         return step - self._first_step
@@ -153,7 +168,7 @@ def evaluation_batches(
     windows, rows = Windows(stream, window), _chosen(rows, batch_size)
     n_batches = -(-len(windows) // batch_size)
     for index in range(n_batches if limit is None else min(limit, n_batches)):
-        yield windows.gather(index * batch_size + rows, np.zeros(len(rows), np.int64))
+        yield windows.read(windows.places(index * batch_size + rows, np.zeros(len(rows), np.int64)))
 
 
 def _chosen(rows: np.ndarray | None, batch_size: int) -> np.ndarray:

@@ -28,9 +28,7 @@ def this_machine() -> Machine:
         n_devices = _told_to_xla() or cores()
         return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)
     devices = jax.local_devices()
-    statistics = devices[0].memory_stats() or {}
-    free = statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)
-    return Machine(devices[0].platform, len(devices), free, device_peak_flops())
+    return Machine(devices[0].platform, len(devices), device_memory(devices[0]), device_peak_flops())
 
 
 def use_cores_as_devices() -> None:
@@ -53,6 +51,12 @@ def _told_to_xla() -> int | None:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes of free memory of a device; on a CPU those that processes could still be given."""
+    statistics = device.memory_stats() or {}
+    return statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)
 
 
 def free_memory() -> int:

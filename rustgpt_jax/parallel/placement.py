@@ -57,6 +57,10 @@ class Placement:
             return jax.tree.map(lambda leaf: jax.device_put(leaf, getattr(leaf, "sharding", None)), state)
         return jax.device_put(state, shardings(state, self.mesh))
 
+    def repeated(self, tree: Any) -> Any:
+        """Arrays of the host, whole on every device."""
+        return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec()))
+
     def rows(self, batch_size: int, window: int) -> np.ndarray:
         """The rows of a batch that lie on devices of this process."""
         if self.mesh is None:
@@ -69,11 +73,14 @@ class Placement:
         """Batches with their rows and their tokens cut over the mesh; any axes before these stay whole.
 
         `batches` has the rows of this process, which are `rows`; `batch_size` is how many all processes have together.
+        Those on devices are those of all processes already.
         """
         if self.mesh is None:
             return batches
 
-        def shared(leaf: np.ndarray) -> jax.Array:
+        def shared(leaf: np.ndarray | jax.Array) -> jax.Array:
+            if isinstance(leaf, jax.Array):
+                return jax.device_put(leaf, self.batch_sharding(leaf.shape))
             *lead, _, window = leaf.shape
             here = self.rows(batch_size, window)
             shape = (*lead, batch_size, window)

@@ -11,7 +11,14 @@ import numpy as np
 from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.runs.programs import Program as NamedProgram
 from rustgpt_jax.runs.programs import observed
-from rustgpt_jax.training.population import Orders, compiled_member, compiled_population_steps, compiled_put, stack
+from rustgpt_jax.training.population import (
+    Orders,
+    compiled_member,
+    compiled_population_steps,
+    compiled_put,
+    compiled_stack,
+    stack,
+)
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.step import Metrics, State, compiled_train_steps, resident
 
@@ -131,7 +138,14 @@ def _sent(orders: Orders, placement: Placement, batch_size: int) -> Orders:
 
 
 def _stacked(orders: list[Orders]) -> Orders:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *orders)
+    """Orders with a first axis P; batches are stacked where they are."""
+    batches, *others = zip(*orders, strict=True)
+    on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
+    return Orders(compiled_stack(batches) if on_devices else _on_host(batches), *map(_on_host, others))
+
+
+def _on_host(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:

@@ -74,6 +74,12 @@ def stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
 
 
+def stack_on_devices(trees: Sequence[Any]) -> Any:
+    """As `stack`, of arrays that are on devices."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+compiled_stack = jax.jit(stack_on_devices)
 compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
 compiled_member = jax.jit(member)
 compiled_put = jax.jit(put, donate_argnums=0)

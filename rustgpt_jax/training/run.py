@@ -1,7 +1,7 @@
 """A run in progress: where it stands, what its next call needs, and what is recorded after it."""
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config import Structure, split, stages
-from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.prepare import StageData, record_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
@@ -29,6 +28,7 @@ from rustgpt_jax.training.material import Material, Program
 from rustgpt_jax.training.memory import state_shapes
 from rustgpt_jax.training.population import Orders
 from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
+from rustgpt_jax.training.sources import Source, source
 from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
@@ -56,7 +56,7 @@ class Run:
         self._origins, self._resources = origins, ExitStack()
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
-        self._source: Generator[Batch, None, None] | None = None
+        self._source: Source | None = None
         self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
         self._pace = Votes(math.inf)
@@ -230,15 +230,10 @@ class Run:
 
     def orders(self, count: int) -> Orders:
         """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
-        slots = self.stage.stage.config.training.steps_per_call
         if self._source is None:
-            rows = self.placement.rows(self.batch_size, self.stage.window)
-            self._source = self.stage.training_batches(rows).iterate(self.step + self._skipped)
-        batches = [next(self._source) for _ in range(count)]
-        # No step reads what fills up the slots.
-        batches += [batches[-1]] * (slots - count)
-        stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-        return Orders(stacked, np.int32(count), self.program.numbers, self.program.first_step)
+            self._source = source(self.stage, self.placement, self.step + self._skipped)
+        batches = self._source.take(count, self.stage.stage.config.training.steps_per_call)
+        return Orders(batches, np.int32(count), self.program.numbers, self.program.first_step)
 
     def advanced(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         """Take note of a call that took `seconds` to return; its metrics are read later."""

@@ -25,11 +25,17 @@ class Device(NamedTuple):
 ANY_DEVICE = Device(None)
 
 
-def device_at_hand() -> Device:
-    """The device that programs run on, if nothing else is said."""
+def default_device() -> jax.Device:
+    """The device that programs of this thread run on, if nothing else is said."""
     default = jax.config.values["jax_default_device"]
     if default is None or isinstance(default, str):
-        default = jax.local_devices(backend=default)[0]
+        return jax.local_devices(backend=default)[0]
+    return default
+
+
+def device_at_hand() -> Device:
+    """What the default device is, as far as kernels ask."""
+    default = default_device()
     if default.platform != "gpu":
         return Device(default.platform)
     major, _, minor = str(getattr(default, "compute_capability", "")).partition(".")

@@ -1,0 +1,91 @@
+"""Batches from a stream in the memory of the devices are those from files, to the last bit, and so is the run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_runs import copy_code, run_config, train, train_elsewhere
+from test_loop import assert_same_bits, metrics, stored_state
+from test_pipeline import assert_equal, stream_of, streams, windows
+
+from rustgpt_jax.data.pipeline import Batch, Places, Windows
+from rustgpt_jax.data.stream import TokenStream
+from rustgpt_jax.training import sources
+from rustgpt_jax.training.resident import n_bytes, read_windows, resident
+
+
+def on_device(stream: TokenStream, places: Places, window: int) -> Batch:
+    """The windows at places as a device reads them."""
+    sent = jax.tree.map(np.int32, places)
+    return jax.tree.map(np.asarray, read_windows(resident(stream), sent, window=window))
+
+
+@given(stream=streams, window=windows, seed=st.integers(0, 999))
+def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, seed: int) -> None:
+    source, random = Windows(stream, window), np.random.default_rng(seed)
+    # Some beyond the last, which are padding.
+    indices = random.integers(0, len(source) + 2, 8)
+    places = source.places(indices, random.integers(stream.n_tokens - 1, size=8))
+    expected = source.read(places)
+    assert_equal(on_device(stream, places, window), expected)
+    halves = on_device(stream, Places(*(each.reshape(2, 4) for each in places)), window)
+    assert_equal(Batch(*(leaf.reshape(8, window) for leaf in halves)), expected)
+
+
+def test_ids_of_any_size_are_read() -> None:
+    stream = stream_of([7, 5])
+    wide = TokenStream(
+        (stream.token_shards[0].astype(np.uint32) + 2**17,), (), stream.offsets, stream.end_id, 12, stream.n_tokens
+    )
+    places = Places(np.array([3, 9]), np.array([5, 4]))
+    assert_equal(on_device(wide, places, 5), Windows(wide, 5).read(places))
+
+
+def test_a_resident_stream_takes_the_bytes_that_are_foretold() -> None:
+    stream = stream_of([30, 20], [True, False], shard=7)
+    kept = resident(stream)
+    assert kept.tokens_N.nbytes + kept.marks_N.nbytes == n_bytes(stream) == 51 * 3
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Calls of two steps, the last of one: a slot of it is filled up. Two stages read from two streams.
+    changes: dict[str, Any] = {"training.steps": 7}
+    taken = list[str]()
+    for kind in (sources.FromDevices, sources.FromFiles):
+
+        def noted(self: Any, count: int, slots: int, kind: Any = kind, take: Any = kind.take) -> Batch:
+            taken.append(kind.__name__)
+            return take(self, count, slots)
+
+        monkeypatch.setattr(kind, "take", noted)
+    train(tmp_path / "devices", **changes)
+    assert set(taken) == {"FromDevices"}
+    monkeypatch.setattr(sources, "SHARE", 0)
+    train(tmp_path / "files", **changes)
+    assert set(taken) == {"FromDevices", "FromFiles"}
+    config = run_config(**changes)
+    assert_same_bits(stored_state(config, tmp_path / "devices"), stored_state(config, tmp_path / "files"))
+    assert len(metrics(tmp_path / "devices")) >= 7
+    assert metrics(tmp_path / "devices") == metrics(tmp_path / "files")
+
+
+@pytest.mark.slow
+def test_on_a_mesh_too(tmp_path: Path) -> None:
+    code = copy_code(tmp_path / "code")
+    file = code / "rustgpt_jax" / "training" / "sources.py"
+    text = file.read_text()
+    assert text.count("SHARE = 1 / 32\n") == 1
+    file.write_text(text.replace("SHARE = 1 / 32\n", "SHARE = 0\n"))
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    changes: dict[str, Any] = {"training.batch_size": 8, "mesh.data": -1, "mesh.context": 2}
+    train_elsewhere(tmp_path / "devices", environment=environment, **changes)
+    train_elsewhere(tmp_path / "files", code, environment, **changes)
+    assert len(metrics(tmp_path / "devices")) >= 6
+    assert metrics(tmp_path / "devices") == metrics(tmp_path / "files")
+    shutil.rmtree(code)
