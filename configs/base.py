@@ -90,9 +90,10 @@ def get_config() -> ConfigDict:
     # A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453).
     config.model.attention_sinks = False
     # What computes attention; all give the same but for rounding, and tokens from a cache are always served by plain.
-    # auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, else as portable; portable: blockwise from 2048 tokens
-    # on, else plain; plain: all scores in memory; blockwise: those of 512 tokens at a time; cudnn, tokamax: flash
-    # attention (arXiv 2307.08691) of these libraries.
+    # auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, else as
+    # portable; portable: blockwise from 2048 tokens on, else plain; plain: all scores in memory; triangular: of each
+    # quarter of the row those with the tokens before its end; blockwise: those of 512 tokens at a time; cudnn, tokamax:
+    # flash attention (arXiv 2307.08691) of these libraries.
     config.model.attention_kernel = "auto"
     # Tokens that local_attention sees, itself included.
     config.model.local_window = 64

@@ -83,7 +83,7 @@ class ModelConfig:
     attention_scale: float | None = knob(low=0.0)
     attention_softcap: float = number(low=0.0, off_at_zero=True)
     attention_sinks: bool = knob()
-    attention_kernel: str = knob(choices=("auto", "portable", "plain", "blockwise", "cudnn", "tokamax"))
+    attention_kernel: str = knob(choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"))
     local_window: int = knob(low=1)
     latent_width: int | None = knob(low=1)
     query_latent_width: int | None = knob(low=1)

@@ -23,13 +23,16 @@ from rustgpt_jax.model.context import Context
 from rustgpt_jax.model.cost import inner_programs
 from rustgpt_jax.model.kernels import choice, selfcheck, tokamax
 from rustgpt_jax.model.kernels.blockwise import blockwise
-from rustgpt_jax.model.kernels.choice import KERNELS, LONG, Choice, chosen
+from rustgpt_jax.model.kernels.choice import KERNELS, LONG, SHORT, Choice, chosen
 from rustgpt_jax.model.kernels.cudnn import cudnn
 from rustgpt_jax.model.kernels.plain import plain
 from rustgpt_jax.model.kernels.request import ANY_DEVICE, Device, Request, Task
 from rustgpt_jax.model.kernels.selfcheck import attention_choices, check_kernels
+from rustgpt_jax.model.kernels.triangular import triangular
 from rustgpt_jax.model.sites import sites
 from rustgpt_jax.parallel.mesh import make_mesh
+from rustgpt_jax.plan import hlo
+from rustgpt_jax.plan.operations import product_flops
 from rustgpt_jax.training.parts import check_parts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -148,7 +151,7 @@ def check_against_brute_force(task: Task, tolerance: float, *kernels: Callable[[
 @over_cases
 def test_kernels_are_a_brute_force_in_value_and_gradient(case: str) -> None:
     # 13 queries in blocks of 4, 4, 4 and 1.
-    check_against_brute_force(task_of(**CASES[case]), 2e-5, plain, partial(blockwise, block=4))
+    check_against_brute_force(task_of(**CASES[case]), 2e-5, plain, partial(blockwise, block=4), triangular)
 
 
 @pytest.mark.parametrize("block", [1, 7, 512])
@@ -156,9 +159,25 @@ def test_blocks_of_any_size_give_the_same(block: int) -> None:
     check_against_brute_force(task_of(packed=True, window=5), 2e-5, partial(blockwise, block=block))
 
 
+@pytest.mark.parametrize("n_blocks", [1, 2, 5, 13, 20])
+def test_any_number_of_blocks_gives_the_same(n_blocks: int) -> None:
+    check_against_brute_force(task_of(packed=True, window=5), 2e-5, partial(triangular, n_blocks=n_blocks))
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, 10 / 16), (32, (1 + 3 * (63 / 32)) / 16)])
+def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | None, expected: float) -> None:
+    task = task_of(128, window=window)
+
+    def flops(attend: Callable[[Task], jax.Array]) -> float:
+        compiled = jax.jit(lambda q, k, v: attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v))).lower(*task[:3])
+        return product_flops(hlo.read(compiled.compile().as_text()))
+
+    assert flops(triangular) / flops(plain) == pytest.approx(expected, rel=1e-6)
+
+
 def test_kernels_in_bfloat16_are_near_a_brute_force() -> None:
     task = task_of(n_kv_heads=2, packed=True, window=5, dtype=jnp.bfloat16)
-    check_against_brute_force(task, 0.05, plain, partial(blockwise, block=4))
+    check_against_brute_force(task, 0.05, plain, partial(blockwise, block=4), triangular)
 
 
 def largest_array(function: Callable[..., Any], *arguments: Any) -> int:
@@ -319,8 +338,10 @@ USUAL = Request(
         ({"length": LONG + 1}, "blockwise"),
         ({"dropout": True, "length": LONG}, "plain"),
         ({"cached": True, "length": LONG}, "plain"),
-        ({"device": CPU}, "plain"),
-        ({"device": CPU, "length": LONG - 1}, "plain"),
+        ({"device": CPU, "length": SHORT - 1}, "plain"),
+        ({"device": CPU, "length": SHORT}, "triangular"),
+        ({"device": CPU, "length": LONG - 1}, "triangular"),
+        ({"device": CPU, "dropout": True}, "plain"),
         ({"device": CPU, "length": LONG}, "blockwise"),
         ({"device": TPU}, "tokamax"),
         ({"device": TPU, "length": 1000}, "plain"),
@@ -331,7 +352,7 @@ def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tokamax, "find_spec", lambda name: name)
     request = USUAL._replace(**changes)
     assert chosen("auto", request).kernel == kernel
-    assert chosen("portable", request).kernel == chosen("auto", request._replace(device=CPU)).kernel
+    assert chosen("portable", request).kernel == chosen("auto", request._replace(device=ANY_DEVICE)).kernel
     # A named kernel is never another one, but for what is cached.
     for name, each in KERNELS.items():
         if request.cached:
@@ -348,6 +369,7 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [
         USUAL,
         USUAL._replace(softcap=True),
+        USUAL._replace(device=ANY_DEVICE),
         USUAL._replace(device=CPU),
         USUAL._replace(device=TPU, length=LONG),
     ]
@@ -355,6 +377,7 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         "this is a gpu",
         "cudnn cannot be used: it has no soft-cap of scores",
         "rows have less than 2048 tokens",
+        "this is a cpu",
         "tokamax cannot be used: it is not installed: pip install 'rustgpt_jax[kernels]'; "
         "rows have 2048 tokens or more",
     ]

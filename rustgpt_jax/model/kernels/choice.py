@@ -1,5 +1,6 @@
 """Which kernel computes attention."""
 
+import sys
 from typing import NamedTuple
 
 from rustgpt_jax.errors import UserError
@@ -8,17 +9,28 @@ from rustgpt_jax.model.kernels.cudnn import CUDNN
 from rustgpt_jax.model.kernels.plain import PLAIN
 from rustgpt_jax.model.kernels.request import ANY_DEVICE, Device, Kernel, Request, device_at_hand
 from rustgpt_jax.model.kernels.tokamax import TOKAMAX
+from rustgpt_jax.model.kernels.triangular import TRIANGULAR
 
-KERNELS: dict[str, Kernel] = {"plain": PLAIN, "blockwise": BLOCKWISE, "cudnn": CUDNN, "tokamax": TOKAMAX}
-# What auto tries first, by platform.
-FASTEST = {"gpu": "cudnn", "tpu": "tokamax"}
+KERNELS: dict[str, Kernel] = {
+    "plain": PLAIN,
+    "triangular": TRIANGULAR,
+    "blockwise": BLOCKWISE,
+    "cudnn": CUDNN,
+    "tokamax": TOKAMAX,
+}
 # From so many tokens on, the scores of one head of one row take 16 MiB in float32: memory, and the time to read and
 # write it, are then mostly theirs.
 LONG = 2048
-
-
+# Of fewer tokens, a CPU computes all scores as soon as those that are seen.
+SHORT = 128
+# What auto tries first, by platform, for rows of so many tokens.
+FASTEST = {
+    "cpu": ("triangular", range(SHORT, LONG)),
+    "gpu": ("cudnn", range(sys.maxsize)),
+    "tpu": ("tokamax", range(sys.maxsize)),
+}
 # These are the same on every device.
-EVERYWHERE = ("plain", "portable", "blockwise")
+EVERYWHERE = ("plain", "portable", "triangular", "blockwise")
 
 
 class Choice(NamedTuple):
@@ -49,8 +61,8 @@ def chosen(name: str, request: Request) -> Choice:
             )
         return Choice(name, "the config names it")
     refusals = []
-    fastest = FASTEST.get(request.device.platform or "") if name == "auto" else None
-    if fastest:
+    fastest, lengths = FASTEST.get(request.device.platform or "", ("", range(0)))
+    if name == "auto" and request.length in lengths:
         if (reason := KERNELS[fastest].refuses(request)) is None:
             return Choice(fastest, f"this is a {request.device.platform}")
         refusals.append(f"{fastest} cannot be used: {reason}")
