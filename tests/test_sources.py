@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import copy_code, run_config, train, train_elsewhere
 from test_loop import assert_same_bits, metrics, stored_state
@@ -26,6 +26,8 @@ def on_device(stream: TokenStream, places: Places, window: int) -> Batch:
 
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
+# Each compiles two programs.
+@settings(max_examples=25)
 def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, seed: int) -> None:
     source, random = Windows(stream, window), np.random.default_rng(seed)
     # Some beyond the last, which are padding.
