@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rustgpt_jax.data import pipeline
 from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches
 from rustgpt_jax.data.stream import TokenStream
 
@@ -110,6 +111,14 @@ def first_tokens(source: Batches, n_steps: int) -> list[int]:
     return [token for step in range(n_steps) for token in source.batch(step).tokens_BT[:, 0].tolist()]
 
 
+@pytest.fixture(params=["permuted", "shuffled one by one"])
+def shuffling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to an order: in memory for few windows, without for many."""
+    if request.param != "permuted":
+        monkeypatch.setattr(pipeline, "MOST_PERMUTED", 0)
+
+
+@pytest.mark.usefixtures("shuffling")
 def test_an_epoch_has_every_window_and_an_order_of_its_own() -> None:
     starts = first_tokens(batches(stream_of([96]), 4, 8, seed=3), 6)
     first, second = ([(start - epoch[0]) % 96 for start in epoch] for epoch in (starts[:24], starts[24:]))
@@ -122,23 +131,27 @@ def test_epochs_cut_the_stream_in_different_places() -> None:
     assert len({start % 32 for start in starts}) > 10
 
 
+@pytest.mark.usefixtures("shuffling")
 def test_a_batch_may_reach_over_two_epochs() -> None:
     starts = first_tokens(batches(stream_of([20]), 4, 3, seed=0), 5)
     for epoch in (starts[:5], starts[5:10], starts[10:]):
         assert sorted((start - epoch[0]) % 20 for start in epoch) == list(range(0, 20, 4))
 
 
+@pytest.mark.usefixtures("shuffling")
 def test_batches_of_one_have_the_order_of_larger_ones() -> None:
     one, four = (first_tokens(batches(stream_of([96]), 4, size, seed=3), 48 // size) for size in (1, 4))
     assert one == four
 
 
+@pytest.mark.usefixtures("shuffling")
 def test_seeds_give_different_orders() -> None:
     stream = stream_of([400])
     orders = {tuple(batches(stream, 4, 50, seed).batch(0).tokens_BT[:, 0].tolist()) for seed in range(20)}
     assert len(orders) == 20
 
 
+@pytest.mark.usefixtures("shuffling")
 def test_the_second_epoch_of_a_seed_is_not_the_first_of_another() -> None:
     stream = stream_of([400])
     firsts = [batches(stream, 4, 100, seed).batch(0).tokens_BT.tolist() for seed in range(5)]

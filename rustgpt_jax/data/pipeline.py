@@ -7,7 +7,7 @@ an order of its own, and a batch may reach over the border of two.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import grain
@@ -15,8 +15,11 @@ import numpy as np
 
 from rustgpt_jax.data.stream import TokenStream
 
-# More than any run reads.
-MOST_WINDOWS = 2**62
+# More than any run makes.
+MOST_STEPS = 2**62
+# So many windows have their order in memory. grain's shuffle, which needs none, searches each of few windows for long:
+# of 10 for 1.6 ms.
+MOST_PERMUTED = 2**16
 
 
 class Batch(NamedTuple):
@@ -103,14 +106,16 @@ class Batches:
     def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int, rows: np.ndarray) -> None:
         self._windows, self._batch_size, self._seed, self._first_step = windows, batch_size, seed, first_step
         self._rows = rows
-        # Not without end: grain then has more elements than its batches of one can count.
-        epochs = MOST_WINDOWS // max(len(windows), 1)
-        order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat(epochs)
-        self._dataset = order.batch(batch_size).map_with_index(self._places)
+        self._shuffled = grain.MapDataset.range(len(windows)).seed(seed).shuffle()
 
     def places(self, step: int) -> Places:
         """Where the windows of the batch of a step are. Raises IndexError before the first step."""
-        return self._dataset[self._index(step)]
+        if step < self._first_step:
+            raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
+        numbers_B = (step - self._first_step) * self._batch_size + self._rows
+        epochs_B = numbers_B // len(self._windows)
+        turns_B = [_turn(self._seed, epoch, self._windows.circle) for epoch in epochs_B.tolist()]
+        return self._windows.places(self._indices(numbers_B, epochs_B), np.array(turns_B))
 
     def batch(self, step: int) -> Batch:
         """The batch of a step of the run. Raises IndexError before the first step."""
@@ -118,28 +123,32 @@ class Batches:
 
     def iterate(self, first_step: int) -> Generator[Batch, None, None]:
         """The batches of `first_step` and all after it, read ahead by a thread that ends with the iterator."""
+        self.places(first_step)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        dataset = self._dataset[self._index(first_step) :].map(self._windows.read)
-        reader = iter(dataset.to_iter_dataset(options))
+        steps = grain.MapDataset.range(first_step, first_step + MOST_STEPS)
+        reader = iter(steps.map(self.batch).to_iter_dataset(options))
         try:
             yield from reader
         finally:
             reader.close()
 
-    def _places(self, index: int, indices_B: np.ndarray) -> Places:
-        epochs_B = (index * self._batch_size + self._rows) // len(self._windows)
-        turns_B = [_turn(self._seed, epoch, self._windows.circle) for epoch in epochs_B.tolist()]
-        return self._windows.places(indices_B[self._rows], np.array(turns_B))
-
-    def _index(self, step: int) -> int:
-        if step < self._first_step:
-            raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
-        return step - self._first_step
+    def _indices(self, numbers_B: np.ndarray, epochs_B: np.ndarray) -> np.ndarray:
+        """The windows that come in these places of the orders of all epochs, one after another."""
+        length = len(self._windows)
+        if length > MOST_PERMUTED:
+            return np.array([self._shuffled[number] for number in numbers_B.tolist()])
+        orders = [_order(self._seed, epoch, length) for epoch in epochs_B.tolist()]
+        return np.array([order[at] for order, at in zip(orders, (numbers_B % length).tolist(), strict=True)])
 
 
 @cache
 def _turn(seed: int, epoch: int, circle: int) -> int:
     return int(np.random.default_rng((seed, epoch)).integers(circle))
+
+
+@lru_cache(16)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, length)).permutation(length)
 
 
 def batches(
