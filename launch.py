@@ -549,8 +549,8 @@ def main(argv: Sequence[str]) -> int:
     _check_usage(verb)
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
-    # Libraries report their progress to absl at this level; ours goes to the console.
-    logging.set_verbosity(logging.WARNING)
+    # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.
+    logging.set_verbosity(logging.FATAL)
     try:
         return VERBS[verb].function()
     except UserError as error:

@@ -136,7 +136,10 @@ class View:
         view = View(again.step, rule, median(line[NORM] for line in calm) if calm else 0.0)
         if not again.is_finite or loss > rule.above:
             lost = [line["step"] for line in lines if not sound or line["step"] > sound[-1]["step"]]
-            return replace(view, step=lost[0]) if lost else view
+            step = lost[0] if lost else again.step
+            # What the run has come back from, a remedy may come back from too.
+            came_back = any(line["step"] < step and line[LOSS] > rule.above for line in lines)
+            return replace(view, step=step, too_high=rule._replace(since=step) if came_back else rule)
         before = [line[LOSS] for line in calm]
         if not before or loss <= max(before):
             return None

@@ -11,7 +11,6 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -58,17 +57,12 @@ def peaks(size: int, gigabytes: float) -> Prepared:
     """FLOP/s of products of large matrices, and bytes read a second; a turn is one of each."""
     left = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
     products = {name: partial(_product, left.astype(name)) for name in ("float32", "bfloat16")}
-    cores = len(os.sched_getaffinity(0))
-    parts = [np.ones((int(gigabytes * 2**28) // (cores * 2048), 2048), np.float32) for _ in range(cores)]
-    pool = ThreadPoolExecutor(cores)
-
-    def read() -> list[np.ndarray]:
-        # Some rows at a time, as BLAS does: memory delivers more when it is read at several places in order.
-        return list(pool.map(lambda part: part @ part[0], parts))
+    # BLAS reads some rows at a time, on all cores: memory delivers more when it is read at several places in order.
+    rows = np.ones((int(gigabytes * 2**28) // 2048, 2048), np.float32)
 
     def turn() -> Reading:
         found = {name: 2 * size**3 / seconds(call) for name, call in products.items()}
-        return found | {"bytes": sum(part.nbytes for part in parts) / seconds(read)}
+        return found | {"bytes": rows.nbytes / seconds(lambda: rows @ rows[0])}
 
     turn()
     return {}, turn
