@@ -15,6 +15,7 @@ from test_pipeline import assert_equal, stream_of, streams, windows
 
 from rustgpt_jax.data.pipeline import Batch, Places, Windows
 from rustgpt_jax.data.stream import TokenStream
+from rustgpt_jax.parallel import machine
 from rustgpt_jax.training import sources
 from rustgpt_jax.training.resident import n_bytes, read_windows, resident
 
@@ -91,3 +92,9 @@ def test_on_a_mesh_too(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "devices")) >= 6
     assert metrics(tmp_path / "devices") == metrics(tmp_path / "files")
     shutil.rmtree(code)
+
+
+def test_memory_is_known_where_the_system_is_not_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.free_memory()
+    monkeypatch.setattr(machine, "MEMORY", tmp_path / "not there")
+    assert 0 < free <= machine.free_memory()

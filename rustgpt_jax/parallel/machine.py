@@ -4,11 +4,14 @@ import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 
 from rustgpt_jax.parallel.devices import device_peak_flops
 
+# What Linux says of main memory.
+MEMORY = Path("/proc/meminfo")
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin", "libtpu")
 
 
@@ -60,7 +63,8 @@ def device_memory(device: jax.Device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that processes could still be given."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
+    """Bytes of main memory that processes could still be given; where the system is not Linux, all there are."""
+    if not MEMORY.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fields = dict(line.split(":") for line in MEMORY.read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
