@@ -11,6 +11,7 @@ import pytest
 from conftest import small_config
 
 from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.context import Context
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
 
@@ -74,12 +75,11 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
                 free[index] -= 1
                 weight = odds[index] / (odds[best].sum() if model.normalize_experts else 1)
                 y_BTD[row, t] += weight * expert(x_BTD[row, t], params, index)
-    share = chosen / n_tokens / model.experts_per_token
-    balance = EXPERTS * (share * mean / n_tokens).sum()
+    balance = EXPERTS * (chosen / n_tokens * mean / n_tokens).sum()
     return y_BTD, {
         "load_balance": balance,
         "router_entropy": entropy / n_tokens,
-        "busiest_expert": share.max(),
+        "busiest_expert": chosen.max() / n_tokens / model.experts_per_token,
         "dropped": n_dropped / n_tokens / model.experts_per_token,
         "auxiliary_loss": model.load_balance * balance + model.router_z_loss * squares / n_tokens,
     }
@@ -123,10 +123,10 @@ def test_padding_changes_nothing_where_places_are_few() -> None:
     np.testing.assert_allclose(padded[:, :6], fed(x_BTD[:, :6], np.ones((ROWS, 6), int)), rtol=1e-5, atol=1e-6)
 
 
-def test_even_use_has_a_load_balance_of_one() -> None:
+def test_load_balance_of_even_use_is_experts_per_token() -> None:
     params = parameters() | {"router": np.zeros((WIDTH, EXPERTS), np.float32)}
     _, signals = feed(params, inputs(), model_config(experts_per_token=EXPERTS, load_balance=0.0))
-    assert float(signals["load_balance"]) == pytest.approx(1)
+    assert float(signals["load_balance"]) == pytest.approx(EXPERTS)
     assert float(signals["router_entropy"]) == pytest.approx(math.log(EXPERTS))
     assert "auxiliary_loss" not in signals
 
@@ -145,3 +145,29 @@ def test_the_balance_loss_reaches_the_router_alone() -> None:
     gradient = jax.grad(loss)(parameters())
     assert np.abs(gradient["router"]).max() > 1e-4
     assert all(not np.any(gradient[name]) for name in ("gate", "up", "down"))
+
+
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_load_balance_equals_that_of_transformers(top: int) -> None:
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    params, x_BTD = parameters(), inputs()
+    _, signals = feed(params, x_BTD, model_config(experts_per_token=top, normalize_experts=False))
+    router_logits = torch.tensor((x_BTD @ params["router"]).reshape(-1, EXPERTS))
+    expected = mixtral.load_balancing_loss_func((router_logits,), EXPERTS, top, torch.tensor((SEGMENTS_BT > 0) * 1))
+    assert float(signals["load_balance"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("top", "normalize"), [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+def test_outputs_train_the_router(top: int, normalize: bool, capacity: float) -> None:
+    model = model_config(experts_per_token=top, normalize_experts=normalize, expert_capacity=capacity)
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(feed(params, inputs(), model)[0])))(parameters())
+    assert np.abs(gradient["router"]).max() > 1e-2
+
+
+def test_one_expert_whose_weight_is_always_1_is_refused() -> None:
+    knobs = {"feedforwards": ("moe",), "experts_per_token": 1}
+    with pytest.raises(UserError, match="--config.model.normalize_experts=False"):
+        model_config(**knobs)
+    assert model_config(**knobs, normalize_experts=False).experts_per_token == 1

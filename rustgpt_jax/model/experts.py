@@ -137,9 +137,10 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
 def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: ModelConfig) -> Signals:
     """How evenly the experts are used, over the tokens that are not padding, and the losses that even it out.
 
-    load_balance: experts times the sum over experts of (share of the choices * mean probability), 1 where all is even
-    (arXiv 2101.03961). router_entropy: of a token's probabilities, in nats. busiest_expert: its share of the choices.
-    dropped: the share of choices that found no place.
+    load_balance: n_experts times the sum over experts of (share of the tokens that choose it * mean probability), as in
+    arXiv 2101.03961 and transformers' load_balancing_loss_func: experts_per_token where the experts are used evenly.
+    router_entropy: of a token's probabilities, in nats. busiest_expert: its share of the choices. dropped: the share of
+    the choices that found no place.
     """
     is_token_BT1 = (context.segments_BT > 0)[..., None]
     n_tokens = jnp.maximum(jnp.sum(is_token_BT1), 1)
@@ -147,14 +148,14 @@ def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: Mod
     def mean_X(values_BTX: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(is_token_BT1, widened(values_BTX), 0), axis=(0, 1)) / n_tokens
 
-    share_X = mean_X(routes.chosen_BTX) / config.experts_per_token
-    load_balance = config.n_experts * jnp.sum(share_X * mean_X(routes.probability_BTX))
+    chosen_X = mean_X(routes.chosen_BTX)
+    load_balance = config.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))
     normalizer_BT1 = jax.nn.logsumexp(routes.router_logits_BTX, axis=-1, keepdims=True)
     entropy_BTX = -routes.probability_BTX * (routes.router_logits_BTX - normalizer_BT1)
     found = {
         "load_balance": load_balance,
         "router_entropy": jnp.sum(mean_X(entropy_BTX)),
-        "busiest_expert": jnp.max(share_X),
+        "busiest_expert": jnp.max(chosen_X) / config.experts_per_token,
         "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.experts_per_token,
     }
     losses: list[jax.Array] = []
