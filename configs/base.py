@@ -137,12 +137,12 @@ def get_config() -> ConfigDict:
     # is not fed, so it depends on those before it, and decoding, with places for all, is not what training was.
     # 0: a place for every token (dropless).
     config.model.expert_capacity = 0.0
-    # Divide the weights of a token's experts by their sum, so that they add up to 1 (Mixtral). False: their softmax over
-    # all experts (Switch); one expert per token needs this, as a weight that is always 1 would not train the router.
+    # Divide the weights of a token's experts by their sum, so that they add up to 1 (Mixtral). False: their softmax
+    # over all experts (Switch); one expert per token needs this, for a weight that is always 1 trains no router.
     config.model.normalize_experts = True
-    # Weight in the loss of the load-balancing loss (arXiv 2101.03961): n_experts times the sum over experts of the share
-    # of tokens routed to it times its mean probability, which is experts_per_token for even use, as in transformers; it
-    # is summed over the layers (transformers averages over them). 0: not in the program.
+    # Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts times the sum over experts of the share of
+    # tokens routed to it times its mean probability, as in transformers: experts_per_token for even use. Losses of
+    # layers are added up (transformers counts the tokens of all layers together). 0: not in the program.
     config.model.load_balance = 0.01
     # Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.
     config.model.router_z_loss = 0.0

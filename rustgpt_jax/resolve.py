@@ -267,8 +267,8 @@ def check_model(model: schema.ModelConfig) -> None:
         )
     if "moe" in model.feedforwards and model.experts_per_token == 1 and model.normalize_experts:
         raise UserError(
-            "config.model.normalize_experts=True makes the weight of a single expert 1, so that the loss cannot train the "
-            "router; with config.model.experts_per_token=1 use --config.model.normalize_experts=False."
+            "config.model.normalize_experts=True makes the weight of a single expert 1, so that the loss cannot train "
+            "the router; with config.model.experts_per_token=1 use --config.model.normalize_experts=False."
         )
 
 
