@@ -1,8 +1,12 @@
 """Corpora: every source gives documents, every bad file one clear sentence, and no document changes sides."""
 
+import csv
 import dataclasses
+import io
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data import corpora
 from rustgpt_jax.data.corpora import CORPORA, ROLES, Document, Turn, plain
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import parse
 
 
 def config(corpus: str = "files", paths: tuple[str, ...] = (), **changes: Any) -> DataConfig:
@@ -84,7 +89,19 @@ def test_a_module_that_says_a_wrong_encoding_is_left_out(tmp_path: Path, monkeyp
         ("a.json", '["one", "", "zwei \\u00fc"]', ["one", "zwei ü"]),
         ("a.JSONL", '{"text": "one"}\n\n{"text": "two", "extra": 1}\r\n', ["one", "two"]),
         ("a.csv", 'id,text\n1,"one, ""quoted"""\n\n2,"two\nlines"\n', ['one, "quoted"', "two\nlines"]),
-        ("a.csv", "words\none\ntwo\n", ["one", "two"]),
+        ("a.csv", "text\none\ntwo\n", ["one", "two"]),
+        ("a.csv", "\ufefftext;label\none;1\ntwo, three;2\n", ["one", "two, three"]),
+        ("a.csv", '"id"|"text"\n1|"a ""b"" c"\n', ['a "b" c']),
+        ("a.csv", "id\ttext\n1\tone\n", ["one"]),
+        ("a.csv", 'id,text\r1,"one\rmore"\r2,two\r', ["one\rmore", "two"]),
+        ("a.csv", 'id,text\r\n1,"one\r\nmore"\r\n2,two', ["one\r\nmore", "two"]),
+        ("a.csv", '"a\nb",text\n1,one\n', ["one"]),
+        ("a.csv", f"id,text\n1,{'word ' * 40_000}\n", ["word " * 40_000]),
+        ("a.tsv", "text\tlabel\none\t1\n", ["one"]),
+        ("a.TSV", "label,text\n1,one\n", ["one"]),
+        ("a.ndjson", '\ufeff{"text": "one"}\n{"text": "two\u2028"}\n', ["one", "two\u2028"]),
+        ("a.jsonl", f'{{"text": "one", "answer": {"1" * 5000}, "score": NaN}}\n', ["one"]),
+        ("a.jsonl", '{"text": "one", "tag": 1, "tag": 2}\n', ["one"]),
     ],
 )
 def test_files_are_read_by_their_suffix(name: str, text: str, expected: list[str], tmp_path: Path) -> None:
@@ -114,6 +131,10 @@ MISTAKES = {
     "object.json": (b'{"text": "one"}', "not a list of strings"),
     "numbers.json": (b'["one", 2]', "not a list of strings: item 1 is 2"),
     "broken.jsonl": (b'{"text": "one"}\n{"text": ', "line 2: malformed JSON"),
+    "long.json": (f"[{'9' * 5000}]".encode(), "not a list of strings: item 0 is inf"),
+    "twice.jsonl": (b'{"text": "one"}\n{"text": "a", "text": "b"}', "line 2: an object has the key 'text' twice"),
+    "returns.jsonl": (b'{"text": "one"}\r{"text": "two"}\r', "line 1: malformed JSON (Extra data at column 17)"),
+    "late.jsonl": (b'{"text": "one"}\n{"text": "caf\xe9"}', "not UTF-8 at byte 29 (0xe9)"),
     "neither.jsonl": (b'{"text": "one"}\n{"body": "two"}', "line 2: expected an object with a string `text`"),
     "list.jsonl": (b'["one"]', "line 1: expected an object"),
     "role.jsonl": (b'{"messages": [{"role": "asistant", "content": "x"}]}', "no role 'asistant'. Did you mean 'assist"),
@@ -122,9 +143,18 @@ MISTAKES = {
         b'{"text": "a"}\n{"text": "\\ud800"}',
         "line 2: the text has half of a surrogate pair (\\ud800)",
     ),
-    "columns.csv": (b"id,body\n1,one\n", "no column is called `text`; the columns are id, body"),
-    "short.csv": (b"id,text\n1\n", "line 2: 1 cells in a row of 2 columns"),
+    "columns.csv": (b"id,body\n1,one\n", "no column is called `text`; the first row is 'id,body'"),
+    "header.csv": (
+        b"Bees make honey.\nFish swim.\n",
+        "no column is called `text`; the first row is 'Bees make honey.'",
+    ),
+    "header.tsv": (b"one\t1\ntwo\t2\n", "no column is called `text`; the first row is"),
+    "twice.csv": (b"text,text\n1,2\n", "2 columns are called `text`"),
+    "short.csv": (b"id,text\n1\n", "line 2: 1 cell in a row of 2 columns, which ',' separates"),
+    "comma.csv": (b"text\nHello, you\n", "line 2: 2 cells in a row of 1 columns"),
     "quote.csv": (b'text\n"one" two\n', "line 2: malformed CSV"),
+    "open.csv": (b'text\n"one\n', "line 2: malformed CSV (unexpected end of data)"),
+    "open.tsv": (b'"text\none\n', "no column is called `text`"),
 }
 
 
@@ -143,15 +173,45 @@ def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> N
         list(corpora.documents(config(paths=(path,))))
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@given(rows=st.lists(st.tuples(st.text(st.characters(codec="utf-8"), min_size=1), st.text("a,;|\t", max_size=3))))
+def test_a_table_that_is_written_is_read(delimiter: str, rows: list[tuple[str, str]]) -> None:
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows([("text", "other"), *rows])
+    found = [document.text for document in corpora.read_file("a.csv", out.getvalue().encode())]
+    assert found == [text for text, _ in rows]
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "a.txt", "text")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}: the file cannot be read \(Permission denied\)"):
         list(corpora.documents(config(paths=(path,))))
+
+
+@pytest.mark.parametrize("read", [lambda found: list(corpora.documents(found)), corpora.file_digests])
+def test_a_pipe_and_a_device_are_refused_at_once(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (str(tmp_path / "pipe.txt"), "/dev/null"):
+        with pytest.raises(UserError, match=rf"^{re.escape(path)}: this is not a regular file"):
+            read(config(paths=(path,)))
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b.txt", "text")
+    assert texts(config(paths=parse("data.paths", path))) == ["text"]
+    with pytest.raises(UserError, match="matches no file; give one path a flag, or a Python list"):
+        texts(config(paths=parse("data.paths", f"{path},{path}")))
+
+
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """What is wrong late in a file is no matter to who reads its beginning."""
+    for name, data in (("a.jsonl", b'{"text": "one"}\n\xff\n'), ("a.csv", b"text\none\n\xff\n")):
+        assert texts(config(paths=(write(tmp_path, name, data),), max_documents=1)) == ["one"]
 
 
 # Training and validation.

@@ -4,6 +4,7 @@ A document is plain text or a dialogue. Which split it belongs to depends on its
 split='tail', on its place in the whole text), so the same config gives the same training text everywhere.
 """
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -11,17 +12,20 @@ import io
 import itertools
 import json
 import os
+import re
+import stat
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rustgpt_jax.config import DataConfig
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.tables import choose
 
 ROLES = ("system", "user", "assistant")
@@ -133,27 +137,50 @@ def training_documents(config: DataConfig) -> Iterator[Document]:
 
 
 def read_file(name: str, data: bytes) -> Iterator[Document]:
-    """The documents in a file's bytes, read by the suffix of its name. Raises UserError naming the file and the place.
+    """The documents in a file's bytes, read as `read_stream` reads them."""
+    return read_stream(name, io.BytesIO(data))
 
-    .json holds a list of strings; .jsonl a text or a dialogue a line ({"text": ...} or {"messages": [...]}); .csv a
-    text a row, in the column `text` or the only one; anything else is one plain text.
+
+def read_stream(name: str, file: BinaryIO) -> Iterator[Document]:
+    """The documents of an open file, read by the suffix of its name, one at a time where a document is a line.
+
+    .json holds a list of strings; .jsonl and .ndjson a text or a dialogue a line ({"text": ...} or {"messages":
+    [...]}); .csv and .tsv a text a row, in the column `text`, separated by commas, semicolons, tabs or bars; anything
+    else is one plain text.
+
+    Raises:
+      UserError: naming the file and the place, for what cannot be read so.
     """
-    try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}).") from None
-    if not text:
+    is_empty = not file.read(len(codecs.BOM_UTF8) + 1).removeprefix(codecs.BOM_UTF8)
+    if is_empty:
         raise UserError(f"{name}: the file is empty.")
-    reader = _READERS.get(Path(name).suffix.lower(), _read_plain)
-    return reader(name, text)
+    file.seek(0)
+    return _READERS.get(Path(name).suffix.lower(), _read_plain)(name, file)
 
 
-def _read_plain(name: str, text: str) -> Iterator[Document]:
-    yield plain(name, text)
+def _lines(name: str, file: BinaryIO) -> Iterator[str]:
+    """The lines of a file, ended by line feeds, without a byte order mark."""
+    start = 0
+    for line in file:
+        yield _decoded(name, line, start)
+        start += len(line)
 
 
-def _read_json(name: str, text: str) -> Iterator[Document]:
-    items = _parse_json(text, name, 1)
+def _decoded(name: str, data: bytes, start: int = 0) -> str:
+    """The text of the bytes of a file from `start`, without a byte order mark."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {start + error.start} (0x{data[error.start]:02x}).") from None
+    return text if start else text.removeprefix("\ufeff")
+
+
+def _read_plain(name: str, file: BinaryIO) -> Iterator[Document]:
+    yield plain(name, _decoded(name, file.read()))
+
+
+def _read_json(name: str, file: BinaryIO) -> Iterator[Document]:
+    items = _parse_json(_decoded(name, file.read()), name, 1)
     if not isinstance(items, list):
         raise UserError(f"{name}: the JSON is not a list of strings.")
     for index, item in enumerate(items):
@@ -162,8 +189,8 @@ def _read_json(name: str, text: str) -> Iterator[Document]:
         yield plain(f"{name}[{index}]", item)
 
 
-def _read_jsonl(name: str, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _read_jsonl(name: str, file: BinaryIO) -> Iterator[Document]:
+    for number, line in enumerate(_lines(name, file), 1):
         if line.strip():
             where = f"{name}, line {number}"
             yield _from_object(where, _parse_json(line, name, number))
@@ -171,12 +198,38 @@ def _read_jsonl(name: str, text: str) -> Iterator[Document]:
 
 def _parse_json(text: str, name: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        try:
+            return _JSON.decode(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            return _JSON_WITH_LONG_NUMBERS.decode(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{name}, line {line}: malformed JSON ({error.msg} at column {error.colno}).") from None
+    except _DuplicateKey as error:
+        raise UserError(f"{name}, line {first_line}: an object has the key {error.args[0]!r} twice.") from None
     except RecursionError:
         raise UserError(f"{name}, line {first_line}: the JSON is nested too deeply.") from None
+
+
+class _DuplicateKey(Exception):
+    """A key that is read stands twice in an object, so what it says depends on the reader."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        for name in ("text", "messages", "role", "content"):
+            if names.count(name) > 1:
+                raise _DuplicateKey(name)
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+# Python refuses to read an int of more than 4,300 digits.
+_JSON_WITH_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
 
 
 def _from_object(where: str, item: Any) -> Document:
@@ -196,23 +249,71 @@ def _turn(where: str, message: Any) -> Turn:
     return Turn(role, message["content"])
 
 
-def _read_csv(name: str, text: str) -> Iterator[Document]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+_DELIMITERS = ",;\t|"
+# Characters of a cell; Python's own limit is 131,072. A larger number is no C long everywhere.
+_LARGEST_CELL = 2**31 - 1
+_LARGEST_HEADER = 2**16
+
+
+def _read_table(name: str, file: BinaryIO) -> Iterator[Document]:
+    csv.field_size_limit(_LARGEST_CELL)
+    lines = (row for line in _lines(name, file) for row in _split_at_returns(line))
+    header = _header(lines)
+    delimiter, columns = _columns(name, "".join(header))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        columns = next(rows)
-        column = columns.index("text") if "text" in columns else 0
-        if len(columns) != 1 and "text" not in columns:
-            raise UserError(f"{name}: no column is called `text`; the columns are {', '.join(columns)}.")
         for row in rows:
+            where = f"{name}, line {len(header) + rows.line_num}"
             if row and len(row) != len(columns):
-                raise UserError(f"{name}, line {rows.line_num}: {len(row)} cells in a row of {len(columns)} columns.")
+                raise UserError(
+                    f"{where}: {len(row)} cell{'s' * (len(row) != 1)} in a row of {len(columns)} columns, which "
+                    f"{delimiter!r} separates; a cell with that character in it is written in double quotes."
+                )
             if row:
-                yield plain(f"{name}, line {rows.line_num}", row[column])
+                yield plain(where, row[columns.index("text")])
     except csv.Error as error:
-        raise UserError(f"{name}, line {rows.line_num}: malformed CSV ({error}).") from None
+        raise UserError(f"{name}, line {len(header) + rows.line_num}: malformed CSV ({error}).") from None
 
 
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}
+def _header(lines: Iterator[str]) -> list[str]:
+    """The lines of a table's first row: more than one where the name of a column has line breaks."""
+    header: list[str] = []
+    for line in lines:
+        header.append(line)
+        if "".join(header).count('"') % 2 == 0 or sum(map(len, header)) > _LARGEST_HEADER:
+            break
+    return header
+
+
+def _split_at_returns(line: str) -> list[str]:
+    """The rows of a line whose rows end with carriage returns alone, as some spreadsheets write them."""
+    return re.split(r"(?<=\r)(?!\n)", line) if "\r" in line[:-2] else [line]
+
+
+def _columns(name: str, header: str) -> tuple[str, list[str]]:
+    """The delimiter of a table and the names of its columns, one of which is `text`."""
+    for delimiter in _DELIMITERS if len(header) <= _LARGEST_HEADER else "":
+        try:
+            columns = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
+        except csv.Error:
+            continue
+        if columns.count("text") > 1:
+            raise UserError(f"{name}: {columns.count('text')} columns are called `text`.")
+        if "text" in columns:
+            return delimiter, columns
+    raise UserError(
+        f"{name}: no column is called `text`; the first row is {shown(header.strip())}. A table begins with the names "
+        "of its columns, and the one that is to be read has the name `text`."
+    )
+
+
+_READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+}
 
 
 # Corpora.
@@ -249,11 +350,25 @@ def _modules(root: Path) -> Iterator[str]:
 def _files(config: DataConfig) -> Iterator[Document]:
     """The documents of the files that config.data.paths names, in the order of the paths, each file once."""
     for path in _paths(config):
+        with _opened(path) as file:
+            yield from read_stream(path, file)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A file of text, open. Raises UserError for one that cannot be read, and for a pipe or a device."""
+    try:
+        # To open a pipe is to wait for who writes to it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: this is not a regular file; what trains a model is read more than once.")
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
+    with file:
         try:
-            data = Path(path).read_bytes()
+            yield file
         except OSError as error:
             raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
-        yield from read_file(path, data)
 
 
 def _paths(config: DataConfig) -> list[str]:
@@ -266,7 +381,8 @@ def _matches(pattern: str) -> list[str]:
     files = [os.path.normpath(path) for path in found if not os.path.isdir(path)]
     if not files:
         folder = " (a folder: give a glob such as folder/**/*.txt)" if os.path.isdir(pattern) else ""
-        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}.")
+        several = "; give one path a flag, or a Python list" if "," in pattern else ""
+        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}{several}.")
     return files
 
 
@@ -304,11 +420,9 @@ _FILES_OF: dict[str, Callable[[DataConfig], dict[str, Path]]] = {
 
 
 def _file_digest(path: Path) -> str:
-    try:
-        state = path.stat()
+    with _opened(path) as file:
+        state = os.fstat(file.fileno())
         return _digest_of(path, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
 
 
 @cache

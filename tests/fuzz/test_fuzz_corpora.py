@@ -30,10 +30,10 @@ MESSAGES = [
 ]
 
 
-def table(rows: list[Any]) -> bytes:
-    """Rows as CSV."""
+def table(rows: list[Any], delimiter: str = ",") -> bytes:
+    """Rows as CSV, or with another delimiter."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([row if isinstance(row, list) else [row] for row in rows])
+    csv.writer(text, delimiter=delimiter).writerows([row if isinstance(row, list) else [row] for row in rows])
     return text.getvalue().encode("utf-8", "replace")
 
 
@@ -50,7 +50,9 @@ FILES: dict[str, tuple[bytes, Any]] = {
     "a.txt": (TEXT, damaged(TEXT)),
     "a.json": (json.dumps(LINES).encode(), edited(LINES).map(lambda items: json.dumps(items).encode())),
     "a.jsonl": (lines_of_json(ITEMS), edited(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
+    "a.ndjson": (lines_of_json(ITEMS), edited(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
     "a.csv": (table(ROWS), edited(ROWS).map(lambda rows: table(list(rows or ())))),
+    "a.tsv": (table(ROWS, "\t"), st.sampled_from(";|, ").map(lambda delimiter: table(ROWS, delimiter))),
 }
 CODECS = {name: Codec(make(LINES, 400)) for name, make in TOKENIZERS.items()}
 
