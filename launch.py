@@ -86,7 +86,9 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     export    RUN --to=DIR | --to=FILE.gguf  write a run as a Hugging Face model, or for llama.cpp
 
     RUN is the folder of a run, such as runs/rustgpt
-    --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all)
+    --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all);
+    a list takes one item a flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted
+    Python list ("--config.record.prompts=['Hi, you', 'Once']"); only names of parts are separated by commas
     train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
     train on a cluster; elsewhere, several processes are told --coordinator=HOST:PORT --processes=N --process=I, and
     --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
@@ -333,9 +335,9 @@ def check() -> int:
     from rich.console import Console
 
     from rustgpt_jax.conformance.command import check
-    from rustgpt_jax.resolve import parse
+    from rustgpt_jax.resolve import parse_all
 
-    return check(_arguments, Console(), FLAGS.only, {path: parse(path, text) for path, text in _overrides})
+    return check(_arguments, Console(), FLAGS.only, parse_all(_overrides))
 
 
 def import_model() -> int:

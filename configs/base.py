@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # facts, chat: bundled with the package; python_stdlib: the running Python's own source; files: any text.
     config.data.corpus = "facts"
-    # For `files`: paths or globs of .txt (or any text), .json (a list of strings), .jsonl (text or messages), .csv.
+    # For `files`: paths or globs of .txt (or any text), .json (a list of strings), .jsonl or .ndjson (text or messages
+    # a line), .csv or .tsv (the column `text`). On a command line one path a flag, or a Python list.
     config.data.paths = ()
     # Read no more than this many documents. None: all.
     config.data.max_documents = None
@@ -264,7 +265,8 @@ def get_config() -> ConfigDict:
     config.record.evaluation_batches = None
     # Steps between checkpoints.
     config.record.checkpoint_every = 100
-    # Texts that each evaluation continues (in dialogues, questions that it answers) as samples.
+    # Texts that each evaluation continues (in dialogues, questions that it answers) as samples. On a command line one
+    # text a flag, or a Python list.
     config.record.prompts = ()
 
     config.sampling = ConfigDict()

@@ -7,7 +7,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -125,7 +125,11 @@ def _place(node: Any, path: str, value: Any) -> None:
 
 
 def parse(path: str, text: str) -> Any:
-    """Read the text of a command-line override by the type of its field: 'None', numbers, booleans, comma lists."""
+    """Read the text of a command-line override by the type of its field.
+
+    A list is written as a Python list or tuple. Any other text is one item of a list of strings, commas included,
+    but names of parts may be separated by commas. An empty text is an empty list.
+    """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
         raise UserError(unknown(knob, where))
@@ -135,14 +139,42 @@ def parse(path: str, text: str) -> Any:
     hint = _without_none(hint)
     if hint is str:
         return text
-    if typing.get_origin(hint) is tuple and not text.startswith(("(", "[")):
+    if FIELDS[knob].metadata.get("pattern") and not text.startswith(("(", "[")):
         return tuple(part.strip() for part in text.split(",")) if text else ()
+    if hint == tuple[str, ...] and not FIELDS[knob].metadata.get("pattern"):
+        return _parse_strings(text)
     if hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise UserError(f"config.{path} takes {_describe(FIELDS[knob].type)}, not {text!r}.") from None
+
+
+def _parse_strings(text: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    try:
+        listed = ast.literal_eval(text) if text.startswith(("(", "[")) else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        listed = None
+    if isinstance(listed, (tuple, list)) and all(isinstance(item, str) for item in listed):
+        return tuple(listed)
+    return (text,)
+
+
+def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Read command-line overrides, (path, text) pairs, into a value for each path.
+
+    A list that is given several times has the items of all of them; any other knob has its last value.
+    """
+    values: dict[str, Any] = {}
+    for path, text in overrides:
+        value = parse(path, text)
+        if isinstance(value, (tuple, list)) and isinstance(values.get(path), tuple):
+            value = (*values[path], *value)
+        values[path] = tuple(value) if isinstance(value, list) else value
+    return values
 
 
 def checked(path: str, value: Any, where: str) -> Any:
@@ -154,6 +186,7 @@ def checked(path: str, value: Any, where: str) -> Any:
         value = _convert(field.type, value)
     except TypeError:
         raise UserError(f"{where} takes {_describe(field.type)}, not {shown(value)}.") from None
+    _check_text(value, where)
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
     if value is None:
         return value
@@ -166,6 +199,18 @@ def checked(path: str, value: Any, where: str) -> Any:
         if abs(number) > highest:
             raise UserError(f"{where} must be at most {highest:.10g}, not {shown(number)}.")
     return value
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises UserError for a text with half of a surrogate pair, which neither a tokenizer nor a file can take."""
+    if isinstance(value, tuple):
+        for item in value:
+            _check_text(item, where)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {shown(value)} has half of a surrogate pair, so it is not text.") from None
 
 
 def _numbers(value: Any) -> list[int | float]:
@@ -293,7 +338,9 @@ def check_combinations(config: Config) -> None:
             f"config.training.steps={training.steps}."
         )
     if config.data.corpus == "files" and not config.data.paths:
-        raise UserError("config.data.corpus='files' needs files: give --config.data.paths=FILE,FILE or a glob.")
+        raise UserError(
+            "config.data.corpus='files' needs files: give --config.data.paths=FILE (repeat it for several) or a glob."
+        )
     if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size is None:
         raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
     if config.optimizer.name == "schedule_free" and config.optimizer.b1 == 0:

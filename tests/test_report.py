@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,21 +170,30 @@ def test_values_keep_four_digits(value: float) -> None:
 
 
 def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
-    from rustgpt_jax.resolve import parse
+    from rustgpt_jax.resolve import parse_all
 
-    launched = "python launch.py sweep --config=configs/tiny.py --config.seed 5 --config.model.n_layers=3 --mode=lanes"
+    prompts = "--config.record.prompts='Hi, you' --config.record.prompts='[INST] hi [/INST]'"
+    launched = f"python launch.py sweep --config=configs/tiny.py --config.seed 5 {prompts} --config.seed=6 --mode=lanes"
     results = read_results(write_sweep(tmp_path / "sweep", grid(seed=(0,)), command=launched))
     overrides = {
         "model.mixers": ["a", "b"],
         "optimizer.learning_rate": 1e-5 / 3,
         "model.bias": True,
         "data.window": None,
+        "data.paths": ["a,b.txt", "c.txt"],
     }
     command = rerun_command(results, overrides)
-    flags = dict(flag.removeprefix("--config.").split("=") for flag in command.split() if flag.startswith("--config."))
+    words = [word for word in shlex.split(command) if word.startswith("--config.")]
+    given_flags = [tuple(word.removeprefix("--config.").split("=", 1)) for word in words]
     assert "--config=configs/tiny.py" in command
-    expected = {"seed": 5, "model.n_layers": 3, **overrides, "model.mixers": ("a", "b")}
-    assert {path: parse(path, text) for path, text in flags.items()} == expected
+    expected = {
+        **overrides,
+        "seed": 6,
+        "record.prompts": ("Hi, you", "[INST] hi [/INST]"),
+        "model.mixers": ("a", "b"),
+        "data.paths": ("a,b.txt", "c.txt"),
+    }
+    assert parse_all(given_flags) == expected
 
 
 # The scales and curves.

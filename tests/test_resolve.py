@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax.config import FIELDS, config_hash, flatten, read, to_dict, with_values
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import checked, override, parse, resolve
+from rustgpt_jax.resolve import checked, override, parse, parse_all, resolve
 
 VALID = to_dict(small_config())
 MISSING = "(missing)"
@@ -204,18 +204,50 @@ def test_any_edit_of_a_config_resolves_or_is_a_user_error(changes: dict[str, Any
 # The command line.
 
 
-def as_text(value: Any) -> str:
-    """A value as a user would type it."""
-    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-        return ",".join(value)
-    return str(value)
-
-
 @pytest.mark.parametrize("path", FIELDS)
 def test_every_value_can_be_typed(path: str) -> None:
     for config in (small_config(), small_config(**{"data.paths": ("a.txt", "b c.txt"), "model.n_kv_heads": 2})):
         value = read(config, path)
-        assert checked(path, parse(path, as_text(value)), path) == value
+        assert checked(path, parse(path, str(value)), path) == value
+
+
+TEXT_LISTS = ("record.prompts", "data.paths")
+
+
+@pytest.mark.parametrize("path", TEXT_LISTS)
+@given(items=st.lists(st.text(min_size=1, max_size=12).filter(lambda text: text[0] not in "([")))
+@example(items=["Once upon a time, there was", " a,b.txt "])
+def test_text_lists_take_one_item_a_flag_or_a_python_list(path: str, items: list[str]) -> None:
+    assert parse_all([(path, item) for item in items]).get(path, ()) == tuple(items)
+    assert parse(path, repr(items)) == parse(path, repr(tuple(items))) == tuple(items)
+
+
+@pytest.mark.parametrize(
+    "text", ["(softly) Hello", "[INST] hi [/INST]", "[1, 2]", "(a", "[" * 9000, "a, b", "'a', 'b'"]
+)
+def test_text_that_is_no_list_of_strings_is_one_item(text: str) -> None:
+    assert parse("record.prompts", text) == (text,)
+
+
+def test_a_list_given_again_is_longer_and_another_knob_is_replaced() -> None:
+    given_flags = [
+        ("model.mixers", "a,b"),
+        ("seed", "1"),
+        ("model.mixers", "('c',)"),
+        ("seed", "2"),
+        ("data.paths", ""),
+    ]
+    expected = {"model.mixers": ("a", "b", "c"), "seed": 2, "data.paths": ()}
+    assert parse_all([*given_flags, ("optimizer.weight_decay_groups", "[('x', 1)]")]) == expected | {
+        "optimizer.weight_decay_groups": (("x", 1),)
+    }
+
+
+@pytest.mark.parametrize("path", [*TEXT_LISTS, "model.norm"])
+def test_half_of_a_surrogate_pair_is_no_text(path: str) -> None:
+    value = "a\udcffb" if path == "model.norm" else ("fine", "a\udcffb")
+    with pytest.raises(UserError, match=rf"config\.{path}: 'a\\udcffb' has half of a surrogate pair"):
+        resolve(edited({path: value}))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +258,8 @@ def test_every_value_can_be_typed(path: str) -> None:
         ("model.bias", "False", False),
         ("model.d_ff", "none", None),
         ("model.norm", "None", "None"),
-        ("data.paths", "a.txt, b.txt", ("a.txt", "b.txt")),
+        ("data.paths", "a.txt, b.txt", ("a.txt, b.txt",)),
+        ("model.mixers", "attention, rg_lru", ("attention", "rg_lru")),
         ("data.paths", "", ()),
         ("data.paths", "['a,b.txt']", ("a,b.txt",)),
         ("optimizer.weight_decay_groups", "[('x', 1)]", (("x", 1.0),)),

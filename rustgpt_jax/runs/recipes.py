@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax.config import FIELDS, to_dict
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.resolve import leaves, override, parse
+from rustgpt_jax.resolve import leaves, override, parse_all
 from rustgpt_jax.runs.folder import load_config, load_origins
 
 # A config, and where each of its values came from.
@@ -36,8 +36,8 @@ def recipe_of_run(path: Path, overrides: Overrides) -> Recipe:
 
 
 def _overridden(tree: Any, origins: dict[str, str], overrides: Overrides) -> Recipe:
-    for path, text in overrides:
-        override(tree, path, parse(path, text))
+    for path, value in parse_all(overrides).items():
+        override(tree, path, value)
         origins[path] = "command line"
     return tree, origins
 

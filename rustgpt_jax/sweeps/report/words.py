@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rustgpt_jax.config import FIELDS
 from rustgpt_jax.sweeps.report.results import BITS_PER_BYTE, SEED, TRAIN_LOSS, VALID_LOSS, Overrides, Results
 
 # Last names of knobs that say nothing without their group.
@@ -72,23 +73,24 @@ def setting_text(knobs: Mapping[str, Any]) -> str:
 
 def rerun_command(results: Results, overrides: Overrides) -> str:
     """The command that trains one trial of a sweep again, alone, with the knobs that the sweep's own command set."""
-    values = _set_by(results.command) | {path: _argument(value) for path, value in overrides.items()}
-    flags = (shlex.quote(f"--config.{path}={value}") for path, value in values.items())
+    kept = [(path, text) for path, text in _set_by(results.command) if path not in overrides]
+    own = [(path, _argument(path, value)) for path, value in overrides.items()]
+    flags = (shlex.quote(f"--config.{path}={text}") for path, text in kept + own)
     return " ".join(["python launch.py train", f"--config={shlex.quote(results.config_file)}", *flags])
 
 
-def _set_by(command: str) -> dict[str, str]:
+def _set_by(command: str) -> list[tuple[str, str]]:
     """The knobs that a command line sets, as --config.x=VALUE or --config.x VALUE, and the texts of their values."""
     words = iter(shlex.split(command))
-    values: dict[str, str] = {}
+    values: list[tuple[str, str]] = []
     for word in words:
         if word.startswith("-") and word.lstrip("-").startswith("config."):
             path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
-            values[path] = text if equals else next(words, "")
+            values.append((path, text if equals else next(words, "")))
     return values
 
 
-def _argument(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+def _argument(path: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)) and path in FIELDS and FIELDS[path].metadata.get("pattern"):
         return ",".join(value)
     return value if isinstance(value, str) else repr(value)
