@@ -1,5 +1,6 @@
 """Tokenizers of other models: their documents, their chat templates, and what marks the end."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rustgpt_jax.config import TokenizerConfig
-from rustgpt_jax.data.corpora import Document, Turn, plain
+from rustgpt_jax.config import DataConfig, TokenizerConfig
+from rustgpt_jax.data.corpora import Document, Turn, documents, plain
+from rustgpt_jax.data.pipeline import Places, Windows
+from rustgpt_jax.data.store import build_store
+from rustgpt_jax.decoding.text import Writer, _settled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.tokenizer_files import read_codec, write_codec
@@ -18,6 +22,7 @@ from rustgpt_jax.tokenizers import (
     Codec,
     Dialect,
     decode,
+    decode_after,
     encode,
     encode_document,
     encode_documents,
@@ -26,7 +31,7 @@ from rustgpt_jax.tokenizers import (
     save_tokenizer,
     train_tokenizer,
 )
-from rustgpt_jax.tokenizers.dialect import rendered
+from rustgpt_jax.tokenizers.dialect import rendered, turn_end
 
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{ '<s>[' + messages[0].content + ']' }}{% endif %}
@@ -116,6 +121,75 @@ def test_what_a_text_says_is_never_a_special_token() -> None:
         encode_prompt(codec, [Turn("user", "now <u>")])
 
 
+@pytest.mark.parametrize(
+    ("single", "document", "prompt", "first_learned"),
+    [
+        ("<s> $A", "<s>a rain</s>", "<s>a rain", 1),
+        ("<s> $A </s>", "<s>a rain</s>", "<s>a rain", 1),
+        ("$A </s>", "a rain</s>", "a rain", 1),
+        ("<s> <u> $A", "<s><u>a rain</s>", "<s><u>a rain", 2),
+        ("<s> $A <a>", "<s>a rain<a></s>", "<s>a rain", 1),
+        ("</s> $A", "</s>a rain", "</s>a rain", 0),
+        ("$A", "</s>a rain", "a rain", 0),
+    ],
+)
+def test_post_processors_mark_documents_and_only_open_prompts(
+    single: str, document: str, prompt: str, first_learned: int
+) -> None:
+    codec, special = foreign(False), [(token, index) for index, token in enumerate(SPECIAL)]
+    codec.tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    ids, weights = encode_document(codec, plain("a", "a rain"), "all")
+    assert shown(codec, ids) == document
+    assert shown(codec, encode_prompt(codec, [Turn("text", "a rain")])) == prompt
+    assert weights.tolist() == [place >= first_learned for place in range(len(ids))]
+
+
+@pytest.mark.parametrize("processor", ["bert", "roberta", "sequence"])
+def test_other_post_processors_are_told_apart(processor: str) -> None:
+    codec = foreign(False)
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    codec.tokenizer.post_processor = {
+        "bert": processors.BertProcessing(("</s>", 1), ("<s>", 0)),
+        "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+        "sequence": processors.Sequence([processors.ByteLevel(), template]),
+    }[processor]
+    assert codec.affixes == ([0], [1])
+
+
+DOCUMENTS = {
+    "texts": [{"text": "a rain"}, {"text": "Why?"}],
+    "dialogues": [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]} for text in "xy"
+    ],
+}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+@pytest.mark.parametrize("has_opening", [True, False])
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_every_document_begins_with_its_own_first_token(
+    kind: str, has_opening: bool, loss_on: str, tmp_path: Path
+) -> None:
+    codec, file = foreign(has_opening), tmp_path / "lines.jsonl"
+    file.write_text("\n".join(map(json.dumps, DOCUMENTS[kind])))
+    config = DataConfig("files", (str(file),), None, "document", 0.0, loss_on, None)
+    stream = build_store(config, codec, tmp_path / "stores").split("train")
+    parts = [encode_document(codec, document, loss_on) for document in documents(config)]
+    allowed = {tuple(ids.tolist()): weights.tolist() for ids, weights in parts}
+    length = sum(map(len, allowed))
+    assert stream.n_tokens == length + 1 and stream.n_learned == sum(map(sum, allowed.values()))
+    # Once around, from each place of the circle.
+    windows, found = Windows(stream, length), set()
+    for start in range(length):
+        batch = windows.read(Places(np.array([start]), np.array([length])))
+        begins = np.flatnonzero(batch.positions_BT[0] == 0).tolist()
+        for begin, end in itertools.pairwise(begins[1:]):
+            document = tuple(batch.tokens_BT[0, begin:end].tolist())
+            assert batch.weights_BT[0, begin - 1 : end - 1].astype(bool).tolist() == allowed[document]
+            found.add(document)
+    assert found == set(allowed)
+
+
 def test_a_prompt_of_nothing_has_a_token() -> None:
     assert encode_prompt(foreign(has_opening=False), [Turn("text", "")]) == [1]
 
@@ -172,6 +246,97 @@ def test_answers_that_the_template_changes_later_are_not_guessed() -> None:
     dialogue = Document("d", (*TURNS[1:3], *TURNS[1:3]))
     with pytest.raises(UserError, match="config.data.loss_on='all'"):
         encode_document(foreign(template=last_only), dialogue, "assistant")
+
+
+NO_STOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+NEXT_ROLE = "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>') + m.content }}{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_a_stop_token_is_learned_after_every_answer(loss_on: str) -> None:
+    codec, dialogue = foreign(template=NEXT_ROLE + ASKS), Document("d", (*TURNS[1:], Turn("assistant", "I see")))
+    ids, weights = encode_document(codec, dialogue, loss_on)
+    assert shown(codec, ids) == "<u>Why?<a>So.<u>Oh?<a>I see</s>"
+    assert shown(codec, ids[weights]) == ("So.<u>I see</s>" if loss_on == "assistant" else shown(codec, ids))
+    # A question is not ended, nor is an answer that the template ends.
+    assert shown(codec, encode_document(codec, Document("d", dialogue.turns[:3]), loss_on)[0]) == "<u>Why?<a>So.<u>Oh?"
+    ended = encode_document(foreign(), Document("d", dialogue.turns[:2]), loss_on)[0]
+    assert shown(codec, ended) == "\n<u>Why?<a>So.</s>"[1:]
+
+
+def test_answers_after_which_nothing_stops_are_refused() -> None:
+    codec = foreign(template=NO_STOP + "{% if add_generation_prompt %}assistant: {% endif %}")
+    ids, weights = encode_document(codec, Document("d", TURNS[1:3]), "assistant")
+    assert shown(codec, ids[weights]) == "So.\n</s>"
+    dialogue = Document("d", (*TURNS[1:], Turn("assistant", "I see")))
+    with pytest.raises(UserError, match=r"none of the tokens that end a reply \(</s>, <u>\)"):
+        encode_document(codec, dialogue, "assistant")
+    assert shown(codec, encode_document(codec, dialogue, "all")[0]).endswith("I see\n</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (TEMPLATE, "</s>"),
+        (NEXT_ROLE, "<u>"),
+        (NO_STOP, None),
+        ("{% for m in messages %}<s>{{ m.content }}<a>\n{% endfor %}", "<a>"),
+        ("{% if messages | length > 2 %}{{ raise_exception('one exchange') }}{% endif %}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_closes_a_turn_stops_a_reply(template: str | None, found: str | None, tmp_path: Path) -> None:
+    codec = Codec(foreign_tokenizer(), Dialect("</s>", ("</s>",), template, {"eos_token": "</s>"}))
+    assert codec.dialect is not None
+    assert turn_end(codec.dialect, codec.special_tokens) == found
+    write_codec(codec, tmp_path, 64, is_dialogue=False)
+    read = read_codec(tmp_path).dialect
+    assert read is not None and set(read.stops) == {"</s>", found or "</s>"}
+
+
+# Continuations.
+
+
+def unigram() -> Codec:
+    """A Unigram tokenizer with blanks as ▁, which its decoder leaves out before the first word."""
+    pieces = [("<unk>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("b", -3.0), ("a", -3.5), ("▁b", -4.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return Codec(tokenizer, Dialect("<unk>", ("<unk>",), None, {}))
+
+
+def continued(kind: str) -> Codec:
+    """Tokenizers of each kind, trained here or from elsewhere."""
+    if kind == "foreign":
+        return foreign()
+    if kind == "llama_2":
+        codec = llama_2()
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        codec.tokenizer.decoder = decoders.Sequence(parts)
+        return codec
+    if kind == "unigram":
+        return unigram()
+    return train_tokenizer(TokenizerConfig(kind, 300), ['a b "a bab," b-a aé漢. b'])
+
+
+@pytest.mark.parametrize("kind", ["foreign", "llama_2", "unigram", "word", "char", "byte", "bpe"])
+def test_a_continuation_is_what_the_tokens_add_to_the_text(kind: str) -> None:
+    codec = continued(kind)
+    ids = encode_prompt(codec, [Turn("text", 'a b "bab," b-a')]) + encode(codec, "aé漢. b")
+    whole = decode(codec, ids)
+    assert " " in whole[1:-1]
+    writer = Writer(None, None, codec, is_dialogue=False)
+    for cut in range(1, len(ids)):
+        prompt, drawn = ids[:cut], ids[cut:]
+        before = decode(codec, prompt)
+        if whole.startswith(before):
+            assert before + decode_after(codec, prompt, drawn) == whole
+        # What is shown as the tokens come is never taken back.
+        for count in range(len(drawn)):
+            assert writer.written(prompt, drawn).startswith(_settled(writer, prompt, drawn[:count]))
+    assert Writer(None, None, codec, is_dialogue=True).written(ids[:3], ids[3:]) == decode(codec, ids[3:])
 
 
 # Files.

@@ -1,8 +1,8 @@
 """From a token stream to batches. The batch of a step is a pure function of (stream, window, batch size, seed, step).
 
-A window is T inputs and the T tokens that follow them one place later. The stream is read as a circle, for it begins
-and ends with the same END. In an epoch, windows lie end to end from a place drawn for that epoch: every token but the
-first END is a target exactly once, and a document that a window's edge cuts is whole in other epochs. Each epoch has
+A window is T inputs and the T tokens that follow them one place later. The stream is read as a circle, for it ends with
+its first token. In an epoch, windows lie end to end from a place drawn for that epoch: every token but the first is a
+target exactly once, and a document that a window's edge cuts is whole in other epochs. Each epoch has
 an order of its own, and a batch may reach over the border of two.
 """
 
@@ -86,7 +86,7 @@ class Windows:
         return tokens_BS, weights_BS
 
     def _around(self, read: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
-        """A stretch of the circle: after the stream's last END, which is also its first, comes its second token."""
+        """A stretch of the circle: after the stream's last token, which is also its first, comes its second."""
         beyond = stop - self.stream.n_tokens
         return read(start, stop) if beyond <= 0 else np.concatenate([read(start, stop), read(1, 1 + beyond)])
 

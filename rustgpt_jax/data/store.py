@@ -22,6 +22,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents
 
 FORMAT_VERSION = 1
+# Counts changes in how the documents of imported tokenizers are marked off.
+DIALECT_VERSION = 2
 SPLITS = ("train", "valid")
 SHARD_TOKENS = 2**26
 # Text that is encoded, and held in memory, at a time.
@@ -168,6 +170,8 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
 def _key(config: DataConfig, tokenizer: Codec, survey: _Survey) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_on]
     parts = [FORMAT_VERSION, survey.source, _tokenizer_hash(tokenizer), *knobs]
+    if tokenizer.dialect is not None:
+        parts.append(DIALECT_VERSION)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -206,8 +210,8 @@ def _write_splits(
     progress: Progress | None,
     shard_tokens: int,
 ) -> dict[str, SplitManifest]:
-    end_id, unknown_id = tokenizer.end_id, tokenizer.token_to_id(UNKNOWN)
-    writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens, end_id) for name in SPLITS}
+    unknown_id = tokenizer.token_to_id(UNKNOWN)
+    writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
     for batch in _batches(divide(_hashed(documents(config), digest), config, survey.n_characters)):
         encoded = encode_documents(tokenizer, [document for _, document in batch], config.loss_on)

@@ -1,4 +1,4 @@
-"""One split on disk: its tokens in one stream, END document END document ... END, cut into shards.
+"""One split on disk: its documents in one stream, then the first token of the first one again, cut into shards.
 
 The shards are bare little-endian arrays, so they are read by memory map; the start of every document stands beside
 them. Weights are kept only where some token is not to be learned.
@@ -49,7 +49,8 @@ class TokenStream:
     """The tokens of one split.
 
     `token_shards` have equal lengths but for the last, which may be shorter; `weight_shards` are cut in the same way,
-    or there are none when every token is learned. `offsets` (int64) has the index of each document's END.
+    or there are none when every token is learned. `offsets` (int64) has the index of each document's
+    first token.
     """
 
     token_shards: tuple[np.ndarray, ...]
@@ -61,7 +62,7 @@ class TokenStream:
 
     @property
     def n_tokens(self) -> int:
-        """The length of the stream, the last END included."""
+        """The length of the stream, the repeated first token included."""
         return sum(map(len, self.token_shards))
 
     @property
@@ -114,17 +115,19 @@ def stored_file(path: Path) -> StoredFile:
 class SplitWriter:
     """Writes the files of one split into a folder: `append` each document, `flush` now and then, `close`."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, end_id: int) -> None:
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self._offsets_path = folder / f"{name}.offsets.npy"
         self._tokens = _ShardWriter(folder, f"{name}.tokens", dtype, shard_tokens)
         self._weights = _ShardWriter(folder, f"{name}.weights", "u1", shard_tokens)
-        self._end_id = end_id
+        self._first: tuple[np.ndarray, np.ndarray] | None = None
         self._offsets = array.array("q")
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._n_tokens = self._n_weighted = self._n_unknown = self._learned_bytes = 0
 
     def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, learned_bytes: int) -> None:
-        """Take the next document, its END included."""
+        """Take the next document, with the tokens that begin and end it."""
+        if self._first is None and len(ids):
+            self._first = ids[:1], weights[:1]
         self._offsets.append(self._n_tokens)
         self._n_unknown += n_unknown
         self._learned_bytes += learned_bytes
@@ -144,9 +147,14 @@ class SplitWriter:
             self._pending = []
 
     def close(self) -> SplitManifest:
-        """End the last document, write the rest and say what was written."""
-        if self._offsets:
-            self._extend(np.array([self._end_id], np.int32), np.array([True]))
+        """Write the rest and return what was written.
+
+        The stream is read as a circle, so its last token is its first one: what comes after the last document.
+        """
+        # The first token, which nothing precedes, is learned as the last one.
+        n_learned = self._n_weighted
+        if self._first is not None:
+            self._extend(*self._first)
         self.flush()
         np.save(self._offsets_path, np.array(self._offsets, np.int64))
         if self._n_weighted == self._n_tokens:
@@ -154,7 +162,7 @@ class SplitWriter:
         return SplitManifest(
             n_documents=len(self._offsets),
             n_tokens=self._n_tokens,
-            n_learned=max(0, self._n_weighted - 1),
+            n_learned=n_learned,
             n_unknown=self._n_unknown,
             learned_bytes=self._learned_bytes,
             tokens=tuple(map(stored_file, self._tokens.paths)),

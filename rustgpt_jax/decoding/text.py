@@ -13,7 +13,7 @@ from rustgpt_jax.decoding.generate import begin, drawn_tokens, extend, generate,
 from rustgpt_jax.decoding.samplers import from_config
 from rustgpt_jax.decoding.weights import Form, for_decoding
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.tokenizers import Codec, decode, encode_prompt
+from rustgpt_jax.tokenizers import Codec, decode, decode_after, encode_prompt
 
 # Tokens drawn on the device between looks at the text, where it is shown as it comes.
 TOKENS_PER_LOOK = 8
@@ -40,6 +40,10 @@ class Writer(NamedTuple):
         model = for_inference(self.model)
         return self._replace(model=model, params=for_decoding(self.params, model, form))
 
+    def written(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text of the tokens drawn after a prompt: a reply by itself, or the continuation of a text."""
+        return decode(self.tokenizer, tokens) if self.is_dialogue else decode_after(self.tokenizer, prompt, tokens)
+
     @property
     def stops(self) -> list[int]:
         """The tokens that end a text or a reply."""
@@ -57,7 +61,7 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingCo
         max_tokens=sampling.max_tokens,
         stops=writer.stops,
     )
-    return [decode(writer.tokenizer, tokens) for tokens in drawn]
+    return [writer.written(prompt, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
 
 
 def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[str]:
@@ -70,7 +74,7 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
         generation = extend(writer.params, generation, count, samplers, key, stops, model=writer.model)
         is_done = bool(generation.is_done_B[0]) or drawn + TOKENS_PER_LOOK >= sampling.max_tokens
         tokens = drawn_tokens(generation, [len(prompt)], writer.stops)[0]
-        known = decode(writer.tokenizer, tokens) if is_done else _settled(writer.tokenizer, tokens)
+        known = writer.written(prompt, tokens) if is_done else _settled(writer, prompt, tokens)
         if known.startswith(shown):
             yield known[len(shown) :]
             shown = known
@@ -78,14 +82,14 @@ def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingC
             return
 
 
-def _settled(tokenizer: Codec, tokens: Sequence[int]) -> str:
+def _settled(writer: Writer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The part of the text of `tokens` that later tokens cannot change.
 
     An unfinished character decodes to U+FFFD. Where bytes are tokens for what is no character of the vocabulary, a run
     of them is one text or none: a wrong byte at its end would change all of it.
     """
-    text = decode(tokenizer, tokens)
-    wrong_byte = tokenizer.token_to_id("<0xFF>")
+    text = writer.written(prompt, tokens)
+    wrong_byte = writer.tokenizer.token_to_id("<0xFF>")
     if wrong_byte is not None:
-        text = os.path.commonprefix([text, decode(tokenizer, [*tokens, wrong_byte])])
+        text = os.path.commonprefix([text, writer.written(prompt, [*tokens, wrong_byte])])
     return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip(" ")

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.settings import read_json
 from rustgpt_jax.tokenizers import END, SYSTEM, USER, Codec, Dialect, load_tokenizer, save_tokenizer
+from rustgpt_jax.tokenizers.dialect import turn_end
 
 TOKENIZER, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, GENERATION, MODEL = "chat_template.jinja", "generation_config.json", "config.json"
@@ -43,9 +45,14 @@ def _read_dialect(source: Path, codec: Codec) -> Dialect:
         raise UserError(f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token).")
     named["eos_token"] = stops[0]
     try:
-        return Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
+        dialect = Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
     except ValueError as error:
         raise UserError(f"{source}: a special token or the chat template is no text ({error}).") from None
+    # A base model may know this token without stopping there; once it is taught dialogues, it does.
+    closing = turn_end(dialect, codec.special_tokens)
+    if closing is None or closing in dialect.stops:
+        return dialect
+    return replace(dialect, stops=(*dialect.stops, closing))
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +73,21 @@ class Codec:
         stops = (END, USER, SYSTEM) if self.dialect is None else self.dialect.stops
         return [special_id(self, token) for token in stops]
 
+    @cached_property
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer's post-processor puts before and after a text."""
+        for probe in ("a", "0", ".", " ", "\N{LOWER ONE EIGHTH BLOCK}"):
+            with refusals():
+                plain = self.tokenizer.encode(probe, add_special_tokens=False).ids
+                marked = self.tokenizer.encode(probe, add_special_tokens=True)
+            if plain and 0 in marked.special_tokens_mask:
+                start = marked.special_tokens_mask.index(0)
+                return marked.ids[:start], marked.ids[start + len(plain) :]
+        # Texts of no tokens tell the end from the beginning only by what ends a text.
+        with refusals():
+            around = self.tokenizer.encode("", add_special_tokens=True).ids
+        return (around[:-1], around[-1:]) if len(around) > 1 and around[-1] == self.end_id else (around, [])
+
     def get_vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -107,6 +122,17 @@ def decode(codec: Codec, ids: Iterable[int]) -> str:
     """The text of token ids; special tokens are skipped, and bytes that are not UTF-8 become U+FFFD."""
     with refusals():
         return codec.tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+
+def decode_after(codec: Codec, before: Sequence[int], ids: Iterable[int]) -> str:
+    """The text that token ids add to the text of the tokens before them.
+
+    It is not always the text of the ids alone: some tokenizers write blanks only between tokens, or drop the first.
+    """
+    ids = list(ids)
+    known, whole = decode(codec, before), decode(codec, [*before, *ids])
+    # Where the ids change earlier text, as bytes that complete no character may, they are taken alone.
+    return whole[len(known) :] if whole.startswith(known) else decode(codec, ids)
 
 
 @contextmanager

@@ -43,6 +43,22 @@ class Dialect:
 def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:
     """A dialogue as the model's chat template writes it; `is_asking` ends it where the model is to answer.
 
+    Raises UserError as `renderings` does.
+    """
+    return renderings(dialect, turns, [(len(turns), is_asking)], special_tokens)[0]
+
+
+def renderings(
+    dialect: Dialect, turns: Sequence[Turn], wanted: Sequence[tuple[int, bool]], special_tokens: Sequence[str]
+) -> list[str]:
+    """Beginnings of a dialogue as the model's chat template writes them.
+
+    Args:
+        dialect: has the template.
+        turns: the dialogue.
+        wanted: for each rendering, how many turns it has, and whether it ends where the model is to answer.
+        special_tokens: what no turn may contain.
+
     Raises UserError for a model without a template, a dialogue that the template refuses, and a turn that contains a
     special token: it would be read as one.
     """
@@ -56,10 +72,26 @@ def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, specia
     absent = {"tools": None, "documents": None}
     try:
         template = _compiled(dialect.chat_template)
-        return template.render(messages=messages, add_generation_prompt=is_asking, **absent, **dialect.named)
+        return [
+            template.render(messages=messages[:count], add_generation_prompt=is_asking, **absent, **dialect.named)
+            for count, is_asking in wanted
+        ]
     except Exception as error:  # A template is a program, and may fail in any way.
         reason = str(error) or type(error).__name__
         raise UserError(f"The model's chat template does not take this dialogue: {reason}.") from None
+
+
+def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
+    """The special token that ends the assistant's turns in the chat template, or None if it has none."""
+    question, answer = "q7e2", "a9d4"
+    turns = (Turn("user", question), Turn("assistant", answer), Turn("user", question))
+    try:
+        text = rendered(dialect, turns, is_asking=False, special_tokens=special_tokens)
+    except UserError:
+        return None
+    after = text.partition(answer)[2].partition(question)[0]
+    found = [(after.index(token), -len(token), token) for token in special_tokens if token in after]
+    return min(found)[2] if found else None
 
 
 class _Generation(jinja2.ext.Extension):

@@ -4,7 +4,7 @@ In the dialect of tokenizers trained here every document begins with END, so END
 pads as well. A dialogue's turns begin with the token of their role. Special tokens are inserted by id only.
 
 In another model's dialect a document is what that model's tokenizer makes of a text, with the model's end before or
-after it, and a dialogue is what its chat template writes.
+after it, and a dialogue is what its chat template writes, with the model's end after an answer that nothing ends.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +13,8 @@ import numpy as np
 
 from rustgpt_jax.data.corpora import Document, Turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, refusals, special_id
-from rustgpt_jax.tokenizers.dialect import Dialect, rendered
+from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, encode, refusals, special_id
+from rustgpt_jax.tokenizers.dialect import Dialect, rendered, renderings
 
 # For the tokenizers trained here a text is encoded in pieces of about this many characters, which threads share ...
 PIECE_CHARACTERS = 2**14
@@ -72,9 +72,7 @@ def encode_documents(
 
 def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> list[int]:
     if all(turn.role == "text" for turn in turns):
-        with refusals():
-            prompt = codec.tokenizer.encode("".join(turn.text for turn in turns), add_special_tokens=True).ids
-        return prompt or [codec.end_id]
+        return [*codec.affixes[0], *encode(codec, "".join(turn.text for turn in turns))] or [codec.end_id]
     text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=codec.special_tokens)
     with refusals():
         return codec.template_reader.encode(text, add_special_tokens=False).ids
@@ -92,41 +90,80 @@ def _foreign_documents(
 
 
 def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    with refusals():
-        opening = codec.tokenizer.encode("", add_special_tokens=True).ids
-    if not opening:
-        return np.concatenate([[codec.end_id], words]).astype(np.int32), np.ones(len(words) + 1, bool)
+    opening, closing = codec.affixes
+    end = codec.end_id
+    if end in opening or not (opening or closing):
+        # The end token that begins a document ends the one before it.
+        ids = np.concatenate([opening or [end], words, closing]).astype(np.int32)
+        return ids, np.ones(len(ids), bool)
+    ids = np.concatenate([opening, words, closing, [] if end in closing else [end]]).astype(np.int32)
     # Nothing predicts the tokens with which every text begins.
-    weights = np.arange(len(opening) + len(words) + 1) >= len(opening)
-    return np.concatenate([opening, words, [codec.end_id]]).astype(np.int32), weights
+    return ids, np.arange(len(ids)) >= max(len(opening), 1)
 
 
 def _foreign_dialogue(
     codec: Codec, dialect: Dialect, turns: Sequence[Turn], loss_on: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    text = rendered(dialect, turns, is_asking=False, special_tokens=codec.special_tokens)
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"] if loss_on == "assistant" else []
+    wanted = [(len(turns), False)]
+    for place in answers:
+        wanted += [(place, True), (place + 1, False)]
+    text, *parts = renderings(dialect, turns, wanted, codec.special_tokens)
     with refusals():
         encoding = codec.template_reader.encode(text, add_special_tokens=False)
-    weights = np.full(len(encoding.ids), loss_on == "all")
-    if loss_on == "assistant":
-        ends = np.array([end for _, end in encoding.offsets])
-        for start, end in _answers(codec, dialect, turns, text):
-            weights |= (ends > start) & (ends <= end)
-    return np.array(encoding.ids, np.int32), weights
+    ids, ends = np.array(encoding.ids, np.int32), np.array([end for _, end in encoding.offsets], np.int64)
+    is_stop = np.isin(ids, codec.stop_ids)
+    if loss_on == "all":
+        weights = np.ones(len(ids), bool)
+        is_open = turns[-1].role == "assistant" and _is_open(text, turns[-1].text.strip(), ends, is_stop)
+    else:
+        weights, is_open = np.zeros(len(ids), bool), False
+        for before, after in zip(parts[::2], parts[1::2], strict=True):
+            is_open = _learn_answer(weights, ends, is_stop, _answer_span(text, before, after), dialect)
+    if is_open:
+        # Only another turn would end this one, so the token that ends a text does.
+        ids, weights = np.append(ids, np.int32(codec.end_id)), np.append(weights, True)
+    return ids, weights
 
 
-def _answers(codec: Codec, dialect: Dialect, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
-    """Where in a rendered dialogue each of the assistant's turns begins and ends, its closing token included."""
-    for place, turn in enumerate(turns):
-        if turn.role == "assistant":
-            before = rendered(dialect, turns[:place], is_asking=True, special_tokens=codec.special_tokens)
-            after = rendered(dialect, turns[: place + 1], is_asking=False, special_tokens=codec.special_tokens)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise UserError(
-                    "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
-                    "cannot be told apart: set config.data.loss_on='all'."
-                )
-            yield len(before), len(after)
+def _answer_span(text: str, before: str, after: str) -> tuple[int, int]:
+    """Where an answer begins and ends in a rendered dialogue, given what the template writes before and after it."""
+    if not (text.startswith(before) and text.startswith(after)):
+        raise UserError(
+            "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
+            "cannot be told apart: set config.data.loss_on='all'."
+        )
+    return len(before), len(after)
+
+
+def _learn_answer(
+    weights: np.ndarray, ends: np.ndarray, is_stop: np.ndarray, span: tuple[int, int], dialect: Dialect
+) -> bool:
+    """Set the weights of an answer and of the token that ends it; return whether the dialogue lacks that token.
+
+    Raises UserError when other text than a stop token follows the answer.
+    """
+    is_answer = (ends > span[0]) & (ends <= span[1])
+    weights |= is_answer
+    if is_stop[is_answer].any():
+        return False
+    following = int(np.searchsorted(ends, span[1], side="right"))
+    if following == len(ends):
+        return True
+    if not is_stop[following]:
+        raise UserError(
+            "The model's chat template ends the assistant's turns with none of the tokens that end a reply "
+            f"({', '.join(dialect.stops)}), so the model would not learn to stop: use dialogues of one answer each, "
+            "or a model with another chat template."
+        )
+    weights[following] = True
+    return False
+
+
+def _is_open(text: str, answer: str, ends: np.ndarray, is_stop: np.ndarray) -> bool:
+    """Whether no stop token follows the last answer of a rendered dialogue."""
+    place = text.rfind(answer)
+    return bool(answer) and place >= 0 and not is_stop[ends > place + len(answer)].any()
 
 
 def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
