@@ -214,6 +214,84 @@ class StateInBfloat16(HonestState):
         return x_BTD
 
 
+# Correct mixers of an unusual build.
+
+
+class SubclassedAttention(HonestAttention):
+    """Calls `super().__call__`."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        y_BTD, cache = super().__call__(x_BTD, context, cache)
+        return y_BTD + Linear(self.config, self.config.d_model, residual=True, name="skip")(x_BTD), cache
+
+
+class SowsItsEntropy(HonestAttention):
+    """Has an auxiliary output beside its result."""
+
+    def weights(self, scores_BTS: jax.Array) -> jax.Array:
+        weights_BTS = super().weights(scores_BTS)
+        entropy_BT = -jnp.sum(jax.scipy.special.xlogy(weights_BTS, weights_BTS), axis=-1)
+        self.sow("intermediates", "entropy", jnp.mean(entropy_BT))
+        return weights_BTS
+
+
+class Stateless(nn.Module):
+    """Mixes channels only: its cache has no arrays."""
+
+    config: ModelConfig
+
+    @staticmethod
+    def init_cache(config: ModelConfig, batch: int, length: int) -> dict[str, jax.Array]:
+        del config, batch, length
+        return {}
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        gate_BTD = jax.nn.sigmoid(Linear(self.config, self.config.d_model, name="gate")(x_BTD))
+        return Linear(self.config, self.config.d_model, residual=True, name="output")(gate_BTD * x_BTD), cache
+
+
+class ChunkedState(HonestState):
+    """The same recurrence over chunks of tokens, each by a matrix of decays: the last chunk is filled up."""
+
+    chunk: int = 16
+
+    def decays(self, decay_D: jax.Array) -> jax.Array:
+        return decay_D
+
+    def carried(self, state_BD: jax.Array) -> jax.Array:
+        return state_BD
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        config, (batch, length) = self.config, x_BTD.shape[:2]
+        decay_D = self.decays(jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,))))
+        new_BTD = widened(Linear(config, config.d_model, name="input")(x_BTD))
+        is_token_BT = self.is_token(context)
+        document_BT = jnp.cumsum(self.is_start(context) & is_token_BT, axis=1)
+        state_BD = jnp.zeros((batch, config.d_model), new_BTD.dtype) if cache is None else cache
+        before_B, results = document_BT[:, 0], []
+        for begin in range(0, length, self.chunk):
+            tokens = slice(begin, begin + self.chunk)
+            age_BT = jnp.cumsum(is_token_BT[:, tokens], axis=1)
+            later_BTS = age_BT[:, :, None] - age_BT[:, None, :]
+            order_T = jnp.arange(age_BT.shape[1])
+            is_seen_BTS = (order_T[None, :, None] >= order_T[None, None, :]) & is_token_BT[:, None, tokens]
+            is_seen_BTS &= document_BT[:, tokens, None] == document_BT[:, None, tokens]
+            powers_BTSD = decay_D[None, None, None] ** jnp.maximum(later_BTS, 0)[..., None].astype(decay_D.dtype)
+            faded_BTSD = jnp.where(is_seen_BTS[..., None], powers_BTSD, 0)
+            h_BTD = jnp.einsum("BTSD,BSD->BTD", faded_BTSD, new_BTD[:, tokens])
+            goes_on_BT1 = (document_BT[:, tokens] == before_B[:, None])[..., None]
+            since_BTD = decay_D[None, None] ** age_BT[..., None].astype(decay_D.dtype)
+            h_BTD = h_BTD + jnp.where(goes_on_BT1, since_BTD * state_BD[:, None], 0)
+            results.append(h_BTD)
+            state_BD, before_B = self.carried(h_BTD[:, -1]), document_BT[:, tokens][:, -1]
+        h_BTD = jnp.concatenate(results, axis=1).astype(x_BTD.dtype)
+        y_BTD = Linear(config, config.d_model, residual=True, name="output")(h_BTD)
+        return y_BTD, None if cache is None else state_BD
+
+
 # Feed-forwards.
 
 

@@ -36,6 +36,13 @@ OF_A_WHOLE = ("isolation", "cache", "parameters")
 LONG_CHECKS = ("finite", "vmap", "remat", "initial_scale", "layers", "flops")
 FIRST = tuple(next(iter(TABLES[kind])) for kind in MODEL_KINDS)
 HONEST = ("mixers/broken_parts:HonestAttention", "broken_parts:HonestState", "broken_parts:HonestFeedForward")
+# Correct mixers of an unusual build, and the checks that have most to do with it.
+UNUSUAL = {
+    "SubclassedAttention": ("shapes", "cache"),
+    "SowsItsEntropy": ("shapes", "cache"),
+    "Stateless": ("shapes", "cache", "causality"),
+    "ChunkedState": ("shapes", "cache", "causality", "isolation"),
+}
 
 pytest_plugins = ["pytester"]
 
@@ -113,6 +120,21 @@ def test_families_conform(subject: Subject, name: str) -> None:
 @pytest.mark.long
 @over_parts(HONEST)
 def test_the_parts_that_mistakes_are_made_in_conform(subject: Subject, name: str) -> None:
+    require_ok(subject, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "check_name"), [(name, check_name) for name, checks in UNUSUAL.items() for check_name in checks]
+)
+def test_correct_mixers_of_unusual_build_pass(name: str, check_name: str) -> None:
+    (subject,) = subjects(f"mixers/broken_parts:{name}", {"n_layers": 1})
+    require_ok(subject, check_name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@over_parts(tuple(f"mixers/broken_parts:{name}" for name in UNUSUAL))
+def test_correct_mixers_of_unusual_build_pass_every_check(subject: Subject, name: str) -> None:
     require_ok(subject, name)
 
 

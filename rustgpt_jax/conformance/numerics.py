@@ -76,7 +76,8 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
         )
         # The residual stream has its own type whatever is added to it: the parts' own results are asked for theirs.
         for name, own in (("mixer", stack.block.for_mixer), ("feedforward", stack.block.for_feedforward)):
-            ((result, *_),) = kept["intermediates"][name]["__call__"]
+            # One result for each `__call__` on the way: that of a subclass comes after that of `super().__call__`.
+            result, *_ = kept["intermediates"][name]["__call__"][-1]
             _require_type(result, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
         _require_type(y, x.shape, model.dtype, f"the output of block {index}", where)
         for name, signal in signals.items():
