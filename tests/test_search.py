@@ -53,7 +53,7 @@ from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.ledger import Ledger
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.search import check_rungs, halve, parzen
+from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.training import lanes
@@ -288,16 +288,16 @@ def bowl(config: Any, step: int) -> float:
     return (math.log10(rate) + 2) ** 2 + config.optimizer.weight_decay + 0.01 * config.seed - 1e-3 * step
 
 
-def searched(path: Path, search: TreeParzen) -> None:
+def searched(path: Path, search: TreeParzen, tree: Any = None) -> None:
     with opened(path) as sweep:
-        parzen(sweep, search, tiny_tree(), ())
+        parzen(sweep, search, tree or tiny_tree(), ())
 
 
-def study(path: Path) -> list[tuple[dict[str, Any], list[float] | None, str]]:
+def study(path: Path, search: TreeParzen, tree: Any = None) -> list[tuple[dict[str, Any], list[float] | None, str]]:
     """What was suggested and told: point, values and state, in the order of the suggestions."""
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(SweepFolder(path).study_file)))
-    trials = optuna.load_study(study_name="sweep", storage=storage).trials
-    return [(each.params, each.values, each.state.name) for each in trials]
+    trials = optuna.load_study(study_name=study_name(search, tree or tiny_tree()), storage=storage).trials
+    return [(decode_params(search, each.params), each.values, each.state.name) for each in trials]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 16])
@@ -308,7 +308,7 @@ def test_a_killed_search_asks_for_the_same_trials(
     ticks = by_formula(bowl)
     searched(tmp_path / "straight", search)
     assert killed_often(lambda: searched(tmp_path / "killed", search), ticks, batch) > 5
-    assert study(tmp_path / "killed") == study(tmp_path / "straight")
+    assert study(tmp_path / "killed", search) == study(tmp_path / "straight", search)
     assert table(tmp_path / "killed") == table(tmp_path / "straight")
 
 
@@ -316,15 +316,15 @@ def test_points_are_told_as_they_ended(by_formula: Callable[[Loss], Ticks], tmp_
     by_formula(bowl)
     search = tree_parzen(13, SPACE, batch=4)
     searched(tmp_path, search)
-    found = study(tmp_path)
+    found = study(tmp_path, search)
     assert len(found) == 13 == len(events(tmp_path, "planned"))
     for point, told, state in found:
         (trial,) = expand(tiny_tree(), [point])
         loss = bowl(trial.config, 12)
-        assert (told, state) == ((None, "FAIL") if math.isnan(loss) else ([loss], "COMPLETE"))
-    assert {state for _, _, state in found} == {"FAIL", "COMPLETE"}
+        assert (told, state) == ((None, "PRUNED") if math.isnan(loss) else ([loss], "COMPLETE"))
+    assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
     searched(tmp_path, search)
-    assert study(tmp_path) == found
+    assert study(tmp_path, search) == found
 
     assert all(json.loads(line) for line in SweepFolder(tmp_path).study_file.read_text().splitlines())
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -337,14 +337,15 @@ def test_a_point_is_told_the_mean_over_its_seeds(by_formula: Callable[[Loss], Ti
         return math.nan if config.seed == 7 and config.optimizer.weight_decay > 0.15 else bowl(config, step)
 
     by_formula(loss)
-    searched(tmp_path, tree_parzen(8, SPACE, batch=3, seeds=(0, 3, 7)))
-    found = study(tmp_path)
+    search = tree_parzen(8, SPACE, batch=3, seeds=(0, 3, 7))
+    searched(tmp_path, search)
+    found = study(tmp_path, search)
     assert len(found) == 8 and len(events(tmp_path, "planned")) == 24
     for point, told, _ in found:
         configs = [trial.config for trial in expand(tiny_tree(), product([point], values("seed", 0, 3, 7)))]
         mean = np.mean([loss(config, 12) for config in configs])
         assert told is None if math.isnan(mean) else told == pytest.approx([mean])
-    assert {state for _, _, state in found} == {"FAIL", "COMPLETE"}
+    assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
 
 
 def test_suggestions_follow_what_was_found(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
@@ -357,14 +358,77 @@ def test_suggestions_follow_what_was_found(by_formula: Callable[[Loss], Ticks], 
         by_formula(loss)
         path = tmp_path / loss.__name__
         searched(path, search)
-        rates[loss] = [point["optimizer.learning_rate"] for point, _, _ in study(path)]
+        rates[loss] = [point["optimizer.learning_rate"] for point, _, _ in study(path, search)]
     assert rates[bowl][:10] == rates[elsewhere][:10]
     centre = {loss: np.median(np.log10(found[15:])) for loss, found in rates.items()}
     assert abs(centre[bowl] + 2) < abs(centre[elsewhere] + 2)
     assert abs(centre[elsewhere] + 4) < abs(centre[bowl] + 4)
     by_formula(bowl)
-    searched(tmp_path / "other", replace(search, seed=search.seed + 100))
-    assert study(tmp_path / "other")[0] != study(tmp_path / "bowl")[0]
+    other = replace(search, seed=search.seed + 100)
+    searched(tmp_path / "other", other)
+    assert study(tmp_path / "other", other)[0] != study(tmp_path / "bowl", search)[0]
+
+
+def test_options_of_any_kind_are_searched(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    options: dict[str, tuple[Any, ...]] = {
+        "model.mixers": (("attention",), ("local_attention", "attention")),
+        "optimizer.weight_decay_groups": ((("norm", 0.0), (".*", 1.0)), ((".*", 1.0),)),
+        "data.window": (None, 8),
+    }
+    search = tree_parzen(24, SPACE | {path: choice(*each) for path, each in options.items()}, batch=4)
+    for _ in range(2):
+        searched(tmp_path, search)
+        found = study(tmp_path, search)
+        assert len(found) == 24
+        for path, each in options.items():
+            assert {point[path] for point, _, _ in found} == set(each)
+
+
+# What is another search, and what is the same one that goes on.
+
+OTHER_CONFIGS: dict[str, dict[str, Any]] = {
+    "more steps": {"training.steps": 24},
+    "a seed": {"seed": 5},
+    "a stage": {"stages": ({"name": "train", "optimizer": {"b1": 0.5}},)},
+}
+OTHER_SEARCHES: dict[str, dict[str, Any]] = {
+    "another range": {"space": SPACE | {"optimizer.learning_rate": log_uniform(1e-4, 1.0)}},
+    "another kind": {"space": SPACE | {"optimizer.learning_rate": uniform(1e-4, 1e-1)}},
+    "another option": {"space": SPACE | {"schedule.warmup_steps": choice(1, 2, 4)}},
+    "another knob": {"space": SPACE | {"optimizer.b1": uniform(0.8, 0.9)}},
+    "another seed": {"seed": 1},
+    "seeds": {"seeds": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_an_edited_config_is_another_study(by_formula: Callable[[Loss], Ticks], name: str, tmp_path: Path) -> None:
+    by_formula(bowl)
+    search, changed = tree_parzen(4, SPACE, batch=2), tiny_tree(**OTHER_CONFIGS[name])
+    searched(tmp_path, search)
+    searched(tmp_path, search, changed)
+    assert len(study(tmp_path, search)) == len(study(tmp_path, search, changed)) == 4
+    assert len(events(tmp_path, "finished", "diverged")) == 8
+
+
+def test_what_a_study_depends_on() -> None:
+    def name(tree: Any = None, n_trials: int = 4, batch: int = 2, space: Any = SPACE, **more: Any) -> str:
+        return study_name(tree_parzen(n_trials, space, batch=batch, **more), tree or tiny_tree())
+
+    same = [name(), name(n_trials=9, batch=3), name(tiny_tree(**{"optimizer.weight_decay": 0.25, "mesh.data": 1}))]
+    other = [name(tiny_tree(**changes)) for changes in OTHER_CONFIGS.values()]
+    other += [name(**changes) for changes in OTHER_SEARCHES.values()]
+    assert len(set(same)) == 1 and len({*same, *other}) == 1 + len(other)
+
+
+def test_a_search_is_extended_as_if_it_had_been_longer(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    long = tree_parzen(16, SPACE, batch=4)
+    searched(tmp_path / "long", long)
+    for n_trials in (4, 8, 16):
+        searched(tmp_path / "extended", replace(long, n_trials=n_trials))
+    assert study(tmp_path / "extended", long) == study(tmp_path / "long", long)
 
 
 def test_a_stopped_search_tells_nothing(
@@ -379,9 +443,9 @@ def test_a_stopped_search_tells_nothing(
     with monkeypatch.context() as patch:
         patch.setitem(LAUNCHERS, "inline", stopping)
         searched(tmp_path / "stopped", search)
-    assert [state for _, _, state in study(tmp_path / "stopped")] == ["RUNNING"] * 3
+    assert [state for _, _, state in study(tmp_path / "stopped", search)] == ["RUNNING"] * 3
     searched(tmp_path / "stopped", search)
-    assert study(tmp_path / "stopped") == study(tmp_path / "straight")
+    assert study(tmp_path / "stopped", search) == study(tmp_path / "straight", search)
 
 
 def test_one_launch_at_a_time_leads_a_search(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
@@ -418,7 +482,11 @@ def test_a_search_that_is_killed_decides_the_same(name: str, tmp_path: Path) -> 
         launcher(path, flag).ends()
     assert (path / "results.csv").read_bytes() == (tmp_path / "straight" / "results.csv").read_bytes()
     if name == "parzen":
-        assert study(path) == study(tmp_path / "straight")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path))
+            searches = __import__("searches")
+        search, tree = searches.sweep_parzen(), searches.get_config()
+        assert study(path, search, tree) == study(tmp_path / "straight", search, tree)
 
 
 def _has_checkpoints(path: Path, least: int) -> bool:

@@ -2,13 +2,17 @@
 search that is killed at any moment goes on as if nothing had happened.
 """
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rustgpt_jax.config import stages
+from rustgpt_jax.config import is_of_result, stages
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import leaves
 from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.sweeps.space import (
@@ -17,6 +21,7 @@ from rustgpt_jax.sweeps.space import (
     Integers,
     LogIntegers,
     LogUniform,
+    Overrides,
     SuccessiveHalving,
     TreeParzen,
     Uniform,
@@ -88,11 +93,11 @@ def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) ->
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011): ask for a batch, run it as one, tell.
 
     Each suggestion is a function of the seed, its number, and what was found before, so a search that is begun again
-    asks for the same trials.
+    asks for the same trials. Another config or another space is another study, which begins anew.
     """
     fixed = tuple(fixed)
     with lock(sweep.folder.path):
-        study = _study(sweep, search)
+        study = _study(sweep, search, tree)
         while not sweep.stop and len(study.trials) - len(_running(study)) < search.n_trials:
             _ask(study, search)
             batch = {each.number: _trials_of(each, search, tree, fixed) for each in _running(study)}
@@ -104,7 +109,7 @@ def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) ->
                     _tell(study, number, [_final_loss(sweep, member) for member in members])
 
 
-def _study(sweep: Sweep, search: TreeParzen) -> Any:
+def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
     try:
         import optuna
     except ModuleNotFoundError:
@@ -115,7 +120,25 @@ def _study(sweep: Sweep, search: TreeParzen) -> Any:
     # The sweep's own lock keeps others out, and is let go of when a process is killed.
     backend = JournalFileBackend(str(sweep.folder.study_file), lock_obj=_NoLock())  # type: ignore[arg-type]
     storage = optuna.storages.JournalStorage(backend)
-    return optuna.create_study(study_name="sweep", storage=storage, load_if_exists=True, direction="minimize")
+    name = study_name(search, tree)
+    return optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction="minimize")
+
+
+def study_name(search: TreeParzen, tree: Any) -> str:
+    """The name of a search's study: a hash of what its losses depend on.
+
+    That is the config but for the knobs that are searched, the space, and the seeds. The number of trials and the
+    size of a batch are not part of it, so that a search can be extended.
+    """
+    searched = {path for path, _ in search.space} | ({"seed"} if search.seeds else set())
+    config = {path: value for path, value in leaves(tree) if path not in searched and is_of_result(path)}
+    space = {path: [type(each).__name__, dataclasses.astuple(each)] for path, each in search.space}
+    described = json.dumps([config, space, search.seed, search.seeds], sort_keys=True, default=_as_dict)
+    return f"sweep {hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return dict(value.items())
 
 
 class _NoLock:
@@ -140,20 +163,26 @@ def _ask(study: Any, search: TreeParzen) -> None:
     """
     import optuna
 
-    space = {path: _optuna(distribution) for path, distribution in search.space}
     n_told = len(study.trials) - len(_running(study))
     end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
     for number in range(len(study.trials), end):
-        sampler = optuna.samplers.TPESampler(
-            seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
-        )
-        in_memory = optuna.create_study(sampler=sampler)
-        in_memory.add_trials(study.trials)
-        asked = in_memory.ask(space)
+        asked = suggest(search, study.trials, number)
         running = optuna.trial.TrialState.RUNNING
         study.add_trial(
             optuna.trial.create_trial(state=running, params=asked.params, distributions=asked.distributions)
         )
+
+
+def suggest(search: TreeParzen, trials: Sequence[Any], number: int) -> Any:
+    """The suggestion of Optuna's sampler with a number, given the (frozen) trials before it."""
+    import optuna
+
+    sampler = optuna.samplers.TPESampler(
+        seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
+    )
+    in_memory = optuna.create_study(sampler=sampler)
+    in_memory.add_trials(trials)
+    return in_memory.ask({path: _optuna(distribution) for path, distribution in search.space})
 
 
 def _optuna(distribution: Distribution) -> Any:
@@ -161,7 +190,8 @@ def _optuna(distribution: Distribution) -> Any:
 
     match distribution:
         case Choice(options):
-            return optuna.distributions.CategoricalDistribution(options)
+            # By number: options may be tuples, which JSON would turn into lists.
+            return optuna.distributions.CategoricalDistribution(range(len(options)))
         case Integers(low, high):
             return optuna.distributions.IntDistribution(low, high)
         case LogIntegers(low, high):
@@ -172,11 +202,20 @@ def _optuna(distribution: Distribution) -> Any:
             return optuna.distributions.FloatDistribution(low, high, log=True)
 
 
+def decode_params(search: TreeParzen, params: dict[str, Any]) -> Overrides:
+    """The overrides that Optuna's parameters stand for: of a choice, the option itself and not its number."""
+    return {
+        path: distribution.options[params[path]] if isinstance(distribution, Choice) else params[path]
+        for path, distribution in search.space
+    }
+
+
 def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> list[Trial]:
     """The trials that one suggestion is tried with: one, or one for each seed."""
+    overrides = decode_params(search, asked.params)
     if not search.seeds:
-        return expand(tree, [asked.params], fixed)
-    return [trial(tree, {**asked.params, "seed": seed}) for seed in search.seeds]
+        return expand(tree, [overrides], fixed)
+    return [trial(tree, {**overrides, "seed": seed}) for seed in search.seeds]
 
 
 def _final_loss(sweep: Sweep, each: Trial) -> float:
@@ -187,11 +226,15 @@ def _final_loss(sweep: Sweep, each: Trial) -> float:
 
 
 def _tell(study: Any, number: int, losses: list[float]) -> None:
-    """The mean over the seeds; a point that diverged or failed anywhere is told as failed."""
+    """Tell the mean over the seeds, or, for a point that diverged or failed anywhere, that it was pruned.
+
+    The sampler leaves failed trials out of account, and would go on proposing what diverges; pruned ones it takes to
+    be worse than all others.
+    """
     import optuna
 
     mean = sum(losses) / len(losses)
     if math.isfinite(mean):
         study.tell(number, mean)
     else:
-        study.tell(number, state=optuna.trial.TrialState.FAIL)
+        study.tell(number, state=optuna.trial.TrialState.PRUNED)
