@@ -62,6 +62,10 @@ flags.DEFINE_enum(
     "For export: another type than the parameters have; int8 for a .gguf file only.",
 )
 flags.DEFINE_list("only", [], "For check: the names of the checks to make, instead of all.")
+flags.DEFINE_multi_string(
+    "module_path", [], "A folder in which parts named by an import path are looked for. May be repeated."
+)
+flags.DEFINE_bool("trust", False, "For rerun and diff: run the code that a run's folder keeps, whoever wrote it.")
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
 OVERVIEW = """\
@@ -78,8 +82,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     generate  RUN --prompt=TEXT ...          continue texts, or answer questions
     chat      RUN                            talk to the model
     replay    RUN --step=K [--taps]          one step again, bit for bit; with taps, what every layer did in it
-    rerun     RUN [--to=DIR]                 the whole run again, from its folder alone, and whether it is the same
-    diff      RUN RUN                        where two runs differ, and the first tensor that does
+    rerun     RUN [--to=DIR] [--trust]       the whole run again, from its folder alone, and whether it is the same
+    diff      RUN RUN [--trust]              where two runs differ, and the first tensor that does
     doctor    RUN [--step=K]                 why a step went wrong, and what would have saved it
     check     [PART ...]                     check a layer: mixers/attention, my_lab.mixers:Retention, or all there are
     import    --from=DIR --run=DIR           make a run of a Hugging Face model (with --config: its training knobs)
@@ -94,6 +98,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
     train --profile=START:STOP traces these steps (docs/performance.md)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
+    --module_path=DIR adds a folder in which parts of your own are looked for; --trust runs the code that a run's folder
+    keeps where it is not the code installed here (docs/security.md)
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
 
 Begin with:  python launch.py train --config=configs/rustgpt.py
@@ -149,7 +155,7 @@ def _submit(folder: Path, config: Any) -> int:
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
     check(folder, config)
     check_parts(config)
-    given = [FLAGS[name] for name in VERBS["train"].flags if name not in ("launcher", "slurm")]
+    given = [FLAGS[name] for name in (*VERBS["train"].flags, *OF_ALL_VERBS) if name not in ("launcher", "slurm")]
     words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]
     knobs = [f"--config.{path}={text}" for path, text in _overrides]
     command = [sys.executable, str(Path(__file__).resolve()), "train", *words, *knobs]
@@ -305,7 +311,7 @@ def rerun() -> int:
 
     from rustgpt_jax.reproduce.rerun import rerun
 
-    return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console())
+    return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console(), FLAGS.trust)
 
 
 def diff() -> int:
@@ -316,7 +322,7 @@ def diff() -> int:
 
     if len(_arguments) != 2:
         raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
-    return 0 if diff(*map(Path, _arguments), Console()) else 1
+    return 0 if diff(*map(Path, _arguments), Console(), FLAGS.trust) else 1
 
 
 def doctor() -> int:
@@ -400,13 +406,15 @@ VERBS = {
     "generate": Verb(generate, ("run", "checkpoint", "prompt")),
     "chat": Verb(chat, ("run", "checkpoint")),
     "replay": Verb(replay, ("run", "step", "taps")),
-    "rerun": Verb(rerun, ("run", "to")),
-    "diff": Verb(diff, (), 2),
+    "rerun": Verb(rerun, ("run", "to", "trust")),
+    "diff": Verb(diff, ("trust",), 2),
     "doctor": Verb(doctor, ("run", "step")),
     "check": Verb(check, ("only",), sys.maxsize),
     "import": Verb(import_model, ("from", "run", "config"), 0),
     "export": Verb(export, ("run", "to", "checkpoint", "dtype")),
 }
+# Flags that every verb reads.
+OF_ALL_VERBS = ("module_path",)
 # Verbs that read no knobs.
 WITHOUT_KNOBS = ("report", "replay", "rerun", "diff", "doctor", "export")
 
@@ -527,7 +535,7 @@ def _check_usage(verb: str) -> None:
         _fail(f"{verb} takes {takes}, and {_arguments[most]!r} is one; flags begin with --.")
     ours = [flag.name for flag in FLAGS.get_flags_for_module(FLAGS.find_module_defining_flag("config"))]
     for name in ours:
-        if FLAGS[name].present and name not in own:
+        if FLAGS[name].present and name not in (*own, *OF_ALL_VERBS):
             readers = ", ".join(each for each, (_, names, _) in VERBS.items() if name in names)
             _fail(f"{verb} does not read --{name}; what reads it: {readers}.")
     if _overrides and verb in WITHOUT_KNOBS:
@@ -540,6 +548,23 @@ def _check_usage(verb: str) -> None:
         FLAGS.run = _arguments[0]
 
 
+def _search_modules(verb: str) -> None:
+    """Set where parts named by an import path, such as my_lab.mixers:Retention, are looked for.
+
+    Child processes look there too. The current folder is searched only where the user's own words name the parts: in a
+    config file or as arguments of `check`. What a run's folder names may be somebody else's choice.
+    """
+    folders = [str(Path(folder).resolve()) for folder in FLAGS.module_path]
+    for given, folder in zip(FLAGS.module_path, folders, strict=True):
+        if not Path(folder).is_dir():
+            _fail(f"--module_path={given}: there is no such folder.")
+    if folders:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
+    if FLAGS.config is not None or verb == "check":
+        folders.append(str(Path.cwd()))
+    sys.path += folders
+
+
 def main(argv: Sequence[str]) -> int:
     """Call the verb named on the command line."""
     if len(argv) == 1:
@@ -549,6 +574,7 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
     _check_usage(verb)
+    _search_modules(verb)
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.
@@ -565,8 +591,6 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    # Parts of one's own, such as my_lab.mixers:Retention, are looked for in the current folder too.
-    sys.path.append(str(Path.cwd()))
     if any(word in ("-h", "-help", "--help") for word in sys.argv[1:]):
         print(OVERVIEW, end="")
     else:

@@ -1,12 +1,26 @@
 """Parts by name: an entry of a table, or anything that can be imported, as 'my_lab.mixers:Retention'."""
 
 import importlib
-from collections.abc import Mapping
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from rustgpt_jax.errors import UserError, suggestion
 
 Part = TypeVar("Part")
+
+# An import path in JSON, such as "my_lab.mixers:Retention": its module and its name there.
+IMPORT_PATH = re.compile(r'"([A-Za-z_][\w.]*):([A-Za-z_]\w*)"')
+
+# Modules that files of run folders name, with the first file that names each. Such a file may be somebody else's.
+_named_by_files: dict[str, Path] = {}
 
 
 def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
@@ -21,6 +35,19 @@ def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
     return table[name]
 
 
+def note_import_paths(text: str, file: Path) -> None:
+    """Note the modules that a file of a run folder names.
+
+    Such a module is not looked up in the current folder, and its first import is announced on stderr.
+
+    Args:
+        text: The file's content, JSON.
+        file: The file, for the announcement.
+    """
+    for module, _ in IMPORT_PATH.findall(text):
+        _named_by_files.setdefault(module, file)
+
+
 def imported(path: str, what: str) -> Any:
     """What stands at an import path, 'package.module:name'. Raises UserError for a module or a name that is not there.
 
@@ -30,15 +57,68 @@ def imported(path: str, what: str) -> Any:
     if "" in module_name.split("."):
         raise UserError(f"{what}={path!r} is no import path; one looks like my_lab.mixers:Retention.")
     try:
-        module = importlib.import_module(module_name)
+        module = _module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise UserError(
-            f"{what}={path!r}: there is no module {error.name!r} here. Parts are looked for in the current folder and "
-            "among the installed packages."
-        ) from None
+        looked = _where_looked_for(error.name)
+        raise UserError(f"{what}={path!r}: there is no module {error.name!r} here. {looked}") from None
     if not hasattr(module, name):
         names = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(f"{what}={path!r}: {module.__name__} has no {name!r}.{suggestion(name, names)}")
     return getattr(module, name)
+
+
+def _module(name: str) -> ModuleType:
+    """Import a module by the rules for whoever names it."""
+    file = _named_by_files.get(name)
+    if file is None or name in sys.modules:
+        return importlib.import_module(name)
+    with _without_current_folder():
+        package = name.partition(".")[0]
+        if package not in sys.modules:
+            # Finding a top-level module runs none of its code.
+            found = PathFinder.find_spec(package)
+            if found is not None:
+                place = found.origin or ", ".join(found.submodule_search_locations or ())
+                print(f"{file} names a part of the module {name}: importing it from {place}.", file=sys.stderr)
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _without_current_folder() -> Iterator[None]:
+    """Search no folder for modules only because it is the current one, while the block runs."""
+    before = list(sys.path)
+    sys.path[:] = search_path()
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def search_path() -> list[str]:
+    """The entries of `sys.path` that stand for what is installed or for folders that the user named.
+
+    Python puts the current folder first for `python -c`, `python -m` and in notebooks. It stays only if PYTHONPATH
+    names it, or if this package is in it.
+    """
+    here = os.path.realpath(os.curdir)
+    named = {os.path.realpath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    named.add(os.path.realpath(Path(__file__).parent.parent))
+    # What follows the standard library comes from installed packages or was appended on purpose.
+    standard = sysconfig.get_path("stdlib")
+    n_leading = sys.path.index(standard) if standard in sys.path else len(sys.path)
+    return [
+        entry
+        for place, entry in enumerate(sys.path)
+        if entry and (place > n_leading or os.path.realpath(entry) != here or here in named)
+    ]
+
+
+def _where_looked_for(module: str) -> str:
+    """Where a module that was not found is looked for."""
+    searched = "It is looked for among the installed packages and in folders that PYTHONPATH or --module_path names"
+    if PathFinder.find_spec(module.partition(".")[0], [os.curdir]) is None:
+        return f"{searched}."
+    return f"{searched}, not in the current folder, which has one: --module_path=. would take that."

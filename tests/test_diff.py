@@ -30,10 +30,10 @@ DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits":
 CODE = {"rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
 
 
-def said_of(first: Path, second: Path) -> tuple[bool, list[str]]:
+def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
     """Whether two runs are the same, and the lines that are said of them."""
     console = Console(file=StringIO(), width=300)
-    is_same = diff(first, second, console)
+    is_same = diff(first, second, console, is_trusted)
     return is_same, console.file.getvalue().splitlines()
 
 
@@ -203,7 +203,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
 ) -> None:
     asked = []
 
-    def trace(run: RunFolder, begin: int, last: int, has_taps: bool) -> traces.Trace:
+    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> traces.Trace:
         asked.append((begin, last, has_taps))
         steps = {number: a_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
@@ -330,7 +330,7 @@ def test_a_seeded_mutation_is_the_first_that_is_named(
 ) -> None:
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     mutate(tmp_path)
-    is_same, lines = said_of(tmp_path / "run", tmp_path / "other")
+    is_same, lines = said_of(tmp_path / "run", tmp_path / "other", is_trusted=True)
     assert not is_same
     text = "\n".join(lines)
     (first,) = [number for number, line in enumerate(lines) if line.endswith(":")][:1]

@@ -54,15 +54,39 @@ def test_it_does_not_tell_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None
     assert environment()["variables"]["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
 
 
-NAMES = some.text(string.ascii_uppercase + "_", min_size=1, max_size=12) | some.sampled_from(["JAX_A", "XLA_B"])
+NAMES = some.sampled_from(["JAX_", "XLA_", "NVIDIA_", "CUDA_", "NCCL_", "TPU_", ""]).flatmap(
+    lambda prefix: some.text(string.ascii_uppercase + "_", min_size=1, max_size=12).map(prefix.__add__)
+) | some.sampled_from(environments.VARIABLES)
 
 
 @given(some.dictionaries(NAMES, some.just(SECRET)))
 @hypothesis.settings(max_examples=100)
 def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
-    others = {"HOME": "a", "AWS_SECRET": "b", "WANDB_API_KEY": "c", "JAX_API_TOKEN": "d"}
-    listed = {name: value for name, value in values.items() if name.startswith(environments.PREFIXES)}
-    assert variables(values | others) == variables(listed)
+    others = {"HOME": "a", "JAX_PASSPHRASE": "b", "NVIDIA_NGC_CRED": "c", "CUDA_API_AUTH": "d", "JAX_API_TOKEN": "e"}
+    listed = {name: values[name] for name in environments.VARIABLES if name in values}
+    without_flags = {name: value for name, value in listed.items() if name not in environments.OF_FLAGS}
+    assert variables(values | others) == without_flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0",) * 2,
+        ("--xla_gpu_enable_latency_hiding_scheduler",) * 2,
+        ("--xla_gpu_cuda_data_dir=elsewhere --xla_gpu_autotune_level=0", "--xla_gpu_autotune_level=0"),
+        ("--xla_anything=/tmp/programs", ""),
+        ("--xla_dump_to=here", ""),
+        ("--xla_gpu_ptx_file=mine.ptx", ""),
+        ("flags.txt", ""),
+        ("--xla_force_host_platform_device_count=8", ""),
+    ],
+)
+def test_flags_that_name_files_are_neither_recorded_nor_given_to_another_process(flags: str, kept: str) -> None:
+    """XLA runs programs that it finds in the folders that some flags name."""
+    assert variables({"XLA_FLAGS": flags}).get("XLA_FLAGS", "") == kept
+    recorded = json.loads(json.dumps(environment())) | {"variables": {"XLA_FLAGS": flags, "LD_PRELOAD": "evil.so"}}
+    given = as_variables(recorded, n_devices=1)
+    assert given.get("XLA_FLAGS", "") == kept and "LD_PRELOAD" not in given
 
 
 def test_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

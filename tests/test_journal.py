@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import past
-from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.folder import RunFolder, lock
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import launches, programs
 
@@ -118,3 +118,29 @@ def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tm
     Journal(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
     with pytest.raises(UserError, match=f"journal.jsonl is damaged: a line of the event '{event}' has no '{missing}'"):
         read(run)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """In somebody else's folder a link may lead to any file of one's own."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    for name in ("journal.jsonl", ".lock"):
+        (tmp_path / name).symlink_to(mine)
+    with pytest.raises(UserError, match="cannot be written"):
+        Journal(tmp_path / "journal.jsonl").append("launch")
+    with pytest.raises(UserError, match="cannot be locked"), lock(tmp_path):
+        pass
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_others_may_do_what_the_umask_says(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        Journal(tmp_path / "journal.jsonl").append("launch")
+        with lock(tmp_path):
+            pass
+    finally:
+        os.umask(before)
+    for name in ("journal.jsonl", ".lock"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask

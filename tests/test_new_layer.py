@@ -126,7 +126,11 @@ def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
         other,
         "--config.training.steps=10",
     )
-    run(lab, launch, "generate", "--run=run", "--prompt=a", "--config.sampling.max_tokens=2")
+    generate = ("generate", "--run=run", "--prompt=a", "--config.sampling.max_tokens=2")
+    run(lab, launch, *generate, "--module_path=.")
+    # What the run's folder names is not taken from the current folder, only because it is current.
+    done = subprocess.run([sys.executable, launch, *generate], cwd=lab, capture_output=True, text=True)
+    assert done.returncode == 2 and "--module_path=. would take that" in done.stderr
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_the_readme_lists_every_recipe() -> None:
 
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
-PROMISES = PAGES["reproducibility.md"] + PAGES["scaling.md"]
+PROMISES = PAGES["reproducibility.md"] + PAGES["scaling.md"] + PAGES["security.md"]
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:

@@ -35,10 +35,10 @@ from rustgpt_jax.training.signals import SIGNALS
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def rerun(path: Path, to: Path | None = None) -> tuple[bool, str]:
+def rerun(path: Path, to: Path | None = None, is_trusted: bool = False) -> tuple[bool, str]:
     """Run again. Whether it is the same, and what was said of it."""
     console = Console(file=StringIO(), width=200)
-    status = reruns.rerun(path, to, console)
+    status = reruns.rerun(path, to, console, is_trusted)
     assert status in (0, 1)
     return status == 0, console.file.getvalue()
 
@@ -388,11 +388,11 @@ def test_a_rerun_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     train_elsewhere(text.parent / "run", code, **corpus, **{"record.prompts": ["A"], "sampling.max_tokens": 2})
     shutil.rmtree(code)
     os.rename(text.parent / "run", tmp_path / "moved")
-    is_same, said = rerun(tmp_path / "moved", tmp_path / "again")
+    is_same, said = rerun(tmp_path / "moved", tmp_path / "again", is_trusted=True)
     assert is_same and "bit-identical for 6 steps" in said and "2 texts" in said, said
     # Without its text, it cannot be the same.
     text.write_text("To be, or not to be, that is not the question:\n" * 40)
-    is_same, said = rerun(tmp_path / "moved", tmp_path / "other")
+    is_same, said = rerun(tmp_path / "moved", tmp_path / "other", is_trusted=True)
     assert not is_same
     assert "Step 1 is the first that differs" in said
     assert "  stage train: small.txt: " in said, said

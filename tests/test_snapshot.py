@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -373,3 +374,74 @@ def test_a_copy_of_the_code_knows_where_git_has_it(
     trial = run_folder(tmp_path / "trial")
     assert keep_code(trial) == about and about["git"]["clean"] is False
     assert contents(trial.code) == contents(first.code)
+
+
+# What is not kept.
+
+SECRETS = (".env", "prod.env", "id_rsa", "id_ed25519.pub", "server.pem", "api.key", "my_Secrets.py", ".aws/config")
+
+
+def kept_names(run: RunFolder, about: dict[str, Any]) -> set[str]:
+    return set(read_code(run.code / f"{about['code']}.zip"))
+
+
+@pytest.mark.parametrize("is_tracked", [True, False])
+def test_secrets_are_not_kept(is_tracked: bool, code: Path, tmp_path: Path) -> None:
+    secrets = {f"{folder}/{name}": b"swordfish" for folder in ("configs", "experiments") for name in SECRETS}
+    write(code, secrets)
+    if is_tracked:
+        git(code, "init", "-q")
+        git(code, "add", "-f", ".")
+        git(code, "commit", "-q", "-m", "all")
+        write(code, dict.fromkeys(secrets, b"swordfish 2"))
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    assert kept_names(run, about) == FILES.keys()
+    assert about["left_out"] == sorted(secrets)
+    everything = b"".join(file.read_bytes() for file in run.code.iterdir())
+    assert b"swordfish" not in everything and len(list(run.code.iterdir())) == 1
+    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    assert {name for name in contents(copy) if not name.startswith(".git_state")} == FILES.keys()
+
+
+def test_what_git_ignores_or_does_not_track_is_not_kept(repository: Path, tmp_path: Path) -> None:
+    (repository / ".gitignore").write_text("__pycache__\n/runs\n*.csv\nlocal_*\n")
+    added = {"configs/new.py": b"new = 1\n", "configs/local_paths.py": b"1", "experiments/people.csv": b"2"}
+    write(repository, added | {"configs/notes.txt": b"3"})
+    os.symlink(tmp_path / "elsewhere.py", repository / "configs" / "link.py")
+    (tmp_path / "elsewhere.py").write_text("swordfish")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    assert kept_names(run, about) == FILES.keys() | {"configs/new.py"}
+    left_out = ["configs/link.py", "configs/local_paths.py", "configs/notes.txt", "experiments/people.csv"]
+    assert about["left_out"] == left_out
+    assert running_code(run) == about["code"]
+
+
+def test_of_a_package_that_is_ignored_its_modules_are_kept(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / ".git" / "info" / "exclude").write_text("ignored_lab/\n")
+    files = {"ignored_lab/__init__.py": b"", "ignored_lab/data.bin": b"4", "ignored_lab/id_rsa": b"5"}
+    write(repository, files)
+    monkeypatch.syspath_prepend(str(repository))
+    __import__("ignored_lab")
+    run = run_folder(tmp_path / "run")
+    about = keep_code(run)
+    sys.modules.pop("ignored_lab")
+    assert kept_names(run, about) == FILES.keys() | {"ignored_lab/__init__.py"}
+    assert about["left_out"] == ["ignored_lab/data.bin", "ignored_lab/id_rsa"]
+
+
+def test_a_copy_for_jobs_in_an_ignored_folder_is_kept_whole(repository: Path, tmp_path: Path) -> None:
+    """As the jobs of a sweep run it: its folder is below one that git ignores."""
+    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(repository / "runs" / "sweep"))
+    assert set(code_files([copy / name for name in snapshot.CODE])) == FILES.keys()
+
+
+def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp_path: Path) -> None:
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    name = f"{keep_code(first)['code']}.zip"
+    (first.code / name).write_bytes(b"changed")
+    keep_code(second)
+    assert read_code(second.code / name) == FILES

@@ -93,7 +93,7 @@ def read_stream(folder: Path, manifest: SplitManifest, dtype: str, end_id: int) 
     return TokenStream(
         token_shards=tuple(_map(folder / file.name, dtype) for file in manifest.tokens),
         weight_shards=tuple(_map(folder / file.name, "u1") for file in manifest.weights),
-        offsets=np.load(folder / manifest.offsets.name),
+        offsets=np.load(folder / manifest.offsets.name, allow_pickle=False),
         end_id=end_id,
         n_learned=manifest.n_learned,
         learned_bytes=manifest.learned_bytes,

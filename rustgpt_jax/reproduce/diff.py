@@ -52,11 +52,11 @@ OF_PART = {
 ON_THE_HOST = ("batch", "before")
 
 
-def diff(first: Path, second: Path, console: Console) -> bool:
+def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) -> bool:
     """Print in what two runs differ, from their configs to the first tensor, and what the cause is likely to be.
 
     Whether they are the same: what could not be compared is not known to be. Raises UserError for a folder without a
-    run.
+    run. Steps are made again only by code that is installed here too, unless the runs' own code `is_trusted`.
     """
     for path in (first, second):
         if not RunFolder(path).config_file.exists():
@@ -66,11 +66,13 @@ def diff(first: Path, second: Path, console: Console) -> bool:
     found = sections(*runs)
     for section in found:
         say_section(section, console)
-    is_same = _compare_steps(*runs, found, console)
+    is_same = _compare_steps(*runs, found, console, is_trusted)
     return is_same and not any(section.differences or section.missing for section in found)
 
 
-def _compare_steps(first: RunFolder, second: RunFolder, found: list[Section], console: Console) -> bool:
+def _compare_steps(
+    first: RunFolder, second: RunFolder, found: list[Section], console: Console, is_trusted: bool
+) -> bool:
     losses = compare_records(first.path, second.path, names=LOSSES)
     every, arrays = compare_records(first.path, second.path), compare_checkpoints(first, second)
     if losses.parting:
@@ -83,7 +85,7 @@ def _compare_steps(first: RunFolder, second: RunFolder, found: list[Section], co
         return True
     agreed, parted = (every.agreed, every.parting.step) if every.parting else (every.last_step, arrays.step)
     try:
-        origin = find_origin(first, second, min(agreed, parted), parted)
+        origin = find_origin(first, second, min(agreed, parted), parted, is_trusted)
     except UserError as error:
         say(console, f"first tensor: not found. {error}")
         say(console, _sentence(None, _likely(None, found)))

@@ -17,12 +17,14 @@ from rustgpt_jax.parallel.machine import use_cpu_devices
 from rustgpt_jax.runs.environment import as_variables
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.launches import Launch, archive_of, launches
-from rustgpt_jax.runs.snapshot import unpack
+from rustgpt_jax.runs.snapshot import checked_code, not_installed, write_code
 from rustgpt_jax.sweeps.launchers.processes import visible_gpus
 from rustgpt_jax.training.signals import SIGNALS
 
 # What a shell says of a process that a signal ended.
 KILLED_BY = 128
+# Files of other code that are named in a sentence.
+MOST_NAMED = 4
 
 
 def use_devices_of(run: RunFolder) -> None:
@@ -39,10 +41,11 @@ class Ended(NamedTuple):
 
 
 class OwnCode(NamedTuple):
-    """The code of a launch in a folder."""
+    """The code of a launch in a folder, and a sentence that says whose code it is."""
 
     folder: Path
     launch: Launch
+    whose: str = ""
 
     def run(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> Ended:
         """Run Python with this code before all other, on as many cores and devices as the launch had, in its place.
@@ -128,11 +131,30 @@ def _passing_on() -> Iterator[_Signals]:
 
 
 @contextmanager
-def own_code(run: RunFolder, launch: Launch) -> Iterator[OwnCode]:
-    """The code of a launch, while the block runs. Raises UserError if the run does not have it, or it is damaged."""
+def own_code(run: RunFolder, launch: Launch, is_trusted: bool = False) -> Iterator[OwnCode]:
+    """The code of a launch, while the block runs.
+
+    Args:
+        run: The run.
+        launch: One of its launches.
+        is_trusted: Whether the user has said that code which is not installed here may be run.
+
+    Raises:
+        UserError: The run does not have the code, it is damaged, or it is not installed here and not trusted.
+    """
     archive = archive_of(run, launch)
     if not archive.exists():
         raise UserError(f"{run.path} does not have the code that it was made with: there is no {archive}.")
+    contents = checked_code(archive)
+    others = not_installed(contents)
+    more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+    named = ", ".join(others[:MOST_NAMED]) + more
+    if others and not is_trusted:
+        raise UserError(
+            f"{archive} keeps code that is not the code installed here, and to run it is to let whoever wrote it act "
+            f"with your rights: it differs in {named}. Read it first; --trust runs it."
+        )
+    kept = f"--trust: {archive} is run, which differs from the code installed here in {named}."
     with tempfile.TemporaryDirectory() as folder:
-        unpack(archive, Path(folder))
-        yield OwnCode(Path(folder), launch)
+        write_code(contents, Path(folder))
+        yield OwnCode(Path(folder), launch, kept if others else f"The code of {run.path} is the code installed here.")

@@ -24,19 +24,20 @@ MOST_NAMED = 4
 BEGINNING = ("config.json", "tokenizer.json", "parameters.safetensors", "import.json", "autotune.textproto")
 
 
-def rerun(path: Path, to: Path | None, console: Console) -> int:
+def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = False) -> int:
     """Run a run again in the folder `to` (NAME.rerun beside it, unless given), and compare.
 
     The exit status: 0 if it is what it was, 1 if not, and that of the training if a signal stopped it: then it goes on
-    when it is asked for again. Raises UserError if the run does not have its code, if `to` holds anything else, and if
-    the rerun fails.
+    when it is asked for again. Raises UserError if the run does not have its code, if that is not the code installed
+    here and not `is_trusted`, if `to` holds anything else, and if the rerun fails.
     """
     if not RunFolder(path).config_file.exists():
         load_config(path)  # Which says what is there instead.
     beside = path if path.name else path.absolute()
     run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
-    with own_code(run, launch) as code:
+    with own_code(run, launch, is_trusted) as code:
+        say(console, code.whose)
         _prepare(run, again, launch)
         status = _train(run, again, code, console)
     if status:

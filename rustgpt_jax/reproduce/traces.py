@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ class Origin(NamedTuple):
     name: str
 
 
-def trace(run: RunFolder, first: int, last: int, has_taps: bool) -> Trace:
+def trace(run: RunFolder, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
     """The steps `first` to `last` of a run, made again by the code and with the settings of its first launch.
 
-    Raises UserError if that cannot be, and KeyboardInterrupt if a signal asks to stop.
+    Raises UserError if that cannot be or the code is not to be run, and KeyboardInterrupt if a signal asks to stop.
     """
-    with own_code(run, first_launch(run)) as code, tempfile.TemporaryDirectory() as folder:
+    with own_code(run, first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"
         arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
         with open(log, "wb") as errors:
@@ -43,25 +44,31 @@ def trace(run: RunFolder, first: int, last: int, has_taps: bool) -> Trace:
         return {step["step"]: step for step in json.loads(out.read_bytes())["steps"]}
 
 
-def find_origin(first: RunFolder, second: RunFolder, agreed: int, parted: int) -> Origin | None:
+def find_origin(
+    first: RunFolder, second: RunFolder, agreed: int, parted: int, is_trusted: bool = False
+) -> Origin | None:
     """The first tensor in which two runs differ, whose records agree up to one step and part at another.
 
     Raises UserError if either cannot be made again.
     """
     begin = max(agreed, 1)
+    traced = partial(_first_between, first, second, is_trusted)
     # The inside of a few steps is looked at right away, that of many only where it is needed.
     has_taps = parted - begin < FEW_STEPS
-    origin = _first_between(first, second, begin, parted, has_taps)
+    origin = traced(begin, parted, has_taps)
     if origin is not None and origin.part == "before" and origin.step > 1:
         # They differed before their records showed it.
-        origin, has_taps = _first_between(first, second, 1, begin, False) or origin, False
+        origin, has_taps = traced(1, begin, False) or origin, False
     if origin is None or origin.part in ("batch", "before") or has_taps:
         return origin
-    return _first_between(first, second, origin.step, origin.step, True) or origin
+    return traced(origin.step, origin.step, True) or origin
 
 
-def _first_between(first: RunFolder, second: RunFolder, begin: int, last: int, has_taps: bool) -> Origin | None:
-    return _first_unequal(trace(first, begin, last, has_taps), trace(second, begin, last, has_taps))
+def _first_between(
+    first: RunFolder, second: RunFolder, is_trusted: bool, begin: int, last: int, has_taps: bool
+) -> Origin | None:
+    left, right = (trace(run, begin, last, has_taps, is_trusted) for run in (first, second))
+    return _first_unequal(left, right)
 
 
 def _first_unequal(left: Trace, right: Trace) -> Origin | None:

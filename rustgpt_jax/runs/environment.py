@@ -6,6 +6,7 @@ Nothing of it tells who runs it, or where: no user, no host, no path, and of the
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -14,13 +15,63 @@ from typing import Any
 
 import jax
 
-# Variables that JAX, XLA, the libraries under them and their threads read.
-PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "NCCL_", "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "ROCR_", "HIP_")
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED")
-# They name folders and hosts, and change no bits.
-PRIVATE = ("_DIR", "_PATH", "_FILE", "_HOME", "HOST", "ADDRESS", "TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-# What says where to keep something, in XLA_FLAGS.
-PRIVATE_FLAGS = ("--xla_dump_to=", "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from=")
+# The variables that are recorded: those that change what JAX, XLA and the libraries under them compute, or how. Others,
+# whatever their names begin with, may hold secrets.
+VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH",
+    "JAX_DEBUG_INFS",
+    "JAX_DEBUG_NANS",
+    "JAX_DEFAULT_DTYPE_BITS",
+    "JAX_DISABLE_JIT",
+    "JAX_ENABLE_CHECKS",
+    "JAX_NUMPY_RANK_PROMOTION",
+    "JAX_PLATFORMS",
+    "JAX_PLATFORM_NAME",
+    "JAX_RANDOM_SEED_OFFSET",
+    "JAX_USE_SHARDY_PARTITIONER",
+    "LIBTPU_INIT_ARGS",
+    "MKL_NUM_THREADS",
+    "NCCL_ALGO",
+    "NCCL_BUFFSIZE",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_MAX_CTAS",
+    "NCCL_MAX_NCHANNELS",
+    "NCCL_MIN_CTAS",
+    "NCCL_MIN_NCHANNELS",
+    "NCCL_NTHREADS",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_P2P_LEVEL",
+    "NCCL_PROTO",
+    "NCCL_SHM_DISABLE",
+    "NVIDIA_TF32_OVERRIDE",
+    "NVIDIA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "PYTHONHASHSEED",
+    "ROCR_VISIBLE_DEVICES",
+    "TPU_CHIPS_PER_PROCESS_BOUNDS",
+    "TPU_MEGACORE",
+    "TPU_PROCESS_BOUNDS",
+    "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
+# Variables that are lists of flags: of these only flags are kept, and none that names a file or folder, which may tell
+# who runs it, be written to, or have XLA run a program that lies there.
+OF_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+FLAG = re.compile(r"--(?P<name>\w+)(=[^/\\\"']*)?")
+FILE_FLAG = re.compile(r"(^|_)(dir|path|file|filename|to|from|dump)(_|$)")
 # Which devices there are to be seen is this machine's matter.
 OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # So many devices a CPU is taken for. It is recorded as the count of devices, however it was said.
@@ -63,7 +114,8 @@ def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, st
 
     A CPU is so many devices; others are those that this process may see.
     """
-    stays = {name: value for name, value in os.environ.items() if not _is_recorded(name) or name in OF_THIS_MACHINE}
+    replaced = {*VARIABLES, CPU_DEVICES, *(name.upper() for name in SETTINGS)} - {*OF_THIS_MACHINE}
+    stays = {name: value for name, value in os.environ.items() if name not in replaced}
     settings = {name.upper(): str(value) for name, value in environment["settings"].items() if value is not None}
     recorded = {name: value for name, value in environment["variables"].items() if name not in OF_THIS_MACHINE}
     devices = {CPU_DEVICES: str(n_devices)} if environment["devices"]["backend"] == "cpu" else {}
@@ -72,18 +124,15 @@ def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, st
 
 def variables(values: Mapping[str, str]) -> dict[str, str]:
     """The variables that are recorded, in order. What they say of settings and devices is recorded with these."""
-    elsewhere = {CPU_DEVICES, *(name.upper() for name in SETTINGS)}
-    kept = {name: values[name] for name in sorted(values) if _is_recorded(name) and name not in elsewhere}
-    if "XLA_FLAGS" in kept:
-        left_out = (*PRIVATE_FLAGS, CPU_DEVICES_FLAG)
-        flags = [flag for flag in kept["XLA_FLAGS"].split() if not flag.startswith(left_out)]
-        kept["XLA_FLAGS"] = " ".join(flags)
+    kept = {name: values[name] for name in VARIABLES if name in values}
+    kept |= {name: _flags(kept[name]) for name in OF_FLAGS if name in kept}
     return {name: value for name, value in kept.items() if value or name in OF_THIS_MACHINE}
 
 
-def _is_recorded(name: str) -> bool:
-    is_ours = name.startswith(PREFIXES) or name in VARIABLES
-    return is_ours and not any(mark in name for mark in PRIVATE)
+def _flags(text: str) -> str:
+    """The flags of a list that are recorded."""
+    flags = [(flag, FLAG.fullmatch(flag)) for flag in text.split() if not flag.startswith(CPU_DEVICES_FLAG)]
+    return " ".join(flag for flag, match in flags if match and not FILE_FLAG.search(match["name"]))
 
 
 @cache

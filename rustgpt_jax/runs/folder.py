@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from rustgpt_jax.config import Config, StageConfig, config_hash, differences, is_of_result, to_dict
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.resolve import resolve
+from rustgpt_jax.tables import note_import_paths
 
 MOST_DIFFERENCES_SHOWN = 8
 
@@ -183,6 +184,7 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{file} is damaged: its config is not a JSON object.")
+    note_import_paths(json.dumps(tree), file)
     try:
         return resolve(tree)
     except UserError as error:
@@ -206,7 +208,7 @@ def lock(path: Path) -> Iterator[None]:
     The operating system lets go of the lock when the process ends, however it ends.
     """
     try:
-        file = open(RunFolder(path).lock_file, "a+", encoding="utf-8")
+        file = open(RunFolder(path).lock_file, "a+", encoding="utf-8", opener=_without_links)
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be locked: {error.strerror}.") from error
     with file:
@@ -215,6 +217,11 @@ def lock(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _without_links(name: str, flags: int) -> int:
+    """Open a file, but not through a link: what it leads to would be emptied."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _acquire(file: TextIO, path: Path) -> None:

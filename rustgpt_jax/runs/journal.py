@@ -40,7 +40,8 @@ class Journal:
             raise UserError(f"{self._file} cannot be written: {error.strerror}.") from error
 
     def _write(self, text: bytes) -> None:
-        descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        # No link is followed: in somebody else's folder it may lead to a file that must not be written.
+        descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor)
             size = os.fstat(descriptor).st_size

@@ -37,23 +37,25 @@ class Launch:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
-def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> None:
+def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
     """Write into the journal that this process trains the run from a step on, and keep its code.
 
-    Raises UserError if the folder cannot be written.
+    The files beside the code that are not kept. Raises UserError if the folder cannot be written.
     """
+    code = keep_code(run)
     Journal(run.journal_file).append(
         "launch",
         step=step,
         argv=sys.argv,
         cwd=os.getcwd(),
-        **keep_code(run),
+        **code,
         environment=environment(),
         mode=mode,
         width=width,
         devices=devices,
         mesh=dict(mesh),
     )
+    return list(code["left_out"])
 
 
 def record_program(run: RunFolder, stage: str, program: Program, step: int) -> None:

@@ -8,13 +8,13 @@ import hashlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import sysconfig
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -24,6 +24,7 @@ import rustgpt_jax
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.tables import IMPORT_PATH, search_path
 
 CODE = ("rustgpt_jax", "configs", "experiments", "launch.py", "pyproject.toml")
 HASH_DIGITS = 12
@@ -32,8 +33,35 @@ MOST_BYTES = 2**23
 GIT_SECONDS = 10
 # In a copy of the code: where git has it.
 GIT_STATE, GIT_PATCH = ".git_state.json", ".git_state.patch"
-# A part that a config names by its import path, such as "my_lab.mixers:Retention".
-PART = re.compile(r'"([A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*"')
+# Names of files and folders, in lower case, that are never copied: they look like secrets or are hidden.
+DENIED = (
+    ".*",
+    "*.env",
+    "_netrc",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.ppk",
+    "*.jks",
+    "*.keystore",
+    "*.kdbx",
+    "*.gpg",
+    "*.asc",
+    "*secret*",
+    "*credential*",
+    "*passwd*",
+    "*password*",
+)
+BYTECODE = ("__pycache__", "*.pyc")
+# How many files that were left out the journal names.
+MOST_LEFT_OUT = 100
+# An archive that unpacks to more than this is not read.
+MOST_UNPACKED = 2**29
 # The earliest that an archive can say: when a file was touched is no part of what it is.
 TOUCHED = (1980, 1, 1, 0, 0, 0)
 
@@ -41,8 +69,9 @@ TOUCHED = (1980, 1, 1, 0, 0, 0)
 def keep_code(run: RunFolder) -> dict[str, Any]:
     """Keep the code that is running in a run's folder. What the journal says of it: its hash, and where git has it.
 
-    `left_out` are files beside one's own modules that are too large to be code, or have no name in UTF-8. Raises
-    UserError if the folder cannot be written.
+    `left_out` are files beside the code that are not kept: git ignores them or does not track them, they have names of
+    secrets, they are too large to be code, or they have no name in UTF-8. Raises UserError if the folder cannot be
+    written.
     """
     code, archive, left_out = _packed(_sources_of(run))
     git, patch = _git_state(_root())
@@ -72,6 +101,14 @@ def running_code(run: RunFolder) -> str:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Write the files of an archive into a folder. Raises UserError if it is damaged, or would write elsewhere."""
+    write_code(checked_code(archive), folder)
+
+
+def checked_code(archive: Path) -> dict[str, bytes]:
+    """The files of an archive as `read_code` gives them, held against its name.
+
+    Raises UserError if it is damaged, is not what its name says, or has a file that would be written elsewhere.
+    """
     contents = read_code(archive)
     for name in contents:
         path = PurePosixPath(name)
@@ -80,21 +117,52 @@ def unpack(archive: Path, folder: Path) -> None:
     found = _digest(sorted(contents.items()))
     if found != archive.stem:
         raise UserError(f"{archive} is not what was kept: its files have the hash {found}.")
+    return contents
+
+
+def write_code(contents: Mapping[str, bytes], folder: Path) -> None:
+    """Write the files of an archive, as `checked_code` gives them, into a folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def read_code(archive: Path) -> dict[str, bytes]:
-    """The files of an archive: name -> content. Raises UserError if it is not there, or damaged."""
+    """The files of an archive: name -> content. Raises UserError if it is not there, too large, or damaged."""
     try:
         with zipfile.ZipFile(archive) as file:
+            size = sum(entry.file_size for entry in file.infolist())
+            if size > MOST_UNPACKED:
+                raise UserError(f"{archive} is not read: unpacked it would be {size:,} bytes, which is no code.")
             return {name: file.read(name) for name in file.namelist()}
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{archive} cannot be read: {error.strerror}.") from error
     # Damaged archives make zipfile and zlib raise errors of many kinds.
     except Exception as error:
         raise UserError(f"{archive} is damaged: {error}.") from error
+
+
+def not_installed(contents: Mapping[str, bytes]) -> list[str]:
+    """The files of an archive that are not, byte for byte, what would be imported here. Nothing is imported."""
+    places = {top: _place(top) for top in {PurePosixPath(name).parts[0] for name in contents}}
+
+    def is_installed(name: str, content: bytes) -> bool:
+        top, *rest = PurePosixPath(name).parts
+        place = places[top]
+        file = None if place is None else place.joinpath(*rest)
+        return file is not None and file.is_file() and file.read_bytes() == content
+
+    return sorted(name for name, content in contents.items() if not is_installed(name, content))
+
+
+def _place(top: str) -> Path | None:
+    """Where the file or folder stands here that has a name at the top of an archive, if it does."""
+    if top in CODE:
+        return _root() / top
+    folders = [Path(entry) for entry in search_path()]
+    return next((folder / top for folder in folders if (folder / top).exists()), None)
 
 
 # What the code is.
@@ -113,9 +181,17 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
-    """The files of sources by their names in a copy, in order."""
-    names = {file.relative_to(source.parent).as_posix(): file for source in sources for file in _files(source)}
-    return dict(sorted(names.items()))
+    """The files of sources by their names in a copy, in order, without those that are not to be copied."""
+    return {name: file for name, file in _files_by_name(sources).items() if file is not None}
+
+
+def _files_by_name(sources: Sequence[Path]) -> dict[str, Path | None]:
+    """The files of sources by their names in a copy, in order; None for those that are not to be copied."""
+    found: dict[str, Path | None] = {}
+    for source in sources:
+        for file, is_kept in _files(source):
+            found[file.relative_to(source.parent).as_posix()] = file if is_kept else None
+    return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
 def code_hash(files: Mapping[str, Path]) -> str:
@@ -148,17 +224,52 @@ def _source(module: ModuleType) -> Path | None:
 
 def _sources_of(run: RunFolder) -> tuple[Path, ...]:
     config = run.config_file.read_text(encoding="utf-8") if run.config_file.exists() else ""
-    return tuple(code_sources(sorted(set(PART.findall(config)))))
+    parts = {module.partition(".")[0] for module, _ in IMPORT_PATH.findall(config)}
+    return tuple(code_sources(sorted(parts)))
 
 
 def _root() -> Path:
     return Path(rustgpt_jax.__file__).parent.parent
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+def _files(source: Path) -> Iterator[tuple[Path, bool]]:
+    """The files of a source, bytecode apart, each with whether it may be copied."""
+    files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
+    tracked = _tracked(source) if files else None
+    for file in files:
+        names = file.relative_to(source.parent).parts
+        if not _matches(names, BYTECODE):
+            yield file, not _matches(names, DENIED) and _is_inside(file, source) and (tracked is None or tracked(file))
+
+
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for name in names for pattern in patterns)
+
+
+def _is_inside(file: Path, source: Path) -> bool:
+    """Whether a file is no link to something elsewhere, which may be anything."""
+    return not file.is_symlink() or file.resolve().is_relative_to(source.resolve())
+
+
+def _tracked(source: Path) -> Callable[[Path], bool] | None:
+    """Tells which files of a source git leaves to be copied; None where git has no say.
+
+    Of what is not ignored these are the tracked files and Python modules, and all files of a folder that git does not
+    track at all. Of a folder that is ignored as a whole, as one's own parts often are, these are the Python modules.
+    """
+    folder, names = (source.parent, [source.name]) if source.is_file() else (source, ["."])
+    is_installed = any(folder.is_relative_to(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    if is_installed or (source.parent / GIT_STATE).exists():
+        return None
+    listed = _git(folder, "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard", "--", *names)
+    if listed is None:
+        return None
+    entries = [os.fsdecode(line).split(" ", 1) for line in listed.split(b"\0") if line]
+    known = {folder / name for tag, name in entries}
+    kept = {folder / name for tag, name in entries if tag != "?"}
+    if not known and _git(folder, "check-ignore", "-q", ".") is not None:
+        return lambda file: file.suffix == ".py"
+    return lambda file: file in known and (not kept or file in kept or file.suffix == ".py")
 
 
 def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
@@ -176,6 +287,8 @@ def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
     """The hash of the code, its archive, and what is left out of it."""
     every = {name: content for source in sources for name, content in _contents(source).items()}
     left_out = sorted(name for name, content in every.items() if content is None)
+    if len(left_out) > MOST_LEFT_OUT:
+        left_out[MOST_LEFT_OUT:] = [f"and {len(left_out) - MOST_LEFT_OUT} more"]
     contents = {name: content for name, content in sorted(every.items()) if content is not None}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -186,16 +299,20 @@ def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
 
 @cache
 def _contents(source: Path) -> dict[str, bytes | None]:
-    """The files of a source by their names in an archive; None for what is too large, or has no name in UTF-8.
+    """The files of a source by their names in an archive; None for those that are left out.
 
     Read once: what runs was read before, and does not see what is edited later.
     """
-    files = code_files([source]).items()
-    return {_readable(name): file.read_bytes() if _is_kept(name, file) else None for name, file in files}
+    return {_readable(name): _content(name, file) for name, file in _files_by_name([source]).items()}
 
 
-def _is_kept(name: str, file: Path) -> bool:
-    return _readable(name) == name and file.stat().st_size <= MOST_BYTES
+def _content(name: str, file: Path | None) -> bytes | None:
+    if file is None or _readable(name) != name:
+        return None
+    try:
+        return file.read_bytes() if file.stat().st_size <= MOST_BYTES else None
+    except OSError:  # It may not be read.
+        return None
 
 
 def _readable(name: str) -> str:
@@ -208,7 +325,8 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
         return
     partial, shared = _hidden(folder / name), cache_folder() / "code" / name
     try:
-        if not shared.exists():
+        # Whoever may write in a run's folder may have changed the copy that is linked there.
+        if not shared.exists() or shared.read_bytes() != content:
             shared.parent.mkdir(parents=True, exist_ok=True)
             _write(shared, content)
         os.link(shared, partial)
@@ -249,7 +367,9 @@ def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
     if not _git(root, "ls-files", "--", CODE[0]):
         return None, b""
     status = _git(root, "status", "--porcelain=v2", "--branch", "-z", "--", *CODE)
-    patch = _git(root, "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD", "--", *CODE)
+    secrets = [f":(exclude,icase,glob)**/{pattern}{below}" for pattern in DENIED for below in ("", "/**")]
+    plain = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv")
+    patch = _git(root, "diff", *plain, "HEAD", "--", *CODE, *secrets)
     # Names of files are any bytes.
     lines = (status or b"").decode(errors="backslashreplace").split("\0")
     headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))

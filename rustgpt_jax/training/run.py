@@ -33,6 +33,8 @@ from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_sta
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 LONGEST_CALL_SECONDS = 5.0
+# Files that are named in a sentence.
+MOST_NAMED = 4
 
 
 class Run:
@@ -156,7 +158,11 @@ class Run:
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
         if self.is_over:
             return
-        record_launch(self.folder, self.step, mode, width, self.placement.n_devices, self.placement.sizes)
+        sizes = self.placement.sizes
+        left_out = record_launch(self.folder, self.step, mode, width, self.placement.n_devices, sizes)
+        if left_out:
+            shown = ", ".join(left_out[:MOST_NAMED]) + (", ..." if len(left_out) > MOST_NAMED else "")
+            progress.message(f"Not kept with the code of the run (docs/security.md says why): {shown}.")
         self._open_records()
 
     def _like(self) -> State:

@@ -1,0 +1,179 @@
+"""No code of a run's folder is run unless the user says so, and no module is imported from where nobody named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_runs import ROOT, train
+
+from rustgpt_jax import tables
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.diff import diff
+from rustgpt_jax.reproduce.own_code import Ended, OwnCode, own_code
+from rustgpt_jax.reproduce.rerun import rerun
+from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.runs.launches import archive_of, first_launch
+from rustgpt_jax.runs.snapshot import code_hash, read_code
+from rustgpt_jax.training.parts import check_parts
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    """A run that was trained by the code installed here."""
+    folder = tmp_path_factory.mktemp("trust") / "run"
+    train(folder)
+    return folder
+
+
+def spoil_code(run: RunFolder, name: str, code: str) -> Path:
+    """Put other code into a run's archive, as somebody would who knows how it is named. Its file."""
+    archive = archive_of(run, first_launch(run))
+    contents = read_code(archive) | {name: code.encode()}
+    folder = run.path / "made"
+    for each, content in contents.items():
+        (folder / each).parent.mkdir(parents=True, exist_ok=True)
+        (folder / each).write_bytes(content)
+    other = code_hash(dict(sorted((each, folder / each) for each in contents)))
+    with zipfile.ZipFile(run.code / f"{other}.zip", "w") as packed:
+        for each, content in sorted(contents.items()):
+            packed.writestr(each, content)
+    shutil.rmtree(folder)
+    journal = run.journal_file.read_text()
+    run.journal_file.write_text(journal.replace(f'"code": "{archive.stem}"', f'"code": "{other}"'))
+    return run.code / f"{other}.zip"
+
+
+@pytest.fixture
+def hostile(trained: Path, tmp_path: Path) -> RunFolder:
+    """A copy of the run whose archive writes a file where it is run."""
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "hostile")))
+    spoil_code(run, "rustgpt_jax/__init__.py", f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
+    return run
+
+
+def test_diff_runs_no_code_of_a_run(hostile: RunFolder, trained: Path, tmp_path: Path) -> None:
+    metrics = hostile.metrics_file.read_text().splitlines()
+    first = json.loads(metrics[0]) | {"train/loss": 9.0}
+    hostile.metrics_file.write_text("\n".join([json.dumps(first), *metrics[1:]]) + "\n")
+    console = Console(file=StringIO(), width=1000)
+    assert not diff(trained, hostile.path, console)
+    said = console.file.getvalue()
+    assert "first tensor: not found." in said and "it differs in rustgpt_jax/__init__.py" in said and "--trust" in said
+    assert not (tmp_path / "was_run").exists()
+    # The same file, once the user has said so: the test could fail.
+    diff(trained, hostile.path, Console(file=StringIO()), is_trusted=True)
+    assert (tmp_path / "was_run").exists()
+
+
+def test_rerun_asks_whose_code_it_is(hostile: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=StringIO(), width=1000)
+    with pytest.raises(UserError, match=r"with your rights: it differs in rustgpt_jax/__init__.py.*--trust"):
+        rerun(hostile.path, None, console)
+    assert not (tmp_path / "was_run").exists() and not (tmp_path / "hostile.rerun").exists()
+    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(0, None))
+    rerun(hostile.path, None, console, is_trusted=True)
+    assert "--trust: " in console.file.getvalue() and "is run, which differs from" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
+def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    with own_code(run, first_launch(run)) as code:
+        assert code.whose == f"The code of {run.path} is the code installed here."
+    spoil_code(run, name, "evil = 1\n")
+    with pytest.raises(UserError, match="is not the code installed here"), own_code(run, first_launch(run)):
+        pass
+
+
+def test_an_archive_that_unpacks_to_no_end_is_not_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(9):
+            archive.writestr(f"{number}.py", bytes(2**26))
+    with pytest.raises(UserError, match="unpacked it would be 603,979,776 bytes"):
+        read_code(tmp_path / "bomb.zip")
+
+
+# Modules that a run's folder names.
+
+
+@pytest.fixture
+def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run whose config.json names evil_lab:Mixer, which lies in the current folder."""
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "named")))
+    record = json.loads(run.config_file.read_text())
+    record["config"]["model"]["mixers"] = ["evil_lab:Mixer"]
+    run.config_file.write_text(json.dumps(record))
+    (tmp_path / "here").mkdir()
+    mark = tmp_path / "was_imported"
+    (tmp_path / "here" / "evil_lab.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\nfrom rustgpt_jax.model.mixers.attention import Attention as Mixer\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tables, "_named_by_files", {})
+    yield run.path
+    sys.modules.pop("evil_lab", None)
+
+
+@pytest.mark.parametrize("entry", ["", "."])
+def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
+    entry: str, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As for `python -c`, notebooks, and `python -m`.
+    here = entry and str(Path(entry).absolute())
+    monkeypatch.setattr(sys, "path", [here, *sys.path])
+    config = load_config(named)
+    with pytest.raises(UserError, match="no module 'evil_lab' here.*not in the current folder, which has one"):
+        check_parts(config)
+    assert not (tmp_path / "was_imported").exists() and sys.path[0] == here
+    # Where the user names the folder, it is taken from there, and said.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "here"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
+    check_parts(config)
+    assert (tmp_path / "was_imported").exists()
+    file, place = RunFolder(named).config_file, tmp_path / "here" / "evil_lab.py"
+    assert capsys.readouterr().err == f"{file} names a part of the module evil_lab: importing it from {place}.\n"
+    check_parts(config)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_installed_part_is_imported_as_ever(
+    named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move(tmp_path / "here" / "evil_lab.py", tmp_path / "evil_lab.py")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    check_parts(load_config(named))
+    assert "importing it from" in capsys.readouterr().err
+
+
+def test_no_verb_imports_from_the_current_folder_what_a_run_names(named: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "evaluate", str(named)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no module 'evil_lab' here" in done.stderr, done.stderr
+    assert not (tmp_path / "was_imported").exists()
+
+
+def test_a_folder_to_search_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch.py"), "explain", "x", "--module_path=nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "error: --module_path=nowhere: there is no such folder.\n"
+
+
+def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
+    event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
+    run.journal_file.write_text(json.dumps(event) + "\n")
+    with own_code(run, first_launch(run)) as code:
+        assert not {"NCCL_NET_PLUGIN", "PYTHONSTARTUP"} & code._variables().keys()
