@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rustgpt_jax.config import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.training import checkpoints as checkpoints_module
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged, layout
 from rustgpt_jax.training.health import healthy
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
@@ -344,3 +345,119 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
         assert (kept(tmp_path), checkpoints.last_regular(7), checkpoints.last_regular(2)) == ([3, 6, 7], 3, None)
         checkpoints.delete_after(3)
         assert (kept(tmp_path), checkpoints.step()) == ([3], 3)
+
+
+# Checkpoints that are not what their names say, and JSON of other shapes.
+
+SHAPES = ["null", "[]", "{}", "5", '"x"', "true", "[1, 2]", '{"a": null}', "[" * 100_000, "[" * 900 + "]" * 900]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_replaced(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[5.0]), 50)
+    shutil.copytree(tmp_path / "50", tmp_path / "60")
+    like, passed_over = shapes_of(small_state(a=[0.0])), dict[int, str]()
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(like, passed_over=passed_over.__setitem__).params["a"] == 5.0
+    assert passed_over == {60: "it is the checkpoint of step 50 under another name"}
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
+        checkpoints.save(small_state(a=[6.0]), 60)
+        # One that appears while the run is trained.
+        shutil.copytree(tmp_path / "50", tmp_path / "70")
+        checkpoints.save(small_state(a=[7.0]), 70)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for step, value in ((60, 6.0), (70, 7.0)):
+            assert checkpoints.restore_step(like, step).params["a"] == value
+    assert {"60.damaged", "70.damaged"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def json_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that hold JSON."""
+
+    def is_json(file: Path) -> bool:
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return False
+        return True
+
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and is_json(file))
+    return [str(file.relative_to(checkpoint)) for file in files]
+
+
+def sealed(checkpoint: Path) -> None:
+    """Give the sums of a checkpoint for the files as they are now."""
+    seal = checkpoint / "sha256.json"
+    seal.write_text(
+        json.dumps({name: checkpoints_module._sha256(checkpoint / name) for name in json.loads(seal.read_bytes())})
+    )
+
+
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_json_of_another_shape_is_damage_and_the_checkpoint_before_is_read(tmp_path: Path, is_sealed: bool) -> None:
+    """In each file; and in each part of the record, also where the sums of the files say that it was meant."""
+    state = small_state(a=[1.0])
+    save(tmp_path, state, 4, 8)
+    last, n_noticed = tmp_path / "8", 0
+    shutil.copytree(last, tmp_path / "sound")
+    about = json.loads((last / "about/metadata").read_bytes())
+    parts = [json.dumps(about | {key: json.loads(shape)}) for key in about for shape in SHAPES[:8]]
+    contents = [("about/metadata", content) for content in [*SHAPES, *parts]]
+    if not is_sealed:
+        contents = [(name, shape) for name in json_files(last) for shape in SHAPES]
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        for name, content in contents:
+            (last / name).write_text(content)
+            if is_sealed:
+                sealed(last)
+            passed_over = dict[int, str]()
+            try:
+                restored = checkpoints.restore(shapes_of(state), passed_over=passed_over.__setitem__)
+            except UserError as error:
+                # Sealed, and of the right types: a config hash or a layout of something else.
+                assert is_sealed and str(error).endswith(".")
+            else:
+                assert_same_bits(restored, state)
+            n_noticed += set(passed_over) == {8}
+            assert not set(passed_over) - {8}
+            shutil.rmtree(last)
+            shutil.copytree(tmp_path / "sound", last)
+    assert n_noticed > len(contents) / 2
+
+
+@pytest.mark.parametrize(
+    "content", [*(shape for shape in SHAPES if shape != "[1, 2]"), "", "[true]", "[-1]", '["4"]', "not JSON"]
+)
+def test_a_damaged_file_of_the_best_is_called_so_and_costs_no_checkpoint(tmp_path: Path, content: str) -> None:
+    save(tmp_path, small_state(a=[1.0]), 2, is_best=True)
+    save(tmp_path, small_state(a=[2.0]), 4)
+    (tmp_path / "best").write_text(content)
+    like = shapes_of(small_state(a=[0.0]))
+    sentence = "best is damaged: .* there are those of 2, 4"
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=sentence):
+        checkpoints.restore(like, "best")
+    save(tmp_path, small_state(a=[6.0]), 6, 8)
+    assert kept(tmp_path) == [2, 4, 6, 8]
+    save(tmp_path, small_state(a=[9.0]), 10, is_best=True)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(like, "best").params["a"] == 9.0
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[1.0]), 2, is_best=True)
+    save(tmp_path, small_state(a=[2.0]), 4)
+    shutil.rmtree(tmp_path / "2")
+    with (
+        Checkpoints(tmp_path, CONFIG) as checkpoints,
+        pytest.raises(UserError, match=r"the checkpoint of step 2, named by best, is missing; there are those of 4"),
+    ):
+        checkpoints.restore(shapes_of(small_state(a=[0.0])), "best")
+
+
+def test_folders_whose_names_are_no_steps_are_no_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, small_state(a=[1.0]), 4)
+    for name in ("²", "٣", "08", "9" * 200, "8.damaged", "-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "12").write_text("a file")
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.written() == [4]
+        assert checkpoints.restore(shapes_of(small_state(a=[0.0]))).params["a"] == 1.0

@@ -3,6 +3,7 @@
 `pytest` makes them in a small form, `pytest -m faults` in full.
 """
 
+import errno
 import itertools
 import os
 import random
@@ -24,9 +25,11 @@ from rustgpt_jax.config import split
 from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.metrics import MetricsWriter
 from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.training import recorder
 from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.step import State, as_arguments, compiled_start
 
 ROOT = Path(__file__).parent.parent
@@ -337,9 +340,58 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> 
     for step in steps_saved(run):
         (RunFolder(run).checkpoints / str(step) / "sha256.json").unlink()
     before, saved = metrics(run), steps_saved(run)
-    with pytest.raises(UserError, match=r"no checkpoint that is sound \(.*sha256.json cannot be read.*begin from the"):
+    with pytest.raises(UserError, match=r"no checkpoint that is sound \(.*sha256.json cannot be read.*begins from the"):
         train(config, run)
     assert (metrics(run), steps_saved(run)) == (before, saved)
+
+
+# Deletion.
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"), [("", 8), ("", 10), ("metrics.jsonl", 10), ("checkpoints", 8), ("config.json", 10)]
+)
+def test_what_is_deleted_under_a_run_ends_it_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int
+) -> None:
+    run, advanced = tmp_path / "run", Run.advanced
+
+    def deleted(self: Run, count: int, *arguments: Any) -> None:
+        advanced(self, count, *arguments)
+        if self.step == moment:
+            self.checkpoints.wait()
+            # At once, as far as the run can see.
+            (run / name).rename(tmp_path / "gone")
+
+    monkeypatch.setattr(Run, "advanced", deleted)
+    with pytest.raises(UserError, match=f"{run}.*(was deleted|cannot be written: ).* Training stopped at step"):
+        train(tiny(), run)
+
+
+def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: the metrics cannot be written while the first checkpoint is on its way."""
+    write = MetricsWriter.write
+
+    def full(self: Any, step: int, values: Any) -> None:
+        if step > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        write(self, step, values)
+
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    with pytest.raises(UserError, match=r"No space left on device.* its checkpoint of step 3 is whole"):
+        train(tiny(**{"record.prompts": ()}), tmp_path / "run")
+
+
+def test_a_copy_of_a_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+    config, run = tiny(), tmp_path / "run"
+    assert train(config, tmp_path / "straight")[0]
+    train(config, run, Interruption(7, is_kill=False))
+    folder = RunFolder(run).checkpoints
+    last = steps_saved(run)[-1]
+    shutil.copytree(folder / str(last), folder / "10")
+    is_complete, printed = train(config, run)
+    assert is_complete and f"it is the checkpoint of step {last} under another name" in printed
+    assert_same_bits(stored_state(config, run), stored_state(config, tmp_path / "straight"))
 
 
 # Memory.

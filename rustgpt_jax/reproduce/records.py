@@ -93,8 +93,7 @@ class Arrays(NamedTuple):
 
 def compare_checkpoints(first: RunFolder, second: RunFolder) -> Arrays:
     """Hold the last checkpoints that two runs both have against each other, by their fingerprints."""
-    both = [{int(file.name) for file in run.checkpoints.glob("*") if file.name.isdigit()} for run in (first, second)]
-    for step in sorted(both[0] & both[1], reverse=True):
+    for step in sorted({*first.saved_steps} & {*second.saved_steps}, reverse=True):
         try:
             left, right = (stored_about(run.checkpoints, step)["fingerprints"] for run in (first, second))
         except Damaged:

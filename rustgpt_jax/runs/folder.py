@@ -78,7 +78,12 @@ class RunFolder:
     @property
     def is_untrained(self) -> bool:
         """Whether this is an imported run without a checkpoint of its own."""
-        return self.parameters_file.exists() and not any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        return self.parameters_file.exists() and not self.saved_steps
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """The steps of the checkpoints on the disk, in order, whether or not they are sound."""
+        return sorted(int(path.name) for path in self.checkpoints.glob("*") if is_step_name(path.name))
 
     @property
     def samples_file(self) -> Path:
@@ -109,6 +114,12 @@ class RunFolder:
     def lock_file(self) -> Path:
         """Held by the process that trains in this folder."""
         return self.path / ".lock"
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a name is that of the checkpoint of a step: its number in plain digits."""
+    # Python refuses to read thousands of digits; no step has more than ten.
+    return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import LARGEST_COUNT
-from rustgpt_jax.runs.folder import RunFolder, write_atomically
+from rustgpt_jax.runs.folder import RunFolder, Unwritable, write_atomically
 
 if TYPE_CHECKING:
     from tensorboardX import FileWriter
@@ -33,7 +34,8 @@ class MetricsWriter:
 
     `resume_step` is the step of the checkpoint that training goes on from; 0 starts from nothing. What a killed
     run recorded after that checkpoint is dropped first, so that a resumed run leaves the file of an undisturbed one.
-    Raises UserError if the metrics that are there cannot be read.
+    Raises UserError if the metrics that are there cannot be read, and Unwritable where the file was deleted or
+    replaced while the run was going on.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -56,6 +58,16 @@ class MetricsWriter:
         if "_tensorboard" in vars(self):
             self._tensorboard.close()
 
+    def check(self) -> None:
+        """Raises Unwritable if what is written would go nowhere: the file is not in the run's folder any more."""
+        opened, there = os.fstat(self._file.fileno()), None
+        with suppress(OSError):
+            there = os.stat(self._run.metrics_file)
+        if there is None or (there.st_dev, there.st_ino) != (opened.st_dev, opened.st_ino):
+            what = "was deleted" if there is None else "was replaced"
+            lost = self._run.metrics_file if self._run.path.exists() else self._run.path
+            raise Unwritable(f"{lost} {what} while the run was being trained.")
+
     @cached_property
     def _tensorboard(self) -> "FileWriter":
         # Its package imports all of PyTorch where that is installed: a second that the first step need not wait for.
@@ -64,6 +76,7 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append one line, which is on its way to the disk on return. Strings, such as the stage, are not plotted."""
         line = {"step": step} | {name: _to_json(value) for name, value in values.items()}
+        self.check()
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._write_tensorboard(step, {name: value for name, value in values.items() if not isinstance(value, str)})

@@ -111,7 +111,7 @@ class Worker:
 
     def _ended(self, runs: Mapping[str, Run]) -> None:
         for run in runs.values():
-            run.checkpoints.wait()
+            run.finish()
         self._ledger.append_all([(trial, *_outcome(run)) for trial, run in runs.items()])
 
     def _failed(self, trial: str, error: Exception) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.parallel.endings import is_loss
 from rustgpt_jax.parallel.processes import all_agree, is_first, meet
-from rustgpt_jax.runs.folder import Unwritable, in_words, write_atomically
+from rustgpt_jax.runs.folder import Unwritable, in_words, is_step_name, write_atomically
 from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.step import State
@@ -36,7 +36,8 @@ SEAL = "sha256.json"
 # Orbax writes the time in it when all else is done; nothing is read from it.
 NOT_SEALED = "_CHECKPOINT_METADATA"
 LONGEST_REASON = 160
-RECORDED = {"config_hash", "config", "is_regular", "layout", "fingerprints"}
+# The record of a checkpoint, in the folder of its step.
+ABOUT = "about/metadata"
 # What the operating system says, in the long texts of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
@@ -68,7 +69,7 @@ class Checkpoints:
         with _writing(self._folder), _one_at_a_time:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Kept here and not read again, so that all processes of a run delete the same ones.
-        self._best = self._named_best()
+        self._best = _named_steps(self._best_file)
         self._regular: dict[int, bool] = {}
 
     def __enter__(self) -> "Checkpoints":
@@ -91,7 +92,7 @@ class Checkpoints:
 
     def written(self) -> list[int]:
         """The steps of those that are whole on the disk, without one that is being written or could not be."""
-        return sorted(int(path.name) for path in self._folder.glob("*") if path.name.isdigit())
+        return sorted(int(path.name) for path in self._folder.glob("*") if is_step_name(path.name) and path.is_dir())
 
     def step(self, which: str = "last") -> int | None:
         """The step of the `last` or the `best` checkpoint, or None."""
@@ -99,21 +100,24 @@ class Checkpoints:
 
     def _candidates(self, which: str) -> list[int]:
         steps = self.steps()
-        named = {"last": steps[::-1], "best": self._best}.get(which, [int(which)] if which.isdigit() else [])
+        named = {"last": steps[::-1], "best": self._best or []}.get(which, [int(which)] if is_step_name(which) else [])
         return [step for step in named if step in steps]
 
     # Writing.
 
     def save(self, state: State, step: int, is_best: bool = False, is_regular: bool = True) -> None:
-        """Begin to write the state at `step`; its buffers are free again on return. One that is there already stays.
+        """Begin to write the state at `step`; its buffers are free again on return.
 
+        A checkpoint of this step that is there already stays, unless its record is damaged or of another step.
         Raises Unwritable if this one, or the one before it, cannot be written.
         """
         with _writing(self._folder):
+            if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
+                self.set_aside(step)
             if step not in self._manager.all_steps():
                 if is_first():
                     _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-                about = _about(state, self._config, is_regular)
+                about = _about(state, step, self._config, is_regular)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
                 with _one_at_a_time:
                     self._manager.save(step, args=args)
@@ -135,14 +139,17 @@ class Checkpoints:
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
             _seal(temporary)
 
-    def _named_best(self) -> list[int]:
-        try:
-            named = json.loads(self._best_file.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return []
-        return named if isinstance(named, list) else []
+    def _has_record(self, step: int) -> bool:
+        """Whether a folder with the name of a step is a checkpoint of that step, known since the run was opened."""
+        with suppress(Damaged):
+            stored_about(self._folder, step)
+            return step in self.steps()
+        return False
 
     def _delete_old(self, saving: int) -> None:
+        if self._best is None:
+            # The file that names the best one is damaged: it may be any of them.
+            return
         steps, best = self.steps(), self._candidates("best")
         # What is being saved now may never be finished: the best one before it holds until then.
         needed = {*(best[:2] if best[:1] == [saving] else best[:1]), *steps[-LAST_KEPT:], self.last_regular(saving - 1)}
@@ -197,8 +204,7 @@ class Checkpoints:
         candidates = self._candidates(which)
         what = {"last": "checkpoint", "best": "best checkpoint"}.get(which, f"checkpoint of step {which}")
         if not candidates:
-            there = ", ".join(map(str, self.steps()))
-            raise UserError(f"{self._folder} has no {what} yet{f'; there are those of {there}' if there else ''}.")
+            raise UserError(self._missing(which, what))
         damage: dict[int, str] = {}
         for step in candidates:
             try:
@@ -211,7 +217,18 @@ class Checkpoints:
                     passed_over(each, reason)
             return state
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
-        raise UserError(f"{self._folder} has no {what} that is sound ({reasons}). Delete it to begin from the start.")
+        raise UserError(
+            f"{self._folder} has no {what} that is sound ({reasons}); another --run folder begins from the start."
+        )
+
+    def _missing(self, which: str, what: str) -> str:
+        there = ", ".join(map(str, self.steps()))
+        others = f"; there are those of {there}" if there else ""
+        if which == "best" and self._best is None:
+            return f"{self._best_file} is damaged: it does not name the steps of the best checkpoints{others}."
+        if which == "best" and self._best:
+            return f"{self._folder}: the checkpoint of step {self._best[0]}, named by best, is missing{others}."
+        return f"{self._folder} has no {what} yet{others}."
 
     def restore_step(self, like: Any, step: int) -> State:
         """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does.
@@ -239,7 +256,7 @@ class Checkpoints:
                     raise
                 raise Damaged(_reason(error)) from error
         found = fingerprints(state)
-        changed = [path for path, digest in about["fingerprints"].items() if found[path] != digest]
+        changed = [path for path in sorted(found) if about["fingerprints"].get(path) != found[path]]
         if changed:
             raise Damaged(f"{changed[0]} is not what was saved")
         return state
@@ -302,8 +319,21 @@ def _reason(error: Exception) -> str:
     return known or (line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}...")
 
 
-def _about(state: State, config: Config, is_regular: bool) -> dict[str, Any]:
+def _named_steps(file: Path) -> list[int] | None:
+    """The steps of the best checkpoint and of the one before it, [] without a file, None for a damaged one."""
+    try:
+        named = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_sound = isinstance(named, list) and named and all(type(step) is int and step >= 0 for step in named)
+    return named if is_sound else None
+
+
+def _about(state: State, step: int, config: Config, is_regular: bool) -> dict[str, Any]:
     return {
+        "step": step,
         "config_hash": config_hash(config),
         "config": to_dict(config),
         "is_regular": is_regular,
@@ -312,17 +342,43 @@ def _about(state: State, config: Config, is_regular: bool) -> dict[str, Any]:
     }
 
 
+# What each part of the record of a checkpoint is.
+RECORDED: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: type(value) is int,
+    "config_hash": lambda value: isinstance(value, str),
+    "config": lambda value: isinstance(value, dict),
+    "is_regular": lambda value: isinstance(value, bool),
+    "layout": lambda value: _is_table(value),
+    "fingerprints": lambda value: _is_table(value),
+}
+
+
 def stored_about(folder: Path, step: int) -> dict[str, Any]:
-    """The record of a checkpoint. Raises Damaged if it cannot be read, or is none."""
-    try:
-        about = json.loads((folder / str(step) / "about" / "metadata").read_bytes())
-    except OSError as error:
-        raise Damaged(f"its record cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise Damaged("its record is not JSON") from error
-    if not isinstance(about, dict) or not about.keys() >= RECORDED:
+    """Read the record of the checkpoint of a step.
+
+    Raises:
+        Damaged: it cannot be read, is none, or is that of another step.
+    """
+    about = _read_json(folder / str(step) / ABOUT, "its record")
+    if not isinstance(about, dict) or not all(name in about and is_so(about[name]) for name, is_so in RECORDED.items()):
         raise Damaged("its record is not one of a checkpoint")
+    if about["step"] != step:
+        raise Damaged(f"it is the checkpoint of step {about['step']} under another name")
     return about
+
+
+def _read_json(file: Path, what: str) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise Damaged(f"{what} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} is not JSON") from error
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value read from JSON is an object whose values are all strings."""
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 def _seal(folder: Path) -> None:
@@ -334,15 +390,18 @@ def _seal(folder: Path) -> None:
 
 def _check_seal(folder: Path) -> None:
     """Raises Damaged, naming the first file, if the files of a checkpoint are not those that were written."""
-    try:
-        sums = json.loads((folder / SEAL).read_bytes())
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{SEAL} cannot be read") from error
+    sums = _read_json(folder / SEAL, SEAL)
+    if not _is_table(sums) or ABOUT not in sums:
+        raise Damaged(f"{SEAL} does not have the sums of the files of a checkpoint")
     # The processes of a run share the work.
     for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
             raise Damaged(f"{name} is missing")
-        if _sha256(folder / name) != digest:
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from error
+        if found != digest:
             raise Damaged(f"{name} is not what was written")
 
 

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import jax
@@ -118,7 +118,7 @@ def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Lap
         if profile is not None:
             # Where the run was stopped before.
             profile.ends(profile.steps.stop)
-        run.checkpoints.wait()
+        run.finish()
     if run.diverged_at is not None:
         return MISTAKE
     if not run.is_over:
@@ -172,8 +172,11 @@ def _writing(run: Run) -> Iterator[None]:
         yield
     except (OSError, Unwritable) as error:
         reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
+        # A checkpoint that is still being written counts, if it can be.
+        with suppress(Unwritable):
+            run.checkpoints.wait()
         kept = run.checkpoints.written()
-        left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint yet"
+        left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint"
         raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error
 
 

@@ -15,8 +15,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.parallel.processes import Votes
-from rustgpt_jax.runs.folder import RunFolder, admit, create, lock, write_atomically
+from rustgpt_jax.parallel.processes import Votes, is_first
+from rustgpt_jax.runs.folder import RunFolder, Unwritable, admit, create, lock, write_atomically
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import record_launch, record_program
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
@@ -271,6 +271,22 @@ class Run:
             self._close_source()
             self._skipped = 0
             self._recorder = self._recorder if self.is_over else None
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            Unwritable: it cannot be written, or the folder of the run or a part of it was deleted in the meantime.
+        """
+        self.checkpoints.wait()
+        if self._writer is None:
+            return
+        self._writer.check()
+        if not self.folder.config_file.exists():
+            raise Unwritable(f"{self.folder.config_file} was deleted while the run was being trained.")
+        # What another process of the run has written may be seen here later.
+        if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
+            raise Unwritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
         """Save the state after the last step made, so that the run can go on from there."""
