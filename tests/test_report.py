@@ -29,6 +29,7 @@ from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities
 from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results
+from rustgpt_jax.sweeps.report.statistics import compare_with_best
 from rustgpt_jax.sweeps.report.words import knob_names, rerun_command, value_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -73,21 +74,24 @@ def test_the_best_setting_is_first_and_one_that_diverges_last(tmp_path: Path) ->
     assert ranked[0].setting.knobs == {"optimizer.name": "muon", "optimizer.learning_rate": 0.1}
 
 
-def test_p_values_are_those_of_paired_t_tests_after_holm(optimizers: Path) -> None:
+def test_comparisons_are_paired_and_account_for_the_choice_of_the_best(optimizers: Path) -> None:
     ranked = ranking(read_results(optimizers))
-    best = ranked[0].setting.losses
-    raw = {}
-    for number, row in enumerate(ranked[1:], start=1):
-        shared = sorted(best.keys() & row.setting.losses.keys())
-        if len(shared) > 1:
-            pairs = [[losses[seed] for seed in shared] for losses in (row.setting.losses, best)]
-            raw[number] = stats.ttest_rel(*pairs).pvalue
-    # Step by step: the smallest of m by m, the next by m - 1, never below the one before.
-    least = 0.0
-    for position, number in enumerate(sorted(raw, key=raw.__getitem__)):
-        least = max(least, min(1.0, raw[number] * (len(raw) - position)))
-        assert ranked[number].p_value == pytest.approx(least)
-    assert [ranked[number].p_value for number in range(12) if number not in raw] == [None, None]
+    expected = compare_with_best([row.setting.losses for row in ranked], n_candidates=11)
+    assert [row.comparison for row in ranked[1:]] == expected
+    # The trial that failed leaves two seeds; those that diverged leave one.
+    assert [row.comparison.n_pairs if row.comparison else None for row in ranked[1:]].count(2) == 1
+    assert ranked[-1].setting.n_diverged == 2 and ranked[-1].comparison is None
+
+
+def test_a_sentence_never_contradicts_its_interval(optimizers: Path) -> None:
+    text, page = said(optimizers)
+    for shown in (text, page):
+        found = re.findall(
+            r"(better than|No difference)[^(]*\(95% CI (-?[\d.]+) to (-?[\d.]+), p [=&lt;]+ ([\d.]+)", shown
+        )
+        assert {claim for claim, *_ in found} == {"better than", "No difference"}
+        for claim, low, high, p_value in found:
+            assert (claim == "better than") == (float(p_value) < 0.05) == (float(low) > 0) and float(high) > 0
 
 
 def test_the_terminal_says_what_was_found(optimizers: Path) -> None:

@@ -30,10 +30,12 @@ def comparisons(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
     sentences = [comparison_text(ranked[0], row) for row in sorted(chosen, key=ranked.index)]
     n_tests = sum(row.comparison is not None for row in ranked)
     if n_tests:
+        metric = METRICS[results.metric]
         sentences.append(
-            f"These are differences of the {METRICS[results.metric].name} in {METRICS[results.metric].unit}, from "
-            "two-sided t-tests paired by seed. The p-values are corrected by Holm's method for the "
-            f"{n_tests} comparisons with the best setting; the intervals are not."
+            f"These are differences of the {metric.name} in {metric.unit}, paired by seed. The p-values and the 95% "
+            f"intervals hold for all {n_tests} comparisons at once and account for the choice of the best setting by "
+            'the same losses: were all settings alike, the chance of any "better than" would be 5%, if losses of '
+            "seeds are normal (docs/statistics.md)."
         )
     return sentences
 
@@ -44,8 +46,8 @@ def notes(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
     said = ["Only finished trials are compared, by the last evaluation: ranks change while the learning rate decays."]
     if len(ranked) > 1:
         said.append(
-            "The best setting is chosen by the losses that are shown, so its own loss flatters it a little; "
-            "new seeds would tell how much."
+            "The best setting is chosen by the losses that are shown, so its own mean and interval are a little too "
+            "good; new seeds would tell by how much."
         )
     if results.metric == TRAIN_LOSS:
         said.append(

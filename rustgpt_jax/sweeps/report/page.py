@@ -94,9 +94,12 @@ def _legend(results: Results, ranked: tuple[Ranked, ...]) -> str:
     """What stands in the columns of the table."""
     parts = ["Each dot is a trial"]
     if any(row.interval.n > 1 for row in ranked):
-        parts.append("bars, and ±, are 95% t intervals of the mean over seeds")
+        parts.append("bars, and ± 95%, are t intervals of each setting's own mean over seeds")
     if any(row.comparison for row in ranked):
-        parts.append("p is for no difference from the best setting, paired by seed, after Holm's correction")
+        parts.append(
+            "p, and ± above the best, are of the difference from the best setting, paired by seed; they hold for all "
+            "settings at once and account for the choice of the best"
+        )
     n_settings = len(settings(results))
     number = f"{n_settings} settings, best first. " if n_settings > 1 else ""
     return f'<p class="soft small">{number}{"; ".join(parts)}.</p>'

@@ -7,7 +7,7 @@ from html import escape
 
 from rustgpt_jax.sweeps.report.ranking import Ranked, losses_in_view
 from rustgpt_jax.sweeps.report.results import FINISHED, Results, Setting, settings
-from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, value_text
+from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, p_text, value_text
 
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
 # How far beyond the strip, as a share of it, that is shown which lies further out.
@@ -83,13 +83,16 @@ def _half_interval(row: Ranked) -> str:
 def _above(row: Ranked, best: Ranked) -> str:
     if row is best:
         return ""
-    return loss_text(row.comparison.difference if row.comparison else row.interval.mean - best.interval.mean)
+    if row.comparison is None:
+        return loss_text(row.interval.mean - best.interval.mean)
+    half = row.comparison.high - row.comparison.difference
+    return loss_text(row.comparison.difference) + (f" ± {loss_text(half)}" if math.isfinite(half) else "")
 
 
 def _p(row: Ranked) -> str:
-    if row.p_value is None:
+    if row.comparison is None:
         return "one seed" if row.interval.n == 1 else "–"
-    return f"{row.p_value:.3f}" if row.p_value >= 0.001 else "&lt; 0.001"
+    return escape(p_text(row.comparison.p_value).removeprefix("p ").removeprefix("= "))
 
 
 def _chips(setting: Setting) -> str:

@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rustgpt_jax.sweeps.report.results import Results, Setting, TrialResult, key_of, settings
-from rustgpt_jax.sweeps.report.statistics import Comparison, Interval, holm, importance, mean_interval, paired
+from rustgpt_jax.sweeps.report.statistics import (
+    FALSE_CLAIMS,
+    Comparison,
+    Interval,
+    compare_with_best,
+    importance,
+    mean_interval,
+)
 from rustgpt_jax.sweeps.report.words import loss_text, p_text, setting_text
 
-SIGNIFICANT = 0.05
 # Losses further above the best one than so many times the median are not told apart, or they would squeeze the rest.
 IN_VIEW = 3.0
 # A best setting of more knobs than this is not named in every sentence.
@@ -17,21 +23,21 @@ MOST_KNOBS_NAMED = 2
 
 @dataclass(frozen=True)
 class Ranked:
-    """A setting with its mean loss over seeds, and how far the best setting is from it, by the seeds they share.
+    """A setting with its mean loss over seeds, and its difference from the best setting over the seeds they share.
 
-    The comparison is None for the best setting and where fewer than two seeds are shared; its p-value is corrected
-    for the number of comparisons by Holm's method.
+    The comparison is None for the best setting and where fewer than two seeds are shared; its p-value and interval
+    account for the number of comparisons and for the choice of the best setting (see `compare_with_best`).
     """
 
     setting: Setting
     interval: Interval
     comparison: Comparison | None
-    p_value: float | None
 
     @property
     def is_shown_worse(self) -> bool:
-        """Whether the difference from the best setting is more than chance would often give."""
-        return self.p_value is not None and self.p_value < SIGNIFICANT
+        """Whether the setting is shown to be worse than the best one."""
+        found = self.comparison
+        return found is not None and found.p_value < FALSE_CLAIMS and found.difference > 0
 
 
 def ranking(results: Results) -> tuple[Ranked, ...]:
@@ -43,15 +49,10 @@ def ranking(results: Results) -> tuple[Ranked, ...]:
         (setting for setting in settings(results) if setting.losses),
         key=lambda setting: (setting.n_diverged > 0, setting.mean_loss),
     )
-    compared = [paired(setting.losses, ordered[0].losses) for setting in ordered[1:]]
-    adjusted = iter(holm([comparison.p_value for comparison in compared if comparison]))
+    n_candidates = sum(setting.n_diverged == 0 for setting in ordered) or len(ordered)
+    compared = compare_with_best([setting.losses for setting in ordered], n_candidates)
     return tuple(
-        Ranked(
-            setting,
-            mean_interval(list(setting.losses.values())),
-            comparison,
-            next(adjusted) if comparison else None,
-        )
+        Ranked(setting, mean_interval(list(setting.losses.values())), comparison)
         for setting, comparison in zip(ordered, [None, *compared], strict=True)
     )
 
@@ -62,15 +63,15 @@ def comparison_text(best: Ranked, other: Ranked) -> str:
     unlike = _unlike(other.setting, best.setting)
     that = f"{'' if len(unlike) == len(best.setting.knobs) else 'the same with '}{setting_text(unlike)}"
     comparison = other.comparison
-    if comparison is None or other.p_value is None:
+    if comparison is None:
         difference = other.interval.mean - best.interval.mean
         seeds = "one seed" if best.interval.n == other.interval.n == 1 else "fewer than two shared seeds"
         return _sentence(f"{it} and {that} differ by {loss_text(difference)}; no p-value: {seeds}.")
     interval = "no interval: all seeds differ alike"
     if math.isfinite(comparison.low):
         interval = f"95% CI {loss_text(comparison.low)} to {loss_text(comparison.high)}"
-    evidence = f"{interval}, {p_text(other.p_value)}, {comparison.n_pairs} paired seeds"
-    if other.is_shown_worse and comparison.difference > 0:
+    evidence = f"{interval}, {p_text(comparison.p_value)}, {comparison.n_pairs} paired seeds"
+    if other.is_shown_worse:
         return _sentence(f"{it} is better than {that} by {loss_text(comparison.difference)} ({evidence}).")
     return f"No difference shown between {it} and {that}: {loss_text(comparison.difference)} ({evidence})."
 
