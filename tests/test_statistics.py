@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from false_claims import DRAWS, Draw, error_rates, normal
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.benchmarks.false_claims import DRAWS, Draw, error_rates, normal
 from rustgpt_jax.sweeps.report.statistics import (
     Comparison,
     Interval,

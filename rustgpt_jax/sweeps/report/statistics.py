@@ -103,9 +103,11 @@ def compare_with_best(
     compared = [paired(setting, finite[0]) for setting in finite[1:]]
     if sum(comparison is not None for comparison in compared) < 2:
         return compared
-    seeds = list(dict.fromkeys(seed for setting in finite for seed in setting))
-    pattern = tuple(tuple(seed in setting for seed in seeds) for setting in finite)
-    smallest = smallest_p_values(pattern, n_candidates or len(losses))
+    seeds = sorted({seed for setting in finite for seed in setting}, key=str)
+    pattern = [tuple(seed in setting for seed in seeds) for setting in finite]
+    n_candidates = n_candidates or len(losses)
+    # Without effects the order of settings does not matter: sorted, for the cache.
+    smallest = smallest_p_values((*sorted(pattern[:n_candidates]), *sorted(pattern[n_candidates:])), n_candidates)
     threshold = float(smallest[int(FALSE_CLAIMS * (len(smallest) + 1)) - 1])
     adjusted: list[Comparison | None] = []
     for setting, comparison in zip(finite[1:], compared, strict=True):

@@ -1,6 +1,6 @@
 """How often a sweep's report claims a difference between settings where there is none.
 
-python -m experiments.benchmarks.false_claims [--sweeps=2000]
+python -m tests.false_claims [--sweeps=2000]
 
 Simulated sweeps go through the report's own `compare_with_best`. A sweep counts as a false claim if any setting that is
 not worse than the best one is said to be, and as a missed difference if any true difference from the best setting lies
