@@ -264,7 +264,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "trained").mkdir()
     (folder / "trained" / "config.json").write_text("{}")
     (folder / "halves").mkdir()
-    (folder / "halves" / "sweep.json").write_text('{"config_file": "swept.py", "sweep": "sweep_halving"}')
+    (folder / "halves" / "sweep.json").write_text(
+        '{"name": "swept", "command": "", "config_file": "swept.py", "sweep": "sweep_halving"}'
+    )
     return folder
 
 

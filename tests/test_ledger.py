@@ -25,7 +25,9 @@ Event = tuple[str, str, dict[str, Any]]
 EVENT = some.tuples(
     some.sampled_from(TRIALS),
     some.sampled_from(EVENTS),
-    some.fixed_dictionaries({}, optional={"error": some.text(max_size=9), "step": some.integers(0, 9)}),
+    some.fixed_dictionaries(
+        {"overrides": some.just({})}, optional={"error": some.text(max_size=9), "step": some.integers(0, 9)}
+    ),
 )
 # What happens to a ledger: some events are written at once, a writer is killed in the middle of a line, someone looks.
 HAPPENINGS = some.lists(
@@ -73,7 +75,7 @@ def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> N
         assert [bare(event) for event in ledger.events()] == written
         assert Ledger(file).events() == ledger.events()
         if written:
-            ledger.append("dddddddd", "planned")
+            ledger.append("dddddddd", "planned", overrides={})
             # A torn line stays, alone: each event stands on a line of its own.
             lines = file.read_bytes().split(b"\n")
             assert [event for line in lines if (event := as_event(line))] == ledger.events()
@@ -105,7 +107,7 @@ def test_a_state_is_the_last_event_but_queued(events: list[Event]) -> None:
 
 def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
     ledger, before = Ledger(tmp_path / "ledger.jsonl"), time.time()
-    ledger.append_all([("aaaaaaaa", "planned", {"overrides": {"seed": 1}}), ("bbbbbbbb", "planned", {})])
+    ledger.append_all([("aaaaaaaa", "planned", {"overrides": {"seed": 1}}), ("bbbbbbbb", "planned", {"overrides": {}})])
     first, second = ledger.events()
     assert before <= first["time"] == second["time"] <= time.time()
     assert first["overrides"] == {"seed": 1}
@@ -121,7 +123,7 @@ def test_a_ledger_that_is_not_there_is_empty_and_stays_away(tmp_path: Path) -> N
 def test_a_line_that_is_no_event_is_passed_over(line: bytes, tmp_path: Path) -> None:
     file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file)
-    ledger.append("aaaaaaaa", "planned")
+    ledger.append("aaaaaaaa", "planned", overrides={})
     with open(file, "ab") as lines:
         lines.write(line + b"\n")
     ledger.append("aaaaaaaa", "began")
@@ -188,12 +190,12 @@ def test_a_writer_waits_for_its_turn(tmp_path: Path) -> None:
     file = tmp_path / "ledger.jsonl"
     with open(file, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        writer = threading.Thread(target=Ledger(file).append, args=("aaaaaaaa", "planned"))
+        writer = threading.Thread(target=Ledger(file).append, args=("aaaaaaaa", "began"))
         writer.start()
         writer.join(0.2)
         assert writer.is_alive() and file.read_bytes() == b""
     writer.join()
-    assert [event["event"] for event in Ledger(file).events()] == ["planned"]
+    assert [event["event"] for event in Ledger(file).events()] == ["began"]
 
 
 def test_threads_that_look_at_once_see_each_event_once(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_curves_of_diverged_trials_end_at_the_last_finite_loss(results: Results)
 @given(events=st.lists(st.sampled_from(["queued", "began", "finished", "diverged", "pruned", "stopped", "failed"])))
 def test_the_last_event_but_queued_says_the_status(events: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "one", [{"seed": 0}], status=lambda _: "planned")
+    write_metrics(folder, {"seed": 0}, metrics({"seed": 0}, "finished", 2.0, 20))
     for event in events:
         append(folder, trial_id({"seed": 0}), event)
     said = ["planned", *(event for event in events if event != "queued")][-1]
@@ -175,12 +176,25 @@ def test_a_knob_that_a_trial_leaves_alone_has_the_value_of_its_config(tmp_path: 
     assert [trial.total_steps for trial in read.trials] == [base.training.steps] * 3
 
 
-def create_config(folder: Path, overrides: dict[str, Any]) -> None:
+def test_trials_of_unlike_configs_are_unlike_settings_whatever_they_override(tmp_path: Path) -> None:
+    trials = [{"seed": seed, "record.prompts": [prompt]} for seed in (0, 1) for prompt in ("a", "b")]
+    folder = write_sweep(tmp_path / "sweep", trials)
+    for overrides in trials:
+        steps = 50 if overrides["record.prompts"] == ["b"] else 60
+        create_config(folder, overrides, **{"record.prompts": ("a",), "training.steps": steps})
+    read = read_results(folder)
+    # As the configs say, whatever the ledger says.
+    assert read.swept == ("seed", "training.steps")
+    assert [each.knobs for each in settings(read)] == [{"training.steps": 60}, {"training.steps": 50}]
+    assert [sorted(each.losses) for each in settings(read)] == [[0, 1], [0, 1]]
+
+
+def create_config(folder: Path, overrides: dict[str, Any], **changes: Any) -> None:
     """Write the config.json of a trial, beside the metrics that are there."""
     run = folder / "trials" / trial_id(overrides)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").unlink()
-    create(run, small_config(**overrides), {})
+    create(run, small_config(**overrides | changes), {})
     (run / "metrics.jsonl").write_text(text)
 
 

@@ -1,8 +1,10 @@
 """Searches: the right trials go on, suggestions repeat, and a search that is killed goes on as if it were not."""
 
+import csv
 import json
 import math
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +55,8 @@ from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.ledger import Ledger
 from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report.results import read_results, settings
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
 from rustgpt_jax.sweeps.trials import Trial, expand
@@ -271,6 +275,106 @@ def test_rungs_at_evaluations_are_taken() -> None:
     check_rungs(successive_halving(seeds(2), (4, 8)), expand(tiny_tree(), seeds(2)))
 
 
+def test_other_rungs_let_pruned_trials_go_on(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    trials, loss = expand(tiny_tree(), seeds(11)), random_loss(3)
+    by_formula(loss)
+    finished = set[str]()
+    for rungs, keep in (((4,), 1 / 4), ((8,), 1 / 2), ((4, 8), 1 / 2)):
+        with opened(tmp_path) as sweep:
+            halve(sweep, successive_halving(seeds(11), rungs, keep), trials)
+        wanted = fates(trials, loss, rungs, keep)
+        found = {trial: state["event"] for trial, state in Ledger(SweepFolder(tmp_path).ledger_file).states().items()}
+        assert {trial for trial, (end, _) in wanted.items() if end == "finished"} <= {
+            trial for trial, end in found.items() if end == "finished"
+        }
+        for trial in trials:
+            # What an earlier sweep of the folder ran to its end stays so.
+            if trial.id not in finished and wanted[trial.id][0] != "diverged":
+                assert found[trial.id] == wanted[trial.id][0]
+        finished |= {trial for trial, end in found.items() if end == "finished"}
+    with opened(tmp_path) as sweep:
+        sweep.add(trials)
+        sweep.run(trials)
+    ends = {state["event"] for state in Ledger(SweepFolder(tmp_path).ledger_file).states().values()}
+    assert ends == {"finished", "diverged"}
+
+
+# Sweeps whose files are edited, or whose trials are deleted.
+
+
+def run_all(path: Path, trials: list[Trial]) -> None:
+    with opened(path) as sweep:
+        sweep.add(trials)
+        sweep.run(trials)
+
+
+def rows(file: Path) -> dict[str, str]:
+    """The status of each trial in a table, in its order."""
+    with open(file, encoding="utf-8", newline="") as lines:
+        return {row["trial"]: row["status"] for row in csv.DictReader(lines)}
+
+
+def test_an_edited_config_is_never_pooled_with_the_one_before(
+    by_formula: Callable[[Loss], Ticks], tmp_path: Path
+) -> None:
+    by_formula(bowl)
+    old = expand(tiny_tree(), seeds(3))
+    new = expand(tiny_tree(**{"training.steps": 24}), seeds(2))
+    for trials, removed in ((old, []), (new, old), (old, new)):
+        run_all(tmp_path, trials)
+        read = read_results(tmp_path)
+        assert [each.id for each in read.trials] == [each.id for each in trials]
+        assert [each.id for each in read.removed] == [each.id for each in removed]
+        (setting,) = settings(read)
+        end = trials[0].config.training.steps
+        assert setting.losses == {each.config.seed: bowl(each.config, end) for each in trials}
+        shown = Console(file=StringIO(), width=200)
+        report(tmp_path, shown)
+        assert rows(tmp_path / "results.csv") == dict.fromkeys([each.id for each in trials], "finished")
+        assert (tmp_path / "removed.csv").exists() == bool(removed)
+        said = f"{len(removed)} trials are no longer in the sweep as its file says it"
+        assert (said in shown.file.getvalue()) == bool(removed)  # type: ignore[attr-defined]
+        if removed:
+            assert list(rows(tmp_path / "removed.csv")) == [each.id for each in removed]
+    assert len(events(tmp_path, "began")) == 5
+
+
+def test_a_deleted_trial_is_missing_until_it_is_run_again(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    trials = expand(tiny_tree(), [*values("optimizer.learning_rate", 1e-3, 1e-2, 6e-2)])
+    run_all(tmp_path, trials)
+    whole = table(tmp_path)
+    for trial, before in zip(trials, ("finished", "finished", "diverged"), strict=True):
+        assert rows(tmp_path / "results.csv")[trial.id] == before
+        shutil.rmtree(trial_path(tmp_path, trial))
+        read = read_results(tmp_path)
+        assert [each.id for each in read.trials if each.status == "missing"] == [trial.id]
+        assert read.metric == "valid/loss"
+        shown = Console(file=StringIO(), width=200)
+        report(tmp_path, shown)
+        said = f"Missing: trial {trial.id}: {trial_path(tmp_path, trial)} was deleted"
+        assert said in shown.file.getvalue()  # type: ignore[attr-defined]
+        so_far = len(events(tmp_path))
+        run_all(tmp_path, trials)
+        again = [(event["trial"], event["event"]) for event in events(tmp_path)[so_far:]]
+        assert again == [(trial.id, "planned"), (trial.id, "began"), (trial.id, before)]
+        assert table(tmp_path) == whole
+
+
+def test_deleted_trials_of_a_search_are_run_again(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    by_formula(bowl)
+    search = tree_parzen(6, SPACE, batch=3, seeds=(0, 1))
+    searched(tmp_path, search)
+    whole, found = table(tmp_path), study(tmp_path, search)
+    gone = sorted(rows(tmp_path / "results.csv"))[::5]
+    for trial in gone:
+        shutil.rmtree(SweepFolder(tmp_path).trial(trial).path)
+    so_far = len(events(tmp_path))
+    searched(tmp_path, search)
+    assert {event["trial"] for event in events(tmp_path)[so_far:]} == set(gone)
+    assert (table(tmp_path), study(tmp_path, search)) == (whole, found)
+
+
 # Trees of Parzen estimators.
 
 SPACE = {
@@ -410,6 +514,10 @@ def test_an_edited_config_is_another_study(by_formula: Callable[[Loss], Ticks], 
     searched(tmp_path, search, changed)
     assert len(study(tmp_path, search)) == len(study(tmp_path, search, changed)) == 4
     assert len(events(tmp_path, "finished", "diverged")) == 8
+    read = read_results(tmp_path)
+    old, new = ([each.overrides for each in trials] for trials in (read.removed, read.trials))
+    assert old == [json.loads(json.dumps(each)) for each, *_ in study(tmp_path, search)]
+    assert new == [json.loads(json.dumps(each)) for each, *_ in study(tmp_path, search, changed)]
 
 
 def test_what_a_study_depends_on() -> None:

@@ -77,7 +77,7 @@ class Journal:
 def _parse(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
 

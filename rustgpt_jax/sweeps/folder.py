@@ -1,6 +1,7 @@
 """A sweep on disk: what lies where in its folder."""
 
 import json
+import shlex
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class SweepFolder:
 
     @property
     def about_file(self) -> Path:
-        """What the sweep is: its name, its config file, the command that began it."""
+        """What the sweep is: its name, its config file, the command of the last launch, the trials that it has."""
         return self.path / "sweep.json"
 
     @property
@@ -88,7 +89,7 @@ def create(path: Path, about: dict[str, Any]) -> SweepFolder:
     # Another launch may have begun the same sweep in this moment.
     if used and not folder.about_file.exists():
         raise UserError(f"{path} holds files but no sweep (no sweep.json); choose another --run folder.")
-    write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
+    write_about(folder, about)
     return folder
 
 
@@ -99,9 +100,38 @@ def read_about(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
     try:
         about = json.loads(file.read_bytes())
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not JSON.") from error
+    wrong = _wrong_field(about)
+    if wrong:
+        raise UserError(f"{file} is damaged: {wrong}.")
     return dict(about)
+
+
+def _wrong_field(about: Any) -> str | None:
+    """What is wrong with the content of sweep.json, None if it has what is read of it."""
+    if not isinstance(about, dict):
+        return "it is not a JSON object"
+    for name in ("name", "command", "config_file", "sweep"):
+        if name not in about:
+            return f"it has no {name!r}"
+        if not isinstance(about[name], str):
+            return f"its {name!r} is not a text"
+    try:
+        shlex.split(about["command"])
+    except ValueError:
+        return "its 'command' has a quote without an end"
+    trials = about.get("trials", [])
+    if not isinstance(trials, list) or not all(isinstance(trial, str) for trial in trials):
+        return "its 'trials' is not a list of names"
+    return None
+
+
+def write_about(folder: SweepFolder, about: dict[str, Any]) -> None:
+    """Record what the sweep is as of this launch. Raises UserError if it cannot be written."""
+    write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
 
 
 def keep_code(folder: SweepFolder) -> Path:

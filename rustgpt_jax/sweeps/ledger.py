@@ -5,22 +5,28 @@ trial holds the lock of its run folder, which the operating system lets go of ho
 what became of it.
 """
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.journal import Event, Journal
 
 EVENTS = ("planned", "queued", "began", "finished", "diverged", "pruned", "stopped", "failed")
 # A trial in one of these states needs no more work; one that failed is tried again by the next launch.
 DONE = ("finished", "diverged")
+# No knob has a value of more lists and mappings inside one another.
+MOST_NESTED = 8
 
 
 class Ledger:
     """Appends to a ledger and reads it. Many processes and threads may do so at once."""
 
     def __init__(self, file: Path) -> None:
-        self._journal = Journal(file)
+        self._file, self._journal = file, Journal(file)
+        self._turn = threading.Lock()
+        self._n_read, self._events, self._n_damaged = 0, list[Event](), 0
 
     def append(self, trial: str, event: str, **details: Any) -> None:
         """Write one event, which is on the disk on return."""
@@ -31,8 +37,25 @@ class Ledger:
         self._journal.append_all({"trial": trial, "event": event, **details} for trial, event, details in events)
 
     def events(self) -> list[Event]:
-        """All events so far, in the order in which they were written; half a line is none."""
-        return [event for event in self._journal.events() if "trial" in event]
+        """All events so far, in the order in which they were written.
+
+        Half a line is none, and damaged lines are left out. Raises UserError if the file cannot be read.
+        """
+        with self._turn:
+            try:
+                new = self._journal.events()[self._n_read :]
+            except OSError as error:
+                raise UserError(f"{self._file} cannot be read: {error.strerror}.") from error
+            valid = [event for event in new if _is_valid(event)]
+            self._n_read += len(new)
+            self._n_damaged += len(new) - len(valid)
+            self._events += valid
+            return list(self._events)
+
+    def n_damaged(self) -> int:
+        """The number of lines so far that are events without a trial, or with values that no event has."""
+        self.events()
+        return self._n_damaged
 
     def states(self) -> dict[str, Event]:
         """The last event of each trial, in the order in which the trials were planned."""
@@ -42,6 +65,55 @@ class Ledger:
                 states[event["trial"]] = event
         return states
 
+    def planned(self) -> dict[str, dict[str, Any]]:
+        """The overrides of each trial, in the order in which the trials were planned."""
+        return {event["trial"]: event["overrides"] for event in self.events() if event["event"] == "planned"}
+
     def is_done(self, trial: str) -> bool:
         """Whether a trial needs no more work."""
         return self.states().get(trial, {}).get("event") in DONE
+
+
+def is_settled(state: Event, until: int | None = None) -> bool:
+    """Whether a trial with this last event has come to its end or to the step `until`.
+
+    A pruned trial is settled only up to the step at which it was pruned: an edited sweep may want it to go on.
+    """
+    if state["event"] in DONE:
+        return True
+    return until is not None and state["event"] != "failed" and state.get("step", 0) >= until
+
+
+def _is_valid(event: Event) -> bool:
+    """Whether an event has the values of a ledger's line, of the right types."""
+    step, trial = event.get("step", 0), event.get("trial")
+    return (
+        event["event"] in EVENTS
+        and isinstance(trial, str)
+        # The name of a folder, and not of one elsewhere.
+        and trial not in ("", ".", "..")
+        and not {"/", "\0"} & set(trial)
+        and isinstance(event["time"], (int, float))
+        and type(step) is int
+        and step >= 0
+        and isinstance(event.get("error", ""), str)
+        and (event["event"] != "planned" or _are_overrides(event.get("overrides")))
+    )
+
+
+def _are_overrides(value: Any) -> bool:
+    """Whether a value maps knobs to what a knob may be: for JSON, anything but deep nests and numbers beyond floats."""
+    return (
+        isinstance(value, dict)
+        and all(path and (path.count(".") > 1 or not path.startswith("stages.")) for path in value)
+        and all(_is_plain(item, MOST_NESTED) for item in value.values())
+        and type(value.get("seed", 0)) is int
+    )
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, (list, dict)):
+        return depth > 0 and all(
+            _is_plain(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    return not isinstance(value, int) or abs(value) < 2**63

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rustgpt_jax.config import is_of_result, stages
@@ -15,6 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import leaves
 from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.sweeps.ledger import DONE
 from rustgpt_jax.sweeps.space import (
     Choice,
     Distribution,
@@ -76,7 +77,9 @@ def _survivors(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: 
     n_kept = min(len(comparable), math.ceil(keep * len(trials)))
     kept = sorted(comparable, key=lambda each: losses[each.id])[:n_kept]
     states = sweep.ledger.states()
-    dropped = [each for each in comparable if each not in kept and states[each.id]["event"] != "pruned"]
+    # What has ended stays so: an earlier sweep of the folder may have run it to its end.
+    ended = ("pruned", *DONE)
+    dropped = [each for each in comparable if each not in kept and states[each.id]["event"] not in ended]
     if dropped:
         details = {"step": rung, "rung": number}
         sweep.ledger.append_all([(each.id, "pruned", details) for each in dropped])
@@ -98,15 +101,23 @@ def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) ->
     fixed = tuple(fixed)
     with lock(sweep.folder.path):
         study = _study(sweep, search, tree)
+        told = [each for each in study.trials[: search.n_trials] if each.state.is_finished()]
+        # Trials that failed or whose folders were deleted since are run again; what was told of them stays.
+        _run(sweep, {each.number: _trials_of(each, search, tree, fixed) for each in told})
         while not sweep.stop and len(study.trials) - len(_running(study)) < search.n_trials:
             _ask(study, search)
             batch = {each.number: _trials_of(each, search, tree, fixed) for each in _running(study)}
-            distinct = list({member.id: member for members in batch.values() for member in members}.values())
-            sweep.add(distinct)
-            sweep.run(distinct)
+            _run(sweep, batch)
             if not sweep.stop:
                 for number, members in batch.items():
                     _tell(study, number, [_final_loss(sweep, member) for member in members])
+
+
+def _run(sweep: Sweep, batch: Mapping[int, Sequence[Trial]]) -> None:
+    distinct = list({member.id: member for members in batch.values() for member in members}.values())
+    if distinct:
+        sweep.add(distinct)
+        sweep.run(distinct)
 
 
 def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:

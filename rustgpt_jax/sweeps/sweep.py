@@ -21,7 +21,7 @@ from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.sweeps.launchers.launch import Launch
 from rustgpt_jax.sweeps.launchers.processes import visible_gpus
-from rustgpt_jax.sweeps.ledger import DONE, Event, Ledger
+from rustgpt_jax.sweeps.ledger import Ledger, is_settled
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.trials import Trial, in_words
@@ -63,12 +63,23 @@ class About:
 
 
 class Sweep:
-    """A sweep that is running: trials are added to it and run, as often as a search wants. Made by `open_sweep`."""
+    """A sweep that is running: trials are added to it and run, as often as a search wants. Made by `open_sweep`.
+
+    `record` is what sweep.json says of this launch, but for the trials that are added.
+    """
 
     def __init__(
-        self, folder: SweepFolder, about: About, settings: Settings, shelf: Shelf, board: Board, stop: StopRequest
+        self,
+        folder: SweepFolder,
+        about: About,
+        settings: Settings,
+        shelf: Shelf,
+        board: Board,
+        stop: StopRequest,
+        record: Mapping[str, str],
     ) -> None:
         self.folder, self.stop, self._about, self._settings, self._board = folder, stop, about, settings, board
+        self._record, self._listed = record, dict[str, None]()
         self.ledger, self._shelf = Ledger(folder.ledger_file), shelf
         shelf.keep_in(folder.tokenizers)
         self._is_told = set[str]()
@@ -95,18 +106,26 @@ class Sweep:
         return dataclasses.replace(seen, n_devices=self.n_workers)
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run."""
-        for trial in self._unplanned(trials):
-            origins = {**self._about.origins, **dict.fromkeys(trial.overrides, "sweep")}
-            create_run(self.folder.trial(trial.id).path, trial.config, origins)
+        """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run.
+
+        A trial whose folder was deleted is recorded anew, and so it is run again.
+        """
+        planned = self.ledger.planned()
+        deleted = {trial.id for trial in trials if trial.id in planned and not self._has_folder(trial)}
+        for trial in trials:
+            if trial.id in deleted or trial.id not in planned:
+                origins = {**self._about.origins, **dict.fromkeys(trial.overrides, "sweep")}
+                create_run(self.folder.trial(trial.id).path, trial.config, origins)
         # Another launch may have recorded them meanwhile.
-        if new := self._unplanned(trials):
+        planned = self.ledger.planned()
+        if new := [trial for trial in trials if trial.id in deleted or trial.id not in planned]:
             self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
+        self._listed |= dict.fromkeys(trial.id for trial in trials)
+        folders.write_about(self.folder, {**self._record, "trials": list(self._listed)})
         self._board.add(trials)
 
-    def _unplanned(self, trials: Sequence[Trial]) -> list[Trial]:
-        planned = self.ledger.states()
-        return [trial for trial in trials if trial.id not in planned]
+    def _has_folder(self, trial: Trial) -> bool:
+        return self.folder.trial(trial.id).config_file.exists()
 
     def run(self, trials: Sequence[Trial], until: int | None = None) -> None:
         """Have trials run to the step `until` or to their ends, until each is there, has diverged or failed.
@@ -147,7 +166,7 @@ class Sweep:
         return [
             trial.id
             for trial in trials
-            if trial.id not in failed and not _is_settled(states.get(trial.id, {"event": "planned"}), until)
+            if trial.id not in failed and not is_settled(states.get(trial.id, {"event": "planned"}), until)
         ]
 
     def failed(self) -> set[str]:
@@ -156,20 +175,15 @@ class Sweep:
         return {event["trial"] for event in recent if event["event"] == "failed"}
 
 
-def _is_settled(state: Event, until: int | None) -> bool:
-    if state["event"] in (*DONE, "pruned"):
-        return True
-    return until is not None and state["event"] != "failed" and state.get("step", 0) >= until
-
-
 @contextlib.contextmanager
 def open_sweep(path: Path, about: About, settings: Settings, shelf: Shelf, console: Console) -> Iterator[Sweep]:
     """Begin a sweep in a folder, or go on with it, with a table of its trials on the console."""
     command = shlex.join(["python", *sys.argv])
-    values = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
-    folder = folders.create(path, {**values, "mode": settings.mode, "launcher": settings.launcher})
+    record = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
+    record |= {"mode": settings.mode, "launcher": settings.launcher}
+    folder = folders.create(path, record)
     with StopRequest() as stop, Board(console, folder) as board:
-        yield Sweep(folder, about, settings, shelf, board, stop)
+        yield Sweep(folder, about, settings, shelf, board, stop, record)
 
 
 def check_settings(settings: Settings) -> None:

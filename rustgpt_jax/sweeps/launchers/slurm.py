@@ -19,7 +19,7 @@ from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.ledger import DONE, Ledger
+from rustgpt_jax.sweeps.ledger import Ledger, is_settled
 from rustgpt_jax.sweeps.planner import Chunk
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -102,7 +102,7 @@ class _Watch:
         state = self._ledger.states()[trial]
         if state["event"] == "failed":
             return state != self._before[trial]
-        return state["event"] in (*DONE, "pruned") or (until is not None and state.get("step", 0) >= until)
+        return is_settled(state, until)
 
     def _is_worth_another(self, chunk: Chunk, job: str, state: str) -> bool:
         """Whether a chunk has not been cut short too often; if it has, its trials fail."""

@@ -4,7 +4,7 @@ import math
 
 from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities, swept_learning_rate
 from rustgpt_jax.sweeps.report.ranking import Ranked, comparison_text
-from rustgpt_jax.sweeps.report.results import DIVERGED, FAILED, PRUNED, TRAIN_LOSS, Results, is_number, key_of
+from rustgpt_jax.sweeps.report.results import DIVERGED, FAILED, MISSING, PRUNED, TRAIN_LOSS, Results, is_number, key_of
 from rustgpt_jax.sweeps.report.statistics import Interval
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, setting_text, value_text
 
@@ -61,7 +61,23 @@ def notes(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
         )
     if counts.get(PRUNED):
         said.append("Pruned trials were stopped early; their curves are shown, and they are not ranked.")
-    return said + _edges(results, ranked[0]) + _sensitivity(results) + _errors(results)
+    return said + left_out(results) + _edges(results, ranked[0]) + _sensitivity(results) + _errors(results)
+
+
+def left_out(results: Results) -> list[str]:
+    """What of a sweep is not compared because it is not there, or no longer part of it."""
+    said = []
+    if results.removed:
+        trials = "1 trial is" if len(results.removed) == 1 else f"{len(results.removed)} trials are"
+        said.append(f"{trials} no longer in the sweep as its file says it, and left out here; see removed.csv.")
+    missing = [trial for trial in results.trials if trial.status == MISSING]
+    said += [f"Missing: trial {trial.id}: {trial.error}" for trial in missing[:MOST_ERRORS]]
+    if missing:
+        said.append("The sweep's command runs a trial again whose folder is not there.")
+    if results.n_damaged:
+        lines = "1 line" if results.n_damaged == 1 else f"{results.n_damaged} lines"
+        said.append(f"{lines} of ledger.jsonl are damaged and left out.")
+    return said
 
 
 def _edges(results: Results, best: Ranked) -> list[str]:

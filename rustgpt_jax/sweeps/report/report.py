@@ -9,7 +9,7 @@ from rich.table import Table
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import write_atomically
 from rustgpt_jax.runs.formatting import printable
-from rustgpt_jax.sweeps.report.notes import comparisons
+from rustgpt_jax.sweeps.report.notes import comparisons, left_out
 from rustgpt_jax.sweeps.report.page import page
 from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
 from rustgpt_jax.sweeps.report.results import FAILED, Results, read_results, settings, write_csv
@@ -65,6 +65,7 @@ def _lines(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
     lines += comparisons(results, ranked)
     counts = ", ".join(f"{number} {status}" for status, number in results.counts.items())
     lines.append(f"Of {len(results.trials)} planned: {counts}.")
+    lines += left_out(results)
     failed = [trial for trial in results.trials if trial.status == FAILED]
     lines += [f"failed: {trial.id} ({setting_text(trial.knobs)}): {trial.error}" for trial in failed[:MOST_ERRORS]]
     if len(failed) > MOST_ERRORS:

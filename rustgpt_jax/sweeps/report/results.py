@@ -8,15 +8,15 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config import Config, flatten, stages
+from rustgpt_jax.config import Config, config_hash, flatten, is_of_result, stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import RunFolder, load_config, write_atomically
+from rustgpt_jax.runs.folder import RunFolder, all_differences, load_config, write_atomically
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.sweeps.folder import SweepFolder, read_about
 from rustgpt_jax.sweeps.ledger import Event, Ledger
@@ -24,8 +24,8 @@ from rustgpt_jax.sweeps.ledger import Event, Ledger
 SEED = "seed"
 TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE = "train/loss", "valid/loss", "valid/bits_per_byte"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
-STOPPED, RUNNING, PLANNED = "stopped", "running", "planned"
-STATUSES = (FINISHED, DIVERGED, FAILED, PRUNED, STOPPED, RUNNING, PLANNED)
+STOPPED, RUNNING, PLANNED, MISSING = "stopped", "running", "planned", "missing"
+STATUSES = (FINISHED, DIVERGED, FAILED, PRUNED, STOPPED, RUNNING, PLANNED, MISSING)
 
 Overrides = Mapping[str, Any]
 Curve = tuple[tuple[int, float], ...]
@@ -36,10 +36,12 @@ class TrialResult:
     """One trial. The validation curve, the final and the best loss are in the metric that the sweep compares.
 
     Curves are (step, loss) pairs, the finite ones. Only a finished trial has final losses. `best_loss` is the lowest
-    of the last stage's evaluations, `initial_loss` the training loss at step 1.
+    of the last stage's evaluations, `initial_loss` the training loss at step 1. Trials of equal `setting` have the same
+    resolved config but for the seed. A trial that is missing has begun, but its files are deleted or damaged.
     """
 
     id: str
+    setting: str
     overrides: Overrides
     knobs: Overrides
     status: str
@@ -88,7 +90,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep as it stands: what was asked, what is compared, the knobs that vary, and the trials as planned."""
+    """A sweep as it stands: what was asked, what is compared, the knobs that vary, and the trials that it has.
+
+    `removed` are trials that it had before its config or its sweep function was edited; they are not compared.
+    `n_damaged` counts the damaged lines of the ledger, which are left out.
+    """
 
     name: str
     command: str
@@ -96,6 +102,8 @@ class Results:
     metric: str
     swept: tuple[str, ...]
     trials: tuple[TrialResult, ...]
+    removed: tuple[TrialResult, ...] = ()
+    n_damaged: int = 0
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -126,28 +134,47 @@ class _Record:
     lines: list[dict[str, Any]]
     config: Config | None
 
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """The value of each knob that is known, by dotted path: as overridden, or as the config has it."""
+        if self.config is None:
+            return self.overrides
+        of_stages = (
+            {f"stages.{stage.name}.{path}": value for path, value in flatten(stage.config).items()}
+            for stage in stages(self.config)
+        )
+        return {**self.overrides, **{k: v for values in of_stages for k, v in values.items()}, **flatten(self.config)}
+
 
 def read_results(folder: Path) -> Results:
-    """Read a sweep from its folder. Raises UserError if the folder holds none, or a damaged file."""
-    about = _read_about(folder)
-    ledger = _read_ledger(folder)
-    records = [_read_trial(SweepFolder(folder).trial(trial), trial, events) for trial, events in ledger.items()]
-    known = _known_values(records)
-    knobs = [{path: record.overrides.get(path, known.get(path)) for path in known} for record in records]
-    swept = tuple(path for path in known if len({key_of(values[path]) for values in knobs}) > 1)
-    metric = _metric(swept, records)
-    trials = [
-        _trial(record, {path: values[path] for path in known if path in swept or path == SEED}, metric)
-        for record, values in zip(records, knobs, strict=True)
-    ]
-    return Results(about["name"], about["command"], about["config_file"], metric, swept, tuple(trials))
+    """Read a sweep from its folder. Raises UserError if the folder holds none, or cannot be read.
+
+    Trials whose files are damaged are missing, and the others are read all the same.
+    """
+    about = read_about(folder)
+    ledger = Ledger(SweepFolder(folder).ledger_file)
+    records = {name: _read_trial(SweepFolder(folder).trial(name), *known) for name, known in _planned(ledger).items()}
+    current = [records[name] for name in about.get("trials", records) if name in records]
+    removed = [record for name, record in records.items() if name not in about.get("trials", records)]
+    swept = _swept(current)
+    metric = _metric(swept, current)
+    return Results(
+        name=about["name"],
+        command=about["command"],
+        config_file=about["config_file"],
+        metric=metric,
+        swept=swept,
+        trials=_trials(current, swept, metric),
+        removed=_trials(removed, _swept([*current, *removed]), metric),
+        n_damaged=ledger.n_damaged(),
+    )
 
 
 def settings(results: Results) -> tuple[Setting, ...]:
-    """The trials grouped by all that their overrides say but the seed, in planned order."""
+    """The trials grouped by their resolved config but for the seed, in planned order."""
     groups: dict[str, list[TrialResult]] = {}
     for trial in results.trials:
-        groups.setdefault(key_of(_without_seed(trial.overrides)), []).append(trial)
+        groups.setdefault(trial.setting, []).append(trial)
     return tuple(
         Setting(_without_seed(group[0].overrides), _without_seed(group[0].knobs), tuple(group))
         for group in groups.values()
@@ -157,17 +184,27 @@ def settings(results: Results) -> tuple[Setting, ...]:
 def write_csv(results: Results, path: Path) -> None:
     """Write the trials as planned, one a row, with nothing in it that a clock or an interruption could change.
 
-    Losses of trials that did not finish are left empty. Raises UserError if the file cannot be written.
+    Losses of trials that did not finish are left empty. Trials that the sweep no longer has are in removed.csv beside
+    the file. Raises UserError if a file cannot be written.
     """
+    write_atomically(path, _table(results.trials, results.swept))
+    apart = path.with_name("removed.csv")
+    if results.removed:
+        write_atomically(apart, _table(results.removed, tuple(results.removed[0].knobs)))
+    else:
+        apart.unlink(missing_ok=True)
+
+
+def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     losses = ("train_loss", "valid_loss", "bits_per_byte", "best")
-    writer.writerow(("trial", *results.swept, "status", "steps", *losses))
-    for trial in results.trials:
+    writer.writerow(("trial", *knobs, "status", "steps", *losses))
+    for trial in trials:
         values = [trial.train_loss, trial.valid_loss, trial.bits_per_byte, trial.best_loss]
-        knobs = [_cell(trial.knobs[path]) for path in results.swept]
-        writer.writerow([trial.id, *knobs, trial.status, trial.step, *map(_cell, values)])
-    write_atomically(path, text.getvalue())
+        cells = [_cell(trial.knobs[path]) for path in knobs]
+        writer.writerow([trial.id, *cells, trial.status, trial.step, *map(_cell, values)])
+    return text.getvalue()
 
 
 def key_of(value: Any) -> str:
@@ -188,49 +225,62 @@ def _cell(value: Any) -> Any:
     return "" if value is None else value if isinstance(value, (str, int, float)) else json.dumps(value)
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    about = read_about(folder)
-    missing = {"name", "command", "config_file"} - about.keys()
-    if missing:
-        raise UserError(f"{SweepFolder(folder).about_file} is damaged: it has no {sorted(missing)[0]!r}.")
-    return about
+def _planned(ledger: Ledger) -> dict[str, tuple[Overrides, Event]]:
+    """The overrides and the last event of each trial, trials in the order in which they were planned."""
+    states = ledger.states()
+    return {trial: (overrides, states[trial]) for trial, overrides in ledger.planned().items()}
 
 
-def _read_ledger(folder: Path) -> dict[str, list[Event]]:
-    """The events of each trial in their order, trials in the order in which they were planned."""
-    events: dict[str, list[Event]] = {}
-    for event in Ledger(SweepFolder(folder).ledger_file).events():
-        if event["event"] == "planned" or event["trial"] in events:
-            events.setdefault(event["trial"], []).append(event)
-    return events
+def _read_trial(run: RunFolder, overrides: Overrides, last: Event) -> _Record:
+    status, error = RUNNING if last["event"] == "began" else last["event"], last.get("error")
+    try:
+        config, lines = load_config(run.path) if run.config_file.exists() else None, read_metrics(run.path)
+        if status != PLANNED and not run.path.exists() or status == FINISHED and not lines:
+            gone = run.metrics_file if run.path.exists() else run.path
+            status, error = MISSING, f"{gone} was deleted"
+    except UserError as damage:
+        config, lines = None, []
+        status, error = (status, error) if status == FAILED else (MISSING, str(damage))
+    return _Record(last["trial"], overrides, status, last.get("step"), error, lines, config)
 
 
-def _read_trial(run: RunFolder, trial: str, events: list[Event]) -> _Record:
-    last = [event for event in events if event["event"] != "queued"][-1]
-    status = RUNNING if last["event"] == "began" else last["event"]
-    config = load_config(run.path) if run.config_file.exists() else None
-    lines = read_metrics(run.path)
-    return _Record(trial, events[0]["overrides"], status, last.get("step"), last.get("error"), lines, config)
+def _swept(records: Sequence[_Record]) -> tuple[str, ...]:
+    """The knobs that vary: those that a trial overrides, and those in which the configs differ beyond that."""
+    values = {
+        path: {key_of(record.values.get(path, value)) for record in records}
+        for path, value in _known_values(records).items()
+    }
+    return tuple(path for path, different in values.items() if len(different) > 1)
 
 
-def _known_values(records: Iterable[_Record]) -> dict[str, Any]:
-    """Every overridden knob, with the value it has in the trials that leave it alone, None where none of them began."""
-    records = list(records)
+def _trials(records: Sequence[_Record], swept: Iterable[str], metric: str) -> tuple[TrialResult, ...]:
+    known = _known_values(records)
+    shown = {path: known.get(path) for path in (*swept, SEED)}
+    return tuple(
+        _trial(record, {path: record.values.get(path, value) for path, value in shown.items()}, metric)
+        for record in records
+    )
+
+
+def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
+    """Every knob that may vary, with the value it has in the trials that leave it alone, None where none began."""
     paths = dict.fromkeys(path for record in records for path in record.overrides)
+    configs = [record.config for record in records if record.config is not None]
+    for config in configs[1:]:
+        changed = all_differences(configs[0], config)
+        paths |= dict.fromkeys(path for path in changed if is_of_result(path) and path != "stages")
     values: dict[str, Any] = {}
     for path in (*paths, *(() if SEED in paths else (SEED,))):
         others = (record for record in records if record.config is not None and path not in record.overrides)
-        values[path] = next((_value(record.config, path) for record in others if record.config), None)
+        values[path] = next((record.values.get(path) for record in others), None)
     return values
 
 
-def _value(config: Config, path: str) -> Any:
-    _, *of_stage = path.split(".", 2) if path.startswith("stages.") else (path,)
-    if not of_stage:
-        return flatten(config).get(path)
-    name, knob = of_stage
-    whole = {stage.name: stage.config for stage in stages(config)}
-    return flatten(whole[name]).get(knob) if name in whole else None
+def _setting(record: _Record) -> str:
+    """A text that is the same for trials whose resolved configs are equal but for the seed."""
+    if record.config is None:
+        return key_of(_without_seed(record.overrides))
+    return config_hash(replace(record.config, seed=0))
 
 
 def _metric(swept: Iterable[str], records: Iterable[_Record]) -> str:
@@ -263,6 +313,7 @@ def _trial(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
     first = [loss for step, loss in _curve(lines, TRAIN_LOSS) if step == 1]
     return TrialResult(
         id=record.id,
+        setting=_setting(record),
         overrides=record.overrides,
         knobs=knobs,
         status=status,
