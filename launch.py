@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 
 from rustgpt_jax.allocation import keep_freed_memory
+from rustgpt_jax.cache import cache_limit
 from rustgpt_jax.errors import UserError, suggestion
 
 # Imports and tracing make many objects that stay: Python's collector need not look through them all the time.
@@ -21,35 +22,46 @@ OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
 
 BASE = Path(__file__).parent / "configs" / "base.py"
 
+# Larger numbers count no step, second or process that there is.
+MOST_DIGITS, LARGEST, MOST_PROCESSES = 9, 10**9 - 1, 2**16
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "A Python file with get_config(); any knob is set by --config.x.y=VALUE.")
 flags.DEFINE_string("run", None, "The folder of the run. For train: runs/NAME of the config file, unless given.")
 flags.DEFINE_string("checkpoint", "last", "Which checkpoint is read: last, best, or that of a step.")
 flags.register_validator(
-    "checkpoint", lambda which: which in ("last", "best") or which.isdigit(), "It is last, best, or a step."
+    "checkpoint",
+    lambda which: which in ("last", "best") or (which.isascii() and which.isdigit() and len(which) <= MOST_DIGITS),
+    "It is last, best, or a step.",
 )
 flags.DEFINE_string(
     "init_from", None, "For train: a run, as RUN, RUN@STEP or RUN@best, whose parameters a new run takes."
 )
 flags.DEFINE_integer(
-    "step", None, "For replay: the step. For doctor: the step that went wrong, unless it is to look.", 1
+    "step", None, "For replay: the step. For doctor: the step that went wrong, unless it is to look.", 1, LARGEST
 )
 flags.DEFINE_bool("taps", False, "For replay: measure the activations and gradients of every layer.")
 flags.DEFINE_string("sweep", "sweep", "Which sweep of the config file: `NAME` stands for its function sweep_NAME().")
 flags.DEFINE_string("launcher", "inline", "Where trials run: inline, processes or slurm. For train: inline or slurm.")
 flags.DEFINE_string("mode", "auto", "How trials of one shape run: fused, exact, solo, or auto to have it chosen.")
-flags.DEFINE_integer("width", None, "The most trials in one program. Unless given: as many as are of use and fit.", 1)
 flags.DEFINE_integer(
-    "workers", None, "Worker processes or cluster jobs at a time. Unless given: one a core or GPU; 8 jobs.", 1
+    "width", None, "The most trials in one program. Unless given: as many as are of use and fit.", 1, MOST_PROCESSES
+)
+flags.DEFINE_integer(
+    "workers",
+    None,
+    "Worker processes or cluster jobs at a time. Unless given: one a core or GPU; 8 jobs.",
+    1,
+    MOST_PROCESSES,
 )
 flags.DEFINE_multi_string("slurm", [], "An option of Slurm as KEY=VALUE, such as partition=gpu. May be repeated.")
 flags.DEFINE_bool("dry_run", False, "For sweep: list trials, shape classes, memory and cost, and run nothing.")
 flags.DEFINE_string("coordinator", None, "For train in several processes: HOST:PORT of process 0. Clusters tell it.")
-flags.DEFINE_integer("processes", None, "For train: how many processes there are.", 1)
-flags.DEFINE_integer("process", None, "For train: the number of this one, from 0.", 0)
-flags.DEFINE_integer("patience", 600, "Seconds after which a process gives up one that it waits for.", 1)
+flags.DEFINE_integer("processes", None, "For train: how many processes there are.", 1, MOST_PROCESSES)
+flags.DEFINE_integer("process", None, "For train: the number of this one, from 0.", 0, MOST_PROCESSES)
+flags.DEFINE_integer("patience", 600, "Seconds after which a process gives up one that it waits for.", 1, LARGEST)
 flags.DEFINE_string("profile", None, "START:STOP: trace the steps after START, up to STOP, into the run's folder.")
-flags.DEFINE_integer("devices", None, "For plan: how many chips.", 1)
+flags.DEFINE_integer("devices", None, "For plan: how many chips.", 1, MOST_PROCESSES)
 flags.DEFINE_string("chip", None, "For plan: which chips, such as h100, b200, v5p.")
 flags.DEFINE_string("from", None, "For import: a folder with a Hugging Face model.")
 flags.DEFINE_string(
@@ -433,6 +445,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if word.lstrip("-").startswith("config.") and word.startswith("-"):
             path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
             _overrides.append((path, text if equals else next(words, "")))
+        elif word.lstrip("-").partition("=")[0] in ("flagfile", "undefok") and word.startswith("-"):
+            # Of absl: any file would be read, and --config.x.y=VALUE in it would not be known.
+            _fail(f"There is no flag {word.partition('=')[0]}: give the flags themselves.")
         else:
             others.append(word)
     try:
@@ -580,6 +595,8 @@ def main(argv: Sequence[str]) -> int:
     # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.
     logging.set_verbosity(logging.FATAL)
     try:
+        # Refused once, and not by each process that is started.
+        cache_limit()
         return VERBS[verb].function()
     except UserError as error:
         _fail(str(error))

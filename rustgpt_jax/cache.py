@@ -1,12 +1,37 @@
 """The user's cache folder: token stores and compiled programs, which runs share and may always be deleted."""
 
 import os
+import re
 from pathlib import Path
+
+from rustgpt_jax.errors import UserError, shown
+
+FOLDER, LIMIT = "RUSTGPT_JAX_CACHE", "RUSTGPT_JAX_CACHE_BYTES"
+# What a user can do where the folder cannot be written.
+REMEDY = f"{FOLDER}=DIR moves the cache."
+# Compiled programs may take this much.
+MOST_BYTES = 4 * 1024**3
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 
 
 def cache_folder() -> Path:
     """$RUSTGPT_JAX_CACHE, or rustgpt_jax in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
-    own = os.environ.get("RUSTGPT_JAX_CACHE")
+    own = os.environ.get(FOLDER)
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustgpt_jax"
+
+
+def cache_limit() -> int:
+    """The bytes that compiled programs may take: $RUSTGPT_JAX_CACHE_BYTES, such as 4294967296, 4G or 1.5 GiB.
+
+    Raises UserError for any other text.
+    """
+    text = os.environ.get(LIMIT, "").strip()
+    if not text:
+        return MOST_BYTES
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise UserError(f"{LIMIT}={shown(text)} is no size; one looks like 4G, 500M or 4294967296.")
+    number, unit = match.groups()
+    return int(float(number) * 1024 ** (" kmgt".index((unit or " ").lower())))

@@ -162,6 +162,20 @@ MISTAKES = {
     ),
     "no report": (["report"], "Which sweep? Give --run=DIR"),
     "report of nothing": (["report", "--run=RUN"], "RUN is not the folder of a sweep"),
+    "superscript checkpoint": (
+        ["generate", "--run=trained", "--checkpoint=²"],
+        "--checkpoint=²: It is last, best",
+    ),
+    "coordinator": (
+        ["--coordinator=nope", "--processes=2", "--process=0"],
+        "--coordinator=nope is not HOST:PORT, such as node1:12345",
+    ),
+    "port": (["--coordinator=a:99999", "--processes=2", "--process=0"], "is not HOST:PORT"),
+    "workers": ([*SWEEP, "--workers=99999999999999999999"], "flag --workers=99999999999999999999"),
+    "late step": (["replay", "trained", "--step=99999999999999999999"], "flag --step=99999999999999999999"),
+    "empty folder": (["diff", "trained", "void"], "void is not the folder of a run: it has no config.json."),
+    "no folder": (["diff", "trained", ""], "is not the folder of a run: it has no config.json."),
+    "flagfile": (["--flagfile=empty.txt"], "There is no flag --flagfile: give the flags themselves."),
     "report of a run": (["report", "--run=trained"], "trained is not the folder of a sweep"),
 }
 
@@ -260,6 +274,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "short.txt").write_text("Too short to fill a batch of eight windows, is it?")
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("Not a run.")
+    (folder / "void").mkdir()
     (folder / "swept.py").write_text(SWEPT)
     (folder / "trained").mkdir()
     (folder / "trained" / "config.json").write_text("{}")
@@ -299,7 +314,7 @@ def test_a_mistake_leaves_nothing_behind(folder: Path, answers: dict[str, list])
     del answers
     names = {path.name for path in folder.iterdir() if not path.name.startswith(("out ", "err "))}
     files = {"broken.py", "nothing.py", "swept.py", "empty.txt", "latin.txt", "short.txt"}
-    assert names == files | {"other", "trained", "halves"}
+    assert names == files | {"other", "trained", "halves", "void"}
     for name, file in {"other": "thesis.txt", "trained": "config.json", "halves": "sweep.json"}.items():
         assert [path.name for path in (folder / name).iterdir()] == [file]
     cache = Path(os.environ["RUSTGPT_JAX_CACHE"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -385,3 +386,14 @@ def test_a_tensor_has_a_root_mean_square_of_what_is_finite_and_numbers_are_short
     tensor = Tensor("activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint="")
     assert tensor.rms == 3.0 and tensor._replace(nonfinite=5).rms == 0.0
     assert [short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]
+
+
+def test_where_the_folder_of_a_run_cannot_be_written_the_page_is_elsewhere(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own / "replay").write_text("in the way of a folder, even for root")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    console = Console(file=StringIO(), width=1000)
+    assert replay(own, 4, True, console)
+    (page,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
+    assert f"Each tensor of the step: {page}" in said(console) and "<html" in page.read_text()

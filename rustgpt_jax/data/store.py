@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rustgpt_jax.cache import REMEDY
 from rustgpt_jax.config import DataConfig
 from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint
 from rustgpt_jax.data.stream import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
@@ -149,7 +150,7 @@ def build_store(
             _write_manifest(temporary, tokenizer, survey, splits)
             return _publish(temporary, folder)
     except OSError as error:
-        raise UserError(f"{root}: the token store cannot be written ({error.strerror}).") from error
+        raise UserError(f"{root}: the token store cannot be written ({error.strerror}). {REMEDY}") from error
 
 
 def _survey(source: Iterable[Document]) -> _Survey:

@@ -1,7 +1,10 @@
 """Compiled programs are kept in the user's cache folder, so that the next start need not compile them again."""
 
 import contextlib
+import errno
+import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Iterable
@@ -9,10 +12,8 @@ from pathlib import Path
 
 import jax
 
-from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.cache import REMEDY, cache_folder, cache_limit
 
-# The folder may grow to this; the variable sets another limit.
-MOST_BYTES, VARIABLE = 4 * 1024**3, "RUSTGPT_JAX_CACHE_BYTES"
 # The names of JAX's entries end so.
 ENTRY = "-cache"
 # How JAX begins an entry where it has no better compression than that of the standard library.
@@ -25,14 +26,33 @@ def keep_compiled_programs() -> None:
     """Keep every compiled program. To be called before anything is compiled.
 
     The folder is tidied first. JAX leaves a program that is not there any more, or that a kill cut short, to be
-    compiled again, so whatever is deleted, and by whomever, no result changes.
+    compiled again, so whatever is deleted, and by whomever, no result changes. Where the folder cannot be written, that
+    is said once, and what is there is read. Raises UserError for a size of the cache that is none.
     """
+    limit, least_seconds = cache_limit(), 0.0
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        tidy(folder, int(os.environ.get(VARIABLE, MOST_BYTES)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        reason = _hindrance(folder)
+        if reason:
+            print(
+                f"{folder} cannot be written ({reason}), so compiled programs are not kept. {REMEDY}", file=sys.stderr
+            )
+            # JAX would warn at every program.
+            least_seconds = math.inf
+        if not reason or folder.is_dir():
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            tidy(folder, limit)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _hindrance(folder: Path) -> str:
+    """Why a folder, which is made if it is not there, cannot be written; '' if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 
 def tidy(folder: Path, most_bytes: int) -> None:

@@ -29,6 +29,8 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
     given = [value is not None for value in (coordinator, count, index)]
     if any(given) and not all(given):
         raise UserError("Give all three of --coordinator=HOST:PORT, --processes=N and --process=I, or none.")
+    if coordinator is not None and not _is_address(coordinator):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as node1:12345, with a port up to 65535.")
     if index is not None and count is not None and not 0 <= index < count:
         raise UserError(f"--process={index}: the processes are numbered from 0 to {count - 1}.")
     if not any(given) and detected(os.environ) is None:
@@ -45,6 +47,12 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
     except (RuntimeError, ValueError) as error:
         where = coordinator or f"as {detected(os.environ)} has it"
         raise UserError(f"The processes cannot meet ({where}): {str(error).splitlines()[0]}") from error
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
 
 
 def is_first() -> bool:

@@ -1,5 +1,6 @@
 """`replay`: a step of a run made again with the same bits, held against its record, and looked into."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from rustgpt_jax.reproduce.again import Again, make_again
 from rustgpt_jax.reproduce.page import page
 from rustgpt_jax.reproduce.past import Past, start_of
-from rustgpt_jax.runs.folder import write_atomically
+from rustgpt_jax.runs.folder import Unwritable, write_atomically
 from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
 
@@ -17,8 +18,8 @@ from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
     """Make a step of a run again and print what it was. Whether it has the recorded bits, as far as they are known.
 
-    With taps, its tensors are measured, and RUN/replay/step_K.html is written. Raises UserError as `Past` does, and for
-    a step that the run does not have.
+    With taps, its tensors are measured, and a page of them is written: RUN/replay/step_K.html, or elsewhere where that
+    cannot be. Raises UserError as `Past` does, and for a step that the run does not have.
     """
     with Past(path, console) as past:
         again, inside = make_again(past, step, has_taps)
@@ -31,11 +32,18 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
 
 
 def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
-    """Write the page of a step into the folder of its run. Returns where it is."""
-    file = path / "replay" / f"step_{again.step}.html"
-    file.parent.mkdir(exist_ok=True)
-    write_atomically(file, page(again, tensors))
-    return file
+    """Write the page of a step and return where it is: in the folder of its run, or where one may not write there,
+    in a new folder for temporary files.
+    """
+    name, content = f"step_{again.step}.html", page(again, tensors)
+    try:
+        (path / "replay").mkdir(exist_ok=True)
+        write_atomically(path / "replay" / name, content)
+        return path / "replay" / name
+    except (OSError, Unwritable):
+        file = Path(tempfile.mkdtemp(prefix="rustgpt_jax_replay_")) / name
+        write_atomically(file, content)
+        return file
 
 
 def _print(again: Again, path: Path, console: Console) -> None:
