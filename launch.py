@@ -120,9 +120,8 @@ Begin with:  python launch.py train --config=configs/rustgpt.py
 
 def train() -> int:
     """Train a run, or go on with it."""
-    from rich.console import Console
-
     from rustgpt_jax.parallel.clusters import detected
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     in_several = FLAGS.processes is not None or detected(os.environ) is not None
     if FLAGS.init_from is not None and in_several:
@@ -144,7 +143,7 @@ def train() -> int:
     keep_compiled_programs()
     join(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.patience)
     # All processes of a run would say the same.
-    console = Console(quiet=not is_first())
+    console = PlainTextConsole(quiet=not is_first())
     with ending_together():
         keep_autotuning(RunFolder(folder))
         if FLAGS.init_from is not None:
@@ -179,8 +178,7 @@ def _submit(folder: Path, config: Any) -> int:
 
 def sweep() -> int:
     """Run a sweep, or go on with it, and report."""
-    from rich.console import Console
-
+    from rustgpt_jax.runs.console import PlainTextConsole
     from rustgpt_jax.runs.recipes import sweep_function
     from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
     from rustgpt_jax.sweeps.trials import expand
@@ -203,7 +201,7 @@ def sweep() -> int:
     settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
     command = Command(About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run)
     name = "_".join([Path(FLAGS.config).stem, *says.__name__.split("_", 1)[1:]])
-    return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, Console())
+    return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, PlainTextConsole())
 
 
 def _called(file: str, says: Callable[[], Any]) -> Any:
@@ -228,32 +226,31 @@ def _pair(option: str) -> tuple[str, str]:
 
 def report() -> int:
     """Tell what a sweep found."""
-    from rich.console import Console
-
+    from rustgpt_jax.runs.console import PlainTextConsole
     from rustgpt_jax.sweeps.report.report import report
 
     if FLAGS.run is None:
         raise UserError("Which sweep? Give --run=DIR, the folder that `sweep` wrote, such as --run=runs/learning_rate.")
-    console = Console()
+    console = PlainTextConsole()
     console.print(f"Report: {report(Path(FLAGS.run), console)}", highlight=False)
     return 0
 
 
 def explain() -> int:
     """Print what a config means."""
-    from rich.console import Console
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     tree, origins = _config()
     config = _resolved(tree)
     from rustgpt_jax.runs.explain import explain
 
-    explain(config, origins, Console())
+    explain(config, origins, PlainTextConsole())
     return 0
 
 
 def plan() -> int:
     """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
-    from rich.console import Console
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     # No chip is a CPU.
     tree, _ = _config(platform="tpu")
@@ -264,16 +261,15 @@ def plan() -> int:
         raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
     from rustgpt_jax.plan.command import plan
 
-    return 0 if plan(config, FLAGS.chip, FLAGS.devices, Console()) else 1
+    return 0 if plan(config, FLAGS.chip, FLAGS.devices, PlainTextConsole()) else 1
 
 
 def evaluate() -> int:
     """Measure a trained model."""
-    from rich.console import Console
-
     from rustgpt_jax.evaluation.report import evaluate_run
+    from rustgpt_jax.runs.console import PlainTextConsole
 
-    evaluate_run(_trained(), Console())
+    evaluate_run(_trained(), PlainTextConsole())
     return 0
 
 
@@ -295,67 +291,61 @@ def generate() -> int:
 
 def chat() -> int:
     """Talk to a model."""
-    from rich.console import Console
-
     from rustgpt_jax.decoding.chat import chat
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     trained = _trained()
     title = f"{Path(FLAGS.run).resolve().name} at step {trained.step:,}"
-    chat(trained.writer, trained.config.sampling, Console(), title)
+    chat(trained.writer, trained.config.sampling, PlainTextConsole(), title)
     return 0
 
 
 def replay() -> int:
     """Make one step of a run again. The exit status is 1 if it is not what was recorded."""
-    from rich.console import Console
-
     from rustgpt_jax.reproduce.replay import replay
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     if FLAGS.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
     _compute_as(_run_folder())
-    return 0 if replay(_run_folder(), FLAGS.step, FLAGS.taps, Console()) else 1
+    return 0 if replay(_run_folder(), FLAGS.step, FLAGS.taps, PlainTextConsole()) else 1
 
 
 def rerun() -> int:
     """Make a whole run again, and compare. The exit status is 1 if they differ, or that of a stop."""
-    from rich.console import Console
-
     from rustgpt_jax.reproduce.rerun import rerun
+    from rustgpt_jax.runs.console import PlainTextConsole
 
-    return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, Console(), FLAGS.trust)
+    return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, PlainTextConsole(), FLAGS.trust)
 
 
 def diff() -> int:
     """Tell two runs apart. The exit status is 1 if they differ."""
-    from rich.console import Console
-
     from rustgpt_jax.reproduce.diff import diff
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     if len(_arguments) != 2:
         raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
-    return 0 if diff(*map(Path, _arguments), Console(), FLAGS.trust) else 1
+    return 0 if diff(*map(Path, _arguments), PlainTextConsole(), FLAGS.trust) else 1
 
 
 def doctor() -> int:
     """Look for what made a step of a run go wrong."""
-    from rich.console import Console
-
     from rustgpt_jax.reproduce.doctor import doctor
+    from rustgpt_jax.runs.console import PlainTextConsole
 
     _compute_as(_run_folder())
-    doctor(_run_folder(), FLAGS.step, Console())
+    doctor(_run_folder(), FLAGS.step, PlainTextConsole())
     return 0
 
 
 def check() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
-    from rich.console import Console
-
     from rustgpt_jax.conformance.command import check
     from rustgpt_jax.resolve import parse_all
+    from rustgpt_jax.runs.console import PlainTextConsole
 
-    return check(_arguments, Console(), FLAGS.only, parse_all(_overrides))
+    return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides))
 
 
 def import_model() -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import small_config
-from rich.console import Console
 
 from rustgpt_jax.config import Config
+from rustgpt_jax.runs.console import PlainTextConsole
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -50,7 +50,7 @@ def train(path: Path, **changes: Any) -> None:
     """Train such a run in this process."""
     from rustgpt_jax.training import loop
 
-    loop.train(run_config(**changes), path, {}, Console(file=StringIO()))
+    loop.train(run_config(**changes), path, {}, PlainTextConsole(file=StringIO()))
 
 
 def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] | None = None, **changes: Any) -> None:

@@ -13,6 +13,7 @@ from rustgpt_jax.parallel.placement import check_shares, on_devices
 from rustgpt_jax.plan.changes import Change, changes
 from rustgpt_jax.plan.estimate import Estimate, estimate
 from rustgpt_jax.plan.report import show, show_changes
+from rustgpt_jax.runs.progress import waiting
 from rustgpt_jax.training.parts import check_parts
 
 
@@ -34,11 +35,11 @@ def plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bo
     def estimated(config: Config) -> Estimate:
         return estimate(config, window, on_devices(config.mesh, devices), chip)
 
-    with console.status("compiling the step"):
+    with waiting(console, "compiling the step"):
         found = estimated(config)
     show(found, chip_name, console)
     if not found.fits:
-        with console.status("looking for a change that makes it fit"):
+        with waiting(console, "looking for a change that makes it fit"):
             tried = list(_tried(found, estimated))
         show_changes(tried, found.room, console)
     return found.fits

@@ -4,8 +4,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from rustgpt_jax.reproduce.again import Again, make_again
 from rustgpt_jax.reproduce.page import page
@@ -71,12 +72,12 @@ def print_tensors(tensors: Sequence[Tensor], console: Console) -> None:
     for head in ("largest", "layer", "norm", "not finite", "gradient", "layer", "norm", "not finite"):
         table.add_column(head, justify="right", no_wrap=True)
     for site in dict.fromkeys(tensor.site for tensor in tensors if tensor.kind == ACTIVATION):
-        cells: list[str] = []
+        cells: list[RenderableType] = []
         for kind in (ACTIVATION, ACTIVATION_GRADIENT):
             of_site = [tensor for tensor in tensors if tensor.kind == kind and tensor.site == site]
             worst = max(of_site, key=lambda tensor: (tensor.nonfinite, tensor.largest))
             layer = "" if worst.layer is None else str(worst.layer)
-            bad = f"[red]{worst.nonfinite:,}[/red]" if worst.nonfinite else "0"
+            bad = Text(f"{worst.nonfinite:,}", "red" if worst.nonfinite else "")
             cells += [f"{worst.largest:.3g}", layer, f"{worst.norm:.3g}", bad]
         table.add_row(site, *cells)
     console.print(table, highlight=False)

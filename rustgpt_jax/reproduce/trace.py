@@ -27,6 +27,7 @@ from rich.console import Console
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
 from rustgpt_jax.reproduce.past import Past, named
+from rustgpt_jax.runs.console import PlainTextConsole
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
 from rustgpt_jax.runs.programs import load_autotuning
 from rustgpt_jax.training.fingerprints import fingerprints
@@ -87,7 +88,7 @@ def main() -> int:
     keep_compiled_programs()
     load_autotuning(RunFolder(given.run))
     try:
-        found = trace(given.run, given.first, given.last, given.taps, Console(stderr=True))
+        found = trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))
         write_atomically(given.out, json.dumps(found) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -155,14 +155,14 @@ def _width(cells: list[Text]) -> int:
 @contextmanager
 def waiting(console: Console, what: str) -> Iterator[None]:
     """Show on a terminal that something is being made."""
-    with console.status(what) if console.is_terminal else nullcontext():
+    with console.status(Text(what)) if console.is_terminal else nullcontext():
         yield
 
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on a terminal for work that tells, by calling what this gives, how much of how much is done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=None, visible=False)
         yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

@@ -1,0 +1,132 @@
+"""Text of users is shown as it stands: no name, prompt, value or file name is read as rich's markup."""
+
+import ast
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_config
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
+from small_runs import train
+from synthetic_sweep import grid, write_sweep
+from test_architecture import MODULES, TREES
+
+from rustgpt_jax.runs.console import PlainTextConsole
+from rustgpt_jax.runs.progress import counting, waiting
+
+HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"
+
+
+def shown(show: Callable[[Console], Any], **options: Any) -> str:
+    """What is printed on a console of a verb, wide enough for a line of any length."""
+    out = io.StringIO()
+    show(PlainTextConsole(file=out, width=1000, **options))
+    return out.getvalue()
+
+
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]) | st.sampled_from("[]/:\\ a"), max_size=20)
+)
+@example(HOSTILE)
+@example("[/INST]")
+def test_any_string_is_shown_as_it_stands(text: str) -> None:
+    text = f"<{text}>"
+    table = Table(text, title=text)
+    table.add_row(text)
+    for show in (
+        lambda console: console.print(text, style="bold", markup=True),
+        lambda console: console.print(table, markup=True, emoji=True),
+    ):
+        assert set(shown(show).split("\n")) >= {text} or text in shown(show)
+    assert shown(lambda console: console.print(table)).count(text) == 3
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert shown(lambda console: console.print("a\x1b[2J\x07b\tc")).startswith("a\ufffd[2J\ufffdb")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_waited_for_is_shown_as_it_stands(is_terminal: bool) -> None:
+    def show(console: Console) -> None:
+        with waiting(console, HOSTILE):
+            pass
+        with counting(console, HOSTILE) as progress:
+            progress(1, 2)
+
+    assert (HOSTILE in shown(show, force_terminal=is_terminal)) == is_terminal
+
+
+# One mechanism.
+
+
+def calls(module: str) -> list[tuple[str, ast.Call]]:
+    """The calls of a module, with the last names of what is called."""
+    found = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    return [(ast.unparse(call.func).rsplit(".", 1)[-1], call) for call in found]
+
+
+# What reads a string as markup by itself, whatever the console does.
+READERS_OF_MARKUP = {"from_markup", "render_markup", "Panel", "Prompt", "Confirm", "Spinner", "RichHandler", "track"}
+
+
+def test_no_module_reads_markup_or_makes_another_console() -> None:
+    every_call = [(module, *found) for module in MODULES for found in calls(module)]
+    for module, name, call in every_call:
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert name != "Console", f"{module}: a console is a PlainTextConsole"
+        assert name not in READERS_OF_MARKUP, f"{module}: {name} reads markup"
+        assert arguments.get("markup") in (None, "False"), f"{module}: {name} reads markup"
+        assert name != "TextColumn" or "markup" in arguments, f"{module}: TextColumn reads markup"
+        assert name != "status" or ast.unparse(call.args[0]).startswith("Text("), f"{module}: status reads markup"
+
+
+# The verbs.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    """A run whose name, prompt and file of text have markup in them."""
+    folder = tmp_path_factory.mktemp("runs") / "a" / "x[/INST]"
+    text = folder.parent.parent / "text[/b].txt"
+    text.parent.mkdir(parents=True)
+    text.write_text("The rain fell, and it did not stop. " * 40, encoding="utf-8")
+    files = {"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"}
+    train(folder, **files, **{"record.prompts": ("[/INST]",), "training.steps": 2, "record.evaluate_every": 2})
+    return folder
+
+
+def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
+    from rustgpt_jax.evaluation.report import evaluate_run
+    from rustgpt_jax.reproduce.diff import diff
+    from rustgpt_jax.reproduce.replay import replay
+    from rustgpt_jax.training import loop
+    from rustgpt_jax.training.trained import load
+
+    config = load(run, "last").config
+    assert "[/INST]" in shown(lambda console: loop.train(config, run, {}, console))
+    assert "perplexity" in shown(lambda console: evaluate_run(load(run, "last"), console))
+    assert "[/INST]" in shown(lambda console: replay(run, 2, False, console))
+    assert shown(lambda console: diff(run, run, console))
+
+
+def test_explain_shows_values_and_origins_as_they_stand() -> None:
+    from rustgpt_jax.runs.explain import explain
+
+    config = small_config(**{"record.prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
+    printed = shown(lambda console: explain(config, {"record.prompts": "lab[/b].py"}, console))
+    assert repr((HOSTILE,)) in printed
+    assert "('[/b].txt',)" in printed and "lab[/b].py" in printed
+
+
+def test_the_report_of_a_sweep_shows_its_name_and_values_as_they_stand(tmp_path: Path) -> None:
+    from rustgpt_jax.sweeps.report.report import report
+
+    trials = grid(**{"record.prompts": ([HOSTILE], ["[/b]"]), "seed": (0, 1)})
+    folder = write_sweep(tmp_path / "sweep[b]", trials)
+    printed = shown(lambda console: report(folder, console))
+    assert HOSTILE in printed and "[/b]" in printed and "sweep[b]" in printed
