@@ -395,6 +395,11 @@ class Stage:
         """The first step that is not the stage's."""
         return self.first_step + self.config.training.steps
 
+    def is_logged(self, step: int) -> bool:
+        """Whether the metrics of a step of the stage, counted from 1, are recorded."""
+        # The loss of the first step is that of the initial parameters.
+        return step == 1 or step % self.config.record.log_every == 0 or step == self.end_step
+
 
 def stages(config: Config) -> tuple[Stage, ...]:
     """The stages of a run in their order. A config that lists none is one stage called 'train'."""

@@ -13,7 +13,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
+from rustgpt_jax.runs import metrics
+from rustgpt_jax.runs.metrics import MetricsWriter, iter_metrics, keep_until, last_step, read_columns, read_metrics
 
 
 def record(folder: Path, resume_step: int, steps: range) -> None:
@@ -117,3 +118,67 @@ def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) ->
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-W", "error", "-c", program, str(tmp_path)], check=True, env=environment)
+
+
+# Parts of a file.
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 2**20])
+def test_a_file_is_read_the_same_however_it_is_cut_into_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", block)
+    monkeypatch.setattr(metrics, "LAST_BYTES", block)
+    rows = [{"step": step, "stage": "ab"[step > 5], "train/loss": step + 0.5} for step in range(1, 10)]
+    rows.insert(4, {"step": 4, "stage": "a", "valid/loss": 2.0})
+    file = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    for cut in ("", '{"step": 10, "tr'):
+        file.write_text(whole + cut)
+        assert list(iter_metrics(tmp_path)) == read_metrics(tmp_path) == rows
+        assert last_step(tmp_path) == 9
+        assert list(iter_metrics(tmp_path, containing=b"valid")) == rows[4:5]
+        columns = read_columns(tmp_path, "train/loss", ("valid/loss",))
+        assert columns.steps.tolist() == list(range(1, 10)) and columns.values["valid/loss"].sum() == 0
+        assert columns.stage_names == ["a", "b"] and columns.stages.tolist() == [0] * 5 + [1] * 4
+        keep_until(file, 5)
+        assert read_metrics(tmp_path) == rows[:6]
+        keep_until(file, 0)
+        assert file.read_bytes() == b"" and last_step(tmp_path) == 0
+
+
+@pytest.mark.parametrize("value", ["null", "[1]", "{}", "true", '"x"', "1" * 400])
+@pytest.mark.parametrize("name", ["stage", "train/loss", "valid/loss", "step"])
+def test_a_value_of_another_type_is_a_malformed_line(tmp_path: Path, name: str, value: str) -> None:
+    if (name, value) == ("stage", '"x"'):
+        return
+    good = '{"step": 1, "stage": "train", "train/loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + good[:-2] + f', "{name}": {value}}}\n')
+    for read in (read_metrics, last_step, lambda folder: read_columns(folder, "train/loss")):
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is not a line of metrics"):
+            read(tmp_path)
+
+
+@pytest.mark.long
+def test_a_million_lines_take_little_memory_and_time(tmp_path: Path) -> None:
+    line = '{{"step": {}, "stage": "train", "train/loss": 1.5, "train/gradient_norm": 0.5, "train/update_norm": 0.1}}\n'
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "metrics.jsonl", "w") as file:
+            file.writelines(line.format(step) for step in range(1, 1_000_001))
+    code = """
+import resource, sys
+from pathlib import Path
+from rustgpt_jax.reproduce.records import compare_records
+from rustgpt_jax.runs.metrics import keep_until, last_step, read_columns
+one, other = Path(sys.argv[1]) / "one", Path(sys.argv[1]) / "other"
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert compare_records(one, other).n_values == 3_000_000
+assert len(read_columns(one, "train/loss", ("train/gradient_norm", "train/spikes")).steps) == 1_000_000
+keep_until(one / "metrics.jsonl", 999_000)
+assert last_step(one) == 999_000
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 200

@@ -16,7 +16,7 @@ import pytest
 from conftest import small_config
 from rich.console import Console
 
-from rustgpt_jax.config import Config
+from rustgpt_jax.config import Config, Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import past as pasts
 from rustgpt_jax.reproduce.again import Again, make_again
@@ -168,7 +168,34 @@ def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own:
         assert again.unequal == ["train/loss"] and again.reasons == ()
         assert again.verdict.startswith("Not the recorded bits: loss. The code is that of the run, and so is all")
         again, _ = make_again(past, 3, has_taps=False)
-        assert again.record is None and again.unequal == [] and "no line of step 3" in again.verdict
+        assert again.record is None and again.unequal == [] and "has no line of step 3" in again.verdict
+        assert not again.is_same
+
+
+@pytest.mark.parametrize("n_lines", [None, 0, 5, -1])
+def test_a_record_that_is_missing_or_cut_is_no_equal_one(own: Path, n_lines: int | None) -> None:
+    file, console = RunFolder(own).metrics_file, quiet()
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:n_lines])) if n_lines is not None else file.unlink()
+    assert not replay(own, STEPS, False, console) or n_lines == -1
+    last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
+    why = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
+    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {why}." in said(console)
+
+
+def test_a_line_that_lacks_a_number_is_no_equal_one(own: Path) -> None:
+    rewritten(own, lambda line: {name: value for name, value in line.items() if name != "train/gradient_norm"})
+    console = quiet()
+    assert not replay(own, 2, False, console)
+    assert "metrics.jsonl lacks numbers of this step: gradient_norm." in said(console)
+
+
+def test_a_step_that_is_not_recorded_by_config_is_said_to_be_so(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "is_logged", lambda self, step: step % 3 == 0)
+    rewritten(own, lambda line: line if line["step"] % 3 == 0 else None)
+    console = quiet()
+    assert replay(own, 2, False, console)
+    assert "The run does not record step 2 (config.record.log_every=1): there is nothing to" in said(console)
 
 
 def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
@@ -271,7 +298,7 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
             again, _ = make_again(past, step, has_taps=False)
             assert again.unequal == [] and again.is_finite, step
         found = suspect(past, None)
-        assert found.rewind == past.rewinds[-1] and found.is_fault
+        assert found is not None and found.rewind == past.rewinds[-1] and found.is_fault
         past.go_before(past.rewinds[-1])
         again, inside = make_again(past, found.step, has_taps=True)
         assert not again.is_finite and again.record is None and inside is not None

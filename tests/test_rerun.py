@@ -469,3 +469,25 @@ def test_a_damaged_file_of_texts_is_named(line: bytes, tmp_path: Path) -> None:
     RunFolder(tmp_path / "a").samples_file.write_bytes(whole + b"\n" + line + b"\n")
     with pytest.raises(UserError, match="samples.jsonl, line 2: it is damaged"):
         compare_samples(tmp_path / "a", tmp_path / "a", 2)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_data_that_no_step_read_differently_are_said_to_differ(twice: tuple[Path, str], tmp_path: Path) -> None:
+    run, again = copied(twice, tmp_path)
+    stages = json.loads(again.data_file.read_bytes())
+    again.data_file.write_text(json.dumps([stage | {"source": "0" * 64, "files": {}} for stage in stages]))
+    is_same, said = rerun(run.path)
+    assert not is_same and "bit-identical for 6 steps" in said
+    assert "The data are not the same, although no step read what differs:" in said and "data:\n  stage train: " in said
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(("n_lines", "why"), [(None, "is missing"), (3, "ends at step 3")])
+def test_a_run_whose_record_was_cut_is_not_the_same(
+    twice: tuple[Path, str], tmp_path: Path, n_lines: int | None, why: str
+) -> None:
+    run, _ = copied(twice, tmp_path)
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:n_lines])) if n_lines else run.metrics_file.unlink()
+    is_same, said = rerun(run.path)
+    assert not is_same and f"there is nothing to compare with: {run.metrics_file} {why}." in said

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rustgpt_jax.reproduce.past import Inside, Past, named
-from rustgpt_jax.reproduce.records import TIMED
+from rustgpt_jax.reproduce.records import TIMED, missing_record
 from rustgpt_jax.runs.environment import environment, flat
 from rustgpt_jax.runs.launches import launches
 from rustgpt_jax.runs.snapshot import running_code
@@ -23,6 +23,8 @@ class Again:
 
     metrics: by the names of metrics.jsonl. record: the line of that file, None if the step was not logged.
     reasons: why the step may have other bits than it had; none if all that is known of its making is the same.
+    missing: why there is no line, though there should be one; empty if there is, or if the run does not log the step.
+    log_every: how often the run logs steps.
     """
 
     run: str
@@ -32,6 +34,8 @@ class Again:
     metrics: dict[str, float]
     record: dict[str, Any] | None
     reasons: tuple[str, ...]
+    missing: str = ""
+    log_every: int = 1
 
     @property
     def recorded(self) -> dict[str, float]:
@@ -45,6 +49,16 @@ class Again:
         return [name for name, value in self.recorded.items() if not _same(value, self.metrics.get(name))]
 
     @property
+    def lacking(self) -> list[str]:
+        """The metrics that the recorded line of the step does not have."""
+        return [name for name in self.metrics if self.record is not None and name not in self.record]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the step is what was recorded of it, if it was to be recorded."""
+        return not (self.unequal or self.lacking or self.missing)
+
+    @property
     def is_finite(self) -> bool:
         """Whether the loss, the gradient and the update are finite."""
         return not is_fault(self.metrics)
@@ -52,8 +66,14 @@ class Again:
     @property
     def verdict(self) -> str:
         """One sentence: whether it is what was recorded."""
+        if self.missing:
+            return f"There is nothing to compare this with: metrics.jsonl {self.missing}."
         if self.record is None:
-            return f"metrics.jsonl has no line of step {self.step} to hold this against."
+            every = f"config.record.log_every={self.log_every}"
+            return f"The run does not record step {self.step} ({every}): there is nothing to compare this with."
+        if self.lacking and not self.unequal:
+            names = ", ".join(name.removeprefix("train/") for name in self.lacking)
+            return f"The recorded numbers are the same, but metrics.jsonl lacks numbers of this step: {names}."
         if not self.unequal:
             return f"All {len(self.recorded)} recorded numbers of the step are the same, bit for bit."
         names = ", ".join(name.removeprefix("train/") for name in self.unequal)
@@ -75,8 +95,22 @@ def make_again(past: Past, step: int, has_taps: bool) -> tuple[Again, Inside | N
     state = past.advanced(state, step - 1)
     inside = past.look_into(state) if has_taps else None
     _, (metrics,) = past.train(state, 1)
-    run, stage = past.folder.path.resolve().name, past.data_of(step).stage.name
-    return Again(run, step, stage, from_step, named(metrics), past.record(step), _reasons(past, step)), inside
+    run, stage, record = past.folder.path.resolve().name, past.data_of(step).stage, past.record(step)
+    missing = "" if record is not None else missing_record(past.folder, stage, step)
+    if record is None and not missing and stage.is_logged(step):
+        missing = f"has no line of step {step}"
+    again = Again(
+        run=run,
+        step=step,
+        stage=stage.name,
+        from_step=from_step,
+        metrics=named(metrics),
+        record=record,
+        reasons=_reasons(past, step),
+        missing=missing,
+        log_every=stage.config.record.log_every,
+    )
+    return again, inside
 
 
 def _same(recorded: float, now: float | None) -> bool:

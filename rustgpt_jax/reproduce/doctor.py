@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from rich.console import Console
@@ -13,8 +12,8 @@ from rich.table import Table
 from rustgpt_jax.config import Config
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.reproduce import findings
-from rustgpt_jax.reproduce.again import Again, is_fault, make_again
-from rustgpt_jax.reproduce.past import Inside, Past
+from rustgpt_jax.reproduce.again import Again, make_again
+from rustgpt_jax.reproduce.past import History, Inside, Past
 from rustgpt_jax.reproduce.remedies import CONTROL, Fate, Remedy, fates, flags, remedies
 from rustgpt_jax.reproduce.replay import write_page
 from rustgpt_jax.reproduce.suspects import LOSS, NORM, Suspect, TooHigh, lost_above, suspect
@@ -60,7 +59,8 @@ class Trial:
 def doctor(path: Path, step: int | None, console: Console) -> None:
     """Say what went wrong in a run, at a step or at its worst, and what would have helped.
 
-    Writes RUN/replay/step_K.html. Raises UserError as `Past` and `suspect` do.
+    Writes RUN/replay/step_K.html, unless nothing stands out in the record, which is said. Raises UserError as `Past`
+    and `suspect` do.
     """
 
     def say(text: str) -> None:
@@ -71,6 +71,10 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
     with Past(path, console) as past:
         with waiting(console, "looking for the step that went wrong"):
             found = suspect(past, step)
+        if found is None:
+            say(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
+            say("To look at a step all the same, give --step=K.")
+            return
         if found.rewind is not None:
             past.go_before(found.rewind)
         say(f"Step {found.step} of {path} is looked at, because {found.why}.")
@@ -129,24 +133,24 @@ class View:
     @staticmethod
     def of(past: Past, again: Again) -> "View | None":
         """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
-        lines = [line for line in past.records() if line["step"] < again.step]
-        rule, loss = lost_above(past), again.metrics[LOSS]
-        sound = [line for line in lines if not is_fault(line) and line[LOSS] <= rule.above]
-        calm = sound[-CALM_RECORDS:]
-        view = View(again.step, rule, median(line[NORM] for line in calm) if calm else 0.0)
+        history = past.history().until(again.step - 1)
+        rule, loss = lost_above(past, past.history()), again.metrics[LOSS]
+        is_sound = history.is_finite & (history.loss <= rule.above)
+        sound = history.where(is_sound)
+        calm = History(*(column[-CALM_RECORDS:] for column in sound))
+        view = View(again.step, rule, float(np.median(calm.gradient_norm)) if len(calm.steps) else 0.0)
         if not again.is_finite or loss > rule.above:
-            lost = [line["step"] for line in lines if not sound or line["step"] > sound[-1]["step"]]
-            step = lost[0] if lost else again.step
+            lost = history.steps[history.steps > sound.steps[-1]] if len(sound.steps) else history.steps
+            step = int(lost[0]) if len(lost) else again.step
             # What the run has come back from, a remedy may come back from too.
-            came_back = any(line["step"] < step and line[LOSS] > rule.above for line in lines)
+            came_back = bool(np.any((history.steps < step) & (history.loss > rule.above)))
             return replace(view, step=step, too_high=rule._replace(since=step) if came_back else rule)
-        before = [line[LOSS] for line in calm]
-        if not before or loss <= max(before):
+        if not len(calm.steps) or loss <= calm.loss.max():
             return None
         # A spike is no more than some loss of long before, when there was much to be learned.
-        half_way = median(before) + SPIKE_SHARE * (loss - median(before))
+        usual = float(np.median(calm.loss))
         meaning = f"half way from the losses before step {again.step} to its own"
-        return replace(view, too_high=TooHigh(half_way, meaning, calm[0]["step"]))
+        return replace(view, too_high=TooHigh(usual + SPIKE_SHARE * (loss - usual), meaning, int(calm.steps[0])))
 
 
 def try_remedies(past: Past, view: View) -> Trial:

@@ -20,7 +20,7 @@ from rustgpt_jax.parallel.placement import all_devices, check_shares
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import launches
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.metrics import iter_metrics, read_columns
 from rustgpt_jax.runs.progress import counting
 from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.loop import gather
@@ -49,6 +49,32 @@ class Rewind(NamedTuple):
     to: int
     skipped: int
     faults: int
+
+
+HISTORY = ("train/loss", "train/gradient_norm", "train/update_norm", "train/spikes")
+
+
+class History(NamedTuple):
+    """The recorded metrics of the training steps of a run that show how it went, an array of each."""
+
+    steps: np.ndarray
+    loss: np.ndarray
+    gradient_norm: np.ndarray
+    update_norm: np.ndarray
+    spikes: np.ndarray
+
+    def until(self, step: int) -> "History":
+        """Its lines up to a step."""
+        return self.where(self.steps <= step)
+
+    def where(self, is_kept: np.ndarray) -> "History":
+        """Its lines for which an array of booleans is true."""
+        return History(*(column[is_kept] for column in self))
+
+    @property
+    def is_finite(self) -> np.ndarray:
+        """Whether the loss, the gradient and the update of each line are finite."""
+        return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
 
 
 class Past:
@@ -122,13 +148,16 @@ class Past:
 
     def record(self, step: int) -> dict[str, Any] | None:
         """What metrics.jsonl has of the training of a step, None if it was not logged."""
-        found = [line for line in self.records() if line["step"] == step]
-        return found[-1] if found else None
+        found = None
+        for line in iter_metrics(self.folder.path, containing=str(step).encode()):
+            if line["step"] == step and "train/loss" in line and step <= self._last_saved:
+                found = line
+        return found
 
-    def records(self) -> list[dict[str, Any]]:
+    def history(self) -> History:
         """What metrics.jsonl has of the training."""
-        lines = read_metrics(self.folder.path)
-        return [line for line in lines if "train/loss" in line and line["step"] <= self._last_saved]
+        steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
+        return History(steps, *(values[name] for name in HISTORY)).until(self._last_saved)
 
     def go_before(self, rewind: Rewind) -> None:
         """See the run as it was when it had not gone back from a fault yet: nothing that was written later counts."""

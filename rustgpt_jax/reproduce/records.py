@@ -2,18 +2,25 @@
 
 import json
 import math
-from collections.abc import Container
-from itertools import zip_longest
+import re
+from collections.abc import Container, Iterator
+from itertools import groupby, islice, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rustgpt_jax.config import Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.metrics import iter_metrics, last_step
 from rustgpt_jax.training.checkpoints import Damaged, stored_about
 
 # What a clock decides, and no config.
 TIMED = ("train/tokens_per_second", "train/flops_share")
+# The same in a line as it is written, and the step with which a line begins.
+OF_A_CLOCK = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
+STEP = re.compile(rb'\{"step": (\d{1,10}), "')
+LINES_AT_A_TIME = 4096
 # What there is where a side has none of something, in words.
 ABSENT = "nothing"
 
@@ -47,26 +54,91 @@ class Comparison(NamedTuple):
 def compare_records(
     first: Path, second: Path, tolerance: float = 0.0, names: Container[str] | None = None
 ) -> Comparison:
-    """Hold the metrics and the sampled texts of two runs against each other, as far as both have come.
+    """Hold the metrics of two runs against each other, as far as both have come.
 
     Values are equal if they are the same number, or within `tolerance` of its size; those that a clock decides are left
-    out, and with `names` all others.
+    out, and with `names` all others. Raises UserError for a damaged record.
     """
-    left, right = _values(first, names), _values(second, names)
-    last_step = min(max(left, default=0), max(right, default=0))
-    n_values, agreed = 0, 0
-    for step in sorted(step for step in left.keys() | right.keys() if step <= last_step):
-        here_and_there = left.get(step, {}), right.get(step, {})
-        for name in dict.fromkeys(name for side in here_and_there for name in side):
-            here, there = (side.get(name, ABSENT) for side in here_and_there)
-            # A run that was killed in its last step may have recorded a part of it.
-            if step == last_step and ABSENT in (here, there):
+    last = min(last_step(first), last_step(second))
+    beginning = _same_beginning(first, second)
+    agreed, n_values = beginning.agreed, beginning.n_values
+    for step, left, right in _in_step(first, second, beginning.offsets):
+        if step > last:
+            break
+        agreed = max(agreed, beginning.last_step if step > beginning.last_step else 0)
+        for name in dict.fromkeys([*left, *right]):
+            if names is not None and name not in names:
                 continue
-            n_values += 1
+            here, there = left.get(name, ABSENT), right.get(name, ABSENT)
+            # A run that was killed in its last step may have recorded a part of it.
+            if step == last and ABSENT in (here, there):
+                continue
+            n_values += name != "stage"
             if not _is_equal(here, there, tolerance):
-                return Comparison(last_step, n_values, agreed, Parting(step, name, here, there))
+                return Comparison(last, n_values, agreed, Parting(step, name, here, there))
         agreed = step
-    return Comparison(last_step, n_values, agreed, None)
+    return Comparison(last, n_values, max(agreed, beginning.last_step), None)
+
+
+class _Beginning(NamedTuple):
+    """The lines at the beginning of two records that are the same, but for what a clock decides.
+
+    offsets: where each file goes on. last_step, agreed: the last step of these lines, which may have more of them, and
+    the one before it. n_values: how many numbers they have.
+    """
+
+    offsets: tuple[int, int] = (0, 0)
+    last_step: int = 0
+    agreed: int = 0
+    n_values: int = 0
+
+
+def _same_beginning(first: Path, second: Path) -> _Beginning:
+    """Pass over the lines that are the same byte for byte, without parsing them: mostly all of them, or none."""
+    found = _Beginning()
+    paths = [RunFolder(path).metrics_file for path in (first, second)]
+    if not all(path.is_file() for path in paths):
+        return found
+    with open(paths[0], "rb") as left, open(paths[1], "rb") as right:
+        while True:
+            blocks = [b"".join(islice(file, LINES_AT_A_TIME)) for file in (left, right)]
+            text, other = (OF_A_CLOCK.sub(b"", block) for block in blocks)
+            if text != other or not text.endswith(b"\n"):
+                return found
+            steps = [int(match[1]) if (match := STEP.match(line)) else -1 for line in text.splitlines()]
+            if -1 in steps or [found.last_step, *steps] != sorted([found.last_step, *steps]):
+                return found
+            agreed = max((step for step in [found.agreed, found.last_step, *steps] if step < steps[-1]), default=0)
+            n_values = text.count(b'": ') - text.count(b'"step": ') - text.count(b'"stage": ')
+            offsets = (found.offsets[0] + len(blocks[0]), found.offsets[1] + len(blocks[1]))
+            found = _Beginning(offsets, steps[-1], agreed, found.n_values + n_values)
+
+
+def _in_step(
+    first: Path, second: Path, offsets: tuple[int, int]
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """The steps of two records from some place on, with what each has of them."""
+    sides = [_steps(path, offset) for path, offset in zip((first, second), offsets, strict=True)]
+    heads = [next(side, None) for side in sides]
+    while any(heads):
+        step = min(head[0] for head in heads if head)
+        left, right = (head[1] if head and head[0] == step else {} for head in heads)
+        yield step, left, right
+        heads = [
+            next(side, None) if head and head[0] == step else head for side, head in zip(sides, heads, strict=True)
+        ]
+
+
+def _steps(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The values of each step, whichever lines they stand in, but for those that a clock decides."""
+    before = -1
+    for step, lines in groupby(iter_metrics(path, offset=offset), key=itemgetter("step")):
+        if step < before:
+            raise UserError(f"{RunFolder(path).metrics_file} is damaged: step {step} comes after step {before}.")
+        before, values = step, dict[str, Any]()
+        for line in lines:
+            values |= line
+        yield step, {name: value for name, value in values.items() if name not in (*TIMED, "step")}
 
 
 def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Parting | None]:
@@ -78,6 +150,17 @@ def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Par
             name = f"the text after {known['prompt']!r}"
             return 0, Parting(known["step"], name, here.get("text", ABSENT), there.get("text", ABSENT))
     return len(both[0]), None
+
+
+def missing_record(run: RunFolder, stage: Stage, step: int) -> str:
+    """Say why metrics.jsonl does not come up to a step of a stage, where the run was to log it; '' if it does."""
+    if not run.metrics_file.exists():
+        return "is missing"
+    last = last_step(run.path)
+    logged = next((each for each in range(step, stage.first_step, -1) if stage.is_logged(each)), 0)
+    if last < logged:
+        return f"ends at step {last}" if last else "is empty"
+    return ""
 
 
 class Arrays(NamedTuple):
@@ -101,17 +184,6 @@ def compare_checkpoints(first: RunFolder, second: RunFolder) -> Arrays:
         names = dict.fromkeys([*left, *right])
         return Arrays(step, len(names), [name for name in names if left.get(name) != right.get(name)])
     return Arrays(0, 0, [])
-
-
-def _values(path: Path, names: Container[str] | None) -> dict[int, dict[str, Any]]:
-    """The values of each step, whichever lines they stand in."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in read_metrics(path):
-        kept = {name: value for name, value in line.items() if name not in (*TIMED, "step")}
-        if names is not None:
-            kept = {name: value for name, value in kept.items() if name in names}
-        steps.setdefault(line["step"], {}).update(kept)
-    return steps
 
 
 def _is_equal(left: Any, right: Any, tolerance: float) -> bool:

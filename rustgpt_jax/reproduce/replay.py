@@ -17,7 +17,7 @@ from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
-    """Make a step of a run again and print what it was. Whether it has the recorded bits, as far as they are known.
+    """Make a step of a run again and print what it was. Whether it has the recorded bits, if it was to be recorded.
 
     With taps, its tensors are measured, and a page of them is written: RUN/replay/step_K.html, or elsewhere where that
     cannot be. Raises UserError as `Past` does, and for a step that the run does not have.
@@ -29,7 +29,7 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
         print_tensors(inside.tensors, console)
         file = write_page(path, again, inside.tensors)
         console.print(f"Each tensor of the step: {file}", highlight=False, soft_wrap=True)
-    return not again.unequal
+    return again.is_same
 
 
 def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:

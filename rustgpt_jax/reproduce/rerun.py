@@ -11,11 +11,17 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
 from rustgpt_jax.reproduce.differences import say, say_section, sections
 from rustgpt_jax.reproduce.own_code import OwnCode, own_code
-from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples, in_a_sentence
+from rustgpt_jax.reproduce.records import (
+    compare_checkpoints,
+    compare_records,
+    compare_samples,
+    in_a_sentence,
+    missing_record,
+)
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import Launch, first_launch, launches
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.metrics import last_step
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3
@@ -93,7 +99,7 @@ def _train(run: RunFolder, again: RunFolder, code: OwnCode, console: Console) ->
 
 
 def _reached(run: RunFolder) -> int:
-    return max((line["step"] for line in read_metrics(run.path)), default=0)
+    return last_step(run.path)
 
 
 def _say_if_early(run: RunFolder, reached: int, console: Console) -> None:
@@ -127,9 +133,35 @@ def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console
         first = f"; the first that is not: {arrays.unequal[0]}" if arrays.unequal else ""
         say(console, f"After step {arrays.step:,} {same}{first}.")
     is_identical = parting is None and not arrays.unequal and found.last_step > 0
+    is_recorded = _has_its_record(run, console)
     if not is_identical:
         _say_sections(run, again, console)
-    return is_identical
+        return False
+    return _read_the_same(run, again, console) and is_recorded
+
+
+def _has_its_record(run: RunFolder, console: Console) -> bool:
+    """Whether metrics.jsonl goes as far as the checkpoints of a run. If not, say so."""
+    try:
+        every = stages(load_config(run.path))
+    except UserError:
+        # Its own code may read a config that this one does not.
+        return True
+    saved = min(max(run.saved_steps, default=0), every[-1].end_step)
+    stage = next((stage for stage in every if saved <= stage.end_step), every[-1])
+    missing = missing_record(run, stage, saved) if saved else ""
+    if missing:
+        say(console, f"Of what comes after that there is nothing to compare with: {run.metrics_file} {missing}.")
+    return not missing
+
+
+def _read_the_same(run: RunFolder, again: RunFolder, console: Console) -> bool:
+    """Whether two runs that made the same read the same data. If not, say what differs."""
+    section = next(section for section in sections(run, again) if section.kind == "data")
+    if section.differences:
+        say(console, "The data are not the same, although no step read what differs:")
+        say_section(section, console)
+    return not section.differences
 
 
 def _compared_roughly(run: RunFolder, again: RunFolder, console: Console) -> bool:

@@ -3,7 +3,7 @@
 import io
 import warnings
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import LARGEST_NUMBER
 from rustgpt_jax.runs.folder import RunFolder, write_atomically
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.runs.metrics import Columns, read_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,8 @@ INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
 LOG_SCALE_FROM = 8.0
 # Width of the smoothing window, as a share of a stage's points.
 SMOOTHING_SHARE = 0.1
+# Points of a line, of which there are far fewer in the picture.
+MOST_POINTS = 20_000
 # In points, 1/72 inch.
 LABEL_HEIGHT = 34.0
 DPI = 160
@@ -72,15 +74,15 @@ def draw_loss_curves(folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_metrics(folder)
-    train, valid = _curves(records, TRAIN_LOSS), _curves(records, VALID_LOSS)
+    columns = [read_columns(folder, name) for name in (TRAIN_LOSS, VALID_LOSS)]
+    train, valid = (_curves(*each) for each in zip(columns, (TRAIN_LOSS, VALID_LOSS), strict=True))
     if not train and not valid:
         raise UserError(f"{folder} has no loss to draw yet.")
     figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.07, 0.115, 0.735, 0.745))
     _style(axes, _drawable(folder.resolve().name), train + valid)
-    _draw_stages(axes, records)
+    _draw_stages(axes, max(columns, key=lambda each: len(each.steps)))
     labels = _draw_train(axes, train) + _draw_valid(axes, valid)
     _write_labels(axes, labels)
     picture = io.BytesIO()
@@ -94,17 +96,27 @@ def draw_loss_curves(folder: Path) -> Path:
     return target
 
 
-def _curves(records: list[dict[str, Any]], name: str) -> list[Curve]:
-    points = [
-        (record.get("stage", ""), record["step"], record[name])
-        for record in records
-        if isinstance(record.get(name), (int, float)) and abs(record[name]) <= LARGEST_NUMBER
-    ]
-    curves = []
-    for stage, group in groupby(points, key=lambda point: point[0]):
-        _, steps, values = zip(*group, strict=True)
-        curves.append(Curve(stage, np.array(steps), np.array(values, float)))
-    return curves
+def _curves(columns: Columns, name: str) -> list[Curve]:
+    """The curve of a metric in each stage, without values that are not finite or too large to be drawn."""
+    values = columns.values[name]
+    is_drawn = np.abs(values) <= LARGEST_NUMBER
+    steps, stages, values = columns.steps[is_drawn], columns.stages[is_drawn], values[is_drawn]
+    parts = zip(*(np.split(each, _borders(stages)) for each in (steps, stages, values)), strict=True)
+    return [Curve(columns.stage_names[stage[0]], steps, values) for steps, stage, values in parts if len(steps)]
+
+
+def _borders(stages: np.ndarray) -> np.ndarray:
+    """The places at which another stage begins."""
+    return np.flatnonzero(np.diff(stages)) + 1
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a line; of very many only the lowest and the highest of each stretch, which look the same."""
+    if len(steps) <= MOST_POINTS:
+        return steps, values
+    starts = np.linspace(0, len(steps), MOST_POINTS // 2, endpoint=False).astype(int)
+    lowest, highest = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    return np.repeat(steps[starts], 2), np.stack([lowest, highest], axis=1).ravel()
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -147,11 +159,12 @@ def _drawable(name: Any) -> str:
     return str(name).encode(errors="replace").decode()
 
 
-def _draw_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
-    groups = [(stage, list(group)) for stage, group in groupby(records, key=lambda record: record.get("stage", ""))]
+def _draw_stages(axes: "Axes", columns: Columns) -> None:
+    lasts = [*(_borders(columns.stages) - 1), -1]
+    groups = [(columns.stage_names[columns.stages[last]], columns.steps[last]) for last in lasts]
     if len(groups) < 2:
         return
-    ends = [0, *(group[-1]["step"] for _, group in groups)]
+    ends = [0, *(end for _, end in groups)]
     for place, ((stage, _), (start, end)) in enumerate(zip(groups, pairwise(ends), strict=True)):
         if place % 2:
             axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
@@ -164,8 +177,10 @@ def _draw_stages(axes: "Axes", records: list[dict[str, Any]]) -> None:
 
 def _draw_train(axes: "Axes", curves: list[Curve]) -> list[Label]:
     for curve in curves:
-        axes.plot(curve.steps, curve.values, color=TRAIN_COLOUR, linewidth=0.7, alpha=0.35)
-        axes.plot(curve.steps, _smoothed(curve.values), color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round")
+        axes.plot(*_thinned(curve.steps, curve.values), color=TRAIN_COLOUR, linewidth=0.7, alpha=0.35)
+        axes.plot(
+            *_thinned(curve.steps, _smoothed(curve.values)), color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round"
+        )
     if not curves:
         return []
     last = float(_smoothed(curves[-1].values)[-1])

@@ -1,23 +1,28 @@
-"""The numbers of a run over its steps: metrics.jsonl, which is the record, and TensorBoard files, which are a view.
+"""Metrics of a run over its steps: metrics.jsonl, which is the record, and TensorBoard files, which are a view.
 
 A line of metrics.jsonl is a JSON object such as {"step": 10, "stage": "train", "train/loss": 2.3}. JSON has no
 numbers that are not finite; these are written as the strings "NaN", "Infinity" and "-Infinity", and read as floats.
+
+Steps do not decrease from line to line. A file may have millions of lines, so that readers stream it, read it from its
+end, or keep only the columns that they need.
 """
 
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import LARGEST_COUNT
-from rustgpt_jax.runs.folder import RunFolder, Unwritable, write_atomically
+from rustgpt_jax.runs.folder import RunFolder, Unwritable
 
 if TYPE_CHECKING:
     from tensorboardX import FileWriter
@@ -25,6 +30,10 @@ if TYPE_CHECKING:
 TENSORBOARD_FLUSH_SECONDS = 10
 # Enough for some lines of training and one of evaluation.
 LAST_BYTES = 8192
+# Bytes of a file that are read and parsed at a time.
+BLOCK_BYTES = 2**20
+# Names of metrics, whose values are numbers; other values may be strings.
+METRICS = ("train/", "valid/")
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -88,12 +97,79 @@ class MetricsWriter:
         self._tensorboard.add_summary(summary, step)
 
 
+# Reading.
+
+
+class Columns(NamedTuple):
+    """Some metrics of a run as arrays, in the order of their lines.
+
+    steps: the step of each line. stages: the index of its stage in `stage_names`. values: by their names.
+    """
+
+    steps: np.ndarray
+    stages: np.ndarray
+    stage_names: list[str]
+    values: dict[str, np.ndarray]
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl in their order, none if there is no such file.
+    """Read all lines of a run's metrics.jsonl, in their order; none if there is no such file.
 
     A last line that was cut short, as by a kill, is left out. Raises UserError for any other malformed line.
     """
-    return [record for _, record in _read_lines(RunFolder(folder).metrics_file)]
+    return list(iter_metrics(folder))
+
+
+def iter_metrics(folder: Path, containing: bytes = b"", offset: int = 0) -> Iterator[dict[str, Any]]:
+    """Read the lines of a run's metrics.jsonl one after another, as `read_metrics` does, without keeping them.
+
+    Args:
+        folder: the folder of the run.
+        containing: lines without these bytes are passed over, and not looked at.
+        offset: the byte of the file at which a line begins, from which on it is read.
+    """
+    for records in _iter_blocks(RunFolder(folder).metrics_file, containing, offset):
+        yield from records
+
+
+def read_columns(folder: Path, having: str, others: Sequence[str] = (), absent: float = 0.0) -> Columns:
+    """Read some metrics of a run as arrays.
+
+    Args:
+        folder: the folder of the run.
+        having: the name of a metric; lines without it are passed over.
+        others: the names of more metrics.
+        absent: what stands for one of them that a line does not have.
+
+    Raises:
+        UserError: a line that has the metric is malformed.
+    """
+    names, stage_names = (having, *others), dict[str, int]()
+    parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)], *([np.zeros(0)] for _ in names)]
+    for records in _iter_blocks(RunFolder(folder).metrics_file, json.dumps(having).encode()):
+        lines = [line for line in records if having in line]
+        parts[0].append(np.array([line["step"] for line in lines], np.int64))
+        stages = [stage_names.setdefault(line.get("stage", ""), len(stage_names)) for line in lines]
+        parts[1].append(np.array(stages, np.int64))
+        for name, part in zip(names, parts[2:], strict=True):
+            part.append(np.array([line.get(name, absent) for line in lines], np.float64))
+    steps, stage_indices, *columns = map(np.concatenate, parts)
+    return Columns(steps, stage_indices, list(stage_names), dict(zip(names, columns, strict=True)))
+
+
+def last_step(folder: Path) -> int:
+    """Return the step of the last line of a run's metrics.jsonl, 0 if there is none.
+
+    Raises UserError as `read_metrics` does.
+    """
+    file = RunFolder(folder).metrics_file
+    for _, line, is_whole in _reversed_lines(file):
+        record = _parse(line)
+        if record is not None:
+            return record["step"]
+        if is_whole:
+            raise _malformed(file, line)
+    return 0
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
@@ -101,13 +177,10 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     file = RunFolder(folder).metrics_file
     if not file.exists():
         return {}
-    try:
-        with open(file, "rb") as lines:
-            lines.seek(0, os.SEEK_END)
-            lines.seek(max(0, lines.tell() - LAST_BYTES))
-            records = [_parse(line) for line in lines.read().split(b"\n")]
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    with _reading(file) as lines:
+        lines.seek(0, os.SEEK_END)
+        lines.seek(max(0, lines.tell() - LAST_BYTES))
+        records = [_parse(line) for line in lines.read().split(b"\n")]
     merged: dict[str, Any] = {}
     for record in filter(None, records):
         merged |= record
@@ -115,49 +188,134 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 
 def keep_until(file: Path, last_step: int) -> None:
-    """Drop the lines of a file of JSON objects that were written after `last_step`, or all of them if that is 0."""
+    """Cut a file of JSON objects after its last line of a step up to `last_step`, or empty it if that is 0.
+
+    Raises UserError for a malformed line among those that are cut off, and if the file cannot be written.
+    """
     if not file.exists():
         return
+    end, needs_newline = 0, False
     # A run that starts from nothing records its step 0 again.
-    kept = [line for line, record in _read_lines(file) if last_step > 0 and record["step"] <= last_step]
-    write_atomically(file, b"".join(line + b"\n" for line in kept))
-
-
-def _read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    if not file.exists():
-        return []
+    for offset, line, is_whole in _reversed_lines(file) if last_step > 0 else ():
+        record = _parse(line)
+        if record is None and is_whole:
+            raise _malformed(file, line)
+        if record is not None and record["step"] <= last_step:
+            end, needs_newline = offset + len(line), True
+            break
     try:
-        *whole_lines, rest = file.read_bytes().split(b"\n")
+        with open(file, "r+b") as content:
+            content.truncate(end)
+            content.seek(end)
+            content.write(b"\n" if needs_newline else b"")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}.") from error
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[BinaryIO]:
+    try:
+        with open(file, "rb") as content:
+            yield content
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    result = []
-    for number, line in enumerate(whole_lines, start=1):
-        record = _parse(line)
-        if record is None:
-            raise UserError(f"{file}, line {number}: this is not a JSON object with a step. Delete the line.")
-        result.append((line, record))
-    last = _parse(rest)
-    return result if last is None else [*result, (rest, last)]
+
+
+def _iter_blocks(file: Path, containing: bytes = b"", offset: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """The records of a file, those of some lines at a time."""
+    if not file.exists():
+        return
+    with _reading(file) as content:
+        content.seek(offset)
+        rest = b""
+        while block := content.read(BLOCK_BYTES):
+            *lines, rest = (rest + block).split(b"\n")
+            yield _parse_all(lines, containing, file)
+    last = _parse(rest) if containing in rest else None
+    yield [] if last is None else [last]
+
+
+def _parse_all(lines: list[bytes], containing: bytes, file: Path) -> list[dict[str, Any]]:
+    if containing:
+        lines = [line for line in lines if containing in line]
+    try:
+        # One call of the parser costs less than one for each line.
+        records = list(map(_checked, json.loads(b"[" + b",".join(lines) + b"]")))
+    except (ValueError, RecursionError):
+        records = [None]
+    if len(records) == len(lines) and None not in records:
+        return records  # type: ignore[return-value]
+    return [_require(line, file) for line in lines]
+
+
+def _require(line: bytes, file: Path) -> dict[str, Any]:
+    record = _parse(line)
+    if record is None:
+        raise _malformed(file, line)
+    return record
+
+
+def _malformed(file: Path, line: bytes) -> UserError:
+    with _reading(file) as content:
+        number = next((number for number, each in enumerate(content, start=1) if each.rstrip(b"\n") == line), 0)
+    return UserError(
+        f"{file}, line {number}: this is not a line of metrics, a JSON object with a step and numbers. Delete the line."
+    )
+
+
+def _reversed_lines(file: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """The lines of a file from its end: where each begins, the line, and whether a newline follows it."""
+    if not file.exists():
+        return
+    with _reading(file) as content:
+        start = content.seek(0, os.SEEK_END)
+        rest, is_whole = b"", False
+        while start > 0:
+            size = min(BLOCK_BYTES if is_whole else LAST_BYTES, start)
+            start -= size
+            content.seek(start)
+            first, *lines = (content.read(size) + rest).split(b"\n")
+            end = start + len(first) + sum(len(line) + 1 for line in lines)
+            for line in reversed(lines):
+                end -= len(line)
+                if line or is_whole:
+                    yield end, line, is_whole
+                end, is_whole = end - 1, True
+            rest = first
+        if rest or is_whole:
+            yield 0, rest, is_whole
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        return _checked(json.loads(line))
     except (ValueError, RecursionError):
         return None
+
+
+def _checked(record: Any) -> dict[str, Any] | None:
+    """A line of metrics as it was read from JSON, its values of the types that they must have; None if it is none."""
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_COUNT:
         return None
-    return {name: _from_json(value) for name, value in record.items()}
+    if not isinstance(record.get("stage", ""), str):
+        return None
+    for name, value in record.items():
+        kind = type(value)
+        if kind is float or (kind is int and abs(value) < 2**63):
+            continue
+        if kind is not str:
+            return None
+        if value in _NOT_FINITE and name != "stage":
+            record[name] = _NOT_FINITE[value]
+        elif name.startswith(METRICS):
+            return None
+    return record
 
 
 def _to_json(value: float | int | str) -> float | int | str:
     if isinstance(value, str) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _from_json(value: Any) -> Any:
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 @cache

@@ -21,7 +21,7 @@ from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import duration
-from rustgpt_jax.runs.metrics import MetricsWriter, read_metrics
+from rustgpt_jax.runs.metrics import MetricsWriter, iter_metrics
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.optimizers import EVALUATION_PARAMS, evaluation_params
 from rustgpt_jax.training.step import Metrics, State, at_hand
@@ -88,8 +88,9 @@ class Recorder:
 
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
-        lines = [line for line in read_metrics(self.run.path) if line["stage"] == self.data.stage.name]
-        return min((line["valid/loss"] for line in lines if "valid/loss" in line), default=np.inf)
+        stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
+        own = (line for line in lines if stage.first_step < line["step"] <= stage.end_step)
+        return min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
 
     def called(self, structure: Structure, seconds: float) -> None:
         """Say once for each program how long its first call took to return: that is its tracing and compiling."""
@@ -131,8 +132,7 @@ class Recorder:
         return faults.not_finite == "skip" and n_faults <= faults.most_forgiven
 
     def _is_logged(self, step: int) -> bool:
-        # The loss of the first step is that of the initial parameters.
-        return step == 1 or step % self.config.record.log_every == 0 or step == self.data.stage.end_step
+        return self.data.stage.is_logged(step)
 
     def _speed(self, count: int) -> dict[str, float]:
         now, began = time.perf_counter(), self._clock

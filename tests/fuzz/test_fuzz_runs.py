@@ -6,6 +6,7 @@ from typing import Any
 
 # Its list of fonts is made in the user's own folder when it is first imported, which is not to be in a case.
 import matplotlib.font_manager as _fonts
+import numpy as np
 import pytest
 import tensorboardX.proto.summary_pb2 as _summary
 from fuzzing import ODD_NUMBERS, Data, Place, answer, cases, damaged, edited, write
@@ -13,8 +14,9 @@ from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rustgpt_jax.reproduce.records import compare_records
 from rustgpt_jax.runs.curves import draw_loss_curves
-from rustgpt_jax.runs.metrics import MetricsWriter, keep_until, last_metrics, read_metrics
+from rustgpt_jax.runs.metrics import MetricsWriter, keep_until, last_metrics, last_step, read_columns, read_metrics
 
 assert _fonts.fontManager and _summary
 ROWS: list[dict[str, Any]] = [
@@ -56,17 +58,43 @@ def test_a_record_works(place: Place) -> None:
 
 @cases(400)
 @given(metrics, st.sampled_from((0, 1, 4, 9, 10**30)))
-def test_metrics_with_edits(place: Place, data: bytes | None, last_step: int) -> None:
+def test_metrics_with_edits(place: Place, data: bytes | None, resumed: int) -> None:
     with place.case() as folder:
         write(folder / "metrics.jsonl", data)
         rows = answer(lambda: read_metrics(folder))
         last = answer(lambda: last_metrics(folder))
         assert rows is None or data is None or last is not None
-        answer(lambda: keep_until(folder / "metrics.jsonl", last_step))
+        answer(lambda: keep_until(folder / "metrics.jsonl", resumed))
         if rows is not None:
-            kept = [row for row in rows if last_step and row["step"] <= last_step]
+            places = [place for place, row in enumerate(rows, start=1) if resumed and row["step"] <= resumed]
+            kept = rows[: max(places, default=0)]
             # NaN is not equal to itself.
             assert repr(read_metrics(folder)) == repr(kept)
+
+
+@cases(200)
+@given(metrics, metrics)
+def test_metrics_with_edits_are_read_in_part_and_compared(
+    place: Place, data: bytes | None, other: bytes | None
+) -> None:
+    with place.case() as folder:
+        for name, content in (("one", data), ("other", other), ("copy", data)):
+            write(folder / name / "metrics.jsonl", content)
+        rows = answer(lambda: read_metrics(folder / "one"))
+        columns = answer(lambda: read_columns(folder / "one", "train/loss", ("valid/loss",), absent=-1.0))
+        last = answer(lambda: last_step(folder / "one"))
+        if rows is not None:
+            assert columns is not None and last == (rows[-1]["step"] if rows else 0)
+            own = [row for row in rows if "train/loss" in row]
+            values = {"train/loss": [row["train/loss"] for row in own]}
+            values["valid/loss"] = [row.get("valid/loss", -1.0) for row in own]
+            assert columns.steps.tolist() == [row["step"] for row in own]
+            for name, column in columns.values.items():
+                np.testing.assert_array_equal(column, np.array(values[name], float))
+            assert [columns.stage_names[index] for index in columns.stages] == [row.get("stage", "") for row in own]
+            every = answer(lambda: compare_records(folder / "one", folder / "copy"))
+            assert every is None or every.parting is None
+        answer(lambda: compare_records(folder / "one", folder / "other"))
 
 
 @cases(25)
