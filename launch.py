@@ -181,7 +181,7 @@ def sweep() -> int:
     from rustgpt_jax.runs.console import PlainTextConsole
     from rustgpt_jax.runs.recipes import sweep_function
     from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
-    from rustgpt_jax.sweeps.trials import expand
+    from rustgpt_jax.sweeps.trials import expand, feasible_points
 
     if FLAGS.config is None:
         raise UserError(
@@ -191,7 +191,7 @@ def sweep() -> int:
     says = sweep_function(FLAGS.config, FLAGS.sweep)
     spec, fixed = _called(FLAGS.config, says), [path for path, _ in _overrides]
     if isinstance(spec, TreeParzen):
-        trials = expand(tree, [spec.middle], fixed)
+        trials = feasible_points(tree, spec, fixed)
     else:
         trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     options = dict(_pair(option) for option in FLAGS.slurm)

@@ -106,6 +106,17 @@ def override(tree: Any, path: str, value: Any) -> None:
     _place(tree, knob, value)
 
 
+def check_value(path: str, value: Any) -> None:
+    """Check a value of the knob at a dotted path by itself, apart from the other knobs of a config.
+
+    Raises UserError for an unknown knob, a wrong type, or a value out of range.
+    """
+    where, knob = _in_stage(path)
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    checked(knob, value, f"{where}.{knob}")
+
+
 def _in_stage(path: str) -> tuple[str, str]:
     """Where a knob is and its path there: ('config.stages.NAME', 'x.y') for stages.NAME.x.y, else ('config', path)."""
     if path.startswith("stages.") and path.count(".") > 1:

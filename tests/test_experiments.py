@@ -7,7 +7,7 @@ import pytest
 
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
-from rustgpt_jax.sweeps.trials import expand
+from rustgpt_jax.sweeps.trials import expand, feasible_points
 from rustgpt_jax.training.parts import check_parts
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def test_every_sweep_expands_to_trials_that_can_run(name: str) -> None:
             case SuccessiveHalving():
                 trials = expand(module.get_config(), spec.trials)
             case TreeParzen():
-                trials = expand(module.get_config(), [spec.middle])
+                trials = feasible_points(module.get_config(), spec)
             case _:
                 trials = expand(module.get_config(), spec)
         for trial in trials:

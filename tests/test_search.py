@@ -39,6 +39,7 @@ from rustgpt_jax.config import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import InUse, load_config, lock
 from rustgpt_jax.sweeps import (
+    SuccessiveHalving,
     TreeParzen,
     choice,
     log_uniform,
@@ -59,7 +60,7 @@ from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
-from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.trials import Trial, expand, feasible_points
 from rustgpt_jax.training import lanes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -487,6 +488,68 @@ def test_options_of_any_kind_are_searched(by_formula: Callable[[Loss], Ticks], t
         assert len(found) == 24
         for path, each in options.items():
             assert {point[path] for point, _, _ in found} == set(each)
+
+
+# Points that cannot be.
+
+HEADS = {
+    "model.d_model": choice(16, 20, 24),
+    "model.n_heads": choice(1, 3, 4, 5),
+    "optimizer.learning_rate": log_uniform(1e-4, 1e-1),
+}
+
+
+def test_points_that_do_not_resolve_are_skipped(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
+    ticks = by_formula(bowl)
+    search = tree_parzen(12, HEADS, batch=4, seeds=(0, 1))
+    skipped: list[str] = []
+
+    def once(path: Path) -> None:
+        with opened(path) as sweep:
+            skipped[:] = parzen(sweep, search, tiny_tree(), ())
+
+    once(tmp_path / "straight")
+    found = study(tmp_path / "straight", search)
+    # Heads divide the width, and RoPE turns pairs of channels.
+    fits = [point["model.d_model"] % (2 * point["model.n_heads"]) == 0 for point, *_ in found]
+    assert sum(fits) == 12 and len(skipped) == len(found) - 12 > 3
+    reasons = {reason for reason in skipped if "is not divisible by config.model.n_heads" in reason}
+    assert reasons and all("must be even" in reason for reason in skipped if reason not in reasons)
+    assert {state for (*_, state), is_fit in zip(found, fits, strict=True) if not is_fit} == {"PRUNED"}
+    assert len(read_results(tmp_path / "straight").trials) == 24
+    assert killed_often(partial(once, tmp_path / "killed"), ticks, 1) > 3
+    assert study(tmp_path / "killed", search) == found
+
+
+def test_a_search_of_hardly_any_points_ends_with_a_sentence(
+    by_formula: Callable[[Loss], Ticks], tmp_path: Path
+) -> None:
+    by_formula(bowl)
+    search = tree_parzen(2, HEADS | {"model.n_heads": choice(7, 9)}, batch=2)
+    with pytest.raises(UserError, match=r"Too few points of the search .* is not divisible by config\.model\.n_heads"):
+        searched(tmp_path, search)
+
+
+def test_a_dry_run_counts_the_trials_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both are for a process that has not used JAX yet.
+    monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    # The middle of this space, 20 channels for 4 heads, resolves; 24 channels for 5 do not.
+    specs = {
+        "A search of 12 trials (12 points, 4 points at a time)": tree_parzen(12, HEADS, batch=4),
+        "A search of 24 trials (12 points with 2 seeds each, 4": tree_parzen(12, HEADS, batch=4, seeds=(0, 1)),
+        "5 trials, 1 program to compile": successive_halving(seeds(5), (4,)),
+    }
+    for said, spec in specs.items():
+        is_halving = isinstance(spec, SuccessiveHalving)
+        trials = expand(tiny_tree(), spec.trials) if is_halving else feasible_points(tiny_tree(), spec)
+        console = Console(file=StringIO(), width=200)
+        command = commands.Command(ABOUT, Settings(), dry_run=True)
+        assert commands.run_sweep(tiny_tree(), spec, trials, [], tmp_path / "sweep", command, console) == 0
+        text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        assert said in text and "Nothing was run." in text
+        assert ("if none of them is pruned" in text) == is_halving
+    assert not (tmp_path / "sweep").exists()
 
 
 # What is another search, and what is the same one that goes on.

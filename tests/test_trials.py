@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,7 +19,8 @@ from rustgpt_jax.config import config_hash, read, stages, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.machine import ACCELERATOR_PLUGINS
 from rustgpt_jax.resolve import override, resolve
-from rustgpt_jax.sweeps.trials import ID_DIGITS, Trial, expand, in_words, trial
+from rustgpt_jax.sweeps import choice, tree_parzen, uniform
+from rustgpt_jax.sweeps.trials import ID_DIGITS, Trial, expand, feasible_points, in_words, trial
 
 ROOT = Path(__file__).parent.parent
 RATE = "optimizer.learning_rate"
@@ -148,6 +150,46 @@ def test_a_knob_is_swept_or_given_by_hand() -> None:
     for path in RATE, stage:
         with pytest.raises(UserError, match=f"config.{path} is given on the command line and swept too"):
             expand(TWO_STAGES, [{"seed": 1}, {path: 1.0}], fixed=["seed.x", path])
+
+
+# Points of a search.
+
+
+def test_points_that_stand_for_a_search_resolve_though_its_middle_does_not() -> None:
+    heads = {"model.n_heads": choice(2, 3, 4, 5), "model.d_model": choice(16, 24, 40)}
+    assert heads["model.d_model"].at(0.5) % heads["model.n_heads"].at(0.5) == 0
+    odd = {"model.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
+    with pytest.raises(UserError):
+        trial(TREE, tree_parzen(4, odd).middle)
+    for space, left_out in ((heads, set()), (odd, {7})):
+        found = feasible_points(TREE, tree_parzen(4, space, seeds=(5,)))
+        assert len({each.id for each in found}) > 1
+        assert {each.config.seed for each in found} == {5}
+        for path, each in space.items():
+            assert {point.overrides[path] for point in found} == set(each.options) - left_out
+
+
+WRONG_SPACES = {
+    "unknown knob": ({"optimizer.learning_rat": uniform(0, 1)}, f"Did you mean config.{RATE}?"),
+    "one wrong option": ({"training.batch_size": choice(2, "many")}, "takes a whole number, not 'many'"),
+    "one option out of range": ({"model.dropout": choice(0.1, 7.0)}, "config.model.dropout must be at most"),
+    "an end out of range": ({"model.dropout": uniform(0.1, 3.0)}, "config.model.dropout must be at most"),
+    "parts of whole numbers": ({"model.n_layers": uniform(1, 3)}, "config.model.n_layers takes a whole number"),
+    "no such stage": ({f"stages.one.{RATE}": uniform(0, 1)}, "there is no stage 'one'"),
+    "no point": ({"model.n_heads": choice(5, 7)}, "is not divisible by config.model.n_heads=7"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SPACES)
+def test_a_space_without_a_point_or_with_a_wrong_value_is_refused(name: str) -> None:
+    space, said = WRONG_SPACES[name]
+    with pytest.raises(UserError, match=re.escape(said)):
+        feasible_points(TREE, tree_parzen(4, space))
+
+
+def test_a_knob_is_searched_or_given_by_hand() -> None:
+    with pytest.raises(UserError, match=f"config.{RATE} is given on the command line and swept too"):
+        feasible_points(TREE, tree_parzen(4, {RATE: uniform(0, 1)}), fixed=[RATE])
 
 
 def test_trials_are_compared_as_objects() -> None:

@@ -18,6 +18,7 @@ from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.space import Overrides, SuccessiveHalving, TreeParzen
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, check_settings, open_sweep
 from rustgpt_jax.sweeps.trials import Trial
+from rustgpt_jax.training.parts import check_parts
 
 Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
 
@@ -36,7 +37,7 @@ def run_sweep(
 ) -> int:
     """Run a sweep in a folder and report. The exit status: 1 if trials failed, that of a stop if it was stopped.
 
-    `trials` are those that are known from the start; for a search by Optuna, one to check the config with.
+    `trials` are those that are known from the start; for a search by Optuna, some to check the config with.
     """
     check_settings(command.settings)
     use_cores_as_devices()
@@ -47,20 +48,40 @@ def run_sweep(
         search.check_rungs(spec, trials)
     with counting(console, "documents encoded") as progress, waiting(console, "reading the data"):
         shelf = Shelf(progress=progress)
-        check(trials, shelf)
+        if isinstance(spec, TreeParzen):
+            _check_points(trials, shelf)
+        else:
+            check(trials, shelf)
     if command.dry_run:
-        preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console)
+        search_only = spec if isinstance(spec, SuccessiveHalving | TreeParzen) else None
+        preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only)
         return 0
     with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
         match spec:
             case SuccessiveHalving():
                 search.halve(sweep, spec, trials)
             case TreeParzen():
-                search.parzen(sweep, spec, tree, fixed)
+                skipped = search.parzen(sweep, spec, tree, fixed)
+                if skipped:
+                    points = "1 point was" if len(skipped) == 1 else f"{len(skipped)} points were"
+                    sweep.message(f"{points} skipped, the last because: {skipped[-1]}")
             case _:
                 sweep.add(trials)
                 sweep.run(trials)
     return _tell(sweep, path, command.settings.launcher, console)
+
+
+def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
+    """Check points of a search. Raises UserError for a part that there is not, or if the text will do for none."""
+    errors = []
+    for each in points:
+        check_parts(each.config)
+    for each in points:
+        try:
+            return check([each], shelf)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:

@@ -9,20 +9,41 @@ from rustgpt_jax.parallel.machine import Machine
 from rustgpt_jax.runs.formatting import byte_size, count
 from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
 from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.space import Search, SuccessiveHalving, TreeParzen
 from rustgpt_jax.sweeps.trials import Trial, in_words
 
 
 def preview(
-    trials: Sequence[Trial], shelf: Shelf, machine: Machine, mode: str, width: int | None, console: Console
+    trials: Sequence[Trial],
+    shelf: Shelf,
+    machine: Machine,
+    mode: str,
+    width: int | None,
+    console: Console,
+    search: Search | None = None,
 ) -> None:
-    """Print the trials, and how each shape class would run on a machine. No device is used."""
+    """Print the trials, and how each shape class would run on a machine. No device is used.
+
+    For a `search` by Optuna, `trials` are examples of its points, the first of which stands for the cost of all.
+    """
     plans = [plan(each, machine, mode, width) for each in shape_classes(trials, shelf)]
-    console.print(_trials(plans))
+    is_open = isinstance(search, TreeParzen)
+    console.print(_trials(plans, "Examples of the search's points" if is_open else "Trials"))
     console.print(_classes(plans))
     tokens = sum(len(each.shape_class.trials) * each.shape_class.cost.tokens for each in plans)
     flops = sum(len(each.shape_class.trials) * each.shape_class.cost.total_flops for each in plans)
-    programs = "program" if len(plans) == 1 else "programs"
-    total = f"{len(trials)} trials, {len(plans)} {programs} to compile, {count(tokens)} tokens, {count(flops)} FLOPs"
+    programs = f"{len(plans)} {'program' if len(plans) == 1 else 'programs'} to compile"
+    total = f"{len(trials)} trials, {programs}, {count(tokens)} tokens, {count(flops)} FLOPs"
+    if isinstance(search, SuccessiveHalving):
+        total += " if none of them is pruned"
+    if isinstance(search, TreeParzen):
+        cost = plans[0].shape_class.cost
+        points = f"{search.n_trials} points" + f" with {len(search.seeds)} seeds each" * bool(search.seeds)
+        total = (
+            f"A search of {search.n_runs} trials ({points}, {search.batch} points at a time). If all are as the first "
+            f"of these examples: {count(search.n_runs * cost.tokens)} tokens, "
+            f"{count(search.n_runs * cost.total_flops)} FLOPs"
+        )
     console.print(f"\n{total}. Nothing was run.", highlight=False)
 
 
@@ -33,8 +54,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _trials(plans: Sequence[Plan]) -> Table:
-    table = _table("Trials", "trial", "class", "knobs")
+def _trials(plans: Sequence[Plan], title: str) -> Table:
+    table = _table(title, "trial", "class", "knobs")
     for number, each in enumerate(plans, start=1):
         for trial in each.shape_class.trials:
             table.add_row(trial.id, str(number), in_words(trial.overrides))

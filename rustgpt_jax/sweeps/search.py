@@ -29,8 +29,12 @@ from rustgpt_jax.sweeps.space import (
 )
 from rustgpt_jax.sweeps.sweep import Sweep
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
+from rustgpt_jax.training.parts import check_parts
 
 VALID_LOSS = "valid/loss"
+# What a suggestion that is skipped has in its study: the reason.
+SKIPPED = "skipped"
+MOST_SKIPPED_A_TRIAL = 20
 
 
 def check_validation(trials: Sequence[Trial]) -> None:
@@ -92,25 +96,30 @@ def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
     return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
 
 
-def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) -> None:
+def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) -> list[str]:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011): ask for a batch, run it as one, tell.
 
     Each suggestion is a function of the seed, its number, and what was found before, so a search that is begun again
     asks for the same trials. Another config or another space is another study, which begins anew.
+
+    Suggestions that do not resolve, such as heads that do not divide the width, are skipped: they are not among the
+    `n_trials`, and the sampler is told to stay away from them. Gives the reasons of all that were skipped. Raises
+    UserError if there are too many.
     """
     fixed = tuple(fixed)
     with lock(sweep.folder.path):
         study = _study(sweep, search, tree)
-        told = [each for each in study.trials[: search.n_trials] if each.state.is_finished()]
+        told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
         # Trials that failed or whose folders were deleted since are run again; what was told of them stays.
         _run(sweep, {each.number: _trials_of(each, search, tree, fixed) for each in told})
-        while not sweep.stop and len(study.trials) - len(_running(study)) < search.n_trials:
-            _ask(study, search)
+        while not sweep.stop and len(_tried(study)) - len(_running(study)) < search.n_trials:
+            _ask(study, search, tree, fixed)
             batch = {each.number: _trials_of(each, search, tree, fixed) for each in _running(study)}
             _run(sweep, batch)
             if not sweep.stop:
                 for number, members in batch.items():
                     _tell(study, number, [_final_loss(sweep, member) for member in members])
+        return [each.user_attrs[SKIPPED] for each in study.trials if SKIPPED in each.user_attrs]
 
 
 def _run(sweep: Sweep, batch: Mapping[int, Sequence[Trial]]) -> None:
@@ -166,22 +175,44 @@ def _running(study: Any) -> list[Any]:
     return [each for each in study.trials if not each.state.is_finished()]
 
 
-def _ask(study: Any, search: TreeParzen) -> None:
+def _tried(study: Any) -> list[Any]:
+    """The suggestions that are not skipped, finished or not."""
+    return [each for each in study.trials if SKIPPED not in each.user_attrs]
+
+
+def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> None:
     """Ask until the batch is whole, or all trials of the search have been asked for.
 
     Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
     a search is killed, it goes on with the same suggestions.
     """
-    import optuna
+    from optuna.trial import TrialState, create_trial
 
-    n_told = len(study.trials) - len(_running(study))
+    n_told = len(_tried(study)) - len(_running(study))
     end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
-    for number in range(len(study.trials), end):
-        asked = suggest(search, study.trials, number)
-        running = optuna.trial.TrialState.RUNNING
+    while len(_tried(study)) < end:
+        asked = suggest(search, study.trials, len(study.trials))
+        reason = _why_not(asked, search, tree, fixed)
+        if reason and len(study.trials) - len(_tried(study)) >= MOST_SKIPPED_A_TRIAL * search.n_trials:
+            raise UserError(f"Too few points of the search can be tried; this is what keeps the last from it: {reason}")
         study.add_trial(
-            optuna.trial.create_trial(state=running, params=asked.params, distributions=asked.distributions)
+            create_trial(
+                state=TrialState.PRUNED if reason else TrialState.RUNNING,
+                params=asked.params,
+                distributions=asked.distributions,
+                user_attrs={SKIPPED: reason} if reason else {},
+            )
         )
+
+
+def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> str | None:
+    """The sentence that says why a suggestion cannot be tried, None if it can."""
+    try:
+        for each in _trials_of(asked, search, tree, fixed):
+            check_parts(each.config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def suggest(search: TreeParzen, trials: Sequence[Any], number: int) -> Any:

@@ -235,6 +235,11 @@ class TreeParzen:
     seeds: tuple[int, ...]
 
     @property
+    def n_runs(self) -> int:
+        """The number of trials of all points and seeds."""
+        return self.n_trials * max(1, len(self.seeds))
+
+    @property
     def middle(self) -> Overrides:
         """The point in the middle of every distribution."""
         return {path: distribution.at(0.5) for path, distribution in self.space}

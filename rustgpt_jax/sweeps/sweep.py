@@ -96,6 +96,10 @@ class Sweep:
         here = JOBS_AT_ONCE if self._settings.launcher == "slurm" else len(visible_gpus()) or cores()
         return self._settings.n_workers or here
 
+    def message(self, text: str) -> None:
+        """Print a text for the person who runs the sweep."""
+        self._board.message(text)
+
     def _machine_of_workers(self) -> Machine:
         if self._settings.launcher == "inline":
             return this_machine()

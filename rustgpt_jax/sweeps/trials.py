@@ -2,15 +2,20 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from rustgpt_jax.config import Config, config_hash
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import override, resolve
-from rustgpt_jax.sweeps.space import Overrides
+from rustgpt_jax.resolve import check_value, override, resolve
+from rustgpt_jax.sweeps.space import Choice, Distribution, Overrides, TreeParzen, sample
 
 ID_DIGITS = 8
+# Points of a search that are tried out before it is said that none can be.
+N_PROBES = 100
+# Where the values of a range are checked.
+PLACES = (0.0, 0.3, 0.5, 0.7, 0.999)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +53,7 @@ def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> 
     for overrides in sweep:
         if not isinstance(overrides, Mapping):
             raise UserError(f"A sweep yields mappings of knobs to values, not {overrides!r}.")
-        for path in fixed:
-            if path in overrides:
-                raise UserError(f"config.{path} is given on the command line and swept too: leave one of them out.")
+        _check_fixed(overrides, fixed)
         for path in overrides:
             if not isinstance(path, str):
                 raise UserError(f"A sweep names each knob by its dotted path, such as 'seed', not {path!r}.")
@@ -63,6 +66,47 @@ def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> 
     if not trials:
         raise UserError("The sweep has no trials.")
     return trials
+
+
+def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
+    for path in fixed:
+        if path in overrides:
+            raise UserError(f"config.{path} is given on the command line and swept too: leave one of them out.")
+
+
+def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) -> list[Trial]:
+    """Points of a search that resolve, to check a config by before it begins: one with each option of a choice.
+
+    The first is the middle of the space if that resolves. Options without such a point are left out, as a search skips
+    the points that do not resolve. Raises UserError for a knob, or a value of one, that no config can have, and if no
+    point resolves.
+    """
+    _check_fixed([path for path, _ in search.space], fixed)
+    for path, distribution in search.space:
+        for value in _examples(distribution):
+            check_value(path, value)
+    points = [search.middle, *sample(N_PROBES, dict(search.space))]
+    options = [(path, option) for path, each in search.space if isinstance(each, Choice) for option in each.options]
+    seed = {"seed": search.seeds[0]} if search.seeds else {}
+    found = [_first(tree, ({**point, **seed, path: option} for point in points)) for path, option in options]
+    first = _first(tree, ({**point, **seed} for point in points)) or next(filter(None, found), None)
+    # The reason why the middle does not resolve stands for all.
+    first = first or trial(tree, search.middle)
+    return [first, *(each for each in found if each is not None and each.id != first.id)]
+
+
+def _examples(distribution: Distribution) -> list[Any]:
+    if isinstance(distribution, Choice):
+        return list(distribution.options)
+    return [distribution.at(place) for place in PLACES]
+
+
+def _first(tree: Any, points: Iterable[Overrides]) -> Trial | None:
+    """The first of some points that resolves."""
+    for point in points:
+        with suppress(UserError):
+            return trial(tree, point)
+    return None
 
 
 def in_words(overrides: Overrides) -> str:
