@@ -13,7 +13,8 @@ from small_runs import train
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.gguf import FORMS, export_gguf, form_of, merges, write_gguf
+from rustgpt_jax.interop.gguf import FORMS, export_gguf, form_of, write_gguf
+from rustgpt_jax.interop.gguf_vocabulary import vocabulary_of
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.model.families import FAMILIES
@@ -114,14 +115,15 @@ def test_the_vocabulary_of_a_byte_level_bpe(tmp_path: Path) -> None:
     assert len(tokens) == len(kinds) == size + 8
     assert tokens[:size] == [tokenizer.id_to_token(index) for index in range(size)]
     assert kinds[tokenizer.end_id] == gguf.TokenType.CONTROL and kinds[-1] == gguf.TokenType.UNUSED
-    assert value(file, "tokenizer.ggml.merges") == merges(tokenizer)
+    assert value(file, "tokenizer.ggml.merges") == vocabulary_of(tokenizer).merges
     assert value(file, "tokenizer.ggml.eos_token_id") == tokenizer.token_to_id(END)
 
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte"])
 def test_other_tokenizers_are_left_out(kind: str, tmp_path: Path) -> None:
     tokenizer, file = codec(kind, None if kind != "byte" else 260), tmp_path / "model.gguf"
-    assert merges(tokenizer) is None
+    with pytest.raises(UserError, match="llama.cpp"):
+        vocabulary_of(tokenizer)
     model = model_of("gpt2", vocab_size=tokenizer.get_vocab_size())
     write_gguf(random_params(model), model, file, tokenizer=tokenizer)
     assert value(file, "tokenizer.ggml.model") == "no_vocab"

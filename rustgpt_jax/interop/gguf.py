@@ -1,11 +1,10 @@
 """From the parameters of a model to a GGUF file, which llama.cpp and its relatives load.
 
 The `gguf` package writes it (the extra `bench`). Matrices are stored in the type that is asked for, one-dimensional
-tensors and the table of positions in float32, as llama.cpp wants them. A byte-level BPE is written with its merges; of
-other tokenizers the file says nothing, and such a model is fed with token ids.
+tensors and the table of positions in float32, as llama.cpp wants them. A tokenizer that llama.cpp has as well is in the
+file, with its chat template; of others the file says nothing, and such a model is fed with token ids.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.computation import dense_width
+from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
 from rustgpt_jax.interop.runs import Says
 from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, by_path, tensors
 from rustgpt_jax.interop.tokenizer_files import special_ids
@@ -108,17 +108,26 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Say
     trained = load(path, which)
     codec = load_tokenizer(RunFolder(path).tokenizer_file)
     model = with_vocabulary(load_config(path), codec).model
-    name = write_gguf(trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec)
-    without = "" if merges(codec) is not None else ", without a tokenizer: it is to be fed with token ids"
-    says(f"{file}: {name}{without}")
+    is_dialogue = trained.writer.is_dialogue
+    name = write_gguf(
+        trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
+    )
+    says(f"{file}: {name}{_left_out(codec, is_dialogue)}")
 
 
 def write_gguf(
-    params: Params, model: ModelConfig, file: Path, *, dtype: str = "float32", tokenizer: Codec | None = None
+    params: Params,
+    model: ModelConfig,
+    file: Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: Codec | None = None,
+    is_dialogue: bool = False,
 ) -> str:
     """Write a model as a GGUF file, a tensor at a time, and say as which architecture of llama.cpp.
 
-    `dtype` is float32, float16, bfloat16 or int8 (blocks of 32 numbers with a scale each). Raises UserError where the
+    `dtype` is float32, float16, bfloat16 or int8 (blocks of 32 numbers with a scale each). A tokenizer that was trained
+    here has a chat template if `is_dialogue`. Raises UserError where the
     package `gguf` is missing, for a model that no architecture here can say, and for a file that cannot be written.
     """
     gguf = _package()
@@ -131,7 +140,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(hidden, form.name)
         for name, argument in _settings(form, model, dtype, gguf).items():
             getattr(writer, f"add_{name}")(argument)
-        _add_vocabulary(writer, model, tokenizer, gguf)
+        _add_vocabulary(writer, model, tokenizer, is_dialogue, gguf)
         for tensor in plan.values():
             _announce(writer, tensor, kinds[tensor.name], gguf)
         writer.write_header_to_file()
@@ -156,16 +165,17 @@ def form_of(model: ModelConfig) -> Form:
     return form
 
 
-def merges(codec: Codec) -> list[str] | None:
-    """The merges of a byte-level BPE as llama.cpp reads them, 'a b'; None for another kind of tokenizer.
-
-    So is one without merges: llama.cpp takes none that has none.
-    """
-    written = json.loads(codec.tokenizer.to_str())
-    model, decoder = written["model"], written["decoder"] or {}
-    if model["type"] != "BPE" or decoder.get("type") != "ByteLevel":
-        return None
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]] or None
+def _left_out(codec: Codec, is_dialogue: bool) -> str:
+    """What of a tokenizer the file does not say, and why."""
+    try:
+        described = vocabulary_of(codec)
+    except UserError as error:
+        return f", without a tokenizer ({error}): it is to be fed with token ids"
+    try:
+        chat_template_of(codec, described, is_dialogue)
+    except UserError as error:
+        return f", without its chat template: {error}"
+    return ""
 
 
 @contextmanager
@@ -217,34 +227,44 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
     }
 
 
-def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, gguf: Any) -> None:
-    """The tokens, as far as llama.cpp knows how to make them."""
-    joined = None if tokenizer is None else merges(tokenizer)
-    if tokenizer is None or joined is None:
+def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is_dialogue: bool, gguf: Any) -> None:
+    """The tokens and the chat template, as far as llama.cpp makes the same tokens of the same text."""
+    try:
+        described = None if tokenizer is None else vocabulary_of(tokenizer)
+    except UserError:
+        described = None
+    if tokenizer is None or described is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    rows = list(_tokens(tokenizer, vocabulary(model), gguf.TokenType))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    rows = list(token_rows(tokenizer, vocabulary(model), gguf.TokenType))
+    writer.add_tokenizer_model(described.model)
+    writer.add_tokenizer_pre(described.pre)
     writer.add_token_list([token for token, _ in rows])
     writer.add_token_types([kind for _, kind in rows])
-    writer.add_token_merges(joined)
-    ids = special_ids(tokenizer)
-    for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
-        if f"{name}_token_id" in ids:
-            add(ids[f"{name}_token_id"])
-    writer.add_add_bos_token("bos_token_id" in ids)
-
-
-def _tokens(tokenizer: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
-    """Each row of the embedding table as it is written, and what kind of token it is."""
-    special = set(tokenizer.special_tokens)
-    for index in range(size):
-        token = tokenizer.id_to_token(index)
-        if token is None:
-            yield f"<unused{index}>", kinds.UNUSED
-        else:
-            yield token, kinds.CONTROL if token in special else kinds.NORMAL
+    if described.merges:
+        writer.add_token_merges(described.merges)
+    else:
+        least = -float(len(described.scores))
+        writer.add_token_scores([described.scores.get(token, least) for token, _ in rows])
+        writer.add_add_space_prefix(described.adds_blank)
+    # llama.cpp has three tokens that end a reply.
+    ends = list(dict.fromkeys([tokenizer.end_id, *tokenizer.stop_ids]))
+    for add, index in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
+    ):
+        add(index)
+    writer.add_bos_token_id(described.bos_id)
+    if "pad_token_id" in special_ids(tokenizer):
+        writer.add_pad_token_id(special_ids(tokenizer)["pad_token_id"])
+    writer.add_add_bos_token(described.adds_bos)
+    # What is to be continued does not end.
+    writer.add_add_eos_token(False)
+    try:
+        template = chat_template_of(tokenizer, described, is_dialogue)
+    except UserError:
+        return
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def _type_of(tensor: Tensor, dtype: str) -> str:

@@ -21,7 +21,7 @@ from rustgpt_jax.parallel.machine import free_memory
 from rustgpt_jax.resolve import override, resolve
 from rustgpt_jax.runs.folder import RunFolder, create, load_config
 from rustgpt_jax.runs.formatting import count
-from rustgpt_jax.tokenizers import IMPORTED, load_tokenizer, save_tokenizer
+from rustgpt_jax.tokenizers import IMPORTED, Codec, load_tokenizer, save_tokenizer
 from rustgpt_jax.training.trained import load
 
 # Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
@@ -38,7 +38,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
     here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
     """
-    described, codec = read_model(source), read_codec(source)
+    described, codec = read_model(source), read_codec(source, says)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
     model, name = with_vocabulary(config, codec).model, described.architecture.name
@@ -77,7 +77,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
         read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
         says(_compared(hidden, read, whole.model, dtype))
 
-    special_tokens = about.get("special_tokens") or special_ids(codec)
+    special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_ids(codec)
     architecture = export_model(
         params,
         whole.model,
@@ -88,6 +88,16 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
         finish=finish,
     )
     says(f"{folder}: {architecture.name}")
+
+
+def _known_tokens(special_tokens: Mapping[str, Any], codec: Codec) -> dict[str, Any]:
+    """The special tokens of an imported config.json whose ids the tokenizer has."""
+    size = codec.get_vocab_size()
+    return {
+        name: ids
+        for name, ids in special_tokens.items()
+        if all(index is None or index < size for index in (ids if isinstance(ids, list) else [ids]))
+    }
 
 
 def _import_record(file: Path) -> dict[str, Any]:

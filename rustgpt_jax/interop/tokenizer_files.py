@@ -1,10 +1,12 @@
 """The tokenizer of a Hugging Face folder, and its dialect: tokenizer.json and what stands beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer, processors
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.settings import read_json
@@ -21,8 +23,8 @@ OWN_TEMPLATE = (
 )
 
 
-def read_codec(source: Path) -> Codec:
-    """The tokenizer of a folder with its dialect.
+def read_codec(source: Path, says: Callable[[str], object] = lambda _: None) -> Codec:
+    """The tokenizer of a folder with its dialect; `says` is told of ids of end tokens that the tokenizer has not.
 
     Raises UserError if it has none, or no token that ends a text, and naming a file that is damaged or says what cannot
     be: an end that the vocabulary lacks, a chat template that is no text.
@@ -31,18 +33,23 @@ def read_codec(source: Path) -> Codec:
     if not file.exists():
         raise UserError(f"{source} has no {TOKENIZER}; `transformers` writes one by AutoTokenizer...save_pretrained.")
     codec = load_tokenizer(file)
-    return Codec(codec.tokenizer, _read_dialect(source, codec))
+    return Codec(codec.tokenizer, _read_dialect(source, codec, says))
 
 
-def _read_dialect(source: Path, codec: Codec) -> Dialect:
+def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> Dialect:
     files = {name: _optional(source / name) for name in (SPECIAL, SETTINGS, MODEL, GENERATION)}
     named = _named_tokens(files[SPECIAL]) | _named_tokens(files[SETTINGS])
-    stops = [
-        *(_named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)),
-        *(token for name in (MODEL, GENERATION) for token in _numbered_ends(source / name, files[name], codec)),
-    ]
+    stops = _named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)
+    unknown = []
+    for name in (MODEL, GENERATION):
+        known, sentences = _numbered_ends(source / name, files[name], codec)
+        stops += known
+        unknown += sentences
     if not stops:
-        raise UserError(f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token).")
+        missing = f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token)."
+        raise UserError(unknown[0] if unknown else missing)
+    for sentence in unknown:
+        says(f"{sentence} It is left out.")
     named["eos_token"] = stops[0]
     try:
         dialect = Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
@@ -84,18 +91,22 @@ def _named_end(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[st
     return [content]
 
 
-def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[str]:
-    """The tokens whose numbers eos_token_id gives: one or a list of them, or null."""
+def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> tuple[list[str], list[str]]:
+    """The tokens whose ids eos_token_id gives (one, a list of them or null), and a sentence for each unknown id."""
     given = settings.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     size = codec.get_vocab_size()
-    tokens = []
+    tokens, unknown = [], []
     for index in ids:
         token = codec.id_to_token(index) if type(index) is int and 0 <= index < size else None
+        sentence = f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, and {index!r} is none."
+        if type(index) is not int:
+            raise UserError(sentence)
         if token is None:
-            raise UserError(f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, and {index!r} is none.")
-        tokens.append(token)
-    return tokens
+            unknown.append(sentence)
+        else:
+            tokens.append(token)
+    return tokens, unknown
 
 
 def _template(source: Path, settings: Mapping[str, Any]) -> str | None:
@@ -126,8 +137,8 @@ def write_codec(codec: Codec, folder: Path, context_length: int, is_dialogue: bo
 
     One that was trained here gets a chat template if the model has learned dialogues.
     """
-    dialect = codec.dialect or _own_dialect(is_dialogue)
-    save_tokenizer(Codec(codec.tokenizer), folder / TOKENIZER)
+    dialect = codec.dialect or own_dialect(is_dialogue)
+    save_tokenizer(Codec(_exported(codec)), folder / TOKENIZER)
     # The class that takes a tokenizer.json as it is.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **dialect.named}
     settings["clean_up_tokenization_spaces"] = False
@@ -141,7 +152,7 @@ def write_codec(codec: Codec, folder: Path, context_length: int, is_dialogue: bo
 
 def special_ids(codec: Codec) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id, as far as the tokenizer has such tokens."""
-    named = (codec.dialect or _own_dialect(False)).named
+    named = (codec.dialect or own_dialect(False)).named
     ids = {
         f"{name}_id": codec.token_to_id(named[name])
         for name in ("bos_token", "eos_token", "pad_token")
@@ -150,6 +161,18 @@ def special_ids(codec: Codec) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index is not None}
 
 
-def _own_dialect(is_dialogue: bool) -> Dialect:
+def _exported(codec: Codec) -> Tokenizer:
+    """The tokenizer, which gives a text the tokens that it has as a prompt here."""
+    if codec.dialect is not None:
+        return codec.tokenizer
+    tokenizer = Tokenizer.from_str(codec.tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A $B:1", special_tokens=[(END, codec.end_id)]
+    )
+    return tokenizer
+
+
+def own_dialect(is_dialogue: bool) -> Dialect:
+    """The dialect of tokenizers trained here, in the terms of those from elsewhere."""
     named = {"bos_token": END, "eos_token": END, "pad_token": END}
     return Dialect(END, (END, USER, SYSTEM), OWN_TEMPLATE if is_dialogue else None, named)

@@ -74,8 +74,10 @@ class Codec:
         return [special_id(self, token) for token in stops]
 
     @cached_property
-    def affixes(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer's post-processor puts before and after a text."""
+    def opening_and_closing(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a text: END, or what the post-processor of a tokenizer from elsewhere puts there."""
+        if self.dialect is None:
+            return [self.end_id], []
         for probe in ("a", "0", ".", " ", "\N{LOWER ONE EIGHTH BLOCK}"):
             with refusals():
                 plain = self.tokenizer.encode(probe, add_special_tokens=False).ids

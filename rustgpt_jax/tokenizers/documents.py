@@ -72,7 +72,7 @@ def encode_documents(
 
 def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> list[int]:
     if all(turn.role == "text" for turn in turns):
-        return [*codec.affixes[0], *encode(codec, "".join(turn.text for turn in turns))] or [codec.end_id]
+        return [*codec.opening_and_closing[0], *encode(codec, "".join(turn.text for turn in turns))] or [codec.end_id]
     text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=codec.special_tokens)
     with refusals():
         return codec.template_reader.encode(text, add_special_tokens=False).ids
@@ -90,7 +90,7 @@ def _foreign_documents(
 
 
 def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    opening, closing = codec.affixes
+    opening, closing = codec.opening_and_closing
     end = codec.end_id
     if end in opening or not (opening or closing):
         # The end token that begins a document ends the one before it.

@@ -1,0 +1,213 @@
+"""Tokenizers as llama.cpp has them: byte-level BPE and SentencePiece's BPE.
+
+A tokenizer is described only if llama.cpp makes the same tokens of the same text with that description.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from rustgpt_jax.data.corpora import Turn
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.tokenizer_files import own_dialect, special_ids
+from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tokenizers.dialect import rendered
+
+BLANK = "▁"
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+
+_WORDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+# llama.cpp's names of the patterns by which text is cut before merges, and whether it then takes a piece that is in the
+# vocabulary without merging (`ignore_merges`).
+SPLITS: dict[str, dict[str, bool]] = {
+    rf"{_LETTERS}|\p{{N}}{{1,3}}|{_WORDS}": {"llama-bpe": True, "dbrx": False},
+    rf"{_LETTERS}|\p{{N}}|{_WORDS}": {"qwen2": False},
+}
+GPT2_SPLIT = {"gpt-2": False}
+DIGITS_SPLIT = {"smollm": False}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer in the fields of a GGUF file.
+
+    model: 'gpt2' for byte-level BPE, 'llama' for SentencePiece's. pre: how text is cut before merges. merges: pairs of
+    'gpt2', in the order in which they are made. scores: of the tokens of 'llama', the largest merged first.
+    adds_blank: whether texts begin with a blank. adds_bos: whether they begin with the token bos_id.
+    """
+
+    model: str
+    pre: str
+    merges: list[str]
+    scores: Mapping[str, float]
+    adds_blank: bool
+    adds_bos: bool
+    bos_id: int
+
+
+def vocabulary_of(codec: Codec) -> Vocabulary:
+    """Describe a tokenizer for llama.cpp. Raises UserError with what llama.cpp would do otherwise."""
+    written = json.loads(codec.tokenizer.to_str())
+    if written["model"]["type"] != "BPE" or written["model"].get("dropout"):
+        raise UserError(f"llama.cpp has no tokenizers of the kind {written['model']['type']} as they are here")
+    opening, _ = codec.opening_and_closing
+    if len(opening) > 1:
+        raise UserError("llama.cpp puts at most one token before a text")
+    bos_id = opening[0] if opening else special_ids(codec).get("bos_token_id", codec.end_id)
+    is_byte_level = (written["decoder"] or {}).get("type") == "ByteLevel"
+    describe = _byte_level if is_byte_level else _sentencepiece
+    return describe(written, adds_bos=bool(opening), bos_id=bos_id)
+
+
+def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
+    """Each row of the embedding table as it is written, and its kind, one of gguf.TokenType."""
+    written = json.loads(codec.tokenizer.to_str())
+    added = {token["content"]: token["special"] for token in written["added_tokens"]}
+    unknown, has_bytes = written["model"].get("unk_token"), written["model"].get("byte_fallback")
+    taken = codec.tokenizer.get_vocab()
+    for index in range(size):
+        token = codec.id_to_token(index)
+        if token is None:
+            name = f"<unused{index}>"
+            while name in taken:
+                name = f"<{name}>"
+            yield name, kinds.UNUSED
+        elif token == unknown:
+            yield token, kinds.UNKNOWN
+        elif token in added:
+            yield token, kinds.CONTROL if added[token] else kinds.USER_DEFINED
+        else:
+            yield token, kinds.BYTE if has_bytes and token in BYTE_TOKENS else kinds.NORMAL
+
+
+def chat_template_of(codec: Codec, vocabulary: Vocabulary, is_dialogue: bool) -> str | None:
+    """The chat template for llama.cpp, or None for a model without one.
+
+    Raises UserError for a template whose dialogues llama.cpp would read as other tokens.
+    """
+    dialect = codec.dialect or own_dialect(is_dialogue)
+    if dialect.chat_template is None:
+        return None
+    tokens = codec.tokenizer.get_added_tokens_decoder().values()
+    stripping = next((token.content for token in tokens if token.lstrip or token.rstrip), None)
+    if stripping is not None:
+        raise UserError(f"llama.cpp keeps the blanks beside {stripping}, which the tokenizer leaves out")
+    if "bos_token" in dialect.chat_template and "bos_token" not in dialect.named:
+        raise UserError("the chat template writes a bos_token that the tokenizer does not name")
+    bos = codec.id_to_token(vocabulary.bos_id) or ""
+    try:
+        asked = rendered(dialect, [Turn("user", "?")], is_asking=True, special_tokens=codec.special_tokens)
+    except UserError:
+        return dialect.chat_template
+    if vocabulary.adds_bos and not asked.startswith(bos):
+        raise UserError(f"llama.cpp puts {bos} before every dialogue, and the chat template does not")
+    return dialect.chat_template
+
+
+# Byte-level BPE.
+
+
+def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> Vocabulary:
+    model = written["model"]
+    if written["normalizer"] is not None:
+        raise UserError(f"llama.cpp does not change text as the normalizer {written['normalizer']['type']} does")
+    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
+        raise UserError("llama.cpp has no byte-level BPE with prefixes, suffixes or a fallback to bytes")
+    if not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys():
+        raise UserError("the tokenizer has no token for some of the 256 bytes")
+    _require_plain_added_tokens(written)
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    if not merges:
+        raise UserError("llama.cpp takes no BPE without merges")
+    names = _splits(written["pre_tokenizer"])
+    ignores = bool(model.get("ignore_merges"))
+    # The two ways agree where merges make every token of its own characters.
+    agree = ignores not in names.values() and _makes_every_token(written, merges)
+    pre = next((name for name, there in names.items() if agree or there == ignores), None)
+    if "llama-bpe" in names and not ignores and _makes_every_token(written, merges):
+        pre = "llama-bpe"
+    if pre is None:
+        raise UserError("llama.cpp merges within words of the vocabulary, and the tokenizer does not (ignore_merges)")
+    return Vocabulary("gpt2", pre, [" ".join(pair) for pair in merges], {}, False, adds_bos, bos_id)
+
+
+def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
+    """The entry of SPLITS and the like for a pre-tokenizer. Raises UserError for one that llama.cpp has not."""
+    parts = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *first, last = [dict(part) for part in parts] or [{}]
+    if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
+        if last["use_regex"] and not first:
+            return GPT2_SPLIT
+        if last["use_regex"] and first == [{"type": "Digits", "individual_digits": True}]:
+            return DIGITS_SPLIT
+        if not last["use_regex"] and len(first) == 1 and first[0]["type"] == "Split":
+            split, pattern = first[0], first[0]["pattern"].get("Regex")
+            if split["behavior"] == "Isolated" and not split["invert"] and pattern in SPLITS:
+                return SPLITS[pattern]
+    raise UserError("how the tokenizer cuts text before its merges is none of the ways known in llama.cpp")
+
+
+def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> bool:
+    """Whether the merges make each token of its own characters."""
+    vocabulary = written["model"]["vocab"]
+    added = {token["content"] for token in written["added_tokens"]}
+    bare = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
+    tokens = [token for token in vocabulary if token not in added]
+    encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
+    return all(each.ids == [vocabulary[token]] for token, each in zip(tokens, encoded, strict=True))
+
+
+def _require_plain_added_tokens(written: Mapping[str, Any]) -> None:
+    """Raises UserError if an added token that a text may contain is found otherwise than as it is written."""
+    for token in written["added_tokens"]:
+        special = ("lstrip", "rstrip", "single_word")
+        if not token["special"] and (
+            any(token[key] for key in special) or token["normalized"] and written["normalizer"]
+        ):
+            raise UserError(f"llama.cpp does not find the token {token['content']} in a text as the tokenizer does")
+
+
+# SentencePiece's BPE.
+
+
+def _sentencepiece(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> Vocabulary:
+    model = written["model"]
+    vocabulary = model["vocab"]
+    if not model.get("byte_fallback") or not set(BYTE_TOKENS) <= vocabulary.keys():
+        raise UserError("llama.cpp has no BPE of characters without a fallback to bytes")
+    if model.get("ignore_merges") or any(not token["special"] for token in written["added_tokens"]):
+        raise UserError("llama.cpp's SentencePiece has neither ignore_merges nor added tokens that are not special")
+    adds_blank = _adds_blank(written)
+    groups = [(whole, list(of)) for whole, of in groupby(model["merges"], key="".join)]
+    scores = {whole: float(-rank) for rank, (whole, _) in enumerate(groups)}
+    merges = {tuple(pair) for _, of in groups for pair in of}
+    added = {token["content"] for token in written["added_tokens"]}
+    if len(scores) < len(groups) or not all(
+        (token[:cut], token[cut:]) in merges
+        for token in vocabulary.keys() - added
+        for cut in range(1, len(token))
+        if all(len(part) == 1 or part in vocabulary for part in (token[:cut], token[cut:]))
+    ):
+        raise UserError("llama.cpp merges two tokens whenever the result is a token, and the tokenizer does not")
+    return Vocabulary("llama", "default", [], scores, adds_blank, adds_bos, bos_id)
+
+
+def _adds_blank(written: Mapping[str, Any]) -> bool:
+    """Whether a text begins with a blank. Raises UserError if blanks are treated otherwise than by SentencePiece."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    metaspace = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": False}
+    normalizer, pre_tokenizer = written["normalizer"], written["pre_tokenizer"]
+    if normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, replace]}:
+        has_blank = True
+    elif normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}) or pre_tokenizer == metaspace:
+        has_blank = False
+    else:
+        has_blank = None
+    if has_blank is None or None not in (normalizer, pre_tokenizer):
+        raise UserError("llama.cpp writes blanks otherwise than the tokenizer")
+    return has_blank
