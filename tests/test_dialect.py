@@ -23,6 +23,7 @@ from rustgpt_jax.tokenizers import (
     Dialect,
     decode,
     decode_after,
+    dialect,
     encode,
     encode_document,
     encode_documents,
@@ -153,7 +154,7 @@ def test_other_post_processors_are_told_apart(processor: str) -> None:
         "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
         "sequence": processors.Sequence([processors.ByteLevel(), template]),
     }[processor]
-    assert codec.affixes == ([0], [1])
+    assert codec.opening_and_closing == ([0], [1])
 
 
 DOCUMENTS = {
@@ -239,6 +240,64 @@ def test_stopping_the_program_is_no_mistake_of_the_template(monkeypatch: pytest.
     monkeypatch.setattr(json, "dumps", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode_prompt(foreign(template="{{ messages | tojson }}"), [Turn("user", "x")])
+
+
+HOSTILE = {
+    "a long loop": "{% for i in range(10**9) %}{% endfor %}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops that write": "{% for i in range(99999) %}{% for j in range(99999) %}abcdefgh{% endfor %}{% endfor %}",
+    "doubling text": "{% set n = namespace(s='aa') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "doubling list": "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "a product": "{{ 'a' * 10**9 }}",
+    "a padded string": "{{ 'a' | center(10**9) }}",
+    "a format": "{{ '%1000000000d' % 1 }}",
+    "another format": "{{ '{:>1000000000}'.format(1) }}",
+    "a power": "{{ 10**(10**10) }}",
+    "a power of powers": "{% set ns = namespace(n=9) %}{% for i in range(9) %}{% set ns.n = ns.n**9 %}{% endfor %}",
+    "a macro that calls itself": "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+    "a macro that calls itself twice": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+    ),
+    "a loop that calls itself": "{% for i in [[1]] recursive %}{{ loop([i]) }}{% endfor %}",
+    "batches": "{{ messages | batch(10**9, 1) | list }}",
+    "replacements": "{{ ('a' * 10**5) | replace('a', 'a' * 10**5) }}",
+    "joins": "{{ range(99999) | join('a' * 10**5) }}",
+    "indentation": "{{ ('x\\n' * 10**5) | indent(10**5, true) }}",
+    "nested parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "a very long chain": "{{ " + "1" + "+1" * 50_000 + " }}",
+    "JSON": "{{ messages | tojson(indent=10**9) }}",
+    "wrapped words": "{{ 'a' * 10**7 | wordwrap(1) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_from_a_stranger_ends_within_its_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialect, "MOST_SECONDS", 0.3)
+    with pytest.raises(UserError, match="chat template does not take this dialogue: ."):
+        encode_prompt(foreign(template=HOSTILE[name]), [Turn("user", "x")])
+    # The next template is rendered as if nothing had been.
+    assert shown(foreign(), encode_prompt(foreign(), TURNS[1:2])) == "<u>Why?<a>"
+
+
+def test_interrupted_renderings_are_not_taken_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = foreign()
+    encode_prompt(codec, TURNS[1:2])
+    process = dialect._RENDERER._process
+    assert process is not None and process.stdout is not None
+
+    class Interrupted:
+        def readline(self) -> bytes:
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(stdout, name)
+
+    stdout = process.stdout
+    monkeypatch.setattr(process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompt(codec, TURNS[1:2])
+    assert process.returncode is not None
+    assert shown(codec, encode_prompt(codec, (Turn("user", "Oh?"),))) == "<u>Oh?<a>"
 
 
 def test_answers_that_the_template_changes_later_are_not_guessed() -> None:
@@ -391,7 +450,7 @@ MODEL_FILES = ("config.json", "generation_config.json")
     [
         *(
             (MODEL_FILES, {"eos_token_id": ids}, "eos_token_id")
-            for ids in (-1, 260, 2**40, 1.0, True, "1", [1, -1], {})
+            for ids in (-1, 260, 2**40, 1.0, True, "1", [1, "1"], {})
         ),
         *((TOKEN_LISTS, {"eos_token": token}, "eos_token") for token in ("</S>", {"content": "</S>"}, {}, 5, ["</s>"])),
         *(
@@ -409,6 +468,18 @@ def test_what_the_files_say_wrongly_is_named(
         with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))}: {key} takes"):
             read_codec(tmp_path)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_ends_that_the_tokenizer_has_not_are_left_out_with_a_sentence(name: str, tmp_path: Path) -> None:
+    write_codec(foreign(), tmp_path, 64, is_dialogue=False)
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": [50256, 3, 260, -1]}))
+    said = list[str]()
+    assert read_codec(tmp_path, said.append).stop_ids[:2] == [1, 3]
+    assert len(said) == 3
+    assert said[0] == (
+        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, and 50256 is none. It is left out."
+    )
 
 
 def test_texts_are_neither_cut_off_nor_padded_as_the_file_may_ask(tmp_path: Path) -> None:

@@ -1,21 +1,24 @@
 """The dialect of a model from elsewhere: which of its tokens mark off documents, and its chat template."""
 
-import datetime
+import atexit
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.errors import UserError, shown
+
+# The most that one rendering of a chat template may take: seconds of a processor, characters, and bytes of memory.
+MOST_SECONDS = 5.0
+MOST_CHARACTERS = 2**24
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,11 @@ def renderings(
         if found:
             raise UserError(f"The text contains {found}, which is a special token of the model.")
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    absent = {"tools": None, "documents": None}
-    try:
-        template = _compiled(dialect.chat_template)
-        return [
-            template.render(messages=messages[:count], add_generation_prompt=is_asking, **absent, **dialect.named)
-            for count, is_asking in wanted
-        ]
-    except Exception as error:  # A template is a program, and may fail in any way.
-        reason = str(error) or type(error).__name__
-        raise UserError(f"The model's chat template does not take this dialogue: {reason}.") from None
+    fixed = {"tools": None, "documents": None, **dialect.named}
+    return [
+        _RENDERER.render(dialect.chat_template, {"messages": messages[:count], "add_generation_prompt": asks, **fixed})
+        for count, asks in wanted
+    ]
 
 
 def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
@@ -94,67 +92,69 @@ def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
     return min(found)[2] if found else None
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} and {% endgeneration %}, around the assistant's words in some templates: the body as it is.
+class _Renderer:
+    """Renders templates in a process of its own, which is started when it is needed and again when it has ended."""
 
-    Variables set inside end with it.
-    """
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
 
-    tags = {"generation"}
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """Render a chat template. Raises UserError if it fails or goes beyond the limits."""
+        limits = {"seconds": MOST_SECONDS, "characters": MOST_CHARACTERS}
+        request = json.dumps({"template": template, "variables": variables, **limits}).encode() + b"\n"
+        with self._lock:
+            line = self._ask(request)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"The model's chat template does not take this dialogue: {answer['error']}.")
+        return answer["text"]
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+    def _ask(self, request: bytes) -> bytes:
+        process = self._running()
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        except BaseException:
+            # Its answer, when it comes, would be taken for that of the next request.
+            self.end()
+            raise
+        if line.endswith(b"\n"):
+            return line
+        status = process.wait()
+        self.end()
+        limit = (
+            f"it runs for more than {MOST_SECONDS:g} s"
+            if status == -signal.SIGPROF
+            else f"its process ended ({status})"
+        )
+        raise UserError(f"The model's chat template does not take this dialogue: {limit}.")
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        # After a fork the process is the parent's.
+        if self._process is None or self._owner != os.getpid():
+            script = Path(__file__).with_name("template_worker.py")
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(script), str(MOST_BYTES)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            self._owner = os.getpid()
+        return self._process
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
 
 
-class _Dictionary:
-    """`dict` in templates, which makes dictionaries and gives no way to the type."""
-
-    def __call__(self, *args: Any, **entries: Any) -> dict[Any, Any]:
-        return dict(*args, **entries)
-
-    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(keys, value)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace` in templates: variables that outlive a loop, none of which begins with an underscore."""
-
-    def __init__(self, /, *args: Any, **variables: Any) -> None:
-        super().__init__()
-        for name, value in dict(*args, **variables).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"{name!r} is no name for a variable of a namespace")
-        super().__setitem__(name, value)
-
-
-@cache
-def _compiled(source: str) -> jinja2.Template:
-    # The environment of Hugging Face's templates: sandboxed, with blocks that leave no blank lines.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["dict"] = _Dictionary()
-    environment.globals["namespace"] = _Namespace
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.end)
