@@ -58,7 +58,8 @@ def get_config() -> ConfigDict:
     # such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention; rg_lru and deltanet,
     # which are recurrent and need no positions.
     config.model.mixers = ("attention",)
-    # gelu, relu, relu_squared, swiglu, geglu (gelu in its tanh form), or a mixture of experts: moe (of swiglu).
+    # gelu (in its tanh form), gelu_exact, relu, relu_squared; gated: swiglu, geglu, geglu_exact, reglu,
+    # relu_squared_glu; or a mixture of experts: moe.
     config.model.feedforwards = ("swiglu",)
     # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: the same
     # with local_rope_base; alibi: scores fall with distance (arXiv 2108.12409); none.
@@ -72,12 +73,20 @@ def get_config() -> ConfigDict:
     config.model.norm_epsilon = 1e-6
     # Bias vectors in linear layers and layer norms.
     config.model.bias = False
-    # Bias vectors in the projections to queries, keys and values, whatever `bias` says.
-    config.model.qkv_bias = False
+    # Bias vectors in the projections to queries, keys and values. None: as `bias`.
+    config.model.qkv_bias = None
+    # A bias vector in the output projection of attention. None: as `bias`.
+    config.model.attention_output_bias = None
+    # Bias vectors in the linear layers of feed-forwards (moe has none). None: as `bias`.
+    config.model.feedforward_bias = None
+    # Bias vectors in layer norms. None: as `bias`.
+    config.model.norm_bias = None
     # Use the embedding table, transposed, as the output layer (arXiv 1608.05859).
     config.model.tie_embeddings = True
-    # Multiply embeddings by sqrt(d_model) (arXiv 1706.03762).
+    # Multiply embeddings by embedding_scale (arXiv 1706.03762).
     config.model.scale_embeddings = False
+    # The factor. None: sqrt(d_model).
+    config.model.embedding_scale = None
     # Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.
     config.model.logits_softcap = 0.0
 
@@ -86,6 +95,9 @@ def get_config() -> ConfigDict:
     config.model.qk_norm = "none"
     # What scores are multiplied by. None: head_dim^-1/2, or (head_dim + shared_key_width)^-1/2 in latent_attention.
     config.model.attention_scale = None
+    # Divide scores by the number of the layer too, from 1 (GPT-2's scale_attn_by_inverse_layer_idx). For attention and
+    # local_attention.
+    config.model.attention_scale_by_layer = False
     # Keep scores between plus and minus this, by tanh. 0: not in the program.
     config.model.attention_softcap = 0.0
     # A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453).
@@ -108,6 +120,11 @@ def get_config() -> ConfigDict:
     config.model.conv_width = 4
     # rg_lru: channels of the state. None: d_model.
     config.model.recurrent_width = None
+    # rg_lru: blocks of channels, each with gates that read this block alone, as in Griffin. None: gates read all.
+    config.model.recurrent_blocks = None
+    # rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), as that of all others (arXiv 2402.19427).
+    # False: leave it as it is (RecurrentGemma).
+    config.model.scale_first_token = True
 
     # The slowest wavelength of RoPE is about 2 pi times this.
     config.model.rope_base = 10000.0
@@ -115,18 +132,26 @@ def get_config() -> ConfigDict:
     config.model.local_rope_base = 10000.0
     # The share of a head's channels that RoPE rotates, the first ones.
     config.model.rope_fraction = 1.0
-    # Stretches RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071).
+    # Stretches RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071),
+    # longrope (2402.13753).
     config.model.rope_scaling = "none"
     # How many times longer.
     config.model.rope_factor = 1.0
-    # llama3 and yarn: the context before.
+    # llama3, yarn and longrope: the context before.
     config.model.rope_original_context = None
     # Channels with fewer turns in that context are slowed by the whole factor.
     config.model.rope_slow_turns = 1.0
     # Channels with more turns in it are not slowed.
     config.model.rope_fast_turns = 4.0
-    # What queries and keys are multiplied by. None: what the scaling says, 0.1 ln(rope_factor) + 1 for yarn, else 1.
+    # What queries and keys are multiplied by. None: what the scaling says, 0.1 ln(rope_factor) + 1 for yarn,
+    # sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, else 1.
     config.model.rope_attention_factor = None
+    # yarn: round the channels between which it changes over to whole numbers.
+    config.model.rope_truncate = True
+    # longrope: how many times more slowly each pair of channels turns in contexts up to rope_original_context.
+    config.model.rope_short_factors = ()
+    # The same where context_length is longer.
+    config.model.rope_long_factors = ()
 
     # moe: experts in a layer.
     config.model.n_experts = 8
@@ -134,6 +159,8 @@ def get_config() -> ConfigDict:
     config.model.experts_per_token = 2
     # Hidden width of an expert. None: that of swiglu.
     config.model.d_expert = None
+    # Activation of an expert, which is gated: silu, gelu (in its tanh form), gelu_exact, relu or relu_squared.
+    config.model.expert_activation = "silu"
     # Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that finds none
     # is not fed, so it depends on those before it, and decoding, with places for all, is not what training was.
     # 0: a place for every token (dropless).

@@ -75,12 +75,17 @@ class ModelConfig:
     norm_placement: str = knob(choices=("pre", "post", "output", "sandwich"))
     norm_epsilon: float = number(low=0.0)
     bias: bool = knob()
-    qkv_bias: bool = knob()
+    qkv_bias: bool | None = knob()
+    attention_output_bias: bool | None = knob()
+    feedforward_bias: bool | None = knob()
+    norm_bias: bool | None = knob()
     tie_embeddings: bool = knob()
     scale_embeddings: bool = knob()
+    embedding_scale: float | None = knob(low=0.0)
     logits_softcap: float = number(low=0.0, off_at_zero=True)
     qk_norm: str = knob(choices=("none", "head", "projection"))
     attention_scale: float | None = knob(low=0.0)
+    attention_scale_by_layer: bool = knob()
     attention_softcap: float = number(low=0.0, off_at_zero=True)
     attention_sinks: bool = knob()
     attention_kernel: str = knob(choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"))
@@ -90,6 +95,8 @@ class ModelConfig:
     shared_key_width: int | None = knob(low=2)
     conv_width: int = knob(low=1)
     recurrent_width: int | None = knob(low=1)
+    recurrent_blocks: int | None = knob(low=1)
+    scale_first_token: bool = knob()
     rope_base: float = number(low=1.0)
     local_rope_base: float = number(low=1.0)
     rope_fraction: float = knob(low=0.0, high=1.0)
@@ -99,9 +106,13 @@ class ModelConfig:
     rope_slow_turns: float = number(low=0.0)
     rope_fast_turns: float = number(low=0.0)
     rope_attention_factor: float | None = knob(low=0.0)
+    rope_truncate: bool = knob()
+    rope_short_factors: tuple[float, ...] = knob()
+    rope_long_factors: tuple[float, ...] = knob()
     n_experts: int = knob(low=1)
     experts_per_token: int = knob(low=1)
     d_expert: int | None = knob(low=1)
+    expert_activation: str = knob(choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"))
     expert_capacity: float = knob(low=0.0)
     normalize_experts: bool = knob()
     load_balance: float = number(low=0.0, off_at_zero=True)
@@ -138,6 +149,26 @@ class ModelConfig:
     def for_feedforward(self) -> "ModelConfig":
         """What the feed-forward of a block sees: this config in the feed-forwards' own precision."""
         return dataclasses.replace(self, dtype=self.feedforward_dtype or self.dtype)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_feedforward_bias(self) -> bool:
+        """Whether the linear layers of dense feed-forwards have biases."""
+        return self.bias if self.feedforward_bias is None else self.feedforward_bias
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether layer norms have biases."""
+        return self.bias if self.norm_bias is None else self.norm_bias
 
     @property
     def head_width(self) -> int:

@@ -150,6 +150,8 @@ def parse(path: str, text: str) -> Any:
     hint = _without_none(hint)
     if hint is str:
         return text
+    if hint == tuple[float, ...] and not text.startswith(("(", "[")):
+        text = f"({text},)" if text else "()"
     if FIELDS[knob].metadata.get("pattern") and not text.startswith(("(", "[")):
         return tuple(part.strip() for part in text.split(",")) if text else ()
     if hint == tuple[str, ...] and not FIELDS[knob].metadata.get("pattern"):
@@ -267,7 +269,8 @@ def _describe(hint: Any) -> str:
     plain = _without_none(hint)
     if typing.get_origin(plain) is tuple:
         items = typing.get_args(plain)
-        text = "a list of strings" if items[0] is str else "a list of pairs of a string and a number"
+        names = {str: "a list of strings", float: "a list of numbers"}
+        text = names.get(items[0], "a list of pairs of a string and a number")
     else:
         text = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[plain]
     return text + (" or None" if _allows_none(hint) else "")
@@ -315,6 +318,12 @@ def check_model(model: schema.ModelConfig) -> None:
         raise UserError(
             f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which makes no keys to decode; "
             "its latent is normalised."
+        )
+    width = model.recurrent_width or model.d_model
+    if "rg_lru" in model.mixers and width % (model.recurrent_blocks or 1):
+        raise UserError(
+            f"config.model.recurrent_blocks={model.recurrent_blocks} does not divide the {width} channels of rg_lru "
+            "(config.model.recurrent_width, or else d_model)."
         )
     if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
         raise UserError(
@@ -365,8 +374,26 @@ def _check_rope(model: schema.ModelConfig) -> None:
             f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, not {width} "
             f"(config.model.rope_fraction={model.rope_fraction:g} of {model.head_width})."
         )
-    if model.rope_scaling in ("llama3", "yarn") and model.rope_original_context is None:
+    if model.rope_scaling in ("llama3", "yarn", "longrope") and model.rope_original_context is None:
         raise UserError(
             f"config.model.rope_scaling={model.rope_scaling!r} needs config.model.rope_original_context, the context "
             "that the model was trained with before."
         )
+    if model.rope_scaling == "longrope":
+        _check_longrope(model)
+
+
+def _check_longrope(model: schema.ModelConfig) -> None:
+    if "latent_attention" in model.mixers:
+        raise UserError("config.model.rope_scaling='longrope' cannot go with latent_attention, which has other widths.")
+    if model.rope_original_context == 1:
+        raise UserError("config.model.rope_original_context must be at least 2 for rope_scaling='longrope'.")
+    for knob in ("rope_short_factors", "rope_long_factors"):
+        given, pairs = len(getattr(model, knob)), model.rotated_channels // 2
+        if min(getattr(model, knob), default=1) < 1e-6:
+            raise UserError(f"config.model.{knob}: factors are above 0, not {min(getattr(model, knob)):g}.")
+        if given != pairs:
+            raise UserError(
+                f"config.model.{knob} has {given} numbers; RoPE turns {pairs} pairs of channels, and longrope needs a "
+                "factor for each."
+            )

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {
     *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
-    *("local_window", "n_experts", "experts_per_token", "d_expert"),
+    *("local_window", "n_experts", "experts_per_token", "d_expert", "conv_width", "recurrent_width"),
+    "recurrent_blocks",
 }
 
 
@@ -49,7 +50,11 @@ def test_every_preset_says_the_same_knobs_and_leaves_only_sizes_and_training() -
 
 
 def test_every_knob_is_either_part_of_the_computation_or_listed_as_none() -> None:
-    parts = {"mixers": ("local_attention",), "feedforwards": ("swiglu", "moe"), "positions": ("rope", "local_rope")}
+    parts = {
+        "mixers": ("local_attention", "rg_lru"),
+        "feedforwards": ("swiglu", "moe"),
+        "positions": ("rope", "local_rope"),
+    }
     model = dataclasses.replace(small(parts), rope_scaling="yarn", rope_original_context=16)
     assert set(computation(model)) | set(UNSAID) == {field.name for field in dataclasses.fields(ModelConfig)}
 
@@ -62,7 +67,11 @@ def small(knobs: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
-    model = small(FAMILIES[name] | ({"n_kv_heads": None, "head_dim": None} if name == "gpt2" else {}))
+    more: dict[str, Any] = {"n_kv_heads": None, "head_dim": None} if name == "gpt2" else {}
+    if name == "recurrent_gemma":
+        # The square root of d_model is a number of bfloat16, and so it is in the gates' blocks, one for each head.
+        more = {"d_model": 64, "recurrent_blocks": 4}
+    model = small(FAMILIES[name] | more)
     family_of = {architecture.family: architecture for architecture in ARCHITECTURES.values()}
     architecture = family_of[name.replace("llama3", "llama2")]
     assert architecture.differences(model) == {}
@@ -134,6 +143,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 512, "sliding_window_pattern": 6},
         999_885_952,
     ),
+    "recurrent_gemma": (
+        {"architectures": ["RecurrentGemmaForCausalLM"], "hidden_size": 2560, "intermediate_size": 15360}
+        | {"head_dim": 256, "num_attention_heads": 10, "num_key_value_heads": 1, "num_hidden_layers": 26}
+        | {"attention_window_size": 2048, "conv1d_width": 4, "lru_width": 2560, "logits_soft_cap": 30.0}
+        | {"block_types": ["recurrent", "recurrent", "attention"], "hidden_activation": "gelu_pytorch_tanh"}
+        | {"attention_bias": False, "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rms_norm_eps": 1e-06}
+        | {"vocab_size": 256000, "embeddings_scale_by_sqrt_dim": True},
+        2_682_862_080,
+    ),
     "olmo2": (
         LLAMA
         | {"architectures": ["Olmo2ForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008}
@@ -174,7 +192,9 @@ def test_a_preset_is_what_the_released_model_says_of_itself(name: str) -> None:
     config, parameters = PUBLISHED[name]
     architecture = architecture_of(config, Path("config.json"))
     model = with_knobs(architecture.knobs(config, Path("config.json")))
-    assert disagreements(model, dataclasses.replace(model, **FAMILIES[name])) == {}
+    # RecurrentGemma multiplies embeddings by the root of d_model in bfloat16: the one number that depends on the size.
+    rounded = {"embedding_scale": (50.5, 2560**0.5)} if name == "recurrent_gemma" else {}
+    assert disagreements(model, dataclasses.replace(model, **FAMILIES[name])) == rounded
     assert total_size(parameter_shapes(model)) == parameters
     assert architecture.differences(model) == {}
 

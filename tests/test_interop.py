@@ -22,12 +22,13 @@ from rustgpt_jax.decoding.generate import generate
 from rustgpt_jax.decoding.samplers import Greedy
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop import compare
-from rustgpt_jax.interop.architectures import ARCHITECTURES
+from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
 from rustgpt_jax.interop.computation import disagreements, over_layers, shortest_pattern
 from rustgpt_jax.interop.exporting import export_model
 from rustgpt_jax.interop.importing import read_model, write_parameters
 from rustgpt_jax.interop.parameters import open_parameters, read_parameters
 from rustgpt_jax.interop.safetensors_files import NewTensor, StoredTensor, read_folder, read_header, write_file
+from rustgpt_jax.interop.settings import Settings
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.families import FAMILIES
@@ -90,6 +91,16 @@ def test_logits_are_those_of_transformers(name: str, torch: Any, tmp_path: Path)
     np.testing.assert_allclose(back(torch.tensor(tokens_BT)).logits.numpy(), wanted_BTV, rtol=0, atol=1e-4)
 
 
+def test_longrope_beyond_the_context_before_is_that_of_transformers(torch: Any, tmp_path: Path) -> None:
+    reference = random_reference(EVERY["llama, longrope"])
+    reference.save_pretrained(tmp_path / "there")
+    model, params = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
+    tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, (1, 40))
+    wanted_BTV = reference(torch.tensor(tokens_BT)).logits.numpy()
+    logits_BTV, _ = transformer.apply(params, tokens_BT, dataclasses.replace(model, context_length=64))
+    np.testing.assert_allclose(logits_BTV, wanted_BTV, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_greedy_tokens_are_those_of_transformers(name: str, torch: Any, tmp_path: Path) -> None:
@@ -121,7 +132,58 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str, torch: A
     rope = theirs.to_dict().get("rope_parameters")
     if rope:
         whole = rope.get("full_attention", rope)
-        assert whole == {"rope_type": "default", "rope_theta": ours["rope_theta"]}
+        fraction = whole.get("partial_rotary_factor")
+        assert (fraction or 1.0) == (ours["partial_rotary_factor"] or 1.0)
+        assert whole.keys() <= {"rope_type", "rope_theta", "partial_rotary_factor"}
+        assert (whole["rope_type"], whole["rope_theta"]) == ("default", ours["rope_theta"])
+
+
+class Recorded(dict[str, Any]):
+    """A mapping that remembers which keys were asked for."""
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.asked = set[str]()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_field_of_transformers_config_is_read_or_has_no_effect(name: str, torch: Any) -> None:
+    """A setting that nobody reads would change the computation there and not here."""
+    import transformers
+
+    architecture, theirs = ARCHITECTURES[name], getattr(transformers, name).config_class()
+    values = theirs.to_dict()
+    asked = set[str]()
+    # Some keys are read only where others ask for them.
+    for more in ({}, {"use_sliding_window": True, "sliding_window": 7, "layer_types": None}):
+        config = Recorded(values | {key: value for key, value in more.items() if key in values or key == "layer_types"})
+        settings = Settings(Path("config.json"), config, architecture.defaults)
+        for correspondence in architecture.correspondences:
+            correspondence.read(settings)
+        asked |= config.asked
+    fields = set(values) | {field.name for field in dataclasses.fields(type(theirs))}
+    assert fields - asked - set(architecture.aliases) - set(WITHOUT_EFFECT) == set()
+    # Computed from block_types, not stored.
+    aliases = {alias: key for alias, key in theirs.attribute_map.items() if key != "layers_block_type"}
+    assert aliases == architecture.aliases
+
+
+def test_a_key_under_another_name_is_read_and_two_that_disagree_are_refused() -> None:
+    file = GOLDEN / "recurrent_gemma" / "config.json"
+    config, architecture = json.loads(file.read_text()), ARCHITECTURES["RecurrentGemmaForCausalLM"]
+    renamed = {key: value for key, value in config.items() if key != "attention_window_size"} | {"sliding_window": 7}
+    assert config["attention_window_size"] == 7
+    assert architecture.knobs(renamed, file) == architecture.knobs(config, file)
+    with pytest.raises(UserError, match="sliding_window=9 and attention_window_size=7 are the same setting"):
+        architecture.knobs(config | {"sliding_window": 9}, file)
 
 
 def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
@@ -163,6 +225,7 @@ def test_parameters_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     config = base.get_config()
     config.model.update(FAMILIES[name])
     config.model.update({"vocab_size": 31, "d_model": 16, "d_ff": 24, "n_layers": 7, "n_experts": 3})
+    config.model.update({"recurrent_blocks": config.model.n_heads})
     model = resolve(config).model
     params = random_params(model)
     export_model(params, model, tmp_path / "there", shard_bytes=4000)
@@ -251,6 +314,43 @@ def test_names_without_the_prefix_masks_and_tied_heads_are_understood(tmp_path: 
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_a_tied_model_that_keeps_only_its_head_is_read(tmp_path: Path) -> None:
+    model = dataclasses.replace(LLAMA, tie_embeddings=True)
+    params = random_params(model)
+    export_model(params, model, tmp_path / "there")
+    change(
+        tmp_path / "there", lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    )
+    _, read = imported(tmp_path / "there", tmp_path / "parameters")
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_an_untied_model_without_embeddings_is_refused(tmp_path: Path) -> None:
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+    change(tmp_path / "there", lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(UserError, match=r"has no tensor model.embed_tokens.weight"):
+        imported(tmp_path / "there", tmp_path / "parameters")
+
+
+def test_float64_weights_are_rounded_to_float32(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    params: dict[str, np.ndarray] = {}
+    export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
+
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        wide = {name: array.astype(np.float64) + 1e-9 * rng.random() for name, array in tensors.items()}
+        tensors.update(wide)
+        params.update(wide)
+
+    change(tmp_path / "there", widen)
+    assert {tensor.type for tensor in read_folder(tmp_path / "there").values()} == {"F64"}
+    _, read = imported(tmp_path / "there", tmp_path / "parameters")
+    assert {tensor.dtype for tensor in read_header(tmp_path / "parameters").values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(read["embedding"]["table"], params["model.embed_tokens.weight"].astype(np.float32))
+    kernel = read["blocks"]["0"]["mixer"]["query"]["kernel"][1]
+    np.testing.assert_array_equal(kernel, params["model.layers.1.self_attn.q_proj.weight"].astype(np.float32).T)
+
+
 def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
     for layers in range(1, 12):
         for pattern in ("a", "aab", "abab", "aaaaab", "abcd"):
@@ -289,13 +389,13 @@ def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], 
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not known"),
         ({"architectures": None, "model_type": "lama"}, "'lama' is not known. Did you mean 'llama'"),
         ({"hidden_act": "relu6"}, "hidden_act='relu6'"),
-        ({"mlp_bias": True}, "attention_bias and mlp_bias must be the same"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "no type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "no type 'proportional'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "has no 'short_factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no 'low_freq_factor'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "offset": 1}}, "unknown key 'offset'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 3}}, "truncate takes True or False"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"is_causal": False}, "is_causal is false"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers takes a whole number"),
         ({"hidden_size": None}, "hidden_size takes a whole number"),
     ],
@@ -307,6 +407,42 @@ def test_a_config_that_cannot_be_said_is_refused_by_name(changes: dict[str, Any]
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         read_model(tmp_path / "there")
     assert "config.json" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "computed"),
+    [
+        ({"type": "yarn", "factor": 2.0, "finetuned": True}, {"type": "yarn", "factor": 2.0}),
+        ({"rope_type": "linear", "factor": 2.0, "offset": 1}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_type": "default", "mrope_section": [2, 3]}, None),
+    ],
+)
+def test_keys_of_rope_that_compute_nothing_are_ignored_with_a_warning(scaling: Any, computed: Any) -> None:
+    file, warnings = GOLDEN / "llama2" / "config.json", list[str]()
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "rope_parameters"}
+    architecture = ARCHITECTURES["LlamaForCausalLM"]
+    knobs = architecture.knobs(config | {"rope_scaling": scaling}, file, warnings.append)
+    assert knobs == architecture.knobs(config | {"rope_scaling": computed}, file)
+    (warning,) = warnings
+    (ignored,) = scaling.keys() - {"type", "rope_type", "factor"}
+    assert f"the key {ignored!r} computes nothing and is ignored" in warning
+
+
+def test_longrope_is_read_for_texts_within_the_context_before() -> None:
+    file, warnings = GOLDEN / "llama2" / "config.json", list[str]()
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "rope_parameters"}
+    pairs = config["head_dim"] // 2
+    factors = {"short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 16} | factors
+    architecture = ARCHITECTURES["LlamaForCausalLM"]
+    knobs = architecture.knobs(config | {"rope_scaling": scaling}, file, warnings.append)
+    assert knobs["context_length"] == 16 and knobs["rope_factor"] == config["max_position_embeddings"] / 16
+    assert "longrope is read with its short factors" in warnings[0]
+    # A model with a longer context uses the long factors for all texts, and says so.
+    model = dataclasses.replace(model_config(knobs), context_length=64)
+    written = architecture.hf_config(model)["rope_scaling"]
+    assert written["short_factor"] == written["long_factor"] == [4.0] * pairs
+    assert architecture.differences(model) == {}
 
 
 ROPES = [

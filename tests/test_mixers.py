@@ -43,6 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
     },
     "rg_lru with biases": {"mixers": "rg_lru", "recurrent_width": 24, "bias": True},
+    "rg_lru as in RecurrentGemma": {
+        "mixers": "rg_lru",
+        "recurrent_width": 24,
+        "recurrent_blocks": 3,
+        "scale_first_token": False,
+        "bias": True,
+    },
     "deltanet with biases": {"mixers": "deltanet", "head_dim": 6, "n_heads": 3, "conv_width": 2, "bias": True},
 }
 # By case before by test: tests of a case share compiled programs.
@@ -149,10 +156,19 @@ def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.nd
 def rg_lru(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     x_TR = convolution(linear(x_TD, params["input"]), params["convolution"])
     state, states = np.zeros(x_TR.shape[1]), []
-    for x in x_TR:
-        r, i = sigmoid(linear(x, params["recurrence_gate"])), sigmoid(linear(x, params["input_gate"]))
+
+    def gate(x: np.ndarray, params: Any) -> np.ndarray:
+        blocks = params["kernel"]
+        if blocks.ndim == 2:
+            return sigmoid(linear(x, params))
+        y = np.concatenate([part @ block for part, block in zip(np.split(x, len(blocks)), blocks, strict=True)])
+        return sigmoid(y + params.get("bias", 0.0))
+
+    for t, x in enumerate(x_TR):
+        r, i = gate(x, params["recurrence_gate"]), gate(x, params["input_gate"])
         a = sigmoid(-params["decay_rate"]) ** (8 * r)
-        state = a * state + np.sqrt(1 - a**2) * (i * x)
+        scale = np.sqrt(1 - a**2) if t or model.scale_first_token else 1
+        state = a * state + scale * (i * x)
         states.append(state)
     return linear(gelu(linear(x_TD, params["gate"])) * np.stack(states), params["output"])
 
@@ -372,13 +388,14 @@ def n_parameters(model: ModelConfig) -> int:
                 model.shared_key_width or 2 * math.ceil(c / 4),
                 model.query_latent_width,
             )
-            b, scales = int(model.bias or model.qkv_bias), 1 + model.bias * (model.norm == "layernorm")
+            b, scales = int(model.bias or bool(model.qkv_bias)), 1 + model.bias * (model.norm == "layernorm")
             queries = (d + b + scales) * q + (q + b) * h * (c + e) if q else (d + b) * h * (c + e)
             keys = (d + b + scales) * r + (d + b) * e + 2 * r * h * c
             return queries + keys + (h * c + model.bias) * d + h * model.attention_sinks
         case "rg_lru":
             r = model.recurrent_width or d
-            return 2 * (d + b) * r + (w + b) * r + 2 * (r + b) * r + r + (r + b) * d
+            gates = 2 * (r // (model.recurrent_blocks or 1) + b) * r
+            return 2 * (d + b) * r + (w + b) * r + gates + r + (r + b) * d
         case _:
             streams = 3 * (d + b) * h * c + 3 * (w + b) * h * c
             return streams + (d + b) * h + d * h + 2 * h + c + (d + b) * h * c + (h * c + b) * d

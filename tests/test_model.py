@@ -59,10 +59,12 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_softcap": 2.0,
         "logits_softcap": 4.0,
         "scale_embeddings": True,
+        "embedding_scale": 3.0,
     },
     "mixture": {
         "feedforwards": ("moe", "relu_squared"),
         "n_experts": 4,
+        "expert_activation": "gelu_exact",
         "norm_placement": "output",
         "qk_norm": "projection",
         "qkv_bias": True,
@@ -80,6 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
         "feedforwards": ("relu",),
         "norm_placement": "post",
         "bias": True,
+        "norm_bias": False,
+        "attention_output_bias": False,
     },
     "odd": {
         "n_layers": 4,
@@ -88,6 +92,13 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 6,
         "d_ff": 20,
         "bias": True,
+        "feedforward_bias": False,
+        "attention_scale_by_layer": True,
+        "rope_scaling": "longrope",
+        "rope_factor": 3.0,
+        "rope_original_context": 16,
+        "rope_short_factors": (1.0, 1.0, 1.0),
+        "rope_long_factors": (1.0, 2.0, 5.0),
         "qk_norm": "head",
         "norm_placement": "post",
         "norm_epsilon": 0.1,
@@ -178,15 +189,22 @@ def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.nd
     if scaling == "yarn":
         wavelengths = [model.rope_original_context / turns for turns in (model.rope_fast_turns, model.rope_slow_turns)]
         fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope_base) for wave in wavelengths)
-        share_C = 1 - (np.arange(half) - max(math.floor(fast), 0)) / (math.ceil(slow) - max(math.floor(fast), 0))
+        fast, slow = (math.floor(fast), math.ceil(slow)) if model.rope_truncate else (fast, slow)
+        share_C = 1 - (np.arange(half) - max(fast, 0)) / (slow - max(fast, 0))
         magnitude = 0.1 * math.log(model.rope_factor) + 1
+    if scaling == "longrope":
+        is_long = model.context_length > model.rope_original_context
+        speed_C = speed_C / np.array(model.rope_long_factors if is_long else model.rope_short_factors)
+        magnitude = math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_context))
     share_C = share_C.clip(0, 1)
     speed_C = share_C * speed_C + (1 - share_C) * speed_C / model.rope_factor
     turned = (x_TC[:, :half] + 1j * x_TC[:, half:channels]) * np.exp(1j * np.outer(np.arange(length), speed_C))
     return np.concatenate([magnitude * turned.real, magnitude * turned.imag, x_TC[:, channels:]], axis=1)
 
 
-def reference_attention(x_TD: np.ndarray, params: Any, model: ModelConfig, mixer: str, position: str) -> np.ndarray:
+def reference_attention(
+    x_TD: np.ndarray, params: Any, model: ModelConfig, mixer: str, position: str, layer: int
+) -> np.ndarray:
     channels = model.head_dim or model.d_model // model.n_heads
     sharing = model.n_heads // (model.n_kv_heads or model.n_heads)
 
@@ -207,6 +225,7 @@ def reference_attention(x_TD: np.ndarray, params: Any, model: ModelConfig, mixer
         for t in range(len(x_TD)):
             seen = slice(max(0, t + 1 - model.local_window) if mixer == "local_attention" else 0, t + 1)
             scores = k_SC[seen] @ q_TC[t] * (model.attention_scale or channels**-0.5)
+            scores = scores / (layer + 1) if model.attention_scale_by_layer else scores
             if model.attention_softcap:
                 scores = model.attention_softcap * np.tanh(scores / model.attention_softcap)
             if position == "alibi":
@@ -220,12 +239,16 @@ def reference_attention(x_TD: np.ndarray, params: Any, model: ModelConfig, mixer
 
 def reference_activation(x: np.ndarray, kind: str) -> np.ndarray:
     match kind:
-        case "swiglu" | "moe":
+        case "swiglu" | "silu":
             return x / (1 + np.exp(-x))
         case "gelu" | "geglu":
             return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        case "relu" | "relu_squared":
-            return np.maximum(x, 0) ** (2 if kind == "relu_squared" else 1)
+        case "gelu_exact" | "geglu_exact":
+            return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        case "relu" | "reglu":
+            return np.maximum(x, 0)
+        case "relu_squared" | "relu_squared_glu":
+            return np.maximum(x, 0) ** 2
     raise AssertionError(kind)
 
 
@@ -244,7 +267,10 @@ def reference_experts(x_D: np.ndarray, params: Any, model: ModelConfig) -> np.nd
     weights_X = odds_X / (odds_X[best].sum() if model.normalize_experts else odds_X.sum())
     outputs = [
         weights_X[x]
-        * ((reference_activation(x_D @ params["gate"][x], "moe") * (x_D @ params["up"][x])) @ params["down"][x])
+        * (
+            (reference_activation(x_D @ params["gate"][x], model.expert_activation) * (x_D @ params["up"][x]))
+            @ params["down"][x]
+        )
         for x in best
     ]
     return np.sum(outputs, axis=0)
@@ -252,7 +278,9 @@ def reference_experts(x_D: np.ndarray, params: Any, model: ModelConfig) -> np.nd
 
 def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarray:
     """logits_TV in float64."""
-    x = params["embedding"]["table"][tokens_T] * (model.d_model**0.5 if model.scale_embeddings else 1)
+    x = params["embedding"]["table"][tokens_T] * (
+        (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1
+    )
     if "learned" in model.positions:
         x = x + params["positions"]["table"][: len(x)]
     layer_params = {
@@ -269,7 +297,7 @@ def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarr
             norm = p.get(f"{sublayer}_norm")
             y = reference_norm(x, norm, model) if model.norm_placement in ("pre", "sandwich") else x
             if sublayer == "mixer":
-                y = reference_attention(y, p[sublayer], model, mixer, position)
+                y = reference_attention(y, p[sublayer], model, mixer, position, layer)
             else:
                 y = reference_feedforward(y, p[sublayer], feedforward, model)
             if model.norm_placement in ("output", "sandwich"):
@@ -515,7 +543,7 @@ def attention_widths(model: ModelConfig) -> tuple[int, int]:
 def feedforward_of(model: ModelConfig, layer: int) -> tuple[str, int, bool]:
     """The kind of a layer's feed-forward, its hidden width, and whether it is gated."""
     kind = model.feedforwards[layer % len(model.feedforwards)]
-    gated = kind in ("swiglu", "geglu", "moe")
+    gated = kind in ("swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu", "moe")
     width = math.ceil(model.d_model * 8 / 3 / 8) * 8 if gated else 4 * model.d_model
     return kind, model.d_ff or width, gated
 
@@ -524,17 +552,21 @@ def feedforward_of(model: ModelConfig, layer: int) -> tuple[str, int, bool]:
 def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
     model = model_config(**CASES[case])
     width, bias = model.d_model, int(model.bias)
+    output_bias, fed_bias, norm_bias = (
+        int(model.bias if given is None else given)
+        for given in (model.attention_output_bias, model.feedforward_bias, model.norm_bias)
+    )
     queries, keys = attention_widths(model)
-    norm = width * (1 + (model.norm == "layernorm" and bias))
+    norm = width * (1 + (model.norm == "layernorm" and norm_bias))
     qk_norm = {"none": 0, "head": 2 * (queries // model.n_heads), "projection": queries + keys}[model.qk_norm]
-    attention = (width + (bias or model.qkv_bias)) * (queries + 2 * keys) + (queries + bias) * width
+    attention = (width + (bias or bool(model.qkv_bias))) * (queries + 2 * keys) + (queries + output_bias) * width
     attention += qk_norm + model.n_heads * model.attention_sinks
     expected = 61 * width * (1 if model.tie_embeddings else 2)
     expected += 32 * width if "learned" in model.positions else 0
     expected += norm if model.norm_placement != "post" else 0
     for layer in range(model.n_layers):
         kind, hidden, gated = feedforward_of(model, layer)
-        feedforward = (width + bias) * hidden * (1 + gated) + (hidden + bias) * width
+        feedforward = (width + fed_bias) * hidden * (1 + gated) + (hidden + fed_bias) * width
         if kind == "moe":
             feedforward = model.n_experts * (feedforward + width)
         expected += attention + feedforward + norm * (4 if model.norm_placement == "sandwich" else 2)

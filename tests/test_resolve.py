@@ -98,6 +98,13 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.positions": []}, ["model.positions", "('rope',)"]),
     ({"model.rope_fraction": 0.4, "model.head_dim": 8}, ["not 3", "rope_fraction=0.4 of 8"]),
     ({"model.rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "model.rope_original_context"]),
+    ({"model.rope_scaling": "longrope"}, ["model.rope_scaling='longrope'", "model.rope_original_context"]),
+    (
+        {"model.rope_scaling": "longrope", "model.rope_original_context": 31, "model.rope_short_factors": (1.0, 2.0)},
+        ["rope_short_factors has 2 numbers", "a factor for each"],
+    ),
+    ({"model.rope_long_factors": ["a"]}, ["config.model.rope_long_factors takes a list of numbers"]),
+    ({"model.mixers": "rg_lru", "model.recurrent_blocks": 3}, ["recurrent_blocks=3", "does not divide"]),
     ({"model.feedforwards": "moe", "model.n_experts": 1}, ["experts_per_token=2", "n_experts=1"]),
     ({"data.window": 33}, ["data.window=33", "context_length=32"]),
     ({"training.accumulation": 3}, ["training.batch_size=4", "accumulation=3"]),
@@ -254,6 +261,8 @@ def test_half_of_a_surrogate_pair_is_no_text(path: str) -> None:
     ("path", "text", "value"),
     [
         ("training.steps", "1e3", 1000),
+        ("model.rope_short_factors", "1,2.5", (1.0, 2.5)),
+        ("model.rope_short_factors", "(1.0,)", (1.0,)),
         ("model.bias", "true", True),
         ("model.bias", "False", False),
         ("model.d_ff", "none", None),

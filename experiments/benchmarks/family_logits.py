@@ -57,7 +57,15 @@ def _rope(kind: str, base: float = 1e4, **keys: Any) -> dict[str, Any]:
 _LLAMA3 = _rope(
     "llama3", 5e5, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
-_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)
+_YARN_KEYS = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0}
+_YARN = _rope("yarn", **_YARN_KEYS)
+_LONGROPE = _rope(
+    "longrope",
+    factor=2.0,
+    original_max_position_embeddings=32,
+    short_factor=[1.0, 1.5, 2.0],
+    long_factor=[1.0, 3.0, 5.0],
+)
 
 # One tiny model for each family: the class in transformers, and the values of its config.
 CASES: dict[str, dict[str, Any]] = {
@@ -76,6 +84,16 @@ CASES: dict[str, dict[str, Any]] = {
         sliding_window=7,
         query_pre_attn_scalar=8,
     ),
+    "recurrent_gemma": _case(
+        "RecurrentGemmaForCausalLM",
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        lru_width=24,
+        attention_window_size=7,
+        block_types=["recurrent", "recurrent", "attention"],
+        logits_soft_cap=5.0,
+    ),
     "olmo2": _case("Olmo2ForCausalLM"),
     "smollm3": _case("SmolLM3ForCausalLM", num_hidden_layers=5),
     "mixtral": _case("MixtralForCausalLM", num_local_experts=4, intermediate_size=16),
@@ -87,6 +105,28 @@ CASES: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False},
     "llama, biases": _case("LlamaForCausalLM", attention_bias=True, mlp_bias=True),
+    "llama, biases of attention": _case("LlamaForCausalLM", attention_bias=True),
+    "llama, biases of feed-forwards": _case("LlamaForCausalLM", mlp_bias=True),
+    "llama, exact gelu": _case("LlamaForCausalLM", hidden_act="gelu"),
+    "llama, relu": _case("LlamaForCausalLM", hidden_act="relu"),
+    "llama, dynamic": _case("LlamaForCausalLM", **_rope("dynamic", factor=4.0)),
+    "llama, longrope": _case("LlamaForCausalLM", **_LONGROPE),
+    "llama, yarn not truncated": _case("LlamaForCausalLM", **_rope("yarn", **_YARN_KEYS, truncate=False)),
+    "gpt2, exact gelu": _GPT2 | {"activation_function": "gelu", "scale_attn_by_inverse_layer_idx": True},
+    "gpt2, relu2": _GPT2 | {"activation_function": "relu2"},
+    "qwen3, biases and relu2": _case("Qwen3ForCausalLM", head_dim=8, attention_bias=True, hidden_act="relu2"),
+    "gemma2, exact gelu": _case(
+        "Gemma2ForCausalLM", head_dim=8, sliding_window=7, query_pre_attn_scalar=6, hidden_activation="gelu"
+    ),
+    "mixtral, relu": _case("MixtralForCausalLM", num_local_experts=4, intermediate_size=16, hidden_act="relu"),
+    "recurrent_gemma, biases, untied": _case(
+        "RecurrentGemmaForCausalLM",
+        hidden_size=32,
+        attention_window_size=7,
+        block_types=["attention", "recurrent"],
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
     "llama, linear": _case("LlamaForCausalLM", **_rope("linear", factor=3.0)),
     "llama, yarn": _case("LlamaForCausalLM", **_YARN),
     "qwen2, windows": _case(
@@ -118,6 +158,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_hidden_layers=3,
         mlp_only_layers=[1],
         norm_topk_prob=True,
+        hidden_act="gelu",
         use_sliding_window=True,
         sliding_window=7,
     ),

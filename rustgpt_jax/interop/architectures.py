@@ -1,7 +1,7 @@
 """The Hugging Face architectures that are read and written: a family of parts, the keys of config.json, the tensors."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ from rustgpt_jax.interop.computation import dense_width, disagreements
 from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
 from rustgpt_jax.interop.rope import global_and_local_rope, rope
 from rustgpt_jax.interop.settings import Settings
-from rustgpt_jax.interop.tensor_names import AT_ONCE, DENSE, GPT2, MIXTRAL, ONE_BY_ONE, OUTPUT_NORMS
+from rustgpt_jax.interop.tensor_names import AT_ONCE, DENSE, GPT2, MIXTRAL, ONE_BY_ONE, OUTPUT_NORMS, RECURRENT_GEMMA
 from rustgpt_jax.interop.tensors import Rules
 from rustgpt_jax.model.families import FAMILIES
 from rustgpt_jax.resolve import checked
 
 # Keys that change what is computed or stored, and that no architecture here has.
 FOREIGN_KEYS = ("quantization_config", "adapter_config")
+# Fields of the config classes of `transformers` that change no logits: training, other heads, what is returned, names.
+WITHOUT_EFFECT = (
+    *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
+    *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
+    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise"),
+    *("initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "reorder_and_upcast_attn"),
+    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
+)
 # Keys that count what is gone through one by one, long before it is known whether the tensors are there.
 COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
 MOST_COUNTED = 4096
@@ -32,7 +42,8 @@ class Architecture:
     correspondences: between keys of config.json and knobs. defaults: of keys that a config.json may leave out, as in
     the config class of `transformers`. rules: the tensors that are written, and read; other_rules: those of other
     forms of the same, which are read too. prefix: of the tensors of the model without its head, which may be missing.
-    ignored: regular expressions of tensors that hold no parameters.
+    ignored: regular expressions of tensors that hold no parameters. aliases: other names of keys (the attribute_map of
+    the config class).
     """
 
     name: str
@@ -44,18 +55,37 @@ class Architecture:
     other_rules: tuple[Rules, ...] = ()
     prefix: str = "model."
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
-    def knobs(self, config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-        """The knobs of ModelConfig that a config.json says. Raises UserError naming a key that cannot be said."""
-        settings = Settings(file, config, self.defaults)
+    def knobs(
+        self, config: Mapping[str, Any], file: Path, warn: Callable[[str], object] = lambda text: None
+    ) -> dict[str, Any]:
+        """The knobs of ModelConfig that a config.json says, with warnings of what is ignored.
+
+        Raises UserError naming a key that cannot be said.
+        """
+        settings = Settings(file, self._without_aliases(config, file), self.defaults, warn)
         for key in FOREIGN_KEYS:
             if config.get(key):
                 raise UserError(f"{file}: {key} is not read here; only models stored as plain numbers are.")
+        if config.get("is_causal") is False:
+            raise UserError(f"{file}: is_causal is false, and every token sees only earlier ones here.")
         for key in COUNTING_KEYS:
             if isinstance(config.get(key), int | float) and config[key] > MOST_COUNTED:
                 raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MOST_COUNTED} are read.")
         knobs = FAMILIES[self.family] | joined_knobs(self.correspondences, settings)
         return {knob: checked(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
+
+    def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+        """The values of a config.json under the names of keys that are read. Raises UserError where two disagree."""
+        values = dict(config)
+        for alias, key in self.aliases.items():
+            if alias not in config:
+                continue
+            if key in config and config[key] != config[alias]:
+                raise UserError(f"{file}: {alias}={config[alias]!r} and {key}={config[key]!r} are the same setting.")
+            values[key] = config[alias]
+        return values
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json that comes nearest to a model; whether it says the same, `differences` tells."""
@@ -85,9 +115,9 @@ SIZES = (
     says.same("tie_word_embeddings", "tie_embeddings"),
 )
 WIDTH = says.same("intermediate_size", "d_ff", dense_width)
-SILU = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
-GATED = (*SIZES, WIDTH, says.activation("hidden_act", SILU))
-NO_BIAS = says.always("attention_bias", False)
+GATED = (*SIZES, WIDTH, says.activation("hidden_act", says.GATED))
+ATTENTION_BIAS = says.attention_bias("attention_bias")
+MLP_BIAS = says.feedforward_bias("mlp_bias")
 
 ROPE_DEFAULTS = dict.fromkeys(
     ("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -120,9 +150,9 @@ GEMMA_DEFAULTS = USUAL_DEFAULTS | {
 GEMMA = (
     *SIZES,
     WIDTH,
-    NO_BIAS,
+    ATTENTION_BIAS,
     says.whole_heads(),
-    says.activation("hidden_activation", {"gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "silu": "swiglu"}),
+    says.activation("hidden_activation", says.GATED),
     says.query_scale("query_pre_attn_scalar"),
     says.softcap("final_logit_softcapping", "logits_softcap"),
     says.always("use_bidirectional_attention", False, None),
@@ -148,7 +178,7 @@ _EVERY = (
         name="LlamaForCausalLM",
         model_type="llama",
         family="llama2",
-        correspondences=(*GATED, says.whole_heads(), says.biases("attention_bias", "mlp_bias"), rope()),
+        correspondences=(*GATED, says.whole_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
         defaults=USUAL_DEFAULTS,
         rules=DENSE,
     ),
@@ -165,12 +195,9 @@ _EVERY = (
             says.same("n_inner", "d_ff", dense_width),
             says.same("layer_norm_epsilon", "norm_epsilon"),
             says.same("tie_word_embeddings", "tie_embeddings"),
-            says.activation(
-                "activation_function",
-                {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu_squared"},
-            ),
+            says.activation("activation_function", says.NOT_GATED),
             says.scaled_or_not("scale_attn_weights"),
-            says.always("scale_attn_by_inverse_layer_idx", False),
+            says.same("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer"),
             says.always("add_cross_attention", False),
             Correspondence(lambda settings: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
         ),
@@ -187,6 +214,12 @@ _EVERY = (
         prefix="transformer.",
         # Masks, which old versions of transformers stored.
         ignored=(r"\.attn\.(masked_)?bias$",),
+        aliases={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
     ),
     Architecture(
         name="MistralForCausalLM",
@@ -208,7 +241,7 @@ _EVERY = (
         name="Qwen3ForCausalLM",
         model_type="qwen3",
         family="qwen3",
-        correspondences=(*GATED, NO_BIAS, says.window_after_first_layers(), rope()),
+        correspondences=(*GATED, ATTENTION_BIAS, says.window_after_first_layers(), rope()),
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
         rules=DENSE,
     ),
@@ -240,10 +273,41 @@ _EVERY = (
         rules=OUTPUT_NORMS,
     ),
     Architecture(
+        name="RecurrentGemmaForCausalLM",
+        model_type="recurrent_gemma",
+        family="recurrent_gemma",
+        correspondences=(
+            *SIZES,
+            says.halved_width("intermediate_size"),
+            says.whole_heads(),
+            says.activation("hidden_activation", {"gelu": says.GATED["gelu"]}),
+            says.softcap("logits_soft_cap", "logits_softcap"),
+            says.same("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            says.recurrent_and_local(),
+            says.rounded_embedding_scale(),
+            rope(has_fraction=True, types=("default",)),
+        ),
+        defaults=USUAL_DEFAULTS
+        | {
+            "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "logits_soft_cap": 30.0,
+            "attention_window_size": 2048,
+            "conv1d_width": 4,
+            "lru_width": None,
+            "block_types": ("recurrent", "recurrent", "attention"),
+            "partial_rotary_factor": 0.5,
+            # transformers has no such key: nothing there bounds the text. The released models have seen so many tokens.
+            "max_position_embeddings": 8192,
+        },
+        rules=RECURRENT_GEMMA,
+        aliases={"sliding_window": "attention_window_size"},
+    ),
+    Architecture(
         name="Olmo2ForCausalLM",
         model_type="olmo2",
         family="olmo2",
-        correspondences=(*GATED, NO_BIAS, rope()),
+        correspondences=(*GATED, ATTENTION_BIAS, rope()),
         defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5},
         rules=OUTPUT_NORMS,
     ),
@@ -253,7 +317,8 @@ _EVERY = (
         family="smollm3",
         correspondences=(
             *GATED,
-            says.biases("attention_bias", "mlp_bias"),
+            ATTENTION_BIAS,
+            MLP_BIAS,
             says.layers_without_positions(),
             says.window_by_layer_if(_without_positions),
             rope(),
@@ -274,7 +339,7 @@ _EVERY = (
         family="mixtral",
         correspondences=(
             *SIZES,
-            says.activation("hidden_act", {"silu": "moe"}),
+            says.expert_activation("hidden_act"),
             says.experts_everywhere(),
             says.window_everywhere(),
             rope(),
@@ -282,6 +347,7 @@ _EVERY = (
         defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         rules=MIXTRAL,
         other_rules=(AT_ONCE,),
+        aliases={"num_experts": "num_local_experts"},
     ),
     Architecture(
         name="Qwen3MoeForCausalLM",
@@ -289,9 +355,9 @@ _EVERY = (
         family="qwen3_moe",
         correspondences=(
             *SIZES,
-            NO_BIAS,
-            says.activation("hidden_act", {"silu": "moe"}),
-            says.experts_in_some_layers(),
+            ATTENTION_BIAS,
+            says.expert_activation("hidden_act"),
+            says.experts_in_some_layers("hidden_act"),
             says.window_everywhere("use_sliding_window"),
             rope(),
         ),
@@ -305,6 +371,8 @@ _EVERY = (
         },
         rules=ONE_BY_ONE,
         other_rules=(AT_ONCE,),
+        # transformers 5 writes num_local_experts, and the published models say num_experts.
+        aliases={"num_experts": "num_local_experts"},
     ),
 )
 

@@ -6,18 +6,21 @@ from typing import Any
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.linear import gated_width
+from rustgpt_jax.model.rope_scaling import longrope_factors
 
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (
     *("dropout", "init_std", "load_balance", "router_z_loss", "layers", "remat", "attention_kernel"),
     *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul", "derivatives"),
-    *("latent_width", "query_latent_width", "shared_key_width", "conv_width", "recurrent_width", "options"),
+    *("latent_width", "query_latent_width", "shared_key_width", "options"),
 )
+
+GATED = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 PLAIN = (
     *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "norm", "norm_placement", "norm_epsilon"),
-    *("bias", "tie_embeddings", "scale_embeddings", "logits_softcap", "qk_norm", "attention_softcap"),
-    "attention_sinks",
+    *("tie_embeddings", "scale_embeddings", "logits_softcap", "qk_norm", "attention_softcap"),
+    *("attention_sinks", "attention_scale_by_layer"),
 )
 
 
@@ -34,7 +37,7 @@ def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
 
 def dense_width(model: ModelConfig) -> int:
     """The hidden width of feed-forwards that are no mixture of experts."""
-    is_gated = {"swiglu", "geglu", "moe"} & set(model.feedforwards)
+    is_gated = (GATED | {"moe"}) & set(model.feedforwards)
     return model.d_ff or (gated_width(model.d_model) if is_gated else 4 * model.d_model)
 
 
@@ -56,18 +59,28 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     said: dict[str, Any] = {knob: getattr(model, knob) for knob in PLAIN} | names
     said["n_kv_heads"] = model.n_kv_heads or model.n_heads
     said["head_dim"] = model.head_width
-    said["qkv_bias"] = model.bias or model.qkv_bias
+    said["qkv_bias"] = model.has_qkv_bias
+    said["attention_output_bias"] = model.has_attention_output_bias
+    said["norm_bias"] = model.has_norm_bias and model.norm == "layernorm"
+    said["embedding_scale"] = (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1.0
     said["attention_scale"] = attention_scale(model)
     if "local_attention" in names["mixers"]:
         said["local_window"] = model.local_window
     if set(names["feedforwards"]) - {"moe"}:
         said["d_ff"] = dense_width(model)
+        said["feedforward_bias"] = model.has_feedforward_bias
     if "moe" in names["feedforwards"]:
         said |= {
             knob: getattr(model, knob)
-            for knob in ("n_experts", "experts_per_token", "normalize_experts", "expert_capacity")
+            for knob in (
+                *("n_experts", "experts_per_token", "expert_activation", "normalize_experts", "expert_capacity"),
+            )
         }
         said["d_expert"] = expert_width(model)
+    if "rg_lru" in names["mixers"]:
+        said |= {knob: getattr(model, knob) for knob in ("bias", "conv_width", "scale_first_token")}
+        said["recurrent_width"] = model.recurrent_width or model.d_model
+        said["recurrent_blocks"] = model.recurrent_blocks or 1
     if {"rope", "local_rope"} & set(names["positions"]):
         said["rope_fraction"] = model.rope_fraction
     if "local_rope" in names["positions"]:
@@ -78,13 +91,20 @@ def computation(model: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(model: ModelConfig) -> dict[str, Any]:
-    said: dict[str, Any] = {"rope_base": model.rope_base, "rope_scaling": model.rope_scaling}
-    if model.rope_scaling != "none":
+    scaling = model.rope_scaling
+    said: dict[str, Any] = {"rope_base": model.rope_base, "rope_scaling": scaling}
+    if scaling in ("linear", "llama3", "yarn"):
         said["rope_factor"] = model.rope_factor
-    if model.rope_scaling not in ("none", "linear"):
+    if scaling in ("llama3", "yarn"):
         turns = ("rope_original_context", "rope_slow_turns", "rope_fast_turns")
         said |= {knob: getattr(model, knob) for knob in turns}
-    usual = 0.1 * math.log(model.rope_factor) + 1 if model.rope_scaling == "yarn" else 1.0
+    said["rope_truncate"] = model.rope_truncate or scaling != "yarn"
+    # Those that are in force.
+    factors = longrope_factors(model) if scaling == "longrope" else ()
+    said["rope_short_factors"] = said["rope_long_factors"] = factors
+    usual = 0.1 * math.log(model.rope_factor) + 1 if scaling == "yarn" else 1.0
+    if scaling == "longrope" and model.rope_original_context is not None:
+        usual = math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_context))
     said["rope_attention_factor"] = usual if model.rope_attention_factor is None else model.rope_attention_factor
     return said
 

@@ -7,6 +7,9 @@ comes out as another value on writing: whoever writes a config.json reads it aga
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
+import numpy as np
+
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.interop.computation import (
     attention_scale,
@@ -47,32 +50,77 @@ def always(key: str, *values: Any) -> Correspondence:
     return Correspondence(read, lambda model: {key: values[0]})
 
 
-def activation(key: str, names: Mapping[str, str]) -> Correspondence:
-    """The activation of all feed-forwards: their name here for each name there."""
+# What `transformers` calls an activation, and the name of it here; the first name of each is written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_exact",
+    "gelu_python": "gelu_exact",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+# The feed-forward that has an activation, gated or not.
+GATED = {
+    "silu": "swiglu",
+    "gelu": "geglu",
+    "gelu_exact": "geglu_exact",
+    "relu": "reglu",
+    "relu_squared": "relu_squared_glu",
+}
+NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared")}
+
+
+def activation(key: str, feedforwards: Mapping[str, str]) -> Correspondence:
+    """The activation of all feed-forwards; `feedforwards` gives the part that has it."""
 
     def read(settings: Settings) -> Knobs:
-        name = settings[key]
-        if not isinstance(name, str) or name not in names:
-            raise settings.refuse(key, f"the known ones are {', '.join(names)}")
-        return {"feedforwards": (names[name],)}
+        return {"feedforwards": (feedforwards[_activation(settings, key, feedforwards)],)}
 
     def write(model: ModelConfig) -> Keys:
-        there = [name for name, here in names.items() if here == model.feedforwards[0]]
-        return {key: [*there, *names][0]}
+        of_part = {part: name for name, part in feedforwards.items()}
+        return {key: _written_activation(of_part.get(model.feedforwards[0], next(iter(feedforwards))))}
 
     return Correspondence(read, write)
 
 
-def biases(*keys: str) -> Correspondence:
-    """Keys that are true together, for biases in all linear layers, or false together."""
+def expert_activation(key: str) -> Correspondence:
+    """The activation of all experts."""
+    return Correspondence(
+        lambda settings: {"feedforwards": ("moe",), "expert_activation": _activation(settings, key, GATED)},
+        lambda model: {key: _written_activation(model.expert_activation)},
+    )
+
+
+def _activation(settings: Settings, key: str, known: Mapping[str, str]) -> str:
+    name = settings[key]
+    names = [there for there, here in ACTIVATIONS.items() if here in known]
+    if not isinstance(name, str) or name not in names:
+        raise settings.refuse(key, f"the known ones are {', '.join(names)}")
+    return ACTIVATIONS[name]
+
+
+def _written_activation(name: str) -> str:
+    return next(there for there, here in ACTIVATIONS.items() if here == name)
+
+
+def attention_bias(key: str) -> Correspondence:
+    """Biases in the four projections of attention."""
 
     def read(settings: Settings) -> Knobs:
-        values = {settings.knob(key, "bias") for key in keys}
-        if len(values) > 1:
-            raise settings.refuse(keys[0], f"{' and '.join(keys)} must be the same")
-        return {"bias": values.pop()}
+        return dict.fromkeys(("qkv_bias", "attention_output_bias"), settings.knob(key, "bias"))
 
-    return Correspondence(read, lambda model: dict.fromkeys(keys, model.bias))
+    return Correspondence(read, lambda model: {key: model.has_qkv_bias})
+
+
+def feedforward_bias(key: str) -> Correspondence:
+    """Biases in the linear layers of feed-forwards."""
+    return Correspondence(
+        lambda settings: {"feedforward_bias": settings.knob(key, "bias")},
+        lambda model: {key: model.has_feedforward_bias},
+    )
 
 
 def softcap(key: str, knob: str) -> Correspondence:
@@ -244,6 +292,56 @@ def _window(model: ModelConfig) -> int | None:
     return model.local_window if SLIDING in _names(model) else None
 
 
+def recurrent_and_local() -> Correspondence:
+    """block_types, a pattern of recurrent layers and of attention with a window (RecurrentGemma)."""
+    names = {"recurrent": "rg_lru", "attention": "local_attention"}
+    reads = (
+        same("attention_window_size", "local_window"),
+        same("conv1d_width", "conv_width"),
+        same("num_attention_heads", "recurrent_blocks", lambda model: model.n_heads),
+    )
+
+    def read(settings: Settings) -> Knobs:
+        layers, types = settings.whole("num_hidden_layers"), settings.entries("block_types")
+        if not types or not all(isinstance(kind, str) and kind in names for kind in types):
+            raise settings.refuse("block_types", f"it must be a list of {' and '.join(names)}")
+        mixers = over_layers([names[kind] for kind in types], layers)
+        width = settings.whole("hidden_size" if settings["lru_width"] is None else "lru_width")
+        if width % settings.whole("num_attention_heads"):
+            raise settings.refuse("lru_width", "it must be a multiple of num_attention_heads")
+        return joined_knobs(reads, settings) | {"mixers": shortest_pattern(mixers), "recurrent_width": width}
+
+    def write(model: ModelConfig) -> Keys:
+        types = {here: there for there, here in names.items()}
+        return joined_keys(reads, model) | {
+            "block_types": [types.get(name, "attention") for name in over_layers(model.mixers, model.n_layers)],
+            "lru_width": model.recurrent_width or model.d_model,
+        }
+
+    return Correspondence(read, write)
+
+
+def halved_width(key: str) -> Correspondence:
+    """Twice the hidden width of feed-forwards (RecurrentGemma)."""
+
+    def read(settings: Settings) -> Knobs:
+        if settings.whole(key) < 2:
+            raise settings.refuse(key, "it is twice the hidden width of a feed-forward")
+        return {"d_ff": settings.whole(key) // 2}
+
+    return Correspondence(read, lambda model: {key: 2 * dense_width(model)})
+
+
+def rounded_embedding_scale() -> Correspondence:
+    """Embeddings are multiplied by sqrt(hidden_size) rounded to bfloat16 (RecurrentGemma)."""
+
+    def read(settings: Settings) -> Knobs:
+        root = np.float32(settings.whole("hidden_size") ** 0.5)
+        return {"scale_embeddings": True, "embedding_scale": float(root.astype(ml_dtypes.bfloat16))}
+
+    return Correspondence(read, lambda model: {})
+
+
 # Experts.
 
 
@@ -261,7 +359,7 @@ def experts_everywhere() -> Correspondence:
     return Correspondence(read, lambda model: joined_keys(reads, model))
 
 
-def experts_in_some_layers() -> Correspondence:
+def experts_in_some_layers(activation: str) -> Correspondence:
     """Experts in every decoder_sparse_step-th layer but mlp_only_layers, which are dense (Qwen3-MoE)."""
     reads = (
         same("num_experts_per_tok", "experts_per_token"),
@@ -273,12 +371,11 @@ def experts_in_some_layers() -> Correspondence:
     def read(settings: Settings) -> Knobs:
         layers, every = settings.whole("num_hidden_layers"), settings.whole("decoder_sparse_step")
         dense = settings.entries("mlp_only_layers") or ()
-        names = ["moe" if layer not in dense and (layer + 1) % every == 0 else "swiglu" for layer in range(layers)]
-        # transformers 5 writes num_local_experts, and the published models say num_experts.
-        count = "num_experts" if "num_experts" in settings.values else "num_local_experts"
+        plain = GATED[_activation(settings, activation, GATED)]
+        names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
         return joined_knobs(reads, settings) | {
             "feedforwards": shortest_pattern(names),
-            "n_experts": settings.knob(count, "n_experts"),
+            "n_experts": settings.knob("num_local_experts", "n_experts"),
         }
 
     def write(model: ModelConfig) -> Keys:
@@ -286,7 +383,7 @@ def experts_in_some_layers() -> Correspondence:
         return joined_keys(reads, model) | {
             "num_experts": model.n_experts,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [layer for layer, name in enumerate(names) if name == "swiglu"],
+            "mlp_only_layers": [layer for layer, name in enumerate(names) if name != "moe"],
         }
 
     return Correspondence(read, write)

@@ -111,9 +111,7 @@ def _tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: str | None) -> New
     """A tensor of the folder, whose numbers are taken from the parameters when they are written."""
 
     def parts() -> Iterator[np.ndarray]:
-        columns = [_slot(slot, leaves) for slot in tensor.slots]
-        whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
-        yield np.swapaxes(whole, -1, -2) if tensor.transposed else whole
+        yield tensor.joined([_slot(slot, leaves) for slot in tensor.slots])
 
     own = np.result_type(*{np.dtype(leaves[slot.path].dtype) for slot in tensor.slots})
     return NewTensor(tensor.name, own if dtype is None else TYPES[dtype], tensor.shape, parts)

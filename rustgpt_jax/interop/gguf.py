@@ -90,11 +90,12 @@ class Form:
 
 
 UNSTRETCHED = {"rope_scaling": "none", "rope_fraction": 1.0, "feedforwards": ("swiglu",)}
+NO_BIASES = dict.fromkeys(("has_qkv_bias", "has_attention_output_bias", "has_feedforward_bias"), False)
 # By the architecture of `transformers` that says the same model.
 FORMS = {
-    "GPT2LMHeadModel": Form("gpt2", GPT2, {"feedforwards": ("gelu",)}),
-    "LlamaForCausalLM": Form("llama", GATED, UNSTRETCHED | {"bias": False}, ("attn_q.", "attn_k.")),
-    "Qwen3ForCausalLM": Form("qwen3", GATED, UNSTRETCHED),
+    "GPT2LMHeadModel": Form("gpt2", GPT2, {"feedforwards": ("gelu",), "attention_scale_by_layer": False}),
+    "LlamaForCausalLM": Form("llama", GATED, UNSTRETCHED | NO_BIASES, ("attn_q.", "attn_k.")),
+    "Qwen3ForCausalLM": Form("qwen3", GATED, UNSTRETCHED | NO_BIASES),
 }
 
 
@@ -161,7 +162,8 @@ def form_of(model: ModelConfig) -> Form:
     for knob, there in form.fixed.items():
         here = getattr(model, knob)
         if here != there:
-            raise UserError(f"llama.cpp's {form.name} cannot say config.model.{knob}={here!r}; there it is {there!r}.")
+            name = knob.removeprefix("has_")
+            raise UserError(f"llama.cpp's {form.name} cannot say config.model.{name}={here!r}; there it is {there!r}.")
     return form
 
 

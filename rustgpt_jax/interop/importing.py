@@ -1,7 +1,7 @@
 """From a Hugging Face folder to the parameters of a run."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from rustgpt_jax.interop.settings import read_json
 from rustgpt_jax.interop.tensors import Piece, Rules, Tensor, pieces, shapes_by_path, tensors
 
 CONFIG = "config.json"
+HEAD = "lm_head.weight"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Stored = dict[str, StoredTensor]
@@ -33,8 +34,8 @@ class Described(NamedTuple):
     special_tokens: dict[str, Any]
 
 
-def read_model(source: Path) -> Described:
-    """Read the config.json of a Hugging Face folder.
+def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) -> Described:
+    """Read the config.json of a Hugging Face folder. Settings that are ignored are told to `warn`.
 
     Raises UserError naming the file and what is missing, unknown, or not to be said with the parts here.
     """
@@ -46,7 +47,7 @@ def read_model(source: Path) -> Described:
     config = read_json(file)
     architecture = architecture_of(config, file)
     tokens = {key: config[key] for key in TOKEN_KEYS if key in config}
-    return Described(architecture.knobs(config, file), architecture, tokens)
+    return Described(architecture.knobs(config, file, warn), architecture, tokens)
 
 
 def write_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:
@@ -55,7 +56,7 @@ def write_parameters(source: Path, file: Path, model: ModelConfig, architecture:
     All names, shapes and types are checked before anything is written; a tensor at a time is in memory. Raises
     UserError naming a tensor that is missing, unknown or of another shape, or a damaged file.
     """
-    stored = read_folder(source)
+    stored = _with_table(read_folder(source), model, architecture)
     plan = matching_tensors(source, stored, model, architecture)
     shapes = shapes_by_path(model)
     filled = pieces(plan.values())
@@ -74,7 +75,7 @@ def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architect
                 f"{stored[name].file}: {name} has the shape {stored[name].shape}; {CONFIG} asks for {tensor.shape}."
             )
         _ = stored[name].dtype
-    head, table = stored.get("lm_head.weight"), _table(wanted, stored)
+    head, table = stored.get(HEAD), _table(wanted, stored)
     for name in stored:
         if name in wanted or any(re.search(pattern, name) for pattern in architecture.ignored):
             continue
@@ -86,6 +87,14 @@ def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architect
             f"{suggestion(name, wanted)}"
         )
     return wanted
+
+
+def _with_table(stored: Stored, model: ModelConfig, architecture: Architecture) -> Stored:
+    """The tensors of a folder; where a tied model keeps only its head, that is the embedding table too."""
+    names = {rules["embedding/table"].name for rules in _forms(architecture)}
+    if not model.tie_embeddings or HEAD not in stored or names & stored.keys():
+        return stored
+    return {architecture.rules["embedding/table"].name: stored[HEAD], **stored}
 
 
 def _forms(architecture: Architecture) -> Iterator[Rules]:
@@ -116,4 +125,7 @@ def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
 
 def _parameter(path: str, shape: tuple[int, ...], parts: list[Piece], stored: Stored) -> NewTensor:
     dtype = np.result_type(*{stored[piece.tensor.name].dtype for piece in parts})
+    if dtype == np.float64:
+        # Models are computed in float32 at most; the numbers are rounded when they are written.
+        dtype = np.dtype(np.float32)
     return NewTensor(path, dtype, shape, lambda: (piece.of(stored[piece.tensor.name].read()) for piece in parts))

@@ -1,17 +1,26 @@
 """RoPE in a config.json: rope_theta and rope_scaling, or rope_parameters as transformers 5 writes them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, Keys, Knobs
 from rustgpt_jax.interop.settings import Settings
+from rustgpt_jax.model.rope_scaling import longrope_factors
 from rustgpt_jax.resolve import checked
 
 # What rope_type is called here, and the keys beside it.
-NAMES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+NAMES = {
+    "default": "none",
+    "linear": "linear",
+    # Scaled by the length of the text, and not at all up to max_position_embeddings, which is the context here.
+    "dynamic": "none",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+}
 FACTOR = {"factor": "rope_factor"}
 STRETCHED = FACTOR | {"original_max_position_embeddings": "rope_original_context"}
 TURNS = {
@@ -22,20 +31,33 @@ KEYS = {
     "default": {},
     "linear": FACTOR,
     "llama3": STRETCHED | TURNS["llama3"],
-    "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope_attention_factor"},
+    "dynamic": {},
+    "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope_attention_factor", "truncate": "rope_truncate"},
+    "longrope": STRETCHED
+    | {
+        "attention_factor": "rope_attention_factor",
+        "short_factor": "rope_short_factors",
+        "long_factor": "rope_long_factors",
+    },
 }
+# Keys of these types that may be missing, or null.
+OPTIONAL = ("attention_factor", "truncate")
 # Keys that are read in their own way, and those of them that are no numbers.
-WORDS = ("rope_type", "type", "truncate")
-OTHER_KEYS = (*WORDS, "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
+OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
+NO_NUMBERS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
 
 
-def rope() -> Correspondence:
-    """One RoPE for all layers."""
+def rope(has_fraction: bool = False, types: Sequence[str] = tuple(NAMES)) -> Correspondence:
+    """One RoPE for all layers, of all channels or of a fraction of them, and of one of these types."""
 
     def read(settings: Settings) -> Knobs:
-        return rope_knobs(settings, _stored(settings), settings["rope_theta"])
+        return rope_knobs(settings, _stored(settings), settings["rope_theta"], has_fraction, types)
 
-    return Correspondence(read, rope_keys)
+    def write(model: ModelConfig) -> Keys:
+        fraction: Keys = {"partial_rotary_factor": model.rope_fraction} if has_fraction else {}
+        return rope_keys(model) | fraction
+
+    return Correspondence(read, write)
 
 
 def global_and_local_rope() -> Correspondence:
@@ -53,30 +75,53 @@ def global_and_local_rope() -> Correspondence:
     return Correspondence(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_base})
 
 
-def rope_knobs(settings: Settings, stored: Mapping[str, Any], base: Any) -> Knobs:
-    """The knobs of one RoPE. Raises UserError naming a type or a key that is not known."""
+def rope_knobs(
+    settings: Settings,
+    stored: Mapping[str, Any],
+    base: Any,
+    has_fraction: bool = False,
+    types: Sequence[str] = tuple(NAMES),
+) -> Knobs:
+    """The knobs of one RoPE. Keys that `transformers` does not read are ignored with a warning.
+
+    Raises UserError naming a type that is not known, or a key that is missing or has another type.
+    """
     where = f"{settings.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
-    if not isinstance(kind, str) or kind not in NAMES:
-        raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), NAMES)}")
+    if not isinstance(kind, str) or kind not in types:
+        raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), types)}")
+    given: Keys = {}
     for key, value in stored.items():
-        if key not in OTHER_KEYS and key not in KEYS[kind] and value is not None:
-            raise UserError(f"{where} of the type {kind!r} has an unknown key {key!r}.")
-        if key not in WORDS and not isinstance(value, int | float | None):
+        if value is None:
+            continue
+        if key not in OTHER_KEYS and key not in KEYS[kind] and (kind, key) != ("dynamic", "factor"):
+            settings.warn(f"{where} of the type {kind!r}: the key {key!r} computes nothing and is ignored.")
+            continue
+        if key not in NO_NUMBERS and not isinstance(value, int | float):
             raise UserError(f"{where}: {key} takes a number, not {value!r}.")
+        given[key] = value
     fraction = stored.get("partial_rotary_factor", settings["partial_rotary_factor"])
-    if fraction not in (None, 1):
+    if not has_fraction and fraction not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
-    given = {key: value for key, value in stored.items() if value is not None}
     knobs: Knobs = {"rope_base": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
-    if kind in ("llama3", "yarn"):
+    if has_fraction:
+        knobs["rope_fraction"] = 1.0 if fraction is None else fraction
+    if kind in ("llama3", "yarn", "longrope"):
         given["original_max_position_embeddings"] = _original_context(settings, given)
     if kind == "yarn":
         given = _yarn(settings, given)
+    if kind == "longrope":
+        given, longer = _longrope(settings, given)
+        knobs |= longer
+    if kind == "dynamic":
+        settings.warn(
+            f"{where} of the type 'dynamic' scales nothing within max_position_embeddings, which is the context here; "
+            "with a longer config.model.context_length it is not scaled either."
+        )
     for key, knob in KEYS[kind].items():
-        if key not in given and key != "attention_factor":
+        if key not in given and key not in OPTIONAL:
             raise UserError(f"{where} of the type {kind!r} has no {key!r}.")
-        knobs[knob] = given.get(key)
+        knobs[knob] = given.get(key, True if key == "truncate" else None)
     return {knob: checked(f"model.{knob}", value, f"{where}: {knob}") for knob, value in knobs.items()}
 
 
@@ -86,6 +131,14 @@ def rope_keys(model: ModelConfig) -> Keys:
     if kind in (None, "default"):
         return {"rope_theta": model.rope_base, "rope_scaling": None}
     values = {key: getattr(model, knob) for key, knob in KEYS[str(kind)].items()}
+    if kind == "longrope":
+        # `transformers` chooses by the length of the text. Where the long factors are used for all texts, they are said
+        # to be the short ones too.
+        is_long = longrope_factors(model) is model.rope_long_factors
+        short = model.rope_long_factors if is_long else model.rope_short_factors
+        values |= {"short_factor": list(short), "long_factor": list(model.rope_long_factors)}
+    if values.get("truncate"):
+        del values["truncate"]
     scaling = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
     return {"rope_theta": model.rope_base, "rope_scaling": scaling}
 
@@ -112,8 +165,6 @@ def _original_context(settings: Settings, given: Mapping[str, Any]) -> float:
 
 def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     """The keys of yarn with what transformers takes for those that are not there."""
-    if given.get("truncate") is False:
-        raise UserError(f"{settings.file}: RoPE: truncate=false cannot be said here.")
     usual = {
         "beta_slow": 1.0,
         "beta_fast": 32.0,
@@ -124,6 +175,23 @@ def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     if one and other and "attention_factor" not in given:
         whole["attention_factor"] = _magnitude(whole["factor"], one) / _magnitude(whole["factor"], other)
     return whole
+
+
+def _longrope(settings: Settings, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
+    """The keys of longrope with what transformers takes for those that are not there, and the context that they suit.
+
+    `transformers` has other frequencies for texts longer than the context before. Here a model has the same for all
+    texts: those of texts within that context.
+    """
+    original, longest = given["original_max_position_embeddings"], settings.whole("max_position_embeddings")
+    whole = {"factor": max(1.0, longest / original)} | given
+    if longest <= original or given.get("short_factor") == given.get("long_factor"):
+        return whole, {}
+    settings.warn(
+        f"{settings.file}: longrope is read with its short factors, for a context of {original} tokens; the long "
+        f"ones are used where training goes on with a longer config.model.context_length, up to {longest}."
+    )
+    return whole, {"context_length": original}
 
 
 def _magnitude(factor: float, weight: float) -> float:

@@ -38,7 +38,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
     here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
     """
-    described, codec = read_model(source), read_codec(source, says)
+    described, codec = read_model(source, says), read_codec(source, says)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
     model, name = with_vocabulary(config, codec).model, described.architecture.name

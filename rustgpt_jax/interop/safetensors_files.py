@@ -24,11 +24,16 @@ LARGEST_HEADER = 100_000_000
 CHUNK_BYTES = 16 * 2**20
 
 # The types that are read and written; the bytes of an element of those that are only passed over.
-TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 BYTES = {name: dtype.itemsize for name, dtype in TYPES.items()} | {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2},
-    **{"U32": 4, "I32": 4, "F64": 8, "U64": 8, "I64": 8},
+    **{"U32": 4, "I32": 4, "U64": 8, "I64": 8},
 }
 
 

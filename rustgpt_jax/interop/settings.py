@@ -1,7 +1,7 @@
 """The config.json of a Hugging Face model, read strictly."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from rustgpt_jax.resolve import checked
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of a config.json, and what `transformers` takes where it is silent."""
+    """The values of a config.json, what `transformers` takes where it is silent, and where warnings go."""
 
     file: Path
     values: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    warn: Callable[[str], object] = lambda text: None
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key, or its default. Raises UserError for one that has neither."""
@@ -44,9 +45,10 @@ class Settings:
 
     def entries(self, key: str) -> list[Any] | None:
         """The value of a key that is a list or null. Raises UserError for another."""
-        if not isinstance(self[key], list | None):
-            raise UserError(f"{self.file}: {key} takes a list, not {self[key]!r}.")
-        return self[key]
+        value = self[key]
+        if not isinstance(value, list | tuple | None):
+            raise UserError(f"{self.file}: {key} takes a list, not {value!r}.")
+        return None if value is None else list(value)
 
     def refuse(self, key: str, why: str) -> UserError:
         """The error for a value that the parts here cannot say."""

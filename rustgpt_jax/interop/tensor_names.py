@@ -1,5 +1,6 @@
 """The tensors of Hugging Face architectures: what each parameter is called there, and how it lies."""
 
+from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.interop.tensors import Rule, Rules
 
 
@@ -53,6 +54,44 @@ MIXTRAL: Rules = {
     "feedforward/gate": Rule(LAYER + "block_sparse_moe.experts.{expert}.w1.weight", True),
     "feedforward/up": Rule(LAYER + "block_sparse_moe.experts.{expert}.w3.weight", True),
     "feedforward/down": Rule(LAYER + "block_sparse_moe.experts.{expert}.w2.weight", True),
+}
+MIX, MLP, RG_LRU = LAYER + "temporal_block", LAYER + "mlp_block", LAYER + "temporal_block.rg_lru."
+
+
+def _recurrent_width(model: ModelConfig) -> int:
+    return model.recurrent_width or model.d_model
+
+
+def _by_block(model: ModelConfig) -> tuple[int, ...]:
+    blocks = model.recurrent_blocks or 1
+    return (blocks, _recurrent_width(model) // blocks)
+
+
+RECURRENT_GEMMA: Rules = {
+    "embedding/table": Rule("model.embed_tokens.weight"),
+    "norm/scale": Rule("model.final_norm.weight"),
+    "head/kernel": Rule("lm_head.weight", True),
+    "mixer_norm/scale": Rule(LAYER + "temporal_pre_norm.weight"),
+    "feedforward_norm/scale": Rule(LAYER + "channel_pre_norm.weight"),
+    **_linear("mixer/query", MIX + ".q_proj"),
+    **_linear("mixer/key", MIX + ".k_proj"),
+    **_linear("mixer/value", MIX + ".v_proj"),
+    **_linear("mixer/output", MIX + ".o_proj"),
+    **_linear("rg_lru/output", MIX + ".linear_out"),
+    **_linear("mixer/gate", MIX + ".linear_y"),
+    **_linear("mixer/input", MIX + ".linear_x"),
+    "mixer/convolution/kernel": Rule(
+        MIX + ".conv_1d.weight", True, lambda model: (_recurrent_width(model), 1, model.conv_width)
+    ),
+    "mixer/convolution/bias": Rule(MIX + ".conv_1d.bias"),
+    "mixer/recurrence_gate/kernel": Rule(RG_LRU + "recurrent_gate_weight"),
+    "mixer/recurrence_gate/bias": Rule(RG_LRU + "recurrent_gate_bias", view=_by_block),
+    "mixer/input_gate/kernel": Rule(RG_LRU + "input_gate_weight"),
+    "mixer/input_gate/bias": Rule(RG_LRU + "input_gate_bias", view=_by_block),
+    "mixer/decay_rate": Rule(RG_LRU + "recurrent_param"),
+    **_linear("feedforward/gate", MLP + ".gate_proj"),
+    **_linear("feedforward/up", MLP + ".up_proj"),
+    **_linear("feedforward/down", MLP + ".down_proj"),
 }
 H = "transformer.h.{layer}."
 GPT2: Rules = {

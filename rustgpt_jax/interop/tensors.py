@@ -5,7 +5,7 @@ tensors there belong to one layer (and one expert), so a parameter is made of sl
 one slot, or several side by side along the last axis, transposed where a linear layer keeps (outputs, inputs).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,14 @@ from rustgpt_jax.model.stacks import stacks
 
 
 class Rule(NamedTuple):
-    """The name of a tensor, with {layer} and {expert} in it. Rules with the same name are its parts, in their order."""
+    """The name of a tensor, with {layer} and {expert} in it. Rules with the same name are its parts, in their order.
+
+    view: the shape that it is stored in, where that is another view of ours, after it is transposed.
+    """
 
     name: str
     transposed: bool = False
+    view: Callable[[ModelConfig], tuple[int, ...]] | None = None
 
 
 Rules = Mapping[str, Rule]
@@ -36,15 +40,34 @@ class Slot(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor there, made of slots side by side along the last axis, then transposed over the last two axes."""
+    """A tensor there, made of slots side by side along the last axis, then transposed over the last two axes.
+
+    view: the shape that it is then stored in, where that is another.
+    """
 
     name: str
     transposed: bool
     slots: tuple[Slot, ...]
+    view: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that it has there."""
+        return self._matrix_shape if self.view is None else self.view
+
+    def joined(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor as it is stored, from its slots."""
+        whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+        whole = np.swapaxes(whole, -1, -2) if self.transposed else whole
+        return whole if self.view is None else whole.reshape(self.view)
+
+    def columns(self, stored: np.ndarray) -> np.ndarray:
+        """Its slots side by side, as a view of what is stored."""
+        whole = stored if self.view is None else stored.reshape(self._matrix_shape)
+        return np.swapaxes(whole, -1, -2) if self.transposed else whole
+
+    @property
+    def _matrix_shape(self) -> tuple[int, ...]:
         *first, _ = self.slots[0].shape
         whole = (*first, sum(slot.shape[-1] for slot in self.slots))
         return (*whole[:-2], whole[-1], whole[-2]) if self.transposed else whole
@@ -59,7 +82,7 @@ class Piece(NamedTuple):
 
     def of(self, stored: np.ndarray) -> np.ndarray:
         """The slot, as a view of the tensor."""
-        return (np.swapaxes(stored, -1, -2) if self.tensor.transposed else stored)[..., self.start : self.stop]
+        return self.tensor.columns(stored)[..., self.start : self.stop]
 
 
 def shapes_by_path(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -90,7 +113,7 @@ def tensors(rules: Rules, model: ModelConfig) -> dict[str, Tensor]:
     found: dict[str, list[tuple[int, Rule, Slot]]] = {}
     order = {path: number for number, path in enumerate(rules)}
     for path, shape in shapes_by_path(model).items():
-        key, layers = _rule_key(path, model)
+        key, layers = _rule_key(path, model, rules)
         rule = rules[key]
         for index, names in _indices(rule, layers, shape):
             slot = Slot(path, index, shape[len(index) :])
@@ -98,7 +121,9 @@ def tensors(rules: Rules, model: ModelConfig) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: part[0])
-        result[name] = Tensor(name, parts[0][1].transposed, tuple(slot for _, _, slot in parts))
+        _, rule, _ = parts[0]
+        view = None if rule.view is None else rule.view(model)
+        result[name] = Tensor(name, rule.transposed, tuple(slot for _, _, slot in parts), view)
     return dict(sorted(result.items(), key=lambda item: _natural(item[0])))
 
 
@@ -114,12 +139,17 @@ def pieces(plan: Iterable[Tensor]) -> dict[str, list[Piece]]:
     return {path: [of_index[index] for index in sorted(of_index)] for path, of_index in found.items()}
 
 
-def _rule_key(path: str, model: ModelConfig) -> tuple[str, tuple[int, ...]]:
-    """The path that a rule stands under, without the stack, and the layers that the parameter is stacked over."""
+def _rule_key(path: str, model: ModelConfig, rules: Rules) -> tuple[str, tuple[int, ...]]:
+    """The path that a rule stands under, without the stack, and the layers that the parameter is stacked over.
+
+    A rule may be that of one mixer: it stands under the name of the mixer instead of 'mixer'.
+    """
     if not path.startswith("blocks/"):
         return path, ()
-    _, stack, key = path.split("/", 2)
-    return key, tuple(stacks(model)[int(stack)].layers)
+    _, number, key = path.split("/", 2)
+    stack = stacks(model)[int(number)]
+    of_mixer = key.replace("mixer/", f"{stack.block.mixers[0]}/", 1)
+    return of_mixer if of_mixer in rules else key, tuple(stack.layers)
 
 
 def _indices(

@@ -17,11 +17,13 @@ class Context(NamedTuple):
     positions_BT: place of a token in its document, from 0.
     segments_BT: number of a token's document within its row, from 1. 0 is padding, which no other token sees.
     dropout_key: None where nothing is dropped.
+    layer: number of the layer, from 0; None where no part of the model reads it.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array
     dropout_key: jax.Array | None = None
+    layer: jax.Array | int | None = None
 
     def fold_in(self, data: jax.Array | int) -> "Context":
         """The same context with randomness of its own for layer or sublayer number `data`."""

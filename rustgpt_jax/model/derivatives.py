@@ -20,8 +20,27 @@ from rustgpt_jax.model.precision import product_type
 
 Activation = Callable[[jax.Array], jax.Array]
 
+
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function of x (arXiv 1606.08415), by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+# gelu is in its tanh form.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": gelu_exact,
+    "relu": jax.nn.relu,
+    "relu_squared": relu_squared,
+}
 # Activations whose slopes take longer to compute again than to read.
-COSTLY = (jax.nn.gelu, jax.nn.silu)
+COSTLY = (jax.nn.gelu, gelu_exact, jax.nn.silu)
 
 
 def are_kept(config: ModelConfig) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig, is_on
 from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals
-from rustgpt_jax.model.derivatives import Activation, activated
+from rustgpt_jax.model.derivatives import ACTIVATIONS, activated
 from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.linear import gated_width, scaled_normal
 from rustgpt_jax.model.precision import widened
@@ -34,7 +34,6 @@ class MixtureOfExperts(nn.Module):
     """
 
     config: ModelConfig
-    activation: Activation
 
     @staticmethod
     def width(config: ModelConfig) -> int:
@@ -63,7 +62,8 @@ class MixtureOfExperts(nn.Module):
         if config.expert_capacity:
             y_BTD, is_fed_BTX = self._fed_by_capacity(x_BTD, routes, context, gate_XDF, up_XDF, down_XFD)
         else:
-            hidden_BTXF = activated(self.activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
+            activation = ACTIVATIONS[config.expert_activation]
+            hidden_BTXF = activated(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
             hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
             weighted_BTXF = hidden_BTXF * routes.weight_BTX[..., None].astype(hidden_BTXF.dtype)
             y_BTD, is_fed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routes.chosen_BTX
@@ -95,7 +95,8 @@ class MixtureOfExperts(nn.Module):
         fed_BXPD = jax.vmap(lambda x_TD, token_XP: x_TD.at[token_XP].get(mode="fill", fill_value=0))(x_BTD, token_BXP)
         # Where experts lie on different devices, the tokens go to theirs, and what these make of them comes back.
         fed_BXPD = laid_out(laid_out(fed_BXPD, "B..."), "BXPD")
-        hidden_BXPF = activated(self.activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
+        activation = ACTIVATIONS[config.expert_activation]
+        hidden_BXPF = activated(activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
         hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
         out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
         out_BXPD = laid_out(laid_out(out_BXPD, "BXPD"), "B...")

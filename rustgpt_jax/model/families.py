@@ -17,12 +17,18 @@ _USUAL: Knobs = {
     "norm_placement": "pre",
     "norm_epsilon": 1e-6,
     "bias": False,
-    "qkv_bias": False,
+    "qkv_bias": None,
+    "attention_output_bias": None,
+    "feedforward_bias": None,
+    "norm_bias": None,
     "tie_embeddings": False,
     "scale_embeddings": False,
+    "embedding_scale": None,
     "logits_softcap": 0.0,
     "qk_norm": "none",
     "attention_scale": None,
+    "attention_scale_by_layer": False,
+    "scale_first_token": True,
     "attention_softcap": 0.0,
     "attention_sinks": False,
     "rope_base": 1e4,
@@ -34,8 +40,12 @@ _USUAL: Knobs = {
     "rope_slow_turns": 1.0,
     "rope_fast_turns": 4.0,
     "rope_attention_factor": None,
+    "rope_truncate": True,
+    "rope_short_factors": (),
+    "rope_long_factors": (),
     "expert_capacity": 0.0,
     "normalize_experts": True,
+    "expert_activation": "silu",
 }
 
 _GEMMA: Knobs = _USUAL | {
@@ -83,6 +93,17 @@ FAMILIES: dict[str, Knobs] = {
         "positions": (*["local_rope"] * 5, "rope"),
         "qk_norm": "head",
         "rope_base": 1e6,
+    },
+    # arXiv 2404.07839: two recurrent layers, then one of local attention.
+    "recurrent_gemma": _GEMMA
+    | {
+        "mixers": ("rg_lru", "rg_lru", "local_attention"),
+        "norm_placement": "pre",
+        "bias": True,
+        "qkv_bias": False,
+        "logits_softcap": 30.0,
+        "rope_fraction": 0.5,
+        "scale_first_token": False,
     },
     # arXiv 2501.00656.
     "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_base": 5e5},

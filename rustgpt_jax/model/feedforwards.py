@@ -12,11 +12,10 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context, Signals
-from rustgpt_jax.model.derivatives import Activation, activated
+from rustgpt_jax.model.derivatives import ACTIVATIONS, Activation, activated
 from rustgpt_jax.model.experts import MixtureOfExperts
 from rustgpt_jax.model.linear import Linear, gated_width
 
@@ -36,14 +35,14 @@ class FeedForward(nn.Module):
     def n_parameters(cls, config: ModelConfig) -> int:
         """The parameters of a layer: two matrices, and their biases where the model has biases."""
         width = cls.width(config)
-        return 2 * config.d_model * width + config.bias * (width + config.d_model)
+        return 2 * config.d_model * width + config.has_feedforward_bias * (width + config.d_model)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
-        up_BTF = Linear(self.config, self.width(self.config), name="up")(x_BTD)
+        up_BTF = _linear(self.config, self.width(self.config), "up")(x_BTD)
         hidden_BTF = activated(self.activation, up_BTF, self.config)
-        return Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF), {}
+        return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF), {}
 
 
 class GatedFeedForward(nn.Module):
@@ -61,29 +60,32 @@ class GatedFeedForward(nn.Module):
     def n_parameters(cls, config: ModelConfig) -> int:
         """The parameters of a layer: three matrices, and their biases where the model has biases."""
         width = cls.width(config)
-        return 3 * config.d_model * width + config.bias * (2 * width + config.d_model)
+        return 3 * config.d_model * width + config.has_feedforward_bias * (2 * width + config.d_model)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
         del context
         width = self.width(self.config)
-        gate_BTF = activated(self.activation, Linear(self.config, width, name="gate")(x_BTD), self.config)
-        up_BTF = Linear(self.config, width, name="up")(x_BTD)
-        return Linear(self.config, self.config.d_model, residual=True, name="down")(gate_BTF * up_BTF), {}
+        gate_BTF = activated(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
+        up_BTF = _linear(self.config, width, "up")(x_BTD)
+        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF), {}
 
 
-def relu_squared(x: jax.Array) -> jax.Array:
-    """max(x, 0)^2 (arXiv 2109.08668)."""
-    return jnp.square(jax.nn.relu(x))
+def _linear(config: ModelConfig, features: int, name: str, residual: bool = False) -> Linear:
+    return Linear(config, features, residual=residual, has_bias=config.has_feedforward_bias, name=name)
 
 
 # gelu in its tanh form, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as in PaLM
-# and Llama, geglu as in Gemma (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
+# and Llama, geglu as in Gemma, reglu (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {
-    "gelu": partial(FeedForward, activation=jax.nn.gelu),
-    "relu": partial(FeedForward, activation=jax.nn.relu),
-    "relu_squared": partial(FeedForward, activation=relu_squared),
-    "swiglu": partial(GatedFeedForward, activation=jax.nn.silu),
-    "geglu": partial(GatedFeedForward, activation=jax.nn.gelu),
-    "moe": partial(MixtureOfExperts, activation=jax.nn.silu),
+    "gelu": partial(FeedForward, activation=ACTIVATIONS["gelu"]),
+    "gelu_exact": partial(FeedForward, activation=ACTIVATIONS["gelu_exact"]),
+    "relu": partial(FeedForward, activation=ACTIVATIONS["relu"]),
+    "relu_squared": partial(FeedForward, activation=ACTIVATIONS["relu_squared"]),
+    "swiglu": partial(GatedFeedForward, activation=ACTIVATIONS["silu"]),
+    "geglu": partial(GatedFeedForward, activation=ACTIVATIONS["gelu"]),
+    "geglu_exact": partial(GatedFeedForward, activation=ACTIVATIONS["gelu_exact"]),
+    "reglu": partial(GatedFeedForward, activation=ACTIVATIONS["relu"]),
+    "relu_squared_glu": partial(GatedFeedForward, activation=ACTIVATIONS["relu_squared"]),
+    "moe": partial(MixtureOfExperts),
 }

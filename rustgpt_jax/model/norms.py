@@ -14,7 +14,7 @@ from rustgpt_jax.tables import choose
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit variance, then a learned scale, and a bias where the model has biases (arXiv 1607.06450)."""
+    """Zero mean and unit variance, then a learned scale, and a bias where norms have biases (arXiv 1607.06450)."""
 
     config: ModelConfig
 
@@ -25,7 +25,7 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         y = centered * jax.lax.rsqrt(variance + self.config.norm_epsilon)
         y = y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
-        if self.config.bias:
+        if self.config.has_norm_bias:
             y = y + over_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
         return y.astype(x.dtype)
 

@@ -43,11 +43,27 @@ def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
         return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope_base, jnp.float32))
 
     half = frequencies_C.shape[0]
-    fast = jnp.maximum(jnp.floor(channel(config.rope_fast_turns)), 0)
-    slow = jnp.minimum(jnp.ceil(channel(config.rope_slow_turns)), 2 * half - 1)
+    fast, slow = channel(config.rope_fast_turns), channel(config.rope_slow_turns)
+    if config.rope_truncate:
+        fast, slow = jnp.floor(fast), jnp.ceil(slow)
+    fast, slow = jnp.maximum(fast, 0), jnp.minimum(slow, 2 * half - 1)
     kept_C = 1 - (jnp.arange(half, dtype=jnp.float32) - fast) / jnp.maximum(slow - fast, 1e-3)
     magnitude = 0.1 * jnp.log(jnp.asarray(config.rope_factor, jnp.float32)) + 1.0
     return Rope(_mixed(frequencies_C, config.rope_factor, kept_C), _magnitude(config, magnitude))
+
+
+def longrope(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
+    """Each pair of channels turns more slowly by a factor of its own, and attention is sharper (arXiv 2402.13753)."""
+    factors_C = jnp.asarray(longrope_factors(config), jnp.float32)
+    factor = jnp.asarray(config.rope_factor, jnp.float32)
+    magnitude = jnp.sqrt(1 + jnp.log(factor) / math.log(_original_context(config)))
+    return Rope(frequencies_C / factors_C, _magnitude(config, magnitude))
+
+
+def longrope_factors(config: ModelConfig) -> tuple[float, ...]:
+    """The factors of longrope in the context of a model: one choice for all texts, so that caches stay valid."""
+    is_long = config.context_length > _original_context(config)
+    return config.rope_long_factors if is_long else config.rope_short_factors
 
 
 def _mixed(frequencies_C: jax.Array, factor: Any, kept_C: jax.Array) -> jax.Array:
@@ -70,4 +86,5 @@ ROPE_SCALINGS: dict[str, Callable[[jax.Array, ModelConfig], Rope]] = {
     "linear": linear,
     "llama3": llama3,
     "yarn": yarn,
+    "longrope": longrope,
 }

@@ -166,7 +166,8 @@ def _hidden_states(
 
     x_BTD = laid_out(params["embedding"]["table"], "VD")[tokens_BT]
     if model.scale_embeddings:
-        x_BTD = x_BTD * jnp.asarray(model.d_model**0.5, x_BTD.dtype)
+        scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
+        x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
@@ -228,7 +229,10 @@ def _run_blocks(
         signals: dict[str, Signals] = {}
         measured: taps.Measurements = {}
         for key in keys:
-            layer = context.fold_in(repeat * model.period + every[key].layers.start)
+            number = repeat * model.period + every[key].layers.start
+            layer = context.fold_in(number)
+            if model.attention_scale_by_layer:
+                layer = layer._replace(layer=number)
             kept, of_block = (None if tree is None else tree[key] for tree in (cache, slots))
             block = Block(every[key].block)
             after, measured[key] = taps.apply(block, params[key], of_block, x_BTD, layer, kept)

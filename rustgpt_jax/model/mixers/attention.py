@@ -53,9 +53,10 @@ class Attention(nn.Module):
     @staticmethod
     def n_parameters(config: ModelConfig) -> int:
         """The parameters of a layer: the projections, norms of queries and keys, and sinks."""
-        width, has_bias = config.n_heads * config.head_width, config.bias or config.qkv_bias
+        width, has_bias = config.n_heads * config.head_width, config.has_qkv_bias
         kv_width = (config.n_kv_heads or config.n_heads) * config.head_width
-        projections = (config.d_model + has_bias) * (width + 2 * kv_width) + (width + config.bias) * config.d_model
+        projections = (config.d_model + has_bias) * (width + 2 * kv_width)
+        projections += (width + config.has_attention_output_bias) * config.d_model
         normalized = {"none": (), "head": (config.head_width,) * 2, "projection": (width, kv_width)}[config.qk_norm]
         norms = sum(norm_parameters(config, channels) for channels in normalized)
         return projections + norms + config.n_heads * config.attention_sinks
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         scheme = position_scheme(config)
 
         def heads(name: str, count: int) -> jax.Array:
-            linear = Linear(config, count * channels, has_bias=config.bias or config.qkv_bias, name=name)
+            linear = Linear(config, count * channels, has_bias=config.has_qkv_bias, name=name)
             projected = linear(x_BTD)
             if name != "value":
                 projected = normalized(projected, f"{name}_norm", "projection")
@@ -85,6 +86,9 @@ class Attention(nn.Module):
 
         # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
         q_BTHC = laid_out(heads("query", n_heads), "BTHC")
+        if config.attention_scale_by_layer:
+            layer = 0 if context.layer is None else context.layer
+            q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
         k_BTKC, v_BTKC = (laid_out(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
         cached = cache is not None or self.is_initializing()
@@ -99,7 +103,7 @@ class Attention(nn.Module):
             mixed_BTKGC = attended(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
         else:
             mixed_BTKGC = KERNELS[kernel].attend(self.task(config, (q_BTHC, k_BTKC, v_BTKC), context, sinks_H))
-        output = Linear(config, config.d_model, residual=True, name="output")
+        output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
         return output(mixed_BTKGC.reshape(batch, length, n_heads * channels)), cache
 
 

@@ -49,7 +49,7 @@ class GatedDeltaNet(nn.Module):
     def n_parameters(config: ModelConfig) -> int:
         """The parameters of a layer: streams with their convolutions, forgetting and writing, norm, gate and output."""
         width, bias, d_model = config.n_heads * config.head_width, config.bias, config.d_model
-        streams = len(STREAMS) * (d_model + (bias or config.qkv_bias) + config.conv_width + bias) * width
+        streams = len(STREAMS) * (d_model + config.has_qkv_bias + config.conv_width + bias) * width
         forget_and_write = (d_model + 2) * config.n_heads + (d_model + bias) * config.n_heads
         gate_and_output = (d_model + bias) * width + (width + bias) * d_model
         return streams + forget_and_write + norm_parameters(config, config.head_width) + gate_and_output
@@ -63,7 +63,7 @@ class GatedDeltaNet(nn.Module):
         histories: dict[str, Any] = dict.fromkeys(STREAMS) if cache is None else dict(cache.histories)
 
         def heads(name: str) -> jax.Array:
-            x_BTR = Linear(config, n_heads * channels, has_bias=config.bias or config.qkv_bias, name=name)(x_BTD)
+            x_BTR = Linear(config, n_heads * channels, has_bias=config.has_qkv_bias, name=name)(x_BTD)
             convolution = ShortConvolution(config, n_heads * channels, name=f"{name}_convolution")
             x_BTR, histories[name] = convolution(x_BTR, context, histories[name])
             return widened(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)

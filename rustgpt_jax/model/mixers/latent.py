@@ -65,12 +65,12 @@ class LatentAttention(nn.Module):
     def n_parameters(cls, config: ModelConfig) -> int:
         """The parameters of a layer: those of queries, of the latent and the shared key, of keys and values, sinks."""
         (latent_width, shared_width), width = cls.widths(config), config.n_heads * config.head_width
-        source, has_bias = config.query_latent_width or config.d_model, config.bias or config.qkv_bias
+        source, has_bias = config.query_latent_width or config.d_model, config.has_qkv_bias
         latents = (latent_width, *([config.query_latent_width] if config.query_latent_width else ()))
         made = sum((config.d_model + has_bias) * each + norm_parameters(config, each) for each in latents)
         queries = (source + has_bias) * (width + config.n_heads * shared_width)
         keys_and_values = (config.d_model + has_bias) * shared_width + 2 * latent_width * width
-        output = (width + config.bias) * config.d_model
+        output = (width + config.has_attention_output_bias) * config.d_model
         return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
 
     @nn.compact
@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
         rotate = position_scheme(config).rotate
 
         def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
-            return Linear(config, features, has_bias=config.bias or config.qkv_bias, name=name)(x_BTD)
+            return Linear(config, features, has_bias=config.has_qkv_bias, name=name)(x_BTD)
 
         def latent(name: str, features: int) -> jax.Array:
             norm = choose(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
@@ -125,7 +125,7 @@ class LatentAttention(nn.Module):
             queries, keys = ((q_BTHC, q_BTHE), (made(key_RHC), shared_BSHE))
             arrays = (*(jnp.concatenate(parts, axis=-1) for parts in (queries, keys)), made(value_RHC))
             mixed_BTHC = KERNELS[kernel].attend(self.task(config, arrays, context, sinks_H))
-        output = Linear(config, config.d_model, residual=True, name="output")
+        output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
         return output(mixed_BTHC.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.linear import Linear, over_channels, scaled_normal
 from rustgpt_jax.model.mixers.convolution import ShortConvolution, document_starts
 from rustgpt_jax.model.precision import widened
 
@@ -31,7 +31,9 @@ class RecurrentGatedLRU(nn.Module):
         r_t = sigmoid(W_a x_t),  i_t = sigmoid(W_x x_t),  log a_t = -c softplus(Lambda) r_t
         h_t = a_t h_(t-1) + sqrt(1 - a_t^2) (i_t * x_t)
 
-    where Lambda is the parameter `decay_rate`. h is 0 before a document, and padding leaves it as it is.
+    where Lambda is the parameter `decay_rate`. h is 0 before a document, and padding leaves it as it is. With
+    `scale_first_token` False, h_0 = i_0 * x_0, as in RecurrentGemma. With `recurrent_blocks`, W_a and W_x are block
+    diagonal, as in Griffin.
     """
 
     config: ModelConfig
@@ -53,7 +55,8 @@ class RecurrentGatedLRU(nn.Module):
         """The parameters of a layer: two projections in and one back, a convolution, two gates and the decay rates."""
         width, bias = cls.width(config), config.bias
         projections = 2 * (config.d_model + bias) * width + (width + bias) * config.d_model
-        return projections + (config.conv_width + bias) * width + 2 * (width + bias) * width + width
+        gate = (width // (config.recurrent_blocks or 1) + bias) * width
+        return projections + (config.conv_width + bias) * width + 2 * gate + width
 
     @nn.compact
     def __call__(
@@ -65,12 +68,15 @@ class RecurrentGatedLRU(nn.Module):
         convolution = ShortConvolution(config, width, name="convolution")
         x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), context, history)
 
-        r_BTR = jax.nn.sigmoid(widened(Linear(config, width, name="recurrence_gate")(x_BTR)))
-        i_BTR = jax.nn.sigmoid(widened(Linear(config, width, name="input_gate")(x_BTR)))
+        gate = Linear if config.recurrent_blocks is None else BlockDiagonalLinear
+        r_BTR = jax.nn.sigmoid(widened(gate(config, width, name="recurrence_gate")(x_BTR)))
+        i_BTR = jax.nn.sigmoid(widened(gate(config, width, name="input_gate")(x_BTR)))
         rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
         log_a_BTR = -SHARPNESS * rate_R[None, None] * r_BTR
         # A floor that is no rounding error, for the slope of the root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
+        if not config.scale_first_token:
+            variance_BTR = jnp.where(context.positions_BT[..., None] == 0, 1, variance_BTR)
         new_BTR = jnp.sqrt(variance_BTR) * i_BTR * widened(x_BTR)
 
         is_token_BT1, starts_BT1 = (context.segments_BT > 0)[..., None], document_starts(context)[..., None]
@@ -78,6 +84,30 @@ class RecurrentGatedLRU(nn.Module):
         h_BTR = linear_recurrence(kept_BTR, jnp.where(is_token_BT1, new_BTR, 0), state_BR)
         y_BTD = Linear(config, config.d_model, residual=True, name="output")(gate_BTR * h_BTR.astype(gate_BTR.dtype))
         return y_BTD, None if history is None else RecurrentCache(h_BTR[:, -1], history)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """y = x W + b with a block-diagonal W: each of config.recurrent_blocks groups of channels is mapped by itself.
+
+    The blocks are one parameter of the shape (blocks, channels of a block, channels of a block).
+    """
+
+    config: ModelConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x_BTR: jax.Array) -> jax.Array:
+        blocks = self.config.recurrent_blocks
+        assert blocks is not None
+        channels = self.features // blocks
+        kernel_GCE = self.param("kernel", scaled_normal(self.config.init_std), (blocks, channels, channels))
+        x_BTGC = x_BTR.reshape(*x_BTR.shape[:-1], blocks, channels)
+        y_BTGE = jnp.einsum("BTGC,GCE->BTGE", x_BTGC, kernel_GCE.astype(x_BTR.dtype))
+        y_BTR = y_BTGE.reshape(x_BTR.shape)
+        if self.config.bias:
+            bias_R = self.param("bias", nn.initializers.zeros, (self.features,))
+            y_BTR = y_BTR + over_channels(bias_R, y_BTR).astype(y_BTR.dtype)
+        return y_BTR
 
 
 def linear_recurrence(a_BTR: jax.Array, b_BTR: jax.Array, state_BR: jax.Array | None = None) -> jax.Array:
