@@ -139,7 +139,7 @@ def parse(path: str, text: str) -> Any:
     """Read the text of a command-line override by the type of its field.
 
     A list is written as a Python list or tuple. Any other text is one item of a list of strings, commas included,
-    but names of parts may be separated by commas. An empty text is an empty list.
+    but numbers and names of parts may be separated by commas. An empty text is an empty list.
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
