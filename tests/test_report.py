@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report.figures.curves import thinned
-from rustgpt_jax.sweeps.report.figures.drawing import TRIAL
+from rustgpt_jax.sweeps.report.figures.drawing import TRIAL, show_losses
 from rustgpt_jax.sweeps.report.figures.scales import scale_of
 from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities
 from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
@@ -346,6 +347,14 @@ def test_a_page_has_the_figures_that_make_sense(
     _, page = said(write_sweep(tmp_path / "sweep", trials(), status=lambda _: "finished"))
     found = re.findall(r"<h3>(.*?)</h3>", page)
     assert sorted(re.sub(r" by .*", " by", title) for title in found) == sorted(titles)
+
+
+@pytest.mark.parametrize("losses", [(0.0, 0.0), (0.0, 20.0), (5e-324, 20.0), (2.2e-309, 2.2e-309), (1e-9, 1e308)])
+def test_an_axis_holds_any_finite_losses(losses: tuple[float, float]) -> None:
+    axes = Figure().add_subplot()
+    show_losses(axes, losses)
+    low, high = axes.get_ylim()
+    assert low <= min(losses) and max(losses) <= high and low < high
 
 
 KNOBS = {

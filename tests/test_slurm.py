@@ -23,7 +23,8 @@ from rustgpt_jax.sweeps.shelf import Shelf
 ROOT = Path(__file__).parent.parent
 # The package has the function under the same name.
 LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.launchers.slurm")
-PATIENCE_SECONDS = 90.0
+# Generous: a loaded machine of two slow cores takes minutes for what an idle one does in seconds.
+PATIENCE_SECONDS = 300.0
 Environment = dict[str, str]
 
 CONFIG = """

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rustgpt_jax.training.signals import SIGNALS
 
 # What a shell says of a process that a signal ended.
 KILLED_BY = 128
+SECONDS_BETWEEN_POLLS = 0.05
 # Files of other code that are named in a sentence.
 MOST_NAMED = 4
 
@@ -55,7 +57,9 @@ class OwnCode(NamedTuple):
         with _passing_on() as signals:
             child = self._start(arguments, errors)
             signals.pass_to(child)
-            status = child.wait()
+            # child.wait() would not notice a signal that arrives just before it blocks.
+            while (status := child.poll()) is None:
+                time.sleep(SECONDS_BETWEEN_POLLS)
         return Ended(status if status >= 0 else KILLED_BY - status, signals.first)
 
     def _start(self, arguments: Sequence[str], errors: IO[bytes] | None) -> "subprocess.Popen[bytes]":

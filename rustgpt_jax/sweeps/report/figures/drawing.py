@@ -4,7 +4,9 @@ A mark of a trial carries the trial's ID, so that the page can light up all mark
 """
 
 import io
+import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,13 +84,14 @@ def show_losses(axes: "Axes", losses: Iterable[float]) -> None:
 
     losses = list(losses)
     low, high = min(losses), max(losses)
-    if low > 0 and high / low > LOG_SCALE_FROM:
+    if low > 0 and high / LOG_SCALE_FROM > low:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        margin = (high / low) ** 0.06
-        axes.set_ylim(low / margin, high * margin)
+        # Loss values near the limits of float64 overflow as a ratio.
+        margin = math.exp(0.06 * (math.log(high) - math.log(low)))
+        axes.set_ylim(max(low / margin, math.ulp(0.0)), min(high * margin, sys.float_info.max))
     else:
         margin = 0.07 * (high - low) or 0.05 * abs(high) or 1.0
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
