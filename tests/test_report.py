@@ -1,6 +1,7 @@
 """How a sweep is read: what the terminal says, and the page as a browser shows it."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.sweeps.report.figures.colours import Colouring, css
 from rustgpt_jax.sweeps.report.figures.curves import thinned
 from rustgpt_jax.sweeps.report.figures.drawing import TRIAL, show_losses
 from rustgpt_jax.sweeps.report.figures.scales import scale_of
@@ -326,7 +328,12 @@ def sweep_of(**values: Any) -> Callable[[], list[dict[str, Any]]]:
         (sweep_of(optimizer__learning_rate=RATES), ["Loss over the steps", "Final loss and learning rate"]),
         (sweep_of(model__norm=("rmsnorm", "layernorm"), seed=(0, 1)), ["Loss over the steps"]),
         (
-            sweep_of(optimizer__learning_rate=RATES[:2], optimizer__weight_decay=(0.0, 0.1), model__d_model=(64, 128)),
+            sweep_of(
+                optimizer__learning_rate=RATES[:2],
+                optimizer__weight_decay=(0.0, 0.1),
+                model__d_model=(64, 128),
+                seed=(0, 1),
+            ),
             [
                 "Loss over the steps",
                 "Final loss and learning rate",
@@ -417,6 +424,68 @@ def test_five_hundred_trials_are_a_page_below_three_megabytes(tmp_path: Path) ->
     assert len(page.encode()) < 3_000_000
     table = re.findall(r"(?s)<table.*?</table>", page)[0]
     assert set(attributes(table, "data-trial")) == {trial_id(overrides) for overrides in trials}
+
+
+# Colors and clipping.
+
+
+def luminous(color: str) -> np.ndarray:
+    """A color of matplotlib's as CIELAB, in which a distance of 2 is just seen."""
+    from matplotlib.colors import to_rgb
+
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ linear / [0.9505, 1.0, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(
+    "values", [(1e-3, 1.1e-3), (1e-4, 1e-3, 1.1e-3, 1e-1), (0.0, 1e-3, 1.0001e-3, 1e-2, 2e-2, 0.5, 0.9, 0.91)]
+)
+def test_near_equal_rates_have_colors_that_are_told_apart(values: tuple[float, ...]) -> None:
+    colors = [Colouring("learning rate", scale_of(values)).name(value) for value in values]
+    for paper in re.findall(r":root\{(.*?)\}", css()):
+        known = dict(re.findall(r"--([\w-]+):(#\w+);", paper))
+        labs = [luminous(known[color]) for color in colors]
+        distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(labs, 2)]
+        assert min(distances) > 8
+
+
+def test_what_lies_beyond_an_axis_is_an_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(trial: dict[str, Any]) -> float:
+        spread = {1e-2: 5.0, 3e-3: 0.01}.get(trial["optimizer.learning_rate"], 0.01)
+        return 2.0 + 3.0 * (trial["optimizer.learning_rate"] == 1e-2) + spread * trial["seed"] ** 2
+
+    drawn = []
+    monkeypatch.setattr("rustgpt_jax.sweeps.report.figures.responses.show_beyond", lambda *args: drawn.append(args[2]))
+    trials = grid(optimizer__learning_rate=RATES[:4], seed=range(3))
+    _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
+    assert set(drawn) == {"^", "v"}
+    rows = re.findall(r"(?s)<tr class=.*?</tr>", page)
+    assert len(rows) == 4
+    assert [row.count("<circle") for row in rows] == [3, 3, 3, 0]
+    # An arrow for each seed, and one at each end of a bar that goes on.
+    assert [row.count('class="beyond"') for row in rows] == [1, 1, 1, 5]
+    assert "an arrow one beyond the axis" in page
+
+
+def test_a_single_evaluation_is_seen_beside_the_training_curves(tmp_path: Path) -> None:
+    _, page = said(write_sweep(tmp_path / "sweep", grid(seed=(0, 1)), evaluate_every=200))
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss over the steps" in figure)
+    assert "training loss, nats a token" in figure and "validation loss, nats a token" in figure
+    assert attributes(figure, "data-trial").count(trial_id({"seed": 0})) == 2
+
+
+def test_the_shares_of_importance_add_up_to_100(tmp_path: Path) -> None:
+    def loss(trial: dict[str, Any]) -> float:
+        return 2.0 + trial["model.bias"] + trial["model.n_layers"] + (trial["model.norm"] == "rmsnorm")
+
+    trials = grid(model__bias=(False, True), model__n_layers=(1, 2), model__norm=("rmsnorm", "layernorm"), seed=(0, 1))
+    _, page = said(write_sweep(tmp_path / "sweep", trials, loss=loss))
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Importance of" in figure)
+    assert sorted(map(float, re.findall(r">([\d.]+\.\d)%<", figure))) == [0.0] * 3 + [33.3] * 3
+    assert [name in figure for name in (">interactions<", ">noise<", ">seed<")] == [True] * 3
 
 
 # The page in a browser.

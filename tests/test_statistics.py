@@ -15,9 +15,9 @@ from scipy import stats
 from rustgpt_jax.sweeps.report.statistics import (
     Comparison,
     Interval,
+    Shares,
     compare_with_best,
-    importance,
-    interactions,
+    decompose,
     lr_sensitivity,
     mean_interval,
     paired,
@@ -248,43 +248,48 @@ def test_sensitivity_of_a_sweep_without_an_answer() -> None:
 # Shares of variance.
 
 
-def omega_squared(groups: Sequence[np.ndarray]) -> float:
-    """The textbook's formula, from the F statistic of scipy."""
-    n, k = sum(map(len, groups)), len(groups)
-    f = stats.f_oneway(*groups).statistic
-    return max(0.0, (k - 1) * (f - 1) / ((k - 1) * (f - 1) + n))
+def brute_shares(columns: Sequence[Sequence[int]], losses: np.ndarray, pairs: bool) -> list[float]:
+    """Omega squared of main effects, interactions and noise in a balanced full factorial design, from cell means."""
+    effects: dict[tuple[int, ...], np.ndarray] = {(): np.full(len(losses), losses.mean())}
+    degrees = {(): 1}
+    for knobs in [*itertools.combinations(range(len(columns)), 1), *itertools.combinations(range(len(columns)), 2)]:
+        cells = list(zip(*(columns[knob] for knob in knobs), strict=True))
+        means = np.array([losses[[other == cell for other in cells]].mean() for cell in cells])
+        inside = [subset for size in range(len(knobs)) for subset in itertools.combinations(knobs, size)]
+        effects[knobs] = means - sum(effects[subset] for subset in inside)
+        degrees[knobs] = len(set(cells)) - sum(degrees[subset] for subset in inside)
+    told = [knobs for knobs in effects if knobs and len(knobs) <= 1 + pairs]
+    fitted = losses.mean() + sum(effects[knobs] for knobs in told)
+    error = np.sum((losses - fitted) ** 2) / (len(losses) - 1 - sum(degrees[knobs] for knobs in told))
+    total = np.sum((losses - losses.mean()) ** 2) + error
+    shares = [max(np.sum(effects[knobs] ** 2) - degrees[knobs] * error, 0) / total for knobs in told]
+    return [*shares, 1 - sum(shares)]
 
 
-@given(st.lists(st.lists(LOSS, min_size=2, max_size=5), min_size=2, max_size=6), st.randoms())
-def test_importance_is_omega_squared(groups: list[list[float]], order: Any) -> None:
-    assume(all(np.ptp(group) > 1e-3 for group in groups))
-    rows = [(level, loss) for level, group in enumerate(groups) for loss in group]
-    order.shuffle(rows)
-    knobs = {"word": [f"part {level}" for level, _ in rows], "number": [1e-3 * 2**level for level, _ in rows]}
-    found = importance(knobs, [loss for _, loss in rows])
-    oracle = omega_squared([np.array(group) for group in groups])
-    assert found == pytest.approx({"word": oracle, "number": oracle}, rel=1e-6, abs=1e-9)
-
-
-def brute_interaction(first: list[int], second: list[int], losses: np.ndarray) -> float:
-    """Two-way analysis of variance of a full factorial design with the same number of trials in every cell."""
-    grid = np.array([[[y for p, q, y in zip(first, second, losses, strict=True) if (p, q) == (i, j)]
-                      for j in sorted(set(second))] for i in sorted(set(first))])  # fmt: skip
-    rows, columns, replicates = grid.shape
-    additive = grid.mean((1, 2))[:, None] + grid.mean((0, 2))[None, :] - grid.mean()
-    between = replicates * np.sum((grid.mean(2) - additive) ** 2)
-    error = np.sum((grid - grid.mean(2, keepdims=True)) ** 2) / (rows * columns * (replicates - 1))
-    total = np.sum((grid - grid.mean()) ** 2)
-    return max(0.0, (between - (rows - 1) * (columns - 1) * error) / (total + error))
-
-
-@given(st.integers(2, 4), st.integers(2, 4), st.integers(2, 3), st.integers(0, 10_000))
-def test_interactions_are_those_of_the_two_way_analysis_of_variance(rows: int, columns: int, n: int, seed: int) -> None:
+@given(st.lists(st.integers(2, 4), min_size=2, max_size=3), st.integers(2, 3), st.integers(0, 10_000))
+def test_balanced_designs_have_the_shares_of_the_analysis_of_variance(sizes: list[int], n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    first, second = (list(side) for side in zip(*list(itertools.product(range(rows), range(columns))) * n, strict=True))
-    losses = rng.normal(size=(rows, columns))[first, second] + 0.5 * rng.normal(size=len(first))
-    found = interactions({"a": first, "b": [f"part {level}" for level in second]}, losses.tolist())
-    assert found == pytest.approx({("a", "b"): brute_interaction(first, second, losses)}, rel=1e-6, abs=1e-9)
+    columns = list(zip(*list(itertools.product(*map(range, sizes))) * n, strict=True))
+    losses = 3.0 * np.array(columns[0]) * columns[1] + np.array(columns[-1]) + rng.normal(size=len(columns[0]))
+    knobs = {"a": columns[0], "b": [f"part {level}" for level in columns[1]], "c": [2.0**x for x in columns[-1]]}
+    found = decompose(dict(list(knobs.items())[: len(sizes)]), losses.tolist())
+    oracle = brute_shares(columns, losses, pairs=bool(found.pairs))
+    assert found.pairs or len(losses) <= 8
+    assert [*found.knobs.values(), *found.pairs.values(), found.rest] == pytest.approx(oracle, rel=1e-6, abs=1e-9)
+
+
+def test_equal_effects_have_equal_shares() -> None:
+    a, b, c = zip(*itertools.product((0, 1), repeat=3), strict=True)
+    losses = (np.array(a) + b + c).tolist()
+    found = decompose({"a": a, "b": b, "c": c}, losses)
+    assert found.knobs == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
+    assert found.rest == pytest.approx(0, abs=1e-9) and found.pairs == {}
+    # With a trial missing, and with a seed that does nothing.
+    rest = decompose({"a": a[1:], "b": b[1:], "c": c[1:]}, losses[1:])
+    assert rest.knobs == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, abs=1e-9)
+    seeds = decompose({"a": a * 2, "b": b * 2, "c": c * 2, "seed": ["0"] * 8 + ["1"] * 8}, losses * 2, ["seed"])
+    assert [*seeds.knobs.values()] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=1e-9)
+    assert set(seeds.pairs) == {("a", "b"), ("a", "c"), ("b", "c")}
 
 
 def synthetic(rng: np.random.Generator, n: int) -> tuple[dict[str, list[Any]], np.ndarray]:
@@ -296,116 +301,96 @@ def synthetic(rng: np.random.Generator, n: int) -> tuple[dict[str, list[Any]], n
     return knobs, losses + rng.normal(0, math.sqrt(0.1), n)
 
 
-def test_known_shares_are_found() -> None:
-    rng = np.random.default_rng(1)
-    knobs, losses = synthetic(rng, 4000)
-    assert importance(knobs, losses.tolist()) == pytest.approx({"a": 0.5, "b": 0.2, "c": 0.0}, abs=0.03)
-    expected = {("a", "b"): 0.2, ("a", "c"): 0.0, ("b", "c"): 0.0}
-    assert interactions(knobs, losses.tolist()) == pytest.approx(expected, abs=0.03)
+@pytest.mark.parametrize(("n", "sweeps", "tolerance"), [(4000, 1, 0.03), (40, 100, 0.04)])
+def test_known_shares_are_found_in_random_designs(n: int, sweeps: int, tolerance: float) -> None:
+    rng = np.random.default_rng(n)
+    found = [decompose(knobs, losses.tolist()) for knobs, losses in (synthetic(rng, n) for _ in range(sweeps))]
+    shares = np.array([[*shares.knobs.values(), *shares.pairs.values(), shares.rest] for shares in found])
+    np.testing.assert_allclose(shares.sum(1), 1)
+    assert shares.mean(0) == pytest.approx([0.5, 0.2, 0.0, 0.2, 0.0, 0.0, 0.1], abs=tolerance)
 
 
-def test_known_shares_are_found_in_the_mean_of_small_sweeps() -> None:
-    rng = np.random.default_rng(2)
-    sweeps = [synthetic(rng, 40) for _ in range(150)]
-    alone = [importance(knobs, losses.tolist()) for knobs, losses in sweeps]
-    together = [interactions(knobs, losses.tolist()) for knobs, losses in sweeps]
-    assert np.mean([share["a"] for share in alone]) == pytest.approx(0.5, abs=0.04)
-    assert np.mean([share["b"] for share in alone]) == pytest.approx(0.2, abs=0.04)
-    assert np.mean([share["a", "b"] for share in together]) == pytest.approx(0.2, abs=0.04)
+def test_smooth_effects_of_continuous_knobs_are_found() -> None:
+    rng = np.random.default_rng(0)
+    rate, decay = rng.uniform(-4, -1, (2, 300))
+    first, second = 3 * (rate + 2.5) ** 2, decay**3 / 20
+    product = 0.8 * (rate + 2.5) * (decay + 2.5)
+    noise = rng.normal(0, 0.3, 300)
+    found = decompose(
+        {"rate": (10**rate).tolist(), "decay": decay.tolist()}, (first + second + product + noise).tolist()
+    )
+    parts = np.array([np.var(first), np.var(second), np.var(product), np.var(noise)])
+    shares = [*found.knobs.values(), *found.pairs.values(), found.rest]
+    assert shares == pytest.approx(parts / parts.sum(), abs=0.04)
 
 
 @pytest.mark.parametrize("n", [12, 30, 100])
 def test_noise_is_explained_by_nothing(n: int) -> None:
     rng = np.random.default_rng(n)
-    alone, together, plain = [], [], []
-    for _ in range(150):
-        losses = rng.normal(size=n)
+    found = []
+    for _ in range(100):
         knobs = {"rate": rng.uniform(size=n).tolist(), "part": [str(level) for level in rng.integers(0, 3, n)]}
-        alone.append(list(importance(knobs, losses.tolist()).values()))
-        together.append(list(interactions(knobs, losses.tolist()).values()))
-        codes = np.array([int(level) for level in knobs["part"]])
-        means = np.array([losses[codes == level].mean() for level in codes])
-        plain.append(np.var(means) / np.var(losses))
-    # Shares cut off at 0 keep a small mean; without the correction it is several times as large.
-    assert np.median(alone) < 0.01
-    assert np.mean(alone) < 0.6 * np.mean(plain)
-    assert np.nanmean(together) < max(0.6 * np.mean(plain), 0.03)
+        found.append(decompose(knobs, rng.normal(size=n).tolist()))
+    # Shares cut off at 0 keep a small mean; the median has none.
+    assert np.median([list(shares.knobs.values()) for shares in found], axis=0).max() < 0.1
+    assert np.mean([shares.rest for shares in found]) > 1 - 2.2 / math.sqrt(n)
 
 
-def test_the_correction_for_chance_is_unbiased() -> None:
-    rng = np.random.default_rng(3)
-    # Losses with a large effect of another knob, so that nothing is cut off at 0.
-    shares = []
-    for _ in range(400):
-        part = np.repeat([0, 1, 2], 6)
-        shares.append(importance({"part": part.tolist()}, (part + rng.normal(0, 1, 18)).tolist())["part"])
-    assert np.mean(shares) == pytest.approx((2 / 3) / (2 / 3 + 1), abs=0.03)
-
-
-@given(st.integers(8, 40), st.integers(0, 1000))
-def test_only_the_order_of_a_numeric_knob_counts(n: int, seed: int) -> None:
+@given(st.integers(3, 40), st.integers(0, 1000), st.floats(0.1, 100), st.floats(-100, 100))
+def test_shares_add_up_and_units_do_not_matter(n: int, seed: int, scale: float, shift: float) -> None:
     rng = np.random.default_rng(seed)
-    rates, other, losses = rng.uniform(1e-4, 1e-1, n), rng.integers(0, 2, n).tolist(), rng.normal(size=n).tolist()
-    for share in (importance, interactions):
-        plain = share({"rate": rates.tolist(), "other": other}, losses)
-        logged = share({"rate": np.log(rates).tolist(), "other": other}, losses)
-        np.testing.assert_allclose(list(plain.values()), list(logged.values()), rtol=1e-9, atol=1e-12)
+    rates, losses = rng.uniform(1e-4, 1e-1, n), rng.normal(size=n)
+    knobs = {"rate": rates.tolist(), "part": [str(level) for level in rng.integers(0, 3, n)], "same": [1] * n}
+    found = decompose(knobs, losses.tolist())
+    moved = decompose(knobs | {"rate": np.log(rates).tolist()}, (scale * losses + shift).tolist())
+    for one, other in ((found.knobs, moved.knobs), (found.pairs, moved.pairs)):
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5, atol=1e-6)
+    shares = np.array([*found.knobs.values(), *found.pairs.values(), found.rest])
+    assert np.nansum(shares) == pytest.approx(1) and np.nanmin(shares) >= 0
+    assert math.isnan(found.knobs["same"])
 
 
-@given(st.floats(0.1, 100), st.floats(-100, 100), st.integers(0, 100))
-def test_shares_do_not_depend_on_units(scale: float, shift: float, seed: int) -> None:
-    knobs, losses = synthetic(np.random.default_rng(seed), 30)
-    for share in (importance, interactions):
-        plain, moved = share(knobs, losses.tolist()), share(knobs, (scale * losses + shift).tolist())
-        np.testing.assert_allclose(list(plain.values()), list(moved.values()), rtol=1e-5, atol=1e-6)
+def test_knobs_that_vary_together_share_what_they_explain() -> None:
+    a = [0, 0, 1, 1, 2, 2] * 3
+    losses = np.array(a) + np.random.default_rng(0).normal(0, 0.1, 18)
+    found = decompose({"a": a, "b": [f"part {level}" for level in a]}, losses.tolist())
+    assert found.knobs["a"] == pytest.approx(found.knobs["b"]) and found.knobs["a"] > 0.45
+    assert found.pairs == {}
 
 
-def test_many_values_of_a_numeric_knob_are_bins() -> None:
-    rng = np.random.default_rng(0)
-    rates = np.exp(rng.uniform(np.log(1e-4), np.log(1e-1), 200))
-    losses = (np.log10(rates) + 2.5) ** 2
-    assert 0.8 < importance({"rate": rates.tolist()}, losses.tolist())["rate"] < 1
-    assert importance({"rate": [1, 2, 3, 4, 5, 6] * 2}, [1, 2, 3, 4, 5, 6] * 2) == pytest.approx({"rate": 1.0})
-    # Seven values and one trial of each: two bins.
-    assert importance({"rate": list(range(8))}, [0, 0, 0, 0, 1, 1, 1, 1]) == pytest.approx({"rate": 1.0})
-
-
-def test_what_diverged_explains_nothing() -> None:
+def test_diverged_trials_explain_nothing() -> None:
     knobs, losses = synthetic(np.random.default_rng(5), 40)
     diverged = {knob: [*column, column[0], column[1]] for knob, column in knobs.items()}
-    for share in (importance, interactions):
-        assert share(diverged, [*losses.tolist(), math.nan, math.inf]) == share(knobs, losses.tolist())
+    assert decompose(diverged, [*losses.tolist(), math.nan, math.inf]) == decompose(knobs, losses.tolist())
 
 
 def test_values_of_any_kind_are_levels() -> None:
     losses = [1.0, 1.1, 2.0, 2.1]
     for column in ([None, None, 64, 64], [["a"], ["a"], ["b"], ["b"]], [True, True, False, False], [{}, {}, 1, 1]):
-        assert importance({"knob": column}, losses)["knob"] > 0.9
+        assert decompose({"knob": column}, losses).knobs["knob"] > 0.9
 
 
 def test_what_the_trials_cannot_tell_is_nan() -> None:
-    same = [1, 1, 1, 1]
-    assert math.isnan(importance({"knob": same}, [1, 2, 3, 4])["knob"])
-    assert math.isnan(importance({"knob": ["a", "b", "c", "d"]}, [1, 2, 3, 4])["knob"])
-    assert math.isnan(importance({"knob": [1, 1, 2]}, [math.nan, math.nan, 1.0])["knob"])
-    assert math.isnan(importance({"knob": []}, [])["knob"])
-    assert importance({}, [1, 2]) == {}
-    assert interactions({"a": [1, 2]}, [1, 2]) == {}
-    grid = {"a": [0, 0, 1, 1], "b": [0, 1, 0, 1]}
-    # One trial a cell; the same with one cell empty; one knob that follows from the other; a knob that stays.
-    assert math.isnan(interactions(grid, [1, 2, 3, 5])["a", "b"])
-    assert math.isnan(interactions({"a": [0, 0, 1, 1], "b": [0, 1, 0, 0]}, [1, 2, 3, 5])["a", "b"])
-    assert math.isnan(interactions({"a": [0, 0, 1, 1], "b": [5, 5, 6, 6]}, [1, 2, 3, 5])["a", "b"])
-    assert math.isnan(interactions({"a": [0, 0, 1, 1], "b": same}, [1, 2, 3, 5])["a", "b"])
-    assert math.isnan(interactions(grid, [math.nan] * 4)["a", "b"])
+    for column, losses in (
+        ([1, 1, 1, 1], [1, 2, 3, 4]),
+        (["a", "b", "c", "d"], [1, 2, 3, 4]),
+        ([1, 1, 2], [math.nan, math.nan, 1.0]),
+        ([], []),
+    ):
+        assert math.isnan(decompose({"knob": column}, losses).knobs["knob"])
+    assert decompose({}, [1, 2]).knobs == {}
+    # One trial a cell: interactions are not told from noise.
+    assert decompose({"a": [0, 0, 1, 1], "b": [0, 1, 0, 1]}, [1, 2, 3, 5]).pairs == {}
+    # A word of its own in every trial says nothing; the knobs beside it do.
+    words = decompose({"word": list("abcdef"), "a": [0, 0, 0, 1, 1, 1]}, [1, 1, 1, 2, 2, 2]).knobs
+    assert math.isnan(words["word"]) and words["a"] == pytest.approx(1)
 
 
 def test_equal_losses_have_nothing_to_explain() -> None:
-    knobs = {"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}
-    assert importance(knobs, [0.1] * 8) == {"a": 0.0, "b": 0.0}
-    assert interactions(knobs, [0.1] * 8) == {("a", "b"): 0.0}
+    found = decompose({"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}, [0.1] * 8)
+    assert found == Shares({"a": 0.0, "b": 0.0}, {}, 1.0)
 
 
 def test_columns_that_do_not_fit_the_losses_are_refused() -> None:
     with pytest.raises(ValueError):
-        importance({"a": [0, 0, 1]}, [1.0, 2.0])
+        decompose({"a": [0, 0, 1]}, [1.0, 2.0])

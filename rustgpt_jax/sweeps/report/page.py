@@ -15,7 +15,7 @@ from rustgpt_jax.sweeps.report.figures.responses import responses
 from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivity_figure
 from rustgpt_jax.sweeps.report.notes import comparisons, interval_text, notes
 from rustgpt_jax.sweeps.report.page_table import settings_table
-from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
+from rustgpt_jax.sweeps.report.ranking import Ranked, loss, losses_in_view, ranking
 from rustgpt_jax.sweeps.report.results import Results, TrialResult, settings
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, rerun_command, setting_text, value_text
 
@@ -92,7 +92,12 @@ def _head(results: Results, ranked: tuple[Ranked, ...]) -> str:
 
 def _legend(results: Results, ranked: tuple[Ranked, ...]) -> str:
     """What stands in the columns of the table."""
-    parts = ["Each dot is a trial"]
+    beyond = (
+        ", an arrow one beyond the axis"
+        if any(loss(trial) > losses_in_view(results)[1] for trial in results.finished)
+        else ""
+    )
+    parts = [f"Each dot is a trial{beyond}"]
     if any(row.interval.n > 1 for row in ranked):
         parts.append("bars, and ± 95%, are t intervals of each setting's own mean over seeds")
     if any(row.comparison for row in ranked):

@@ -10,8 +10,6 @@ from rustgpt_jax.sweeps.report.results import FINISHED, Results, Setting, settin
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, p_text, value_text
 
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
-# How far beyond the strip, as a share of it, that is shown which lies further out.
-OUT_OF_VIEW = 0.03
 
 
 @dataclass(frozen=True)
@@ -103,22 +101,38 @@ def _chips(setting: Setting) -> str:
 
 
 def _strip(row: Ranked, span: tuple[float, float]) -> str:
-    """A dot for each seed and a bar for the interval of their mean, on the axis that all rows share."""
+    """A dot for each seed and a bar for the interval of their mean, on the axis that all rows share.
+
+    An arrow stands at the end of the strip for each seed beyond it, and ends a bar that goes on beyond it.
+    """
     low, high = span
 
     def place(loss: float) -> float:
-        share = (loss - low) / ((high - low) or 1.0)
-        inside = min(max(share, -OUT_OF_VIEW), 1 + OUT_OF_VIEW)
-        return STRIP_MARGIN + (STRIP_WIDTH - 2 * STRIP_MARGIN) * inside
+        return STRIP_MARGIN + (STRIP_WIDTH - 2 * STRIP_MARGIN) * (loss - low) / ((high - low) or 1.0)
 
     middle, interval = STRIP_HEIGHT / 2, row.interval
+    first, last = STRIP_MARGIN / 2, STRIP_WIDTH - STRIP_MARGIN / 2
     parts = [f'<path d="M0 {middle}H{STRIP_WIDTH}" style="stroke:var(--grid)"/>']
     if math.isfinite(interval.low):
-        start, end = place(interval.low), place(interval.high)
-        box = f'x="{start:.1f}" y="{middle - 3}" width="{end - start:.1f}" height="6" rx="3"'
+        start, end = (min(max(place(bound), first), last) for bound in (interval.low, interval.high))
+        box = f'x="{start:.1f}" y="{middle - 3}" width="{end - start:.1f}" height="6"'
         parts.append(f'<rect {box} style="fill:var(--hue0);opacity:.22"/>')
+        ends = [
+            side for side, is_out in ((-1, place(interval.low) < first), (1, place(interval.high) > last)) if is_out
+        ]
+        parts += [f'<path class="beyond" d="{_arrow(side)}" style="fill:var(--hue0);opacity:.4"/>' for side in ends]
     for trial in row.setting.trials:
-        if trial.final_loss is not None:
-            centre = f'cx="{place(trial.final_loss):.1f}" cy="{middle}"'
-            parts.append(f'<circle {centre} r="3.6" data-trial="{trial.id}" style="fill:var(--hue0)"/>')
+        if trial.final_loss is None:
+            continue
+        at, style = place(trial.final_loss), f'data-trial="{trial.id}" style="fill:var(--hue0)"'
+        if first <= at <= last:
+            parts.append(f'<circle cx="{at:.1f}" cy="{middle}" r="3.6" {style}/>')
+        else:
+            parts.append(f'<path class="beyond" d="{_arrow(-1 if at < first else 1)}" {style}/>')
     return f'<svg viewBox="0 0 {STRIP_WIDTH:g} {STRIP_HEIGHT:g}">{"".join(parts)}</svg>'
+
+
+def _arrow(side: int) -> str:
+    """A triangle at the end of a strip that points out of it, to the left (-1) or the right (1)."""
+    base = STRIP_WIDTH - 2 if side > 0 else 2
+    return f"M{base} {STRIP_HEIGHT / 2 - 5}v10l{7 * side} -5z"

@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from rustgpt_jax.sweeps.report.results import Results, Setting, TrialResult, key_of, settings
+from rustgpt_jax.sweeps.report.results import SEED, Results, Setting, TrialResult, is_number, key_of, settings
 from rustgpt_jax.sweeps.report.statistics import (
     FALSE_CLAIMS,
     Comparison,
     Interval,
+    Shares,
     compare_with_best,
-    importance,
+    decompose,
     mean_interval,
 )
 from rustgpt_jax.sweeps.report.words import loss_text, p_text, setting_text
@@ -84,15 +86,31 @@ def _unlike(setting: Setting, best: Setting) -> dict[str, Any]:
     return {path: value for path, value in setting.knobs.items() if key_of(value) != key_of(best.knobs[path])}
 
 
+def variance_shares(results: Results) -> Shares:
+    """How the variance of the final losses divides among the swept knobs, their interactions, and noise."""
+    losses = tuple(loss(trial) for trial in results.finished)
+    # A seed is a name, not a number.
+    columns = tuple(
+        tuple(
+            value if is_number(value) and path != SEED else key_of(value)
+            for value in (trial.knobs[path] for trial in results.finished)
+        )
+        for path in results.swept
+    )
+    return _variance_shares(results.swept, columns, losses)
+
+
+@lru_cache(maxsize=8)
+def _variance_shares(paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], losses: tuple[float, ...]) -> Shares:
+    return decompose(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
+
+
 def knob_shares(results: Results) -> dict[str, float]:
     """The share of the variance of the final losses that each swept knob explains, most important first.
 
     A knob of which the trials cannot tell is left out.
     """
-    finished = results.finished
-    values = {path: [trial.knobs[path] for trial in finished] for path in results.swept}
-    shares = importance(values, [loss(trial) for trial in finished])
-    told = {path: share for path, share in shares.items() if math.isfinite(share)}
+    told = {path: share for path, share in variance_shares(results).knobs.items() if math.isfinite(share)}
     return dict(sorted(told.items(), key=lambda item: -item[1]))
 
 

@@ -7,19 +7,19 @@ What the numbers cannot tell is nan.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import linalg, special, stats
 
-# A numeric knob with more distinct values than this is cut into quantile bins, at most so many.
-MOST_LEVELS = 6
-# How many trials a bin, or a cell of two knobs' bins, holds in the mean if all bins of a knob are alike.
-TRIALS_IN_A_CELL = 4
+# The highest degree of the polynomials that describe the effect of a number.
+MOST_DEGREES = 5
+# More columns than this for all interactions would take seconds.
+MOST_PAIR_COLUMNS = 100
 # The accepted probability of any false claim in a sweep, and the simulated sweeps that keep it.
 FALSE_CLAIMS = 0.05
 SIMULATED_LOSSES, SIMULATED_SWEEPS, CHUNK = 6_000_000, (10_000, 100_000), 500_000
@@ -44,6 +44,20 @@ class Comparison:
     high: float
     p_value: float
     n_pairs: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the variance of the losses divides; the shares (0 to 1) that are known and the rest add up to 1.
+
+    `knobs` has the main effect of each knob, nan where it has one value or as many as there are trials. `pairs` has
+    what two knobs explain together beyond the sum of each, and is empty where the trials cannot tell this from noise.
+    `rest` is noise, with interactions of three and more knobs, and of two where `pairs` is empty.
+    """
+
+    knobs: dict[str, float]
+    pairs: dict[tuple[str, str], float]
+    rest: float
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -179,35 +193,116 @@ def lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -
     return float(np.average(capped - capped.min(), weights=widths))
 
 
-def importance(knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float]) -> dict[str, float]:
-    """For each knob, the share (0 to 1) of the variance of the losses that it explains alone.
+def decompose(
+    knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float], without_interactions: Collection[str] = ()
+) -> Shares:
+    """Divide the variance of the losses among the knobs, pairs of knobs, and noise.
 
-    `knob_values` gives each knob's value in every trial, in the order of `losses`. Omega-squared, which takes off what
-    a knob without effect would explain by chance (Hays, Statistics for Psychologists, 1963). A numeric knob with more
-    than six distinct values is cut into two to six quantile bins, of four trials or more where there are enough.
-    nan where the trials cannot tell: the knob has one level, or none of its levels is seen twice.
+    Least-squares analysis of variance of the whole design, with all main effects and, where the trials are enough,
+    all interactions of two knobs. Each share is corrected for what chance would explain (omega squared). What knobs
+    that vary together explain in common is divided between them. Numbers enter by their order alone, as polynomials of
+    up to degree 5, of a lower one where the trials are few; other values have a mean each.
+
+    Args:
+        knob_values: Each knob's value in every trial, in the order of `losses`.
+        losses: The losses; trials whose loss is not finite are left out.
+        without_interactions: Knobs, such as the seed, whose interactions are noise.
     """
     columns, finite = _finite(knob_values, losses)
-    intercept = np.ones((len(finite), 1))
-    return {knob: _explained(finite, intercept, _indicators(_levels(column, 1))) for knob, column in columns.items()}
+    n = len(finite)
+    bases = {knob: basis for knob in columns if (basis := _basis(columns[knob])).values.shape[1] and n > 2}
+    while bases and _n_columns(bases.values(), 1) > n - 2:
+        del bases[max(bases, key=lambda knob: bases[knob].up_to(1).shape[1])]
+    nothing = dict.fromkeys(columns, math.nan)
+    if not bases:
+        return Shares(nothing, {}, math.nan)
+    if np.ptp(finite) == 0:
+        return Shares(nothing | dict.fromkeys(bases, 0.0), {}, 1.0)
+
+    degree = next((d for d in range(MOST_DEGREES, 1, -1) if _n_columns(bases.values(), d) <= (n - 1) / 2), 1)
+    mains = {knob: basis.up_to(degree) for knob, basis in bases.items()}
+    inner = [knob for knob in mains if knob not in without_interactions]
+    room = n - 1 - _n_columns(bases.values(), degree) - max(2, n // 4)
+    pairs = _pairs({knob: bases[knob] for knob in inner}, min(room, MOST_PAIR_COLUMNS))
+
+    centered = finite - finite.mean()
+    rest, rank = _fit([*mains.values(), *pairs.values()], centered)
+    error = rest / (n - rank)
+    total = float(np.sum(centered**2)) + error
+    shares = {name: part / total for name, part in _split(centered, mains, pairs, error).items()}
+    scale = max(sum(shares.values()), 1.0)
+    return Shares(
+        nothing | {knob: shares[knob] / scale for knob in mains},
+        {pair: shares[pair] / scale for pair in pairs if pair in shares},
+        max(1.0 - sum(shares.values()), 0.0),
+    )
 
 
-def interactions(knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float]) -> dict[tuple[str, str], float]:
-    """For each pair of knobs, the share (0 to 1) of the variance that both explain together beyond the sum of each.
+@dataclass(frozen=True)
+class _Basis:
+    """Orthonormal columns that span the effects of a knob; those of a number are in the order of their degree."""
 
-    The least-squares fit of a mean to each cell against that of one effect of each knob, corrected for chance as
-    `importance` is. Bins are wider here, so that a cell holds four trials or more in the mean. nan where the trials
-    cannot tell: no cell is seen twice, or the cells seen are too few to tell an interaction from a sum of effects,
-    as where one knob follows from the other.
+    values: np.ndarray
+    is_numeric: bool
+
+    def up_to(self, degree: int) -> np.ndarray:
+        return self.values[:, :degree] if self.is_numeric else self.values
+
+
+def _basis(column: Sequence[Any]) -> _Basis:
+    is_numeric = all(isinstance(value, Real) for value in column)
+    values, levels = np.unique(column if is_numeric else [repr(value) for value in column], return_inverse=True)
+    if len(values) < 2:
+        return _Basis(np.empty((len(column), 0)), is_numeric)
+    if is_numeric:
+        places = np.linspace(-1, 1, len(values))[levels]
+        effects = np.polynomial.chebyshev.chebvander(places, min(len(values) - 1, MOST_DEGREES))[:, 1:]
+    else:
+        effects = (levels[:, None] == np.arange(len(values) - 1)).astype(float)
+    return _Basis(np.linalg.qr(effects - effects.mean(0))[0], is_numeric)
+
+
+def _n_columns(bases: Iterable[_Basis], degree: int) -> int:
+    return sum(basis.up_to(degree).shape[1] for basis in bases)
+
+
+def _pairs(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, str], np.ndarray]:
+    """The columns of all interactions of two knobs, of the highest degree that fits; none if not even products do."""
+    for degree in range(MOST_DEGREES, 0, -1):
+        sizes = [basis.up_to(degree).shape[1] for basis in bases.values()]
+        if sum(first * second for first, second in itertools.combinations(sizes, 2)) <= most_columns:
+            parts = {knob: basis.up_to(degree) for knob, basis in bases.items()}
+            return {
+                (a, b): (parts[a][:, :, None] * parts[b][:, None, :]).reshape(len(parts[a]), -1)
+                for a, b in itertools.combinations(parts, 2)
+            }
+    return {}
+
+
+def _split(
+    losses: np.ndarray, mains: Mapping[Any, np.ndarray], pairs: Mapping[Any, np.ndarray], error: float
+) -> dict[Any, float]:
+    """The sum of squares of each group of columns, less what noise of variance `error` would explain.
+
+    A group has what only it explains: the loss of fit where it is left out. What several explain in common is divided
+    in proportion to what each explains alone, pairs beyond all main effects. Pairs that explain nothing by
+    construction, as where one knob follows from the other, are left out.
     """
-    columns, finite = _finite(knob_values, losses)
-    shares = {}
-    for pair in itertools.combinations(columns, 2):
-        first, second = (_levels(columns[knob], 2) for knob in pair)
-        # NumPy 2.0 alone gives the places as a row.
-        cells = np.unique(np.stack([first, second]), axis=1, return_inverse=True)[1].reshape(-1)
-        shares[pair] = _explained(finite, np.hstack([_indicators(first), _indicators(second)]), _indicators(cells))
-    return shares
+    groups = {**mains, **pairs}
+    n, (start, start_rank), (end, end_rank) = len(losses), _fit([], losses), _fit([*groups.values()], losses)
+    alone, only = {}, {}
+    for name, group in groups.items():
+        before = [*mains.values()] if name in pairs else []
+        (base, base_rank), (rest, rank) = _fit(before, losses), _fit([*before, group], losses)
+        by_chance = (rank - base_rank) * rest / max(n - rank, 1)
+        alone[name] = np.array([max(base - rest - by_chance, 0.0), rank - base_rank])
+        rest, rank = _fit([columns for other, columns in groups.items() if other != name], losses)
+        only[name] = np.array([rest - end, end_rank - rank])
+    gain, of_only = np.array([start - end, end_rank - start_rank]), sum(only.values(), np.zeros(2))
+    common = np.maximum(gain - of_only, 0.0) / sum(alone.values(), np.full(2, 1e-300))
+    scale = np.where(of_only > gain, gain, 1.0) / np.where(of_only > gain, of_only, 1.0)
+    parts = {name: only[name] * scale + alone[name] * common for name in groups if alone[name][1] > 0}
+    return {name: max(float(squares - rank * error), 0.0) for name, (squares, rank) in parts.items()}
 
 
 def _finite(
@@ -222,39 +317,8 @@ def _finite(
     return columns, np.asarray(losses, float)[finite]
 
 
-def _levels(column: Sequence[Any], knobs: int) -> np.ndarray:
-    """A knob's values as levels 0, 1, ..., whose bins leave enough trials in a cell of so many knobs."""
-    if not all(isinstance(value, Real) for value in column):
-        return np.unique([repr(value) for value in column], return_inverse=True)[1]
-    numbers = np.array(column, float)
-    if len(np.unique(numbers)) <= MOST_LEVELS:
-        return np.unique(numbers, return_inverse=True)[1]
-    bins = min(max(math.floor((len(column) / TRIALS_IN_A_CELL) ** (1 / knobs)), 2), MOST_LEVELS)
-    # Edges that are values, so that only the order of the values counts, not their scale.
-    edges = np.quantile(numbers, np.arange(1, bins) / bins, method="inverted_cdf")
-    return np.searchsorted(edges, numbers)
-
-
-def _indicators(levels: np.ndarray) -> np.ndarray:
-    return (levels[:, None] == np.unique(levels)).astype(float)
-
-
-def _explained(losses: np.ndarray, smaller: np.ndarray, larger: np.ndarray) -> float:
-    """The share of variance that a larger linear model explains beyond a smaller one within it, less that by chance."""
-    if len(losses) == 0:
-        return math.nan
-    losses = losses - losses.mean()
-    (small_rest, small_rank), (rest, rank) = _fit(smaller, losses), _fit(larger, losses)
-    if rank == len(losses) or rank == small_rank:
-        return math.nan
-    error = rest / (len(losses) - rank)
-    if np.ptp(losses) == 0:
-        return 0.0
-    total = np.sum(losses**2)
-    return float(np.clip((small_rest - rest - (rank - small_rank) * error) / (total + error), 0, 1))
-
-
-def _fit(design: np.ndarray, losses: np.ndarray) -> tuple[float, int]:
-    """The sum of squares that a least-squares fit leaves, and the rank of its design."""
-    weights, _, rank, _ = np.linalg.lstsq(design, losses)
+def _fit(groups: Sequence[np.ndarray], losses: np.ndarray) -> tuple[float, int]:
+    """The sum of squares that a least-squares fit of a mean and of columns leaves, and the rank of its design."""
+    design = np.hstack([np.ones((len(losses), 1)), *groups])
+    weights, _, rank, _ = linalg.lstsq(design, losses, lapack_driver="gelsy")
     return float(np.sum((losses - design @ weights) ** 2)), int(rank)

@@ -87,11 +87,14 @@ class Colouring:
     scale: Scale
 
     def name(self, value: Any) -> str:
-        """The name of a value's colour: a hue of its own, or a shade where the values are numbers."""
-        scale = self.scale
-        if not scale.is_numeric:
-            return f"hue{min(int(scale.place(value)), N_HUES - 1)}"
-        return shade("knob", (scale.place(value) - scale.low) / ((scale.high - scale.low) or 1))
+        """The name of a value's color: a hue of its own, or a shade where the values are numbers.
+
+        Shades follow the order of the values, not their distances, so that near-equal values have different ones.
+        """
+        place = self.scale.index(value)
+        if not self.scale.is_numeric:
+            return f"hue{min(place, N_HUES - 1)}"
+        return shade("knob", place / max(len(self.scale.values) - 1, 1))
 
     def __call__(self, value: Any) -> str:
         return stand_in(self.name(value))
@@ -101,7 +104,7 @@ class Colouring:
         """The values and their colours, or the first and the last where they are many."""
         values = self.scale.values
         if self.scale.is_numeric and len(values) > N_HUES:
-            return Key(self.title, (("", value_text(values[0])), ("", value_text(values[-1]))), "knob")
+            return Key(f"{self.title}, in order", (("", value_text(values[0])), ("", value_text(values[-1]))), "knob")
         entries = [(self.name(value), value_text(value)) for value in values]
         if len(entries) > N_HUES:
             entries[N_HUES - 1 :] = [(entries[-1][0], f"{len(entries) - N_HUES + 1} others")]

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 HEIGHT = 360.0
 # Points drawn in all, over all trials and within one.
 MOST_POINTS, MOST_POINTS_A_TRIAL = 24_000, 160
-# Fewer evaluations than this make no curve.
-LEAST_EVALUATIONS = 3
+# Curves of at most this many points show each of them.
+MOST_DOTS = 12
 
 
 def loss_curves(results: Results) -> Picture | None:
@@ -90,7 +90,7 @@ def _sides(results: Results) -> list[tuple[str, dict[str, Curve]]]:
     # Losses a token of different tokenizers stand on no common axis.
     if train and results.metric != BITS_PER_BYTE:
         sides.append((str(METRICS[TRAIN_LOSS]), train))
-    if any(len(curve) >= LEAST_EVALUATIONS for curve in valid.values()):
+    if valid:
         sides.append((str(METRICS[results.metric]), valid))
     return sides
 
@@ -122,6 +122,8 @@ def _bin_size(curves: Iterable[Curve]) -> int:
 def _draw(axes: "Axes", trial: TrialResult, curve: Curve, colour: str, width: float) -> None:
     diverged = trial.status == DIVERGED
     style: dict[str, Any] = {"linestyle": (0, (3, 2)) if diverged else "solid", "solid_capstyle": "round"}
+    if len(curve) <= MOST_DOTS:
+        style |= {"marker": "o", "markersize": 4, "markeredgewidth": 0}
     steps, losses = zip(*curve, strict=True)
     mark(axes.plot(steps, losses, color=colour, linewidth=width, alpha=0.9, **style), trial.id)
     if diverged:

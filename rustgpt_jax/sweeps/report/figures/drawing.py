@@ -99,6 +99,11 @@ def show_losses(axes: "Axes", losses: Iterable[float]) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
+def show_beyond(axes: "Axes", place: tuple[float, float], direction: str, color: str) -> None:
+    """Draw an arrow at the edge of the axes: what is drawn there goes on beyond it, "<", ">", "^" or "v"."""
+    axes.plot(*place, direction, color=color, markersize=7, markeredgewidth=0, alpha=0.7, clip_on=False)
+
+
 def show_knob(axes: "Axes", scale: Scale, width: float) -> None:
     """Let the horizontal axis, so many pixels wide, hold the values of a knob."""
     ticks = scale.ticks(least_gap=46 / width)

@@ -22,9 +22,8 @@ from rustgpt_jax.sweeps.report.figures.drawing import (
     write,
 )
 from rustgpt_jax.sweeps.report.figures.scales import Scale, scale_of
-from rustgpt_jax.sweeps.report.ranking import knob_shares, loss, losses_in_view
-from rustgpt_jax.sweeps.report.results import DIVERGED, SEED, Results, TrialResult, key_of
-from rustgpt_jax.sweeps.report.statistics import interactions
+from rustgpt_jax.sweeps.report.ranking import knob_shares, loss, losses_in_view, variance_shares
+from rustgpt_jax.sweeps.report.results import DIVERGED, SEED, Results, TrialResult
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, value_text
 
 if TYPE_CHECKING:
@@ -41,30 +40,42 @@ LEAST_WIDTH_FOR_TEXT = 38.0
 
 
 def importance_figure(results: Results) -> Picture | None:
-    """A bar for each swept knob: the share of the variance of the final loss that it explains alone."""
-    shares = dict(list(knob_shares(results).items())[:MOST_ROWS])
+    """A bar for each part of the variance of the final loss: swept knobs, interactions, noise. They add up to 100%."""
+    shares = knob_shares(results)
     if len(results.knobs) < 2 or not shares or len(results.finished) < LEAST_TRIALS:
         return None
     names = knob_names(results.swept)
-    height = ROW_HEIGHT * len(shares)
+    pairs = interaction_shares(results)
+    rows = [(names[path], share, "soft" if path == SEED else "hue0") for path, share in shares.items()]
+    if len(rows) > MOST_ROWS:
+        others = sum(share for _, share, _ in rows[MOST_ROWS - 1 :])
+        rows[MOST_ROWS - 1 :] = [(f"{len(rows) - MOST_ROWS + 1} more knobs", others, "hue0")]
+    rest = "noise" if pairs else "interactions, noise"
+    rows += [("interactions", sum(pairs.values()), "hue3")] if pairs else []
+    rows.append((rest, variance_shares(results).rest, "soft"))
+    height = ROW_HEIGHT * len(rows)
     figure = blank(NARROW, height + BOTTOM)
-    left = name_column(names[path] for path in shares)
+    left = name_column(name for name, *_ in rows)
     rectangle = (left, 0, NARROW - left - 4 * RIGHT, height)
     axes = panel(figure, rectangle, "", "share of the variance of the final loss")
     axes.grid(False)
-    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    for place, (path, share) in enumerate(shares.items()):
-        axes.barh(place, share, 0.56, color=stand_in("soft" if path == SEED else "hue0"))
-        height_share = 1 - (place + 0.5) / len(shares)
-        write(axes, names[path], (0, height_share), (-10, 0), ha="right", va="center")
-        write(axes, f"{share:.0%}", (share, height_share), (7, 0), va="center", color=stand_in("soft"))
+    for place, (name, share, color) in enumerate(rows):
+        axes.barh(place, share, 0.56, color=stand_in(color))
+        height_share = 1 - (place + 0.5) / len(rows)
+        write(axes, name, (0, height_share), (-10, 0), ha="right", va="center")
+        write(axes, f"{share:.1%}", (share, height_share), (7, 0), va="center", color=stand_in("soft"))
+    unknown = [names[path] for path in results.knobs if path not in shares]
+    fitted = "main effects, then interactions of two knobs" if pairs else "main effects"
     caption = (
-        f"The share of the variance of the final loss over {len(results.finished)} finished trials that each knob "
-        "explains alone (omega squared: what chance would explain is taken off); what is missing from 100% is "
-        "interactions and noise."
+        f"Analysis of variance of {len(results.finished)} finished trials by least squares ({fitted}; what chance "
+        "would explain is taken off). The shares add up to 100%"
+        + (f"; {' and '.join(unknown)} cannot be told from noise" if unknown else "")
+        + ("." if pairs else "; the trials are too few to tell interactions from noise.")
+        + (" Noise includes interactions of three and more knobs." if pairs and len(results.knobs) > 2 else "")
     )
     title = "Importance of the knobs"
     return Picture(title, caption, to_svg(figure, "importance-", title), is_wide=False)
@@ -74,10 +85,7 @@ def interaction_shares(results: Results) -> dict[tuple[str, str], float]:
     """The share of variance that each two swept knobs, the seed aside, explain only together, the largest first."""
     if len(results.finished) < LEAST_TRIALS:
         return {}
-    values = {path: [trial.knobs[path] for trial in results.finished] for path in results.knobs}
-    shares = interactions(values, [loss(trial) for trial in results.finished])
-    told = {pair: share for pair, share in shares.items() if math.isfinite(share)}
-    return dict(sorted(told.items(), key=lambda item: -item[1]))
+    return dict(sorted(variance_shares(results).pairs.items(), key=lambda item: -item[1]))
 
 
 def interaction_matrix(results: Results) -> Picture | None:
@@ -143,9 +151,9 @@ def heat_map(results: Results) -> Picture | None:
         _draw_points(axes, results, (across, wide), (up, tall))
         what = "Each point is a finished trial; crosses are trials that diverged"
     share = interaction_shares(results)[pair]
-    caption = f"{what}. Of all pairs of knobs, these two explain most of the variance beyond their sum ({share:.0%})."
+    caption = f"{what}. Of all pairs of knobs, these two explain most of the variance beyond their sum ({share:.1%})."
     if len(results.knobs) == 2:
-        caption = f"{what}. Together the knobs explain {share:.0%} of the variance beyond the sum of each."
+        caption = f"{what}. Together the knobs explain {share:.1%} of the variance beyond the sum of each."
     return Picture(title, caption, to_svg(figure, "map-", title), (key,), is_wide)
 
 
@@ -184,7 +192,7 @@ def _cell(axes: "Axes", place: tuple[int, int], style: dict[str, Any], text: str
 def _draw_cells(axes: "Axes", results: Results, across: tuple[str, Scale], up: tuple[str, Scale], width: float) -> None:
     cells: dict[tuple[int, int], list[TrialResult]] = {}
     for trial in results.trials:
-        cell = (_index(across, trial), _index(up, trial))
+        cell = (across[1].index(trial.knobs[across[0]]), up[1].index(trial.knobs[up[0]]))
         cells.setdefault(cell, []).append(trial)
     for place, trials in cells.items():
         losses = [trial.final_loss for trial in trials if trial.final_loss is not None]
@@ -202,11 +210,6 @@ def _draw_cells(axes: "Axes", results: Results, across: tuple[str, Scale], up: t
         axis.set_ticks(range(len(scale.values)), [value_text(value) for value in scale.values])
     axes.set_xlim(-0.5, len(across[1].values) - 0.5)
     axes.set_ylim(-0.5, len(up[1].values) - 0.5)
-
-
-def _index(knob: tuple[str, Scale], trial: TrialResult) -> int:
-    path, scale = knob
-    return [key_of(value) for value in scale.values].index(key_of(trial.knobs[path]))
 
 
 def _draw_points(axes: "Axes", results: Results, across: tuple[str, Scale], up: tuple[str, Scale]) -> None:

@@ -19,6 +19,7 @@ from rustgpt_jax.sweeps.report.figures.drawing import (
     blank,
     mark,
     panel,
+    show_beyond,
     show_knob,
     show_losses,
     to_svg,
@@ -138,6 +139,12 @@ def _draw_line(axes: "Axes", line: Line, path: str, scale: Scale, is_named: bool
     bounds = np.array([(interval.low, interval.high) for interval in told])
     if is_named and np.isfinite(bounds).any():
         axes.fill_between(places, *bounds.T, color=line.colour, alpha=0.15, linewidth=0)
+        bottom, top = axes.get_ylim()
+        for place, (low, high) in zip(places, bounds, strict=True):
+            if low < bottom:
+                show_beyond(axes, (place, bottom), "v", line.colour)
+            if high > top:
+                show_beyond(axes, (place, top), "^", line.colour)
 
 
 def _draw_crosses(axes: "Axes", lines: Iterable[Line], path: str, scale: Scale) -> None:
@@ -172,7 +179,9 @@ def _caption(results: Results, lines: list[Line], path: str, has_lines: bool, ha
     banded = [n for n in seeds if n >= LEAST_SEEDS]
     if has_bands and banded:
         n = f"{min(banded)} to {max(banded)}" if len(banded) > 1 else str(max(banded))
-        parts.append(f"bands are 95% t intervals over seeds (n = {n}; none for fewer than {LEAST_SEEDS})")
+        parts.append(
+            f"bands are 95% t intervals over seeds (n = {n}; none below {LEAST_SEEDS}; arrows where they go on)"
+        )
     if results.counts.get(DIVERGED):
         parts.append("crosses above are trials that diverged")
     return "; ".join(parts) + "."

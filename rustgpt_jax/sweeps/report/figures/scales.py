@@ -35,10 +35,14 @@ class Scale:
     def place(self, value: Any) -> float:
         """The coordinate of a value. On a scale of ratios, 0 stands one step before the smallest positive value."""
         if not self.is_numeric:
-            return float(self._indices[key_of(value)])
+            return float(self.index(value))
         if not self.is_log:
             return float(value)
         return math.log10(value) if value > 0 else self._place_of_zero
+
+    def index(self, value: Any) -> int:
+        """How many of the values come before this one."""
+        return self._indices[key_of(value)]
 
     @cached_property
     def _indices(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from rustgpt_jax.sweeps.report.figures.drawing import (
     blank,
     name_column,
     panel,
+    show_beyond,
     to_svg,
     write,
 )
@@ -82,7 +83,8 @@ def sensitivity_figure(results: Results) -> Picture | None:
     axes.grid(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlim(0, 1.12 * max(max(row.by_seed) for row in rows))
+    end = 1.12 * max(max(row.by_seed) for row in rows) or 1.0
+    axes.set_xlim(0, end)
     for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
         interval = row.interval
         axes.axhline(place, color=stand_in("grid"), linewidth=1, zorder=0)
@@ -90,11 +92,13 @@ def sensitivity_figure(results: Results) -> Picture | None:
             axes.plot(
                 [max(interval.low, 0), interval.high], [place, place], color=stand_in("hue0"), linewidth=5, alpha=0.3
             )
+            if interval.high > end:
+                show_beyond(axes, (end, place), ">", stand_in("hue0"))
             axes.plot(row.by_seed, [place] * interval.n, "o", color=stand_in("hue0"), markersize=4, alpha=0.6, mew=0)
         axes.plot(interval.mean, place, "o", color=stand_in("hue0"), markersize=8.5, mew=0)
         share = 1 - (place + 0.5) / len(rows)
         write(axes, text, (0, share), (-12, 0), ha="right", va="center")
-        write(axes, f"{interval.mean:.3f}", (1, share), (4, 0), va="center", fontsize=SMALL_FONT_SIZE)
+        write(axes, f"{interval.mean:.3f}", (1, share), (8, 0), va="center", fontsize=SMALL_FONT_SIZE)
     title = f"Sensitivity to the {name}"
     return Picture(title, _caption(results, path, rows), to_svg(figure, "sensitivity-", title))
 
@@ -103,7 +107,9 @@ def _caption(results: Results, path: str, rows: list[Sensitivity]) -> str:
     seeds = {row.interval.n for row in rows}
     n = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds))
     rates = len({trial.knobs[path] for trial in results.trials})
-    spread = f", with a 95% t interval over seeds (n = {n}; small dots)" if max(seeds) > 1 else ""
+    spread = (
+        f", with a 95% t interval over seeds (n = {n}; small dots; an arrow where it goes on)" if max(seeds) > 1 else ""
+    )
     return (
         f"The mean, over the {rates} values of the {knob_names(results.swept)[path]}, of how far the final loss lies "
         f"above the best of them{spread}, a diverged trial counted as the loss at initialisation (arXiv 2309.14322); "
