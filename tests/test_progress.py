@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from rustgpt_jax.runs import progress
 from rustgpt_jax.runs.formatting import byte_size, count, duration
 from rustgpt_jax.runs.progress import Progress
 
@@ -130,6 +131,15 @@ def test_narrow_terminals_lose_the_least_first() -> None:
     assert "━" in last_frame(80, VALUES) and "tokens/s" in last_frame(80, VALUES)
     assert "tokens/s" not in last_frame(60, VALUES) and "left" in last_frame(60, VALUES)
     assert last_frame(40, VALUES).split() == ["pretrain", "200/2000", "loss", "2.3141"]
+
+
+def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seconds = io.StringIO(), iter([0.0, 1.0, 5.0, 9.0, 11.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    with progress.counting(Console(file=out, width=20), "characters encoded") as count_up:
+        for done in (10, 1000, 2000, 3000):
+            count_up(done, 4000)
+    assert out.getvalue() == "characters encoded: 1,000 of 4,000 (25%)\ncharacters encoded: 3,000 of 4,000 (75%)\n"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import small_config
 from tokenizers import Tokenizer
 
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config import DataConfig
-from rustgpt_jax.data import corpora, store
+from rustgpt_jax.data import corpora, prepare, store
 from rustgpt_jax.data.store import build_store, open_store, require_batch
 from rustgpt_jax.data.temporary import temporary_folder
 from rustgpt_jax.errors import UserError
@@ -135,8 +136,47 @@ def test_batches_of_documents_do_not_show(lines: DataConfig, tmp_path: Path, mon
     monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
     parts = build_store(lines, char(), tmp_path / "parts", lambda done, total: calls.append((done, total))).manifest
     assert parts == whole
-    assert len(calls) > 5 and calls[-1] == (len(LINES), len(LINES))
+    n_characters = sum(map(len, LINES))
+    assert len(calls) > 5 and calls[-1] == (n_characters, n_characters)
     assert calls == sorted(calls)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_parts_of_a_long_document_do_not_show(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    novel = "\n\n".join([*LINES, "日本の川。" * 30, "x" * 300, " " * 90]) * 2
+    (tmp_path / "novel.txt").write_text(novel, encoding="utf-8")
+    found = config((str(tmp_path / "novel.txt"),), split="tail")
+    codec = Codec(TOKENIZERS[name](LINES, 300))
+    whole = build_store(found, codec, tmp_path / "whole").manifest
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    assert build_store(found, codec, tmp_path / "parts").manifest == whole
+    assert {split.n_documents for split in whole.splits.values()} == {1}
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from rustgpt_jax.config import DataConfig, TokenizerConfig
+from rustgpt_jax.data import prepare
+from rustgpt_jax.data.store import build_store
+data, folder = DataConfig("files", (sys.argv[1],), None, "tail", 0.1, "all", None), Path(sys.argv[2])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+surveys = {data: prepare.survey_corpus(data)}
+texts = prepare._texts(surveys, "word", None)
+build_store(data, prepare.train_tokenizer(TokenizerConfig("word", None), texts), folder)
+print((peak() - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize("megabytes", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_memory_is_bounded_for_one_long_document(megabytes: int, tmp_path: Path) -> None:
+    """It holds the text a few times, not its tokens: 20 MB took 1,160 MB to train the tokenizer alone."""
+    text = " ".join(LINES) * (megabytes * 10**6 // len(" ".join(LINES)))
+    (tmp_path / "novel.txt").write_text(text)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "novel.txt"), str(tmp_path / "stores")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60 + 6 * megabytes
 
 
 # When it is built.
@@ -350,6 +390,19 @@ def test_a_corpus_too_small_is_refused(text: str, changes: dict[str, Any], messa
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         build_store(config((str(path),), **changes), char(), tmp_path / "stores")
+
+
+def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "train_tokenizer", refuse_to_encode)
+    monkeypatch.setattr(store, "encode_documents", refuse_to_encode)
+    (tmp_path / "one.txt").write_text("One long text. " * 1000)
+    found = config((str(tmp_path / "one.txt"),))
+    whole = small_config(**{"data.corpus": "files", "data.paths": found.paths, "data.valid_fraction": 0.25})
+    for refused in (lambda: build_store(found, char(), tmp_path), lambda: prepare.obtain_tokenizer(whole)):
+        with pytest.raises(UserError, match="the split '(train|valid)' got none: set config.data.split='tail'"):
+            refused()
 
 
 def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:

@@ -85,9 +85,32 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
     assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=any_text | st.text("a1é日 \n\t\r.,'_￭", max_size=40), size=st.integers(1, 9))
+def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, text: str, size: int) -> None:
+    codec = TRAINED[name]
+    parts = list(documents.pieces(text, codec.cuts, size))
+    assert "".join(parts) == text
+    whole = codec.tokenizer.encode(text, add_special_tokens=False).ids
+    assert [token for part in parts for token in codec.tokenizer.encode(part, add_special_tokens=False).ids] == whole
+    cuts = codec.cuts or " \n"
+    learned = [train(name, [*TEXTS, *texts]).written for texts in ([text], documents.pieces(text, cuts, size))]
+    assert learned[0] == learned[1]
+
+
+@pytest.mark.parametrize("letter", ["x", "7", "-", " "])
+def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> None:
+    text = "a b " + letter * 300_000
+    with pytest.raises(UserError, match=r"300,000 characters in a row|300,001 characters in a row"):
+        tokenizers.encode_document(TRAINED["bpe"], corpora.plain("long", text), "all")
+    for name in ("byte", "char"):
+        ids, _ = tokenizers.encode_document(TRAINED[name], corpora.plain("long", text), "all")
+        assert len(ids) == len(text) + 1
+
+
 def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_CHARACTERS", 4)
-    assert list(documents._pieces("one   two three\nfour")) == ["one   two", " three\nfour"]
+    assert list(documents.pieces("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -100,7 +100,12 @@ def fingerprint(document: Document) -> bytes:
 
 def is_validation(document: Document, config: DataConfig) -> bool:
     """Whether split='document' gives a document to validation. Equal contents always go to the same side."""
-    return int.from_bytes(fingerprint(document)[:8], "big") < config.valid_fraction * 2**64
+    return is_validation_fingerprint(fingerprint(document), config)
+
+
+def is_validation_fingerprint(digest: bytes, config: DataConfig) -> bool:
+    """Whether split='document' gives the document with a fingerprint to validation."""
+    return int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
 
 
 def divide(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
@@ -127,9 +132,18 @@ def divide(source: Iterable[Document], config: DataConfig, n_characters: int) ->
         start += length
 
 
-def training_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents of the training split: what a tokenizer may be trained on. Raises UserError as `documents` does."""
-    n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
+def training_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
+    """The documents of the training split: what a tokenizer may be trained on.
+
+    Args:
+      config: the corpus.
+      n_characters: the length of the corpus, if it is known; else split='tail' reads it to find out.
+
+    Raises:
+      UserError: as `documents` does.
+    """
+    if n_characters is None:
+        n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
     return (document for split, document in divide(documents(config), config, n_characters) if split == "train")
 
 

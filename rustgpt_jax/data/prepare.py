@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config import Config, Stage, stages
+from rustgpt_jax.config import Config, DataConfig, Stage, stages
 from rustgpt_jax.data.corpora import file_digests, training_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
-from rustgpt_jax.data.store import Store, build_store, require_batch
+from rustgpt_jax.data.store import Store, Survey, build_store, require_batch, survey_corpus
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import Codec, load_tokenizer, train_tokenizer
+from rustgpt_jax.tokenizers import Codec, load_tokenizer, pieces, train_tokenizer
+from rustgpt_jax.tokenizers.codec import CUTS_OF_BYTE_PAIRS, CUTS_OF_WORDS
 
 StoreProgress = Callable[[int, int | None], None]
 
@@ -49,13 +50,36 @@ class StageData:
         return evaluation_batches(stream, self.window, config.training.batch_size, limit, rows)
 
 
-def obtain_tokenizer(config: Config, file: Path | None = None) -> Codec:
-    """The tokenizer in `file` if there is one, else one trained on the training documents of all stages."""
+def obtain_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
+    """The tokenizer in `file` if there is one, else one trained on the training documents of all stages.
+
+    Args:
+      config: the config of the run.
+      file: where the run's tokenizer is, if it has one already.
+      progress: called with the number of characters read so far and of all, where one is trained.
+
+    Raises:
+      UserError: for a file that is no tokenizer, for text that cannot be read, divided or learned from.
+    """
     if file is not None and file.exists():
         return load_tokenizer(file)
     corpora = dict.fromkeys(stage.config.data for stage in stages(config))
-    texts = (turn.text for data in corpora for document in training_documents(data) for turn in document.turns)
-    return train_tokenizer(config.tokenizer, texts)
+    surveys = {data: survey_corpus(data) for data in corpora}
+    return train_tokenizer(config.tokenizer, _texts(surveys, config.tokenizer.name, progress))
+
+
+def _texts(surveys: dict[DataConfig, Survey], kind: str, progress: StoreProgress | None) -> Iterator[str]:
+    """The training text of some corpora, in parts that a tokenizer of a kind learns the same from as from the whole."""
+    cuts = CUTS_OF_BYTE_PAIRS if kind == "bpe" else CUTS_OF_WORDS
+    done, total = 0, sum(survey.n_characters for survey in surveys.values())
+    for data, survey in surveys.items():
+        for document in training_documents(data, survey.n_characters):
+            for turn in document.turns:
+                for piece in pieces(turn.text, cuts):
+                    yield piece
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done, total)
 
 
 def with_vocabulary(config: Config, tokenizer: Codec) -> Config:

@@ -12,15 +12,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rustgpt_jax.cache import REMEDY
 from rustgpt_jax.config import DataConfig
-from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint
+from rustgpt_jax.data.corpora import Document, divide, documents, fingerprint, is_validation_fingerprint, plain
 from rustgpt_jax.data.stream import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
 from rustgpt_jax.data.temporary import LOCK, temporary_folder
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents
+from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents, pieces
 
 FORMAT_VERSION = 1
 # Counts changes in how the documents of imported tokenizers are marked off.
@@ -113,8 +113,8 @@ def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """What the first reading of a corpus tells."""
+class Survey:
+    """Counts of a corpus and the SHA-256 of its documents, from reading it once."""
 
     n_documents: int
     n_dialogues: int
@@ -132,13 +132,11 @@ def build_store(
     """The store of a corpus under `root`: the one that is there already, or a new one.
 
     The documents are read twice, to name the store and to encode them, and never held all at once. `progress` is
-    called with the number of documents encoded so far and of all. What killed builds left under `root` is removed.
+    called with the number of characters encoded so far and of all. What killed builds left under `root` is removed.
     Raises UserError when the corpus is empty, when a split that is to have a share of it gets no document, and when
     nothing can be written under `root`.
     """
-    survey = _survey(documents(config))
-    if not survey.n_documents:
-        raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
+    survey = survey_corpus(config)
     root = Path(root)
     folder = root / _key(config, tokenizer, survey)
     store = _existing(folder)
@@ -153,13 +151,25 @@ def build_store(
         raise UserError(f"{root}: the token store cannot be written ({error.strerror}). {REMEDY}") from error
 
 
-def _survey(source: Iterable[Document]) -> _Survey:
-    digest, n_documents, n_dialogues, n_characters = hashlib.sha256(), 0, 0, 0
-    for document in _hashed(source, digest):
+def survey_corpus(config: DataConfig) -> Survey:
+    """Read a corpus once, without encoding anything.
+
+    Raises:
+      UserError: for a corpus without text, or one in which a split that is to have a share gets no document.
+    """
+    digest, n_documents, n_dialogues, n_characters, n_valid = hashlib.sha256(), 0, 0, 0, 0
+    for document in documents(config):
+        mark = fingerprint(document)
+        digest.update(mark)
         n_documents += 1
         n_dialogues += document.is_dialogue
         n_characters += len(document.text)
-    return _Survey(n_documents, n_dialogues, n_characters, digest.hexdigest())
+        n_valid += is_validation_fingerprint(mark, config)
+    if not n_documents:
+        raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
+    if config.split == "document":
+        _require_documents(config, n_documents, {"train": n_documents - n_valid, "valid": n_valid})
+    return Survey(n_documents, n_dialogues, n_characters, digest.hexdigest())
 
 
 def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
@@ -168,7 +178,7 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
         yield document
 
 
-def _key(config: DataConfig, tokenizer: Codec, survey: _Survey) -> str:
+def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_on]
     parts = [FORMAT_VERSION, survey.source, _tokenizer_hash(tokenizer), *knobs]
     if tokenizer.dialect is not None:
@@ -206,7 +216,7 @@ def _publish(temporary: Path, folder: Path) -> Store:
 def _write_splits(
     config: DataConfig,
     tokenizer: Codec,
-    survey: _Survey,
+    survey: Survey,
     folder: Path,
     progress: Progress | None,
     shard_tokens: int,
@@ -214,20 +224,23 @@ def _write_splits(
     unknown_id = tokenizer.token_to_id(UNKNOWN)
     writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
-    for batch in _batches(divide(_hashed(documents(config), digest), config, survey.n_characters)):
-        encoded = encode_documents(tokenizer, [document for _, document in batch], config.loss_on)
-        for (split, document), (ids, weights) in zip(batch, encoded, strict=True):
-            n_unknown = int((ids == unknown_id).sum())
-            writers[split].append(ids, weights, n_unknown, _learned_bytes(document, config.loss_on))
+    for batch in _batches(_parts(divide(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)):
+        encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_on)
+        for part, (ids, weights) in zip(batch, encoded, strict=True):
+            counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_on)
+            if part.is_first:
+                writers[part.split].append(ids, weights, *counts)
+            else:
+                writers[part.split].extend(ids[1:], weights[1:], *counts)
+            done += len(part.document.text)
         for writer in writers.values():
             writer.flush()
-        done += len(batch)
         if progress is not None:
-            progress(done, survey.n_documents)
+            progress(done, survey.n_characters)
     if digest.hexdigest() != survey.source:
         raise UserError(f"config.data.corpus={config.corpus!r} changed while it was being read; start again.")
     splits = {name: writer.close() for name, writer in writers.items()}
-    _require_documents(config, survey, splits)
+    _require_documents(config, survey.n_documents, {name: split.n_documents for name, split in splits.items()})
     return splits
 
 
@@ -235,12 +248,30 @@ def _dtype(tokenizer: Codec) -> str:
     return "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
 
 
-def _batches(source: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    batch: list[tuple[str, Document]] = []
-    size = 0
+class _Part(NamedTuple):
+    """A document of a split, or one of the parts in which a long one is encoded."""
+
+    split: str
+    document: Document
+    is_first: bool
+
+
+def _parts(source: Iterable[tuple[str, Document]], tokenizer: Codec) -> Iterator[_Part]:
+    """Documents, long plain texts in parts, so that no more than a part is held with its tokens."""
     for split, document in source:
-        batch.append((split, document))
-        size += len(document.text)
+        if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.dialect is not None:
+            yield _Part(split, document, is_first=True)
+            continue
+        for number, text in enumerate(pieces(document.text, tokenizer.cuts, BATCH_CHARACTERS)):
+            yield _Part(split, plain(document.name, text), number == 0)
+
+
+def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    size = 0
+    for part in source:
+        batch.append(part)
+        size += len(part.document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -252,17 +283,17 @@ def _learned_bytes(document: Document, loss_on: str) -> int:
     return sum(len(turn.text.encode()) for turn in document.turns if loss_on == "all" or turn.is_learned_as_answer)
 
 
-def _require_documents(config: DataConfig, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
-    for name, split in splits.items():
-        if not split.n_documents and (name == "train" or config.valid_fraction > 0):
+def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str, int]) -> None:
+    for name, number in of_split.items():
+        if not number and (name == "train" or config.valid_fraction > 0):
             raise UserError(
-                f"The corpus has {survey.n_documents} document(s) and the split {name!r} got none: set "
+                f"The corpus has {n_documents} document(s) and the split {name!r} got none: set "
                 "config.data.split='tail' to cut the whole text in two, another config.data.valid_fraction, or "
                 "config.data.valid_fraction=0 for no validation."
             )
 
 
-def _write_manifest(folder: Path, tokenizer: Codec, survey: _Survey, splits: dict[str, SplitManifest]) -> None:
+def _write_manifest(folder: Path, tokenizer: Codec, survey: Survey, splits: dict[str, SplitManifest]) -> None:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=survey.source,

@@ -125,15 +125,16 @@ class SplitWriter:
         self._n_tokens = self._n_weighted = self._n_unknown = self._learned_bytes = 0
 
     def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, learned_bytes: int) -> None:
-        """Take the next document, with the tokens that begin and end it."""
+        """Take the next document, with the tokens that begin and end it, or its first part."""
         if self._first is None and len(ids):
             self._first = ids[:1], weights[:1]
         self._offsets.append(self._n_tokens)
+        self.extend(ids, weights, n_unknown, learned_bytes)
+
+    def extend(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int = 0, learned_bytes: int = 0) -> None:
+        """Take the next part of the latest document."""
         self._n_unknown += n_unknown
         self._learned_bytes += learned_bytes
-        self._extend(ids, weights)
-
-    def _extend(self, ids: np.ndarray, weights: np.ndarray) -> None:
         self._pending.append((ids, weights))
         self._n_tokens += len(ids)
         self._n_weighted += int(weights.sum())
@@ -154,7 +155,7 @@ class SplitWriter:
         # The first token, which nothing precedes, is learned as the last one.
         n_learned = self._n_weighted
         if self._first is not None:
-            self._extend(*self._first)
+            self.extend(*self._first)
         self.flush()
         np.save(self._offsets_path, np.array(self._offsets, np.int64))
         if self._n_weighted == self._n_tokens:

@@ -161,8 +161,28 @@ def waiting(console: Console, what: str) -> Iterator[None]:
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal for work that tells, by calling what this gives, how much of how much is done."""
+    """Show how much of how much is done, as told by calls of what this gives.
+
+    On a terminal this is a bar; elsewhere a line every few seconds, and none for work that takes less.
+    """
+    if not console.is_terminal:
+        yield _Lines(console, what)
+        return
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with RichProgress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None, visible=False)
         yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+class _Lines:
+    """Prints how much of how much is done, not too often."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what, self._printed = console, what, time.monotonic()
+
+    def __call__(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            share = f" of {total:,} ({done / total:.0%})" if total else ""
+            self._console.print(f"{self._what}: {done:,}{share}", highlight=False, soft_wrap=True)

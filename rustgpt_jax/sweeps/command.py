@@ -46,7 +46,7 @@ def run_sweep(
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
-    with counting(console, "documents encoded") as progress, waiting(console, "reading the data"):
+    with counting(console, "characters read and encoded") as progress, waiting(console, "reading the data"):
         shelf = Shelf(progress=progress)
         if isinstance(spec, TreeParzen):
             _check_points(trials, shelf)

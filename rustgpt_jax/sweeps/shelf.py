@@ -30,7 +30,7 @@ class Shelf:
         key = _tokenizer_key(config)
         if key not in self._tokenizers:
             file = self._folder / f"{key}.json" if self._folder else None
-            self._tokenizers[key] = obtain_tokenizer(config, file)
+            self._tokenizers[key] = obtain_tokenizer(config, file, self._progress)
             if file is not None and not file.exists():
                 save_tokenizer(self._tokenizers[key], file)
         return self._tokenizers[key]

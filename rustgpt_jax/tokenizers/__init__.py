@@ -17,7 +17,7 @@ from rustgpt_jax.tokenizers.codec import (
     special_id,
 )
 from rustgpt_jax.tokenizers.dialect import Dialect
-from rustgpt_jax.tokenizers.documents import encode_document, encode_documents, encode_prompt
+from rustgpt_jax.tokenizers.documents import encode_document, encode_documents, encode_prompt, pieces
 from rustgpt_jax.tokenizers.kinds import IMPORTED, TOKENIZERS, train_tokenizer
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "encode_documents",
     "encode_prompt",
     "load_tokenizer",
+    "pieces",
     "save_tokenizer",
     "special_id",
     "train_tokenizer",

@@ -25,6 +25,10 @@ UNKNOWN = "<unk>"
 # Far more than any tokenizer has. The library takes time and memory for each id below the largest.
 MOST_TOKENS = 2**24
 
+# The characters that begin a word, or are left out between two, whatever comes before them.
+CUTS_OF_WORDS = " "
+CUTS_OF_BYTE_PAIRS = " \n"
+
 SPECIAL_TOKENS = (END, SYSTEM, USER, ASSISTANT)
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
@@ -48,6 +52,14 @@ class Codec:
         """All that its tokens depend on, as JSON."""
         dialect = {} if self.dialect is None else {"dialect": dataclasses.asdict(self.dialect)}
         return self.tokenizer.to_str() + (json.dumps(dialect) if dialect else "")
+
+    @cached_property
+    def cuts(self) -> str | None:
+        """Where a text may be cut if this tokenizer was trained here: before these characters; None for anywhere."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        if model["type"] != "BPE":
+            return CUTS_OF_WORDS
+        return CUTS_OF_BYTE_PAIRS if model["merges"] else None
 
     @cached_property
     def template_reader(self) -> Tokenizer:

@@ -7,15 +7,21 @@ In another model's dialect a document is what that model's tokenizer makes of a 
 after it, and a dialogue is what its chat template writes, with the model's end after an answer that nothing ends.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from rustgpt_jax.data.corpora import Document, Turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.codec import ASSISTANT, ROLE_TOKENS, Codec, encode, refusals, special_id
+from rustgpt_jax.tokenizers.codec import ASSISTANT, CUTS_OF_BYTE_PAIRS, ROLE_TOKENS, Codec, encode, refusals, special_id
 from rustgpt_jax.tokenizers.dialect import Dialect, rendered, renderings
 
+# Byte pairs take time that grows with the square of a word's length.
+LONGEST_WORD = 2**16
+# What byte-level tokenizers take for one word at most: letters, digits, marks or blanks.
+_WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+")
 # For the tokenizers trained here a text is encoded in pieces of about this many characters, which threads share ...
 PIECE_CHARACTERS = 2**14
 # ... and about this many characters at a time, because the library spends over 100 bytes on a token until it is read.
@@ -168,10 +174,10 @@ def _is_open(text: str, answer: str, ends: np.ndarray, is_stop: np.ndarray) -> b
 
 def _encode_texts(codec: Codec, texts: Sequence[str]) -> list[np.ndarray]:
     # Another model's tokenizer may do something at the beginning of a text that it must not do at that of a piece.
-    cut = _pieces if codec.dialect is None else _whole
-    pieces = [(index, piece) for index, text in enumerate(texts) for piece in cut(text)]
+    cut = partial(pieces, cuts=codec.cuts) if codec.dialect is None else _whole
+    cut_texts = [(index, piece) for index, text in enumerate(texts) for piece in cut(text)]
     parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in texts]
-    for group in _groups(pieces):
+    for group in _groups(cut_texts):
         with refusals():
             encodings = codec.tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
         for (index, _), encoding in zip(group, encodings, strict=True):
@@ -183,22 +189,43 @@ def _whole(text: str) -> Iterator[str]:
     yield text
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Consecutive parts of a text; their encodings by a tokenizer trained here are, joined, that of the whole."""
+def pieces(text: str, cuts: str | None, size: int | None = None) -> Iterator[str]:
+    """Consecutive parts of a text whose encodings, joined, are that of the whole.
+
+    Args:
+      text: the text.
+      cuts: the characters before which it may be cut where something visible is before them; None for anywhere.
+      size: about how many characters a part is to have, PIECE_CHARACTERS unless it is given.
+
+    Raises:
+      UserError: for a text that has too long a run of characters that are merged as one word.
+    """
+    size = size or PIECE_CHARACTERS
     start = 0
     while start < len(text):
-        stop = _safe_cut(text, start + PIECE_CHARACTERS)
-        yield text[start:stop]
+        stop = min(start + size, len(text)) if cuts is None else _safe_cut(text, start + size, cuts)
+        piece = text[start:stop]
+        if cuts == CUTS_OF_BYTE_PAIRS and len(piece) > size + LONGEST_WORD:
+            _check_words(piece)
+        yield piece
         start = stop
 
 
-def _safe_cut(text: str, start: int) -> int:
+def _safe_cut(text: str, start: int, cuts: str) -> int:
     # No tokenizer that is trained here looks past a single blank, or has a token that goes on from a visible character
     # to a blank. Those of other models may, so their texts are not cut.
-    stop = text.find(" ", start)
-    while stop != -1 and text[stop - 1].isspace():
-        stop = text.find(" ", stop + 1)
-    return len(text) if stop == -1 else stop
+    found = re.compile(rf"(?<=\S)[{cuts}]").search(text, start)
+    return found.start() if found else len(text)
+
+
+def _check_words(text: str) -> None:
+    for found in _WORD.finditer(text):
+        if found.end() - found.start() > LONGEST_WORD:
+            raise UserError(
+                f"The text has {found.end() - found.start():,} characters in a row, {found[0][:20]!r} and so on, that "
+                f"byte pairs take for one word; they read words of {LONGEST_WORD:,} characters. Break the text into "
+                "words or lines, or set config.tokenizer.name='byte'."
+            )
 
 
 def _groups(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

@@ -25,7 +25,7 @@ from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.laps import Laps
-from rustgpt_jax.runs.progress import Progress, counting, waiting
+from rustgpt_jax.runs.progress import Progress, counting
 from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
@@ -83,10 +83,10 @@ def _records(path: Path, config: Config, origins: Mapping[str, str]) -> Abstract
 
 def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
     """What a run reads; a tokenizer that its folder has stays as it is. Raises UserError for text that will not do."""
-    with waiting(console, "training the tokenizer"):
-        tokenizer = obtain_tokenizer(config, tokenizer_file)
+    with counting(console, "characters read to train the tokenizer") as progress:
+        tokenizer = obtain_tokenizer(config, tokenizer_file, progress)
     whole = with_vocabulary(config, tokenizer)
-    with counting(console, "documents encoded") as progress:
+    with counting(console, "characters encoded") as progress:
         data = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]
     return Material(config, whole, tokenizer, data)
 
