@@ -3,6 +3,7 @@
 A verb and flags in, one function called. JAX is imported by the verbs that need it, so help answers at once.
 """
 
+import dataclasses
 import difflib
 import gc
 import os
@@ -78,6 +79,9 @@ flags.DEFINE_multi_string(
     "module_path", [], "A folder in which parts named by an import path are looked for. May be repeated."
 )
 flags.DEFINE_bool("trust", False, "For rerun and diff: run the code that a run's folder keeps, whoever wrote it.")
+flags.DEFINE_integer(
+    "num_samples", 1, "For generate: texts for each prompt, with the seed sampling.seed and those after it.", 1, LARGEST
+)
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
 OVERVIEW = """\
@@ -91,7 +95,7 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     explain   --config=FILE | RUN            each knob with its value and origin, shapes, FLOPs and memory
     plan      --config=FILE --devices=N --chip=NAME   whether it fits so many h100, v5p, .., and how fast it could be
     evaluate  RUN                            loss, perplexity, bits per byte; answers right, for dialogues
-    generate  RUN --prompt=TEXT ...          continue texts, or answer questions
+    generate  RUN --prompt=TEXT ...          continue texts, or answer questions, --num_samples=N times each
     chat      RUN                            talk to the model
     replay    RUN --step=K [--taps]          one step again, bit for bit; with taps, what every layer did in it
     rerun     RUN [--to=DIR] [--trust]       the whole run again, from its folder alone, and whether it is the same
@@ -282,10 +286,16 @@ def generate() -> int:
     trained = _trained()
     writer, sampling = trained.writer.laid_out(form(trained.config.sampling)), trained.config.sampling
     for prompt in FLAGS.prompt or [""]:
-        print(prompt, end="\n" if writer.is_dialogue else "")
-        for piece in write_as_it_comes(writer, writer.prompt(prompt), sampling):
-            print(printable(piece), end="", flush=True)
-        print("\n")
+        for sample in range(FLAGS.num_samples):
+            # The seed is said rather than derived, so that any sample can be drawn again alone.
+            drawn = dataclasses.replace(sampling, seed=(sampling.seed + sample) % 2**32)
+            notes = list[str]()
+            print(prompt, end="\n" if writer.is_dialogue else "")
+            for piece in write_as_it_comes(writer, writer.prompt(prompt), drawn, notes.append):
+                print(printable(piece), end="", flush=True)
+            print("\n", flush=True)
+            for note in notes:
+                print(note, file=sys.stderr)
     return 0
 
 
@@ -405,7 +415,7 @@ VERBS = {
     "explain": Verb(explain, ("config", "run")),
     "plan": Verb(plan, ("config", "run", "devices", "chip")),
     "evaluate": Verb(evaluate, ("run", "checkpoint")),
-    "generate": Verb(generate, ("run", "checkpoint", "prompt")),
+    "generate": Verb(generate, ("run", "checkpoint", "prompt", "num_samples")),
     "chat": Verb(chat, ("run", "checkpoint")),
     "replay": Verb(replay, ("run", "step", "taps")),
     "rerun": Verb(rerun, ("run", "to", "trust")),

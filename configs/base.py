@@ -311,6 +311,8 @@ def get_config() -> ConfigDict:
     config.sampling.min_p = 0.0
     # Divide the logits of tokens seen so far by this (arXiv 1909.05858). 1: no penalty.
     config.sampling.repetition_penalty = 1.0
+    # A text that fills the model's context ends there (stop), or goes on from the last half of it (slide).
+    config.sampling.past_context = "stop"
     # Earlier exchanges that a question in a chat comes with. None: as many as the context holds.
     config.sampling.memory = None
     # Type in which the weights of linear layers are read, token by token: bfloat16, or int8 with a scale for each

@@ -269,6 +269,7 @@ class SamplingConfig:
     top_p: float = knob(low=0.0, high=1.0)
     min_p: float = knob(low=0.0, high=1.0)
     repetition_penalty: float = knob(low=1.0)
+    past_context: str = knob(choices=("stop", "slide"))
     memory: int | None = knob(low=0)
     weights: str | None = knob(choices=("bfloat16", "int8"))
     kernel: str = knob(choices=("plain", "native"))

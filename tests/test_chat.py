@@ -93,13 +93,17 @@ Script = Callable[..., list[Asked]]
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Puts fixed pieces, or an interrupt, in the place of what the model writes; gives what is asked of it."""
 
-    def put(*pieces: str, then: type[BaseException] | None = None) -> list[Asked]:
+    def put(*pieces: str, then: type[BaseException] | None = None, note: str | None = None) -> list[Asked]:
         asked: list[Asked] = []
 
-        def written(writer: Writer, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[str]:
+        def written(
+            writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object]
+        ) -> Iterator[str]:
             del writer
             asked.append(Asked(prompt, sampling))
             yield from pieces
+            if note is not None:
+                says(note)
             if then:
                 raise then
 
@@ -289,6 +293,7 @@ VALUES = {
     "min_p": 0.1,
     "repetition_penalty": 1.5,
     "max_tokens": 3,
+    "past_context": "slide",
     "memory": 1,
     "weights": "int8",
     "kernel": "native",
@@ -385,6 +390,14 @@ def test_an_interrupt_stops_the_reply_and_keeps_what_was_written(script: Script)
     session.run(lines_then(["Why?"]))
     assert session.conversation == dialogue("Why?", "It is")
     assert session.screen.text == "It is\n\n"
+
+
+def test_a_reply_that_the_context_ends_says_so(script: Script) -> None:
+    script("It is", note="The text ends here.")
+    session = Held()
+    session.run(lines_then(["Why?"]))
+    assert "It is\n(The text ends here.)\n" in session.screen.text
+    assert session.conversation == dialogue("Why?", "It is")
 
 
 def test_an_interrupt_before_the_first_word_leaves_no_turn(script: Script) -> None:

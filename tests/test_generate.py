@@ -13,7 +13,16 @@ from tokenizers import Tokenizer
 
 from rustgpt_jax.config import ModelConfig, SamplingConfig, TokenizerConfig
 from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.decoding.generate import begin, bucket, drawn_tokens, extend, generate, prefill, stop_tokens
+from rustgpt_jax.decoding.generate import (
+    begin,
+    bucket,
+    drawn_tokens,
+    extend,
+    generate,
+    generate_as_it_comes,
+    prefill,
+    stop_tokens,
+)
 from rustgpt_jax.decoding.samplers import from_config
 from rustgpt_jax.decoding.text import Writer, write, write_as_it_comes
 from rustgpt_jax.errors import UserError
@@ -93,6 +102,61 @@ def test_a_full_context_ends_a_row_and_no_other() -> None:
     prompts = [PROMPTS[0], [*PROMPTS[2], *PROMPTS[2]], [5] * (CONTEXT - 1), PROMPTS[1]]
     assert drawn(prompts, GREEDY, max_tokens=36) == [naive(prompt, 36) for prompt in prompts]
     assert [len(tokens) for tokens in drawn(prompts, max_tokens=36)] == [36, 12, 1, 36]
+
+
+def naive_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
+    """`naive`, which goes on from the last half of a full context."""
+    window, drawn = list(prompt), list[int]()
+    while len(drawn) < max_tokens:
+        if len(window) >= CONTEXT:
+            window = window[-(CONTEXT // 2) :]
+        new = naive(window, max_tokens - len(drawn), name)
+        window, drawn = window + new, drawn + new
+    return drawn
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_may_slide_past_the_context(name: str) -> None:
+    prompts = [PROMPTS[0], [5] * (CONTEXT - 1), [*range(61)]]
+    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": 70, "slides": True}
+    expected = [naive_slide(prompt, 70, name) for prompt in prompts]
+    assert generate(PARAMS[name], prompts, MODELS[name], **options) == expected
+
+
+def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None:
+    options: dict[str, Any] = {"samplers": WARM, "key": jax.random.key(3), "max_tokens": 90, "slides": True}
+    together = generate(PARAMS["rope"], PROMPTS, MODEL, **options)
+    alone = generate(PARAMS["rope"], PROMPTS[:1], MODEL, **options)[0]
+    assert alone == together[0] and len(alone) == 90
+    stops = [alone[80]]
+    end = alone.index(stops[0])
+    stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stops=stops)
+    assert stopped[0] == alone[:end]
+    looks = list(generate_as_it_comes(PARAMS["rope"], PROMPTS[0], MODEL, **options, stops=stops, tokens_per_look=8))
+    assert looks[-1] == (alone[:end], "stop")
+    assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in looks[:-1])
+    # Tokens after the context was read anew are not drawn with the keys of those before.
+    assert alone[CONTEXT // 2 :][:20] != alone[CONTEXT:][:20]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "slides", "ending"), [(5, False, "max_tokens"), (99, False, "context"), (99, True, "max_tokens")]
+)
+def test_what_ended_a_text_is_said(max_tokens: int, slides: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slides else "stop")
+    _, found = writer("byte")
+    said = list[str]()
+    prompt = found.prompt("rain")
+    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slides": slides}
+    looks = generate_as_it_comes(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_look=8)
+    assert [last for _, last in looks][-1] == ending
+    monkeypatch.setattr(Writer, "stops", [])
+    text = "".join(write_as_it_comes(found, prompt, sampling, said.append))
+    assert text == write(found, [prompt], sampling)[0]
+    assert len(said) == (ending == "context")
+    if said:
+        room = TEXT_MODEL.context_length - len(prompt)
+        assert said[0].startswith(f"The text ends after {room} of 99 tokens, for the model's context of 64 is full")
 
 
 @pytest.mark.parametrize("samplers", [GREEDY, WARM])

@@ -387,6 +387,20 @@ def test_a_run_goes_on_with_a_prompt_in_the_same_way_each_time(straight: Path) -
     assert len(first.strip()) > len("The sun")
     # The only evaluation was at the end.
     assert text("--checkpoint=best") == first
+    # Each sample is that of a seed of its own.
+    second = text("--config.sampling.seed=1")
+    assert second != first
+    assert text("--num_samples=2") == first + second
+
+
+@pytest.mark.slow
+def test_a_text_that_the_context_ends_says_so(straight: Path) -> None:
+    asked = ["--prompt=The sun", "--config.sampling.max_tokens=300", "--config.sampling.temperature=1e-30"]
+    told = launch("generate", f"--run={straight}", *asked, cwd=straight.parent)
+    assert "tokens, for the model's context of" in told.stderr
+    slid = launch("generate", f"--run={straight}", *asked, "--config.sampling.past_context=slide", cwd=straight.parent)
+    assert slid.stdout.startswith(told.stdout.rstrip("\n")) and len(slid.stdout) > len(told.stdout)
+    assert "context" not in slid.stderr
 
 
 # Signals.

@@ -153,6 +153,7 @@ OTHER: dict[str, Any] = {
     "sampling.top_p": 0.5,
     "sampling.min_p": 0.5,
     "sampling.repetition_penalty": 2.0,
+    "sampling.past_context": "slide",
     "sampling.memory": 3,
     "sampling.weights": "int8",
     "sampling.kernel": "native",

@@ -171,11 +171,16 @@ compiled_draw = jax.jit(draw)
 
 
 @settings(max_examples=50)
-@given(logits_BV=some_logits, seen_BV=some_seen, penalty=st.sampled_from([1.0, 1.5]))
-def test_a_temperature_of_0_takes_the_likeliest_token_whatever_else_is_asked(
-    logits_BV: np.ndarray, seen_BV: np.ndarray, penalty: float
+@given(
+    logits_BV=some_logits,
+    seen_BV=some_seen,
+    penalty=st.sampled_from([1.0, 1.5]),
+    temperature=st.sampled_from([0.0, 5e-324, 1e-46, 1e-40, 1e-30, 9e-6]),
+)
+def test_a_temperature_near_0_takes_the_likeliest_token_whatever_else_is_asked(
+    logits_BV: np.ndarray, seen_BV: np.ndarray, penalty: float, temperature: float
 ) -> None:
-    greedy = sampling(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5, repetition_penalty=penalty)
+    greedy = sampling(temperature=temperature, top_k=3, top_p=0.5, min_p=0.5, repetition_penalty=penalty)
     chain = from_config(greedy)
     keys_B = jax.random.split(jax.random.key(0), 2)
     penalized_BV = expected_through({"repetition_penalty": penalty}, logits_BV, seen_BV)

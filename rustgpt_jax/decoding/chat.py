@@ -18,7 +18,7 @@ from rich.segment import Segment, Segments
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import SamplingConfig
 from rustgpt_jax.data.corpora import Document, Turn
-from rustgpt_jax.decoding.samplers import SAMPLERS
+from rustgpt_jax.decoding.samplers import SAMPLERS, is_greedy
 from rustgpt_jax.decoding.text import Writer, write_as_it_comes
 from rustgpt_jax.decoding.weights import Form, form
 from rustgpt_jax.errors import UserError, suggestion
@@ -143,11 +143,13 @@ class Session:
     def _write(self, prompt: Sequence[int]) -> str:
         """What the model writes, shown as it comes, until it ends or Ctrl-C is pressed."""
         sampling = dataclasses.replace(self.sampling, seed=self.conversation.reply_seed(self.sampling.seed))
-        reply = ""
+        reply, notes = "", list[str]()
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in write_as_it_comes(self._fast_writer(), prompt, sampling):
+            for piece in write_as_it_comes(self._fast_writer(), prompt, sampling, notes.append):
                 reply += piece
                 self.show(piece)
+        for note in notes:
+            self.note(f"\n({note})")
         return reply
 
     def _fast_writer(self) -> Writer:
@@ -241,8 +243,9 @@ def chat(writer: Writer, sampling: SamplingConfig, console: Console, title: str)
 
 def in_words(sampling: SamplingConfig) -> str:
     """How replies are drawn: what the samplers do, the most tokens, and the seed."""
-    way = f"temperature {sampling.temperature:g}" if sampling.temperature else "the likeliest token each time"
-    names = [name for name in SAMPLERS if name != "temperature"] if sampling.temperature else ["repetition_penalty"]
+    greedy = is_greedy(sampling)
+    way = "the likeliest token each time" if greedy else f"temperature {sampling.temperature:g}"
+    names = ["repetition_penalty"] if greedy else [name for name in SAMPLERS if name != "temperature"]
     values = [(name, getattr(sampling, name)) for name in names]
     others = [f"{name} {value:g}" for name, value in values if value != SAMPLERS[name][0]]
     return ", ".join([way, *others, f"up to {sampling.max_tokens} tokens, seed {sampling.seed}"])

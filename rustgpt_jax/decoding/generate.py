@@ -4,9 +4,9 @@ A token depends on the parameters, its row's prompt, the samplers and key, and i
 loop is cut into calls. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from rustgpt_jax.model.layout import laid_out
 from rustgpt_jax.model.mixers.window import quickly_read
 
 SMALLEST_BUCKET = 16
+
+# What ended a text: a token that ends texts, the number of tokens asked for, or a full context.
+Ending = Literal["stop", "max_tokens", "context"]
 
 
 class Generation(NamedTuple):
@@ -167,14 +170,74 @@ def generate(
     key: jax.Array,
     max_tokens: int,
     stops: Sequence[int] = (),
+    slides: bool = False,
 ) -> list[list[int]]:
     """The tokens drawn after each prompt, without the stop token that ended them.
 
+    A full context ends a text, unless it `slides`: then its last half is read anew, from position 0, and continued.
     Raises UserError for an empty prompt, or one that leaves no room in the model's context.
     """
-    generation = begin(params, prompts, model, max_tokens)
-    generation = extend(params, generation, np.int32(max_tokens), samplers, key, stop_tokens(stops), model=model)
-    return drawn_tokens(generation, [len(prompt) for prompt in prompts], stops)
+    windows = [_slid(prompt, model) if slides else list(prompt) for prompt in prompts]
+    drawn: list[list[int]] = [[] for _ in prompts]
+    unfinished, turn = set(range(len(prompts))), 0
+    while unfinished:
+        left = max_tokens - min(len(drawn[row]) for row in unfinished)
+        generation = begin(params, windows, model, left)
+        turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
+        generation = extend(params, generation, np.int32(left), samplers, turn_key, stop_tokens(stops), model=model)
+        new = drawn_tokens(generation, [len(window) for window in windows], stops)
+        lengths_B = jax.device_get(generation.lengths_B)
+        for row in sorted(unfinished):
+            is_stopped = lengths_B[row] > len(windows[row]) + len(new[row])
+            drawn[row] += new[row][: max_tokens - len(drawn[row])]
+            if is_stopped or not slides or len(drawn[row]) == max_tokens:
+                unfinished.discard(row)
+            windows[row] = _slid([*windows[row], *new[row]], model)
+        turn += 1
+    return drawn
+
+
+def generate_as_it_comes(
+    params: transformer.Params,
+    prompt: Sequence[int],
+    model: ModelConfig,
+    *,
+    samplers: tuple[Sampler, ...],
+    key: jax.Array,
+    max_tokens: int,
+    stops: Sequence[int] = (),
+    slides: bool = False,
+    tokens_per_look: int,
+) -> Iterator[tuple[list[int], Ending | None]]:
+    """The tokens that `generate` draws after one prompt: all so far, each time there are more, and what ended them."""
+    window, drawn, turn = _slid(prompt, model) if slides else list(prompt), list[int](), 0
+    while True:
+        generation = begin(params, [window], model, max_tokens - len(drawn))
+        turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
+        room = min(max_tokens - len(drawn), model.context_length - len(window))
+        new: list[int] = []
+        for place in range(0, room, tokens_per_look):
+            count = np.int32(min(tokens_per_look, room - place))
+            generation = extend(params, generation, count, samplers, turn_key, stop_tokens(stops), model=model)
+            new = drawn_tokens(generation, [len(window)], stops)[0]
+            ending: Ending | None = None
+            if int(generation.lengths_B[0]) > len(window) + len(new):
+                ending = "stop"
+            elif len(drawn) + len(new) == max_tokens:
+                ending = "max_tokens"
+            elif len(new) == room and not slides:
+                ending = "context"
+            yield [*drawn, *new], ending
+            if ending is not None:
+                return
+        drawn += new
+        window = _slid([*window, *new], model)
+        turn += 1
+
+
+def _slid(window: Sequence[int], model: ModelConfig) -> list[int]:
+    """The tokens to go on from: all of them, or the last half of a full context."""
+    return list(window if len(window) < model.context_length else window[-(model.context_length // 2) :])
 
 
 def stop_tokens(stops: Sequence[int]) -> np.ndarray:

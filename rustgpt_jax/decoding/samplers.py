@@ -103,6 +103,8 @@ class RepetitionPenalty:
         return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
+LEAST_TEMPERATURE = 1e-5
+
 # In the order in which `from_config` applies them: a name in `config.sampling`, its neutral value, its sampler.
 SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
     "repetition_penalty": (1.0, RepetitionPenalty),
@@ -114,15 +116,20 @@ SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
 
 
 def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
-    """The samplers that `config.sampling` asks for; a temperature of 0 is greedy."""
+    """The samplers that `config.sampling` asks for; a temperature of 0, or hardly more, is greedy."""
     asked = {
         name: getattr(sampling, name) for name, (neutral, _) in SAMPLERS.items() if getattr(sampling, name) != neutral
     }
-    is_greedy = asked.get("temperature") == 0
-    if is_greedy:
+    greedy = is_greedy(sampling)
+    if greedy:
         asked = {name: number for name, number in asked.items() if name == "repetition_penalty"}
     chain = tuple(SAMPLERS[name][1](np.float32(number)) for name, number in asked.items())
-    return (*chain, Greedy()) if is_greedy else chain
+    return (*chain, Greedy()) if greedy else chain
+
+
+def is_greedy(sampling: SamplingConfig) -> bool:
+    """Whether the likeliest token is taken each time: logits divided by less would be infinite."""
+    return sampling.temperature < LEAST_TEMPERATURE
 
 
 def draw(keys_B: jax.Array, logits_BV: jax.Array, seen_BV: jax.Array, samplers: tuple[Sampler, ...]) -> jax.Array:

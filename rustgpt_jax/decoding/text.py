@@ -1,15 +1,14 @@
 """From text to text: prompts are encoded, drawn tokens are decoded, whole or as they come."""
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from rustgpt_jax.config import ModelConfig, SamplingConfig, for_inference
 from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.decoding.generate import begin, drawn_tokens, extend, generate, stop_tokens
+from rustgpt_jax.decoding.generate import generate, generate_as_it_comes
 from rustgpt_jax.decoding.samplers import from_config
 from rustgpt_jax.decoding.weights import Form, for_decoding
 from rustgpt_jax.model.transformer import Params
@@ -52,34 +51,42 @@ class Writer(NamedTuple):
 
 def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
     """What the model writes after each prompt (of tokens), as one batch."""
-    drawn = generate(
-        writer.params,
-        prompts,
-        writer.model,
-        samplers=from_config(sampling),
-        key=jax.random.key(sampling.seed),
-        max_tokens=sampling.max_tokens,
-        stops=writer.stops,
-    )
+    drawn = generate(writer.params, prompts, writer.model, **_drawing(writer, sampling))
     return [writer.written(prompt, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
 
 
-def write_as_it_comes(writer: Writer, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[str]:
-    """The same text as `write` gives for the one prompt, in pieces, each as soon as it is known."""
-    samplers, key, stops = from_config(sampling), jax.random.key(sampling.seed), stop_tokens(writer.stops)
-    generation = begin(writer.params, [prompt], writer.model, sampling.max_tokens)
+def write_as_it_comes(
+    writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object] = lambda _: None
+) -> Iterator[str]:
+    """The same text as `write` gives for the one prompt, in pieces, each as soon as it is known.
+
+    `says` is told if the text ends because the context is full.
+    """
+    looks = generate_as_it_comes(
+        writer.params, prompt, writer.model, **_drawing(writer, sampling), tokens_per_look=TOKENS_PER_LOOK
+    )
     shown = ""
-    for drawn in range(0, sampling.max_tokens, TOKENS_PER_LOOK):
-        count = np.int32(min(TOKENS_PER_LOOK, sampling.max_tokens - drawn))
-        generation = extend(writer.params, generation, count, samplers, key, stops, model=writer.model)
-        is_done = bool(generation.is_done_B[0]) or drawn + TOKENS_PER_LOOK >= sampling.max_tokens
-        tokens = drawn_tokens(generation, [len(prompt)], writer.stops)[0]
-        known = writer.written(prompt, tokens) if is_done else _settled(writer, prompt, tokens)
+    for tokens, ending in looks:
+        known = _settled(writer, prompt, tokens) if ending is None else writer.written(prompt, tokens)
         if known.startswith(shown):
             yield known[len(shown) :]
             shown = known
-        if is_done:
-            return
+        if ending == "context":
+            says(
+                f"The text ends after {len(tokens)} of {sampling.max_tokens} tokens, for the model's context of "
+                f"{writer.model.context_length} is full; --config.sampling.past_context=slide goes on."
+            )
+
+
+def _drawing(writer: Writer, sampling: SamplingConfig) -> dict[str, Any]:
+    """How tokens are drawn, as arguments of `generate`."""
+    return {
+        "samplers": from_config(sampling),
+        "key": jax.random.key(sampling.seed),
+        "max_tokens": sampling.max_tokens,
+        "stops": writer.stops,
+        "slides": sampling.past_context == "slide",
+    }
 
 
 def _settled(writer: Writer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
