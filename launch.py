@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from rustgpt_jax.allocation import keep_freed_memory
 from rustgpt_jax.cache import cache_limit
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, is_out_of_memory, suggestion
 
 # Imports and tracing make many objects that stay: Python's collector need not look through them all the time.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
@@ -78,6 +78,7 @@ flags.DEFINE_list("only", [], "For check: the names of the checks to make, inste
 flags.DEFINE_multi_string(
     "module_path", [], "A folder in which parts named by an import path are looked for. May be repeated."
 )
+flags.DEFINE_bool("allow_oversubscription", False, "Go on where the memory cannot hold what is to be computed.")
 flags.DEFINE_bool("trust", False, "For rerun and diff: run the code that a run's folder keeps, whoever wrote it.")
 flags.DEFINE_integer(
     "num_samples", 1, "For generate: texts for each prompt, with the seed sampling.seed and those after it.", 1, LARGEST
@@ -114,6 +115,7 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
     train --profile=START:STOP traces these steps (docs/performance.md)
     sweep takes --sweep=NAME, --launcher=inline|processes|slurm, --mode=auto|fused|exact|solo, --dry_run
+    --allow_oversubscription goes on where train, sweep, evaluate, generate or chat cannot fit the memory
     --module_path=DIR adds a folder in which parts of your own are looked for; --trust runs the code that a run's folder
     keeps where it is not the code installed here (docs/security.md)
     --checkpoint=best reads the checkpoint of the lowest validation loss instead of the last, a number that of a step
@@ -154,7 +156,7 @@ def train() -> int:
             from rustgpt_jax.interop.taking import begin_from
 
             begin_from(FLAGS.init_from, folder, config, origins, console.print)
-        status = train(config, folder, origins, console, FLAGS.patience, FLAGS.profile)
+        status = train(config, folder, origins, console, FLAGS.patience, FLAGS.profile, FLAGS.allow_oversubscription)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status
@@ -203,7 +205,9 @@ def sweep() -> int:
     from rustgpt_jax.sweeps.sweep import About, Settings
 
     settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
-    command = Command(About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run)
+    command = Command(
+        About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run, FLAGS.allow_oversubscription
+    )
     name = "_".join([Path(FLAGS.config).stem, *says.__name__.split("_", 1)[1:]])
     return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, PlainTextConsole())
 
@@ -273,7 +277,7 @@ def evaluate() -> int:
     from rustgpt_jax.evaluation.report import evaluate_run
     from rustgpt_jax.runs.console import PlainTextConsole
 
-    evaluate_run(_trained(), PlainTextConsole())
+    evaluate_run(_trained(), PlainTextConsole(), FLAGS.allow_oversubscription)
     return 0
 
 
@@ -407,16 +411,32 @@ VERBS = {
             "process",
             "patience",
             "profile",
+            "allow_oversubscription",
         ),
         0,
     ),
-    "sweep": Verb(sweep, ("config", "run", "sweep", "launcher", "mode", "width", "workers", "slurm", "dry_run"), 0),
+    "sweep": Verb(
+        sweep,
+        (
+            "config",
+            "run",
+            "sweep",
+            "launcher",
+            "mode",
+            "width",
+            "workers",
+            "slurm",
+            "dry_run",
+            "allow_oversubscription",
+        ),
+        0,
+    ),
     "report": Verb(report, ("run",)),
     "explain": Verb(explain, ("config", "run")),
     "plan": Verb(plan, ("config", "run", "devices", "chip")),
-    "evaluate": Verb(evaluate, ("run", "checkpoint")),
-    "generate": Verb(generate, ("run", "checkpoint", "prompt", "num_samples")),
-    "chat": Verb(chat, ("run", "checkpoint")),
+    "evaluate": Verb(evaluate, ("run", "checkpoint", "allow_oversubscription")),
+    "generate": Verb(generate, ("run", "checkpoint", "prompt", "num_samples", "allow_oversubscription")),
+    "chat": Verb(chat, ("run", "checkpoint", "allow_oversubscription")),
     "replay": Verb(replay, ("run", "step", "taps")),
     "rerun": Verb(rerun, ("run", "to", "trust")),
     "diff": Verb(diff, ("trust",), 2),
@@ -513,7 +533,8 @@ def _trained() -> Any:
     from rustgpt_jax.training.trained import load
 
     keep_compiled_programs()
-    return load(folder, FLAGS.checkpoint).with_config(config)
+    trained = load(folder, FLAGS.checkpoint, is_oversubscribed=FLAGS.allow_oversubscription)
+    return trained.with_config(config)
 
 
 def _compute_as(run: Path) -> None:
@@ -533,6 +554,17 @@ def _run_folder() -> Path:
     if FLAGS.run is None:
         raise UserError("Which run? Give its folder, which `train` wrote, such as runs/rustgpt.")
     return Path(FLAGS.run)
+
+
+def _exhausted() -> str:
+    """What to say where an allocation has failed."""
+    from rustgpt_jax.training.memory import exhausted
+
+    try:
+        return exhausted(_resolved(_config()[0]))
+    # There may be no config, or no memory to count with.
+    except Exception:
+        return exhausted(None)
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -603,6 +635,10 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(_exhausted())
     return 0
 
 

@@ -1,11 +1,14 @@
 """How a user's mistake is answered: one sentence that says what, where, and the nearest right answer."""
 
 import difflib
+import errno
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 MOST_CHARACTERS = 560
+# How XLA and C++ say that an allocation failed.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "bad_alloc")
 
 
 class UserError(Exception):
@@ -16,6 +19,15 @@ class UserError(Exception):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(_shortened(_on_one_line(sentence)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that an allocation failed, on the host or on a device."""
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+        return True
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY)
 
 
 def _on_one_line(text: str) -> str:

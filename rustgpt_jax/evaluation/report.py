@@ -11,14 +11,19 @@ from rustgpt_jax.decoding.text import Writer
 from rustgpt_jax.decoding.weights import form
 from rustgpt_jax.evaluation.answers import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.parallel.machine import used_machine
+from rustgpt_jax.training.memory import check_inference_memory
 from rustgpt_jax.training.trained import Trained
 
 
-def evaluate_run(trained: Trained, console: Console) -> None:
+def evaluate_run(trained: Trained, console: Console, is_oversubscribed: bool = False) -> None:
     """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues.
 
     Where weights of a narrower type are read in decoding, a line more says what the model loses by it.
     """
+    for config in (stage.config for stage in stages(trained.config)):
+        rows = config.training.batch_size // config.training.accumulation
+        check_inference_memory(config, used_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
     reader = trained.writer.laid_out(form(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)

@@ -1,7 +1,10 @@
 """What a sweep is planned for: the devices here, their free memory and their speed, without starting JAX on a CPU."""
 
+import contextlib
 import os
 import re
+import resource
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +15,8 @@ from rustgpt_jax.parallel.devices import device_peak_flops
 
 # What Linux says of main memory.
 MEMORY = Path("/proc/meminfo")
+# In a container, the root of its control group is that of the process.
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin", "libtpu")
 
 
@@ -30,7 +35,14 @@ def this_machine() -> Machine:
     if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
         n_devices = _told_to_xla() or cores()
         return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)
+    return used_machine()
+
+
+def used_machine() -> Machine:
+    """The machine as JAX has its devices in this process; those of a CPU share its memory. JAX is started."""
     devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return Machine("cpu", len(devices), free_memory() / len(devices), 0.0)
     return Machine(devices[0].platform, len(devices), device_memory(devices[0]), device_peak_flops())
 
 
@@ -63,8 +75,30 @@ def device_memory(device: jax.Device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that processes could still be given; where the system is not Linux, all there are."""
+    """Bytes of main memory that this process could still be given, by the system, its control group and its limits.
+
+    Where the system is not Linux, all there are.
+    """
     if not MEMORY.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fields = dict(line.split(":") for line in MEMORY.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return max(0, min(int(fields["MemAvailable"].split()[0]) * 1024, _left_in_group(), _left_in_address_space()))
+
+
+def _left_in_group() -> int:
+    """Bytes that the control group of this process, as of a container or a cluster's job, may still take."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = ((CONTROL_GROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        # Files that are kept in memory give way.
+        kept = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
+        return int(limit) - int(used) + (int(kept[1]) if kept else 0)
+    return sys.maxsize
+
+
+def _left_in_address_space() -> int:
+    """Bytes that `ulimit -v` lets this process still map."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    return limit - pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
 """The command `sweep`: from what was said on the command line to a finished sweep and its report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.space import Overrides, SuccessiveHalving, TreeParzen
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, check_settings, open_sweep
-from rustgpt_jax.sweeps.trials import Trial
+from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.training.memory import check_training_memory
 from rustgpt_jax.training.parts import check_parts
 
 Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
@@ -30,6 +31,7 @@ class Command:
     about: About
     settings: Settings
     dry_run: bool
+    is_oversubscribed: bool = False
 
 
 def run_sweep(
@@ -46,6 +48,8 @@ def run_sweep(
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
+    if not (command.dry_run or command.is_oversubscribed or command.settings.launcher == "slurm"):
+        _check_memory(trials, isinstance(spec, TreeParzen))
     with counting(console, "characters read and encoded") as progress, waiting(console, "reading the data"):
         shelf = Shelf(progress=progress)
         if isinstance(spec, TreeParzen):
@@ -82,6 +86,25 @@ def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
         except UserError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
+    """Raises UserError for a trial that cannot fit the memory of this machine even if it is alone there.
+
+    Of the points of a search, some may: these trials fail.
+    """
+    machine = this_machine()
+    if machine.platform == "cpu":
+        machine = replace(machine, n_devices=1, memory=machine.n_devices * machine.memory)
+    errors = []
+    for trial in trials:
+        mesh = {axis: max(1, size) for axis, size in asdict(trial.config.mesh).items()}
+        try:
+            check_training_memory(trial.config, machine, mesh)
+        except UserError as error:
+            errors.append(UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}"))
+    if errors and not (is_search and len(errors) < len(trials)):
+        raise errors[0]
 
 
 def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:

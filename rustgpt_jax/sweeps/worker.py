@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from rustgpt_jax.errors import is_out_of_memory
 from rustgpt_jax.parallel.placement import on_devices
 from rustgpt_jax.runs.folder import InUse, load_config, load_origins
 from rustgpt_jax.sweeps.folder import SweepFolder
@@ -24,6 +25,7 @@ from rustgpt_jax.sweeps.ledger import Ledger
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.training.lanes import Solo, Together, train_lanes
+from rustgpt_jax.training.memory import exhausted
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
 
@@ -116,6 +118,8 @@ class Worker:
 
     def _failed(self, trial: str, error: Exception) -> None:
         sentence = " ".join(str(error).split()) or type(error).__name__
+        if is_out_of_memory(error):
+            sentence = f"{exhausted(load_config(self._folder.trial(trial).path))} ({sentence})"
         self._ledger.append(trial, "failed", error=sentence, traceback="".join(traceback.format_exception(error)))
 
 

@@ -17,6 +17,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.selfcheck import check_kernels
 from rustgpt_jax.parallel.endings import MISTAKE, Patience
+from rustgpt_jax.parallel.machine import used_machine
 from rustgpt_jax.parallel.mesh import in_words
 from rustgpt_jax.parallel.placement import all_devices, check_memories
 from rustgpt_jax.parallel.processes import Votes, first_alone, is_first
@@ -30,10 +31,14 @@ from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material
+from rustgpt_jax.training.memory import check_training_memory
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.profile import Profile, span
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
+
+# Blocks that are compiled one by one from which on that takes long.
+MANY_BLOCKS = 200
 
 
 def train(
@@ -43,6 +48,7 @@ def train(
     console: Console,
     patience: float = math.inf,
     profile: str | None = None,
+    is_oversubscribed: bool = False,
 ) -> int:
     """Train the run of a config in a folder, from its last sound checkpoint if it has one.
 
@@ -51,7 +57,8 @@ def train(
     end, if loss or gradient ceased to be finite.
 
     Where several processes train the run, all call this; a process that waits for the others for more than `patience`
-    seconds ends. `profile`, START:STOP, has these steps traced into the folder.
+    seconds ends. `profile`, START:STOP, has these steps traced into the folder. A run that cannot fit the memory is
+    refused, unless `is_oversubscribed`.
     """
     laps = Laps("Python and packages")
     check(path, config)
@@ -60,10 +67,13 @@ def train(
     remember_code()
     placement = all_devices(config.mesh)
     check_memories(config)
+    check_training_memory(config, used_machine(), placement.sizes, is_oversubscribed)
     again = "The same command goes on from the last checkpoint."
     with _records(path, config, origins) as folder:
         with first_alone("data"):
             material = gather(config, RunFolder(folder).tokenizer_file, console)
+        # Now with the vocabulary.
+        check_training_memory(material.whole, used_machine(), placement.sizes, is_oversubscribed)
         material.check(RunFolder(folder), placement.n_devices)
         laps.lap("the data")
         traced = None if profile is None else Profile(span(profile, material.total_steps), path / "profile")
@@ -100,7 +110,7 @@ def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Lap
             progress.message(f"{path} is complete: {total_steps} steps. There is nothing to do.")
             return 0
         progress.message(_headline(run, path))
-        for sentence in _attention(run):
+        for sentence in (*_compile_time(run), *_attention(run)):
             progress.message(sentence)
         laps.lap("the folder")
         lanes = Solo(run)
@@ -178,6 +188,19 @@ def _writing(run: Run) -> Iterator[None]:
         kept = run.checkpoints.written()
         left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint"
         raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error
+
+
+def _compile_time(run: Run) -> list[str]:
+    """A warning where so many blocks are compiled one by one that the compilation takes long."""
+    model = run.material.whole.model
+    repeats, left = divmod(model.n_layers, model.period)
+    n_blocks = model.n_layers if model.layers == "unrolled" else left + (model.period if repeats else 0)
+    if n_blocks <= MANY_BLOCKS:
+        return []
+    how = f"config.model.layers={model.layers!r}, and a pattern of {model.period}"
+    return [
+        f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({how}); 'scanned' compiles few."
+    ]
 
 
 def _attention(run: Run) -> list[str]:

@@ -1,15 +1,49 @@
 """What a training step holds in memory, counted from shapes alone, before anything is compiled."""
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import Config, is_on, split, with_values
+from rustgpt_jax.config import Config, is_on, split, stages, with_values
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.model.cost import Shapes, parameter_shapes, total_bytes
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.cost import Shapes, parameter_shapes, total_bytes, total_size
+from rustgpt_jax.model.transformer import init_cache
+from rustgpt_jax.parallel.machine import Machine
+from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.objective import objective, token_sums
 from rustgpt_jax.training.step import as_arguments, start
+
+# Shapes are traced with at most so many layers: more of them need the same for each.
+MOST_TRACED = 64
+# Bytes of a batch for each token in it.
+BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in ("int32",) * 5)))
+# An estimate of activations may be too high by so much, as tests/test_memory.py allows.
+ACTIVATIONS_SHARE = 0.5
+# What is below this share of the memory by a generous bound is not counted exactly.
+EASY_SHARE = 0.25
+# The knobs that decide how much each part takes.
+LARGE = ("model.n_layers", "model.d_model", "model.vocab_size")
+KNOBS = {
+    "parameters": LARGE,
+    "optimizer state": LARGE,
+    "gradients": LARGE,
+    "activations": (
+        "training.batch_size",
+        "model.context_length",
+        "model.n_layers",
+        "model.d_model",
+        "model.vocab_size",
+    ),
+    "batches": ("training.batch_size", "training.steps_per_call", "model.context_length"),
+    "logits": ("training.batch_size", "model.context_length", "model.vocab_size"),
+    "KV cache": ("model.context_length", "model.n_layers"),
+}
+MODEL = ("parameters", "optimizer state", "gradients")
 
 
 def state_shapes(config: Config) -> Shapes:
@@ -72,3 +106,161 @@ def _kept_bytes(config: Config, window: int) -> int:
     shapes = parameter_shapes(config.model)
     kept = jax.eval_shape(backward, shapes, batch_shapes(rows, window))
     return max(0, total_bytes(kept) - total_bytes(shapes))
+
+
+# Whether there is enough of it.
+
+
+def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, int], is_allowed: bool = False) -> None:
+    """Raises UserError if a training step cannot fit the memory, unless the user `is_allowed` to go on anyway.
+
+    Nothing is allocated or compiled. A vocabulary that is not known is not counted, and of activations only half of
+    the estimate: what is refused does not fit.
+
+    Args:
+        config: The config of a run.
+        machine: The devices of this process and the memory of each.
+        mesh: The sizes of the axes of the mesh; {} for one device.
+        is_allowed: Whether nothing is to be refused.
+    """
+    for stage in {} if is_allowed else dict.fromkeys(stage.config for stage in stages(config)):
+        if _bound(stage) > EASY_SHARE * machine.memory:
+            _check("A training step", _on_each(training_needs(stage), mesh), stage, machine)
+
+
+def _on_each(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, float]:
+    """What each device of a mesh needs: all its axes but `data` share the model, and all share the rest."""
+    n_devices = math.prod(mesh.values())
+    return {
+        name: size / (n_devices // mesh.get("data", 1) if name in MODEL else n_devices) for name, size in needs.items()
+    }
+
+
+def training_needs(config: Config) -> dict[str, float]:
+    """Bytes that a training step needs on all devices together, by what they are for."""
+    config, window = _with_vocabulary(config), _window(config)
+
+    def needs(config: Config) -> dict[str, float]:
+        parameters = total_bytes(parameter_shapes(config.model))
+        state = total_bytes(state_shapes(config)) - parameters
+        return {
+            "parameters": parameters,
+            "optimizer state": 0 if config.optimizer.offload else state,
+            "gradients": parameters,
+            "activations": ACTIVATIONS_SHARE * residual_bytes(config, window),
+        }
+
+    training = config.training
+    batches = BATCH_BYTES * training.batch_size * window * training.steps_per_call
+    return _for_all_layers(needs, config) | {"batches": batches}
+
+
+def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_allowed: bool = False) -> None:
+    """Raises UserError if a model and the logits or the cache of some rows cannot fit, unless that `is_allowed`.
+
+    Args:
+        config: A config with its vocabulary.
+        machine: The devices of this process, which share the model, and the memory of each.
+        n_rows: Rows of which logits are computed at once; 0 for generation, which has the cache of one row.
+        is_allowed: Whether nothing is to be refused.
+    """
+    if is_allowed:
+        return
+    window = _window(config)
+
+    def needs(config: Config) -> dict[str, float]:
+        found: dict[str, float] = {"parameters": total_bytes(parameter_shapes(config.model))}
+        if not n_rows:
+            length = config.model.context_length
+            found["KV cache"] = total_bytes(jax.eval_shape(lambda: init_cache(config.model, 1, length)))
+        return found
+
+    config = _with_vocabulary(config)
+    found = _for_all_layers(needs, config)
+    if n_rows:
+        chunk = min(window, config.training.loss_chunk or window)
+        found["logits"] = 4 * n_rows * chunk * (config.model.vocab_size or 1)
+        found["batches"] = BATCH_BYTES * config.training.batch_size * window
+    found = {name: size / (machine.n_devices if name == "parameters" else 1) for name, size in found.items()}
+    _check("Evaluation" if n_rows else "Generation", found, config, machine)
+
+
+def exhausted(config: Config | None) -> str:
+    """A sentence for an allocation that failed: the largest consumers of memory, and the knobs that help."""
+    said = "There is not enough memory: an allocation failed."
+    if config is None:
+        return f"{said} A smaller model or a shorter context needs less; so do other processes that end."
+    needs = training_needs(config)
+    return f"{said} A training step of this config needs about {_in_words(needs)}. {_remedy(needs, config)}"
+
+
+def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machine) -> None:
+    needed = sum(needs.values())
+    if needed > machine.memory:
+        sizes = f"at least {byte_size(needed)} of memory, and {byte_size(machine.memory)} are there"
+        device = f" on each of {machine.n_devices} devices" if machine.n_devices > 1 else ""
+        raise UserError(
+            f"{what} needs {sizes}{device}: {_in_words(needs)}. {_remedy(needs, config)} "
+            "--allow_oversubscription goes on anyway."
+        )
+
+
+def _in_words(needs: Mapping[str, float]) -> str:
+    largest = sorted(needs.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{byte_size(size)} for {name}" for name, size in largest if size)
+
+
+def _remedy(needs: Mapping[str, float], config: Config) -> str:
+    """The knobs that decide what takes most."""
+    part = max(needs, key=lambda name: needs[name])
+    knobs = list(KNOBS[part])
+    if "moe" in config.model.feedforwards and part in (*MODEL, "activations"):
+        knobs.append("model.n_experts")
+    found = sorted(((knob, _value(config, knob) or 0) for knob in knobs), key=lambda item: -item[1])
+    values = ", ".join(f"config.{knob}={value}" for knob, value in found if value)
+    more = {
+        "activations": "; training.accumulation, training.loss_chunk and model.remat trade time for it",
+        "optimizer state": "; config.mesh.fsdp shares it among devices",
+        "parameters": "; config.mesh.fsdp shares them among devices",
+    }
+    return f"Lower what decides that: {values}{more.get(part, '')}."
+
+
+def _value(config: Config, knob: str) -> Any:
+    group, name = knob.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def _window(config: Config) -> int:
+    return config.data.window or config.model.context_length
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """The config with a vocabulary, which may be the smallest that it can turn out to have."""
+    size = config.model.vocab_size or config.tokenizer.vocab_size or 1
+    return with_values(config, {"model.vocab_size": size})
+
+
+def _bound(config: Config) -> float:
+    """More bytes than a training step of usual parts needs, from its parameters and its tokens."""
+    config, window = _with_vocabulary(config), _window(config)
+    model, training = config.model, config.training
+    parameters = _for_all_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)[
+        "all"
+    ]
+    per_layer = parameters / model.n_layers / model.d_model + 16 * model.d_model + model.n_heads * window
+    per_token = 64 * model.n_layers * per_layer + 16 * (model.vocab_size or 1) + BATCH_BYTES * training.steps_per_call
+    return 32 * parameters + training.batch_size * window * per_token
+
+
+def _for_all_layers(needs: Callable[[Config], dict[str, float]], config: Config) -> dict[str, float]:
+    """What `needs` gives for a config, of which few layers are traced: each repeat of the pattern needs the same."""
+    model = dataclasses.replace(config.model, layers="scanned")
+    config = dataclasses.replace(config, model=model)
+    period = model.period
+    least = math.ceil(MOST_TRACED / period) * period
+    if model.n_layers <= 2 * least:
+        return needs(config)
+    few, twice = (needs(with_values(config, {"model.n_layers": count})) for count in (least, 2 * least))
+    times = (model.n_layers - least) / least
+    return {name: few[name] + times * (twice[name] - few[name]) for name in few}

@@ -15,10 +15,12 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.parallel.machine import used_machine
 from rustgpt_jax.parallel.placement import over_local_devices
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.tokenizers import Codec, load_tokenizer
 from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.memory import check_inference_memory
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import as_arguments, compiled_start
 
@@ -46,10 +48,13 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def load(path: Path, which: str = "last", says: Callable[[str], object] = warn) -> Trained:
+def load(
+    path: Path, which: str = "last", says: Callable[[str], object] = warn, is_oversubscribed: bool = False
+) -> Trained:
     """The `last` or the `best` checkpoint of a run, or the one before it if that is damaged, which is said.
 
-    Raises UserError if the folder has no run, or the run no sound checkpoint yet.
+    Raises UserError if the folder has no run, or the run no sound checkpoint yet, or if the model and the cache of one
+    row cannot fit the memory, unless `is_oversubscribed`.
     """
     stored = load_config(path)
     run = RunFolder(path)
@@ -57,6 +62,7 @@ def load(path: Path, which: str = "last", says: Callable[[str], object] = warn) 
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
     tokenizer = load_tokenizer(run.tokenizer_file)
     config = with_vocabulary(stored, tokenizer)
+    check_inference_memory(config, used_machine(), n_rows=0, is_allowed=is_oversubscribed)
     if run.is_untrained:
         shapes = over_local_devices().like(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0

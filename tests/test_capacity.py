@@ -1,0 +1,196 @@
+"""What cannot fit the memory is refused in a sentence before anything is allocated; what fails all the same is told."""
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_config
+from rich.console import Console
+from small_runs import ROOT, run_config
+
+from rustgpt_jax.errors import UserError, is_out_of_memory
+from rustgpt_jax.parallel import machine as machines
+from rustgpt_jax.parallel.machine import Machine, free_memory, used_machine
+from rustgpt_jax.sweeps import command as sweep_command
+from rustgpt_jax.sweeps.trials import expand
+from rustgpt_jax.training import loop, memory
+from rustgpt_jax.training.memory import check_inference_memory, check_training_memory, exhausted, training_needs
+
+GIGABYTE = 10**9
+SMALL = Machine("cpu", 1, 8 * GIGABYTE, 0.0)
+HUGE = {
+    "layers": {"model.n_layers": 1_000_000},
+    "unrolled layers": {"model.n_layers": 1_000_000, "model.layers": "unrolled"},
+    "all layers": {"model.n_layers": 2**31 - 1},
+    "width": {"model.d_model": 1_000_000},
+    "vocabulary": {"model.vocab_size": 100_000_000},
+    "experts": {"model.n_experts": 1_000_000, "model.feedforwards": ("moe",)},
+    "batch": {"training.batch_size": 1_000_000},
+    "call": {"training.steps_per_call": 2**31 - 1},
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_what_cannot_be_trained_is_refused_with_its_knob(name: str) -> None:
+    config = small_config(**HUGE[name])
+    with pytest.raises(UserError) as caught:
+        check_training_memory(config, SMALL, {})
+    said = str(caught.value)
+    (knob, value), *_ = HUGE[name].items()
+    assert said.startswith("A training step needs at least ") and "and 8 GB are there: " in said
+    assert f"config.{knob}={value}" in said and said.endswith("--allow_oversubscription goes on anyway.")
+    check_training_memory(config, SMALL, {}, is_allowed=True)
+
+
+def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "training_needs", lambda config: pytest.fail("it was counted"))
+    check_training_memory(small_config(), SMALL, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.mixers": ("attention", "rg_lru", "deltanet")},
+        {"model.feedforwards": ("moe",), "model.n_experts": 16},
+        {"model.layers": "unrolled", "training.batch_size": 64},
+        {"model.context_length": 512, "training.accumulation": 2},
+    ],
+)
+def test_the_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
+    """So that no config is let through uncounted which the estimate would refuse."""
+    config = small_config(**changes)
+    assert memory._bound(config) > sum(training_needs(config).values())
+
+
+def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = {"model.mixers": ("attention", "local_attention")}
+    monkeypatch.setattr(memory, "MOST_TRACED", 6)
+    config = small_config(**patterns, **{"model.n_layers": 25})
+    few = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scanned"))
+    counted = training_needs(few)
+    exactly = {"parameters": memory.total_bytes(memory.parameter_shapes(few.model))}
+    # The layer that is left over is of the pattern's first kind.
+    assert counted["parameters"] == pytest.approx(exactly["parameters"], rel=0.01)
+
+
+def test_a_mesh_shares_the_model_by_all_its_axes_but_data() -> None:
+    config = small_config(**{"model.d_model": 8192, "model.vocab_size": 1000})
+    with pytest.raises(UserError, match="on each of 8 devices"):
+        check_training_memory(config, dataclasses.replace(SMALL, n_devices=8), {"data": 8})
+    check_training_memory(config, dataclasses.replace(SMALL, n_devices=8), {"data": 1, "fsdp": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_rows", "part"),
+    [
+        ({"model.n_layers": 1_000_000}, 0, "parameters"),
+        ({"model.vocab_size": 100_000_000}, 0, "parameters"),
+        ({"model.context_length": 100_000_000}, 0, "KV cache"),
+        ({"training.batch_size": 1_000_000, "model.vocab_size": 500}, 1_000_000, "logits"),
+    ],
+)
+def test_what_cannot_be_evaluated_or_generated_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:
+    config = small_config(**changes)
+    with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are there: \S+ \S+ for {part}"):
+        check_inference_memory(config, SMALL, n_rows)
+    check_inference_memory(config, SMALL, n_rows, is_allowed=True)
+
+
+def test_train_refuses_before_it_makes_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="A training step needs at least"):
+        loop.train(run_config(**{"model.n_layers": 1_000_000}), tmp_path / "run", {}, Console(file=StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
+    from conftest import small_tree
+
+    trials = expand(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
+    with pytest.raises(UserError, match="The trial model.d_model=1000000 cannot be: A training step needs at least"):
+        sweep_command._check_memory(trials)
+
+
+def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
+    class Run:
+        class material:
+            whole = small_config(**{"model.n_layers": 300, "model.layers": "unrolled"})
+
+    assert "300 blocks are compiled one by one" in loop._compile_time(Run())[0]  # type: ignore[arg-type]
+    Run.material.whole = small_config(**{"model.n_layers": 300})
+    assert loop._compile_time(Run()) == []  # type: ignore[arg-type]
+
+
+# How much there is.
+
+
+def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = free_memory()
+    group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": "anon 5\ninactive_file 50000\n"}
+    for name, text in group.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machines, "CONTROL_GROUP", tmp_path)
+    assert free_memory() == 750_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert 0.5 * before < free_memory() < 2 * before
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
+    assert free_memory() == 0
+    assert used_machine().platform == "cpu"
+
+
+# What fails all the same.
+
+
+class JaxRuntimeError(RuntimeError):
+    """As jaxlib has it."""
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."), True),
+        (JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 8 bytes."), True),
+        (JaxRuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (caused(KeyError("x"), MemoryError()), True),
+        (JaxRuntimeError("INTERNAL: something else"), False),
+        (ValueError("Out of memory"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_an_allocation_that_failed_is_known(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) == is_one
+
+
+def test_what_takes_most_is_told_when_an_allocation_failed() -> None:
+    said = exhausted(small_config(**{"model.vocab_size": 100_000_000}))
+    assert "an allocation failed" in said and "config.model.vocab_size=100000000" in said and " GB for " in said
+    assert exhausted(None)
+
+
+def test_an_allocation_that_fails_ends_in_a_sentence(tmp_path: Path) -> None:
+    """In an address space of 8 GB, with a step that the user wants in spite of what is said."""
+    knobs = ["--config.model.d_model=8192", "--config.model.n_layers=12", "--allow_oversubscription"]
+    launch = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", "--run=run"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 8388608; exec "$@"', "bash", *launch, *knobs],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: There is not enough memory") and "config.model.d_model=8192" in last
