@@ -460,6 +460,9 @@ _overrides: list[tuple[str, str]] = []
 def _parse(argv: Sequence[str]) -> list[str]:
     """Let absl parse its flags, and keep `--config.x.y` aside: its paths and types are the schema's to check."""
     others: list[str] = []
+    for word in argv[1:]:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            _fail(f"The argument {ascii(word)[1:-1]} is not UTF-8.")
     words = iter(argv[1:])
     for word in words:
         if word.lstrip("-").startswith("config.") and word.startswith("-"):
@@ -595,6 +598,16 @@ def _check_usage(verb: str) -> None:
         FLAGS.run = _arguments[0]
 
 
+def _check_files(verb: str) -> None:
+    """Refuse folders of users with files in them that cannot be read to their end."""
+    from rustgpt_jax.runs.folder import check_files
+
+    named = [FLAGS.run, FLAGS["from"].value, (FLAGS.init_from or "").partition("@")[0]]
+    for folder in [*named, *(_arguments if verb != "check" else ())]:
+        if folder:
+            check_files(Path(folder))
+
+
 def _search_modules(verb: str) -> None:
     """Set where parts named by an import path, such as my_lab.mixers:Retention, are looked for.
 
@@ -629,9 +642,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         # Refused once, and not by each process that is started.
         cache_limit()
+        _check_files(verb)
         return VERBS[verb].function()
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        # A path too long, or without permission. An error that names no file is a mistake of the code.
+        if error.filename is None:
+            raise
+        _fail(str(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -40,7 +40,8 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     name: str = knob()
-    vocab_size: int | None = knob(low=1)
+    # Of a larger vocabulary the trainer of byte pairs would reserve more memory than there is.
+    vocab_size: int | None = knob(low=1, high=2**22)
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ class TrainingConfig:
     steps: int = number(low=1)
     batch_size: int = knob(low=1)
     accumulation: int = knob(low=1)
-    steps_per_call: int = knob(low=1)
+    # A call has a place for each of these steps, so the number takes memory.
+    steps_per_call: int = knob(low=1, high=2**16)
     z_loss: float = number(low=0.0, off_at_zero=True)
     loss_chunk: int | None = knob(low=1)
 

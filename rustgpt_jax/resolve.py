@@ -19,6 +19,9 @@ from rustgpt_jax.errors import UserError, shown, suggestion
 # What the types of programs hold: int32 for what is counted, float32 for all other numbers.
 LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
 
+# More levels than any path of the schema has, and far fewer than Python can follow.
+DEEPEST = 20
+
 # A Mapping, or a ConfigDict, which has the methods of one without being one.
 Tree = Any
 TREES = (Mapping, ConfigDict)
@@ -50,6 +53,8 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
     for name, value in tree.items():
         path = prefix + str(name)
+        if path.count(".") > DEEPEST:
+            raise UserError(f"config.{path} is nested too deeply; does the config hold itself?")
         if isinstance(value, TREES) and path not in FIELDS:
             yield from leaves(value, path + ".")
         else:

@@ -129,6 +129,26 @@ MISTAKES = {
     "decay groups": (["--config.optimizer.weight_decay_groups=(('blocks',1),)"], "no expression matches the parameter"),
     "folder in use": (["--run=other"], "other holds files but no run"),
     "folder is a file": (["--run=short.txt"], "short.txt"),
+    "config that holds itself": (["explain", "--config=cyclic.py"], "nested too deeply; does the config hold itself?"),
+    "config that fails when read": (["explain", "--config=odd.py"], "odd.py cannot be read as a config: OSError: no."),
+    "config that leaves": (["explain", "--config=leaves.py"], "leaves.py cannot be read as a config: SystemExit: 0."),
+    "config is a pipe": (["explain", "--config=pipe"], "pipe cannot be read as a config: it is a pipe, a device or a"),
+    "text is a pipe": ([FILES, "--config.data.paths=pipe"], "pipe: this is not a regular file"),
+    "file of a run is a pipe": (["explain", "piped"], "piped/config.json is a pipe, a device or a socket, not a file."),
+    "file of a model is a pipe": (["import", "--from=piped", "--run=RUN"], "piped/config.json is a pipe, a device"),
+    "run too long": ([f"--run={'x' * 5000}"], ": File name too long."),
+    "config too long": (["train", f"--config={'x' * 5000}"], ": File name too long."),
+    "runs too long": (["diff", "x" * 5000, "other"], ": File name too long."),
+    "text too long": ([FILES, f"--config.data.paths={'x' * 5000}"], "xxx' matches no file."),
+    "prompt not UTF-8": (["generate", "other", "--prompt=a\udcffb"], "The argument --prompt=a\\udcffb is not UTF-8."),
+    "vocabulary too large": (
+        ["--config.tokenizer.vocab_size=2147483647"],
+        "vocab_size must be at most 4194304, not 214",
+    ),
+    "calls too long": (
+        ["--config.training.steps_per_call=2147483647"],
+        "steps_per_call must be at most 65536, not 214",
+    ),
     "no sweep": (["sweep"], "Which sweep? Give --config=FILE"),
     "config without sweep": (["sweep", TINY], "tiny.py has no sweep(): a function that yields overrides"),
     "sweep that is not there": ([*SWEEP, "--sweep=rate"], "swept.py has no sweep 'rate'. Did you mean 'rates'?"),
@@ -269,6 +289,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (folder / "nothing.py").write_text("def get_config():\n    pass\n")
+    (folder / "cyclic.py").write_text("tree = {}\ntree['model'] = tree\ndef get_config():\n    return tree\n")
+    odd = "class Odd:\n    def items(self):\n        raise OSError('no')\n"
+    (folder / "odd.py").write_text(odd + "def get_config():\n    return Odd()\n")
+    (folder / "leaves.py").write_text("def get_config():\n    raise SystemExit(0)\n")
+    os.mkfifo(folder / "pipe")
+    (folder / "piped").mkdir()
+    os.mkfifo(folder / "piped" / "config.json")
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
     (folder / "short.txt").write_text("Too short to fill a batch of eight windows, is it?")
@@ -314,7 +341,7 @@ def test_a_mistake_leaves_nothing_behind(folder: Path, answers: dict[str, list])
     del answers
     names = {path.name for path in folder.iterdir() if not path.name.startswith(("out ", "err "))}
     files = {"broken.py", "nothing.py", "swept.py", "empty.txt", "latin.txt", "short.txt"}
-    assert names == files | {"other", "trained", "halves", "void"}
+    assert names == files | {"cyclic.py", "odd.py", "leaves.py", "pipe", "piped", "other", "trained", "halves", "void"}
     for name, file in {"other": "thesis.txt", "trained": "config.json", "halves": "sweep.json"}.items():
         assert [path.name for path in (folder / name).iterdir()] == [file]
     cache = Path(os.environ["RUSTGPT_JAX_CACHE"])

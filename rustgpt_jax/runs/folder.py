@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,6 +177,24 @@ def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
     record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
     write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
     return run
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a device or a socket: reading one may wait, or never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_files(path: Path) -> None:
+    """Raises UserError if a path, or a file in a folder or in the folders in it, is a pipe, a device or a socket."""
+    with suppress(OSError):
+        inner = [path, *(each for folder in (path, *path.glob("*/")) if folder.is_dir() for each in folder.iterdir())]
+        for each in inner:
+            if is_special(each):
+                raise UserError(f"{each} is a pipe, a device or a socket, not a file.")
 
 
 def load_config(path: Path) -> Config:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rustgpt_jax.config import FIELDS, to_dict
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.resolve import leaves, override, parse_all
-from rustgpt_jax.runs.folder import load_config, load_origins
+from rustgpt_jax.runs.folder import is_special, load_config, load_origins
 
 # A config, and where each of its values came from.
 Recipe = tuple[Any, dict[str, str]]
@@ -62,6 +62,8 @@ def sweep_function(file: str, name: str) -> Callable[[], Any]:
 def _namespace(file: str) -> dict[str, Any]:
     """What a config file defines."""
     path = Path(file)
+    if is_special(path):
+        raise UserError(f"{file} cannot be read as a config: it is a pipe, a device or a socket, not a file.")
     if not path.is_file():
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
         raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
@@ -69,7 +71,7 @@ def _namespace(file: str) -> dict[str, Any]:
         return runpy.run_path(file)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{file} cannot be read as a config: {type(error).__name__}: {error}.") from error
 
 
@@ -78,11 +80,13 @@ def _load(file: str) -> Any:
     names = _namespace(file)
     try:
         tree = names["get_config"]()
+        if not hasattr(tree, "items"):
+            raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
+        # A tree of a class of its own may fail when it is read.
+        list(leaves(tree))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = "it has no get_config()" if "get_config" not in names else f"{type(error).__name__}: {error}"
         raise UserError(f"{file} cannot be read as a config: {what}.") from error
-    if not hasattr(tree, "items"):
-        raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
     return tree
