@@ -6,6 +6,7 @@ A verb and flags in, one function called. JAX is imported by the verbs that need
 import dataclasses
 import difflib
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -635,6 +636,9 @@ def main(argv: Sequence[str]) -> int:
         _fail(f"There is no verb {verb!r}.{suggestion(verb, VERBS)}")
     _check_usage(verb)
     _search_modules(verb)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and texts in damaged folders need not be valid Unicode.
+        sys.stdout.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config import is_of_result, stages
@@ -137,11 +138,51 @@ def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # The sweep's own lock keeps others out, and is let go of when a process is killed.
-    backend = JournalFileBackend(str(sweep.folder.study_file), lock_obj=_NoLock())  # type: ignore[arg-type]
-    storage = optuna.storages.JournalStorage(backend)
-    name = study_name(search, tree)
-    return optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction="minimize")
+    file, name = sweep.folder.study_file, study_name(search, tree)
+    # What Optuna's reader meets in a damaged file it raises as it is.
+    try:
+        _drop_torn_line(file)
+        # The sweep's own lock keeps others out, and is let go of when a process is killed.
+        backend = JournalFileBackend(str(file), lock_obj=_NoLock())  # type: ignore[arg-type]
+        storage = optuna.storages.JournalStorage(backend)
+        study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction="minimize")
+        _check_study(study, search)
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}). If it is moved away the search begins anew, and trials "
+            "that have run are not run again."
+        ) from error
+    return study
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Drop what a killed writer left of a line at the end of a file, so that the next line does not continue it."""
+    if file.exists():
+        with open(file, "r+b") as content:
+            content.truncate(content.read().rfind(b"\n") + 1)
+
+
+def _check_study(study: Any, search: TreeParzen) -> None:
+    """Raises an exception of some kind unless a study's trials are what a search asked for."""
+    import optuna
+
+    if study.direction != optuna.study.StudyDirection.MINIMIZE:
+        raise ValueError(study.direction)
+    space = {path: _optuna(distribution) for path, distribution in search.space}
+    optuna.create_study().add_trials(_as_told(study.trials))
+    for each in study.trials:
+        if each.distributions != space or not isinstance(each.user_attrs.get(SKIPPED, ""), str):
+            raise ValueError(each.number)
+
+
+def _as_told(trials: Sequence[Any]) -> list[Any]:
+    """Trials with what a sampler is told of them, and nothing else."""
+    from optuna.trial import create_trial
+
+    return [
+        create_trial(state=each.state, value=each.value, params=each.params, distributions=each.distributions)
+        for each in trials
+    ]
 
 
 def study_name(search: TreeParzen, tree: Any) -> str:
@@ -223,7 +264,7 @@ def suggest(search: TreeParzen, trials: Sequence[Any], number: int) -> Any:
         seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
     )
     in_memory = optuna.create_study(sampler=sampler)
-    in_memory.add_trials(trials)
+    in_memory.add_trials(_as_told(trials))
     return in_memory.ask({path: _optuna(distribution) for path, distribution in search.space})
 
 

@@ -36,7 +36,7 @@ def report(folder: Path, console: Console) -> Path:
     for line in _lines(results, ranked):
         console.print(printable(line), highlight=False, markup=False)
     target = folder / "report.html"
-    write_atomically(target, page(results))
+    write_atomically(target, page(results).encode(errors="backslashreplace"))
     return target
 
 

@@ -195,7 +195,7 @@ def write_csv(results: Results, path: Path) -> None:
         apart.unlink(missing_ok=True)
 
 
-def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> str:
+def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     losses = ("train_loss", "valid_loss", "bits_per_byte", "best")
@@ -204,7 +204,8 @@ def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> str:
         values = [trial.train_loss, trial.valid_loss, trial.bits_per_byte, trial.best_loss]
         cells = [_cell(trial.knobs[path]) for path in knobs]
         writer.writerow([trial.id, *cells, trial.status, trial.step, *map(_cell, values)])
-    return text.getvalue()
+    # Names of files need not be valid Unicode.
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def key_of(value: Any) -> str:

@@ -1,0 +1,164 @@
+"""Folders of sweeps with random edits: what is damaged is left out or named, or the folder refused in a sentence."""
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Its list of fonts is made in the user's own folder when it is first imported, which is not to be in a case.
+import matplotlib.font_manager as _fonts
+import pytest
+from conftest import small_tree
+from fuzzing import Data, Place, answer, cases, damaged, edited, write
+from fuzzing import place as place
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+sys.path.append(str(Path(__file__).parent.parent))
+from synthetic_sweep import grid, trial_id, write_sweep
+
+from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
+from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.sweeps.ledger import Ledger, is_settled
+from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report.results import read_results, settings
+
+assert _fonts.fontManager
+TRIALS = grid(optimizer__learning_rate=(1e-3, 1e-2), seed=(0, 1))
+
+
+def status(overrides: dict[str, Any]) -> str:
+    """One trial of four diverged, and another failed."""
+    kinds = {(1e-2, 0): "diverged", (1e-2, 1): "failed"}
+    return kinds.get((overrides["optimizer.learning_rate"], overrides["seed"]), "finished")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a sweep by their names."""
+    listed = [trial_id(overrides) for overrides in TRIALS]
+    folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", TRIALS, status, evaluate_every=50)
+    about = json.loads((folder / "sweep.json").read_bytes()) | {"trials": listed}
+    (folder / "sweep.json").write_text(json.dumps(about))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def lines_of(data: bytes) -> list[Any]:
+    """The values of the lines of a file of JSON."""
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def as_lines(rows: Any) -> bytes:
+    """Values as lines of JSON."""
+    listed = rows if isinstance(rows, list) else [rows]
+    return Data("".join(json.dumps(row) + "\n" for row in listed).encode(errors="surrogatepass"))
+
+
+def edits(name: str, data: bytes) -> st.SearchStrategy[bytes | None]:
+    """What may become of a file: its bytes or its values are edited, it is deleted, or a folder is in its place."""
+    if name == "sweep.json":
+        values = edited(json.loads(data)).map(lambda value: Data(json.dumps(value).encode(errors="surrogatepass")))
+    else:
+        values = edited(lines_of(data)).map(as_lines)
+    return values | values | damaged(data) | st.none()
+
+
+def put(folder: Path, files: dict[str, bytes], name: str, data: bytes | None) -> None:
+    """Write a sweep with one file exchanged."""
+    for other, content in files.items():
+        write(folder / other, data if other == name else content)
+
+
+def read_all(folder: Path) -> None:
+    """Read a sweep as the verbs and the workers do."""
+    ledger = Ledger(folder / "ledger.jsonl")
+    for state in (answer(ledger.states) or {}).values():
+        is_settled(state, 3)
+    results = answer(lambda: read_results(folder))
+    if results is not None:
+        assert {trial.id for setting in settings(results) for trial in setting.trials} == {
+            trial.id for trial in results.trials
+        }
+
+
+METRICS = f"trials/{trial_id(TRIALS[0])}/metrics.jsonl"
+NAMES = st.sampled_from(("sweep.json", "ledger.jsonl", "ledger.jsonl", METRICS))
+
+
+def test_the_sweep_works(place: Place, whole: dict[str, bytes]) -> None:
+    with place.case() as folder:
+        put(folder, whole, "", None)
+        assert report(folder, Console(file=io.StringIO())).exists()
+        assert read_results(folder).counts == {"finished": 2, "diverged": 1, "failed": 1}
+
+
+@cases(400)
+@given(data=st.data())
+def test_sweeps_with_edits_are_read(place: Place, whole: dict[str, bytes], data: st.DataObject) -> None:
+    name = data.draw(NAMES)
+    with place.case() as folder:
+        put(folder, whole, name, data.draw(edits(name, whole[name])))
+        read_all(folder)
+
+
+@cases(60)
+@given(data=st.data())
+def test_sweeps_with_edits_are_reported_on(place: Place, whole: dict[str, bytes], data: st.DataObject) -> None:
+    name = data.draw(NAMES)
+    with place.case() as folder:
+        put(folder, whole, name, data.draw(edits(name, whole[name])))
+        answer(lambda: report(folder, Console(file=io.StringIO())))
+
+
+# The journal of a search.
+
+SEARCH = tree_parzen(
+    5, {"optimizer.learning_rate": log_uniform(1e-4, 1e-1), "schedule.warmup_steps": choice(None, 1, (2,), 3)}, batch=2
+)
+
+
+class Untrained:
+    """A sweep whose trials are not trained."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.folder, self.stop = SweepFolder(path), False
+
+    def add(self, trials: Sequence[Any]) -> None:
+        """Nothing."""
+
+    def run(self, trials: Sequence[Any]) -> None:
+        """Nothing."""
+
+
+def searched(path: Path) -> list[str]:
+    """Search as the verb does; the loss is the learning rate."""
+    return search.parzen(Untrained(path), SEARCH, small_tree(), ())  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The journal of a search that has ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_final_loss", lambda sweep, each: each.config.optimizer.learning_rate)
+        path = tmp_path_factory.mktemp("search")
+        # Warm-up takes a whole number: two of its options are skipped.
+        assert searched(path)
+        return SweepFolder(path).study_file.read_bytes()
+
+
+@cases(40)
+@given(data=st.data())
+def test_journals_of_searches_with_edits(
+    place: Place, journal: bytes, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(search, "_final_loss", lambda sweep, each: each.config.optimizer.learning_rate)
+    n_lines = data.draw(st.integers(1, journal.count(b"\n")))
+    begun = b"".join(journal.splitlines(keepends=True)[:n_lines])
+    with place.case() as folder:
+        write(folder / "study.journal", data.draw(edits("study.journal", begun)))
+        answer(lambda: searched(folder))
