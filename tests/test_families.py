@@ -152,6 +152,21 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | {"vocab_size": 256000, "embeddings_scale_by_sqrt_dim": True},
         2_682_862_080,
     ),
+    "stablelm": (
+        {"architectures": ["StableLmForCausalLM"], "hidden_size": 2560, "intermediate_size": 6912, "hidden_act": "silu"}
+        | {"max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
+        | {"num_key_value_heads": 32, "vocab_size": 50304, "layer_norm_eps": 1e-05, "rope_theta": 10000}
+        | {"partial_rotary_factor": 0.25, "use_qkv_bias": False, "tie_word_embeddings": False},
+        2_795_443_200,
+    ),
+    "phi3": (
+        LLAMA
+        | {"architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192}
+        | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "num_attention_heads": 32}
+        | {"num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 32064, "rope_theta": 10000.0}
+        | {"sliding_window": 2047, "attention_bias": False},
+        3_821_079_552,
+    ),
     "olmo2": (
         LLAMA
         | {"architectures": ["Olmo2ForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008}

@@ -108,9 +108,9 @@ def test_greedy_tokens_are_those_of_transformers(name: str, torch: Any, tmp_path
     reference.save_pretrained(tmp_path)
     model, params = imported(tmp_path, tmp_path / "parameters.safetensors")
     prompt = np.random.default_rng(2).integers(0, model.vocab_size, 11).tolist()
-    ids = torch.tensor([prompt])
-    written = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
-    (drawn,) = generate(params, [prompt], model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=32)
+    ids, most = torch.tensor([prompt]), min(32, model.context_length - len(prompt))
+    written = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most)
+    (drawn,) = generate(params, [prompt], model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=most)
     assert drawn == written[0, len(prompt) :].tolist()
 
 
@@ -169,6 +169,7 @@ def test_every_field_of_transformers_config_is_read_or_has_no_effect(name: str, 
         for correspondence in architecture.correspondences:
             correspondence.read(settings)
         asked |= config.asked
+    asked |= architecture.hf_config(model_config(FAMILIES[architecture.family] | {"vocab_size": 97})).keys()
     fields = set(values) | {field.name for field in dataclasses.fields(type(theirs))}
     assert fields - asked - set(architecture.aliases) - set(WITHOUT_EFFECT) == set()
     # Computed from block_types, not stored.
@@ -209,11 +210,12 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     knobs, architecture, tokens = read_model(GOLDEN / name)
     model = model_config(knobs)
     write_parameters(GOLDEN / name, file, model, architecture)
-    export_model(open_parameters(file), model, first, special_tokens=tokens)
+    export_model(open_parameters(file), model, first, architecture=architecture.name, special_tokens=tokens)
     knobs, architecture, tokens = read_model(first)
     assert disagreements(model_config(knobs), model) == {}
     write_parameters(first, file, model_config(knobs), architecture)
-    export_model(open_parameters(file), model_config(knobs), second, special_tokens=tokens)
+    model = model_config(knobs)
+    export_model(open_parameters(file), model, second, architecture=architecture.name, special_tokens=tokens)
     assert contents(first) == contents(second)
     original, exported = read_folder(GOLDEN / name), read_folder(first)
     assert original.keys() == exported.keys()
@@ -224,7 +226,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
 def test_parameters_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     config = base.get_config()
     config.model.update(FAMILIES[name])
-    config.model.update({"vocab_size": 31, "d_model": 16, "d_ff": 24, "n_layers": 7, "n_experts": 3})
+    config.model.update({"vocab_size": 31, "d_model": 64, "d_ff": 24, "n_layers": 7, "n_experts": 3})
     config.model.update({"recurrent_blocks": config.model.n_heads})
     model = resolve(config).model
     params = random_params(model)
@@ -369,7 +371,7 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
         ({"attention_sinks": True}, "attention_sinks"),
         ({"norm": "layernorm"}, "norm"),
         ({"feedforwards": ("moe",), "expert_capacity": 1.0}, "expert_capacity"),
-        ({"rope_fraction": 0.5}, "rope_fraction"),
+        ({"rope_fraction": 0.5, "qk_norm": "head"}, "qk_norm"),
         ({"positions": ("alibi",)}, "positions"),
         ({"logits_softcap": 3.0}, "logits_softcap"),
     ],

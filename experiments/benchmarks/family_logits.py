@@ -6,10 +6,11 @@ A tiny random model of every family, and of its variants (untied embeddings, bia
 made and saved by `transformers`, read here, and asked for the logits of 24 random tokens in float32, which are of the
 order of 1. The weights are random with a spread that lets every part matter, and windows are shorter than the text.
 
-FINDING (CPU, float32; JAX 0.10.2, torch 2.13, transformers 5.23): by 6e-7 to 4e-6 for the 12 families and
-8 variants, which is rounding. The tests allow 1e-4.
+FINDING (CPU, float32; JAX 0.10.2, torch 2.13, transformers 5.24): by 1e-6 to 4e-6 for the 15 families and their
+variants, which is rounding. The tests allow 1e-4.
 """
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ CASES: dict[str, dict[str, Any]] = {
         block_types=["recurrent", "recurrent", "attention"],
         logits_soft_cap=5.0,
     ),
+    "stablelm": _case("StableLmForCausalLM", hidden_size=32),
+    "phi3": _case("Phi3ForCausalLM", hidden_size=32, sliding_window=7),
     "olmo2": _case("Olmo2ForCausalLM"),
     "smollm3": _case("SmolLM3ForCausalLM", num_hidden_layers=5),
     "mixtral": _case("MixtralForCausalLM", num_local_experts=4, intermediate_size=16),
@@ -126,6 +129,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         block_types=["attention", "recurrent"],
         attention_bias=True,
         tie_word_embeddings=False,
+    ),
+    "stablelm, biases": _case("StableLmForCausalLM", hidden_size=32, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "phi3, longrope": _case(
+        "Phi3ForCausalLM",
+        hidden_size=32,
+        original_max_position_embeddings=32,
+        partial_rotary_factor=0.75,
+        **_LONGROPE,
     ),
     "llama, linear": _case("LlamaForCausalLM", **_rope("linear", factor=3.0)),
     "llama, yarn": _case("LlamaForCausalLM", **_YARN),
@@ -178,7 +189,8 @@ def random_reference(case: dict[str, Any], seed: int = 0) -> Any:
     import transformers
 
     config_class = getattr(transformers, case["architecture"]).config_class
-    keys = {key: value for key, value in case.items() if key != "architecture"}
+    # The config classes write into what they are given.
+    keys = {key: copy.deepcopy(value) for key, value in case.items() if key != "architecture"}
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = config_class(**keys, **no_tokens, attn_implementation="eager")
     model = getattr(transformers, case["architecture"])(config).eval()

@@ -12,7 +12,17 @@ from rustgpt_jax.interop.computation import dense_width, disagreements
 from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
 from rustgpt_jax.interop.rope import global_and_local_rope, rope
 from rustgpt_jax.interop.settings import Settings
-from rustgpt_jax.interop.tensor_names import AT_ONCE, DENSE, GPT2, MIXTRAL, ONE_BY_ONE, OUTPUT_NORMS, RECURRENT_GEMMA
+from rustgpt_jax.interop.tensor_names import (
+    AT_ONCE,
+    DENSE,
+    GPT2,
+    MIXTRAL,
+    ONE_BY_ONE,
+    OUTPUT_NORMS,
+    PHI3,
+    RECURRENT_GEMMA,
+    STABLELM,
+)
 from rustgpt_jax.interop.tensors import Rules
 from rustgpt_jax.model.families import FAMILIES
 from rustgpt_jax.resolve import checked
@@ -24,7 +34,15 @@ WITHOUT_EFFECT = (
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
     *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
-    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "router_aux_loss_coef", "router_jitter_noise"),
+    *(
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "hidden_dropout",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    ),
     *("initializer_range", "w_init_variance_scale", "final_w_init_variance_scale", "reorder_and_upcast_attn"),
     *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"),
@@ -103,6 +121,7 @@ class Architecture:
 
 # Keys.
 
+NORM_EPSILON = says.same("rms_norm_eps", "norm_epsilon")
 SIZES = (
     says.same("vocab_size", "vocab_size"),
     says.same("max_position_embeddings", "context_length"),
@@ -111,7 +130,7 @@ SIZES = (
     says.same("num_attention_heads", "n_heads"),
     says.same("num_key_value_heads", "n_kv_heads", lambda model: model.n_kv_heads or model.n_heads),
     says.same("head_dim", "head_dim", lambda model: model.head_width),
-    says.same("rms_norm_eps", "norm_epsilon"),
+    NORM_EPSILON,
     says.same("tie_word_embeddings", "tie_embeddings"),
 )
 WIDTH = says.same("intermediate_size", "d_ff", dense_width)
@@ -285,7 +304,7 @@ _EVERY = (
             says.same("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
             says.recurrent_and_local(),
             says.rounded_embedding_scale(),
-            rope(has_fraction=True, types=("default",)),
+            rope(has_fraction=True, types={"default": "default"}),
         ),
         defaults=USUAL_DEFAULTS
         | {
@@ -302,6 +321,49 @@ _EVERY = (
         },
         rules=RECURRENT_GEMMA,
         aliases={"sliding_window": "attention_window_size"},
+    ),
+    Architecture(
+        name="StableLmForCausalLM",
+        model_type="stablelm",
+        family="stablelm",
+        correspondences=(
+            *(says.same("layer_norm_eps", "norm_epsilon") if each is NORM_EPSILON else each for each in GATED),
+            says.whole_heads(),
+            says.same("use_qkv_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            says.always("qk_layernorm", False),
+            says.always("use_parallel_residual", False),
+            rope(has_fraction=True),
+        ),
+        defaults=USUAL_DEFAULTS
+        | {
+            "num_key_value_heads": 32,
+            "layer_norm_eps": 1e-5,
+            "use_qkv_bias": False,
+            "qk_layernorm": False,
+            "use_parallel_residual": False,
+            "partial_rotary_factor": 0.25,
+        },
+        rules=STABLELM,
+    ),
+    Architecture(
+        name="Phi3ForCausalLM",
+        model_type="phi3",
+        family="phi3",
+        correspondences=(
+            *GATED,
+            says.whole_heads(),
+            says.window_everywhere(),
+            # In older files longrope has other names.
+            rope(
+                has_fraction=True, types={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
+            ),
+            Correspondence(
+                lambda settings: {},
+                lambda model: {"original_max_position_embeddings": model.rope_original_context or model.context_length},
+            ),
+        ),
+        defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        rules=PHI3,
     ),
     Architecture(
         name="Olmo2ForCausalLM",

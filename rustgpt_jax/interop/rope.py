@@ -1,7 +1,7 @@
 """RoPE in a config.json: rope_theta and rope_scaling, or rope_parameters as transformers 5 writes them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rustgpt_jax.config import ModelConfig
@@ -40,6 +40,7 @@ KEYS = {
         "long_factor": "rope_long_factors",
     },
 }
+EVERY_TYPE = {name: name for name in NAMES}
 # Keys of these types that may be missing, or null.
 OPTIONAL = ("attention_factor", "truncate")
 # Keys that are read in their own way, and those of them that are no numbers.
@@ -47,8 +48,11 @@ OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscal
 NO_NUMBERS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
 
 
-def rope(has_fraction: bool = False, types: Sequence[str] = tuple(NAMES)) -> Correspondence:
-    """One RoPE for all layers, of all channels or of a fraction of them, and of one of these types."""
+def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> Correspondence:
+    """One RoPE for all layers, of all channels or of a fraction of them.
+
+    `types` gives the type that each rope_type of the architecture stands for.
+    """
 
     def read(settings: Settings) -> Knobs:
         return rope_knobs(settings, _stored(settings), settings["rope_theta"], has_fraction, types)
@@ -80,7 +84,7 @@ def rope_knobs(
     stored: Mapping[str, Any],
     base: Any,
     has_fraction: bool = False,
-    types: Sequence[str] = tuple(NAMES),
+    types: Mapping[str, str] = EVERY_TYPE,
 ) -> Knobs:
     """The knobs of one RoPE. Keys that `transformers` does not read are ignored with a warning.
 
@@ -90,6 +94,7 @@ def rope_knobs(
     kind = stored.get("rope_type") or stored.get("type") or "default"
     if not isinstance(kind, str) or kind not in types:
         raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), types)}")
+    kind = types[kind]
     given: Keys = {}
     for key, value in stored.items():
         if value is None:

@@ -34,6 +34,20 @@ OUTPUT_NORMS: Rules = {
     "feedforward_norm/scale": Rule(LAYER + "pre_feedforward_layernorm.weight"),
     "feedforward_output_norm/scale": Rule(LAYER + "post_feedforward_layernorm.weight"),
 }
+STABLELM: Rules = {
+    **DENSE,
+    "norm/bias": Rule("model.norm.bias"),
+    "mixer_norm/bias": Rule(LAYER + "input_layernorm.bias"),
+    "feedforward_norm/bias": Rule(LAYER + "post_attention_layernorm.bias"),
+}
+PHI3: Rules = {
+    **DENSE,
+    **_linear("mixer/query", LAYER + "self_attn.qkv_proj"),
+    **_linear("mixer/key", LAYER + "self_attn.qkv_proj"),
+    **_linear("mixer/value", LAYER + "self_attn.qkv_proj"),
+    **_linear("feedforward/gate", LAYER + "mlp.gate_up_proj"),
+    **_linear("feedforward/up", LAYER + "mlp.gate_up_proj"),
+}
 # Experts one by one, and, as transformers 5 holds them in memory, all at once with gate and up side by side.
 ONE_BY_ONE: Rules = {
     **DENSE,

@@ -105,6 +105,10 @@ FAMILIES: dict[str, Knobs] = {
         "rope_fraction": 0.5,
         "scale_first_token": False,
     },
+    # arXiv 2402.17834: a quarter of the channels have positions.
+    "stablelm": _USUAL | {"norm": "layernorm", "norm_epsilon": 1e-5, "norm_bias": True, "rope_fraction": 0.25},
+    # arXiv 2404.14219: the first release, with its sliding window.
+    "phi3": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
     # arXiv 2501.00656.
     "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_base": 5e5},
     # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
