@@ -465,9 +465,25 @@ def test_what_lies_beyond_an_axis_is_an_arrow(tmp_path: Path, monkeypatch: pytes
     rows = re.findall(r"(?s)<tr class=.*?</tr>", page)
     assert len(rows) == 4
     assert [row.count("<circle") for row in rows] == [3, 3, 3, 0]
-    # An arrow for each seed, and one at each end of a bar that goes on.
-    assert [row.count('class="beyond"') for row in rows] == [1, 1, 1, 5]
+    # An arrow for each seed, and one at each end of the bar.
+    assert [row.count('class="beyond"') for row in rows] == [0, 0, 0, 5]
     assert "an arrow one beyond the axis" in page
+
+
+def test_lines_through_all_knobs_end_within_their_axes(tmp_path: Path) -> None:
+    trials = grid(optimizer__learning_rate=RATES, model__bias=(False, True))
+    losses = {trial_id(trial): 2.0 * 1.3**place for place, trial in enumerate(trials)}
+    folder = write_sweep(
+        tmp_path / "sweep", trials, status=lambda _: "finished", loss=lambda trial: losses[trial_id(trial)]
+    )
+    figure = re.findall(r"(?s)<figure.*?</figure>", said(folder)[1])[-1]
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', figure)[0])
+    ends = {}
+    for trial, path in re.findall(r'<g data-trial="(\w+)"><path d="([^"]*)"', figure):
+        points = np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2)
+        assert ((points >= 0) & (points <= [width, height])).all()
+        ends[trial] = points[-1, 1]
+    assert sorted(ends, key=lambda trial: -ends[trial]) == sorted(losses, key=lambda trial: losses[trial])
 
 
 def test_a_single_evaluation_is_seen_beside_the_training_curves(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def comparisons(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
         sentences.append(
             f"These are differences of the {metric.name} in {metric.unit}, paired by seed. The p-values and the 95% "
             f"intervals hold for all {n_tests} comparisons at once and account for the choice of the best setting by "
-            'the same losses: were all settings alike, the chance of any "better than" would be 5%, if losses of '
-            "seeds are normal (docs/statistics.md)."
+            'the same losses: were all settings alike, the chance of any "better than" would be at most 5%, if losses '
+            "are normal (docs/statistics.md)."
         )
     return sentences
 

@@ -99,11 +99,11 @@ def _legend(results: Results, ranked: tuple[Ranked, ...]) -> str:
     )
     parts = [f"Each dot is a trial{beyond}"]
     if any(row.interval.n > 1 for row in ranked):
-        parts.append("bars, and ± 95%, are t intervals of each setting's own mean over seeds")
+        parts.append("bars are 95% t intervals of each setting's own mean over seeds")
     if any(row.comparison for row in ranked):
         parts.append(
-            "p, and ± above the best, are of the difference from the best setting, paired by seed; they hold for all "
-            "settings at once and account for the choice of the best"
+            "p-values and 95% intervals (±) of the difference from the best setting are paired by seed, hold for all "
+            "settings at once, and account for the choice of the best"
         )
     n_settings = len(settings(results))
     number = f"{n_settings} settings, best first. " if n_settings > 1 else ""

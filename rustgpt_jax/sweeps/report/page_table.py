@@ -10,6 +10,8 @@ from rustgpt_jax.sweeps.report.results import FINISHED, Results, Setting, settin
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, p_text, value_text
 
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
+# The share of the strip beyond the losses in view that is given to intervals.
+INTERVALS_BEYOND = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _row(style: str, cells: list[tuple[str, str]]) -> str:
 def _columns(results: Results, ranked: tuple[Ranked, ...]) -> list[Column]:
     names, best = knob_names(results.swept), ranked[0]
     number_of = {id(row): number for number, row in enumerate(ranked, start=1)}
-    span = losses_in_view(results)
+    span = _axis(results, ranked)
     has_seeds = any(len(setting.trials) > 1 for setting in settings(results))
     compares = any(row.comparison for row in ranked)
 
@@ -54,8 +56,6 @@ def _columns(results: Results, ranked: tuple[Ranked, ...]) -> list[Column]:
     columns += [_knob_column(path, names[path]) for path in results.knobs]
     columns.append(Column(str(METRICS[results.metric]), "strip", lambda row: _strip(row, span)))
     columns.append(Column("mean" if has_seeds else "loss", "number", lambda row: loss_text(row.interval.mean)))
-    if compares:
-        columns.append(Column("± 95%", "number", _half_interval))
     if has_seeds:
         columns.append(Column("seeds", "number", lambda row: str(row.interval.n)))
     if len(ranked) > 1:
@@ -72,10 +72,6 @@ def _knob_column(path: str, name: str) -> Column:
         return escape(value_text(setting.knobs[path]))
 
     return Column(f'<span title="{escape(path)}">{escape(name)}</span>', "", lambda row: cell(row.setting), cell)
-
-
-def _half_interval(row: Ranked) -> str:
-    return loss_text(row.interval.high - row.interval.mean) if math.isfinite(row.interval.high) else "–"
 
 
 def _above(row: Ranked, best: Ranked) -> str:
@@ -98,6 +94,15 @@ def _chips(setting: Setting) -> str:
     return "".join(
         f'<span class="chip {trial.status}" data-trial="{trial.id}">{trial.status}</span>' for trial in others
     )
+
+
+def _axis(results: Results, ranked: tuple[Ranked, ...]) -> tuple[float, float]:
+    """The ends of the strips: of the losses in view, and of those of their intervals that go a little beyond."""
+    low, high = losses_in_view(results)
+    intervals = [row.interval for row in ranked if row.interval.mean <= high]
+    bounds = [bound for interval in intervals for bound in (interval.low, interval.high) if math.isfinite(bound)]
+    room = INTERVALS_BEYOND * (high - low)
+    return max(min(low, *bounds, low), low - room), min(max(high, *bounds, high), high + room)
 
 
 def _strip(row: Ranked, span: tuple[float, float]) -> str:

@@ -72,7 +72,9 @@ def _heights(trials: Sequence[TrialResult], path: str, scale: Scale) -> list[flo
 
 def _loss_heights(results: Results, trials: Sequence[TrialResult]) -> list[float]:
     losses = scale_of(trial.final_loss for trial in results.finished)
-    return [DIVERGED_AT if trial.final_loss is None else _share(losses, trial.final_loss) for trial in trials]
+    return [
+        DIVERGED_AT if trial.final_loss is None else _share(losses, losses.place(trial.final_loss)) for trial in trials
+    ]
 
 
 def _draw_trial(axes: "Axes", results: Results, trial: TrialResult, heights: Sequence[float]) -> None:
@@ -104,7 +106,7 @@ def _draw_axes(axes: "Axes", results: Results, scales: dict[str, Scale]) -> None
     _axis(axes, 1, METRICS[results.metric].name)
     scale = scale_of(losses)
     for loss in {min(losses), max(losses)}:
-        write(axes, loss_text(loss), (1, _share(scale, loss)), (8, 0), va="center")
+        write(axes, loss_text(loss), (1, _share(scale, scale.place(loss))), (8, 0), va="center")
     if results.counts.get(DIVERGED):
         write(axes, "diverged", (1, DIVERGED_AT), (8, 0), va="center", color=stand_in("warn"))
 
