@@ -84,6 +84,9 @@ flags.DEFINE_bool("trust", False, "For rerun and diff: run the code that a run's
 flags.DEFINE_integer(
     "num_samples", 1, "For generate: texts for each prompt, with the seed sampling.seed and those after it.", 1, LARGEST
 )
+flags.DEFINE_bool(
+    "exhaustive", False, "For check: go through every length, batch size, type and mode, in minutes a part."
+)
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 
 OVERVIEW = """\
@@ -442,7 +445,7 @@ VERBS = {
     "rerun": Verb(rerun, ("run", "to", "trust")),
     "diff": Verb(diff, ("trust",), 2),
     "doctor": Verb(doctor, ("run", "step")),
-    "check": Verb(check, ("only",), sys.maxsize),
+    "check": Verb(check, ("only", "exhaustive"), sys.maxsize),
     "import": Verb(import_model, ("from", "run", "config"), 0),
     "export": Verb(export, ("run", "to", "checkpoint", "dtype")),
 }

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from broken_mixers import MISTAKES_OF_LONG_ROWS
 from broken_parts import MISTAKES, Mistake
 from rich.console import Console
 
 from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance import long_rows
 from rustgpt_jax.conformance.broken import Broken, require_close, require_finite, require_same_bits
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.command import check
@@ -32,16 +34,36 @@ ROOT = Path(__file__).parent.parent
 IN_A_CHILD = "devices"
 # What combinations of parts, each of which is checked by itself, could still break.
 OF_A_WHOLE = ("isolation", "cache", "parameters")
-# What compiles much, `pytest -m long` asks of those that are not the first of their kind.
-LONG_CHECKS = ("finite", "vmap", "remat", "initial_scale", "layers", "flops")
-FIRST = tuple(next(iter(TABLES[kind])) for kind in MODEL_KINDS)
-HONEST = ("mixers/broken_parts:HonestAttention", "broken_parts:HonestState", "broken_parts:HonestFeedForward")
+# What compiles much, `pytest -m long` asks of the parts that do not stand in SHORT.
+LONG_CHECKS = (
+    *("finite", "gradients", "vmap", "remat", "initial_scale", "layers", "flops"),
+    *("causality", "isolation", "rows", "prefill", "heads", "dropout", "drift"),
+)
+SHORT = {
+    "mixers/attention": tuple(name for name in LONG_CHECKS if name not in ("rows", "heads")),
+    "mixers/deltanet": ("causality", "isolation"),
+}
+# What is read in a traced program.
+QUICK_TO_FIND = ("precision", "shapes")
+# One of each kind that only some rows, batches, types or modes show.
+OF_EACH_KIND = (
+    *("SeesTheNextChunk", "SeesTheFutureInTraining", "SeesTheFutureInBfloat16", "SeesTheFutureFartherOut"),
+    *("ThirdDocumentSeesTheSecond", "FirstDocumentApart", "LargeBatchesApart", "OneRowApart", "WrongSlopeOfLongRows"),
+    *("PhaseInBfloat16", "LastOfALongPromptLost", "PositionsTo2047", "FirstHeadForAll", "DropsInEvaluation"),
+)
+ALL_MISTAKES = (*MISTAKES, *MISTAKES_OF_LONG_ROWS)
+HONEST = (
+    "mixers/broken_parts:HonestAttention",
+    "broken_parts:HonestState",
+    "broken_parts:HonestFeedForward",
+    "broken_mixers:Grouped",
+)
 # Correct mixers of an unusual build, and the checks that have most to do with it.
 UNUSUAL = {
-    "SubclassedAttention": ("shapes", "cache"),
-    "SowsItsEntropy": ("shapes", "cache"),
-    "Stateless": ("shapes", "cache", "causality"),
-    "ChunkedState": ("shapes", "cache", "causality", "isolation"),
+    "SubclassedAttention": ("shapes",),
+    "SowsItsEntropy": ("shapes",),
+    "Stateless": ("shapes", "cache"),
+    "ChunkedState": ("shapes", "precision"),
 }
 
 pytest_plugins = ["pytester"]
@@ -51,14 +73,16 @@ pytest_plugins = ["pytester"]
 
 
 def of_mistake(mistake: Mistake) -> Any:
-    """The first mistake for each check, and with `pytest -m long` the others."""
+    """The first mistake for each check, one of each kind, and with `pytest -m long` the others."""
     marks = [pytest.mark.slow] if mistake.is_slow else []
-    if mistake is not next(other for other in MISTAKES if other.check == mistake.check):
+    is_first = mistake is next(other for other in ALL_MISTAKES if other.check == mistake.check)
+    name = mistake.part.rpartition(":")[2]
+    if not (is_first or mistake.check in QUICK_TO_FIND or name in OF_EACH_KIND):
         marks.append(pytest.mark.long)
-    return pytest.param(mistake, id=f"{mistake.part.rpartition(':')[2]}-{mistake.check}", marks=marks)
+    return pytest.param(mistake, id=f"{name}-{mistake.check}", marks=marks)
 
 
-@pytest.mark.parametrize("mistake", [of_mistake(mistake) for mistake in MISTAKES])
+@pytest.mark.parametrize("mistake", [of_mistake(mistake) for mistake in ALL_MISTAKES])
 def test_a_mistake_is_found_by_the_check_for_it(mistake: Mistake) -> None:
     # One layer is compiled in half the time of a loop over layers.
     (subject,) = subjects(mistake.part, {"n_layers": 1})
@@ -68,14 +92,17 @@ def test_a_mistake_is_found_by_the_check_for_it(mistake: Mistake) -> None:
 
 
 def test_every_check_has_a_mistake_to_find() -> None:
-    assert {mistake.check for mistake in MISTAKES} == set(CHECKS) - {"tokenizer_same", "launcher_interface"}
+    assert {mistake.check for mistake in ALL_MISTAKES} == set(CHECKS) - {"tokenizer_same", "launcher_interface"}
 
 
 # What is registered makes none.
 
 
 def over_parts(names: tuple[str, ...], only: tuple[str, ...] = ()) -> Any:
-    """Each check of each part, those of one small model once."""
+    """The checks of each part, those of one small model once: a test of the quick ones, and one of the others.
+
+    Checks of one part share their compiled programs, and so they are one test.
+    """
     cases: dict[Any, tuple[Subject, str]] = {}
     for name in names:
         # Where the layers are what is checked, and where they keep caches, there are two of them; else one will do.
@@ -84,63 +111,70 @@ def over_parts(names: tuple[str, ...], only: tuple[str, ...] = ()) -> Any:
                 one = subject if check_name == "layers" or subject.kind in ("mixers", "families") else alone
                 if check_name != IN_A_CHILD:
                     cases.setdefault((check_name, one.model or one.title), (one, check_name))
+    groups: dict[tuple[str, bool], list[tuple[Subject, str]]] = {}
+    for subject, check_name in cases.values():
+        is_long = check_name in LONG_CHECKS and check_name not in SHORT.get(subject.title, ())
+        groups.setdefault((subject.title, is_long), []).append((subject, check_name))
     return pytest.mark.parametrize(
-        ("subject", "name"),
+        "part_checks",
         [
-            pytest.param(
-                subject,
-                check,
-                id=f"{subject.title}-{check}",
-                marks=[pytest.mark.long] if check in LONG_CHECKS and subject.title.split("/")[-1] not in FIRST else [],
-            )
-            for subject, check in cases.values()
+            pytest.param(group, id=title + "-long" * is_long, marks=[pytest.mark.long] if is_long else [])
+            for (title, is_long), group in groups.items()
         ],
     )
 
 
-def require_ok(subject: Subject, name: str) -> None:
-    outcome = run_check(name, CHECKS[name], subject)
-    assert outcome.is_ok, outcome.note
+def require_ok(part_checks: list[tuple[Subject, str]]) -> None:
+    outcomes = [run_check(name, CHECKS[name], subject) for subject, name in part_checks]
+    broken = [f"{outcome.check}: {outcome.note}" for outcome in outcomes if not outcome.is_ok]
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.slow
 @over_parts(tuple(kind for kind in MODEL_KINDS if kind != "families"))
-def test_parts_of_the_model_conform(subject: Subject, name: str) -> None:
-    require_ok(subject, name)
+def test_parts_of_the_model_conform(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["my own", *MIXERS])
+def test_mixers_conform_exhaustively(name: str) -> None:
+    (subject,) = subjects("broken_mixers:Grouped" if name == "my own" else f"mixers/{name}")
+    exhaustive = dataclasses.replace(subject, is_exhaustive=True)
+    require_ok([(exhaustive, check_name) for check_name in checks_for(subject) if check_name != IN_A_CHILD])
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @over_parts(("families",), OF_A_WHOLE)
-def test_families_conform(subject: Subject, name: str) -> None:
-    require_ok(subject, name)
+def test_families_conform(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @over_parts(HONEST)
-def test_the_parts_that_mistakes_are_made_in_conform(subject: Subject, name: str) -> None:
-    require_ok(subject, name)
+def test_the_parts_that_mistakes_are_made_in_conform(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
 
 
-@pytest.mark.parametrize(
-    ("name", "check_name"), [(name, check_name) for name, checks in UNUSUAL.items() for check_name in checks]
-)
-def test_correct_mixers_of_unusual_build_pass(name: str, check_name: str) -> None:
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_correct_mixers_of_unusual_build_pass(name: str) -> None:
     (subject,) = subjects(f"mixers/broken_parts:{name}", {"n_layers": 1})
-    require_ok(subject, check_name)
+    require_ok([(subject, check_name) for check_name in UNUSUAL[name]])
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @over_parts(tuple(f"mixers/broken_parts:{name}" for name in UNUSUAL))
-def test_correct_mixers_of_unusual_build_pass_every_check(subject: Subject, name: str) -> None:
-    require_ok(subject, name)
+def test_correct_mixers_of_unusual_build_pass_every_check(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
 
 
 @over_parts(tuple(kind for kind in TABLES if kind not in MODEL_KINDS))
-def test_other_parts_conform(subject: Subject, name: str) -> None:
-    require_ok(subject, name)
+def test_other_parts_conform(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -296,6 +330,33 @@ def test_a_file_is_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
 
 def test_the_small_model_says_every_knob() -> None:
     assert set(SMALL) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+# Rows of many lengths.
+
+
+@pytest.mark.parametrize("border", [16, 32, 64, 128, 256])
+def test_exhaustive_checks_go_through_everything_beside_a_border(border: int) -> None:
+    beside = [case for case in long_rows.EXHAUSTIVE if abs(case.length - border) <= 1]
+    assert {case.length for case in beside} == {border - 1, border, border + 1}
+    assert {(case.dtype, case.is_training) for case in beside} == set(long_rows.KINDS)
+    assert {case.batch for case in long_rows.EXHAUSTIVE} >= {1, 2, 3, 17, 33}
+    assert set(long_rows.QUICK) <= set(long_rows.EXHAUSTIVE)
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 40, 521])
+def test_rows_hold_documents_one_after_another(length: int) -> None:
+    counts = set()
+    for row in range(len(long_rows.DOCUMENTS)):
+        positions_T, segments_T = long_rows.layout(length, row)
+        documents = [np.flatnonzero(segments_T == number) for number in range(1, segments_T.max() + 1)]
+        for places in documents:
+            assert np.array_equal(places, np.arange(places[0], places[-1] + 1))
+            assert np.array_equal(positions_T[places], np.arange(len(places)))
+        n_tokens = sum(len(places) for places in documents)
+        assert not segments_T[n_tokens:].any() and not positions_T[n_tokens:].any()
+        counts.add(len(documents))
+    assert length < 40 or counts >= {1, 2, 3, 4, 5}
 
 
 # Comparisons.

@@ -40,7 +40,7 @@ def run(lab: Path, *command: str) -> str:
 
 def test_the_page_has_the_files_and_commands_that_are_tested() -> None:
     assert sorted(FILES) == ["my_lab/feedforwards.py", "my_lab/mixers.py", "my_lab/retention.py"]
-    assert [command.split()[2] for command in COMMANDS] == ["check", "sweep", "sweep"]
+    assert [command.split()[2] for command in COMMANDS] == ["check", "check", "sweep", "sweep"]
     lines = FILES["my_lab/mixers.py"].split("class Retention")[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 40
 
@@ -167,5 +167,5 @@ def test_workers_of_a_sweep_have_the_part(lab: Path) -> None:
 def test_the_plugin_makes_a_test_of_each_check(lab: Path) -> None:
     (code,) = (code for code in re.findall(CODE, PAGE, re.DOTALL) if "conforms" in code)
     (lab / "test_lab.py").write_text(code)
-    shown = run(lab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "shapes or causality", "test_lab.py")
+    shown = run(lab, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "shapes or padding", "test_lab.py")
     assert "2 passed" in shown

@@ -3,7 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rustgpt_jax.conformance import cost, devices, isolation, numerics, other_parts, training_parts, transforms
+from rustgpt_jax.conformance import (
+    cost,
+    devices,
+    drift,
+    heads,
+    isolation,
+    numerics,
+    other_parts,
+    prefill,
+    training_parts,
+    transforms,
+)
 from rustgpt_jax.conformance.subjects import MODEL_KINDS, Subject
 
 
@@ -52,6 +63,11 @@ CHECKS: dict[str, Check] = {
         "context.segments_BT is not read: a mask without documents, a state or a convolution that goes on from one "
         "document into the next, positions that are counted within the row, or statistics over the batch.",
     ),
+    "rows": Check(
+        isolation.rows,
+        MODEL_KINDS,
+        "The number of a row, the size of the batch, the first row, or the length of the rows is used.",
+    ),
     "padding": Check(
         isolation.padding,
         MODEL_KINDS,
@@ -62,6 +78,27 @@ CHECKS: dict[str, Check] = {
         MODEL_KINDS,
         "A token is written to the wrong slot, the new tokens do not see the cached ones (or see slots that are "
         "empty), positions begin at 0 again, or padding is written to the cache.",
+    ),
+    "prefill": Check(
+        prefill.prefill,
+        MODEL_KINDS,
+        "Prompts of some lengths are read by other code than the rest, a ring of slots wraps wrongly, or a position "
+        "leaves the range that it is kept in.",
+    ),
+    "heads": Check(
+        heads.heads,
+        MODEL_KINDS,
+        "Heads of queries are matched with those of keys and values for one number of them only.",
+    ),
+    "dropout": Check(
+        transforms.dropout,
+        MODEL_KINDS,
+        "context.dropout_key is None in evaluation, and nothing is to be dropped or scaled then.",
+    ),
+    "drift": Check(
+        drift.drift,
+        MODEL_KINDS,
+        "A state, a decay or a position in bfloat16, or a decay a^t that is divided by instead of a^(t - s).",
     ),
     "layers": Check(
         transforms.unrolled_is_scanned,

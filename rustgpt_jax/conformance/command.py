@@ -1,6 +1,7 @@
 """The verb `check`: the parts that a user names, held against every check that is for them."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,26 @@ from rustgpt_jax.errors import UserError, suggestion
 
 
 def check(
-    names: Sequence[str], console: Console, only: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    names: Sequence[str],
+    console: Console,
+    only: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+    is_exhaustive: bool = False,
 ) -> int:
-    """Check the parts that `names` mean, all parts if there are none, and show what was found; 1 if any is broken.
+    """Check parts and show what was found.
 
-    `only` names the checks to run, all for none; `changes` sets knobs of the small model that parts are checked in,
-    as `options` or as `model.options`. Raises UserError for a name that means nothing.
+    Args:
+        names: the parts, as a user names them; all parts if there are none.
+        console: where the outcomes are printed.
+        only: names of the checks to run; all if there are none.
+        changes: knobs of the small model that parts are checked in, such as `options` or `model.options`.
+        is_exhaustive: whether to go through every length, batch size, type and mode, in minutes a part.
+
+    Returns:
+        The exit status: 1 if any part is broken.
+
+    Raises:
+        UserError: for a name that means nothing.
     """
     for name in only:
         if name not in CHECKS:
@@ -29,7 +44,7 @@ def check(
         use_eight_cpu_devices()
     knobs = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
     parts = [part for name in names or (None,) for part in subjects(name, knobs)]
-    parts = [part for part in parts if checks_for(part, only)]
+    parts = [dataclasses.replace(part, is_exhaustive=is_exhaustive) for part in parts if checks_for(part, only)]
     if not parts:
         raise UserError(f"check: {', '.join(only)} is no check for {', '.join(names)}.")
     outcomes = run_checks(parts, only, console)

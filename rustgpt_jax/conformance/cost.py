@@ -60,9 +60,7 @@ def parameters(subject: Subject) -> str:
     count = sum(leaf.size for leaf in made.values())
     if count != declared:
         raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
-    for name, leaf in by_path(programs.ordinary(model).gradient).items():
-        if not leaf.any():
-            raise Broken("a parameter is never used", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
+    require_used(model)
     for index, stack in enumerate(stacks(model)):
         for part, names, place in (
             (MIXERS, stack.block.mixers, "mixer"),
@@ -72,6 +70,19 @@ def parameters(subject: Subject) -> str:
             own = sum(leaf.size for name, leaf in made.items() if name.startswith(prefix)) // len(stack.layers)
             _require_declared(choose(part, names[0], f"config.model.{place}s"), names[0], stack.block, own)
     return f"{count} in the small model"
+
+
+def require_used(model: ModelConfig, where: str = "") -> None:
+    """Raises Broken if a parameter, or all weights of an output channel of a mixer, have a gradient of 0."""
+    what = f"is never used {where}".rstrip()
+    for name, leaf in by_path(programs.ordinary(model).gradient).items():
+        if not leaf.any():
+            raise Broken(f"a parameter {what}", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
+        if "/mixer/" in name and leaf.ndim > 1:
+            unused = np.flatnonzero(~leaf.any(axis=tuple(range(leaf.ndim - 1))))
+            if len(unused):
+                shown = f"a gradient of 0 in {len(unused)} of {leaf.shape[-1]} channels"
+                raise Broken(f"a part of a parameter {what}", f"the parameter {name}, channel {unused[0]}", shown)
 
 
 def _require_declared(part: Any, name: str, block: ModelConfig, made: int) -> None:

@@ -95,6 +95,16 @@ def run(params: Any, rows: Rows, model: ModelConfig) -> Result:
     return jax.device_get(_compiled()(params, rows, model=model))
 
 
+@cache
+def _compiled_forward() -> Any:
+    return quick_jit(weighted_sum, static_argnames="model")
+
+
+def run_forward(params: Any, rows: Rows, model: ModelConfig) -> tuple[Any, np.ndarray]:
+    """The weighted sum and the logits, as of `run`, where no gradient is asked for."""
+    return jax.device_get(_compiled_forward()(params, rows, model=model))
+
+
 def numbers_of(config: Any) -> dict[str, Any]:
     """The knobs of a part of a config that a training program takes as arguments, as arrays."""
     return {
@@ -136,7 +146,9 @@ def rows_of(tokens_BT: np.ndarray, model: ModelConfig, positions_BT: Any = None,
     weights = np.random.default_rng(7).standard_normal((*tokens_BT.shape, model.vocab_size or 0)).astype(np.float32)
     return Rows(
         tokens_BT,
-        np.broadcast_to(PLACES_T, tokens_BT.shape) if positions_BT is None else positions_BT,
+        np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+        if positions_BT is None
+        else positions_BT,
         np.ones_like(tokens_BT) if segments_BT is None else segments_BT,
         weights,
         np.float32(1.0),

@@ -61,12 +61,16 @@ TABLE_OF = {
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A part that is checked: the table it belongs to, its name, itself, and the small model that has it (or None)."""
+    """A part that is checked: the table it belongs to, its name, itself, and the small model that has it (or None).
+
+    is_exhaustive: whether checks take minutes to go through every length, batch size, type and mode.
+    """
 
     kind: str
     name: str
     part: Any
     model: ModelConfig | None
+    is_exhaustive: bool = False
 
     @property
     def title(self) -> str:

@@ -10,6 +10,17 @@ import numpy as np
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, require_close
+from rustgpt_jax.conformance.long_rows import (
+    Case,
+    cached_forward,
+    for_case,
+    forward,
+    influence,
+    long_model,
+    packed_rows,
+    whole_rows,
+)
+from rustgpt_jax.conformance.small import LENGTH
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.paths import by_path
@@ -18,6 +29,8 @@ LOGITS_CLOSE = 5e-5
 # A gradient is a sum over all tokens, in which much may cancel.
 GRADIENTS_CLOSE = 5e-4
 TRIALS = 3
+HIDDEN = ("row", "token", "channel")
+ROWS_OF_DROPOUT, LENGTH_OF_DROPOUT = 3, 40
 
 
 def require_close_results(found: programs.Result, expected: programs.Result, what: str) -> float:
@@ -49,6 +62,34 @@ def _same_with(model: ModelConfig, what: str, **changes: Any) -> str:
     rows = programs.rows_of(programs.random_tokens(model), model)
     found = programs.run(programs.random_params(model), rows, dataclasses.replace(model, **changes))
     return f"within {require_close_results(found, programs.ordinary(model), what):.0e}"
+
+
+def dropout(subject: Subject) -> str:
+    """Evaluation drops nothing, with a cache or without; and a training that drops nothing computes the same."""
+    model = long_model(subject.small_model)
+    dropping = dataclasses.replace(model, dropout=0.5)
+    params, packed = programs.random_params(model), packed_rows(model, ROWS_OF_DROPOUT, LENGTH_OF_DROPOUT)
+    expected = forward(params, packed, model)
+    is_token_BT = packed.segments_BT > 0
+    training = for_case(model, "float32", is_training=True)
+    worst = 0.0
+    for found, what in (
+        (forward(params, packed, dropping), "evaluation changes with the rate of dropout"),
+        (forward(params, packed, training, True), "a training that drops nothing is not what evaluation is"),
+    ):
+        worst = max(worst, require_close(found, expected, LOGITS_CLOSE, what, HIDDEN, is_token_BT))
+    found, expected = (influence(model, Case(64, 3, is_training=each)).slopes_KBT for each in (True, False))
+    what = "the slopes of a training that drops nothing are not those of evaluation"
+    worst = max(worst, require_close(found, expected, GRADIENTS_CLOSE, what, ("probe", "row", "token")))
+    whole = whole_rows(model, ROWS_OF_DROPOUT, LENGTH + 1)
+    caches: list[Any] = [transformer.init_cache(each, ROWS_OF_DROPOUT, LENGTH + 1) for each in (model, dropping)]
+    for places in slice(0, LENGTH), slice(LENGTH, LENGTH + 1):
+        piece = jax.tree.map(lambda leaf, places=places: leaf[:, places], whole)
+        expected, caches[0] = cached_forward(params, piece, caches[0], model)
+        found, caches[1] = cached_forward(params, piece, caches[1], dropping)
+        what = "with a cache, the outputs change with the rate of dropout"
+        worst = max(worst, require_close(found, expected, LOGITS_CLOSE, what, HIDDEN))
+    return f"within {worst:.0e}"
 
 
 @cache

@@ -1,0 +1,40 @@
+"""Parts with heads of keys and values, for other numbers of them than that of the small model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance.cost import require_used
+from rustgpt_jax.conformance.isolation import cached_is_uncached, require_causal
+from rustgpt_jax.conformance.long_rows import Case, influence, long_model
+from rustgpt_jax.conformance.small import LENGTH
+from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.cost import parameter_shapes
+
+CASE = Case(17, 3)
+
+
+def heads(subject: Subject) -> str:
+    """One head of keys and values, two, and as many as there are of queries: causality, every parameter used, and a
+    cache that changes nothing.
+    """
+    model = subject.small_model
+    counts = [count for count in (1, 2, model.n_heads) if model.n_heads % count == 0]
+    others = {count: dataclasses.replace(model, n_kv_heads=count) for count in counts}
+    others = {count: other for count, other in others.items() if _shapes(other) != _shapes(model)}
+    for count, other in others.items():
+        here = f"with {count} of {model.n_heads} heads of keys and values"
+        there = dataclasses.replace(subject, model=other)
+        require_causal(influence(long_model(other), CASE), CASE, here)
+        require_used(other, here)
+        cached_is_uncached(there)
+    shown = ", ".join(map(str, others))
+    return f"{shown} heads of keys and values too" if others else "no number of parameters depends on n_kv_heads"
+
+
+def _shapes(model: ModelConfig) -> Any:
+    cached = jax.eval_shape(lambda: transformer.init_cache(model, 1, LENGTH))
+    return [leaf.shape for leaf in jax.tree.leaves((parameter_shapes(model), cached))]

@@ -1,0 +1,99 @@
+"""Prompts of many lengths, read at once or in pieces, and what follows them: all as if it had been read at once."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.conformance import programs
+from rustgpt_jax.conformance.broken import require_close
+from rustgpt_jax.conformance.long_rows import Packed, cached_forward, forward, long_model, whole_rows
+from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.model import transformer
+
+CLOSE = 2e-4
+AXES = ("row", "token", "channel")
+# Prompts of all lengths up to this one, side by side.
+MOST_RAGGED = 40
+PIECE = 7
+# Tokens that are read at once from an empty cache, and then from one that holds more than 2,048.
+LENGTHS = (1, 8, 16, 33, 64, 131, 257)
+ALL_LENGTHS = (*range(1, MOST_RAGGED + 1), 63, 64, 65, 127, 128, 129, 255, 256, 257)
+FAR = 2048
+SLOTS = 2400
+# A sliding window that is longer than some prompts and shorter than others.
+WINDOW = 32
+
+
+def prefill(subject: Subject) -> str:
+    """A prompt of any length, at once or in pieces, and the tokens after it one by one, give what one call without a
+    cache gives; so do tokens beyond position 2,048, and a ring of slots that was filled more than twice.
+    """
+    model = long_model(subject.small_model)
+    lengths = ALL_LENGTHS if subject.is_exhaustive else LENGTHS
+    worst = max(_ragged(model), _whole_prompts(model, lengths))
+    windowed = dataclasses.replace(model, local_window=WINDOW)
+    if subject.is_exhaustive and _cache_shapes(windowed) != _cache_shapes(model):
+        worst = max(worst, _ragged(windowed), _whole_prompts(windowed, lengths))
+    return f"prompts of {lengths[0]} to {lengths[-1]} tokens, positions to {SLOTS}: within {worst:.0e}"
+
+
+def _cache_shapes(model: ModelConfig) -> Any:
+    cached = jax.eval_shape(lambda: transformer.init_cache(model, 1, SLOTS))
+    return [leaf.shape for leaf in jax.tree.leaves(cached)]
+
+
+def _ragged(model: ModelConfig) -> float:
+    """Row r reads r + 1 tokens, then 7 or 3 of them at a time, then one, those that are through reading padding."""
+    params, batch, length = programs.random_params(model), MOST_RAGGED, MOST_RAGGED + 4 * PIECE
+    packed = whole_rows(model, batch, length)
+    expected = forward(params, packed, model)
+    cached: Any = transformer.init_cache(model, batch, length)
+    read_B = np.zeros(batch, int)
+    worst = 0.0
+    pieces = [(MOST_RAGGED, np.arange(batch) + 1)]
+    pieces += [(PIECE, np.where(np.arange(batch) % 3 == step, 3, PIECE)) for step in range(2)]
+    pieces += [(1, np.arange(batch) % 2), (1, np.ones(batch, int))]
+    for size, count_B in pieces:
+        places_BT = (read_B[:, None] + np.arange(size)).astype(np.int32)
+        is_token_BT = np.arange(size)[None, :] < count_B[:, None]
+        source_BT1 = np.minimum(places_BT, length - 1)[..., None]
+        piece = Packed(np.take_along_axis(packed.x_BTD, source_BT1, axis=1), places_BT, is_token_BT.astype(np.int32))
+        found, cached = cached_forward(params, piece, cached, model)
+        what = f"with a cache the outputs are others, when rows that hold r + 1 tokens or more read {size} at a time"
+        there = np.take_along_axis(expected, source_BT1, axis=1)
+        worst = max(worst, require_close(found, there, CLOSE, what, AXES, is_token_BT))
+        read_B = read_B + count_B
+    return worst
+
+
+def _whole_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
+    """Prompts of each length from an empty cache, with some tokens after them; then pieces of all lengths, in a row."""
+    params = programs.random_params(model)
+    packed = whole_rows(model, 2, SLOTS)
+    expected = forward(params, packed, model)
+    worst = 0.0
+
+    def read(cached: Any, begin: int, size: int, doing: str) -> Any:
+        nonlocal worst
+        places = slice(begin, begin + size)
+        found, cached = cached_forward(params, jax.tree.map(lambda leaf: leaf[:, places], packed), cached, model)
+        what = f"with a cache the outputs are others, {doing}"
+        worst = max(worst, require_close(found, expected[:, places], CLOSE, what, AXES))
+        return cached
+
+    empty = transformer.init_cache(model, 2, SLOTS)
+    for size in lengths:
+        cached = read(empty, 0, size, f"in a prompt of {size} tokens")
+        cached = read(cached, size, 1, f"one token after a prompt of {size}")
+        read(cached, size + 1, lengths[1], f"{lengths[1]} tokens after a prompt of {size} and one more")
+    begin, cached = 0, empty
+    while begin + lengths[-1] <= FAR:
+        cached = read(cached, begin, lengths[-1], f"in pieces of {lengths[-1]} tokens, from position {begin}")
+        begin += lengths[-1]
+    for size in (*lengths[-2:], *lengths[:4], *[1] * 3):
+        cached = read(cached, begin, size, f"in a piece of {size} tokens, from position {begin}")
+        begin += size
+    return worst
