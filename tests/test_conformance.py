@@ -1,6 +1,7 @@
 """The checks: each finds the mistake that it is there to find, and what is registered makes none."""
 
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from broken_mixers import MISTAKES_OF_LONG_ROWS
@@ -17,7 +19,7 @@ from broken_parts import MISTAKES, Mistake
 from rich.console import Console
 
 from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.conformance import long_rows
+from rustgpt_jax.conformance import long_rows, rounding
 from rustgpt_jax.conformance.broken import Broken, require_close, require_finite, require_same_bits
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.command import check
@@ -330,6 +332,44 @@ def test_a_file_is_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
 
 def test_the_small_model_says_every_knob() -> None:
     assert set(SMALL) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+# Roundings in a traced program.
+
+X_T = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+
+
+def summed(x_T: jax.Array, dtype: Any) -> Any:
+    return jax.lax.scan(lambda state, x: ((state + x.astype(dtype)), state), jnp.zeros((), dtype), x_T)
+
+
+def summed_while(x_T: jax.Array, count: Any) -> Any:
+    return jax.lax.fori_loop(0, count, lambda t, state: state + x_T[t], jnp.zeros((), x_T.dtype))
+
+
+def shifted(x_T: jax.Array) -> Any:
+    return jax.lax.scan(lambda last, x: (x, last.astype(jnp.float32) * 2), jnp.zeros((), x_T.dtype), x_T)
+
+
+def written(x_T: jax.Array) -> Any:
+    return jax.lax.scan(lambda ring, x: (ring.at[0].set(x), x), jnp.zeros_like(x_T), x_T)
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "is_found"),
+    [
+        (functools.partial(summed, dtype=jnp.float32), (), False),
+        (functools.partial(summed, dtype=jnp.bfloat16), (), True),
+        (summed_while, (jax.ShapeDtypeStruct((), jnp.int32),), True),
+        (shifted, (), False),
+        (written, (), False),
+    ],
+)
+def test_a_state_that_is_rounded_is_told_from_one_that_is_moved(function: Any, more: Any, is_found: bool) -> None:
+    jaxpr = jax.make_jaxpr(function)(X_T, *more).jaxpr
+    reading = rounding.Reading()
+    reading.follow(jaxpr, [rounding.Traced(is_exact=True, kind=rounding.DATA) for _ in jaxpr.invars])
+    assert bool(reading.found) == is_found, reading.found
 
 
 # Rows of many lengths.
