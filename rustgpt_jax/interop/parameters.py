@@ -95,7 +95,8 @@ def _float32(stored: StoredTensor) -> np.ndarray:
     step = max(1, CHUNK_BYTES * rows // max(array.nbytes, 1))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        array[start:stop] = stored.rows(start, stop)
+        with np.errstate(over="ignore"):
+            array[start:stop] = stored.rows(start, stop)
     return array
 
 
