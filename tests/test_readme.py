@@ -1,6 +1,9 @@
 """What the README shows is what there is."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,18 @@ TABLES = {
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_python_in_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_notebook_of_the_readme_runs_in_any_folder(tmp_path: Path) -> None:
+    """Where the package is found, as it is when it is installed from its sources, but nothing beside it."""
+    (code,) = re.findall(r"In a notebook, in any folder.*?```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "rustgpt_jax").symlink_to(ROOT / "rustgpt_jax")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"(step \d: loss \d\.\d+\n){3}", done.stdout), done.stdout + done.stderr
 
 
 def test_the_readme_lists_every_family() -> None:
