@@ -17,6 +17,7 @@ from rustgpt_jax.data.store import build_store
 from rustgpt_jax.decoding.text import Writer, _settled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.architectures import architecture_of
+from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
 from rustgpt_jax.interop.tokenizer_files import read_codec, write_codec
 from rustgpt_jax.tokenizers import (
     Codec,
@@ -324,6 +325,29 @@ def test_a_stop_token_is_learned_after_every_answer(loss_on: str) -> None:
     assert shown(codec, ended) == "\n<u>Why?<a>So.</s>"[1:]
 
 
+SPACED = (
+    "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '\n<a>') + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<a>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "prefix space", "llama_2", "lstrip", "rstrip"])
+def test_answers_are_learned_whole_however_blanks_are_treated(kind: str) -> None:
+    codec, blank = foreign(template=SPACED), ""
+    if kind == "prefix space":
+        codec.tokenizer.pre_tokenizer, blank = pre_tokenizers.ByteLevel(add_prefix_space=True), " "
+    elif kind == "llama_2":
+        codec, blank = Codec(continued("llama_2").tokenizer, codec.dialect), " "
+        codec.tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    elif kind != "plain":
+        written = json.loads(codec.tokenizer.to_str())
+        written["added_tokens"] = [token | {kind: True} for token in written["added_tokens"]]
+        codec = Codec(Tokenizer.from_str(json.dumps(written)), codec.dialect)
+    turns = (*TURNS[1:], Turn("assistant", "é漢 b"))
+    ids, weights = encode_document(codec, Document("d", turns), "assistant")
+    assert shown(codec, ids[weights]) == f"{blank}So.</s>{blank}é漢 b</s>"
+
+
 def test_answers_after_which_nothing_stops_are_refused() -> None:
     codec = foreign(template=NO_STOP + "{% if add_generation_prompt %}assistant: {% endif %}")
     ids, weights = encode_document(codec, Document("d", TURNS[1:3]), "assistant")
@@ -523,6 +547,82 @@ def test_without_architectures_the_model_type_counts(config: dict[str, Any]) -> 
     with pytest.raises(UserError, match=r'^config.json names no architecture, such as .*\["LlamaForCausalLM"\]'):
         architecture_of(config, Path("config.json"))
     assert architecture_of(config | {"model_type": "llama"}, Path("config.json")).name == "LlamaForCausalLM"
+
+
+# For llama.cpp.
+
+
+def merging(**changes: Any) -> Codec:
+    """A byte-level BPE with a merge, and other fields of its file."""
+    tokenizer = foreign_tokenizer()
+    written = json.loads(tokenizer.to_str())
+    written["model"]["vocab"]["ab"] = len(written["model"]["vocab"])
+    written["model"]["merges"] = [["a", "b"]]
+    for path, value in changes.items():
+        part, _, key = path.rpartition("__")
+        (written[part] if part else written)[key] = value
+    return Codec(Tokenizer.from_str(json.dumps(written)), foreign().dialect)
+
+
+def test_a_byte_level_bpe_is_described() -> None:
+    found = vocabulary_of(merging())
+    assert (found.model, found.pre, found.merges, found.adds_bos, found.bos_id) == ("gpt2", "gpt-2", ["a b"], True, 0)
+    assert not vocabulary_of(merging(post_processor=None)).adds_bos
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+MANY = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,4}|."}, "behavior": "Isolated", "invert": False}
+TWO = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 2 + [{"Sequence": {"id": "A", "type_id": 0}}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pre_tokenizer": BYTE_LEVEL}, "cuts text"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, "cuts text"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [MANY, BYTE_LEVEL]}}, "cuts text"),
+        ({"pre_tokenizer": None}, "cuts text"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+        ({"model__merges": []}, "without merges"),
+        ({"model__dropout": 0.1}, "kind BPE"),
+        ({"model__continuing_subword_prefix": "#"}, "prefixes"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": TWO, "pair": TWO, "special_tokens": {
+            "<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}}}, "at most one token"),
+        ({"added_tokens": [{"id": 0, "content": "<s>", "single_word": False, "lstrip": True, "rstrip": False,
+                            "normalized": False, "special": False}]}, "does not find the token <s>"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_would_do_otherwise_is_not_described(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        vocabulary_of(merging(**changes))
+
+
+def test_the_bpe_of_sentencepiece_is_described_if_all_its_merges_are_there() -> None:
+    found = vocabulary_of(llama_2())
+    assert (found.model, found.adds_blank, found.adds_bos, found.bos_id) == ("llama", True, True, 0)
+    assert found.scores == {"▁a": 0.0}
+    written = json.loads(llama_2().tokenizer.to_str())
+    written["model"]["merges"] = []
+    with pytest.raises(UserError, match="whenever the result is a token"):
+        vocabulary_of(Codec(Tokenizer.from_str(json.dumps(written)), llama_2().dialect))
+
+
+def test_merges_are_left_out_only_where_llama_cpp_leaves_them_out() -> None:
+    split = {"type": "Split", "pattern": {"Regex": next(iter(SPLITS))}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    assert vocabulary_of(merging(pre_tokenizer=cut)).pre == "llama-bpe"
+    # No merge makes this token.
+    unmade = {"pre_tokenizer": cut, "model__vocab": merging().tokenizer.get_vocab() | {"zzz": 261}}
+    assert vocabulary_of(merging(**unmade)).pre == "dbrx"
+    assert vocabulary_of(merging(**unmade, model__ignore_merges=True)).pre == "llama-bpe"
+    with pytest.raises(UserError, match="ignore_merges"):
+        vocabulary_of(merging(model__vocab=unmade["model__vocab"], model__ignore_merges=True))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word", "char", "byte"])
+def test_tokenizers_that_llama_cpp_has_not_are_not_described(kind: str) -> None:
+    with pytest.raises(UserError, match=r"llama\.cpp"):
+        vocabulary_of(continued(kind))
 
 
 # Beside transformers.

@@ -27,7 +27,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import export_model
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
-from rustgpt_jax.interop.tokenizer_files import write_codec
+from rustgpt_jax.interop.tokenizer_files import own_dialect, write_codec
 from rustgpt_jax.model.families import FAMILIES
 from rustgpt_jax.tokenizers import Codec, Dialect, encode_prompt, train_tokenizer
 from rustgpt_jax.tokenizers.dialect import rendered
@@ -48,7 +48,7 @@ TEXTS = [
     " two  blanks,   three\t\ttabs \n \n end ",
     "We'LL see: it'S 3.14159 m² Ⅻ ½ ٣٤٥",
     "naïve café — 漢字 🙂‍↔️ e\u0301 \u00a0 \u3000x\u2028y\r\n\r\nz",
-    "_a__b--c==d!!e?!",
+    "_a__b--c==d!!e?! zzz",
     "",
 ]
 SPECIAL = ("<s>", "</s>", "<|user|>")
@@ -86,6 +86,13 @@ def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -
     return tokenizer
 
 
+def unmade(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a token that no merge makes."""
+    written = json.loads(tokenizer.to_str())
+    written["model"]["vocab"]["zzz"] = len(written["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(written))
+
+
 def split(pattern: str) -> list[Any]:
     return [pre_tokenizers.Split(Regex(pattern), "isolated")]
 
@@ -120,6 +127,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Codec], str]] = {
     "gpt2": (lambda: imported(byte_level([], True), False), "gpt-2"),
     "digits": (lambda: imported(byte_level([pre_tokenizers.Digits(True)], True), True), "smollm"),
     "llama3": (lambda: imported(byte_level(split(LLAMA3), False, True), True), "llama-bpe"),
+    "dbrx": (lambda: imported(unmade(byte_level(split(LLAMA3), False)), False), "dbrx"),
     "qwen2": (lambda: imported(byte_level(split(QWEN2), False), False), "qwen2"),
     "llama2": (lambda: imported(sentencepiece(True), True), "default"),
     "gemma": (lambda: imported(sentencepiece(False), True), "default"),
@@ -169,7 +177,7 @@ def everywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     model = model_of(codec)
     params = random_params(model)
     export_model(params, model, folder / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
-    write_gguf(params, model, folder / "model.gguf", tokenizer=codec)
+    write_gguf(params, model, folder / "model.gguf", tokenizer=codec, is_dialogue=True)
     yield request.param, Writer(params, model, codec, False), folder / "hf", LlamaCpp(folder / "model.gguf")
 
 
@@ -232,12 +240,10 @@ def continued_by_transformers(folder: Path, text: str) -> tuple[list[int], str]:
 
 def test_a_dialogue_is_asked_as_the_template_says(everywhere: Any) -> None:
     _, writer, _, llama = everywhere
-    dialect = writer.tokenizer.dialect
-    if dialect is None:
-        return
+    dialect = writer.tokenizer.dialect or own_dialect(is_dialogue=True)
     turns = [Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "Oh?")]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    expected = rendered(dialect, turns, is_asking=True, special_tokens=SPECIAL)
+    expected = rendered(dialect, turns, is_asking=True, special_tokens=writer.tokenizer.special_tokens)
     asked = llama.ask("/apply-template", messages=messages)["prompt"]
     ids = llama.ask("/tokenize", content=asked, add_special=True, parse_special=True)["tokens"]
     if vocabulary_of(writer.tokenizer).adds_bos:

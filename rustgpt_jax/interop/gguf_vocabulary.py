@@ -126,11 +126,9 @@ def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> Voca
         raise UserError("llama.cpp takes no BPE without merges")
     names = _splits(written["pre_tokenizer"])
     ignores = bool(model.get("ignore_merges"))
-    # The two ways agree where merges make every token of its own characters.
-    agree = ignores not in names.values() and _makes_every_token(written, merges)
+    # Both ways give the same where merges make every token of its own characters.
+    agree = _makes_every_token(written, merges)
     pre = next((name for name, there in names.items() if agree or there == ignores), None)
-    if "llama-bpe" in names and not ignores and _makes_every_token(written, merges):
-        pre = "llama-bpe"
     if pre is None:
         raise UserError("llama.cpp merges within words of the vocabulary, and the tokenizer does not (ignore_merges)")
     return Vocabulary("gpt2", pre, [" ".join(pair) for pair in merges], {}, False, adds_bos, bos_id)
