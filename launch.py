@@ -8,6 +8,8 @@ import difflib
 import gc
 import io
 import os
+import resource
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -574,6 +576,31 @@ def _exhausted() -> str:
         return exhausted(None)
 
 
+def _has_limit() -> bool:
+    """Whether the address space is limited, as by `ulimit -v`."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def _watched() -> int | None:
+    """Go on in a child process, whose exit status this one takes over. None in the child.
+
+    Where the address space is limited, an allocation that fails in a thread of C++ aborts the process, and only
+    another one can say so. To be called before there are threads.
+    """
+    child = os.fork()
+    if not child:
+        return None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        # A terminal sends Ctrl-C to both.
+        is_sent_to_both = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
+        signal.signal(number, signal.SIG_IGN if is_sent_to_both else lambda number, _: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
+        _fail(_exhausted())
+    # As a shell has it.
+    return code if code >= 0 else 128 - code
+
+
 def _fail(sentence: str) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -642,6 +669,10 @@ def main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files and texts in damaged folders need not be valid Unicode.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if "allow_oversubscription" in VERBS[verb].flags and _has_limit():
+        status = _watched()
+        if status is not None:
+            return status
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
     # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.
