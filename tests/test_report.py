@@ -493,6 +493,18 @@ def test_a_single_evaluation_is_seen_beside_the_training_curves(tmp_path: Path) 
     assert attributes(figure, "data-trial").count(trial_id({"seed": 0})) == 2
 
 
+def test_validation_curves_are_drawn_though_one_trial_has_none(tmp_path: Path) -> None:
+    trials = grid(seed=(0, 1, 2))
+    folder = write_sweep(tmp_path / "sweep", trials)
+    metrics = folder / "trials" / trial_id(trials[0]) / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "valid/" not in line))
+    _, page = said(folder)
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss over the steps" in figure)
+    assert "training loss, nats a token" in figure and "validation loss, nats a token" in figure
+    drawn = attributes(figure, "data-trial")
+    assert [drawn.count(trial_id(trial)) for trial in trials] == [1, 2, 2]
+
+
 def test_the_shares_of_importance_add_up_to_100(tmp_path: Path) -> None:
     def loss(trial: dict[str, Any]) -> float:
         return 2.0 + trial["model.bias"] + trial["model.n_layers"] + (trial["model.norm"] == "rmsnorm")

@@ -145,7 +145,7 @@ def test_the_threshold_is_the_5_percent_quantile_over_sweeps_that_choose_their_b
     present = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]], bool)
     smallest = smallest_p_values(tuple(map(tuple, present.tolist())), 4)
     rng, oracle = np.random.default_rng(1), []
-    for _ in range(1000):
+    for _ in range(400):
         losses = np.where(present, rng.normal(size=present.shape), np.nan)
         best = int(np.nanargmin(np.nanmean(losses[:4], 1)))
         p_values = []

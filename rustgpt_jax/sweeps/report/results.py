@@ -33,7 +33,8 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial. The validation curve, the final and the best loss are in the metric that the sweep compares.
+    """One trial. The final and the best loss are in the metric that the sweep compares, the validation curve in its
+    `validation_metric`.
 
     Curves are (step, loss) pairs, the finite ones. Only a finished trial has final losses. `best_loss` is the lowest
     of the last stage's evaluations, `initial_loss` the training loss at step 1. Trials of equal `setting` have the same
@@ -181,6 +182,11 @@ def settings(results: Results) -> tuple[Setting, ...]:
     )
 
 
+def validation_metric(metric: str) -> str:
+    """The metric of the validation curves of a sweep that compares `metric`."""
+    return VALID_LOSS if metric == TRAIN_LOSS else metric
+
+
 def write_csv(results: Results, path: Path) -> None:
     """Write the trials as planned, one a row, with nothing in it that a clock or an interruption could change.
 
@@ -321,7 +327,7 @@ def _trial(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
         step=record.step if record.step is not None else max((line["step"] for line in lines), default=0),
         total_steps=stages(record.config)[-1].end_step if record.config else None,
         train_curve=_curve(lines, TRAIN_LOSS),
-        valid_curve=_curve(lines, metric) if metric != TRAIN_LOSS else (),
+        valid_curve=_curve(lines, validation_metric(metric)),
         initial_loss=first[0] if first else None,
         train_loss=last[TRAIN_LOSS],
         valid_loss=last[VALID_LOSS],

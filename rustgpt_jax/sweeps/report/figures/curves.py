@@ -33,6 +33,7 @@ from rustgpt_jax.sweeps.report.results import (
     Curve,
     Results,
     TrialResult,
+    validation_metric,
 )
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names
 
@@ -91,7 +92,7 @@ def _sides(results: Results) -> list[tuple[str, dict[str, Curve]]]:
     if train and results.metric != BITS_PER_BYTE:
         sides.append((str(METRICS[TRAIN_LOSS]), train))
     if valid:
-        sides.append((str(METRICS[results.metric]), valid))
+        sides.append((str(METRICS[validation_metric(results.metric)]), valid))
     return sides
 
 
