@@ -53,6 +53,7 @@ ODD_NUMBERS = (
 )
 ODD_TEXTS = (
     *("", " ", "None", "nan", "1e3", "x" * 5000, "\0", "\ud800", "\u202e", "日本", "a\nb\r\n", "\x1b[2J", "%s{}{0}"),
+    *("[/INST]", "[b]x[/b] :smile:", "(softly) a, b", "a;b\tc|d", '"', "x" * 300),
     *("../../etc/passwd", "/", ".", "..", "*", "**", "[", "~", "json:loads", ":", "a:b", "os:getcwd", "math:pi"),
 )
 
@@ -152,11 +153,16 @@ def damaged(draw: Draw, data: bytes) -> bytes:
     return Data(data)
 
 
+PIPE = Data(b"a pipe without a writer")
+
+
 def write(file: Path, data: bytes | None) -> None:
-    """Put a file where it is to be found: its bytes, or, for None, a folder in its place."""
+    """Put a file where it is to be found: its bytes, or a folder in its place for None, or a pipe for PIPE."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if data is None:
         file.mkdir()
+    elif data is PIPE:
+        os.mkfifo(file)
     else:
         file.write_bytes(data)
 

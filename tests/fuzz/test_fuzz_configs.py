@@ -16,7 +16,7 @@ from rustgpt_jax.config import FIELDS, Config, config_hash, merge, split, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.placement import check_shares
-from rustgpt_jax.resolve import TREES, override, parse, resolve
+from rustgpt_jax.resolve import TREES, override, parse_all, resolve
 from rustgpt_jax.runs.folder import check, load_config, load_origins
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.parts import check_parts
@@ -91,8 +91,8 @@ texts = st.text(max_size=20) | st.sampled_from(
 def test_knobs_on_a_command_line(place: Place, given: list[tuple[str, str]]) -> None:
     def resolved() -> Config:
         tree = ConfigDict(RECIPES["configs.rustgpt"])
-        for path, text in given:
-            override(tree, path, parse(path, text))
+        for path, value in parse_all(given).items():
+            override(tree, path, value)
         return resolve(tree)
 
     config = answer(resolved)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_config
-from fuzzing import ODD_TEXTS, Place, answer, cases, damaged, edited, write
+from fuzzing import ODD_TEXTS, PIPE, Place, answer, cases, damaged, edited, write
 from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +77,7 @@ def use(config: DataConfig, codec: Codec, stores: Path) -> Store:
 
 
 files = st.sampled_from(sorted(FILES)).flatmap(
-    lambda name: st.tuples(st.just(name), damaged(FILES[name][0]) | FILES[name][1] | st.none())
+    lambda name: st.tuples(st.just(name), damaged(FILES[name][0]) | FILES[name][1] | st.none() | st.just(PIPE))
 )
 choices = st.fixed_dictionaries(
     {
