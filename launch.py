@@ -161,7 +161,7 @@ def train() -> int:
         if FLAGS.init_from is not None:
             from rustgpt_jax.interop.taking import begin_from
 
-            begin_from(FLAGS.init_from, folder, config, origins, console.print)
+            config, origins = begin_from(FLAGS.init_from, folder, config, origins, console.print)
         status = train(config, folder, origins, console, FLAGS.patience, FLAGS.profile, FLAGS.allow_oversubscription)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,18 @@ from rich.console import Console
 
 from rustgpt_jax.config import Config, split
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.gguf import export_gguf
+from rustgpt_jax.interop.runs import export_run
+from rustgpt_jax.reproduce.differences import data_differences
+from rustgpt_jax.reproduce.past import Past
 from rustgpt_jax.runs.folder import RunFolder, lock
 from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.training import lanes, loop, recorder
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.signals import StopRequest
 from rustgpt_jax.training.step import State, as_arguments, compiled_start
+from rustgpt_jax.training.trained import load
 
 VOCABULARY = 300
 TINY = {
@@ -410,3 +417,69 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
     for ours, theirs in zip(eight, one, strict=True):
         for name in ("train/loss", "valid/loss", "train/gradient_norm"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
+
+
+# Files of a run that were put there by somebody else.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. It must stay as it is."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert train(tiny(), path)[0]
+    return path
+
+
+def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loaded(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    other = train_tokenizer(tiny(**{"tokenizer.name": "char"}).tokenizer, ["some other text"])
+    save_tokenizer(other, run.tokenizer_file)
+    for use in (
+        lambda: load(run.path),
+        lambda: train(tiny(), run.path),
+        lambda: Past(run.path, Console(quiet=True)),
+        lambda: export_run(run.path, tmp_path / "out", "last", None, print),
+        lambda: export_gguf(run.path, tmp_path / "out.gguf", "last", None, print),
+    ):
+        with pytest.raises(UserError, match=r"tokenizer.json is not the tokenizer of this run: its SHA-256 is"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "5", "[null]", '[{"stage": 1}]', '[{"n_dialogues": 0}]', "[" * 10_000]
+)
+def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Path, content: str) -> None:
+    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    run.data_file.write_text(content)
+    for use in (lambda: load(run.path), lambda: train(tiny(), run.path), lambda: data_differences(run, run)):
+        if content == "[]":
+            continue
+        with pytest.raises(UserError, match=r"data.json is damaged"):
+            use()
+
+
+def test_a_config_that_was_edited_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    record = json.loads(run.config_file.read_bytes())
+    record["config"]["optimizer"]["learning_rate"] *= 2
+    run.config_file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"config.json was changed after the run began: its config has the hash"):
+        load(run.path)
+    # Where a run is trained is no part of what it is.
+    record = json.loads((finished / "config.json").read_bytes())
+    record["config"]["mesh"]["data"] = 1
+    run.config_file.write_text(json.dumps(record))
+    load(run.path)
+
+
+def test_a_line_of_metrics_without_its_stage_does_not_stop_a_run(tmp_path: Path) -> None:
+    config = tiny()
+    assert train(config, tmp_path / "straight")[0]
+    run = tmp_path / "run"
+    train(config, run, Interruption(7, is_kill=False))
+    file = RunFolder(run).metrics_file
+    file.write_text(file.read_text().replace('"stage"', '"stag"', 3))
+    assert train(config, run)[0]
+    assert_same_bits(stored_state(config, run, "best"), stored_state(config, tmp_path / "straight", "best"))

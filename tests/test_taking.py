@@ -12,7 +12,9 @@ from rustgpt_jax.data.prepare import obtain_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.taking import begin_from
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.runs.folder import RunFolder, create
+from rustgpt_jax.reproduce.differences import config_differences
+from rustgpt_jax.runs.folder import RunFolder, create, load_config
+from rustgpt_jax.runs.recipes import COMMAND_LINE
 from rustgpt_jax.training.trained import load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(source: str, path: Path, **changes: Any) -> str:
     said: list[str] = []
-    begin_from(source, path, tiny(**changes), {}, said.append)
+    begin_from(source, path, tiny(**changes), dict.fromkeys(changes, COMMAND_LINE), said.append)
     return "\n".join(said)
 
 
@@ -98,3 +100,59 @@ def test_what_cannot_be_is_a_sentence_and_leaves_nothing(
     with pytest.raises(UserError, match=sentence):
         begin(f"{source}{suffix}", tmp_path / "new", **changes)
     assert not RunFolder(tmp_path / "new").path.exists()
+
+
+def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_path: Path) -> None:
+    """A config whose tokenizer is another, as that of a config file may be, on another text."""
+    text = tmp_path / "text.txt"
+    text.write_text("zyx wvu, tsr qpo.\n" * 60)
+    other = {"tokenizer.name": "char", "tokenizer.vocab_size": None, "model.vocab_size": None}
+    config = tiny(**other, **{"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"})
+    said: list[str] = []
+    begun = begin_from(str(source), tmp_path / "new", config, {}, said.append)
+    assert begun.config.tokenizer == load_config(source).tokenizer
+    assert begun.origins == dict.fromkeys(
+        ("tokenizer.name", "tokenizer.vocab_size", "model.vocab_size"), f"init_from {source}"
+    )
+    assert ", and the tokenizer" in said[0] and "tokens are of another" not in "".join(said)
+    table = "embedding/table"
+    np.testing.assert_array_equal(parameters(tmp_path / "new")[table], parameters(source)[table])
+    # The same command goes on, also where the source is gone, and trains.
+    assert begin_from(str(source), tmp_path / "new", config, {}, said.append).config == begun.config
+    assert train(begun.config, tmp_path / "new")[0]
+    assert load(tmp_path / "new").writer.tokenizer.written == load(source).writer.tokenizer.written
+
+
+def test_stacked_blocks_are_matched_layer_by_layer(tmp_path: Path) -> None:
+    """Of patterns of two mixers: five layers are two stacks of two and one of one; eight are two of four."""
+    pattern = {"model.mixers": ("attention", "local_attention"), "training.steps": 2}
+    small, large = pattern | {"model.n_layers": 5}, pattern | {"model.n_layers": 8}
+    assert train(tiny(**small), tmp_path / "small")[0]
+    said = begin(str(tmp_path / "small"), tmp_path / "grown", **large)
+    given, grown = parameters(tmp_path / "small"), parameters(tmp_path / "grown")
+    create(tmp_path / "fresh", tiny(**large), {})
+    names = [name.removeprefix("blocks/0/") for name in given if name.startswith("blocks/0/")]
+    assert len(names) > 5
+    for name in names:
+        here = [grown[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in range(8)]
+        there = [given[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in range(4)]
+        there.append(given[f"blocks/2/{name}"][0])
+        for left, right in zip(here, there, strict=False):
+            np.testing.assert_array_equal(left, right)
+    about = json.loads((tmp_path / "grown/import.json").read_bytes())
+    assert about["partly"]["blocks/0/mixer/query/kernel"] == [0, 2, 4]
+    assert about["from_seed"]["blocks/1/mixer/query/kernel"] == "layers 5, 7: not there"
+    assert "left there: the optimizer's state" in said
+    # And back: what is taken of the grown one is what it was grown from.
+    begin(str(tmp_path / "grown"), tmp_path / "back", **small)
+    back = parameters(tmp_path / "back")
+    assert all(back[name].tobytes() == given[name].tobytes() for name in given)
+
+
+def test_diff_names_what_runs_began_with(source: Path, tmp_path: Path) -> None:
+    begin(str(source), tmp_path / "new")
+    begin(f"{source}@best", tmp_path / "best")
+    (found,) = config_differences(RunFolder(tmp_path / "new"), RunFolder(tmp_path / "best"))
+    assert (found.name, found.first) == ("init_from", f"{source} at step 10")
+    assert config_differences(RunFolder(source), RunFolder(tmp_path / "new"))[0].first == "nothing"
+    assert not config_differences(RunFolder(tmp_path / "new"), RunFolder(tmp_path / "new"))

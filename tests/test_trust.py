@@ -15,10 +15,12 @@ from rich.console import Console
 from small_runs import ROOT, train
 
 from rustgpt_jax import tables
+from rustgpt_jax.config import config_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.diff import diff
 from rustgpt_jax.reproduce.own_code import Ended, OwnCode, own_code
 from rustgpt_jax.reproduce.rerun import rerun
+from rustgpt_jax.resolve import resolve
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import archive_of, first_launch
@@ -113,6 +115,7 @@ def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     run = RunFolder(Path(shutil.copytree(trained, tmp_path / "named")))
     record = json.loads(run.config_file.read_text())
     record["config"]["model"]["mixers"] = ["evil_lab:Mixer"]
+    record["hash"] = config_hash(resolve(record["config"]))
     run.config_file.write_text(json.dumps(record))
     (tmp_path / "here").mkdir()
     mark = tmp_path / "was_imported"

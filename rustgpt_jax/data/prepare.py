@@ -139,6 +139,14 @@ def read_record(record: Path) -> list[dict[str, Any]]:
         raise UserError(f"{record} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{record} is damaged: it is not JSON.") from error
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) and "n_dialogues" in stage for stage in stages):
+    if not isinstance(stages, list) or not all(map(_is_record, stages)):
         raise UserError(f"{record} is damaged: it does not say what each stage reads.")
     return stages
+
+
+# What a run folder keeps of the data of a stage, and of what type it is.
+RECORDED = {"stage": str, "source": str, "tokenizer": str, "n_dialogues": int, "splits": dict, "files": dict}
+
+
+def _is_record(stage: Any) -> bool:
+    return isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in RECORDED.items())

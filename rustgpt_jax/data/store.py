@@ -180,13 +180,14 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
 
 def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_on]
-    parts = [FORMAT_VERSION, survey.source, _tokenizer_hash(tokenizer), *knobs]
+    parts = [FORMAT_VERSION, survey.source, tokenizer_hash(tokenizer), *knobs]
     if tokenizer.dialect is not None:
         parts.append(DIALECT_VERSION)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _tokenizer_hash(tokenizer: Codec) -> str:
+def tokenizer_hash(tokenizer: Codec) -> str:
+    """The SHA-256 of all that a tokenizer's tokens depend on, by which stores and runs name it."""
     return hashlib.sha256(tokenizer.written.encode()).hexdigest()
 
 
@@ -297,7 +298,7 @@ def _write_manifest(folder: Path, tokenizer: Codec, survey: Survey, splits: dict
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=survey.source,
-        tokenizer=_tokenizer_hash(tokenizer),
+        tokenizer=tokenizer_hash(tokenizer),
         vocab_size=tokenizer.get_vocab_size(),
         end_id=tokenizer.end_id,
         dtype=_dtype(tokenizer),

@@ -25,7 +25,8 @@ from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, by_path, tensors
 from rustgpt_jax.interop.tokenizer_files import special_ids
 from rustgpt_jax.model.transformer import Params, vocabulary
 from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.tokenizers import Codec, load_tokenizer
+from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.training.material import run_tokenizer
 from rustgpt_jax.training.trained import load
 
 # What a type is called in a file.
@@ -107,7 +108,7 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Say
     if file.exists():
         raise UserError(f"{file} is there already; choose another name.")
     trained = load(path, which)
-    codec = load_tokenizer(RunFolder(path).tokenizer_file)
+    codec = run_tokenizer(RunFolder(path))
     model = with_vocabulary(load_config(path), codec).model
     is_dialogue = trained.writer.is_dialogue
     name = write_gguf(

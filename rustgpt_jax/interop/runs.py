@@ -7,6 +7,7 @@ from typing import Any
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.data.store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.compare import compare_logits
 from rustgpt_jax.interop.exporting import appearing_folder, export_model
@@ -22,6 +23,7 @@ from rustgpt_jax.resolve import override, resolve
 from rustgpt_jax.runs.folder import RunFolder, create, load_config
 from rustgpt_jax.runs.formatting import count
 from rustgpt_jax.tokenizers import IMPORTED, Codec, load_tokenizer, save_tokenizer
+from rustgpt_jax.training.material import run_tokenizer
 from rustgpt_jax.training.trained import load
 
 # Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
@@ -49,6 +51,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
         save_tokenizer(codec, run.tokenizer_file)
         write_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
+        about["tokenizer"] = tokenizer_hash(load_tokenizer(run.tokenizer_file))
         run.import_file.write_text(json.dumps(about, indent=2) + "\n")
         says(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
     says(f"{path}: a run at step 0")
@@ -61,7 +64,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
     appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
     `transformers` can say, and logits that are not the same there.
     """
-    run, codec = RunFolder(path), load_tokenizer(RunFolder(path).tokenizer_file)
+    run, codec = RunFolder(path), run_tokenizer(RunFolder(path))
     whole = with_vocabulary(load_config(path), codec)
     is_dialogue = False
     if run.is_untrained:

@@ -1,83 +1,138 @@
 """A run that begins with parameters of another: what fits is taken, the seed gives the rest, and all of it is said."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rustgpt_jax.config import Config, split, stages
+from rustgpt_jax.config import FIELDS, Config, ModelConfig, differences, split, stages
 from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
+from rustgpt_jax.data.store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
 from rustgpt_jax.interop.parameters import write_tensors
 from rustgpt_jax.interop.safetensors_files import NewTensor
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.runs.folder import RunFolder, create
+from rustgpt_jax.model.stacks import stacks
+from rustgpt_jax.runs.folder import RunFolder, create, load_config
 from rustgpt_jax.runs.formatting import count
+from rustgpt_jax.runs.recipes import COMMAND_LINE
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.training.fingerprints import fingerprints
+from rustgpt_jax.training.material import read_beginning
 from rustgpt_jax.training.step import as_arguments, compiled_start
 from rustgpt_jax.training.trained import load
 
 # Their rows, or columns, stand for tokens.
 OF_TOKENS = ("embedding/", "head/")
 MOST_NAMED = 6
+TOKENIZER_KNOBS = tuple(knob for knob in FIELDS if knob.startswith("tokenizer."))
 
 Says = Callable[[str], object]
 
 
 class Taken(NamedTuple):
-    """Names of parameters: those taken, those that the seed gives, and those left in the other run, with why."""
+    """Names of parameters: those taken, those that the seed gives, and those left in the other run, with why.
+
+    partly: of stacked parameters that are not taken as a whole, the layers that are.
+    """
 
     taken: list[str]
+    partly: dict[str, list[int]]
     from_seed: dict[str, str]
     left: dict[str, str]
 
 
-def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, str], says: Says) -> None:
+class Begun(NamedTuple):
+    """The config of a run that begins with parameters of another, and where each of its values came from."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, str], says: Says) -> Begun:
     """Make the folder of a run at step 0 with the parameters of `source`, RUN, RUN@STEP or RUN@best, that fit it.
 
-    A folder that began so already stays as it is. Raises UserError if it began otherwise, if there is no such run or
-    step, and if nothing fits.
+    The tokenizer is that of the source too, unless a knob of `config.tokenizer` comes from the command line: then it is
+    another, trained on the text of the run. A folder that began so already stays as it is.
+
+    Args:
+        source: the run whose parameters are taken.
+        path: the folder of the new run.
+        config: the config of the new run; with the tokenizer of the source, its tokenizer knobs become the source's.
+        origins: where each value of the config came from.
+        says: is told in sentences what was taken.
+
+    Raises:
+        UserError: the folder began otherwise, there is no such run or step, or nothing fits.
     """
-    run = RunFolder(path)
+    run, is_asked = RunFolder(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
     if run.config_file.exists():
-        began = json.loads(run.import_file.read_bytes()).get("source") if run.import_file.exists() else None
+        began = read_beginning(run).get("source")
         if began is None or _same(began) != _same(source):
             how = f"with the parameters of {began}" if began else "otherwise"
             raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
-        return
+        return (
+            Begun(config, dict(origins)) if is_asked else _with_tokenizer_of(load_config(path), config, origins, began)
+        )
     place, which = run_and_step(source)
     there = load(place, which)
-    own = there.writer.tokenizer if config.tokenizer.name == IMPORTED else obtain_tokenizer(config)
-    whole = with_vocabulary(config, own)
+    begun = Begun(config, dict(origins))
+    if not is_asked:
+        begun = _with_tokenizer_of(load_config(place), config, origins, source)
+    keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
+    own = there.writer.tokenizer if keeps else obtain_tokenizer(begun.config)
+    whole = with_vocabulary(begun.config, own)
     structure, numbers = split(stages(whole)[0].config)
     fresh = by_path(compiled_start(structure, as_arguments(numbers)).params)
     given = by_path(there.writer.params)
-    chosen = _choose(given, fresh, is_same_tokenizer=own.written == there.writer.tokenizer.written)
-    if not chosen.taken:
+    is_same_tokenizer = own.written == there.writer.tokenizer.written
+    source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
+    chosen = _choose(source_layers, layers, is_same_tokenizer)
+    if not chosen.taken and not chosen.partly:
         raise UserError(f"No parameter of {source} fits the model of this config: {_named(chosen.from_seed)}.")
-    params = {name: given[name] if name in chosen.taken else leaf for name, leaf in fresh.items()}
+    params = {name: _joined(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
     with appearing_folder(path) as hidden:
-        new = create(hidden, config, origins)
+        new = create(hidden, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
         write_tensors(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
-        about = {"source": source, "step": there.step, **chosen._asdict()}
-        about["fingerprints"] = fingerprints({name: given[name] for name in chosen.taken})
+        about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
+        about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    sizes = [sum(leaf.size for leaf in leaves) for leaves in ([given[name] for name in chosen.taken], fresh.values())]
-    says(
-        f"{place} at step {there.step}: took {len(chosen.taken)} of {len(fresh)} arrays of parameters "
-        f"({count(sizes[0])} of {count(sizes[1])})"
+    for sentence in _told(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
+        says(sentence)
+    return begun
+
+
+def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> Begun:
+    """A config with the tokenizer knobs of another, and as many rows of the embedding unless it says how many."""
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
+    result = dataclasses.replace(config, tokenizer=there.tokenizer, model=model)
+    return Begun(result, dict(origins) | dict.fromkeys(differences(config, result), f"init_from {source}"))
+
+
+def _told(chosen: Taken, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:
+    n_taken = sum(params[name].size for name in chosen.taken)
+    n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
+    n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
+    yield (
+        f"{source}: took {n_arrays} of {len(params)} arrays of parameters ({count(n_taken)} of {count(n_all)})"
+        f"{', and the tokenizer' if is_same_tokenizer else ''}"
     )
+    if not is_same_tokenizer:
+        yield (
+            "The tokenizer is another, as config.tokenizer asks: the embedding, which has a row for each token, begins "
+            "untrained. Without these knobs the run keeps the tokenizer of its source."
+        )
     if chosen.from_seed:
-        says(f"  from the seed: {_named(chosen.from_seed)}")
-    if chosen.left:
-        says(f"  left there: {_named(chosen.left)}; the optimizer's state; the step")
-    else:
-        says("  left there: the optimizer's state; the step")
+        yield f"  from the seed: {_named(chosen.from_seed)}"
+    left = f"{_named(chosen.left)}; " if chosen.left else ""
+    yield f"  left there: {left}the optimizer's state; the step"
 
 
 def run_and_step(source: str) -> tuple[Path, str]:
@@ -92,22 +147,84 @@ def _same(source: str) -> tuple[Path, str]:
     return place.resolve(), which
 
 
-def _choose(given: Mapping[str, Any], wanted: Mapping[str, Any], is_same_tokenizer: bool) -> Taken:
-    result = Taken([], {}, {})
-    for name, leaf in wanted.items():
-        if name not in given:
-            result.from_seed[name] = "not there"
-        elif given[name].shape != leaf.shape:
-            shapes = (" x ".join(map(str, shape)) for shape in (given[name].shape, leaf.shape))
-            result.from_seed[name] = "{} there and {} here".format(*shapes)
-        elif name.startswith(OF_TOKENS) and not is_same_tokenizer:
-            result.from_seed[name] = "its tokens are of another tokenizer"
+class Layer(NamedTuple):
+    """A parameter of one layer, or of the model as a whole: its array, in the stack `name` there at `place`."""
+
+    name: str
+    place: int | None
+    array: Any
+
+
+# By the name of the parameter without that of its stack, and the layer, None for one of the whole model.
+Layers = dict[tuple[str, int | None], Layer]
+
+
+def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
+    """The parameters of a model layer by layer: how layers are stacked depends on how many there are."""
+    result: Layers = {}
+    for name, leaf in arrays.items():
+        if name.startswith("blocks/"):
+            _, stack, key = name.split("/", 2)
+            for place, layer in enumerate(stacks(model)[int(stack)].layers):
+                result[key, layer] = Layer(name, place, leaf[place])
         else:
-            result.taken.append(name)
-    for name in given:
-        if name not in result.taken:
-            result.left[name] = "not in this model" if name not in wanted else result.from_seed[name]
+            result[name, None] = Layer(name, None, leaf)
     return result
+
+
+def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> Taken:
+    hindrances = {key: _hindrance(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
+    result = Taken([], {}, {}, {})
+    for name, keys in _by_stack(wanted).items():
+        fitting, reasons = [key for key in keys if not hindrances[key]], [hindrances[key] for key in keys]
+        if len(fitting) == len(keys):
+            result.taken.append(name)
+            continue
+        if fitting:
+            result.partly[name] = [layer for _, layer in fitting if layer is not None]
+        result.from_seed[name] = _of_layers(next(filter(None, reasons)), keys, [key for key in keys if hindrances[key]])
+    for name, keys in _by_stack(given).items():
+        unused = [key for key in keys if hindrances.get(key, "absent")]
+        if unused:
+            result.left[name] = _of_layers(hindrances.get(unused[0], "not in this model"), keys, unused)
+    return result
+
+
+def _hindrance(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
+    """Why a parameter is not taken; '' if it is."""
+    if given is None:
+        return "not there"
+    if given.array.shape != wanted.array.shape:
+        shapes = (" x ".join(map(str, layer.array.shape)) or "a number" for layer in (given, wanted))
+        return "{} there and {} here".format(*shapes)
+    if wanted.name.startswith(OF_TOKENS) and not is_same_tokenizer:
+        return "its tokens are of another tokenizer"
+    return ""
+
+
+def _by_stack(layers: Layers) -> dict[str, list[tuple[str, int | None]]]:
+    result: dict[str, list[tuple[str, int | None]]] = {}
+    for key, layer in layers.items():
+        result.setdefault(layer.name, []).append(key)
+    return result
+
+
+def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequence[tuple[str, int | None]]) -> str:
+    """A reason that holds for some of the layers of a parameter."""
+    if len(some) == len(keys):
+        return reason
+    return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
+
+
+def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: Taken) -> Any:
+    """An array of the new model: that of the seed, with what is taken in its place."""
+    if name not in chosen.taken and name not in chosen.partly:
+        return fresh
+    array = np.array(fresh)
+    for key, layer in wanted.items():
+        if layer.name == name and (layer.place is None or key[1] in chosen.partly.get(name, [key[1]])):
+            array[... if layer.place is None else layer.place] = given[key].array
+    return array
 
 
 def _named(reasons: Mapping[str, str]) -> str:

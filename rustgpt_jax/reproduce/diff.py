@@ -35,7 +35,7 @@ OF_PART = {
         ("rustgpt_jax/data/", "rustgpt_jax/tokenizers/"),
         ("tokenizers", "grain", "numpy"),
     ),
-    "before": Causes("state before it", ("seed", "model.", "optimizer."), ALL, ("jax", "flax", "optax")),
+    "before": Causes("state before it", ("seed", "model.", "optimizer.", "init_from"), ALL, ("jax", "flax", "optax")),
     "activations": Causes("activations", ("model.", "seed"), ("rustgpt_jax/model/",), ("jax", "flax")),
     "loss": Causes("loss", ("model.", "data.", "training."), ("rustgpt_jax/training/",), ("jax",)),
     "gradients": Causes(

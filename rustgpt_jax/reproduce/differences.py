@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
+from rustgpt_jax.data.prepare import read_record
 from rustgpt_jax.errors import UserError, shown
 from rustgpt_jax.reproduce.records import ABSENT
 from rustgpt_jax.runs.environment import flat
@@ -17,6 +18,7 @@ from rustgpt_jax.runs.folder import RunFolder
 from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.runs.launches import archive_of, first_launch, programs
 from rustgpt_jax.runs.snapshot import read_code
+from rustgpt_jax.training.material import read_beginning
 
 OWN = "the run's own"
 HASH_DIGITS = 12
@@ -67,7 +69,21 @@ def config_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
     """The knobs in which two configs differ, as they were recorded, those of stages too."""
     left, right = _knobs(first), _knobs(second)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name, OWN) != right.get(name, OWN)]
-    return [Difference(f"config.{name}", left.get(name, OWN), right.get(name, OWN)) for name in names]
+    found = [Difference(f"config.{name}", left.get(name, OWN), right.get(name, OWN)) for name in names]
+    return [*_beginning_differences(first, second), *found]
+
+
+def _beginning_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+    """Where the parameters that two runs began with came from, if that is not the same: `--init_from`, or an import."""
+    left, right = read_beginning(first), read_beginning(second)
+    here, there = (
+        f"{about['source']} at step {about['step']}" if "step" in about else about.get("source", ABSENT)
+        for about in (left, right)
+    )
+    if here != there:
+        return [Difference("init_from", here, there)]
+    names = [name for name in ("taken", "partly", "from_seed", "fingerprints") if left.get(name) != right.get(name)]
+    return [Difference(f"init_from: {name}", "some", "others") for name in names]
 
 
 def _knobs(run: RunFolder) -> dict[str, Any]:
@@ -125,7 +141,7 @@ def environment_differences(first: RunFolder, second: RunFolder) -> list[Differe
 
 def data_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
     """The stages whose text is not the same, with the files that make it so where they are known, or whose tokens."""
-    left, right = ({stage["stage"]: stage for stage in _json(run, run.data_file.name)} for run in (first, second))
+    left, right = ({stage["stage"]: stage for stage in read_record(run.data_file)} for run in (first, second))
     common = [name for name in left if name in right]
     return [difference for name in common for difference in _of_stage(name, left[name], right[name])]
 

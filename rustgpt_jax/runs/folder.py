@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rustgpt_jax.config import Config, StageConfig, config_hash, differences, is_of_result, to_dict
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.tables import note_import_paths
 
@@ -207,18 +207,25 @@ def load_config(path: Path) -> Config:
     if not file.exists():
         raise UserError(f"{path} is not the folder of a run: it has no config.json.")
     try:
-        tree = json.loads(file.read_bytes())["config"]
+        record = json.loads(file.read_bytes())
+        tree, recorded = record["config"], record.get("hash")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{file} is damaged: its config is not a JSON object.")
     note_import_paths(json.dumps(tree), file)
     try:
-        return resolve(tree)
+        config = resolve(tree)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    if config_hash(config) != recorded:
+        raise UserError(
+            f"{file} was changed after the run began: its config has the hash {config_hash(config)}, and "
+            f"{shown(recorded)} is recorded. Put it back; another config is another run."
+        )
+    return config
 
 
 def load_origins(path: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ from rustgpt_jax.runs.folder import is_special, load_config, load_origins
 Recipe = tuple[Any, dict[str, str]]
 # Knobs and their values as they are written on a command line, in the order given.
 Overrides = Sequence[tuple[str, str]]
+# The origin of a value that was given on the command line.
+COMMAND_LINE = "command line"
 
 
 def read_recipe(file: str, base: Path, overrides: Overrides) -> Recipe:
@@ -38,7 +40,7 @@ def recipe_of_run(path: Path, overrides: Overrides) -> Recipe:
 def _overridden(tree: Any, origins: dict[str, str], overrides: Overrides) -> Recipe:
     for path, value in parse_all(overrides).items():
         override(tree, path, value)
-        origins[path] = "command line"
+        origins[path] = COMMAND_LINE
     return tree, origins
 
 

@@ -30,7 +30,7 @@ from rustgpt_jax.runs.progress import Progress, counting
 from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
 from rustgpt_jax.training.lanes import Solo, train_lanes
-from rustgpt_jax.training.material import Material
+from rustgpt_jax.training.material import Material, run_tokenizer
 from rustgpt_jax.training.memory import check_training_memory
 from rustgpt_jax.training.parts import check_parts
 from rustgpt_jax.training.profile import Profile, span
@@ -93,8 +93,11 @@ def _records(path: Path, config: Config, origins: Mapping[str, str]) -> Abstract
 
 def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
     """What a run reads; a tokenizer that its folder has stays as it is. Raises UserError for text that will not do."""
-    with counting(console, "characters read to train the tokenizer") as progress:
-        tokenizer = obtain_tokenizer(config, tokenizer_file, progress)
+    if tokenizer_file.exists():
+        tokenizer = run_tokenizer(RunFolder(tokenizer_file.parent))
+    else:
+        with counting(console, "characters read to train the tokenizer") as progress:
+            tokenizer = obtain_tokenizer(config, progress=progress)
     whole = with_vocabulary(config, tokenizer)
     with counting(console, "characters encoded") as progress:
         data = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]

@@ -1,19 +1,21 @@
 """What a run is made of: its config, tokenizer and data, and the programs that its stages run."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rustgpt_jax.config import Config, Stage, Structure, split
 from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.data.prepare import StageData, changed_data
+from rustgpt_jax.data.prepare import StageData, changed_data, read_record
+from rustgpt_jax.data.store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.placement import check_shares
 from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.tokenizers import Codec, encode_prompt
+from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.step import Numbers, as_arguments
 
@@ -56,6 +58,45 @@ class Material:
         if changed:
             again = "give back the old text, or choose another --run folder"
             raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
+
+
+def run_tokenizer(run: RunFolder) -> Codec:
+    """Load the tokenizer of a run.
+
+    Raises:
+        UserError: it is missing or damaged, or not the one that the folder has a record of.
+    """
+    tokenizer = load_tokenizer(run.tokenizer_file)
+    recorded = [stage["tokenizer"] for stage in read_record(run.data_file)] if run.data_file.exists() else []
+    began_with = read_beginning(run).get("tokenizer")
+    found = tokenizer_hash(tokenizer)
+    for digest in [*recorded, *([began_with] if began_with is not None else [])]:
+        if digest != found:
+            raise UserError(
+                f"{run.tokenizer_file} is not the tokenizer of this run: its SHA-256 is {found[:12]}, and "
+                f"{digest[:12]} is recorded. Put the right one back."
+            )
+    return tokenizer
+
+
+def read_beginning(run: RunFolder) -> dict[str, Any]:
+    """Read where the parameters that a run begins with came from; {} if the seed gives them.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
+    if not run.import_file.exists():
+        return {}
+    try:
+        about = json.loads(run.import_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{run.import_file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{run.import_file} is damaged: it is not JSON.") from error
+    texts = [about.get(name, "") for name in ("source", "tokenizer")] if isinstance(about, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{run.import_file} is damaged: it does not say where the parameters came from.")
+    return about
 
 
 def _program(stage: Stage) -> Program:

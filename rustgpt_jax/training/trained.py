@@ -18,8 +18,9 @@ from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.parallel.machine import used_machine
 from rustgpt_jax.parallel.placement import over_local_devices
 from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.tokenizers import Codec, load_tokenizer
+from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.material import run_tokenizer
 from rustgpt_jax.training.memory import check_inference_memory
 from rustgpt_jax.training.optimizers import evaluation_params
 from rustgpt_jax.training.step import as_arguments, compiled_start
@@ -60,7 +61,7 @@ def load(
     run = RunFolder(path)
     if not (run.is_untrained or run.checkpoints.exists()):
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
-    tokenizer = load_tokenizer(run.tokenizer_file)
+    tokenizer = run_tokenizer(run)
     config = with_vocabulary(stored, tokenizer)
     check_inference_memory(config, used_machine(), n_rows=0, is_allowed=is_oversubscribed)
     if run.is_untrained:
