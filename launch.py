@@ -41,6 +41,7 @@ flags.register_validator(
 flags.DEFINE_string(
     "init_from", None, "For train: a run, as RUN, RUN@STEP or RUN@best, whose parameters a new run takes."
 )
+flags.DEFINE_bool("extend", False, "For train: go on to more steps than the run's learning-rate schedule was made for.")
 flags.DEFINE_integer(
     "step", None, "For replay: the step. For doctor: the step that went wrong, unless it is to look.", 1, LARGEST
 )
@@ -116,6 +117,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all);
     a list takes one item a flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted
     Python list ("--config.record.prompts=['Hi, you', 'Once']"); only names of parts are separated by commas
+    train goes on with a run that is there: other --config.record, --config.sampling and --config.training.steps may be
+    given; --extend lets it have more steps than its learning-rate schedule was made for
     train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
     train on a cluster; elsewhere, several processes are told --coordinator=HOST:PORT --processes=N --process=I, and
     --patience=SECONDS, after which one that is silent is given up (docs/scaling.md)
@@ -162,7 +165,16 @@ def train() -> int:
             from rustgpt_jax.interop.taking import begin_from
 
             config, origins = begin_from(FLAGS.init_from, folder, config, origins, console.print)
-        status = train(config, folder, origins, console, FLAGS.patience, FLAGS.profile, FLAGS.allow_oversubscription)
+        status = train(
+            config,
+            folder,
+            origins,
+            console,
+            FLAGS.patience,
+            FLAGS.profile,
+            FLAGS.allow_oversubscription,
+            FLAGS.extend,
+        )
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status
@@ -171,12 +183,12 @@ def train() -> int:
 def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
     from rustgpt_jax.runs.cluster_job import job_script, submit
-    from rustgpt_jax.runs.folder import check
+    from rustgpt_jax.training.changes import change_of
     from rustgpt_jax.training.parts import check_parts
 
     if FLAGS.launcher != "slurm":
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
-    check(folder, config)
+    change_of(folder, config, FLAGS.extend)
     check_parts(config)
     given = [FLAGS[name] for name in (*VERBS["train"].flags, *OF_ALL_VERBS) if name not in ("launcher", "slurm")]
     words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]
@@ -410,6 +422,7 @@ VERBS = {
             "config",
             "run",
             "init_from",
+            "extend",
             "launcher",
             "slurm",
             "coordinator",

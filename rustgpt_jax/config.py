@@ -13,9 +13,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rustgpt_jax.errors import UserError, suggestion
 
@@ -418,16 +418,25 @@ def flatten(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as it runs: steps `first_step` to `end_step` (exclusive) of the run, with a whole config of its own."""
+    """A stage as it runs: steps `first_step` to `end_step` (exclusive) of the run, with a whole config of its own.
+
+    `until` is the step after which the run went on with another config, None if it did not.
+    """
 
     name: str
     first_step: int
     config: Config
+    until: int | None = None
 
     @property
     def end_step(self) -> int:
         """The first step that is not the stage's."""
         return self.first_step + self.config.training.steps
+
+    @property
+    def last_step(self) -> int:
+        """The last step, counted from 1, that is made with this config."""
+        return self.end_step if self.until is None else min(self.until, self.end_step)
 
     def is_logged(self, step: int) -> bool:
         """Whether the metrics of a step of the stage, counted from 1, are recorded."""
@@ -443,6 +452,26 @@ def stages(config: Config) -> tuple[Stage, ...]:
     for stage in config.stages:
         whole = with_values(dataclasses.replace(config, stages=()), dict(stage.overrides))
         result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
+    return tuple(result)
+
+
+class Earlier(NamedTuple):
+    """A config that a run had up to a step, after which it was changed."""
+
+    until: int
+    config: Config
+
+
+def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Stage, ...]:
+    """The stages of a run whose config was changed at some steps, each as often as it has another config."""
+    result: list[Stage] = []
+    begin = 0
+    for until, each in (*earlier, (None, config)):
+        for stage in stages(each):
+            if stage.end_step > begin and (until is None or stage.first_step < until > begin):
+                result.append(dataclasses.replace(stage, until=until))
+        begin = max(begin, until or 0)
+    # All is done, and what was changed after that has no step.
     return tuple(result)
 
 
@@ -484,6 +513,15 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(group, {})
         node[name] = value
     return tree
+
+
+def may_change(path: str) -> bool:
+    """Whether a run may go on with another value: no step that it has made depends on it, only what is recorded."""
+    knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
+    if knob == "record.evaluation_batches":
+        # Losses before and after could not be compared.
+        return False
+    return knob.startswith(("record.", "sampling.", "mesh.")) or knob in ("training.steps", "training.steps_per_call")
 
 
 def is_of_result(path: str) -> bool:

@@ -70,6 +70,10 @@ def config_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
     left, right = _knobs(first), _knobs(second)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name, OWN) != right.get(name, OWN)]
     found = [Difference(f"config.{name}", left.get(name, OWN), right.get(name, OWN)) for name in names]
+    earlier = [_json(run, run.config_file.name).get("earlier", []) for run in (first, second)]
+    if earlier[0] != earlier[1]:
+        here, there = (f"at steps {[each['until'] for each in side]}" if side else "never" for side in earlier)
+        found.append(Difference("config was changed", here, there))
     return [*_beginning_differences(first, second), *found]
 
 

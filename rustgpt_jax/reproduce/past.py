@@ -17,7 +17,7 @@ from rustgpt_jax.data.prepare import StageData, changed_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.mesh import axis_sizes, in_words
 from rustgpt_jax.parallel.placement import all_devices, check_shares
-from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_earlier
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import launches
 from rustgpt_jax.runs.metrics import iter_metrics, read_columns
@@ -87,7 +87,8 @@ class Past:
     def __init__(self, path: Path, console: Console) -> None:
         self.folder, self._console = RunFolder(path), console
         self.config = load_config(path)
-        self.material = gather(self.config, self.folder.tokenizer_file, console)
+        earlier = load_earlier(path)
+        self.material = gather(self.config, self.folder.tokenizer_file, console, earlier)
         changed = changed_data(self.folder.data_file, self.material.stages)
         if changed:
             raise UserError(
@@ -118,7 +119,7 @@ class Past:
     def __enter__(self) -> "Past":
         self._resources.enter_context(self._placement.active())
         if self.folder.checkpoints.exists():
-            checkpoints = Checkpoints(self.folder.checkpoints, self.config)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.material.earlier)
             self._checkpoints = self._resources.enter_context(checkpoints)
         return self
 
@@ -144,7 +145,7 @@ class Past:
         return self.material.programs[self._stage_index(step)]
 
     def _stage_index(self, step: int) -> int:
-        return next(index for index, data in enumerate(self.material.stages) if step <= data.stage.end_step)
+        return next(index for index, data in enumerate(self.material.stages) if step <= data.stage.last_step)
 
     def record(self, step: int) -> dict[str, Any] | None:
         """What metrics.jsonl has of the training of a step, None if it was not logged."""
@@ -229,7 +230,7 @@ class Past:
             step = int(state.step)
             data, program = self.data_of(step + 1), self.program_of(step + 1)
             slots = data.stage.config.training.steps_per_call
-            borders = [data.stage.end_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
+            borders = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
             now = min(slots, min(borders) - step, count - len(every))
             batches = self.batches(state, now)
             # No step reads what fills up the slots.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rustgpt_jax.config import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
 from rustgpt_jax.reproduce.differences import say, say_section, sections
@@ -18,7 +17,7 @@ from rustgpt_jax.reproduce.records import (
     in_a_sentence,
     missing_record,
 )
-from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_stages
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import Launch, first_launch, launches
 from rustgpt_jax.runs.metrics import last_step
@@ -104,7 +103,7 @@ def _reached(run: RunFolder) -> int:
 
 def _say_if_early(run: RunFolder, reached: int, console: Console) -> None:
     try:
-        total_steps = stages(load_config(run.path))[-1].end_step
+        total_steps = load_stages(run.path)[-1].end_step
     except UserError:
         # Its own code may read a config that this one does not.
         return
@@ -143,12 +142,12 @@ def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console
 def _has_its_record(run: RunFolder, console: Console) -> bool:
     """Whether metrics.jsonl goes as far as the checkpoints of a run. If not, say so."""
     try:
-        every = stages(load_config(run.path))
+        every = load_stages(run.path)
     except UserError:
         # Its own code may read a config that this one does not.
         return True
     saved = min(max(run.saved_steps, default=0), every[-1].end_step)
-    stage = next((stage for stage in every if saved <= stage.end_step), every[-1])
+    stage = next((stage for stage in every if saved <= stage.last_step), every[-1])
     missing = missing_record(run, stage, saved) if saved else ""
     if missing:
         say(console, f"Of what comes after that there is nothing to compare with: {run.metrics_file} {missing}.")

@@ -6,13 +6,23 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from rustgpt_jax.config import Config, StageConfig, config_hash, differences, is_of_result, to_dict
+from rustgpt_jax.config import (
+    Config,
+    Earlier,
+    Stage,
+    StageConfig,
+    config_hash,
+    differences,
+    is_of_result,
+    stages_in_turn,
+    to_dict,
+)
 from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.tables import note_import_paths
@@ -142,39 +152,51 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise Unwritable(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def check(path: Path, config: Config) -> None:
-    """Raises UserError if a folder, which need not exist, holds a run with another config. Nothing is written."""
+def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+    """Raises UserError if a folder, which need not exist, holds a run with another config. Nothing is written.
+
+    `earlier` are the configs that the run had before this one: the last of them is its own as well.
+    """
     if RunFolder(path).config_file.exists():
-        changed = in_words(to_dict(load_config(path)), config)
-        if changed:
-            raise UserError(
-                f"{path} holds a run with another config: {changed}. Choose another --run folder or delete this one."
-            )
+        stored = load_config(path)
+        changed = in_words(to_dict(stored), config)
+        if changed and stored not in [each.config for each in earlier[-1:]]:
+            raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
 
 
-def admit(path: Path, config: Config) -> None:
+def admit(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     """Make a folder, if it is not there. Raises UserError if it is not free for a run, or for one with this config."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         used = any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
-    check(path, config)
+    check(path, config, earlier)
     if used and not RunFolder(path).config_file.exists():
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
 
 
-def create(path: Path, config: Config, origins: Mapping[str, str]) -> RunFolder:
+def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunFolder:
     """Make the folder of a run and record its config in it, or check that the run already there has the same config.
 
-    `origins` says for each dotted path of a knob where its value came from. Raises UserError if the folder holds
-    a run with another config, or other files, or cannot be written.
+    Args:
+        path: the folder.
+        config: the config of the run.
+        origins: where the value of each knob, by its dotted path, came from.
+        earlier: the configs that the run had before. A run that still has the last of them gets the new one.
+
+    Raises:
+        UserError: the folder holds a run with another config, or other files, or cannot be written.
     """
     run = RunFolder(path)
-    admit(path, config)
-    if run.config_file.exists():
+    admit(path, config, earlier)
+    if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
         return run
-    record = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
+    record: dict[str, Any] = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
+    if earlier:
+        record["earlier"] = [
+            {"until": until, "config": to_dict(each), "hash": config_hash(each)} for until, each in earlier
+        ]
     write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
     return run
 
@@ -206,13 +228,42 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{path} is a file, not the folder of a run.")
     if not file.exists():
         raise UserError(f"{path} is not the folder of a run: it has no config.json.")
+    return _recorded_config(_read_record(file), file)
+
+
+def load_earlier(path: Path) -> tuple[Earlier, ...]:
+    """Load the configs that a run had before it was changed, and up to which steps. Raises UserError for damage."""
+    file = RunFolder(path).config_file
+    listed = _read_record(file).get("earlier", [])
+    steps = [each.get("until") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else [None]
+    is_sound = isinstance(listed, list) and len(steps) == len(listed) and all(type(step) is int for step in steps)
+    if not is_sound or steps != sorted(step for step in steps if step >= 0):
+        raise UserError(f"{file} is damaged: it does not say up to which steps its earlier configs were used.")
+    return tuple(Earlier(each["until"], _recorded_config(each, file)) for each in listed)
+
+
+def load_stages(path: Path) -> tuple[Stage, ...]:
+    """Load the stages of a run as they were and are to be trained. Raises UserError as `load_config` does."""
+    return stages_in_turn(load_config(path), load_earlier(path))
+
+
+def _read_record(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_bytes())
-        tree, recorded = record["config"], record.get("hash")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+    return record
+
+
+def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
+    """A config as it stands in a file with its hash."""
+    if "config" not in record:
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+    tree, recorded = record["config"], record.get("hash")
     if not isinstance(tree, dict):
         raise UserError(f"{file} is damaged: its config is not a JSON object.")
     note_import_paths(json.dumps(tree), file)

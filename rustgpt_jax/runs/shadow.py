@@ -18,12 +18,10 @@ def shadow(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[P
     """
     with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
         real, own = RunFolder(path.absolute()), RunFolder(Path(made) / path.absolute().name)
-        own.path.mkdir()
-        # The config last: the first process makes it first.
-        for file in (real.metrics_file, real.data_file, real.tokenizer_file, real.config_file):
+        create(own.path, config, origins)
+        for file in (real.metrics_file, real.data_file, real.tokenizer_file):
             if file.exists():
                 shutil.copyfile(file, own.path / file.name)
-        create(own.path, config, origins)
         own.parameters_file.symlink_to(real.parameters_file)
         own.checkpoints.symlink_to(real.checkpoints)
         yield own.path

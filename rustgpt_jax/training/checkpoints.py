@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from rustgpt_jax.config import Config, config_hash, to_dict
+from rustgpt_jax.config import Config, Earlier, config_hash, to_dict
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.parallel.endings import is_loss
@@ -54,11 +54,12 @@ class Checkpoints:
 
     The last ones are kept, the best, and the last regular one, which is there at that step however the run was
     interrupted. The file `best` names the step of the best one, and the one before it, which holds until that one is
-    written.
+    written. `earlier` are configs that the run had before, by which older checkpoints were made.
     """
 
-    def __init__(self, folder: Path, config: Config, is_writer: bool = False) -> None:
+    def __init__(self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[Earlier] = ()) -> None:
         self._folder, self._config = folder.absolute(), config
+        self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
         self._best_file = self._folder / "best"
         # Orbax deletes nothing by itself: it does not know which is the best.
         sealing = ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=LONGEST_SAVE_SECONDS)
@@ -262,7 +263,7 @@ class Checkpoints:
         return state
 
     def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
-        if about["config_hash"] != config_hash(self._config):
+        if about["config_hash"] not in self._hashes:
             raise UserError(f"{where} is a checkpoint of another config: {in_words(about['config'], self._config)}.")
         stored = about["layout"]
         for path in sorted(stored.keys() | wanted.keys()):

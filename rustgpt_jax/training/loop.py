@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 
 from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import Config, stages
+from rustgpt_jax.config import Config, Earlier, stages, stages_in_turn
 from rustgpt_jax.data.prepare import obtain_tokenizer, prepare_stage, with_vocabulary
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
@@ -22,13 +22,14 @@ from rustgpt_jax.parallel.mesh import in_words
 from rustgpt_jax.parallel.placement import all_devices, check_memories
 from rustgpt_jax.parallel.processes import Votes, first_alone, is_first
 from rustgpt_jax.runs.curves import draw_loss_curves
-from rustgpt_jax.runs.folder import RunFolder, Unwritable, check
+from rustgpt_jax.runs.folder import RunFolder, Unwritable
 from rustgpt_jax.runs.formatting import count as formatted
 from rustgpt_jax.runs.formatting import duration
 from rustgpt_jax.runs.laps import Laps
 from rustgpt_jax.runs.progress import Progress, counting
 from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
+from rustgpt_jax.training.changes import change_of
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material, run_tokenizer
 from rustgpt_jax.training.memory import check_training_memory
@@ -49,6 +50,7 @@ def train(
     patience: float = math.inf,
     profile: str | None = None,
     is_oversubscribed: bool = False,
+    extends: bool = False,
 ) -> int:
     """Train the run of a config in a folder, from its last sound checkpoint if it has one.
 
@@ -58,10 +60,13 @@ def train(
 
     Where several processes train the run, all call this; a process that waits for the others for more than `patience`
     seconds ends. `profile`, START:STOP, has these steps traced into the folder. A run that cannot fit the memory is
-    refused, unless `is_oversubscribed`.
+    refused, unless `is_oversubscribed`. `extends` lets a run have more steps, also where its learning-rate schedule was
+    made for fewer.
     """
     laps = Laps("Python and packages")
-    check(path, config)
+    config, earlier, sentences = change_of(path, config, extends)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     check_parts(config)
     # As it is now: it may be edited while the data are prepared.
     remember_code()
@@ -71,7 +76,7 @@ def train(
     again = "The same command goes on from the last checkpoint."
     with _records(path, config, origins) as folder:
         with first_alone("data"):
-            material = gather(config, RunFolder(folder).tokenizer_file, console)
+            material = gather(config, RunFolder(folder).tokenizer_file, console, earlier)
         # Now with the vocabulary.
         check_training_memory(material.whole, used_machine(), placement.sizes, is_oversubscribed)
         material.check(RunFolder(folder), placement.n_devices)
@@ -91,8 +96,11 @@ def _records(path: Path, config: Config, origins: Mapping[str, str]) -> Abstract
     return nullcontext(path) if is_first() else shadow(path, config, origins)
 
 
-def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
-    """What a run reads; a tokenizer that its folder has stays as it is. Raises UserError for text that will not do."""
+def gather(config: Config, tokenizer_file: Path, console: Console, earlier: tuple[Earlier, ...] = ()) -> Material:
+    """What a run reads; a tokenizer that its folder has stays as it is. Raises UserError for text that will not do.
+
+    `earlier` are the configs that the run had before this one.
+    """
     if tokenizer_file.exists():
         tokenizer = run_tokenizer(RunFolder(tokenizer_file.parent))
     else:
@@ -100,8 +108,12 @@ def gather(config: Config, tokenizer_file: Path, console: Console) -> Material:
             tokenizer = obtain_tokenizer(config, progress=progress)
     whole = with_vocabulary(config, tokenizer)
     with counting(console, "characters encoded") as progress:
-        data = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]
-    return Material(config, whole, tokenizer, data)
+        prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]
+    stores = {data.stage.name: data.store for data in prepared}
+    before = [each._replace(config=with_vocabulary(each.config, tokenizer)) for each in earlier]
+    in_turn = stages_in_turn(whole, before)
+    data = [prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name]) for stage in in_turn]
+    return Material(config, whole, tokenizer, data, earlier)
 
 
 def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Laps, profile: Profile | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rustgpt_jax.config import Config, Stage, Structure, split
+from rustgpt_jax.config import Config, Earlier, Stage, Structure, split
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.data.prepare import StageData, changed_data, read_record
 from rustgpt_jax.data.store import tokenizer_hash
@@ -30,12 +30,16 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a run is made of: its config as it was written and with the vocabulary filled in, tokenizer and data."""
+    """What a run is made of: its config as it was written and with the vocabulary filled in, tokenizer and data.
+
+    stages: where the config was changed within a stage, the stage is there with each. earlier: the configs before.
+    """
 
     config: Config
     whole: Config
     tokenizer: Codec
     stages: list[StageData]
+    earlier: tuple[Earlier, ...] = ()
 
     @property
     def total_steps(self) -> int:

@@ -67,7 +67,6 @@ class Recorder:
     A step that went wrong is the last thing that is written, unless it is to be skipped: `fault` tells of it.
     """
 
-    config: Config
     data: StageData
     run: RunFolder
     tokenizer: Codec
@@ -173,6 +172,11 @@ class Recorder:
         self._write_samples(params, step)
         self._clock = time.perf_counter()
         return is_best
+
+    @property
+    def config(self) -> Config:
+        """The config of the stage."""
+        return self.data.stage.config
 
     @cached_property
     def _optimizer(self) -> OptimizerConfig:

@@ -16,7 +16,16 @@ from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.placement import Placement
 from rustgpt_jax.parallel.processes import Votes, is_first
-from rustgpt_jax.runs.folder import RunFolder, Unwritable, admit, create, lock, write_atomically
+from rustgpt_jax.runs.folder import (
+    RunFolder,
+    Unwritable,
+    admit,
+    all_differences,
+    create,
+    load_config,
+    lock,
+    write_atomically,
+)
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import record_launch, record_program
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until
@@ -68,13 +77,15 @@ class Run:
     def __enter__(self) -> "Run":
         with self._resources:
             self._resources.enter_context(self.placement.active())
-            admit(self.folder.path, self.material.config)
+            earlier = self.material.earlier
+            admit(self.folder.path, self.material.config, earlier)
             self._resources.enter_context(lock(self.folder.path))
-            create(self.folder.path, self.material.config, self._origins)
+            self._record_config()
             save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
-            write_atomically(self.folder.data_file, record_data(self.material.stages))
+            by_name = {data.stage.name: data for data in self.material.stages}
+            write_atomically(self.folder.data_file, record_data(by_name.values()))
             self._resources.callback(self._close)
-            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config, is_writer=True)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config, is_writer=True, earlier=earlier)
             self.checkpoints = self._resources.enter_context(checkpoints)
             self.step = self.checkpoints.step() or 0
             self._resources = self._resources.pop_all()
@@ -89,6 +100,17 @@ class Run:
             # On a full disk, closing a file fails again; what went wrong first is what the user is told.
             if error is None:
                 raise
+
+    def _record_config(self) -> None:
+        """Write the config into the folder, and a change of it into the journal."""
+        path, config, earlier = self.folder.path, self.material.config, self.material.earlier
+        before = load_config(path) if self.folder.config_file.exists() else config
+        changed = all_differences(before, config) if earlier and before != config else {}
+        if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
+            raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
+        create(path, config, self._origins, earlier)
+        if changed:
+            self._journal.append("config", step=earlier[-1].until, changes=changed)
 
     # Where it stands.
 
@@ -137,7 +159,7 @@ class Run:
     @property
     def _stage_index(self) -> int:
         stages = self.material.stages
-        return next((index for index, data in enumerate(stages) if self.step < data.stage.end_step), len(stages) - 1)
+        return next((index for index, data in enumerate(stages) if self.step < data.stage.last_step), len(stages) - 1)
 
     # Going on.
 
@@ -229,7 +251,7 @@ class Run:
         stage, record = self.stage.stage, self.stage.stage.config.record
         events = [_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every)]
         events += [mark for mark in self.marks if mark > self.step]
-        most = min(stage.config.training.steps_per_call, min(stage.end_step, self.end_step, *events) - self.step)
+        most = min(stage.config.training.steps_per_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
         seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
         return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
@@ -251,7 +273,8 @@ class Run:
     @property
     def is_due(self) -> bool:
         """Whether there is something to be done with the state after the step just made."""
-        return self._evaluates or self._saves or self.step == self.end_step
+        last_step = self._open_recorder().data.stage.last_step
+        return self._evaluates or self._saves or self.step in (last_step, self.end_step)
 
     def catch_up(self) -> None:
         """Wait for the steps that were begun, and write their metrics."""
@@ -268,8 +291,9 @@ class Run:
         if self._saves or is_best or self.step == self.end_step:
             self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
         if self.step == recorder.data.stage.end_step:
-            self._close_source()
             self._skipped = 0
+        if self.step == recorder.data.stage.last_step:
+            self._close_source()
             self._recorder = self._recorder if self.is_over else None
 
     def finish(self) -> None:
@@ -311,7 +335,6 @@ class Run:
         if self._recorder is None:
             assert self._writer is not None, "begin() opens the records"
             self._recorder = Recorder(
-                self.material.whole,
                 self.stage,
                 self.folder,
                 self.material.tokenizer,

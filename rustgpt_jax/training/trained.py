@@ -17,7 +17,7 @@ from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.parallel.machine import used_machine
 from rustgpt_jax.parallel.placement import over_local_devices
-from rustgpt_jax.runs.folder import RunFolder, load_config
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_earlier
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpoints import Checkpoints
 from rustgpt_jax.training.material import run_tokenizer
@@ -82,7 +82,7 @@ def _restored(
 
     structure, numbers = split(config)
     like = over_local_devices().like(jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers))))
-    with Checkpoints(run.checkpoints, stored) as checkpoints:
+    with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
         state = checkpoints.restore(like, which, passed_over)
         return evaluation_params(config.optimizer, state.params, state.opt_state), int(state.step)
 

@@ -1,0 +1,108 @@
+"""Changes of the config of a run that is there already: what is recorded of its next steps, and how many there are.
+
+A run keeps the steps that it has made. Its folder keeps the config that they were made with and the step up to which it
+was used, so that a rerun makes the same changes at the same steps.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rustgpt_jax.config import Config, Earlier, Stage, is_of_result, may_change, stages
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.runs.folder import RunFolder, all_differences, load_config, load_earlier
+from rustgpt_jax.training.schedules import factor
+
+STEPS = "training.steps"
+
+
+class Change(NamedTuple):
+    """The config with which a run goes on, those that it had before, and what is to be said of the change."""
+
+    config: Config
+    earlier: tuple[Earlier, ...] = ()
+    sentences: tuple[str, ...] = ()
+
+
+def change_of(path: Path, config: Config, extends: bool = False) -> Change:
+    """Find how a run goes on with a config. Nothing is written.
+
+    Args:
+        path: the folder of the run, which need not exist.
+        config: the config that is asked for.
+        extends: whether the run is to have more steps whatever becomes of its learning-rate schedule.
+
+    Raises:
+        UserError: the run cannot go on with this config, or there is nothing to extend.
+    """
+    run = RunFolder(path)
+    if not run.config_file.exists():
+        if extends:
+            raise UserError(f"--extend: there is no run {path} to extend.")
+        return Change(config)
+    stored, earlier = load_config(path), load_earlier(path)
+    changed = {knob: values for knob, values in all_differences(stored, config).items() if is_of_result(knob)}
+    fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
+    if fixed:
+        shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
+        raise UserError(f"{path} holds a run with another config: {shown}. Choose another --run folder.")
+    made = max(run.saved_steps, default=0)
+    sentences = _of_steps(path, stored, config, changed, made, extends)
+    if not changed or stages(config)[-1].end_step == made:
+        return Change(stored if changed else config, earlier)
+    kept = tuple(each for each in earlier if each.until < made)
+    values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
+    return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
+
+
+def _of_steps(
+    path: Path, stored: Config, config: Config, changed: Iterable[str], made: int, extends: bool
+) -> tuple[str, ...]:
+    """What is to be said of a change of the number of steps. Raises UserError for one that cannot be."""
+    lengths = [knob for knob in changed if knob.endswith(STEPS)]
+    before, after = stages(stored)[-1].end_step, stages(config)[-1].end_step
+    if extends and after <= before:
+        raise UserError(f"--extend: {path} has {before} steps; give a larger config.{STEPS}, such as {2 * before}.")
+    if not lengths:
+        return ()
+    here = f"{path} holds a run with another config: {STEPS} is {before} there and {after} here"
+    if _borders(stored, made) != _borders(config, made) or after < made or after == made < before:
+        raise UserError(f"{here}, and it has made {made} steps already. Choose another --run folder.")
+    old, new = _factors(stored, made), _factors(config, made)
+    if np.array_equal(old, new):
+        return ()
+    stage = _stage_at(config, made)
+    first = int(np.flatnonzero(old != new)[0]) + 1
+    next_factor = _factors(config, made + 1)[-1] if after > made else old[-1]
+    what = (
+        f"the {stage.config.schedule.name} schedule of {after} steps differs from that of {before} from step {first} "
+        f"on: the steps that are made stay as they are, and from step {made} to the next the learning rate goes from "
+        f"{old[-1]:.4g} to {next_factor:.4g} of its peak"
+    )
+    if not extends:
+        raise UserError(f"{here}; {what}. Give --extend to go on so, or choose another --run folder.")
+    return (f"--extend: {what}.",)
+
+
+def _borders(config: Config, made: int) -> list[tuple[str, int]]:
+    """The names and the beginnings of the stages that have been begun."""
+    return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(made, 1)]
+
+
+def _factors(config: Config, made: int) -> np.ndarray:
+    """The factors of the learning rate of the first steps of a run, by the lengths that its stages have now."""
+    parts = [np.zeros(0, np.float32)]
+    for stage in stages(config):
+        count = min(stage.end_step, made) - stage.first_step
+        if count > 0:
+            steps = np.arange(count, dtype=np.int32)
+            parts.append(np.asarray(factor(steps, stage.config.training.steps, stage.config.schedule)))
+    # A shorter run has fewer.
+    return np.concatenate(parts)
+
+
+def _stage_at(config: Config, step: int) -> Stage:
+    every = stages(config)
+    return next((stage for stage in every if step < stage.end_step), every[-1])

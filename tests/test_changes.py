@@ -1,0 +1,198 @@
+"""A run that is there goes on with another record or with more steps; its folder has all that makes it again."""
+
+import json
+import shutil
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_loop import Interruption, assert_same_bits, contents, metrics, stored_state, tiny, train
+
+from rustgpt_jax.config import Config, Earlier, may_change, stages_in_turn
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.again import make_again
+from rustgpt_jax.reproduce.diff import config_differences
+from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_earlier
+from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.training import loop
+from rustgpt_jax.training.changes import change_of
+from rustgpt_jax.training.trained import load
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONSTANT = {"schedule.name": "constant"}
+LONGER = {"training.steps": 16}
+OBSERVED = {
+    "record.log_every": 2,
+    "record.evaluate_every": 5,
+    "record.checkpoint_every": 4,
+    "record.prompts": ("B",),
+    "sampling.max_tokens": 3,
+    "training.steps_per_call": 2,
+}
+
+
+def extend(config: Config, path: Path) -> str:
+    """Train with --extend. What was said."""
+    console = Console(file=StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+        assert loop.train(config, path, {}, console, extends=True) == 0
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps that was stopped on the way, observed differently from then on, and then extended to 16."""
+    path = tmp_path_factory.mktemp("changed") / "run"
+    assert not train(tiny(**CONSTANT), path, Interruption(5, is_kill=False))[0]
+    assert train(tiny(**CONSTANT, **OBSERVED), path)[0]
+    assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), path)[0]
+    return path
+
+
+def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is(changed: Path, tmp_path: Path) -> None:
+    config = tiny(**CONSTANT, **LONGER)
+    assert train(config, tmp_path / "straight")[0]
+    whole = tiny(**CONSTANT, **OBSERVED, **LONGER)
+    assert load_config(changed) == whole
+    assert_same_bits(stored_state(whole, changed), stored_state(config, tmp_path / "straight"))
+    (first, _), (second, _) = load_earlier(changed)
+    assert 5 <= first < second == 10
+    logged = [line["step"] for line in metrics(changed) if "train/loss" in line]
+    assert logged == [*range(1, first + 1), *(step for step in range(first + 1, 17) if step % 2 == 0)]
+    evaluated = {line["step"] for line in metrics(changed) if "valid/loss" in line}
+    assert evaluated == {step for step in range(1, 17) if step % (4 if step <= first else 5) == 0} | {10, 16}
+    straight = {line["step"]: line["train/loss"] for line in metrics(tmp_path / "straight") if "train/loss" in line}
+    assert all(straight[line["step"]] == line["train/loss"] for line in metrics(changed) if "train/loss" in line)
+    texts = [json.loads(line) for line in (changed / "samples.jsonl").read_text().splitlines()]
+    assert {text["prompt"] for text in texts if text["step"] > first} == {"B"}
+    events = [event for event in Journal(RunFolder(changed).journal_file).events() if event["event"] == "config"]
+    assert [event["step"] for event in events] == [first, 10]
+    assert events[0]["changes"]["record.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
+    assert load(changed).step == 16
+
+
+def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Path) -> None:
+    again = RunFolder(tmp_path / "again")
+    again.path.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(changed / name, again.path / name)
+    # Also where it is interrupted, before the first change and after it.
+    for steps in (3, 5):
+        assert not train(load_config(again.path), again.path, Interruption(steps, is_kill=steps == 3))[0]
+    assert train(load_config(again.path), again.path)[0]
+    found = compare_records(changed, again.path)
+    assert found.parting is None and found.last_step == 16
+    assert compare_samples(changed, again.path, 16)[1] is None
+    arrays = compare_checkpoints(RunFolder(changed), again)
+    assert arrays.step == 16 and not arrays.unequal
+    assert (again.path / "config.json").read_bytes() == (changed / "config.json").read_bytes()
+
+
+def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
+    with Past(changed, Console(file=StringIO())) as past:
+        for step in (1, 5, 6, 8, 10, 12, 16):
+            again, _ = make_again(past, step, has_taps=False)
+            assert again.is_same and again.unequal == [], again.verdict
+        again, _ = make_again(past, 15, has_taps=False)
+        assert again.record is None and "(config.record.log_every=2)" in again.verdict
+
+
+def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
+    assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), tmp_path / "straight")[0]
+    (found,) = config_differences(RunFolder(changed), RunFolder(tmp_path / "straight"))
+    assert found.name == "config was changed" and found.second == "never" and "10]" in found.first
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a cosine schedule."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert train(tiny(**{"schedule.name": "cosine"}), path)[0]
+    return path
+
+
+def test_a_schedule_made_for_fewer_steps_is_extended_only_when_asked_and_says_what_happens(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    longer, before = tiny(**{"schedule.name": "cosine"}, **LONGER), contents(run)
+    with pytest.raises(UserError, match=r"another config: training.steps is 10 there and 16 here; the cosine schedule"):
+        train(longer, run)
+    assert contents(run) == before
+    said = extend(longer, run)
+    assert "From step 10 on, training.steps is 16 instead of 10." in said
+    assert "--extend: the cosine schedule of 16 steps differs from that of 10 from step 4 on: the steps that" in said
+    rates = [line["train/learning_rate"] for line in metrics(run) if "train/loss" in line]
+    kept = [line["train/learning_rate"] for line in metrics(finished) if "train/loss" in line]
+    assert rates[:10] == kept and rates[10] > rates[9] and len(rates) == 16
+    with Past(run, Console(file=StringIO())) as past:
+        assert all(make_again(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "extends", "sentence"),
+    [
+        ({"optimizer.learning_rate": 0.5}, False, r"another config: optimizer.learning_rate is .* there and 0.5 here"),
+        ({"record.evaluation_batches": 1}, False, r"another config: record.evaluation_batches is 2 there and 1 here"),
+        ({"training.steps": 9}, True, r"--extend: .* has 10 steps; give a larger config.training.steps, such as 20"),
+        ({"training.steps": 9}, False, r"training.steps is 10 there and 9 here, and it has made 10 steps already"),
+        ({}, True, r"--extend: .* has 10 steps; give a larger"),
+        ({"stages": ({"name": "a"},)}, False, r"another config: stages"),
+    ],
+)
+def test_what_cannot_be_changed_is_a_sentence_that_costs_nothing(
+    finished: Path, changes: dict[str, Any], extends: bool, sentence: str
+) -> None:
+    before = contents(finished)
+    with pytest.raises(UserError, match=sentence) as refusal:
+        change_of(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
+    assert "delete" not in str(refusal.value)
+    assert contents(finished) == before
+
+
+def test_there_is_nothing_to_extend_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--extend: there is no run .*none to extend"):
+        change_of(tmp_path / "none", tiny(), extends=True)
+    assert change_of(tmp_path / "none", tiny()).earlier == ()
+
+
+def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
+    """Of warm-up, stable and decay: the steps before the decay do not know when it comes."""
+    stable = {"schedule.name": "wsd", "schedule.decay_fraction": 0.3}
+    train(tiny(**stable), tmp_path / "run", Interruption(5, is_kill=False))
+    assert train(tiny(**stable, **LONGER), tmp_path / "run")[0]
+    assert train(tiny(**stable, **LONGER), tmp_path / "straight")[0]
+    longer = tiny(**stable, **LONGER)
+    assert_same_bits(stored_state(longer, tmp_path / "run"), stored_state(longer, tmp_path / "straight"))
+    with pytest.raises(UserError, match="the wsd schedule of 30 steps differs from that of 16 from step 12 on"):
+        change_of(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
+
+
+@pytest.mark.parametrize("earlier", ["null", "5", "[null]", '[{"until": "1"}]', '[{"until": -1}]', '[{"until": 3}]'])
+def test_damaged_earlier_configs_are_a_sentence(finished: Path, tmp_path: Path, earlier: str) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = json.loads((run / "config.json").read_bytes())
+    (run / "config.json").write_text(json.dumps(record | {"earlier": json.loads(earlier)}))
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        load(run)
+
+
+def test_stages_are_cut_where_the_config_changed() -> None:
+    stages = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
+    longer = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 9}})
+    first, second = tiny(stages=stages), tiny(stages=longer)
+    cut = stages_in_turn(second, (Earlier(0, second), Earlier(3, first), Earlier(7, first)))
+    found = [(stage.name, stage.first_step, stage.end_step, stage.last_step) for stage in cut]
+    assert found == [("a", 0, 4, 3), ("a", 0, 4, 4), ("b", 4, 10, 7), ("b", 4, 13, 13)]
+    assert stages_in_turn(second) == stages_in_turn(second, (Earlier(0, first),))
+
+
+def test_knobs_that_may_change_decide_no_state() -> None:
+    assert may_change("record.log_every") and may_change("stages.b.training.steps") and may_change("sampling.seed")
+    assert not any(map(may_change, ("seed", "stages", "data.window", "stages.b.optimizer.learning_rate")))
