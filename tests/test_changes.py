@@ -13,7 +13,7 @@ from test_loop import Interruption, assert_same_bits, contents, metrics, stored_
 from rustgpt_jax.config import Config, Earlier, may_change, stages_in_turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.again import make_again
-from rustgpt_jax.reproduce.diff import config_differences
+from rustgpt_jax.reproduce.differences import config_differences
 from rustgpt_jax.reproduce.past import Past
 from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.runs.folder import RunFolder, load_config, load_earlier
@@ -32,7 +32,6 @@ OBSERVED = {
     "record.checkpoint_every": 4,
     "record.prompts": ("B",),
     "sampling.max_tokens": 3,
-    "training.steps_per_call": 2,
 }
 
 
@@ -170,7 +169,7 @@ def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
     assert train(tiny(**stable, **LONGER), tmp_path / "straight")[0]
     longer = tiny(**stable, **LONGER)
     assert_same_bits(stored_state(longer, tmp_path / "run"), stored_state(longer, tmp_path / "straight"))
-    with pytest.raises(UserError, match="the wsd schedule of 30 steps differs from that of 16 from step 12 on"):
+    with pytest.raises(UserError, match="the wsd schedule of 30 steps differs from that of 16 from step 13 on"):
         change_of(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
 
 

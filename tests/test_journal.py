@@ -99,12 +99,12 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
     assert [event["step"] for event in journal.events()] == [2]
 
 
-LAUNCH = {"step": 0, "argv": [], "cwd": "/", "code": "c", "git": None, "environment": {}}
-LAUNCH |= {"mode": "solo", "width": 1, "devices": 1}
+LAUNCH = {"step": 0, "argv": [], "cwd": "/", "code": "c", "git": None}
+LAUNCH |= {"environment": {"machine": {"cores": 1}}, "mode": "solo", "width": 1, "devices": 1}
 LINES = {
     "launch": (LAUNCH, launches),
     "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, programs),
-    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, past._rewinds),
+    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, past.rewinds),
 }
 
 
@@ -116,7 +116,15 @@ def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tm
     Journal(run.journal_file).append(event, **values)
     assert len(read(run)) == 1
     Journal(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
-    with pytest.raises(UserError, match=f"journal.jsonl is damaged: a line of the event '{event}' has no '{missing}'"):
+    with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{missing}' is missing"):
+        read(run)
+
+
+@pytest.mark.parametrize(("event", "name"), [(event, name) for event, (values, _) in LINES.items() for name in values])
+def test_a_value_of_another_type_in_an_event_is_a_damage_that_is_named(event: str, name: str, tmp_path: Path) -> None:
+    run, (values, read) = RunFolder(tmp_path), LINES[event]
+    Journal(run.journal_file).append(event, **(values | {name: 1.5}))
+    with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' is of another type"):
         read(run)
 
 

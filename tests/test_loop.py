@@ -267,8 +267,8 @@ def test_a_complete_run_says_so_and_stays_as_it_is(tmp_path: Path) -> None:
 def test_another_config_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert train(tiny(**{"training.steps": 2}), tmp_path)[0]
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="another config: training.steps is 2 there and 3 here"):
-        train(tiny(**{"training.steps": 3}), tmp_path)
+    with pytest.raises(UserError, match="another config: seed is 0 there and 3 here. Choose another --run folder"):
+        train(tiny(**{"training.steps": 2, "seed": 3}), tmp_path)
     assert contents(tmp_path) == before
 
 

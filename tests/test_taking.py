@@ -10,7 +10,8 @@ from test_loop import VOCABULARY, stored_state, tiny, train
 
 from rustgpt_jax.data.prepare import obtain_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.taking import begin_from
+from rustgpt_jax.interop.taking import _choose, _joined, _layers_of, begin_from
+from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.reproduce.differences import config_differences
 from rustgpt_jax.runs.folder import RunFolder, create, load_config
@@ -123,30 +124,41 @@ def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_pat
     assert load(tmp_path / "new").writer.tokenizer.written == load(source).writer.tokenizer.written
 
 
-def test_stacked_blocks_are_matched_layer_by_layer(tmp_path: Path) -> None:
+def test_stacked_blocks_are_matched_layer_by_layer() -> None:
     """Of patterns of two mixers: five layers are two stacks of two and one of one; eight are two of four."""
-    pattern = {"model.mixers": ("attention", "local_attention"), "training.steps": 2}
-    small, large = pattern | {"model.n_layers": 5}, pattern | {"model.n_layers": 8}
-    assert train(tiny(**small), tmp_path / "small")[0]
-    said = begin(str(tmp_path / "small"), tmp_path / "grown", **large)
-    given, grown = parameters(tmp_path / "small"), parameters(tmp_path / "grown")
-    create(tmp_path / "fresh", tiny(**large), {})
-    names = [name.removeprefix("blocks/0/") for name in given if name.startswith("blocks/0/")]
+    models = [tiny(**{"model.mixers": ("attention", "local_attention"), "model.n_layers": n}).model for n in (5, 8)]
+    generator = np.random.default_rng(0)
+    small, large = (
+        {name: generator.normal(size=leaf.shape) for name, leaf in by_path(parameter_shapes(model)).items()}
+        for model in models
+    )
+    given, fresh = (_layers_of(arrays, model) for arrays, model in zip((small, large), models, strict=True))
+    chosen = _choose(given, fresh, is_same_tokenizer=True)
+    grown = {name: _joined(name, leaf, fresh, given, chosen) for name, leaf in large.items()}
+    names = [name.removeprefix("blocks/0/") for name in small if name.startswith("blocks/0/")]
     assert len(names) > 5
     for name in names:
-        here = [grown[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in range(8)]
-        there = [given[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in range(4)]
-        there.append(given[f"blocks/2/{name}"][0])
-        for left, right in zip(here, there, strict=False):
-            np.testing.assert_array_equal(left, right)
-    about = json.loads((tmp_path / "grown/import.json").read_bytes())
-    assert about["partly"]["blocks/0/mixer/query/kernel"] == [0, 2, 4]
-    assert about["from_seed"]["blocks/1/mixer/query/kernel"] == "layers 5, 7: not there"
-    assert "left there: the optimizer's state" in said
+        there = [small[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in range(4)]
+        there += [small[f"blocks/2/{name}"][0]]
+        there += [large[f"blocks/{layer % 2}/{name}"][layer // 2] for layer in (5, 6, 7)]
+        for layer, array in enumerate(there):
+            np.testing.assert_array_equal(grown[f"blocks/{layer % 2}/{name}"][layer // 2], array)
+    assert chosen.partly["blocks/0/mixer/query/kernel"] == [0, 2, 4] and not chosen.left
+    assert chosen.from_seed["blocks/1/mixer/query/kernel"] == "layers 5, 7: not there"
     # And back: what is taken of the grown one is what it was grown from.
-    begin(str(tmp_path / "grown"), tmp_path / "back", **small)
-    back = parameters(tmp_path / "back")
-    assert all(back[name].tobytes() == given[name].tobytes() for name in given)
+    chosen = _choose(_layers_of(grown, models[1]), given, is_same_tokenizer=True)
+    assert not chosen.partly and not chosen.from_seed
+    assert chosen.left["blocks/0/mixer/query/kernel"] == "layer 6: not in this model"
+    back = {name: _joined(name, 0 * leaf, given, _layers_of(grown, models[1]), chosen) for name, leaf in small.items()}
+    assert all(back[name].tobytes() == small[name].tobytes() for name in small)
+
+
+def test_a_run_of_more_layers_takes_those_that_are_there(source: Path, tmp_path: Path) -> None:
+    said = begin(str(source), tmp_path / "grown", **{"model.n_layers": 2})
+    given, grown = parameters(source), parameters(tmp_path / "grown")
+    for name, leaf in given.items():
+        np.testing.assert_array_equal(grown[name][:1] if name.startswith("blocks/") else grown[name], leaf)
+    assert "(layer 1: not there)" in said and f"took {len(given)} of {len(grown)} arrays" in said
 
 
 def test_diff_names_what_runs_began_with(source: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class Past:
         self._placement = all_devices(mesh)
         for data in self.material.stages:
             check_shares(replace(data.stage.config, mesh=mesh), data.window, self._placement.n_devices)
-        self.rewinds = _rewinds(self.folder)
+        self.rewinds = rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()
         self._checkpoints: Checkpoints | None = None
@@ -269,10 +269,10 @@ class Past:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def _rewinds(folder: RunFolder) -> list[Rewind]:
+def rewinds(folder: RunFolder) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
     names = Rewind._fields
-    events = Journal(folder.journal_file).events_named("rewind", names)
+    events = Journal(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
 
 

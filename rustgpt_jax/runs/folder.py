@@ -234,11 +234,12 @@ def load_config(path: Path) -> Config:
 def load_earlier(path: Path) -> tuple[Earlier, ...]:
     """Load the configs that a run had before it was changed, and up to which steps. Raises UserError for damage."""
     file = RunFolder(path).config_file
-    listed = _read_record(file).get("earlier", [])
-    steps = [each.get("until") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else [None]
-    is_sound = isinstance(listed, list) and len(steps) == len(listed) and all(type(step) is int for step in steps)
-    if not is_sound or steps != sorted(step for step in steps if step >= 0):
-        raise UserError(f"{file} is damaged: it does not say up to which steps its earlier configs were used.")
+    listed, before = _read_record(file).get("earlier", []), 0
+    for each in listed if isinstance(listed, list) else [None]:
+        until = each.get("until") if isinstance(each, dict) else None
+        if type(until) is not int or until < before:
+            raise UserError(f"{file} is damaged: it does not say up to which steps its earlier configs were used.")
+        before = until
     return tuple(Earlier(each["until"], _recorded_config(each, file)) for each in listed)
 
 

@@ -9,8 +9,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from rustgpt_jax.errors import UserError
@@ -65,12 +66,14 @@ class Journal:
                 self._events += [event for line in whole if (event := _parse(line)) is not None]
             return list(self._events)
 
-    def events_named(self, name: str, values: Sequence[str]) -> list[Event]:
-        """The events of one name so far. Raises UserError if one of them lacks one of these values."""
+    def events_named(self, name: str, values: Mapping[str, type | UnionType]) -> list[Event]:
+        """The events of one name so far. Raises UserError if one of them lacks a value, or has one of another type."""
         found = [event for event in self.events() if event["event"] == name]
-        missing = [value for event in found for value in values if value not in event]
-        if missing:
-            raise UserError(f"{self._file} is damaged: a line of the event {name!r} has no {missing[0]!r}.")
+        for event in found:
+            for value, kind in values.items():
+                if value not in event or not isinstance(event[value], kind):
+                    wrong = "of another type" if value in event else "missing"
+                    raise UserError(f"{self._file} is damaged: in a line of the event {name!r}, {value!r} is {wrong}.")
         return found
 
 

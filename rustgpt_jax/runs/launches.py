@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from rustgpt_jax.errors import UserError
@@ -37,6 +38,24 @@ class Launch:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
+# What a line of a launch must have, and of what type.
+RECORDED: dict[str, type | UnionType] = {
+    "step": int,
+    "argv": list,
+    "cwd": str,
+    "code": str,
+    "git": dict | None,
+    "environment": dict,
+    "mode": str,
+    "width": int,
+    "devices": int,
+}
+
+
+# The same of a program.
+PROGRAM: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
+
+
 def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
     """Write into the journal that this process trains the run from a step on, and keep its code.
 
@@ -65,10 +84,16 @@ def record_program(run: RunFolder, stage: str, program: Program, step: int) -> N
 
 def launches(run: RunFolder) -> list[Launch]:
     """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
+    events = Journal(run.journal_file).events_named("launch", RECORDED)
     names = [each.name for each in fields(Launch)]
-    needed = [each.name for each in fields(Launch) if each.default_factory is MISSING]
-    events = Journal(run.journal_file).events_named("launch", needed)
-    return [Launch(**{name: event[name] for name in names if name in event}) for event in events]
+    found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
+    for launch in found:
+        machine = launch.environment.get("machine")
+        if not isinstance(machine, dict) or not isinstance(machine.get("cores"), int):
+            raise UserError(f"{run.journal_file} is damaged: a launch does not say on what machine it was.")
+        if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
+            raise UserError(f"{run.journal_file} is damaged: the mesh or the files left out of a launch are none.")
+    return found
 
 
 def first_launch(run: RunFolder) -> Launch:
@@ -82,7 +107,7 @@ def first_launch(run: RunFolder) -> Launch:
 def programs(run: RunFolder) -> dict[str, Program]:
     """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
     found: dict[str, Program] = {}
-    for event in Journal(run.journal_file).events_named("program", ("stage", *Program._fields)):
+    for event in Journal(run.journal_file).events_named("program", PROGRAM):
         found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config import Config, Earlier, Stage, is_of_result, may_change, stages
@@ -97,7 +98,7 @@ def _factors(config: Config, made: int) -> np.ndarray:
     for stage in stages(config):
         count = min(stage.end_step, made) - stage.first_step
         if count > 0:
-            steps = np.arange(count, dtype=np.int32)
+            steps = jnp.arange(count, dtype=jnp.int32)
             parts.append(np.asarray(factor(steps, stage.config.training.steps, stage.config.schedule)))
     # A shorter run has fewer.
     return np.concatenate(parts)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 # Its list of fonts is made in the user's own folder when it is first imported, which is not to be in a case.
@@ -14,9 +15,16 @@ from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rustgpt_jax.data.prepare import read_record
+from rustgpt_jax.reproduce.differences import data_differences
+from rustgpt_jax.reproduce.past import rewinds
 from rustgpt_jax.reproduce.records import compare_records
 from rustgpt_jax.runs.curves import draw_loss_curves
+from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.runs.launches import launches, programs
 from rustgpt_jax.runs.metrics import MetricsWriter, keep_until, last_metrics, last_step, read_columns, read_metrics
+from rustgpt_jax.training.checkpoints import Damaged, stored_about
+from rustgpt_jax.training.material import read_beginning
 
 assert _fonts.fontManager and _summary
 ROWS: list[dict[str, Any]] = [
@@ -123,3 +131,60 @@ def test_names_that_are_hard_to_draw(place: Place, name: str) -> None:
     with place.case() as folder:
         write(folder / name / "metrics.jsonl", lines([*ROWS, {"step": 20, "stage": name, "train/loss": 1.0}]))
         draw_loss_curves(folder / name)
+
+
+# The other files of a run's folder.
+
+DATA = [{"stage": "a", "source": "0" * 64, "tokenizer": "1" * 64, "n_dialogues": 0, "splits": {}, "files": {}}]
+BEGINNING = {"source": "runs/a", "step": 3, "tokenizer": "1" * 64, "taken": ["x"], "fingerprints": {"x": "00"}}
+LAUNCH = {
+    **{"time": 1.0, "event": "launch", "step": 0, "argv": ["launch.py"], "cwd": "/", "code": "00", "git": None},
+    **{"environment": {"machine": {"cores": 2}}, "mode": "solo", "width": 1, "devices": 1, "left_out": [], "mesh": {}},
+}
+REWIND = {"time": 2.0, "event": "rewind", "step": 8, "to": 6, "skipped": 2, "faults": 1}
+PROGRAM = {"time": 2.0, "event": "program", "stage": "a", "step": 0, "stablehlo": "00", "cache_key": "11"}
+ABOUT = {
+    **{"step": 8, "config_hash": "00", "config": {}, "is_regular": True},
+    **{"layout": {"params/a": "float32[]"}, "fingerprints": {"params/a": "00"}},
+}
+
+
+def json_edits(value: Any) -> Any:
+    """The JSON of a value with edits of its bytes or of its tree."""
+    written = Data(json.dumps(value).encode())
+    return damaged(written) | edited(value).map(lambda tree: Data(json.dumps(tree).encode())) | st.none()
+
+
+@cases(150)
+@given(json_edits(DATA), json_edits(BEGINNING))
+def test_records_of_data_and_of_a_beginning_with_edits(
+    place: Place, data: bytes | None, beginning: bytes | None
+) -> None:
+    with place.case() as folder:
+        run = RunFolder(folder / "run")
+        write(run.data_file, data)
+        write(run.import_file, beginning)
+        answer(lambda: read_record(run.data_file))
+        answer(lambda: read_beginning(run))
+        if answer(lambda: data_differences(run, run)) is not None:
+            assert not data_differences(run, run)
+
+
+@cases(150)
+@given(json_edits(LAUNCH), json_edits(REWIND), json_edits(PROGRAM))
+def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes | None, program: bytes | None) -> None:
+    with place.case() as folder:
+        run = RunFolder(folder / "run")
+        write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
+        for read in (launches, programs, rewinds):
+            answer(lambda read=read: read(run))  # type: ignore[misc]
+
+
+@cases(150)
+@given(json_edits(ABOUT))
+def test_records_of_checkpoints_with_edits(place: Place, about: bytes | None) -> None:
+    with place.case() as folder:
+        write(folder / "8" / "about" / "metadata", about)
+        with suppress(Damaged):
+            found = stored_about(folder, 8)
+            assert found["step"] == 8 and isinstance(found["layout"], dict)
