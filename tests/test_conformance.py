@@ -127,6 +127,8 @@ def over_parts(names: tuple[str, ...], only: tuple[str, ...] = ()) -> Any:
 
 
 def require_ok(part_checks: list[tuple[Subject, str]]) -> None:
+    # Programs of other parts are used no more, and a process can map only so many into its memory.
+    jax.clear_caches()
     outcomes = [run_check(name, CHECKS[name], subject) for subject, name in part_checks]
     broken = [f"{outcome.check}: {outcome.note}" for outcome in outcomes if not outcome.is_ok]
     assert not broken, "\n".join(broken)

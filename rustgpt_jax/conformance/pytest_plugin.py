@@ -32,22 +32,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from rustgpt_jax.conformance.subjects import subjects
 
     cases = [
-        pytest.param(_case(name, part), id=f"{part.name.rpartition(':')[2]}-{name}")
+        pytest.param(_case(name, part, is_first=index == 0), id=f"{part.name.rpartition(':')[2]}-{name}")
         for marker in markers
         for wanted in marker.args
         for part in subjects(wanted, marker.kwargs)
-        for name in checks_for(part)
+        for index, name in enumerate(checks_for(part))
     ]
     metafunc.parametrize(ARGUMENT, cases)
 
 
-def _case(name: str, part: Any) -> Callable[[], str]:
-    """A function that runs one check, gives what it measured, and fails the test where it fails."""
+def _case(name: str, part: Any, is_first: bool) -> Callable[[], str]:
+    """A function that runs one check, gives what it measured, and fails the test where it fails.
+
+    The first check of a part drops the compiled programs of the parts before: a process can map only so many.
+    """
 
     def conformance_check() -> str:
+        import jax
+
         from rustgpt_jax.conformance.checks import CHECKS
         from rustgpt_jax.conformance.report import run_check
 
+        if is_first:
+            jax.clear_caches()
         outcome = run_check(name, CHECKS[name], part)
         if not outcome.is_ok:
             pytest.fail(outcome.note, pytrace=False)
