@@ -26,7 +26,7 @@ from rustgpt_jax.runs.snapshot import code_files, code_hash
 VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "0.12"}, "machine": {"cores": 2}}
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
 FILES = {"a.txt": "1", "b.txt": "2"}
-DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits": {}, "files": FILES}
+DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits": {}, "files": FILES, "n_dialogues": 0}
 CODE = {"rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
 
 
