@@ -1,6 +1,7 @@
 """A sweep as read from its files: statuses, the metric compared, curves, settings, and the CSV of it all."""
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from synthetic_sweep import (
     INITIAL_LOSS,
     STEPS,
@@ -26,6 +28,7 @@ from synthetic_sweep import (
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.runs.folder import create
 from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import Results, read_results, settings, write_csv
 
 
@@ -250,3 +253,10 @@ def test_a_folder_that_is_no_sweep_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="it is not JSON"):
         read_results(tmp_path)
+
+
+def test_why_nothing_can_be_reported_on_is_said(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep", [{"seed": 0}])
+    (folder / "trials" / trial_id({"seed": 0}) / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(UserError, match=r"no finished trial .*\(1 missing\)\. .*metrics\.jsonl, line 1: "):
+        report(folder, Console(file=io.StringIO()))

@@ -12,7 +12,7 @@ from rustgpt_jax.runs.formatting import printable
 from rustgpt_jax.sweeps.report.notes import comparisons, left_out
 from rustgpt_jax.sweeps.report.page import page
 from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
-from rustgpt_jax.sweeps.report.results import FAILED, Results, read_results, settings, write_csv
+from rustgpt_jax.sweeps.report.results import FAILED, MISSING, Results, read_results, settings, write_csv
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, setting_text, value_text
 
 MOST_ROWS = 20
@@ -28,7 +28,10 @@ def report(folder: Path, console: Console) -> Path:
     write_csv(results, folder / "results.csv")
     if not results.finished:
         counts = ", ".join(f"{number} {status}" for status, number in results.counts.items())
-        raise UserError(f"{folder} has no finished trial to report on yet ({counts or 'none is planned'}).")
+        reasons = [f" {trial.error}" for trial in results.trials if trial.status == MISSING][:1]
+        raise UserError(
+            f"{folder} has no finished trial to report on yet ({counts or 'none is planned'}).{''.join(reasons)}"
+        )
     ranked = ranking(results)
     title = f"{results.name}: {METRICS[results.metric]}, best settings first"
     console.print(title, style="bold", highlight=False, markup=False)
