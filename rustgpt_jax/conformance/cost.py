@@ -30,6 +30,8 @@ LARGE: dict[str, Any] = {
     "d_model": 1024,
     "n_heads": 8,
     "head_dim": 128,
+    "rope_short_factors": (1.0,) * 64,
+    "rope_long_factors": (2.0,) * 64,
     "d_ff": 2048,
     "d_expert": 2048,
     "latent_width": 512,
