@@ -26,7 +26,7 @@ OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
 
 BASE = Path(__file__).parent / "configs" / "base.py"
 
-# Larger numbers count no step, second or process that there is.
+# Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
 MOST_DIGITS, LARGEST, MOST_PROCESSES = 9, 10**9 - 1, 2**16
 
 FLAGS = flags.FLAGS
@@ -309,7 +309,7 @@ def generate() -> int:
     writer, sampling = trained.writer.laid_out(form(trained.config.sampling)), trained.config.sampling
     for prompt in FLAGS.prompt or [""]:
         for sample in range(FLAGS.num_samples):
-            # The seed is said rather than derived, so that any sample can be drawn again alone.
+            # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.
             drawn = dataclasses.replace(sampling, seed=(sampling.seed + sample) % 2**32)
             notes = list[str]()
             print(prompt, end="\n" if writer.is_dialogue else "")
@@ -464,7 +464,7 @@ VERBS = {
     "import": Verb(import_model, ("from", "run", "config"), 0),
     "export": Verb(export, ("run", "to", "checkpoint", "dtype")),
 }
-# Flags that every verb reads.
+# Flags accepted by every command.
 OF_ALL_VERBS = ("module_path",)
 # Verbs that read no knobs.
 WITHOUT_KNOBS = ("report", "replay", "rerun", "diff", "doctor", "export")
@@ -488,7 +488,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
             _overrides.append((path, text if equals else next(words, "")))
         elif word.lstrip("-").partition("=")[0] in ("flagfile", "undefok") and word.startswith("-"):
-            # Of absl: any file would be read, and --config.x.y=VALUE in it would not be known.
+            # Absl's --flagfile would read any file, and would not recognize --config.x.y=VALUE in it.
             _fail(f"There is no flag {word.partition('=')[0]}: give the flags themselves.")
         else:
             others.append(word)
@@ -579,38 +579,41 @@ def _run_folder() -> Path:
 
 
 def _exhausted() -> str:
-    """What to say where an allocation has failed."""
+    """Return the error message for a failed allocation."""
     from rustgpt_jax.training.memory import exhausted
 
     try:
         return exhausted(_resolved(_config()[0]))
-    # There may be no config, or no memory to count with.
+    # The config may be missing, or there may not be enough memory left to compute the sizes.
     except Exception:
         return exhausted(None)
 
 
 def _has_limit() -> bool:
-    """Whether the address space is limited, as by `ulimit -v`."""
+    """Return whether the address space is limited, for example by `ulimit -v`."""
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _watched() -> int | None:
-    """Go on in a child process, whose exit status this one takes over. None in the child.
+    """Fork, continue in the child process, and return the child's exit status in the parent.
 
-    Where the address space is limited, an allocation that fails in a thread of C++ aborts the process, and only
-    another one can say so. To be called before there are threads.
+    When the address space is limited, a failed allocation in a C++ thread aborts the process, so only another process
+    can report it. Call this before starting threads.
+
+    Returns:
+        The child's exit status in the parent; None in the child.
     """
     child = os.fork()
     if not child:
         return None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        # A terminal sends Ctrl-C to both.
+        # A terminal sends Ctrl-C to both processes.
         is_sent_to_both = number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
         signal.signal(number, signal.SIG_IGN if is_sent_to_both else lambda number, _: os.kill(child, number))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
         _fail(_exhausted())
-    # As a shell has it.
+    # Follow the shell's convention for processes killed by a signal.
     return code if code >= 0 else 128 - code
 
 
@@ -643,7 +646,7 @@ def _check_usage(verb: str) -> None:
 
 
 def _check_files(verb: str) -> None:
-    """Refuse folders of users with files in them that cannot be read to their end."""
+    """Refuse user folders containing files that cannot be read to the end, such as pipes."""
     from rustgpt_jax.runs.folder import check_files
 
     named = [FLAGS.run, FLAGS["from"].value, (FLAGS.init_from or "").partition("@")[0]]
@@ -653,10 +656,11 @@ def _check_files(verb: str) -> None:
 
 
 def _search_modules(verb: str) -> None:
-    """Set where parts named by an import path, such as my_lab.mixers:Retention, are looked for.
+    """Set the search path for parts named by an import path, such as my_lab.mixers:Retention.
 
-    Child processes look there too. The current folder is searched only where the user's own words name the parts: in a
-    config file or as arguments of `check`. What a run's folder names may be somebody else's choice.
+    Child processes use the same path. The current folder is searched only if the user names the parts directly, in a
+    config file or as arguments of `check`. A run folder may come from somebody else, so the parts it names are not
+    looked up there.
     """
     folders = [str(Path(folder).resolve()) for folder in FLAGS.module_path]
     for given, folder in zip(FLAGS.module_path, folders, strict=True):
@@ -680,7 +684,7 @@ def main(argv: Sequence[str]) -> int:
     _check_usage(verb)
     _search_modules(verb)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files and texts in damaged folders need not be valid Unicode.
+        # File names and texts in damaged folders may not be valid Unicode.
         sys.stdout.reconfigure(errors="backslashreplace")
     if "allow_oversubscription" in VERBS[verb].flags and _has_limit():
         status = _watched()
@@ -691,14 +695,14 @@ def main(argv: Sequence[str]) -> int:
     # What goes wrong in libraries they raise too, and it is told in a sentence; progress goes to the console.
     logging.set_verbosity(logging.FATAL)
     try:
-        # Refused once, and not by each process that is started.
+        # Validate once here, rather than in each process that is started.
         cache_limit()
         _check_files(verb)
         return VERBS[verb].function()
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        # A path too long, or without permission. An error that names no file is a mistake of the code.
+        # For example, the path is too long or permission is denied. An error that names no file is a bug.
         if error.filename is None:
             raise
         _fail(str(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")))

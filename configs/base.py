@@ -22,8 +22,9 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # facts, chat: bundled with the package; python_stdlib: the running Python's own source; files: any text.
     config.data.corpus = "facts"
-    # For `files`: paths or globs of .txt (or any text), .json (a list of strings), .jsonl or .ndjson (text or messages
-    # a line), .csv or .tsv (the column `text`). On a command line one path a flag, or a Python list.
+    # `files` only: paths or globs of .txt (or other plain text), .json (a list of strings), .jsonl or .ndjson (one text
+    # or list of messages per line), and .csv or .tsv (the column `text`). On the command line, pass one path per flag
+    # or a Python list.
     config.data.paths = ()
     # Read no more than this many documents. None: all.
     config.data.max_documents = None
@@ -58,7 +59,7 @@ def get_config() -> ConfigDict:
     # such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention; rg_lru and deltanet,
     # which are recurrent and need no positions.
     config.model.mixers = ("attention",)
-    # gelu (in its tanh form), gelu_exact, relu, relu_squared; gated: swiglu, geglu, geglu_exact, reglu,
+    # gelu (tanh approximation), gelu_exact, relu, relu_squared; gated: swiglu, geglu, geglu_exact, reglu,
     # relu_squared_glu; or a mixture of experts: moe.
     config.model.feedforwards = ("swiglu",)
     # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: the same
@@ -73,19 +74,19 @@ def get_config() -> ConfigDict:
     config.model.norm_epsilon = 1e-6
     # Bias vectors in linear layers and layer norms.
     config.model.bias = False
-    # Bias vectors in the projections to queries, keys and values. None: as `bias`.
+    # Whether the query, key and value projections have biases. None: same as `bias`.
     config.model.qkv_bias = None
-    # A bias vector in the output projection of attention. None: as `bias`.
+    # Whether the output projection of attention has a bias. None: same as `bias`.
     config.model.attention_output_bias = None
-    # Bias vectors in the linear layers of feed-forwards (moe has none). None: as `bias`.
+    # Whether the linear layers of feed-forwards have biases (moe has none). None: same as `bias`.
     config.model.feedforward_bias = None
-    # Bias vectors in layer norms. None: as `bias`.
+    # Whether layer norms have biases. None: same as `bias`.
     config.model.norm_bias = None
     # Use the embedding table, transposed, as the output layer (arXiv 1608.05859).
     config.model.tie_embeddings = True
     # Multiply embeddings by embedding_scale (arXiv 1706.03762).
     config.model.scale_embeddings = False
-    # The factor. None: sqrt(d_model).
+    # The embedding multiplier. None: sqrt(d_model).
     config.model.embedding_scale = None
     # Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.
     config.model.logits_softcap = 0.0
@@ -95,8 +96,8 @@ def get_config() -> ConfigDict:
     config.model.qk_norm = "none"
     # What scores are multiplied by. None: head_dim^-1/2, or (head_dim + shared_key_width)^-1/2 in latent_attention.
     config.model.attention_scale = None
-    # Divide scores by the number of the layer too, from 1 (GPT-2's scale_attn_by_inverse_layer_idx). For attention and
-    # local_attention.
+    # Also divide attention scores by the layer number, counted from 1 (GPT-2's scale_attn_by_inverse_layer_idx). Used
+    # by attention and local_attention.
     config.model.attention_scale_by_layer = False
     # Keep scores between plus and minus this, by tanh. 0: not in the program.
     config.model.attention_softcap = 0.0
@@ -120,10 +121,11 @@ def get_config() -> ConfigDict:
     config.model.conv_width = 4
     # rg_lru: channels of the state. None: d_model.
     config.model.recurrent_width = None
-    # rg_lru: blocks of channels, each with gates that read this block alone, as in Griffin. None: gates read all.
+    # rg_lru: number of channel blocks in the gates; each gate reads only its own block, as in Griffin. None: gates read
+    # all channels.
     config.model.recurrent_blocks = None
-    # rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), as that of all others (arXiv 2402.19427).
-    # False: leave it as it is (RecurrentGemma).
+    # rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), like every other token (arXiv
+    # 2402.19427). False: do not scale it (RecurrentGemma).
     config.model.scale_first_token = True
 
     # The slowest wavelength of RoPE is about 2 pi times this.
@@ -132,25 +134,25 @@ def get_config() -> ConfigDict:
     config.model.local_rope_base = 10000.0
     # The share of a head's channels that RoPE rotates, the first ones.
     config.model.rope_fraction = 1.0
-    # Stretches RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071),
+    # Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071),
     # longrope (2402.13753).
     config.model.rope_scaling = "none"
     # How many times longer.
     config.model.rope_factor = 1.0
-    # llama3, yarn and longrope: the context before.
+    # llama3, yarn and longrope: the context length before scaling.
     config.model.rope_original_context = None
     # Channels with fewer turns in that context are slowed by the whole factor.
     config.model.rope_slow_turns = 1.0
     # Channels with more turns in it are not slowed.
     config.model.rope_fast_turns = 4.0
-    # What queries and keys are multiplied by. None: what the scaling says, 0.1 ln(rope_factor) + 1 for yarn,
-    # sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, else 1.
+    # Multiplier for queries and keys. None: the default of the scaling method, which is 0.1 ln(rope_factor) + 1 for
+    # yarn, sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, and 1 otherwise.
     config.model.rope_attention_factor = None
-    # yarn: round the channels between which it changes over to whole numbers.
+    # yarn: round the bounds of the interpolated channel range to integers.
     config.model.rope_truncate = True
-    # longrope: how many times more slowly each pair of channels turns in contexts up to rope_original_context.
+    # longrope: divisors of the frequency of each pair of channels, for contexts up to rope_original_context.
     config.model.rope_short_factors = ()
-    # The same where context_length is longer.
+    # longrope: the same divisors for a context_length above rope_original_context.
     config.model.rope_long_factors = ()
 
     # moe: experts in a layer.
@@ -159,18 +161,20 @@ def get_config() -> ConfigDict:
     config.model.experts_per_token = 2
     # Hidden width of an expert. None: that of swiglu.
     config.model.d_expert = None
-    # Activation of an expert, which is gated: silu, gelu (in its tanh form), gelu_exact, relu or relu_squared.
+    # Activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.
     config.model.expert_activation = "silu"
     # Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that finds none
     # is not fed, so it depends on those before it, and decoding, with places for all, is not what training was.
     # 0: a place for every token (dropless).
     config.model.expert_capacity = 0.0
-    # Divide the weights of a token's experts by their sum, so that they add up to 1 (Mixtral). False: their softmax
-    # over all experts (Switch); one expert per token needs this, for a weight that is always 1 trains no router.
+    # Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use the softmax
+    # over all experts (Switch). With one expert per token this must be False, since a constant weight of 1 does not
+    # train the router.
     config.model.normalize_experts = True
-    # Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts times the sum over experts of the share of
-    # tokens routed to it times its mean probability, as in transformers: experts_per_token for even use. Losses of
-    # layers are added up (transformers counts the tokens of all layers together). 0: not in the program.
+    # Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share of tokens routed
+    # to the expert * its mean probability), as in transformers; it equals experts_per_token for balanced routing. The
+    # losses of all layers are summed (transformers pools the tokens of all layers instead). 0 removes the loss from the
+    # program.
     config.model.load_balance = 0.01
     # Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.
     config.model.router_z_loss = 0.0
@@ -292,8 +296,8 @@ def get_config() -> ConfigDict:
     config.record.evaluation_batches = None
     # Steps between checkpoints.
     config.record.checkpoint_every = 100
-    # Texts that each evaluation continues (in dialogues, questions that it answers) as samples. On a command line one
-    # text a flag, or a Python list.
+    # Prompts that each evaluation continues as samples; for dialogue data, questions to answer. On the command line,
+    # pass one text per flag or a Python list.
     config.record.prompts = ()
 
     config.sampling = ConfigDict()
@@ -311,7 +315,8 @@ def get_config() -> ConfigDict:
     config.sampling.min_p = 0.0
     # Divide the logits of tokens seen so far by this (arXiv 1909.05858). 1: no penalty.
     config.sampling.repetition_penalty = 1.0
-    # A text that fills the model's context ends there (stop), or goes on from the last half of it (slide).
+    # Behavior when a text fills the model's context: end it (stop), or continue from the last half of the context
+    # (slide).
     config.sampling.past_context = "stop"
     # Earlier exchanges that a question in a chat comes with. None: as many as the context holds.
     config.sampling.memory = None

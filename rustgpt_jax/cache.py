@@ -7,9 +7,9 @@ from pathlib import Path
 from rustgpt_jax.errors import UserError, shown
 
 FOLDER, LIMIT = "RUSTGPT_JAX_CACHE", "RUSTGPT_JAX_CACHE_BYTES"
-# What a user can do where the folder cannot be written.
+# Remedy shown to the user when the folder is not writable.
 REMEDY = f"{FOLDER}=DIR moves the cache."
-# Compiled programs may take this much.
+# Default size limit for compiled programs.
 MOST_BYTES = 4 * 1024**3
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
 
@@ -23,9 +23,12 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """The bytes that compiled programs may take: $RUSTGPT_JAX_CACHE_BYTES, such as 4294967296, 4G or 1.5 GiB.
+    """Return the size limit for compiled programs, in bytes.
 
-    Raises UserError for any other text.
+    Reads $RUSTGPT_JAX_CACHE_BYTES, for example 4294967296, 4G or 1.5 GiB.
+
+    Raises:
+        UserError: The variable is not a valid size.
     """
     text = os.environ.get(LIMIT, "").strip()
     if not text:

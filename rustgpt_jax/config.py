@@ -40,7 +40,7 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     name: str = knob()
-    # Of a larger vocabulary the trainer of byte pairs would reserve more memory than there is.
+    # For a larger vocabulary the BPE trainer would reserve more memory than any machine has.
     vocab_size: int | None = knob(low=1, high=2**22)
 
 
@@ -153,7 +153,7 @@ class ModelConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have biases."""
+        """Whether the query, key and value projections have biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
@@ -224,7 +224,7 @@ class TrainingConfig:
     steps: int = number(low=1)
     batch_size: int = knob(low=1)
     accumulation: int = knob(low=1)
-    # A call has a place for each of these steps, so the number takes memory.
+    # Memory use grows with this number, since each call has a slot for every step.
     steps_per_call: int = knob(low=1, high=2**16)
     z_loss: float = number(low=0.0, off_at_zero=True)
     loss_chunk: int | None = knob(low=1)
@@ -418,9 +418,9 @@ def flatten(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as it runs: steps `first_step` to `end_step` (exclusive) of the run, with a whole config of its own.
+    """One stage of a run: steps `first_step` to `end_step` (exclusive), with a complete config.
 
-    `until` is the step after which the run went on with another config, None if it did not.
+    `until` is the step after which the run continued with another config, or None.
     """
 
     name: str
@@ -435,11 +435,11 @@ class Stage:
 
     @property
     def last_step(self) -> int:
-        """The last step, counted from 1, that is made with this config."""
+        """The last step, counted from 1, that is trained with this config."""
         return self.end_step if self.until is None else min(self.until, self.end_step)
 
     def is_logged(self, step: int) -> bool:
-        """Whether the metrics of a step of the stage, counted from 1, are recorded."""
+        """Return whether the metrics of the given step, counted from 1, are recorded."""
         # The loss of the first step is that of the initial parameters.
         return step == 1 or step % self.config.record.log_every == 0 or step == self.end_step
 
@@ -456,14 +456,14 @@ def stages(config: Config) -> tuple[Stage, ...]:
 
 
 class Earlier(NamedTuple):
-    """A config that a run had up to a step, after which it was changed."""
+    """A config that a run used up to a given step, before it was changed."""
 
     until: int
     config: Config
 
 
 def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Stage, ...]:
-    """The stages of a run whose config was changed at some steps, each as often as it has another config."""
+    """Return the stages of a run whose config changed at some steps, with one entry per config of a stage."""
     result: list[Stage] = []
     begin = 0
     for until, each in (*earlier, (None, config)):
@@ -471,7 +471,7 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
             if stage.end_step > begin and (until is None or stage.first_step < until > begin):
                 result.append(dataclasses.replace(stage, until=until))
         begin = max(begin, until or 0)
-    # All is done, and what was changed after that has no step.
+    # The run is complete; later config changes apply to no step.
     return tuple(result)
 
 
@@ -516,10 +516,10 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def may_change(path: str) -> bool:
-    """Whether a run may go on with another value: no step that it has made depends on it, only what is recorded."""
+    """Return whether a knob may change during a run, that is, whether it affects only what is recorded."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
     if knob == "record.evaluation_batches":
-        # Losses before and after could not be compared.
+        # Losses before and after the change would not be comparable.
         return False
     return knob.startswith(("record.", "sampling.", "mesh.")) or knob in ("training.steps", "training.steps_per_call")
 

@@ -21,20 +21,20 @@ def check(
     changes: Mapping[str, Any] | None = None,
     is_exhaustive: bool = False,
 ) -> int:
-    """Check parts and show what was found.
+    """Check parts and print the results.
 
     Args:
-        names: the parts, as a user names them; all parts if there are none.
-        console: where the outcomes are printed.
-        only: names of the checks to run; all if there are none.
-        changes: knobs of the small model that parts are checked in, such as `options` or `model.options`.
-        is_exhaustive: whether to go through every length, batch size, type and mode, in minutes a part.
+        names: The parts to check, as named by the user; all parts if empty.
+        console: The console to print to.
+        only: Names of the checks to run; all checks if empty.
+        changes: Overrides for the small model that parts are checked in, such as `options` or `model.options`.
+        is_exhaustive: Whether to cover every length, batch size, dtype and mode, which takes minutes per part.
 
     Returns:
-        The exit status: 1 if any part is broken.
+        The exit status: 1 if any check fails, else 0.
 
     Raises:
-        UserError: for a name that means nothing.
+        UserError: A name is unknown.
     """
     for name in only:
         if name not in CHECKS:

@@ -75,7 +75,7 @@ def parameters(subject: Subject) -> str:
 
 
 def require_used(model: ModelConfig, where: str = "") -> None:
-    """Raises Broken if a parameter, or all weights of an output channel of a mixer, have a gradient of 0."""
+    """Raise Broken if a parameter, or all weights of a mixer's output channel, have zero gradient."""
     what = f"is never used {where}".rstrip()
     for name, leaf in by_path(programs.ordinary(model).gradient).items():
         if not leaf.any():

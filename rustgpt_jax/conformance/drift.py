@@ -1,4 +1,4 @@
-"""What rounding does to long rows: no more at their end than near their beginning."""
+"""Check that rounding errors do not grow along long rows."""
 
 import dataclasses
 
@@ -12,21 +12,22 @@ from rustgpt_jax.conformance.long_rows import LONGEST, Packed, forward, long_mod
 from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model.cost import parameter_shapes
 
-# Tokens whose errors are compared, by their medians: near the beginning, where bfloat16 has every position, and last.
+# Token ranges whose median errors are compared: near the beginning, where bfloat16 represents every position exactly,
+# and at the end.
 EARLY, LATE = slice(64, 256), slice(LONGEST - 512, LONGEST)
-# How much larger the error may be at the end. That of attention grows by less than 1.5.
+# Largest allowed ratio of the error at the end to the error near the beginning. For attention it is below 1.5.
 MOST_GROWTH = 3.0
-# Of the outputs. Smaller errors are those of single operations; larger ones are wrong wherever they are. In some tokens
-# rounding changes much, such as the choice of an expert: they are not counted.
+# Quantile of the output errors. Smaller errors come from single operations; larger ones are wrong at any position.
+# Rounding can change a few tokens a lot, for example by changing the choice of an expert, so those are ignored.
 COUNTED = 0.95
 NOISE = {"bfloat16": 3e-3, "float32": 1e-6}
 MOST = {"bfloat16": 0.2, "float32": 1e-3}
 
 
 def drift(subject: Subject) -> str:
-    """Over 4,096 tokens the error of bfloat16, and of float32, against float64 grows no faster than attention's.
+    """Check that over 4,096 tokens, bfloat16 and float32 errors against float64 grow no faster than attention's.
 
-    With initial parameters, whose decays are as slow as those of a training that begins.
+    Uses initial parameters, whose decays are as slow as at the beginning of training.
     """
     model = _with_one_head(long_model(subject.small_model))
     params = programs.initial_params(model)
@@ -56,7 +57,7 @@ def drift(subject: Subject) -> str:
 
 
 def _with_one_head(model: ModelConfig) -> ModelConfig:
-    """The model with one head, where its parameters can be made so: scores of long rows are large."""
+    """Return the model with one head if its parameters can be initialized that way: scores of long rows are large."""
     one = dataclasses.replace(model, n_heads=1, n_kv_heads=1, head_dim=model.head_width)
     try:
         parameter_shapes(one)

@@ -1,4 +1,4 @@
-"""Parts with heads of keys and values, for other numbers of them than that of the small model."""
+"""Check mixers with other numbers of key-value heads than the small model has."""
 
 import dataclasses
 from typing import Any
@@ -18,9 +18,7 @@ CASE = Case(17, 3)
 
 
 def heads(subject: Subject) -> str:
-    """One head of keys and values, two, and as many as there are of queries: causality, every parameter used, and a
-    cache that changes nothing.
-    """
+    """Check causality, parameter use and the KV cache with one, two and all key-value heads."""
     model = subject.small_model
     counts = [count for count in (1, 2, model.n_heads) if model.n_heads % count == 0]
     others = {count: dataclasses.replace(model, n_kv_heads=count) for count in counts}

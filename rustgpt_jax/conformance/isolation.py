@@ -49,9 +49,9 @@ ALL_LENGTHS = (*range(1, 41), 63, 64, 65, 127, 128, 129, 255, 256, 257, 600)
 
 
 def causality(subject: Subject) -> str:
-    """By whole Jacobians, and bit by bit: no output moves when a later token does, and each moves with its own token.
+    """Check by full Jacobians and bitwise that no output depends on later tokens, and each depends on its own token.
 
-    In rows of many lengths with one to five documents, in both types, in training and in evaluation.
+    Covers rows of many lengths with one to five documents, both dtypes, training and evaluation.
     """
     cases, model = cases_of(subject), long_model(subject.small_model)
     seen = np.mean([require_causal(influence(model, case), case) for case in cases])
@@ -59,7 +59,11 @@ def causality(subject: Subject) -> str:
 
 
 def require_causal(found: Influence, case: Case, where: str = "") -> float:
-    """The share of earlier tokens that are seen. Raises Broken if a later one is, or if a token does not see itself."""
+    """Return the share of earlier tokens that each token sees.
+
+    Raises:
+        Broken: A token sees a later token, or does not see itself.
+    """
     slopes_KBS, changes_KBT = (each[: len(found.places_K)] for each in (found.slopes_KBT, found.changes_KBT))
     places_K11, places_S = found.places_K[:, None, None], np.arange(case.length)
     same_KBS = _same_document(found)
@@ -90,15 +94,16 @@ def require_causal(found: Influence, case: Case, where: str = "") -> float:
 
 
 def _same_document(found: Influence) -> np.ndarray:
-    """Whether (b, t) is in the document of row b that probe k is in, padding being in none."""
+    """Return whether token (b, t) is in the same document of row b as probe k; padding is in no document."""
     segments_BT = found.packed.segments_BT
     at_KB1 = np.moveaxis(segments_BT[:, found.places_K], 1, 0)[..., None]
     return (at_KB1 == segments_BT[None]) & (at_KB1 > 0)
 
 
 def isolation(subject: Subject) -> str:
-    """Documents packed in a row, padding, and rows of a batch, are invisible to one another, by whole Jacobians and bit
-    by bit; and each document is what it is alone.
+    """Check by full Jacobians and bitwise that packed documents, padding and batch rows are isolated.
+
+    Each document must also give the same outputs as it does alone.
     """
     worst = 0.0
     cases = cases_of(subject)
@@ -116,7 +121,7 @@ def _require_isolated_documents(found: Influence, case: Case) -> None:
     count = len(found.places_K)
     segments_KB1 = np.moveaxis(found.packed.segments_BT[:, found.places_K], 1, 0)[..., None]
     is_token_BT = found.packed.segments_BT > 0
-    # What is read at padding does not matter; what is changed there does.
+    # Outputs at padding positions are ignored; changes made at padding positions must have no effect.
     for influences_KBT, what, verb in (
         ((found.slopes_KBT[:count] != 0) & (segments_KB1 > 0), "output token {0}, input token {1}", "depends on"),
         (found.changes_KBT[:count] & is_token_BT[None], "output token {1}, input token {0}", "changes with"),
@@ -144,7 +149,7 @@ def _require_isolated_rows(found: Influence, case: Case) -> None:
 
 
 def _require_documents_alone(program: Program, found: Influence, case: Case) -> float:
-    """Each document at the beginning of a row of its own gives what it gives in its place."""
+    """Check that each document, moved to the start of its own row, gives the same outputs."""
     worst, (x_BTD, positions_BT, segments_BT) = 0.0, found.packed
     documents = [
         (row, np.flatnonzero(segments_BT[row] == segment))
@@ -168,9 +173,9 @@ def _require_documents_alone(program: Program, found: Influence, case: Case) -> 
 
 
 def rows(subject: Subject) -> str:
-    """Each row is what it is alone, whatever the size of the batch; and its beginning, whatever the length of the row.
+    """Check that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
 
-    In both types, in training and in evaluation, and with a cache.
+    Covers both dtypes, training and evaluation, with and without a cache.
     """
     model, is_long = long_model(subject.small_model), subject.is_exhaustive
     params = programs.random_params(model)
@@ -205,7 +210,7 @@ def _require_rows(found: np.ndarray, expected: np.ndarray, segments_BT: np.ndarr
     what, is_token_BT = f"a row of a batch is not what it is alone, in {case}", segments_BT > 0
     if case.dtype == "float32":
         return require_close(found, expected, CLOSE, what, HIDDEN, is_token_BT)
-    # In some tokens rounding changes much, such as the choice of an expert; in most it does not.
+    # Rounding can change a few tokens a lot, for example by changing the choice of an expert, but not most of them.
     error_BT = np.sqrt(np.mean(np.square(found - expected), axis=-1)) / np.sqrt(np.mean(np.square(expected)))
     error_B = np.array(
         [np.median(error_T[is_token_T]) for error_T, is_token_T in zip(error_BT, is_token_BT, strict=True)]
@@ -217,7 +222,7 @@ def _require_rows(found: np.ndarray, expected: np.ndarray, segments_BT: np.ndarr
 
 
 def _require_cached_rows(params: Any, model: ModelConfig) -> float:
-    """A prompt and a token after it, in batches of all sizes."""
+    """Check prefill and one decoding step in batches of all sizes."""
     worst = 0.0
     several = whole_rows(model, MOST_ROWS, LENGTH + 1)
     expected = np.zeros(())

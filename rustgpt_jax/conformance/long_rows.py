@@ -1,7 +1,7 @@
-"""Rows of many lengths with packed documents, and who influences whom in them.
+"""Rows of many lengths with packed documents, and the influence of tokens on each other in them.
 
-What a model is run on here is activations in the place of embeddings, so that each token has its own: the slope of an
-output by a token is the gradient by that token's activations.
+The model runs on activations in place of embeddings, so that the derivative of an output with respect to a token is the
+gradient with respect to that token's activations.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from rustgpt_jax.conformance.subjects import Subject
 from rustgpt_jax.model import transformer
 
 LONGEST = 4096
-# A dropout that is on and, in float32, drops nothing: training must then give what evaluation gives.
+# A dropout rate that is not zero but drops nothing in float32, so that training must match evaluation.
 NEVER = 1e-8
-# Documents in the rows of a batch. The last of these rows ends in padding.
+# Numbers of documents in the rows of a batch. The last row ends in padding.
 DOCUMENTS = (1, 5, 3, 2, 4, 3)
-# Above this many tokens, not every one is probed: those at borders are, and the last ones.
+# Above these token counts, only tokens at document borders and at the end are probed.
 MOST_SLOPES, MOST_CHANGES = 300, 130
 STRIDE = 16
 
 
 class Case(NamedTuple):
-    """The shape of a batch, and how it is run."""
+    """The shape of a batch and how it is run."""
 
     length: int
     batch: int
@@ -56,7 +56,11 @@ LONG_LENGTHS, LONG_BATCHES = (127, 128, 129, 255, 256, 257, 521), (2, 1, 3)
 
 
 def _exhaustive() -> tuple[Case, ...]:
-    """Both types and both modes beside every border, two of the four at each length; all sizes of batches in turn."""
+    """Return cases for exhaustive checks.
+
+    Both dtypes and modes at each side of every border, two of the four combinations at each other length, and all batch
+    sizes in turn.
+    """
     kinds = itertools.cycle(KINDS)
     cases = list(QUICK)
     for lengths, batches in (SHORT_LENGTHS, SHORT_BATCHES), (LONG_LENGTHS, LONG_BATCHES):
@@ -69,12 +73,12 @@ EXHAUSTIVE = _exhaustive()
 
 
 def cases_of(subject: Subject) -> tuple[Case, ...]:
-    """The batches that a part is run on."""
+    """Return the batches that a part is run on."""
     return EXHAUSTIVE if subject.is_exhaustive else QUICK
 
 
 class Packed(NamedTuple):
-    """Activations in the place of embeddings, and the documents that they are packed in."""
+    """Activations in place of embeddings, with the documents they are packed into."""
 
     x_BTD: Any
     positions_BT: Any
@@ -82,11 +86,15 @@ class Packed(NamedTuple):
 
 
 class Influence(NamedTuple):
-    """Who influences whom in a batch, K probes of one place in every row and then B of one row in all its places.
+    """Influence of tokens on each other in a batch.
 
-    slopes_KBT: the largest slope of the outputs at probe k by the token at (b, t).
-    changes_KBT: whether the output at (b, t) changes with the tokens of probe k.
-    places_K: the place of each of the first probes.
+    There are K probes: first one per probed position, in every row at once, and then B probes, one per row, of all its
+    positions.
+
+    Attributes:
+        slopes_KBT: Largest derivative of the outputs at probe k with respect to token (b, t).
+        changes_KBT: Whether the output at (b, t) changes with the tokens of probe k.
+        places_K: The position of each of the first probes.
     """
 
     packed: Packed
@@ -97,28 +105,29 @@ class Influence(NamedTuple):
 
 
 def long_model(model: ModelConfig) -> ModelConfig:
-    """One repeat of the pattern of layers, with positions for long rows."""
+    """Return the model with one repeat of its layer pattern and positions for long rows."""
     return dataclasses.replace(
         model, n_layers=model.period, context_length=max(model.context_length, LONGEST), dtype="float32", dropout=0.0
     )
 
 
 def for_case(model: ModelConfig, dtype: str, is_training: bool) -> ModelConfig:
-    """The model in another type, with a dropout that never drops where it is trained."""
+    """Return the model in another dtype; for training, with a dropout rate that never drops anything."""
     return dataclasses.replace(model, dtype=dtype, dropout=NEVER if is_training else 0.0)
 
 
 def activations(model: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
-    """x_BTD. Row b is the beginning of one longer row, whatever the batch and the length."""
+    """Return x_BTD. Row b is a prefix of the same longer row for every batch size and length."""
     rows = [np.random.default_rng((seed, row)).standard_normal((length, model.d_model)) for row in range(batch)]
     return 0.5 * np.stack(rows).astype(np.float32)
 
 
 @cache
 def layout(length: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segments of a row: one to five documents at uneven borders, in some rows with padding behind.
+    """Return the positions and segments of a row of one to five documents of uneven lengths.
 
-    In every other row one border is that of a chunk of STRIDE tokens, where that leaves all documents.
+    Some rows end in padding. In every other row one border is at a multiple of STRIDE tokens, unless that would remove
+    a document.
     """
     count = min(DOCUMENTS[row % len(DOCUMENTS)], length)
     rng = np.random.default_rng((length, row))
@@ -137,14 +146,14 @@ def layout(length: int, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed_rows(model: ModelConfig, batch: int, length: int) -> Packed:
-    """Rows of the layouts, one after another."""
+    """Return rows of the layouts, in order."""
     layouts = [layout(length, row) for row in range(batch)]
     positions_BT, segments_BT = (np.stack(each) for each in zip(*layouts, strict=True))
     return Packed(activations(model, batch, length), positions_BT, segments_BT)
 
 
 def whole_rows(model: ModelConfig, batch: int, length: int) -> Packed:
-    """Rows of one document each."""
+    """Return rows of one document each."""
     positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
     return Packed(activations(model, batch, length), positions_BT, np.ones_like(positions_BT))
 
@@ -152,7 +161,7 @@ def whole_rows(model: ModelConfig, batch: int, length: int) -> Packed:
 def _hidden(
     params: Any, packed: Packed, model: ModelConfig, key: jax.Array | None, cached: Any = None
 ) -> tuple[jax.Array, Any]:
-    """The last hidden states (B, T, D), and the cache."""
+    """Return the last hidden states (B, T, D) and the cache."""
     batch, length, width = packed.x_BTD.shape
     tokens_BT = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length)
     params = {**params, "embedding": {"table": packed.x_BTD.reshape(-1, width)}}
@@ -182,7 +191,7 @@ def _compiled_forward() -> Any:
 
 
 def forward(params: Any, packed: Packed, model: ModelConfig, is_training: bool = False) -> np.ndarray:
-    """hidden_BTD, in float32 at least."""
+    """Return hidden_BTD, in float32 or wider."""
     return jax.device_get(_compiled_forward()(params, packed, model=model, is_training=is_training))
 
 
@@ -195,7 +204,7 @@ def _compiled_cached_forward() -> Any:
 
 
 def cached_forward(params: Any, packed: Packed, cached: Any, model: ModelConfig) -> tuple[np.ndarray, Any]:
-    """hidden_BTD of tokens that follow those in the cache, and the cache after them, which stays on the device."""
+    """Return hidden_BTD of tokens that follow the cached ones, and the updated cache, which stays on the device."""
     hidden_BTD, cached = _compiled_cached_forward()(params, packed, cached, model=model)
     return jax.device_get(hidden_BTD), cached
 
@@ -221,7 +230,7 @@ def _compiled_slopes() -> Any:
 
 
 class Program:
-    """The one program of a case: the outputs, and vector-Jacobian products of as many probes as are asked for."""
+    """The compiled program of a case: its outputs and the vector-Jacobian products of a number of probes."""
 
     def __init__(self, model: ModelConfig, case: Case, read_KBT: np.ndarray) -> None:
         self.params = programs.random_params(model)
@@ -230,14 +239,14 @@ class Program:
         self.weights_BTD = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
 
     def run(self, packed: Packed, count: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """output_BTD and slopes_KBT, those of the first `count` probes."""
+        """Return output_BTD and slopes_KBT of the first `count` probes."""
         arguments = (self.params, packed, self.weights_BTD, self.read_KBT, np.int32(count))
         compiled = _compiled_slopes()
         return jax.device_get(compiled(*arguments, model=self.model, is_training=self.case.is_training))
 
 
 def _places(length: int, most: int) -> np.ndarray:
-    """The places that are probed: all, or in long rows those on both sides of borders, and the last ones."""
+    """Return the positions to probe: all, or in long rows those on both sides of borders and the last ones."""
     if length <= most:
         return np.arange(length)
     borders = np.arange(STRIDE, length, STRIDE)
@@ -245,7 +254,7 @@ def _places(length: int, most: int) -> np.ndarray:
 
 
 def program_of(model: ModelConfig, case: Case) -> Program:
-    """The program of a case with a probe for each place, and one for each row."""
+    """Return the program of a case with one probe per position and one per row."""
     batch, length = case.batch, case.length
     of_places = np.arange(length)[None, None, :] == _places(length, MOST_SLOPES)[:, None, None]
     of_rows = np.arange(batch)[None, :, None] == np.arange(batch)[:, None, None]
@@ -256,7 +265,7 @@ def program_of(model: ModelConfig, case: Case) -> Program:
 
 @cache
 def influence(model: ModelConfig, case: Case) -> Influence:
-    """Whole Jacobians, and what changes with each token: in all rows at once, and in each row by itself."""
+    """Compute full Jacobians and the effect of changing each token, in all rows at once and in each row alone."""
     program = program_of(model, case)
     packed, others_BTD = packed_rows(model, case.batch, case.length), activations(model, case.batch, case.length, 1)
     output_BTD, slopes_KBT = program.run(packed, len(program.read_KBT))

@@ -29,16 +29,16 @@ LARGE = 100.0
 BFLOAT16_ERROR = 0.05
 # What is not to be done to numbers of 8 bits: their results are used as exponents, divisors or long sums.
 DELICATE = ("exp", "exp2", "log", "rsqrt", "reduce_sum", "cumsum", "cumprod", "cumlogsumexp", "reduce_prod")
-# Rows that are compared: what is rounded once a token or a chunk is rounded more often in the longer one.
+# Row lengths to compare: values that are rounded once per token or chunk are rounded more often in the longer row.
 FEW_TOKENS, MANY_TOKENS = 96, 384
 # Relative steps of finite differences: a kink or a rounding error spoils one, hardly all.
 STEPS = (1e-5, 1e-4, 1e-6)
-# On both sides of the lengths at which parts begin to work in pieces.
+# Lengths on both sides of the thresholds at which parts switch to chunked computation.
 LENGTHS = {"mixers": (15, 40, 130), "families": (15, 40, 130)}
 LENGTHS_OF_OTHERS = (40,)
 ALL_LENGTHS = (LENGTH, 15, 17, 31, 33, 63, 65, 101, 127, 129, 255, 257)
 GRADIENT_ERROR = 1e-4
-# Of slopes in bfloat16, in the median.
+# Largest allowed median relative error of bfloat16 derivatives.
 SLOPE_ERROR = 0.2
 
 
@@ -87,7 +87,8 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
         )
         # The residual stream has its own type whatever is added to it: the parts' own results are asked for theirs.
         for name, own in (("mixer", stack.block.for_mixer), ("feedforward", stack.block.for_feedforward)):
-            # One result for each `__call__` on the way: that of a subclass comes after that of `super().__call__`.
+            # There is one result per `__call__` in the class hierarchy; a subclass's result follows that of
+            # `super().__call__`.
             result, *_ = kept["intermediates"][name]["__call__"][-1]
             _require_type(result, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
         _require_type(y, x.shape, model.dtype, f"the output of block {index}", where)
@@ -165,7 +166,7 @@ def precision(subject: Subject) -> str:
 
 
 def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """What is done to bfloat16 numbers and should not be: in words, the line, and the type of the numbers."""
+    """Yield operations that should not be done in bfloat16: a description, the source line and the dtype."""
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
     tokens = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     program = jax.make_jaxpr(lambda params, tokens: transformer.apply(params, tokens, model)[0])(params, tokens)
@@ -178,7 +179,7 @@ def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _rounded_along_the_row(block: ModelConfig, params: Any, model: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """States and decays of a block that are rounded to fewer bits than float32 once a token, a chunk or a call."""
+    """Yield states and decays of a block that are rounded below float32 once per token, chunk or call."""
     depths = []
     for length in FEW_TOKENS, MANY_TOKENS:
         reading, outputs = _read(block, params, model, length, None)
@@ -209,9 +210,14 @@ def _rounded_along_the_row(block: ModelConfig, params: Any, model: ModelConfig) 
 def _read(
     block: ModelConfig, params: Any, model: ModelConfig, length: int, cached: tuple[Any, int] | None
 ) -> tuple[Reading, list[Traced]]:
-    """A reading of a block over some tokens: what is known of its output, and of each array of its cache.
+    """Analyze a block over some tokens; return the analysis of its output and of each cache array.
 
-    cached: a cache, and the number of the array in it that is followed, as one that was rounded MANY_TOKENS times.
+    Args:
+        block: The block.
+        params: Its parameters.
+        model: The model config.
+        length: The number of tokens.
+        cached: A cache, and the index of the array in it to follow as if it had been rounded MANY_TOKENS times.
     """
     x = jax.ShapeDtypeStruct((1, length, model.d_model), model.dtype)
     places = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -234,10 +240,10 @@ def _read(
 
 
 def gradients(subject: Subject) -> str:
-    """The slope along a random direction of each parameter, in float64, against differences of the function itself.
+    """Check each parameter's derivative along a random direction against finite differences, in float64.
 
-    In rows on both sides of lengths at which parts begin to work in pieces, one of them with several documents. The
-    slopes of bfloat16, which may have derivatives of its own, are those of float32 closely.
+    Covers row lengths on both sides of chunk thresholds; one row holds several documents. Also checks that bfloat16
+    gradients, which may use custom derivatives, are close to those of float32.
     """
     lengths = ALL_LENGTHS if subject.is_exhaustive else LENGTHS.get(subject.kind, LENGTHS_OF_OTHERS)
     worst = max(_require_gradients(subject.small_model, length) for length in lengths)
@@ -250,7 +256,7 @@ def gradients(subject: Subject) -> str:
 def _require_slopes_of_bfloat16(model: ModelConfig) -> None:
     found, expected = (influence(model, Case(33, 3, dtype)).slopes_KBT for dtype in ("bfloat16", "float32"))
     is_seen = expected > 0
-    # In some places rounding changes much, such as the choice of an expert.
+    # Rounding can change a few entries a lot, for example by changing the choice of an expert.
     error = float(np.median(np.abs(found - expected)[is_seen] / expected[is_seen]))
     if not error <= SLOPE_ERROR:
         shown = f"a relative error of {error:.2g} in the median ({SLOPE_ERROR} is allowed)"

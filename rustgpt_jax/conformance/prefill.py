@@ -1,4 +1,4 @@
-"""Prompts of many lengths, read at once or in pieces, and what follows them: all as if it had been read at once."""
+"""Check prefill of prompts of many lengths, at once or in pieces, and the decoding that follows."""
 
 import dataclasses
 from typing import Any
@@ -15,21 +15,22 @@ from rustgpt_jax.model import transformer
 
 CLOSE = 2e-4
 AXES = ("row", "token", "channel")
-# Prompts of all lengths up to this one, side by side.
+# Prompts of all lengths up to this one are batched together.
 MOST_RAGGED = 40
 PIECE = 7
-# Tokens that are read at once from an empty cache, and then from one that holds more than 2,048.
+# Numbers of tokens to prefill, first into an empty cache and then into one that holds more than 2,048 tokens.
 LENGTHS = (1, 8, 16, 33, 64, 131, 257)
 ALL_LENGTHS = (*range(1, MOST_RAGGED + 1), 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FAR = 2048
 SLOTS = 2400
-# A sliding window that is longer than some prompts and shorter than others.
+# A sliding window longer than some prompts and shorter than others.
 WINDOW = 32
 
 
 def prefill(subject: Subject) -> str:
-    """A prompt of any length, at once or in pieces, and the tokens after it one by one, give what one call without a
-    cache gives; so do tokens beyond position 2,048, and a ring of slots that was filled more than twice.
+    """Check that prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
+
+    Covers prompts of any length, positions beyond 2,048, and a ring buffer that is filled more than twice.
     """
     model = long_model(subject.small_model)
     lengths = ALL_LENGTHS if subject.is_exhaustive else LENGTHS
@@ -46,7 +47,7 @@ def _cache_shapes(model: ModelConfig) -> Any:
 
 
 def _ragged(model: ModelConfig) -> float:
-    """Row r reads r + 1 tokens, then 7 or 3 of them at a time, then one, those that are through reading padding."""
+    """Check rows of 1 to MOST_RAGGED tokens read in pieces of 7, 3 and 1; finished rows read padding."""
     params, batch, length = programs.random_params(model), MOST_RAGGED, MOST_RAGGED + 4 * PIECE
     packed = whole_rows(model, batch, length)
     expected = forward(params, packed, model)
@@ -70,7 +71,7 @@ def _ragged(model: ModelConfig) -> float:
 
 
 def _whole_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
-    """Prompts of each length from an empty cache, with some tokens after them; then pieces of all lengths, in a row."""
+    """Check prompts of each length from an empty cache with some tokens after them, then pieces of all lengths."""
     params = programs.random_params(model)
     packed = whole_rows(model, 2, SLOTS)
     expected = forward(params, packed, model)

@@ -101,7 +101,7 @@ def _compiled_forward() -> Any:
 
 
 def run_forward(params: Any, rows: Rows, model: ModelConfig) -> tuple[Any, np.ndarray]:
-    """The weighted sum and the logits, as of `run`, where no gradient is asked for."""
+    """Return the weighted sum and the logits like `run`, without computing gradients."""
     return jax.device_get(_compiled_forward()(params, rows, model=model))
 
 

@@ -42,9 +42,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _case(name: str, part: Any, is_first: bool) -> Callable[[], str]:
-    """A function that runs one check, gives what it measured, and fails the test where it fails.
+    """Return a test function that runs one check, returns its measurement, and fails if the check fails.
 
-    The first check of a part drops the compiled programs of the parts before: a process can map only so many.
+    The first check of a part clears the compiled programs of earlier parts, since a process can map only a limited
+    number.
     """
 
     def conformance_check() -> str:

@@ -1,8 +1,8 @@
-"""Reading in a traced program what is rounded again and again along a row: a state, or the decay that multiplies it.
+"""Find states and decays that are repeatedly rounded along a row, by analyzing the traced program.
 
-Each array of the program is followed from where it is made. Its depth is the number of roundings to fewer bits than
-float32 has, one on top of another, on the longest way to it. In attention that number does not depend on the length of
-the row; in a recurrence whose state is rounded it grows with every token or every chunk.
+Each array of the program is followed from where it is created. Its depth is the largest number of successive roundings
+to fewer bits than float32 on any path to it. In attention the depth does not depend on the row length; in a recurrence
+with a rounded state it grows with every token or chunk.
 """
 
 from collections import Counter
@@ -15,10 +15,10 @@ from jax.extend import core
 from rustgpt_jax.model.cost import inner_programs
 
 LIBRARIES = ("/jax/", "/flax/", "/jaxlib/")
-# What a number is made of: only of parameters and constants; of those or of activations, through a function that
-# bounds it, as decays are; or of activations.
+# Provenance of a value: parameters and constants only; a bounded function of them or of activations, such as a decay;
+# or activations.
 CONSTANT, GATE, DATA = range(3)
-# These move or choose numbers, and round nothing.
+# Primitives that move or select values without rounding.
 MOVES = frozenset(
     (
         "reshape",
@@ -54,25 +54,29 @@ MOVES = frozenset(
 )
 ROUNDS = frozenset(("reduce_precision", "round", "floor", "ceil"))
 BOUNDS = frozenset(("exp", "exp2", "expm1", "logistic", "tanh", "log1p", "pow", "erf"))
-# Of a loop whose number of rounds only its own condition knows.
+# Assumed number of iterations of a loop whose trip count is not known statically.
 SOME_ROUNDS = 100
 POWERS = frozenset(("pow", "cumprod", "reduce_prod"))
 
 
 class Suspect(NamedTuple):
-    """A state that is multiplied by a rounded decay: the equation, and the type of the decay where it was rounded."""
+    """A state multiplied by a rounded decay: the equation, and the dtype that the decay was rounded to."""
 
     equation: Any
     numbers: Any
 
 
 class Traced(NamedTuple):
-    """What is known of an array.
+    """Properties of an array in a traced program.
 
-    depth: roundings on the longest way. is_exact: few bits hold it exactly. kind: what it is made of. rounded: the
-    array that it, a constant or a gate, was when it was rounded. is_state: a state before the row is in it.
-    suspects: products of a state and a rounded decay that are in it. path: the last rounding on the longest way, and
-    the path to it.
+    Attributes:
+        depth: Number of roundings on the longest path.
+        is_exact: Whether few bits represent its values exactly.
+        kind: Provenance of its values.
+        rounded: For a constant or gate, the array as it was when it was rounded.
+        is_state: Whether it depends on a state from before the row.
+        suspects: Products of a state and a rounded decay that it depends on.
+        path: The last rounding on the longest path, linked to the path before it.
     """
 
     depth: int = 0
@@ -88,13 +92,13 @@ EXACT = Traced(is_exact=True)
 
 
 def is_low(array: Any) -> bool:
-    """Whether an array has floating-point numbers of fewer bits than float32."""
+    """Return whether an array has a floating-point dtype with fewer bits than float32."""
     dtype = getattr(array, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
 
 
 def roundings_by_line(traced: Traced) -> Counter[str]:
-    """How many of the roundings on the longest way to an array were written in each line."""
+    """Count the roundings on the longest path to an array by source line."""
     lines: Counter[str] = Counter()
     path = traced.path
     while path is not None:
@@ -104,13 +108,13 @@ def roundings_by_line(traced: Traced) -> Counter[str]:
 
 
 class Reading:
-    """One reading of a program; `found` are the mistakes that are certain wherever they stand."""
+    """One analysis of a program. `found` holds errors that are certain regardless of context."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, Any, Any]] = []
 
     def follow(self, jaxpr: Any, inputs: Sequence[Traced]) -> list[Traced]:
-        """What is known of the outputs of a program, from what is known of its inputs."""
+        """Return the properties of a program's outputs, given those of its inputs."""
         known: dict[Any, Traced] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def value(variable: Any) -> Traced:
@@ -140,7 +144,7 @@ class Reading:
         return [self._result(equation, arguments, output.aval) for output in equation.outvars]
 
     def _loop(self, body: Any, arguments: list[Traced], n_constants: int, n_carried: int, length: int) -> list[Traced]:
-        """What is known after a loop of `length` rounds, from what two of them do to what it carries."""
+        """Return the properties after a loop of `length` iterations, extrapolated from two iterations."""
         constants, others = arguments[:n_constants], arguments[n_constants:]
         carried, rows = others[:n_carried], others[n_carried:]
         carried = [each._replace(is_state=True) for each in carried]
@@ -199,7 +203,7 @@ class Reading:
 
 
 def _joined(values: Sequence[Traced]) -> Traced:
-    """What is known of an array that is made of several."""
+    """Combine the properties of arrays that are joined into one."""
     return Traced(
         max(each.depth for each in values),
         all(each.is_exact for each in values),
@@ -212,7 +216,7 @@ def _joined(values: Sequence[Traced]) -> Traced:
 
 
 def _last_rounding(traced: Traced) -> tuple[Any, Any]:
-    """The equation, and the type of what it makes."""
+    """Return the equation of the last rounding and its output dtype."""
     equation, _ = traced.path
     return equation, equation.outvars[0].aval
 
@@ -223,7 +227,7 @@ def _is_in_an_associative_scan(equation: Any) -> bool:
 
 
 def line_of(equation: Any) -> str:
-    """Where an equation was written, outside the libraries: 'mixers.py, line 12, in __call__'."""
+    """Return the source location of an equation outside the libraries: 'mixers.py, line 12, in __call__'."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if not any(library in frame.file_name for library in LIBRARIES):

@@ -61,9 +61,9 @@ TABLE_OF = {
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A part that is checked: the table it belongs to, its name, itself, and the small model that has it (or None).
+    """A part to check: its table, name and value, and the small model that uses it (or None).
 
-    is_exhaustive: whether checks take minutes to go through every length, batch size, type and mode.
+    `is_exhaustive` is True if checks may take minutes to cover every length, batch size, dtype and mode.
     """
 
     kind: str

@@ -65,7 +65,7 @@ def _same_with(model: ModelConfig, what: str, **changes: Any) -> str:
 
 
 def dropout(subject: Subject) -> str:
-    """Evaluation drops nothing, with a cache or without; and a training that drops nothing computes the same."""
+    """Check that evaluation drops nothing, with or without a cache, and that training with no drops matches it."""
     model = long_model(subject.small_model)
     dropping = dataclasses.replace(model, dropout=0.5)
     params, packed = programs.random_params(model), packed_rows(model, ROWS_OF_DROPOUT, LENGTH_OF_DROPOUT)
