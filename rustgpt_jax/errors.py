@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 MOST_CHARACTERS = 560
-# How XLA and C++ say that an allocation failed.
+# Substrings of XLA and C++ error messages about failed allocations.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "bad_alloc")
 
 
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what caused it, says that an allocation failed, on the host or on a device."""
+    """Return whether an error or its cause is a failed allocation, on the host or on a device."""
     if error.__cause__ is not None and is_out_of_memory(error.__cause__):
         return True
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -104,7 +104,7 @@ def is_validation(document: Document, config: DataConfig) -> bool:
 
 
 def is_validation_fingerprint(digest: bytes, config: DataConfig) -> bool:
-    """Whether split='document' gives the document with a fingerprint to validation."""
+    """Return whether split='document' assigns the document with the given fingerprint to validation."""
     return int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
 
 
@@ -133,14 +133,14 @@ def divide(source: Iterable[Document], config: DataConfig, n_characters: int) ->
 
 
 def training_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
-    """The documents of the training split: what a tokenizer may be trained on.
+    """Iterate over the documents of the training split, on which a tokenizer may be trained.
 
     Args:
-      config: the corpus.
-      n_characters: the length of the corpus, if it is known; else split='tail' reads it to find out.
+        config: The corpus config.
+        n_characters: The length of the corpus if known; otherwise split='tail' reads the corpus to compute it.
 
     Raises:
-      UserError: as `documents` does.
+        UserError: As for `documents`.
     """
     if n_characters is None:
         n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
@@ -151,19 +151,19 @@ def training_documents(config: DataConfig, n_characters: int | None = None) -> I
 
 
 def read_file(name: str, data: bytes) -> Iterator[Document]:
-    """The documents in a file's bytes, read as `read_stream` reads them."""
+    """Iterate over the documents in a file's bytes, as `read_stream` does."""
     return read_stream(name, io.BytesIO(data))
 
 
 def read_stream(name: str, file: BinaryIO) -> Iterator[Document]:
-    """The documents of an open file, read by the suffix of its name, one at a time where a document is a line.
+    """Iterate over the documents of an open file, whose format is given by the suffix of its name.
 
-    .json holds a list of strings; .jsonl and .ndjson a text or a dialogue a line ({"text": ...} or {"messages":
-    [...]}); .csv and .tsv a text a row, in the column `text`, separated by commas, semicolons, tabs or bars; anything
-    else is one plain text.
+    .json holds a list of strings; .jsonl and .ndjson one text or dialogue per line ({"text": ...} or {"messages":
+    [...]}); .csv and .tsv one text per row in the column `text`, delimited by commas, semicolons, tabs or bars. Any
+    other file is one plain text. Line-based formats are streamed.
 
     Raises:
-      UserError: naming the file and the place, for what cannot be read so.
+        UserError: The file cannot be parsed; the message names the file and the location.
     """
     is_empty = not file.read(len(codecs.BOM_UTF8) + 1).removeprefix(codecs.BOM_UTF8)
     if is_empty:
@@ -173,7 +173,7 @@ def read_stream(name: str, file: BinaryIO) -> Iterator[Document]:
 
 
 def _lines(name: str, file: BinaryIO) -> Iterator[str]:
-    """The lines of a file, ended by line feeds, without a byte order mark."""
+    """Iterate over the lines of a file, terminated by line feeds, without a byte order mark."""
     start = 0
     for line in file:
         yield _decoded(name, line, start)
@@ -181,7 +181,7 @@ def _lines(name: str, file: BinaryIO) -> Iterator[str]:
 
 
 def _decoded(name: str, data: bytes, start: int = 0) -> str:
-    """The text of the bytes of a file from `start`, without a byte order mark."""
+    """Decode the bytes of a file from `start`, without a byte order mark."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -228,7 +228,7 @@ def _parse_json(text: str, name: str, first_line: int) -> Any:
 
 
 class _DuplicateKey(Exception):
-    """A key that is read stands twice in an object, so what it says depends on the reader."""
+    """A JSON object that repeats a key that is read, so its meaning depends on the parser."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
-# Python refuses to read an int of more than 4,300 digits.
+# Python refuses to parse an int of more than 4,300 digits.
 _JSON_WITH_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
 
 
@@ -264,7 +264,8 @@ def _turn(where: str, message: Any) -> Turn:
 
 
 _DELIMITERS = ",;\t|"
-# Characters of a cell; Python's own limit is 131,072. A larger number is no C long everywhere.
+# Maximum number of characters in a CSV cell; Python's default is 131,072. Larger values overflow a C long on some
+# platforms.
 _LARGEST_CELL = 2**31 - 1
 _LARGEST_HEADER = 2**16
 
@@ -290,7 +291,7 @@ def _read_table(name: str, file: BinaryIO) -> Iterator[Document]:
 
 
 def _header(lines: Iterator[str]) -> list[str]:
-    """The lines of a table's first row: more than one where the name of a column has line breaks."""
+    """Return the lines of a table's first row, which are several if a column name contains line breaks."""
     header: list[str] = []
     for line in lines:
         header.append(line)
@@ -300,12 +301,12 @@ def _header(lines: Iterator[str]) -> list[str]:
 
 
 def _split_at_returns(line: str) -> list[str]:
-    """The rows of a line whose rows end with carriage returns alone, as some spreadsheets write them."""
+    """Split a line at carriage returns, which some spreadsheets write as row separators."""
     return re.split(r"(?<=\r)(?!\n)", line) if "\r" in line[:-2] else [line]
 
 
 def _columns(name: str, header: str) -> tuple[str, list[str]]:
-    """The delimiter of a table and the names of its columns, one of which is `text`."""
+    """Return the delimiter of a table and its column names, which must include `text`."""
     for delimiter in _DELIMITERS if len(header) <= _LARGEST_HEADER else "":
         try:
             columns = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
@@ -370,9 +371,13 @@ def _files(config: DataConfig) -> Iterator[Document]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    """A file of text, open. Raises UserError for one that cannot be read, and for a pipe or a device."""
+    """Open a text file.
+
+    Raises:
+        UserError: The file cannot be read, or is a pipe or a device.
+    """
     try:
-        # To open a pipe is to wait for who writes to it.
+        # Opening a pipe would block until another process writes to it.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path}: this is not a regular file; what trains a model is read more than once.")
         file = open(path, "rb")

@@ -1,9 +1,11 @@
-"""From a token stream to batches. The batch of a step is a pure function of (stream, window, batch size, seed, step).
+"""Batches from a token stream.
 
-A window is T inputs and the T tokens that follow them one place later. The stream is read as a circle, for it ends with
-its first token. In an epoch, windows lie end to end from a place drawn for that epoch: every token but the first is a
-target exactly once, and a document that a window's edge cuts is whole in other epochs. Each epoch has
-an order of its own, and a batch may reach over the border of two.
+The batch of a step is a pure function of (stream, window, batch size, seed, step).
+
+A window consists of T input tokens and their T targets, shifted by one position. The stream is circular: its last token
+equals its first. In each epoch, contiguous windows start at a random offset, so that every token but the first is a
+target exactly once, and documents that are split by a window border in one epoch are whole in others. Each epoch has
+its own random order, and a batch may span two epochs.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -86,7 +88,7 @@ class Windows:
         return tokens_BS, weights_BS
 
     def _around(self, read: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
-        """A stretch of the circle: after the stream's last token, which is also its first, comes its second."""
+        """Return a slice of the circular stream; its last token is also its first, so the second token follows."""
         beyond = stop - self.stream.n_tokens
         return read(start, stop) if beyond <= 0 else np.concatenate([read(start, stop), read(1, 1 + beyond)])
 

@@ -51,15 +51,15 @@ class StageData:
 
 
 def obtain_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
-    """The tokenizer in `file` if there is one, else one trained on the training documents of all stages.
+    """Load the tokenizer in `file`, or train one on the training documents of all stages if there is no file.
 
     Args:
-      config: the config of the run.
-      file: where the run's tokenizer is, if it has one already.
-      progress: called with the number of characters read so far and of all, where one is trained.
+        config: The config of the run.
+        file: The path of the run's tokenizer, which may not exist.
+        progress: Called during training with the number of characters read so far and in total.
 
     Raises:
-      UserError: for a file that is no tokenizer, for text that cannot be read, divided or learned from.
+        UserError: The file is not a tokenizer, or the text cannot be read, split or trained on.
     """
     if file is not None and file.exists():
         return load_tokenizer(file)
@@ -69,7 +69,7 @@ def obtain_tokenizer(config: Config, file: Path | None = None, progress: StorePr
 
 
 def _texts(surveys: dict[DataConfig, Survey], kind: str, progress: StoreProgress | None) -> Iterator[str]:
-    """The training text of some corpora, in parts that a tokenizer of a kind learns the same from as from the whole."""
+    """Yield the training text of some corpora, in pieces that give the same tokenizer as the whole text."""
     cuts = CUTS_OF_BYTE_PAIRS if kind == "bpe" else CUTS_OF_WORDS
     done, total = 0, sum(survey.n_characters for survey in surveys.values())
     for data, survey in surveys.items():
@@ -144,7 +144,7 @@ def read_record(record: Path) -> list[dict[str, Any]]:
     return stages
 
 
-# What a run folder keeps of the data of a stage, and of what type it is.
+# Fields that a run folder records about the data of a stage, with their types.
 RECORDED = {"stage": str, "source": str, "tokenizer": str, "n_dialogues": int, "splits": dict, "files": dict}
 
 

@@ -23,7 +23,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents, pieces
 
 FORMAT_VERSION = 1
-# Counts changes in how the documents of imported tokenizers are marked off.
+# Increment when the document delimiters of imported tokenizers change.
 DIALECT_VERSION = 2
 SPLITS = ("train", "valid")
 SHARD_TOKENS = 2**26
@@ -114,7 +114,7 @@ def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts of a corpus and the SHA-256 of its documents, from reading it once."""
+    """Statistics of a corpus and the SHA-256 of its documents, computed in one pass."""
 
     n_documents: int
     n_dialogues: int
@@ -129,12 +129,20 @@ def build_store(
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Store:
-    """The store of a corpus under `root`: the one that is there already, or a new one.
+    """Return the token store of a corpus under `root`, building it if necessary.
 
-    The documents are read twice, to name the store and to encode them, and never held all at once. `progress` is
-    called with the number of characters encoded so far and of all. What killed builds left under `root` is removed.
-    Raises UserError when the corpus is empty, when a split that is to have a share of it gets no document, and when
-    nothing can be written under `root`.
+    The documents are streamed twice, once to name the store and once to encode them. Partial stores left under `root`
+    by killed builds are removed.
+
+    Args:
+        config: The corpus config.
+        tokenizer: The tokenizer.
+        root: The folder that holds all stores.
+        progress: Called with the number of characters encoded so far and in total.
+        shard_tokens: The number of tokens per shard.
+
+    Raises:
+        UserError: The corpus is empty, a split with a nonzero share gets no document, or `root` is not writable.
     """
     survey = survey_corpus(config)
     root = Path(root)
@@ -152,10 +160,10 @@ def build_store(
 
 
 def survey_corpus(config: DataConfig) -> Survey:
-    """Read a corpus once, without encoding anything.
+    """Compute the statistics of a corpus without encoding it.
 
     Raises:
-      UserError: for a corpus without text, or one in which a split that is to have a share gets no document.
+        UserError: The corpus has no text, or a split with a nonzero share gets no document.
     """
     digest, n_documents, n_dialogues, n_characters, n_valid = hashlib.sha256(), 0, 0, 0, 0
     for document in documents(config):
@@ -187,7 +195,7 @@ def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
 
 
 def tokenizer_hash(tokenizer: Codec) -> str:
-    """The SHA-256 of all that a tokenizer's tokens depend on, by which stores and runs name it."""
+    """Return the SHA-256 of everything that affects a tokenizer's output, which identifies the tokenizer."""
     return hashlib.sha256(tokenizer.written.encode()).hexdigest()
 
 
@@ -250,7 +258,7 @@ def _dtype(tokenizer: Codec) -> str:
 
 
 class _Part(NamedTuple):
-    """A document of a split, or one of the parts in which a long one is encoded."""
+    """A document of a split, or one piece of a long document."""
 
     split: str
     document: Document
@@ -258,7 +266,7 @@ class _Part(NamedTuple):
 
 
 def _parts(source: Iterable[tuple[str, Document]], tokenizer: Codec) -> Iterator[_Part]:
-    """Documents, long plain texts in parts, so that no more than a part is held with its tokens."""
+    """Yield documents, with long plain texts in pieces, so that only one piece and its tokens are in memory."""
     for split, document in source:
         if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.dialect is not None:
             yield _Part(split, document, is_first=True)

@@ -1,7 +1,7 @@
-"""One split on disk: its documents in one stream, then the first token of the first one again, cut into shards.
+"""One split on disk: a stream of its documents followed by a copy of the first token, cut into shards.
 
-The shards are bare little-endian arrays, so they are read by memory map; the start of every document stands beside
-them. Weights are kept only where some token is not to be learned.
+Shards are raw little-endian arrays that can be memory-mapped. The start of each document is stored next to them.
+Weights are stored only if some tokens have zero loss weight.
 """
 
 import array
@@ -48,9 +48,10 @@ class SplitManifest:
 class TokenStream:
     """The tokens of one split.
 
-    `token_shards` have equal lengths but for the last, which may be shorter; `weight_shards` are cut in the same way,
-    or there are none when every token is learned. `offsets` (int64) has the index of each document's
-    first token.
+    Attributes:
+        token_shards: Arrays of equal length, except that the last may be shorter.
+        weight_shards: Loss weights, cut in the same way; empty if every token is a target.
+        offsets: The index of each document's first token (int64).
     """
 
     token_shards: tuple[np.ndarray, ...]
@@ -62,7 +63,7 @@ class TokenStream:
 
     @property
     def n_tokens(self) -> int:
-        """The length of the stream, the repeated first token included."""
+        """The length of the stream, including the repeated first token."""
         return sum(map(len, self.token_shards))
 
     @property
@@ -125,14 +126,14 @@ class SplitWriter:
         self._n_tokens = self._n_weighted = self._n_unknown = self._learned_bytes = 0
 
     def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, learned_bytes: int) -> None:
-        """Take the next document, with the tokens that begin and end it, or its first part."""
+        """Append a document, including its delimiter tokens, or the first piece of a document."""
         if self._first is None and len(ids):
             self._first = ids[:1], weights[:1]
         self._offsets.append(self._n_tokens)
         self.extend(ids, weights, n_unknown, learned_bytes)
 
     def extend(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int = 0, learned_bytes: int = 0) -> None:
-        """Take the next part of the latest document."""
+        """Append another piece to the latest document."""
         self._n_unknown += n_unknown
         self._learned_bytes += learned_bytes
         self._pending.append((ids, weights))
@@ -148,11 +149,11 @@ class SplitWriter:
             self._pending = []
 
     def close(self) -> SplitManifest:
-        """Write the rest and return what was written.
+        """Flush the remaining tokens and return a manifest of the split.
 
-        The stream is read as a circle, so its last token is its first one: what comes after the last document.
+        The stream is circular, so its first token is repeated at the end, as the target that follows the last document.
         """
-        # The first token, which nothing precedes, is learned as the last one.
+        # The first token has no predecessor, so it is a target only in its copy at the end.
         n_learned = self._n_weighted
         if self._first is not None:
             self.extend(*self._first)

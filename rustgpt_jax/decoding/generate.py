@@ -21,7 +21,7 @@ from rustgpt_jax.model.mixers.window import quickly_read
 
 SMALLEST_BUCKET = 16
 
-# What ended a text: a token that ends texts, the number of tokens asked for, or a full context.
+# Reason why generation ended: a stop token, the requested number of tokens, or a full context.
 Ending = Literal["stop", "max_tokens", "context"]
 
 
@@ -172,10 +172,13 @@ def generate(
     stops: Sequence[int] = (),
     slides: bool = False,
 ) -> list[list[int]]:
-    """The tokens drawn after each prompt, without the stop token that ended them.
+    """Return the tokens drawn after each prompt, without the stop token.
 
-    A full context ends a text, unless it `slides`: then its last half is read anew, from position 0, and continued.
-    Raises UserError for an empty prompt, or one that leaves no room in the model's context.
+    Generation ends when the context is full, unless `slides` is True: then it continues from the last half of the
+    context, which is read again from position 0.
+
+    Raises:
+        UserError: A prompt is empty or leaves no room in the model's context.
     """
     windows = [_slid(prompt, model) if slides else list(prompt) for prompt in prompts]
     drawn: list[list[int]] = [[] for _ in prompts]
@@ -209,7 +212,7 @@ def generate_as_it_comes(
     slides: bool = False,
     tokens_per_look: int,
 ) -> Iterator[tuple[list[int], Ending | None]]:
-    """The tokens that `generate` draws after one prompt: all so far, each time there are more, and what ended them."""
+    """Yield the tokens that `generate` draws after one prompt, all so far each time, and why generation ended."""
     window, drawn, turn = _slid(prompt, model) if slides else list(prompt), list[int](), 0
     while True:
         generation = begin(params, [window], model, max_tokens - len(drawn))
@@ -236,7 +239,7 @@ def generate_as_it_comes(
 
 
 def _slid(window: Sequence[int], model: ModelConfig) -> list[int]:
-    """The tokens to go on from: all of them, or the last half of a full context."""
+    """Return the tokens to continue from: all of them, or the last half if the context is full."""
     return list(window if len(window) < model.context_length else window[-(model.context_length // 2) :])
 
 

@@ -116,7 +116,7 @@ SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
 
 
 def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
-    """The samplers that `config.sampling` asks for; a temperature of 0, or hardly more, is greedy."""
+    """Return the samplers configured by `config.sampling`. A temperature of (almost) 0 means greedy decoding."""
     asked = {
         name: getattr(sampling, name) for name, (neutral, _) in SAMPLERS.items() if getattr(sampling, name) != neutral
     }
@@ -128,7 +128,7 @@ def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
 
 
 def is_greedy(sampling: SamplingConfig) -> bool:
-    """Whether the likeliest token is taken each time: logits divided by less would be infinite."""
+    """Return whether decoding is greedy; dividing logits by a smaller temperature would overflow."""
     return sampling.temperature < LEAST_TEMPERATURE
 
 

@@ -40,7 +40,7 @@ class Writer(NamedTuple):
         return self._replace(model=model, params=for_decoding(self.params, model, form))
 
     def written(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        """The text of the tokens drawn after a prompt: a reply by itself, or the continuation of a text."""
+        """Return the text of tokens drawn after a prompt: a separate reply, or the continuation of a text."""
         return decode(self.tokenizer, tokens) if self.is_dialogue else decode_after(self.tokenizer, prompt, tokens)
 
     @property
@@ -58,9 +58,9 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingCo
 def write_as_it_comes(
     writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object] = lambda _: None
 ) -> Iterator[str]:
-    """The same text as `write` gives for the one prompt, in pieces, each as soon as it is known.
+    """Yield the text that `write` returns for one prompt in pieces, each as soon as it is known.
 
-    `says` is told if the text ends because the context is full.
+    `says` is called with a message if the text ends because the context is full.
     """
     looks = generate_as_it_comes(
         writer.params, prompt, writer.model, **_drawing(writer, sampling), tokens_per_look=TOKENS_PER_LOOK
@@ -79,7 +79,7 @@ def write_as_it_comes(
 
 
 def _drawing(writer: Writer, sampling: SamplingConfig) -> dict[str, Any]:
-    """How tokens are drawn, as arguments of `generate`."""
+    """Return the sampling options as keyword arguments of `generate`."""
     return {
         "samplers": from_config(sampling),
         "key": jax.random.key(sampling.seed),

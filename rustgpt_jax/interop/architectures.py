@@ -29,7 +29,7 @@ from rustgpt_jax.resolve import checked
 
 # Keys that change what is computed or stored, and that no architecture here has.
 FOREIGN_KEYS = ("quantization_config", "adapter_config")
-# Fields of the config classes of `transformers` that change no logits: training, other heads, what is returned, names.
+# Config fields of `transformers` that do not affect logits: training, other heads, output options, names.
 WITHOUT_EFFECT = (
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
     *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -54,14 +54,18 @@ MOST_COUNTED = 4096
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one class of `transformers` says a model.
+    """Mapping between one model class of `transformers` and ModelConfig.
 
-    name, model_type: as in config.json. family: whose knobs hold where config.json says nothing else.
-    correspondences: between keys of config.json and knobs. defaults: of keys that a config.json may leave out, as in
-    the config class of `transformers`. rules: the tensors that are written, and read; other_rules: those of other
-    forms of the same, which are read too. prefix: of the tensors of the model without its head, which may be missing.
-    ignored: regular expressions of tensors that hold no parameters. aliases: other names of keys (the attribute_map of
-    the config class).
+    Attributes:
+        name, model_type: As in config.json.
+        family: The preset with the knobs that config.json does not set.
+        correspondences: Mappings between config.json keys and knobs.
+        defaults: Values of optional config.json keys, as in the config class of `transformers`.
+        rules: The tensors to read and write.
+        other_rules: Tensors of alternative layouts, which are only read.
+        prefix: Prefix of the tensors of the model without its head; it may be absent.
+        ignored: Regular expressions of tensors that hold no parameters.
+        aliases: Alternative names of keys (the attribute_map of the config class).
     """
 
     name: str
@@ -78,9 +82,10 @@ class Architecture:
     def knobs(
         self, config: Mapping[str, Any], file: Path, warn: Callable[[str], object] = lambda text: None
     ) -> dict[str, Any]:
-        """The knobs of ModelConfig that a config.json says, with warnings of what is ignored.
+        """Return the ModelConfig knobs that a config.json sets, warning about ignored keys.
 
-        Raises UserError naming a key that cannot be said.
+        Raises:
+            UserError: A key cannot be represented; the message names it.
         """
         settings = Settings(file, self._without_aliases(config, file), self.defaults, warn)
         for key in FOREIGN_KEYS:
@@ -95,7 +100,11 @@ class Architecture:
         return {knob: checked(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-        """The values of a config.json under the names of keys that are read. Raises UserError where two disagree."""
+        """Return the values of a config.json with aliases resolved.
+
+        Raises:
+            UserError: Two names of one key have different values.
+        """
         values = dict(config)
         for alias, key in self.aliases.items():
             if alias not in config:
@@ -316,7 +325,7 @@ _EVERY = (
             "lru_width": None,
             "block_types": ("recurrent", "recurrent", "attention"),
             "partial_rotary_factor": 0.5,
-            # transformers has no such key: nothing there bounds the text. The released models have seen so many tokens.
+            # transformers does not limit the context here. The released models were trained on this length.
             "max_position_embeddings": 8192,
         },
         rules=RECURRENT_GEMMA,
@@ -353,7 +362,7 @@ _EVERY = (
             *GATED,
             says.whole_heads(),
             says.window_everywhere(),
-            # In older files longrope has other names.
+            # Older files use other names for longrope.
             rope(
                 has_fraction=True, types={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
             ),
@@ -433,7 +442,7 @@ _EVERY = (
         },
         rules=ONE_BY_ONE,
         other_rules=(AT_ONCE,),
-        # transformers 5 writes num_local_experts, and the published models say num_experts.
+        # transformers 5 writes num_local_experts; published models use num_experts.
         aliases={"num_experts": "num_local_experts"},
     ),
 )

@@ -99,7 +99,7 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
         turns = ("rope_original_context", "rope_slow_turns", "rope_fast_turns")
         said |= {knob: getattr(model, knob) for knob in turns}
     said["rope_truncate"] = model.rope_truncate or scaling != "yarn"
-    # Those that are in force.
+    # Compare only the factors in use.
     factors = longrope_factors(model) if scaling == "longrope" else ()
     said["rope_short_factors"] = said["rope_long_factors"] = factors
     usual = 0.1 * math.log(model.rope_factor) + 1 if scaling == "yarn" else 1.0

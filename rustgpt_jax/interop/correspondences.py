@@ -50,7 +50,7 @@ def always(key: str, *values: Any) -> Correspondence:
     return Correspondence(read, lambda model: {key: values[0]})
 
 
-# What `transformers` calls an activation, and the name of it here; the first name of each is written.
+# Activation names in `transformers` and here; the first name of each activation is the one written.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -62,7 +62,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-# The feed-forward that has an activation, gated or not.
+# The feed-forward for each activation, gated or not.
 GATED = {
     "silu": "swiglu",
     "gelu": "geglu",
@@ -74,7 +74,7 @@ NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared
 
 
 def activation(key: str, feedforwards: Mapping[str, str]) -> Correspondence:
-    """The activation of all feed-forwards; `feedforwards` gives the part that has it."""
+    """Map the activation of feed-forwards; `feedforwards` maps activations to parts."""
 
     def read(settings: Settings) -> Knobs:
         return {"feedforwards": (feedforwards[_activation(settings, key, feedforwards)],)}
@@ -87,7 +87,7 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> Correspondence:
 
 
 def expert_activation(key: str) -> Correspondence:
-    """The activation of all experts."""
+    """Map the activation of experts."""
     return Correspondence(
         lambda settings: {"feedforwards": ("moe",), "expert_activation": _activation(settings, key, GATED)},
         lambda model: {key: _written_activation(model.expert_activation)},
@@ -107,7 +107,7 @@ def _written_activation(name: str) -> str:
 
 
 def attention_bias(key: str) -> Correspondence:
-    """Biases in the four projections of attention."""
+    """Map biases in the four projections of attention."""
 
     def read(settings: Settings) -> Knobs:
         return dict.fromkeys(("qkv_bias", "attention_output_bias"), settings.knob(key, "bias"))
@@ -116,7 +116,7 @@ def attention_bias(key: str) -> Correspondence:
 
 
 def feedforward_bias(key: str) -> Correspondence:
-    """Biases in the linear layers of feed-forwards."""
+    """Map biases in the linear layers of feed-forwards."""
     return Correspondence(
         lambda settings: {"feedforward_bias": settings.knob(key, "bias")},
         lambda model: {key: model.has_feedforward_bias},
@@ -293,7 +293,7 @@ def _window(model: ModelConfig) -> int | None:
 
 
 def recurrent_and_local() -> Correspondence:
-    """block_types, a pattern of recurrent layers and of attention with a window (RecurrentGemma)."""
+    """Map block_types, a pattern of recurrent and local attention layers (RecurrentGemma)."""
     names = {"recurrent": "rg_lru", "attention": "local_attention"}
     reads = (
         same("attention_window_size", "local_window"),
@@ -322,7 +322,7 @@ def recurrent_and_local() -> Correspondence:
 
 
 def halved_width(key: str) -> Correspondence:
-    """Twice the hidden width of feed-forwards (RecurrentGemma)."""
+    """Map a key that holds twice the hidden width of feed-forwards (RecurrentGemma)."""
 
     def read(settings: Settings) -> Knobs:
         if settings.whole(key) < 2:
@@ -333,7 +333,7 @@ def halved_width(key: str) -> Correspondence:
 
 
 def rounded_embedding_scale() -> Correspondence:
-    """Embeddings are multiplied by sqrt(hidden_size) rounded to bfloat16 (RecurrentGemma)."""
+    """Map embeddings multiplied by sqrt(hidden_size) rounded to bfloat16 (RecurrentGemma)."""
 
     def read(settings: Settings) -> Knobs:
         root = np.float32(settings.whole("hidden_size") ** 0.5)

@@ -1,8 +1,8 @@
-"""From the parameters of a model to a GGUF file, which llama.cpp and its relatives load.
+"""Export of model parameters to GGUF files, the format of llama.cpp and related projects.
 
-The `gguf` package writes it (the extra `bench`). Matrices are stored in the type that is asked for, one-dimensional
-tensors and the table of positions in float32, as llama.cpp wants them. A tokenizer that llama.cpp has as well is in the
-file, with its chat template; of others the file says nothing, and such a model is fed with token ids.
+Files are written by the `gguf` package (the extra `bench`). Matrices are stored in the requested dtype; one-dimensional
+tensors and the position table in float32, as llama.cpp requires. The tokenizer and its chat template are included if
+llama.cpp supports them; otherwise the exported model takes token ids.
 """
 
 import os
@@ -126,11 +126,21 @@ def write_gguf(
     tokenizer: Codec | None = None,
     is_dialogue: bool = False,
 ) -> str:
-    """Write a model as a GGUF file, a tensor at a time, and say as which architecture of llama.cpp.
+    """Write a model as a GGUF file, one tensor at a time.
 
-    `dtype` is float32, float16, bfloat16 or int8 (blocks of 32 numbers with a scale each). A tokenizer that was trained
-    here has a chat template if `is_dialogue`. Raises UserError where the
-    package `gguf` is missing, for a model that no architecture here can say, and for a file that cannot be written.
+    Args:
+        params: The model parameters.
+        model: The model config.
+        file: The path to write to.
+        dtype: float32, float16, bfloat16 or int8 (blocks of 32 values with one scale each).
+        tokenizer: The tokenizer.
+        is_dialogue: Whether the model was trained on dialogues; if so, a tokenizer trained here has a chat template.
+
+    Returns:
+        The name of the llama.cpp architecture.
+
+    Raises:
+        UserError: The `gguf` package is missing, llama.cpp has no matching architecture, or the file is not writable.
     """
     gguf = _package()
     form = form_of(model)
@@ -169,7 +179,7 @@ def form_of(model: ModelConfig) -> Form:
 
 
 def _left_out(codec: Codec, is_dialogue: bool) -> str:
-    """What of a tokenizer the file does not say, and why."""
+    """Describe the parts of the tokenizer that the file lacks, and why."""
     try:
         described = vocabulary_of(codec)
     except UserError as error:
@@ -231,7 +241,7 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
 
 
 def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is_dialogue: bool, gguf: Any) -> None:
-    """The tokens and the chat template, as far as llama.cpp makes the same tokens of the same text."""
+    """Add the tokens and the chat template, as far as llama.cpp produces the same tokens for the same text."""
     try:
         described = None if tokenizer is None else vocabulary_of(tokenizer)
     except UserError:
@@ -250,7 +260,7 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is
         least = -float(len(described.scores))
         writer.add_token_scores([described.scores.get(token, least) for token, _ in rows])
         writer.add_add_space_prefix(described.adds_blank)
-    # llama.cpp has three tokens that end a reply.
+    # llama.cpp supports three tokens that end a reply.
     ends = list(dict.fromkeys([tokenizer.end_id, *tokenizer.stop_ids]))
     for add, index in zip(
         (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False
@@ -260,7 +270,7 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is
     if "pad_token_id" in special_ids(tokenizer):
         writer.add_pad_token_id(special_ids(tokenizer)["pad_token_id"])
     writer.add_add_bos_token(described.adds_bos)
-    # What is to be continued does not end.
+    # A prompt must not end with an end token.
     writer.add_add_eos_token(False)
     try:
         template = chat_template_of(tokenizer, described, is_dialogue)

@@ -1,6 +1,6 @@
-"""Tokenizers as llama.cpp has them: byte-level BPE and SentencePiece's BPE.
+"""Tokenizers in llama.cpp's format: byte-level BPE and SentencePiece BPE.
 
-A tokenizer is described only if llama.cpp makes the same tokens of the same text with that description.
+A tokenizer is converted only if llama.cpp produces the same tokens for the same text.
 """
 
 import json
@@ -22,8 +22,8 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 _WORDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-# llama.cpp's names of the patterns by which text is cut before merges, and whether it then takes a piece that is in the
-# vocabulary without merging (`ignore_merges`).
+# llama.cpp's names of the pre-tokenizer patterns, and whether it then looks up a whole piece in the vocabulary before
+# merging (`ignore_merges`).
 SPLITS: dict[str, dict[str, bool]] = {
     rf"{_LETTERS}|\p{{N}}{{1,3}}|{_WORDS}": {"llama-bpe": True, "dbrx": False},
     rf"{_LETTERS}|\p{{N}}|{_WORDS}": {"qwen2": False},
@@ -34,11 +34,15 @@ DIGITS_SPLIT = {"smollm": False}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in the fields of a GGUF file.
+    """A tokenizer in terms of GGUF fields.
 
-    model: 'gpt2' for byte-level BPE, 'llama' for SentencePiece's. pre: how text is cut before merges. merges: pairs of
-    'gpt2', in the order in which they are made. scores: of the tokens of 'llama', the largest merged first.
-    adds_blank: whether texts begin with a blank. adds_bos: whether they begin with the token bos_id.
+    Attributes:
+        model: 'gpt2' for byte-level BPE, 'llama' for SentencePiece BPE.
+        pre: llama.cpp's name of the pre-tokenizer.
+        merges: Merges of a 'gpt2' tokenizer, in order of priority.
+        scores: Token scores of a 'llama' tokenizer; higher scores are merged first.
+        adds_blank: Whether a space is prepended to texts.
+        adds_bos: Whether the token bos_id is prepended to texts.
     """
 
     model: str
@@ -51,7 +55,11 @@ class Vocabulary:
 
 
 def vocabulary_of(codec: Codec) -> Vocabulary:
-    """Describe a tokenizer for llama.cpp. Raises UserError with what llama.cpp would do otherwise."""
+    """Convert a tokenizer for llama.cpp.
+
+    Raises:
+        UserError: llama.cpp would tokenize differently; the message says how.
+    """
     written = json.loads(codec.tokenizer.to_str())
     if written["model"]["type"] != "BPE" or written["model"].get("dropout"):
         raise UserError(f"llama.cpp has no tokenizers of the kind {written['model']['type']} as they are here")
@@ -65,7 +73,7 @@ def vocabulary_of(codec: Codec) -> Vocabulary:
 
 
 def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
-    """Each row of the embedding table as it is written, and its kind, one of gguf.TokenType."""
+    """Yield each row of the token table and its type, a gguf.TokenType."""
     written = json.loads(codec.tokenizer.to_str())
     added = {token["content"]: token["special"] for token in written["added_tokens"]}
     unknown, has_bytes = written["model"].get("unk_token"), written["model"].get("byte_fallback")
@@ -86,9 +94,10 @@ def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]
 
 
 def chat_template_of(codec: Codec, vocabulary: Vocabulary, is_dialogue: bool) -> str | None:
-    """The chat template for llama.cpp, or None for a model without one.
+    """Return the chat template for llama.cpp, or None if the model has none.
 
-    Raises UserError for a template whose dialogues llama.cpp would read as other tokens.
+    Raises:
+        UserError: llama.cpp would tokenize the template's dialogues differently.
     """
     dialect = codec.dialect or own_dialect(is_dialogue)
     if dialect.chat_template is None:
@@ -126,7 +135,7 @@ def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> Voca
         raise UserError("llama.cpp takes no BPE without merges")
     names = _splits(written["pre_tokenizer"])
     ignores = bool(model.get("ignore_merges"))
-    # Both ways give the same where merges make every token of its own characters.
+    # Both settings are equivalent if every token can be built by merges from its own characters.
     agree = _makes_every_token(written, merges)
     pre = next((name for name, there in names.items() if agree or there == ignores), None)
     if pre is None:
@@ -135,7 +144,11 @@ def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> Voca
 
 
 def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
-    """The entry of SPLITS and the like for a pre-tokenizer. Raises UserError for one that llama.cpp has not."""
+    """Return the entry of SPLITS that matches a pre-tokenizer.
+
+    Raises:
+        UserError: llama.cpp does not support the pre-tokenizer.
+    """
     parts = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *first, last = [dict(part) for part in parts] or [{}]
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
@@ -151,7 +164,7 @@ def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
 
 
 def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> bool:
-    """Whether the merges make each token of its own characters."""
+    """Return whether every token can be built by merges from its own characters."""
     vocabulary = written["model"]["vocab"]
     added = {token["content"] for token in written["added_tokens"]}
     bare = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
@@ -161,7 +174,11 @@ def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str
 
 
 def _require_plain_added_tokens(written: Mapping[str, Any]) -> None:
-    """Raises UserError if an added token that a text may contain is found otherwise than as it is written."""
+    """Check that added tokens that may occur in text are matched literally.
+
+    Raises:
+        UserError: An added token is matched in another way.
+    """
     for token in written["added_tokens"]:
         special = ("lstrip", "rstrip", "single_word")
         if not token["special"] and (
@@ -196,7 +213,11 @@ def _sentencepiece(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> V
 
 
 def _adds_blank(written: Mapping[str, Any]) -> bool:
-    """Whether a text begins with a blank. Raises UserError if blanks are treated otherwise than by SentencePiece."""
+    """Return whether a space is prepended to texts.
+
+    Raises:
+        UserError: Spaces are handled differently than in SentencePiece.
+    """
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
     metaspace = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": False}
     normalizer, pre_tokenizer = written["normalizer"], written["pre_tokenizer"]

@@ -35,9 +35,10 @@ class Described(NamedTuple):
 
 
 def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) -> Described:
-    """Read the config.json of a Hugging Face folder. Settings that are ignored are told to `warn`.
+    """Read the config.json of a Hugging Face folder, passing warnings about ignored settings to `warn`.
 
-    Raises UserError naming the file and what is missing, unknown, or not to be said with the parts here.
+    Raises:
+        UserError: A setting is missing, unknown or unsupported; the message names the file and the setting.
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder with a Hugging Face model.")
@@ -90,7 +91,7 @@ def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architect
 
 
 def _with_table(stored: Stored, model: ModelConfig, architecture: Architecture) -> Stored:
-    """The tensors of a folder; where a tied model keeps only its head, that is the embedding table too."""
+    """Return the tensors of a folder. If a tied model stores only its head, use it as the embedding table too."""
     names = {rules["embedding/table"].name for rules in _forms(architecture)}
     if not model.tie_embeddings or HEAD not in stored or names & stored.keys():
         return stored
@@ -126,6 +127,6 @@ def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
 def _parameter(path: str, shape: tuple[int, ...], parts: list[Piece], stored: Stored) -> NewTensor:
     dtype = np.result_type(*{stored[piece.tensor.name].dtype for piece in parts})
     if dtype == np.float64:
-        # Models are computed in float32 at most; the numbers are rounded when they are written.
+        # Models are computed in float32 at most; the values are rounded when they are written.
         dtype = np.dtype(np.float32)
     return NewTensor(path, dtype, shape, lambda: (piece.of(stored[piece.tensor.name].read()) for piece in parts))

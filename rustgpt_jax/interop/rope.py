@@ -15,7 +15,7 @@ from rustgpt_jax.resolve import checked
 NAMES = {
     "default": "none",
     "linear": "linear",
-    # Scaled by the length of the text, and not at all up to max_position_embeddings, which is the context here.
+    # Scaling depends on the text length and starts above max_position_embeddings, which is the context length here.
     "dynamic": "none",
     "llama3": "llama3",
     "yarn": "yarn",
@@ -41,7 +41,7 @@ KEYS = {
     },
 }
 EVERY_TYPE = {name: name for name in NAMES}
-# Keys of these types that may be missing, or null.
+# Keys of these types that may be missing or null.
 OPTIONAL = ("attention_factor", "truncate")
 # Keys that are read in their own way, and those of them that are no numbers.
 OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
@@ -49,9 +49,9 @@ NO_NUMBERS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
 
 
 def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> Correspondence:
-    """One RoPE for all layers, of all channels or of a fraction of them.
+    """Map one RoPE for all layers, applied to all channels or a fraction of them.
 
-    `types` gives the type that each rope_type of the architecture stands for.
+    `types` maps each rope_type of the architecture to the scaling type that it means.
     """
 
     def read(settings: Settings) -> Knobs:
@@ -86,9 +86,10 @@ def rope_knobs(
     has_fraction: bool = False,
     types: Mapping[str, str] = EVERY_TYPE,
 ) -> Knobs:
-    """The knobs of one RoPE. Keys that `transformers` does not read are ignored with a warning.
+    """Return the knobs of one RoPE, warning about keys that `transformers` does not read.
 
-    Raises UserError naming a type that is not known, or a key that is missing or has another type.
+    Raises:
+        UserError: The type is unknown, or a key is missing or has the wrong type; the message names it.
     """
     where = f"{settings.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
@@ -137,8 +138,8 @@ def rope_keys(model: ModelConfig) -> Keys:
         return {"rope_theta": model.rope_base, "rope_scaling": None}
     values = {key: getattr(model, knob) for key, knob in KEYS[str(kind)].items()}
     if kind == "longrope":
-        # `transformers` chooses by the length of the text. Where the long factors are used for all texts, they are said
-        # to be the short ones too.
+        # `transformers` selects the factors by text length. To use the long factors for all texts, write them as the
+        # short factors too.
         is_long = longrope_factors(model) is model.rope_long_factors
         short = model.rope_long_factors if is_long else model.rope_short_factors
         values |= {"short_factor": list(short), "long_factor": list(model.rope_long_factors)}
@@ -183,10 +184,10 @@ def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _longrope(settings: Settings, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
-    """The keys of longrope with what transformers takes for those that are not there, and the context that they suit.
+    """Return the longrope keys with the defaults of transformers, and the context length that they apply to.
 
-    `transformers` has other frequencies for texts longer than the context before. Here a model has the same for all
-    texts: those of texts within that context.
+    `transformers` switches frequencies for texts longer than the original context. Here a model uses the same
+    frequencies for all texts: those for texts within the original context.
     """
     original, longest = given["original_max_position_embeddings"], settings.whole("max_position_embeddings")
     whole = {"factor": max(1.0, longest / original)} | given

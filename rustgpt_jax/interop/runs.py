@@ -94,7 +94,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
 
 
 def _known_tokens(special_tokens: Mapping[str, Any], codec: Codec) -> dict[str, Any]:
-    """The special tokens of an imported config.json whose ids the tokenizer has."""
+    """Return the special tokens of an imported config.json whose ids the tokenizer has."""
     size = codec.get_vocab_size()
     return {
         name: ids

@@ -272,6 +272,6 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _bytes_of(array: np.ndarray, dtype: np.dtype[Any]) -> memoryview:
-    # What a narrower type cannot hold becomes infinite.
+    # Values beyond the range of a narrower dtype become infinite.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data

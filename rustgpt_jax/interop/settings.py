@@ -12,7 +12,7 @@ from rustgpt_jax.resolve import checked
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of a config.json, what `transformers` takes where it is silent, and where warnings go."""
+    """The values of a config.json, the defaults of `transformers` for missing keys, and a callback for warnings."""
 
     file: Path
     values: Mapping[str, Any]

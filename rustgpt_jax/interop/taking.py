@@ -35,9 +35,9 @@ Says = Callable[[str], object]
 
 
 class Taken(NamedTuple):
-    """Names of parameters: those taken, those that the seed gives, and those left in the other run, with why.
+    """Names of parameters that were loaded, initialized from the seed, or left unused, with reasons.
 
-    partly: of stacked parameters that are not taken as a whole, the layers that are.
+    `partly` has the loaded layers of stacked parameters that were loaded only in part.
     """
 
     taken: list[str]
@@ -47,27 +47,27 @@ class Taken(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """The config of a run that begins with parameters of another, and where each of its values came from."""
+    """The config of a run initialized from another run, and the origin of each of its values."""
 
     config: Config
     origins: dict[str, str]
 
 
 def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, str], says: Says) -> Begun:
-    """Make the folder of a run at step 0 with the parameters of `source`, RUN, RUN@STEP or RUN@best, that fit it.
+    """Create a run folder at step 0 with all matching parameters of another run.
 
-    The tokenizer is that of the source too, unless a knob of `config.tokenizer` comes from the command line: then it is
-    another, trained on the text of the run. A folder that began so already stays as it is.
+    The tokenizer is taken from the source too, unless the command line sets a knob of `config.tokenizer`; then a new
+    one is trained on the text of the run. A folder that was already created from the same source is left unchanged.
 
     Args:
-        source: the run whose parameters are taken.
-        path: the folder of the new run.
-        config: the config of the new run; with the tokenizer of the source, its tokenizer knobs become the source's.
-        origins: where each value of the config came from.
-        says: is told in sentences what was taken.
+        source: The run to load parameters from: RUN, RUN@STEP or RUN@best.
+        path: The folder of the new run.
+        config: The config of the new run. If the source's tokenizer is used, its tokenizer knobs are replaced.
+        origins: The origin of each value of the config.
+        says: Called with messages about what was loaded.
 
     Raises:
-        UserError: the folder began otherwise, there is no such run or step, or nothing fits.
+        UserError: The folder was created from something else, the run or step does not exist, or no parameter matches.
     """
     run, is_asked = RunFolder(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
     if run.config_file.exists():
@@ -108,7 +108,7 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
 
 
 def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> Begun:
-    """A config with the tokenizer knobs of another, and as many rows of the embedding unless it says how many."""
+    """Return a config with another config's tokenizer knobs, and its vocabulary size unless the config sets one."""
     model = config.model
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
@@ -148,19 +148,19 @@ def _same(source: str) -> tuple[Path, str]:
 
 
 class Layer(NamedTuple):
-    """A parameter of one layer, or of the model as a whole: its array, in the stack `name` there at `place`."""
+    """A parameter of one layer or of the whole model: its array, and its index `place` in the stack `name`."""
 
     name: str
     place: int | None
     array: Any
 
 
-# By the name of the parameter without that of its stack, and the layer, None for one of the whole model.
+# Keyed by the parameter name without its stack, and the layer, or None for a parameter of the whole model.
 Layers = dict[tuple[str, int | None], Layer]
 
 
 def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
-    """The parameters of a model layer by layer: how layers are stacked depends on how many there are."""
+    """Unstack the parameters of a model by layer, since the stacking depends on the number of layers."""
     result: Layers = {}
     for name, leaf in arrays.items():
         if name.startswith("blocks/"):
@@ -191,7 +191,7 @@ def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> Taken:
 
 
 def _hindrance(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
-    """Why a parameter is not taken; '' if it is."""
+    """Return the reason why a parameter cannot be loaded, or ''."""
     if given is None:
         return "not there"
     if given.array.shape != wanted.array.shape:
@@ -210,14 +210,14 @@ def _by_stack(layers: Layers) -> dict[str, list[tuple[str, int | None]]]:
 
 
 def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequence[tuple[str, int | None]]) -> str:
-    """A reason that holds for some of the layers of a parameter."""
+    """Qualify a reason that applies to only some layers of a parameter."""
     if len(some) == len(keys):
         return reason
     return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
 
 
 def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: Taken) -> Any:
-    """An array of the new model: that of the seed, with what is taken in its place."""
+    """Return the initial array of the new model with the loaded layers replaced."""
     if name not in chosen.taken and name not in chosen.partly:
         return fresh
     array = np.array(fresh)

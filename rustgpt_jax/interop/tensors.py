@@ -17,9 +17,10 @@ from rustgpt_jax.model.stacks import stacks
 
 
 class Rule(NamedTuple):
-    """The name of a tensor, with {layer} and {expert} in it. Rules with the same name are its parts, in their order.
+    """The name of a tensor, which may contain {layer} and {expert}.
 
-    view: the shape that it is stored in, where that is another view of ours, after it is transposed.
+    Rules with the same name describe its parts, in order. `view` is the stored shape, applied after the transposition,
+    if it differs.
     """
 
     name: str
@@ -40,9 +41,9 @@ class Slot(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor there, made of slots side by side along the last axis, then transposed over the last two axes.
+    """A stored tensor: slots concatenated along the last axis, then transposed over the last two axes.
 
-    view: the shape that it is then stored in, where that is another.
+    `view` is the shape that it is then stored in, if it differs.
     """
 
     name: str
@@ -56,13 +57,13 @@ class Tensor(NamedTuple):
         return self._matrix_shape if self.view is None else self.view
 
     def joined(self, columns: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor as it is stored, from its slots."""
+        """Return the stored tensor, given its concatenated slots."""
         whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
         whole = np.swapaxes(whole, -1, -2) if self.transposed else whole
         return whole if self.view is None else whole.reshape(self.view)
 
     def columns(self, stored: np.ndarray) -> np.ndarray:
-        """Its slots side by side, as a view of what is stored."""
+        """Return the concatenated slots, as a view of the stored tensor."""
         whole = stored if self.view is None else stored.reshape(self._matrix_shape)
         return np.swapaxes(whole, -1, -2) if self.transposed else whole
 
@@ -140,9 +141,9 @@ def pieces(plan: Iterable[Tensor]) -> dict[str, list[Piece]]:
 
 
 def _rule_key(path: str, model: ModelConfig, rules: Rules) -> tuple[str, tuple[int, ...]]:
-    """The path that a rule stands under, without the stack, and the layers that the parameter is stacked over.
+    """Return the key of a parameter's rule, which is its path without the stack, and the layers it is stacked over.
 
-    A rule may be that of one mixer: it stands under the name of the mixer instead of 'mixer'.
+    For rules of a specific mixer, the key has the mixer's name in place of 'mixer'.
     """
     if not path.startswith("blocks/"):
         return path, ()

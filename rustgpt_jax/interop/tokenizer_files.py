@@ -24,10 +24,11 @@ OWN_TEMPLATE = (
 
 
 def read_codec(source: Path, says: Callable[[str], object] = lambda _: None) -> Codec:
-    """The tokenizer of a folder with its dialect; `says` is told of ids of end tokens that the tokenizer has not.
+    """Load the tokenizer of a folder with its dialect; `says` is called for ids of end tokens that are not in it.
 
-    Raises UserError if it has none, or no token that ends a text, and naming a file that is damaged or says what cannot
-    be: an end that the vocabulary lacks, a chat template that is no text.
+    Raises:
+        UserError: There is no tokenizer or no end token, or a file is damaged or invalid, for example with an end token
+            that is not in the vocabulary or a chat template that is not a string.
     """
     file = source / TOKENIZER
     if not file.exists():
@@ -55,7 +56,7 @@ def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> 
         dialect = Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
     except ValueError as error:
         raise UserError(f"{source}: a special token or the chat template is no text ({error}).") from None
-    # A base model may know this token without stopping there; once it is taught dialogues, it does.
+    # A base model may have this token without stopping at it; after training on dialogues it does stop.
     closing = turn_end(dialect, codec.special_tokens)
     if closing is None or closing in dialect.stops:
         return dialect
@@ -92,7 +93,7 @@ def _named_end(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[st
 
 
 def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> tuple[list[str], list[str]]:
-    """The tokens whose ids eos_token_id gives (one, a list of them or null), and a sentence for each unknown id."""
+    """Return the tokens given by eos_token_id (an id, a list of ids or null), and a message for each unknown id."""
     given = settings.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     size = codec.get_vocab_size()
@@ -162,7 +163,7 @@ def special_ids(codec: Codec) -> dict[str, int]:
 
 
 def _exported(codec: Codec) -> Tokenizer:
-    """The tokenizer, which gives a text the tokens that it has as a prompt here."""
+    """Return the tokenizer with a post-processor that adds the tokens that prompts have here."""
     if codec.dialect is not None:
         return codec.tokenizer
     tokenizer = Tokenizer.from_str(codec.tokenizer.to_str())
@@ -173,6 +174,6 @@ def _exported(codec: Codec) -> Tokenizer:
 
 
 def own_dialect(is_dialogue: bool) -> Dialect:
-    """The dialect of tokenizers trained here, in the terms of those from elsewhere."""
+    """Return the dialect of tokenizers trained here, in the form used for imported ones."""
     named = {"bos_token": END, "eos_token": END, "pad_token": END}
     return Dialect(END, (END, USER, SYSTEM), OWN_TEMPLATE if is_dialogue else None, named)

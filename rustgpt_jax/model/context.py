@@ -12,12 +12,13 @@ AUXILIARY_LOSS = "auxiliary_loss"
 
 
 class Context(NamedTuple):
-    """Where each token stands, and the randomness of a training step.
+    """The position of each token, and the randomness of a training step.
 
-    positions_BT: place of a token in its document, from 0.
-    segments_BT: number of a token's document within its row, from 1. 0 is padding, which no other token sees.
-    dropout_key: None where nothing is dropped.
-    layer: number of the layer, from 0; None where no part of the model reads it.
+    Attributes:
+        positions_BT: Position of a token in its document, from 0.
+        segments_BT: Index of a token's document within its row, from 1. 0 is padding, which no other token sees.
+        dropout_key: None if nothing is dropped.
+        layer: Index of the layer, from 0; None if no part of the model reads it.
     """
 
     positions_BT: jax.Array

@@ -22,16 +22,16 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x (arXiv 1606.08415), by the error function."""
+    """Exact GELU: x times the normal distribution function of x, computed with erf (arXiv 1606.08415)."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def relu_squared(x: jax.Array) -> jax.Array:
-    """max(x, 0)^2 (arXiv 2109.08668)."""
+    """Squared ReLU: max(x, 0)^2 (arXiv 2109.08668)."""
     return jnp.square(jax.nn.relu(x))
 
 
-# gelu is in its tanh form.
+# gelu is the tanh approximation.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,

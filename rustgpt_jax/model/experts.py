@@ -136,12 +136,14 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
 
 
 def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: ModelConfig) -> Signals:
-    """How evenly the experts are used, over the tokens that are not padding, and the losses that even it out.
+    """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
-    load_balance: n_experts times the sum over experts of (share of the tokens that choose it * mean probability), as in
-    arXiv 2101.03961 and transformers' load_balancing_loss_func: experts_per_token where the experts are used evenly.
-    router_entropy: of a token's probabilities, in nats. busiest_expert: its share of the choices. dropped: the share of
-    the choices that found no place.
+    Returns:
+        load_balance: n_experts * sum over experts of (share of tokens routed to it * mean probability), as in arXiv
+            2101.03961 and transformers' load_balancing_loss_func; it equals experts_per_token for balanced routing.
+        router_entropy: Mean entropy of the routing probabilities, in nats.
+        busiest_expert: The largest share of assignments of one expert.
+        dropped: The share of assignments that exceed the experts' capacity.
     """
     is_token_BT1 = (context.segments_BT > 0)[..., None]
     n_tokens = jnp.maximum(jnp.sum(is_token_BT1), 1)

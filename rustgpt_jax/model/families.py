@@ -94,7 +94,7 @@ FAMILIES: dict[str, Knobs] = {
         "qk_norm": "head",
         "rope_base": 1e6,
     },
-    # arXiv 2404.07839: two recurrent layers, then one of local attention.
+    # arXiv 2404.07839: two recurrent layers, then one local attention layer.
     "recurrent_gemma": _GEMMA
     | {
         "mixers": ("rg_lru", "rg_lru", "local_attention"),
@@ -105,7 +105,7 @@ FAMILIES: dict[str, Knobs] = {
         "rope_fraction": 0.5,
         "scale_first_token": False,
     },
-    # arXiv 2402.17834: a quarter of the channels have positions.
+    # arXiv 2402.17834: RoPE on a quarter of the channels.
     "stablelm": _USUAL | {"norm": "layernorm", "norm_epsilon": 1e-5, "norm_bias": True, "rope_fraction": 0.25},
     # arXiv 2404.14219: the first release, with its sliding window.
     "phi3": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},

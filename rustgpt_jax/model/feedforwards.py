@@ -75,8 +75,8 @@ def _linear(config: ModelConfig, features: int, name: str, residual: bool = Fals
     return Linear(config, features, residual=residual, has_bias=config.has_feedforward_bias, name=name)
 
 
-# gelu in its tanh form, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as in PaLM
-# and Llama, geglu as in Gemma, reglu (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
+# gelu is the tanh approximation, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as
+# in PaLM and Llama, geglu as in Gemma, reglu (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {
     "gelu": partial(FeedForward, activation=ACTIVATIONS["gelu"]),
     "gelu_exact": partial(FeedForward, activation=ACTIVATIONS["gelu_exact"]),

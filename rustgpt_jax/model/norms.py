@@ -14,7 +14,7 @@ from rustgpt_jax.tables import choose
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit variance, then a learned scale, and a bias where norms have biases (arXiv 1607.06450)."""
+    """Layer normalization with a learned scale, and a bias if norms have biases (arXiv 1607.06450)."""
 
     config: ModelConfig
 

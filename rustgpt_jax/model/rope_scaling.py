@@ -53,7 +53,7 @@ def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
 
 
 def longrope(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
-    """Each pair of channels turns more slowly by a factor of its own, and attention is sharper (arXiv 2402.13753)."""
+    """Divide the frequency of each pair of channels by its own factor and scale attention (arXiv 2402.13753)."""
     factors_C = jnp.asarray(longrope_factors(config), jnp.float32)
     factor = jnp.asarray(config.rope_factor, jnp.float32)
     magnitude = jnp.sqrt(1 + jnp.log(factor) / math.log(_original_context(config)))
@@ -61,7 +61,7 @@ def longrope(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
 
 
 def longrope_factors(config: ModelConfig) -> tuple[float, ...]:
-    """The factors of longrope in the context of a model: one choice for all texts, so that caches stay valid."""
+    """Return the longrope factors for a model's context: the same for all texts, so that KV caches stay valid."""
     is_long = config.context_length > _original_context(config)
     return config.rope_long_factors if is_long else config.rope_short_factors
 

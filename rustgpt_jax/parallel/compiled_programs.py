@@ -23,11 +23,13 @@ SECONDS_TO_WRITE = 60
 
 
 def keep_compiled_programs() -> None:
-    """Keep every compiled program. To be called before anything is compiled.
+    """Enable JAX's persistent compilation cache. Call this before anything is compiled.
 
-    The folder is tidied first. JAX leaves a program that is not there any more, or that a kill cut short, to be
-    compiled again, so whatever is deleted, and by whomever, no result changes. Where the folder cannot be written, that
-    is said once, and what is there is read. Raises UserError for a size of the cache that is none.
+    The cache folder is cleaned up first. JAX recompiles a program whose entry is missing or truncated, so deleting
+    entries never changes results. If the folder is not writable, this prints one warning and uses the existing entries.
+
+    Raises:
+        UserError: The configured cache size is invalid.
     """
     limit, least_seconds = cache_limit(), 0.0
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -37,7 +39,7 @@ def keep_compiled_programs() -> None:
             print(
                 f"{folder} cannot be written ({reason}), so compiled programs are not kept. {REMEDY}", file=sys.stderr
             )
-            # JAX would warn at every program.
+            # Otherwise JAX would warn for every program.
             least_seconds = math.inf
         if not reason or folder.is_dir():
             jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -47,7 +49,7 @@ def keep_compiled_programs() -> None:
 
 
 def _hindrance(folder: Path) -> str:
-    """Why a folder, which is made if it is not there, cannot be written; '' if it can."""
+    """Return why a folder, which is created if necessary, is not writable, or ''."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

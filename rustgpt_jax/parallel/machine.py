@@ -15,7 +15,7 @@ from rustgpt_jax.parallel.devices import device_peak_flops
 
 # What Linux says of main memory.
 MEMORY = Path("/proc/meminfo")
-# In a container, the root of its control group is that of the process.
+# In a container, the root of the cgroup hierarchy is the process's own cgroup.
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin", "libtpu")
 
@@ -39,7 +39,7 @@ def this_machine() -> Machine:
 
 
 def used_machine() -> Machine:
-    """The machine as JAX has its devices in this process; those of a CPU share its memory. JAX is started."""
+    """Return the devices of this process and their memory, initializing JAX. CPU devices share main memory."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return Machine("cpu", len(devices), free_memory() / len(devices), 0.0)
@@ -75,9 +75,9 @@ def device_memory(device: jax.Device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process could still be given, by the system, its control group and its limits.
+    """Return the bytes of main memory that this process can still allocate, given its system, cgroup and limits.
 
-    Where the system is not Linux, all there are.
+    On systems other than Linux, this is the total memory.
     """
     if not MEMORY.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -86,17 +86,17 @@ def free_memory() -> int:
 
 
 def _left_in_group() -> int:
-    """Bytes that the control group of this process, as of a container or a cluster's job, may still take."""
+    """Return the bytes left in the cgroup of this process, such as that of a container or a cluster job."""
     with contextlib.suppress(OSError, ValueError):
         limit, used = ((CONTROL_GROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        # Files that are kept in memory give way.
+        # The page cache can be reclaimed.
         kept = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
         return int(limit) - int(used) + (int(kept[1]) if kept else 0)
     return sys.maxsize
 
 
 def _left_in_address_space() -> int:
-    """Bytes that `ulimit -v` lets this process still map."""
+    """Return the bytes of address space left under `ulimit -v`."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize

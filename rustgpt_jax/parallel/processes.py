@@ -50,7 +50,7 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
 
 
 def _is_address(text: str) -> bool:
-    """Whether a text is HOST:PORT."""
+    """Return whether a text has the form HOST:PORT."""
     host, _, port = text.rpartition(":")
     return bool(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
 

@@ -19,12 +19,14 @@ MATTERS = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
 
 @dataclass(frozen=True)
 class Again:
-    """A step made again from the state after `from_step`, that of the nearest sound checkpoint.
+    """A step recomputed from the state after `from_step`, that of the nearest valid checkpoint.
 
-    metrics: by the names of metrics.jsonl. record: the line of that file, None if the step was not logged.
-    reasons: why the step may have other bits than it had; none if all that is known of its making is the same.
-    missing: why there is no line, though there should be one; empty if there is, or if the run does not log the step.
-    log_every: how often the run logs steps.
+    Attributes:
+        metrics: Metrics by their names in metrics.jsonl.
+        record: The line of that file, or None if the step was not logged.
+        reasons: Why the step may differ bitwise; empty if all known conditions are the same.
+        missing: Why an expected line is missing; empty if it is present, or the run does not log the step.
+        log_every: The logging interval of the run.
     """
 
     run: str
@@ -50,12 +52,12 @@ class Again:
 
     @property
     def lacking(self) -> list[str]:
-        """The metrics that the recorded line of the step does not have."""
+        """Return the metrics that are missing from the recorded line of the step."""
         return [name for name in self.metrics if self.record is not None and name not in self.record]
 
     @property
     def is_same(self) -> bool:
-        """Whether the step is what was recorded of it, if it was to be recorded."""
+        """Whether the step matches its record, or was not meant to be recorded."""
         return not (self.unequal or self.lacking or self.missing)
 
     @property

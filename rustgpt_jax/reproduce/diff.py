@@ -53,10 +53,15 @@ ON_THE_HOST = ("batch", "before")
 
 
 def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) -> bool:
-    """Print in what two runs differ, from their configs to the first tensor, and what the cause is likely to be.
+    """Print the differences between two runs, from their configs to the first tensor, and the likely cause.
 
-    Whether they are the same: what could not be compared is not known to be. Raises UserError for a folder without a
-    run. Steps are made again only by code that is installed here too, unless the runs' own code `is_trusted`.
+    Steps are recomputed only with code that is also installed here, unless the runs' code `is_trusted`.
+
+    Returns:
+        Whether the runs are known to be the same; False if something could not be compared.
+
+    Raises:
+        UserError: A folder holds no run.
     """
     for path in (first, second):
         if not RunFolder(path).config_file.exists():

@@ -78,7 +78,7 @@ def config_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
 
 
 def _beginning_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
-    """Where the parameters that two runs began with came from, if that is not the same: `--init_from`, or an import."""
+    """Return differences in the source of the initial parameters (`--init_from` or an import)."""
     left, right = read_beginning(first), read_beginning(second)
     here, there = (
         f"{about['source']} at step {about['step']}" if "step" in about else about.get("source", ABSENT)

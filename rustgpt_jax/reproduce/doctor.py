@@ -57,10 +57,12 @@ class Trial:
 
 
 def doctor(path: Path, step: int | None, console: Console) -> None:
-    """Say what went wrong in a run, at a step or at its worst, and what would have helped.
+    """Diagnose a run at a given step or at its worst step, and suggest remedies.
 
-    Writes RUN/replay/step_K.html, unless nothing stands out in the record, which is said. Raises UserError as `Past`
-    and `suspect` do.
+    Writes RUN/replay/step_K.html. If nothing stands out in the record, prints that the run is healthy.
+
+    Raises:
+        UserError: As for `Past` and `suspect`.
     """
 
     def say(text: str) -> None:

@@ -25,7 +25,7 @@ from rustgpt_jax.training.signals import SIGNALS
 # What a shell says of a process that a signal ended.
 KILLED_BY = 128
 SECONDS_BETWEEN_POLLS = 0.05
-# Files of other code that are named in a sentence.
+# Number of differing files to list in a message.
 MOST_NAMED = 4
 
 
@@ -43,7 +43,7 @@ class Ended(NamedTuple):
 
 
 class OwnCode(NamedTuple):
-    """The code of a launch in a folder, and a sentence that says whose code it is."""
+    """The code of a launch, unpacked in a folder, and a sentence that says whose code it is."""
 
     folder: Path
     launch: Launch
@@ -57,7 +57,7 @@ class OwnCode(NamedTuple):
         with _passing_on() as signals:
             child = self._start(arguments, errors)
             signals.pass_to(child)
-            # child.wait() would not notice a signal that arrives just before it blocks.
+            # child.wait() would miss a signal that arrives just before it blocks.
             while (status := child.poll()) is None:
                 time.sleep(SECONDS_BETWEEN_POLLS)
         return Ended(status if status >= 0 else KILLED_BY - status, signals.first)
@@ -136,15 +136,15 @@ def _passing_on() -> Iterator[_Signals]:
 
 @contextmanager
 def own_code(run: RunFolder, launch: Launch, is_trusted: bool = False) -> Iterator[OwnCode]:
-    """The code of a launch, while the block runs.
+    """Unpack the code of a launch for the duration of a `with` block.
 
     Args:
         run: The run.
         launch: One of its launches.
-        is_trusted: Whether the user has said that code which is not installed here may be run.
+        is_trusted: Whether the user allowed running code that is not installed here.
 
     Raises:
-        UserError: The run does not have the code, it is damaged, or it is not installed here and not trusted.
+        UserError: The code is missing, damaged, or neither installed here nor trusted.
     """
     archive = archive_of(run, launch)
     if not archive.exists():

@@ -55,7 +55,7 @@ HISTORY = ("train/loss", "train/gradient_norm", "train/update_norm", "train/spik
 
 
 class History(NamedTuple):
-    """The recorded metrics of the training steps of a run that show how it went, an array of each."""
+    """Recorded training metrics of a run that show its health, one array per metric."""
 
     steps: np.ndarray
     loss: np.ndarray
@@ -64,16 +64,16 @@ class History(NamedTuple):
     spikes: np.ndarray
 
     def until(self, step: int) -> "History":
-        """Its lines up to a step."""
+        """Return the lines up to a step."""
         return self.where(self.steps <= step)
 
     def where(self, is_kept: np.ndarray) -> "History":
-        """Its lines for which an array of booleans is true."""
+        """Return the lines selected by a boolean array."""
         return History(*(column[is_kept] for column in self))
 
     @property
     def is_finite(self) -> np.ndarray:
-        """Whether the loss, the gradient and the update of each line are finite."""
+        """Whether the loss, gradient norm and update norm of each line are finite."""
         return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
 
 

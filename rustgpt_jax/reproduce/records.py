@@ -17,7 +17,7 @@ from rustgpt_jax.training.checkpoints import Damaged, stored_about
 
 # What a clock decides, and no config.
 TIMED = ("train/tokens_per_second", "train/flops_share")
-# The same in a line as it is written, and the step with which a line begins.
+# Clock-dependent metrics as they appear in a line, and the step at the start of a line.
 OF_A_CLOCK = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
 STEP = re.compile(rb'\{"step": (\d{1,10}), "')
 LINES_AT_A_TIME = 4096
@@ -54,10 +54,13 @@ class Comparison(NamedTuple):
 def compare_records(
     first: Path, second: Path, tolerance: float = 0.0, names: Container[str] | None = None
 ) -> Comparison:
-    """Hold the metrics of two runs against each other, as far as both have come.
+    """Compare the metrics of two runs over the steps that both have.
 
-    Values are equal if they are the same number, or within `tolerance` of its size; those that a clock decides are left
-    out, and with `names` all others. Raises UserError for a damaged record.
+    Clock-dependent metrics are ignored, and so are metrics not in `names` if it is given. Values match if they are
+    equal or within a relative `tolerance`.
+
+    Raises:
+        UserError: A record is damaged.
     """
     last = min(last_step(first), last_step(second))
     beginning = _same_beginning(first, second)
@@ -81,10 +84,12 @@ def compare_records(
 
 
 class _Beginning(NamedTuple):
-    """The lines at the beginning of two records that are the same, but for what a clock decides.
+    """The common beginning of two records, ignoring clock-dependent values.
 
-    offsets: where each file goes on. last_step, agreed: the last step of these lines, which may have more of them, and
-    the one before it. n_values: how many numbers they have.
+    Attributes:
+        offsets: The byte at which each file continues.
+        last_step, agreed: The last step of the common lines, which may have more lines, and the step before it.
+        n_values: The number of values compared.
     """
 
     offsets: tuple[int, int] = (0, 0)
@@ -94,7 +99,7 @@ class _Beginning(NamedTuple):
 
 
 def _same_beginning(first: Path, second: Path) -> _Beginning:
-    """Pass over the lines that are the same byte for byte, without parsing them: mostly all of them, or none."""
+    """Skip lines that are bytewise identical, without parsing them."""
     found = _Beginning()
     paths = [RunFolder(path).metrics_file for path in (first, second)]
     if not all(path.is_file() for path in paths):
@@ -117,7 +122,7 @@ def _same_beginning(first: Path, second: Path) -> _Beginning:
 def _in_step(
     first: Path, second: Path, offsets: tuple[int, int]
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """The steps of two records from some place on, with what each has of them."""
+    """Yield the steps of two records from the given offsets, with the values of each."""
     sides = [_steps(path, offset) for path, offset in zip((first, second), offsets, strict=True)]
     heads = [next(side, None) for side in sides]
     while any(heads):
@@ -130,7 +135,7 @@ def _in_step(
 
 
 def _steps(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The values of each step, whichever lines they stand in, but for those that a clock decides."""
+    """Yield the values of each step, merged over its lines, without clock-dependent ones."""
     before = -1
     for step, lines in groupby(iter_metrics(path, offset=offset), key=itemgetter("step")):
         if step < before:
@@ -153,7 +158,7 @@ def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Par
 
 
 def missing_record(run: RunFolder, stage: Stage, step: int) -> str:
-    """Say why metrics.jsonl does not come up to a step of a stage, where the run was to log it; '' if it does."""
+    """Explain why metrics.jsonl ends before a logged step of a stage; '' if it does not."""
     if not run.metrics_file.exists():
         return "is missing"
     last = last_step(run.path)

@@ -17,10 +17,16 @@ from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
-    """Make a step of a run again and print what it was. Whether it has the recorded bits, if it was to be recorded.
+    """Recompute a step of a run and print its metrics.
 
-    With taps, its tensors are measured, and a page of them is written: RUN/replay/step_K.html, or elsewhere where that
-    cannot be. Raises UserError as `Past` does, and for a step that the run does not have.
+    With taps, also measures the step's tensors and writes them to RUN/replay/step_K.html, or to a temporary folder if
+    the run folder is not writable.
+
+    Returns:
+        Whether the step matches its record bitwise, or was not meant to be recorded.
+
+    Raises:
+        UserError: As for `Past`, or the run does not have the step.
     """
     with Past(path, console) as past:
         again, inside = make_again(past, step, has_taps)
@@ -33,8 +39,9 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
 
 
 def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
-    """Write the page of a step and return where it is: in the folder of its run, or where one may not write there,
-    in a new folder for temporary files.
+    """Write the page of a step and return its path.
+
+    The page goes to the run folder, or to a new temporary folder if that is not writable.
     """
     name, content = f"step_{again.step}.html", page(again, tensors)
     try:

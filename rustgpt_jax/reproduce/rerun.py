@@ -30,11 +30,21 @@ BEGINNING = ("config.json", "tokenizer.json", "parameters.safetensors", "import.
 
 
 def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = False) -> int:
-    """Run a run again in the folder `to` (NAME.rerun beside it, unless given), and compare.
+    """Rerun a run in the folder `to` and compare the results.
 
-    The exit status: 0 if it is what it was, 1 if not, and that of the training if a signal stopped it: then it goes on
-    when it is asked for again. Raises UserError if the run does not have its code, if that is not the code installed
-    here and not `is_trusted`, if `to` holds anything else, and if the rerun fails.
+    Args:
+        path: The folder of the run.
+        to: The folder of the rerun; NAME.rerun next to the run by default.
+        console: The console to print to.
+        is_trusted: Whether the user allowed running code that is not installed here.
+
+    Returns:
+        The exit status: 0 if the results are the same, 1 if not, or that of the training if a signal stopped it; the
+        same command then resumes the rerun.
+
+    Raises:
+        UserError: The code is missing or neither installed here nor trusted, `to` holds anything else, or the rerun
+            fails.
     """
     if not RunFolder(path).config_file.exists():
         load_config(path)  # Which says what is there instead.
@@ -140,11 +150,11 @@ def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console
 
 
 def _has_its_record(run: RunFolder, console: Console) -> bool:
-    """Whether metrics.jsonl goes as far as the checkpoints of a run. If not, say so."""
+    """Return whether metrics.jsonl reaches the checkpoints of a run; print a message if not."""
     try:
         every = load_stages(run.path)
     except UserError:
-        # Its own code may read a config that this one does not.
+        # The run's own code may read a config that this code cannot.
         return True
     saved = min(max(run.saved_steps, default=0), every[-1].end_step)
     stage = next((stage for stage in every if saved <= stage.last_step), every[-1])
@@ -155,7 +165,7 @@ def _has_its_record(run: RunFolder, console: Console) -> bool:
 
 
 def _read_the_same(run: RunFolder, again: RunFolder, console: Console) -> bool:
-    """Whether two runs that made the same read the same data. If not, say what differs."""
+    """Return whether two runs with the same results read the same data; print the differences if not."""
     section = next(section for section in sections(run, again) if section.kind == "data")
     if section.differences:
         say(console, "The data are not the same, although no step read what differs:")

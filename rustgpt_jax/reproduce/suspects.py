@@ -47,10 +47,13 @@ def lost_above(past: Past, history: History) -> TooHigh:
 
 
 def suspect(past: Past, step: int | None) -> Suspect | None:
-    """The step to look at: the one that is given, the first fault, the first loss too high, or a spike.
+    """Return the step to examine: the given step, the first fault, the first loss that is too high, or a spike.
 
-    Where a run went back from faults, its last one. Of spikes, the last that was counted, or else the largest. None if
-    nothing in the record stands out. Raises UserError if there is no record.
+    If the run was rewound after faults, returns the last fault. Among spikes, returns the last one that was counted, or
+    else the largest. Returns None if nothing stands out.
+
+    Raises:
+        UserError: There is no record.
     """
     history = past.history()
     if step is not None:
@@ -116,9 +119,9 @@ def _within(past: Past, before: int, after: int) -> Suspect:
 
 
 def spike(history: History) -> int | None:
-    """The recorded step whose loss stands out most from those before it, None if none does.
+    """Return the recorded step whose loss stands out most from earlier losses, or None.
 
-    A loss stands out by how far it is above the highest of those before it, as a multiple of their range.
+    The measure is the distance above the highest earlier loss, relative to the range of earlier losses.
     """
     if len(history.loss) <= LOSSES_BEFORE:
         return None

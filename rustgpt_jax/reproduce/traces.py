@@ -27,9 +27,11 @@ class Origin(NamedTuple):
 
 
 def trace(run: RunFolder, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
-    """The steps `first` to `last` of a run, made again by the code and with the settings of its first launch.
+    """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
 
-    Raises UserError if that cannot be or the code is not to be run, and KeyboardInterrupt if a signal asks to stop.
+    Raises:
+        UserError: This is impossible, or the code may not be run.
+        KeyboardInterrupt: A signal requests a stop.
     """
     with own_code(run, first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"

@@ -31,9 +31,9 @@ class RecurrentGatedLRU(nn.Module):
         r_t = sigmoid(W_a x_t),  i_t = sigmoid(W_x x_t),  log a_t = -c softplus(Lambda) r_t
         h_t = a_t h_(t-1) + sqrt(1 - a_t^2) (i_t * x_t)
 
-    where Lambda is the parameter `decay_rate`. h is 0 before a document, and padding leaves it as it is. With
-    `scale_first_token` False, h_0 = i_0 * x_0, as in RecurrentGemma. With `recurrent_blocks`, W_a and W_x are block
-    diagonal, as in Griffin.
+    where Lambda is the parameter `decay_rate`. h is 0 before a document and unchanged by padding. If
+    `scale_first_token` is False, h_0 = i_0 * x_0, as in RecurrentGemma. If `recurrent_blocks` is set, W_a and W_x are
+    block diagonal, as in Griffin.
     """
 
     config: ModelConfig
@@ -87,9 +87,9 @@ class RecurrentGatedLRU(nn.Module):
 
 
 class BlockDiagonalLinear(nn.Module):
-    """y = x W + b with a block-diagonal W: each of config.recurrent_blocks groups of channels is mapped by itself.
+    """y = x W + b with a block-diagonal W of config.recurrent_blocks blocks.
 
-    The blocks are one parameter of the shape (blocks, channels of a block, channels of a block).
+    The blocks are one parameter of shape (blocks, channels per block, channels per block).
     """
 
     config: ModelConfig
