@@ -19,7 +19,7 @@ from rustgpt_jax.errors import UserError, shown, suggestion
 # What the types of programs hold: int32 for what is counted, float32 for all other numbers.
 LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
 
-# More levels than any path of the schema has, and far fewer than Python can follow.
+# Deeper than any path of the schema, and well below Python's recursion limit.
 DEEPEST = 20
 
 # A Mapping, or a ConfigDict, which has the methods of one without being one.
@@ -112,9 +112,10 @@ def override(tree: Any, path: str, value: Any) -> None:
 
 
 def check_value(path: str, value: Any) -> None:
-    """Check a value of the knob at a dotted path by itself, apart from the other knobs of a config.
+    """Check the value of the knob at a dotted path on its own, independently of other knobs.
 
-    Raises UserError for an unknown knob, a wrong type, or a value out of range.
+    Raises:
+        UserError: The knob is unknown, or the value has a wrong type or is out of range.
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
@@ -141,10 +142,10 @@ def _place(node: Any, path: str, value: Any) -> None:
 
 
 def parse(path: str, text: str) -> Any:
-    """Read the text of a command-line override by the type of its field.
+    """Parse the text of a command-line override according to the type of its field.
 
-    A list is written as a Python list or tuple. Any other text is one item of a list of strings, commas included,
-    but numbers and names of parts may be separated by commas. An empty text is an empty list.
+    A list is written as a Python list or tuple. For a list of strings, any other text is a single item, commas
+    included; lists of numbers or part names may also be separated by commas. An empty text is an empty list.
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
@@ -182,9 +183,9 @@ def _parse_strings(text: str) -> tuple[str, ...]:
 
 
 def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Read command-line overrides, (path, text) pairs, into a value for each path.
+    """Parse command-line overrides, (path, text) pairs, into one value per path.
 
-    A list that is given several times has the items of all of them; any other knob has its last value.
+    The items of a list that is given several times are concatenated; for any other knob the last value wins.
     """
     values: dict[str, Any] = {}
     for path, text in overrides:
@@ -220,7 +221,11 @@ def checked(path: str, value: Any, where: str) -> Any:
 
 
 def _check_text(value: Any, where: str) -> None:
-    """Raises UserError for a text with half of a surrogate pair, which neither a tokenizer nor a file can take."""
+    """Check that a text contains no lone surrogate, which neither a tokenizer nor a file can encode.
+
+    Raises:
+        UserError: It contains one.
+    """
     if isinstance(value, tuple):
         for item in value:
             _check_text(item, where)

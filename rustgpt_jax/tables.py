@@ -16,10 +16,10 @@ from rustgpt_jax.errors import UserError, suggestion
 
 Part = TypeVar("Part")
 
-# An import path in JSON, such as "my_lab.mixers:Retention": its module and its name there.
+# An import path in JSON, such as "my_lab.mixers:Retention": the module and the name in it.
 IMPORT_PATH = re.compile(r'"([A-Za-z_][\w.]*):([A-Za-z_]\w*)"')
 
-# Modules that files of run folders name, with the first file that names each. Such a file may be somebody else's.
+# Modules named by files of run folders, which may be untrusted, with the first file that names each.
 _named_by_files: dict[str, Path] = {}
 
 
@@ -36,13 +36,13 @@ def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
 
 
 def note_import_paths(text: str, file: Path) -> None:
-    """Note the modules that a file of a run folder names.
+    """Register the modules that a file of a run folder names.
 
-    Such a module is not looked up in the current folder, and its first import is announced on stderr.
+    Such modules are not looked up in the current folder, and their first import is announced on stderr.
 
     Args:
         text: The file's content, JSON.
-        file: The file, for the announcement.
+        file: The path of the file, for the announcement.
     """
     for module, _ in IMPORT_PATH.findall(text):
         _named_by_files.setdefault(module, file)
@@ -70,14 +70,14 @@ def imported(path: str, what: str) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module by the rules for whoever names it."""
+    """Import a module, with the search path that applies to its source."""
     file = _named_by_files.get(name)
     if file is None or name in sys.modules:
         return importlib.import_module(name)
     with _without_current_folder():
         package = name.partition(".")[0]
         if package not in sys.modules:
-            # Finding a top-level module runs none of its code.
+            # Finding the spec of a top-level module does not execute it.
             found = PathFinder.find_spec(package)
             if found is not None:
                 place = found.origin or ", ".join(found.submodule_search_locations or ())
@@ -87,7 +87,7 @@ def _module(name: str) -> ModuleType:
 
 @contextmanager
 def _without_current_folder() -> Iterator[None]:
-    """Search no folder for modules only because it is the current one, while the block runs."""
+    """Remove the current folder from the module search path inside a `with` block, unless the user named it."""
     before = list(sys.path)
     sys.path[:] = search_path()
     importlib.invalidate_caches()
@@ -98,15 +98,15 @@ def _without_current_folder() -> Iterator[None]:
 
 
 def search_path() -> list[str]:
-    """The entries of `sys.path` that stand for what is installed or for folders that the user named.
+    """Return the entries of `sys.path` for installed packages and folders named by the user.
 
-    Python puts the current folder first for `python -c`, `python -m` and in notebooks. It stays only if PYTHONPATH
-    names it, or if this package is in it.
+    Python puts the current folder first for `python -c`, `python -m` and notebooks. It is kept only if PYTHONPATH
+    contains it or this package is in it.
     """
     here = os.path.realpath(os.curdir)
     named = {os.path.realpath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
     named.add(os.path.realpath(Path(__file__).parent.parent))
-    # What follows the standard library comes from installed packages or was appended on purpose.
+    # Entries after the standard library are installed packages or were appended on purpose.
     standard = sysconfig.get_path("stdlib")
     n_leading = sys.path.index(standard) if standard in sys.path else len(sys.path)
     return [
@@ -117,7 +117,7 @@ def search_path() -> list[str]:
 
 
 def _where_looked_for(module: str) -> str:
-    """Where a module that was not found is looked for."""
+    """Describe the search path of a module that was not found."""
     searched = "It is looked for among the installed packages and in folders that PYTHONPATH or --module_path names"
     if PathFinder.find_spec(module.partition(".")[0], [os.curdir]) is None:
         return f"{searched}."

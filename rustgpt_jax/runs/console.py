@@ -1,4 +1,4 @@
-"""The console of every verb, on which any text is shown as it stands."""
+"""The console used by all commands, which prints strings literally."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from rustgpt_jax.runs.formatting import printable
 
 
 class PlainTextConsole(Console):
-    """A console that reads no markup and no emoji codes in strings, and shows control characters as U+FFFD.
+    """A console that does not interpret markup or emoji codes, and shows control characters as U+FFFD.
 
-    Names of runs, prompts, values of knobs and file names may hold any text, so no string is markup. What is to be
-    styled is given a `style`, or is a `Text`.
+    Run names, prompts, knob values and file names may contain arbitrary text, so strings are never parsed as markup. To
+    style output, pass `style` or a `Text`.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Convert a string, such as an argument of `print` or a cell of a table, to text."""
+        """Convert a string, such as an argument of `print` or a table cell, to literal text."""
         return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})

@@ -27,7 +27,7 @@ INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
 LOG_SCALE_FROM = 8.0
 # Width of the smoothing window, as a share of a stage's points.
 SMOOTHING_SHARE = 0.1
-# Points of a line, of which there are far fewer in the picture.
+# Maximum number of points per line, far more than the picture has pixels across.
 MOST_POINTS = 20_000
 # In points, 1/72 inch.
 LABEL_HEIGHT = 34.0
@@ -97,7 +97,7 @@ def draw_loss_curves(folder: Path) -> Path:
 
 
 def _curves(columns: Columns, name: str) -> list[Curve]:
-    """The curve of a metric in each stage, without values that are not finite or too large to be drawn."""
+    """Return the curve of a metric in each stage, without values that are not finite or too large to plot."""
     values = columns.values[name]
     is_drawn = np.abs(values) <= LARGEST_NUMBER
     steps, stages, values = columns.steps[is_drawn], columns.stages[is_drawn], values[is_drawn]
@@ -106,12 +106,12 @@ def _curves(columns: Columns, name: str) -> list[Curve]:
 
 
 def _borders(stages: np.ndarray) -> np.ndarray:
-    """The places at which another stage begins."""
+    """Return the positions at which a new stage begins."""
     return np.flatnonzero(np.diff(stages)) + 1
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a line; of very many only the lowest and the highest of each stretch, which look the same."""
+    """Downsample a line, keeping the minimum and maximum of each interval so that it looks the same."""
     if len(steps) <= MOST_POINTS:
         return steps, values
     starts = np.linspace(0, len(steps), MOST_POINTS // 2, endpoint=False).astype(int)

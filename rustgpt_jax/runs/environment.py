@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-# The variables that are recorded: those that change what JAX, XLA and the libraries under them compute, or how. Others,
-# whatever their names begin with, may hold secrets.
+# Environment variables to record: those that affect what JAX, XLA and the underlying libraries compute, or how. Other
+# variables, whatever their prefix, may hold secrets.
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_MAX_CONNECTIONS",
@@ -67,8 +67,8 @@ VARIABLES = (
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
 )
-# Variables that are lists of flags: of these only flags are kept, and none that names a file or folder, which may tell
-# who runs it, be written to, or have XLA run a program that lies there.
+# Variables that hold lists of flags. Only flags are kept, and none that name files or folders: such paths may identify
+# the user, be written to, or make XLA run a program stored there.
 OF_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 FLAG = re.compile(r"--(?P<name>\w+)(=[^/\\\"']*)?")
 FILE_FLAG = re.compile(r"(^|_)(dir|path|file|filename|to|from|dump)(_|$)")
@@ -130,7 +130,7 @@ def variables(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def _flags(text: str) -> str:
-    """The flags of a list that are recorded."""
+    """Return the flags of a list that are recorded."""
     flags = [(flag, FLAG.fullmatch(flag)) for flag in text.split() if not flag.startswith(CPU_DEVICES_FLAG)]
     return " ".join(flag for flag, match in flags if match and not FILE_FLAG.search(match["name"]))
 

@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints on the disk, in order, whether or not they are sound."""
+        """The steps of the checkpoints on disk, in order, including damaged ones."""
         return sorted(int(path.name) for path in self.checkpoints.glob("*") if is_step_name(path.name))
 
     @property
@@ -128,8 +128,8 @@ class RunFolder:
 
 
 def is_step_name(name: str) -> bool:
-    """Whether a name is that of the checkpoint of a step: its number in plain digits."""
-    # Python refuses to read thousands of digits; no step has more than ten.
+    """Return whether a name is that of a checkpoint folder, a step number in plain digits."""
+    # Python refuses to parse thousands of digits; no step has more than ten.
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
@@ -153,9 +153,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
-    """Raises UserError if a folder, which need not exist, holds a run with another config. Nothing is written.
+    """Check that a folder, which may not exist, does not hold a run with another config. Writes nothing.
 
-    `earlier` are the configs that the run had before this one: the last of them is its own as well.
+    Args:
+        path: The folder.
+        config: The config of the run.
+        earlier: Earlier configs of the run; the last of them is also accepted.
+
+    Raises:
+        UserError: The folder holds a run with another config.
     """
     if RunFolder(path).config_file.exists():
         stored = load_config(path)
@@ -177,16 +183,16 @@ def admit(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
 
 
 def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunFolder:
-    """Make the folder of a run and record its config in it, or check that the run already there has the same config.
+    """Create a run folder and record its config, or check that the existing run has the same config.
 
     Args:
-        path: the folder.
-        config: the config of the run.
-        origins: where the value of each knob, by its dotted path, came from.
-        earlier: the configs that the run had before. A run that still has the last of them gets the new one.
+        path: The folder.
+        config: The config of the run.
+        origins: The origin of each knob's value, by dotted path.
+        earlier: Earlier configs of the run. If the folder has the last of them, its config is replaced.
 
     Raises:
-        UserError: the folder holds a run with another config, or other files, or cannot be written.
+        UserError: The folder holds a run with another config or other files, or is not writable.
     """
     run = RunFolder(path)
     admit(path, config, earlier)
@@ -202,7 +208,7 @@ def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequ
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is a pipe, a device or a socket: reading one may wait, or never end."""
+    """Return whether a path is a pipe, device or socket, which may block or never reach the end when read."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -211,7 +217,11 @@ def is_special(path: Path) -> bool:
 
 
 def check_files(path: Path) -> None:
-    """Raises UserError if a path, or a file in a folder or in the folders in it, is a pipe, a device or a socket."""
+    """Check that a path, or the folder tree below it, contains no pipe, device or socket.
+
+    Raises:
+        UserError: It contains one.
+    """
     with suppress(OSError):
         inner = [path, *(each for folder in (path, *path.glob("*/")) if folder.is_dir() for each in folder.iterdir())]
         for each in inner:
@@ -232,7 +242,11 @@ def load_config(path: Path) -> Config:
 
 
 def load_earlier(path: Path) -> tuple[Earlier, ...]:
-    """Load the configs that a run had before it was changed, and up to which steps. Raises UserError for damage."""
+    """Load the earlier configs of a run and the steps at which they ended.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     file = RunFolder(path).config_file
     listed, before = _read_record(file).get("earlier", []), 0
     for each in listed if isinstance(listed, list) else [None]:
@@ -244,7 +258,11 @@ def load_earlier(path: Path) -> tuple[Earlier, ...]:
 
 
 def load_stages(path: Path) -> tuple[Stage, ...]:
-    """Load the stages of a run as they were and are to be trained. Raises UserError as `load_config` does."""
+    """Load the stages of a run, including those trained with earlier configs.
+
+    Raises:
+        UserError: As for `load_config`.
+    """
     return stages_in_turn(load_config(path), load_earlier(path))
 
 
@@ -261,7 +279,7 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
-    """A config as it stands in a file with its hash."""
+    """Parse a config that is stored in a file with its hash."""
     if "config" not in record:
         raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
     tree, recorded = record["config"], record.get("hash")
@@ -309,7 +327,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _without_links(name: str, flags: int) -> int:
-    """Open a file, but not through a link: what it leads to would be emptied."""
+    """Open a file without following a symbolic link, whose target would be truncated."""
     return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 

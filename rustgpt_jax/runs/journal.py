@@ -41,7 +41,7 @@ class Journal:
             raise UserError(f"{self._file} cannot be written: {error.strerror}.") from error
 
     def _write(self, text: bytes) -> None:
-        # No link is followed: in somebody else's folder it may lead to a file that must not be written.
+        # Do not follow symbolic links: in an untrusted folder, one may point to a file that must not be modified.
         descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             _lock(descriptor)
@@ -67,7 +67,11 @@ class Journal:
             return list(self._events)
 
     def events_named(self, name: str, values: Mapping[str, type | UnionType]) -> list[Event]:
-        """The events of one name so far. Raises UserError if one of them lacks a value, or has one of another type."""
+        """Return all events with a given name.
+
+        Raises:
+            UserError: An event lacks a value, or a value has the wrong type.
+        """
         found = [event for event in self.events() if event["event"] == name]
         for event in found:
             for value, kind in values.items():

@@ -38,7 +38,7 @@ class Launch:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
-# What a line of a launch must have, and of what type.
+# Required fields of a launch event, with their types.
 RECORDED: dict[str, type | UnionType] = {
     "step": int,
     "argv": list,
@@ -52,14 +52,18 @@ RECORDED: dict[str, type | UnionType] = {
 }
 
 
-# The same of a program.
+# Required fields of a program event.
 PROGRAM: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
 
 
 def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
-    """Write into the journal that this process trains the run from a step on, and keep its code.
+    """Record in the journal that this process trains the run from a given step, and save a copy of its code.
 
-    The files beside the code that are not kept. Raises UserError if the folder cannot be written.
+    Returns:
+        The files next to the code that were not copied.
+
+    Raises:
+        UserError: The folder is not writable.
     """
     code = keep_code(run)
     Journal(run.journal_file).append(

@@ -1,10 +1,10 @@
-"""Metrics of a run over its steps: metrics.jsonl, which is the record, and TensorBoard files, which are a view.
+"""Metrics of a run: metrics.jsonl, which is the record, and TensorBoard files, which are derived from it.
 
-A line of metrics.jsonl is a JSON object such as {"step": 10, "stage": "train", "train/loss": 2.3}. JSON has no
-numbers that are not finite; these are written as the strings "NaN", "Infinity" and "-Infinity", and read as floats.
+A line of metrics.jsonl is a JSON object such as {"step": 10, "stage": "train", "train/loss": 2.3}. Since JSON has no
+non-finite numbers, they are written as the strings "NaN", "Infinity" and "-Infinity", and read as floats.
 
-Steps do not decrease from line to line. A file may have millions of lines, so that readers stream it, read it from its
-end, or keep only the columns that they need.
+Steps never decrease from line to line. A file may have millions of lines, so readers stream it, read it backwards, or
+keep only the columns that they need.
 """
 
 import json
@@ -30,21 +30,23 @@ if TYPE_CHECKING:
 TENSORBOARD_FLUSH_SECONDS = 10
 # Enough for some lines of training and one of evaluation.
 LAST_BYTES = 8192
-# Bytes of a file that are read and parsed at a time.
+# Number of bytes of a file to read and parse at a time.
 BLOCK_BYTES = 2**20
-# Names of metrics, whose values are numbers; other values may be strings.
+# Prefixes of metric names, whose values are numbers. Other values may be strings.
 METRICS = ("train/", "valid/")
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsWriter:
-    """Appends metrics to a run folder. Use it in a `with` statement.
+    """Appends metrics to a run folder. Use it as a context manager.
 
-    `resume_step` is the step of the checkpoint that training goes on from; 0 starts from nothing. What a killed
-    run recorded after that checkpoint is dropped first, so that a resumed run leaves the file of an undisturbed one.
-    Raises UserError if the metrics that are there cannot be read, and Unwritable where the file was deleted or
-    replaced while the run was going on.
+    `resume_step` is the step of the checkpoint that training resumes from, or 0. Lines that a killed run recorded after
+    that checkpoint are dropped first, so that a resumed run produces the same file as an uninterrupted one.
+
+    Raises:
+        UserError: The existing metrics cannot be read.
+        Unwritable: The file was deleted or replaced during the run.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -68,7 +70,11 @@ class MetricsWriter:
             self._tensorboard.close()
 
     def check(self) -> None:
-        """Raises Unwritable if what is written would go nowhere: the file is not in the run's folder any more."""
+        """Check that the open file is still the one in the run folder.
+
+        Raises:
+            Unwritable: It is not, so anything written would be lost.
+        """
         opened, there = os.fstat(self._file.fileno()), None
         with suppress(OSError):
             there = os.stat(self._run.metrics_file)
@@ -101,9 +107,12 @@ class MetricsWriter:
 
 
 class Columns(NamedTuple):
-    """Some metrics of a run as arrays, in the order of their lines.
+    """Some metrics of a run as arrays, in file order.
 
-    steps: the step of each line. stages: the index of its stage in `stage_names`. values: by their names.
+    Attributes:
+        steps: The step of each line.
+        stages: The index of each line's stage in `stage_names`.
+        values: Arrays by metric name.
     """
 
     steps: np.ndarray
@@ -113,20 +122,23 @@ class Columns(NamedTuple):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read all lines of a run's metrics.jsonl, in their order; none if there is no such file.
+    """Read all lines of a run's metrics.jsonl, in order; an empty list if the file does not exist.
 
-    A last line that was cut short, as by a kill, is left out. Raises UserError for any other malformed line.
+    A truncated last line, as left by a killed process, is ignored.
+
+    Raises:
+        UserError: Any other line is malformed.
     """
     return list(iter_metrics(folder))
 
 
 def iter_metrics(folder: Path, containing: bytes = b"", offset: int = 0) -> Iterator[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl one after another, as `read_metrics` does, without keeping them.
+    """Iterate over the lines of a run's metrics.jsonl like `read_metrics`, without keeping them in memory.
 
     Args:
-        folder: the folder of the run.
-        containing: lines without these bytes are passed over, and not looked at.
-        offset: the byte of the file at which a line begins, from which on it is read.
+        folder: The folder of the run.
+        containing: Skip lines that do not contain these bytes, without parsing them.
+        offset: The byte offset to start from, which must be the start of a line.
     """
     for records in _iter_blocks(RunFolder(folder).metrics_file, containing, offset):
         yield from records
@@ -136,13 +148,13 @@ def read_columns(folder: Path, having: str, others: Sequence[str] = (), absent: 
     """Read some metrics of a run as arrays.
 
     Args:
-        folder: the folder of the run.
-        having: the name of a metric; lines without it are passed over.
-        others: the names of more metrics.
-        absent: what stands for one of them that a line does not have.
+        folder: The folder of the run.
+        having: The name of a metric; lines without it are skipped.
+        others: The names of further metrics.
+        absent: The value to use if a line lacks one of the others.
 
     Raises:
-        UserError: a line that has the metric is malformed.
+        UserError: A line that has the metric is malformed.
     """
     names, stage_names = (having, *others), dict[str, int]()
     parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)], *([np.zeros(0)] for _ in names)]
@@ -158,9 +170,10 @@ def read_columns(folder: Path, having: str, others: Sequence[str] = (), absent: 
 
 
 def last_step(folder: Path) -> int:
-    """Return the step of the last line of a run's metrics.jsonl, 0 if there is none.
+    """Return the step of the last line of a run's metrics.jsonl, or 0 if there is none.
 
-    Raises UserError as `read_metrics` does.
+    Raises:
+        UserError: As for `read_metrics`.
     """
     file = RunFolder(folder).metrics_file
     for _, line, is_whole in _reversed_lines(file):
@@ -188,9 +201,10 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 
 def keep_until(file: Path, last_step: int) -> None:
-    """Cut a file of JSON objects after its last line of a step up to `last_step`, or empty it if that is 0.
+    """Truncate a JSON Lines file after the last line with a step up to `last_step`; empty it if that is 0.
 
-    Raises UserError for a malformed line among those that are cut off, and if the file cannot be written.
+    Raises:
+        UserError: A line to be removed is malformed, or the file is not writable.
     """
     if not file.exists():
         return
@@ -222,7 +236,7 @@ def _reading(file: Path) -> Iterator[BinaryIO]:
 
 
 def _iter_blocks(file: Path, containing: bytes = b"", offset: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """The records of a file, those of some lines at a time."""
+    """Yield the records of a file in blocks of lines."""
     if not file.exists():
         return
     with _reading(file) as content:
@@ -239,7 +253,7 @@ def _parse_all(lines: list[bytes], containing: bytes, file: Path) -> list[dict[s
     if containing:
         lines = [line for line in lines if containing in line]
     try:
-        # One call of the parser costs less than one for each line.
+        # One call of the parser is faster than one call per line.
         records = list(map(_checked, json.loads(b"[" + b",".join(lines) + b"]")))
     except (ValueError, RecursionError):
         records = [None]
@@ -264,7 +278,7 @@ def _malformed(file: Path, line: bytes) -> UserError:
 
 
 def _reversed_lines(file: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """The lines of a file from its end: where each begins, the line, and whether a newline follows it."""
+    """Yield the lines of a file from its end: the offset, the line, and whether a newline follows it."""
     if not file.exists():
         return
     with _reading(file) as content:
@@ -294,7 +308,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _checked(record: Any) -> dict[str, Any] | None:
-    """A line of metrics as it was read from JSON, its values of the types that they must have; None if it is none."""
+    """Convert a line of metrics parsed from JSON to the expected types, or return None if it is malformed."""
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_COUNT:
         return None
     if not isinstance(record.get("stage", ""), str):

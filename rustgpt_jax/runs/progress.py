@@ -161,9 +161,9 @@ def waiting(console: Console, what: str) -> Iterator[None]:
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show how much of how much is done, as told by calls of what this gives.
+    """Show progress; yields a callback that takes the number of items done and the total.
 
-    On a terminal this is a bar; elsewhere a line every few seconds, and none for work that takes less.
+    On a terminal this is a progress bar. Elsewhere a line is printed every few seconds, and nothing for shorter work.
     """
     if not console.is_terminal:
         yield _Lines(console, what)
@@ -175,7 +175,7 @@ def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None]
 
 
 class _Lines:
-    """Prints how much of how much is done, not too often."""
+    """Prints progress lines at limited frequency."""
 
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._what, self._printed = console, what, time.monotonic()

@@ -17,7 +17,7 @@ from rustgpt_jax.runs.folder import is_special, load_config, load_origins
 Recipe = tuple[Any, dict[str, str]]
 # Knobs and their values as they are written on a command line, in the order given.
 Overrides = Sequence[tuple[str, str]]
-# The origin of a value that was given on the command line.
+# The origin of a value set on the command line.
 COMMAND_LINE = "command line"
 
 
@@ -84,7 +84,7 @@ def _load(file: str) -> Any:
         tree = names["get_config"]()
         if not hasattr(tree, "items"):
             raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
-        # A tree of a class of its own may fail when it is read.
+        # A tree of a custom class may raise when it is read.
         list(leaves(tree))
     except UserError:
         raise

@@ -33,7 +33,7 @@ MOST_BYTES = 2**23
 GIT_SECONDS = 10
 # In a copy of the code: where git has it.
 GIT_STATE, GIT_PATCH = ".git_state.json", ".git_state.patch"
-# Names of files and folders, in lower case, that are never copied: they look like secrets or are hidden.
+# Lower-case name patterns of files and folders that are never copied because they look like secrets or are hidden.
 DENIED = (
     ".*",
     "*.env",
@@ -58,20 +58,24 @@ DENIED = (
     "*password*",
 )
 BYTECODE = ("__pycache__", "*.pyc")
-# How many files that were left out the journal names.
+# Maximum number of skipped files to list in the journal.
 MOST_LEFT_OUT = 100
-# An archive that unpacks to more than this is not read.
+# Maximum unpacked size of an archive, in bytes.
 MOST_UNPACKED = 2**29
 # The earliest that an archive can say: when a file was touched is no part of what it is.
 TOUCHED = (1980, 1, 1, 0, 0, 0)
 
 
 def keep_code(run: RunFolder) -> dict[str, Any]:
-    """Keep the code that is running in a run's folder. What the journal says of it: its hash, and where git has it.
+    """Save the running code in a run folder.
 
-    `left_out` are files beside the code that are not kept: git ignores them or does not track them, they have names of
-    secrets, they are too large to be code, or they have no name in UTF-8. Raises UserError if the folder cannot be
-    written.
+    Returns:
+        The journal fields that describe the code: its hash and its git commit. `left_out` lists files next to the code
+        that were not copied because git ignores or does not track them, their names look like secrets, they are too
+        large to be code, or their names are not valid UTF-8.
+
+    Raises:
+        UserError: The folder is not writable.
     """
     code, archive, left_out = _packed(_sources_of(run))
     git, patch = _git_state(_root())
@@ -105,9 +109,11 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def checked_code(archive: Path) -> dict[str, bytes]:
-    """The files of an archive as `read_code` gives them, held against its name.
+    """Read the files of an archive like `read_code`, and verify them against the hash in the archive's name.
 
-    Raises UserError if it is damaged, is not what its name says, or has a file that would be written elsewhere.
+    Raises:
+        UserError: The archive is damaged, does not match its name, or has a file that would be written outside the
+            target folder.
     """
     contents = read_code(archive)
     for name in contents:
@@ -121,14 +127,18 @@ def checked_code(archive: Path) -> dict[str, bytes]:
 
 
 def write_code(contents: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files of an archive, as `checked_code` gives them, into a folder."""
+    """Write the files of an archive, as returned by `checked_code`, into a folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def read_code(archive: Path) -> dict[str, bytes]:
-    """The files of an archive: name -> content. Raises UserError if it is not there, too large, or damaged."""
+    """Read the files of an archive into a mapping from name to content.
+
+    Raises:
+        UserError: The archive is missing, too large, or damaged.
+    """
     try:
         with zipfile.ZipFile(archive) as file:
             size = sum(entry.file_size for entry in file.infolist())
@@ -145,7 +155,7 @@ def read_code(archive: Path) -> dict[str, bytes]:
 
 
 def not_installed(contents: Mapping[str, bytes]) -> list[str]:
-    """The files of an archive that are not, byte for byte, what would be imported here. Nothing is imported."""
+    """Return the files of an archive that differ from what would be imported here, without importing anything."""
     places = {top: _place(top) for top in {PurePosixPath(name).parts[0] for name in contents}}
 
     def is_installed(name: str, content: bytes) -> bool:
@@ -158,7 +168,7 @@ def not_installed(contents: Mapping[str, bytes]) -> list[str]:
 
 
 def _place(top: str) -> Path | None:
-    """Where the file or folder stands here that has a name at the top of an archive, if it does."""
+    """Return the local path of a top-level name of an archive, or None if it does not exist here."""
     if top in CODE:
         return _root() / top
     folders = [Path(entry) for entry in search_path()]
@@ -181,12 +191,12 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
-    """The files of sources by their names in a copy, in order, without those that are not to be copied."""
+    """Return the source files to copy by their names in the copy, in order."""
     return {name: file for name, file in _files_by_name(sources).items() if file is not None}
 
 
 def _files_by_name(sources: Sequence[Path]) -> dict[str, Path | None]:
-    """The files of sources by their names in a copy, in order; None for those that are not to be copied."""
+    """Return the source files by their names in the copy, in order, with None for files that must not be copied."""
     found: dict[str, Path | None] = {}
     for source in sources:
         for file, is_kept in _files(source):
@@ -233,7 +243,7 @@ def _root() -> Path:
 
 
 def _files(source: Path) -> Iterator[tuple[Path, bool]]:
-    """The files of a source, bytecode apart, each with whether it may be copied."""
+    """Yield the files of a source, except bytecode, each with whether it may be copied."""
     files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
     tracked = _tracked(source) if files else None
     for file in files:
@@ -247,15 +257,16 @@ def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def _is_inside(file: Path, source: Path) -> bool:
-    """Whether a file is no link to something elsewhere, which may be anything."""
+    """Return whether a file is not a link to a target outside the source."""
     return not file.is_symlink() or file.resolve().is_relative_to(source.resolve())
 
 
 def _tracked(source: Path) -> Callable[[Path], bool] | None:
-    """Tells which files of a source git leaves to be copied; None where git has no say.
+    """Return a predicate for the files that git lets us copy, or None if git does not decide.
 
-    Of what is not ignored these are the tracked files and Python modules, and all files of a folder that git does not
-    track at all. Of a folder that is ignored as a whole, as one's own parts often are, these are the Python modules.
+    If the source is not ignored, these are the tracked files and the Python modules that are not ignored, or all files
+    of a folder that has no tracked files. If the source is ignored as a whole, as users' own modules often are, these
+    are its Python modules.
     """
     folder, names = (source.parent, [source.name]) if source.is_file() else (source, ["."])
     is_installed = any(folder.is_relative_to(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
@@ -299,9 +310,9 @@ def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
 
 @cache
 def _contents(source: Path) -> dict[str, bytes | None]:
-    """The files of a source by their names in an archive; None for those that are left out.
+    """Return the files of a source by their names in an archive, with None for skipped files.
 
-    Read once: what runs was read before, and does not see what is edited later.
+    They are read only once, so that later edits do not affect the copy of the running code.
     """
     return {_readable(name): _content(name, file) for name, file in _files_by_name([source]).items()}
 
@@ -311,7 +322,7 @@ def _content(name: str, file: Path | None) -> bytes | None:
         return None
     try:
         return file.read_bytes() if file.stat().st_size <= MOST_BYTES else None
-    except OSError:  # It may not be read.
+    except OSError:  # No permission to read.
         return None
 
 
@@ -325,7 +336,7 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
         return
     partial, shared = _hidden(folder / name), cache_folder() / "code" / name
     try:
-        # Whoever may write in a run's folder may have changed the copy that is linked there.
+        # Anyone with write access to a run folder could have changed the copy that it is hard-linked to.
         if not shared.exists() or shared.read_bytes() != content:
             shared.parent.mkdir(parents=True, exist_ok=True)
             _write(shared, content)

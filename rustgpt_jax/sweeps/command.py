@@ -37,9 +37,12 @@ class Command:
 def run_sweep(
     tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Sequence[str], path: Path, command: Command, console: Console
 ) -> int:
-    """Run a sweep in a folder and report. The exit status: 1 if trials failed, that of a stop if it was stopped.
+    """Run a sweep in a folder and write its report.
 
-    `trials` are those that are known from the start; for a search by Optuna, some to check the config with.
+    `trials` are the trials known in advance; for an Optuna search, examples to validate the config with.
+
+    Returns:
+        The exit status: 1 if trials failed, or that of a stop if it was stopped.
     """
     check_settings(command.settings)
     use_cores_as_devices()
@@ -76,7 +79,11 @@ def run_sweep(
 
 
 def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
-    """Check points of a search. Raises UserError for a part that there is not, or if the text will do for none."""
+    """Check points of a search.
+
+    Raises:
+        UserError: A part does not exist, or the text is unsuitable for every point.
+    """
     errors = []
     for each in points:
         check_parts(each.config)
@@ -89,9 +96,12 @@ def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
 
 
 def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
-    """Raises UserError for a trial that cannot fit the memory of this machine even if it is alone there.
+    """Check that trials fit the memory of this machine when they run alone.
 
-    Of the points of a search, some may: these trials fail.
+    Points of a search are allowed to be too large as long as some fit; those trials fail.
+
+    Raises:
+        UserError: A trial does not fit.
     """
     machine = this_machine()
     if machine.platform == "cpu":

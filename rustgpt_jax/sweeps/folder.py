@@ -21,7 +21,7 @@ class SweepFolder:
 
     @property
     def about_file(self) -> Path:
-        """What the sweep is: its name, its config file, the command of the last launch, the trials that it has."""
+        """The path of sweep.json: the sweep's name, config file, last launch command, and trials."""
         return self.path / "sweep.json"
 
     @property
@@ -111,7 +111,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _wrong_field(about: Any) -> str | None:
-    """What is wrong with the content of sweep.json, None if it has what is read of it."""
+    """Return what is wrong with the content of sweep.json, or None if all required fields are valid."""
     if not isinstance(about, dict):
         return "it is not a JSON object"
     for name in ("name", "command", "config_file", "sweep"):
@@ -130,7 +130,11 @@ def _wrong_field(about: Any) -> str | None:
 
 
 def write_about(folder: SweepFolder, about: dict[str, Any]) -> None:
-    """Record what the sweep is as of this launch. Raises UserError if it cannot be written."""
+    """Record the sweep as of this launch in sweep.json.
+
+    Raises:
+        UserError: The file is not writable.
+    """
     write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
 
 

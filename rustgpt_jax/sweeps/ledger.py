@@ -16,7 +16,7 @@ from rustgpt_jax.runs.journal import Event, Journal
 EVENTS = ("planned", "queued", "began", "finished", "diverged", "pruned", "stopped", "failed")
 # A trial in one of these states needs no more work; one that failed is tried again by the next launch.
 DONE = ("finished", "diverged")
-# No knob has a value of more lists and mappings inside one another.
+# Knob values have fewer levels of nested lists and mappings than this.
 MOST_NESTED = 8
 
 
@@ -37,9 +37,10 @@ class Ledger:
         self._journal.append_all({"trial": trial, "event": event, **details} for trial, event, details in events)
 
     def events(self) -> list[Event]:
-        """All events so far, in the order in which they were written.
+        """Return all events so far, in order. Partial and damaged lines are skipped.
 
-        Half a line is none, and damaged lines are left out. Raises UserError if the file cannot be read.
+        Raises:
+            UserError: The file cannot be read.
         """
         with self._turn:
             try:
@@ -53,7 +54,7 @@ class Ledger:
             return list(self._events)
 
     def n_damaged(self) -> int:
-        """The number of lines so far that are events without a trial, or with values that no event has."""
+        """Return the number of damaged lines: events without a trial, or with invalid values."""
         self.events()
         return self._n_damaged
 
@@ -66,7 +67,7 @@ class Ledger:
         return states
 
     def planned(self) -> dict[str, dict[str, Any]]:
-        """The overrides of each trial, in the order in which the trials were planned."""
+        """Return the overrides of each trial, in planned order."""
         return {event["trial"]: event["overrides"] for event in self.events() if event["event"] == "planned"}
 
     def is_done(self, trial: str) -> bool:
@@ -75,9 +76,9 @@ class Ledger:
 
 
 def is_settled(state: Event, until: int | None = None) -> bool:
-    """Whether a trial with this last event has come to its end or to the step `until`.
+    """Return whether a trial with this last event has finished or reached the step `until`.
 
-    A pruned trial is settled only up to the step at which it was pruned: an edited sweep may want it to go on.
+    A pruned trial is settled only up to the step at which it was pruned, since an edited sweep may continue it.
     """
     if state["event"] in DONE:
         return True
@@ -85,12 +86,12 @@ def is_settled(state: Event, until: int | None = None) -> bool:
 
 
 def _is_valid(event: Event) -> bool:
-    """Whether an event has the values of a ledger's line, of the right types."""
+    """Return whether an event has all required values, with the right types."""
     step, trial = event.get("step", 0), event.get("trial")
     return (
         event["event"] in EVENTS
         and isinstance(trial, str)
-        # The name of a folder, and not of one elsewhere.
+        # It must name a folder inside the sweep.
         and trial not in ("", ".", "..")
         and not {"/", "\0"} & set(trial)
         and isinstance(event["time"], (int, float))
@@ -102,7 +103,7 @@ def _is_valid(event: Event) -> bool:
 
 
 def _are_overrides(value: Any) -> bool:
-    """Whether a value maps knobs to what a knob may be: for JSON, anything but deep nests and numbers beyond floats."""
+    """Return whether a value is a valid mapping of overrides: no deep nesting or numbers beyond the float range."""
     return (
         isinstance(value, dict)
         and all(path and (path.count(".") > 1 or not path.startswith("stages.")) for path in value)

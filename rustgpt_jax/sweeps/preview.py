@@ -22,9 +22,9 @@ def preview(
     console: Console,
     search: Search | None = None,
 ) -> None:
-    """Print the trials, and how each shape class would run on a machine. No device is used.
+    """Print the trials and the cost of each shape class on a machine, without using a device.
 
-    For a `search` by Optuna, `trials` are examples of its points, the first of which stands for the cost of all.
+    For an Optuna search, `trials` are sample points, and the cost is estimated from the first.
     """
     plans = [plan(each, machine, mode, width) for each in shape_classes(trials, shelf)]
     is_open = isinstance(search, TreeParzen)

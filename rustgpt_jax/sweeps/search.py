@@ -33,7 +33,7 @@ from rustgpt_jax.sweeps.trials import Trial, expand, trial
 from rustgpt_jax.training.parts import check_parts
 
 VALID_LOSS = "valid/loss"
-# What a suggestion that is skipped has in its study: the reason.
+# The key of the reason for skipping a suggestion, in its user attributes.
 SKIPPED = "skipped"
 MOST_SKIPPED_A_TRIAL = 20
 
@@ -82,7 +82,7 @@ def _survivors(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: 
     n_kept = min(len(comparable), math.ceil(keep * len(trials)))
     kept = sorted(comparable, key=lambda each: losses[each.id])[:n_kept]
     states = sweep.ledger.states()
-    # What has ended stays so: an earlier sweep of the folder may have run it to its end.
+    # Trials that have ended stay so: an earlier sweep of the folder may have completed them.
     ended = ("pruned", *DONE)
     dropped = [each for each in comparable if each not in kept and states[each.id]["event"] not in ended]
     if dropped:
@@ -98,20 +98,25 @@ def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
 
 
 def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) -> list[str]:
-    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011): ask for a batch, run it as one, tell.
+    """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
 
-    Each suggestion is a function of the seed, its number, and what was found before, so a search that is begun again
-    asks for the same trials. Another config or another space is another study, which begins anew.
+    Each suggestion is a function of the seed, its number, and earlier results, so a restarted search suggests the same
+    trials. Another config or search space starts a new study.
 
-    Suggestions that do not resolve, such as heads that do not divide the width, are skipped: they are not among the
-    `n_trials`, and the sampler is told to stay away from them. Gives the reasons of all that were skipped. Raises
-    UserError if there are too many.
+    Suggestions that do not resolve, such as a number of heads that does not divide the width, are skipped: they do not
+    count towards `n_trials`, and the sampler ranks them below all others.
+
+    Returns:
+        The reasons of all skipped suggestions.
+
+    Raises:
+        UserError: Too many suggestions were skipped.
     """
     fixed = tuple(fixed)
     with lock(sweep.folder.path):
         study = _study(sweep, search, tree)
         told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
-        # Trials that failed or whose folders were deleted since are run again; what was told of them stays.
+        # Rerun trials that failed or whose folders were deleted; the results told earlier remain.
         _run(sweep, {each.number: _trials_of(each, search, tree, fixed) for each in told})
         while not sweep.stop and len(_tried(study)) - len(_running(study)) < search.n_trials:
             _ask(study, search, tree, fixed)
@@ -139,10 +144,10 @@ def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file, name = sweep.folder.study_file, study_name(search, tree)
-    # What Optuna's reader meets in a damaged file it raises as it is.
+    # Optuna's reader raises arbitrary errors for a damaged file.
     try:
         _drop_torn_line(file)
-        # The sweep's own lock keeps others out, and is let go of when a process is killed.
+        # The sweep's own lock excludes other processes, and is released when a process is killed.
         backend = JournalFileBackend(str(file), lock_obj=_NoLock())  # type: ignore[arg-type]
         storage = optuna.storages.JournalStorage(backend)
         study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction="minimize")
@@ -156,14 +161,14 @@ def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
 
 
 def _drop_torn_line(file: Path) -> None:
-    """Drop what a killed writer left of a line at the end of a file, so that the next line does not continue it."""
+    """Remove a partial last line left by a killed writer, so that the next line does not continue it."""
     if file.exists():
         with open(file, "r+b") as content:
             content.truncate(content.read().rfind(b"\n") + 1)
 
 
 def _check_study(study: Any, search: TreeParzen) -> None:
-    """Raises an exception of some kind unless a study's trials are what a search asked for."""
+    """Raise some exception if a study's trials do not match the search."""
     import optuna
 
     if study.direction != optuna.study.StudyDirection.MINIMIZE:
@@ -176,7 +181,7 @@ def _check_study(study: Any, search: TreeParzen) -> None:
 
 
 def _as_told(trials: Sequence[Any]) -> list[Any]:
-    """Trials with what a sampler is told of them, and nothing else."""
+    """Return trials reduced to what the sampler is told."""
     from optuna.trial import create_trial
 
     return [
@@ -186,10 +191,10 @@ def _as_told(trials: Sequence[Any]) -> list[Any]:
 
 
 def study_name(search: TreeParzen, tree: Any) -> str:
-    """The name of a search's study: a hash of what its losses depend on.
+    """Return the name of a search's study, a hash of everything that its losses depend on.
 
-    That is the config but for the knobs that are searched, the space, and the seeds. The number of trials and the
-    size of a batch are not part of it, so that a search can be extended.
+    This covers the config without the searched knobs, the search space, and the seeds. The number of trials and the
+    batch size are excluded, so that a search can be extended.
     """
     searched = {path for path, _ in search.space} | ({"seed"} if search.seeds else set())
     config = {path: value for path, value in leaves(tree) if path not in searched and is_of_result(path)}
@@ -217,7 +222,7 @@ def _running(study: Any) -> list[Any]:
 
 
 def _tried(study: Any) -> list[Any]:
-    """The suggestions that are not skipped, finished or not."""
+    """Return the suggestions that were not skipped, finished or not."""
     return [each for each in study.trials if SKIPPED not in each.user_attrs]
 
 
@@ -247,7 +252,7 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> N
 
 
 def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> str | None:
-    """The sentence that says why a suggestion cannot be tried, None if it can."""
+    """Return why a suggestion cannot be tried, or None if it can."""
     try:
         for each in _trials_of(asked, search, tree, fixed):
             check_parts(each.config)
@@ -257,7 +262,7 @@ def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) 
 
 
 def suggest(search: TreeParzen, trials: Sequence[Any], number: int) -> Any:
-    """The suggestion of Optuna's sampler with a number, given the (frozen) trials before it."""
+    """Return suggestion `number` of Optuna's sampler, given the (frozen) trials before it."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(
@@ -273,7 +278,7 @@ def _optuna(distribution: Distribution) -> Any:
 
     match distribution:
         case Choice(options):
-            # By number: options may be tuples, which JSON would turn into lists.
+            # Use indices: options may be tuples, which JSON would turn into lists.
             return optuna.distributions.CategoricalDistribution(range(len(options)))
         case Integers(low, high):
             return optuna.distributions.IntDistribution(low, high)
@@ -286,7 +291,7 @@ def _optuna(distribution: Distribution) -> Any:
 
 
 def decode_params(search: TreeParzen, params: dict[str, Any]) -> Overrides:
-    """The overrides that Optuna's parameters stand for: of a choice, the option itself and not its number."""
+    """Return the overrides for Optuna's parameters, with option indices replaced by the options."""
     return {
         path: distribution.options[params[path]] if isinstance(distribution, Choice) else params[path]
         for path, distribution in search.space
@@ -309,10 +314,10 @@ def _final_loss(sweep: Sweep, each: Trial) -> float:
 
 
 def _tell(study: Any, number: int, losses: list[float]) -> None:
-    """Tell the mean over the seeds, or, for a point that diverged or failed anywhere, that it was pruned.
+    """Report the mean loss over the seeds, or a pruned trial if the point diverged or failed for any seed.
 
-    The sampler leaves failed trials out of account, and would go on proposing what diverges; pruned ones it takes to
-    be worse than all others.
+    The sampler ignores failed trials, and would keep suggesting points that diverge. It ranks pruned trials below all
+    others.
     """
     import optuna
 

@@ -236,7 +236,7 @@ class TreeParzen:
 
     @property
     def n_runs(self) -> int:
-        """The number of trials of all points and seeds."""
+        """The number of trials over all points and seeds."""
         return self.n_trials * max(1, len(self.seeds))
 
     @property

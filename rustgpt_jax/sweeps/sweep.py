@@ -63,9 +63,9 @@ class About:
 
 
 class Sweep:
-    """A sweep that is running: trials are added to it and run, as often as a search wants. Made by `open_sweep`.
+    """A running sweep, to which a search can add trials repeatedly. Created by `open_sweep`.
 
-    `record` is what sweep.json says of this launch, but for the trials that are added.
+    `record` is the content of sweep.json for this launch, without trials added later.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Sweep:
         return self._settings.n_workers or here
 
     def message(self, text: str) -> None:
-        """Print a text for the person who runs the sweep."""
+        """Print a message to the user."""
         self._board.message(text)
 
     def _machine_of_workers(self) -> Machine:
@@ -110,9 +110,10 @@ class Sweep:
         return dataclasses.replace(seen, n_devices=self.n_workers)
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Record trials that are not recorded yet, each with its run folder. Raises UserError for what cannot run.
+        """Record new trials, each with its run folder. A trial whose folder was deleted is recorded and run again.
 
-        A trial whose folder was deleted is recorded anew, and so it is run again.
+        Raises:
+            UserError: A trial cannot run.
         """
         planned = self.ledger.planned()
         deleted = {trial.id for trial in trials if trial.id in planned and not self._has_folder(trial)}

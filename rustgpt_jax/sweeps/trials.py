@@ -12,9 +12,9 @@ from rustgpt_jax.resolve import check_value, override, resolve
 from rustgpt_jax.sweeps.space import Choice, Distribution, Overrides, TreeParzen, sample
 
 ID_DIGITS = 8
-# Points of a search that are tried out before it is said that none can be.
+# Number of points of a search to try before giving up.
 N_PROBES = 100
-# Where the values of a range are checked.
+# Quantiles of a range at which its values are checked.
 PLACES = (0.0, 0.3, 0.5, 0.7, 0.999)
 
 
@@ -75,11 +75,13 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
 
 
 def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) -> list[Trial]:
-    """Points of a search that resolve, to check a config by before it begins: one with each option of a choice.
+    """Return points of a search that resolve, covering each option of each choice, to validate a config with.
 
-    The first is the middle of the space if that resolves. Options without such a point are left out, as a search skips
-    the points that do not resolve. Raises UserError for a knob, or a value of one, that no config can have, and if no
-    point resolves.
+    The first is the middle of the space if it resolves. Options without such a point are omitted, just as a search
+    skips points that do not resolve.
+
+    Raises:
+        UserError: A knob or one of its values is invalid in any config, or no point resolves.
     """
     _check_fixed([path for path, _ in search.space], fixed)
     for path, distribution in search.space:
@@ -90,7 +92,7 @@ def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) ->
     seed = {"seed": search.seeds[0]} if search.seeds else {}
     found = [_first(tree, ({**point, **seed, path: option} for point in points)) for path, option in options]
     first = _first(tree, ({**point, **seed} for point in points)) or next(filter(None, found), None)
-    # The reason why the middle does not resolve stands for all.
+    # Report the reason for the middle point.
     first = first or trial(tree, search.middle)
     return [first, *(each for each in found if each is not None and each.id != first.id)]
 
@@ -102,7 +104,7 @@ def _examples(distribution: Distribution) -> list[Any]:
 
 
 def _first(tree: Any, points: Iterable[Overrides]) -> Trial | None:
-    """The first of some points that resolves."""
+    """Return the first point that resolves."""
     for point in points:
         with suppress(UserError):
             return trial(tree, point)

@@ -25,7 +25,7 @@ UNKNOWN = "<unk>"
 # Far more than any tokenizer has. The library takes time and memory for each id below the largest.
 MOST_TOKENS = 2**24
 
-# The characters that begin a word, or are left out between two, whatever comes before them.
+# Characters that start a word or are dropped between words, regardless of context.
 CUTS_OF_WORDS = " "
 CUTS_OF_BYTE_PAIRS = " \n"
 
@@ -55,7 +55,7 @@ class Codec:
 
     @cached_property
     def cuts(self) -> str | None:
-        """Where a text may be cut if this tokenizer was trained here: before these characters; None for anywhere."""
+        """The characters before which a text may be split, if this tokenizer was trained here; None for anywhere."""
         model = json.loads(self.tokenizer.to_str())["model"]
         if model["type"] != "BPE":
             return CUTS_OF_WORDS
@@ -87,7 +87,7 @@ class Codec:
 
     @cached_property
     def opening_and_closing(self) -> tuple[list[int], list[int]]:
-        """The ids before and after a text: END, or what the post-processor of a tokenizer from elsewhere puts there."""
+        """The ids before and after a text: END, or those that an imported tokenizer's post-processor adds."""
         if self.dialect is None:
             return [self.end_id], []
         for probe in ("a", "0", ".", " ", "\N{LOWER ONE EIGHTH BLOCK}"):
@@ -97,7 +97,7 @@ class Codec:
             if plain and 0 in marked.special_tokens_mask:
                 start = marked.special_tokens_mask.index(0)
                 return marked.ids[:start], marked.ids[start + len(plain) :]
-        # Texts of no tokens tell the end from the beginning only by what ends a text.
+        # For an empty text, opening and closing ids can be distinguished only by the end token.
         with refusals():
             around = self.tokenizer.encode("", add_special_tokens=True).ids
         return (around[:-1], around[-1:]) if len(around) > 1 and around[-1] == self.end_id else (around, [])
@@ -139,13 +139,13 @@ def decode(codec: Codec, ids: Iterable[int]) -> str:
 
 
 def decode_after(codec: Codec, before: Sequence[int], ids: Iterable[int]) -> str:
-    """The text that token ids add to the text of the tokens before them.
+    """Return the text that token ids add to the text of the preceding tokens.
 
-    It is not always the text of the ids alone: some tokenizers write blanks only between tokens, or drop the first.
+    This may differ from the text of the ids alone: some tokenizers write spaces only between tokens, or drop the first.
     """
     ids = list(ids)
     known, whole = decode(codec, before), decode(codec, [*before, *ids])
-    # Where the ids change earlier text, as bytes that complete no character may, they are taken alone.
+    # Decode the ids alone if they change earlier text, for example bytes that do not complete a character.
     return whole[len(known) :] if whole.startswith(known) else decode(codec, ids)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rustgpt_jax.data.corpora import Turn
 from rustgpt_jax.errors import UserError, shown
 
-# The most that one rendering of a chat template may take: seconds of a processor, characters, and bytes of memory.
+# Limits of one rendering of a chat template: CPU seconds, output characters, and bytes of memory.
 MOST_SECONDS = 5.0
 MOST_CHARACTERS = 2**24
 MOST_BYTES = 2**30
@@ -44,9 +44,10 @@ class Dialect:
 
 
 def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:
-    """A dialogue as the model's chat template writes it; `is_asking` ends it where the model is to answer.
+    """Render a dialogue with the model's chat template; `is_asking` adds the prompt for an answer.
 
-    Raises UserError as `renderings` does.
+    Raises:
+        UserError: As for `renderings`.
     """
     return renderings(dialect, turns, [(len(turns), is_asking)], special_tokens)[0]
 
@@ -54,16 +55,17 @@ def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, specia
 def renderings(
     dialect: Dialect, turns: Sequence[Turn], wanted: Sequence[tuple[int, bool]], special_tokens: Sequence[str]
 ) -> list[str]:
-    """Beginnings of a dialogue as the model's chat template writes them.
+    """Render prefixes of a dialogue with the model's chat template.
 
     Args:
-        dialect: has the template.
-        turns: the dialogue.
-        wanted: for each rendering, how many turns it has, and whether it ends where the model is to answer.
-        special_tokens: what no turn may contain.
+        dialect: The dialect, which has the template.
+        turns: The dialogue.
+        wanted: For each rendering, the number of turns and whether to add the prompt for an answer.
+        special_tokens: Tokens that no turn may contain.
 
-    Raises UserError for a model without a template, a dialogue that the template refuses, and a turn that contains a
-    special token: it would be read as one.
+    Raises:
+        UserError: There is no template, the template rejects the dialogue, or a turn contains a special token, which
+            would be parsed as one.
     """
     if dialect.chat_template is None:
         raise UserError("The model has no chat template: it continues text, and takes no dialogue.")
@@ -80,7 +82,7 @@ def renderings(
 
 
 def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
-    """The special token that ends the assistant's turns in the chat template, or None if it has none."""
+    """Return the special token that ends assistant turns in the chat template, or None."""
     question, answer = "q7e2", "a9d4"
     turns = (Turn("user", question), Turn("assistant", answer), Turn("user", question))
     try:
@@ -93,7 +95,7 @@ def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
 
 
 class _Renderer:
-    """Renders templates in a process of its own, which is started when it is needed and again when it has ended."""
+    """Renders templates in a child process, which is started on demand and restarted if it has ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,7 +103,11 @@ class _Renderer:
         self._lock = threading.Lock()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """Render a chat template. Raises UserError if it fails or goes beyond the limits."""
+        """Render a chat template.
+
+        Raises:
+            UserError: The template fails or exceeds the limits.
+        """
         limits = {"seconds": MOST_SECONDS, "characters": MOST_CHARACTERS}
         request = json.dumps({"template": template, "variables": variables, **limits}).encode() + b"\n"
         with self._lock:
@@ -121,7 +127,7 @@ class _Renderer:
         except BrokenPipeError:
             line = b""
         except BaseException:
-            # Its answer, when it comes, would be taken for that of the next request.
+            # A late answer would be taken for that of the next request.
             self.end()
             raise
         if line.endswith(b"\n"):
@@ -136,7 +142,7 @@ class _Renderer:
         raise UserError(f"The model's chat template does not take this dialogue: {limit}.")
 
     def _running(self) -> "subprocess.Popen[bytes]":
-        # After a fork the process is the parent's.
+        # After a fork, the process belongs to the parent.
         if self._process is None or self._owner != os.getpid():
             script = Path(__file__).with_name("template_worker.py")
             self._process = subprocess.Popen(
@@ -149,7 +155,7 @@ class _Renderer:
         return self._process
 
     def end(self) -> None:
-        """End the process, if there is one."""
+        """Terminate the process if it is running."""
         if self._process is not None and self._owner == os.getpid():
             self._process.kill()
             self._process.communicate()

@@ -1,10 +1,10 @@
-"""Documents and conversations as tokens.
+"""Tokenization of documents and conversations.
 
-In the dialect of tokenizers trained here every document begins with END, so END also ends the document before it; it
-pads as well. A dialogue's turns begin with the token of their role. Special tokens are inserted by id only.
+With tokenizers trained here, every document begins with END, which also terminates the preceding document and serves as
+padding. Each turn of a dialogue begins with its role token. Special tokens are inserted by id only.
 
-In another model's dialect a document is what that model's tokenizer makes of a text, with the model's end before or
-after it, and a dialogue is what its chat template writes, with the model's end after an answer that nothing ends.
+With an imported tokenizer, a document is encoded with its post-processor and the model's end token. A dialogue is
+rendered by the chat template, and the end token is appended if the last answer is not terminated.
 """
 
 import re
@@ -18,9 +18,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers.codec import ASSISTANT, CUTS_OF_BYTE_PAIRS, ROLE_TOKENS, Codec, encode, refusals, special_id
 from rustgpt_jax.tokenizers.dialect import Dialect, rendered, renderings
 
-# Byte pairs take time that grows with the square of a word's length.
+# BPE takes quadratic time in the length of a word.
 LONGEST_WORD = 2**16
-# What byte-level tokenizers take for one word at most: letters, digits, marks or blanks.
+# Upper bound of what byte-level tokenizers treat as one word: letters, digits, punctuation or spaces.
 _WORD = re.compile(r"[^\W\d_]+|\d+|(?:[^\w\s]|_)+|\s+")
 # For the tokenizers trained here a text is encoded in pieces of about this many characters, which threads share ...
 PIECE_CHARACTERS = 2**14
@@ -99,7 +99,7 @@ def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarr
     opening, closing = codec.opening_and_closing
     end = codec.end_id
     if end in opening or not (opening or closing):
-        # The end token that begins a document ends the one before it.
+        # The end token at the beginning of a document terminates the preceding one.
         ids = np.concatenate([opening or [end], words, closing]).astype(np.int32)
         return ids, np.ones(len(ids), bool)
     ids = np.concatenate([opening, words, closing, [] if end in closing else [end]]).astype(np.int32)
@@ -127,13 +127,13 @@ def _foreign_dialogue(
         for before, after in zip(parts[::2], parts[1::2], strict=True):
             is_open = _learn_answer(weights, ends, is_stop, _answer_span(text, before, after), dialect)
     if is_open:
-        # Only another turn would end this one, so the token that ends a text does.
+        # The template ends this answer only by another turn, so append the token that ends a text.
         ids, weights = np.append(ids, np.int32(codec.end_id)), np.append(weights, True)
     return ids, weights
 
 
 def _answer_span(text: str, before: str, after: str) -> tuple[int, int]:
-    """Where an answer begins and ends in a rendered dialogue, given what the template writes before and after it."""
+    """Return the start and end of an answer in a rendered dialogue, given the text before and after it."""
     if not (text.startswith(before) and text.startswith(after)):
         raise UserError(
             "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
@@ -145,9 +145,10 @@ def _answer_span(text: str, before: str, after: str) -> tuple[int, int]:
 def _learn_answer(
     weights: np.ndarray, ends: np.ndarray, is_stop: np.ndarray, span: tuple[int, int], dialect: Dialect
 ) -> bool:
-    """Set the weights of an answer and of the token that ends it; return whether the dialogue lacks that token.
+    """Set the weights of an answer and its stop token; return whether the stop token is missing.
 
-    Raises UserError when other text than a stop token follows the answer.
+    Raises:
+        UserError: The answer is followed by text that is not a stop token.
     """
     is_answer = (ends > span[0]) & (ends <= span[1])
     weights |= is_answer
@@ -167,7 +168,7 @@ def _learn_answer(
 
 
 def _is_open(text: str, answer: str, ends: np.ndarray, is_stop: np.ndarray) -> bool:
-    """Whether no stop token follows the last answer of a rendered dialogue."""
+    """Return whether no stop token follows the last answer of a rendered dialogue."""
     place = text.rfind(answer)
     return bool(answer) and place >= 0 and not is_stop[ends > place + len(answer)].any()
 
@@ -190,15 +191,15 @@ def _whole(text: str) -> Iterator[str]:
 
 
 def pieces(text: str, cuts: str | None, size: int | None = None) -> Iterator[str]:
-    """Consecutive parts of a text whose encodings, joined, are that of the whole.
+    """Split a text into consecutive pieces whose concatenated encodings equal that of the whole text.
 
     Args:
-      text: the text.
-      cuts: the characters before which it may be cut where something visible is before them; None for anywhere.
-      size: about how many characters a part is to have, PIECE_CHARACTERS unless it is given.
+        text: The text.
+        cuts: The characters before which the text may be split if preceded by a visible character; None for anywhere.
+        size: The approximate number of characters per piece; PIECE_CHARACTERS by default.
 
     Raises:
-      UserError: for a text that has too long a run of characters that are merged as one word.
+        UserError: A run of characters that is merged as one word is too long.
     """
     size = size or PIECE_CHARACTERS
     start = 0

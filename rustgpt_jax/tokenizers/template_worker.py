@@ -1,7 +1,7 @@
-"""A process that renders chat templates, which are programs of strangers, within limits of time, memory and output.
+"""A process that renders untrusted chat templates with limits on time, memory and output.
 
-It is started as a script, and imports nothing of the project. Each line of its input is a request in JSON, each line of
-its output the answer. A request that takes too long ends the process by SIGPROF, wherever it is.
+It runs as a script and imports nothing from the project. Each input line is a JSON request, and each output line is the
+answer. A request that exceeds the time limit terminates the process by SIGPROF.
 """
 
 import datetime
@@ -22,9 +22,9 @@ import jinja2.utils
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} and {% endgeneration %}, around the assistant's words in some templates: the body as it is.
+    """The {% generation %} ... {% endgeneration %} block around assistant text: renders its body unchanged.
 
-    Variables set inside end with it.
+    Variables set inside the block are local to it.
     """
 
     tags = {"generation"}
@@ -36,7 +36,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dictionary:
-    """`dict` in templates, which makes dictionaries and gives no way to the type."""
+    """Replacement for `dict` in templates that gives no access to the type."""
 
     def __call__(self, *args: Any, **entries: Any) -> dict[Any, Any]:
         return dict(*args, **entries)
@@ -46,7 +46,7 @@ class _Dictionary:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace` in templates: variables that outlive a loop, none of which begins with an underscore."""
+    """Replacement for `namespace` in templates: variables that outlive a loop, with no leading underscores."""
 
     def __init__(self, /, *args: Any, **variables: Any) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 @lru_cache(16)
 def _compiled(source: str) -> jinja2.Template:
-    # The environment of Hugging Face's templates: sandboxed, with blocks that leave no blank lines.
+    # Same environment as in transformers: sandboxed, and block tags leave no blank lines.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
@@ -104,13 +104,13 @@ def _answer(request: Mapping[str, Any]) -> str:
         return json.dumps({"text": text})
     except MemoryError:
         return json.dumps({"error": "it needs too much memory"})
-    except Exception as error:  # A template is a program, and may fail in any way.
+    except Exception as error:  # Templates are programs and can raise anything.
         return json.dumps({"error": str(error)[:1000] or type(error).__name__})
 
 
 def main(n_bytes: int) -> None:
-    """Answer requests until the input ends, with at most `n_bytes` of memory."""
-    # Ctrl-C is for the process that asks.
+    """Answer requests until the input ends, using at most `n_bytes` of memory."""
+    # Ctrl-C is handled by the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard), hard))

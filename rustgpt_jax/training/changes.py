@@ -1,7 +1,7 @@
-"""Changes of the config of a run that is there already: what is recorded of its next steps, and how many there are.
+"""Config changes of an existing run: what is recorded for later steps, and the number of steps.
 
-A run keeps the steps that it has made. Its folder keeps the config that they were made with and the step up to which it
-was used, so that a rerun makes the same changes at the same steps.
+Completed steps are unaffected. The run folder keeps each earlier config and the last step that used it, so that a rerun
+applies the same changes at the same steps.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ STEPS = "training.steps"
 
 
 class Change(NamedTuple):
-    """The config with which a run goes on, those that it had before, and what is to be said of the change."""
+    """The config to continue a run with, its earlier configs, and messages about the change."""
 
     config: Config
     earlier: tuple[Earlier, ...] = ()
@@ -28,15 +28,15 @@ class Change(NamedTuple):
 
 
 def change_of(path: Path, config: Config, extends: bool = False) -> Change:
-    """Find how a run goes on with a config. Nothing is written.
+    """Determine how a run continues with a config. Writes nothing.
 
     Args:
-        path: the folder of the run, which need not exist.
-        config: the config that is asked for.
-        extends: whether the run is to have more steps whatever becomes of its learning-rate schedule.
+        path: The folder of the run, which may not exist.
+        config: The requested config.
+        extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
 
     Raises:
-        UserError: the run cannot go on with this config, or there is nothing to extend.
+        UserError: The run cannot continue with this config, or there is nothing to extend.
     """
     run = RunFolder(path)
     if not run.config_file.exists():
@@ -61,7 +61,11 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
 def _of_steps(
     path: Path, stored: Config, config: Config, changed: Iterable[str], made: int, extends: bool
 ) -> tuple[str, ...]:
-    """What is to be said of a change of the number of steps. Raises UserError for one that cannot be."""
+    """Return messages about a change of the number of steps.
+
+    Raises:
+        UserError: The change is not allowed.
+    """
     lengths = [knob for knob in changed if knob.endswith(STEPS)]
     before, after = stages(stored)[-1].end_step, stages(config)[-1].end_step
     if extends and after <= before:
@@ -88,12 +92,12 @@ def _of_steps(
 
 
 def _borders(config: Config, made: int) -> list[tuple[str, int]]:
-    """The names and the beginnings of the stages that have been begun."""
+    """Return the names and first steps of the stages that have started."""
     return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(made, 1)]
 
 
 def _factors(config: Config, made: int) -> np.ndarray:
-    """The factors of the learning rate of the first steps of a run, by the lengths that its stages have now."""
+    """Return the learning-rate multipliers of the first steps of a run, given its current stage lengths."""
     parts = [np.zeros(0, np.float32)]
     for stage in stages(config):
         count = min(stage.end_step, made) - stage.first_step

@@ -36,7 +36,7 @@ SEAL = "sha256.json"
 # Orbax writes the time in it when all else is done; nothing is read from it.
 NOT_SEALED = "_CHECKPOINT_METADATA"
 LONGEST_REASON = 160
-# The record of a checkpoint, in the folder of its step.
+# The metadata of a checkpoint, in the folder of its step.
 ABOUT = "about/metadata"
 # What the operating system says, in the long texts of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
@@ -50,11 +50,11 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folders named by their steps. Use it in a `with`; only one may be the writer.
+    """The checkpoints of one run, in folders named by step. Use it as a context manager; only one process may write.
 
-    The last ones are kept, the best, and the last regular one, which is there at that step however the run was
-    interrupted. The file `best` names the step of the best one, and the one before it, which holds until that one is
-    written. `earlier` are configs that the run had before, by which older checkpoints were made.
+    Keeps the most recent checkpoints, the best one, and the last regular one, which exists at that step regardless of
+    interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is valid until
+    the new one is written. `earlier` are earlier configs of the run, with which older checkpoints were saved.
     """
 
     def __init__(self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[Earlier] = ()) -> None:
@@ -107,10 +107,12 @@ class Checkpoints:
     # Writing.
 
     def save(self, state: State, step: int, is_best: bool = False, is_regular: bool = True) -> None:
-        """Begin to write the state at `step`; its buffers are free again on return.
+        """Start writing the state at `step`; its buffers can be reused on return.
 
-        A checkpoint of this step that is there already stays, unless its record is damaged or of another step.
-        Raises Unwritable if this one, or the one before it, cannot be written.
+        An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
+
+        Raises:
+            Unwritable: This checkpoint or the previous one cannot be written.
         """
         with _writing(self._folder):
             if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
@@ -141,7 +143,7 @@ class Checkpoints:
             _seal(temporary)
 
     def _has_record(self, step: int) -> bool:
-        """Whether a folder with the name of a step is a checkpoint of that step, known since the run was opened."""
+        """Return whether the folder of a step holds a checkpoint of that step; cached once the run is open."""
         with suppress(Damaged):
             stored_about(self._folder, step)
             return step in self.steps()
@@ -149,7 +151,7 @@ class Checkpoints:
 
     def _delete_old(self, saving: int) -> None:
         if self._best is None:
-            # The file that names the best one is damaged: it may be any of them.
+            # The file that names the best checkpoint is damaged, so any of them may be the best.
             return
         steps, best = self.steps(), self._candidates("best")
         # What is being saved now may never be finished: the best one before it holds until then.
@@ -321,7 +323,7 @@ def _reason(error: Exception) -> str:
 
 
 def _named_steps(file: Path) -> list[int] | None:
-    """The steps of the best checkpoint and of the one before it, [] without a file, None for a damaged one."""
+    """Return the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
     try:
         named = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -343,7 +345,7 @@ def _about(state: State, step: int, config: Config, is_regular: bool) -> dict[st
     }
 
 
-# What each part of the record of a checkpoint is.
+# Validators for the fields of a checkpoint's metadata.
 RECORDED: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: type(value) is int,
     "config_hash": lambda value: isinstance(value, str),
@@ -355,10 +357,10 @@ RECORDED: dict[str, Callable[[Any], bool]] = {
 
 
 def stored_about(folder: Path, step: int) -> dict[str, Any]:
-    """Read the record of the checkpoint of a step.
+    """Read the metadata of the checkpoint of a step.
 
     Raises:
-        Damaged: it cannot be read, is none, or is that of another step.
+        Damaged: It cannot be read, is invalid, or belongs to another step.
     """
     about = _read_json(folder / str(step) / ABOUT, "its record")
     if not isinstance(about, dict) or not all(name in about and is_so(about[name]) for name, is_so in RECORDED.items()):
@@ -378,7 +380,7 @@ def _read_json(file: Path, what: str) -> Any:
 
 
 def _is_table(value: Any) -> bool:
-    """Whether a value read from JSON is an object whose values are all strings."""
+    """Return whether a value parsed from JSON is an object with only string values."""
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 

@@ -38,7 +38,7 @@ from rustgpt_jax.training.profile import Profile, span
 from rustgpt_jax.training.run import Run
 from rustgpt_jax.training.signals import StopRequest
 
-# Blocks that are compiled one by one from which on that takes long.
+# With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
 
 
@@ -52,16 +52,26 @@ def train(
     is_oversubscribed: bool = False,
     extends: bool = False,
 ) -> int:
-    """Train the run of a config in a folder, from its last sound checkpoint if it has one.
+    """Train a run in a folder, resuming from its last valid checkpoint if there is one.
 
-    The exit status: 0 at its end, that of a stop if a signal stopped it. Raises UserError, before anything is compiled
-    and before the folder is made, for what cannot work; for a folder that cannot be written to any more; and in the
-    end, if loss or gradient ceased to be finite.
+    With several processes, each must call this function.
 
-    Where several processes train the run, all call this; a process that waits for the others for more than `patience`
-    seconds ends. `profile`, START:STOP, has these steps traced into the folder. A run that cannot fit the memory is
-    refused, unless `is_oversubscribed`. `extends` lets a run have more steps, also where its learning-rate schedule was
-    made for fewer.
+    Args:
+        config: The config of the run.
+        path: The folder of the run.
+        origins: The origin of each knob's value, by dotted path.
+        console: The console to print to.
+        patience: Seconds to wait for other processes before exiting.
+        profile: Steps to trace into the folder, START:STOP.
+        is_oversubscribed: Whether to start a run that cannot fit the memory.
+        extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
+
+    Returns:
+        The exit status: 0 at the end of training, or that of a stop if a signal stopped it.
+
+    Raises:
+        UserError: The config cannot work (raised before anything is compiled or written), the folder becomes
+            unwritable, or the run ended because the loss or gradient was not finite.
     """
     laps = Laps("Python and packages")
     config, earlier, sentences = change_of(path, config, extends)
@@ -77,7 +87,7 @@ def train(
     with _records(path, config, origins) as folder:
         with first_alone("data"):
             material = gather(config, RunFolder(folder).tokenizer_file, console, earlier)
-        # Now with the vocabulary.
+        # Check again with the vocabulary size.
         check_training_memory(material.whole, used_machine(), placement.sizes, is_oversubscribed)
         material.check(RunFolder(folder), placement.n_devices)
         laps.lap("the data")
@@ -97,9 +107,16 @@ def _records(path: Path, config: Config, origins: Mapping[str, str]) -> Abstract
 
 
 def gather(config: Config, tokenizer_file: Path, console: Console, earlier: tuple[Earlier, ...] = ()) -> Material:
-    """What a run reads; a tokenizer that its folder has stays as it is. Raises UserError for text that will not do.
+    """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
 
-    `earlier` are the configs that the run had before this one.
+    Args:
+        config: The config of the run.
+        tokenizer_file: The path of the run's tokenizer, which may not exist.
+        console: The console to print to.
+        earlier: Earlier configs of the run.
+
+    Raises:
+        UserError: The text is unsuitable.
     """
     if tokenizer_file.exists():
         tokenizer = run_tokenizer(RunFolder(tokenizer_file.parent))
@@ -197,7 +214,7 @@ def _writing(run: Run) -> Iterator[None]:
         yield
     except (OSError, Unwritable) as error:
         reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
-        # A checkpoint that is still being written counts, if it can be.
+        # Include a checkpoint that is still being written, if that succeeds.
         with suppress(Unwritable):
             run.checkpoints.wait()
         kept = run.checkpoints.written()
@@ -206,7 +223,7 @@ def _writing(run: Run) -> Iterator[None]:
 
 
 def _compile_time(run: Run) -> list[str]:
-    """A warning where so many blocks are compiled one by one that the compilation takes long."""
+    """Return a warning if so many blocks are compiled separately that compilation takes long."""
     model = run.material.whole.model
     repeats, left = divmod(model.n_layers, model.period)
     n_blocks = model.n_layers if model.layers == "unrolled" else left + (model.period if repeats else 0)

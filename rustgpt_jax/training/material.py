@@ -30,9 +30,9 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a run is made of: its config as it was written and with the vocabulary filled in, tokenizer and data.
+    """The inputs of a run: its config as written and with the vocabulary size, its tokenizer, and its data.
 
-    stages: where the config was changed within a stage, the stage is there with each. earlier: the configs before.
+    `stages` has one entry per config if the config changed within a stage. `earlier` has the earlier configs.
     """
 
     config: Config
@@ -68,7 +68,7 @@ def run_tokenizer(run: RunFolder) -> Codec:
     """Load the tokenizer of a run.
 
     Raises:
-        UserError: it is missing or damaged, or not the one that the folder has a record of.
+        UserError: It is missing, damaged, or differs from the one recorded in the folder.
     """
     tokenizer = load_tokenizer(run.tokenizer_file)
     recorded = [stage["tokenizer"] for stage in read_record(run.data_file)] if run.data_file.exists() else []
@@ -84,10 +84,10 @@ def run_tokenizer(run: RunFolder) -> Codec:
 
 
 def read_beginning(run: RunFolder) -> dict[str, Any]:
-    """Read where the parameters that a run begins with came from; {} if the seed gives them.
+    """Read the source of a run's initial parameters; {} if they were initialized from the seed.
 
     Raises:
-        UserError: the file that says so is damaged.
+        UserError: The file that records it is damaged.
     """
     if not run.import_file.exists():
         return {}

@@ -18,15 +18,15 @@ from rustgpt_jax.runs.formatting import byte_size
 from rustgpt_jax.training.objective import objective, token_sums
 from rustgpt_jax.training.step import as_arguments, start
 
-# Shapes are traced with at most so many layers: more of them need the same for each.
+# Maximum number of layers to trace; needs of deeper models are extrapolated.
 MOST_TRACED = 64
-# Bytes of a batch for each token in it.
+# Bytes of a batch per token.
 BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in ("int32",) * 5)))
-# An estimate of activations may be too high by so much, as tests/test_memory.py allows.
+# Fraction of the estimated activations to count: the estimate may be up to twice too high (tests/test_memory.py).
 ACTIVATIONS_SHARE = 0.5
-# What is below this share of the memory by a generous bound is not counted exactly.
+# Skip the exact computation if a generous upper bound is below this fraction of the memory.
 EASY_SHARE = 0.25
-# The knobs that decide how much each part takes.
+# The knobs that determine the size of each part.
 LARGE = ("model.n_layers", "model.d_model", "model.vocab_size")
 KNOBS = {
     "parameters": LARGE,
@@ -112,16 +112,19 @@ def _kept_bytes(config: Config, window: int) -> int:
 
 
 def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, int], is_allowed: bool = False) -> None:
-    """Raises UserError if a training step cannot fit the memory, unless the user `is_allowed` to go on anyway.
+    """Check that a training step can fit the memory, without allocating or compiling anything.
 
-    Nothing is allocated or compiled. A vocabulary that is not known is not counted, and of activations only half of
-    the estimate: what is refused does not fit.
+    The check is a lower bound: an unknown vocabulary is ignored, and only half of the estimated activations are
+    counted.
 
     Args:
         config: The config of a run.
-        machine: The devices of this process and the memory of each.
-        mesh: The sizes of the axes of the mesh; {} for one device.
-        is_allowed: Whether nothing is to be refused.
+        machine: The devices of this process and their memory.
+        mesh: The sizes of the mesh axes; {} for one device.
+        is_allowed: Whether to skip the check.
+
+    Raises:
+        UserError: The step cannot fit.
     """
     for stage in {} if is_allowed else dict.fromkeys(stage.config for stage in stages(config)):
         if _bound(stage) > EASY_SHARE * machine.memory:
@@ -129,7 +132,7 @@ def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, i
 
 
 def _on_each(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, float]:
-    """What each device of a mesh needs: all its axes but `data` share the model, and all share the rest."""
+    """Return the needs per device of a mesh. All axes but `data` shard the model, and all axes shard the rest."""
     n_devices = math.prod(mesh.values())
     return {
         name: size / (n_devices // mesh.get("data", 1) if name in MODEL else n_devices) for name, size in needs.items()
@@ -137,7 +140,7 @@ def _on_each(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, f
 
 
 def training_needs(config: Config) -> dict[str, float]:
-    """Bytes that a training step needs on all devices together, by what they are for."""
+    """Return the bytes that a training step needs on all devices together, by purpose."""
     config, window = _with_vocabulary(config), _window(config)
 
     def needs(config: Config) -> dict[str, float]:
@@ -156,13 +159,16 @@ def training_needs(config: Config) -> dict[str, float]:
 
 
 def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_allowed: bool = False) -> None:
-    """Raises UserError if a model and the logits or the cache of some rows cannot fit, unless that `is_allowed`.
+    """Check that a model and the logits or KV cache of some rows can fit the memory.
 
     Args:
-        config: A config with its vocabulary.
-        machine: The devices of this process, which share the model, and the memory of each.
-        n_rows: Rows of which logits are computed at once; 0 for generation, which has the cache of one row.
-        is_allowed: Whether nothing is to be refused.
+        config: A config with its vocabulary size.
+        machine: The devices of this process, which share the model, and their memory.
+        n_rows: The number of rows whose logits are computed at once; 0 for generation, which uses the cache of one row.
+        is_allowed: Whether to skip the check.
+
+    Raises:
+        UserError: They cannot fit.
     """
     if is_allowed:
         return
@@ -186,7 +192,7 @@ def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_all
 
 
 def exhausted(config: Config | None) -> str:
-    """A sentence for an allocation that failed: the largest consumers of memory, and the knobs that help."""
+    """Return the message for a failed allocation: the largest consumers of memory, and the knobs that help."""
     said = "There is not enough memory: an allocation failed."
     if config is None:
         return f"{said} A smaller model or a shorter context needs less; so do other processes that end."
@@ -211,7 +217,7 @@ def _in_words(needs: Mapping[str, float]) -> str:
 
 
 def _remedy(needs: Mapping[str, float], config: Config) -> str:
-    """The knobs that decide what takes most."""
+    """Return the knobs that determine the largest needs."""
     part = max(needs, key=lambda name: needs[name])
     knobs = list(KNOBS[part])
     if "moe" in config.model.feedforwards and part in (*MODEL, "activations"):
@@ -236,13 +242,13 @@ def _window(config: Config) -> int:
 
 
 def _with_vocabulary(config: Config) -> Config:
-    """The config with a vocabulary, which may be the smallest that it can turn out to have."""
+    """Return the config with a vocabulary size, if necessary the smallest possible one."""
     size = config.model.vocab_size or config.tokenizer.vocab_size or 1
     return with_values(config, {"model.vocab_size": size})
 
 
 def _bound(config: Config) -> float:
-    """More bytes than a training step of usual parts needs, from its parameters and its tokens."""
+    """Return an upper bound, for common parts, of the bytes that a training step needs."""
     config, window = _with_vocabulary(config), _window(config)
     model, training = config.model, config.training
     parameters = _for_all_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)[
@@ -254,7 +260,7 @@ def _bound(config: Config) -> float:
 
 
 def _for_all_layers(needs: Callable[[Config], dict[str, float]], config: Config) -> dict[str, float]:
-    """What `needs` gives for a config, of which few layers are traced: each repeat of the pattern needs the same."""
+    """Return `needs` of a config, extrapolated from few layers, since each repeat of the pattern needs the same."""
     model = dataclasses.replace(config.model, layers="scanned")
     config = dataclasses.replace(config, model=model)
     period = model.period

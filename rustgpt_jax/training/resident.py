@@ -52,7 +52,7 @@ def _read_window(stream: ResidentStream, within_S: jax.Array, start: jax.Array, 
     """One window, without the axis of rows."""
     last = stream.tokens_N.shape[0] - 1
     around_S = start + within_S
-    # The stream's last token is also its first: its second token follows.
+    # The last token of the stream is also its first, so its second token follows.
     around_S = jnp.where(around_S > last, around_S - last, around_S)
     is_read_S = (within_S <= real) & (real > 0)
     tokens_S = jnp.where(is_read_S, stream.tokens_N[around_S].astype(jnp.int32), stream.end_id)

@@ -42,7 +42,7 @@ from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_sta
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 LONGEST_CALL_SECONDS = 5.0
-# Files that are named in a sentence.
+# Maximum number of files to list in a message.
 MOST_NAMED = 4
 
 
@@ -102,7 +102,7 @@ class Run:
                 raise
 
     def _record_config(self) -> None:
-        """Write the config into the folder, and a change of it into the journal."""
+        """Write the config to the folder, and any change of it to the journal."""
         path, config, earlier = self.folder.path, self.material.config, self.material.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
         changed = all_differences(before, config) if earlier and before != config else {}
@@ -297,10 +297,10 @@ class Run:
             self._recorder = self._recorder if self.is_over else None
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            Unwritable: it cannot be written, or the folder of the run or a part of it was deleted in the meantime.
+            Unwritable: It cannot be written, or part of the run folder was deleted in the meantime.
         """
         self.checkpoints.wait()
         if self._writer is None:
@@ -308,7 +308,7 @@ class Run:
         self._writer.check()
         if not self.folder.config_file.exists():
             raise Unwritable(f"{self.folder.config_file} was deleted while the run was being trained.")
-        # What another process of the run has written may be seen here later.
+        # Files written by another process of the run may become visible here with a delay.
         if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
             raise Unwritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 

@@ -52,10 +52,11 @@ def warn(text: str) -> None:
 def load(
     path: Path, which: str = "last", says: Callable[[str], object] = warn, is_oversubscribed: bool = False
 ) -> Trained:
-    """The `last` or the `best` checkpoint of a run, or the one before it if that is damaged, which is said.
+    """Load the `last` or `best` checkpoint of a run, or the previous one, with a message, if that is damaged.
 
-    Raises UserError if the folder has no run, or the run no sound checkpoint yet, or if the model and the cache of one
-    row cannot fit the memory, unless `is_oversubscribed`.
+    Raises:
+        UserError: The folder has no run, the run has no valid checkpoint, or the model and the KV cache of one row
+            cannot fit the memory and `is_oversubscribed` is False.
     """
     stored = load_config(path)
     run = RunFolder(path)

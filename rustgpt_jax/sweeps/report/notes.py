@@ -65,7 +65,7 @@ def notes(results: Results, ranked: tuple[Ranked, ...]) -> list[str]:
 
 
 def left_out(results: Results) -> list[str]:
-    """What of a sweep is not compared because it is not there, or no longer part of it."""
+    """Return notes on trials that are not compared because they are missing or no longer part of the sweep."""
     said = []
     if results.removed:
         trials = "1 trial is" if len(results.removed) == 1 else f"{len(results.removed)} trials are"

@@ -10,7 +10,7 @@ from rustgpt_jax.sweeps.report.results import FINISHED, Results, Setting, settin
 from rustgpt_jax.sweeps.report.words import METRICS, knob_names, loss_text, p_text, value_text
 
 STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
-# The share of the strip beyond the losses in view that is given to intervals.
+# Fraction of the strip, beyond the visible losses, that is reserved for intervals.
 INTERVALS_BEYOND = 0.3
 
 
@@ -97,7 +97,7 @@ def _chips(setting: Setting) -> str:
 
 
 def _axis(results: Results, ranked: tuple[Ranked, ...]) -> tuple[float, float]:
-    """The ends of the strips: of the losses in view, and of those of their intervals that go a little beyond."""
+    """Return the limits of the strips: the visible losses, and intervals that extend slightly beyond them."""
     low, high = losses_in_view(results)
     intervals = [row.interval for row in ranked if row.interval.mean <= high]
     bounds = [bound for interval in intervals for bound in (interval.low, interval.high) if math.isfinite(bound)]
@@ -106,9 +106,9 @@ def _axis(results: Results, ranked: tuple[Ranked, ...]) -> tuple[float, float]:
 
 
 def _strip(row: Ranked, span: tuple[float, float]) -> str:
-    """A dot for each seed and a bar for the interval of their mean, on the axis that all rows share.
+    """Draw a dot for each seed and a bar for the confidence interval of their mean, on an axis shared by all rows.
 
-    An arrow stands at the end of the strip for each seed beyond it, and ends a bar that goes on beyond it.
+    Seeds outside the axis are drawn as arrows at the end of the strip, as is the end of a clipped bar.
     """
     low, high = span
 
@@ -138,6 +138,6 @@ def _strip(row: Ranked, span: tuple[float, float]) -> str:
 
 
 def _arrow(side: int) -> str:
-    """A triangle at the end of a strip that points out of it, to the left (-1) or the right (1)."""
+    """Draw an outward-pointing triangle at the left (-1) or right (1) end of a strip."""
     base = STRIP_WIDTH - 2 if side > 0 else 2
     return f"M{base} {STRIP_HEIGHT / 2 - 5}v10l{7 * side} -5z"

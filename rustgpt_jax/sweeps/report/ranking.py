@@ -25,10 +25,10 @@ MOST_KNOBS_NAMED = 2
 
 @dataclass(frozen=True)
 class Ranked:
-    """A setting with its mean loss over seeds, and its difference from the best setting over the seeds they share.
+    """A setting with its mean loss over seeds, and its difference from the best setting over shared seeds.
 
-    The comparison is None for the best setting and where fewer than two seeds are shared; its p-value and interval
-    account for the number of comparisons and for the choice of the best setting (see `compare_with_best`).
+    The comparison is None for the best setting, and if fewer than two seeds are shared. Its p-value and interval
+    account for the number of comparisons and the selection of the best setting (see `compare_with_best`).
     """
 
     setting: Setting
@@ -37,7 +37,7 @@ class Ranked:
 
     @property
     def is_shown_worse(self) -> bool:
-        """Whether the setting is shown to be worse than the best one."""
+        """Whether the setting is significantly worse than the best one."""
         found = self.comparison
         return found is not None and found.p_value < FALSE_CLAIMS and found.difference > 0
 
@@ -87,9 +87,9 @@ def _unlike(setting: Setting, best: Setting) -> dict[str, Any]:
 
 
 def variance_shares(results: Results) -> Shares:
-    """How the variance of the final losses divides among the swept knobs, their interactions, and noise."""
+    """Return the shares of the swept knobs, their interactions and noise in the variance of the final loss."""
     losses = tuple(loss(trial) for trial in results.finished)
-    # A seed is a name, not a number.
+    # A seed is a label, not a number.
     columns = tuple(
         tuple(
             value if is_number(value) and path != SEED else key_of(value)

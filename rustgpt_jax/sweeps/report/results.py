@@ -33,12 +33,12 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial. The final and the best loss are in the metric that the sweep compares, the validation curve in its
-    `validation_metric`.
+    """One trial. Final and best losses are in the metric that the sweep compares.
 
-    Curves are (step, loss) pairs, the finite ones. Only a finished trial has final losses. `best_loss` is the lowest
-    of the last stage's evaluations, `initial_loss` the training loss at step 1. Trials of equal `setting` have the same
-    resolved config but for the seed. A trial that is missing has begun, but its files are deleted or damaged.
+    Curves are lists of finite (step, loss) pairs; the validation curve is in the sweep's `validation_metric`. Only a
+    finished trial has final losses. `best_loss` is the lowest evaluation loss of the last stage, and `initial_loss` the
+    training loss at step 1. Trials with equal `setting` have the same resolved config except for the seed. A missing
+    trial was started, but its files are deleted or damaged.
     """
 
     id: str
@@ -91,10 +91,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep as it stands: what was asked, what is compared, the knobs that vary, and the trials that it has.
+    """The current state of a sweep: its definition, the metric compared, the knobs that vary, and its trials.
 
-    `removed` are trials that it had before its config or its sweep function was edited; they are not compared.
-    `n_damaged` counts the damaged lines of the ledger, which are left out.
+    `removed` has trials that are no longer part of the sweep after its config or sweep function was edited; they are
+    not compared. `n_damaged` counts damaged lines of the ledger, which are skipped.
     """
 
     name: str
@@ -137,7 +137,7 @@ class _Record:
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
-        """The value of each knob that is known, by dotted path: as overridden, or as the config has it."""
+        """The value of each known knob by dotted path, from the overrides or the config."""
         if self.config is None:
             return self.overrides
         of_stages = (
@@ -148,9 +148,10 @@ class _Record:
 
 
 def read_results(folder: Path) -> Results:
-    """Read a sweep from its folder. Raises UserError if the folder holds none, or cannot be read.
+    """Read a sweep from its folder. Trials with damaged files are reported as missing.
 
-    Trials whose files are damaged are missing, and the others are read all the same.
+    Raises:
+        UserError: The folder holds no sweep or cannot be read.
     """
     about = read_about(folder)
     ledger = Ledger(SweepFolder(folder).ledger_file)
@@ -172,7 +173,7 @@ def read_results(folder: Path) -> Results:
 
 
 def settings(results: Results) -> tuple[Setting, ...]:
-    """The trials grouped by their resolved config but for the seed, in planned order."""
+    """Group the trials by their resolved config without the seed, in planned order."""
     groups: dict[str, list[TrialResult]] = {}
     for trial in results.trials:
         groups.setdefault(trial.setting, []).append(trial)
@@ -183,15 +184,18 @@ def settings(results: Results) -> tuple[Setting, ...]:
 
 
 def validation_metric(metric: str) -> str:
-    """The metric of the validation curves of a sweep that compares `metric`."""
+    """Return the metric of the validation curves for a sweep that compares `metric`."""
     return VALID_LOSS if metric == TRAIN_LOSS else metric
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write the trials as planned, one a row, with nothing in it that a clock or an interruption could change.
+    """Write one row per planned trial, with no content that depends on a clock or on interruptions.
 
-    Losses of trials that did not finish are left empty. Trials that the sweep no longer has are in removed.csv beside
-    the file. Raises UserError if a file cannot be written.
+    The losses of unfinished trials are left empty. Trials that are no longer part of the sweep are written to
+    removed.csv next to the file.
+
+    Raises:
+        UserError: A file is not writable.
     """
     write_atomically(path, _table(results.trials, results.swept))
     apart = path.with_name("removed.csv")
@@ -210,7 +214,7 @@ def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
         values = [trial.train_loss, trial.valid_loss, trial.bits_per_byte, trial.best_loss]
         cells = [_cell(trial.knobs[path]) for path in knobs]
         writer.writerow([trial.id, *cells, trial.status, trial.step, *map(_cell, values)])
-    # Names of files need not be valid Unicode.
+    # File names may not be valid Unicode.
     return text.getvalue().encode(errors="backslashreplace")
 
 
@@ -233,7 +237,7 @@ def _cell(value: Any) -> Any:
 
 
 def _planned(ledger: Ledger) -> dict[str, tuple[Overrides, Event]]:
-    """The overrides and the last event of each trial, trials in the order in which they were planned."""
+    """Return the overrides and the last event of each trial, in planned order."""
     states = ledger.states()
     return {trial: (overrides, states[trial]) for trial, overrides in ledger.planned().items()}
 
@@ -252,7 +256,7 @@ def _read_trial(run: RunFolder, overrides: Overrides, last: Event) -> _Record:
 
 
 def _swept(records: Sequence[_Record]) -> tuple[str, ...]:
-    """The knobs that vary: those that a trial overrides, and those in which the configs differ beyond that."""
+    """Return the knobs that vary: those that a trial overrides, and others in which the configs differ."""
     values = {
         path: {key_of(record.values.get(path, value)) for record in records}
         for path, value in _known_values(records).items()
@@ -270,7 +274,7 @@ def _trials(records: Sequence[_Record], swept: Iterable[str], metric: str) -> tu
 
 
 def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
-    """Every knob that may vary, with the value it has in the trials that leave it alone, None where none began."""
+    """Return the default of every varying knob, from trials that do not override it, or None if none was started."""
     paths = dict.fromkeys(path for record in records for path in record.overrides)
     configs = [record.config for record in records if record.config is not None]
     for config in configs[1:]:
@@ -284,7 +288,7 @@ def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
 
 
 def _setting(record: _Record) -> str:
-    """A text that is the same for trials whose resolved configs are equal but for the seed."""
+    """Return a string that is equal for trials whose resolved configs differ only in the seed."""
     if record.config is None:
         return key_of(_without_seed(record.overrides))
     return config_hash(replace(record.config, seed=0))

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from scipy import linalg, special, stats
 
-# The highest degree of the polynomials that describe the effect of a number.
+# Maximum degree of the polynomials that model the effect of a numeric knob.
 MOST_DEGREES = 5
-# More columns than this for all interactions would take seconds.
+# Maximum number of columns for all interactions; more would take seconds to fit.
 MOST_PAIR_COLUMNS = 100
-# The accepted probability of any false claim in a sweep, and the simulated sweeps that keep it.
+# The accepted probability of any false claim in a sweep, and the number of simulated sweeps used to control it.
 FALSE_CLAIMS = 0.05
 SIMULATED_LOSSES, SIMULATED_SWEEPS, CHUNK = 6_000_000, (10_000, 100_000), 500_000
 
@@ -37,7 +37,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mean difference over pairs, its confidence interval, and the p-value of there being no difference."""
+    """The mean paired difference, its confidence interval, and the p-value of no difference."""
 
     difference: float
     low: float
@@ -48,11 +48,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Shares:
-    """How the variance of the losses divides; the shares (0 to 1) that are known and the rest add up to 1.
+    """Shares of the loss variance, from 0 to 1; the known ones and `rest` sum to 1.
 
-    `knobs` has the main effect of each knob, nan where it has one value or as many as there are trials. `pairs` has
-    what two knobs explain together beyond the sum of each, and is empty where the trials cannot tell this from noise.
-    `rest` is noise, with interactions of three and more knobs, and of two where `pairs` is empty.
+    Attributes:
+        knobs: The main effect of each knob; nan if it has a single value or a different one in each trial.
+        pairs: Interactions of two knobs beyond their main effects; empty if they cannot be separated from noise.
+        rest: Noise and interactions of three or more knobs, and of two if `pairs` is empty.
     """
 
     knobs: dict[str, float]
@@ -98,20 +99,20 @@ def paired(a: Mapping[Any, float], b: Mapping[Any, float], confidence: float = 0
 def compare_with_best(
     losses: Sequence[Mapping[Any, float]], n_candidates: int | None = None
 ) -> list[Comparison | None]:
-    """Compare each setting with the best one, accounting for the choice of the best by the same losses.
+    """Compare each setting with the best one, accounting for selecting the best on the same losses.
 
-    The p-values and the 95% intervals come from one distribution: that of the smallest p-value of paired t-tests
-    against the setting with the lowest mean, chosen anew in each simulated sweep without effects, with the same seeds
+    P-values and 95% intervals are based on the distribution of the smallest p-value of paired t-tests against the
+    setting with the lowest mean, which is selected anew in each simulated sweep without effects and with the same seeds
     missing. The probability of any p-value below 0.05 for a setting that is not worse than the best one, and of any
     interval that misses the true difference, is at most 5%. Assumes normal losses; docs/statistics.md has error rates
-    measured without equal variances and without normality.
+    measured for unequal variances and non-normal losses.
 
     Args:
         losses: The losses of each setting by seed; the first setting is the best one.
-        n_candidates: How many settings, from the first on, the best was chosen among. All by default.
+        n_candidates: The number of settings, from the first on, among which the best was selected; all by default.
 
     Returns:
-        For each setting but the first, its comparison with the first; None where they share fewer than two seeds.
+        For each setting but the first, its comparison with the first, or None if they share fewer than two seeds.
     """
     finite = [{seed: loss for seed, loss in setting.items() if math.isfinite(loss)} for setting in losses]
     compared = [paired(setting, finite[0]) for setting in finite[1:]]
@@ -120,12 +121,12 @@ def compare_with_best(
     seeds = sorted({seed for setting in finite for seed in setting}, key=str)
     pattern = [tuple(seed in setting for seed in seeds) for setting in finite]
     n_candidates = n_candidates or len(losses)
-    # Without effects the order of settings does not matter: sorted, for the cache.
+    # The order of settings is irrelevant without effects, so sort them to get more cache hits.
     smallest = smallest_p_values((*sorted(pattern[:n_candidates]), *sorted(pattern[n_candidates:])), n_candidates)
     threshold = float(smallest[int(FALSE_CLAIMS * (len(smallest) + 1)) - 1])
     adjusted: list[Comparison | None] = []
     for setting, comparison in zip(finite[1:], compared, strict=True):
-        # The p-value and whether the interval holds 0 agree: both compare the unadjusted p-value with the threshold.
+        # The p-value and the interval are consistent: both compare the unadjusted p-value with the threshold.
         wider = paired(setting, finite[0], 1 - threshold)
         if comparison is None or wider is None:
             adjusted.append(None)
@@ -137,11 +138,11 @@ def compare_with_best(
 
 @lru_cache(maxsize=32)
 def smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) -> np.ndarray:
-    """The smallest p-value against the best setting in each of many simulated sweeps without effects, sorted.
+    """Return the sorted smallest p-values against the best setting in simulated sweeps without effects.
 
     Args:
         pattern: For each setting, which of the sweep's seeds have a loss.
-        n_candidates: How many settings, from the first on, can be the best one.
+        n_candidates: The number of settings, from the first on, that can be the best one.
     """
     present = np.array(pattern, float)
     n_sweeps = int(np.clip(SIMULATED_LOSSES // present.size, *SIMULATED_SWEEPS))
@@ -157,7 +158,7 @@ def smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) 
 
 
 def _smallest_p_values(losses: np.ndarray, present: np.ndarray, n_candidates: int) -> np.ndarray:
-    """The smallest p-value against the best setting in each sweep; losses are indexed by sweep, setting and seed."""
+    """Return the smallest p-value against the best setting per sweep, for losses indexed by sweep, setting and seed."""
     means = (losses * present).sum(2)[:, :n_candidates] / present.sum(1)[:n_candidates]
     best = means.argmin(1)
     sweeps = np.arange(len(losses))
@@ -196,17 +197,17 @@ def lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -
 def decompose(
     knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float], without_interactions: Collection[str] = ()
 ) -> Shares:
-    """Divide the variance of the losses among the knobs, pairs of knobs, and noise.
+    """Decompose the variance of the losses into knobs, pairs of knobs, and noise.
 
-    Least-squares analysis of variance of the whole design, with all main effects and, where the trials are enough,
-    all interactions of two knobs. Each share is corrected for what chance would explain (omega squared). What knobs
-    that vary together explain in common is divided between them. Numbers enter by their order alone, as polynomials of
-    up to degree 5, of a lower one where the trials are few; other values have a mean each.
+    Fits a least-squares analysis of variance of the whole design with all main effects and, if there are enough trials,
+    all two-way interactions. Each share is corrected for chance (omega squared). Variance explained jointly by
+    correlated knobs is divided between them. Numeric knobs enter by rank, as polynomials of degree up to 5, or lower if
+    there are few trials; other knobs have a mean per value.
 
     Args:
-        knob_values: Each knob's value in every trial, in the order of `losses`.
-        losses: The losses; trials whose loss is not finite are left out.
-        without_interactions: Knobs, such as the seed, whose interactions are noise.
+        knob_values: The values of each knob, in the order of `losses`.
+        losses: The losses; trials with a non-finite loss are ignored.
+        without_interactions: Knobs, such as the seed, whose interactions count as noise.
     """
     columns, finite = _finite(knob_values, losses)
     n = len(finite)
@@ -240,7 +241,7 @@ def decompose(
 
 @dataclass(frozen=True)
 class _Basis:
-    """Orthonormal columns that span the effects of a knob; those of a number are in the order of their degree."""
+    """Orthonormal columns that span the effects of a knob; for a numeric knob, in order of degree."""
 
     values: np.ndarray
     is_numeric: bool
@@ -267,7 +268,7 @@ def _n_columns(bases: Iterable[_Basis], degree: int) -> int:
 
 
 def _pairs(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, str], np.ndarray]:
-    """The columns of all interactions of two knobs, of the highest degree that fits; none if not even products do."""
+    """Return the columns of all two-way interactions, of the highest degree that fits; empty if none does."""
     for degree in range(MOST_DEGREES, 0, -1):
         sizes = [basis.up_to(degree).shape[1] for basis in bases.values()]
         if sum(first * second for first, second in itertools.combinations(sizes, 2)) <= most_columns:
@@ -282,11 +283,11 @@ def _pairs(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, st
 def _split(
     losses: np.ndarray, mains: Mapping[Any, np.ndarray], pairs: Mapping[Any, np.ndarray], error: float
 ) -> dict[Any, float]:
-    """The sum of squares of each group of columns, less what noise of variance `error` would explain.
+    """Return the sum of squares of each group of columns, minus the share expected from noise of variance `error`.
 
-    A group has what only it explains: the loss of fit where it is left out. What several explain in common is divided
-    in proportion to what each explains alone, pairs beyond all main effects. Pairs that explain nothing by
-    construction, as where one knob follows from the other, are left out.
+    The sum of squares of a group is what only that group explains: the loss of fit when it is removed. Variance
+    explained jointly is divided in proportion to what each group explains alone, pairs only beyond all main effects.
+    Pairs that are linearly dependent on the other columns, for example if one knob determines another, are omitted.
     """
     groups = {**mains, **pairs}
     n, (start, start_rank), (end, end_rank) = len(losses), _fit([], losses), _fit([*groups.values()], losses)
@@ -318,7 +319,7 @@ def _finite(
 
 
 def _fit(groups: Sequence[np.ndarray], losses: np.ndarray) -> tuple[float, int]:
-    """The sum of squares that a least-squares fit of a mean and of columns leaves, and the rank of its design."""
+    """Return the residual sum of squares of a least-squares fit with an intercept, and the rank of the design."""
     design = np.hstack([np.ones((len(losses), 1)), *groups])
     weights, _, rank, _ = linalg.lstsq(design, losses, lapack_driver="gelsy")
     return float(np.sum((losses - design @ weights) ** 2)), int(rank)

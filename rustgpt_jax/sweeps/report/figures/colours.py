@@ -87,9 +87,9 @@ class Colouring:
     scale: Scale
 
     def name(self, value: Any) -> str:
-        """The name of a value's color: a hue of its own, or a shade where the values are numbers.
+        """Return the color name of a value: a separate hue, or a shade if the values are numeric.
 
-        Shades follow the order of the values, not their distances, so that near-equal values have different ones.
+        Shades follow the rank of the values, not their distance, so that close values remain distinguishable.
         """
         place = self.scale.index(value)
         if not self.scale.is_numeric:

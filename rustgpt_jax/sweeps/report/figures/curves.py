@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HEIGHT = 360.0
 # Points drawn in all, over all trials and within one.
 MOST_POINTS, MOST_POINTS_A_TRIAL = 24_000, 160
-# Curves of at most this many points show each of them.
+# Draw a marker at each point of curves with at most this many points.
 MOST_DOTS = 12
 
 

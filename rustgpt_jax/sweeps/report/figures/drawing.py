@@ -89,7 +89,7 @@ def show_losses(axes: "Axes", losses: Iterable[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        # Loss values near the limits of float64 overflow as a ratio.
+        # Work with logarithms: the ratio of losses near the float64 limits would overflow.
         margin = math.exp(0.06 * (math.log(high) - math.log(low)))
         axes.set_ylim(max(low / margin, math.ulp(0.0)), min(high * margin, sys.float_info.max))
     else:
@@ -100,7 +100,7 @@ def show_losses(axes: "Axes", losses: Iterable[float]) -> None:
 
 
 def show_beyond(axes: "Axes", place: tuple[float, float], direction: str, color: str) -> None:
-    """Draw an arrow at the edge of the axes: what is drawn there goes on beyond it, "<", ">", "^" or "v"."""
+    """Draw an arrow at the edge of the axes, pointing ("<", ">", "^" or "v") at data that lies outside."""
     axes.plot(*place, direction, color=color, markersize=7, markeredgewidth=0, alpha=0.7, clip_on=False)
 
 

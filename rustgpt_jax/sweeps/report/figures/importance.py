@@ -40,7 +40,7 @@ LEAST_WIDTH_FOR_TEXT = 38.0
 
 
 def importance_figure(results: Results) -> Picture | None:
-    """A bar for each part of the variance of the final loss: swept knobs, interactions, noise. They add up to 100%."""
+    """Draw a bar for each share of the final loss variance: swept knobs, interactions and noise, which sum to 100%."""
     shares = knob_shares(results)
     if len(results.knobs) < 2 or not shares or len(results.finished) < LEAST_TRIALS:
         return None

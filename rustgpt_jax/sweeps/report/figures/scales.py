@@ -41,7 +41,7 @@ class Scale:
         return math.log10(value) if value > 0 else self._place_of_zero
 
     def index(self, value: Any) -> int:
-        """How many of the values come before this one."""
+        """Return the number of values that precede this one."""
         return self._indices[key_of(value)]
 
     @cached_property
