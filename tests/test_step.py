@@ -1,6 +1,7 @@
 """The training step: one program for all numbers, the same bits however a run is cut, and the right loss."""
 
 import logging
+import weakref
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from conftest import small_config
 
 from rustgpt_jax.config import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.health import healthy
 from rustgpt_jax.training.objective import Sums, held_out_sums, objective, token_sums
@@ -229,6 +231,24 @@ def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
     assert sums.weight == total
     assert objective(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
     assert objective(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
+
+
+def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, alive = list[weakref.ref[np.ndarray]](), list[int]()
+
+    def sums(_: Any, batch: Any, *others: Any) -> Sums:
+        del others
+        loss = np.array(0.1 * batch)
+        made.append(weakref.ref(loss))
+        alive.append(sum(each() is not None for each in made))
+        return Sums(loss, np.zeros(()), np.array(2.0), {})
+
+    monkeypatch.setattr(perplexity, "held_out_sums", sums)
+    monkeypatch.setattr(perplexity, "MOST_PENDING", 4)
+    batches: Any = range(11)
+    measured = perplexity.evaluate(parameters(), tiny().model, batches, 1.0)
+    assert measured["valid/loss"] == sum(0.1 * batch for batch in range(11)) / 22
+    assert max(alive) <= 5 and len(made) == 11
 
 
 def test_the_gradient_is_that_of_the_mean_loss() -> None:

@@ -1,14 +1,20 @@
 """How well a model predicts held-out text: loss, perplexity and bits per byte."""
 
 import math
-from collections.abc import Iterable
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 import jax
 
 from rustgpt_jax.config import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.training.objective import held_out_sums
+from rustgpt_jax.training.objective import Sums, held_out_sums
+
+# Batches whose sums the device may still be computing. Each keeps its batch and some KB of Python objects, so that the
+# memory of an evaluation would otherwise grow with the corpus.
+MOST_PENDING = 128
 
 
 def evaluate(
@@ -28,14 +34,26 @@ def evaluate(
     loss_chunk, n_parts: as those of `held_out_sums`, for what memory allows.
     """
     model = for_inference(model)
-    sums = [held_out_sums(params, batch, model, loss_chunk, n_parts) for batch in batches]
-    if not sums:
+    losses, weights, pending = array("d"), array("d"), deque[Sums]()
+    for batch in batches:
+        pending.append(held_out_sums(params, batch, model, loss_chunk, n_parts))
+        if len(pending) == MOST_PENDING:
+            _read([pending.popleft() for _ in range(MOST_PENDING // 2)], losses, weights)
+    _read(list(pending), losses, weights)
+    if not losses:
         return {}
-    on_host = jax.device_get(sums)
-    loss, weight = (sum(float(getattr(part, name)) for part in on_host) for name in ("loss", "weight"))
+    # In the order of the batches, by Python's own sum.
+    loss, weight = sum(losses), sum(weights)
     mean = float(loss / max(weight, 1.0))
     return {
         "valid/loss": mean,
         "valid/perplexity": math.exp(min(mean, 700.0)),
         "valid/bits_per_byte": mean / math.log(2) / bytes_per_token if bytes_per_token else math.nan,
     }
+
+
+def _read(sums: Sequence[Sums], losses: "array[float]", weights: "array[float]") -> None:
+    """Wait for the sums of some batches and append their losses and weights."""
+    for part in jax.device_get(sums):
+        losses.append(float(part.loss))
+        weights.append(float(part.weight))
