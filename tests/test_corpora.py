@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -252,6 +253,22 @@ turn_lists = st.lists(st.builds(Turn, st.sampled_from(ROLES), st.text("ab 1\n", 
 def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> None:
     same = corpora.fingerprint(Document("a", first)) == corpora.fingerprint(Document("b", second))
     assert same == (first == second)
+
+
+@given(turns=turn_lists)
+def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tuple[Turn, ...]) -> None:
+    document = Document("a", turns)
+    encoded = [(turn.role, turn.text.encode()) for turn in turns]
+    whole = b"".join(f"{role} {len(text)}\n".encode() + text for role, text in encoded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "BLOCK_CHARACTERS", 2)
+        assert corpora.fingerprint(document) == hashlib.sha256(whole).digest()
+
+
+def test_half_of_a_surrogate_pair_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "BLOCK_CHARACTERS", 2)
+    with pytest.raises(UserError, match=r"surrogate pair \(\\ud800\)"):
+        corpora._checked(plain("odd", "abc\ud800d"))
 
 
 def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:

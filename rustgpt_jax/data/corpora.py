@@ -29,6 +29,8 @@ from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.tables import choose
 
 ROLES = ("system", "user", "assistant")
+# Characters that are encoded at a time where only the bytes of a text are wanted.
+BLOCK_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,18 @@ def documents(config: DataConfig) -> Iterator[Document]:
 
 def _checked(document: Document) -> Document:
     try:
-        document.text.encode()
+        for _ in _encoded(document.text):
+            pass
     except UnicodeEncodeError as error:
-        code = ord(document.text[error.start])
+        code = ord(error.object[error.start])
         raise UserError(f"{document.name}: the text has half of a surrogate pair (\\u{code:04x}).") from None
     return document
+
+
+def _encoded(text: str) -> Iterator[bytes]:
+    """A text in UTF-8, a block at a time, so that a long one is not held twice."""
+    for start in range(0, len(text), BLOCK_CHARACTERS):
+        yield text[start : start + BLOCK_CHARACTERS].encode()
 
 
 # Training and validation.
@@ -92,9 +101,9 @@ def fingerprint(document: Document) -> bytes:
     """The SHA-256 of a document's roles and texts, whatever its name."""
     digest = hashlib.sha256()
     for turn in document.turns:
-        text = turn.text.encode()
-        digest.update(f"{turn.role} {len(text)}\n".encode())
-        digest.update(text)
+        digest.update(f"{turn.role} {sum(map(len, _encoded(turn.text)))}\n".encode())
+        for block in _encoded(turn.text):
+            digest.update(block)
     return digest.digest()
 
 
