@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from rustgpt_jax.sweeps.ledger import EVENTS, Ledger
+from rustgpt_jax.sweeps.ledger import DONE, EVENTS, Ledger
 
 ROOT = Path(__file__).parent.parent
 TRIALS = ("aaaaaaaa", "bbbbbbbb", "cccccccc")
@@ -72,6 +72,8 @@ def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> N
                     write_half_a_line(file, *details)
                 case "look":
                     assert [bare(event) for event in ledger.events()] == written
+                    assert_done(ledger)
+        assert_done(ledger)
         assert [bare(event) for event in ledger.events()] == written
         assert Ledger(file).events() == ledger.events()
         if written:
@@ -79,6 +81,12 @@ def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> N
             # A torn line stays, alone: each event stands on a line of its own.
             lines = file.read_bytes().split(b"\n")
             assert [event for line in lines if (event := as_event(line))] == ledger.events()
+
+
+def assert_done(ledger: Ledger) -> None:
+    """`is_done`, which keeps no events, says what the last events say."""
+    done = [trial for trial, event in ledger.states().items() if event["event"] in DONE]
+    assert [trial for trial in ledger.states() if ledger.is_done(trial)] == done
 
 
 def as_event(line: bytes) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """Metrics: one line a record, exact after a kill and a resume, and the same numbers in TensorBoard's files."""
 
+import atexit
+import gc
 import json
 import math
 import os
@@ -106,6 +108,19 @@ def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path: Path) -> Non
     scalars = [(event.step, value.tag, value.simple_value) for event in seen for value in event.summary.value]
     assert [(step, tag) for step, tag, _ in scalars] == [(step, "train/loss") for step in (1, 2, 3, 3, 4)]
     assert [value for *_, value in scalars] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 5])
+
+
+def test_a_process_keeps_no_writer_that_was_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = list[object]()
+    monkeypatch.setattr(atexit, "register", hooks.append)
+    before = {id(each) for each in gc.get_objects()}
+    for number in range(3):
+        record(tmp_path / str(number), 0, range(2))
+    gc.collect()
+    # One may not be looked at while it is being made: only types are named.
+    new = [type(each) for each in gc.get_objects() if id(each) not in before]
+    assert not hooks
+    assert not [each for each in new if str(each.__module__).startswith("tensorboardX.event_file_writer")]
 
 
 def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole sweeps: killed, stopped, shared or failing, they leave what an undisturbed sweep leaves."""
 
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -36,6 +37,7 @@ from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import lanes
 from rustgpt_jax.training.recorder import Recorder
 from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
@@ -250,6 +252,31 @@ def test_a_diverged_trial_is_marked_and_not_run_again(straight: Path, trials: li
 
 
 # Programs.
+
+
+def survivors() -> Counter[str]:
+    """The objects of this project and of tensorboardX that are alive after a collection, by their types."""
+    gc.collect()
+    types = [type(each) for each in gc.get_objects()]
+    return Counter(
+        f"{each.__module__}.{each.__qualname__}"
+        for each in types
+        if str(each.__module__).split(".")[0] in ("rustgpt_jax", "tensorboardX")
+    )
+
+
+def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) -> None:
+    trials = expand(tiny_tree(), seeds(6))
+    with opened(tmp_path / "sweep") as sweep:
+        sweep.add(trials)
+        shelf = Shelf(sweep.folder.tokenizers)
+        worker = Worker(sweep.folder, shelf, jax.local_devices(), "code", lambda: False)
+        alive = []
+        for trial in trials:
+            worker.work(Chunk((trial.id,), "exact", 2))
+            alive.append(survivors())
+    assert not alive[5] - alive[2]
+    assert len(events(tmp_path / "sweep", "finished")) == 6
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ its own random order, and a batch may span two epochs.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import grain
@@ -143,7 +143,8 @@ class Batches:
         return np.array([order[at] for order, at in zip(orders, (numbers_B % length).tolist(), strict=True)])
 
 
-@cache
+# A batch may reach over the border of two epochs, and each lane of a program has a seed of its own.
+@lru_cache(1024)
 def _turn(seed: int, epoch: int, circle: int) -> int:
     return int(np.random.default_rng((seed, epoch)).integers(circle))
 

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,8 +23,6 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._read_bytes, self._turn = 0, threading.Lock()
-        self._events: list[Event] = []
 
     def append(self, event: str, **values: Any) -> None:
         """Write one event, which is on the disk on return."""
@@ -57,14 +54,17 @@ class Journal:
 
     def events(self) -> list[Event]:
         """All events so far, in the order in which they were written; half a line is none."""
-        with self._turn:
-            if self._file.exists():
-                with open(self._file, "rb") as file:
-                    file.seek(self._read_bytes)
-                    *whole, _ = file.read().split(b"\n")
-                self._read_bytes += sum(len(line) + 1 for line in whole)
-                self._events += [event for line in whole if (event := _parse(line)) is not None]
-            return list(self._events)
+        return self.events_from(0)[0]
+
+    def events_from(self, offset: int) -> tuple[list[Event], int]:
+        """The events from a byte of the file on, at which a line begins, and the byte to go on from the next time."""
+        if not self._file.exists():
+            return [], offset
+        with open(self._file, "rb") as file:
+            file.seek(offset)
+            *whole, _ = file.read().split(b"\n")
+        events = [event for line in whole if (event := _parse(line)) is not None]
+        return events, offset + sum(len(line) + 1 for line in whole)
 
     def events_named(self, name: str, values: Mapping[str, type | UnionType]) -> list[Event]:
         """Return all events with a given name.

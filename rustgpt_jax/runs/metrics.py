@@ -11,6 +11,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
@@ -25,7 +26,7 @@ from rustgpt_jax.resolve import LARGEST_COUNT
 from rustgpt_jax.runs.folder import RunFolder, Unwritable
 
 if TYPE_CHECKING:
-    from tensorboardX import FileWriter
+    from tensorboardX.event_file_writer import EventFileWriter
 
 TENSORBOARD_FLUSH_SECONDS = 10
 # Enough for some lines of training and one of evaluation.
@@ -67,7 +68,8 @@ class MetricsWriter:
         """Close the files."""
         self._file.close()
         if "_tensorboard" in vars(self):
-            self._tensorboard.close()
+            # Popped: a cached writer would keep its thread and its queue as long as this object.
+            vars(self).pop("_tensorboard").close()
 
     def check(self) -> None:
         """Check that the open file is still the one in the run folder.
@@ -84,7 +86,7 @@ class MetricsWriter:
             raise Unwritable(f"{lost} {what} while the run was being trained.")
 
     @cached_property
-    def _tensorboard(self) -> "FileWriter":
+    def _tensorboard(self) -> "EventFileWriter":
         # Its package imports all of PyTorch where that is installed: a second that the first step need not wait for.
         return _open_tensorboard(self._run.tensorboard, self._resume_step)
 
@@ -97,10 +99,11 @@ class MetricsWriter:
         self._write_tensorboard(step, {name: value for name, value in values.items() if not isinstance(value, str)})
 
     def _write_tensorboard(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._tensorboard.add_summary(summary, step)
+        self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 # Reading.
@@ -344,15 +347,17 @@ def _silence_the_view() -> None:
     threading.excepthook = told
 
 
-def _open_tensorboard(folder: Path, resume_step: int) -> "FileWriter":
-    # Not SummaryWriter.add_scalar: it prints a line for every value that is not finite.
-    from tensorboardX import FileWriter
+def _open_tensorboard(folder: Path, resume_step: int) -> "EventFileWriter":
+    # Not SummaryWriter.add_scalar, which prints a line for every value that is not finite, nor FileWriter, which
+    # registers itself with atexit, so that a process keeps the writer of every run that it ever trained.
+    from tensorboardX.event_file_writer import EventFileWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
     _silence_the_view()
     # File names have a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
     number = sum(1 for _ in folder.glob("events.*"))
-    writer = FileWriter(folder, flush_secs=TENSORBOARD_FLUSH_SECONDS, filename_suffix=f".{number}")
+    writer = EventFileWriter(str(folder), flush_secs=TENSORBOARD_FLUSH_SECONDS, filename_suffix=f".{number}")
     first_step = resume_step + 1 if resume_step else 0
-    writer.add_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    started = SessionLog(status=SessionLog.START)
+    writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=started))
     return writer

@@ -26,7 +26,8 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self._file, self._journal = file, Journal(file)
         self._turn = threading.Lock()
-        self._n_read, self._events, self._n_damaged = 0, list[Event](), 0
+        self._events, self._events_end, self._n_damaged = list[Event](), 0, 0
+        self._done, self._done_end = set[str](), 0
 
     def append(self, trial: str, event: str, **details: Any) -> None:
         """Write one event, which is on the disk on return."""
@@ -43,15 +44,17 @@ class Ledger:
             UserError: The file cannot be read.
         """
         with self._turn:
-            try:
-                new = self._journal.events()[self._n_read :]
-            except OSError as error:
-                raise UserError(f"{self._file} cannot be read: {error.strerror}.") from error
+            new, self._events_end = self._read(self._events_end)
             valid = [event for event in new if _is_valid(event)]
-            self._n_read += len(new)
             self._n_damaged += len(new) - len(valid)
             self._events += valid
             return list(self._events)
+
+    def _read(self, offset: int) -> tuple[list[Event], int]:
+        try:
+            return self._journal.events_from(offset)
+        except OSError as error:
+            raise UserError(f"{self._file} cannot be read: {error.strerror}.") from error
 
     def n_damaged(self) -> int:
         """Return the number of damaged lines: events without a trial, or with invalid values."""
@@ -71,8 +74,15 @@ class Ledger:
         return {event["trial"]: event["overrides"] for event in self.events() if event["event"] == "planned"}
 
     def is_done(self, trial: str) -> bool:
-        """Whether a trial needs no more work."""
-        return self.states().get(trial, {}).get("event") in DONE
+        """Whether a trial needs no more work. Keeps no events, so that a worker does not hold the whole ledger."""
+        with self._turn:
+            new, self._done_end = self._read(self._done_end)
+            for event in filter(_is_valid, new):
+                if event["event"] in DONE:
+                    self._done.add(event["trial"])
+                elif event["event"] != "queued":
+                    self._done.discard(event["trial"])
+            return trial in self._done
 
 
 def is_settled(state: Event, until: int | None = None) -> bool:
