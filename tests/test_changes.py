@@ -16,10 +16,10 @@ from rustgpt_jax.reproduce.again import make_again
 from rustgpt_jax.reproduce.differences import config_differences
 from rustgpt_jax.reproduce.past import Past
 from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples
-from rustgpt_jax.runs.folder import RunFolder, load_config, load_earlier
+from rustgpt_jax.runs.folder import RunFolder, create, load_config, load_earlier
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.changes import change_of
+from rustgpt_jax.training.changes import Change, change_of
 from rustgpt_jax.training.trained import load
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -102,6 +102,15 @@ def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
         assert again.record is None and "(config.record.log_every=2)" in again.verdict
 
 
+def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(changed, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "16")
+    before = (run / "config.json").read_bytes()
+    assert RunFolder(run).saved_steps[-1] > load_earlier(run)[-1].until
+    assert train(tiny(**CONSTANT, **OBSERVED, **LONGER, **{"mesh.data": 1}), run)[0]
+    assert (run / "config.json").read_bytes() == before and load(run).step == 16
+
+
 def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), tmp_path / "straight")[0]
     (found,) = config_differences(RunFolder(changed), RunFolder(tmp_path / "straight"))
@@ -132,6 +141,32 @@ def test_a_schedule_made_for_fewer_steps_is_extended_only_when_asked_and_says_wh
     assert rates[:10] == kept and rates[10] > rates[9] and len(rates) == 16
     with Past(run, Console(file=StringIO())) as past:
         assert all(make_again(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
+
+
+def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_made_them(
+    finished: Path, tmp_path: Path
+) -> None:
+    """As where a run is killed before its first step with a new config, and changed again."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    first = load_config(run)
+
+    def lengthened(steps: int) -> Change:
+        change = change_of(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
+        create(run, change.config, {}, change.earlier)
+        return change
+
+    lengthened(16)
+    lengthened(24)
+    stage, last = stages_in_turn(load_config(run), load_earlier(run))
+    assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, 10, 24)
+    # The same command goes on, and changes nothing.
+    assert lengthened(24) == Change(load_config(run), load_earlier(run))
+    for step in RunFolder(run).saved_steps[1:]:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    (left,) = RunFolder(run).saved_steps
+    lengthened(32)
+    stage, last = stages_in_turn(load_config(run), load_earlier(run))
+    assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, left, 32)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from types import TracebackType
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config import Structure, split, stages
+from rustgpt_jax.config import Structure, is_of_result, split, stages
 from rustgpt_jax.data.prepare import StageData, record_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
@@ -105,7 +105,8 @@ class Run:
         """Write the config to the folder, and any change of it to the journal."""
         path, config, earlier = self.folder.path, self.material.config, self.material.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
-        changed = all_differences(before, config) if earlier and before != config else {}
+        differing = all_differences(before, config) if earlier and before != config else {}
+        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
         if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
             raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
         create(path, config, self._origins, earlier)
