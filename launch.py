@@ -295,7 +295,7 @@ def evaluate() -> int:
     from rustgpt_jax.evaluation.report import evaluate_run
     from rustgpt_jax.runs.console import PlainTextConsole
 
-    evaluate_run(_trained(), PlainTextConsole(), FLAGS.allow_oversubscription)
+    evaluate_run(_trained(generates=False), PlainTextConsole(), FLAGS.allow_oversubscription)
     return 0
 
 
@@ -546,7 +546,7 @@ def _resolved(tree: Any) -> Any:
     return resolve(tree)
 
 
-def _trained() -> Any:
+def _trained(generates: bool = True) -> Any:
     """The trained model of --run, with the sampling knobs of the command line."""
     folder = _run_folder()
     tree, _ = _config()
@@ -555,7 +555,8 @@ def _trained() -> Any:
     from rustgpt_jax.training.trained import load
 
     keep_compiled_programs()
-    trained = load(folder, FLAGS.checkpoint, is_oversubscribed=FLAGS.allow_oversubscription)
+    n_generated = config.sampling.max_tokens if generates else 0
+    trained = load(folder, FLAGS.checkpoint, is_oversubscribed=FLAGS.allow_oversubscription, n_generated=n_generated)
     return trained.with_config(config)
 
 

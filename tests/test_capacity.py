@@ -99,8 +99,14 @@ def test_a_mesh_shares_the_model_by_all_its_axes_but_data() -> None:
 def test_what_cannot_be_evaluated_or_generated_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:
     config = small_config(**changes)
     with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are there: \S+ \S+ for {part}"):
-        check_inference_memory(config, SMALL, n_rows)
+        check_inference_memory(config, SMALL, n_rows, n_cached=0 if n_rows else 100_000_000)
     check_inference_memory(config, SMALL, n_rows, is_allowed=True)
+
+
+def test_a_short_text_needs_no_cache_of_the_whole_context() -> None:
+    config = small_config(**{"model.context_length": 100_000_000})
+    for n_cached in (0, 64):
+        check_inference_memory(config, SMALL, 0, n_cached=n_cached)
 
 
 def test_train_refuses_before_it_makes_a_folder(tmp_path: Path) -> None:
@@ -132,7 +138,8 @@ def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
 
 def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = free_memory()
-    group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": "anon 5\ninactive_file 50000\n"}
+    statistics = "anon 5\ninactive_file 20000\nactive_file 30000\n"
+    group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": statistics}
     for name, text in group.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(machines, "CONTROL_GROUP", tmp_path)

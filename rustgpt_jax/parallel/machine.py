@@ -89,9 +89,10 @@ def _left_in_group() -> int:
     """Return the bytes left in the cgroup of this process, such as that of a container or a cluster job."""
     with contextlib.suppress(OSError, ValueError):
         limit, used = ((CONTROL_GROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        # The page cache can be reclaimed.
-        kept = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
-        return int(limit) - int(used) + (int(kept[1]) if kept else 0)
+        # The page cache can be reclaimed, its active part too.
+        statistics = (CONTROL_GROUP / "memory.stat").read_text()
+        kept = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
+        return int(limit) - int(used) + sum(map(int, kept))
     return sys.maxsize
 
 

@@ -158,14 +158,17 @@ def training_needs(config: Config) -> dict[str, float]:
     return _for_all_layers(needs, config) | {"batches": batches}
 
 
-def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_allowed: bool = False) -> None:
-    """Check that a model and the logits or KV cache of some rows can fit the memory.
+def check_inference_memory(
+    config: Config, machine: Machine, n_rows: int, is_allowed: bool = False, n_cached: int = 0
+) -> None:
+    """Check that a model and the logits of some rows or a KV cache can fit the memory.
 
     Args:
         config: A config with its vocabulary size.
         machine: The devices of this process, which share the model, and their memory.
-        n_rows: The number of rows whose logits are computed at once; 0 for generation, which uses the cache of one row.
+        n_rows: The number of rows whose logits are computed at once; 0 for none.
         is_allowed: Whether to skip the check.
+        n_cached: The number of tokens in the KV cache of one row, at most the context length; 0 for no cache.
 
     Raises:
         UserError: They cannot fit.
@@ -176,8 +179,8 @@ def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_all
 
     def needs(config: Config) -> dict[str, float]:
         found: dict[str, float] = {"parameters": total_bytes(parameter_shapes(config.model))}
-        if not n_rows:
-            length = config.model.context_length
+        if n_cached:
+            length = min(n_cached, config.model.context_length)
             found["KV cache"] = total_bytes(jax.eval_shape(lambda: init_cache(config.model, 1, length)))
         return found
 
@@ -188,7 +191,7 @@ def check_inference_memory(config: Config, machine: Machine, n_rows: int, is_all
         found["logits"] = 4 * n_rows * chunk * (config.model.vocab_size or 1)
         found["batches"] = BATCH_BYTES * config.training.batch_size * window
     found = {name: size / (machine.n_devices if name == "parameters" else 1) for name, size in found.items()}
-    _check("Evaluation" if n_rows else "Generation", found, config, machine)
+    _check("Evaluation" if n_rows else "Generation" if n_cached else "The model", found, config, machine)
 
 
 def exhausted(config: Config | None) -> str:

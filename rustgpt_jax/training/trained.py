@@ -50,13 +50,17 @@ def warn(text: str) -> None:
 
 
 def load(
-    path: Path, which: str = "last", says: Callable[[str], object] = warn, is_oversubscribed: bool = False
+    path: Path,
+    which: str = "last",
+    says: Callable[[str], object] = warn,
+    is_oversubscribed: bool = False,
+    n_generated: int = 0,
 ) -> Trained:
     """Load the `last` or `best` checkpoint of a run, or the previous one, with a message, if that is damaged.
 
     Raises:
         UserError: The folder has no run, the run has no valid checkpoint, or the model and the KV cache of one row
-            cannot fit the memory and `is_oversubscribed` is False.
+            of `n_generated` tokens cannot fit the memory and `is_oversubscribed` is False.
     """
     stored = load_config(path)
     run = RunFolder(path)
@@ -64,7 +68,7 @@ def load(
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
     tokenizer = run_tokenizer(run)
     config = with_vocabulary(stored, tokenizer)
-    check_inference_memory(config, used_machine(), n_rows=0, is_allowed=is_oversubscribed)
+    check_inference_memory(config, used_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
         shapes = over_local_devices().like(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0
