@@ -1,6 +1,7 @@
 """Parts by name: an entry of a table, or anything that can be imported, as 'my_lab.mixers:Retention'."""
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ Part = TypeVar("Part")
 
 # An import path in JSON, such as "my_lab.mixers:Retention": the module and the name in it.
 IMPORT_PATH = re.compile(r'"([A-Za-z_][\w.]*):([A-Za-z_]\w*)"')
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 # Modules named by files of run folders, which may be untrusted, with the first file that names each.
 _named_by_files: dict[str, Path] = {}
@@ -44,8 +46,11 @@ def note_import_paths(text: str, file: Path) -> None:
         text: The file's content, JSON.
         file: The path of the file, for the announcement.
     """
-    for module, _ in IMPORT_PATH.findall(text):
-        _named_by_files.setdefault(module, file)
+    for string in JSON_STRING.findall(text):
+        # All that `imported` would import a module for, whether or not its name can stand there.
+        module, colon, _ = json.loads(string).partition(":")
+        if colon and all(name.isidentifier() for name in module.split(".")):
+            _named_by_files.setdefault(module, file)
 
 
 def imported(path: str, what: str) -> Any:

@@ -150,6 +150,20 @@ def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("path", ["evil_lab:Mixer.x", "evil_lab:", "evil_lab: Mixer", "évil_lab:Mixer"])
+def test_a_name_that_no_part_can_have_is_not_imported_either(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_named_by_files", {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{path.partition(':')[0]}.py").write_text("open('was_imported', 'w').close()\n")
+    tables.note_import_paths(json.dumps({"mixers": ["attention", path]}), tmp_path / "config.json")
+    with pytest.raises(UserError, match="there is no module"):
+        tables.imported(path, "config.model.mixers")
+    assert not (tmp_path / "was_imported").exists()
+
+
 def test_an_installed_part_is_imported_as_ever(
     named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
