@@ -144,7 +144,7 @@ def test_a_feedforward_in_the_package_is_two_places_in_one_file(tmp_path: Path) 
     there, here = file.read_text(), code[code.index("class SiluFeedForward") :]
     table = "FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {\n"
     assert there.count(table) == 1 and '    "silu": SiluFeedForward,\n'.strip() in PAGE
-    with_class = there.replace("# gelu in its tanh form", f"{here}\n\n# gelu in its tanh form")
+    with_class = there.replace("# gelu is the tanh approximation", f"{here}\n\n# gelu is the tanh approximation")
     file.write_text(with_class.replace(table, f'{table}    "silu": SiluFeedForward,\n'))
     assert ", 0 failed" in run(tmp_path, "launch.py", "check", "feedforwards/silu")
     run(tmp_path, "launch.py", "explain", "--config=configs/tiny.py", "--config.model.feedforwards=swiglu,silu")
