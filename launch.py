@@ -377,7 +377,7 @@ def check() -> int:
     from rustgpt_jax.resolve import parse_all
     from rustgpt_jax.runs.console import PlainTextConsole
 
-    return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides))
+    return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides), FLAGS.exhaustive)
 
 
 def import_model() -> int:

@@ -25,7 +25,7 @@ from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.command import check
 from rustgpt_jax.conformance.report import run_check
 from rustgpt_jax.conformance.small import SMALL, small_model
-from rustgpt_jax.conformance.subjects import MODEL_KINDS, TABLES, Subject, kind_of, subjects
+from rustgpt_jax.conformance.subjects import MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import cost
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
@@ -145,7 +145,7 @@ def test_parts_of_the_model_conform(part_checks: list[tuple[Subject, str]]) -> N
 @pytest.mark.parametrize("name", ["my own", *MIXERS])
 def test_mixers_conform_exhaustively(name: str) -> None:
     (subject,) = subjects("broken_mixers:Grouped" if name == "my own" else f"mixers/{name}")
-    exhaustive = dataclasses.replace(subject, is_exhaustive=True)
+    exhaustive = dataclasses.replace(subject, scope=Scope.EXHAUSTIVE)
     require_ok([(exhaustive, check_name) for check_name in checks_for(subject) if check_name != IN_A_CHILD])
 
 
@@ -513,6 +513,31 @@ def test_the_command_shows_what_broke_and_says_so_to_the_shell() -> None:
     assert "a token comes back that was ruled out; at row 0, token" in shown
     assert "Usual cause: -inf minus -inf" in shown
     assert "samplers/top_k" in shown and "1 checks passed, 1 failed" in shown
+
+
+@pytest.mark.parametrize(("is_exhaustive", "scope"), [(False, Scope.QUICK), (True, Scope.EXHAUSTIVE)])
+def test_the_command_gives_its_checks_the_scope_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, is_exhaustive: bool, scope: Scope
+) -> None:
+    scopes: list[Scope] = []
+    recorder = dataclasses.replace(CHECKS["causality"], function=lambda subject: scopes.append(subject.scope) or "")
+    monkeypatch.setitem(CHECKS, "causality", recorder)
+    assert check(["mixers/attention"], Console(file=io.StringIO()), ["causality"], is_exhaustive=is_exhaustive) == 0
+    assert scopes == [scope]
+
+
+def test_the_flag_exhaustive_reaches_the_checks() -> None:
+    code = """
+import launch
+from rustgpt_jax.conformance import command
+command.check = lambda *arguments: print(arguments[0], arguments[2:]) or 0
+for more in [], ["--exhaustive"]:
+    launch.FLAGS.unparse_flags()
+    launch.FLAGS(["launch.py", *more])
+    launch._arguments[:] = ["attention"]
+    launch.check()
+"""
+    assert run_python(code).splitlines() == ["['attention'] ([], {}, False)", "['attention'] ([], {}, True)"]
 
 
 def test_the_command_refuses_what_means_nothing() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.devices import use_eight_cpu_devices
 from rustgpt_jax.conformance.report import run_checks, table_of
-from rustgpt_jax.conformance.subjects import subjects
+from rustgpt_jax.conformance.subjects import Scope, subjects
 from rustgpt_jax.errors import UserError, suggestion
 
 
@@ -44,7 +44,8 @@ def check(
         use_eight_cpu_devices()
     knobs = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
     parts = [part for name in names or (None,) for part in subjects(name, knobs)]
-    parts = [dataclasses.replace(part, is_exhaustive=is_exhaustive) for part in parts if checks_for(part, only)]
+    scope = Scope.EXHAUSTIVE if is_exhaustive else Scope.QUICK
+    parts = [dataclasses.replace(part, scope=scope) for part in parts if checks_for(part, only)]
     if not parts:
         raise UserError(f"check: {', '.join(only)} is no check for {', '.join(names)}.")
     outcomes = run_checks(parts, only, console)

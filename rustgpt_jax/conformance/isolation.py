@@ -33,7 +33,7 @@ from rustgpt_jax.conformance.long_rows import (
 )
 from rustgpt_jax.conformance.programs import PLACES_T
 from rustgpt_jax.conformance.small import LENGTH, ROWS
-from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.conformance.subjects import Scope, Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.paths import by_path
 
@@ -44,8 +44,14 @@ LENGTH_OF_ROWS = 40
 BATCHES = (1, 2, 3, 17, 33)
 MOST_ROWS = BATCHES[-1]
 CACHED_BATCHES = (33, 2, 1)
-LENGTHS = (15, 32, 33, 64, 130, 600)
-ALL_LENGTHS = (*range(1, 41), 63, 64, 65, 127, 128, 129, 255, 256, 257, 600)
+# Of rows that are compared with the beginning of the longest.
+LENGTHS = {
+    Scope.SMALL: (17, 40),
+    Scope.QUICK: (15, 32, 33, 64, 130, 600),
+    Scope.EXHAUSTIVE: (*range(1, 41), 63, 64, 65, 127, 128, 129, 255, 256, 257, 600),
+}
+KINDS_OF_ROWS = {Scope.SMALL: KINDS[:1], Scope.QUICK: KINDS[:3], Scope.EXHAUSTIVE: KINDS}
+SMALL_BATCHES = (2, 17)
 
 
 def causality(subject: Subject) -> str:
@@ -175,12 +181,13 @@ def _require_documents_alone(program: Program, found: Influence, case: Case) -> 
 def rows(subject: Subject) -> str:
     """Check that a row's outputs do not depend on the batch size, and a prefix's outputs not on the row length.
 
-    Covers both dtypes, training and evaluation, with and without a cache.
+    Covers both dtypes, training and evaluation, with and without a cache; the small scope only float32 evaluation.
     """
-    model, is_long = long_model(subject.small_model), subject.is_exhaustive
+    model, scope = long_model(subject.small_model), subject.scope
+    is_long = scope is Scope.EXHAUSTIVE
     params = programs.random_params(model)
     worst = 0.0
-    for dtype, is_training in KINDS if is_long else KINDS[:3]:
+    for dtype, is_training in KINDS_OF_ROWS[scope]:
         variant = for_case(model, dtype, is_training)
         several = packed_rows(model, MOST_ROWS, LENGTH_OF_ROWS)
         first = [
@@ -189,21 +196,25 @@ def rows(subject: Subject) -> str:
         ]
         expected = np.concatenate(first)
         is_usual = (dtype, is_training) == KINDS[0]
-        for batch in BATCHES if is_long or is_usual else (2, MOST_ROWS):
+        batches = BATCHES if is_long or is_usual else (2, MOST_ROWS)
+        for batch in SMALL_BATCHES if scope is Scope.SMALL else batches:
             case = Case(LENGTH_OF_ROWS, batch, dtype, is_training)
             found = forward(params, jax.tree.map(lambda leaf, batch=batch: leaf[:batch], several), variant, is_training)
             worst = max(worst, _require_rows(found, expected[:batch], several.segments_BT[:batch], case))
         if dtype != "float32" or not (is_long or is_usual):
             continue
-        lengths = ALL_LENGTHS if is_long and is_usual else LENGTHS
+        lengths = LENGTHS[Scope.QUICK if is_long and not is_usual else scope]
         longest = forward(params, whole_rows(model, 2, lengths[-1]), variant, is_training)
         for length in lengths[:-1]:
             case = Case(length, 2, dtype, is_training)
             found = forward(params, whole_rows(model, 2, length), variant, is_training)
             what = f"the length of a row changes its outputs: {case}, and the first of {lengths[-1]}"
             worst = max(worst, require_close(found, longest[:, :length], CLOSE, what, HIDDEN))
+    if scope is Scope.SMALL:
+        return f"batches of {' and '.join(map(str, SMALL_BATCHES))} rows: within {worst:.0e}"
     worst = max(worst, _require_cached_rows(params, model))
-    return f"batches of 1 to {MOST_ROWS} rows, of {LENGTHS[0]} to {LENGTHS[-1]} tokens: within {worst:.0e}"
+    lengths = LENGTHS[scope]
+    return f"batches of 1 to {MOST_ROWS} rows, of {lengths[0]} to {lengths[-1]} tokens: within {worst:.0e}"
 
 
 def _require_rows(found: np.ndarray, expected: np.ndarray, segments_BT: np.ndarray, case: Case) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import require_finite
-from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.conformance.subjects import Scope, Subject
 from rustgpt_jax.model import transformer
 
 LONGEST = 4096
@@ -50,6 +50,7 @@ QUICK = (
     Case(19, 17, "bfloat16", is_training=True),
     Case(521, 2),
 )
+SMALL = (Case(17, 2), Case(40, 3))
 KINDS = tuple(itertools.product(("float32", "bfloat16"), (False, True)))
 SHORT_LENGTHS, SHORT_BATCHES = (15, 16, 17, 31, 32, 33, 63, 64, 65), (1, 2, 3, 17, 33)
 LONG_LENGTHS, LONG_BATCHES = (127, 128, 129, 255, 256, 257, 521), (2, 1, 3)
@@ -70,11 +71,12 @@ def _exhaustive() -> tuple[Case, ...]:
 
 
 EXHAUSTIVE = _exhaustive()
+CASES = {Scope.SMALL: SMALL, Scope.QUICK: QUICK, Scope.EXHAUSTIVE: EXHAUSTIVE}
 
 
 def cases_of(subject: Subject) -> tuple[Case, ...]:
     """Return the batches that a part is run on."""
-    return EXHAUSTIVE if subject.is_exhaustive else QUICK
+    return CASES[subject.scope]
 
 
 class Packed(NamedTuple):

@@ -14,7 +14,7 @@ from rustgpt_jax.conformance.broken import ROWS_OF_LOGITS, Broken, place, requir
 from rustgpt_jax.conformance.long_rows import Case, influence, layout, long_model
 from rustgpt_jax.conformance.rounding import DATA, EXACT, Reading, Traced, line_of, roundings_by_line
 from rustgpt_jax.conformance.small import LENGTH
-from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.conformance.subjects import Scope, Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.context import Context
@@ -34,9 +34,14 @@ FEW_TOKENS, MANY_TOKENS = 96, 384
 # Relative steps of finite differences: a kink or a rounding error spoils one, hardly all.
 STEPS = (1e-5, 1e-4, 1e-6)
 # Lengths on both sides of the thresholds at which parts switch to chunked computation.
-LENGTHS = {"mixers": (15, 40, 130), "families": (15, 40, 130)}
-LENGTHS_OF_OTHERS = (40,)
-ALL_LENGTHS = (LENGTH, 15, 17, 31, 33, 63, 65, 101, 127, 129, 255, 257)
+LENGTHS = {
+    Scope.SMALL: (17,),
+    Scope.QUICK: (15, 40, 130),
+    Scope.EXHAUSTIVE: (LENGTH, 15, 17, 31, 33, 63, 65, 101, 127, 129, 255, 257),
+}
+# For parts that compute each token by itself.
+TOKENWISE_LENGTHS = (40,)
+WITH_MIXERS = ("mixers", "families")
 GRADIENT_ERROR = 1e-4
 # Largest allowed median relative error of bfloat16 derivatives.
 SLOPE_ERROR = 0.2
@@ -245,9 +250,10 @@ def gradients(subject: Subject) -> str:
     Covers row lengths on both sides of chunk thresholds; one row holds several documents. Also checks that bfloat16
     gradients, which may use custom derivatives, are close to those of float32.
     """
-    lengths = ALL_LENGTHS if subject.is_exhaustive else LENGTHS.get(subject.kind, LENGTHS_OF_OTHERS)
+    has_mixers = subject.kind in WITH_MIXERS
+    lengths = LENGTHS[subject.scope] if has_mixers or subject.scope is not Scope.QUICK else TOKENWISE_LENGTHS
     worst = max(_require_gradients(subject.small_model, length) for length in lengths)
-    if subject.kind in LENGTHS:
+    if has_mixers and subject.scope is not Scope.SMALL:
         _require_slopes_of_bfloat16(long_model(subject.small_model))
     count = len(jax.tree.leaves(programs.random_params(subject.small_model)))
     return f"{count} parameters, rows of {', '.join(map(str, lengths))} tokens: within {worst:.0e}"

@@ -10,7 +10,7 @@ from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.conformance import programs
 from rustgpt_jax.conformance.broken import require_close
 from rustgpt_jax.conformance.long_rows import Packed, cached_forward, forward, long_model, whole_rows
-from rustgpt_jax.conformance.subjects import Subject
+from rustgpt_jax.conformance.subjects import Scope, Subject
 from rustgpt_jax.model import transformer
 
 CLOSE = 2e-4
@@ -30,13 +30,18 @@ WINDOW = 32
 def prefill(subject: Subject) -> str:
     """Check that prefill, at once or in pieces, and token-by-token decoding match one call without a cache.
 
-    Covers prompts of any length, positions beyond 2,048, and a ring buffer that is filled more than twice.
+    Covers prompts of any length, positions beyond 2,048, and a ring buffer that is filled more than twice; the small
+    scope only prompts of 1 to 40 tokens.
     """
     model = long_model(subject.small_model)
-    lengths = ALL_LENGTHS if subject.is_exhaustive else LENGTHS
-    worst = max(_ragged(model), _whole_prompts(model, lengths))
+    worst = _ragged(model)
+    if subject.scope is Scope.SMALL:
+        return f"prompts of 1 to {MOST_RAGGED} tokens, in pieces: within {worst:.0e}"
+    is_exhaustive = subject.scope is Scope.EXHAUSTIVE
+    lengths = ALL_LENGTHS if is_exhaustive else LENGTHS
+    worst = max(worst, _whole_prompts(model, lengths))
     windowed = dataclasses.replace(model, local_window=WINDOW)
-    if subject.is_exhaustive and _cache_shapes(windowed) != _cache_shapes(model):
+    if is_exhaustive and _cache_shapes(windowed) != _cache_shapes(model):
         worst = max(worst, _ragged(windowed), _whole_prompts(windowed, lengths))
     return f"prompts of {lengths[0]} to {lengths[-1]} tokens, positions to {SLOTS}: within {worst:.0e}"
 

@@ -1,6 +1,7 @@
 """What a user means by a name: a part of a table, a whole table, or a part of their own, and the model it is in."""
 
 import dataclasses
+import enum
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -59,18 +60,28 @@ TABLE_OF = {
 }
 
 
+class Scope(enum.Enum):
+    """How many lengths, batch sizes, types and modes a check covers.
+
+    SMALL: one or two short lengths, in float32: seconds a part, for a test suite.
+    QUICK: what `check` does, in less than a minute a part.
+    EXHAUSTIVE: what `check --exhaustive` does, in less than five minutes a part.
+    """
+
+    SMALL = enum.auto()
+    QUICK = enum.auto()
+    EXHAUSTIVE = enum.auto()
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A part to check: its table, name and value, and the small model that uses it (or None).
-
-    `is_exhaustive` is True if checks may take minutes to cover every length, batch size, dtype and mode.
-    """
+    """A part to check: its table, name and value, the small model that uses it (or None), and how much to cover."""
 
     kind: str
     name: str
     part: Any
     model: ModelConfig | None
-    is_exhaustive: bool = False
+    scope: Scope = Scope.QUICK
 
     @property
     def title(self) -> str:
