@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -194,3 +195,24 @@ def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, 
     run.journal_file.write_text(json.dumps(event) + "\n")
     with own_code(run, first_launch(run)) as code:
         assert not {"NCCL_NET_PLUGIN", "PYTHONSTARTUP"} & code._variables().keys()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        (None, "devices", 0),
+        (None, "devices", 10**9),
+        ("machine", "cores", 0),
+        ("machine", "cores", True),
+        ("variables", "XLA_FLAGS", 5),
+    ],
+)
+def test_a_launch_that_no_process_can_be_started_as_is_damage(
+    group: str | None, name: str, value: Any, trained: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
+    (event if group is None else event["environment"][group])[name] = value
+    run.journal_file.write_text(json.dumps(event) + "\n")
+    with pytest.raises(UserError, match="damaged: a launch does not say on what machine"):
+        first_launch(run)

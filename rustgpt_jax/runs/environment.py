@@ -116,9 +116,11 @@ def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, st
     """
     replaced = {*VARIABLES, CPU_DEVICES, *(name.upper() for name in SETTINGS)} - {*OF_THIS_MACHINE}
     stays = {name: value for name, value in os.environ.items() if name not in replaced}
-    settings = {name.upper(): str(value) for name, value in environment["settings"].items() if value is not None}
-    recorded = {name: value for name, value in environment["variables"].items() if name not in OF_THIS_MACHINE}
-    devices = {CPU_DEVICES: str(n_devices)} if environment["devices"]["backend"] == "cpu" else {}
+    settings = {
+        name.upper(): str(value) for name, value in environment.get("settings", {}).items() if value is not None
+    }
+    recorded = {name: value for name, value in environment.get("variables", {}).items() if name not in OF_THIS_MACHINE}
+    devices = {CPU_DEVICES: str(n_devices)} if environment.get("devices", {}).get("backend") == "cpu" else {}
     return stays | settings | variables(recorded) | devices
 
 

@@ -38,6 +38,10 @@ class Launch:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
+# A launch that records more devices is damaged.
+MOST_DEVICES = 2**16
+GROUPS = ("machine", "settings", "variables", "devices")
+
 # Required fields of a launch event, with their types.
 RECORDED: dict[str, type | UnionType] = {
     "step": int,
@@ -92,12 +96,20 @@ def launches(run: RunFolder) -> list[Launch]:
     names = [each.name for each in fields(Launch)]
     found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
     for launch in found:
-        machine = launch.environment.get("machine")
-        if not isinstance(machine, dict) or not isinstance(machine.get("cores"), int):
+        if not _is_environment(launch.environment) or not 1 <= launch.devices <= MOST_DEVICES:
             raise UserError(f"{run.journal_file} is damaged: a launch does not say on what machine it was.")
         if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
             raise UserError(f"{run.journal_file} is damaged: the mesh or the files left out of a launch are none.")
     return found
+
+
+def _is_environment(environment: Mapping[str, Any]) -> bool:
+    """Return whether a process can be started in a recorded environment."""
+    machine, _, variables, _ = groups = [environment.get(name, {}) for name in GROUPS]
+    if not all(isinstance(group, dict) for group in groups):
+        return False
+    cores = machine.get("cores")
+    return type(cores) is int and cores >= 1 and all(isinstance(value, str) for value in variables.values())
 
 
 def first_launch(run: RunFolder) -> Launch:
