@@ -656,6 +656,14 @@ def test_a_process_that_dies_idle_is_started_anew(tmp_path: Path) -> None:
     assert {state["event"] for state in ledger.states().values()} == {"finished"}
 
 
+def test_a_process_is_replaced_after_so_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[processes.__module__], "TRIALS_PER_PROCESS", 2)
+    ledger = run_stand_ins(tmp_path, [f"good {number}" for number in range(5)])
+    assert [state["event"] for state in ledger.states().values()] == ["finished"] * 5
+    # Each process writes one line.
+    assert len((tmp_path / "workers" / "0.log").read_text().splitlines()) == 3
+
+
 POISON = """
 import os, sys
 if "rustgpt_jax.sweeps.worker" in sys.orig_argv:

@@ -19,6 +19,8 @@ from rustgpt_jax.sweeps.planner import Chunk
 
 # A chunk whose process has died so often is given up.
 MOST_DEATHS = 3
+# A process that has run so many trials is replaced by a new one: libraries keep some KB of memory for each checkpoint.
+TRIALS_PER_PROCESS = 500
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -54,6 +56,7 @@ class _Process:
     def __init__(self, launch: Launch, place: int) -> None:
         self._launch, self._place = launch, place
         self._process: subprocess.Popen[str] | None = None
+        self._n_trials = 0
 
     def __enter__(self) -> "_Process":
         return self
@@ -64,7 +67,12 @@ class _Process:
     def run(self, chunk: Chunk) -> None:
         """Have a chunk run, by as many processes as it takes."""
         for _ in range(MOST_DEATHS):
-            if self._answers(chunk) or self._launch.is_stopped():
+            if self._answers(chunk):
+                self._n_trials += len(chunk.trials)
+                if self._n_trials >= TRIALS_PER_PROCESS:
+                    self._end()
+                return
+            if self._launch.is_stopped():
                 return
             status = self._end()
         reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -116,7 +124,7 @@ class _Process:
 
     def _end(self) -> int:
         """Let the process save and end: the end of its input asks for that. Its exit status."""
-        process, self._process = self._process, None
+        process, self._process, self._n_trials = self._process, None, 0
         if process is None:
             return 0
         assert process.stdin and process.stdout
