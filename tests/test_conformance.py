@@ -25,7 +25,7 @@ from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.command import check
 from rustgpt_jax.conformance.report import run_check
 from rustgpt_jax.conformance.small import SMALL, small_model
-from rustgpt_jax.conformance.subjects import MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
+from rustgpt_jax.conformance.subjects import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import cost
 from rustgpt_jax.model.feedforwards import FEEDFORWARDS
@@ -45,6 +45,9 @@ SHORT = {
     "mixers/attention": tuple(name for name in LONG_CHECKS if name not in ("rows", "heads")),
     "mixers/deltanet": ("causality", "isolation"),
 }
+# Of these, the checks that plain pytest makes in the small scope: of a part that mixes tokens, and of any other.
+SMALL_CHECKS = ("causality", "isolation", "gradients", "rows", "prefill")
+SMALL_CHECKS_OF_OTHERS = ("causality", "isolation", "gradients")
 # What is read in a traced program.
 QUICK_TO_FIND = ("precision", "shapes")
 # One of each kind that only some rows, batches, types or modes show.
@@ -137,6 +140,24 @@ def require_ok(part_checks: list[tuple[Subject, str]]) -> None:
 @pytest.mark.slow
 @over_parts(tuple(kind for kind in MODEL_KINDS if kind != "families"))
 def test_parts_of_the_model_conform(part_checks: list[tuple[Subject, str]]) -> None:
+    require_ok(part_checks)
+
+
+def in_small_scope() -> list[Any]:
+    """Parts of the model, those of one small model once, with their checks in the small scope."""
+    cases: dict[Any, Any] = {}
+    for kind in KNOBS:
+        for subject in subjects(kind, {"n_layers": 1}):
+            is_mixed = kind in ("mixers", "positions") or subject.name == "moe"
+            names = SMALL_CHECKS if is_mixed else SMALL_CHECKS_OF_OTHERS
+            names = tuple(name for name in names if name not in SHORT.get(subject.title, ()))
+            small = dataclasses.replace(subject, scope=Scope.SMALL)
+            cases.setdefault(subject.model, pytest.param([(small, name) for name in names], id=subject.title))
+    return list(cases.values())
+
+
+@pytest.mark.parametrize("part_checks", in_small_scope())
+def test_parts_of_the_model_conform_in_the_small_scope(part_checks: list[tuple[Subject, str]]) -> None:
     require_ok(part_checks)
 
 
