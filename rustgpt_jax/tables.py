@@ -47,7 +47,7 @@ def note_import_paths(text: str, file: Path) -> None:
         file: The path of the file, for the announcement.
     """
     for string in JSON_STRING.findall(text):
-        # All that `imported` would import a module for, whether or not its name can stand there.
+        # Everything that `imported` would import a module for, whether or not the name is valid there.
         module, colon, _ = json.loads(string).partition(":")
         if colon and all(name.isidentifier() for name in module.split(".")):
             _named_by_files.setdefault(module, file)

@@ -29,7 +29,7 @@ from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.tables import choose
 
 ROLES = ("system", "user", "assistant")
-# Characters that are encoded at a time where only the bytes of a text are wanted.
+# Number of characters to encode at a time if only the bytes of a text are needed.
 BLOCK_CHARACTERS = 2**20
 
 
@@ -89,7 +89,7 @@ def _checked(document: Document) -> Document:
 
 
 def _encoded(text: str) -> Iterator[bytes]:
-    """A text in UTF-8, a block at a time, so that a long one is not held twice."""
+    """Yield a text in UTF-8 in blocks, so that a long text is not held in memory twice."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         yield text[start : start + BLOCK_CHARACTERS].encode()
 

@@ -143,7 +143,7 @@ class Batches:
         return np.array([order[at] for order, at in zip(orders, (numbers_B % length).tolist(), strict=True)])
 
 
-# A batch may reach over the border of two epochs, and each lane of a program has a seed of its own.
+# A batch may span two epochs, and each lane of a program has its own seed.
 @lru_cache(1024)
 def _turn(seed: int, epoch: int, circle: int) -> int:
     return int(np.random.default_rng((seed, epoch)).integers(circle))

@@ -12,8 +12,8 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.training.objective import Sums, held_out_sums
 
-# Batches whose sums the device may still be computing. Each keeps its batch and some KB of Python objects, so that the
-# memory of an evaluation would otherwise grow with the corpus.
+# Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
+# Python objects, so without a limit the memory of an evaluation would grow with the corpus.
 MOST_PENDING = 128
 
 
@@ -42,7 +42,7 @@ def evaluate(
     _read(list(pending), losses, weights)
     if not losses:
         return {}
-    # In the order of the batches, by Python's own sum.
+    # Sum in batch order with Python's own sum.
     loss, weight = sum(losses), sum(weights)
     mean = float(loss / max(weight, 1.0))
     return {

@@ -89,7 +89,7 @@ def _left_in_group() -> int:
     """Return the bytes left in the cgroup of this process, such as that of a container or a cluster job."""
     with contextlib.suppress(OSError, ValueError):
         limit, used = ((CONTROL_GROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        # The page cache can be reclaimed, its active part too.
+        # The page cache can be reclaimed, including its active part.
         statistics = (CONTROL_GROUP / "memory.stat").read_text()
         kept = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
         return int(limit) - int(used) + sum(map(int, kept))

@@ -57,7 +57,7 @@ class Journal:
         return self.events_from(0)[0]
 
     def events_from(self, offset: int) -> tuple[list[Event], int]:
-        """The events from a byte of the file on, at which a line begins, and the byte to go on from the next time."""
+        """Return the events from a byte offset on, the start of a line, and the offset to continue from."""
         if not self._file.exists():
             return [], offset
         with open(self._file, "rb") as file:

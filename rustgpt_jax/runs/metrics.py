@@ -68,7 +68,7 @@ class MetricsWriter:
         """Close the files."""
         self._file.close()
         if "_tensorboard" in vars(self):
-            # Popped: a cached writer would keep its thread and its queue as long as this object.
+            # Pop it: a cached writer would keep its thread and queue alive as long as this object.
             vars(self).pop("_tensorboard").close()
 
     def check(self) -> None:
@@ -348,8 +348,8 @@ def _silence_the_view() -> None:
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> "EventFileWriter":
-    # Not SummaryWriter.add_scalar, which prints a line for every value that is not finite, nor FileWriter, which
-    # registers itself with atexit, so that a process keeps the writer of every run that it ever trained.
+    # Not SummaryWriter.add_scalar, which prints a line for every non-finite value, and not FileWriter, which registers
+    # itself with atexit, so that a process would keep the writers of all runs that it trained.
     from tensorboardX.event_file_writer import EventFileWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 

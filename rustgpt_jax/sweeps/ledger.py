@@ -74,7 +74,7 @@ class Ledger:
         return {event["trial"]: event["overrides"] for event in self.events() if event["event"] == "planned"}
 
     def is_done(self, trial: str) -> bool:
-        """Whether a trial needs no more work. Keeps no events, so that a worker does not hold the whole ledger."""
+        """Return whether a trial needs no more work, without keeping the ledger's events in memory."""
         with self._turn:
             new, self._done_end = self._read(self._done_end)
             for event in filter(_is_valid, new):

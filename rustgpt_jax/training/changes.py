@@ -50,13 +50,13 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
         shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
         raise UserError(f"{path} holds a run with another config: {shown}. Choose another --run folder.")
     made = max(run.saved_steps, default=0)
-    # A command that was stopped may be given again, --extend included.
+    # A command that was stopped may be repeated, including --extend.
     was_extended = any(stages(each.config)[-1].end_step < stages(stored)[-1].end_step for each in earlier)
     extends = extends and bool(changed or not was_extended)
     sentences = _of_steps(path, stored, config, changed, made, extends)
     if not changed or stages(config)[-1].end_step == made:
         return Change(stored if changed else config, earlier)
-    # Steps after the last checkpoint are made anew. A config that made no step that is left stays listed, without any.
+    # Steps after the last checkpoint are trained again. A config with no remaining steps stays in the list.
     kept = tuple(each._replace(until=min(each.until, made)) for each in earlier)
     values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
     return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
