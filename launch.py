@@ -182,13 +182,16 @@ def train() -> int:
 
 def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
+    from rustgpt_jax.config import is_by_epochs
     from rustgpt_jax.runs.cluster_job import job_script, submit
     from rustgpt_jax.training.changes import change_of
     from rustgpt_jax.training.parts import check_parts
 
     if FLAGS.launcher != "slurm":
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
-    change_of(folder, config, FLAGS.extend)
+    # How many steps epochs are, the job finds.
+    if not is_by_epochs(config):
+        change_of(folder, config, FLAGS.extend)
     check_parts(config)
     given = [FLAGS[name] for name in (*VERBS["train"].flags, *OF_ALL_VERBS) if name not in ("launcher", "slurm")]
     words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]

@@ -254,6 +254,9 @@ def get_config() -> ConfigDict:
     config.training = ConfigDict()
     # Optimizer steps.
     config.training.steps = 200
+    # Passes over the training text, such as 3 or 0.5, instead of a number of steps; the run records its steps.
+    # None: training.steps decides.
+    config.training.epochs = None
     # Windows in a step, over all devices and accumulation parts.
     config.training.batch_size = 16
     # Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole batch, but for

@@ -222,6 +222,8 @@ class TrainingConfig:
     """How many steps, on how much text each."""
 
     steps: int = number(low=1)
+    # Not None: decides instead of `steps`, until data.prepare.resolve_epochs has replaced it by steps.
+    epochs: float | None = knob(low=1e-9)
     batch_size: int = knob(low=1)
     accumulation: int = knob(low=1)
     # Memory use grows with this number, since each call has a slot for every step.
@@ -415,6 +417,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 # Stages.
 
+STEPS, EPOCHS = "training.steps", "training.epochs"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -450,7 +454,11 @@ def stages(config: Config) -> tuple[Stage, ...]:
         return (Stage("train", 0, config),)
     result: list[Stage] = []
     for stage in config.stages:
-        whole = with_values(dataclasses.replace(config, stages=()), dict(stage.overrides))
+        own = dict(stage.overrides)
+        if STEPS in own:
+            # Its own steps, rather than the epochs of the whole run.
+            own.setdefault(EPOCHS, None)
+        whole = with_values(dataclasses.replace(config, stages=()), own)
         result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
     return tuple(result)
 
@@ -475,6 +483,23 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
     return tuple(result)
 
 
+def is_by_epochs(config: Config) -> bool:
+    """Whether a number of epochs decides how many steps a stage has, so that its data must be known first."""
+    return any(stage.config.training.epochs is not None for stage in stages(config))
+
+
+def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
+    """A config with a number of steps, instead of a number of epochs, for some stages by name."""
+    if not config.stages:
+        return with_values(config, {STEPS: steps["train"], EPOCHS: None})
+    parts = []
+    for stage in config.stages:
+        own = {path: value for path, value in stage.overrides if path != EPOCHS}
+        own |= {STEPS: steps[stage.name]} if stage.name in steps else {}
+        parts.append(StageConfig(stage.name, tuple(sorted(own.items()))))
+    return with_values(config, {"stages": tuple(parts), EPOCHS: None})
+
+
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the values at some dotted paths replaced. The values are taken as they are."""
     for path, value in values.items():
@@ -490,7 +515,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 def may_differ_between_stages(path: str) -> bool:
     """A stage has its own data, steps and numbers; parameters and optimizer state must keep their shapes."""
-    return path.startswith("data.") or path == "schedule.name" or (_is_number(path) and path != "seed")
+    return path.startswith("data.") or path in ("schedule.name", EPOCHS) or (_is_number(path) and path != "seed")
 
 
 # Written form.

@@ -44,9 +44,21 @@ def resolve(tree: Tree) -> Config:
             raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
     values = {path: checked(path, value, f"config.{path}") for path, value in given.items()}
     config = _build(Config, {**schema.nested(values), "stages": _resolve_stages(listed_stages)})
+    _check_epochs(config)
     for stage in schema.stages(config):
         check_combinations(stage.config)
     return config
+
+
+def _check_epochs(config: Config) -> None:
+    """Refuse epochs of the whole run where each stage has steps or epochs of its own."""
+    own = [dict(stage.overrides) for stage in config.stages]
+    if own and config.training.epochs is not None and all({schema.STEPS, schema.EPOCHS} & {*each} for each in own):
+        first = f"config.stages.{config.stages[0].name}.{schema.EPOCHS}"
+        raise UserError(
+            f"config.{schema.EPOCHS}={config.training.epochs:.10g} decides nothing, for each stage has its own number "
+            f"of steps or epochs; give {first} and that of the other stages."
+        )
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,6 +121,26 @@ def override(tree: Any, path: str, value: Any) -> None:
     if knob not in FIELDS:
         raise UserError(unknown(knob, where))
     _place(tree, knob, value)
+
+
+def override_all(tree: Any, values: Mapping[str, Any]) -> None:
+    """Set the values at some dotted paths of a ConfigDict in place.
+
+    Raises UserError as `override` does, and for a number of steps where a number of epochs decides.
+    """
+    for path, value in values.items():
+        override(tree, path, value)
+    for path, value in values.items():
+        where, knob = _in_stage(path)
+        if knob != schema.STEPS:
+            continue
+        node = tree if where == "config" else {each["name"]: each for each in tree["stages"]}[where.rsplit(".", 1)[-1]]
+        epochs = dict(leaves(node)).get(schema.EPOCHS)
+        if epochs is not None:
+            raise UserError(
+                f"{where}.{knob}={value} cannot go with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
+                f"(with --{where}.{schema.EPOCHS}=None the steps decide)."
+            )
 
 
 def check_value(path: str, value: Any) -> None:
@@ -362,7 +394,7 @@ def check_combinations(config: Config) -> None:
             f"config.training.batch_size={training.batch_size} is not a multiple of "
             f"config.training.accumulation={training.accumulation}, the number of parts it is run in."
         )
-    if config.schedule.warmup_steps > training.steps:
+    if training.epochs is None and config.schedule.warmup_steps > training.steps:
         raise UserError(
             f"config.schedule.warmup_steps={config.schedule.warmup_steps} is more than "
             f"config.training.steps={training.steps}."

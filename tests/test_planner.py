@@ -129,6 +129,7 @@ OTHER: dict[str, Any] = {
     "schedule.decay_fraction": 0.5,
     "schedule.final_fraction": 0.5,
     "training.steps": 9,
+    "training.epochs": 2.0,
     "training.batch_size": 8,
     "training.accumulation": 2,
     "training.steps_per_call": 2,

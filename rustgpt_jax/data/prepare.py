@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rustgpt_jax.config import Config, DataConfig, Stage, stages
+from rustgpt_jax.config import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.data.corpora import file_digests, training_documents
-from rustgpt_jax.data.pipeline import Batch, Batches, batches, evaluation_batches
+from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches
 from rustgpt_jax.data.store import Store, Survey, build_store, require_batch, survey_corpus
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.resolve import check_combinations, checked
 from rustgpt_jax.tokenizers import Codec, load_tokenizer, pieces, train_tokenizer
 from rustgpt_jax.tokenizers.codec import CUTS_OF_BYTE_PAIRS, CUTS_OF_WORDS
 
@@ -31,6 +34,11 @@ class StageData:
     def window(self) -> int:
         """Tokens in a window."""
         return self.stage.config.data.window or self.stage.config.model.context_length
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in an epoch of the training text."""
+        return len(Windows(self.store.split("train"), self.window))
 
     @property
     def is_dialogue(self) -> bool:
@@ -105,6 +113,62 @@ def prepare_stage(
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
     require_batch(data.store.split("train"), data.window, stage.config.training.batch_size)
     return data
+
+
+class Resolved(NamedTuple):
+    """A config whose epochs have been replaced by steps.
+
+    Attributes:
+        config: The config.
+        steps: The numbers of steps that were computed, by dotted path.
+        origins: The origins of these values, by dotted path.
+        sentences: A sentence for the user about each of them.
+    """
+
+    config: Config
+    steps: dict[str, int]
+    origins: dict[str, str]
+    sentences: list[str]
+
+
+def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Resolved:
+    """Replace the number of epochs of each stage by the smallest number of steps that reads so many.
+
+    Args:
+        config: The config, returned as it is if no stage has a number of epochs.
+        prepare: A function that returns the data of a stage, whose number of steps is not known yet.
+
+    Raises:
+        UserError: The data are unsuitable, or the number of steps is too large, or too small for the config.
+    """
+    found, result = dict[str, int](), Resolved(config, {}, {}, [])
+    for stage in stages(config):
+        epochs, batch_size = stage.config.training.epochs, stage.config.training.batch_size
+        if epochs is None:
+            continue
+        n_windows = prepare(stage).n_windows
+        # As it was written: 0.1 of 30 windows are 3, which the product of floats exceeds.
+        n_steps = math.ceil(Fraction(repr(epochs)) * n_windows / batch_size)
+        prefix = f"stages.{stage.name}." if config.stages else ""
+        asked = f"config.{prefix}{EPOCHS}={epochs:.10g}"
+        found[stage.name] = checked(STEPS, n_steps, f"{asked}: config.{prefix}{STEPS}")
+        result.steps[prefix + STEPS] = found[stage.name]
+        result.origins[prefix + STEPS] = asked
+        per_epoch = f"{n_windows:,} windows an epoch, {batch_size} a step"
+        result.sentences.append(f"{asked}: {n_steps:,} steps ({per_epoch}).")
+    if not found:
+        return result
+    whole = with_steps(config, found)
+    for stage in stages(whole):
+        check_combinations(stage.config)
+    return result._replace(config=whole)
+
+
+def resolve_epochs_with(
+    config: Config, tokenizer: Codec, cache: Path, progress: StoreProgress | None = None
+) -> Resolved:
+    """`resolve_epochs` with the data of a tokenizer, their stores built under `cache` or found there."""
+    return resolve_epochs(config, lambda stage: prepare_stage(stage, tokenizer, cache, progress))
 
 
 def record_data(material: Iterable[StageData]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config import EPOCHS, ModelConfig, is_by_epochs
 from rustgpt_jax.data.prepare import with_vocabulary
 from rustgpt_jax.data.store import tokenizer_hash
 from rustgpt_jax.errors import UserError
@@ -43,6 +43,8 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     described, codec = read_model(source, says), read_codec(source, says)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
+    if is_by_epochs(config):
+        raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
     model, name = with_vocabulary(config, codec).model, described.architecture.name
     shapes = parameter_shapes(model)
     says(f"{source}: {name}, {count(total_size(shapes))} parameters")

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import FIELDS, Config, ModelConfig, differences, split, stages
-from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
+from rustgpt_jax.data.prepare import obtain_tokenizer, resolve_epochs_with, with_vocabulary
 from rustgpt_jax.data.store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.exporting import appearing_folder
@@ -85,6 +86,8 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
         begun = _with_tokenizer_of(load_config(place), config, origins, source)
     keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
     own = there.writer.tokenizer if keeps else obtain_tokenizer(begun.config)
+    resolved = resolve_epochs_with(begun.config, own, cache_folder())
+    begun = Begun(resolved.config, {**begun.origins, **resolved.origins})
     whole = with_vocabulary(begun.config, own)
     structure, numbers = split(stages(whole)[0].config)
     fresh = by_path(compiled_start(structure, as_arguments(numbers)).params)
@@ -102,6 +105,8 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
         about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
         about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    for sentence in resolved.sentences:
+        says(sentence)
     for sentence in _told(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
         says(sentence)
     return begun

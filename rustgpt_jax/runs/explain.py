@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import Config, Stage, flatten, split, stages
-from rustgpt_jax.data.prepare import obtain_tokenizer, with_vocabulary
+from rustgpt_jax.config import Config, Stage, flatten, is_by_epochs, split, stages
+from rustgpt_jax.data.prepare import obtain_tokenizer, resolve_epochs_with, with_vocabulary
 from rustgpt_jax.model.cost import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.parallel.placement import check_shares
@@ -22,12 +22,21 @@ from rustgpt_jax.training.step import as_arguments, start
 def explain(config: Config, origins: Mapping[str, str], console: Console) -> None:
     """Print the knobs with their origins, the parameters with their shapes, and FLOPs and memory.
 
-    Nothing is computed but shapes; where the vocabulary depends on the corpus, the tokenizer is trained.
+    Nothing is computed but shapes; where the vocabulary depends on the corpus, the tokenizer is trained, and where the
+    number of steps depends on the number of epochs, the text is encoded.
     """
     check_parts(config)
     for stage in stages(config):
         check_shares(stage.config, stage.config.data.window or config.model.context_length, jax.device_count())
-    whole = config if config.model.vocab_size else with_vocabulary(config, obtain_tokenizer(config))
+    if is_by_epochs(config) or not config.model.vocab_size:
+        tokenizer = obtain_tokenizer(config)
+        resolved = resolve_epochs_with(config, tokenizer, cache_folder())
+        config, origins = resolved.config, {**origins, **resolved.origins}
+        for sentence in resolved.sentences:
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        whole = with_vocabulary(config, tokenizer)
+    else:
+        whole = config
     # All of it is made before any of it is shown: a part may refuse its knobs.
     tables = [_knobs(config, origins), *(_stage_knobs(own.name, dict(own.overrides)) for own in config.stages)]
     for table in [*tables, _parameters(whole), _costs(whole)]:

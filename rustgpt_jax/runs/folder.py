@@ -19,6 +19,7 @@ from rustgpt_jax.config import (
     StageConfig,
     config_hash,
     differences,
+    is_by_epochs,
     is_of_result,
     stages_in_turn,
     to_dict,
@@ -195,6 +196,8 @@ def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequ
         UserError: The folder holds a run with another config or other files, or is not writable.
     """
     run = RunFolder(path)
+    if is_by_epochs(config):
+        raise ValueError("A run has a number of steps; resolve_epochs finds it for a number of epochs.")
     admit(path, config, earlier)
     if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
         return run

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax.config import FIELDS, to_dict
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.resolve import leaves, override, parse_all
+from rustgpt_jax.resolve import leaves, override_all, parse_all
 from rustgpt_jax.runs.folder import is_special, load_config, load_origins
 
 # A config, and where each of its values came from.
@@ -38,10 +38,9 @@ def recipe_of_run(path: Path, overrides: Overrides) -> Recipe:
 
 
 def _overridden(tree: Any, origins: dict[str, str], overrides: Overrides) -> Recipe:
-    for path, value in parse_all(overrides).items():
-        override(tree, path, value)
-        origins[path] = COMMAND_LINE
-    return tree, origins
+    values = parse_all(overrides)
+    override_all(tree, values)
+    return tree, origins | dict.fromkeys(values, COMMAND_LINE)
 
 
 def sweep_function(file: str, name: str) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ from rustgpt_jax.resolve import leaves
 from rustgpt_jax.runs.folder import lock
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.sweeps.ledger import DONE
+from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.space import (
     Choice,
     Distribution,
@@ -117,10 +118,10 @@ def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) ->
         study = _study(sweep, search, tree)
         told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
         # Rerun trials that failed or whose folders were deleted; the results told earlier remain.
-        _run(sweep, {each.number: _trials_of(each, search, tree, fixed) for each in told})
+        _run(sweep, {each.number: _trials_of(each, search, tree, fixed, sweep.shelf) for each in told})
         while not sweep.stop and len(_tried(study)) - len(_running(study)) < search.n_trials:
-            _ask(study, search, tree, fixed)
-            batch = {each.number: _trials_of(each, search, tree, fixed) for each in _running(study)}
+            _ask(study, search, tree, fixed, sweep.shelf)
+            batch = {each.number: _trials_of(each, search, tree, fixed, sweep.shelf) for each in _running(study)}
             _run(sweep, batch)
             if not sweep.stop:
                 for number, members in batch.items():
@@ -226,7 +227,7 @@ def _tried(study: Any) -> list[Any]:
     return [each for each in study.trials if SKIPPED not in each.user_attrs]
 
 
-def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> None:
+def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> None:
     """Ask until the batch is whole, or all trials of the search have been asked for.
 
     Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
@@ -238,7 +239,7 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> N
     end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
     while len(_tried(study)) < end:
         asked = suggest(search, study.trials, len(study.trials))
-        reason = _why_not(asked, search, tree, fixed)
+        reason = _why_not(asked, search, tree, fixed, shelf)
         if reason and len(study.trials) - len(_tried(study)) >= MOST_SKIPPED_A_TRIAL * search.n_trials:
             raise UserError(f"Too few points of the search can be tried; this is what keeps the last from it: {reason}")
         study.add_trial(
@@ -251,10 +252,10 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> N
         )
 
 
-def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> str | None:
+def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> str | None:
     """Return why a suggestion cannot be tried, or None if it can."""
     try:
-        for each in _trials_of(asked, search, tree, fixed):
+        for each in _trials_of(asked, search, tree, fixed, shelf):
             check_parts(each.config)
     except UserError as error:
         return str(error)
@@ -298,12 +299,12 @@ def decode_params(search: TreeParzen, params: dict[str, Any]) -> Overrides:
     }
 
 
-def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...]) -> list[Trial]:
+def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> list[Trial]:
     """The trials that one suggestion is tried with: one, or one for each seed."""
     overrides = decode_params(search, asked.params)
     if not search.seeds:
-        return expand(tree, [overrides], fixed)
-    return [trial(tree, {**overrides, "seed": seed}) for seed in search.seeds]
+        return expand(tree, [overrides], fixed, lambda: shelf)
+    return [trial(tree, {**overrides, "seed": seed}, lambda: shelf) for seed in search.seeds]
 
 
 def _final_loss(sweep: Sweep, each: Trial) -> float:

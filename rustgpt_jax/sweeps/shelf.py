@@ -8,7 +8,15 @@ from pathlib import Path
 
 from rustgpt_jax.cache import cache_folder
 from rustgpt_jax.config import Config, Stage, stages
-from rustgpt_jax.data.prepare import StageData, StoreProgress, obtain_tokenizer, prepare_stage, with_vocabulary
+from rustgpt_jax.data.prepare import (
+    Resolved,
+    StageData,
+    StoreProgress,
+    obtain_tokenizer,
+    prepare_stage,
+    resolve_epochs,
+    with_vocabulary,
+)
 from rustgpt_jax.data.store import Store
 from rustgpt_jax.tokenizers import Codec, save_tokenizer
 from rustgpt_jax.training.material import Material
@@ -46,6 +54,11 @@ class Shelf:
         """The config with its vocabulary filled in. Raises UserError if the model has too few rows for it."""
         with self._turn:
             return with_vocabulary(config, self.tokenizer(config))
+
+    def resolve_epochs(self, config: Config) -> Resolved:
+        """The config with steps in place of epochs. Raises UserError for text that will not do."""
+        with self._turn:
+            return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
 
     def material(self, config: Config) -> Material:
         """All that a trial is made of. Raises UserError for less text than one batch."""

@@ -80,14 +80,14 @@ class Sweep:
     ) -> None:
         self.folder, self.stop, self._about, self._settings, self._board = folder, stop, about, settings, board
         self._record, self._listed = record, dict[str, None]()
-        self.ledger, self._shelf = Ledger(folder.ledger_file), shelf
+        self.ledger, self.shelf = Ledger(folder.ledger_file), shelf
         shelf.keep_in(folder.tokenizers)
         self._is_told = set[str]()
         self._first_event = len(self.ledger.events())
         self._machine = self._machine_of_workers()
         code = folders.keep_code(folder)
         self._launch = Launch(
-            folder, self._shelf, code.absolute(), self.n_workers, dict(settings.slurm_options or {}), lambda: bool(stop)
+            folder, self.shelf, code.absolute(), self.n_workers, dict(settings.slurm_options or {}), lambda: bool(stop)
         )
 
     @property
@@ -151,9 +151,7 @@ class Sweep:
             raise UserError(
                 f"--launcher=processes gives a trial one device: {in_words(several.overrides)} needs several."
             )
-        plans = [
-            plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self._shelf)
-        ]
+        plans = [plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self.shelf)]
         for number, each in enumerate(plans, start=1):
             n_trials = len(each.shape_class.trials)
             text = (

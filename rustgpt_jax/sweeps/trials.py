@@ -1,15 +1,19 @@
 """The trials of a sweep: each a whole config with a name of its own, checked before anything runs."""
 
 import copy
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.config import Config, config_hash
+from rustgpt_jax.config import EPOCHS, STEPS, Config, config_hash, is_by_epochs
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import check_value, override, resolve
+from rustgpt_jax.resolve import check_value, override_all, resolve
 from rustgpt_jax.sweeps.space import Choice, Distribution, Overrides, TreeParzen, sample
+
+if TYPE_CHECKING:
+    from rustgpt_jax.sweeps.shelf import Shelf
 
 ID_DIGITS = 8
 # Number of points of a search to try before giving up.
@@ -27,27 +31,43 @@ class Trial:
     config: Config
 
 
-def trial(tree: Any, overrides: Overrides) -> Trial:
+def _new_shelf() -> "Shelf":
+    # It imports JAX, which takes seconds, and few configs need data to be resolved.
+    from rustgpt_jax.sweeps.shelf import Shelf
+
+    return Shelf()
+
+
+def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "Shelf"] = _new_shelf) -> Trial:
     """The trial that differs from a config (a ConfigDict, left as it is) in these knobs.
 
-    Raises UserError for a knob that the config does not have, a value out of range, and whatever `resolve` refuses.
+    Where epochs are among the knobs, the trial has the steps that they come to instead; `shelf` gives the data that
+    tell. Raises UserError for a knob that the config does not have, a value out of range, and whatever `resolve`
+    refuses.
     """
     tree = copy.deepcopy(tree)
     try:
-        for path, value in overrides.items():
-            override(tree, path, value)
-        config = resolve(tree)
+        override_all(tree, overrides)
+        config, steps = resolve(tree), dict[str, int]()
+        if is_by_epochs(config):
+            config, steps, *_ = shelf().resolve_epochs(config)
     except UserError as error:
         raise UserError(f"The trial {in_words(overrides)} cannot be: {error}") from error
-    return Trial(config_hash(config)[:ID_DIGITS], dict(overrides), config)
+    own = {path: value for path, value in overrides.items() if not path.endswith(EPOCHS)}
+    if len(own) < len(overrides):
+        own |= steps
+    return Trial(config_hash(config)[:ID_DIGITS], own, config)
 
 
-def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> list[Trial]:
+def expand(
+    tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = (), shelf: Callable[[], "Shelf"] = _new_shelf
+) -> list[Trial]:
     """All trials of a sweep over a config, in their order.
 
-    `fixed` are knobs that were set by hand and so must not be swept. Raises UserError for what cannot run, for two
-    trials that are the same config, and for a sweep without trials.
+    `fixed` are knobs that were set by hand and so must not be swept. `shelf` gives what trials share. Raises
+    UserError for what cannot run, for two trials that are the same config, and for a sweep without trials.
     """
+    shelf = functools.cache(shelf)
     trials: list[Trial] = []
     by_id: dict[str, Trial] = {}
     for overrides in sweep:
@@ -57,7 +77,7 @@ def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> 
         for path in overrides:
             if not isinstance(path, str):
                 raise UserError(f"A sweep names each knob by its dotted path, such as 'seed', not {path!r}.")
-        added = trial(tree, dict(overrides))
+        added = trial(tree, dict(overrides), shelf)
         if added.id in by_id:
             first, second = in_words(by_id[added.id].overrides), in_words(added.overrides)
             raise UserError(f"Two trials are the same config: {first} and {second}. Leave one of them out.")
@@ -69,9 +89,15 @@ def expand(tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = ()) -> 
 
 
 def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
+    swept = set(overrides)
     for path in fixed:
-        if path in overrides:
+        if path in swept:
             raise UserError(f"config.{path} is given on the command line and swept too: leave one of them out.")
+        if path.endswith(STEPS) and path.removesuffix(STEPS) + EPOCHS in swept:
+            raise UserError(
+                f"config.{path} is given on the command line, and {EPOCHS}, which decides instead, is swept: leave one "
+                "of them out."
+            )
 
 
 def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) -> list[Trial]:
@@ -87,13 +113,14 @@ def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) ->
     for path, distribution in search.space:
         for value in _examples(distribution):
             check_value(path, value)
+    shelf = functools.cache(_new_shelf)
     points = [search.middle, *sample(N_PROBES, dict(search.space))]
     options = [(path, option) for path, each in search.space if isinstance(each, Choice) for option in each.options]
     seed = {"seed": search.seeds[0]} if search.seeds else {}
-    found = [_first(tree, ({**point, **seed, path: option} for point in points)) for path, option in options]
-    first = _first(tree, ({**point, **seed} for point in points)) or next(filter(None, found), None)
+    found = [_first(tree, ({**point, **seed, path: option} for point in points), shelf) for path, option in options]
+    first = _first(tree, ({**point, **seed} for point in points), shelf) or next(filter(None, found), None)
     # Report the reason for the middle point.
-    first = first or trial(tree, search.middle)
+    first = first or trial(tree, search.middle, shelf)
     return [first, *(each for each in found if each is not None and each.id != first.id)]
 
 
@@ -103,11 +130,11 @@ def _examples(distribution: Distribution) -> list[Any]:
     return [distribution.at(place) for place in PLACES]
 
 
-def _first(tree: Any, points: Iterable[Overrides]) -> Trial | None:
+def _first(tree: Any, points: Iterable[Overrides], shelf: Callable[[], "Shelf"]) -> Trial | None:
     """Return the first point that resolves."""
     for point in points:
         with suppress(UserError):
-            return trial(tree, point)
+            return trial(tree, point, shelf)
     return None
 
 

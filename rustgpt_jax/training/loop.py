@@ -11,8 +11,8 @@ import jax
 from rich.console import Console
 
 from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import Config, Earlier, stages, stages_in_turn
-from rustgpt_jax.data.prepare import obtain_tokenizer, prepare_stage, with_vocabulary
+from rustgpt_jax.config import EPOCHS, STEPS, Config, Earlier, is_by_epochs, stages, stages_in_turn
+from rustgpt_jax.data.prepare import Resolved, obtain_tokenizer, prepare_stage, resolve_epochs_with, with_vocabulary
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.cost import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.selfcheck import check_kernels
@@ -29,6 +29,7 @@ from rustgpt_jax.runs.laps import Laps
 from rustgpt_jax.runs.progress import Progress, counting
 from rustgpt_jax.runs.shadow import shadow
 from rustgpt_jax.runs.snapshot import remember_code
+from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.changes import change_of
 from rustgpt_jax.training.lanes import Solo, train_lanes
 from rustgpt_jax.training.material import Material, run_tokenizer
@@ -74,19 +75,21 @@ def train(
             unwritable, or the run ended because the loss or gradient was not finite.
     """
     laps = Laps("Python and packages")
-    config, earlier, sentences = change_of(path, config, extends)
-    for sentence in sentences:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     check_parts(config)
     # As it is now: it may be edited while the data are prepared.
     remember_code()
+    resolved, tokenizer = _with_steps(config, RunFolder(path).tokenizer_file, console)
+    config, earlier, sentences = change_of(path, resolved.config, extends)
+    origins = {**origins, **resolved.origins}
+    for sentence in (*resolved.sentences, *sentences):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     placement = all_devices(config.mesh)
     check_memories(config)
     check_training_memory(config, used_machine(), placement.sizes, is_oversubscribed)
     again = "The same command goes on from the last checkpoint."
     with _records(path, config, origins) as folder:
         with first_alone("data"):
-            material = gather(config, RunFolder(folder).tokenizer_file, console, earlier)
+            material = gather(config, RunFolder(folder).tokenizer_file, console, earlier, tokenizer)
         # Check again with the vocabulary size.
         check_training_memory(material.whole, used_machine(), placement.sizes, is_oversubscribed)
         material.check(RunFolder(folder), placement.n_devices)
@@ -106,7 +109,38 @@ def _records(path: Path, config: Config, origins: Mapping[str, str]) -> Abstract
     return nullcontext(path) if is_first() else shadow(path, config, origins)
 
 
-def gather(config: Config, tokenizer_file: Path, console: Console, earlier: tuple[Earlier, ...] = ()) -> Material:
+def _with_steps(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Codec | None]:
+    """Replace epochs by steps, and return the tokenizer too if the windows had to be counted.
+
+    Raises:
+        UserError: The text is unsuitable, or several processes train the run.
+    """
+    if not is_by_epochs(config):
+        return Resolved(config, {}, {}, []), None
+    if jax.process_count() > 1:
+        raise UserError(
+            f"config.{EPOCHS}: several processes take a number of steps, config.{STEPS}; "
+            "`launch.py explain` tells how many it is."
+        )
+    tokenizer = _tokenizer(config, tokenizer_file, console)
+    with counting(console, "characters encoded") as progress:
+        return resolve_epochs_with(config, tokenizer, cache_folder(), progress), tokenizer
+
+
+def _tokenizer(config: Config, file: Path, console: Console) -> Codec:
+    if file.exists():
+        return run_tokenizer(RunFolder(file.parent))
+    with counting(console, "characters read to train the tokenizer") as progress:
+        return obtain_tokenizer(config, progress=progress)
+
+
+def gather(
+    config: Config,
+    tokenizer_file: Path,
+    console: Console,
+    earlier: tuple[Earlier, ...] = (),
+    tokenizer: Codec | None = None,
+) -> Material:
     """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
 
     Args:
@@ -114,15 +148,13 @@ def gather(config: Config, tokenizer_file: Path, console: Console, earlier: tupl
         tokenizer_file: The path of the run's tokenizer, which may not exist.
         console: The console to print to.
         earlier: Earlier configs of the run.
+        tokenizer: The tokenizer of the run, if it is known already.
 
     Raises:
         UserError: The text is unsuitable.
     """
-    if tokenizer_file.exists():
-        tokenizer = run_tokenizer(RunFolder(tokenizer_file.parent))
-    else:
-        with counting(console, "characters read to train the tokenizer") as progress:
-            tokenizer = obtain_tokenizer(config, progress=progress)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, tokenizer_file, console)
     whole = with_vocabulary(config, tokenizer)
     with counting(console, "characters encoded") as progress:
         prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]

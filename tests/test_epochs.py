@@ -1,0 +1,167 @@
+"""A number of epochs is the number of steps that reads each window so often, wherever a config is taken."""
+
+from collections import Counter
+from fractions import Fraction
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_tree
+from rich.console import Console
+from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
+
+from rustgpt_jax.config import Config, is_by_epochs, stages
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.taking import begin_from
+from rustgpt_jax.parallel.machine import Machine
+from rustgpt_jax.resolve import resolve
+from rustgpt_jax.runs.explain import explain
+from rustgpt_jax.runs.folder import load_config, load_origins
+from rustgpt_jax.runs.recipes import read_recipe
+from rustgpt_jax.sweeps.preview import preview
+from rustgpt_jax.sweeps.search import check_rungs
+from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.space import SuccessiveHalving
+from rustgpt_jax.sweeps.trials import expand, in_words
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BASE = Path(__file__).parent.parent / "configs" / "base.py"
+FEW = {"data.max_documents": 6, "data.valid_fraction": 0.3}
+
+
+def by_epochs(epochs: float | None, **changes: Any) -> Config:
+    return tiny(**FEW, **{"training.epochs": epochs, **changes})
+
+
+def settled(config: Config) -> Config:
+    return Shelf().resolve_epochs(config).config
+
+
+def steps_to_read_all(config: Config, n_times: int) -> int:
+    """The steps after which each token of the training text but the first has been a target so often."""
+    data = Shelf().material(config).stages[0]
+    batches, circle = data.training_batches(), data.store.split("train").n_tokens - 1
+    seen: Counter[int] = Counter()
+    step = 0
+    while len(seen) < circle or min(seen.values()) < n_times:
+        places = batches.places(step)
+        for start, real in zip(places.starts_B.tolist(), places.real_B.tolist(), strict=True):
+            seen.update((start + at) % circle for at in range(real))
+        step += 1
+    return step
+
+
+@pytest.mark.parametrize(("epochs", "batch_size", "window"), [(1, 4, None), (2, 3, 7), (3, 5, None), (1, 1, 16)])
+def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_size: int, window: int | None) -> None:
+    changes = {"training.batch_size": batch_size, "data.window": window, "schedule.warmup_steps": 0}
+    steps = settled(by_epochs(epochs, **changes)).training.steps
+    assert steps == steps_to_read_all(by_epochs(None, **changes), epochs)
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
+def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
+    config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
+    n_windows = Shelf().material(settled(config)).stages[0].n_windows
+    steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_windows
+    assert steps - 1 < wanted <= steps
+
+
+def test_each_stage_goes_by_its_own_steps_or_epochs_or_those_of_the_run() -> None:
+    listed: tuple[dict[str, Any], ...] = (
+        {"name": "own_steps", "training": {"steps": 5}},
+        {"name": "inherits", "data": {"window": 8}},
+        {"name": "own_epochs", "training": {"epochs": 2.0, "steps": 77}},
+    )
+    config = by_epochs(1.0, stages=listed)
+    assert is_by_epochs(config)
+    found = {stage.name: stage.config.training.steps for stage in stages(settled(config))}
+    wide, narrow = (settled(by_epochs(epochs, **{"data.window": window})) for epochs, window in ((2.0, None), (1.0, 8)))
+    assert found == {"own_steps": 5, "inherits": narrow.training.steps, "own_epochs": wide.training.steps}
+    assert not is_by_epochs(settled(config)) and settled(settled(config)) == settled(config)
+
+
+def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path: Path) -> None:
+    constant = {"schedule.name": "constant"}
+    config, path = by_epochs(1.5, **constant), tmp_path / "epochs"
+    n_steps = settled(config).training.steps
+    assert not train(config, path, Interruption(4, is_kill=False))[0]
+    is_over, said = train(config, path)
+    assert is_over and f"config.training.epochs=1.5: {n_steps} steps (" in said and f"{n_steps} steps from step" in said
+    assert f"is complete: {n_steps} steps" in train(config, path)[1]
+    plain = by_epochs(None, **constant, **{"training.steps": n_steps})
+    assert train(plain, tmp_path / "steps")[0]
+    assert load_config(path) == plain == load_config(tmp_path / "steps")
+    assert load_origins(path)["training.steps"] == "config.training.epochs=1.5"
+    assert_same_bits(stored_state(plain, path), stored_state(plain, tmp_path / "steps"))
+    assert metrics(path) == metrics(tmp_path / "steps")
+    # More epochs are more steps.
+    longer = by_epochs(2, **constant)
+    assert train(longer, path)[0]
+    assert load_config(path).training.steps == settled(longer).training.steps > n_steps
+
+
+def test_a_run_with_the_parameters_of_another_has_steps_too(tmp_path: Path) -> None:
+    assert train(by_epochs(None, **{"training.steps": 3}), tmp_path / "source")[0]
+    said = list[str]()
+    begun, _ = begin_from(str(tmp_path / "source"), tmp_path / "new", by_epochs(2), {}, said.append)
+    assert begun == load_config(tmp_path / "new") == settled(by_epochs(2))
+    assert any("config.training.epochs=2" in sentence for sentence in said)
+
+
+def test_trials_have_the_steps_that_their_epochs_are() -> None:
+    tree = small_tree(**(TINY | FEW))
+    trials = expand(tree, [{"training.epochs": epochs, "seed": 1} for epochs in (0.5, 1.0)])
+    counts = [settled(by_epochs(epochs)).training.steps for epochs in (0.5, 1.0)]
+    plain = expand(tree, [{"training.steps": steps, "seed": 1} for steps in counts])
+    assert [(each.id, each.overrides, each.config) for each in trials] == [
+        (each.id, each.overrides, each.config) for each in plain
+    ]
+    console = Console(file=StringIO(), width=200)
+    preview(trials, Shelf(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
+    assert f"training.steps={counts[1]}" in console.file.getvalue()  # type: ignore[attr-defined]
+    # Of the config, not of the trial: the steps follow from what is swept.
+    swept = expand(small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.window": 8}, {"data.window": 16}])
+    assert [in_words(each.overrides) for each in swept] == ["data.window=8", "data.window=16"]
+    assert swept[0].config.training.steps > swept[1].config.training.steps == counts[1]
+    with pytest.raises(UserError, match="is not before the end of training at step"):
+        check_rungs(SuccessiveHalving(({},), (counts[1] + 4 - counts[1] % 4,), 0.5), trials[1:])
+
+
+def recipe(*overrides: tuple[str, str]) -> Any:
+    return read_recipe(str(BASE), BASE, overrides)[0]
+
+
+REFUSED = [
+    ([("training.epochs", "0")], "training.epochs must be at least"),
+    ([("training.epochs", "many")], "takes a number or None"),
+    ([("training.epochs", "3"), ("training.steps", "50")], "give one of them"),
+    ([("training.epochs", "1e9")], "training.steps must be at most 2147483647"),
+    ([("training.epochs", "1e-6")], "config.schedule.warmup_steps=20 is more than config.training.steps=1"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED)
+def test_what_cannot_be_is_refused(overrides: list[tuple[str, str]], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        settled(resolve(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16"))))
+
+
+def test_steps_and_epochs_are_not_set_both() -> None:
+    tree = small_tree(**TINY)
+    with pytest.raises(UserError, match="give one of them"):
+        expand(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
+    with pytest.raises(UserError, match="leave one of them out"):
+        expand(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
+    listed = ({"name": "one", "training": {"steps": 5}},)
+    with pytest.raises(UserError, match=r"decides nothing, .* give config.stages.one.training.epochs"):
+        tiny(stages=listed, **{"training.epochs": 1.0})
+    assert recipe(("training.steps", "50"), ("training.epochs", "None")).training.steps == 50
+
+
+def test_explain_tells_the_steps() -> None:
+    console, config = Console(file=StringIO(), width=240), by_epochs(2)
+    explain(config, {"training.epochs": "command line"}, console)
+    said, steps = console.file.getvalue(), settled(config).training.steps  # type: ignore[attr-defined]
+    assert f"{steps} steps of 4 x 16 tokens" in said and "config.training.epochs=2: " in said
