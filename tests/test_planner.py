@@ -206,10 +206,10 @@ def test_stages_are_part_of_the_program() -> None:
 def test_the_tokenizer_fills_in_the_vocabulary() -> None:
     tree = small_tree(**{"model.vocab_size": None, "tokenizer.vocab_size": None, "tokenizer.name": "byte"})
     knobs: list[dict[str, Any]] = [{}, {"seed": 1}, {"tokenizer.name": "char"}, {"tokenizer.name": "char", "seed": 1}]
-    knobs += [{"data.max_documents": 9}, {"tokenizer.name": "char", "data.max_documents": 1}]
+    knobs += [{"data.max_documents": 9}, {"tokenizer.name": "char", "data.max_documents": 9}]
     trials = expand(tree, knobs)
     classes = shape_classes(trials, Shelf())
-    # Bytes are bytes in every text; the characters of one document are fewer than those of all.
+    # Bytes are bytes in every text; the characters of a few documents are fewer than those of all.
     members = [[trials.index(trial) for trial in each.trials] for each in classes]
     assert members == [[0, 1, 4], [2, 3], [5]]
     sizes = [each.whole.model.vocab_size for each in classes]
