@@ -41,7 +41,9 @@ flags.register_validator(
 flags.DEFINE_string(
     "init_from", None, "For train: a run, as RUN, RUN@STEP or RUN@best, whose parameters a new run takes."
 )
-flags.DEFINE_bool("extend", False, "For train: go on to more steps than the run's learning-rate schedule was made for.")
+flags.DEFINE_bool(
+    "extend", False, "For train: allow more steps than the run's learning-rate schedule was designed for."
+)
 flags.DEFINE_integer(
     "step", None, "For replay: the step. For doctor: the step that went wrong, unless it is to look.", 1, LARGEST
 )
@@ -79,16 +81,18 @@ flags.DEFINE_enum(
     "For export: another type than the parameters have; int8 for a .gguf file only.",
 )
 flags.DEFINE_list("only", [], "For check: the names of the checks to make, instead of all.")
-flags.DEFINE_multi_string(
-    "module_path", [], "A folder in which parts named by an import path are looked for. May be repeated."
-)
-flags.DEFINE_bool("allow_oversubscription", False, "Go on where the memory cannot hold what is to be computed.")
+flags.DEFINE_multi_string("module_path", [], "A folder to search for parts named by an import path. May be repeated.")
+flags.DEFINE_bool("allow_oversubscription", False, "Run even if the model cannot fit in memory.")
 flags.DEFINE_bool("trust", False, "For rerun and diff: run the code that a run's folder keeps, whoever wrote it.")
 flags.DEFINE_integer(
-    "num_samples", 1, "For generate: texts for each prompt, with the seed sampling.seed and those after it.", 1, LARGEST
+    "num_samples",
+    1,
+    "For generate: number of texts per prompt, with consecutive seeds from sampling.seed on.",
+    1,
+    LARGEST,
 )
 flags.DEFINE_bool(
-    "exhaustive", False, "For check: go through every length, batch size, type and mode, in minutes a part."
+    "exhaustive", False, "For check: cover every length, batch size, dtype and mode, which takes minutes per part."
 )
 flags.DEFINE_multi_string("prompt", [], "A text for generate to continue, or a question to answer. May be repeated.")
 

@@ -35,6 +35,6 @@ def cache_limit() -> int:
         return MOST_BYTES
     match = SIZE.fullmatch(text)
     if match is None:
-        raise UserError(f"{LIMIT}={shown(text)} is no size; one looks like 4G, 500M or 4294967296.")
+        raise UserError(f"{LIMIT}={shown(text)} is not a size; use a value such as 4G, 500M or 4294967296.")
     number, unit = match.groups()
     return int(float(number) * 1024 ** (" kmgt".index((unit or " ").lower())))

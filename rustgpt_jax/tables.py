@@ -126,4 +126,4 @@ def _where_looked_for(module: str) -> str:
     searched = "It is looked for among the installed packages and in folders that PYTHONPATH or --module_path names"
     if PathFinder.find_spec(module.partition(".")[0], [os.curdir]) is None:
         return f"{searched}."
-    return f"{searched}, not in the current folder, which has one: --module_path=. would take that."
+    return f"{searched}, not in the current folder, which has one: use --module_path=. to add it."

@@ -38,7 +38,7 @@ def test_a_size_is_read_as_one_would_expect(text: str, size: int, monkeypatch: p
 @pytest.mark.parametrize("text", ["plenty", "-1", "4X", "1e9", "4G4", "²", "G"])
 def test_other_text_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMIT, text)
-    with pytest.raises(UserError, match=f"RUSTGPT_JAX_CACHE_BYTES='{text}' is no size; one looks like 4G"):
+    with pytest.raises(UserError, match=f"RUSTGPT_JAX_CACHE_BYTES='{text}' is not a size; use a value such as 4G"):
         cache_limit()
 
 

@@ -43,8 +43,8 @@ def test_what_cannot_be_trained_is_refused_with_its_knob(name: str) -> None:
         check_training_memory(config, SMALL, {})
     said = str(caught.value)
     (knob, value), *_ = HUGE[name].items()
-    assert said.startswith("A training step needs at least ") and "and 8 GB are there: " in said
-    assert f"config.{knob}={value}" in said and said.endswith("--allow_oversubscription goes on anyway.")
+    assert said.startswith("A training step needs at least ") and "and 8 GB are available: " in said
+    assert f"config.{knob}={value}" in said and said.endswith("Use --allow_oversubscription to run anyway.")
     check_training_memory(config, SMALL, {}, is_allowed=True)
 
 
@@ -98,7 +98,7 @@ def test_a_mesh_shares_the_model_by_all_its_axes_but_data() -> None:
 )
 def test_what_cannot_be_evaluated_or_generated_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:
     config = small_config(**changes)
-    with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are there: \S+ \S+ for {part}"):
+    with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are available: \S+ \S+ for {part}"):
         check_inference_memory(config, SMALL, n_rows, n_cached=0 if n_rows else 100_000_000)
     check_inference_memory(config, SMALL, n_rows, is_allowed=True)
 
@@ -119,7 +119,7 @@ def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
     from conftest import small_tree
 
     trials = expand(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
-    with pytest.raises(UserError, match="The trial model.d_model=1000000 cannot be: A training step needs at least"):
+    with pytest.raises(UserError, match="The trial model.d_model=1000000 is invalid: A training step needs at least"):
         sweep_command._check_memory(trials)
 
 

@@ -209,7 +209,7 @@ def test_a_dialogue_is_what_the_template_writes() -> None:
 
 
 def test_a_dialogue_that_the_template_does_not_take_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="does not take this dialogue: no tool"):
+    with pytest.raises(UserError, match="rejects this dialogue: no tool"):
         encode_prompt(foreign(), [Turn("tool", "x")])
     with pytest.raises(UserError, match="has no chat template"):
         encode_prompt(foreign(template=None), [Turn("user", "x")])
@@ -224,13 +224,13 @@ def test_a_dialogue_that_the_template_does_not_take_is_a_user_error() -> None:
         ("{% for message in tools %}{% endfor %}", "'NoneType' object is not iterable"),
         ("{{ messages[0] | tojson(indent=[]) }}", "can't multiply sequence"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
-        ("{% set ns = namespace(_x=1) %}", "'_x' is no name"),
+        ("{% set ns = namespace(_x=1) %}", "'_x' is not a valid name"),
         ("{{ dict.update(messages[0], role='x') }}", "has no attribute 'update'"),
         ("{% if %}", "Expected an expression"),
     ],
 )
 def test_a_template_that_fails_is_a_user_error(template: str, reason: str) -> None:
-    with pytest.raises(UserError, match=f"chat template does not take this dialogue: .*{re.escape(reason)}"):
+    with pytest.raises(UserError, match=f"chat template rejects this dialogue: .*{re.escape(reason)}"):
         encode_prompt(foreign(template=template), [Turn("user", "x")])
 
 
@@ -274,7 +274,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_from_a_stranger_ends_within_its_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dialect, "MOST_SECONDS", 0.3)
-    with pytest.raises(UserError, match="chat template does not take this dialogue: ."):
+    with pytest.raises(UserError, match="chat template rejects this dialogue: ."):
         encode_prompt(foreign(template=HOSTILE[name]), [Turn("user", "x")])
     # The next template is rendered as if nothing had been.
     assert shown(foreign(), encode_prompt(foreign(), TURNS[1:2])) == "<u>Why?<a>"
@@ -502,7 +502,7 @@ def test_ends_that_the_tokenizer_has_not_are_left_out_with_a_sentence(name: str,
     assert read_codec(tmp_path, said.append).stop_ids[:2] == [1, 3]
     assert len(said) == 3
     assert said[0] == (
-        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, and 50256 is none. It is left out."
+        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, not 50256. It is left out."
     )
 
 

@@ -157,11 +157,14 @@ MISTAKES = {
     "sweep of nothing": ([*SWEEP, "--sweep=nothing"], "sweep_nothing() fails: TypeError"),
     "sweep without trials": ([*SWEEP, "--sweep=empty"], "The sweep has no trials."),
     "sweep of no mapping": ([*SWEEP, "--sweep=words"], "A sweep yields mappings of knobs to values, not 'seed'."),
-    "swept knob": ([*SWEEP, "--sweep=typo"], "The trial optimizer.learning_rat=1 cannot be: config.optimizer.learn"),
-    "swept value": ([*SWEEP, "--sweep=ranges"], "The trial seed=-1 cannot be: config.seed must be at least 0, not -1."),
+    "swept knob": ([*SWEEP, "--sweep=typo"], "The trial optimizer.learning_rat=1 is invalid: config.optimizer.learn"),
+    "swept value": (
+        [*SWEEP, "--sweep=ranges"],
+        "The trial seed=-1 is invalid: config.seed must be at least 0, not -1.",
+    ),
     "swept part": (
         [*SWEEP, "--sweep=parts"],
-        "The trial optimizer.name=adamww cannot be: config.opti",
+        "The trial optimizer.name=adamww is invalid: config.opti",
     ),
     "swept twice": ([*SWEEP, "--sweep=twice"], "Two trials are the same config: seed=1 and seed=1."),
     "swept and given": ([*SWEEP, "--config.seed=1"], "config.seed is given on the command line and swept too"),
@@ -424,7 +427,7 @@ def test_a_run_goes_on_with_a_prompt_in_the_same_way_each_time(straight: Path) -
 def test_a_text_that_the_context_ends_says_so(straight: Path) -> None:
     asked = ["--prompt=The sun", "--config.sampling.max_tokens=300", "--config.sampling.temperature=1e-30"]
     told = launch("generate", f"--run={straight}", *asked, cwd=straight.parent)
-    assert "tokens, for the model's context of" in told.stderr
+    assert "tokens because the model's context of" in told.stderr
     slid = launch("generate", f"--run={straight}", *asked, "--config.sampling.past_context=slide", cwd=straight.parent)
     assert slid.stdout.startswith(told.stdout.rstrip("\n")) and len(slid.stdout) > len(told.stdout)
     assert "context" not in slid.stderr

@@ -130,7 +130,7 @@ def test_a_part_of_ones_own_is_trained_and_talks(lab: Path) -> None:
     run(lab, launch, *generate, "--module_path=.")
     # What the run's folder names is not taken from the current folder, only because it is current.
     done = subprocess.run([sys.executable, launch, *generate], cwd=lab, capture_output=True, text=True)
-    assert done.returncode == 2 and "--module_path=. would take that" in done.stderr
+    assert done.returncode == 2 and "use --module_path=. to add it" in done.stderr
 
 
 @pytest.mark.slow

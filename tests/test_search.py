@@ -333,7 +333,7 @@ def test_an_edited_config_is_never_pooled_with_the_one_before(
         report(tmp_path, shown)
         assert rows(tmp_path / "results.csv") == dict.fromkeys([each.id for each in trials], "finished")
         assert (tmp_path / "removed.csv").exists() == bool(removed)
-        said = f"{len(removed)} trials are no longer in the sweep as its file says it"
+        said = f"{len(removed)} trials are no longer defined by the sweep's file"
         assert (said in shown.file.getvalue()) == bool(removed)  # type: ignore[attr-defined]
         if removed:
             assert list(rows(tmp_path / "removed.csv")) == [each.id for each in removed]

@@ -107,9 +107,9 @@ WRONG = {
     "a list for a number": ([{"seed": [1, 2]}], "config.seed takes a whole number, not [1, 2]"),
     "out of range": (
         [{"seed": 1}, {"seed": -1}],
-        "The trial seed=-1 cannot be: config.seed must be at least 0, not -1",
+        "The trial seed=-1 is invalid: config.seed must be at least 0, not -1",
     ),
-    "combination": ([{"model.n_heads": 5}], "The trial model.n_heads=5 cannot be: config.model.d_model=32 is not"),
+    "combination": ([{"model.n_heads": 5}], "The trial model.n_heads=5 is invalid: config.model.d_model=32 is not"),
     "no such choice": ([{"model.remat": "ful"}], "config.model.remat: there is no 'ful'. Did you mean 'full'?"),
     "no such stage": ([{"stages.one.seed": 1}], "config.stages: there is no stage 'one'"),
     "the same twice": ([{"seed": 1}, {"seed": 1}], f"{SAME}seed=1 and seed=1"),
@@ -139,7 +139,7 @@ def test_a_mistake_names_the_trial(name: str) -> None:
 def test_a_wrong_knob_of_a_stage_is_named_with_its_stage() -> None:
     with pytest.raises(UserError, match="config.stages.instruct.optimizer.learning_rate?") as error:
         expand(TWO_STAGES, [{"stages.instruct.optimizer.learning_rat": 1}])
-    assert "The trial stages.instruct.optimizer.learning_rat=1 cannot be" in str(error.value)
+    assert "The trial stages.instruct.optimizer.learning_rat=1 is invalid" in str(error.value)
     with pytest.raises(UserError, match="must be the same in the whole run"):
         expand(TWO_STAGES, [{"stages.instruct.model.d_model": 8}])
 

@@ -81,12 +81,15 @@ def test_diff_runs_no_code_of_a_run(hostile: RunFolder, trained: Path, tmp_path:
 
 def test_rerun_asks_whose_code_it_is(hostile: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=StringIO(), width=1000)
-    with pytest.raises(UserError, match=r"with your rights: it differs in rustgpt_jax/__init__.py.*--trust"):
+    with pytest.raises(UserError, match=r"with your permissions: it differs in rustgpt_jax/__init__.py.*--trust"):
         rerun(hostile.path, None, console)
     assert not (tmp_path / "was_run").exists() and not (tmp_path / "hostile.rerun").exists()
     monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(0, None))
     rerun(hostile.path, None, console, is_trusted=True)
-    assert "--trust: " in console.file.getvalue() and "is run, which differs from" in console.file.getvalue()
+    assert (
+        "--trust: " in console.file.getvalue()
+        and "which differs from the code installed here" in console.file.getvalue()
+    )
 
 
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
@@ -103,7 +106,7 @@ def test_an_archive_that_unpacks_to_no_end_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(9):
             archive.writestr(f"{number}.py", bytes(2**26))
-    with pytest.raises(UserError, match="unpacked it would be 603,979,776 bytes"):
+    with pytest.raises(UserError, match="603,979,776 bytes when unpacked"):
         read_code(tmp_path / "bomb.zip")
 
 

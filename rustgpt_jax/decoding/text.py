@@ -73,8 +73,8 @@ def write_as_it_comes(
             shown = known
         if ending == "context":
             says(
-                f"The text ends after {len(tokens)} of {sampling.max_tokens} tokens, for the model's context of "
-                f"{writer.model.context_length} is full; --config.sampling.past_context=slide goes on."
+                f"The text ends after {len(tokens)} of {sampling.max_tokens} tokens because the model's context of "
+                f"{writer.model.context_length} is full; use --config.sampling.past_context=slide to continue."
             )
 
 

@@ -100,7 +100,7 @@ def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> tup
     tokens, unknown = [], []
     for index in ids:
         token = codec.id_to_token(index) if type(index) is int and 0 <= index < size else None
-        sentence = f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, and {index!r} is none."
+        sentence = f"{file}: eos_token_id takes ids of {TOKENIZER}, below {size}, not {index!r}."
         if type(index) is not int:
             raise UserError(sentence)
         if token is None:

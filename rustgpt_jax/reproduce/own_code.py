@@ -155,10 +155,10 @@ def own_code(run: RunFolder, launch: Launch, is_trusted: bool = False) -> Iterat
     named = ", ".join(others[:MOST_NAMED]) + more
     if others and not is_trusted:
         raise UserError(
-            f"{archive} keeps code that is not the code installed here, and to run it is to let whoever wrote it act "
-            f"with your rights: it differs in {named}. Read it first; --trust runs it."
+            f"{archive} is not the code installed here, and would run with your permissions: it differs in {named}. "
+            "Read it first; --trust runs it."
         )
-    kept = f"--trust: {archive} is run, which differs from the code installed here in {named}."
+    kept = f"--trust: running {archive}, which differs from the code installed here in {named}."
     with tempfile.TemporaryDirectory() as folder:
         write_code(contents, Path(folder))
         yield OwnCode(Path(folder), launch, kept if others else f"The code of {run.path} is the code installed here.")

@@ -160,7 +160,7 @@ def _has_its_record(run: RunFolder, console: Console) -> bool:
     stage = next((stage for stage in every if saved <= stage.last_step), every[-1])
     missing = missing_record(run, stage, saved) if saved else ""
     if missing:
-        say(console, f"Of what comes after that there is nothing to compare with: {run.metrics_file} {missing}.")
+        say(console, f"Later steps cannot be compared: {run.metrics_file} {missing}.")
     return not missing
 
 

@@ -99,7 +99,7 @@ def launches(run: RunFolder) -> list[Launch]:
         if not _is_environment(launch.environment) or not 1 <= launch.devices <= MOST_DEVICES:
             raise UserError(f"{run.journal_file} is damaged: a launch does not say on what machine it was.")
         if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
-            raise UserError(f"{run.journal_file} is damaged: the mesh or the files left out of a launch are none.")
+            raise UserError(f"{run.journal_file} is damaged: the mesh or the skipped files of a launch are invalid.")
     return found
 
 

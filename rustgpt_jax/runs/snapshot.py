@@ -143,7 +143,7 @@ def read_code(archive: Path) -> dict[str, bytes]:
         with zipfile.ZipFile(archive) as file:
             size = sum(entry.file_size for entry in file.infolist())
             if size > MOST_UNPACKED:
-                raise UserError(f"{archive} is not read: unpacked it would be {size:,} bytes, which is no code.")
+                raise UserError(f"{archive} is too large to be code: {size:,} bytes when unpacked.")
             return {name: file.read(name) for name in file.namelist()}
     except UserError:
         raise

@@ -112,7 +112,7 @@ def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
         try:
             check_training_memory(trial.config, machine, mesh)
         except UserError as error:
-            errors.append(UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}"))
+            errors.append(UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}"))
     if errors and not (is_search and len(errors) < len(trials)):
         raise errors[0]
 

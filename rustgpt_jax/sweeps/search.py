@@ -155,7 +155,7 @@ def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
         _check_study(study, search)
     except Exception as error:
         raise UserError(
-            f"{file} cannot be read ({type(error).__name__}). If it is moved away the search begins anew, and trials "
+            f"{file} cannot be read ({type(error).__name__}). Move it away to restart the search; trials "
             "that have run are not run again."
         ) from error
     return study
@@ -241,7 +241,7 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shel
         asked = suggest(search, study.trials, len(study.trials))
         reason = _why_not(asked, search, tree, fixed, shelf)
         if reason and len(study.trials) - len(_tried(study)) >= MOST_SKIPPED_A_TRIAL * search.n_trials:
-            raise UserError(f"Too few points of the search can be tried; this is what keeps the last from it: {reason}")
+            raise UserError(f"Too few points of the search are valid; the last one was skipped because: {reason}")
         study.add_trial(
             create_trial(
                 state=TrialState.PRUNED if reason else TrialState.RUNNING,

@@ -203,4 +203,4 @@ def check(trials: Iterable[Trial], shelf: Shelf) -> None:
             check_parts(trial.config)
             shelf.material(trial.config).check(nowhere.trial(trial.id), least_devices(trial.config.mesh))
         except UserError as error:
-            raise UserError(f"The trial {in_words(trial.overrides)} cannot be: {error}") from error
+            raise UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}") from error

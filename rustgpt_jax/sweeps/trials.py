@@ -52,7 +52,7 @@ def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "Shelf"] = _new_s
         if is_by_epochs(config):
             config, steps, *_ = shelf().resolve_epochs(config)
     except UserError as error:
-        raise UserError(f"The trial {in_words(overrides)} cannot be: {error}") from error
+        raise UserError(f"The trial {in_words(overrides)} is invalid: {error}") from error
     own = {path: value for path, value in overrides.items() if not path.endswith(EPOCHS)}
     if len(own) < len(overrides):
         own |= steps

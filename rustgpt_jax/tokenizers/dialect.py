@@ -114,7 +114,7 @@ class _Renderer:
             line = self._ask(request)
         answer = json.loads(line)
         if "error" in answer:
-            raise UserError(f"The model's chat template does not take this dialogue: {answer['error']}.")
+            raise UserError(f"The model's chat template rejects this dialogue: {answer['error']}.")
         return answer["text"]
 
     def _ask(self, request: bytes) -> bytes:
@@ -139,7 +139,7 @@ class _Renderer:
             if status == -signal.SIGPROF
             else f"its process ended ({status})"
         )
-        raise UserError(f"The model's chat template does not take this dialogue: {limit}.")
+        raise UserError(f"The model's chat template rejects this dialogue: {limit}.")
 
     def _running(self) -> "subprocess.Popen[bytes]":
         # After a fork, the process belongs to the parent.

@@ -55,7 +55,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"{name!r} is no name for a variable of a namespace")
+            raise jinja2.sandbox.SecurityError(f"{name!r} is not a valid name of a namespace variable")
         super().__setitem__(name, value)
 
 

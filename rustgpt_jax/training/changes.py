@@ -91,7 +91,7 @@ def _of_steps(
         f"{old[-1]:.4g} to {next_factor:.4g} of its peak"
     )
     if not extends:
-        raise UserError(f"{here}; {what}. Give --extend to go on so, or choose another --run folder.")
+        raise UserError(f"{here}; {what}. Use --extend to continue anyway, or choose another --run folder.")
     return (f"--extend: {what}.",)
 
 

@@ -198,7 +198,7 @@ def exhausted(config: Config | None) -> str:
     """Return the message for a failed allocation: the largest consumers of memory, and the knobs that help."""
     said = "There is not enough memory: an allocation failed."
     if config is None:
-        return f"{said} A smaller model or a shorter context needs less; so do other processes that end."
+        return f"{said} Use a smaller model or a shorter context, or stop other processes."
     needs = training_needs(config)
     return f"{said} A training step of this config needs about {_in_words(needs)}. {_remedy(needs, config)}"
 
@@ -206,11 +206,11 @@ def exhausted(config: Config | None) -> str:
 def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machine) -> None:
     needed = sum(needs.values())
     if needed > machine.memory:
-        sizes = f"at least {byte_size(needed)} of memory, and {byte_size(machine.memory)} are there"
+        sizes = f"at least {byte_size(needed)} of memory, and {byte_size(machine.memory)} are available"
         device = f" on each of {machine.n_devices} devices" if machine.n_devices > 1 else ""
         raise UserError(
             f"{what} needs {sizes}{device}: {_in_words(needs)}. {_remedy(needs, config)} "
-            "--allow_oversubscription goes on anyway."
+            "Use --allow_oversubscription to run anyway."
         )
 
 
@@ -232,7 +232,7 @@ def _remedy(needs: Mapping[str, float], config: Config) -> str:
         "optimizer state": "; config.mesh.fsdp shares it among devices",
         "parameters": "; config.mesh.fsdp shares them among devices",
     }
-    return f"Lower what decides that: {values}{more.get(part, '')}."
+    return f"Reduce one of these: {values}{more.get(part, '')}."
 
 
 def _value(config: Config, knob: str) -> Any:

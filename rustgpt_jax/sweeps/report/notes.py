@@ -69,11 +69,11 @@ def left_out(results: Results) -> list[str]:
     said = []
     if results.removed:
         trials = "1 trial is" if len(results.removed) == 1 else f"{len(results.removed)} trials are"
-        said.append(f"{trials} no longer in the sweep as its file says it, and left out here; see removed.csv.")
+        said.append(f"{trials} no longer defined by the sweep's file, and left out here; see removed.csv.")
     missing = [trial for trial in results.trials if trial.status == MISSING]
     said += [f"Missing: trial {trial.id}: {trial.error}" for trial in missing[:MOST_ERRORS]]
     if missing:
-        said.append("The sweep's command runs a trial again whose folder is not there.")
+        said.append("The sweep's command runs trials again whose folders were deleted.")
     if results.n_damaged:
         lines = "1 line" if results.n_damaged == 1 else f"{results.n_damaged} lines"
         said.append(f"{lines} of ledger.jsonl are damaged and left out.")
