@@ -524,6 +524,11 @@ def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def shard_of_a_long_name(folder: Path) -> None:
+    nothing(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: "9" * 300}}))
+
+
 def foreign_shard(folder: Path) -> None:
     nothing(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: "../secret.safetensors"}}))
@@ -551,6 +556,7 @@ def no_index(folder: Path) -> None:
         (only_pickles, "only as pickles"),
         (nothing, "has no model.safetensors"),
         (missing_shard, "names model-00001-of-00002.safetensors, which is missing"),
+        (shard_of_a_long_name, "9999, which is missing"),
         (foreign_shard, "names '../secret.safetensors'"),
         (damaged_index, "model.safetensors.index.json is damaged"),
         (no_index, "neither model.safetensors nor model.safetensors.index.json"),

@@ -151,7 +151,8 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise UserError(f"{folder / INDEX} names {shard!r}, which is not a file beside it.")
-        if not (folder / shard).exists():
+        # Path.exists raises for a name that is too long.
+        if not os.path.exists(folder / shard):
             raise UserError(f"{folder / INDEX} names {shard}, which is missing.")
         for name, stored in read_header(folder / shard).items():
             if name in found:
