@@ -156,7 +156,7 @@ def test_what_ended_a_text_is_said(max_tokens: int, slides: bool, ending: str, m
     assert len(said) == (ending == "context")
     if said:
         room = TEXT_MODEL.context_length - len(prompt)
-        assert said[0].startswith(f"The text ends after {room} of 99 tokens, for the model's context of 64 is full")
+        assert said[0].startswith(f"The text ends after {room} of 99 tokens because the model's context of 64 is full")
 
 
 @pytest.mark.parametrize("samplers", [GREEDY, WARM])
