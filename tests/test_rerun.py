@@ -490,4 +490,4 @@ def test_a_run_whose_record_was_cut_is_not_the_same(
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     run.metrics_file.write_text("".join(lines[:n_lines])) if n_lines else run.metrics_file.unlink()
     is_same, said = rerun(run.path)
-    assert not is_same and f"there is nothing to compare with: {run.metrics_file} {why}." in said
+    assert not is_same and f"cannot be compared: {run.metrics_file} {why}." in said
