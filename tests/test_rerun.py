@@ -235,10 +235,14 @@ def test_every_signal_that_asks_to_stop_ends_the_child_alone(
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    threading.Thread(target=stop).start()
-    assert own_child().run(["-c", CHILD, str(tmp_path / "ready")]) == (status, number)
-    assert signal.getsignal(number) == before
+    # Tests that nohup started ignore SIGHUP, and so would the code under test.
+    inherited = signal.signal(number, signal.SIG_DFL)
+    try:
+        threading.Thread(target=stop).start()
+        assert own_child().run(["-c", CHILD, str(tmp_path / "ready")]) == (status, number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_a_signal_before_there_is_a_child_ends_it_when_it_comes(
