@@ -243,7 +243,7 @@ def lowered(model: ModelConfig) -> str:
 
     def loss(params: Any) -> jax.Array:
         context = context_of(read)._asdict()
-        del context["dropout_key"]
+        del context["dropout_key"], context["layer"]
         return scalar(transformer.apply(params, read.tokens_BT, model, **context)[0])
 
     return jax.jit(jax.value_and_grad(loss)).lower(params).as_text()
