@@ -13,11 +13,12 @@ import pytest
 from conftest import random_params, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from rustgpt_jax.config import ModelConfig, for_inference
 from rustgpt_jax.model import derivatives, transformer
 from rustgpt_jax.model.cost import inner_programs
-from rustgpt_jax.model.derivatives import COSTLY, activated
+from rustgpt_jax.model.derivatives import COSTLY, activated, gelu_exact
 from rustgpt_jax.model.kernels.request import Device
 from rustgpt_jax.model.products import product, readout
 from rustgpt_jax.model.transformer import REMAT_POLICIES
@@ -165,6 +166,8 @@ def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if activation is jax.nn.silu:
         gate = 1 / (1 + np.exp(-x))
         return x * gate, gate * (1 + x * (1 - gate))
+    if activation is gelu_exact:
+        return x * stats.norm.cdf(x), stats.norm.cdf(x) + x * stats.norm.pdf(x)
     inner, scale = x + 0.044715 * x**3, np.sqrt(2 / np.pi)
     tanh = np.tanh(scale * inner)
     return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) * scale * (1 + 3 * 0.044715 * x**2) / 2
