@@ -673,7 +673,7 @@ def _search_modules(verb: str) -> None:
     folders = [str(Path(folder).resolve()) for folder in FLAGS.module_path]
     for given, folder in zip(FLAGS.module_path, folders, strict=True):
         if not Path(folder).is_dir():
-            _fail(f"--module_path={given}: there is no such folder.")
+            _fail(f"--module_path={given}: not a folder.")
     if folders:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")]))
     if FLAGS.config is not None or verb == "check":

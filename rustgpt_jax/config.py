@@ -153,22 +153,22 @@ class ModelConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether the query, key and value projections have biases."""
+        """True if the query, key and value projections have biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def has_attention_output_bias(self) -> bool:
-        """Whether the output projection of attention has a bias."""
+        """True if the output projection of attention has a bias."""
         return self.bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def has_feedforward_bias(self) -> bool:
-        """Whether the linear layers of dense feed-forwards have biases."""
+        """True if the linear layers of dense feed-forwards have biases."""
         return self.bias if self.feedforward_bias is None else self.feedforward_bias
 
     @property
     def has_norm_bias(self) -> bool:
-        """Whether layer norms have biases."""
+        """True if layer norms have biases."""
         return self.bias if self.norm_bias is None else self.norm_bias
 
     @property
@@ -484,7 +484,7 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
 
 
 def is_by_epochs(config: Config) -> bool:
-    """Whether a number of epochs decides how many steps a stage has, so that its data must be known first."""
+    """True if some stage takes its steps from a number of epochs, which needs its data."""
     return any(stage.config.training.epochs is not None for stage in stages(config))
 
 

@@ -188,7 +188,7 @@ def test_no_verb_imports_from_the_current_folder_what_a_run_names(named: Path, t
 def test_a_folder_to_search_that_is_not_there_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "explain", "x", "--module_path=nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: --module_path=nowhere: there is no such folder.\n"
+    assert done.returncode == 2 and done.stderr == "error: --module_path=nowhere: not a folder.\n"
 
 
 def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, tmp_path: Path) -> None:

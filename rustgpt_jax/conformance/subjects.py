@@ -61,7 +61,7 @@ TABLE_OF = {
 
 
 class Scope(enum.Enum):
-    """How many lengths, batch sizes, types and modes a check covers.
+    """The lengths, batch sizes, types and modes that a check covers.
 
     SMALL: one or two short lengths, in float32: seconds a part, for a test suite.
     QUICK: what `check` does, in less than a minute a part.
