@@ -25,6 +25,7 @@ from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.ledger import Ledger, is_settled
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
+from rustgpt_jax.sweeps.shelf import Shelf
 
 assert _fonts.fontManager
 TRIALS = grid(optimizer__learning_rate=(1e-3, 1e-2), seed=(0, 1))
@@ -126,7 +127,7 @@ class Untrained:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.folder, self.stop = SweepFolder(path), False
+        self.folder, self.shelf, self.stop = SweepFolder(path), Shelf(), False
 
     def add(self, trials: Sequence[Any]) -> None:
         """Nothing."""
