@@ -521,6 +521,28 @@ def test_points_that_do_not_resolve_are_skipped(by_formula: Callable[[Loss], Tic
     assert study(tmp_path / "killed", search) == found
 
 
+IMPOSSIBLE_HERE = {
+    "mesh.tensor": (2**16, "config.mesh: a trial on tensor 65536 needs 65536 devices"),
+    "data.window": (17, "config.data.window=17"),
+    "optimizer.weight_decay_groups": ((("kernel", 1.0),), "weight_decay_groups"),
+}
+
+
+@pytest.mark.parametrize("path", IMPOSSIBLE_HERE)
+def test_points_that_cannot_run_here_are_skipped(
+    by_formula: Callable[[Loss], Ticks], path: str, tmp_path: Path
+) -> None:
+    by_formula(bowl)
+    value, reason = IMPOSSIBLE_HERE[path]
+    usual = {"mesh.tensor": 1, "data.window": None, "optimizer.weight_decay_groups": ((".*", 1.0),)}[path]
+    search = tree_parzen(6, SPACE | {path: choice(usual, value)}, batch=2)
+    with opened(tmp_path) as sweep:
+        skipped = parzen(sweep, search, tiny_tree(), (), sweep.shelf, sweep.check)
+    found = study(tmp_path, search)
+    assert len(found) - len(skipped) == 6 and skipped and all(reason in each for each in skipped)
+    assert all((point[path] == value) == (state == "PRUNED" and told is None) for point, told, state in found)
+
+
 def test_a_search_of_hardly_any_points_ends_with_a_sentence(
     by_formula: Callable[[Loss], Ticks], tmp_path: Path
 ) -> None:
@@ -539,6 +561,7 @@ def test_a_dry_run_counts_the_trials_of_a_search(tmp_path: Path, monkeypatch: py
         "A search of 12 trials (12 points, 4 points at a time)": tree_parzen(12, HEADS, batch=4),
         "A search of 24 trials (12 points with 2 seeds each, 4": tree_parzen(12, HEADS, batch=4, seeds=(0, 1)),
         "5 trials, 1 program to compile": successive_halving(seeds(5), (4,)),
+        "A search of 3 trials": tree_parzen(3, {"mesh.tensor": choice(2**16, 1)}),
     }
     for said, spec in specs.items():
         is_halving = isinstance(spec, SuccessiveHalving)

@@ -68,7 +68,7 @@ def run_sweep(
             case SuccessiveHalving():
                 search.halve(sweep, spec, trials)
             case TreeParzen():
-                skipped = search.parzen(sweep, spec, tree, fixed)
+                skipped = search.parzen(sweep, spec, tree, fixed, sweep.shelf, sweep.check)
                 if skipped:
                     points = "1 point was" if len(skipped) == 1 else f"{len(skipped)} points were"
                     sweep.message(f"{points} skipped, the last because: {skipped[-1]}")

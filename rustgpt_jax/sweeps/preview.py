@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.parallel.machine import Machine
 from rustgpt_jax.runs.formatting import byte_size, count
 from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
@@ -24,10 +25,21 @@ def preview(
 ) -> None:
     """Print the trials and the cost of each shape class on a machine, without using a device.
 
-    For an Optuna search, `trials` are sample points, and the cost is estimated from the first.
+    For an Optuna search, `trials` are sample points, and the cost is estimated from the first that can run.
+
+    Raises:
+        UserError: A trial, or every point of a search, cannot run on the machine.
     """
-    plans = [plan(each, machine, mode, width) for each in shape_classes(trials, shelf)]
     is_open = isinstance(search, TreeParzen)
+    plans, errors = [], []
+    for each in shape_classes(trials, shelf):
+        try:
+            plans.append(plan(each, machine, mode, width))
+        except UserError as error:
+            errors.append(error)
+    # A search skips points that cannot run here.
+    if errors and not (is_open and plans):
+        raise errors[0]
     console.print(_trials(plans, "Examples of the search's points" if is_open else "Trials"))
     console.print(_classes(plans))
     tokens = sum(len(each.shape_class.trials) * each.shape_class.cost.tokens for each in plans)

@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,39 @@ def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
     return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
 
 
-def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) -> list[str]:
+def check_all_parts(trials: Iterable[Trial]) -> None:
+    """Check that all parts that trials name exist.
+
+    Raises:
+        UserError: A part does not exist.
+    """
+    for each in trials:
+        check_parts(each.config)
+
+
+def parzen(
+    sweep: Sweep,
+    search: TreeParzen,
+    tree: Any,
+    fixed: Iterable[str],
+    shelf: Shelf | None = None,
+    check: Callable[[Sequence[Trial]], None] = check_all_parts,
+) -> list[str]:
     """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
 
     Each suggestion is a function of the seed, its number, and earlier results, so a restarted search suggests the same
     trials. Another config or search space starts a new study.
 
-    Suggestions that do not resolve, such as a number of heads that does not divide the width, are skipped: they do not
-    count towards `n_trials`, and the sampler ranks them below all others.
+    Suggestions that cannot run, such as a number of heads that does not divide the width or a mesh of more devices than
+    there are, are skipped: they do not count towards `n_trials`, and the sampler ranks them below all others.
+
+    Args:
+        sweep: The sweep that runs the trials.
+        search: The search.
+        tree: The config of the sweep.
+        fixed: The knobs set on the command line, which are not searched.
+        shelf: The data of the trials, which is needed where the config has epochs.
+        check: Raises a UserError if trials cannot run.
 
     Returns:
         The reasons of all skipped suggestions.
@@ -113,15 +139,15 @@ def parzen(sweep: Sweep, search: TreeParzen, tree: Any, fixed: Iterable[str]) ->
     Raises:
         UserError: Too many suggestions were skipped.
     """
-    fixed = tuple(fixed)
+    trials_of = partial(_trials_of, search=search, tree=tree, fixed=tuple(fixed), shelf=shelf or Shelf())
     with lock(sweep.folder.path):
         study = _study(sweep, search, tree)
         told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
         # Rerun trials that failed or whose folders were deleted; the results told earlier remain.
-        _run(sweep, {each.number: _trials_of(each, search, tree, fixed, sweep.shelf) for each in told})
+        _run(sweep, {each.number: trials_of(each) for each in told})
         while not sweep.stop and len(_tried(study)) - len(_running(study)) < search.n_trials:
-            _ask(study, search, tree, fixed, sweep.shelf)
-            batch = {each.number: _trials_of(each, search, tree, fixed, sweep.shelf) for each in _running(study)}
+            _ask(study, search, trials_of, check)
+            batch = {each.number: trials_of(each) for each in _running(study)}
             _run(sweep, batch)
             if not sweep.stop:
                 for number, members in batch.items():
@@ -227,7 +253,12 @@ def _tried(study: Any) -> list[Any]:
     return [each for each in study.trials if SKIPPED not in each.user_attrs]
 
 
-def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> None:
+def _ask(
+    study: Any,
+    search: TreeParzen,
+    trials_of: Callable[[Any], list[Trial]],
+    check: Callable[[Sequence[Trial]], None],
+) -> None:
     """Ask until the batch is whole, or all trials of the search have been asked for.
 
     Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
@@ -239,7 +270,7 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shel
     end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
     while len(_tried(study)) < end:
         asked = suggest(search, study.trials, len(study.trials))
-        reason = _why_not(asked, search, tree, fixed, shelf)
+        reason = _why_not(asked, trials_of, check)
         if reason and len(study.trials) - len(_tried(study)) >= MOST_SKIPPED_A_TRIAL * search.n_trials:
             raise UserError(f"Too few points of the search are valid; the last one was skipped because: {reason}")
         study.add_trial(
@@ -252,11 +283,12 @@ def _ask(study: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shel
         )
 
 
-def _why_not(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> str | None:
+def _why_not(
+    asked: Any, trials_of: Callable[[Any], list[Trial]], check: Callable[[Sequence[Trial]], None]
+) -> str | None:
     """Return why a suggestion cannot be tried, or None if it can."""
     try:
-        for each in _trials_of(asked, search, tree, fixed, shelf):
-            check_parts(each.config)
+        check(trials_of(asked))
     except UserError as error:
         return str(error)
     return None

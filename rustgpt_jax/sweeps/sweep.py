@@ -109,6 +109,15 @@ class Sweep:
         seen = UNSEEN_GPU if has_gpus else UNSEEN_CPU
         return dataclasses.replace(seen, n_devices=self.n_workers)
 
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Check that trials can run on the devices of this sweep, before they are added.
+
+        Raises:
+            UserError: A trial cannot run.
+        """
+        check(trials, self.shelf)
+        self._planned(trials)
+
     def add(self, trials: Sequence[Trial]) -> None:
         """Record new trials, each with its run folder. A trial whose folder was deleted is recorded and run again.
 
@@ -144,14 +153,17 @@ class Sweep:
             if not self.stop and self.unsettled(trials, until) == waiting:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _plans(self, trials: Sequence[Trial], until: int | None) -> list[Plan]:
+    def _planned(self, trials: Sequence[Trial]) -> list[Plan]:
         settings = self._settings
         several = next((trial for trial in trials if least_devices(trial.config.mesh) > 1), None)
         if several and settings.launcher == "processes":
             raise UserError(
                 f"--launcher=processes gives a trial one device: {in_words(several.overrides)} needs several."
             )
-        plans = [plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self.shelf)]
+        return [plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self.shelf)]
+
+    def _plans(self, trials: Sequence[Trial], until: int | None) -> list[Plan]:
+        plans = self._planned(trials)
         for number, each in enumerate(plans, start=1):
             n_trials = len(each.shape_class.trials)
             text = (
