@@ -16,7 +16,8 @@ from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for
 from rustgpt_jax.interop.importing import CONFIG, TOKEN_KEYS
 from rustgpt_jax.interop.safetensors_files import NewTensor, StoredTensor, write_folder
-from rustgpt_jax.interop.tensors import Slot, Tensor, by_path, tensors
+from rustgpt_jax.interop.tensors import Slot, Tensor, tensors
+from rustgpt_jax.model.paths import by_path
 
 TYPES = {
     "float32": np.dtype(np.float32),

@@ -21,8 +21,9 @@ from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.computation import dense_width
 from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
 from rustgpt_jax.interop.runs import Says
-from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, by_path, tensors
+from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, tensors
 from rustgpt_jax.interop.tokenizer_files import special_ids
+from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.model.transformer import Params, vocabulary
 from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.tokenizers import Codec

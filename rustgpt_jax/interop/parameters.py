@@ -15,7 +15,7 @@ import numpy as np
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_header, write_file
-from rustgpt_jax.interop.tensors import by_path, nested
+from rustgpt_jax.model.paths import by_path, nested
 
 Tree = Any
 

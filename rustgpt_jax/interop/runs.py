@@ -14,9 +14,9 @@ from rustgpt_jax.interop.exporting import appearing_folder, export_model
 from rustgpt_jax.interop.importing import read_model, write_parameters
 from rustgpt_jax.interop.parameters import matching_parameters, read_parameters
 from rustgpt_jax.interop.settings import read_json
-from rustgpt_jax.interop.tensors import nested
 from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
 from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.model.paths import nested
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.parallel.machine import free_memory
 from rustgpt_jax.resolve import override, resolve

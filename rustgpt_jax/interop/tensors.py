@@ -6,13 +6,13 @@ one slot, or several side by side along the last axis, transposed where a linear
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from rustgpt_jax.config import ModelConfig
 from rustgpt_jax.model.cost import parameter_shapes
+from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.model.stacks import stacks
 
 
@@ -89,24 +89,6 @@ class Piece(NamedTuple):
 def shapes_by_path(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters by path, such as blocks/0/mixer/query/kernel."""
     return {path: tuple(leaf.shape) for path, leaf in by_path(parameter_shapes(model)).items()}
-
-
-def by_path(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    """The leaves of a tree of parameters by path."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `by_path`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree
 
 
 def tensors(rules: Rules, model: ModelConfig) -> dict[str, Tensor]:

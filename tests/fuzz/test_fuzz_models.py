@@ -19,7 +19,7 @@ from rustgpt_jax.interop import runs
 from rustgpt_jax.interop.importing import read_model
 from rustgpt_jax.interop.parameters import matching_parameters, read_parameters
 from rustgpt_jax.interop.safetensors_files import NewTensor, read_folder, read_header, write_file
-from rustgpt_jax.interop.tensors import nested
+from rustgpt_jax.model.paths import nested
 from rustgpt_jax.runs.folder import load_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
