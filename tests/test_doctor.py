@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import tracemalloc
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rustgpt_jax.config import Config, split, with_values
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.reproduce import findings
+from rustgpt_jax.reproduce import findings, suspects
 from rustgpt_jax.reproduce.again import Again, is_fault, make_again
 from rustgpt_jax.reproduce.doctor import Trial, View, advice, diagnosis, doctor, earlier, try_remedies
 from rustgpt_jax.reproduce.findings import first_bad, odd_rows, of_first_bad
@@ -92,15 +93,31 @@ def found_in(past: Any) -> Suspect:
 # Which step.
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(20, 38), st.floats(-5, 5))
+@given(st.integers(0, 2**32 - 1), st.integers(20, 38), st.floats(-5, 5), st.sampled_from([1, 7, 2**16]))
 def test_a_spike_is_found_among_ordinary_losses_and_nothing_where_there_is_none(
-    seed: int, place: int, at: float
+    seed: int, place: int, at: float, block: int
 ) -> None:
     losses = at + 0.1 * np.random.default_rng(seed).uniform(-1, 1, 40) - 0.01 * np.arange(40)
     lines = [line(10 * index, float(loss)) for index, loss in enumerate(losses)]
-    assert spike(history(lines)) is None
-    lines[place]["train/loss"] += 5.0
-    assert spike(history(lines)) == 10 * place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suspects, "BLOCK_LINES", block)
+        assert spike(history(lines)) is None
+        lines[place]["train/loss"] += 5.0
+        assert spike(history(lines)) == 10 * place
+
+
+def test_the_search_for_a_spike_takes_little_more_memory_than_the_losses() -> None:
+    steps = np.arange(2**18)
+    losses = -1e-6 * steps
+    every = History(steps, losses, losses, losses, losses)
+    tracemalloc.start()
+    try:
+        assert spike(every) is None
+        assert every.until(2**18) is every
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * losses.nbytes
 
 
 @pytest.mark.parametrize(

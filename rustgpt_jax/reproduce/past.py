@@ -69,6 +69,8 @@ class History(NamedTuple):
 
     def where(self, is_kept: np.ndarray) -> "History":
         """Return the lines selected by a boolean array."""
+        if is_kept.all():
+            return self
         return History(*(column[is_kept] for column in self))
 
     @property

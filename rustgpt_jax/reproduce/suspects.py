@@ -14,6 +14,7 @@ LOSS, NORM = "train/loss", "train/gradient_norm"
 LOST_FACTOR = 1.5
 # A recorded loss stands out that is further above so many before it than these are apart.
 LOSSES_BEFORE = 20
+BLOCK_LINES = 2**15
 
 
 class Suspect(NamedTuple):
@@ -123,11 +124,15 @@ def spike(history: History) -> int | None:
 
     The measure is the distance above the highest earlier loss, relative to the range of earlier losses.
     """
-    if len(history.loss) <= LOSSES_BEFORE:
-        return None
-    before = np.lib.stride_tricks.sliding_window_view(history.loss[:-1], LOSSES_BEFORE)
-    highest, width = before.max(axis=1), np.ptp(before, axis=1)
-    above = history.loss[LOSSES_BEFORE:] - highest
-    scores = np.divide(above, width, out=np.zeros_like(above), where=width > 0)
-    worst = int(scores.argmax())
-    return int(history.steps[LOSSES_BEFORE + worst]) if scores[worst] > 1 else None
+    largest, step = 1.0, None
+    # A block at a time, because the windows take several times the memory of the losses.
+    for start in range(LOSSES_BEFORE, len(history.loss), BLOCK_LINES):
+        losses = history.loss[start - LOSSES_BEFORE : start + BLOCK_LINES]
+        before = np.lib.stride_tricks.sliding_window_view(losses[:-1], LOSSES_BEFORE)
+        highest, width = before.max(axis=1), np.ptp(before, axis=1)
+        above = losses[LOSSES_BEFORE:] - highest
+        scores = np.divide(above, width, out=np.zeros_like(above), where=width > 0)
+        worst = int(scores.argmax())
+        if scores[worst] > largest:
+            largest, step = scores[worst], int(history.steps[start + worst])
+    return step

@@ -1,6 +1,7 @@
 """The picture of a run: loss over steps, drawn from metrics.jsonl alone."""
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,8 +100,10 @@ def draw_loss_curves(folder: Path) -> Path:
 def _curves(columns: Columns, name: str) -> list[Curve]:
     """Return the curve of a metric in each stage, without values that are not finite or too large to plot."""
     values = columns.values[name]
-    is_drawn = np.abs(values) <= LARGEST_NUMBER
-    steps, stages, values = columns.steps[is_drawn], columns.stages[is_drawn], values[is_drawn]
+    is_drawn = (values <= LARGEST_NUMBER) & (values >= -LARGEST_NUMBER)
+    steps, stages = columns.steps, columns.stages
+    if not is_drawn.all():
+        steps, stages, values = steps[is_drawn], stages[is_drawn], values[is_drawn]
     parts = zip(*(np.split(each, _borders(stages)) for each in (steps, stages, values)), strict=True)
     return [Curve(columns.stage_names[stage[0]], steps, values) for steps, stage, values in parts if len(steps)]
 
@@ -119,21 +122,25 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.repeat(steps[starts], 2), np.stack([lowest, highest], axis=1).ravel()
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """A running mean in a centred window, which does not lag; the window shrinks where the values begin or end."""
-    place = np.arange(len(values))
+def _smoothed(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return a running mean at some places of a curve.
+
+    The window is centered, so that the mean does not lag, and shrinks where the values begin or end.
+    """
     # Symmetric at the steep beginning, so that it is not flattened; one half at the end, so that noise does not decide.
-    before = np.minimum(place, int(len(values) * SMOOTHING_SHARE / 2))
-    after = np.minimum(before, place[::-1])
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
+    before = np.minimum(places, int(len(values) * SMOOTHING_SHARE / 2))
+    after = np.minimum(before, len(values) - 1 - places)
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
 
 
 def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    values = np.concatenate([curve.values for curve in curves])
-    if values.min() > 0 and values.max() / values.min() > LOG_SCALE_FROM:
+    lowest = min(curve.values.min() for curve in curves)
+    highest = max(curve.values.max() for curve in curves)
+    if lowest > 0 and highest / lowest > LOG_SCALE_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -176,15 +183,15 @@ def _draw_stages(axes: "Axes", columns: Columns) -> None:
 
 
 def _draw_train(axes: "Axes", curves: list[Curve]) -> list[Label]:
+    last = math.nan
     for curve in curves:
         axes.plot(*_thinned(curve.steps, curve.values), color=TRAIN_COLOUR, linewidth=0.7, alpha=0.35)
-        axes.plot(
-            *_thinned(curve.steps, _smoothed(curve.values)), color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round"
-        )
-    if not curves:
-        return []
-    last = float(_smoothed(curves[-1].values)[-1])
-    return [Label(last, f"train {last:.3f}", "smoothed", TRAIN_COLOUR)]
+        n_values = len(curve.values)
+        places = np.linspace(0, n_values - 1, min(n_values, MOST_POINTS)).round().astype(int)
+        means = _smoothed(curve.values, places)
+        axes.plot(curve.steps[places], means, color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round")
+        last = float(means[-1])
+    return [Label(last, f"train {last:.3f}", "smoothed", TRAIN_COLOUR)] if curves else []
 
 
 def _draw_valid(axes: "Axes", curves: list[Curve]) -> list[Label]:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 TENSORBOARD_FLUSH_SECONDS = 10
 # Enough for some lines of training and one of evaluation.
 LAST_BYTES = 8192
-# Number of bytes of a file to read and parse at a time.
-BLOCK_BYTES = 2**20
+# Number of bytes of a file to read and parse at a time. Parsed lines take several times as much memory.
+BLOCK_BYTES = 2**18
 # Prefixes of metric names, whose values are numbers. Other values may be strings.
 METRICS = ("train/", "valid/")
 
@@ -143,7 +143,7 @@ def iter_metrics(folder: Path, containing: bytes = b"", offset: int = 0) -> Iter
         containing: Skip lines that do not contain these bytes, without parsing them.
         offset: The byte offset to start from, which must be the start of a line.
     """
-    for records in _iter_blocks(RunFolder(folder).metrics_file, containing, offset):
+    for records in _iter_records(RunFolder(folder).metrics_file, containing, offset):
         yield from records
 
 
@@ -159,17 +159,21 @@ def read_columns(folder: Path, having: str, others: Sequence[str] = (), absent: 
     Raises:
         UserError: A line that has the metric is malformed.
     """
-    names, stage_names = (having, *others), dict[str, int]()
-    parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)], *([np.zeros(0)] for _ in names)]
-    for records in _iter_blocks(RunFolder(folder).metrics_file, json.dumps(having).encode()):
-        lines = [line for line in records if having in line]
-        parts[0].append(np.array([line["step"] for line in lines], np.int64))
-        stages = [stage_names.setdefault(line.get("stage", ""), len(stage_names)) for line in lines]
-        parts[1].append(np.array(stages, np.int64))
-        for name, part in zip(names, parts[2:], strict=True):
-            part.append(np.array([line.get(name, absent) for line in lines], np.float64))
-    steps, stage_indices, *columns = map(np.concatenate, parts)
-    return Columns(steps, stage_indices, list(stage_names), dict(zip(names, columns, strict=True)))
+    file, needle = RunFolder(folder).metrics_file, json.dumps(having).encode()
+    # Allocate each column once: growing them, or joining parts, would take twice the memory.
+    n_lines = sum(block.count(needle) for block in _iter_blocks(file))
+    columns = {name: np.empty(n_lines, np.float64) for name in (having, *others)}
+    steps, stages, stage_names, stop = np.empty(n_lines, np.int32), np.empty(n_lines, np.int32), dict[str, int](), 0
+    for records in _iter_records(file, needle):
+        # Lines that a running process has appended since they were counted are left out.
+        lines = [line for line in records if having in line][: n_lines - stop]
+        start, stop = stop, stop + len(lines)
+        steps[start:stop] = [line["step"] for line in lines]
+        stages[start:stop] = [stage_names.setdefault(line.get("stage", ""), len(stage_names)) for line in lines]
+        for name, column in columns.items():
+            column[start:stop] = [line.get(name, absent) for line in lines]
+    values = {name: column[:stop] for name, column in columns.items()}
+    return Columns(steps[:stop], stages[:stop], list(stage_names), values)
 
 
 def last_step(folder: Path) -> int:
@@ -238,18 +242,33 @@ def _reading(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def _iter_blocks(file: Path, containing: bytes = b"", offset: int = 0) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of a file in blocks of lines."""
+def _iter_blocks(file: Path, offset: int = 0) -> Iterator[bytes]:
+    """Yield the bytes of a file in blocks of whole lines; only the last block may lack its newline."""
     if not file.exists():
         return
     with _reading(file) as content:
         content.seek(offset)
-        rest = b""
+        rest = list[bytes]()
         while block := content.read(BLOCK_BYTES):
-            *lines, rest = (rest + block).split(b"\n")
-            yield _parse_all(lines, containing, file)
-    last = _parse(rest) if containing in rest else None
-    yield [] if last is None else [last]
+            end = block.rfind(b"\n") + 1
+            if end:
+                yield b"".join((*rest, block[:end]))
+                rest.clear()
+            rest.append(block[end:])
+        if last := b"".join(rest):
+            yield last
+
+
+def _iter_records(file: Path, containing: bytes = b"", offset: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of a file in blocks of lines."""
+    for block in _iter_blocks(file, offset):
+        if containing not in block:
+            continue
+        *lines, rest = block.split(b"\n")
+        yield _parse_all(lines, containing, file)
+        last = _parse(rest) if rest and containing in rest else None
+        if last is not None:
+            yield [last]
 
 
 def _parse_all(lines: list[bytes], containing: bytes, file: Path) -> list[dict[str, Any]]:
