@@ -543,9 +543,6 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def may_change(path: str) -> bool:
     """Return whether a knob may change during a run, that is, whether it affects only what is recorded."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
-    if knob == "record.evaluation_batches":
-        # Losses before and after the change would not be comparable.
-        return False
     return knob.startswith(("record.", "sampling.", "mesh.")) or knob in ("training.steps", "training.steps_per_call")
 
 

@@ -173,7 +173,7 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
     ("changes", "extends", "sentence"),
     [
         ({"optimizer.learning_rate": 0.5}, False, r"another config: optimizer.learning_rate is .* there and 0.5 here"),
-        ({"record.evaluation_batches": 1}, False, r"another config: record.evaluation_batches is 2 there and 1 here"),
+        ({"data.window": 8}, False, r"another config: data.window is None there and 8 here"),
         ({"training.steps": 9}, True, r"--extend: .* has 10 steps; give a larger config.training.steps, such as 20"),
         ({"training.steps": 9}, False, r"training.steps is 10 there and 9 here, and it has made 10 steps already"),
         ({}, True, r"--extend: .* has 10 steps; give a larger"),
@@ -188,6 +188,19 @@ def test_what_cannot_be_changed_is_a_sentence_that_costs_nothing(
         change_of(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
     assert "delete" not in str(refusal.value)
     assert contents(finished) == before
+
+
+def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """Evaluations of fewer batches continue the run; rerun applies the change at the same step."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    lines = [line | {"valid/loss": -1.0} if "valid/loss" in line else line for line in metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    longer = tiny(**{"schedule.name": "cosine", "record.evaluation_batches": 1, "record.evaluate_every": 3}, **LONGER)
+    said = extend(longer, run)
+    assert "record.evaluation_batches is 1 instead of 2" in said and "the best checkpoint is chosen anew" in said
+    losses = {line["step"]: line["valid/loss"] for line in metrics(run) if "valid/loss" in line and line["step"] > 10}
+    assert set(losses) == {12, 15, 16}
+    assert json.loads((run / "checkpoints" / "best").read_bytes())[0] == min(losses, key=losses.__getitem__)
 
 
 def test_there_is_nothing_to_extend_where_there_is_no_run(tmp_path: Path) -> None:

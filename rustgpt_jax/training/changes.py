@@ -17,6 +17,7 @@ from rustgpt_jax.runs.folder import RunFolder, all_differences, load_config, loa
 from rustgpt_jax.training.schedules import factor
 
 STEPS = "training.steps"
+EVALUATION_BATCHES = "record.evaluation_batches"
 
 
 class Change(NamedTuple):
@@ -59,6 +60,9 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
     # Steps after the last checkpoint are trained again. A config with no remaining steps stays in the list.
     kept = tuple(each._replace(until=min(each.until, made)) for each in earlier)
     values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
+    if any(knob.endswith(EVALUATION_BATCHES) for knob in changed):
+        anew = "Validation losses before and after it are of different batches: the best checkpoint is chosen anew."
+        sentences = (*sentences, anew)
     return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
 
 

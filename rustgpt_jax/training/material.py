@@ -46,6 +46,14 @@ class Material:
         """The steps of all stages."""
         return self.stages[-1].stage.end_step
 
+    def compares_after(self, data: StageData) -> int:
+        """Return the step up to which the validation losses before a stage are of other batches than its own."""
+        step = 0
+        for each in self.stages[: self.stages.index(data)]:
+            if each.stage.config.record.evaluation_batches != data.stage.config.record.evaluation_batches:
+                step = each.stage.last_step
+        return step
+
     @cached_property
     def programs(self) -> list[Program]:
         """The program of each stage."""

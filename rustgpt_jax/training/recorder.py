@@ -65,6 +65,7 @@ class Recorder:
     """Writes what happens in one stage of a run. Metrics are read one call late, so that the device never waits.
 
     A step that went wrong is the last thing that is written, unless it is to be skipped: `fault` tells of it.
+    Validation losses up to the step `compares_after` are of other batches, and do not count for the best loss.
     """
 
     data: StageData
@@ -74,6 +75,7 @@ class Recorder:
     progress: Shows
     placement: Placement
     seconds_per_step: dict[Structure, float]
+    compares_after: int = 0
     pending: Pending | None = None
     fault: Fault | None = None
 
@@ -88,7 +90,8 @@ class Recorder:
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
         stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
-        own = (line for line in lines if stage.first_step < line["step"] <= stage.end_step)
+        begin = max(stage.first_step, self.compares_after)
+        own = (line for line in lines if begin < line["step"] <= stage.end_step)
         return min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
 
     def called(self, structure: Structure, seconds: float) -> None:

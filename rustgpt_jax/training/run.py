@@ -21,6 +21,7 @@ from rustgpt_jax.runs.folder import (
     Unwritable,
     admit,
     all_differences,
+    check_links,
     create,
     load_config,
     lock,
@@ -79,6 +80,7 @@ class Run:
             self._resources.enter_context(self.placement.active())
             earlier = self.material.earlier
             admit(self.folder.path, self.material.config, earlier)
+            check_links((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
             self._resources.enter_context(lock(self.folder.path))
             self._record_config()
             save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
@@ -343,6 +345,7 @@ class Run:
                 self._progress,
                 self.placement,
                 self._seconds_per_step,
+                self.material.compares_after(self.stage),
             )
         return self._recorder
 
