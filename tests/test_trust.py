@@ -1,5 +1,6 @@
 """No code of a run's folder is run unless the user says so, and no module is imported from where nobody named."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.runs.journal import Journal
 from rustgpt_jax.runs.launches import archive_of, first_launch
 from rustgpt_jax.runs.snapshot import code_hash, read_code
+from rustgpt_jax.training import loop
 from rustgpt_jax.training.parts import check_parts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -219,3 +221,22 @@ def test_a_launch_that_no_process_can_be_started_as_is_damage(
     run.journal_file.write_text(json.dumps(event) + "\n")
     with pytest.raises(UserError, match="damaged: a launch does not say on what machine"):
         first_launch(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "journal.jsonl"])
+def test_a_linked_record_is_refused(trained: Path, tmp_path: Path, name: str) -> None:
+    """Training would append to the file of somebody else that a stranger's folder points to."""
+    run, other = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "bashrc"
+    other.write_text("alias ls='ls -l'\n")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(other)
+    config = load_config(run)
+    longer = dataclasses.replace(config.training, steps=config.training.steps + 1)
+
+    def contents() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+
+    before = contents()
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        loop.train(dataclasses.replace(config, training=longer), run, {}, Console(quiet=True), extends=True)
+    assert contents() == before

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,6 +309,22 @@ def load_origins(path: Path) -> dict[str, str]:
     if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
         raise UserError(f"{file} is damaged: it does not say where each value of its config came from.")
     return origins
+
+
+def check_links(files: Iterable[Path]) -> None:
+    """Check that files which are appended to or truncated are not symbolic links.
+
+    In a folder from an untrusted source, a link may point to a file that must not be modified.
+
+    Raises:
+        UserError: A file is a symbolic link.
+    """
+    for file in files:
+        if file.is_symlink():
+            raise UserError(
+                f"{file} is a symbolic link, and the file that it points to would be changed; "
+                "put a copy of that file in its place."
+            )
 
 
 @contextmanager

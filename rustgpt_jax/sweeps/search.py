@@ -15,7 +15,7 @@ from typing import Any
 from rustgpt_jax.config import is_of_result, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import leaves
-from rustgpt_jax.runs.folder import lock
+from rustgpt_jax.runs.folder import check_links, lock
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.sweeps.ledger import DONE
 from rustgpt_jax.sweeps.shelf import Shelf
@@ -171,6 +171,7 @@ def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file, name = sweep.folder.study_file, study_name(search, tree)
+    check_links([file])
     # Optuna's reader raises arbitrary errors for a damaged file.
     try:
         _drop_torn_line(file)

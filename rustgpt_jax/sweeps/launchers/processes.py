@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from rustgpt_jax.runs.folder import check_links
 from rustgpt_jax.sweeps.launchers.launch import Launch
 from rustgpt_jax.sweeps.ledger import DONE, Ledger
 from rustgpt_jax.sweeps.planner import Chunk
@@ -102,6 +103,7 @@ class _Process:
 
     def _start(self) -> "subprocess.Popen[str]":
         self._log.parent.mkdir(exist_ok=True)
+        check_links([self._log])
         code = self._launch.code
         command = [sys.executable, "-P", "-m", "rustgpt_jax.sweeps.worker", str(self._launch.folder.path), code.name]
         path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
