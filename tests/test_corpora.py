@@ -194,6 +194,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         list(corpora.documents(config(paths=(path,))))
 
 
+@pytest.mark.parametrize("pattern", ["a.txt", "*.txt", "inner/a.txt"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """A glob finds nothing in it, as if it were empty."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
+    with pytest.raises(UserError, match=rf"matches no file; the folder {re.escape(str(closed))} is not readable\.$"):
+        list(corpora.documents(config(paths=(f"{closed}/{pattern}",))))
+
+
 @pytest.mark.parametrize("read", [lambda found: list(corpora.documents(found)), corpora.file_digests])
 def test_a_pipe_and_a_device_are_refused_at_once(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")

@@ -15,7 +15,7 @@ from configs import base
 from rustgpt_jax.config import Config, config_hash, with_values
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.folder import create, load_config, lock, write_atomically
+from rustgpt_jax.runs.folder import RunFolder, create, load_config, lock, write_atomically
 
 
 @pytest.fixture
@@ -194,3 +194,21 @@ def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
         trainer.wait()
         with lock(tmp_path):
             pass
+
+
+def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `diff` would compare no checkpoints without a word."""
+    run = RunFolder(tmp_path)
+    assert run.saved_steps == []
+    for name in ("5", "30", "best", ".probe", "05"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.saved_steps == [5, 30]
+
+    def refuse(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(UserError, match=r"checkpoints cannot be read: Permission denied"):
+        run.saved_steps  # noqa: B018

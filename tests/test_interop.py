@@ -430,6 +430,18 @@ def test_keys_of_rope_that_compute_nothing_are_ignored_with_a_warning(scaling: A
     assert f"the key {ignored!r} computes nothing and is ignored" in warning
 
 
+def test_dynamic_rope_is_unscaled_within_the_context_and_says_so() -> None:
+    """As in transformers, which scales texts longer than max_position_embeddings only; here they cannot be longer."""
+    file, warnings = GOLDEN / "llama2" / "config.json", list[str]()
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key != "rope_parameters"}
+    architecture = ARCHITECTURES["LlamaForCausalLM"]
+    knobs = architecture.knobs(config | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, file, warnings.append)
+    assert knobs == architecture.knobs(config | {"rope_scaling": None}, file)
+    assert knobs["context_length"] == config["max_position_embeddings"]
+    (warning,) = warnings
+    assert "with a longer config.model.context_length it is not scaled either" in warning
+
+
 def test_longrope_is_read_for_texts_within_the_context_before() -> None:
     file, warnings = GOLDEN / "llama2" / "config.json", list[str]()
     config = {key: value for key, value in json.loads(file.read_text()).items() if key != "rope_parameters"}

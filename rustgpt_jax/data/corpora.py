@@ -410,8 +410,19 @@ def _matches(pattern: str) -> list[str]:
     if not files:
         folder = " (a folder: give a glob such as folder/**/*.txt)" if os.path.isdir(pattern) else ""
         several = "; give one path a flag, or a Python list" if "," in pattern else ""
-        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}{several}.")
+        unreadable = _unreadable_folder(pattern)
+        reason = f"; the folder {unreadable} is not readable" if unreadable else ""
+        raise UserError(f"config.data.paths: {pattern!r} matches no file{folder}{several}{reason}.")
     return files
+
+
+def _unreadable_folder(pattern: str) -> Path | None:
+    """Return the first folder on the way to a path or glob that this user may not look into, or None."""
+    path = Path(pattern).expanduser().absolute()
+    for folder in (*reversed(path.parents), path):
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            return folder
+    return None
 
 
 CORPORA: dict[str, Callable[[DataConfig], Iterator[Document]]] = {

@@ -87,6 +87,8 @@ def _compare_steps(
     if every.parting is None and not arrays.unequal:
         if arrays.n_arrays:
             say(console, f"checkpoints: after step {arrays.step:,} all {arrays.n_arrays} arrays are the same")
+        else:
+            say(console, "checkpoints: not compared, since there is no valid checkpoint of the same step in both")
         return True
     agreed, parted = (every.agreed, every.parting.step) if every.parting else (every.last_step, arrays.step)
     try:

@@ -94,8 +94,18 @@ class RunFolder:
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints on disk, in order, including damaged ones."""
-        return sorted(int(path.name) for path in self.checkpoints.glob("*") if is_step_name(path.name))
+        """The steps of the checkpoints on disk, in order, including damaged ones.
+
+        Raises:
+            UserError: The folder of checkpoints is not readable.
+        """
+        try:
+            names = os.listdir(self.checkpoints)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.checkpoints} cannot be read: {error.strerror}.") from error
+        return sorted(int(name) for name in names if is_step_name(name))
 
     @property
     def samples_file(self) -> Path:

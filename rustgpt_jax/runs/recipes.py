@@ -1,5 +1,6 @@
 """Where a config comes from: a Python file with get_config(), or a run; and the sweeps that a file defines."""
 
+import os
 import runpy
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -69,6 +70,8 @@ def _namespace(file: str) -> dict[str, Any]:
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
         raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
     try:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{file} cannot be read: Permission denied.")
         return runpy.run_path(file)
     except UserError:
         raise

@@ -67,7 +67,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
         )
-        with _writing(self._folder), _one_at_a_time:
+        with _writing(self._folder, "written" if is_writer else "read"), _one_at_a_time:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Kept here and not read again, so that all processes of a run delete the same ones.
         self._best = _named_steps(self._best_file)
@@ -289,15 +289,15 @@ def _together() -> Iterator[None]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to."""
+def _writing(folder: Path, what: str = "written") -> Iterator[None]:
+    """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to or read."""
     try:
         yield
     except UserError:
         raise
     # Errors of the threads of Orbax and TensorStore are of many kinds.
     except Exception as error:
-        raise Unwritable(f"{folder}: the checkpoint cannot be written: {_reason(error)}.") from error
+        raise Unwritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:
