@@ -445,3 +445,28 @@ def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp
     (first.code / name).write_bytes(b"changed")
     keep_code(second)
     assert read_code(second.code / name) == FILES
+
+
+@pytest.mark.parametrize("other", ["permissions", "group"])
+def test_a_copy_of_another_group_or_other_permissions_is_not_linked(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """A hard link keeps the group of the cache, also in a setgid folder, whose members could not read the code."""
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    name = f"{keep_code(first)['code']}.zip"
+    second.code.mkdir()
+    if other == "permissions":
+        second.code.chmod(0o700)
+    else:
+        group = os.getegid()
+        monkeypatch.setattr(os, "getegid", lambda: group + 1)
+    keep_code(second)
+    assert not (second.code / name).samefile(first.code / name)
+    assert read_code(second.code / name) == FILES
+
+
+def test_a_copy_for_jobs_has_the_permissions_of_the_umask(code: Path, tmp_path: Path) -> None:
+    (code / "launch.py").chmod(0o600)
+    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    (tmp_path / "new").write_text("")
+    assert (copy / "launch.py").stat().st_mode == (tmp_path / "new").stat().st_mode

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -340,10 +341,24 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
         if not shared.exists() or shared.read_bytes() != content:
             shared.parent.mkdir(parents=True, exist_ok=True)
             _write(shared, content)
-        os.link(shared, partial)
-        partial.replace(folder / name)
+        if _has_access_of(folder, shared):
+            os.link(shared, partial)
+            partial.replace(folder / name)
+        else:
+            _write(folder / name, content)
     except OSError:
         _write(folder / name, content)
+
+
+def _has_access_of(folder: Path, file: Path) -> bool:
+    """Return whether a file has the group and permissions that a new file in a folder would have.
+
+    A setgid folder gives its own group to new files, but not to hard links.
+    """
+    there, here = folder.stat(), file.stat()
+    group = there.st_gid if there.st_mode & stat.S_ISGID else os.getegid()
+    permissions = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
+    return here.st_gid == group and (there.st_mode ^ here.st_mode) & permissions == 0
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -148,7 +148,8 @@ def keep_code(folder: SweepFolder) -> Path:
         for name, file in files.items():
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, target)
+            # Without the permissions of the original: those of the copy follow the umask.
+            shutil.copyfile(file, target)
         write_git_state(partial)
         try:
             partial.rename(copy)
