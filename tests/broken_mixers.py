@@ -597,7 +597,7 @@ MISTAKES_OF_LONG_ROWS = (
     _mistake("ScaledByItsRow", "rows", r"not what it is alone, in 2 rows of 40 tokens.*row 1"),
     _mistake("LargeBatchesApart", "rows", r"not what it is alone, in 17 rows of 40 tokens"),
     _mistake("OneRowApart", "rows", r"not what it is alone, in 2 rows of 40 tokens"),
-    _mistake("FirstStateForAll", "rows", r"with a cache, a row of 2 is not"),
+    _mistake("FirstStateForAll", "rows", r"with a cache, a row of 1 is not"),
     _mistake("SizeOfTheBatchInTraining", "rows", r"training", "feedforwards"),
     _mistake("FirstRowInLargeBatches", "rows", r"in 17 rows of 40 tokens", "feedforwards"),
     _mistake("NormScaledInTraining", "rows", r"in 17 rows of 40 tokens", "norms"),

@@ -56,6 +56,8 @@ OF_EACH_KIND = (
     *("ThirdDocumentSeesTheSecond", "FirstDocumentApart", "LargeBatchesApart", "OneRowApart", "WrongSlopeOfLongRows"),
     *("PhaseInBfloat16", "LastOfALongPromptLost", "PositionsTo2047", "FirstHeadForAll", "DropsInEvaluation"),
 )
+# Leaks of the future, between documents, and of the size of the batch.
+FOUND_IN_SMALL_SCOPE = ("SeesTheNextChunk", "ThirdDocumentSeesTheSecond", "LargeBatchesApart")
 ALL_MISTAKES = (*MISTAKES, *MISTAKES_OF_LONG_ROWS)
 HONEST = (
     "mixers/broken_parts:HonestAttention",
@@ -94,6 +96,14 @@ def test_a_mistake_is_found_by_the_check_for_it(mistake: Mistake) -> None:
     outcome = run_check(mistake.check, CHECKS[mistake.check], subject)
     assert not outcome.is_ok, outcome.note
     assert re.search(mistake.message, outcome.note), outcome.note
+
+
+@pytest.mark.parametrize("name", FOUND_IN_SMALL_SCOPE)
+def test_the_small_scope_finds_mistakes_of_several_kinds(name: str) -> None:
+    (mistake,) = (mistake for mistake in ALL_MISTAKES if mistake.part.endswith(f":{name}"))
+    (subject,) = subjects(mistake.part, {"n_layers": 1})
+    outcome = run_check(mistake.check, CHECKS[mistake.check], dataclasses.replace(subject, scope=Scope.SMALL))
+    assert not outcome.is_ok, outcome.note
 
 
 def test_every_check_has_a_mistake_to_find() -> None:
@@ -159,6 +169,18 @@ def in_small_scope() -> list[Any]:
 @pytest.mark.parametrize("part_checks", in_small_scope())
 def test_parts_of_the_model_conform_in_the_small_scope(part_checks: list[tuple[Subject, str]]) -> None:
     require_ok(part_checks)
+
+
+def test_a_family_conforms_in_the_small_scope() -> None:
+    (subject,) = subjects("families/gpt2", {"n_layers": 1})
+    small = dataclasses.replace(subject, scope=Scope.SMALL)
+    require_ok([(small, name) for name in ("causality", "isolation")])
+
+
+def test_a_bias_of_keys_without_positions_is_no_unused_parameter() -> None:
+    # It moves all scores of a query alike: its gradient is 0 but for rounding, and in some channels 0 exactly.
+    (subject,) = subjects("positions/none", {"n_layers": 1, "n_kv_heads": 4})
+    require_ok([(subject, "parameters")])
 
 
 @pytest.mark.slow

@@ -156,7 +156,9 @@ def precision(subject: Subject) -> str:
     rows = programs.rows_of(programs.random_tokens(model), model)
     for what, line, numbers in _delicate_in_bfloat16(half):
         raise Broken(what, line, f"{numbers}, where float32 is needed; `precision.widened` gives it")
-    found, expected = (programs.run_forward(params, rows, each)[1].astype(np.float64) for each in (half, model))
+    found = programs.run_forward(params, rows, half)[1].astype(np.float64)
+    # Shares its compiled program with other checks.
+    expected = programs.run(params, rows, model).logits_BTV.astype(np.float64)
     error_BT = np.sqrt(np.mean(np.square(found - expected), -1) / np.mean(np.square(expected), -1))
     error = float(np.median(error_BT))
     if not error <= BFLOAT16_ERROR:
@@ -252,10 +254,12 @@ def gradients(subject: Subject) -> str:
     """
     has_mixers = subject.kind in WITH_MIXERS
     lengths = LENGTHS[subject.scope] if has_mixers or subject.scope is not Scope.QUICK else TOKENWISE_LENGTHS
-    worst = max(_require_gradients(subject.small_model, length) for length in lengths)
+    # One repeat of the layers compiles faster than a loop; the check of `layers` compares their gradients.
+    small = long_model(subject.small_model)
+    worst = max(_require_gradients(small, length) for length in lengths)
     if has_mixers and subject.scope is not Scope.SMALL:
-        _require_slopes_of_bfloat16(long_model(subject.small_model))
-    count = len(jax.tree.leaves(programs.random_params(subject.small_model)))
+        _require_slopes_of_bfloat16(small)
+    count = len(jax.tree.leaves(programs.random_params(small)))
     return f"{count} parameters, rows of {', '.join(map(str, lengths))} tokens: within {worst:.0e}"
 
 
@@ -270,7 +274,6 @@ def _require_slopes_of_bfloat16(model: ModelConfig) -> None:
 
 
 def _require_gradients(small: ModelConfig, length: int) -> float:
-    small = dataclasses.replace(small, context_length=max(small.context_length, length))
     model = dataclasses.replace(small, dtype="float64")
     tokens_BT = np.random.default_rng(0).integers(0, small.vocab_size or 0, (2, length)).astype(np.int32)
     layouts = [layout(length, row) for row in range(2)]
@@ -312,8 +315,8 @@ def _require_gradients(small: ModelConfig, length: int) -> float:
 
 
 def _total_at(params: Any, name: str, moved: np.ndarray, rows: programs.Rows, model: ModelConfig) -> float:
-    """The weighted sum with one parameter moved."""
+    """Return the weighted sum with one parameter moved; a forward pass alone would be compiled for this only."""
     there = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + moved if path_name(path) == name else leaf, params
     )
-    return float(programs.run_forward(there, rows, model)[0])
+    return float(programs.run(there, rows, model).total)

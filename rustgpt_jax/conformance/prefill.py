@@ -19,7 +19,7 @@ AXES = ("row", "token", "channel")
 MOST_RAGGED = 40
 PIECE = 7
 # Numbers of tokens to prefill, first into an empty cache and then into one that holds more than 2,048 tokens.
-LENGTHS = (1, 8, 16, 33, 64, 131, 257)
+LENGTHS = (1, 8, 33, 64, 131, 257)
 ALL_LENGTHS = (*range(1, MOST_RAGGED + 1), 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FAR = 2048
 SLOTS = 2400
