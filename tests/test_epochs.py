@@ -15,9 +15,12 @@ from rustgpt_jax.config import Config, is_by_epochs, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.taking import begin_from
 from rustgpt_jax.parallel.machine import Machine
+from rustgpt_jax.reproduce.again import make_again
+from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records
 from rustgpt_jax.resolve import resolve
 from rustgpt_jax.runs.explain import explain
-from rustgpt_jax.runs.folder import load_config, load_origins
+from rustgpt_jax.runs.folder import RunFolder, load_config, load_origins
 from rustgpt_jax.runs.recipes import read_recipe
 from rustgpt_jax.sweeps.preview import preview
 from rustgpt_jax.sweeps.search import check_rungs
@@ -96,6 +99,12 @@ def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path
     assert load_origins(path)["training.steps"] == "config.training.epochs=1.5"
     assert_same_bits(stored_state(plain, path), stored_state(plain, tmp_path / "steps"))
     assert metrics(path) == metrics(tmp_path / "steps")
+    # Its folder needs no epochs: `rerun` trains the recorded config, and `replay` makes single steps again.
+    assert train(load_config(path), tmp_path / "again")[0]
+    assert compare_records(path, tmp_path / "again").parting is None
+    assert not compare_checkpoints(RunFolder(path), RunFolder(tmp_path / "again")).unequal
+    with Past(path, Console(file=StringIO())) as past:
+        assert all(make_again(past, step, has_taps=False)[0].is_same for step in (1, 5, n_steps))
     # More epochs are more steps.
     longer = by_epochs(2, **constant)
     assert train(longer, path)[0]
