@@ -352,6 +352,18 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
 SHAPES = ["null", "[]", "{}", "5", '"x"', "true", "[1, 2]", '{"a": null}', "[" * 100_000, "[" * 900 + "]" * 900]
 
 
+def test_a_checkpoint_of_a_stop_becomes_regular_if_it_is_saved_as_one(tmp_path: Path) -> None:
+    state = small_state(a=[1.0])
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
+        checkpoints.save(state, 1, is_regular=False)
+        assert checkpoints.last_regular(1) is None
+    with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
+        checkpoints.save(state, 1, is_best=True)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.last_regular(1) == 1
+        assert_same_bits(checkpoints.restore(shapes_of(state)), state)
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_replaced(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[5.0]), 50)
     shutil.copytree(tmp_path / "50", tmp_path / "60")

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from rustgpt_jax.config import Config, split
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.gguf import export_gguf
 from rustgpt_jax.interop.runs import export_run
 from rustgpt_jax.reproduce.differences import data_differences
@@ -32,7 +33,7 @@ from rustgpt_jax.runs.folder import RunFolder, lock
 from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.training import lanes, loop, recorder
-from rustgpt_jax.training.checkpoints import Checkpoints
+from rustgpt_jax.training.checkpoints import Checkpoints, stored_about
 from rustgpt_jax.training.signals import StopRequest
 from rustgpt_jax.training.step import State, as_arguments, compiled_start
 from rustgpt_jax.training.trained import load
@@ -79,6 +80,11 @@ class StopAtOnce(StopRequest):
         super().__enter__()
         signal.raise_signal(signal.SIGINT)
         return self
+
+
+def killed(*_: Any) -> None:
+    """Stand for a process that is killed here."""
+    raise Killed
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,50 @@ def test_any_run_in_any_pieces_is_the_run_in_one(
 ) -> None:
     jax.config.update("jax_disable_most_optimizations", False)
     assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
+
+
+@pytest.mark.parametrize(
+    ("step", "boundary"),
+    # A step without a checkpoint of its own, the last step of a stage, which has one, and the end of the run.
+    [(4, None), (3, 3), (10, None)],
+)
+def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, boundary: int | None
+) -> None:
+    config = config_of("facts", "byte", 1, boundary)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train(config, straight)[0]
+    sums = perplexity.held_out_sums
+
+    def first_batch_then_signal(*arguments: Any) -> Any:
+        if max(line["step"] for line in metrics(broken)) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return sums(*arguments)
+
+    monkeypatch.setattr(perplexity, "held_out_sums", first_batch_then_signal)
+    # The second launch is stopped in the same evaluation again.
+    for _ in range(2):
+        is_complete, printed = train(config, broken)
+        assert not is_complete and f"Stopped by SIGTERM at step {step}, saved." in printed
+        assert last_checkpoint(broken) == step
+        assert not [line for line in metrics(broken) if line["step"] == step and "valid/loss" in line]
+    monkeypatch.setattr(perplexity, "held_out_sums", sums)
+    # A kill after a part of the evaluation was written.
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "write", killed)
+        train(config, broken)
+    assert train(config, broken)[0]
+    assert "is complete" in train(config, broken)[1]
+    assert_same_bits(stored_state(config, broken), stored_state(config, straight))
+    assert_same_bits(stored_state(config, broken, "best"), stored_state(config, straight, "best"))
+    assert metrics(broken) == metrics(straight)
+    assert (broken / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
+    checkpoints = [RunFolder(run).checkpoints for run in (broken, straight)]
+    regular = [
+        {each.name: stored_about(folder, int(each.name))["is_regular"] for each in folder.glob("[0-9]*")}
+        for folder in checkpoints
+    ]
+    assert regular[0] == regular[1]
 
 
 # One folder, one run.

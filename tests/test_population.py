@@ -30,6 +30,8 @@ ONE_DEVICE = Placement()
 class Silent:
     def update(self, *_: Any) -> None: ...
 
+    def evaluating(self, done: int, total: int) -> None: ...
+
     def message(self, text: str) -> None: ...
 
 
@@ -43,15 +45,14 @@ def train_together(
         runs.append(Run(material, path / str(index), {}, ONE_DEVICE))
     left = calls
 
-    def is_stopped() -> bool:
+    def count_call() -> None:
         nonlocal left
         left -= 1
-        return left < 0
 
     for run in runs:
         run.__enter__()
         run.begin(Silent())
-    train_lanes(runs, Together(mode, runs, n_lanes or len(runs)), is_stopped)
+    train_lanes(runs, Together(mode, runs, n_lanes or len(runs)), lambda: left < 0, count_call)
     for run in runs:
         run.__exit__(None, None, None)
     return runs

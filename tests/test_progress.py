@@ -164,3 +164,24 @@ def test_byte_sizes(number: float, text: str) -> None:
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_long_evaluation_shows_how_far_it_is() -> None:
+    screen, clock = Screen(), Clock()
+    with Progress(screen.console, 10, clock) as shown:
+        for done in range(12):
+            clock.now = float(done)
+            shown.evaluating(done, 12)
+        shown.evaluating(12, 12)
+    assert screen.lines() == ["evaluating, batch 5 of 12", "evaluating, batch 10 of 12"]
+    screen, clock = Screen(terminal=True), Clock()
+    with Progress(screen.console, 10, clock) as shown:
+        shown.update(4, {}, "train")
+        shown.evaluating(3, 12)
+    assert "evaluating, batch 3 of 12" in screen.file.getvalue()
+    screen = Screen(terminal=True)
+    with Progress(screen.console, 10, clock) as shown:
+        shown.evaluating(3, 12)
+        shown.evaluating(12, 12)
+        shown.update(4, {}, "train")
+    assert not screen.lines()[-1].count("evaluating")

@@ -178,9 +178,14 @@ def evaluation_batches(
     `rows` as in `batches`.
     """
     windows, rows = Windows(stream, window), _chosen(rows, batch_size)
-    n_batches = -(-len(windows) // batch_size)
-    for index in range(n_batches if limit is None else min(limit, n_batches)):
+    for index in range(n_evaluation_batches(stream, window, batch_size, limit)):
         yield windows.read(windows.places(index * batch_size + rows, np.zeros(len(rows), np.int64)))
+
+
+def n_evaluation_batches(stream: TokenStream, window: int, batch_size: int, limit: int | None) -> int:
+    """Return the number of batches that `evaluation_batches` yields."""
+    n_batches = -(-len(Windows(stream, window)) // batch_size)
+    return n_batches if limit is None else min(limit, n_batches)
 
 
 def _chosen(rows: np.ndarray | None, batch_size: int) -> np.ndarray:

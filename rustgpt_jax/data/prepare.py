@@ -13,7 +13,7 @@ import numpy as np
 
 from rustgpt_jax.config import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.data.corpora import file_digests, training_documents
-from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches
+from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches, n_evaluation_batches
 from rustgpt_jax.data.store import Store, Survey, build_store, require_batch, survey_corpus
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.resolve import check_combinations, checked
@@ -56,6 +56,12 @@ class StageData:
         config, stream = self.stage.config, self.store.split("valid")
         limit = config.record.evaluation_batches
         return evaluation_batches(stream, self.window, config.training.batch_size, limit, rows)
+
+    @property
+    def n_validation_batches(self) -> int:
+        """The number of batches that an evaluation reads."""
+        config, stream = self.stage.config, self.store.split("valid")
+        return n_evaluation_batches(stream, self.window, config.training.batch_size, config.record.evaluation_batches)
 
 
 def obtain_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:

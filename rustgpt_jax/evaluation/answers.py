@@ -1,7 +1,7 @@
 """How many questions of a corpus a model answers word for word."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rustgpt_jax.config import SamplingConfig
 from rustgpt_jax.data.corpora import Document, Turn
@@ -11,16 +11,24 @@ from rustgpt_jax.tokenizers import decode, encode
 BATCH = 64
 
 
-def right_answers(writer: Writer, documents: Iterable[Document], sampling: SamplingConfig) -> tuple[int, int]:
+def right_answers(
+    writer: Writer,
+    documents: Iterable[Document],
+    sampling: SamplingConfig,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[int, int]:
     """How many of the assistant's turns the model, asked greedily, gives word for word, and of how many.
 
     Each is asked for after all true turns before it. Right means the same text after the tokenizer's own round trip.
-    Turns that the context has no room for count as not given.
+    Turns that the context has no room for count as not given. `progress` is called before each batch with the number
+    of questions that have been answered, and how many there are.
     """
     exchanges = [exchange for document in documents for exchange in _exchanges(document)]
     exchanges.sort(key=lambda exchange: sum(len(turn.text) for turn in exchange[0]))
     right = 0
     for start in range(0, len(exchanges), BATCH):
+        if progress is not None:
+            progress(start, len(exchanges))
         right += _right_in_batch(writer, exchanges[start : start + BATCH], sampling)
     return right, len(exchanges)
 

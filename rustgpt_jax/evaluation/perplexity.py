@@ -1,9 +1,10 @@
 """How well a model predicts held-out text: loss, perplexity and bits per byte."""
 
 import math
+import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
@@ -15,6 +16,8 @@ from rustgpt_jax.training.objective import Sums, held_out_sums
 # Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
 # Python objects, so without a limit the memory of an evaluation would grow with the corpus.
 MOST_PENDING = 128
+# Maximum seconds of computation that may be pending, because an evaluation cannot be stopped before it is done.
+MOST_SECONDS_PENDING = 5.0
 
 
 def evaluate(
@@ -24,6 +27,7 @@ def evaluate(
     bytes_per_token: float,
     loss_chunk: int | None = None,
     n_parts: int = 1,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
     """Mean loss in nats a token, perplexity, and bits per byte over the learned tokens of some batches.
 
@@ -32,13 +36,25 @@ def evaluate(
     tokens cost, not what the text would. Empty if there are no batches.
 
     loss_chunk, n_parts: as those of `held_out_sums`, for what memory allows.
+    progress: Called before each batch with the number of batches whose sums are known. If it raises an exception, the
+    evaluation ends.
     """
     model = for_inference(model)
     losses, weights, pending = array("d"), array("d"), deque[Sums]()
+    # The first batch is read at once, because nothing is known of the time that one takes.
+    limit, start = 1, time.monotonic()
     for batch in batches:
+        if progress is not None:
+            progress(len(losses))
         pending.append(held_out_sums(params, batch, model, loss_chunk, n_parts))
-        if len(pending) == MOST_PENDING:
-            _read([pending.popleft() for _ in range(MOST_PENDING // 2)], losses, weights)
+        if len(pending) >= limit:
+            _read([pending.popleft() for _ in range((limit + 1) // 2)], losses, weights)
+            # The first batch includes compilation; its time does not count.
+            if len(losses) == 1:
+                limit, start = 2, time.monotonic()
+            else:
+                seconds = (time.monotonic() - start) / (len(losses) - 1)
+                limit = max(1, min(MOST_PENDING, int(MOST_SECONDS_PENDING / max(seconds, 1e-9))))
     _read(list(pending), losses, weights)
     if not losses:
         return {}

@@ -12,6 +12,7 @@ from rustgpt_jax.decoding.weights import form
 from rustgpt_jax.evaluation.answers import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.parallel.machine import used_machine
+from rustgpt_jax.runs.progress import counting
 from rustgpt_jax.training.memory import check_inference_memory
 from rustgpt_jax.training.trained import Trained
 
@@ -33,30 +34,35 @@ def evaluate_run(trained: Trained, console: Console, is_oversubscribed: bool = F
     for stage in changed_data(trained.run.data_file, material):
         console.print(f"The text of stage {stage} is not the one that the model was trained on.", style="yellow")
     for data in material:
-        answers = _answers(reader, sampling, data)
+        answers = _answers(reader, sampling, data, console)
         if sampling.weights is None:
-            table.add_row(data.stage.name, *_predictions(trained.writer, data), *answers)
+            table.add_row(data.stage.name, *_predictions(trained.writer, data, console), *answers)
         else:
-            table.add_row(data.stage.name, *_predictions(trained.writer, data))
-            table.add_row(f"{data.stage.name}, weights in {sampling.weights}", *_predictions(reader, data), *answers)
+            table.add_row(data.stage.name, *_predictions(trained.writer, data, console))
+            table.add_row(
+                f"{data.stage.name}, weights in {sampling.weights}", *_predictions(reader, data, console), *answers
+            )
     console.print(table)
 
 
-def _predictions(writer: Writer, data: StageData) -> list[str]:
+def _predictions(writer: Writer, data: StageData, console: Console) -> list[str]:
     stream = data.store.split("valid")
     training = data.stage.config.training
-    values = evaluate(
-        writer.params,
-        writer.model,
-        data.validation_batches(),
-        stream.bytes_per_token,
-        training.loss_chunk,
-        training.accumulation,
-    )
+    total = data.n_validation_batches
+    with counting(console, "batches evaluated") as progress:
+        values = evaluate(
+            writer.params,
+            writer.model,
+            data.validation_batches(),
+            stream.bytes_per_token,
+            training.loss_chunk,
+            training.accumulation,
+            lambda done: progress(done, total),
+        )
     return [f"{value:.4f}" for value in values.values()] or ["no validation text", "", ""]
 
 
-def _answers(writer: Writer, sampling: SamplingConfig, data: StageData) -> list[str]:
+def _answers(writer: Writer, sampling: SamplingConfig, data: StageData, console: Console) -> list[str]:
     if not data.is_dialogue:
         return ["", ""]
     config = data.stage.config.data
@@ -64,5 +70,6 @@ def _answers(writer: Writer, sampling: SamplingConfig, data: StageData) -> list[
     sides: dict[str, list] = {"train": [], "valid": []}
     for side, document in divide(documents(config), config, n_characters):
         sides[side].append(document)
-    counts = [right_answers(writer, side, sampling) for side in sides.values()]
+    with counting(console, "questions answered") as progress:
+        counts = [right_answers(writer, side, sampling, progress) for side in sides.values()]
     return [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in counts]

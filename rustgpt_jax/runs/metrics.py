@@ -207,8 +207,13 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return merged
 
 
-def keep_until(file: Path, last_step: int) -> None:
+def keep_until(file: Path, last_step: int, keeps_evaluation: bool = True) -> None:
     """Truncate a JSON Lines file after the last line with a step up to `last_step`; empty it if that is 0.
+
+    Args:
+        file: The file.
+        last_step: The last step to keep.
+        keeps_evaluation: Whether to keep the validation loss of that step.
 
     Raises:
         UserError: A line to be removed is malformed, or the file is not writable.
@@ -221,7 +226,8 @@ def keep_until(file: Path, last_step: int) -> None:
         record = _parse(line)
         if record is None and is_whole:
             raise _malformed(file, line)
-        if record is not None and record["step"] <= last_step:
+        is_dropped = not keeps_evaluation and record is not None and "valid/loss" in record
+        if record is not None and record["step"] <= last_step - is_dropped:
             end, needs_newline = offset + len(line), True
             break
     try:

@@ -25,7 +25,7 @@ GAP = 2
 
 # What a plain line shows, in this order, and what stands beside the bar, where the last have to go first.
 ORDER_IN_LINE = ("step", "stage", "loss", "speed", "share", "left")
-ORDER_OF_WORTH = ("stage", "step", "loss", "left", "speed", "share")
+ORDER_OF_WORTH = ("stage", "step", "evaluation", "loss", "left", "speed", "share")
 WORTH_MORE_THAN_BAR = 4
 
 
@@ -54,6 +54,8 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque(maxlen=UPDATES_IN_PACE)
         self._status: _Status | None = None
         self._printed: _Status | None = None
+        self._evaluation = ""
+        self._evaluation_printed: float | None = None
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(console=console, get_renderable=self._draw)
@@ -82,6 +84,19 @@ class Progress:
         if not self._live and self._line_is_due():
             self._print_line()
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show that `done` of the `total` batches of an evaluation are done; no longer once all are."""
+        now = self._clock()
+        if done == total:
+            self._evaluation, self._evaluation_printed = "", None
+            return
+        self._evaluation = f"evaluating, batch {done:,} of {total:,}"
+        if self._evaluation_printed is None:
+            self._evaluation_printed = now
+        elif not self._live and now - self._evaluation_printed >= SECONDS_BETWEEN_LINES:
+            self._evaluation_printed = now
+            self.message(self._evaluation)
+
     def message(self, text: str) -> None:
         """Print a text, as it is, above the progress bar."""
         self._console.print(Text(printable(text)), soft_wrap=True)
@@ -107,12 +122,16 @@ class Progress:
 
     def _draw(self) -> RenderableType:
         status = self._status
+        if status is None and self._evaluation:
+            return Text(self._evaluation, "dim")
         if status is None:
             return Text(f"waiting for the first step, {duration(int(self._clock() - self._started))}", "dim")
         left = status.seconds_left
         if left is not None:
             left = max(0.0, left - (self._clock() - status.time))
         parts = _parts(status, left, self._total_steps)
+        if self._evaluation:
+            parts["evaluation"] = self._evaluation
         texts = [parts[name].strip() for name in ORDER_OF_WORTH if name in parts]
         bar = ProgressBar(total=self._total_steps, completed=status.step)
         # A full last column makes some terminals wrap.

@@ -36,6 +36,9 @@ class _Quiet:
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Nothing."""
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Nothing."""
+
     def message(self, text: str) -> None:
         """Nothing."""
 
@@ -126,7 +129,8 @@ class Worker:
 def _outcome(run: Run) -> tuple[str, dict[str, int]]:
     if run.diverged_at is not None:
         return "diverged", {"step": run.diverged_at}
-    return "finished" if run.step >= run.material.total_steps else "stopped", {"step": run.step}
+    is_finished = run.is_over and run.step >= run.material.total_steps
+    return "finished" if is_finished else "stopped", {"step": run.step}
 
 
 def main(sweep: str, code: str) -> None:

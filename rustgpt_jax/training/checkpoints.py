@@ -117,7 +117,10 @@ class Checkpoints:
         with _writing(self._folder):
             if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
                 self.set_aside(step)
-            if step not in self._manager.all_steps():
+            if step in self._manager.all_steps():
+                if is_regular and not self._is_regular(step):
+                    self._make_regular(step)
+            else:
                 if is_first():
                     _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
                 about = _about(state, step, self._config, is_regular)
@@ -130,6 +133,15 @@ class Checkpoints:
                 if is_first():
                     write_atomically(self._best_file, json.dumps(self._best))
             self._delete_old(step)
+
+    def _make_regular(self, step: int) -> None:
+        """Mark a checkpoint that was saved because of a stop as one that exists regardless of it."""
+        self._manager.wait_until_finished()
+        self._regular[step] = True
+        if is_first():
+            folder = self._folder / str(step)
+            write_atomically(folder / ABOUT, json.dumps(stored_about(self._folder, step) | {"is_regular": True}))
+            _seal(folder)
 
     def wait(self) -> None:
         """Return when all that was saved is on the disk. Raises Unwritable if it cannot be written."""
@@ -386,7 +398,7 @@ def _is_table(value: Any) -> bool:
 
 def _seal(folder: Path) -> None:
     """Write the SHA-256 of each file of a finished checkpoint into it, before it gets its name."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != NOT_SEALED]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_SEALED, SEAL)]
     sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
     write_atomically(folder / SEAL, json.dumps(sums, indent=1))
 

@@ -152,16 +152,34 @@ def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
     return lambda: jax.tree.map(lambda column: column[index], read())
 
 
-def train_lanes(runs: Sequence[Run], lanes: Lanes, is_stopped: Callable[[], bool]) -> None:
-    """Advance runs to their ends, or to the end of the call in which a stop is asked for; then save them all."""
-    while not is_stopped() and not all(run.is_over for run in runs):
+def train_lanes(
+    runs: Sequence[Run],
+    lanes: Lanes,
+    is_stopped: Callable[[], bool],
+    between_calls: Callable[[], object] = lambda: None,
+) -> None:
+    """Advance runs to their ends, or until a stop is requested; then save them all.
+
+    Args:
+        runs: The runs.
+        lanes: The states of the runs.
+        is_stopped: Whether a stop is requested; called between calls and between the batches of an evaluation.
+        between_calls: Called before each call and after the last one.
+    """
+    for index, resumed in enumerate(runs):
+        if resumed.owes_evaluation:
+            resumed.record(lanes.state(index), is_stopped)
+    while True:
+        between_calls()
+        if is_stopped() or all(run.is_over for run in runs):
+            break
         structure = next(run.program.structure for run in runs if not run.is_over)
         turn = [None if run.is_over or run.program.structure != structure else run for run in runs]
         count = min(run.steps_to_event() for run in turn if run)
         lanes.advance(turn, count)
         for index, run in enumerate(turn):
             if run and run.is_due:
-                run.record(lanes.state(index))
+                run.record(lanes.state(index), is_stopped)
             if run and run.must_rewind:
                 lanes.put(index, run.rewind())
     for index, run in enumerate(runs):

@@ -179,16 +179,15 @@ def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Lap
         laps.lap("the folder")
         lanes = Solo(run)
         laps.lap("the first state")
-        is_stopped, first_step = _stopped(stop, patience), run.step
+        first_step = run.step
 
-        def between_calls() -> bool:
+        def between_calls() -> None:
             if run.step > first_step and (told := laps.finish("compiling")):
                 progress.message(f"The first step began after {told}.")
             if profile is not None:
                 _trace(profile, run, progress)
-            return is_stopped()
 
-        train_lanes([run], lanes, between_calls)
+        train_lanes([run], lanes, _stopped(stop, patience), between_calls)
         if profile is not None:
             # Where the run was stopped before.
             profile.ends(profile.steps.stop)

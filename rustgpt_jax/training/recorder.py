@@ -50,11 +50,18 @@ class Fault(NamedTuple):
     n_faults: int
 
 
+class Stopped(Exception):
+    """Raised to end an evaluation after a request to stop."""
+
+
 class Shows(Protocol):
     """What is told to a person while a run trains."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """`step` steps of the run are done."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """`done` of the `total` batches of an evaluation are done."""
 
     def message(self, text: str) -> None:
         """Something happened."""
@@ -149,8 +156,20 @@ class Recorder:
             "train/flops_share": tokens_per_second * self._flops_per_token / self._peak_flops,
         }
 
-    def evaluate(self, state: State, step: int) -> bool:
-        """Measure the stage's validation split and write samples. Whether the loss is the best of the stage so far."""
+    def evaluate(self, state: State, step: int, is_stopped: Callable[[], bool]) -> bool:
+        """Evaluate on the stage's validation split and write samples.
+
+        Args:
+            state: The state after the step.
+            step: The step.
+            is_stopped: Called before each batch.
+
+        Returns:
+            Whether the loss is the lowest of the stage so far.
+
+        Raises:
+            Stopped: `is_stopped` returned True. Nothing of the evaluation has been written.
+        """
         bytes_per_token = self.data.store.split("valid").bytes_per_token
         training = self.data.stage.config.training
         batch_size = training.batch_size
@@ -160,9 +179,17 @@ class Recorder:
         if self._optimizer.name in EVALUATION_PARAMS:
             opt_state = at_hand(self._structure, state.opt_state)
             params = compiled_evaluation_params(self._optimizer, params, opt_state)
+        n_batches = self.data.n_validation_batches
+
+        def progress(done: int) -> None:
+            self.progress.evaluating(done, n_batches)
+            if is_stopped():
+                raise Stopped
+
         values = evaluate(
-            params, self.config.model, batches, bytes_per_token, training.loss_chunk, training.accumulation
+            params, self.config.model, batches, bytes_per_token, training.loss_chunk, training.accumulation, progress
         )
+        self.progress.evaluating(n_batches, n_batches)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
             self.writer.write(step, {"stage": self.data.stage.name, **values})

@@ -15,7 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.parameters import read_parameters
 from rustgpt_jax.model.cost import parameter_shapes
 from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.parallel.processes import Votes, is_first
+from rustgpt_jax.parallel.processes import Votes, all_agree, is_first
 from rustgpt_jax.runs.folder import (
     RunFolder,
     Unwritable,
@@ -37,7 +37,7 @@ from rustgpt_jax.training.checkpoints import Checkpoints, Damaged
 from rustgpt_jax.training.material import Material, Program
 from rustgpt_jax.training.memory import state_shapes
 from rustgpt_jax.training.population import Orders
-from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows
+from rustgpt_jax.training.recorder import Fault, Pending, Recorder, Shows, Stopped
 from rustgpt_jax.training.sources import Source, source
 from rustgpt_jax.training.step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 
@@ -74,6 +74,8 @@ class Run:
         self._pace = Votes(math.inf)
         self._state: State | None = None
         self._skipped = 0
+        # The step whose evaluation was stopped and has not been done since.
+        self._stopped_evaluation: int | None = None
 
     def __enter__(self) -> "Run":
         with self._resources:
@@ -120,7 +122,13 @@ class Run:
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to do: it has reached its end, or diverged."""
-        return self.step >= self.end_step or self.diverged_at is not None
+        is_at_end = self.step >= self.end_step and not self.owes_evaluation
+        return is_at_end or self.diverged_at is not None
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the evaluation of the last step was stopped and has to be done before the next step."""
+        return self.step == self._stopped_evaluation
 
     @property
     def _fault(self) -> Fault | None:
@@ -162,7 +170,8 @@ class Run:
     @property
     def _stage_index(self) -> int:
         stages = self.material.stages
-        return next((index for index, data in enumerate(stages) if self.step < data.stage.last_step), len(stages) - 1)
+        next_step = self.step if self.owes_evaluation else self.step + 1
+        return next((index for index, data in enumerate(stages) if next_step <= data.stage.last_step), len(stages) - 1)
 
     # Going on.
 
@@ -181,6 +190,7 @@ class Run:
             self._journal.append("damaged", step=step, reason=reason)
             aside = self.checkpoints.set_aside(step)
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
+        self._stopped_evaluation = self._find_stopped_evaluation()
         if self.is_over:
             return
         sizes = self.placement.sizes
@@ -189,6 +199,12 @@ class Run:
             shown = ", ".join(left_out[:MOST_NAMED]) + (", ..." if len(left_out) > MOST_NAMED else "")
             progress.message(f"Not kept with the code of the run (docs/security.md says why): {shown}.")
         self._open_records()
+
+    def _find_stopped_evaluation(self) -> int | None:
+        events = self._journal.events_named("evaluation", {"step": int, "is_done": bool})
+        is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
+        # Only the first process has the run's journal.
+        return None if all_agree(not is_stopped) else self.step
 
     def _like(self) -> State:
         return self.placement.like(state_shapes(stages(self.material.whole)[0].config))
@@ -240,7 +256,9 @@ class Run:
         take_autotuning(self.folder)
 
     def _open_records(self) -> None:
-        keep_until(self.folder.samples_file, self.step)
+        # An evaluation that was stopped a second time, or killed, may have left some of its lines.
+        keep_until(self.folder.samples_file, self.step - self.owes_evaluation)
+        keep_until(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
         self._writer = MetricsWriter(self.folder.path, self.step)
 
     def _close(self) -> None:
@@ -284,20 +302,33 @@ class Run:
         if self._recorder is not None:
             self._recorder.flush()
 
-    def record(self, state: State) -> None:
-        """Evaluate and save the state after the step just made, where that is due."""
+    def record(self, state: State, is_stopped: Callable[[], bool]) -> None:
+        """Evaluate and save the state after the step just made, where that is due.
+
+        If `is_stopped` returns True during the evaluation, the evaluation is given up, and done again on resume.
+        """
         recorder = self._open_recorder()
         recorder.flush()
         if recorder.fault is not None:
             return
-        is_best = self._evaluates and recorder.evaluate(state, self.step)
+        try:
+            is_best = (self._evaluates or self.owes_evaluation) and recorder.evaluate(state, self.step, is_stopped)
+        except Stopped:
+            if not self.owes_evaluation:
+                self._journal.append("evaluation", step=self.step, is_done=False)
+                self._stopped_evaluation = self.step
+            return
         if self._saves or is_best or self.step == self.end_step:
             self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
         if self.step == recorder.data.stage.end_step:
             self._skipped = 0
         if self.step == recorder.data.stage.last_step:
             self._close_source()
-            self._recorder = self._recorder if self.is_over else None
+            self._recorder = self._recorder if self.step >= self.end_step else None
+        if self.owes_evaluation:
+            # Only after the checkpoint is marked as the best.
+            self._journal.append("evaluation", step=self.step, is_done=True)
+            self._stopped_evaluation = None
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -322,7 +353,7 @@ class Run:
         if self.must_rewind:
             self._go_back()
         elif self.diverged_at is None:
-            self.checkpoints.save(state, self.step, is_regular=False)
+            self.checkpoints.save(state, self.step, is_regular=self.owes_evaluation and self._saves)
 
     @property
     def _evaluates(self) -> bool:
