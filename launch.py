@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-from rustgpt_jax.allocation import keep_freed_memory
-from rustgpt_jax.cache import cache_limit
+from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggestion
+from rustgpt_jax.malloc import keep_freed_memory
 
 # Imports and tracing make many objects that stay: Python's collector need not look through them all the time.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
@@ -139,8 +139,8 @@ Begin with:  python launch.py train --config=configs/rustgpt.py
 
 def train() -> int:
     """Train a run, or go on with it."""
-    from rustgpt_jax.parallel.clusters import detected
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.distributed.cluster_env import detected
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     in_several = FLAGS.processes is not None or detected(os.environ) is not None
     if FLAGS.init_from is not None and in_several:
@@ -149,12 +149,12 @@ def train() -> int:
         raise UserError("Where to? Give --run=DIR, the folder of the new run.")
     tree, origins = _config()
     config = _resolved(tree)
-    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-    from rustgpt_jax.parallel.endings import ending_together
-    from rustgpt_jax.parallel.processes import is_first, join
-    from rustgpt_jax.runs.folder import RunFolder
-    from rustgpt_jax.runs.programs import keep_autotuning
+    from rustgpt_jax.distributed.failure_propagation import ending_together
+    from rustgpt_jax.distributed.multihost import is_first, join
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
     from rustgpt_jax.training.loop import train
+    from rustgpt_jax.workdir.program_fingerprint import keep_autotuning
+    from rustgpt_jax.workdir.run_dir import RunFolder
 
     folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
     if FLAGS.launcher != "inline":
@@ -166,7 +166,7 @@ def train() -> int:
     with ending_together():
         keep_autotuning(RunFolder(folder))
         if FLAGS.init_from is not None:
-            from rustgpt_jax.interop.taking import begin_from
+            from rustgpt_jax.interop.warm_start import begin_from
 
             config, origins = begin_from(FLAGS.init_from, folder, config, origins, console.print)
         status = train(
@@ -186,10 +186,10 @@ def train() -> int:
 
 def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
-    from rustgpt_jax.config import is_by_epochs
-    from rustgpt_jax.runs.cluster_job import job_script, submit
-    from rustgpt_jax.training.changes import change_of
-    from rustgpt_jax.training.parts import check_parts
+    from rustgpt_jax.config.schema import is_by_epochs
+    from rustgpt_jax.sweeps.slurm_submit import job_script, submit
+    from rustgpt_jax.training.config_changes import change_of
+    from rustgpt_jax.training.validate_components import check_parts
 
     if FLAGS.launcher != "slurm":
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
@@ -209,10 +209,10 @@ def _submit(folder: Path, config: Any) -> int:
 
 def sweep() -> int:
     """Run a sweep, or go on with it, and report."""
-    from rustgpt_jax.runs.console import PlainTextConsole
-    from rustgpt_jax.runs.recipes import sweep_function
-    from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
+    from rustgpt_jax.sweeps.search_space import SuccessiveHalving, TreeParzen
     from rustgpt_jax.sweeps.trials import expand, feasible_points
+    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.workdir.config_files import sweep_function
 
     if FLAGS.config is None:
         raise UserError(
@@ -226,7 +226,7 @@ def sweep() -> int:
     else:
         trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     options = dict(_pair(option) for option in FLAGS.slurm)
-    from rustgpt_jax.sweeps.command import Command, run_sweep
+    from rustgpt_jax.cli.sweep import Command, run_sweep
     from rustgpt_jax.sweeps.sweep import About, Settings
 
     settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
@@ -239,7 +239,7 @@ def sweep() -> int:
 
 def _called(file: str, says: Callable[[], Any]) -> Any:
     """What a sweep function says, with its mistakes as sentences."""
-    from rustgpt_jax.sweeps.space import Search
+    from rustgpt_jax.sweeps.search_space import Search
 
     try:
         spec = says()
@@ -259,8 +259,8 @@ def _pair(option: str) -> tuple[str, str]:
 
 def report() -> int:
     """Tell what a sweep found."""
-    from rustgpt_jax.runs.console import PlainTextConsole
     from rustgpt_jax.sweeps.report.report import report
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     if FLAGS.run is None:
         raise UserError("Which sweep? Give --run=DIR, the folder that `sweep` wrote, such as --run=runs/learning_rate.")
@@ -271,11 +271,11 @@ def report() -> int:
 
 def explain() -> int:
     """Print what a config means."""
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     tree, origins = _config()
     config = _resolved(tree)
-    from rustgpt_jax.runs.explain import explain
+    from rustgpt_jax.cli.explain import explain
 
     explain(config, origins, PlainTextConsole())
     return 0
@@ -283,7 +283,7 @@ def explain() -> int:
 
 def plan() -> int:
     """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     # No chip is a CPU.
     tree, _ = _config(platform="tpu")
@@ -292,15 +292,15 @@ def plan() -> int:
         raise UserError("For how many chips? Give --devices=N.")
     if FLAGS.chip is None:
         raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
-    from rustgpt_jax.plan.command import plan
+    from rustgpt_jax.cli.plan import plan
 
     return 0 if plan(config, FLAGS.chip, FLAGS.devices, PlainTextConsole()) else 1
 
 
 def evaluate() -> int:
     """Measure a trained model."""
-    from rustgpt_jax.evaluation.report import evaluate_run
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.cli.evaluate import evaluate_run
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     evaluate_run(_trained(generates=False), PlainTextConsole(), FLAGS.allow_oversubscription)
     return 0
@@ -308,9 +308,9 @@ def evaluate() -> int:
 
 def generate() -> int:
     """Print what a model writes after each prompt."""
-    from rustgpt_jax.decoding.text import write_as_it_comes
-    from rustgpt_jax.decoding.weights import form
-    from rustgpt_jax.runs.formatting import printable
+    from rustgpt_jax.inference.decode_params import form
+    from rustgpt_jax.inference.text_generator import write_as_it_comes
+    from rustgpt_jax.tracking.formatting import printable
 
     trained = _trained()
     writer, sampling = trained.writer.laid_out(form(trained.config.sampling)), trained.config.sampling
@@ -330,8 +330,8 @@ def generate() -> int:
 
 def chat() -> int:
     """Talk to a model."""
-    from rustgpt_jax.decoding.chat import chat
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.inference.chat import chat
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     trained = _trained()
     title = f"{Path(FLAGS.run).resolve().name} at step {trained.step:,}"
@@ -342,7 +342,7 @@ def chat() -> int:
 def replay() -> int:
     """Make one step of a run again. The exit status is 1 if it is not what was recorded."""
     from rustgpt_jax.reproduce.replay import replay
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     if FLAGS.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
@@ -353,15 +353,15 @@ def replay() -> int:
 def rerun() -> int:
     """Make a whole run again, and compare. The exit status is 1 if they differ, or that of a stop."""
     from rustgpt_jax.reproduce.rerun import rerun
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, PlainTextConsole(), FLAGS.trust)
 
 
 def diff() -> int:
     """Tell two runs apart. The exit status is 1 if they differ."""
-    from rustgpt_jax.reproduce.diff import diff
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.reproduce.run_diff import diff
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     if len(_arguments) != 2:
         raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
@@ -370,8 +370,8 @@ def diff() -> int:
 
 def doctor() -> int:
     """Look for what made a step of a run go wrong."""
-    from rustgpt_jax.reproduce.doctor import doctor
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.reproduce.diagnose import doctor
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     _compute_as(_run_folder())
     doctor(_run_folder(), FLAGS.step, PlainTextConsole())
@@ -380,9 +380,9 @@ def doctor() -> int:
 
 def check() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
-    from rustgpt_jax.conformance.command import check
-    from rustgpt_jax.resolve import parse_all
-    from rustgpt_jax.runs.console import PlainTextConsole
+    from rustgpt_jax.cli.check import check
+    from rustgpt_jax.config.validation import parse_all
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides), FLAGS.exhaustive)
 
@@ -393,7 +393,7 @@ def import_model() -> int:
         raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
     FLAGS.config = FLAGS.config or str(BASE)
     tree, origins = _config()
-    from rustgpt_jax.interop.runs import import_run
+    from rustgpt_jax.cli.convert import import_run
 
     import_run(Path(FLAGS["from"].value), Path(FLAGS.run), tree, origins, print)
     return 0
@@ -408,7 +408,7 @@ def export() -> int:
 
         export_gguf(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
         return 0
-    from rustgpt_jax.interop.runs import export_run
+    from rustgpt_jax.cli.convert import export_run
 
     export_run(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
     return 0
@@ -515,31 +515,31 @@ def _config(platform: str | None = None) -> tuple[Any, dict[str, str]]:
 
     Its precision is settled: what `auto` is on a platform, or else on the device at hand.
     """
-    from rustgpt_jax.resolve import leaves
+    from rustgpt_jax.config.validation import leaves
 
     tree, origins = _recipe()
     # A config that says nothing of it is told so when it is resolved.
     if dict(leaves(tree)).get("model.dtype") == "auto":
-        from rustgpt_jax.parallel.clusters import detected
+        from rustgpt_jax.distributed.cluster_env import detected
 
         if platform is None and (FLAGS.launcher == "slurm" or FLAGS.processes or detected(os.environ)):
             raise UserError(
                 "config.model.dtype='auto' asks the device of this process, and others are to compute: name it, "
                 "float32 or bfloat16."
             )
-        from rustgpt_jax.parallel.precision import settle
+        from rustgpt_jax.sharding.auto_dtype import settle
 
         settle(tree, origins, platform)
     return tree, origins
 
 
 def _recipe() -> tuple[Any, dict[str, str]]:
-    from rustgpt_jax.runs.recipes import read_recipe, recipe_of_run
+    from rustgpt_jax.workdir.config_files import read_recipe, recipe_of_run
 
     if FLAGS.config is not None:
         return read_recipe(FLAGS.config, BASE, _overrides)
     if FLAGS.init_from is not None:
-        from rustgpt_jax.interop.taking import run_and_step
+        from rustgpt_jax.interop.warm_start import run_and_step
 
         return recipe_of_run(run_and_step(FLAGS.init_from)[0], _overrides)
     if FLAGS.run is None:
@@ -548,7 +548,7 @@ def _recipe() -> tuple[Any, dict[str, str]]:
 
 
 def _resolved(tree: Any) -> Any:
-    from rustgpt_jax.resolve import resolve
+    from rustgpt_jax.config.validation import resolve
 
     return resolve(tree)
 
@@ -558,8 +558,8 @@ def _trained(generates: bool = True) -> Any:
     folder = _run_folder()
     tree, _ = _config()
     config = _resolved(tree)
-    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-    from rustgpt_jax.training.trained import load
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.training.load_model import load
 
     keep_compiled_programs()
     n_generated = config.sampling.max_tokens if generates else 0
@@ -569,10 +569,10 @@ def _trained(generates: bool = True) -> Any:
 
 def _compute_as(run: Path) -> None:
     """Have JAX, which is not used yet, compute as it did for a run."""
-    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-    from rustgpt_jax.reproduce.own_code import use_devices_of
-    from rustgpt_jax.runs.folder import RunFolder
-    from rustgpt_jax.runs.programs import load_autotuning
+    from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.workdir.program_fingerprint import load_autotuning
+    from rustgpt_jax.workdir.run_dir import RunFolder
 
     keep_compiled_programs()
     use_devices_of(RunFolder(run))
@@ -588,7 +588,7 @@ def _run_folder() -> Path:
 
 def _exhausted() -> str:
     """Return the error message for a failed allocation."""
-    from rustgpt_jax.training.memory import exhausted
+    from rustgpt_jax.training.memory_estimate import exhausted
 
     try:
         return exhausted(_resolved(_config()[0]))
@@ -655,7 +655,7 @@ def _check_usage(verb: str) -> None:
 
 def _check_files(verb: str) -> None:
     """Refuse user folders containing files that cannot be read to the end, such as pipes."""
-    from rustgpt_jax.runs.folder import check_files
+    from rustgpt_jax.workdir.run_dir import check_files
 
     named = [FLAGS.run, FLAGS["from"].value, (FLAGS.init_from or "").partition("@")[0]]
     for folder in [*named, *(_arguments if verb != "check" else ())]:

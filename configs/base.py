@@ -1,6 +1,6 @@
 """Every knob of a run, with its meaning. Recipes begin with `get_config()` from here and change a few.
 
-The type and the valid range of each knob stand in `rustgpt_jax/config.py`, its default only here.
+The type and the valid range of each knob stand in `rustgpt_jax/config/schema.py`, its default only here.
 """
 
 from ml_collections import ConfigDict

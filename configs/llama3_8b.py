@@ -7,7 +7,7 @@ python launch.py train --config=configs/llama3_8b.py --config.data.paths='text/*
 from ml_collections import ConfigDict
 
 from configs import base
-from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.model.presets import FAMILIES
 
 
 def get_config() -> ConfigDict:

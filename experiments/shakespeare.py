@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
 
 def final_loss(name: str, seed: int, console: Console) -> float:
     """Train a recipe with a seed, or go on with it, and give its validation loss after the last step."""
-    from rustgpt_jax.resolve import resolve
-    from rustgpt_jax.runs.metrics import read_metrics
+    from rustgpt_jax.config.validation import resolve
+    from rustgpt_jax.tracking.metric_writer import read_metrics
     from rustgpt_jax.training.loop import train
 
     config = RECIPES[name].get_config()

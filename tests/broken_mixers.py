@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from broken_parts import ChunkedState, HonestAttention, HonestFeedForward, HonestState, Mistake
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context, dropout
+from rustgpt_jax.model.dtypes import product_type, widened
 from rustgpt_jax.model.linear import Linear, over_channels
 from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import PositionScheme, rotary
-from rustgpt_jax.model.precision import product_type, widened
 
 
 def order(context: Context) -> tuple[jax.Array, jax.Array]:

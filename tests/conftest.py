@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from slurm_fixture import slurm as slurm
 
 from configs import base
-from rustgpt_jax.config import Config, ModelConfig
-from rustgpt_jax.resolve import override, resolve
+from rustgpt_jax.config.schema import Config, ModelConfig
+from rustgpt_jax.config.validation import override, resolve
 
 # The first example of a property may compile a program.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -60,7 +60,7 @@ def random_params(model: ModelConfig, seed: int = 0) -> Any:
     """Parameters in which nothing is 0 or 1, so that all of them matter, and activations are of order 1."""
     import jax
 
-    from rustgpt_jax.model.cost import parameter_shapes
+    from rustgpt_jax.model.flops import parameter_shapes
 
     rng = np.random.default_rng(seed)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rustgpt_jax.sweeps.report.statistics import FALSE_CLAIMS, compare_with_best
+from rustgpt_jax.sweeps.report.stats import FALSE_CLAIMS, compare_with_best
 
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 SETTINGS, SEEDS = (2, 3, 5, 10, 20), (3, 5, 10)

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from experiments.benchmarks import accelerator_report as report
 from experiments.benchmarks.best_batch import GAIN, SIZES, Best, Failure, Knobs, best_batch, config_of, measured
 from experiments.benchmarks.gpt2_jax import attention_task, cost, synthetic
-from rustgpt_jax.config import Config, split
+from rustgpt_jax.config.schema import Config, split
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.model.kernels.selfcheck import TOLERANCES, largest_difference
-from rustgpt_jax.parallel.chips import CHIPS
-from rustgpt_jax.training.step import as_arguments, compiled_train_steps, start_from
+from rustgpt_jax.model.flops import parameter_shapes, total_size
+from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference
+from rustgpt_jax.sharding.hardware_specs import CHIPS
+from rustgpt_jax.training.train_step import as_arguments, compiled_train_steps, start_from
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

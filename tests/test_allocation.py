@@ -11,7 +11,7 @@ PROGRAM = """
 import resource
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from rustgpt_jax.allocation import keep_freed_memory
+from rustgpt_jax.malloc import keep_freed_memory
 is_kept = keep_freed_memory()
 
 def touch():

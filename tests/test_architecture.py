@@ -37,7 +37,7 @@ MODULES = sorted(TREES)
 
 
 def room_of(module: str) -> str:
-    """The room of a module: 'training' for rustgpt_jax.training.step, '' for the package itself."""
+    """The room of a module: 'training' for rustgpt_jax.training.train_step, '' for the package itself."""
     return module.removeprefix(PACKAGE).removeprefix(".").split(".")[0]
 
 

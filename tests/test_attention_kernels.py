@@ -16,24 +16,24 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model import taps, transformer
-from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.cost import inner_programs
-from rustgpt_jax.model.kernels import choice, selfcheck, tokamax
+from rustgpt_jax.model import intermediates, transformer
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.flops import inner_programs
+from rustgpt_jax.model.hook_points import sites
+from rustgpt_jax.model.kernels import dispatch, tokamax, verify
 from rustgpt_jax.model.kernels.blockwise import blockwise
-from rustgpt_jax.model.kernels.choice import KERNELS, LONG, SHORT, Choice, chosen
+from rustgpt_jax.model.kernels.causal_chunked import triangular
 from rustgpt_jax.model.kernels.cudnn import cudnn
-from rustgpt_jax.model.kernels.plain import plain
-from rustgpt_jax.model.kernels.request import ANY_DEVICE, Device, Request, Task
-from rustgpt_jax.model.kernels.selfcheck import attention_choices, check_kernels
-from rustgpt_jax.model.kernels.triangular import triangular
-from rustgpt_jax.model.sites import sites
-from rustgpt_jax.parallel.mesh import make_mesh
-from rustgpt_jax.plan import hlo
-from rustgpt_jax.plan.operations import product_flops
-from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.model.kernels.dispatch import KERNELS, LONG, SHORT, Choice, chosen
+from rustgpt_jax.model.kernels.portable import plain
+from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Request, Task
+from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
+from rustgpt_jax.planning import hlo
+from rustgpt_jax.planning.hlo_cost import product_flops
+from rustgpt_jax.sharding.mesh import make_mesh
+from rustgpt_jax.training.validate_components import check_parts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -473,12 +473,14 @@ def test_taps_find_scores_only_where_they_are() -> None:
     }
     model = model_config(attention_kernel="blockwise")
     context = Context(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
-    slots = jax.tree.map(jnp.asarray, importlib.import_module("rustgpt_jax.model.sites").slots(sites(model, 2, 24)))
+    slots = jax.tree.map(
+        jnp.asarray, importlib.import_module("rustgpt_jax.model.hook_points").slots(sites(model, 2, 24))
+    )
     _, _, measured = jax.eval_shape(
         lambda params: transformer.tapped(params, tokens(), model, context, slots), random_params(model)
     )
     assert jax.tree.structure(measured) == jax.tree.structure(slots)
-    assert all(leaf.shape[-1] == taps.MEASUREMENT_SIZE for leaf in jax.tree.leaves(measured))
+    assert all(leaf.shape[-1] == intermediates.MEASUREMENT_SIZE for leaf in jax.tree.leaves(measured))
 
 
 # The check before training.
@@ -486,7 +488,7 @@ def test_taps_find_scores_only_where_they_are() -> None:
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "MOST_TOKENS", 24)
+    monkeypatch.setattr(verify, "MOST_TOKENS", 24)
 
 
 MIXED = {"mixers": ("local_attention", "attention", "rg_lru"), "n_layers": 3, "n_kv_heads": 2, "local_window": 9}
@@ -521,7 +523,7 @@ def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
 
 
 def test_mixers_are_told_apart_and_plain_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "largest_difference", None)
+    monkeypatch.setattr(verify, "largest_difference", None)
     names = [finding.mixer for finding in check_kernels(model_config(**MIXED), 32)]
     assert names == ["local_attention", "attention"]
     patterns = {
@@ -580,7 +582,7 @@ def of_other_groups(task: Task) -> jax.Array:
 def test_a_wrong_kernel_is_found_before_training(
     broken: Callable[[Task], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(choice.KERNELS, "blockwise", choice.BLOCKWISE._replace(attend=broken))
+    monkeypatch.setitem(dispatch.KERNELS, "blockwise", dispatch.BLOCKWISE._replace(attend=broken))
     model = model_config(mixers="local_attention", n_kv_heads=2, dtype=dtype, attention_kernel="blockwise")
     with pytest.raises(
         UserError, match=r"Attention by blockwise \(local_attention\) is wrong on this device: it differs"

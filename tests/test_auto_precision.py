@@ -6,11 +6,11 @@ import pytest
 from test_launch import TINY, launch
 
 from configs import base
-from rustgpt_jax.config import FIELDS
-from rustgpt_jax.parallel import precision
-from rustgpt_jax.parallel.precision import settle, suited
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.folder import load_config
+from rustgpt_jax.config.schema import FIELDS
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.sharding import auto_dtype
+from rustgpt_jax.sharding.auto_dtype import settle, suited
+from rustgpt_jax.workdir.run_dir import load_config
 
 FACTORS = {"model.matmul": "bfloat16", "model.logits_dtype": "bfloat16"}
 AUTO = "--config.model.dtype=auto"
@@ -30,12 +30,12 @@ AUTO = "--config.model.dtype=auto"
 def test_each_device_has_what_it_multiplies_fast(
     platform: str, processor: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_processor", lambda: processor)
+    monkeypatch.setattr(auto_dtype, "_processor", lambda: processor)
     assert suited(platform) == expected
 
 
 def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_processor", lambda: "avx512_bf16")
+    monkeypatch.setattr(auto_dtype, "_processor", lambda: "avx512_bf16")
     tree = base.get_config()
     origins = dict.fromkeys(FIELDS, "base") | {"model.matmul": "command line", "model.dtype": "mine.py"}
     tree.model.dtype = "auto"

@@ -22,9 +22,9 @@ from experiments.benchmarks.performance.models import SHAPES, TRAINING, WEIGHTS,
 from experiments.benchmarks.performance.startup import job, parts
 from experiments.benchmarks.performance.turns import Reading, rotated, take_turns, times_as_fast, told
 from experiments.benchmarks.performance.workers import MALLOC, Request, Worker, crew
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.resolve import resolve
+from rustgpt_jax.model.flops import parameter_shapes, total_size
 
 ROOT = Path(__file__).parent.parent
 

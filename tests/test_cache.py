@@ -6,11 +6,11 @@ import jax
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.cache import LIMIT, MOST_BYTES, cache_limit
-from rustgpt_jax.data.store import build_store
+from rustgpt_jax.cache_dir import LIMIT, MOST_BYTES, cache_limit
+from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel import compiled_programs
-from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
+from rustgpt_jax.sharding import compilation_cache
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 from rustgpt_jax.tokenizers import train_tokenizer
 
 
@@ -65,7 +65,7 @@ def test_programs_that_cannot_be_kept_are_said_once(
         folder = unwritable.parent.with_name("there") / "programs"
         folder.mkdir(parents=True)
         monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(folder.parent))
-        monkeypatch.setattr(compiled_programs.os, "access", lambda *_: False)
+        monkeypatch.setattr(compilation_cache.os, "access", lambda *_: False)
     changed: dict[str, object] = {}
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)

@@ -14,13 +14,18 @@ from conftest import small_config
 from rich.console import Console
 from small_runs import ROOT, run_config
 
+from rustgpt_jax.cli import sweep as sweep_command
 from rustgpt_jax.errors import UserError, is_out_of_memory
-from rustgpt_jax.parallel import machine as machines
-from rustgpt_jax.parallel.machine import Machine, free_memory, used_machine
-from rustgpt_jax.sweeps import command as sweep_command
+from rustgpt_jax.sharding import host_resources as machines
+from rustgpt_jax.sharding.host_resources import Machine, free_memory, used_machine
 from rustgpt_jax.sweeps.trials import expand
-from rustgpt_jax.training import loop, memory
-from rustgpt_jax.training.memory import check_inference_memory, check_training_memory, exhausted, training_needs
+from rustgpt_jax.training import loop, memory_estimate
+from rustgpt_jax.training.memory_estimate import (
+    check_inference_memory,
+    check_training_memory,
+    exhausted,
+    training_needs,
+)
 
 GIGABYTE = 10**9
 SMALL = Machine("cpu", 1, 8 * GIGABYTE, 0.0)
@@ -49,7 +54,7 @@ def test_what_cannot_be_trained_is_refused_with_its_knob(name: str) -> None:
 
 
 def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "training_needs", lambda config: pytest.fail("it was counted"))
+    monkeypatch.setattr(memory_estimate, "training_needs", lambda config: pytest.fail("it was counted"))
     check_training_memory(small_config(), SMALL, {})
 
 
@@ -66,16 +71,16 @@ def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatc
 def test_the_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
     """So that no config is let through uncounted which the estimate would refuse."""
     config = small_config(**changes)
-    assert memory._bound(config) > sum(training_needs(config).values())
+    assert memory_estimate._bound(config) > sum(training_needs(config).values())
 
 
 def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = {"model.mixers": ("attention", "local_attention")}
-    monkeypatch.setattr(memory, "MOST_TRACED", 6)
+    monkeypatch.setattr(memory_estimate, "MOST_TRACED", 6)
     config = small_config(**patterns, **{"model.n_layers": 25})
     few = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scanned"))
     counted = training_needs(few)
-    exactly = {"parameters": memory.total_bytes(memory.parameter_shapes(few.model))}
+    exactly = {"parameters": memory_estimate.total_bytes(memory_estimate.parameter_shapes(few.model))}
     # The layer that is left over is of the pattern's first kind.
     assert counted["parameters"] == pytest.approx(exactly["parameters"], rel=0.01)
 
@@ -139,12 +144,12 @@ def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
 def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = free_memory()
     statistics = "anon 5\ninactive_file 20000\nactive_file 30000\n"
-    group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": statistics}
+    group = {"memory_estimate.max": "1000000", "memory_estimate.current": "300000", "memory_estimate.stat": statistics}
     for name, text in group.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(machines, "CONTROL_GROUP", tmp_path)
     assert free_memory() == 750_000
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory_estimate.max").write_text("max\n")
     assert 0.5 * before < free_memory() < 2 * before
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
     assert free_memory() == 0

@@ -10,17 +10,17 @@ import pytest
 from rich.console import Console
 from test_loop import Interruption, assert_same_bits, contents, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config import Config, Earlier, may_change, stages_in_turn
+from rustgpt_jax.config.schema import Config, Earlier, may_change, stages_in_turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce.again import make_again
-from rustgpt_jax.reproduce.differences import config_differences
-from rustgpt_jax.reproduce.past import Past
-from rustgpt_jax.reproduce.records import compare_checkpoints, compare_records, compare_samples
-from rustgpt_jax.runs.folder import RunFolder, create, load_config, load_earlier
-from rustgpt_jax.runs.journal import Journal
+from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
+from rustgpt_jax.reproduce.metadata_diff import config_differences
+from rustgpt_jax.reproduce.recorded_run import Past
+from rustgpt_jax.reproduce.replay_step import make_again
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.changes import Change, change_of
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.training.config_changes import Change, change_of
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config, load_earlier
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -14,15 +14,15 @@ from rich.console import Console
 
 from configs import base
 from rustgpt_jax import tokenizers
-from rustgpt_jax.config import Config, SamplingConfig
-from rustgpt_jax.data import corpora
-from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.decoding import chat as chat_module
-from rustgpt_jax.decoding.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, in_words
-from rustgpt_jax.decoding.text import Writer, write
+from rustgpt_jax.config.schema import Config, SamplingConfig
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.data import datasets
+from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.inference import chat as chat_module
+from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, in_words
+from rustgpt_jax.inference.text_generator import Writer, write
 from rustgpt_jax.model import transformer
-from rustgpt_jax.resolve import resolve
 
 CONTEXT = 64
 
@@ -339,7 +339,7 @@ def test_a_saved_dialogue_is_read_by_the_corpus(tmp_path: Path, script: Script) 
     session = Held()
     shown = session.after("Wie ist es, schön?", "Why?", f"/save {tmp_path}/my talk")
     assert shown.endswith(f"Saved to {tmp_path / 'my talk.jsonl'}, which the corpus `files` reads.\n")
-    [document] = corpora.documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
+    [document] = datasets.documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
     assert document.turns == session.conversation.turns
     assert len(document.turns) == 4
 

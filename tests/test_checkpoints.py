@@ -16,14 +16,14 @@ from conftest import small_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rustgpt_jax.config import Config, split
+from rustgpt_jax.config.schema import Config, split
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.training import checkpoints as checkpoints_module
-from rustgpt_jax.training.checkpoints import Checkpoints, Damaged, layout
-from rustgpt_jax.training.health import healthy
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.training import checkpointing as checkpoints_module
+from rustgpt_jax.training.checkpointing import Checkpoints, Damaged, layout
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
-from rustgpt_jax.training.step import State, as_arguments, compiled_start
+from rustgpt_jax.training.spike_detection import healthy
+from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
 
 CONFIG = small_config()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rustgpt_jax.parallel.compiled_programs import SECONDS_TO_WRITE, tidy
+from rustgpt_jax.sharding.compilation_cache import SECONDS_TO_WRITE, tidy
 
 OLD = 10 * SECONDS_TO_WRITE
 
@@ -58,7 +58,7 @@ def test_a_folder_that_is_not_there_or_is_not_ours_is_left_alone(tmp_path: Path)
 
 PROGRAM = """
 import jax, sys
-from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 keep_compiled_programs()
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)

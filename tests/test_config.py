@@ -16,8 +16,8 @@ import pytest
 from conftest import small_config
 
 from configs import base
-from rustgpt_jax import config as schema
-from rustgpt_jax.config import (
+from rustgpt_jax.config import schema
+from rustgpt_jax.config.schema import (
     ARGUMENT,
     FIELDS,
     Config,
@@ -32,7 +32,7 @@ from rustgpt_jax.config import (
     to_dict,
     with_values,
 )
-from rustgpt_jax.resolve import leaves, resolve
+from rustgpt_jax.config.validation import leaves, resolve
 
 CONFIGS = Path(base.__file__).parent
 RECIPES = sorted(file.stem for file in CONFIGS.glob("*.py"))
@@ -137,10 +137,10 @@ def test_the_hash_does_not_depend_on_how_a_config_was_spelt() -> None:
 
 
 def test_the_hash_is_the_same_in_another_process() -> None:
-    code = "import json,sys; from rustgpt_jax.resolve import resolve; from rustgpt_jax.config import config_hash"
+    code = "import json, sys\nfrom rustgpt_jax.config import schema, validation"
     config = small_config(stages=TWO_STAGES)
     found = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(config_hash(resolve(json.load(sys.stdin))))"],
+        [sys.executable, "-c", f"{code}\nprint(schema.config_hash(validation.resolve(json.load(sys.stdin))))"],
         input=json.dumps(to_dict(config)),
         env={**os.environ, "PYTHONHASHSEED": "1"},
         cwd=CONFIGS.parent,

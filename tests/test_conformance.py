@@ -18,18 +18,18 @@ from broken_mixers import MISTAKES_OF_LONG_ROWS
 from broken_parts import MISTAKES, Mistake
 from rich.console import Console
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.conformance import long_rows, rounding
-from rustgpt_jax.conformance.broken import Broken, require_close, require_finite, require_same_bits
+from rustgpt_jax.cli.check import check
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.conformance import long_row_checks, rounding_checks
+from rustgpt_jax.conformance.assertions import Broken, require_close, require_finite, require_same_bits
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
-from rustgpt_jax.conformance.command import check
-from rustgpt_jax.conformance.report import run_check
-from rustgpt_jax.conformance.small import SMALL, small_model
-from rustgpt_jax.conformance.subjects import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
+from rustgpt_jax.conformance.runner import run_check
+from rustgpt_jax.conformance.targets import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
+from rustgpt_jax.conformance.tiny_config import SMALL, small_model
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model import cost
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model import flops
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 
 ROOT = Path(__file__).parent.parent
 # Outside a process that has eight devices, it starts one.
@@ -238,7 +238,7 @@ def test_eight_devices_give_what_one_gives() -> None:
     code = """
 import sys
 from rich.console import Console
-from rustgpt_jax.conformance.command import check
+from rustgpt_jax.cli.check import check
 sys.exit(check(sys.argv[1:], Console(width=200), only=["devices"]))
 """
     shown = run_python(code, *(kind for kind in MODEL_KINDS if kind != "families"), "gpt2", "gemma2", "qwen3_moe")
@@ -412,8 +412,8 @@ def written(x_T: jax.Array) -> Any:
 )
 def test_a_state_that_is_rounded_is_told_from_one_that_is_moved(function: Any, more: Any, is_found: bool) -> None:
     jaxpr = jax.make_jaxpr(function)(X_T, *more).jaxpr
-    reading = rounding.Reading()
-    reading.follow(jaxpr, [rounding.Traced(is_exact=True, kind=rounding.DATA) for _ in jaxpr.invars])
+    reading = rounding_checks.Reading()
+    reading.follow(jaxpr, [rounding_checks.Traced(is_exact=True, kind=rounding_checks.DATA) for _ in jaxpr.invars])
     assert bool(reading.found) == is_found, reading.found
 
 
@@ -422,18 +422,18 @@ def test_a_state_that_is_rounded_is_told_from_one_that_is_moved(function: Any, m
 
 @pytest.mark.parametrize("border", [16, 32, 64, 128, 256])
 def test_exhaustive_checks_go_through_everything_beside_a_border(border: int) -> None:
-    beside = [case for case in long_rows.EXHAUSTIVE if abs(case.length - border) <= 1]
+    beside = [case for case in long_row_checks.EXHAUSTIVE if abs(case.length - border) <= 1]
     assert {case.length for case in beside} == {border - 1, border, border + 1}
-    assert {(case.dtype, case.is_training) for case in beside} == set(long_rows.KINDS)
-    assert {case.batch for case in long_rows.EXHAUSTIVE} >= {1, 2, 3, 17, 33}
-    assert set(long_rows.QUICK) <= set(long_rows.EXHAUSTIVE)
+    assert {(case.dtype, case.is_training) for case in beside} == set(long_row_checks.KINDS)
+    assert {case.batch for case in long_row_checks.EXHAUSTIVE} >= {1, 2, 3, 17, 33}
+    assert set(long_row_checks.QUICK) <= set(long_row_checks.EXHAUSTIVE)
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 40, 521])
 def test_rows_hold_documents_one_after_another(length: int) -> None:
     counts = set()
-    for row in range(len(long_rows.DOCUMENTS)):
-        positions_T, segments_T = long_rows.layout(length, row)
+    for row in range(len(long_row_checks.DOCUMENTS)):
+        positions_T, segments_T = long_row_checks.layout(length, row)
         documents = [np.flatnonzero(segments_T == number) for number in range(1, segments_T.max() + 1)]
         for places in documents:
             assert np.array_equal(places, np.arange(places[0], places[-1] + 1))
@@ -474,11 +474,11 @@ def test_flops_count_a_loop_by_its_length_or_once() -> None:
         return jax.jit(lambda x: x @ b)(a) @ b
 
     jaxpr = jax.make_jaxpr(function)(np.ones((3, 4), np.float32), np.ones((4, 4), np.float32)).jaxpr
-    assert cost.matrix_product_flops(jaxpr) == (15 + 2) * 2 * 3 * 4 * 4
-    assert cost.matrix_product_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
+    assert flops.matrix_product_flops(jaxpr) == (15 + 2) * 2 * 3 * 4 * 4
+    assert flops.matrix_product_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
 
 
-EQUATIONS, PRODUCT_FLOPS = cost.equations, cost._product_flops
+EQUATIONS, PRODUCT_FLOPS = flops.equations, flops._product_flops
 
 
 @pytest.mark.parametrize(
@@ -493,10 +493,10 @@ EQUATIONS, PRODUCT_FLOPS = cost.equations, cost._product_flops
 def test_flops_that_runs_would_report_wrong_are_found(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any, message: str
 ) -> None:
-    cost.forward_flops_per_token.cache_clear()
-    monkeypatch.setattr(cost, name, wrong)
+    flops.forward_flops_per_token.cache_clear()
+    monkeypatch.setattr(flops, name, wrong)
     outcome = run_check("flops", CHECKS["flops"], subjects("mixers/attention")[0])
-    cost.forward_flops_per_token.cache_clear()
+    flops.forward_flops_per_token.cache_clear()
     assert not outcome.is_ok and re.search(message, outcome.note), outcome.note
 
 
@@ -519,7 +519,7 @@ OF_MIXERS = [{"bias": True}, {"bias": False, "qkv_bias": True, "norm": "layernor
 )
 def test_mixers_declare_the_parameters_that_they_make(mixer: str, more: Any, changes: Any) -> None:
     model = small_model(mixers=mixer, n_layers=3, **changes, **more)
-    made = cost.total_size(cost.parameter_shapes(model)["blocks"]["0"]["mixer"])
+    made = flops.total_size(flops.parameter_shapes(model)["blocks"]["0"]["mixer"])
     assert 3 * MIXERS[mixer].n_parameters(model.block(0)) == made
 
 
@@ -527,7 +527,7 @@ def test_mixers_declare_the_parameters_that_they_make(mixer: str, more: Any, cha
 @pytest.mark.parametrize("name", FEEDFORWARDS)
 def test_feedforwards_declare_the_parameters_that_they_make(name: str, changes: Any) -> None:
     model = small_model(feedforwards=name, n_layers=3, **changes)
-    made = cost.total_size(cost.parameter_shapes(model)["blocks"]["0"]["feedforward"])
+    made = flops.total_size(flops.parameter_shapes(model)["blocks"]["0"]["feedforward"])
     part: Any = FEEDFORWARDS[name]
     assert 3 * part.func.n_parameters(model.block(0)) == made
 

@@ -16,8 +16,8 @@ from small_runs import train
 from synthetic_sweep import grid, write_sweep
 from test_architecture import MODULES, TREES
 
-from rustgpt_jax.runs.console import PlainTextConsole
-from rustgpt_jax.runs.progress import counting, waiting
+from rustgpt_jax.tracking.console import PlainTextConsole
+from rustgpt_jax.tracking.progress import counting, waiting
 
 HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"
 
@@ -101,11 +101,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
 
 
 def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
-    from rustgpt_jax.evaluation.report import evaluate_run
-    from rustgpt_jax.reproduce.diff import diff
+    from rustgpt_jax.cli.evaluate import evaluate_run
     from rustgpt_jax.reproduce.replay import replay
+    from rustgpt_jax.reproduce.run_diff import diff
     from rustgpt_jax.training import loop
-    from rustgpt_jax.training.trained import load
+    from rustgpt_jax.training.load_model import load
 
     config = load(run, "last").config
     assert "[/INST]" in shown(lambda console: loop.train(config, run, {}, console))
@@ -115,7 +115,7 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
 
 
 def test_explain_shows_values_and_origins_as_they_stand() -> None:
-    from rustgpt_jax.runs.explain import explain
+    from rustgpt_jax.cli.explain import explain
 
     config = small_config(**{"record.prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
     printed = shown(lambda console: explain(config, {"record.prompts": "lab[/b].py"}, console))

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rustgpt_jax.config import DataConfig
-from rustgpt_jax.data import corpora
-from rustgpt_jax.data.corpora import CORPORA, ROLES, Document, Turn, plain
+from rustgpt_jax.config.schema import DataConfig
+from rustgpt_jax.config.validation import parse
+from rustgpt_jax.data import datasets
+from rustgpt_jax.data.datasets import CORPORA, ROLES, Document, Turn, plain
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import parse
 
 
 def config(corpus: str = "files", paths: tuple[str, ...] = (), **changes: Any) -> DataConfig:
@@ -35,7 +35,7 @@ def write(folder: Path, name: str, text: str | bytes) -> str:
 
 
 def texts(found: DataConfig) -> list[str]:
-    return [document.text for document in corpora.documents(found)]
+    return [document.text for document in datasets.documents(found)]
 
 
 # Every corpus.
@@ -45,9 +45,9 @@ def texts(found: DataConfig) -> list[str]:
 def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> None:
     paths = tuple(write(tmp_path, f"{index}.txt", f"text {index}") for index in range(20))
     found = config(name, paths, max_documents=12)
-    documents = list(corpora.documents(found))
+    documents = list(datasets.documents(found))
     assert len(documents) == 12
-    assert documents == list(corpora.documents(found))
+    assert documents == list(datasets.documents(found))
     assert all(document.text and document.name for document in documents)
     assert len({document.name for document in documents}) == 12
     assert {turn.role for document in documents for turn in document.turns} <= {"text", *ROLES}
@@ -55,16 +55,16 @@ def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> N
 
 def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="config.data.corpus: there is no 'fact'. Did you mean 'facts'"):
-        corpora.documents(config("fact"))
+        datasets.documents(config("fact"))
 
 
 def test_chats_are_dialogues_that_the_assistant_ends() -> None:
-    documents = list(corpora.documents(config("chat")))
+    documents = list(datasets.documents(config("chat")))
     assert all(document.is_dialogue and document.turns[-1].role == "assistant" for document in documents)
 
 
 def test_the_standard_library_is_there_without_its_tests() -> None:
-    names = [document.name for document in corpora.documents(config("python_stdlib"))]
+    names = [document.name for document in datasets.documents(config("python_stdlib"))]
     assert {"dataclasses.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
@@ -112,7 +112,7 @@ def test_files_are_read_by_their_suffix(name: str, text: str, expected: list[str
 def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
     messages = [{"role": role, "content": f"said by {role}"} for role in ROLES]
     path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
-    (document,) = corpora.documents(config(paths=(path,)))
+    (document,) = datasets.documents(config(paths=(path,)))
     assert document.turns == tuple(Turn(message["role"], message["content"]) for message in messages)
     assert document.is_dialogue
 
@@ -164,14 +164,14 @@ def test_a_bad_file_is_named_with_what_is_wrong(name: str, tmp_path: Path) -> No
     data, message = MISTAKES[name]
     path = write(tmp_path, name, data)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}\b.*{re.escape(message)}"):
-        list(corpora.documents(config(paths=(path,))))
+        list(datasets.documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.txt", ""])
 def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> None:
     path = f"{tmp_path}/{pattern}"
     with pytest.raises(UserError, match=rf"config.data.paths: {re.escape(repr(path))} matches no file"):
-        list(corpora.documents(config(paths=(path,))))
+        list(datasets.documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -179,7 +179,7 @@ def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> N
 def test_a_table_that_is_written_is_read(delimiter: str, rows: list[tuple[str, str]]) -> None:
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows([("text", "other"), *rows])
-    found = [document.text for document in corpora.read_file("a.csv", out.getvalue().encode())]
+    found = [document.text for document in datasets.read_file("a.csv", out.getvalue().encode())]
     assert found == [text for text, _ in rows]
 
 
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}: the file cannot be read \(Permission denied\)"):
-        list(corpora.documents(config(paths=(path,))))
+        list(datasets.documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("pattern", ["a.txt", "*.txt", "inner/a.txt"])
@@ -201,10 +201,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     closed.mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
     with pytest.raises(UserError, match=rf"matches no file; the folder {re.escape(str(closed))} is not readable\.$"):
-        list(corpora.documents(config(paths=(f"{closed}/{pattern}",))))
+        list(datasets.documents(config(paths=(f"{closed}/{pattern}",))))
 
 
-@pytest.mark.parametrize("read", [lambda found: list(corpora.documents(found)), corpora.file_digests])
+@pytest.mark.parametrize("read", [lambda found: list(datasets.documents(found)), datasets.file_digests])
 def test_a_pipe_and_a_device_are_refused_at_once(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (str(tmp_path / "pipe.txt"), "/dev/null"):
@@ -230,7 +230,7 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
 
 def sides(documents: list[Document], found: DataConfig) -> dict[str, str]:
     n_characters = sum(len(document.text) for document in documents)
-    return {document.text: split for split, document in corpora.divide(documents, found, n_characters)}
+    return {document.text: split for split, document in datasets.divide(documents, found, n_characters)}
 
 
 def test_added_documents_move_no_other() -> None:
@@ -244,12 +244,12 @@ def test_a_documents_side_depends_on_its_content_alone() -> None:
     found = config(valid_fraction=0.5)
     for index in range(50):
         first, second = plain("here", f"text {index}"), plain("there", f"text {index}")
-        assert corpora.is_validation(first, found) == corpora.is_validation(second, found)
+        assert datasets.is_validation(first, found) == datasets.is_validation(second, found)
 
 
 def test_a_larger_fraction_keeps_what_a_smaller_one_took() -> None:
     documents = [plain("", f"text {index}") for index in range(300)]
-    taken = [{d for d in documents if corpora.is_validation(d, config(valid_fraction=f))} for f in (0.0, 0.1, 0.4)]
+    taken = [{d for d in documents if datasets.is_validation(d, config(valid_fraction=f))} for f in (0.0, 0.1, 0.4)]
     assert not taken[0]
     assert taken[1] < taken[2]
 
@@ -261,7 +261,7 @@ turn_lists = st.lists(st.builds(Turn, st.sampled_from(ROLES), st.text("ab 1\n", 
 @example(first=(Turn("user", "auserb"),), second=(Turn("user", "a"), Turn("user", "b")))
 @example(first=(Turn("user", "a"),), second=(Turn("assistant", "a"),))
 def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> None:
-    same = corpora.fingerprint(Document("a", first)) == corpora.fingerprint(Document("b", second))
+    same = datasets.fingerprint(Document("a", first)) == datasets.fingerprint(Document("b", second))
     assert same == (first == second)
 
 
@@ -271,20 +271,20 @@ def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tupl
     encoded = [(turn.role, turn.text.encode()) for turn in turns]
     whole = b"".join(f"{role} {len(text)}\n".encode() + text for role, text in encoded)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "BLOCK_CHARACTERS", 2)
-        assert corpora.fingerprint(document) == hashlib.sha256(whole).digest()
+        patch.setattr(datasets, "BLOCK_CHARACTERS", 2)
+        assert datasets.fingerprint(document) == hashlib.sha256(whole).digest()
 
 
 def test_half_of_a_surrogate_pair_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "BLOCK_CHARACTERS", 2)
+    monkeypatch.setattr(datasets, "BLOCK_CHARACTERS", 2)
     with pytest.raises(UserError, match=r"surrogate pair \(\\ud800\)"):
-        corpora._checked(plain("odd", "abc\ud800d"))
+        datasets._checked(plain("odd", "abc\ud800d"))
 
 
 def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:
     text = "".join(chr(0x4E00 + index) for index in range(10_007))
     found = config(split="tail")
-    parts = list(corpora.divide([plain("novel", text)], found, len(text)))
+    parts = list(datasets.divide([plain("novel", text)], found, len(text)))
     border = int(len(text) * 0.9)
     assert parts == [("train", plain("novel", text[:border])), ("valid", plain("novel", text[border:]))]
 
@@ -292,7 +292,7 @@ def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() ->
 @given(texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=1), fraction=st.floats(0.0, 0.9))
 def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: float) -> None:
     whole = "".join(texts)
-    parts = list(corpora.divide(map(plain, texts, texts), config(split="tail", valid_fraction=fraction), len(whole)))
+    parts = list(datasets.divide(map(plain, texts, texts), config(split="tail", valid_fraction=fraction), len(whole)))
     train, valid = ("".join(document.text for side, document in parts if side == name) for name in ("train", "valid"))
     assert train + valid == whole
     assert len(train) == int(len(whole) * (1 - fraction))
@@ -301,15 +301,15 @@ def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: f
 
 def test_the_tail_cuts_no_dialogue() -> None:
     documents = [Document(f"{index}", (Turn("user", "aaaa"), Turn("assistant", "aaaa"))) for index in range(3)]
-    parts = list(corpora.divide(documents, config(split="tail", valid_fraction=0.5), 24))
+    parts = list(datasets.divide(documents, config(split="tail", valid_fraction=0.5), 24))
     assert parts == [("train", documents[0]), ("train", documents[1]), ("valid", documents[2])]
 
 
 @pytest.mark.parametrize("split", ["document", "tail"])
 def test_training_documents_are_those_of_the_training_split(split: str) -> None:
     found = config("facts", split=split)
-    everything = list(corpora.documents(found))
-    divided = corpora.divide(everything, found, sum(len(document.text) for document in everything))
-    training = list(corpora.training_documents(found))
+    everything = list(datasets.documents(found))
+    divided = datasets.divide(everything, found, sum(len(document.text) for document in everything))
+    training = list(datasets.training_documents(found))
     assert training == [document for side, document in divided if side == "train"]
     assert 0.8 < sum(len(d.text) for d in training) / sum(len(d.text) for d in everything) < 0.97

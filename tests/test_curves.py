@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.curves import _smoothed, draw_loss_curves
+from rustgpt_jax.tracking.plots import _smoothed, draw_loss_curves
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:

@@ -13,21 +13,21 @@ from conftest import random_params, small_config, small_tree
 from rich.console import Console
 from small_runs import train
 
-from rustgpt_jax.config import ModelConfig, for_inference
-from rustgpt_jax.decoding.generate import begin, extend, generate, stop_tokens
-from rustgpt_jax.decoding.samplers import Greedy
-from rustgpt_jax.decoding.weights import Form, for_decoding, form
-from rustgpt_jax.evaluation.report import evaluate_run
+from rustgpt_jax.cli.evaluate import evaluate_run
+from rustgpt_jax.config.schema import ModelConfig, for_inference
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.inference.decode_params import Form, for_decoding, form
+from rustgpt_jax.inference.generate import begin, extend, generate, stop_tokens
+from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import total_bytes
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.model.matrices import linear_layers
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.model.stored import OutputByOutput, Stored, Widened, output_by_output, quantized, rounded
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.model.quantized_weights import OutputByOutput, Stored, Widened, output_by_output, quantized, rounded
+from rustgpt_jax.training.load_model import load
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.
 SOME = ("gpt2", "gemma3", "qwen3_moe")

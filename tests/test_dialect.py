@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rustgpt_jax.config import DataConfig, TokenizerConfig
-from rustgpt_jax.data.corpora import Document, Turn, documents, plain
+from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
+from rustgpt_jax.data.datasets import Document, Turn, documents, plain
 from rustgpt_jax.data.pipeline import Places, Windows
-from rustgpt_jax.data.store import build_store
-from rustgpt_jax.decoding.text import Writer, _settled
+from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.inference.text_generator import Writer, _settled
 from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
-from rustgpt_jax.interop.tokenizer_files import read_codec, write_codec
+from rustgpt_jax.interop.hf_tokenizer_io import read_codec, write_codec
 from rustgpt_jax.tokenizers import (
     Codec,
     Dialect,
+    chat_template,
     decode,
     decode_after,
-    dialect,
     encode,
     encode_document,
     encode_documents,
@@ -33,7 +33,7 @@ from rustgpt_jax.tokenizers import (
     save_tokenizer,
     train_tokenizer,
 )
-from rustgpt_jax.tokenizers.dialect import rendered, turn_end
+from rustgpt_jax.tokenizers.chat_template import rendered, turn_end
 
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{ '<s>[' + messages[0].content + ']' }}{% endif %}
@@ -273,7 +273,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_from_a_stranger_ends_within_its_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialect, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.3)
     with pytest.raises(UserError, match="chat template rejects this dialogue: ."):
         encode_prompt(foreign(template=HOSTILE[name]), [Turn("user", "x")])
     # The next template is rendered as if nothing had been.
@@ -283,7 +283,7 @@ def test_a_template_from_a_stranger_ends_within_its_limits(name: str, monkeypatc
 def test_interrupted_renderings_are_not_taken_for_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = foreign()
     encode_prompt(codec, TURNS[1:2])
-    process = dialect._RENDERER._process
+    process = chat_template._RENDERER._process
     assert process is not None and process.stdout is not None
 
     class Interrupted:

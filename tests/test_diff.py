@@ -12,22 +12,22 @@ import pytest
 from rich.console import Console
 from small_runs import copy_code, run_config, train_elsewhere
 
-from rustgpt_jax.config import with_values
+from rustgpt_jax.config.schema import with_values
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import diff as diffs
-from rustgpt_jax.reproduce import traces
-from rustgpt_jax.reproduce.diff import diff
-from rustgpt_jax.reproduce.differences import sections
-from rustgpt_jax.reproduce.traces import Origin
-from rustgpt_jax.runs.folder import RunFolder, create
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.snapshot import code_files, code_hash
+from rustgpt_jax.reproduce import run_diff as diffs
+from rustgpt_jax.reproduce import trace_diff
+from rustgpt_jax.reproduce.metadata_diff import sections
+from rustgpt_jax.reproduce.run_diff import diff
+from rustgpt_jax.reproduce.trace_diff import Origin
+from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.run_dir import RunFolder, create
 
 VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "0.12"}, "machine": {"cores": 2}}
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
 FILES = {"a.txt": "1", "b.txt": "2"}
 DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits": {}, "files": FILES, "n_dialogues": 0}
-CODE = {"rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
+CODE = {"rustgpt_jax/model/mixers/kv_cache.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
 
 
 def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
@@ -121,12 +121,12 @@ def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunFolder) -> None:
 def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunFolder) -> None:
     other = {
         "launch.py": '"""Words."""\n\n# More words.\nprint()\n',
-        "rustgpt_jax/model/mixers/window.py": "def visible(q, s):\n    return q > s\n",
+        "rustgpt_jax/model/mixers/kv_cache.py": "def visible(q, s):\n    return q > s\n",
     }
     second = made_by_hand(tmp_path / "second", code=other)
     _, lines = said_of(first.path, second.path)
     place = lines.index("code:")
-    assert lines[place + 1] == "  rustgpt_jax/model/mixers/window.py"
+    assert lines[place + 1] == "  rustgpt_jax/model/mixers/kv_cache.py"
     assert "    -    return q >= s" in lines and "    +    return q > s" in lines
     assert "  launch.py (only comments and docstrings)" in lines
 
@@ -203,7 +203,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
 ) -> None:
     asked = []
 
-    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> traces.Trace:
+    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> trace_diff.Trace:
         asked.append((begin, last, has_taps))
         steps = {number: a_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
@@ -215,12 +215,12 @@ def test_the_first_tensor_is_the_first_that_is_made(
                 del step["activations"], step["gradients"]
         return steps
 
-    monkeypatch.setattr(traces, "trace", trace)
+    monkeypatch.setattr(trace_diff, "trace", trace)
     second = RunFolder(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
-        assert traces.find_origin(first, second, agreed, parted) == Origin(4, part, name)
+        assert trace_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
     # The insides of many steps are not looked at.
-    assert all(last - begin < traces.FEW_STEPS for begin, last, has_taps in asked if has_taps)
+    assert all(last - begin < trace_diff.FEW_STEPS for begin, last, has_taps in asked if has_taps)
 
 
 def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunFolder) -> None:
@@ -318,7 +318,7 @@ def with_another_file(folder: Path) -> None:
         pytest.param(
             with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: ", marks=pytest.mark.long
         ),
-        (with_another_mask, "code", "rustgpt_jax/model/mixers/window.py", "not the same activations: "),
+        (with_another_mask, "code", "rustgpt_jax/model/mixers/kv_cache.py", "not the same activations: "),
         (with_another_package, "environment", "packages.flax: ", ""),
         pytest.param(
             with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: ", marks=pytest.mark.long

@@ -18,22 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config import Config, split, with_values
+from rustgpt_jax.config.schema import Config, split, with_values
+from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.reproduce import findings, suspects
-from rustgpt_jax.reproduce.again import Again, is_fault, make_again
-from rustgpt_jax.reproduce.doctor import Trial, View, advice, diagnosis, doctor, earlier, try_remedies
-from rustgpt_jax.reproduce.findings import first_bad, odd_rows, of_first_bad
-from rustgpt_jax.reproduce.past import HISTORY, History, Past
-from rustgpt_jax.reproduce.remedies import CONTROL, Fate, Remedy, fitted, flags, remedies
-from rustgpt_jax.reproduce.suspects import Suspect, TooHigh, spike, suspect
-from rustgpt_jax.resolve import parse
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.reproduce import anomaly_detection, diagnostics
+from rustgpt_jax.reproduce.anomaly_detection import Suspect, TooHigh, spike, suspect
+from rustgpt_jax.reproduce.diagnose import Trial, View, advice, diagnosis, doctor, earlier, try_remedies
+from rustgpt_jax.reproduce.diagnostics import first_bad, odd_rows, of_first_bad
+from rustgpt_jax.reproduce.interventions import CONTROL, Fate, Remedy, fitted, flags, remedies
+from rustgpt_jax.reproduce.recorded_run import HISTORY, History, Past
+from rustgpt_jax.reproduce.replay_step import Again, is_fault, make_again
+from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.step import as_arguments, start_from
-from rustgpt_jax.training.tapped import ACTIVATION, PARAMETER, UPDATE, Tensor
+from rustgpt_jax.training.instrumented_step import ACTIVATION, PARAMETER, UPDATE, Tensor
+from rustgpt_jax.training.train_step import as_arguments, start_from
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -100,7 +100,7 @@ def test_a_spike_is_found_among_ordinary_losses_and_nothing_where_there_is_none(
     losses = at + 0.1 * np.random.default_rng(seed).uniform(-1, 1, 40) - 0.01 * np.arange(40)
     lines = [line(10 * index, float(loss)) for index, loss in enumerate(losses)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suspects, "BLOCK_LINES", block)
+        patch.setattr(anomaly_detection, "BLOCK_LINES", block)
         assert spike(history(lines)) is None
         lines[place]["train/loss"] += 5.0
         assert spike(history(lines)) == 10 * place
@@ -169,7 +169,7 @@ def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:
 def test_what_grew_most_is_named_against_a_calm_step() -> None:
     calm = [tensor("a"), tensor("b"), tensor("c")]
     now = [calm[0]._replace(largest=6e19), calm[1]._replace(largest=3e22), calm[2]]
-    (sentence,) = findings.of_growth(now, calm, 7)
+    (sentence,) = diagnostics.of_growth(now, calm, 7)
     assert sentence.startswith("The activation that grew most since step 7 is b:") and "1e+03 times" in sentence
 
 

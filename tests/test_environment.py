@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from rustgpt_jax.runs import environment as environments
-from rustgpt_jax.runs.environment import as_variables, environment, flat, packages, variables
+from rustgpt_jax.workdir import environment as environments
+from rustgpt_jax.workdir.environment import as_variables, environment, flat, packages, variables
 
 ROOT = Path(__file__).parent.parent
 SECRET = "swordfish"
@@ -104,7 +104,7 @@ def test_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pyte
 
 REPORT = """
 import json
-from rustgpt_jax.runs.environment import environment
+from rustgpt_jax.workdir.environment import environment
 print(json.dumps(environment()))
 """
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.sweeps.space import SuccessiveHalving, TreeParzen
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.sweeps.search_space import SuccessiveHalving, TreeParzen
 from rustgpt_jax.sweeps.trials import expand, feasible_points
-from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.validate_components import check_parts
 
 ROOT = Path(__file__).parent.parent
 

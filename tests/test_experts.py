@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 
 ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6
 # The last row is two documents, the second one ends in padding.

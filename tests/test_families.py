@@ -11,17 +11,17 @@ import pytest
 from conftest import small_tree
 
 from configs import base
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.decoding.generate import generate
-from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.inference.generate import generate
+from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
-from rustgpt_jax.interop.computation import UNSAID, computation, disagreements
-from rustgpt_jax.interop.importing import read_model, write_parameters
-from rustgpt_jax.interop.parameters import read_parameters
+from rustgpt_jax.interop.config_equivalence import UNSAID, computation, disagreements
+from rustgpt_jax.interop.import_hf import read_model, write_parameters
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.resolve import resolve
+from rustgpt_jax.model.flops import parameter_shapes, total_size
+from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.workdir.params_io import read_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

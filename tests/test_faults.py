@@ -21,16 +21,16 @@ import numpy as np
 import pytest
 from test_loop import Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config import split
-from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.config.schema import split
+from rustgpt_jax.data.preprocess import with_vocabulary
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.runs.metrics import MetricsWriter
 from rustgpt_jax.tokenizers import load_tokenizer
-from rustgpt_jax.training import recorder
-from rustgpt_jax.training.checkpoints import Checkpoints
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.step import State, as_arguments, compiled_start
+from rustgpt_jax.tracking.metric_writer import MetricsWriter
+from rustgpt_jax.training import metric_logger
+from rustgpt_jax.training.checkpointing import Checkpoints
+from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
+from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
@@ -164,7 +164,7 @@ def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, num
 def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
     counts: list[int] = []
-    trained, speed = recorder.Recorder.trained, recorder.Recorder._speed
+    trained, speed = metric_logger.Recorder.trained, metric_logger.Recorder._speed
 
     def noted(self: Any, pending: Any) -> None:
         counts.append(pending.n_steps)
@@ -177,12 +177,12 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
         return values
 
     config = tiny(**{"record.evaluate_every": 10, "record.checkpoint_every": 10})
-    monkeypatch.setattr(recorder.Recorder, "trained", noted)
+    monkeypatch.setattr(metric_logger.Recorder, "trained", noted)
     assert train(config, tmp_path / "quick")[0]
     # Until the speed is known, the steps go one by one.
     assert counts == [1, 1, 1, 3, 3, 1]
     counts.clear()
-    monkeypatch.setattr(recorder.Recorder, "_speed", slow)
+    monkeypatch.setattr(metric_logger.Recorder, "_speed", slow)
     assert train(config, tmp_path / "slow")[0]
     assert counts == [1, 1, 1, 2, 2, 2, 1]
     assert_same_bits(stored_state(config, tmp_path / "slow"), stored_state(config, tmp_path / "quick"))
@@ -403,7 +403,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 from rich.console import Console
 from test_loop import tiny
-from rustgpt_jax.decoding.text import write
+from rustgpt_jax.inference.text_generator import write
 from rustgpt_jax.training import loop, trained
 steps, texts, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 

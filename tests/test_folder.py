@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from rustgpt_jax.config import Config, config_hash, with_values
+from rustgpt_jax.config.schema import Config, config_hash, with_values
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.folder import RunFolder, create, load_config, lock, write_atomically
+from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config, lock, write_atomically
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from rustgpt_jax.runs.folder import lock\n"
+        "import sys, time; from pathlib import Path; from rustgpt_jax.workdir.run_dir import lock\n"
         "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     paths = os.pathsep.join(path for path in sys.path if path)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from rustgpt_jax.config import ModelConfig, SamplingConfig, TokenizerConfig
-from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.decoding.generate import (
+from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, TokenizerConfig
+from rustgpt_jax.data.datasets import Turn
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.inference.generate import (
     begin,
     bucket,
     drawn_tokens,
@@ -23,9 +24,8 @@ from rustgpt_jax.decoding.generate import (
     prefill,
     stop_tokens,
 )
-from rustgpt_jax.decoding.samplers import from_config
-from rustgpt_jax.decoding.text import Writer, write, write_as_it_comes
-from rustgpt_jax.errors import UserError
+from rustgpt_jax.inference.sampling import from_config
+from rustgpt_jax.inference.text_generator import Writer, write, write_as_it_comes
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
 

@@ -11,15 +11,15 @@ import pytest
 from conftest import random_params, small_config
 from small_runs import train
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.gguf import FORMS, export_gguf, form_of, write_gguf
 from rustgpt_jax.interop.gguf_vocabulary import vocabulary_of
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.model.flops import parameter_shapes, total_size
+from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import END, Codec, encode, train_tokenizer
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.training.load_model import load
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,11 +14,11 @@ from conftest import small_config
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, train
 from test_population import train_together
 
-from rustgpt_jax.config import Config
+from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.training import sources
-from rustgpt_jax.training.health import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
+from rustgpt_jax.training import batch_source
+from rustgpt_jax.training.spike_detection import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,7 +87,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     All are made by this process, as where no stream fits the memory of a device.
     """
-    monkeypatch.setattr(sources, "SHARE", 0)
+    monkeypatch.setattr(batch_source, "SHARE", 0)
     plan: dict[str, Any] = {"bad": BAD, "order": lambda number: number}
     original = Batches.batch
 

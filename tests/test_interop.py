@@ -17,22 +17,22 @@ from conftest import random_params, small_config
 
 from configs import base
 from experiments.benchmarks.family_logits import CASES, TOKENS, VARIANTS, model_config, random_reference
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.decoding.generate import generate
-from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop import compare
+from rustgpt_jax.inference.generate import generate
+from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.interop import logit_parity
 from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
-from rustgpt_jax.interop.computation import disagreements, over_layers, shortest_pattern
-from rustgpt_jax.interop.exporting import export_model
-from rustgpt_jax.interop.importing import read_model, write_parameters
-from rustgpt_jax.interop.parameters import open_parameters, read_parameters
-from rustgpt_jax.interop.safetensors_files import NewTensor, StoredTensor, read_folder, read_header, write_file
-from rustgpt_jax.interop.settings import Settings
+from rustgpt_jax.interop.config_equivalence import disagreements, over_layers, shortest_pattern
+from rustgpt_jax.interop.export_hf import export_model
+from rustgpt_jax.interop.hf_config import Settings
+from rustgpt_jax.interop.import_hf import read_model, write_parameters
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.resolve import resolve
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.workdir.params_io import open_parameters, read_parameters
+from rustgpt_jax.workdir.safetensors_files import NewTensor, StoredTensor, read_folder, read_header, write_file
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -189,15 +189,15 @@ def test_a_key_under_another_name_is_read_and_two_that_disagree_are_refused() ->
 
 def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
-    found = compare.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)
+    found = logit_parity.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)
     assert found.difference is not None and found.difference < 1e-4
-    other = compare.compare_logits(tmp_path / "there", lambda: random_params(LLAMA, seed=1), LLAMA)
+    other = logit_parity.compare_logits(tmp_path / "there", lambda: random_params(LLAMA, seed=1), LLAMA)
     assert other.difference is not None and other.difference > 0.1
 
 
 def test_the_comparison_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = compare.compare_logits(tmp_path, dict, LLAMA)
+    found = logit_parity.compare_logits(tmp_path, dict, LLAMA)
     assert (found.difference, found.reason) == (None, "torch is not installed")
 
 
@@ -676,10 +676,10 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from experiments.benchmarks.family_logits import model_config
-from rustgpt_jax.interop.exporting import export_model
-from rustgpt_jax.interop.importing import read_model, write_parameters
-from rustgpt_jax.interop.parameters import open_parameters, read_parameters
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes
+from rustgpt_jax.interop.export_hf import export_model
+from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.workdir.params_io import open_parameters, read_parameters
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -14,17 +14,18 @@ import pytest
 from conftest import small_tree
 from rich.console import Console
 
-from rustgpt_jax.config import config_hash
-from rustgpt_jax.decoding.text import write
+from rustgpt_jax.cli import convert
+from rustgpt_jax.cli.convert import export_run, import_run
+from rustgpt_jax.config.schema import config_hash
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop import compare, runs
-from rustgpt_jax.interop.compare import Comparison
-from rustgpt_jax.interop.runs import export_run, import_run
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.folder import RunFolder, load_config, load_origins
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.inference.text_generator import write
+from rustgpt_jax.interop import logit_parity
+from rustgpt_jax.interop.logit_parity import Comparison
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.loop import train
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -140,7 +141,7 @@ def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunFolder, tmp_p
 
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_other_logits_are_no_success(verb: str, folder: Path, native: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(runs, "compare_logits", lambda *_: Comparison(0.1, "", 5.0))
+    monkeypatch.setattr(convert, "compare_logits", lambda *_: Comparison(0.1, "", 5.0))
     with pytest.raises(UserError, match="differ by up to 0.1 .*Nothing was written"):
         if verb == "import":
             imported(folder, tmp_path / "new")
@@ -151,10 +152,10 @@ def test_other_logits_are_no_success(verb: str, folder: Path, native: Path, tmp_
 
 def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     said: list[str] = []
-    monkeypatch.setattr(runs, "compare_logits", lambda *_: Comparison(None, "torch is not installed"))
+    monkeypatch.setattr(convert, "compare_logits", lambda *_: Comparison(None, "torch is not installed"))
     imported(folder, tmp_path / "run", said.append)
     assert "Not compared with transformers: torch is not installed." in said
-    monkeypatch.setattr(runs, "free_memory", lambda: 0)
+    monkeypatch.setattr(convert, "free_memory", lambda: 0)
     imported(folder, tmp_path / "other", said.append)
     assert said[-2].startswith("Not compared with transformers: that needs about")
 
@@ -164,17 +165,17 @@ def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
 ) -> None:
     pytest.importorskip("torch")
     said: list[str] = []
-    monkeypatch.setattr(compare, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
+    monkeypatch.setattr(logit_parity, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
     assert imported(folder, tmp_path / "run", said.append).parameters_file.exists()
     assert "Not compared with transformers: it cannot run this folder (OSError: no such file)." in said
 
 
 def test_nothing_is_read_that_cannot_be_compared(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(runs, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
-    monkeypatch.setattr(runs, "free_memory", lambda: 0)
+    monkeypatch.setattr(convert, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
+    monkeypatch.setattr(convert, "free_memory", lambda: 0)
     imported(folder, tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
+    monkeypatch.setattr(convert, "read_parameters", lambda *_: pytest.fail("the whole model was read"))
     monkeypatch.setitem(sys.modules, "torch", None)
     imported(folder, tmp_path / "other")
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import past
-from rustgpt_jax.runs.folder import RunFolder, lock
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import launches, programs
+from rustgpt_jax.reproduce import recorded_run
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import launches, programs
+from rustgpt_jax.workdir.run_dir import RunFolder, lock
 
 VALUES = some.dictionaries(
     some.sampled_from(["step", "code", "text", "environment"]),
@@ -104,7 +104,7 @@ LAUNCH |= {"environment": {"machine": {"cores": 1}}, "mode": "solo", "width": 1,
 LINES = {
     "launch": (LAUNCH, launches),
     "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, programs),
-    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, past.rewinds),
+    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, recorded_run.rewinds),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.tracking.metric_writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
@@ -253,7 +253,7 @@ def sweep_halving():
 ANSWER_ALL = """
 import json, os, runpy, sys, traceback, warnings
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import rustgpt_jax.sweeps.command, rustgpt_jax.training.loop, rustgpt_jax.training.trained
+import rustgpt_jax.cli.sweep, rustgpt_jax.training.loop, rustgpt_jax.training.load_model
 # JAX warns of forks in general; here it has started no threads yet.
 warnings.simplefilter("ignore", RuntimeWarning)
 
@@ -484,7 +484,7 @@ WAIT = {"Python": "while True: pass", "native code": "hashlib.pbkdf2_hmac('sha25
 def test_a_second_interrupt_ends_it_at_once(where: str) -> None:
     code = f"""
 import hashlib
-from rustgpt_jax.training.signals import StopRequest
+from rustgpt_jax.training.preemption import StopRequest
 with StopRequest():
     print("waiting", flush=True)
     {WAIT[where]}

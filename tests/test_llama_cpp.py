@@ -18,19 +18,19 @@ import pytest
 from conftest import random_params, small_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from rustgpt_jax.config import TokenizerConfig
-from rustgpt_jax.data.corpora import Turn
-from rustgpt_jax.decoding.generate import generate
-from rustgpt_jax.decoding.samplers import Greedy
-from rustgpt_jax.decoding.text import Writer
+from rustgpt_jax.config.schema import TokenizerConfig
+from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.exporting import export_model
+from rustgpt_jax.inference.generate import generate
+from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.inference.text_generator import Writer
+from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
-from rustgpt_jax.interop.tokenizer_files import own_dialect, write_codec
-from rustgpt_jax.model.families import FAMILIES
+from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, write_codec
+from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import Codec, Dialect, encode_prompt, train_tokenizer
-from rustgpt_jax.tokenizers.dialect import rendered
+from rustgpt_jax.tokenizers.chat_template import rendered
 
 pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")

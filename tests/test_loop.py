@@ -22,21 +22,21 @@ from conftest import small_config
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config import Config, split
+from rustgpt_jax.cli.convert import export_run
+from rustgpt_jax.config.schema import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.gguf import export_gguf
-from rustgpt_jax.interop.runs import export_run
-from rustgpt_jax.reproduce.differences import data_differences
-from rustgpt_jax.reproduce.past import Past
-from rustgpt_jax.runs.folder import RunFolder, lock
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.reproduce.metadata_diff import data_differences
+from rustgpt_jax.reproduce.recorded_run import Past
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
-from rustgpt_jax.training import lanes, loop, recorder
-from rustgpt_jax.training.checkpoints import Checkpoints, stored_about
-from rustgpt_jax.training.signals import StopRequest
-from rustgpt_jax.training.step import State, as_arguments, compiled_start
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.training import executors, loop, metric_logger
+from rustgpt_jax.training.checkpointing import Checkpoints, stored_about
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.preemption import StopRequest
+from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
+from rustgpt_jax.workdir.run_dir import RunFolder, lock
 
 VOCABULARY = 300
 TINY = {
@@ -110,10 +110,10 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
             signal.raise_signal(signal.SIGINT)
         return result
 
-    loop_steps = lanes.compiled_train_steps
+    loop_steps = executors.compiled_train_steps
     steps_then_interruption.lower = loop_steps.lower
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "compiled_train_steps", steps_then_interruption)
+        patch.setattr(executors, "compiled_train_steps", steps_then_interruption)
         patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
         if interruption == Interruption(0, is_kill=False):
             patch.setattr(loop, "StopRequest", StopAtOnce)
@@ -285,7 +285,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     monkeypatch.setattr(perplexity, "held_out_sums", sums)
     # A kill after a part of the evaluation was written.
     with monkeypatch.context() as patch:
-        patch.setattr(recorder, "write", killed)
+        patch.setattr(metric_logger, "write", killed)
         train(config, broken)
     assert train(config, broken)[0]
     assert "is complete" in train(config, broken)[1]
@@ -345,9 +345,9 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
         counts.append(int(arguments[3]))
         return steps(*arguments)
 
-    steps = lanes.compiled_train_steps
+    steps = executors.compiled_train_steps
     counted.lower = steps.lower
-    monkeypatch.setattr(lanes, "compiled_train_steps", counted)
+    monkeypatch.setattr(executors, "compiled_train_steps", counted)
     train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
     # The first ones go one by one, until it is known how long a step takes.
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
@@ -388,7 +388,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: list[Interruption]
 ) -> None:
     config = tiny(**EVERY_TWO)
-    monkeypatch.setattr(recorder, "evaluate", scripted(tmp_path, {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}))
+    monkeypatch.setattr(metric_logger, "evaluate", scripted(tmp_path, {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}))
     for interruption in interruptions:
         train(config, tmp_path, interruption)
     assert train(config, tmp_path)[0]
@@ -396,7 +396,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     assert best.step == 4
     # The state of step 4 itself: of the same run, cut off there.
     other = tmp_path / "other"
-    monkeypatch.setattr(recorder, "evaluate", lambda *_: {})
+    monkeypatch.setattr(metric_logger, "evaluate", lambda *_: {})
     train(config, other, Interruption(4, is_kill=False))
     assert_same_bits(best, stored_state(config, other))
 
@@ -404,7 +404,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
 def test_the_best_checkpoint_is_that_of_the_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
     config = tiny(**EVERY_TWO, stages=halves)
-    monkeypatch.setattr(recorder, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
+    monkeypatch.setattr(metric_logger, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
     assert train(config, tmp_path)[0]
     assert stored_state(config, tmp_path, "best").step == 8
 
@@ -421,7 +421,7 @@ from rich.console import Console
 from test_loop import TINY, lanes, loop, small_config
 from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
-steps = lanes.compiled_train_steps
+steps = executors.compiled_train_steps
 
 def reporting(structure, state, batches, *others):
     table, tokens = state.params["embedding"]["table"], batches.tokens_BT
@@ -429,7 +429,7 @@ def reporting(structure, state, batches, *others):
     return steps(structure, state, batches, *others)
 
 reporting.lower = steps.lower
-lanes.compiled_train_steps = reporting
+executors.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
     changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 3}}
     try:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config import FIELDS, Config
+from rustgpt_jax.config.schema import FIELDS, Config
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.evaluation.loss import token_sums
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size
-from rustgpt_jax.training.memory import batch_shapes, residual_bytes, state_shapes
-from rustgpt_jax.training.objective import token_sums
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

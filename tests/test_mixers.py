@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model import cost, transformer
-from rustgpt_jax.model.context import Context
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model import flops, transformer
+from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mixers import deltanet as deltanet_mixer
 from rustgpt_jax.model.mixers import rg_lru as rg_lru_mixer
-from rustgpt_jax.model.mixers.convolution import ShortConvolution
 from rustgpt_jax.model.mixers.delta_rule import CHUNK, gated_delta_rule
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
+from rustgpt_jax.model.mixers.short_conv import ShortConvolution
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -358,8 +358,8 @@ def test_a_cache_is_small(mixer: str) -> None:
     short, long = shapes(mixer, 10), shapes(mixer, 1000)
     if mixer == "latent_attention":
         wide = model_config(mixers=mixer, d_model=256, n_heads=16)
-        assert cost.total_size(shapes(mixer, 10, wide)) == 3 * 10 * (64 + 8)
-        assert cost.total_size(shapes("attention", 10, wide)) == 3 * 10 * 2 * 256
+        assert flops.total_size(shapes(mixer, 10, wide)) == 3 * 10 * (64 + 8)
+        assert flops.total_size(shapes("attention", 10, wide)) == 3 * 10 * 2 * 256
     else:
         assert jax.tree.map(lambda leaf: leaf.shape, short) == jax.tree.map(lambda leaf: leaf.shape, long)
         assert max(leaf.dtype.itemsize for leaf in jax.tree.leaves(short)) == 4
@@ -404,8 +404,8 @@ def n_parameters(model: ModelConfig) -> int:
 @pytest.mark.parametrize("changes", [*CASES.values(), {"mixers": "rg_lru"}, {"mixers": "deltanet"}])
 def test_the_number_of_parameters_has_a_closed_form(changes: dict[str, Any]) -> None:
     model = model_config(**changes)
-    mixer = cost.parameter_shapes(model)["blocks"]["0"]["mixer"]
-    assert cost.total_size(mixer) == model.n_layers * n_parameters(model)
+    mixer = flops.parameter_shapes(model)["blocks"]["0"]["mixer"]
+    assert flops.total_size(mixer) == model.n_layers * n_parameters(model)
     kernels = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(mixer) if leaf.ndim > 2}
     assert all("kernel" in path for path in kernels)
 

@@ -12,13 +12,13 @@ import pytest
 from conftest import random_params, small_config
 from scipy import stats
 
-from rustgpt_jax.config import ModelConfig, merge, split
+from rustgpt_jax.config.schema import ModelConfig, merge, split
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model import cost, transformer
-from rustgpt_jax.model.context import Context, dropout
+from rustgpt_jax.model import flops, transformer
+from rustgpt_jax.model.block_inputs import Context, dropout
+from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import Attention
-from rustgpt_jax.model.mixers.window import Ring
-from rustgpt_jax.model.stacks import stacks
+from rustgpt_jax.model.mixers.kv_cache import Ring
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -483,7 +483,7 @@ def equations(jaxpr: Any) -> list[str]:
     names = []
     for equation in jaxpr.eqns:
         names.append(equation.primitive.name)
-        for inner in cost.inner_programs(equation):
+        for inner in flops.inner_programs(equation):
             names += equations(inner)
     return names
 
@@ -497,7 +497,7 @@ def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
         )
         names = equations(program.jaxpr)
         assert any("remat" in name or "checkpoint" in name for name in names) == (remat != "none")
-        flops[remat], exponentials[remat] = cost.matrix_product_flops(program.jaxpr), names.count("exp")
+        flops[remat], exponentials[remat] = flops.matrix_product_flops(program.jaxpr), names.count("exp")
     assert flops["none"] == flops["dots"] < flops["full"]
     assert exponentials["none"] < exponentials["dots"] == exponentials["full"]
 
@@ -570,9 +570,9 @@ def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
         if kind == "moe":
             feedforward = model.n_experts * (feedforward + width)
         expected += attention + feedforward + norm * (4 if model.norm_placement == "sandwich" else 2)
-    shapes = cost.parameter_shapes(model)
-    assert cost.total_size(shapes) == expected
-    assert cost.total_bytes(shapes) == 4 * expected
+    shapes = flops.parameter_shapes(model)
+    assert flops.total_size(shapes) == expected
+    assert flops.total_bytes(shapes) == 4 * expected
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
 
 
@@ -698,15 +698,15 @@ def test_flops_have_a_closed_form(case: str) -> None:
         if kind == "moe":
             feedforward = model.n_experts * (feedforward + model.d_model)
         expected += 2 * (model.d_model * (2 * queries + 2 * keys) + 2 * LENGTH * queries + feedforward)
-    assert cost.forward_flops_per_token(model, LENGTH) == expected
-    assert cost.training_flops_per_token(model, LENGTH) == 3 * expected
+    assert flops.forward_flops_per_token(model, LENGTH) == expected
+    assert flops.training_flops_per_token(model, LENGTH) == 3 * expected
 
 
 def test_flops_are_those_that_the_compiler_counts() -> None:
     model = model_config(layers="unrolled", d_model=128, context_length=64, feedforwards="gelu")
-    shapes = cost.parameter_shapes(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    shapes = flops.parameter_shapes(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)
     counted = forward.lower(*shapes, model).compile().cost_analysis()["flops"] / 64
-    assert counted == pytest.approx(cost.forward_flops_per_token(model, 64), rel=0.1)
+    assert counted == pytest.approx(flops.forward_flops_per_token(model, 64), rel=0.1)
 
 
 # Names.
@@ -723,4 +723,4 @@ def test_flops_are_those_that_the_compiler_counts() -> None:
 )
 def test_a_wrong_name_is_answered_with_the_nearest(field: str, name: Any, nearest: str) -> None:
     with pytest.raises(UserError, match=f"config.model.{field}: .*Did you mean '{nearest}'"):
-        cost.parameter_shapes(model_config(**{field: name}))
+        flops.parameter_shapes(model_config(**{field: name}))

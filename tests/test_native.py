@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config import for_inference
-from rustgpt_jax.decoding.generate import generate
-from rustgpt_jax.decoding.samplers import Greedy
-from rustgpt_jax.decoding.weights import Form, for_decoding, form
-from rustgpt_jax.model.stored import MOST_NATIVE_ROWS, output_by_output
+from rustgpt_jax.config.schema import for_inference
+from rustgpt_jax.inference.decode_params import Form, for_decoding, form
+from rustgpt_jax.inference.generate import generate
+from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, output_by_output
 from rustgpt_jax.native import build, matvec
 from rustgpt_jax.native.build import NotBuilt, built
 

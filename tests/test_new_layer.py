@@ -10,8 +10,8 @@ import pytest
 from conftest import small_config
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.training.validate_components import check_parts
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def test_a_feedforward_in_the_package_is_two_places_in_one_file(tmp_path: Path) 
     for name in ("rustgpt_jax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "launch.py", tmp_path)
-    file = tmp_path / "rustgpt_jax/model/feedforwards.py"
+    file = tmp_path / "rustgpt_jax/model/mlps.py"
     code = FILES["my_lab/feedforwards.py"]
     there, here = file.read_text(), code[code.index("class SiluFeedForward") :]
     table = "FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {\n"

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config import Config, merge, split
+from rustgpt_jax.config.schema import Config, merge, split
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.model.cost import equations, parameter_shapes
-from rustgpt_jax.training.memory import batch_shapes
-from rustgpt_jax.training.objective import held_out_sums, objective, token_sums
-from rustgpt_jax.training.step import as_arguments, gradient
+from rustgpt_jax.evaluation.loss import held_out_sums, objective, token_sums
+from rustgpt_jax.model.flops import equations, parameter_shapes
+from rustgpt_jax.training.memory_estimate import batch_shapes
+from rustgpt_jax.training.train_step import as_arguments, gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -7,11 +7,11 @@ import jax
 import pytest
 from test_loop import assert_same_bits, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config import split
+from rustgpt_jax.config.schema import split
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.placement import check_memories
+from rustgpt_jax.sharding.sharding_plan import check_memories
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.step import as_arguments, compiled_start
+from rustgpt_jax.training.train_step import as_arguments, compiled_start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

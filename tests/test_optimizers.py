@@ -11,11 +11,10 @@ import optax
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.config import OptimizerConfig
+from rustgpt_jax.config.schema import OptimizerConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
-from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.training.optimizers import (
     EVALUATION_PARAMS,
     OPTIMIZERS,
@@ -24,6 +23,7 @@ from rustgpt_jax.training.optimizers import (
     muon_partition,
     optimizer,
 )
+from rustgpt_jax.tree_paths import by_path
 
 Params = dict[str, Any]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.data import pipeline
 from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches
-from rustgpt_jax.data.stream import TokenStream
+from rustgpt_jax.data.token_shards import TokenStream
 
 
 def stream_of(lengths: list[int], weights: list[bool] | None = None, shard: int = 2**20) -> TokenStream:

@@ -16,19 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as some
 from rich.console import Console
 
+from rustgpt_jax.cli.plan import plan, with_vocabulary_size
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes, training_flops_per_token
-from rustgpt_jax.parallel.chips import CHIPS, Chip
-from rustgpt_jax.parallel.devices import PEAK_FLOPS
-from rustgpt_jax.parallel.mesh import axis_sizes
-from rustgpt_jax.parallel.placement import Placement, check_shares
-from rustgpt_jax.plan.changes import changes
-from rustgpt_jax.plan.collectives import Collective
-from rustgpt_jax.plan.command import plan, with_vocabulary_size
-from rustgpt_jax.plan.compiled import compiled_step
-from rustgpt_jax.plan.estimate import Estimate, estimate
-from rustgpt_jax.plan.report import show, show_changes
-from rustgpt_jax.plan.roofline import Seconds, collective_seconds, step_seconds, utilization
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
+from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.planning.collectives import Collective
+from rustgpt_jax.planning.estimate import Estimate, estimate
+from rustgpt_jax.planning.memory_suggestions import changes
+from rustgpt_jax.planning.report import show, show_changes
+from rustgpt_jax.planning.roofline import Seconds, collective_seconds, step_seconds, utilization
+from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
+from rustgpt_jax.sharding.mesh import axis_sizes
+from rustgpt_jax.sharding.peak_flops import PEAK_FLOPS
+from rustgpt_jax.sharding.sharding_plan import Placement, check_shares
 
 ROOT = Path(__file__).parent.parent
 

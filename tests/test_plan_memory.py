@@ -14,11 +14,11 @@ import json, re, sys
 import jax
 import numpy as np
 from conftest import small_config
-from rustgpt_jax.config import split
-from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.plan.compiled import compiled_step
-from rustgpt_jax.training.memory import batch_shapes, state_shapes
-from rustgpt_jax.training.step import as_arguments, compiled_start, train_step
+from rustgpt_jax.config.schema import split
+from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
+from rustgpt_jax.training.train_step import as_arguments, compiled_start, train_step
 
 def status(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 from test_loop import assert_same_bits, config_of, contents, metrics, stored_state, tiny
 
-from rustgpt_jax.config import Config
+from rustgpt_jax.config.schema import Config
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.sharding.sharding_plan import Placement
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.lanes import Together, train_lanes
-from rustgpt_jax.training.population import MODES
-from rustgpt_jax.training.run import Run
+from rustgpt_jax.training.executors import Together, train_lanes
+from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.vmapped_step import MODES
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

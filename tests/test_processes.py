@@ -16,14 +16,14 @@ import pytest
 from conftest import SMALL
 from test_loop import TINY
 
+from rustgpt_jax.distributed import failure_propagation
+from rustgpt_jax.distributed.cluster_env import detected, own_devices
+from rustgpt_jax.distributed.failure_propagation import LOST, MISTAKE, Patience, is_loss
+from rustgpt_jax.distributed.multihost import Votes, all_agree, join
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel import endings
-from rustgpt_jax.parallel.clusters import detected, own_devices
-from rustgpt_jax.parallel.endings import LOST, MISTAKE, Patience, is_loss
-from rustgpt_jax.parallel.processes import Votes, all_agree, join
-from rustgpt_jax.runs.folder import lock
-from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
+from rustgpt_jax.workdir.run_dir import lock
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")
 SECONDS = 300
@@ -46,7 +46,7 @@ KNOBS = (
 )
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.resolve import override
+from rustgpt_jax.config.validation import override
 
 def get_config():
     tree = base.get_config()
@@ -289,8 +289,8 @@ def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(endings.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(endings, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
+    monkeypatch.setattr(failure_propagation.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(failure_propagation, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
     with Patience(0.2, "Again.") as patience:
         for _ in range(4):
             time.sleep(0.1)

@@ -11,9 +11,9 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state, tiny
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.laps import Laps
+from rustgpt_jax.tracking.startup_timer import Laps
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.profile import span
+from rustgpt_jax.training.profiler import span
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

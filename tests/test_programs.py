@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from rustgpt_jax.runs import programs
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.programs import keep_autotuning, load_autotuning, observed, take_autotuning
+from rustgpt_jax.workdir import program_fingerprint
+from rustgpt_jax.workdir.program_fingerprint import keep_autotuning, load_autotuning, observed, take_autotuning
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ import hashlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import jax
 from conftest import small_config
-from rustgpt_jax.config import split
+from rustgpt_jax.config.schema import split
 from rustgpt_jax.training import step
 structure, numbers = split(small_config())
 numbers = step.as_arguments(numbers)
@@ -110,7 +110,7 @@ def test_the_key_is_that_of_the_cache(cached: Path) -> None:
         assert program.cache_key is not None
         assert (cached / f"{program.cache_key}-cache").exists()
         jax.clear_caches()
-        programs._keys.clear()
+        program_fingerprint._keys.clear()
 
 
 def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_program_compiled_before_keeps_its_key(cached: Path) -> None:
 
 
 def test_threads_hear_of_their_own_programs(cached: Path) -> None:
-    found: dict[int, programs.Program] = {}
+    found: dict[int, program_fingerprint.Program] = {}
 
     def observe(size: int) -> None:
         found[size] = observed(jax.jit(scaled), np.ones(size), np.float32(size))[1]
@@ -141,7 +141,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
         thread.join()
     alone = {}
     jax.clear_caches()
-    programs._keys.clear()
+    program_fingerprint._keys.clear()
     for size in found:
         alone[size] = observed(jax.jit(scaled), np.ones(size), np.float32(size))[1]
     assert found == alone and len({program.cache_key for program in found.values()}) == 6
@@ -171,7 +171,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run on a machine with an NVIDIA driver."""
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX\n")
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(programs, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "version")
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     return RunFolder(tmp_path / "run")
@@ -221,7 +221,7 @@ def test_what_the_user_says_stays(gpu: RunFolder, monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_gpu_nothing_is_changed(gpu: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "DRIVER", tmp_path / "none")
+    monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "none")
     keep_autotuning(gpu)
     load_autotuning(gpu)
     assert "XLA_FLAGS" not in os.environ

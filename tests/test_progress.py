@@ -6,9 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from rustgpt_jax.runs import progress
-from rustgpt_jax.runs.formatting import byte_size, count, duration
-from rustgpt_jax.runs.progress import Progress
+from rustgpt_jax.tracking import progress
+from rustgpt_jax.tracking.formatting import byte_size, count, duration
+from rustgpt_jax.tracking.progress import Progress
 
 VALUES = {"train/loss": 2.31407, "train/tokens_per_second": 41200.4, "train/flops_share": 0.123}
 

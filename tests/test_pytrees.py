@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import rustgpt_jax
-from rustgpt_jax.decoding.samplers import SAMPLERS, Greedy
+from rustgpt_jax.inference.sampling import SAMPLERS, Greedy
 from rustgpt_jax.pytrees import pytree
 
 

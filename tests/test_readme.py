@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rustgpt_jax.data.corpora import CORPORA
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.schedules import SCHEDULES

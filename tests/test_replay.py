@@ -16,22 +16,22 @@ import pytest
 from conftest import small_config
 from rich.console import Console
 
-from rustgpt_jax.config import Config, Stage
+from rustgpt_jax.config.schema import Config, Stage
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import past as pasts
-from rustgpt_jax.reproduce.again import Again, make_again
-from rustgpt_jax.reproduce.heat import short
-from rustgpt_jax.reproduce.past import Past, Rewind, start_of
+from rustgpt_jax.reproduce import recorded_run as pasts
+from rustgpt_jax.reproduce.anomaly_detection import suspect
+from rustgpt_jax.reproduce.heatmap import short
+from rustgpt_jax.reproduce.recorded_run import Past, Rewind, start_of
 from rustgpt_jax.reproduce.replay import replay
-from rustgpt_jax.reproduce.suspects import suspect
-from rustgpt_jax.reproduce.trace import trace
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import launches
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.reproduce.step_trace import trace
+from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.fingerprints import fingerprints
-from rustgpt_jax.training.tapped import Tensor
+from rustgpt_jax.training.instrumented_step import Tensor
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -318,8 +318,8 @@ from pathlib import Path
 from rich.console import Console
 sys.path[:0] = ["tests"]
 from conftest import small_config
-from rustgpt_jax.reproduce.again import make_again
-from rustgpt_jax.reproduce.past import Past
+from rustgpt_jax.reproduce.replay_step import make_again
+from rustgpt_jax.reproduce.recorded_run import Past
 from rustgpt_jax.training import loop
 loop.draw_loss_curves = lambda folder: folder
 path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
@@ -387,7 +387,15 @@ def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> Non
 
 
 def test_the_command_of_a_trace_answers_mistakes_in_a_sentence(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rustgpt_jax.reproduce.trace", str(run), "1", "11", str(tmp_path / "out.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "rustgpt_jax.reproduce.step_trace",
+        str(run),
+        "1",
+        "11",
+        str(tmp_path / "out.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 2 and not (tmp_path / "out.json").exists()
     assert done.stderr.splitlines()[-1] == f"error: {run} has no step 11: its steps are 1 to 10."

@@ -24,16 +24,16 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.report.figures.colours import Colouring, css
-from rustgpt_jax.sweeps.report.figures.curves import thinned
-from rustgpt_jax.sweeps.report.figures.drawing import TRIAL, show_losses
-from rustgpt_jax.sweeps.report.figures.scales import scale_of
-from rustgpt_jax.sweeps.report.figures.sensitivity import sensitivities
+from rustgpt_jax.sweeps.report.axis_scales import scale_of
+from rustgpt_jax.sweeps.report.labels import knob_names, rerun_command, value_text
+from rustgpt_jax.sweeps.report.loss_curves import thinned
+from rustgpt_jax.sweeps.report.lr_sensitivity import sensitivities
+from rustgpt_jax.sweeps.report.palette import Colouring, css
 from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results
-from rustgpt_jax.sweeps.report.statistics import compare_with_best
-from rustgpt_jax.sweeps.report.words import knob_names, rerun_command, value_text
+from rustgpt_jax.sweeps.report.stats import compare_with_best
+from rustgpt_jax.sweeps.report.svg import TRIAL, show_losses
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
@@ -177,7 +177,7 @@ def test_values_keep_four_digits(value: float) -> None:
 
 
 def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
-    from rustgpt_jax.resolve import parse_all
+    from rustgpt_jax.config.validation import parse_all
 
     prompts = "--config.record.prompts='Hi, you' --config.record.prompts='[INST] hi [/INST]'"
     launched = f"python launch.py sweep --config=configs/tiny.py --config.seed 5 {prompts} --config.seed=6 --mode=lanes"
@@ -458,7 +458,7 @@ def test_what_lies_beyond_an_axis_is_an_arrow(tmp_path: Path, monkeypatch: pytes
         return 2.0 + 3.0 * (trial["optimizer.learning_rate"] == 1e-2) + spread * trial["seed"] ** 2
 
     drawn = []
-    monkeypatch.setattr("rustgpt_jax.sweeps.report.figures.responses.show_beyond", lambda *args: drawn.append(args[2]))
+    monkeypatch.setattr("rustgpt_jax.sweeps.report.response_curves.show_beyond", lambda *args: drawn.append(args[2]))
     trials = grid(optimizer__learning_rate=RATES[:4], seed=range(3))
     _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
     assert set(drawn) == {"^", "v"}

@@ -22,15 +22,15 @@ from rich.console import Console
 from small_runs import ROOT, copy_code, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import records, traces
+from rustgpt_jax.reproduce import compare_metrics, trace_diff
 from rustgpt_jax.reproduce import rerun as reruns
-from rustgpt_jax.reproduce.own_code import Ended, OwnCode
-from rustgpt_jax.reproduce.records import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
-from rustgpt_jax.runs.environment import environment
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import launches
-from rustgpt_jax.training.signals import SIGNALS
+from rustgpt_jax.reproduce.compare_metrics import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
+from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode
+from rustgpt_jax.training.preemption import SIGNALS
+from rustgpt_jax.workdir.environment import environment
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -124,7 +124,7 @@ def test_an_array_that_differs_is_named(
     twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, again = copied(twice, tmp_path)
-    stored_about, paths = records.stored_about, []
+    stored_about, paths = compare_metrics.stored_about, []
 
     def about(folder: Path, step: int) -> dict[str, Any]:
         stored = stored_about(folder, step)
@@ -133,7 +133,7 @@ def test_an_array_that_differs_is_named(
             stored["fingerprints"][paths[0]] = "0" * 16
         return stored
 
-    monkeypatch.setattr(records, "stored_about", about)
+    monkeypatch.setattr(compare_metrics, "stored_about", about)
     is_same, said = rerun(run.path)
     assert not is_same
     assert f"arrays are the same; the first that is not: {paths[0]}." in said
@@ -274,7 +274,7 @@ def test_a_trace_that_is_stopped_leaves_nothing_behind(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        traces.trace(RunFolder(twice[0] / "run"), 1, 1, False)
+        trace_diff.trace(RunFolder(twice[0] / "run"), 1, 1, False)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -346,15 +346,15 @@ import sys
 from pathlib import Path
 from rich.console import Console
 sys.path[:0] = ["tests"]
-from rustgpt_jax.runs.folder import RunFolder
+from rustgpt_jax.workdir.run_dir import RunFolder
 path = Path(sys.argv[2])
 if sys.argv[1] == "train":
-    from rustgpt_jax.parallel.machine import use_cpu_devices
+    from rustgpt_jax.sharding.host_resources import use_cpu_devices
     use_cpu_devices(2)
     from small_runs import train
     train(path)
 else:
-    from rustgpt_jax.reproduce.own_code import use_devices_of
+    from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
     from rustgpt_jax.reproduce.replay import replay
     use_devices_of(RunFolder(path))
     sys.exit(not replay(path, 5, False, Console()))

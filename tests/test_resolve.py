@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config import FIELDS, config_hash, flatten, read, to_dict, with_values
+from rustgpt_jax.config.schema import FIELDS, config_hash, flatten, read, to_dict, with_values
+from rustgpt_jax.config.validation import checked, override, parse, parse_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import checked, override, parse, parse_all, resolve
 
 VALID = to_dict(small_config())
 MISSING = "(missing)"

@@ -26,10 +26,10 @@ from synthetic_sweep import (
 )
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import create
-from rustgpt_jax.runs.metrics import read_metrics
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import Results, read_results, settings, write_csv
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.workdir.run_dir import create
 
 
 @pytest.fixture(scope="module")

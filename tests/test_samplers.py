@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from rustgpt_jax.config import SamplingConfig
-from rustgpt_jax.decoding.samplers import SAMPLERS, Greedy, draw, from_config
+from rustgpt_jax.config.schema import SamplingConfig
+from rustgpt_jax.inference.sampling import SAMPLERS, Greedy, draw, from_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

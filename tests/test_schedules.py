@@ -12,7 +12,7 @@ from conftest import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.config import ScheduleConfig
+from rustgpt_jax.config.schema import ScheduleConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training.schedules import SCHEDULES, factor
 

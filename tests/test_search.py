@@ -35,9 +35,9 @@ from test_sweep import (
     wait_until,
 )
 
-from rustgpt_jax.config import stages
+from rustgpt_jax.cli import sweep as commands
+from rustgpt_jax.config.schema import stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import InUse, load_config, lock
 from rustgpt_jax.sweeps import (
     SuccessiveHalving,
     TreeParzen,
@@ -51,17 +51,17 @@ from rustgpt_jax.sweeps import (
     uniform,
     values,
 )
-from rustgpt_jax.sweeps import command as commands
-from rustgpt_jax.sweeps.folder import SweepFolder
 from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
-from rustgpt_jax.sweeps.ledger import Ledger
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import Ledger
 from rustgpt_jax.sweeps.trials import Trial, expand, feasible_points
-from rustgpt_jax.training import lanes
+from rustgpt_jax.training import executors
+from rustgpt_jax.workdir.run_dir import InUse, load_config, lock
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -213,9 +213,9 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
             raise Killed
         return steps(*arguments)
 
-    steps = lanes.compiled_population_steps
+    steps = executors.compiled_population_steps
     killed_later.lower = steps.lower
-    monkeypatch.setattr(lanes, "compiled_population_steps", killed_later)
+    monkeypatch.setattr(executors, "compiled_population_steps", killed_later)
     n_kills = 0
     while not events(tmp_path / "halved", "finished"):
         try:

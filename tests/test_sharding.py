@@ -16,21 +16,21 @@ import pytest
 from conftest import small_config
 from jax.sharding import PartitionSpec
 
-from rustgpt_jax.config import split
+from rustgpt_jax.config.schema import split
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
-from rustgpt_jax.model.layout import partition_spec
+from rustgpt_jax.model.activation_sharding import partition_spec
+from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.paths import by_path
 from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.parallel.mesh import axis_sizes, least_devices
-from rustgpt_jax.parallel.placement import check_shares
-from rustgpt_jax.parallel.rules import RULES, placed, share
+from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.sharding.mesh import axis_sizes, least_devices
+from rustgpt_jax.sharding.partition_rules import RULES, placed, share
+from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.step import as_arguments, start
+from rustgpt_jax.training.train_step import as_arguments, start
+from rustgpt_jax.tree_paths import by_path
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 

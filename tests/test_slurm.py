@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from rustgpt_jax.sweeps.folder import SweepFolder
-from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.ledger import EVENTS, Event, Ledger
+from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import EVENTS, Event, Ledger
 
 ROOT = Path(__file__).parent.parent
 # The package has the function under the same name.

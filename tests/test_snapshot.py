@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs import snapshot
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.snapshot import (
+from rustgpt_jax.sweeps import sweep_dir as sweep_folders
+from rustgpt_jax.workdir import code_snapshot
+from rustgpt_jax.workdir.code_snapshot import (
     code_files,
     code_hash,
     keep_code,
@@ -29,7 +29,7 @@ from rustgpt_jax.runs.snapshot import (
     running_code,
     unpack,
 )
-from rustgpt_jax.sweeps import folder as sweep_folders
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def forget_code() -> None:
-    for memory in (snapshot._packed, snapshot._contents):
+    for memory in (code_snapshot._packed, code_snapshot._contents):
         memory.cache_clear()
 
 
@@ -63,14 +63,14 @@ def forget() -> Iterator[None]:
     """A process keeps its code once; each test is a process of its own here."""
     yield
     forget_code()
-    snapshot._git_state.cache_clear()
+    code_snapshot._git_state.cache_clear()
 
 
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with code, which this process is said to run, and a cache of its own."""
     folder = write(tmp_path / "code", FILES | IGNORED)
-    monkeypatch.setattr(snapshot, "_root", lambda: folder)
+    monkeypatch.setattr(code_snapshot, "_root", lambda: folder)
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return folder
@@ -90,7 +90,7 @@ def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch
     run = run_folder(tmp_path / "run")
     about = keep_code(run)
     unpack(run.code / f"{about['code']}.zip", tmp_path / "copy")
-    there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in snapshot.CODE}
+    there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in code_snapshot.CODE}
     assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
     assert about["left_out"] == []
     # It stands alone.
@@ -119,7 +119,7 @@ def test_the_hash_is_that_of_names_and_contents(first: dict[str, bytes], second:
         left, right = (write(Path(folder) / name, files) for name, files in (("a", first), ("b", second)))
         for side in (left, right):
             side.mkdir(exist_ok=True)
-        hashes = [code_hash(code_files([side / name for name in snapshot.CODE])) for side in (left, right)]
+        hashes = [code_hash(code_files([side / name for name in code_snapshot.CODE])) for side in (left, right)]
         assert (hashes[0] == hashes[1]) == (first == second)
 
 
@@ -177,7 +177,7 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = write(tmp_path / "lab", {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n", "other.py": b""})
-    (lab / "my_lab" / "weights.bin").write_bytes(b"\0" * (snapshot.MOST_BYTES + 1))
+    (lab / "my_lab" / "weights.bin").write_bytes(b"\0" * (code_snapshot.MOST_BYTES + 1))
     monkeypatch.chdir(lab)
     monkeypatch.syspath_prepend(str(lab))
     for name in ("my_lab", "my_lab.mixers"):
@@ -236,7 +236,7 @@ def test_a_damaged_archive_is_never_unpacked_as_something_else(
     tmp_path_factory: pytest.TempPathFactory, place: float, damage: str
 ) -> None:
     folder = tmp_path_factory.mktemp("damage")
-    files = code_files([write(folder / "code", FILES) / name for name in snapshot.CODE])
+    files = code_files([write(folder / "code", FILES) / name for name in code_snapshot.CODE])
     archive = folder / f"{code_hash(files)}.zip"
     with zipfile.ZipFile(archive, "w") as whole:
         for name, content in FILES.items():
@@ -308,16 +308,16 @@ def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monk
     assert keep_code(run_folder(tmp_path / "no_repository"))["git"] is None
     # In a repository that does not have it.
     git(tmp_path, "init", "-q")
-    snapshot._git_state.cache_clear()
+    code_snapshot._git_state.cache_clear()
     assert keep_code(run_folder(tmp_path / "not_in_it"))["git"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    snapshot._git_state.cache_clear()
+    code_snapshot._git_state.cache_clear()
     assert keep_code(run_folder(tmp_path / "no_git"))["git"] is None
 
 
 def test_a_git_that_hangs_is_left_alone(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_git(tmp_path, "exec sleep 30", monkeypatch)
-    monkeypatch.setattr(snapshot, "GIT_SECONDS", 0.2)
+    monkeypatch.setattr(code_snapshot, "GIT_SECONDS", 0.2)
     run = run_folder(tmp_path / "run")
     about = keep_code(run)
     assert about["git"] is None
@@ -369,7 +369,7 @@ def test_a_copy_of_the_code_knows_where_git_has_it(
     about = keep_code(first)
     copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
     # A job of the sweep, in another process.
-    monkeypatch.setattr(snapshot, "_root", lambda: copy)
+    monkeypatch.setattr(code_snapshot, "_root", lambda: copy)
     forget_code()
     trial = run_folder(tmp_path / "trial")
     assert keep_code(trial) == about and about["git"]["clean"] is False
@@ -436,7 +436,7 @@ def test_of_a_package_that_is_ignored_its_modules_are_kept(
 def test_a_copy_for_jobs_in_an_ignored_folder_is_kept_whole(repository: Path, tmp_path: Path) -> None:
     """As the jobs of a sweep run it: its folder is below one that git ignores."""
     copy = sweep_folders.keep_code(sweep_folders.SweepFolder(repository / "runs" / "sweep"))
-    assert set(code_files([copy / name for name in snapshot.CODE])) == FILES.keys()
+    assert set(code_files([copy / name for name in code_snapshot.CODE])) == FILES.keys()
 
 
 def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from test_loop import assert_same_bits, metrics, stored_state
 from test_pipeline import assert_equal, stream_of, streams, windows
 
 from rustgpt_jax.data.pipeline import Batch, Places, Windows
-from rustgpt_jax.data.stream import TokenStream
-from rustgpt_jax.parallel import machine
-from rustgpt_jax.training import sources
-from rustgpt_jax.training.resident import n_bytes, read_windows, resident
+from rustgpt_jax.data.token_shards import TokenStream
+from rustgpt_jax.sharding import host_resources
+from rustgpt_jax.training import batch_source
+from rustgpt_jax.training.device_dataset import n_bytes, read_windows, resident
 
 
 def on_device(stream: TokenStream, places: Places, window: int) -> Batch:
@@ -60,7 +60,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
     # Calls of two steps, the last of one: a slot of it is filled up. Two stages read from two streams.
     changes: dict[str, Any] = {"training.steps": 7}
     taken = list[str]()
-    for kind in (sources.FromDevices, sources.FromFiles):
+    for kind in (batch_source.FromDevices, batch_source.FromFiles):
 
         def noted(self: Any, count: int, slots: int, kind: Any = kind, take: Any = kind.take) -> Batch:
             taken.append(kind.__name__)
@@ -69,7 +69,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
         monkeypatch.setattr(kind, "take", noted)
     train(tmp_path / "devices", **changes)
     assert set(taken) == {"FromDevices"}
-    monkeypatch.setattr(sources, "SHARE", 0)
+    monkeypatch.setattr(batch_source, "SHARE", 0)
     train(tmp_path / "files", **changes)
     assert set(taken) == {"FromDevices", "FromFiles"}
     config = run_config(**changes)
@@ -81,7 +81,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
 @pytest.mark.slow
 def test_on_a_mesh_too(tmp_path: Path) -> None:
     code = copy_code(tmp_path / "code")
-    file = code / "rustgpt_jax" / "training" / "sources.py"
+    file = code / "rustgpt_jax" / "training" / "batch_source.py"
     text = file.read_text()
     assert text.count("SHARE = 1 / 32\n") == 1
     file.write_text(text.replace("SHARE = 1 / 32\n", "SHARE = 0\n"))
@@ -95,6 +95,6 @@ def test_on_a_mesh_too(tmp_path: Path) -> None:
 
 
 def test_memory_is_known_where_the_system_is_not_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = machine.free_memory()
-    monkeypatch.setattr(machine, "MEMORY", tmp_path / "not there")
-    assert 0 < free <= machine.free_memory()
+    free = host_resources.free_memory()
+    monkeypatch.setattr(host_resources, "MEMORY", tmp_path / "not there")
+    assert 0 < free <= host_resources.free_memory()

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.stats import qmc
 
 from rustgpt_jax import sweeps
-from rustgpt_jax.config import FIELDS
+from rustgpt_jax.config.schema import FIELDS
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import (
     Distribution,

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rustgpt_jax.sweeps.report.statistics import (
+from rustgpt_jax.sweeps.report.stats import (
     Comparison,
     Interval,
     Shares,

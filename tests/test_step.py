@@ -11,14 +11,14 @@ import optax
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.config import FIELDS, Config, Structure, merge, split
+from rustgpt_jax.config.schema import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
+from rustgpt_jax.evaluation.loss import Sums, held_out_sums, objective, token_sums
 from rustgpt_jax.model import transformer
-from rustgpt_jax.training.health import healthy
-from rustgpt_jax.training.objective import Sums, held_out_sums, objective, token_sums
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
-from rustgpt_jax.training.step import (
+from rustgpt_jax.training.spike_detection import healthy
+from rustgpt_jax.training.train_step import (
     Metrics,
     Numbers,
     State,

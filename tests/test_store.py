@@ -18,10 +18,10 @@ from conftest import small_config
 from tokenizers import Tokenizer
 
 from rustgpt_jax import tokenizers
-from rustgpt_jax.config import DataConfig
-from rustgpt_jax.data import corpora, prepare, store
-from rustgpt_jax.data.store import build_store, open_store, require_batch
+from rustgpt_jax.config.schema import DataConfig
+from rustgpt_jax.data import datasets, preprocess, token_store
 from rustgpt_jax.data.temporary import temporary_folder
+from rustgpt_jax.data.token_store import build_store, open_store, require_batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
@@ -65,8 +65,8 @@ def refuse_to_encode(*arguments: object) -> None:
 def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
     tokenizer = Codec(TOKENIZERS[name](LINES[:20], 300))
     built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
-    for split in store.SPLITS:
-        documents = [d for side, d in corpora.divide(corpora.documents(lines), lines, 0) if side == split]
+    for split in token_store.SPLITS:
+        documents = [d for side, d in datasets.divide(datasets.documents(lines), lines, 0) if side == split]
         pieces = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
         expected = [token for piece in pieces for token in piece] + [0]
         stream, manifest = built.split(split), built.manifest.splits[split]
@@ -79,7 +79,7 @@ def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines
         assert manifest.n_unknown == (expected.count(4) if name == "word" else 0)
         assert len(manifest.tokens) == -(-len(expected) // shard_tokens)
         assert not manifest.weights and stream.weights(3, len(expected) + 9).sum() == len(expected) - 3
-    assert any(built.manifest.splits[split].n_unknown for split in store.SPLITS) == (name == "word")
+    assert any(built.manifest.splits[split].n_unknown for split in token_store.SPLITS) == (name == "word")
 
 
 def test_a_span_may_cross_shards(lines: DataConfig, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_pa
     tokenizer = char()
     built = build_store(dialogues, tokenizer, tmp_path / "stores", shard_tokens=11)
     stream = built.split("train")
-    documents = list(corpora.training_documents(dialogues))
+    documents = list(datasets.training_documents(dialogues))
     parts = [tokenizers.encode_document(tokenizer, document, "assistant")[1] for document in documents]
     expected = np.concatenate([*parts, [True]])
     assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
@@ -116,7 +116,7 @@ def test_the_tail_of_one_document_is_validation(tmp_path: Path) -> None:
     path = tmp_path / "novel.txt"
     path.write_text("".join(LINES))
     built = build_store(config((str(path),), split="tail", valid_fraction=0.1), char(), tmp_path / "stores")
-    train, valid = (built.split(name) for name in store.SPLITS)
+    train, valid = (built.split(name) for name in token_store.SPLITS)
     text = [tokenizers.decode(char(), stream.tokens(0, stream.n_tokens)) for stream in (train, valid)]
     border = int(len("".join(LINES)) * 0.9)
     assert text == ["".join(LINES)[:border], "".join(LINES)[border:]]
@@ -133,7 +133,7 @@ def test_without_validation_its_stream_is_empty(lines: DataConfig, tmp_path: Pat
 def test_batches_of_documents_do_not_show(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build_store(lines, char(), tmp_path / "whole").manifest
     calls: list[tuple[int, int | None]] = []
-    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
     parts = build_store(lines, char(), tmp_path / "parts", lambda done, total: calls.append((done, total))).manifest
     assert parts == whole
     n_characters = sum(map(len, LINES))
@@ -148,7 +148,7 @@ def test_parts_of_a_long_document_do_not_show(name: str, tmp_path: Path, monkeyp
     found = config((str(tmp_path / "novel.txt"),), split="tail")
     codec = Codec(TOKENIZERS[name](LINES, 300))
     whole = build_store(found, codec, tmp_path / "whole").manifest
-    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
     assert build_store(found, codec, tmp_path / "parts").manifest == whole
     assert {split.n_documents for split in whole.splits.values()} == {1}
 
@@ -156,15 +156,15 @@ def test_parts_of_a_long_document_do_not_show(name: str, tmp_path: Path, monkeyp
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from rustgpt_jax.config import DataConfig, TokenizerConfig
+from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
 from rustgpt_jax.data import prepare
-from rustgpt_jax.data.store import build_store
+from rustgpt_jax.data.token_store import build_store
 data, folder = DataConfig("files", (sys.argv[1],), None, "tail", 0.1, "all", None), Path(sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-surveys = {data: prepare.survey_corpus(data)}
-texts = prepare._texts(surveys, "word", None)
-build_store(data, prepare.train_tokenizer(TokenizerConfig("word", None), texts), folder)
+surveys = {data: preprocess.survey_corpus(data)}
+texts = preprocess._texts(surveys, "word", None)
+build_store(data, preprocess.train_tokenizer(TokenizerConfig("word", None), texts), folder)
 print((peak() - before) / 1024)
 """
 
@@ -184,7 +184,7 @@ def test_memory_is_bounded_for_one_long_document(megabytes: int, tmp_path: Path)
 
 def test_a_store_is_built_once(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_store(lines, char(), tmp_path / "stores")
-    monkeypatch.setattr(store, "encode_documents", refuse_to_encode)
+    monkeypatch.setattr(token_store, "encode_documents", refuse_to_encode)
     assert build_store(dataclasses.replace(lines, window=77), char(), tmp_path / "stores") == first
 
 
@@ -262,12 +262,12 @@ def test_an_error_in_the_build_leaves_nothing(lines: DataConfig, tmp_path: Path)
 # Nothing but data/ is imported, and no thread is started before the processes part.
 KILLED = """
 import os, signal, sys
-from rustgpt_jax.config import DataConfig
+from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data import store
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
 file, folder = sys.argv[1:]
-store.BATCH_CHARACTERS = 700
+token_store.BATCH_CHARACTERS = 700
 data = DataConfig("files", (file,), None, "document", 0.25, "all", None)
 tokenizer = Codec(TOKENIZERS["byte"]([], None))
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "fcntl.flock", "os.scandir")
@@ -281,7 +281,7 @@ def build(moment):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(count)
-    store.build_store(data, tokenizer, f"{folder}/{moment}", shard_tokens=300)
+    token_store.build_store(data, tokenizer, f"{folder}/{moment}", shard_tokens=300)
     os._exit(0)
 
 for moment in range(1, 1000):
@@ -296,7 +296,7 @@ for moment in range(1, 1000):
 def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
     lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 700)
     subprocess.run([sys.executable, "-c", KILLED, lines.paths[0], str(tmp_path / "killed")], check=True)
     roots = sorted((tmp_path / "killed").iterdir(), key=lambda root: int(root.name))
     left = [{entry.name[0] == "." for entry in root.iterdir()} for root in roots]
@@ -309,7 +309,7 @@ def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
         built = build_store(lines, tokenizer, root, shard_tokens=300)
         built.verify()
         assert built.manifest == undisturbed.manifest
-        for split in store.SPLITS:
+        for split in token_store.SPLITS:
             ours, theirs = built.split(split), undisturbed.split(split)
             assert ours.tokens(0, ours.n_tokens).tolist() == theirs.tokens(0, theirs.n_tokens).tolist()
         build_store(dataclasses.replace(lines, valid_fraction=0.3), tokenizer, root)
@@ -370,7 +370,7 @@ def test_files_that_change_during_the_build_are_noticed(
 ) -> None:
     extra = tmp_path / "more.txt"
     extra.write_text("A last line.")
-    monkeypatch.setattr(store, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
     changing = dataclasses.replace(lines, paths=(*lines.paths, str(extra)))
     with pytest.raises(UserError, match="changed while it was being read"):
         build_store(changing, char(), tmp_path / "stores", lambda done, total: extra.write_text("Another.") and None)
@@ -395,12 +395,12 @@ def test_a_corpus_too_small_is_refused(text: str, changes: dict[str, Any], messa
 def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "train_tokenizer", refuse_to_encode)
-    monkeypatch.setattr(store, "encode_documents", refuse_to_encode)
+    monkeypatch.setattr(preprocess, "train_tokenizer", refuse_to_encode)
+    monkeypatch.setattr(token_store, "encode_documents", refuse_to_encode)
     (tmp_path / "one.txt").write_text("One long text. " * 1000)
     found = config((str(tmp_path / "one.txt"),))
     whole = small_config(**{"data.corpus": "files", "data.paths": found.paths, "data.valid_fraction": 0.25})
-    for refused in (lambda: build_store(found, char(), tmp_path), lambda: prepare.obtain_tokenizer(whole)):
+    for refused in (lambda: build_store(found, char(), tmp_path), lambda: preprocess.obtain_tokenizer(whole)):
         with pytest.raises(UserError, match="the split '(train|valid)' got none: set config.data.split='tail'"):
             refused()
 

@@ -25,23 +25,23 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state
 from test_population import train_alone
 
-from rustgpt_jax.evaluation.report import evaluate_run
-from rustgpt_jax.runs.folder import load_config
+from rustgpt_jax.cli.evaluate import evaluate_run
 from rustgpt_jax.sweeps import product, seeds, values
-from rustgpt_jax.sweeps.folder import SweepFolder
-from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.launchers.processes import MOST_DEATHS, processes
-from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.launchers.subprocesses import MOST_DEATHS, processes
+from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.shelf import Shelf
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import Ledger
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.sweeps.worker import Worker
-from rustgpt_jax.training import lanes
-from rustgpt_jax.training.recorder import Recorder
-from rustgpt_jax.training.signals import STOPPED_BY_CLUSTER, STOPPED_BY_USER
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.training import executors
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.metric_logger import Recorder
+from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
+from rustgpt_jax.workdir.run_dir import load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -149,10 +149,10 @@ def test_a_stopped_sweep_goes_on_and_its_trials_do_so_alone(
             time.sleep(0.01)
         return steps(*arguments)
 
-    steps = lanes.compiled_population_steps
+    steps = executors.compiled_population_steps
     stop_after_a_call.lower = steps.lower
     with monkeypatch.context() as patch, opened(tmp_path / "stopped") as sweep:
-        patch.setattr(lanes, "compiled_population_steps", stop_after_a_call)
+        patch.setattr(executors, "compiled_population_steps", stop_after_a_call)
         sweep.add(trials)
         sweep.run(trials)
     assert sweep.stop.signal_name == "SIGTERM"
@@ -299,7 +299,7 @@ def test_a_shape_class_compiles_one_program(tmp_path: Path, caplog: pytest.LogCa
 
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.resolve import override
+from rustgpt_jax.config.validation import override
 from rustgpt_jax.sweeps import *
 
 def get_config():

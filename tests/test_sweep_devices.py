@@ -10,16 +10,16 @@ import pytest
 from conftest import SMALL
 from test_loop import TINY
 
-from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.runs.launches import launches
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")
 KNOBS = SMALL | TINY | {"training.steps": 8, "training.batch_size": 8, "record.log_every": 1, "record.prompts": ()}
 CONFIG = f"""
 from configs import base
-from rustgpt_jax.resolve import override
-from rustgpt_jax.sweeps.space import values
+from rustgpt_jax.config.validation import override
+from rustgpt_jax.sweeps.search_space import values
 
 def get_config():
     tree = base.get_config()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from test_loop import VOCABULARY, stored_state, tiny, train
 
-from rustgpt_jax.data.prepare import obtain_tokenizer
+from rustgpt_jax.data.preprocess import obtain_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.taking import _choose, _joined, _layers_of, begin_from
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.model.paths import by_path
-from rustgpt_jax.reproduce.differences import config_differences
-from rustgpt_jax.runs.folder import RunFolder, create, load_config
-from rustgpt_jax.runs.recipes import COMMAND_LINE
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.reproduce.metadata_diff import config_differences
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.config_files import COMMAND_LINE
+from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

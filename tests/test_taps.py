@@ -15,20 +15,19 @@ from conftest import random_params, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.config import ModelConfig, split
+from rustgpt_jax.config.schema import ModelConfig, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import block as block_module
-from rustgpt_jax.model import taps, transformer
+from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.hook_points import Site, sites, slots
+from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import MIXERS, attention
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.sites import Site, sites, slots
-from rustgpt_jax.model.stacks import stacks
 from rustgpt_jax.training.fingerprints import fingerprint, fingerprints
-from rustgpt_jax.training.step import as_arguments, start_from, train_step
-from rustgpt_jax.training.tapped import (
+from rustgpt_jax.training.instrumented_step import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     KINDS,
@@ -41,6 +40,7 @@ from rustgpt_jax.training.tapped import (
     tapped_step,
     tensors,
 )
+from rustgpt_jax.training.train_step import as_arguments, start_from, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -75,7 +75,7 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
     ordinary = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
     values = data.draw(st.lists(ordinary | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]), min_size=6, max_size=6))
     x = np.array(values, np.float32).reshape(2, 3).astype(dtype)
-    read = taps.reading(np.asarray(compiled_measured(x)))
+    read = intermediates.reading(np.asarray(compiled_measured(x)))
     wide = x.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     assert read.nonfinite == wide.size - finite.size
@@ -84,19 +84,19 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
     assert fingerprint(*map(int, read.digest)) == fingerprints({"x": x})["x"]
 
 
-compiled_measured = jax.jit(taps.measured)
+compiled_measured = jax.jit(intermediates.measured)
 
 
 def test_watching_changes_neither_the_tensor_nor_its_gradient() -> None:
     def loss(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        watched, measured = taps.watch(x, slot)
+        watched, measured = intermediates.watch(x, slot)
         return jnp.sum(watched**3), measured
 
     x = jnp.linspace(-1.0, 2.0, 5)
-    (of_x, of_slot), measured = jax.grad(loss, (0, 1), has_aux=True)(x, jnp.zeros(taps.MEASUREMENT_SIZE))
+    (of_x, of_slot), measured = jax.grad(loss, (0, 1), has_aux=True)(x, jnp.zeros(intermediates.MEASUREMENT_SIZE))
     np.testing.assert_array_equal(of_x, 3 * x**2)
-    np.testing.assert_array_equal(of_slot, taps.measured(3 * x**2))
-    np.testing.assert_array_equal(measured, taps.measured(x))
+    np.testing.assert_array_equal(of_slot, intermediates.measured(3 * x**2))
+    np.testing.assert_array_equal(measured, intermediates.measured(x))
 
 
 # Every layer, against a forward of the test's own in which each tensor can be moved.
@@ -141,8 +141,8 @@ def check(model: ModelConfig) -> None:
     every = sites(model, ROWS, LENGTH)
 
     @jax.jit
-    def measure(params: Any, slots: taps.Slots) -> Any:
-        def loss(slots: taps.Slots) -> Any:
+    def measure(params: Any, slots: intermediates.Slots) -> Any:
+        def loss(slots: intermediates.Slots) -> Any:
             logits_BTV, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots)
             return scalar(logits_BTV), measured
 
@@ -157,7 +157,7 @@ def check(model: ModelConfig) -> None:
     assert list(expected) == [] or set(expected) == set(moves)
     for measurements, arrays in ((forward, expected), (backward, expected_gradients)):
         for site in every:
-            read_there = taps.reading(np.asarray(site.of(measurements)))
+            read_there = intermediates.reading(np.asarray(site.of(measurements)))
             array = np.asarray(arrays[site.name], np.float64)
             assert array.shape == site.shape and read_there.nonfinite == 0
             np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=site.name)
@@ -205,7 +205,7 @@ OWN = """
 import flax.linen as nn
 import jax, jax.numpy as jnp
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.taps import Tap
+from rustgpt_jax.model.intermediates import Tap
 
 class Own(nn.Module):
     config: object
@@ -231,7 +231,7 @@ def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeyp
     assert inside == [*(f"feedforward/{kind}" for kind in kinds), "feedforward"]
     params, read, every = random_params(model), batch(), sites(model, ROWS, LENGTH)
     _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
-    norms = {name: taps.reading(np.asarray(site.of(measured))).norm for name, site in found.items()}
+    norms = {name: intermediates.reading(np.asarray(site.of(measured))).norm for name, site in found.items()}
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
 
 
@@ -255,7 +255,9 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
 ) -> None:
     model = model_with(n_layers=3, mixers=("attention", "latent_attention"), feedforwards="moe", remat=remat)
     with_code = lowered(model)
-    monkeypatch.setattr(taps, "apply", lambda block, params, slots, *rest: (block.apply({"params": params}, *rest), {}))
+    monkeypatch.setattr(
+        intermediates, "apply", lambda block, params, slots, *rest: (block.apply({"params": params}, *rest), {})
+    )
     for module in (attention, block_module):
         monkeypatch.setattr(module, "Tap", lambda name: lambda x: x)
     assert lowered(model) == with_code
@@ -354,10 +356,10 @@ def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
     params["blocks"]["0"]["mixer"]["key"]["kernel"][1, 0, 0] = np.nan
     read, every = batch(), sites(model, ROWS, LENGTH)
     _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
-    bad = [site.name for site in every if taps.reading(np.asarray(site.of(measured))).nonfinite]
+    bad = [site.name for site in every if intermediates.reading(np.asarray(site.of(measured))).nonfinite]
     assert bad[0] == "layers/1/mixer/key"
     key = next(site for site in every if site.name == bad[0])
-    assert taps.reading(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
+    assert intermediates.reading(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
     assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from rustgpt_jax import tokenizers
-from rustgpt_jax.config import DataConfig, TokenizerConfig
-from rustgpt_jax.data import corpora
-from rustgpt_jax.data.corpora import Document, Turn
+from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
+from rustgpt_jax.data import datasets
+from rustgpt_jax.data.datasets import Document, Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import (
     ASSISTANT,
@@ -24,7 +24,7 @@ from rustgpt_jax.tokenizers import (
     UNKNOWN,
     USER,
     Codec,
-    documents,
+    encoding,
 )
 
 TEXTS = [
@@ -79,9 +79,9 @@ def test_no_text_encodes_to_a_special_token(name: str, text: str) -> None:
 def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> None:
     tokenizer = TRAINED[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_CHARACTERS", 4)
-        patch.setattr(documents, "CALL_CHARACTERS", 10)
-        ids, _ = tokenizers.encode_document(tokenizer, corpora.plain("", text), "all")
+        patch.setattr(encoding, "PIECE_CHARACTERS", 4)
+        patch.setattr(encoding, "CALL_CHARACTERS", 10)
+        ids, _ = tokenizers.encode_document(tokenizer, datasets.plain("", text), "all")
     assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
 
 
@@ -89,12 +89,12 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
 @given(text=any_text | st.text("a1é日 \n\t\r.,'_￭", max_size=40), size=st.integers(1, 9))
 def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, text: str, size: int) -> None:
     codec = TRAINED[name]
-    parts = list(documents.pieces(text, codec.cuts, size))
+    parts = list(encoding.pieces(text, codec.cuts, size))
     assert "".join(parts) == text
     whole = codec.tokenizer.encode(text, add_special_tokens=False).ids
     assert [token for part in parts for token in codec.tokenizer.encode(part, add_special_tokens=False).ids] == whole
     cuts = codec.cuts or " \n"
-    learned = [train(name, [*TEXTS, *texts]).written for texts in ([text], documents.pieces(text, cuts, size))]
+    learned = [train(name, [*TEXTS, *texts]).written for texts in ([text], encoding.pieces(text, cuts, size))]
     assert learned[0] == learned[1]
 
 
@@ -102,26 +102,26 @@ def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, te
 def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> None:
     text = "a b " + letter * 300_000
     with pytest.raises(UserError, match=r"300,000 characters in a row|300,001 characters in a row"):
-        tokenizers.encode_document(TRAINED["bpe"], corpora.plain("long", text), "all")
+        tokenizers.encode_document(TRAINED["bpe"], datasets.plain("long", text), "all")
     for name in ("byte", "char"):
-        ids, _ = tokenizers.encode_document(TRAINED[name], corpora.plain("long", text), "all")
+        ids, _ = tokenizers.encode_document(TRAINED[name], datasets.plain("long", text), "all")
         assert len(ids) == len(text) + 1
 
 
 def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 4)
-    assert list(documents.pieces("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 4)
+    assert list(encoding.pieces("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
-    texts = [document.text for document in corpora.documents(facts(100))]
+    texts = [document.text for document in datasets.documents(facts(100))]
     assert train(name, texts).written == train(name, texts).written
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
-    texts = [document.text for document in corpora.documents(facts(100))]
+    texts = [document.text for document in datasets.documents(facts(100))]
     assert train(name, texts, 270).get_vocab_size() == (260 if name == "byte" else 270)
 
 
@@ -171,7 +171,7 @@ def test_words_and_marks_keep_their_spacing(text: str) -> None:
 @pytest.mark.parametrize("name", ["facts", "chat"])
 def test_words_give_back_every_bundled_text(name: str) -> None:
     config = DataConfig(name, (), None, "document", 0.0, "all", None)
-    texts = [turn.text for document in corpora.documents(config) for turn in document.turns]
+    texts = [turn.text for document in datasets.documents(config) for turn in document.turns]
     tokenizer = train("word", texts)
     assert [tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) for text in texts] == texts
 
@@ -211,14 +211,14 @@ def test_weights_of_a_dialogue(loss_on: str, expected: str) -> None:
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_plain_text_is_learned_whole(name: str, loss_on: str) -> None:
-    ids, weights = tokenizers.encode_document(TRAINED[name], corpora.plain("", TEXTS[0]), loss_on)
+    ids, weights = tokenizers.encode_document(TRAINED[name], datasets.plain("", TEXTS[0]), loss_on)
     assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
     assert weights.all()
 
 
 def test_documents_encoded_together_are_as_they_are_alone() -> None:
     dialogue = Document("", (Turn("user", "the hill"), Turn("assistant", "the rain")))
-    group = [dialogue, corpora.plain("", "The rain"), Document("", ()), dialogue]
+    group = [dialogue, datasets.plain("", "The rain"), Document("", ()), dialogue]
     together = tokenizers.encode_documents(TRAINED["bpe"], group, "assistant")
     for document, (ids, weights) in zip(group, together, strict=True):
         alone = tokenizers.encode_document(TRAINED["bpe"], document, "assistant")
@@ -312,7 +312,7 @@ def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_pat
 def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
     foreign = Codec(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
-        tokenizers.encode_document(foreign, corpora.plain("", "a"), "all")
+        tokenizers.encode_document(foreign, datasets.plain("", "a"), "all")
 
 
 def facts(n: int) -> DataConfig:

@@ -8,9 +8,9 @@ import jax
 import pytest
 from small_runs import run_config, train
 
-from rustgpt_jax.training import lanes
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.step import Metrics
+from rustgpt_jax.training import executors
+from rustgpt_jax.training.train_step import Metrics
+from rustgpt_jax.training.trainer import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,9 +24,9 @@ STEPS: dict[str, Any] = {
 
 
 def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance, guarded = lanes.Solo.advance, list[int]()
+    advance, guarded = executors.Solo.advance, list[int]()
 
-    def advance_guarded(solo: lanes.Solo, runs: Sequence[Run | None], count: int) -> None:
+    def advance_guarded(solo: executors.Solo, runs: Sequence[Run | None], count: int) -> None:
         (run,) = runs
         assert run is not None
         # The first call compiles its program, with constants that are brought to the device once.
@@ -35,7 +35,7 @@ def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monk
         with jax.transfer_guard("disallow" if run.step else "allow"):
             advance(solo, runs, count)
 
-    monkeypatch.setattr(lanes.Solo, "advance", advance_guarded)
+    monkeypatch.setattr(executors.Solo, "advance", advance_guarded)
     train(tmp_path / "run", **STEPS)
     assert len(guarded) >= 3 and guarded[-1] < 8
 
@@ -63,9 +63,9 @@ def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monk
 
 
 def test_a_state_is_given_to_the_steps_and_comes_back_in_its_memory() -> None:
-    from rustgpt_jax.config import split
-    from rustgpt_jax.training.memory import batch_shapes, state_shapes
-    from rustgpt_jax.training.step import as_arguments, compiled_train_steps
+    from rustgpt_jax.config.schema import split
+    from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
+    from rustgpt_jax.training.train_step import as_arguments, compiled_train_steps
 
     config = run_config()
     structure, numbers = split(config)

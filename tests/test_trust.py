@@ -16,19 +16,19 @@ import pytest
 from rich.console import Console
 from small_runs import ROOT, train
 
-from rustgpt_jax import tables
-from rustgpt_jax.config import config_hash
+from rustgpt_jax import registry
+from rustgpt_jax.config.schema import config_hash
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce.diff import diff
-from rustgpt_jax.reproduce.own_code import Ended, OwnCode, own_code
 from rustgpt_jax.reproduce.rerun import rerun
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.folder import RunFolder, load_config
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import archive_of, first_launch
-from rustgpt_jax.runs.snapshot import code_hash, read_code
+from rustgpt_jax.reproduce.run_diff import diff
+from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode, own_code
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import archive_of, first_launch
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -129,7 +129,7 @@ def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         f"open({str(mark)!r}, 'w').close()\nfrom rustgpt_jax.model.mixers.attention import Attention as Mixer\n"
     )
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(tables, "_named_by_files", {})
+    monkeypatch.setattr(registry, "_named_by_files", {})
     yield run.path
     sys.modules.pop("evil_lab", None)
 
@@ -160,13 +160,13 @@ def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
 def test_a_name_that_no_part_can_have_is_not_imported_either(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_named_by_files", {})
+    monkeypatch.setattr(registry, "_named_by_files", {})
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"{path.partition(':')[0]}.py").write_text("open('was_imported', 'w').close()\n")
-    tables.note_import_paths(json.dumps({"mixers": ["attention", path]}), tmp_path / "config.json")
+    registry.note_import_paths(json.dumps({"mixers": ["attention", path]}), tmp_path / "config.json")
     with pytest.raises(UserError, match="there is no module"):
-        tables.imported(path, "config.model.mixers")
+        registry.imported(path, "config.model.mixers")
     assert not (tmp_path / "was_imported").exists()
 
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import gpt2_124m
-from rustgpt_jax.parallel.chips import CHIPS, Chip
-from rustgpt_jax.runs.formatting import byte_size, count
+from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
+from rustgpt_jax.tracking.formatting import byte_size, count
 
 Row = dict[str, Any]
 UNKNOWN = "-"

@@ -18,16 +18,16 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import tiny
-from rustgpt_jax.allocation import keep_freed_memory
-from rustgpt_jax.config import Structure
-from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.sweeps.shelf import Shelf
-from rustgpt_jax.training.material import Material
-from rustgpt_jax.training.population import Orders
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.step import compiled_train_steps
+from rustgpt_jax.config.schema import Structure
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.malloc import keep_freed_memory
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.training.run_inputs import Material
+from rustgpt_jax.training.train_step import compiled_train_steps
+from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.vmapped_step import Orders
 
 REPEATS = 3
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import gpt2_124m
-from rustgpt_jax.config import Config
-from rustgpt_jax.resolve import override, resolve
+from rustgpt_jax.config.schema import Config
+from rustgpt_jax.config.validation import override, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 Knobs = dict[str, Any]

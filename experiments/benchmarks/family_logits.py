@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import base
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.resolve import resolve
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.model.presets import FAMILIES
 
 TOKENS = 24
 
@@ -222,10 +222,10 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     import numpy as np
     import torch
 
-    from rustgpt_jax.interop.compare import difference
-    from rustgpt_jax.interop.importing import read_model, write_parameters
-    from rustgpt_jax.interop.parameters import read_parameters
-    from rustgpt_jax.model.cost import parameter_shapes
+    from rustgpt_jax.interop.import_hf import read_model, write_parameters
+    from rustgpt_jax.interop.logit_parity import difference
+    from rustgpt_jax.model.flops import parameter_shapes
+    from rustgpt_jax.workdir.params_io import read_parameters
 
     reference = random_reference(case)
     reference.save_pretrained(folder)

@@ -23,22 +23,22 @@ from ml_collections import ConfigDict
 
 from configs import shakespeare_char
 from experiments.benchmarks.best_batch import config_of, printed, tree_of
-from rustgpt_jax.config import Config, ModelConfig, split, with_values
+from rustgpt_jax.config.schema import Config, ModelConfig, split, with_values
+from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.decoding.generate import begin, extend, stop_tokens
-from rustgpt_jax.decoding.samplers import Greedy
+from rustgpt_jax.inference.generate import begin, extend, stop_tokens
+from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.model.kernels.choice import KERNELS
-from rustgpt_jax.model.kernels.request import Task, device_at_hand
-from rustgpt_jax.model.kernels.selfcheck import TOLERANCES, attention_choices, largest_difference
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.model.kernels.dispatch import KERNELS
+from rustgpt_jax.model.kernels.types import Task, device_at_hand
+from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
-from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-from rustgpt_jax.resolve import resolve
-from rustgpt_jax.runs.environment import environment
-from rustgpt_jax.training.population import Orders, compiled_population_steps, stack
-from rustgpt_jax.training.step import as_arguments, compiled_start, compiled_train_steps
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps
+from rustgpt_jax.training.vmapped_step import Orders, compiled_population_steps, stack
+from rustgpt_jax.workdir.environment import environment
 
 WARM_UP = 2
 
@@ -61,7 +61,7 @@ def machine(sizes: list[str]) -> dict[str, Any]:
 
 
 def cost(model: ModelConfig) -> dict[str, float]:
-    """Parameters, and FLOPs that training needs for a token by the convention of `rustgpt_jax.model.cost`."""
+    """Parameters, and FLOPs that training needs for a token by the convention of `rustgpt_jax.model.flops`."""
     # Of a library's kernel no product could be seen, so those of attention as it is written down are counted.
     counted = dataclasses.replace(model, attention_kernel="plain")
     return {

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.best_batch import config_of, printed, tree_of
-from rustgpt_jax.config import Config, ModelConfig
+from rustgpt_jax.config.schema import Config, ModelConfig
 
 if TYPE_CHECKING:
     import torch

@@ -4,18 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rustgpt_jax.conformance import (
-    cost,
-    devices,
-    drift,
-    heads,
-    isolation,
-    numerics,
-    other_parts,
-    prefill,
-    training_parts,
-    transforms,
+    component_checks,
+    cost_checks,
+    drift_checks,
+    heads_checks,
+    masking_checks,
+    numerics_checks,
+    optimizer_checks,
+    prefill_checks,
+    sharding_checks,
+    transform_checks,
 )
-from rustgpt_jax.conformance.subjects import MODEL_KINDS, Subject
+from rustgpt_jax.conformance.targets import MODEL_KINDS, Subject
 
 
 @dataclass(frozen=True)
@@ -30,156 +30,160 @@ class Check:
 
 CHECKS: dict[str, Check] = {
     "shapes": Check(
-        numerics.shapes,
+        numerics_checks.shapes,
         MODEL_KINDS,
         "A result is not cast back to the type of the input, or a shape is taken from the input where the config "
         "should say it.",
     ),
     "finite": Check(
-        numerics.finite,
+        numerics_checks.finite,
         MODEL_KINDS,
         "An exponential without its maximum taken off, a division without an epsilon, or a root whose slope at 0 is "
         "infinite (a `where` after the root does not help its gradient: put one before it).",
     ),
     "precision": Check(
-        numerics.precision,
+        numerics_checks.precision,
         MODEL_KINDS,
         "A softmax, a norm or a state that is computed in the type of the activations; widen it first.",
     ),
     "gradients": Check(
-        numerics.gradients,
+        numerics_checks.gradients,
         MODEL_KINDS,
         "A stop_gradient, a custom derivative that is not that of the function, or numbers that are made float32 on "
         "the way (use `precision.widened`).",
     ),
     "causality": Check(
-        isolation.causality,
+        masking_checks.causality,
         MODEL_KINDS,
         "A mask that is off by one, a convolution padded on both sides, or a mean, norm or sort over the tokens.",
     ),
     "isolation": Check(
-        isolation.isolation,
+        masking_checks.isolation,
         MODEL_KINDS,
         "context.segments_BT is not read: a mask without documents, a state or a convolution that goes on from one "
         "document into the next, positions that are counted within the row, or statistics over the batch.",
     ),
     "rows": Check(
-        isolation.rows,
+        masking_checks.rows,
         MODEL_KINDS,
         "The number of a row, the size of the batch, the first row, or the length of the rows is used.",
     ),
     "padding": Check(
-        isolation.padding,
+        masking_checks.padding,
         MODEL_KINDS,
         "Tokens of segment 0 take part in a sum, a mean or a state, or a row of a softmax has nothing in it.",
     ),
     "cache": Check(
-        isolation.cached_is_uncached,
+        masking_checks.cached_is_uncached,
         MODEL_KINDS,
         "A token is written to the wrong slot, the new tokens do not see the cached ones (or see slots that are "
         "empty), positions begin at 0 again, or padding is written to the cache.",
     ),
     "prefill": Check(
-        prefill.prefill,
+        prefill_checks.prefill,
         MODEL_KINDS,
         "Prompts of some lengths are read by other code than the rest, a ring of slots wraps wrongly, or a position "
         "leaves the range that it is kept in.",
     ),
     "heads": Check(
-        heads.heads,
+        heads_checks.heads,
         MODEL_KINDS,
         "Heads of queries are matched with those of keys and values for one number of them only.",
     ),
     "dropout": Check(
-        transforms.dropout,
+        transform_checks.dropout,
         MODEL_KINDS,
         "context.dropout_key is None in evaluation, and nothing is to be dropped or scaled then.",
     ),
     "drift": Check(
-        drift.drift,
+        drift_checks.drift,
         MODEL_KINDS,
         "A state, a decay or a position in bfloat16, or a decay a^t that is divided by instead of a^(t - s).",
     ),
     "layers": Check(
-        transforms.unrolled_is_scanned,
+        transform_checks.unrolled_is_scanned,
         MODEL_KINDS,
         "The part keeps something in Python between calls, such as a counter of layers.",
     ),
     "remat": Check(
-        transforms.remat_is_none,
+        transform_checks.remat_is_none,
         MODEL_KINDS,
         "The part is no pure function: it reads or keeps something in Python, or draws randomness without a key.",
     ),
     "vmap": Check(
-        transforms.vmap_is_loop,
+        transform_checks.vmap_is_loop,
         MODEL_KINDS,
         "Python looks at a value (`if`, `float`, `int`) that is an argument of the program, or a shape depends on it.",
     ),
     "devices": Check(
-        devices.eight_devices_are_one,
+        sharding_checks.eight_devices_are_one,
         MODEL_KINDS,
         "Something is computed over the batch, or depends on its size or on the devices.",
     ),
     "parameters": Check(
-        cost.parameters,
+        cost_checks.parameters,
         MODEL_KINDS,
         "A parameter is made and not used, or used where its effect is nothing.",
     ),
     "flops": Check(
-        cost.flops,
+        cost_checks.flops,
         MODEL_KINDS,
         "Work that is no matrix product, such as a product written as a broadcast and a sum, or a custom kernel.",
     ),
     "initial_scale": Check(
-        cost.initial_scale,
+        cost_checks.initial_scale,
         MODEL_KINDS,
         "The projection into the residual stream is not Linear(..., residual=True), or weights are not initialised "
         "with init_std.",
     ),
     "optimizer_update": Check(
-        training_parts.optimizer_update,
+        optimizer_checks.optimizer_update,
         ("optimizers",),
         "A state of another type than the parameters', or a division by a norm that may be 0.",
     ),
     "optimizer_descent": Check(
-        training_parts.optimizer_descent,
+        optimizer_checks.optimizer_descent,
         ("optimizers",),
         "The sign of the update, or a learning rate that is not read.",
     ),
     "optimizer_numbers": Check(
-        training_parts.optimizer_numbers,
+        optimizer_checks.optimizer_numbers,
         ("optimizers",),
         "Python looks at a number (`if`, `float`), or a transformation that must have a constant.",
     ),
     "schedule_factor": Check(
-        training_parts.schedule_factor,
+        optimizer_checks.schedule_factor,
         ("schedules",),
         "A run that is shorter than its warm-up, or a division by a number of steps that is 0.",
     ),
     "schedule_numbers": Check(
-        training_parts.schedule_numbers, ("schedules",), "Python looks at a number (`if`, `int`) that is an argument."
+        optimizer_checks.schedule_numbers, ("schedules",), "Python looks at a number (`if`, `int`) that is an argument."
     ),
     "sampler_distribution": Check(
-        other_parts.sampler_distribution,
+        component_checks.sampler_distribution,
         ("samplers",),
         "-inf minus -inf or times 0, ties with the last token that is kept, or a threshold that leaves nothing.",
     ),
     "sampler_rows": Check(
-        other_parts.sampler_rows, ("samplers",), "A sum, sort or maximum over all rows where each row has its own."
+        component_checks.sampler_rows, ("samplers",), "A sum, sort or maximum over all rows where each row has its own."
     ),
     "tokenizer_round_trip": Check(
-        other_parts.tokenizer_round_trip,
+        component_checks.tokenizer_round_trip,
         ("tokenizers",),
         "A normaliser that changes text, a prefix space, or characters without a fallback to bytes.",
     ),
     "tokenizer_same": Check(
-        other_parts.tokenizer_same, ("tokenizers",), "The order of a set or of a dictionary of counts decides ties."
+        component_checks.tokenizer_same,
+        ("tokenizers",),
+        "The order of a set or of a dictionary of counts decides ties.",
     ),
     "corpus_documents": Check(
-        other_parts.corpus_documents, ("corpora",), "The order of files in a folder, a clock, or randomness decides."
+        component_checks.corpus_documents,
+        ("corpora",),
+        "The order of files in a folder, a clock, or randomness decides.",
     ),
     "launcher_interface": Check(
-        other_parts.launcher_interface, ("launchers",), "Arguments of another name; see sweeps/launchers."
+        component_checks.launcher_interface, ("launchers",), "Arguments of another name; see sweeps/launchers."
     ),
 }
 

@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not markers:
         raise pytest.UsageError(f'{metafunc.definition.nodeid} needs @pytest.mark.conforms("my_lab.mixers:Retention")')
     from rustgpt_jax.conformance.checks import checks_for
-    from rustgpt_jax.conformance.subjects import subjects
+    from rustgpt_jax.conformance.targets import subjects
 
     cases = [
         pytest.param(_case(name, part, is_first=index == 0), id=f"{part.name.rpartition(':')[2]}-{name}")
@@ -52,7 +52,7 @@ def _case(name: str, part: Any, is_first: bool) -> Callable[[], str]:
         import jax
 
         from rustgpt_jax.conformance.checks import CHECKS
-        from rustgpt_jax.conformance.report import run_check
+        from rustgpt_jax.conformance.runner import run_check
 
         if is_first:
             jax.clear_caches()

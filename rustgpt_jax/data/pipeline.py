@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rustgpt_jax.data.stream import TokenStream
+from rustgpt_jax.data.token_shards import TokenStream
 
 # More than any run makes.
 MOST_STEPS = 2**62

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from rustgpt_jax.config import ModelConfig, for_inference
+from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.evaluation.loss import Sums, held_out_sums
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.training.objective import Sums, held_out_sums
 
 # Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
 # Python objects, so without a limit the memory of an evaluation would grow with the corpus.

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.validation import checked
 from rustgpt_jax.errors import UserError, shown, suggestion
-from rustgpt_jax.interop import correspondences as says
-from rustgpt_jax.interop.computation import dense_width, disagreements
-from rustgpt_jax.interop.correspondences import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
-from rustgpt_jax.interop.rope import global_and_local_rope, rope
-from rustgpt_jax.interop.settings import Settings
-from rustgpt_jax.interop.tensor_names import (
+from rustgpt_jax.interop import config_mapping as says
+from rustgpt_jax.interop.config_equivalence import dense_width, disagreements
+from rustgpt_jax.interop.config_mapping import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
+from rustgpt_jax.interop.hf_config import Settings
+from rustgpt_jax.interop.param_mapping import Rules
+from rustgpt_jax.interop.param_names import (
     AT_ONCE,
     DENSE,
     GPT2,
@@ -23,9 +24,8 @@ from rustgpt_jax.interop.tensor_names import (
     RECURRENT_GEMMA,
     STABLELM,
 )
-from rustgpt_jax.interop.tensors import Rules
-from rustgpt_jax.model.families import FAMILIES
-from rustgpt_jax.resolve import checked
+from rustgpt_jax.interop.rope_config import global_and_local_rope, rope
+from rustgpt_jax.model.presets import FAMILIES
 
 # Keys that change what is computed or stored, and that no architecture here has.
 FOREIGN_KEYS = ("quantization_config", "adapter_config")

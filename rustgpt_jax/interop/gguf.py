@@ -6,7 +6,7 @@ llama.cpp supports them; otherwise the exported model takes token ids.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.data.prepare import with_vocabulary
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.data.preprocess import with_vocabulary
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import architecture_for
-from rustgpt_jax.interop.computation import dense_width
+from rustgpt_jax.interop.config_equivalence import dense_width
 from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
-from rustgpt_jax.interop.runs import Says
-from rustgpt_jax.interop.tensors import Rule, Rules, Tensor, tensors
-from rustgpt_jax.interop.tokenizer_files import special_ids
-from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.interop.hf_tokenizer_io import special_ids
+from rustgpt_jax.interop.param_mapping import Rule, Rules, Tensor, tensors
 from rustgpt_jax.model.transformer import Params, vocabulary
-from rustgpt_jax.runs.folder import RunFolder, load_config
 from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.training.material import run_tokenizer
-from rustgpt_jax.training.trained import load
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.run_inputs import run_tokenizer
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 # What a type is called in a file.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -101,7 +100,7 @@ FORMS = {
 }
 
 
-def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Says) -> None:
+def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Callable[[str], None]) -> None:
     """Write a run as a GGUF file, in float32 unless `dtype` says otherwise. The file appears when it is complete.
 
     Raises UserError for a run without parameters, a file that is there already, and as `write_gguf` does.

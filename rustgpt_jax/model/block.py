@@ -5,14 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.context import Context, Signals, dropout
-from rustgpt_jax.model.feedforwards import FEEDFORWARDS
+from rustgpt_jax.model.block_inputs import Context, Signals, dropout
+from rustgpt_jax.model.intermediates import Tap
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.taps import Tap
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 # Where norms stand around a sublayer f, by config.norm_placement.
 BEFORE = ("pre", "sandwich")  # f(norm(x))

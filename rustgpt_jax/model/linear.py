@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.products import product
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.matmul import product
 
 
 def scaled_normal(std: Any) -> nn.initializers.Initializer:

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.context import Context
+from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.linear import Linear
 
 

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.linear import over_channels
-from rustgpt_jax.model.precision import widened
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 
 class LayerNorm(nn.Module):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.linear import scaled_normal
-from rustgpt_jax.model.precision import widened
 from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS, Rope
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 
 class PositionScheme(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig
 
 
 class Rope(NamedTuple):

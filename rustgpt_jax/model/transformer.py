@@ -7,20 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model import taps
+from rustgpt_jax.model import intermediates
+from rustgpt_jax.model.activation_sharding import laid_out
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.context import AUXILIARY_LOSS, Context, Signals, dropout
-from rustgpt_jax.model.layout import laid_out
+from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Context, Signals, dropout
+from rustgpt_jax.model.dtypes import softcap
+from rustgpt_jax.model.layer_groups import Stack, stacks
 from rustgpt_jax.model.linear import scaled_normal
+from rustgpt_jax.model.matmul import readout
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.model.precision import softcap
-from rustgpt_jax.model.products import readout
-from rustgpt_jax.model.stacks import Stack, stacks
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -94,7 +94,8 @@ def apply(
     """logits_BTV (float32) for the token after each token, and the cache with the new tokens in it.
 
     Args:
-        params: from `init`, or these in the form for decoding (decoding/weights.py): blocks in lists, weights `Stored`.
+        params: from `init`, or these in the form for decoding (inference/decode_params.py): blocks in lists,
+            weights `Stored`.
         tokens_BT: token ids.
         model: what `params` were made from.
         cache: None to see `tokens_BT` alone; else they follow the cached tokens and are written at their positions.
@@ -138,14 +139,14 @@ def hidden_states(
 
 
 def tapped(
-    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: Context, slots: taps.Slots
-) -> tuple[jax.Array, Signals, taps.Measurements]:
+    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: Context, slots: intermediates.Slots
+) -> tuple[jax.Array, Signals, intermediates.Measurements]:
     """logits_BTV, the blocks' signals, and a measurement of the tensor at each site, in the places of the slots.
 
     `slots` are those of `sites.slots`. The gradient with respect to them is the measurement of the tensors' gradients.
     """
     hidden_BTD, _, signals, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
-    logits_BTV, measured["logits"] = taps.watch(logits(params, hidden_BTD, model), slots["logits"])
+    logits_BTV, measured["logits"] = intermediates.watch(logits(params, hidden_BTD, model), slots["logits"])
     return logits_BTV, signals, measured
 
 
@@ -155,13 +156,13 @@ def _hidden_states(
     model: ModelConfig,
     cache: Cache | None,
     context: Context,
-    slots: taps.Slots | None,
-) -> tuple[jax.Array, Cache | None, Signals, taps.Measurements]:
-    measured: taps.Measurements = {}
+    slots: intermediates.Slots | None,
+) -> tuple[jax.Array, Cache | None, Signals, intermediates.Measurements]:
+    measured: intermediates.Measurements = {}
 
     def tapped(x_BTD: jax.Array, site: str) -> jax.Array:
         if slots is not None:
-            x_BTD, measured[site] = taps.watch(x_BTD, slots[site])
+            x_BTD, measured[site] = intermediates.watch(x_BTD, slots[site])
         return x_BTD
 
     x_BTD = laid_out(params["embedding"]["table"], "VD")[tokens_BT]
@@ -205,8 +206,8 @@ def _run_blocks(
     model: ModelConfig,
     context: Context,
     cache: Cache | None,
-    slots: taps.Slots | None,
-) -> tuple[jax.Array, Cache | None, Signals, taps.Measurements]:
+    slots: intermediates.Slots | None,
+) -> tuple[jax.Array, Cache | None, Signals, intermediates.Measurements]:
     """One scan over the repeats of the pattern, then the layers that are left. In lists, one follows the other.
 
     With no cache, and with no slots for taps, None rides along.
@@ -223,11 +224,11 @@ def _run_blocks(
         repeat: jax.Array | int,
         params: Params,
         cache: Cache | None,
-        slots: taps.Slots | None,
+        slots: intermediates.Slots | None,
     ) -> Any:
         written: Cache = {}
         signals: dict[str, Signals] = {}
-        measured: taps.Measurements = {}
+        measured: intermediates.Measurements = {}
         for key in keys:
             number = repeat * model.period + every[key].layers.start
             layer = context.fold_in(number)
@@ -235,16 +236,18 @@ def _run_blocks(
                 layer = layer._replace(layer=number)
             kept, of_block = (None if tree is None else tree[key] for tree in (cache, slots))
             block = Block(every[key].block)
-            after, measured[key] = taps.apply(block, params[key], of_block, x_BTD, layer, kept)
+            after, measured[key] = intermediates.apply(block, params[key], of_block, x_BTD, layer, kept)
             x_BTD, written[key], signals[key] = after
             x_BTD = laid_out(x_BTD, "BTD")
         return x_BTD, (None if cache is None else written, signals, measured)
 
-    def pattern(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None, jax.Array | int]) -> Any:
+    def pattern(
+        x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.Slots | None, jax.Array | int]
+    ) -> Any:
         params, cache, slots, repeat = slices
         return run(x_BTD, pattern_keys, repeat, params, cache, slots)
 
-    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, taps.Slots | None]) -> Any:
+    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.Slots | None]) -> Any:
         return run(x_BTD, left_keys, 0, *_of_repeat(slices, 0, in_lists))
 
     if model.remat != "none":
@@ -255,11 +258,11 @@ def _run_blocks(
     def of(tree: Any, keys: list[str]) -> Any:
         return None if tree is None else {key: tree[key] for key in keys}
 
-    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, taps.Slots | None]:
+    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, intermediates.Slots | None]:
         return of(blocks, keys), of(cache, keys), of(slots, keys)
 
     signals: dict[str, Signals] = {}
-    measured: taps.Measurements = {}
+    measured: intermediates.Measurements = {}
     written: Cache = {}
     if repeats:
         slices = slices_of(pattern_keys)

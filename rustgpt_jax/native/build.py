@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax.ffi
 
-from rustgpt_jax.cache import cache_folder
+from rustgpt_jax.cache_dir import cache_folder
 
 # Tried in this order, after $CXX.
 COMPILERS = ("c++", "g++", "clang++")

@@ -8,12 +8,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rustgpt_jax.reproduce.again import Again, make_again
-from rustgpt_jax.reproduce.page import page
-from rustgpt_jax.reproduce.past import Past, start_of
-from rustgpt_jax.runs.folder import Unwritable, write_atomically
-from rustgpt_jax.runs.formatting import printable
-from rustgpt_jax.training.tapped import ACTIVATION, ACTIVATION_GRADIENT, Tensor
+from rustgpt_jax.reproduce.html_report import page
+from rustgpt_jax.reproduce.recorded_run import Past, start_of
+from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, Tensor
+from rustgpt_jax.workdir.run_dir import Unwritable, write_atomically
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:

@@ -7,20 +7,20 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.exporting import appearing_folder
-from rustgpt_jax.reproduce.differences import say, say_section, sections
-from rustgpt_jax.reproduce.own_code import OwnCode, own_code
-from rustgpt_jax.reproduce.records import (
+from rustgpt_jax.interop.export_hf import appearing_folder
+from rustgpt_jax.reproduce.compare_metrics import (
     compare_checkpoints,
     compare_records,
     compare_samples,
     in_a_sentence,
     missing_record,
 )
-from rustgpt_jax.runs.folder import RunFolder, load_config, load_stages
-from rustgpt_jax.runs.journal import Journal
-from rustgpt_jax.runs.launches import Launch, first_launch, launches
-from rustgpt_jax.runs.metrics import last_step
+from rustgpt_jax.reproduce.metadata_diff import say, say_section, sections
+from rustgpt_jax.reproduce.snapshot_runner import OwnCode, own_code
+from rustgpt_jax.tracking.metric_writer import last_step
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import Launch, first_launch, launches
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_stages
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3

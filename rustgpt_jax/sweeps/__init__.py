@@ -11,7 +11,7 @@ What an experiment's `sweep()` needs stands here:
     product(sobol(16, space), seeds(2))                             # 32 trials, spread evenly over the space
 """
 
-from rustgpt_jax.sweeps.space import (
+from rustgpt_jax.sweeps.search_space import (
     Choice,
     Distribution,
     Integers,

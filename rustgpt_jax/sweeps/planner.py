@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config import Config, MeshConfig, Structure, split, stages
+from rustgpt_jax.config.schema import Config, MeshConfig, Structure, split, stages
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.parallel.machine import Machine
-from rustgpt_jax.parallel.mesh import in_words, is_open, least_devices
-from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.sharding.host_resources import Machine
+from rustgpt_jax.sharding.mesh import in_words, is_open, least_devices
+from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.trials import Trial
-from rustgpt_jax.training.memory import state_shapes, step_bytes
+from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
 
 MODES = ("auto", "fused", "exact", "solo")
 # Trials in a program that runs them one after another: more of them gain nothing, and delay a stop.

@@ -12,14 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config import is_of_result, stages
+from rustgpt_jax.config.schema import is_of_result, stages
+from rustgpt_jax.config.validation import leaves
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import leaves
-from rustgpt_jax.runs.folder import check_links, lock
-from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.sweeps.ledger import DONE
-from rustgpt_jax.sweeps.shelf import Shelf
-from rustgpt_jax.sweeps.space import (
+from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.search_space import (
     Choice,
     Distribution,
     Integers,
@@ -31,8 +28,11 @@ from rustgpt_jax.sweeps.space import (
     Uniform,
 )
 from rustgpt_jax.sweeps.sweep import Sweep
+from rustgpt_jax.sweeps.trial_log import DONE
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
-from rustgpt_jax.training.parts import check_parts
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.workdir.run_dir import check_links, lock
 
 VALID_LOSS = "valid/loss"
 # The key of the reason for skipping a suggestion, in its user attributes.

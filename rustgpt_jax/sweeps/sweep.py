@@ -12,22 +12,22 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.parallel.machine import Machine, cores, this_machine
-from rustgpt_jax.parallel.mesh import least_devices
-from rustgpt_jax.runs.folder import create as create_run
-from rustgpt_jax.sweeps import folder as folders
-from rustgpt_jax.sweeps.board import Board
-from rustgpt_jax.sweeps.folder import SweepFolder
+from rustgpt_jax.registry import choose
+from rustgpt_jax.sharding.host_resources import Machine, cores, this_machine
+from rustgpt_jax.sharding.mesh import least_devices
+from rustgpt_jax.sweeps import sweep_dir as folders
+from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
-from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.launchers.processes import visible_gpus
-from rustgpt_jax.sweeps.ledger import Ledger, is_settled
+from rustgpt_jax.sweeps.launchers.subprocesses import visible_gpus
+from rustgpt_jax.sweeps.launchers.types import Launch
+from rustgpt_jax.sweeps.live_table import Board
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
-from rustgpt_jax.sweeps.shelf import Shelf
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import Ledger, is_settled
 from rustgpt_jax.sweeps.trials import Trial, in_words
-from rustgpt_jax.tables import choose
-from rustgpt_jax.training.parts import check_parts
-from rustgpt_jax.training.signals import StopRequest
+from rustgpt_jax.training.preemption import StopRequest
+from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.workdir.run_dir import create as create_run
 
 SECONDS_BETWEEN_LOOKS = 2.0
 JOBS_AT_ONCE = 8

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.config import EPOCHS, STEPS, Config, config_hash, is_by_epochs
+from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, is_by_epochs
+from rustgpt_jax.config.validation import check_value, override_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.resolve import check_value, override_all, resolve
-from rustgpt_jax.sweeps.space import Choice, Distribution, Overrides, TreeParzen, sample
+from rustgpt_jax.sweeps.search_space import Choice, Distribution, Overrides, TreeParzen, sample
 
 if TYPE_CHECKING:
-    from rustgpt_jax.sweeps.shelf import Shelf
+    from rustgpt_jax.sweeps.asset_cache import Shelf
 
 ID_DIGITS = 8
 # Number of points of a search to try before giving up.
@@ -33,7 +33,7 @@ class Trial:
 
 def _new_shelf() -> "Shelf":
     # It imports JAX, which takes seconds, and few configs need data to be resolved.
-    from rustgpt_jax.sweeps.shelf import Shelf
+    from rustgpt_jax.sweeps.asset_cache import Shelf
 
     return Shelf()
 

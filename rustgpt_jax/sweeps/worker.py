@@ -18,16 +18,16 @@ from pathlib import Path
 import jax
 
 from rustgpt_jax.errors import is_out_of_memory
-from rustgpt_jax.parallel.placement import on_devices
-from rustgpt_jax.runs.folder import InUse, load_config, load_origins
-from rustgpt_jax.sweeps.folder import SweepFolder
-from rustgpt_jax.sweeps.ledger import Ledger
+from rustgpt_jax.sharding.sharding_plan import on_devices
+from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.shelf import Shelf
-from rustgpt_jax.training.lanes import Solo, Together, train_lanes
-from rustgpt_jax.training.memory import exhausted
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.signals import StopRequest
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.training.executors import Solo, Together, train_lanes
+from rustgpt_jax.training.memory_estimate import exhausted
+from rustgpt_jax.training.preemption import StopRequest
+from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.workdir.run_dir import InUse, load_config, load_origins
 
 
 class _Quiet:
@@ -135,8 +135,8 @@ def _outcome(run: Run) -> tuple[str, dict[str, int]]:
 
 def main(sweep: str, code: str) -> None:
     """Work through the chunks of standard input on the devices of this process, until it ends."""
-    from rustgpt_jax.allocation import keep_freed_memory
-    from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
+    from rustgpt_jax.malloc import keep_freed_memory
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 
     keep_freed_memory()
     keep_compiled_programs()

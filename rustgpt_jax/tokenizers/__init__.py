@@ -1,6 +1,8 @@
 """Text to token ids and back. A tokenizer is one of Hugging Face's `tokenizers` library, kept in a tokenizer.json."""
 
-from rustgpt_jax.tokenizers.codec import (
+from rustgpt_jax.tokenizers.chat_template import Dialect
+from rustgpt_jax.tokenizers.encoding import encode_document, encode_documents, encode_prompt, pieces
+from rustgpt_jax.tokenizers.tokenizer import (
     ASSISTANT,
     END,
     ROLE_TOKENS,
@@ -16,9 +18,7 @@ from rustgpt_jax.tokenizers.codec import (
     save_tokenizer,
     special_id,
 )
-from rustgpt_jax.tokenizers.dialect import Dialect
-from rustgpt_jax.tokenizers.documents import encode_document, encode_documents, encode_prompt, pieces
-from rustgpt_jax.tokenizers.kinds import IMPORTED, TOKENIZERS, train_tokenizer
+from rustgpt_jax.tokenizers.trainers import IMPORTED, TOKENIZERS, train_tokenizer
 
 __all__ = [
     "ASSISTANT",

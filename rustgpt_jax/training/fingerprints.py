@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.digests import digest
-from rustgpt_jax.model.paths import by_path
+from rustgpt_jax.fingerprints import digest
+from rustgpt_jax.tree_paths import by_path
 
 
 def fingerprints(tree: Any) -> dict[str, str]:

@@ -10,34 +10,34 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from rustgpt_jax.cache import cache_folder
-from rustgpt_jax.config import EPOCHS, STEPS, Config, Earlier, is_by_epochs, stages, stages_in_turn
-from rustgpt_jax.data.prepare import Resolved, obtain_tokenizer, prepare_stage, resolve_epochs_with, with_vocabulary
+from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, Earlier, is_by_epochs, stages, stages_in_turn
+from rustgpt_jax.data.preprocess import Resolved, obtain_tokenizer, prepare_stage, resolve_epochs_with, with_vocabulary
+from rustgpt_jax.distributed.failure_propagation import MISTAKE, Patience
+from rustgpt_jax.distributed.multihost import Votes, first_alone, is_first
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes, total_size
-from rustgpt_jax.model.kernels.selfcheck import check_kernels
-from rustgpt_jax.parallel.endings import MISTAKE, Patience
-from rustgpt_jax.parallel.machine import used_machine
-from rustgpt_jax.parallel.mesh import in_words
-from rustgpt_jax.parallel.placement import all_devices, check_memories
-from rustgpt_jax.parallel.processes import Votes, first_alone, is_first
-from rustgpt_jax.runs.curves import draw_loss_curves
-from rustgpt_jax.runs.folder import RunFolder, Unwritable
-from rustgpt_jax.runs.formatting import count as formatted
-from rustgpt_jax.runs.formatting import duration
-from rustgpt_jax.runs.laps import Laps
-from rustgpt_jax.runs.progress import Progress, counting
-from rustgpt_jax.runs.shadow import shadow
-from rustgpt_jax.runs.snapshot import remember_code
+from rustgpt_jax.model.flops import parameter_shapes, total_size
+from rustgpt_jax.model.kernels.verify import check_kernels
+from rustgpt_jax.sharding.host_resources import used_machine
+from rustgpt_jax.sharding.mesh import in_words
+from rustgpt_jax.sharding.sharding_plan import all_devices, check_memories
 from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.training.changes import change_of
-from rustgpt_jax.training.lanes import Solo, train_lanes
-from rustgpt_jax.training.material import Material, run_tokenizer
-from rustgpt_jax.training.memory import check_training_memory
-from rustgpt_jax.training.parts import check_parts
-from rustgpt_jax.training.profile import Profile, span
-from rustgpt_jax.training.run import Run
-from rustgpt_jax.training.signals import StopRequest
+from rustgpt_jax.tracking.formatting import count as formatted
+from rustgpt_jax.tracking.formatting import duration
+from rustgpt_jax.tracking.plots import draw_loss_curves
+from rustgpt_jax.tracking.progress import Progress, counting
+from rustgpt_jax.tracking.startup_timer import Laps
+from rustgpt_jax.training.config_changes import change_of
+from rustgpt_jax.training.executors import Solo, train_lanes
+from rustgpt_jax.training.memory_estimate import check_training_memory
+from rustgpt_jax.training.preemption import StopRequest
+from rustgpt_jax.training.profiler import Profile, span
+from rustgpt_jax.training.run_inputs import Material, run_tokenizer
+from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.workdir.code_snapshot import remember_code
+from rustgpt_jax.workdir.run_dir import RunFolder, Unwritable
+from rustgpt_jax.workdir.scratch_run_dir import shadow
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200

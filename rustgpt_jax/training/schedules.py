@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ScheduleConfig
-from rustgpt_jax.tables import choose
+from rustgpt_jax.config.schema import ScheduleConfig
+from rustgpt_jax.registry import choose
 
 Scalar = jax.Array | float
 Factor = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]

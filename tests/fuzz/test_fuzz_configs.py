@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config import FIELDS, Config, config_hash, merge, split, stages, to_dict, with_values
+from rustgpt_jax.config.schema import FIELDS, Config, config_hash, merge, split, stages, to_dict, with_values
+from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.cost import parameter_shapes
-from rustgpt_jax.parallel.placement import check_shares
-from rustgpt_jax.resolve import TREES, override, parse_all, resolve
-from rustgpt_jax.runs.folder import check, load_config, load_origins
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.parts import check_parts
-from rustgpt_jax.training.step import as_arguments
+from rustgpt_jax.training.train_step import as_arguments
+from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.workdir.run_dir import check, load_config, load_origins
 
 ROOT = Path(__file__).parent.parent.parent
 # Shapes of more than this take more time than a case has.

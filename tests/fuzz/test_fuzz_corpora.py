@@ -16,11 +16,11 @@ from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.config import DataConfig, TokenizerConfig, stages
-from rustgpt_jax.data.corpora import documents, training_documents
+from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, stages
+from rustgpt_jax.data.datasets import documents, training_documents
 from rustgpt_jax.data.pipeline import batches, evaluation_batches
-from rustgpt_jax.data.prepare import StageData, changed_data, record_data
-from rustgpt_jax.data.store import SPLITS, Store, build_store, open_store, require_batch
+from rustgpt_jax.data.preprocess import StageData, changed_data, record_data
+from rustgpt_jax.data.token_store import SPLITS, Store, build_store, open_store, require_batch
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec, train_tokenizer
 
 LINES = [f"The rain fell on day {index},\nbut it didn't stop: “naïve” 日本." for index in range(9)]

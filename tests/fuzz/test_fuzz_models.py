@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from test_fuzz_tokenizers import BESIDE, FOREIGN
 
 from configs import base
-from rustgpt_jax.interop import runs
-from rustgpt_jax.interop.importing import read_model
-from rustgpt_jax.interop.parameters import matching_parameters, read_parameters
-from rustgpt_jax.interop.safetensors_files import NewTensor, read_folder, read_header, write_file
-from rustgpt_jax.model.paths import nested
-from rustgpt_jax.runs.folder import load_config
+from rustgpt_jax.cli import convert
+from rustgpt_jax.interop.import_hf import read_model
+from rustgpt_jax.tree_paths import nested
+from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
+from rustgpt_jax.workdir.run_dir import load_config
+from rustgpt_jax.workdir.safetensors_files import NewTensor, read_folder, read_header, write_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = sorted(path.name for path in GOLDEN.iterdir())
@@ -109,12 +109,12 @@ def test_the_config_of_a_model_with_edits(place: Place, config: Any) -> None:
 @pytest.fixture
 def without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled: imported models are not compared with transformers."""
-    monkeypatch.setattr(runs, "_compared", lambda *_: "")
+    monkeypatch.setattr(convert, "_compared", lambda *_: "")
 
 
 def import_model(source: Path, run: Path) -> None:
     """What the verb import does, and a verb that reads its run."""
-    runs.import_run(source, run, base.get_config(), {}, lambda line: None)
+    convert.import_run(source, run, base.get_config(), {}, lambda line: None)
     load_config(run)
 
 
@@ -165,7 +165,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     folder_of("llama2", folder / "source")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_compared", lambda *_: "")
+        patch.setattr(convert, "_compared", lambda *_: "")
         import_model(folder / "source", folder / "run")
     return folder / "run"
 
@@ -183,7 +183,7 @@ def test_an_export_of_a_run_with_edits(
         new = data.draw(edits | damaged(old) | st.none())
         file.unlink()
         write(file, new)
-        answer(lambda: runs.export_run(folder / "run", folder / "export", "last", None, lambda line: None))
+        answer(lambda: convert.export_run(folder / "run", folder / "export", "last", None, lambda line: None))
         assert {path.name for path in folder.iterdir()} <= {"run", "export"}
 
 

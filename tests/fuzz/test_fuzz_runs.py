@@ -15,16 +15,23 @@ from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.data.prepare import read_record
-from rustgpt_jax.reproduce.differences import data_differences
-from rustgpt_jax.reproduce.past import rewinds
-from rustgpt_jax.reproduce.records import compare_records
-from rustgpt_jax.runs.curves import draw_loss_curves
-from rustgpt_jax.runs.folder import RunFolder
-from rustgpt_jax.runs.launches import launches, programs
-from rustgpt_jax.runs.metrics import MetricsWriter, keep_until, last_metrics, last_step, read_columns, read_metrics
-from rustgpt_jax.training.checkpoints import Damaged, stored_about
-from rustgpt_jax.training.material import read_beginning
+from rustgpt_jax.data.preprocess import read_record
+from rustgpt_jax.reproduce.compare_metrics import compare_records
+from rustgpt_jax.reproduce.metadata_diff import data_differences
+from rustgpt_jax.reproduce.recorded_run import rewinds
+from rustgpt_jax.tracking.metric_writer import (
+    MetricsWriter,
+    keep_until,
+    last_metrics,
+    last_step,
+    read_columns,
+    read_metrics,
+)
+from rustgpt_jax.tracking.plots import draw_loss_curves
+from rustgpt_jax.training.checkpointing import Damaged, stored_about
+from rustgpt_jax.training.run_inputs import read_beginning
+from rustgpt_jax.workdir.launch_log import launches, programs
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 assert _fonts.fontManager and _summary
 ROWS: list[dict[str, Any]] = [

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rustgpt_jax.data.corpora import Document, Turn, plain
-from rustgpt_jax.data.prepare import with_vocabulary
-from rustgpt_jax.interop.tokenizer_files import read_codec, special_ids, write_codec
+from rustgpt_jax.data.datasets import Document, Turn, plain
+from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
 from rustgpt_jax.tokenizers import (
     TOKENIZERS,
     Codec,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.best_batch import Knobs, config_of, tree_of
-from rustgpt_jax.config import Config
+from rustgpt_jax.config.schema import Config
 
 
 class Shape(NamedTuple):

@@ -27,19 +27,19 @@ from experiments.benchmarks.gpt2_jax import trainer
 from experiments.benchmarks.performance.models import SHAPES, decoding_config, training_config
 from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, only_said, serve
-from rustgpt_jax.allocation import keep_freed_memory
-from rustgpt_jax.config import ModelConfig, for_inference
-from rustgpt_jax.decoding.generate import Generation, begin, extend, stop_tokens
-from rustgpt_jax.decoding.samplers import Greedy
-from rustgpt_jax.decoding.weights import for_decoding, form
+from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.exporting import export_model
+from rustgpt_jax.inference.decode_params import for_decoding, form
+from rustgpt_jax.inference.generate import Generation, begin, extend, stop_tokens
+from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.gguf import write_gguf
+from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.cost import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-from rustgpt_jax.parallel.placement import Placement
-from rustgpt_jax.plan.compiled import compiled_step
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.sharding_plan import Placement
 
 # Event of JAX for each program that its compiler makes, or that it finds among those that are kept.
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -24,7 +24,7 @@ from experiments.benchmarks.performance.models import TRAINING
 from experiments.benchmarks.performance.turns import Reading, take_turns
 from experiments.benchmarks.performance.workers import Request, Worker
 from experiments.benchmarks.sweep_throughput import write_config
-from rustgpt_jax.runs.metrics import read_metrics
+from rustgpt_jax.tracking.metric_writer import read_metrics
 
 # Which of our ways run against PyTorch in which type.
 RACES = {"float32": ("float32", "bfloat16 factors"), "bfloat16": ("bfloat16 factors", "bfloat16")}

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.context import Context
-from rustgpt_jax.model.kernels.plain import attended, softmax_weights
-from rustgpt_jax.model.kernels.request import Kernel, Request, Task, visible
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.kernels.portable import attended, softmax_weights
+from rustgpt_jax.model.kernels.types import Kernel, Request, Task, visible
 
 # Queries in a block: enough to keep the units for matrix products busy.
 BLOCK = 512

@@ -7,8 +7,8 @@ told to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
 
 import jax
 
-from rustgpt_jax.model.kernels.library import by_library
-from rustgpt_jax.model.kernels.request import Kernel, Request, Task
+from rustgpt_jax.model.kernels.accelerator import by_library
+from rustgpt_jax.model.kernels.types import Kernel, Request, Task
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 

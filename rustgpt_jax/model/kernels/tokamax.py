@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import jax
 from absl import flags
 
-from rustgpt_jax.model.kernels.library import by_library
-from rustgpt_jax.model.kernels.request import Kernel, Request, Task, device_at_hand
+from rustgpt_jax.model.kernels.accelerator import by_library
+from rustgpt_jax.model.kernels.types import Kernel, Request, Task, device_at_hand
 
 # By platform, those of tokamax's implementations that are flash attention, the first that can be used first.
 IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}

@@ -13,7 +13,7 @@ from typing import Any
 
 from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
-from rustgpt_jax.model.mixers.latent import LatentAttention
+from rustgpt_jax.model.mixers.mla import LatentAttention
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
 
 MIXERS: dict[str, Any] = {

@@ -6,18 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig, is_on
-from rustgpt_jax.model.context import Context, dropout
-from rustgpt_jax.model.kernels.choice import KERNELS, chosen, device_for
-from rustgpt_jax.model.kernels.plain import attended, softmax_weights
-from rustgpt_jax.model.kernels.request import Bias, Device, Request, Task
-from rustgpt_jax.model.layout import laid_out
+from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.model.activation_sharding import laid_out
+from rustgpt_jax.model.block_inputs import Context, dropout
+from rustgpt_jax.model.intermediates import Tap
+from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
+from rustgpt_jax.model.kernels.portable import attended, softmax_weights
+from rustgpt_jax.model.kernels.types import Bias, Device, Request, Task
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.window import Ring, Window, cached_window, own_window
+from rustgpt_jax.model.mixers.kv_cache import Ring, Window, cached_window, own_window
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.positions import POSITIONS, PositionScheme
-from rustgpt_jax.model.taps import Tap
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 
 class Attention(nn.Module):

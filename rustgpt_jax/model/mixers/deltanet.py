@@ -6,14 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.context import Context
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.convolution import ShortConvolution, document_numbers
 from rustgpt_jax.model.mixers.delta_rule import gated_delta_rule
+from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
 from rustgpt_jax.model.norms import NORMS, norm_parameters
-from rustgpt_jax.model.precision import widened
-from rustgpt_jax.tables import choose
+from rustgpt_jax.registry import choose
 
 STREAMS = ("query", "key", "value")
 

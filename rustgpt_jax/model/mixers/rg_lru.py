@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config import ModelConfig
-from rustgpt_jax.model.context import Context
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.linear import Linear, over_channels, scaled_normal
-from rustgpt_jax.model.mixers.convolution import ShortConvolution, document_starts
-from rustgpt_jax.model.precision import widened
+from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_starts
 
 # The constant c of the paper: how far a gate that is open carries the decay.
 SHARPNESS = 8.0

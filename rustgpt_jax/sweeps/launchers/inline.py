@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from rustgpt_jax.sweeps.launchers.launch import Launch
+from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.worker import Worker
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.launchers.launch import Launch
-from rustgpt_jax.sweeps.ledger import Ledger, is_settled
+from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.trial_log import Ledger, is_settled
 
 SECONDS_BETWEEN_LOOKS = 2.0
 COMMANDS = ("sbatch", "squeue", "srun")
@@ -191,14 +191,14 @@ class Job:
 
     def __call__(self, chunk: Chunk) -> None:
         """Work on a chunk. If the cluster wants the node back, save, and have the job queued again."""
-        from rustgpt_jax.training.signals import StopRequest
+        from rustgpt_jax.training.preemption import StopRequest
 
         with StopRequest() as stop:
             import jax
 
-            from rustgpt_jax.parallel.compiled_programs import keep_compiled_programs
-            from rustgpt_jax.sweeps.folder import SweepFolder
-            from rustgpt_jax.sweeps.shelf import Shelf
+            from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+            from rustgpt_jax.sweeps.asset_cache import Shelf
+            from rustgpt_jax.sweeps.sweep_dir import SweepFolder
             from rustgpt_jax.sweeps.worker import Worker
 
             keep_compiled_programs()

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from rustgpt_jax.sweeps.report.labels import loss_text, p_text, setting_text
 from rustgpt_jax.sweeps.report.results import SEED, Results, Setting, TrialResult, is_number, key_of, settings
-from rustgpt_jax.sweeps.report.statistics import (
+from rustgpt_jax.sweeps.report.stats import (
     FALSE_CLAIMS,
     Comparison,
     Interval,
@@ -15,7 +16,6 @@ from rustgpt_jax.sweeps.report.statistics import (
     decompose,
     mean_interval,
 )
-from rustgpt_jax.sweeps.report.words import loss_text, p_text, setting_text
 
 # Losses further above the best one than so many times the median are not told apart, or they would squeeze the rest.
 IN_VIEW = 3.0

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config import Config, config_hash, flatten, is_of_result, stages
+from rustgpt_jax.config.schema import Config, config_hash, flatten, is_of_result, stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.runs.folder import RunFolder, all_differences, load_config, write_atomically
-from rustgpt_jax.runs.metrics import read_metrics
-from rustgpt_jax.sweeps.folder import SweepFolder, read_about
-from rustgpt_jax.sweeps.ledger import Event, Ledger
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder, read_about
+from rustgpt_jax.sweeps.trial_log import Event, Ledger
+from rustgpt_jax.tracking.metric_writer import read_metrics
+from rustgpt_jax.workdir.run_dir import RunFolder, all_differences, load_config, write_atomically
 
 SEED = "seed"
 TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE = "train/loss", "valid/loss", "valid/bits_per_byte"

@@ -1,0 +1,156 @@
+"""Runs from Hugging Face folders, and Hugging Face folders from runs: what the verbs import and export do."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.config.schema import EPOCHS, ModelConfig, is_by_epochs
+from rustgpt_jax.config.validation import override, resolve
+from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.export_hf import appearing_folder, export_model
+from rustgpt_jax.interop.hf_config import read_json
+from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
+from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.interop.logit_parity import compare_logits
+from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
+from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.sharding.host_resources import free_memory
+from rustgpt_jax.tokenizers import IMPORTED, Codec, load_tokenizer, save_tokenizer
+from rustgpt_jax.tracking.formatting import count
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.run_inputs import run_tokenizer
+from rustgpt_jax.tree_paths import nested
+from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
+from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
+
+# Logits in float32 are sums of thousands of products: this share of the largest is rounding, and more is a mistake.
+TOLERANCE = 1e-3
+# Tokens in a training window of an imported model, unless its recipe says otherwise.
+WINDOW = 256
+
+Says = Callable[[str], None]
+
+
+def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], says: Says) -> None:
+    """Make a run of a Hugging Face folder: its model and tokenizer, with the other knobs of a config `tree`.
+
+    The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
+    here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
+    """
+    described, codec = read_model(source, says), read_codec(source, says)
+    tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
+    config = resolve(tree)
+    if is_by_epochs(config):
+        raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
+    model, name = with_vocabulary(config, codec).model, described.architecture.name
+    shapes = parameter_shapes(model)
+    says(f"{source}: {name}, {count(total_size(shapes))} parameters")
+    with appearing_folder(path) as hidden:
+        run = create(hidden, config, origins)
+        save_tokenizer(codec, run.tokenizer_file)
+        write_parameters(source, run.parameters_file, model, described.architecture)
+        about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
+        about["tokenizer"] = tokenizer_hash(load_tokenizer(run.tokenizer_file))
+        run.import_file.write_text(json.dumps(about, indent=2) + "\n")
+        says(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
+    says(f"{path}: a run at step 0")
+
+
+def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Says) -> None:
+    """Write a run as a folder that `transformers` loads: config, tensors, tokenizer, chat template.
+
+    `dtype` None: the type that an imported model came in as long as it is not trained on, then float32. The folder
+    appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
+    `transformers` can say, and logits that are not the same there.
+    """
+    run, codec = RunFolder(path), run_tokenizer(RunFolder(path))
+    whole = with_vocabulary(load_config(path), codec)
+    is_dialogue = False
+    if run.is_untrained:
+        params: Any = nested(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
+    else:
+        trained = load(path, which)
+        params, is_dialogue = trained.writer.params, trained.writer.is_dialogue
+    about = _import_record(run.import_file) if run.import_file.exists() else {}
+
+    def finish(hidden: Path) -> None:
+        write_codec(codec, hidden, whole.model.context_length, is_dialogue)
+        shapes = parameter_shapes(whole.model)
+        read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
+        says(_compared(hidden, read, whole.model, dtype))
+
+    special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_ids(codec)
+    architecture = export_model(
+        params,
+        whole.model,
+        folder,
+        architecture=about.get("architecture"),
+        dtype=dtype,
+        special_tokens=special_tokens,
+        finish=finish,
+    )
+    says(f"{folder}: {architecture.name}")
+
+
+def _known_tokens(special_tokens: Mapping[str, Any], codec: Codec) -> dict[str, Any]:
+    """Return the special tokens of an imported config.json whose ids the tokenizer has."""
+    size = codec.get_vocab_size()
+    return {
+        name: ids
+        for name, ids in special_tokens.items()
+        if all(index is None or index < size for index in (ids if isinstance(ids, list) else [ids]))
+    }
+
+
+def _import_record(file: Path) -> dict[str, Any]:
+    about = read_json(file)
+    if not isinstance(about.get("architecture"), str) or not isinstance(about.get("special_tokens"), dict):
+        raise UserError(f"{file} is damaged: it does not say which architecture and special tokens were imported.")
+    return about
+
+
+def _compared(folder: Path, read: Callable[[], Params], model: ModelConfig, dtype: str | None = None) -> str:
+    """What a comparison with `transformers` found. Raises UserError if the logits are not the same.
+
+    Nothing is read where nothing can be compared, or the memory does not hold the other side's model as well.
+    """
+    needed = 2 * total_bytes(parameter_shapes(model))
+    if needed > free_memory():
+        return f"Not compared with transformers: that needs about {needed / 2**30:.1f} GiB of free memory."
+    found = compare_logits(folder, read, model)
+    if found.difference is None:
+        return f"Not compared with transformers: {found.reason}."
+    rounded = dtype not in (None, "float32")
+    if not rounded and found.difference > TOLERANCE * max(1.0, found.largest):
+        raise UserError(
+            f"{folder}: the logits here differ by up to {found.difference:.2g} from those of transformers, whose "
+            f"largest is {found.largest:.2g}. Nothing was written."
+        )
+    why = f", for its parameters are rounded to {dtype}" if rounded else ""
+    return f"Compared with transformers in float32: logits differ by at most {found.difference:.1e}{why}."
+
+
+def _with_model(
+    tree: Any, knobs: Mapping[str, Any], origins: dict[str, str], origin: str
+) -> tuple[Any, dict[str, str]]:
+    """A config with an imported model in it, and where its values came from."""
+    values = {f"model.{name}": value for name, value in knobs.items()}
+    values |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
+    if tree["data"]["window"] is None:
+        values["data.window"] = min(WINDOW, knobs["context_length"])
+    for path, value in values.items():
+        given = _value(tree, path)
+        if origins.get(path) == "command line" and given != value:
+            raise UserError(f"config.{path}={given!r} was given, and the model that is imported has {value!r}.")
+        override(tree, path, value)
+        origins[path] = origin
+    return tree, origins
+
+
+def _value(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree

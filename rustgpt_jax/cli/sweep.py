@@ -1,0 +1,132 @@
+"""The command `sweep`: from what was said on the command line to a finished sweep and its report."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.host_resources import this_machine, use_cores_as_devices
+from rustgpt_jax.sweeps import search
+from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.dry_run import preview
+from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.search_space import Overrides, SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, check_settings, open_sweep
+from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.tracking.progress import counting, waiting
+from rustgpt_jax.training.memory_estimate import check_training_memory
+from rustgpt_jax.training.validate_components import check_parts
+
+Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line says of a sweep."""
+
+    about: About
+    settings: Settings
+    dry_run: bool
+    is_oversubscribed: bool = False
+
+
+def run_sweep(
+    tree: Any, spec: Spec, trials: Sequence[Trial], fixed: Sequence[str], path: Path, command: Command, console: Console
+) -> int:
+    """Run a sweep in a folder and write its report.
+
+    `trials` are the trials known in advance; for an Optuna search, examples to validate the config with.
+
+    Returns:
+        The exit status: 1 if trials failed, or that of a stop if it was stopped.
+    """
+    check_settings(command.settings)
+    use_cores_as_devices()
+    keep_compiled_programs()
+    if isinstance(spec, SuccessiveHalving | TreeParzen):
+        search.check_validation(trials)
+    if isinstance(spec, SuccessiveHalving):
+        search.check_rungs(spec, trials)
+    if not (command.dry_run or command.is_oversubscribed or command.settings.launcher == "slurm"):
+        _check_memory(trials, isinstance(spec, TreeParzen))
+    with counting(console, "characters read and encoded") as progress, waiting(console, "reading the data"):
+        shelf = Shelf(progress=progress)
+        if isinstance(spec, TreeParzen):
+            _check_points(trials, shelf)
+        else:
+            check(trials, shelf)
+    if command.dry_run:
+        search_only = spec if isinstance(spec, SuccessiveHalving | TreeParzen) else None
+        preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only)
+        return 0
+    with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
+        match spec:
+            case SuccessiveHalving():
+                search.halve(sweep, spec, trials)
+            case TreeParzen():
+                skipped = search.parzen(sweep, spec, tree, fixed, sweep.shelf, sweep.check)
+                if skipped:
+                    points = "1 point was" if len(skipped) == 1 else f"{len(skipped)} points were"
+                    sweep.message(f"{points} skipped, the last because: {skipped[-1]}")
+            case _:
+                sweep.add(trials)
+                sweep.run(trials)
+    return _tell(sweep, path, command.settings.launcher, console)
+
+
+def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
+    """Check points of a search.
+
+    Raises:
+        UserError: A part does not exist, or the text is unsuitable for every point.
+    """
+    errors = []
+    for each in points:
+        check_parts(each.config)
+    for each in points:
+        try:
+            return check([each], shelf)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
+    """Check that trials fit the memory of this machine when they run alone.
+
+    Points of a search are allowed to be too large as long as some fit; those trials fail.
+
+    Raises:
+        UserError: A trial does not fit.
+    """
+    machine = this_machine()
+    if machine.platform == "cpu":
+        machine = replace(machine, n_devices=1, memory=machine.n_devices * machine.memory)
+    errors = []
+    for trial in trials:
+        mesh = {axis: max(1, size) for axis, size in asdict(trial.config.mesh).items()}
+        try:
+            check_training_memory(trial.config, machine, mesh)
+        except UserError as error:
+            errors.append(UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}"))
+    if errors and not (is_search and len(errors) < len(trials)):
+        raise errors[0]
+
+
+def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
+    if sweep.stop:
+        again = "The same command goes on from there."
+        what = "its jobs go on" if launcher == "slurm" else "what was running is saved"
+        console.print(f"Stopped by {sweep.stop.signal_name}; {what}. {again}", highlight=False)
+        return sweep.stop.exit_status
+    try:
+        console.print(f"Report: {report(path, console)}", highlight=False, soft_wrap=True)
+    except UserError as error:
+        # All of them diverged or failed: that is what the sweep found.
+        console.print(str(error), highlight=False, soft_wrap=True)
+        return 1
+    return 1 if sweep.failed() else 0

@@ -1,0 +1,1 @@
+"""Config schema, validation, and the partition into static and traced values."""

@@ -1,0 +1,441 @@
+"""The door: nested mappings and `--config.x.y=text` in, a checked `Config` out, or one clear sentence."""
+
+import ast
+import contextlib
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rustgpt_jax.config import schema
+from rustgpt_jax.config.schema import FIELDS, Config
+from rustgpt_jax.errors import UserError, shown, suggestion
+
+# What the types of programs hold: int32 for what is counted, float32 for all other numbers.
+LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
+
+# Deeper than any path of the schema, and well below Python's recursion limit.
+DEEPEST = 20
+
+# A Mapping, or a ConfigDict, which has the methods of one without being one.
+Tree = Any
+TREES = (Mapping, ConfigDict)
+
+
+def resolve(tree: Tree) -> Config:
+    """Read a nested mapping (a ConfigDict, or a dict from JSON) into a checked Config.
+
+    Raises UserError for a missing or unknown key, a wrong type, a value out of range, or a combination that
+    cannot work.
+    """
+    tree = dict(tree.items())
+    listed_stages = tree.pop("stages", ())
+    given = dict(leaves(tree))
+    for path in given:
+        if path not in FIELDS:
+            raise UserError(unknown(path))
+    for path in FIELDS:
+        if path not in given:
+            raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
+    values = {path: checked(path, value, f"config.{path}") for path, value in given.items()}
+    config = _build(Config, {**schema.nested(values), "stages": _resolve_stages(listed_stages)})
+    _check_epochs(config)
+    for stage in schema.stages(config):
+        check_combinations(stage.config)
+    return config
+
+
+def _check_epochs(config: Config) -> None:
+    """Refuse epochs of the whole run where each stage has steps or epochs of its own."""
+    own = [dict(stage.overrides) for stage in config.stages]
+    if own and config.training.epochs is not None and all({schema.STEPS, schema.EPOCHS} & {*each} for each in own):
+        first = f"config.stages.{config.stages[0].name}.{schema.EPOCHS}"
+        raise UserError(
+            f"config.{schema.EPOCHS}={config.training.epochs:.10g} decides nothing, for each stage has its own number "
+            f"of steps or epochs; give {first} and that of the other stages."
+        )
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
+    for name, value in tree.items():
+        path = prefix + str(name)
+        if path.count(".") > DEEPEST:
+            raise UserError(f"config.{path} is nested too deeply; does the config hold itself?")
+        if isinstance(value, TREES) and path not in FIELDS:
+            yield from leaves(value, path + ".")
+        else:
+            yield path, value
+
+
+def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
+    result: list[schema.StageConfig] = []
+    if not isinstance(listed, (tuple, list)) or not all(
+        isinstance(stage, TREES) and "name" in stage for stage in listed
+    ):
+        raise UserError("config.stages is a sequence of mappings, each with a name: ({'name': 'pretrain', ...}, ...).")
+    for stage in listed:
+        name = stage["name"]
+        if not isinstance(name, str) or not name or "." in name:
+            raise UserError(f"config.stages: the name of a stage is a string without dots, not {name!r}.")
+        where = f"config.stages.{name}"
+        if any(name == earlier.name for earlier in result):
+            raise UserError(f"config.stages: two stages have the name {name!r}.")
+        overrides = {path: value for path, value in leaves(stage) if path != "name"}
+        for path, value in overrides.items():
+            if path not in FIELDS:
+                raise UserError(unknown(path, where))
+            if not schema.may_differ_between_stages(path):
+                raise UserError(
+                    f"{where}.{path}: a stage may change data, training.steps, the schedule and numbers such as "
+                    f"optimizer.learning_rate; {path} must be the same in the whole run."
+                )
+            overrides[path] = checked(path, value, f"{where}.{path}")
+        result.append(schema.StageConfig(name, tuple(sorted(overrides.items()))))
+    return tuple(result)
+
+
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {name: _build(hints[name], value) if isinstance(value, dict) else value for name, value in values.items()}
+    return cls(**fields)
+
+
+def override(tree: Any, path: str, value: Any) -> None:
+    """Set the value at a dotted path of a ConfigDict in place. `stages.NAME.path` reaches into a stage.
+
+    Raises UserError, with the nearest valid path, for one that the config does not have.
+    """
+    where, knob = _in_stage(path)
+    if where != "config":
+        name = where.rsplit(".", 1)[-1]
+        named = {stage["name"]: stage for stage in tree["stages"]}
+        if name not in named:
+            raise UserError(f"config.stages: there is no stage {name!r}.{suggestion(name, named)}")
+        tree = named[name]
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    _place(tree, knob, value)
+
+
+def override_all(tree: Any, values: Mapping[str, Any]) -> None:
+    """Set the values at some dotted paths of a ConfigDict in place.
+
+    Raises UserError as `override` does, and for a number of steps where a number of epochs decides.
+    """
+    for path, value in values.items():
+        override(tree, path, value)
+    for path, value in values.items():
+        where, knob = _in_stage(path)
+        if knob != schema.STEPS:
+            continue
+        node = tree if where == "config" else {each["name"]: each for each in tree["stages"]}[where.rsplit(".", 1)[-1]]
+        epochs = dict(leaves(node)).get(schema.EPOCHS)
+        if epochs is not None:
+            raise UserError(
+                f"{where}.{knob}={value} cannot go with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
+                f"(with --{where}.{schema.EPOCHS}=None the steps decide)."
+            )
+
+
+def check_value(path: str, value: Any) -> None:
+    """Check the value of the knob at a dotted path on its own, independently of other knobs.
+
+    Raises:
+        UserError: The knob is unknown, or the value has a wrong type or is out of range.
+    """
+    where, knob = _in_stage(path)
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    checked(knob, value, f"{where}.{knob}")
+
+
+def _in_stage(path: str) -> tuple[str, str]:
+    """Where a knob is and its path there: ('config.stages.NAME', 'x.y') for stages.NAME.x.y, else ('config', path)."""
+    if path.startswith("stages.") and path.count(".") > 1:
+        _, name, knob = path.split(".", 2)
+        return f"config.stages.{name}", knob
+    return "config", path
+
+
+def _place(node: Any, path: str, value: Any) -> None:
+    *groups, name = path.split(".")
+    for group in groups:
+        if group not in node:
+            node[group] = {}
+        node = node[group]
+    with node.ignore_type() if isinstance(node, ConfigDict) else contextlib.nullcontext():
+        node[name] = value
+
+
+def parse(path: str, text: str) -> Any:
+    """Parse the text of a command-line override according to the type of its field.
+
+    A list is written as a Python list or tuple. For a list of strings, any other text is a single item, commas
+    included; lists of numbers or part names may also be separated by commas. An empty text is an empty list.
+    """
+    where, knob = _in_stage(path)
+    if knob not in FIELDS:
+        raise UserError(unknown(knob, where))
+    hint = FIELDS[knob].type
+    if text in ("None", "none") and _allows_none(hint):
+        return None
+    hint = _without_none(hint)
+    if hint is str:
+        return text
+    if hint == tuple[float, ...] and not text.startswith(("(", "[")):
+        text = f"({text},)" if text else "()"
+    if FIELDS[knob].metadata.get("pattern") and not text.startswith(("(", "[")):
+        return tuple(part.strip() for part in text.split(",")) if text else ()
+    if hint == tuple[str, ...] and not FIELDS[knob].metadata.get("pattern"):
+        return _parse_strings(text)
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(f"config.{path} takes {_describe(FIELDS[knob].type)}, not {text!r}.") from None
+
+
+def _parse_strings(text: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    try:
+        listed = ast.literal_eval(text) if text.startswith(("(", "[")) else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        listed = None
+    if isinstance(listed, (tuple, list)) and all(isinstance(item, str) for item in listed):
+        return tuple(listed)
+    return (text,)
+
+
+def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Parse command-line overrides, (path, text) pairs, into one value per path.
+
+    The items of a list that is given several times are concatenated; for any other knob the last value wins.
+    """
+    values: dict[str, Any] = {}
+    for path, text in overrides:
+        value = parse(path, text)
+        if isinstance(value, (tuple, list)) and isinstance(values.get(path), tuple):
+            value = (*values[path], *value)
+        values[path] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def checked(path: str, value: Any, where: str) -> Any:
+    """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
+    field = FIELDS[path]
+    if field.metadata.get("pattern") and isinstance(value, str):
+        value = (value,)
+    try:
+        value = _convert(field.type, value)
+    except TypeError:
+        raise UserError(f"{where} takes {_describe(field.type)}, not {shown(value)}.") from None
+    _check_text(value, where)
+    low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
+    if value is None:
+        return value
+    if choices and value not in choices:
+        raise UserError(f"{where}: there is no {shown(value)}.{suggestion(value, choices)}")
+    for number in _numbers(value):
+        if low is not None and number < low:
+            raise UserError(f"{where} must be at least {low:.10g}, not {shown(number)}.")
+        highest = high if high is not None else LARGEST_COUNT if isinstance(number, int) else LARGEST_NUMBER
+        if abs(number) > highest:
+            raise UserError(f"{where} must be at most {highest:.10g}, not {shown(number)}.")
+    return value
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Check that a text contains no lone surrogate, which neither a tokenizer nor a file can encode.
+
+    Raises:
+        UserError: It contains one.
+    """
+    if isinstance(value, tuple):
+        for item in value:
+            _check_text(item, where)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {shown(value)} has half of a surrogate pair, so it is not text.") from None
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in a value of a knob: itself, or those of a list of pairs."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, or a TypeError."""
+    if value is None and _allows_none(hint):
+        return None
+    wanted = _without_none(hint)
+    if typing.get_origin(wanted) is tuple and isinstance(value, (tuple, list)):
+        items = typing.get_args(wanted)
+        if items[-1] is Ellipsis:
+            return tuple(_convert(items[0], item) for item in value)
+        if len(items) == len(value):
+            return tuple(_convert(item, part) for item, part in zip(items, value, strict=True))
+    elif wanted is bool and isinstance(value, bool) or wanted is str and isinstance(value, str):
+        return value
+    elif wanted is int and _is_number(value) and value == int(value):
+        return int(value)
+    elif wanted is float and _is_number(value) and abs(value) <= sys.float_info.max:
+        return float(value) + 0.0  # -0.0 becomes 0.0, which it equals, so that equal configs have equal hashes.
+    raise TypeError
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _allows_none(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _without_none(hint: Any) -> Any:
+    return next(arg for arg in typing.get_args(hint) if arg is not type(None)) if _allows_none(hint) else hint
+
+
+def _describe(hint: Any) -> str:
+    plain = _without_none(hint)
+    if typing.get_origin(plain) is tuple:
+        items = typing.get_args(plain)
+        names = {str: "a list of strings", float: "a list of numbers"}
+        text = names.get(items[0], "a list of pairs of a string and a number")
+    else:
+        text = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[plain]
+    return text + (" or None" if _allows_none(hint) else "")
+
+
+def unknown(path: str, where: str = "config") -> str:
+    """The sentence for a path that no config has: the nearest path, by its whole or by its last name."""
+    group = [valid for valid in FIELDS if valid.startswith(path + ".")]
+    if group:
+        return f"{where}.{path} is a group of knobs, such as {where}.{group[0]}."
+    by_leaf: dict[str, str] = {}
+    for valid in FIELDS:
+        by_leaf.setdefault(valid.rsplit(".", 1)[-1], valid)
+    near = difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1)]
+    hint = f" Did you mean {where}.{near[0]}?" if near else " `launch.py explain` lists every knob."
+    return f"{where}.{path}: there is no such knob.{hint}"
+
+
+PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}
+
+
+def check_model(model: schema.ModelConfig) -> None:
+    """Refuse knobs of a model that cannot go together. Raises UserError."""
+    heads = model.n_heads
+    if model.head_dim is None and model.d_model % heads:
+        start = min(heads, model.d_model)
+        nearby = (n for distance in range(start) for n in (start - distance, start + distance))
+        nearest = next(n for n in nearby if model.d_model % n == 0)
+        raise UserError(
+            f"config.model.d_model={model.d_model} is not divisible by config.model.n_heads={heads}; "
+            f"the nearest number of heads that divides it is {nearest} (or give config.model.head_dim)."
+        )
+    if model.n_kv_heads is not None and heads % model.n_kv_heads:
+        raise UserError(
+            f"config.model.n_heads={heads} is not divisible by config.model.n_kv_heads={model.n_kv_heads}: "
+            "each key/value head serves the same number of query heads."
+        )
+    for knob in ("mixers", "feedforwards", "positions"):
+        if not getattr(model, knob):
+            raise UserError(f"config.model.{knob} names no part; {PLAIN_PARTS[knob]!r} is the usual one.")
+    if {"rope", "local_rope"} & set(model.positions):
+        _check_rope(model)
+    if "latent_attention" in model.mixers and model.qk_norm != "none":
+        raise UserError(
+            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which makes no keys to decode; "
+            "its latent is normalised."
+        )
+    width = model.recurrent_width or model.d_model
+    if "rg_lru" in model.mixers and width % (model.recurrent_blocks or 1):
+        raise UserError(
+            f"config.model.recurrent_blocks={model.recurrent_blocks} does not divide the {width} channels of rg_lru "
+            "(config.model.recurrent_width, or else d_model)."
+        )
+    if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
+        raise UserError(
+            f"config.model.experts_per_token={model.experts_per_token} is more than "
+            f"config.model.n_experts={model.n_experts}."
+        )
+    if "moe" in model.feedforwards and model.experts_per_token == 1 and model.normalize_experts:
+        raise UserError(
+            "config.model.normalize_experts=True makes the weight of a single expert 1, so that the loss cannot train "
+            "the router; with config.model.experts_per_token=1 use --config.model.normalize_experts=False."
+        )
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse knobs that cannot go together. Raises UserError."""
+    model, training = config.model, config.training
+    check_model(model)
+    window = config.data.window
+    if window is not None and window > model.context_length:
+        raise UserError(
+            f"config.data.window={window} is longer than the model's positions, "
+            f"config.model.context_length={model.context_length}."
+        )
+    if training.batch_size % training.accumulation:
+        raise UserError(
+            f"config.training.batch_size={training.batch_size} is not a multiple of "
+            f"config.training.accumulation={training.accumulation}, the number of parts it is run in."
+        )
+    if training.epochs is None and config.schedule.warmup_steps > training.steps:
+        raise UserError(
+            f"config.schedule.warmup_steps={config.schedule.warmup_steps} is more than "
+            f"config.training.steps={training.steps}."
+        )
+    if config.data.corpus == "files" and not config.data.paths:
+        raise UserError(
+            "config.data.corpus='files' needs files: give --config.data.paths=FILE (repeat it for several) or a glob."
+        )
+    if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size is None:
+        raise UserError("config.tokenizer.name='bpe' needs config.tokenizer.vocab_size.")
+    if config.optimizer.name == "schedule_free" and config.optimizer.b1 == 0:
+        raise UserError("config.optimizer.b1=0.0: schedule_free needs a b1 above 0; 0.9 is the usual one.")
+
+
+def _check_rope(model: schema.ModelConfig) -> None:
+    width = model.rotated_channels
+    if width % 2:
+        raise UserError(
+            f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, not {width} "
+            f"(config.model.rope_fraction={model.rope_fraction:g} of {model.head_width})."
+        )
+    if model.rope_scaling in ("llama3", "yarn", "longrope") and model.rope_original_context is None:
+        raise UserError(
+            f"config.model.rope_scaling={model.rope_scaling!r} needs config.model.rope_original_context, the context "
+            "that the model was trained with before."
+        )
+    if model.rope_scaling == "longrope":
+        _check_longrope(model)
+
+
+def _check_longrope(model: schema.ModelConfig) -> None:
+    if "latent_attention" in model.mixers:
+        raise UserError("config.model.rope_scaling='longrope' cannot go with latent_attention, which has other widths.")
+    if model.rope_original_context == 1:
+        raise UserError("config.model.rope_original_context must be at least 2 for rope_scaling='longrope'.")
+    for knob in ("rope_short_factors", "rope_long_factors"):
+        given, pairs = len(getattr(model, knob)), model.rotated_channels // 2
+        if min(getattr(model, knob), default=1) < 1e-6:
+            raise UserError(f"config.model.{knob}: factors are above 0, not {min(getattr(model, knob)):g}.")
+        if given != pairs:
+            raise UserError(
+                f"config.model.{knob} has {given} numbers; RoPE turns {pairs} pairs of channels, and longrope needs a "
+                "factor for each."
+            )

@@ -1,0 +1,141 @@
+"""What a program is turned into must not change what it computes: other layouts of layers, remat, and vmap."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.conformance import fixtures
+from rustgpt_jax.conformance.assertions import ROWS_OF_LOGITS, require_close
+from rustgpt_jax.conformance.long_row_checks import (
+    Case,
+    cached_forward,
+    forward,
+    influence,
+    long_model,
+    packed_rows,
+    whole_rows,
+)
+from rustgpt_jax.conformance.targets import Subject
+from rustgpt_jax.conformance.tiny_config import LENGTH
+from rustgpt_jax.model import transformer
+from rustgpt_jax.tree_paths import by_path
+
+LOGITS_CLOSE = 5e-5
+# A gradient is a sum over all tokens, in which much may cancel.
+GRADIENTS_CLOSE = 5e-4
+TRIALS = 3
+HIDDEN = ("row", "token", "channel")
+# These rows share their compiled program with the check of rows.
+ROWS_OF_DROPOUT, LENGTH_OF_DROPOUT = 2, 40
+
+
+def require_close_results(found: fixtures.Result, expected: fixtures.Result, what: str) -> float:
+    """The largest relative difference of logits and gradients. Raises Broken if it is more than rounding gives."""
+    worst = require_close(
+        found.logits_BTV, expected.logits_BTV, LOGITS_CLOSE, f"{what}: the logits differ", ROWS_OF_LOGITS
+    )
+    gradients = by_path(found.gradient)
+    # A gradient that would be 0 but for rounding, as that of a bias of keys, has no size of its own.
+    noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
+    for name, leaf in by_path(expected.gradient).items():
+        gradient = f"{what}: the gradient of {name}"
+        worst = max(worst, require_close(gradients[name], leaf, GRADIENTS_CLOSE, gradient, (), least_size=noise))
+    return worst
+
+
+def unrolled_is_scanned(subject: Subject) -> str:
+    """The layers run in a loop, and one after another, give the same."""
+    return _same_with(subject.small_model, "unrolled layers are not scanned ones", layers="unrolled")
+
+
+def remat_is_none(subject: Subject) -> str:
+    """What the backward pass computes again is what the forward pass computed."""
+    notes = [_same_with(subject.small_model, f"remat {each!r} is not 'none'", remat=each) for each in ("dots", "full")]
+    return notes[-1]
+
+
+def _same_with(model: ModelConfig, what: str, **changes: Any) -> str:
+    rows = fixtures.rows_of(fixtures.random_tokens(model), model)
+    found = fixtures.run(fixtures.random_params(model), rows, dataclasses.replace(model, **changes))
+    return f"within {require_close_results(found, fixtures.ordinary(model), what):.0e}"
+
+
+def dropout(subject: Subject) -> str:
+    """Check that evaluation drops nothing, with or without a cache, and that training with no drops matches it."""
+    model = long_model(subject.small_model)
+    dropping = dataclasses.replace(model, dropout=0.5)
+    params, packed = fixtures.random_params(model), packed_rows(model, ROWS_OF_DROPOUT, LENGTH_OF_DROPOUT)
+    expected, found = (forward(params, packed, each) for each in (model, dropping))
+    what = "evaluation changes with the rate of dropout"
+    worst = require_close(found, expected, LOGITS_CLOSE, what, HIDDEN, packed.segments_BT > 0)
+    training, evaluation = (influence(model, Case(64, 3, is_training=each)) for each in (True, False))
+    is_token_BT = evaluation.packed.segments_BT > 0
+    what = "a training that drops nothing is not what evaluation is"
+    outputs = training.output_BTD, evaluation.output_BTD
+    worst = max(worst, require_close(*outputs, LOGITS_CLOSE, what, HIDDEN, is_token_BT))
+    what = "the slopes of a training that drops nothing are not those of evaluation"
+    slopes = training.slopes_KBT, evaluation.slopes_KBT
+    worst = max(worst, require_close(*slopes, GRADIENTS_CLOSE, what, ("probe", "row", "token")))
+    whole = whole_rows(model, 1, LENGTH + 1)
+    caches: list[Any] = [transformer.init_cache(each, 1, LENGTH + 1) for each in (model, dropping)]
+    for places in slice(0, LENGTH), slice(LENGTH, LENGTH + 1):
+        piece = jax.tree.map(lambda leaf, places=places: leaf[:, places], whole)
+        expected, caches[0] = cached_forward(params, piece, caches[0], model)
+        found, caches[1] = cached_forward(params, piece, caches[1], dropping)
+        what = "with a cache, the outputs change with the rate of dropout"
+        worst = max(worst, require_close(found, expected, LOGITS_CLOSE, what, HIDDEN))
+    return f"within {worst:.0e}"
+
+
+@cache
+def _compiled_trials() -> Any:
+    def one(params: Any, numbers: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
+        return fixtures.forward_and_backward(params, rows, dataclasses.replace(model, **numbers))
+
+    def all_trials(params: Any, numbers: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
+        return jax.vmap(lambda params, numbers: one(params, numbers, rows, model))(params, numbers)
+
+    return fixtures.quick_jit(all_trials, static_argnames="model")
+
+
+@cache
+def _compiled_inits() -> Any:
+    def one(key: jax.Array, numbers: Any, model: ModelConfig) -> Any:
+        return transformer.init(key, dataclasses.replace(model, **numbers))
+
+    def all_trials(keys: jax.Array, numbers: Any, model: ModelConfig) -> Any:
+        return jax.vmap(lambda key, numbers: one(key, numbers, model))(keys, numbers)
+
+    return fixtures.quick_jit(all_trials, static_argnames="model")
+
+
+def vmap_is_loop(subject: Subject) -> str:
+    """Trials side by side, their parameters and their numbers as arguments, are what each is alone.
+
+    So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_epsilon.
+    """
+    model = subject.small_model
+    numbers = {name: np.repeat(value, TRIALS) for name, value in fixtures.numbers_of(model).items()}
+    keys = jax.vmap(jax.random.key)(np.arange(TRIALS))
+    initial = jax.device_get(_compiled_inits()(keys, numbers, model=model))
+    worst = 0.0
+    for trial in range(TRIALS):
+        alone = by_path(fixtures.initial_params(model, trial))
+        for name, leaf in by_path(initial).items():
+            what = f"trial {trial} of vmap is not what it is alone: the initial {name}"
+            worst = max(worst, require_close(leaf[trial], alone[name], LOGITS_CLOSE, what, ()))
+
+    rows = fixtures.rows_of(fixtures.random_tokens(model), model)
+    several = [fixtures.random_params(model, seed) for seed in range(TRIALS)]
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
+    together = jax.device_get(_compiled_trials()(params, numbers, rows, model=model))
+    for trial in range(TRIALS):
+        alone_result = fixtures.run(several[trial], rows, model)
+        one = jax.tree.map(lambda leaf, trial=trial: leaf[trial], together)
+        what = f"trial {trial} of vmap is not what it is alone"
+        worst = max(worst, require_close_results(one, alone_result, what))
+    return f"{TRIALS} trials within {worst:.0e}"

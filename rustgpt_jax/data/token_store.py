@@ -1,0 +1,318 @@
+"""The token store: a corpus encoded once, kept in flat files that every run reads by memory map.
+
+A store is a folder named by the hash of all that its tokens depend on: the documents, the tokenizer and the knobs of
+the split. It appears whole or not at all, and is never changed. manifest.json has its counts and file hashes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rustgpt_jax.cache_dir import REMEDY
+from rustgpt_jax.config.schema import DataConfig
+from rustgpt_jax.data.datasets import Document, divide, documents, fingerprint, is_validation_fingerprint, plain
+from rustgpt_jax.data.temporary import LOCK, temporary_folder
+from rustgpt_jax.data.token_shards import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents, pieces
+
+FORMAT_VERSION = 1
+# Increment when the document delimiters of imported tokenizers change.
+DIALECT_VERSION = 2
+SPLITS = ("train", "valid")
+SHARD_TOKENS = 2**26
+# Text that is encoded, and held in memory, at a time.
+BATCH_CHARACTERS = 2**21
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds. `source` and `tokenizer` are SHA-256 of the documents and of the tokenizer's JSON."""
+
+    format_version: int
+    source: str
+    tokenizer: str
+    vocab_size: int
+    end_id: int
+    dtype: str
+    n_dialogues: int
+    splits: dict[str, SplitManifest]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store in the folder `path`."""
+
+    path: Path
+    manifest: Manifest
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of 'train' or 'valid', memory-mapped. With valid_fraction=0 the latter is empty.
+
+        Raises UserError naming a file that is damaged, as far as that can be told without reading all tokens.
+        """
+        split = self.manifest.splits[name]
+        self._verify(split.offsets)
+        return read_stream(self.path, split, self.manifest.dtype, self.manifest.end_id)
+
+    def verify(self) -> None:
+        """Compare the SHA-256 of every file with the manifest's. Raises UserError naming the first that differs."""
+        for file in (file for split in self.manifest.splits.values() for file in split.files):
+            self._verify(file)
+
+    def _verify(self, file: StoredFile) -> None:
+        if stored_file(self.path / file.name) != file:
+            raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to build it anew.")
+
+
+def open_store(path: Path) -> Store:
+    """The store in a folder. Raises UserError when it is not there, not whole (by its sizes), or of another format."""
+    try:
+        values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{path}: the store has format {values['format_version']}, not {FORMAT_VERSION}.")
+        if values.pop("checksum") != _checksum(values):
+            raise UserError(f"{path}: the store's manifest.json is damaged; delete {path} to build it anew.")
+        splits = {name: _split_manifest(split) for name, split in values.pop("splits").items()}
+        for file in (file for split in splits.values() for file in split.files):
+            if os.path.getsize(path / file.name) != file.size:
+                raise UserError(f"{path / file.name}: the file does not have the size that the manifest says.")
+        return Store(path, Manifest(**values, splits=splits))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: this is not a token store ({error}).") from None
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _split_manifest(values: dict[str, Any]) -> SplitManifest:
+    tokens, weights = (tuple(StoredFile(**file) for file in values.pop(name)) for name in ("tokens", "weights"))
+    return SplitManifest(tokens=tokens, weights=weights, offsets=StoredFile(**values.pop("offsets")), **values)
+
+
+def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
+    """Raises UserError when the training stream has less than one batch of windows of `window` tokens."""
+    needed = window * batch_size + 1
+    if stream.n_tokens < needed:
+        raise UserError(
+            f"The training split has {stream.n_tokens} tokens and one batch needs {needed}: lower "
+            f"config.training.batch_size={batch_size} or config.data.window={window}, or give more text."
+        )
+
+
+# Building.
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of a corpus and the SHA-256 of its documents, computed in one pass."""
+
+    n_documents: int
+    n_dialogues: int
+    n_characters: int
+    source: str
+
+
+def build_store(
+    config: DataConfig,
+    tokenizer: Codec,
+    root: Path,
+    progress: Progress | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Store:
+    """Return the token store of a corpus under `root`, building it if necessary.
+
+    The documents are streamed twice, once to name the store and once to encode them. Partial stores left under `root`
+    by killed builds are removed.
+
+    Args:
+        config: The corpus config.
+        tokenizer: The tokenizer.
+        root: The folder that holds all stores.
+        progress: Called with the number of characters encoded so far and in total.
+        shard_tokens: The number of tokens per shard.
+
+    Raises:
+        UserError: The corpus is empty, a split with a nonzero share gets no document, or `root` is not writable.
+    """
+    survey = survey_corpus(config)
+    root = Path(root)
+    folder = root / _key(config, tokenizer, survey)
+    store = _existing(folder)
+    if store is not None:
+        return store
+    try:
+        with temporary_folder(root, folder.name) as temporary:
+            splits = _write_splits(config, tokenizer, survey, temporary, progress, shard_tokens)
+            _write_manifest(temporary, tokenizer, survey, splits)
+            return _publish(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{root}: the token store cannot be written ({error.strerror}). {REMEDY}") from error
+
+
+def survey_corpus(config: DataConfig) -> Survey:
+    """Compute the statistics of a corpus without encoding it.
+
+    Raises:
+        UserError: The corpus has no text, or a split with a nonzero share gets no document.
+    """
+    digest, n_documents, n_dialogues, n_characters, n_valid = hashlib.sha256(), 0, 0, 0, 0
+    for document in documents(config):
+        mark = fingerprint(document)
+        digest.update(mark)
+        n_documents += 1
+        n_dialogues += document.is_dialogue
+        n_characters += len(document.text)
+        n_valid += is_validation_fingerprint(mark, config)
+    if not n_documents:
+        raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
+    if config.split == "document":
+        _require_documents(config, n_documents, {"train": n_documents - n_valid, "valid": n_valid})
+    return Survey(n_documents, n_dialogues, n_characters, digest.hexdigest())
+
+
+def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
+    for document in source:
+        digest.update(fingerprint(document))
+        yield document
+
+
+def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
+    knobs = [config.split, config.valid_fraction, config.loss_on]
+    parts = [FORMAT_VERSION, survey.source, tokenizer_hash(tokenizer), *knobs]
+    if tokenizer.dialect is not None:
+        parts.append(DIALECT_VERSION)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Codec) -> str:
+    """Return the SHA-256 of everything that affects a tokenizer's output, which identifies the tokenizer."""
+    return hashlib.sha256(tokenizer.written.encode()).hexdigest()
+
+
+def _existing(folder: Path) -> Store | None:
+    try:
+        return open_store(folder)
+    except UserError:
+        return None
+
+
+def _publish(temporary: Path, folder: Path) -> Store:
+    """Give a finished folder its name, unless another process was first. A damaged store of that name is replaced."""
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        store = _existing(folder)
+        if store is not None:
+            return store
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        os.rename(folder, damaged)
+        os.rename(temporary, folder)
+        shutil.rmtree(damaged, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    return open_store(folder)
+
+
+def _write_splits(
+    config: DataConfig,
+    tokenizer: Codec,
+    survey: Survey,
+    folder: Path,
+    progress: Progress | None,
+    shard_tokens: int,
+) -> dict[str, SplitManifest]:
+    unknown_id = tokenizer.token_to_id(UNKNOWN)
+    writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
+    digest, done = hashlib.sha256(), 0
+    for batch in _batches(_parts(divide(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)):
+        encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_on)
+        for part, (ids, weights) in zip(batch, encoded, strict=True):
+            counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_on)
+            if part.is_first:
+                writers[part.split].append(ids, weights, *counts)
+            else:
+                writers[part.split].extend(ids[1:], weights[1:], *counts)
+            done += len(part.document.text)
+        for writer in writers.values():
+            writer.flush()
+        if progress is not None:
+            progress(done, survey.n_characters)
+    if digest.hexdigest() != survey.source:
+        raise UserError(f"config.data.corpus={config.corpus!r} changed while it was being read; start again.")
+    splits = {name: writer.close() for name, writer in writers.items()}
+    _require_documents(config, survey.n_documents, {name: split.n_documents for name, split in splits.items()})
+    return splits
+
+
+def _dtype(tokenizer: Codec) -> str:
+    return "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
+
+
+class _Part(NamedTuple):
+    """A document of a split, or one piece of a long document."""
+
+    split: str
+    document: Document
+    is_first: bool
+
+
+def _parts(source: Iterable[tuple[str, Document]], tokenizer: Codec) -> Iterator[_Part]:
+    """Yield documents, with long plain texts in pieces, so that only one piece and its tokens are in memory."""
+    for split, document in source:
+        if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.dialect is not None:
+            yield _Part(split, document, is_first=True)
+            continue
+        for number, text in enumerate(pieces(document.text, tokenizer.cuts, BATCH_CHARACTERS)):
+            yield _Part(split, plain(document.name, text), number == 0)
+
+
+def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    size = 0
+    for part in source:
+        batch.append(part)
+        size += len(part.document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _learned_bytes(document: Document, loss_on: str) -> int:
+    return sum(len(turn.text.encode()) for turn in document.turns if loss_on == "all" or turn.is_learned_as_answer)
+
+
+def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str, int]) -> None:
+    for name, number in of_split.items():
+        if not number and (name == "train" or config.valid_fraction > 0):
+            raise UserError(
+                f"The corpus has {n_documents} document(s) and the split {name!r} got none: set "
+                "config.data.split='tail' to cut the whole text in two, another config.data.valid_fraction, or "
+                "config.data.valid_fraction=0 for no validation."
+            )
+
+
+def _write_manifest(folder: Path, tokenizer: Codec, survey: Survey, splits: dict[str, SplitManifest]) -> None:
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=survey.source,
+        tokenizer=tokenizer_hash(tokenizer),
+        vocab_size=tokenizer.get_vocab_size(),
+        end_id=tokenizer.end_id,
+        dtype=_dtype(tokenizer),
+        n_dialogues=survey.n_dialogues,
+        splits=splits,
+    )
+    values = dataclasses.asdict(manifest)
+    text = json.dumps(values | {"checksum": _checksum(values)}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Several processes: start, barriers, and failures."""

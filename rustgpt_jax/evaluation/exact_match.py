@@ -1,0 +1,52 @@
+"""How many questions of a corpus a model answers word for word."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from rustgpt_jax.config.schema import SamplingConfig
+from rustgpt_jax.data.datasets import Document, Turn
+from rustgpt_jax.inference.text_generator import Writer, write
+from rustgpt_jax.tokenizers import decode, encode
+
+BATCH = 64
+
+
+def right_answers(
+    writer: Writer,
+    documents: Iterable[Document],
+    sampling: SamplingConfig,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[int, int]:
+    """How many of the assistant's turns the model, asked greedily, gives word for word, and of how many.
+
+    Each is asked for after all true turns before it. Right means the same text after the tokenizer's own round trip.
+    Turns that the context has no room for count as not given. `progress` is called before each batch with the number
+    of questions that have been answered, and how many there are.
+    """
+    exchanges = [exchange for document in documents for exchange in _exchanges(document)]
+    exchanges.sort(key=lambda exchange: sum(len(turn.text) for turn in exchange[0]))
+    right = 0
+    for start in range(0, len(exchanges), BATCH):
+        if progress is not None:
+            progress(start, len(exchanges))
+        right += _right_in_batch(writer, exchanges[start : start + BATCH], sampling)
+    return right, len(exchanges)
+
+
+def _exchanges(document: Document) -> Iterator[tuple[tuple[Turn, ...], str]]:
+    for place, turn in enumerate(document.turns):
+        if turn.role == "assistant":
+            yield document.turns[:place], turn.text
+
+
+def _right_in_batch(writer: Writer, exchanges: Sequence[tuple[tuple[Turn, ...], str]], sampling: SamplingConfig) -> int:
+    wanted = [encode(writer.tokenizer, answer) for _, answer in exchanges]
+    prompts = [writer.conversation(turns) for turns, _ in exchanges]
+    fits = [len(prompt) < writer.model.context_length for prompt in prompts]
+    prompts = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
+    longest = max(len(tokens) for tokens in wanted) + 1
+    greedy = dataclasses.replace(sampling, temperature=0.0, repetition_penalty=1.0, max_tokens=longest)
+    given = write(writer, prompts, greedy)
+    return sum(
+        fit and text == decode(writer.tokenizer, tokens) for fit, text, tokens in zip(fits, given, wanted, strict=True)
+    )

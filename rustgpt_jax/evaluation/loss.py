@@ -1,0 +1,120 @@
+"""What training minimises: the mean cross-entropy of the next token over the tokens to be learned."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.activation_sharding import laid_out
+from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Signals
+
+
+class Sums(NamedTuple):
+    """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not.
+
+    signals: what the blocks report of a part of a batch, times the weight of the part.
+    """
+
+    loss: jax.Array
+    squared_normalizer: jax.Array
+    weight: jax.Array
+    signals: Signals
+
+
+def token_sums(
+    params: transformer.Params,
+    batch: Batch,
+    model: ModelConfig,
+    dropout_key: jax.Array | None = None,
+    loss_chunk: int | None = None,
+) -> Sums:
+    """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch.
+
+    loss_chunk: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
+    """
+    hidden_BTD, _, signals = transformer.hidden_states(
+        params,
+        batch.tokens_BT,
+        model,
+        positions_BT=batch.positions_BT,
+        segments_BT=batch.segments_BT,
+        dropout_key=dropout_key,
+    )
+    if loss_chunk is not None:
+        return _chunked_sums(params, hidden_BTD, batch, signals, model, loss_chunk)
+    return sums_of(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
+
+
+def _chunked_sums(
+    params: transformer.Params, hidden_BTD: jax.Array, batch: Batch, signals: Signals, model: ModelConfig, chunk: int
+) -> Sums:
+    """The sums of a batch from the logits of one chunk of all rows after another."""
+    length = hidden_BTD.shape[1]
+    chunk = min(chunk, length)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        """(B, T, ...) as (chunks, B, chunk, ...), with zeros, which have no weight, after the last token.
+
+        A chunk has tokens from all over the window, so that what is cut over devices along T stays so.
+        """
+        padded = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(hidden_BTD: jax.Array, part: Batch) -> Sums:
+        return sums_of(transformer.logits(params, hidden_BTD, model), part, {})[0]
+
+    def add(total: Sums, one: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, of_chunk(*one)), None
+
+    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
+    sums, _ = jax.lax.scan(add, nothing, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
+    return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
+
+
+def sums_of(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
+    """The sums of a batch from its logits, and the loss of each token."""
+    weight = jnp.sum(batch.weights_BT)
+    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
+    losses_BT = normalizer_BT - chosen_BT
+    sums = Sums(
+        loss=jnp.sum(losses_BT * batch.weights_BT),
+        squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
+        weight=weight,
+        signals={name: value * weight for name, value in signals.items()},
+    )
+    return sums, losses_BT
+
+
+def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
+    """Sums over a part of a batch as that part's share of the batch's mean loss.
+
+    z-loss is in it (arXiv 2204.02311), and the auxiliary loss of the blocks, which each part of a batch has for itself.
+    """
+    loss = sums.loss
+    if AUXILIARY_LOSS in sums.signals:
+        loss = loss + sums.signals[AUXILIARY_LOSS]
+    if is_on(z_loss):
+        loss = loss + z_loss * sums.squared_normalizer
+    return loss / jnp.maximum(total_weight, 1.0)
+
+
+def in_parts(batch: Batch, n_parts: int) -> Batch:
+    """A batch as equal parts along a new first axis, of each of which every device has a share."""
+    return jax.tree.map(lambda leaf: laid_out(leaf.reshape(n_parts, -1, leaf.shape[1]), "PBT"), batch)
+
+
+@partial(jax.jit, static_argnames=("model", "loss_chunk", "n_parts"))
+def held_out_sums(
+    params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk: int | None = None, n_parts: int = 1
+) -> Sums:
+    """The sums of a batch without its gradient, `n_parts` of it one after another: it needs less memory than a step."""
+    if n_parts == 1:
+        return token_sums(params, batch, model, None, loss_chunk)
+    sums_P = jax.lax.map(lambda part: token_sums(params, part, model, None, loss_chunk), in_parts(batch, n_parts))
+    return jax.tree.map(jnp.sum, sums_P)

@@ -1,0 +1,1 @@
+"""Decoding: samplers, text generation, and chat."""

@@ -1,0 +1,124 @@
+"""From the parameters of a model to a Hugging Face folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for
+from rustgpt_jax.interop.import_hf import CONFIG, TOKEN_KEYS
+from rustgpt_jax.interop.param_mapping import Slot, Tensor, tensors
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.safetensors_files import NewTensor, StoredTensor, write_folder
+
+TYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+SHARD_BYTES = 5_000_000_000
+
+Tree = Any
+
+
+def export_model(
+    params: Tree,
+    model: ModelConfig,
+    folder: Path,
+    *,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    special_tokens: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] | None = None,
+) -> Architecture:
+    """Write a model as a folder that `transformers` loads, a tensor at a time, and say as which architecture.
+
+    Args:
+        params: the tree of parameters: arrays, or the tensors of `open_parameters`, which are read as they are needed.
+        model: what the parameters belong to.
+        folder: must not exist yet, or be empty; it appears when it is complete, and not at all if anything fails.
+        architecture: a name in ARCHITECTURES; None for the first that can say the model.
+        dtype: float32, bfloat16 or float16; None for the type that each parameter has.
+        special_tokens: bos_token_id, eos_token_id, pad_token_id; null where they are not given.
+        shard_bytes: the most bytes of tensors in one file.
+        finish: writes what else belongs in the folder, before it appears.
+
+    Raises UserError for a model that no architecture can say, or a folder that cannot be written.
+    """
+    chosen = architecture_for(model) if architecture is None else _named(architecture, model)
+    if dtype is not None and dtype not in TYPES:
+        raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
+    leaves = by_path(params, is_leaf=lambda leaf: isinstance(leaf, StoredTensor))
+    new = [_tensor(tensor, leaves, dtype) for tensor in tensors(chosen.rules, model).values()]
+    config = chosen.hf_config(model) | dict.fromkeys(TOKEN_KEYS) | dict(special_tokens or {})
+    # transformers 4 and 5 both read this name.
+    config["torch_dtype"] = dtype or TYPE_NAMES[np.dtype(leaves["embedding/table"].dtype)]
+    with appearing_folder(folder) as hidden:
+        (hidden / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_folder(hidden, new, shard_bytes)
+        if finish is not None:
+            finish(hidden)
+    return chosen
+
+
+@contextmanager
+def appearing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which appears under its own name once all is written, or not at all.
+
+    Raises UserError if there is something in its place, or it cannot be made.
+    """
+    place = folder.resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{folder} is there already and not empty; choose another folder.")
+    hidden = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        with _told(folder):
+            hidden.mkdir(parents=True)
+        yield hidden
+        with _told(folder):
+            os.replace(hidden, place)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the operating system refuses, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def _named(name: str, model: ModelConfig) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise UserError(f"The architecture {name!r} is not known.{suggestion(name, ARCHITECTURES)}")
+    for knob, (here, there) in ARCHITECTURES[name].differences(model).items():
+        raise UserError(f"{name} cannot say config.model.{knob}={here!r}; it would be read as {there!r}.")
+    return ARCHITECTURES[name]
+
+
+def _tensor(tensor: Tensor, leaves: Mapping[str, Any], dtype: str | None) -> NewTensor:
+    """A tensor of the folder, whose numbers are taken from the parameters when they are written."""
+
+    def parts() -> Iterator[np.ndarray]:
+        yield tensor.joined([_slot(slot, leaves) for slot in tensor.slots])
+
+    own = np.result_type(*{np.dtype(leaves[slot.path].dtype) for slot in tensor.slots})
+    return NewTensor(tensor.name, own if dtype is None else TYPES[dtype], tensor.shape, parts)
+
+
+def _slot(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+    """A part of a parameter, read from its file, or a view of it where it is in memory."""
+    leaf = leaves[slot.path]
+    return leaf[slot.place] if isinstance(leaf, StoredTensor) else np.asarray(leaf)[slot.place]

@@ -1,0 +1,132 @@
+"""From a Hugging Face folder to the parameters of a run."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.interop.architectures import Architecture, architecture_of
+from rustgpt_jax.interop.hf_config import read_json
+from rustgpt_jax.interop.param_mapping import Piece, Rules, Tensor, pieces, shapes_by_path, tensors
+from rustgpt_jax.workdir.params_io import write_tensors
+from rustgpt_jax.workdir.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_folder
+
+CONFIG = "config.json"
+HEAD = "lm_head.weight"
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+Stored = dict[str, StoredTensor]
+
+
+class Described(NamedTuple):
+    """What the config.json of a Hugging Face folder says.
+
+    knobs: values of ModelConfig, all that a model's logits depend on. special_tokens: bos_token_id and the like, as
+    they stand there.
+    """
+
+    knobs: dict[str, Any]
+    architecture: Architecture
+    special_tokens: dict[str, Any]
+
+
+def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) -> Described:
+    """Read the config.json of a Hugging Face folder, passing warnings about ignored settings to `warn`.
+
+    Raises:
+        UserError: A setting is missing, unknown or unsupported; the message names the file and the setting.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder with a Hugging Face model.")
+    file = source / CONFIG
+    if not file.exists():
+        raise UserError(f"{source} is not a folder with a Hugging Face model: it has no {CONFIG}.")
+    config = read_json(file)
+    architecture = architecture_of(config, file)
+    tokens = {key: config[key] for key in TOKEN_KEYS if key in config}
+    return Described(architecture.knobs(config, file, warn), architecture, tokens)
+
+
+def write_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:
+    """Write the tensors of a Hugging Face folder as our own parameters, each in the type it has there.
+
+    All names, shapes and types are checked before anything is written; a tensor at a time is in memory. Raises
+    UserError naming a tensor that is missing, unknown or of another shape, or a damaged file.
+    """
+    stored = _with_table(read_folder(source), model, architecture)
+    plan = matching_tensors(source, stored, model, architecture)
+    shapes = shapes_by_path(model)
+    filled = pieces(plan.values())
+    write_tensors(file, [_parameter(path, shapes[path], filled[path], stored) for path in shapes])
+
+
+def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors of the model as they are named in this folder. Raises UserError unless they are exactly these."""
+    forms = [tensors(rules, model) for rules in _forms(architecture)]
+    wanted = max(forms, key=lambda form: len(form.keys() & stored.keys()))
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise UserError(f"{source} has no tensor {name}, which {architecture.name} needs.")
+        if stored[name].shape != tensor.shape:
+            raise UserError(
+                f"{stored[name].file}: {name} has the shape {stored[name].shape}; {CONFIG} asks for {tensor.shape}."
+            )
+        _ = stored[name].dtype
+    head, table = stored.get(HEAD), _table(wanted, stored)
+    for name in stored:
+        if name in wanted or any(re.search(pattern, name) for pattern in architecture.ignored):
+            continue
+        if stored[name] is head and model.tie_embeddings:
+            _check_tied(head, table)
+            continue
+        raise UserError(
+            f"{stored[name].file} has a tensor {name}, which {architecture.name} with this {CONFIG} has not."
+            f"{suggestion(name, wanted)}"
+        )
+    return wanted
+
+
+def _with_table(stored: Stored, model: ModelConfig, architecture: Architecture) -> Stored:
+    """Return the tensors of a folder. If a tied model stores only its head, use it as the embedding table too."""
+    names = {rules["embedding/table"].name for rules in _forms(architecture)}
+    if not model.tie_embeddings or HEAD not in stored or names & stored.keys():
+        return stored
+    return {architecture.rules["embedding/table"].name: stored[HEAD], **stored}
+
+
+def _forms(architecture: Architecture) -> Iterator[Rules]:
+    """The rules of an architecture, then those of its other forms, each with and without the prefix."""
+    for rules in (architecture.rules, *architecture.other_rules):
+        yield rules
+        yield {path: rule._replace(name=rule.name.removeprefix(architecture.prefix)) for path, rule in rules.items()}
+
+
+def _table(wanted: Mapping[str, Tensor], stored: Stored) -> StoredTensor:
+    name = next(name for name, tensor in wanted.items() if tensor.slots[0].path == "embedding/table")
+    return stored[name]
+
+
+def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
+    """A head that is stored although it is the embedding table must be just that."""
+    is_same = head.shape == table.shape and head.type == table.type
+    step = max(1, CHUNK_BYTES // (head.shape[-1] * head.dtype.itemsize))
+    for start in range(0, head.shape[0], step) if is_same else ():
+        stop = min(start + step, head.shape[0])
+        one, other = head.rows(start, stop), table.rows(start, stop)
+        is_same = is_same and one.tobytes() == other.tobytes()
+    if not is_same:
+        raise UserError(
+            f"{head.file}: {CONFIG} says tie_word_embeddings, and lm_head.weight is another than the embeddings."
+        )
+
+
+def _parameter(path: str, shape: tuple[int, ...], parts: list[Piece], stored: Stored) -> NewTensor:
+    dtype = np.result_type(*{stored[piece.tensor.name].dtype for piece in parts})
+    if dtype == np.float64:
+        # Models are computed in float32 at most; the values are rounded when they are written.
+        dtype = np.dtype(np.float32)
+    return NewTensor(path, dtype, shape, lambda: (piece.of(stored[piece.tensor.name].read()) for piece in parts))

@@ -1,0 +1,241 @@
+"""A run that begins with parameters of another: what fits is taken, the seed gives the rest, and all of it is said."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, differences, split, stages
+from rustgpt_jax.data.preprocess import obtain_tokenizer, resolve_epochs_with, with_vocabulary
+from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.export_hf import appearing_folder
+from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
+from rustgpt_jax.tracking.formatting import count
+from rustgpt_jax.training.fingerprints import fingerprints
+from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.run_inputs import read_beginning
+from rustgpt_jax.training.train_step import as_arguments, compiled_start
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.config_files import COMMAND_LINE
+from rustgpt_jax.workdir.params_io import write_tensors
+from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
+from rustgpt_jax.workdir.safetensors_files import NewTensor
+
+# Their rows, or columns, stand for tokens.
+OF_TOKENS = ("embedding/", "head/")
+MOST_NAMED = 6
+TOKENIZER_KNOBS = tuple(knob for knob in FIELDS if knob.startswith("tokenizer."))
+
+Says = Callable[[str], object]
+
+
+class Taken(NamedTuple):
+    """Names of parameters that were loaded, initialized from the seed, or left unused, with reasons.
+
+    `partly` has the loaded layers of stacked parameters that were loaded only in part.
+    """
+
+    taken: list[str]
+    partly: dict[str, list[int]]
+    from_seed: dict[str, str]
+    left: dict[str, str]
+
+
+class Begun(NamedTuple):
+    """The config of a run initialized from another run, and the origin of each of its values."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, str], says: Says) -> Begun:
+    """Create a run folder at step 0 with all matching parameters of another run.
+
+    The tokenizer is taken from the source too, unless the command line sets a knob of `config.tokenizer`; then a new
+    one is trained on the text of the run. A folder that was already created from the same source is left unchanged.
+
+    Args:
+        source: The run to load parameters from: RUN, RUN@STEP or RUN@best.
+        path: The folder of the new run.
+        config: The config of the new run. If the source's tokenizer is used, its tokenizer knobs are replaced.
+        origins: The origin of each value of the config.
+        says: Called with messages about what was loaded.
+
+    Raises:
+        UserError: The folder was created from something else, the run or step does not exist, or no parameter matches.
+    """
+    run, is_asked = RunFolder(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
+    if run.config_file.exists():
+        began = read_beginning(run).get("source")
+        if began is None or _same(began) != _same(source):
+            how = f"with the parameters of {began}" if began else "otherwise"
+            raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
+        return (
+            Begun(config, dict(origins)) if is_asked else _with_tokenizer_of(load_config(path), config, origins, began)
+        )
+    place, which = run_and_step(source)
+    there = load(place, which)
+    begun = Begun(config, dict(origins))
+    if not is_asked:
+        begun = _with_tokenizer_of(load_config(place), config, origins, source)
+    keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
+    own = there.writer.tokenizer if keeps else obtain_tokenizer(begun.config)
+    resolved = resolve_epochs_with(begun.config, own, cache_folder())
+    begun = Begun(resolved.config, {**begun.origins, **resolved.origins})
+    whole = with_vocabulary(begun.config, own)
+    structure, numbers = split(stages(whole)[0].config)
+    fresh = by_path(compiled_start(structure, as_arguments(numbers)).params)
+    given = by_path(there.writer.params)
+    is_same_tokenizer = own.written == there.writer.tokenizer.written
+    source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
+    chosen = _choose(source_layers, layers, is_same_tokenizer)
+    if not chosen.taken and not chosen.partly:
+        raise UserError(f"No parameter of {source} fits the model of this config: {_named(chosen.from_seed)}.")
+    params = {name: _joined(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
+    with appearing_folder(path) as hidden:
+        new = create(hidden, begun.config, begun.origins)
+        save_tokenizer(own, new.tokenizer_file)
+        write_tensors(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
+        about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
+        about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
+        new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    for sentence in resolved.sentences:
+        says(sentence)
+    for sentence in _told(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
+        says(sentence)
+    return begun
+
+
+def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> Begun:
+    """Return a config with another config's tokenizer knobs, and its vocabulary size unless the config sets one."""
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
+    result = dataclasses.replace(config, tokenizer=there.tokenizer, model=model)
+    return Begun(result, dict(origins) | dict.fromkeys(differences(config, result), f"init_from {source}"))
+
+
+def _told(chosen: Taken, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:
+    n_taken = sum(params[name].size for name in chosen.taken)
+    n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
+    n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
+    yield (
+        f"{source}: took {n_arrays} of {len(params)} arrays of parameters ({count(n_taken)} of {count(n_all)})"
+        f"{', and the tokenizer' if is_same_tokenizer else ''}"
+    )
+    if not is_same_tokenizer:
+        yield (
+            "The tokenizer is another, as config.tokenizer asks: the embedding, which has a row for each token, begins "
+            "untrained. Without these knobs the run keeps the tokenizer of its source."
+        )
+    if chosen.from_seed:
+        yield f"  from the seed: {_named(chosen.from_seed)}"
+    left = f"{_named(chosen.left)}; " if chosen.left else ""
+    yield f"  left there: {left}the optimizer's state; the step"
+
+
+def run_and_step(source: str) -> tuple[Path, str]:
+    """The folder and the checkpoint that RUN, RUN@STEP or RUN@best names. A folder may have an @ in its own name."""
+    place, at, which = source.rpartition("@")
+    return (Path(place), which) if at and not Path(source).exists() else (Path(source), "last")
+
+
+def _same(source: str) -> tuple[Path, str]:
+    """What a source names, however it is written."""
+    place, which = run_and_step(source)
+    return place.resolve(), which
+
+
+class Layer(NamedTuple):
+    """A parameter of one layer or of the whole model: its array, and its index `place` in the stack `name`."""
+
+    name: str
+    place: int | None
+    array: Any
+
+
+# Keyed by the parameter name without its stack, and the layer, or None for a parameter of the whole model.
+Layers = dict[tuple[str, int | None], Layer]
+
+
+def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
+    """Unstack the parameters of a model by layer, since the stacking depends on the number of layers."""
+    result: Layers = {}
+    for name, leaf in arrays.items():
+        if name.startswith("blocks/"):
+            _, stack, key = name.split("/", 2)
+            for place, layer in enumerate(stacks(model)[int(stack)].layers):
+                result[key, layer] = Layer(name, place, leaf[place])
+        else:
+            result[name, None] = Layer(name, None, leaf)
+    return result
+
+
+def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> Taken:
+    hindrances = {key: _hindrance(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
+    result = Taken([], {}, {}, {})
+    for name, keys in _by_stack(wanted).items():
+        fitting, reasons = [key for key in keys if not hindrances[key]], [hindrances[key] for key in keys]
+        if len(fitting) == len(keys):
+            result.taken.append(name)
+            continue
+        if fitting:
+            result.partly[name] = [layer for _, layer in fitting if layer is not None]
+        result.from_seed[name] = _of_layers(next(filter(None, reasons)), keys, [key for key in keys if hindrances[key]])
+    for name, keys in _by_stack(given).items():
+        unused = [key for key in keys if hindrances.get(key, "absent")]
+        if unused:
+            result.left[name] = _of_layers(hindrances.get(unused[0], "not in this model"), keys, unused)
+    return result
+
+
+def _hindrance(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
+    """Return the reason why a parameter cannot be loaded, or ''."""
+    if given is None:
+        return "not there"
+    if given.array.shape != wanted.array.shape:
+        shapes = (" x ".join(map(str, layer.array.shape)) or "a number" for layer in (given, wanted))
+        return "{} there and {} here".format(*shapes)
+    if wanted.name.startswith(OF_TOKENS) and not is_same_tokenizer:
+        return "its tokens are of another tokenizer"
+    return ""
+
+
+def _by_stack(layers: Layers) -> dict[str, list[tuple[str, int | None]]]:
+    result: dict[str, list[tuple[str, int | None]]] = {}
+    for key, layer in layers.items():
+        result.setdefault(layer.name, []).append(key)
+    return result
+
+
+def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequence[tuple[str, int | None]]) -> str:
+    """Qualify a reason that applies to only some layers of a parameter."""
+    if len(some) == len(keys):
+        return reason
+    return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
+
+
+def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: Taken) -> Any:
+    """Return the initial array of the new model with the loaded layers replaced."""
+    if name not in chosen.taken and name not in chosen.partly:
+        return fresh
+    array = np.array(fresh)
+    for key, layer in wanted.items():
+        if layer.name == name and (layer.place is None or key[1] in chosen.partly.get(name, [key[1]])):
+            array[... if layer.place is None else layer.place] = given[key].array
+    return array
+
+
+def _named(reasons: Mapping[str, str]) -> str:
+    shown = [f"{name} ({reason})" for name, reason in reasons.items()]
+    return ", ".join(shown[:MOST_NAMED]) + (f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else "")
+
+
+def _tensor(name: str, leaf: Any) -> NewTensor:
+    return NewTensor(name, np.dtype(leaf.dtype), tuple(leaf.shape), lambda: [np.asarray(leaf)])

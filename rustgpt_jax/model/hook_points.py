@@ -1,0 +1,80 @@
+"""The sites of a whole model: where its taps are, in the order in which a forward makes the tensors there."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.model import intermediates
+from rustgpt_jax.model.block import Block
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.transformer import vocabulary
+
+
+class Site(NamedTuple):
+    """A place in the forward.
+
+    site: within its block, or of the whole model: 'embeddings', 'hidden' (after the last norm), 'logits'. layer: None
+    for the latter. stack, row: where its measurement is among those of the blocks. shape: of the tensor there.
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    stack: str | None = None
+    row: int = 0
+
+    @property
+    def name(self) -> str:
+        """'layers/3/mixer/query', 'logits'."""
+        return self.site if self.layer is None else f"layers/{self.layer}/{self.site}"
+
+    @property
+    def size(self) -> int:
+        """The elements of the tensor."""
+        return math.prod(self.shape)
+
+    def of(self, measurements: intermediates.Measurements) -> Any:
+        """The measurement of this site."""
+        return (
+            measurements[self.site] if self.stack is None else measurements["blocks"][self.stack][self.site][self.row]
+        )
+
+
+def sites(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
+    """All sites of a model that reads `rows` windows of `length` tokens."""
+    x_BTD: Any = jax.ShapeDtypeStruct((rows, length, model.d_model), jnp.dtype(model.dtype))
+    tokens_BT: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if is_on(model.dropout) else None
+    context = Context(tokens_BT, tokens_BT, key)
+    blocks: dict[int, list[Site]] = {}
+    for index, stack in enumerate(stacks(model)):
+        found = intermediates.sites(Block(stack.block), x_BTD, context, None)
+        for row, layer in enumerate(stack.layers):
+            blocks[layer] = [Site(site, leaf.shape, layer, str(index), row) for site, leaf in found.items()]
+    return (
+        Site("embeddings", x_BTD.shape),
+        *(site for layer in sorted(blocks) for site in blocks[layer]),
+        Site("hidden", x_BTD.shape),
+        Site("logits", (rows, length, vocabulary(model))),
+    )
+
+
+def slots(sites: tuple[Site, ...]) -> intermediates.Slots:
+    """Zeros for every site, by stack where it is in a block, as `transformer.tapped` takes them."""
+    result: intermediates.Slots = {
+        site.site: jnp.zeros(intermediates.MEASUREMENT_SIZE) for site in sites if site.stack is None
+    }
+    layers: dict[str, dict[str, int]] = {}
+    for site in sites:
+        if site.stack is not None:
+            of_stack = layers.setdefault(site.stack, {})
+            of_stack[site.site] = max(of_stack.get(site.site, 0), site.row + 1)
+    result["blocks"] = {
+        stack: {site: jnp.zeros((n, intermediates.MEASUREMENT_SIZE)) for site, n in of_stack.items()}
+        for stack, of_stack in layers.items()
+    }
+    return result

@@ -1,0 +1,110 @@
+"""What is asked of an attention kernel: as far as it is known before tracing, and the arrays themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.model.block_inputs import Context
+
+Bias = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Device(NamedTuple):
+    """Where a program is to run.
+
+    platform: cpu, gpu (NVIDIA's), rocm (AMD's) or tpu; None for any that is fit. capability: the compute capability of
+    an NVIDIA GPU, (9, 0) for an H100; None where it is not known.
+    """
+
+    platform: str | None
+    capability: tuple[int, int] | None = None
+
+
+ANY_DEVICE = Device(None)
+
+
+def default_device() -> jax.Device:
+    """The device that programs of this thread run on, if nothing else is said."""
+    default = jax.config.values["jax_default_device"]
+    if default is None or isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default
+
+
+def device_at_hand() -> Device:
+    """What the default device is, as far as kernels ask."""
+    default = default_device()
+    if default.platform != "gpu":
+        return Device(default.platform)
+    major, _, minor = str(getattr(default, "compute_capability", "")).partition(".")
+    return Device("gpu", (int(major), int(minor))) if major.isdigit() and minor.isdigit() else Device("rocm")
+
+
+class Request(NamedTuple):
+    """All that decides whether a kernel can serve attention.
+
+    length: T, the tokens of a row. n_heads, n_kv_heads: H and K. head_width, value_width: channels of queries and keys,
+    and of values. softcap, bias, sinks, dropout: whether scores are bounded, depend on distances, compete with learned
+    logits, or are dropped. cached: whether keys come from a cache.
+    """
+
+    device: Device
+    dtype: str
+    length: int
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    value_width: int
+    softcap: bool
+    bias: bool
+    sinks: bool
+    dropout: bool
+    cached: bool
+
+
+class Task(NamedTuple):
+    """What a kernel computes from. Query head h reads the keys and values of head h // G, where G is H / K.
+
+    context: positions and documents of the tokens, which are queries and keys alike. A token sees itself and the
+    earlier tokens of its own document: all, or the last `window`. Scores are multiplied by `scale`, then bounded by
+    `softcap` (0: not at all), then `bias`, a function of the positions of queries and of keys, is added. `sinks_H` are
+    the logits of sinks.
+    """
+
+    q_BTHC: jax.Array
+    k_BSKC: jax.Array
+    v_BSKC: jax.Array
+    context: Context
+    window: int | None
+    scale: float
+    softcap: Any = 0.0
+    bias: Bias | None = None
+    sinks_H: jax.Array | None = None
+
+
+class Kernel(NamedTuple):
+    """attend: mixed_BTKGC of a task. refuses: why it cannot serve a request, in words that follow 'because'; or None.
+
+    `mixed_BTKGC` are the values that each query takes on average: heads h = k G + g in groups of G, in the type of the
+    values.
+    """
+
+    attend: Callable[[Task], jax.Array]
+    refuses: Callable[[Request], str | None]
+
+
+def visible(queries: Context, order_T: jax.Array, keys: Context, order_S: jax.Array, window: int | None) -> jax.Array:
+    """visible_BTS: which tokens see which, from their places in a row and what a context says of them."""
+    earlier_TS = order_T[:, None] >= order_S[None, :]
+    visible_BTS = earlier_TS[None] & (queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :])
+    if window is None:
+        return visible_BTS
+    return visible_BTS & (keys.positions_BT[:, None, :] > queries.positions_BT[:, :, None] - window)
+
+
+def whole_mask(task: Task) -> jax.Array:
+    """visible_BTS of a whole task."""
+    order_T = jnp.arange(task.q_BTHC.shape[1])
+    return visible(task.context, order_T, task.context, order_T, task.window)

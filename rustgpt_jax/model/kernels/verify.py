@@ -1,0 +1,156 @@
+"""What attention of a model is computed by, and whether it computes what the reference does.
+
+A kernel may be wrong on a device, for a head width or a version of a library: so, before a model is trained, each that
+was chosen is held against `plain` in float32, in value and gradient, on small arrays of the model's own widths.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.kernels.dispatch import KERNELS, Choice, chosen
+from rustgpt_jax.model.kernels.types import Device, Task, device_at_hand
+from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.registry import choose
+
+# Tokens of a row in a check, at most: more than one block of every kernel, and a multiple of what any of them needs.
+MOST_TOKENS = 640
+# Differences, as a share of the largest magnitude, that rounding explains: some units in the last place of the type.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+class Finding(NamedTuple):
+    """What attention of a mixer is computed by.
+
+    mixer: its name in the config, with its position scheme where the mixer alone does not tell. difference: the largest
+    between it and the reference, as a share of the reference's largest magnitude; None for the reference itself.
+    """
+
+    mixer: str
+    choice: Choice
+    difference: float | None
+
+    @property
+    def sentence(self) -> str:
+        """'attention: cudnn, because this is a gpu (differs from the reference by 3e-03)'."""
+        text = f"{self.mixer}: {self.choice.kernel}, because {self.choice.reason}"
+        return text if self.difference is None else f"{text} (differs from the reference by {self.difference:.0e})"
+
+
+def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[str, Choice]:
+    """The kernel that serves each mixer with attention when rows of `length` tokens are trained on, by mixer.
+
+    Starts no JAX if the device is given. Raises UserError for a kernel asked for by name that cannot serve all.
+    """
+    dropout = is_on(model.dropout)
+    return {
+        name: chosen(model.attention_kernel, mixer.request(block, length, device, dropout))
+        for name, (mixer, block) in _attention_blocks(model).items()
+    }
+
+
+def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
+    """Each choice with how far it is from the reference, on the device at hand; nothing is computed for `plain`.
+
+    Raises UserError for a difference that rounding does not explain.
+    """
+    blocks = _attention_blocks(model)
+    findings = []
+    for name, choice in attention_choices(model, device_at_hand(), length).items():
+        difference = None
+        if choice.kernel != "plain":
+            mixer, block = blocks[name]
+            difference = largest_difference(choice.kernel, *_small_task(mixer, block, length))
+            if not difference <= TOLERANCES[block.dtype]:
+                raise UserError(
+                    f"Attention by {choice.kernel} ({name}) is wrong on this device: it differs from the reference by "
+                    f"{difference:.0e} of its largest value, where {block.dtype} explains "
+                    f"{TOLERANCES[block.dtype]:.0e}. Set config.model.attention_kernel=portable."
+                )
+        findings.append(Finding(name, choice, difference))
+    return findings
+
+
+def largest_difference(kernel: str, task: Task, cotangent_BTHC: jax.Array) -> float:
+    """How far the values and gradients of a kernel are from those of `plain` in float32, for a cotangent of the values.
+
+    Of each array, the largest difference as a share of the largest magnitude; of these the largest, NaN if one is NaN.
+    Values of padding do not count.
+    """
+    arrays = (task.q_BTHC, task.k_BSKC, task.v_BSKC)
+    is_token_BT11 = (task.context.segments_BT > 0)[:, :, None, None]
+
+    def computed(name: str, arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> list[np.ndarray]:
+        def attend(*arrays: jax.Array) -> jax.Array:
+            q_BTHC, k_BSKC, v_BSKC = arrays
+            mixed = KERNELS[name].attend(task._replace(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC))
+            return jnp.where(is_token_BT11, mixed.reshape(cotangent_BTHC.shape), 0)
+
+        def both(arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> tuple[jax.Array, ...]:
+            mixed_BTHC, pullback = jax.vjp(attend, *arrays)
+            return mixed_BTHC, *pullback(cotangent_BTHC)
+
+        # Units for matrix products would round float32 to fewer digits, for a kernel and the reference differently.
+        is_wide = arrays[0].dtype != jnp.bfloat16
+        with jax.default_matmul_precision("highest" if is_wide else None):
+            return [np.asarray(array, np.float64) for array in jax.jit(both)(arrays, cotangent_BTHC)]
+
+    expected = computed("plain", tuple(map(widened, arrays)), widened(cotangent_BTHC))
+    pairs = zip(computed(kernel, arrays, cotangent_BTHC), expected, strict=True)
+    return float(np.max([np.max(np.abs(got - right)) / np.max(np.abs(right)) for got, right in pairs]))
+
+
+def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
+    """The mixers with attention and the configs of their blocks, one for each kind of block."""
+    found: dict[tuple[str, str], tuple[Any, ModelConfig]] = {}
+    for stack in stacks(model):
+        (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
+        mixer = choose(MIXERS, mixer_name, "config.model.mixers")
+        if hasattr(mixer, "request"):
+            found[mixer_name, position] = (mixer, stack.block.for_mixer)
+    schemes = {mixer: sum(name == mixer for name, _ in found) for mixer, _ in found}
+    return {
+        name if schemes[name] == 1 else f"{name} with {position}": block for (name, position), block in found.items()
+    }
+
+
+def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[Task, jax.Array]:
+    """Random arrays as a block of a model has them, and a cotangent of what a kernel gives for them.
+
+    A row is one document, the other has two and padding, whose cotangent is 0. A window is short, so that tokens leave
+    it; heads are of two groups at most.
+    """
+    length = min(length, MOST_TOKENS)
+    n_kv_heads = block.n_kv_heads or block.n_heads
+    fewer = min(2, n_kv_heads)
+    block = dataclasses.replace(
+        block,
+        n_heads=block.n_heads // n_kv_heads * fewer,
+        n_kv_heads=fewer,
+        head_dim=block.head_width,
+        local_window=min(block.local_window, length // 4 + 1),
+    )
+    asked = mixer.request(block, length, device_at_hand(), False)
+    rng = np.random.default_rng(0)
+
+    def random(heads: int, channels: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((2, length, heads, channels)), block.dtype)
+
+    first, end = length // 3, length - length // 8
+    segments_BT, positions_BT = np.ones((2, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (2, 1))
+    segments_BT[1, first:end], segments_BT[1, end:] = 2, 0
+    positions_BT[1, first:] -= first
+    context = Context(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    sinks_H = jnp.asarray(rng.standard_normal(asked.n_heads), jnp.float32) if asked.sinks else None
+    queries, keys = random(asked.n_heads, asked.head_width), random(asked.n_kv_heads, asked.head_width)
+    values = random(asked.n_kv_heads, asked.value_width)
+    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], random(asked.n_heads, asked.value_width), 0)
+    return mixer.task(block, (queries, keys, values), context, sinks_H), cotangent_BTHC

@@ -1,0 +1,145 @@
+"""Attention whose keys and values are made from one narrow latent a token, which is all that the cache keeps."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.dtypes import product_type
+from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
+from rustgpt_jax.model.kernels.types import Device, Request, Task
+from rustgpt_jax.model.linear import Linear, scaled_normal
+from rustgpt_jax.model.mixers.attention import (
+    attention_scale,
+    attention_weights,
+    position_scheme,
+    request_of,
+    task_of,
+    window_of,
+)
+from rustgpt_jax.model.mixers.kv_cache import Ring
+from rustgpt_jax.model.norms import NORMS, norm_parameters
+from rustgpt_jax.registry import choose
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Each token has a latent l = norm(W_l x) of R channels, and a key p = turned(W_p x) of E channels, the only ones with
+    the position, that all heads share. A head has a query of two parts, q of C channels and turned(r) of E, and
+
+        k_s = W_k l_s,    v_s = W_v l_s,    score_ts = scale (q_t . k_s + turned(r_t) . p_s)
+
+    The cache keeps l and p. With it k and v are never made: q_t . W_k l_s = W_k^T q_t . l_s, and the mean of W_v l_s
+    by attention is W_v times the mean of l_s.
+    """
+
+    config: ModelConfig
+
+    @staticmethod
+    def widths(config: ModelConfig) -> tuple[int, int]:
+        """R and E, the channels of the latent and of the shared key."""
+        half_to_even = 2 * -(-config.head_width // 4)
+        return config.latent_width or 4 * config.head_width, config.shared_key_width or half_to_even
+
+    @classmethod
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
+        """Room for the latents and shared keys of `length` tokens a row."""
+        return Ring(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
+
+    @classmethod
+    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
+        """What a layer asks of a kernel for rows of `length` tokens without a cache."""
+        key_width = config.head_width + cls.widths(config)[1]
+        return request_of(config, config.n_heads, key_width, length, device, dropout)
+
+    @classmethod
+    def task(
+        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
+    ) -> Task:
+        """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
+        return task_of(config, arrays, context, None, sinks_H)
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: those of queries, of the latent and the shared key, of keys and values, sinks."""
+        (latent_width, shared_width), width = cls.widths(config), config.n_heads * config.head_width
+        source, has_bias = config.query_latent_width or config.d_model, config.has_qkv_bias
+        latents = (latent_width, *([config.query_latent_width] if config.query_latent_width else ()))
+        made = sum((config.d_model + has_bias) * each + norm_parameters(config, each) for each in latents)
+        queries = (source + has_bias) * (width + config.n_heads * shared_width)
+        keys_and_values = (config.d_model + has_bias) * shared_width + 2 * latent_width * width
+        output = (width + config.has_attention_output_bias) * config.d_model
+        return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:
+        config = self.config
+        n_heads, channels, (latent_width, shared_width) = config.n_heads, config.head_width, self.widths(config)
+        rotate = position_scheme(config).rotate
+
+        def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
+            return Linear(config, features, has_bias=config.has_qkv_bias, name=name)(x_BTD)
+
+        def latent(name: str, features: int) -> jax.Array:
+            norm = choose(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
+            return norm(linear(name, features))
+
+        def turned(x_BTHE: jax.Array) -> jax.Array:
+            return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
+
+        source_BTD = latent("query_latent", config.query_latent_width) if config.query_latent_width else x_BTD
+        query = linear("query", n_heads * (channels + shared_width), source_BTD)
+        query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
+        q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
+        shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
+        is_cached = cache is not None
+        is_plain = is_cached or self.is_initializing()
+        device = device_for(config.attention_kernel, is_plain)
+        request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
+        kernel, _ = chosen(config.attention_kernel, request._replace(cached=is_plain))
+        seen, cache = window_of(cache, (latent("latent", latent_width), shared_BTE), context, None)
+        latent_BSR, shared_BSE = seen.keys
+
+        key_RHC = HeadKernel(config, name="key")(latent_width)
+        value_RHC = HeadKernel(config, name="value")(latent_width)
+        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
+            scale = attention_scale(config, channels + shared_width)
+            return attention_weights(scale * scores_BHTS, seen, sinks_H, context, config).astype(latent_BSR.dtype)
+
+        def made(kernel_RHC: jax.Array) -> jax.Array:
+            return jnp.einsum("BSR,RHC->BSHC", latent_BSR, kernel_RHC)
+
+        if is_cached:
+            att_BHTS = weights(_scores("BTHR,BSR->BHTS", jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC), latent_BSR))
+            mixed_BTHC = jnp.einsum("BTHR,RHC->BTHC", jnp.einsum("BHTS,BSR->BTHR", att_BHTS, latent_BSR), value_RHC)
+        elif kernel == "plain":
+            att_BHTS = weights(_scores("BTHC,BSHC->BHTS", q_BTHC, made(key_RHC)))
+            mixed_BTHC = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, made(value_RHC))
+        else:
+            shared_BSHE = jnp.broadcast_to(shared_BSE[:, :, None], q_BTHE.shape)
+            queries, keys = ((q_BTHC, q_BTHE), (made(key_RHC), shared_BSHE))
+            arrays = (*(jnp.concatenate(parts, axis=-1) for parts in (queries, keys)), made(value_RHC))
+            mixed_BTHC = KERNELS[kernel].attend(self.task(config, arrays, context, sinks_H))
+        output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
+        return output(mixed_BTHC.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
+
+
+class HeadKernel(nn.Module):
+    """The matrix (R, H C) that makes the keys or values of all heads from a latent, seen as (R, H, C)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, latent_width: int) -> jax.Array:
+        n_heads, channels = self.config.n_heads, self.config.head_width
+        kernel = self.param("kernel", scaled_normal(self.config.init_std), (latent_width, n_heads * channels))
+        return kernel.astype(self.config.dtype).reshape(latent_width, n_heads, channels)
+
+
+def _scores(product: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.einsum(product, queries, keys, preferred_element_type=product_type(queries, keys))

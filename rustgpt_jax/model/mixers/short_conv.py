@@ -1,0 +1,63 @@
+"""What recurrent mixers share: where documents begin, and a short causal convolution of each channel."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.linear import over_channels, scaled_normal
+
+
+def document_starts(context: Context) -> jax.Array:
+    """Whether a token begins a document within the row (B, T). The first token of a row may continue a cached one."""
+    before, now = context.segments_BT[:, :-1], context.segments_BT[:, 1:]
+    return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
+
+
+def document_numbers(context: Context) -> jax.Array:
+    """document_BT: the document of each token, the first one of a row being 0. Padding goes with what is before it."""
+    return jnp.cumsum(document_starts(context), axis=1)
+
+
+class ShortConvolution(nn.Module):
+    """y_t = sum over j < conv_width of kernel_j * x_(t-j), of tokens in the document of t (+ bias).
+
+    The kernel has shape (conv_width, channels), its last row for the token itself; it starts with the variance that
+    keeps that of x.
+    """
+
+    config: ModelConfig
+    channels: int
+
+    @staticmethod
+    def init_history(config: ModelConfig, batch: int, channels: int) -> jax.Array:
+        """The conv_width - 1 tokens before the first one: zeros."""
+        return jnp.zeros((batch, config.conv_width - 1, channels), config.dtype)
+
+    @nn.compact
+    def __call__(
+        self, x_BTR: jax.Array, context: Context, history: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """y_BTR, and the last conv_width - 1 tokens of each row, padding left out (None where there was no history)."""
+        width, (batch, length, _) = self.config.conv_width, x_BTR.shape
+        kernel_WR = self.param("kernel", scaled_normal(width**-0.5), (width, self.channels))
+        earlier = self.init_history(self.config, batch, self.channels) if history is None else history
+        all_BSR = jnp.concatenate([earlier.astype(x_BTR.dtype), x_BTR], axis=1)
+        document_BT = document_numbers(context)
+        document_BS = jnp.pad(document_BT, ((0, 0), (width - 1, 0)))
+
+        def weighted(row: int) -> jax.Array:
+            tokens = slice(row, row + length)
+            is_same_BT1 = (document_BS[:, tokens] == document_BT)[..., None]
+            return jnp.where(is_same_BT1, widened(all_BSR[:, tokens]) * kernel_WR[row][None, None], 0)
+
+        y_BTR = sum((weighted(row) for row in range(1, width)), start=weighted(0))
+        if self.config.bias:
+            y_BTR = y_BTR + over_channels(self.param("bias", nn.initializers.zeros, (self.channels,)), y_BTR)
+        if history is not None:
+            n_tokens_B = jnp.sum(context.segments_BT > 0, axis=1)
+            last_BW = n_tokens_B[:, None] + jnp.arange(width - 1)[None]
+            history = jnp.take_along_axis(all_BSR, last_BW[..., None], axis=1).astype(history.dtype)
+        return y_BTR.astype(x_BTR.dtype), history

@@ -1,0 +1,91 @@
+"""Feed-forward layers: what a block does to each token by itself.
+
+A feed-forward is a Flax leaf made from the config of its block. It has
+
+    __call__(x_BTD, context)     y_BTD, and its signals: named numbers to be recorded in training, {} for none
+
+The signal AUXILIARY_LOSS is added to the loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import Context, Signals
+from rustgpt_jax.model.custom_vjps import ACTIVATIONS, Activation, activated
+from rustgpt_jax.model.linear import Linear, gated_width
+from rustgpt_jax.model.moe import MixtureOfExperts
+
+
+class FeedForward(nn.Module):
+    """activation(x W_up) W_down, with a hidden width of d_ff or 4 d_model (arXiv 1706.03762)."""
+
+    config: ModelConfig
+    activation: Activation
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """The hidden width."""
+        return config.d_ff or 4 * config.d_model
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: two matrices, and their biases where the model has biases."""
+        width = cls.width(config)
+        return 2 * config.d_model * width + config.has_feedforward_bias * (width + config.d_model)
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+        del context
+        up_BTF = _linear(self.config, self.width(self.config), "up")(x_BTD)
+        hidden_BTF = activated(self.activation, up_BTF, self.config)
+        return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF), {}
+
+
+class GatedFeedForward(nn.Module):
+    """(activation(x W_gate) * x W_up) W_down, with a hidden width of d_ff or about 8/3 d_model (arXiv 2002.05202)."""
+
+    config: ModelConfig
+    activation: Activation
+
+    @staticmethod
+    def width(config: ModelConfig) -> int:
+        """The hidden width."""
+        return config.d_ff or gated_width(config.d_model)
+
+    @classmethod
+    def n_parameters(cls, config: ModelConfig) -> int:
+        """The parameters of a layer: three matrices, and their biases where the model has biases."""
+        width = cls.width(config)
+        return 3 * config.d_model * width + config.has_feedforward_bias * (2 * width + config.d_model)
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+        del context
+        width = self.width(self.config)
+        gate_BTF = activated(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
+        up_BTF = _linear(self.config, width, "up")(x_BTD)
+        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF), {}
+
+
+def _linear(config: ModelConfig, features: int, name: str, residual: bool = False) -> Linear:
+    return Linear(config, features, residual=residual, has_bias=config.has_feedforward_bias, name=name)
+
+
+# gelu is the tanh approximation, as in GPT-2 (arXiv 1606.08415); relu_squared from Primer (arXiv 2109.08668); swiglu as
+# in PaLM and Llama, geglu as in Gemma, reglu (arXiv 2002.05202); moe as in Mixtral (arXiv 2401.04088).
+FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": partial(FeedForward, activation=ACTIVATIONS["gelu"]),
+    "gelu_exact": partial(FeedForward, activation=ACTIVATIONS["gelu_exact"]),
+    "relu": partial(FeedForward, activation=ACTIVATIONS["relu"]),
+    "relu_squared": partial(FeedForward, activation=ACTIVATIONS["relu_squared"]),
+    "swiglu": partial(GatedFeedForward, activation=ACTIVATIONS["silu"]),
+    "geglu": partial(GatedFeedForward, activation=ACTIVATIONS["gelu"]),
+    "geglu_exact": partial(GatedFeedForward, activation=ACTIVATIONS["gelu_exact"]),
+    "reglu": partial(GatedFeedForward, activation=ACTIVATIONS["relu"]),
+    "relu_squared_glu": partial(GatedFeedForward, activation=ACTIVATIONS["relu_squared"]),
+    "moe": partial(MixtureOfExperts),
+}

@@ -1,0 +1,108 @@
+"""Weights that are kept otherwise than as an array of floats, and know how they are multiplied."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.model.dtypes import product_type, widened
+from rustgpt_jax.native import matvec
+from rustgpt_jax.pytrees import pytree
+
+# The most rows of x for which the native kernel is faster than XLA.
+MOST_NATIVE_ROWS = 8
+# The largest number of int8 whose negative is one too.
+LARGEST_INT8 = 127
+
+
+class Stored(ABC):
+    """A weight matrix (inputs, outputs), a pytree that stands where a model's parameters have an array.
+
+    Its first leaf has the shape of the matrix, which is all that the layers ask of it.
+    """
+
+    @abstractmethod
+    def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+
+
+@pytree(meta=["kernel"])
+@dataclass(frozen=True)
+class OutputByOutput(Stored):
+    """A matrix in the order in which a product with few rows reads it: all weights of one output, then of the next.
+
+    values: in this order, in an array of the matrix's shape (inputs, outputs): float32, bfloat16, or int8.
+    scales: what the sum of each output is multiplied by, (outputs,), for int8; else None.
+    kernel: what multiplies few rows. native: `native.matvec`; plain: XLA, as it multiplies many.
+
+    Sums are float32 at least. With weights in bfloat16, x is rounded to it too.
+    """
+
+    values: jax.Array
+    scales: jax.Array | None
+    kernel: str
+
+    @property
+    def values_OI(self) -> jax.Array:
+        """The values by outputs."""
+        return self.values.reshape(self.values.shape[::-1])
+
+    def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+        x_BI = x.reshape(-1, x.shape[-1])
+        if self.values.dtype == jnp.bfloat16:
+            x_BI = x_BI.astype(jnp.bfloat16)
+        is_native = self.kernel == "native" and len(x_BI) <= MOST_NATIVE_ROWS
+        y_BO = (matvec.products if is_native else matrix_product)(x_BI, self.values_OI)
+        if self.scales is not None:
+            y_BO = y_BO * self.scales[None, :].astype(y_BO.dtype)
+        return y_BO.reshape(*x.shape[:-1], y_BO.shape[-1]).astype(dtype or x.dtype)
+
+
+@pytree(meta=["operands"])
+@dataclass(frozen=True)
+class Widened(Stored):
+    """A matrix with the values of a narrower type, `operands`, in float32, which gives what OutputByOutput gives.
+
+    It is for XLA on CPUs, which multiplies few rows by narrow weights many times slower.
+    """
+
+    values: jax.Array
+    operands: str
+
+    def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+        operand = x.astype(jnp.bfloat16) if self.operands == "bfloat16" else x
+        return (widened(operand) @ self.values).astype(dtype or x.dtype)
+
+
+def matrix_product(x_BI: jax.Array, values_OI: jax.Array) -> jax.Array:
+    """x W in float32 at least."""
+    return jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=product_type(x_BI))
+
+
+def output_by_output(weights: jax.Array, dtype: Any, kernel: str) -> OutputByOutput:
+    """A float32 matrix (inputs, outputs) in the order of its outputs, as numbers of `dtype`; int8 with scales."""
+    values_OI, scales_O = quantized(weights) if dtype == "int8" else (weights.astype(dtype).T, None)
+    return OutputByOutput(values_OI.reshape(weights.shape), scales_O, kernel)
+
+
+def quantized(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 values_OI and scales_O, so that a matrix (inputs, outputs) is about values_OI^T scales_O: symmetric, each
+    output by itself, its largest weight exact. No weight is off by more than half a scale.
+    """
+    weights_OI = widened(weights).T
+    largest_O = jnp.max(jnp.abs(weights_OI), axis=1)
+    # What is all zeros has a scale too.
+    scales_O = jnp.where(largest_O > 0, largest_O / LARGEST_INT8, 1)
+    return jnp.round(weights_OI / scales_O[:, None]).astype(jnp.int8), scales_O
+
+
+def rounded(weights: jax.Array, dtype: Any) -> jax.Array:
+    """A float32 matrix (inputs, outputs) with the values that `output_by_output` keeps of it."""
+    if dtype != "int8":
+        return weights.astype(dtype).astype(weights.dtype)
+    values_OI, scales_O = quantized(weights)
+    return (values_OI * scales_O[:, None]).T

@@ -1,0 +1,1 @@
+"""Memory and time estimates from compiled programs."""

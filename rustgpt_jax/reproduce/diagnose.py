@@ -1,0 +1,240 @@
+"""`doctor`: the step that went wrong is made again, its first bad tensor named, and remedies are tried before it."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rustgpt_jax.config.schema import Config
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.reproduce import diagnostics
+from rustgpt_jax.reproduce.anomaly_detection import LOSS, NORM, Suspect, TooHigh, lost_above, suspect
+from rustgpt_jax.reproduce.interventions import CONTROL, Fate, Remedy, fates, flags, remedies
+from rustgpt_jax.reproduce.recorded_run import History, Inside, Past
+from rustgpt_jax.reproduce.replay import write_page
+from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.sweeps.report.labels import value_text
+from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.tracking.progress import waiting
+
+# Remedies begin at a checkpoint at least so many steps before the bad one, and at most so many, and go on after it.
+LEAST_BEFORE, MOST_BEFORE, AFTER = 10, 200, 20
+# The calm step that a spike is held against.
+CALM_BEFORE = 5
+# Recorded steps whose median is the usual loss and gradient norm.
+CALM_RECORDS = 5
+# How far from calm to spike a loss must come to be called one.
+SPIKE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Remedies tried over the steps `first` to `last`, the fate of each that could be, and what loss was too high."""
+
+    first: int
+    last: int
+    tried: list[Remedy]
+    fates: list[Fate]
+    too_high: TooHigh
+
+    def died_at(self, fate: Fate) -> int | None:
+        """The step at which a run would have ended with a remedy, None if it came through."""
+        index = fate.died_at(self.too_high.above, max(0, self.too_high.since - self.first))
+        return None if index is None else self.first + index
+
+    def fate_of(self, remedy: Remedy) -> Fate | None:
+        """The fate of a remedy, None if it could not be tried."""
+        return next((fate for fate in self.fates if fate.remedy == remedy), None)
+
+    def survivors(self) -> list[Fate]:
+        """Those that came through, the lowest loss at the end first."""
+        alive = [fate for fate in self.fates if self.died_at(fate) is None]
+        return sorted(alive, key=lambda fate: float(fate.losses[-1]))
+
+
+def doctor(path: Path, step: int | None, console: Console) -> None:
+    """Diagnose a run at a given step or at its worst step, and suggest remedies.
+
+    Writes RUN/replay/step_K.html. If nothing stands out in the record, prints that the run is healthy.
+
+    Raises:
+        UserError: As for `Past` and `suspect`.
+    """
+
+    def say(text: str) -> None:
+        # What is to be copied must not be broken in two.
+        is_command = text.startswith(" ")
+        console.print(printable(text), highlight=False, soft_wrap=is_command, markup=False)
+
+    with Past(path, console) as past:
+        with waiting(console, "looking for the step that went wrong"):
+            found = suspect(past, step)
+        if found is None:
+            say(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
+            say("To look at a step all the same, give --step=K.")
+            return
+        if found.rewind is not None:
+            past.go_before(found.rewind)
+        say(f"Step {found.step} of {path} is looked at, because {found.why}.")
+        with waiting(console, f"making step {found.step} again and measuring its tensors"):
+            again, inside = make_again(past, found.step, has_taps=True)
+            assert inside is not None
+            sentences = diagnosis(past, found, again, inside)
+        for sentence in (again.verdict, *sentences):
+            say(sentence)
+        say(f"Each tensor of the step: {write_page(path, again, inside.tensors)}")
+        view = View.of(past, again)
+        if view is None:
+            say("Its loss stands out from none that was recorded before it: there is nothing to be remedied.")
+            return
+        with waiting(console, "trying remedies, all in one program"):
+            trial = try_remedies(past, view)
+        for sentence in earlier(trial, view, again.step, path):
+            say(sentence)
+        say(_heading(trial))
+        _print(trial, console)
+        for sentence in advice(trial, past.config, past.data_of(view.step).stage.name):
+            say(sentence)
+
+
+def diagnosis(past: Past, found: Suspect, again: Again, inside: Inside) -> list[str]:
+    """What the step tells of its own fault."""
+    loss, norm = again.metrics[LOSS], again.metrics[NORM]
+    if found.is_fault and again.is_finite:
+        return [
+            f"Made again, the step is sound: loss {loss:.4g}, gradient norm {norm:.4g}. What went wrong lies neither "
+            "in the data nor in the numbers, but in the machine, or in code that is not that of the run."
+        ]
+    sentences = [f"Its loss is {loss:.4g}, its gradient norm {norm:.4g}."]
+    if not again.is_finite:
+        sentences.append(diagnostics.of_first_bad(inside.tensors))
+    else:
+        calm_step = max(past.data_of(found.step).stage.first_step + 1, found.step - CALM_BEFORE)
+        if calm_step < found.step:
+            calm = past.look_into(past.state_at(calm_step - 1))
+            sentences += diagnostics.of_growth(inside.tensors, calm.tensors, calm_step)
+    return [*sentences, diagnostics.of_batch(inside, past.material.tokenizer)]
+
+
+@dataclass(frozen=True)
+class View:
+    """A bad step in its record.
+
+    step: the one that is to be survived: itself, or the one from which on the run was lost before. calm_norm: of the
+    gradients while all was well, 0 if that is not known.
+    """
+
+    step: int
+    too_high: TooHigh
+    calm_norm: float
+
+    @staticmethod
+    def of(past: Past, again: Again) -> "View | None":
+        """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
+        history = past.history().until(again.step - 1)
+        rule, loss = lost_above(past, past.history()), again.metrics[LOSS]
+        is_sound = history.is_finite & (history.loss <= rule.above)
+        sound = history.where(is_sound)
+        calm = History(*(column[-CALM_RECORDS:] for column in sound))
+        view = View(again.step, rule, float(np.median(calm.gradient_norm)) if len(calm.steps) else 0.0)
+        if not again.is_finite or loss > rule.above:
+            lost = history.steps[history.steps > sound.steps[-1]] if len(sound.steps) else history.steps
+            step = int(lost[0]) if len(lost) else again.step
+            # What the run has come back from, a remedy may come back from too.
+            came_back = bool(np.any((history.steps < step) & (history.loss > rule.above)))
+            return replace(view, step=step, too_high=rule._replace(since=step) if came_back else rule)
+        if not len(calm.steps) or loss <= calm.loss.max():
+            return None
+        # A spike is no more than some loss of long before, when there was much to be learned.
+        usual = float(np.median(calm.loss))
+        meaning = f"half way from the losses before step {again.step} to its own"
+        return replace(view, too_high=TooHigh(usual + SPIKE_SHARE * (loss - usual), meaning, int(calm.steps[0])))
+
+
+def try_remedies(past: Past, view: View) -> Trial:
+    """Every remedy from a state before the step, on the batches that the run read, to some steps after it."""
+    stage, program = past.data_of(view.step).stage, past.program_of(view.step)
+    first, last = _first_step(past, view.step, stage.first_step), min(view.step + AFTER, stage.end_step)
+    state = past.state_at(first - 1)
+    batches = past.batches(state, last - first + 1)
+    tried = remedies(stage.config, view.calm_norm)
+    stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+    found = fates(tried, stage.config, state, stacked, program.first_step)
+    return Trial(first, last, tried, found, view.too_high)
+
+
+def _first_step(past: Past, step: int, begin: int) -> int:
+    """The first step that is tried: after a checkpoint that lies far enough before the bad one, but not too far."""
+    nearest = max(begin, past.nearest(max(begin, step - LEAST_BEFORE)))
+    return max(nearest, step - MOST_BEFORE) + 1
+
+
+def earlier(trial: Trial, view: View, step: int, path: Path) -> list[str]:
+    """Where the run was lost before the step that was looked at, if it was."""
+    control = next((trial.died_at(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
+    lost_at = min(view.step, control or view.step)
+    if lost_at == step:
+        return []
+    command = f"    python launch.py doctor {shlex.quote(str(path))} --step={lost_at}"
+    return [f"The run was lost before, at step {lost_at}. To look at that:", command]
+
+
+def advice(trial: Trial, config: Config, stage: str) -> list[str]:
+    """What to do, in sentences."""
+    survivors = trial.survivors()
+    helpful = [fate.remedy for fate in survivors if fate.remedy.name != CONTROL]
+    sentences: list[str] = []
+    if len(helpful) < len(survivors):
+        sentences.append(
+            "With nothing changed, side by side with the others, it came through as well: sums taken in another "
+            "order were enough, so of a remedy that survived nothing is proved."
+        )
+    if not helpful:
+        rate = min(value for remedy in trial.tried for path, value in remedy.knobs if path == "optimizer.learning_rate")
+        none = f"None of these remedies would have been enough, not even a learning rate of {value_text(rate)}."
+        return [*sentences, f"{none} Look at the tensor and at the batch, or try a still lower rate."]
+    best = helpful[0].name
+    lowest = (
+        f"{', '.join(remedy.name for remedy in helpful)}. Of these, {best} has the lowest loss at step {trial.last}"
+    )
+    return [
+        *sentences,
+        f"Survived: {lowest if len(helpful) > 1 else best}. Begin again with",
+        f"    {' '.join(flags(helpful[0], config, stage))}",
+    ]
+
+
+def _heading(trial: Trial) -> str:
+    rule = trial.too_high
+    since = f" from step {rule.since} on" if rule.since > trial.first else ""
+    return (
+        f"What survives steps {trial.first} to {trial.last}, from the state before them. "
+        f"Too high is a loss above {rule.above:.3g}{since}: {rule.meaning}."
+    )
+
+
+def _print(trial: Trial, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for head, justify in (("remedy", "left"), ("knobs", "left"), ("", "left"), ("last loss", "right")):
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    for remedy in trial.tried:
+        table.add_row(*_row(remedy, trial))
+    console.print(table, highlight=False)
+
+
+def _row(remedy: Remedy, trial: Trial) -> Sequence[str]:
+    fate = trial.fate_of(remedy)
+    if fate is None:
+        return remedy.name, "", f"not tried: {remedy.hindrance}", ""
+    died = trial.died_at(fate)
+    knobs = ", ".join(f"{path.split('.', 1)[1]}={value_text(value)}" for path, value in remedy.knobs)
+    index = -1 if died is None else died - trial.first
+    loss = float(fate.losses[index])
+    if died is None:
+        return remedy.name, knobs, "survived", f"{loss:.4f}"
+    what = "too high" if fate.is_finite[index] else "not finite"
+    return remedy.name, knobs, f"{what} at step {died}", f"{loss:.4g}"

@@ -1,0 +1,191 @@
+"""Remedies for a run that went wrong: other knobs, tried from a state before the fault, all in one compiled program."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config.schema import Config, Structure, split, to_dict, with_values
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
+from rustgpt_jax.training.train_step import Numbers, State, as_arguments, compiled_start, train_step
+from rustgpt_jax.training.vmapped_step import side_by_side
+from rustgpt_jax.tree_paths import by_path, path_name
+
+Z_LOSS = 1e-4
+# Of the norm that gradients had while all was well.
+CLIPPED_SHARE = 0.1
+# What a learning rate is divided by.
+RATE_DIVISORS = {"half": 2, "a tenth of": 10, "a hundredth of": 100}
+
+CONTROL = "as it was"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Some knobs and their values, or why they cannot be tried."""
+
+    name: str
+    knobs: tuple[tuple[str, Any], ...] = ()
+    hindrance: str | None = None
+
+
+class Fate(NamedTuple):
+    """How a run fares with a remedy, step by step: its losses, and whether loss, gradient and update are finite."""
+
+    remedy: Remedy
+    losses: np.ndarray
+    is_finite: np.ndarray
+
+    def died_at(self, ceiling: float, since: int = 0) -> int | None:
+        """The index of the first step with something that is not finite, or with a loss above `ceiling`.
+
+        The latter counts from the index `since` on.
+        """
+        is_too_high = (self.losses > ceiling) & (np.arange(len(self.losses)) >= since)
+        bad = ~self.is_finite | is_too_high
+        return int(np.argmax(bad)) if bad.any() else None
+
+
+def remedies(config: Config, calm_norm: float) -> list[Remedy]:
+    """What can be tried with a stage of this config, whose gradients had about the norm `calm_norm`; first nothing."""
+    rates = ["optimizer.learning_rate"]
+    if config.optimizer.name == "muon":
+        rates.append("optimizer.matrix_learning_rate")
+    values = {path: getattr(config.optimizer, path.split(".")[1]) for path in rates}
+    return [
+        Remedy(CONTROL),
+        *(
+            Remedy(f"{share} the learning rate", tuple((path, value / divisor) for path, value in values.items()))
+            for share, divisor in RATE_DIVISORS.items()
+        ),
+        _tighter_clipping(config, calm_norm),
+        _qk_norm(config),
+        _z_loss(config),
+        _float32(config),
+    ]
+
+
+def _tighter_clipping(config: Config, calm_norm: float) -> Remedy:
+    largest = _rounded(CLIPPED_SHARE * calm_norm)
+    name = "tighter clipping"
+    if not largest > 0:
+        return Remedy(name, hindrance="no gradient norm is known from before")
+    if 0 < config.optimizer.clip_norm <= largest:
+        return Remedy(name, hindrance=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
+    return Remedy(name, (("optimizer.clip_norm", largest),))
+
+
+def _qk_norm(config: Config) -> Remedy:
+    name = "QK-norm"
+    if config.model.qk_norm != "none":
+        return Remedy(name, hindrance="it is on already")
+    knobs = (("model.qk_norm", "head"),)
+    try:
+        changed = resolve(to_dict(with_values(config, dict(knobs))))
+    except UserError as error:
+        return Remedy(name, hindrance=str(error).rstrip("."))
+    if by_path(parameter_shapes(changed.model)).keys() == by_path(parameter_shapes(config.model)).keys():
+        return Remedy(name, hindrance="no layer of the model has queries and keys that it could normalise")
+    return Remedy(name, knobs)
+
+
+def _z_loss(config: Config) -> Remedy:
+    if config.training.z_loss > 0:
+        return Remedy("z-loss", hindrance=f"it is on already, with {config.training.z_loss:g}")
+    return Remedy("z-loss", (("training.z_loss", Z_LOSS),))
+
+
+def _float32(config: Config) -> Remedy:
+    wide = {"dtype": "float32", "mixer_dtype": None, "feedforward_dtype": None, "logits_dtype": None, "matmul": "plain"}
+    changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
+    if all(value is None for value in changes.values()):
+        return Remedy("float32", hindrance="in float32 already")
+    return Remedy("float32", tuple(changes.items()))
+
+
+def _rounded(value: float) -> float:
+    """A positive number in one significant digit."""
+    return float(f"{value:.0e}") if value > 0 and math.isfinite(value) else 0.0
+
+
+# All at once.
+
+
+class Lane(NamedTuple):
+    """Remedies that differ in numbers alone, run side by side from one state; numbers have a first axis of them."""
+
+    state: State
+    numbers: Numbers
+
+
+def fates(tried: Sequence[Remedy], config: Config, state: State, batches_S: Batch, first_step: np.int32) -> list[Fate]:
+    """How each remedy that has no hindrance fares over the steps of some stacked batches, from a state of the run."""
+    groups: dict[Structure, list[tuple[Remedy, Numbers]]] = {}
+    for remedy in tried:
+        if remedy.hindrance is None:
+            structure, numbers = split(with_values(config, dict(remedy.knobs)))
+            groups.setdefault(structure, []).append((remedy, as_arguments(numbers)))
+    lanes = [
+        Lane(
+            fitted(state, structure, members[0][1]),
+            jax.tree.map(lambda *values: np.stack(values), *(numbers for _, numbers in members)),
+        )
+        for structure, members in groups.items()
+    ]
+    curves = jax.device_get(compiled_curves(tuple(groups), lanes, batches_S, first_step))
+    found = {
+        remedy: Fate(remedy, losses_PS[row], is_finite_PS[row])
+        for members, (losses_PS, is_finite_PS) in zip(groups.values(), curves, strict=True)
+        for row, (remedy, _) in enumerate(members)
+    }
+    return [found[remedy] for remedy in tried if remedy in found]
+
+
+def curves(
+    structures: tuple[Structure, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Losses, and whether all is finite, P x S, of each lane: those of equal structure at once, others in turn."""
+
+    def steps(structure: Structure, state: State, numbers: Numbers) -> tuple[jax.Array, jax.Array]:
+        def body(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
+            state, metrics = train_step(structure, state, batch, numbers, first_step)
+            is_finite = [jnp.isfinite(getattr(metrics, name)) for name in MUST_BE_FINITE]
+            return state, (metrics.loss, jnp.stack(is_finite).all())
+
+        return jax.lax.scan(body, state, batches_S)[1]
+
+    return [
+        jax.vmap(lambda numbers, structure=structure, lane=lane: steps(structure, lane.state, numbers))(lane.numbers)
+        for structure, lane in zip(map(side_by_side, structures), lanes, strict=True)
+    ]
+
+
+compiled_curves = jax.jit(curves, static_argnums=0)
+
+
+def fitted(state: State, structure: Structure, numbers: Numbers) -> State:
+    """A state for another structure: what it has by the same path and shape is kept, what is new begins as it does."""
+    kept = by_path(state)
+    fresh = compiled_start(structure, numbers)
+
+    def fit(path: Any, leaf: jax.Array) -> jax.Array:
+        old = kept.get(path_name(path))
+        return leaf if old is None or jnp.shape(old) != leaf.shape else old
+
+    return jax.tree_util.tree_map_with_path(fit, fresh)
+
+
+def flags(remedy: Remedy, config: Config, stage: str) -> Iterator[str]:
+    """What to write on the command line for a remedy: of the whole run, or of the stage that sets the knob itself."""
+    own = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
+    for path, value in remedy.knobs:
+        where = f"stages.{stage}.{path}" if path in own else path
+        yield f"--config.{where}={value:g}" if isinstance(value, float) else f"--config.{where}={value}"

@@ -1,0 +1,290 @@
+"""A run that is only read: its state after any step, and its steps again with the same bits."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from rustgpt_jax.config.schema import MeshConfig
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.data.preprocess import StageData, changed_data
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.sharding.mesh import axis_sizes, in_words
+from rustgpt_jax.sharding.sharding_plan import all_devices, check_shares
+from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
+from rustgpt_jax.tracking.progress import counting
+from rustgpt_jax.training.checkpointing import Checkpoints, Damaged
+from rustgpt_jax.training.instrumented_step import TapReport, Tensor, compiled_tapped_step, tensors
+from rustgpt_jax.training.loop import gather
+from rustgpt_jax.training.memory_estimate import state_shapes
+from rustgpt_jax.training.run_inputs import Program
+from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps
+from rustgpt_jax.training.trainer import first_state
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_earlier
+
+# Steps that have to be made before the one that is wanted, which are worth a word.
+FAR = 20
+
+
+class Inside(NamedTuple):
+    """A step from inside: its batch, what was measured of it, and all its tensors in the order of their making."""
+
+    batch: Batch
+    report: TapReport
+    tensors: list[Tensor]
+
+
+class Rewind(NamedTuple):
+    """A fault that a run went back from: its step, the step that it went on from, and what its state counted then."""
+
+    step: int
+    to: int
+    skipped: int
+    faults: int
+
+
+HISTORY = ("train/loss", "train/gradient_norm", "train/update_norm", "train/spikes")
+
+
+class History(NamedTuple):
+    """Recorded training metrics of a run that show its health, one array per metric."""
+
+    steps: np.ndarray
+    loss: np.ndarray
+    gradient_norm: np.ndarray
+    update_norm: np.ndarray
+    spikes: np.ndarray
+
+    def until(self, step: int) -> "History":
+        """Return the lines up to a step."""
+        return self.where(self.steps <= step)
+
+    def where(self, is_kept: np.ndarray) -> "History":
+        """Return the lines selected by a boolean array."""
+        if is_kept.all():
+            return self
+        return History(*(column[is_kept] for column in self))
+
+    @property
+    def is_finite(self) -> np.ndarray:
+        """Whether the loss, gradient norm and update norm of each line are finite."""
+        return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
+
+
+class Past:
+    """A run as its folder has it. Nothing is written there, and no lock is taken. Use it in a `with` statement.
+
+    Step K of a run, from 1, is the one whose record has "step": K; it takes the state after step K - 1.
+    Raises UserError if the folder has no run, or the text that it read is not there any more.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.folder, self._console = RunFolder(path), console
+        self.config = load_config(path)
+        earlier = load_earlier(path)
+        self.material = gather(self.config, self.folder.tokenizer_file, console, earlier)
+        changed = changed_data(self.folder.data_file, self.material.stages)
+        if changed:
+            raise UserError(
+                f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
+            )
+        mesh = self._mesh_here()
+        self._placement = all_devices(mesh)
+        for data in self.material.stages:
+            check_shares(replace(data.stage.config, mesh=mesh), data.window, self._placement.n_devices)
+        self.rewinds = rewinds(self.folder)
+        self._last_saved = self.total_steps
+        self._resources = ExitStack()
+        self._checkpoints: Checkpoints | None = None
+
+    def _mesh_here(self) -> MeshConfig:
+        """The mesh of the last launch; where there are other devices, one that shares the batches among them."""
+        last = launches(self.folder)[-1:]
+        was = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
+        try:
+            axis_sizes(was, jax.device_count())
+        except UserError:
+            self._say(
+                f"The run was on another mesh ({in_words(was)}); on these devices, results are close to its, not equal."
+            )
+            return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
+        return was
+
+    def __enter__(self) -> "Past":
+        self._resources.enter_context(self._placement.active())
+        if self.folder.checkpoints.exists():
+            checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.material.earlier)
+            self._checkpoints = self._resources.enter_context(checkpoints)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return self.material.total_steps
+
+    def check(self, step: int) -> None:
+        """Raises UserError for a step that the run does not have."""
+        if not 1 <= step <= self.total_steps:
+            raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.total_steps}.")
+
+    def data_of(self, step: int) -> StageData:
+        """The stage that a step belongs to."""
+        return self.material.stages[self._stage_index(step)]
+
+    def program_of(self, step: int) -> Program:
+        """What a step runs."""
+        return self.material.programs[self._stage_index(step)]
+
+    def _stage_index(self, step: int) -> int:
+        return next(index for index, data in enumerate(self.material.stages) if step <= data.stage.last_step)
+
+    def record(self, step: int) -> dict[str, Any] | None:
+        """What metrics.jsonl has of the training of a step, None if it was not logged."""
+        found = None
+        for line in iter_metrics(self.folder.path, containing=str(step).encode()):
+            if line["step"] == step and "train/loss" in line and step <= self._last_saved:
+                found = line
+        return found
+
+    def history(self) -> History:
+        """What metrics.jsonl has of the training."""
+        steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
+        return History(steps, *(values[name] for name in HISTORY)).until(self._last_saved)
+
+    def go_before(self, rewind: Rewind) -> None:
+        """See the run as it was when it had not gone back from a fault yet: nothing that was written later counts."""
+        self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
+        self._last_saved = rewind.to
+
+    # Doing it again.
+
+    def saved_steps(self) -> list[int]:
+        """The steps after which there is a checkpoint, and 0."""
+        steps = self._checkpoints.steps() if self._checkpoints else []
+        return [0, *(step for step in steps if step <= self._last_saved)]
+
+    def nearest(self, step: int) -> int:
+        """The last step, at or before this one, after which there is a checkpoint; 0 for the start."""
+        return max(saved for saved in self.saved_steps() if saved <= step)
+
+    def state_at(self, step: int) -> State:
+        """The state after a step: that of the nearest sound checkpoint at or before it, advanced by what is missing."""
+        return self.advanced(self.saved_state(step), step)
+
+    def saved_state(self, step: int) -> State:
+        """The state of the nearest sound checkpoint at or before a step, or else the one that the run began with."""
+        return self._placement.place(self._sound_state(step))
+
+    def _sound_state(self, step: int) -> State:
+        like = self._placement.like(state_shapes(self.material.stages[0].stage.config))
+        for saved in self.saved_steps()[::-1]:
+            if 0 < saved <= step and self._checkpoints:
+                try:
+                    return self._checkpoints.restore_step(like, saved)
+                except Damaged as damage:
+                    self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
+        return first_state(self.material, self.folder, self._placement)
+
+    def advanced(self, state: State, step: int) -> State:
+        """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""
+        missing = step - int(state.step)
+        if missing > FAR:
+            self._say(f"{missing:,} steps are made again first, from {start_of(int(state.step))} on.")
+        with counting(self._console, "steps made again") as progress:
+            return self.train(state, missing, lambda done: progress(done, missing))[0]
+
+    def batch(self, state: State) -> Batch:
+        """The batch of the step after a state."""
+        return self.batches(state, 1)[0]
+
+    def batches(self, state: State, count: int) -> list[Batch]:
+        """The batches that the run read in the `count` steps after a state, which are all of one stage."""
+        first = int(state.step)
+        source = self.data_of(first + 1).training_batches()
+        return [source.batch(step + self._skipped(state, step)) for step in range(first, first + count)]
+
+    def _skipped(self, state: State, step: int) -> int:
+        """How many batches the run had passed over after a step, of the stage in which it has come from a state."""
+        last = self._last_rewind(step)
+        return int(state.health.skipped) if last is None or last.to < int(state.step) else last.skipped
+
+    def train(
+        self, state: State, count: int, made: Callable[[int], object] | None = None
+    ) -> tuple[State, list[Metrics]]:
+        """The state after `count` more steps, and the metrics of each. The buffers of `state` are gone then.
+
+        `made` is told how many have been made.
+        """
+        every: list[Metrics] = []
+        state = self._rewound(state)
+        while len(every) < count:
+            step = int(state.step)
+            data, program = self.data_of(step + 1), self.program_of(step + 1)
+            slots = data.stage.config.training.steps_per_call
+            borders = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
+            now = min(slots, min(borders) - step, count - len(every))
+            batches = self.batches(state, now)
+            # No step reads what fills up the slots.
+            batches += [batches[-1]] * (slots - now)
+            stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+            shared = self._placement.share(stacked, stacked.tokens_BT.shape[1])
+            state, metrics = compiled_train_steps(
+                program.structure, state, shared, np.int32(now), program.numbers, program.first_step
+            )
+            history = jax.device_get(metrics)
+            every += [jax.tree.map(lambda column, index=index: column[index], history) for index in range(now)]
+            state = self._rewound(state)
+            if made is not None:
+                made(len(every))
+        return state, every
+
+    def _rewound(self, state: State) -> State:
+        """The state from which the run went on, which is another where it had come back to this step."""
+        last = self._last_rewind(int(state.step))
+        if last is None or last.to < int(state.step):
+            return state
+        health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
+        return self._placement.place(state._replace(health=health))
+
+    def _last_rewind(self, step: int) -> Rewind | None:
+        return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
+
+    def look_into(self, state: State) -> Inside:
+        """What the step after a state makes. The state stays as it is."""
+        program, batch = self.program_of(int(state.step) + 1), self.batch(state)
+        shared = self._placement.share(batch, len(batch.tokens_BT))
+        report = compiled_tapped_step(program.structure, state, shared, program.numbers, program.first_step)
+        return Inside(batch, report, tensors((program.structure, program.numbers), state.params, report))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def rewinds(folder: RunFolder) -> list[Rewind]:
+    """The rewinds of a run. One that was done again, after a kill, is one."""
+    names = Rewind._fields
+    events = Journal(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
+    return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
+
+
+def start_of(step: int) -> str:
+    """What a state after a step is read from, in words."""
+    return f"the checkpoint of step {step}" if step else "the start"
+
+
+def named(metrics: Metrics) -> dict[str, float]:
+    """The metrics of a step by the names that metrics.jsonl has for them."""
+    values = {**metrics._asdict(), **metrics.signals}
+    del values["signals"]
+    return {f"train/{name}": value.item() for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""Device meshes, partition rules, and what the hardware offers."""

@@ -1,0 +1,156 @@
+"""In processes of this machine: one for each core or GPU, which nothing but its own trials can bring down."""
+
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rustgpt_jax.sweeps.launchers.types import Launch
+from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.trial_log import DONE, Ledger
+from rustgpt_jax.workdir.run_dir import check_links
+
+# A chunk whose process has died so often is given up.
+MOST_DEATHS = 3
+# A process that has run so many trials is replaced by a new one: libraries keep some KB of memory for each checkpoint.
+TRIALS_PER_PROCESS = 500
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def processes(launch: Launch, chunks: Sequence[Chunk]) -> None:
+    """Run chunks in `n_workers` processes. A process that dies is started anew with its chunk, which goes on."""
+    waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+    for chunk in chunks:
+        waiting.put(chunk)
+    errors: list[BaseException] = []
+
+    def serve(place: int) -> None:
+        try:
+            with _Process(launch, place) as process:
+                while not launch.is_stopped():
+                    process.run(waiting.get_nowait())
+        except queue.Empty:
+            return
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(place,)) for place in range(min(launch.n_workers, len(chunks)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _Process:
+    """A worker process on its share of the machine, started when it is needed."""
+
+    def __init__(self, launch: Launch, place: int) -> None:
+        self._launch, self._place = launch, place
+        self._process: subprocess.Popen[str] | None = None
+        self._n_trials = 0
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, chunk: Chunk) -> None:
+        """Have a chunk run, by as many processes as it takes."""
+        for _ in range(MOST_DEATHS):
+            if self._answers(chunk):
+                self._n_trials += len(chunk.trials)
+                if self._n_trials >= TRIALS_PER_PROCESS:
+                    self._end()
+                return
+            if self._launch.is_stopped():
+                return
+            status = self._end()
+        reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        ledger, log = Ledger(self._launch.folder.ledger_file), self._log.read_text(errors="replace")[-4000:]
+        for trial in chunk.trials:
+            if ledger.states()[trial]["event"] not in DONE:
+                error = f"its process ended {MOST_DEATHS} times, at last by {reason}"
+                ledger.append(trial, "failed", error=error, traceback=log)
+
+    def _answers(self, chunk: Chunk) -> bool:
+        """Whether the process has worked through a chunk; if not, it is dead. A stop is passed on to it."""
+        process = self._process = self._process or self._start()
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(json.dumps(chunk.to_dict()) + "\n")
+            process.stdin.flush()
+        except OSError:
+            return False
+        while not select.select([process.stdout], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if self._launch.is_stopped():
+                process.stdin.close()
+        return process.stdout.readline() == "done\n"
+
+    @property
+    def _log(self) -> Path:
+        return self._launch.folder.path / "workers" / f"{self._place}.log"
+
+    def _start(self) -> "subprocess.Popen[str]":
+        self._log.parent.mkdir(exist_ok=True)
+        check_links([self._log])
+        code = self._launch.code
+        command = [sys.executable, "-P", "-m", "rustgpt_jax.sweeps.worker", str(self._launch.folder.path), code.name]
+        path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path} | self._share()
+        with open(self._log, "ab") as log:
+            return subprocess.Popen(
+                [*_pinned(self._place, self._launch.n_workers), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+                # Ctrl-C is for the launcher, which lets its workers save.
+                start_new_session=True,
+            )
+
+    def _share(self) -> dict[str, str]:
+        gpus = visible_gpus()
+        return {"CUDA_VISIBLE_DEVICES": gpus[self._place % len(gpus)]} if gpus else {}
+
+    def _end(self) -> int:
+        """Let the process save and end: the end of its input asks for that. Its exit status."""
+        process, self._process, self._n_trials = self._process, None, 0
+        if process is None:
+            return 0
+        assert process.stdin and process.stdout
+        with suppress(OSError):  # What a dead process was still to be told.
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
+
+
+def visible_gpus() -> list[str]:
+    """The names by which CUDA knows the GPUs that this process may use; JAX is not started to find them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu") or not shutil.which("nvidia-smi"):
+        return []
+    shown = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return shown.stdout.split()
+
+
+def _pinned(place: int, n_workers: int) -> list[str]:
+    """The beginning of a command that keeps a process on its share of the cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    if n_workers > len(cores) or not shutil.which("taskset"):
+        return []
+    share = cores[place * len(cores) // n_workers : (place + 1) * len(cores) // n_workers]
+    return ["taskset", "-c", ",".join(map(str, share))]

@@ -1,0 +1,164 @@
+"""What a person sees while a sweep runs: one live table on a terminal, a line for each trial that ends anywhere else.
+
+All of it is read from the sweep's folder, so it is the same wherever the trials run.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rustgpt_jax.config.schema import stages
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.trial_log import Event, Ledger
+from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.tracking.formatting import duration, printable
+from rustgpt_jax.tracking.metric_writer import last_metrics
+
+SECONDS_BETWEEN_LOOKS = 1.0
+MOST_ROWS = 12
+ENDED = ("finished", "diverged", "failed", "pruned")
+
+
+class Board:
+    """Shows the trials of a sweep until its `with` block ends. `clock` gives seconds from any fixed moment."""
+
+    def __init__(self, console: Console, folder: SweepFolder, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._folder, self._clock = console, folder, clock
+        # The thread that looks, the one that draws and the one that adds trials.
+        self._ledger, self._turn = Ledger(folder.ledger_file), threading.RLock()
+        self._trials: dict[str, Trial] = {}
+        # When the end that was told last came about.
+        self._told: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
+        self._losses: dict[str, float] = {}
+        self._began, self._steps_before = clock(), 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        is_live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, get_renderable=self.table, refresh_per_second=4) if is_live else None
+
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Show these trials too. Those that have ended already are not told again."""
+        with self._turn:
+            new = {trial.id: trial for trial in trials if trial.id not in self._trials}
+            self._trials |= new
+            for name, event in self._states().items():
+                if name in new and event["event"] in ENDED:
+                    self._read(name, event)
+                    self._told[name] = event["time"]
+            self._look()
+            self._steps_before, self._began = sum(self._steps.values()), self._clock()
+
+    def __enter__(self) -> "Board":
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._look()
+        if self._live:
+            self._live.stop()
+
+    def message(self, text: str) -> None:
+        """Print a text above the table."""
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+            self._look()
+
+    def _look(self) -> None:
+        """Read how far each trial is, and tell of those that have ended since the last look."""
+        with self._turn:
+            for name, event in self._states().items():
+                # A trial that failed may begin once more.
+                if event["event"] == "planned" or self._told.get(name) == event["time"]:
+                    continue
+                self._read(name, event)
+                if event["event"] in ENDED:
+                    self._told[name] = event["time"]
+                    if not self._live:
+                        self.message(self._line(name, event))
+
+    def _read(self, name: str, event: Event) -> None:
+        last = last_metrics(self._folder.trial(name).path)
+        self._steps[name] = max(int(last.get("step", 0)), int(event.get("step", 0)))
+        loss = last.get("valid/loss", last.get("train/loss"))
+        if loss is not None:
+            self._losses[name] = loss
+
+    def _states(self) -> dict[str, Event]:
+        return {name: event for name, event in self._ledger.states().items() if name in self._trials}
+
+    def _line(self, name: str, event: Event) -> str:
+        what = event["event"] + (f" ({event['error']})" if "error" in event else "")
+        loss = f"  loss {self._losses[name]:.4f}" if name in self._losses else ""
+        return f"{name} {what}{loss}  {in_words(self._trials[name].overrides)}  [{self._summary()}]"
+
+    def _summary(self) -> str:
+        states = [event["event"] for event in self._states().values()]
+        parts = [f"{sum(state in ENDED for state in states)}/{len(self._trials)} done"]
+        parts += [f"{states.count(state)} {state}" for state in ("failed", "diverged", "pruned") if state in states]
+        running = states.count("began")
+        parts += [f"{running} running"] if running else []
+        done, elapsed = sum(self._steps.values()) - self._steps_before, self._clock() - self._began
+        if done > 0 and elapsed > 0:
+            average = self._total_steps() / len(self._trials)
+            parts.append(f"{3600 * done / elapsed / average:,.0f} trials/hour")
+            left = self._steps_left()
+            if left > 0:
+                parts.append(f"{duration(round(left * elapsed / done))} left")
+        return ", ".join(parts)
+
+    def _total_steps(self) -> int:
+        return sum(stages(trial.config)[-1].end_step for trial in self._trials.values())
+
+    def _steps_left(self) -> int:
+        ended = {name for name, event in self._states().items() if event["event"] in ENDED}
+        return sum(
+            stages(trial.config)[-1].end_step - self._steps.get(name, 0)
+            for name, trial in self._trials.items()
+            if name not in ended
+        )
+
+    def table(self) -> RenderableType:
+        """The running trials, the best so far, and how far the sweep is."""
+        with self._turn:
+            states = self._states()
+            finished = [name for name, event in states.items() if event["event"] == "finished"]
+            measured = [name for name in finished if math.isfinite(self._losses.get(name, math.inf))]
+            best = min(measured, key=lambda name: self._losses[name], default=None)
+            running = [name for name, event in states.items() if event["event"] == "began"]
+            table = Table(box=None, pad_edge=False)
+            for column in ("trial", "", "step", "loss"):
+                table.add_column(column, no_wrap=True)
+            # The one column that gives way on a narrow terminal.
+            table.add_column("knobs")
+            for name in running[:MOST_ROWS]:
+                table.add_row(*self._row(name))
+            if len(running) > MOST_ROWS:
+                table.add_row(f"and {len(running) - MOST_ROWS} more")
+            if best is not None:
+                table.add_row(*self._row(best, "best so far"), style="bold green")
+            return Group(Text(self._summary(), style="bold"), table)
+
+    def _row(self, name: str, what: str = "") -> tuple[RenderableType, ...]:
+        trial, step = self._trials[name], self._steps.get(name, 0)
+        total = stages(trial.config)[-1].end_step
+        bar = Text(what) if what else ProgressBar(total=total, completed=step, width=16)
+        loss = f"{self._losses[name]:.4f}" if name in self._losses else ""
+        knobs = Text(printable(in_words(trial.overrides)), no_wrap=True, overflow="ellipsis")
+        return name, bar, f"{step}/{total}", loss, knobs

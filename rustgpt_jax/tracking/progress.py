@@ -1,0 +1,207 @@
+"""What a person sees while a run trains: a progress bar on a terminal, plain lines anywhere else."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rustgpt_jax.tracking.formatting import duration, printable
+
+SECONDS_BETWEEN_LINES = 5.0
+# Long enough to average over evaluations, short enough to notice a stage with another speed.
+UPDATES_IN_PACE = 50
+WIDEST_BAR, NARROWEST_BAR = 40, 8
+GAP = 2
+
+# What a plain line shows, in this order, and what stands beside the bar, where the last have to go first.
+ORDER_IN_LINE = ("step", "stage", "loss", "speed", "share", "left")
+ORDER_OF_WORTH = ("stage", "step", "evaluation", "loss", "left", "speed", "share")
+WORTH_MORE_THAN_BAR = 4
+
+
+@dataclass(frozen=True)
+class _Status:
+    """The latest update. Replaced as a whole, for the thread that draws reads it."""
+
+    step: int
+    stage: str
+    values: Mapping[str, float]
+    time: float
+    seconds_left: float | None
+
+
+class Progress:
+    """Shows how far training is. Use it in a `with` statement.
+
+    `clock` gives seconds from any fixed moment.
+    """
+
+    def __init__(self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._clock = clock
+        self._started = clock()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=UPDATES_IN_PACE)
+        self._status: _Status | None = None
+        self._printed: _Status | None = None
+        self._evaluation = ""
+        self._evaluation_printed: float | None = None
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, get_renderable=self._draw)
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        elif self._status is not self._printed:
+            self._print_line()
+
+    def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
+        """Show that `step` steps of the run are done.
+
+        Of `values`, 'train/loss', 'train/tokens_per_second' and 'train/flops_share' (of the peak, 0 to 1) are shown.
+        """
+        now = self._clock()
+        self._recent.append((now, step))
+        self._status = _Status(step, stage, values, now, self._seconds_left())
+        if not self._live and self._line_is_due():
+            self._print_line()
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show that `done` of the `total` batches of an evaluation are done; no longer once all are."""
+        now = self._clock()
+        if done == total:
+            self._evaluation, self._evaluation_printed = "", None
+            return
+        self._evaluation = f"evaluating, batch {done:,} of {total:,}"
+        if self._evaluation_printed is None:
+            self._evaluation_printed = now
+        elif not self._live and now - self._evaluation_printed >= SECONDS_BETWEEN_LINES:
+            self._evaluation_printed = now
+            self.message(self._evaluation)
+
+    def message(self, text: str) -> None:
+        """Print a text, as it is, above the progress bar."""
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    def _seconds_left(self) -> float | None:
+        # From update to update: what came before the first one was mostly compilation.
+        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
+        if last_step <= first_step:
+            return None
+        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
+
+    def _line_is_due(self) -> bool:
+        status, printed = self._status, self._printed
+        if status is None or printed is None or status.stage != printed.stage or status.step >= self._total_steps:
+            return True
+        return status.time - printed.time >= SECONDS_BETWEEN_LINES
+
+    def _print_line(self) -> None:
+        if self._status:
+            parts = _parts(self._status, self._status.seconds_left, self._total_steps)
+            self.message("step " + "  ".join(parts[name] for name in ORDER_IN_LINE if name in parts))
+        self._printed = self._status
+
+    def _draw(self) -> RenderableType:
+        status = self._status
+        if status is None and self._evaluation:
+            return Text(self._evaluation, "dim")
+        if status is None:
+            return Text(f"waiting for the first step, {duration(int(self._clock() - self._started))}", "dim")
+        left = status.seconds_left
+        if left is not None:
+            left = max(0.0, left - (self._clock() - status.time))
+        parts = _parts(status, left, self._total_steps)
+        if self._evaluation:
+            parts["evaluation"] = self._evaluation
+        texts = [parts[name].strip() for name in ORDER_OF_WORTH if name in parts]
+        bar = ProgressBar(total=self._total_steps, completed=status.step)
+        # A full last column makes some terminals wrap.
+        return _one_line(texts, bar, self._console.width - 1)
+
+
+def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dict[str, str]:
+    values = status.values
+    parts = {"step": f"{status.step:>{len(str(total_steps))}}/{total_steps}", "stage": printable(status.stage)}
+    if "train/loss" in values:
+        parts["loss"] = f"loss {values['train/loss']:.4f}"
+    if "train/tokens_per_second" in values:
+        parts["speed"] = f"{values['train/tokens_per_second']:,.0f} tokens/s"
+    if "train/flops_share" in values:
+        parts["share"] = f"{values['train/flops_share']:.0%} of peak"
+    if seconds_left is not None and status.step < total_steps:
+        parts["left"] = f"{duration(round(seconds_left))} left"
+    return parts
+
+
+def _one_line(texts: list[str], bar: ProgressBar, width: int) -> RenderableType:
+    """The first of `texts`, the bar and as many of the others as `width` columns hold."""
+    cells = [Text(text, "bold" if place == 0 else "", no_wrap=True) for place, text in enumerate(texts)]
+    while len(cells) > 1 and _width(cells) + (GAP + NARROWEST_BAR) * (len(cells) > WORTH_MORE_THAN_BAR) > width:
+        cells.pop()
+    cells[0].truncate(width, overflow="ellipsis")
+    columns: list[RenderableType] = list(cells)
+    bar.width = min(WIDEST_BAR, width - _width(cells) - GAP)
+    if bar.width >= NARROWEST_BAR:
+        columns.insert(1, bar)
+    line = Table.grid(padding=(0, GAP, 0, 0))
+    line.add_row(*columns)
+    return line
+
+
+def _width(cells: list[Text]) -> int:
+    return sum(cell.cell_len for cell in cells) + GAP * (len(cells) - 1)
+
+
+@contextmanager
+def waiting(console: Console, what: str) -> Iterator[None]:
+    """Show on a terminal that something is being made."""
+    with console.status(Text(what)) if console.is_terminal else nullcontext():
+        yield
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show progress; yields a callback that takes the number of items done and the total.
+
+    On a terminal this is a progress bar. Elsewhere a line is printed every few seconds, and nothing for shorter work.
+    """
+    if not console.is_terminal:
+        yield _Lines(console, what)
+        return
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with RichProgress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(what, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+class _Lines:
+    """Prints progress lines at limited frequency."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what, self._printed = console, what, time.monotonic()
+
+    def __call__(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            share = f" of {total:,} ({done / total:.0%})" if total else ""
+            self._console.print(f"{self._what}: {done:,}{share}", highlight=False, soft_wrap=True)

@@ -1,0 +1,430 @@
+"""Checkpoints through Orbax: written in the background, whole or not at all; the last ones and the best are kept.
+
+Beside its state, a checkpoint has a record: the config, and the shape, type and fingerprint of each array; and the
+SHA-256 of each of its files. What is read back is held against them, so that nothing is ever left out, made up, cast,
+or taken from a damaged file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
+from rustgpt_jax.distributed.failure_propagation import is_loss
+from rustgpt_jax.distributed.multihost import all_agree, is_first, meet
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.tracking.formatting import byte_size
+from rustgpt_jax.training.fingerprints import fingerprints
+from rustgpt_jax.training.train_step import State
+from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.workdir.run_dir import Unwritable, in_words, is_step_name, write_atomically
+
+LAST_KEPT = 2
+# Sealing reads all of it again: a large one takes long.
+LONGEST_SAVE_SECONDS = 6 * 3600
+SEAL = "sha256.json"
+# Orbax writes the time in it when all else is done; nothing is read from it.
+NOT_SEALED = "_CHECKPOINT_METADATA"
+LONGEST_REASON = 160
+# The metadata of a checkpoint, in the folder of its step.
+ABOUT = "about/metadata"
+# What the operating system says, in the long texts of libraries.
+KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
+
+# Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
+_one_at_a_time = threading.Lock()
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or that is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in folders named by step. Use it as a context manager; only one process may write.
+
+    Keeps the most recent checkpoints, the best one, and the last regular one, which exists at that step regardless of
+    interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is valid until
+    the new one is written. `earlier` are earlier configs of the run, with which older checkpoints were saved.
+    """
+
+    def __init__(self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[Earlier] = ()) -> None:
+        self._folder, self._config = folder.absolute(), config
+        self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
+        self._best_file = self._folder / "best"
+        # Orbax deletes nothing by itself: it does not know which is the best.
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=LONGEST_SAVE_SECONDS)
+        # A reader leaves alone what a writer has begun.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
+        )
+        with _writing(self._folder, "written" if is_writer else "read"), _one_at_a_time:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
+        # Kept here and not read again, so that all processes of a run delete the same ones.
+        self._best = _named_steps(self._best_file)
+        self._regular: dict[int, bool] = {}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            # What went wrong first is what the user is told.
+            if kind is None:
+                raise
+        finally:
+            with _one_at_a_time:
+                self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def written(self) -> list[int]:
+        """The steps of those that are whole on the disk, without one that is being written or could not be."""
+        return sorted(int(path.name) for path in self._folder.glob("*") if is_step_name(path.name) and path.is_dir())
+
+    def step(self, which: str = "last") -> int | None:
+        """The step of the `last` or the `best` checkpoint, or None."""
+        return next(iter(self._candidates(which)), None)
+
+    def _candidates(self, which: str) -> list[int]:
+        steps = self.steps()
+        named = {"last": steps[::-1], "best": self._best or []}.get(which, [int(which)] if is_step_name(which) else [])
+        return [step for step in named if step in steps]
+
+    # Writing.
+
+    def save(self, state: State, step: int, is_best: bool = False, is_regular: bool = True) -> None:
+        """Start writing the state at `step`; its buffers can be reused on return.
+
+        An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
+
+        Raises:
+            Unwritable: This checkpoint or the previous one cannot be written.
+        """
+        with _writing(self._folder):
+            if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
+                self.set_aside(step)
+            if step in self._manager.all_steps():
+                if is_regular and not self._is_regular(step):
+                    self._make_regular(step)
+            else:
+                if is_first():
+                    _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+                about = _about(state, step, self._config, is_regular)
+                args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+                with _one_at_a_time:
+                    self._manager.save(step, args=args)
+                self._regular[step] = is_regular
+            if is_best:
+                self._best = [step, *[other for other in self._candidates("best") if other != step][:1]]
+                if is_first():
+                    write_atomically(self._best_file, json.dumps(self._best))
+            self._delete_old(step)
+
+    def _make_regular(self, step: int) -> None:
+        """Mark a checkpoint that was saved because of a stop as one that exists regardless of it."""
+        self._manager.wait_until_finished()
+        self._regular[step] = True
+        if is_first():
+            folder = self._folder / str(step)
+            write_atomically(folder / ABOUT, json.dumps(stored_about(self._folder, step) | {"is_regular": True}))
+            _seal(folder)
+
+    def wait(self) -> None:
+        """Return when all that was saved is on the disk. Raises Unwritable if it cannot be written."""
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
+
+    def _seal(self) -> None:
+        # Orbax calls this before it gives the one that is being written its name.
+        if is_first():
+            (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
+            _seal(temporary)
+
+    def _has_record(self, step: int) -> bool:
+        """Return whether the folder of a step holds a checkpoint of that step; cached once the run is open."""
+        with suppress(Damaged):
+            stored_about(self._folder, step)
+            return step in self.steps()
+        return False
+
+    def _delete_old(self, saving: int) -> None:
+        if self._best is None:
+            # The file that names the best checkpoint is damaged, so any of them may be the best.
+            return
+        steps, best = self.steps(), self._candidates("best")
+        # What is being saved now may never be finished: the best one before it holds until then.
+        needed = {*(best[:2] if best[:1] == [saving] else best[:1]), *steps[-LAST_KEPT:], self.last_regular(saving - 1)}
+        for step in set(steps) - needed:
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        with _one_at_a_time:
+            self._manager.delete(step)
+
+    def last_regular(self, step: int) -> int | None:
+        """The last regular checkpoint at or before a step, or None."""
+        return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
+
+    def _is_regular(self, step: int) -> bool:
+        if step in self._regular:
+            return self._regular[step]
+        try:
+            return bool(stored_about(self._folder, step)["is_regular"])
+        except Damaged:
+            return False
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints after a step."""
+        for each in self.steps()[::-1]:
+            if each > step:
+                self._delete(each)
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
+        aside = self._folder / f"{step}.damaged"
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+        with _writing(self._folder):
+            if is_first():
+                (self._folder / str(step)).rename(aside)
+            meet("a damaged checkpoint is set aside")
+            self._manager.reload()
+        return aside
+
+    # Reading.
+
+    def restore(self, like: Any, which: str = "last", passed_over: Callable[[int, str], object] | None = None) -> State:
+        """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes).
+
+        Its arrays lie where those of `like` do, whatever the devices that they were saved from; all on one device, if
+        these have no place.
+        `which` is `last`, `best`, or a step, for which there is no other.
+        `passed_over` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
+        none is sound, and if one is of another config or has other arrays.
+        """
+        candidates = self._candidates(which)
+        what = {"last": "checkpoint", "best": "best checkpoint"}.get(which, f"checkpoint of step {which}")
+        if not candidates:
+            raise UserError(self._missing(which, what))
+        damage: dict[int, str] = {}
+        for step in candidates:
+            try:
+                state = self.restore_step(like, step)
+            except Damaged as error:
+                damage[step] = str(error)
+                continue
+            for each, reason in damage.items():
+                if passed_over is not None:
+                    passed_over(each, reason)
+            return state
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
+        raise UserError(
+            f"{self._folder} has no {what} that is sound ({reasons}); another --run folder begins from the start."
+        )
+
+    def _missing(self, which: str, what: str) -> str:
+        there = ", ".join(map(str, self.steps()))
+        others = f"; there are those of {there}" if there else ""
+        if which == "best" and self._best is None:
+            return f"{self._best_file} is damaged: it does not name the steps of the best checkpoints{others}."
+        if which == "best" and self._best:
+            return f"{self._folder}: the checkpoint of step {self._best[0]}, named by best, is missing{others}."
+        return f"{self._folder} has no {what} yet{others}."
+
+    def restore_step(self, like: Any, step: int) -> State:
+        """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does.
+
+        The processes of a run read it together, each what lies on its devices; all find it sound, or none.
+        """
+        with _together():
+            _check_seal(self._folder / str(step))
+            about = stored_about(self._folder, step)
+        self._check(about, layout(like), f"{self._folder}/{step}")
+        # Not where they were when they were saved: that may have been a device that this process does not have.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
+            like,
+        )
+        with _together():
+            try:
+                with _one_at_a_time:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    state = self._manager.restore(step, args=args)["state"]
+            # Orbax, TensorStore and what they call raise errors of many kinds.
+            except Exception as error:
+                if is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                raise Damaged(_reason(error)) from error
+        found = fingerprints(state)
+        changed = [path for path in sorted(found) if about["fingerprints"].get(path) != found[path]]
+        if changed:
+            raise Damaged(f"{changed[0]} is not what was saved")
+        return state
+
+    def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
+        if about["config_hash"] not in self._hashes:
+            raise UserError(f"{where} is a checkpoint of another config: {in_words(about['config'], self._config)}.")
+        stored = about["layout"]
+        for path in sorted(stored.keys() | wanted.keys()):
+            if stored.get(path) != wanted.get(path):
+                raise UserError(
+                    f"{where}: {path} is {stored.get(path, 'missing')} in the checkpoint, "
+                    f"and the config makes it {wanted.get(path, 'nothing')}."
+                )
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raises Damaged in every process of a run if one of them finds the checkpoint so."""
+    damage: Damaged | None = None
+    try:
+        yield
+    except Damaged as error:
+        damage = error
+    if not all_agree(damage is None):
+        raise damage or Damaged("another process could not read its part")
+
+
+@contextmanager
+def _writing(folder: Path, what: str = "written") -> Iterator[None]:
+    """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to or read."""
+    try:
+        yield
+    except UserError:
+        raise
+    # Errors of the threads of Orbax and TensorStore are of many kinds.
+    except Exception as error:
+        raise Unwritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
+
+
+def _check_room(folder: Path, n_bytes: int) -> None:
+    """Raises an OSError if a checkpoint cannot be written now: once begun, Orbax's threads wait for one another."""
+    probe = folder / ".probe"
+    # A kill may have left it.
+    probe.mkdir(exist_ok=True)
+    probe.rmdir()
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        needs = f"it takes up to {byte_size(n_bytes)}, and {byte_size(free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of a library, or what the operating system says in it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error) or type(error).__name__
+    known = next((each for each in KNOWN_REASONS if each in text), None)
+    line = " ".join(text.splitlines()[0].split()).rstrip(".")
+    return known or (line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}...")
+
+
+def _named_steps(file: Path) -> list[int] | None:
+    """Return the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
+    try:
+        named = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_sound = isinstance(named, list) and named and all(type(step) is int and step >= 0 for step in named)
+    return named if is_sound else None
+
+
+def _about(state: State, step: int, config: Config, is_regular: bool) -> dict[str, Any]:
+    return {
+        "step": step,
+        "config_hash": config_hash(config),
+        "config": to_dict(config),
+        "is_regular": is_regular,
+        "layout": layout(state),
+        "fingerprints": fingerprints(state),
+    }
+
+
+# Validators for the fields of a checkpoint's metadata.
+RECORDED: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: type(value) is int,
+    "config_hash": lambda value: isinstance(value, str),
+    "config": lambda value: isinstance(value, dict),
+    "is_regular": lambda value: isinstance(value, bool),
+    "layout": lambda value: _is_table(value),
+    "fingerprints": lambda value: _is_table(value),
+}
+
+
+def stored_about(folder: Path, step: int) -> dict[str, Any]:
+    """Read the metadata of the checkpoint of a step.
+
+    Raises:
+        Damaged: It cannot be read, is invalid, or belongs to another step.
+    """
+    about = _read_json(folder / str(step) / ABOUT, "its record")
+    if not isinstance(about, dict) or not all(name in about and is_so(about[name]) for name, is_so in RECORDED.items()):
+        raise Damaged("its record is not one of a checkpoint")
+    if about["step"] != step:
+        raise Damaged(f"it is the checkpoint of step {about['step']} under another name")
+    return about
+
+
+def _read_json(file: Path, what: str) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise Damaged(f"{what} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} is not JSON") from error
+
+
+def _is_table(value: Any) -> bool:
+    """Return whether a value parsed from JSON is an object with only string values."""
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def _seal(folder: Path) -> None:
+    """Write the SHA-256 of each file of a finished checkpoint into it, before it gets its name."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_SEALED, SEAL)]
+    sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
+    write_atomically(folder / SEAL, json.dumps(sums, indent=1))
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises Damaged, naming the first file, if the files of a checkpoint are not those that were written."""
+    sums = _read_json(folder / SEAL, SEAL)
+    if not _is_table(sums) or ABOUT not in sums:
+        raise Damaged(f"{SEAL} does not have the sums of the files of a checkpoint")
+    # The processes of a run share the work.
+    for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
+        if not (folder / name).is_file():
+            raise Damaged(f"{name} is missing")
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise Damaged(f"{name} is not what was written")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def layout(tree: Any) -> dict[str, str]:
+    """Shape and type of each array of a tree by its path: {'params/embedding/table': 'float32[65, 128]'}."""
+    return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in by_path(tree).items()}

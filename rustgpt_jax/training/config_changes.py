@@ -1,0 +1,121 @@
+"""Config changes of an existing run: what is recorded for later steps, and the number of steps.
+
+Completed steps are unaffected. The run folder keeps each earlier config and the last step that used it, so that a rerun
+applies the same changes at the same steps.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config.schema import Config, Earlier, Stage, is_of_result, may_change, stages
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.workdir.run_dir import RunFolder, all_differences, load_config, load_earlier
+
+STEPS = "training.steps"
+EVALUATION_BATCHES = "record.evaluation_batches"
+
+
+class Change(NamedTuple):
+    """The config to continue a run with, its earlier configs, and messages about the change."""
+
+    config: Config
+    earlier: tuple[Earlier, ...] = ()
+    sentences: tuple[str, ...] = ()
+
+
+def change_of(path: Path, config: Config, extends: bool = False) -> Change:
+    """Determine how a run continues with a config. Writes nothing.
+
+    Args:
+        path: The folder of the run, which may not exist.
+        config: The requested config.
+        extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
+
+    Raises:
+        UserError: The run cannot continue with this config, or there is nothing to extend.
+    """
+    run = RunFolder(path)
+    if not run.config_file.exists():
+        if extends:
+            raise UserError(f"--extend: there is no run {path} to extend.")
+        return Change(config)
+    stored, earlier = load_config(path), load_earlier(path)
+    changed = {knob: values for knob, values in all_differences(stored, config).items() if is_of_result(knob)}
+    fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
+    if fixed:
+        shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
+        raise UserError(f"{path} holds a run with another config: {shown}. Choose another --run folder.")
+    made = max(run.saved_steps, default=0)
+    # A command that was stopped may be repeated, including --extend.
+    was_extended = any(stages(each.config)[-1].end_step < stages(stored)[-1].end_step for each in earlier)
+    extends = extends and bool(changed or not was_extended)
+    sentences = _of_steps(path, stored, config, changed, made, extends)
+    if not changed or stages(config)[-1].end_step == made:
+        return Change(stored if changed else config, earlier)
+    # Steps after the last checkpoint are trained again. A config with no remaining steps stays in the list.
+    kept = tuple(each._replace(until=min(each.until, made)) for each in earlier)
+    values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
+    if any(knob.endswith(EVALUATION_BATCHES) for knob in changed):
+        anew = "Validation losses before and after it are of different batches: the best checkpoint is chosen anew."
+        sentences = (*sentences, anew)
+    return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
+
+
+def _of_steps(
+    path: Path, stored: Config, config: Config, changed: Iterable[str], made: int, extends: bool
+) -> tuple[str, ...]:
+    """Return messages about a change of the number of steps.
+
+    Raises:
+        UserError: The change is not allowed.
+    """
+    lengths = [knob for knob in changed if knob.endswith(STEPS)]
+    before, after = stages(stored)[-1].end_step, stages(config)[-1].end_step
+    if extends and after <= before:
+        raise UserError(f"--extend: {path} has {before} steps; give a larger config.{STEPS}, such as {2 * before}.")
+    if not lengths:
+        return ()
+    here = f"{path} holds a run with another config: {STEPS} is {before} there and {after} here"
+    if _borders(stored, made) != _borders(config, made) or after < made or after == made < before:
+        raise UserError(f"{here}, and it has made {made} steps already. Choose another --run folder.")
+    old, new = _factors(stored, made), _factors(config, made)
+    if np.array_equal(old, new):
+        return ()
+    stage = _stage_at(config, made)
+    first = int(np.flatnonzero(old != new)[0]) + 1
+    next_factor = _factors(config, made + 1)[-1] if after > made else old[-1]
+    what = (
+        f"the {stage.config.schedule.name} schedule of {after} steps differs from that of {before} from step {first} "
+        f"on: the steps that are made stay as they are, and from step {made} to the next the learning rate goes from "
+        f"{old[-1]:.4g} to {next_factor:.4g} of its peak"
+    )
+    if not extends:
+        raise UserError(f"{here}; {what}. Use --extend to continue anyway, or choose another --run folder.")
+    return (f"--extend: {what}.",)
+
+
+def _borders(config: Config, made: int) -> list[tuple[str, int]]:
+    """Return the names and first steps of the stages that have started."""
+    return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(made, 1)]
+
+
+def _factors(config: Config, made: int) -> np.ndarray:
+    """Return the learning-rate multipliers of the first steps of a run, given its current stage lengths."""
+    parts = [np.zeros(0, np.float32)]
+    for stage in stages(config):
+        count = min(stage.end_step, made) - stage.first_step
+        if count > 0:
+            steps = jnp.arange(count, dtype=jnp.int32)
+            parts.append(np.asarray(factor(steps, stage.config.training.steps, stage.config.schedule)))
+    # A shorter run has fewer.
+    return np.concatenate(parts)
+
+
+def _stage_at(config: Config, step: int) -> Stage:
+    every = stages(config)
+    return next((stage for stage in every if step < stage.end_step), every[-1])

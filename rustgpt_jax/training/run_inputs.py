@@ -1,0 +1,126 @@
+"""What a run is made of: its config, tokenizer and data, and the programs that its stages run."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rustgpt_jax.config.schema import Config, Earlier, Stage, Structure, split
+from rustgpt_jax.data.datasets import Turn
+from rustgpt_jax.data.preprocess import StageData, changed_data, read_record
+from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
+from rustgpt_jax.training.optimizers import check_decay_groups
+from rustgpt_jax.training.train_step import Numbers, as_arguments
+from rustgpt_jax.workdir.run_dir import RunFolder
+
+
+class Program(NamedTuple):
+    """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
+
+    structure: Structure
+    numbers: Numbers
+    first_step: np.int32
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The inputs of a run: its config as written and with the vocabulary size, its tokenizer, and its data.
+
+    `stages` has one entry per config if the config changed within a stage. `earlier` has the earlier configs.
+    """
+
+    config: Config
+    whole: Config
+    tokenizer: Codec
+    stages: list[StageData]
+    earlier: tuple[Earlier, ...] = ()
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return self.stages[-1].stage.end_step
+
+    def compares_after(self, data: StageData) -> int:
+        """Return the step up to which the validation losses before a stage are of other batches than its own."""
+        step = 0
+        for each in self.stages[: self.stages.index(data)]:
+            if each.stage.config.record.evaluation_batches != data.stage.config.record.evaluation_batches:
+                step = each.stage.last_step
+        return step
+
+    @cached_property
+    def programs(self) -> list[Program]:
+        """The program of each stage."""
+        return [_program(data.stage) for data in self.stages]
+
+    def check(self, run: RunFolder, n_devices: int) -> None:
+        """Raises UserError, before anything is compiled or written, for what cannot work on so many devices."""
+        check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
+        for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
+            _check_prompts(self.whole, self.tokenizer, role)
+        for data in self.stages:
+            check_shares(data.stage.config, data.window, n_devices)
+        changed = changed_data(run.data_file, self.stages)
+        if changed:
+            again = "give back the old text, or choose another --run folder"
+            raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
+
+
+def run_tokenizer(run: RunFolder) -> Codec:
+    """Load the tokenizer of a run.
+
+    Raises:
+        UserError: It is missing, damaged, or differs from the one recorded in the folder.
+    """
+    tokenizer = load_tokenizer(run.tokenizer_file)
+    recorded = [stage["tokenizer"] for stage in read_record(run.data_file)] if run.data_file.exists() else []
+    began_with = read_beginning(run).get("tokenizer")
+    found = tokenizer_hash(tokenizer)
+    for digest in [*recorded, *([began_with] if began_with is not None else [])]:
+        if digest != found:
+            raise UserError(
+                f"{run.tokenizer_file} is not the tokenizer of this run: its SHA-256 is {found[:12]}, and "
+                f"{digest[:12]} is recorded. Put the right one back."
+            )
+    return tokenizer
+
+
+def read_beginning(run: RunFolder) -> dict[str, Any]:
+    """Read the source of a run's initial parameters; {} if they were initialized from the seed.
+
+    Raises:
+        UserError: The file that records it is damaged.
+    """
+    if not run.import_file.exists():
+        return {}
+    try:
+        about = json.loads(run.import_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{run.import_file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{run.import_file} is damaged: it is not JSON.") from error
+    texts = [about.get(name, "") for name in ("source", "tokenizer")] if isinstance(about, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{run.import_file} is damaged: it does not say where the parameters came from.")
+    return about
+
+
+def _program(stage: Stage) -> Program:
+    structure, numbers = split(stage.config)
+    return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
+
+
+def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
+    for prompt in config.record.prompts:
+        length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
+        if length >= config.model.context_length:
+            raise UserError(
+                f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
+                f"config.model.context_length={config.model.context_length}."
+            )

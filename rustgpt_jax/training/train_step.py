@@ -1,0 +1,188 @@
+"""The training step: pure functions of (structure, numbers), compiled once for each structure."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rustgpt_jax.config.schema import ModelConfig, Structure, is_on, merge
+from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.evaluation.loss import Sums, in_parts, objective, token_sums
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.block_inputs import Signals
+from rustgpt_jax.sharding.partition_rules import constrained
+from rustgpt_jax.training.optimizers import clip, optimizer
+from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.training.spike_detection import Health, examined, healthy
+
+Numbers = dict[str, Any]
+
+
+class State(NamedTuple):
+    """Everything that training changes. The step is the whole position of a run: data and randomness follow from it.
+
+    Where a run has been rewound, the batches that it passed over, `health.skipped`, are a part of its position too.
+    """
+
+    params: transformer.Params
+    opt_state: Any
+    step: jax.Array
+    health: Health
+
+
+class Metrics(NamedTuple):
+    """What a step tells: loss in nats a token (that of tokens alone), learning rate, and so on.
+
+    gradient_norm: before clipping.
+    update_norm: of what was, or would have been, added to the parameters.
+
+    spikes, faults: how many there have been in the run so far.
+    signals: what the blocks report, each the mean over them.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    update_norm: jax.Array
+    learning_rate: jax.Array
+    learned_tokens: jax.Array
+    spikes: jax.Array
+    faults: jax.Array
+    signals: Signals
+
+
+def as_arguments(numbers: dict[str, float]) -> Numbers:
+    """Numbers as scalars of fixed types, so that no value of a number can compile anything new."""
+    return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in numbers.items()}
+
+
+def start(structure: Structure, numbers: Numbers) -> State:
+    """The state at step 0."""
+    config = merge(structure, numbers)
+    params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
+    return start_from(structure, numbers, params)
+
+
+def start_from(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
+    """The state at step 0 with parameters that are there already."""
+    config = merge(structure, numbers)
+    state = State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), healthy())
+    return resident(structure, constrained(state))
+
+
+def resident(structure: Structure, state: State) -> State:
+    """A state whose parts are in the memory where they stay between steps: with `offload`, that of the host."""
+    if not structure.optimizer.offload:
+        return state
+    return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
+
+
+def at_hand(structure: Structure, opt_state: Any) -> Any:
+    """What the optimizer keeps, in the memory of the device."""
+    return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload else opt_state
+
+
+def train_step(
+    structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
+) -> tuple[State, Metrics]:
+    """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts.
+
+    If the loss, the gradient or the update is not finite, parameters and optimizer state stay as they are, and the step
+    is counted.
+    """
+    config, state = merge(structure, numbers), state._replace(opt_state=at_hand(structure, state.opt_state))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
+    gradients, sums = gradient(state.params, batch, config, key)
+    gradients = constrained(gradients)
+    norm = optax.tree.norm(gradients)
+    if is_on(config.optimizer.clip_norm):
+        gradients = clip(gradients, norm, config.optimizer.clip_norm)
+    rate = factor(state.step - first_step, config.training.steps, config.schedule)
+    updates, opt_state = optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    loss = sums.loss / jnp.maximum(sums.weight, 1.0)
+    update_norm = optax.tree.norm(updates)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(update_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    stage_step = state.step - first_step
+    health = examined(state.health, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1)
+    metrics = Metrics(
+        loss=loss,
+        gradient_norm=norm,
+        update_norm=update_norm,
+        learning_rate=rate * config.optimizer.learning_rate,
+        learned_tokens=sums.weight,
+        spikes=health.spikes,
+        faults=health.faults,
+        signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
+    )
+    return resident(structure, constrained(State(params, opt_state, state.step + 1, health))), metrics
+
+
+def gradient(
+    params: transformer.Params, batch: Batch, config: Structure, key: jax.Array
+) -> tuple[transformer.Params, Sums]:
+    """The gradient of the mean loss over the whole batch, run in `accumulation` parts one after another.
+
+    Each part's summed loss is divided by the weight of the whole batch, so parts with few learned tokens count for
+    no more than those tokens.
+    """
+    total_weight = jnp.sum(batch.weights_BT)
+
+    def part_loss(params: transformer.Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        dropout_key = key if is_on(config.model.dropout) else None
+        sums = token_sums(params, part, config.model, dropout_key, config.training.loss_chunk)
+        return objective(sums, total_weight, config.training.z_loss), sums
+
+    part_gradient = jax.grad(part_loss, has_aux=True)
+    parts = config.training.accumulation
+    if parts == 1:
+        return part_gradient(params, batch, key)
+
+    def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, part = indexed_part
+        return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
+
+    split_batch = in_parts(batch, parts)
+    first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
+    signals = _no_signals(params, first_part, config.model)
+    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    zeros = (jax.tree.map(jnp.zeros_like, params), nothing)
+    return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
+
+
+def train_steps(
+    structure: Structure, state: State, batches: Batch, count: jax.Array, numbers: Numbers, first_step: jax.Array
+) -> tuple[State, Metrics]:
+    """`count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
+
+    The count is an argument and the loop's body one program, so that a run has the same bits however it is cut up.
+    """
+    slots = jax.tree.leaves(batches)[0].shape[0]
+
+    def body(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+        state, history = carry
+        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
+        state, metrics = train_step(structure, state, batch, numbers, first_step)
+        return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
+
+    first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    signals = _no_signals(state.params, first_batch, merge(structure, numbers).model)
+    zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
+    nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
+    history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
+    return jax.lax.fori_loop(0, count, body, (resident(structure, state), history))
+
+
+def _no_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
+    """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
+    shapes = jax.eval_shape(lambda: token_sums(params, batch, model).signals)
+    return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
+
+
+compiled_start = jax.jit(start, static_argnums=0)
+compiled_start_from = jax.jit(start_from, static_argnums=0)
+compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)

@@ -1,0 +1,400 @@
+"""A run in progress: where it stands, what its next call needs, and what is recorded after it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import jax.numpy as jnp
+import numpy as np
+
+from rustgpt_jax.config.schema import Structure, is_of_result, split, stages
+from rustgpt_jax.data.preprocess import StageData, record_data
+from rustgpt_jax.distributed.multihost import Votes, all_agree, is_first
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.tokenizers import save_tokenizer
+from rustgpt_jax.tracking.metric_writer import MetricsWriter, keep_until
+from rustgpt_jax.training.batch_source import Source, source
+from rustgpt_jax.training.checkpointing import Checkpoints, Damaged
+from rustgpt_jax.training.memory_estimate import state_shapes
+from rustgpt_jax.training.metric_logger import Fault, Pending, Recorder, Shows, Stopped
+from rustgpt_jax.training.run_inputs import Material, Program
+from rustgpt_jax.training.train_step import Metrics, State, as_arguments, compiled_start, compiled_start_from
+from rustgpt_jax.training.vmapped_step import Orders
+from rustgpt_jax.workdir.event_log import Journal
+from rustgpt_jax.workdir.launch_log import record_launch, record_program
+from rustgpt_jax.workdir.params_io import read_parameters
+from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
+from rustgpt_jax.workdir.program_fingerprint import take_autotuning
+from rustgpt_jax.workdir.run_dir import (
+    RunFolder,
+    Unwritable,
+    admit,
+    all_differences,
+    check_links,
+    create,
+    load_config,
+    lock,
+    write_atomically,
+)
+
+# A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
+LONGEST_CALL_SECONDS = 5.0
+# Maximum number of files to list in a message.
+MOST_NAMED = 4
+
+
+class Run:
+    """A run in its folder, held by this process. Use it in a `with` statement, which makes or reopens the folder.
+
+    `until` is a step at which to pause; None is the end. Raises UserError as `create` and `lock` do.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        path: Path,
+        origins: Mapping[str, str],
+        placement: Placement,
+        until: int | None = None,
+    ) -> None:
+        self.material, self.folder, self.placement = material, RunFolder(path), placement
+        self.end_step = material.total_steps if until is None else min(until, material.total_steps)
+        # Steps at which a call ends, so that something can be done between two.
+        self.marks: Sequence[int] = ()
+        self._origins, self._resources = origins, ExitStack()
+        self._recorder: Recorder | None = None
+        self._writer: MetricsWriter | None = None
+        self._source: Source | None = None
+        self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
+        self._journal = Journal(self.folder.journal_file)
+        self._pace = Votes(math.inf)
+        self._state: State | None = None
+        self._skipped = 0
+        # The step whose evaluation was stopped and has not been done since.
+        self._stopped_evaluation: int | None = None
+
+    def __enter__(self) -> "Run":
+        with self._resources:
+            self._resources.enter_context(self.placement.active())
+            earlier = self.material.earlier
+            admit(self.folder.path, self.material.config, earlier)
+            check_links((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
+            self._resources.enter_context(lock(self.folder.path))
+            self._record_config()
+            save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
+            by_name = {data.stage.name: data for data in self.material.stages}
+            write_atomically(self.folder.data_file, record_data(by_name.values()))
+            self._resources.callback(self._close)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config, is_writer=True, earlier=earlier)
+            self.checkpoints = self._resources.enter_context(checkpoints)
+            self.step = self.checkpoints.step() or 0
+            self._resources = self._resources.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._resources.__exit__(kind, error, traceback)
+        except OSError:
+            # On a full disk, closing a file fails again; what went wrong first is what the user is told.
+            if error is None:
+                raise
+
+    def _record_config(self) -> None:
+        """Write the config to the folder, and any change of it to the journal."""
+        path, config, earlier = self.folder.path, self.material.config, self.material.earlier
+        before = load_config(path) if self.folder.config_file.exists() else config
+        differing = all_differences(before, config) if earlier and before != config else {}
+        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
+        if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
+            raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
+        create(path, config, self._origins, earlier)
+        if changed:
+            self._journal.append("config", step=earlier[-1].until, changes=changed)
+
+    # Where it stands.
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to do: it has reached its end, or diverged."""
+        is_at_end = self.step >= self.end_step and not self.owes_evaluation
+        return is_at_end or self.diverged_at is not None
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the evaluation of the last step was stopped and has to be done before the next step."""
+        return self.step == self._stopped_evaluation
+
+    @property
+    def _fault(self) -> Fault | None:
+        return self._recorder.fault if self._recorder else None
+
+    @property
+    def n_faults(self) -> int:
+        """The steps that went wrong, up to the one at which training ended; 0 if it did not."""
+        return self._fault.n_faults if self._fault else 0
+
+    @property
+    def must_rewind(self) -> bool:
+        """Whether a step went wrong that is to be undone."""
+        faults = self.material.config.faults
+        if self._fault is None or faults.not_finite != "rewind":
+            return False
+        return self._fault.n_faults <= faults.most_forgiven
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The step at which training ended, its loss or gradient not finite, if there was one."""
+        return self._fault.step if self._fault and not self.must_rewind else None
+
+    @property
+    def stage(self) -> StageData:
+        """The stage of the next step, or of the last one."""
+        return self.material.stages[self._stage_index]
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of the next batch, those of all processes together."""
+        return self.stage.stage.config.training.batch_size
+
+    @property
+    def program(self) -> Program:
+        """What the next step runs."""
+        return self.material.programs[self._stage_index]
+
+    @property
+    def _stage_index(self) -> int:
+        stages = self.material.stages
+        next_step = self.step if self.owes_evaluation else self.step + 1
+        return next((index for index, data in enumerate(stages) if next_step <= data.stage.last_step), len(stages) - 1)
+
+    # Going on.
+
+    def begin(self, progress: Shows, mode: str = "solo", width: int = 1) -> None:
+        """Read the last sound checkpoint, and open the records, without what was written after it.
+
+        The journal is told of this launch: `mode` is how the run trains, alone or with others in a program of so many.
+        If there is nothing more to do, nothing is written. Raises UserError if there are checkpoints, but no sound one.
+        """
+        self._progress = progress
+        damaged: dict[int, str] = {}
+        if self.step > 0:
+            self._state = self.checkpoints.restore(self._like(), passed_over=damaged.__setitem__)
+            self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
+        for step, reason in damaged.items():
+            self._journal.append("damaged", step=step, reason=reason)
+            aside = self.checkpoints.set_aside(step)
+            progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
+        self._stopped_evaluation = self._find_stopped_evaluation()
+        if self.is_over:
+            return
+        sizes = self.placement.sizes
+        left_out = record_launch(self.folder, self.step, mode, width, self.placement.n_devices, sizes)
+        if left_out:
+            shown = ", ".join(left_out[:MOST_NAMED]) + (", ..." if len(left_out) > MOST_NAMED else "")
+            progress.message(f"Not kept with the code of the run (docs/security.md says why): {shown}.")
+        self._open_records()
+
+    def _find_stopped_evaluation(self) -> int | None:
+        events = self._journal.events_named("evaluation", {"step": int, "is_done": bool})
+        is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
+        # Only the first process has the run's journal.
+        return None if all_agree(not is_stopped) else self.step
+
+    def _like(self) -> State:
+        return self.placement.like(state_shapes(stages(self.material.whole)[0].config))
+
+    def state(self) -> State:
+        """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
+        state, self._state = self._state, None
+        return first_state(self.material, self.folder, self.placement) if state is None else state
+
+    def rewind(self) -> State:
+        """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
+
+        The state to go on from. Raises UserError if that checkpoint is damaged.
+        """
+        fault = self._go_back()
+        try:
+            state = self.checkpoints.restore_step(self._like(), self.step) if self.step else self.state()
+        except Damaged as damage:
+            raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
+        health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
+        return state._replace(health=health)
+
+    def _go_back(self) -> Fault:
+        """Forget what was done after the last regular checkpoint before the step that went wrong."""
+        assert self._fault is not None
+        fault, self._recorder = self._fault, None
+        self.checkpoints.wait()
+        self.step = self.checkpoints.last_regular(fault.step - 1) or 0
+        self._skipped += fault.step - self.step
+        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_faults)
+        self._progress.message(
+            f"Loss, gradient or update of step {fault.step} is not finite: back to step {self.step}, and on with the "
+            f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."
+        )
+        self.checkpoints.delete_after(self.step)
+        self._close()
+        self._open_records()
+        return fault
+
+    @property
+    def is_unnamed(self) -> bool:
+        """Whether the journal does not know yet what the next step runs, in this launch."""
+        return self._stage_index not in self._named
+
+    def name_program(self, program: NamedProgram) -> None:
+        """Tell the journal what the next step runs, and keep what the compiler chose for it."""
+        self._named.add(self._stage_index)
+        record_program(self.folder, self.stage.stage.name, program, self.step)
+        take_autotuning(self.folder)
+
+    def _open_records(self) -> None:
+        # An evaluation that was stopped a second time, or killed, may have left some of its lines.
+        keep_until(self.folder.samples_file, self.step - self.owes_evaluation)
+        keep_until(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
+        self._writer = MetricsWriter(self.folder.path, self.step)
+
+    def _close(self) -> None:
+        self._close_source()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def steps_to_event(self) -> int:
+        """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
+        stage, record = self.stage.stage, self.stage.stage.config.record
+        events = [_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every)]
+        events += [mark for mark in self.marks if mark > self.step]
+        most = min(stage.config.training.steps_per_call, min(stage.last_step, self.end_step, *events) - self.step)
+        # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
+        seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
+        return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
+
+    def orders(self, count: int) -> Orders:
+        """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
+        if self._source is None:
+            self._source = source(self.stage, self.placement, self.step + self._skipped)
+        batches = self._source.take(count, self.stage.stage.config.training.steps_per_call)
+        return Orders(batches, np.int32(count), self.program.numbers, self.program.first_step)
+
+    def advanced(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+        """Take note of a call that took `seconds` to return; its metrics are read later."""
+        recorder = self._open_recorder()
+        recorder.called(self.program.structure, seconds)
+        recorder.trained(Pending(self.step, count, read_metrics))
+        self.step += count
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to be done with the state after the step just made."""
+        last_step = self._open_recorder().data.stage.last_step
+        return self._evaluates or self._saves or self.step in (last_step, self.end_step)
+
+    def catch_up(self) -> None:
+        """Wait for the steps that were begun, and write their metrics."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def record(self, state: State, is_stopped: Callable[[], bool]) -> None:
+        """Evaluate and save the state after the step just made, where that is due.
+
+        If `is_stopped` returns True during the evaluation, the evaluation is given up, and done again on resume.
+        """
+        recorder = self._open_recorder()
+        recorder.flush()
+        if recorder.fault is not None:
+            return
+        try:
+            is_best = (self._evaluates or self.owes_evaluation) and recorder.evaluate(state, self.step, is_stopped)
+        except Stopped:
+            if not self.owes_evaluation:
+                self._journal.append("evaluation", step=self.step, is_done=False)
+                self._stopped_evaluation = self.step
+            return
+        if self._saves or is_best or self.step == self.end_step:
+            self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
+        if self.step == recorder.data.stage.end_step:
+            self._skipped = 0
+        if self.step == recorder.data.stage.last_step:
+            self._close_source()
+            self._recorder = self._recorder if self.step >= self.end_step else None
+        if self.owes_evaluation:
+            # Only after the checkpoint is marked as the best.
+            self._journal.append("evaluation", step=self.step, is_done=True)
+            self._stopped_evaluation = None
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            Unwritable: It cannot be written, or part of the run folder was deleted in the meantime.
+        """
+        self.checkpoints.wait()
+        if self._writer is None:
+            return
+        self._writer.check()
+        if not self.folder.config_file.exists():
+            raise Unwritable(f"{self.folder.config_file} was deleted while the run was being trained.")
+        # Files written by another process of the run may become visible here with a delay.
+        if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
+            raise Unwritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
+
+    def stop(self, state: State) -> None:
+        """Save the state after the last step made, so that the run can go on from there."""
+        if self._recorder:
+            self._recorder.flush()
+        if self.must_rewind:
+            self._go_back()
+        elif self.diverged_at is None:
+            self.checkpoints.save(state, self.step, is_regular=self.owes_evaluation and self._saves)
+
+    @property
+    def _evaluates(self) -> bool:
+        stage = self._open_recorder().data.stage
+        return self.step % stage.config.record.evaluate_every == 0 or self.step == stage.end_step
+
+    @property
+    def _saves(self) -> bool:
+        stage = self._open_recorder().data.stage
+        return self.step % stage.config.record.checkpoint_every == 0 or self.step == stage.end_step
+
+    def _open_recorder(self) -> Recorder:
+        if self._recorder is None:
+            assert self._writer is not None, "begin() opens the records"
+            self._recorder = Recorder(
+                self.stage,
+                self.folder,
+                self.material.tokenizer,
+                self._writer,
+                self._progress,
+                self.placement,
+                self._seconds_per_step,
+                self.material.compares_after(self.stage),
+            )
+        return self._recorder
+
+    def _close_source(self) -> None:
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+
+def first_state(material: Material, folder: RunFolder, placement: Placement) -> State:
+    """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
+    structure, numbers = split(stages(material.whole)[0].config)
+    if not folder.parameters_file.exists():
+        return compiled_start(structure, as_arguments(numbers))
+    params = read_parameters(folder.parameters_file, placement.like(parameter_shapes(material.whole.model)))
+    return compiled_start_from(structure, as_arguments(numbers), params)
+
+
+def _next(step: int, every: int) -> int:
+    """The first multiple of `every` after `step`."""
+    return (step // every + 1) * every

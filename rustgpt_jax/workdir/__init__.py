@@ -1,0 +1,1 @@
+"""What a run folder holds: its records, its code snapshot, and its environment."""

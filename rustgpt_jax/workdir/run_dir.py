@@ -1,0 +1,417 @@
+"""A run on disk: what lies where in its folder, and how the folder is made, read and guarded."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rustgpt_jax.config.schema import (
+    Config,
+    Earlier,
+    Stage,
+    StageConfig,
+    config_hash,
+    differences,
+    is_by_epochs,
+    is_of_result,
+    stages_in_turn,
+    to_dict,
+)
+from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.errors import UserError, shown, suggestion
+from rustgpt_jax.registry import note_import_paths
+
+MOST_DIFFERENCES_SHOWN = 8
+
+Stages = tuple[StageConfig, ...]
+
+
+class InUse(UserError):
+    """Another process trains in a run folder."""
+
+
+class Unwritable(UserError):
+    """What a run leaves can no longer be written: the disk is full, or the folder may not be written to."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names of the files of a run. Nothing is read or written by asking for them."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The config, where each value came from, and the config's hash."""
+        return self.path / "config.json"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, in the format of the Hugging Face `tokenizers` library."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def data_file(self) -> Path:
+        """What each stage reads: counts, and hashes of the text and of its tokens."""
+        return self.path / "data.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line for each step that was recorded."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, one a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def parameters_file(self) -> Path:
+        """The parameters that an imported run begins with. Other runs have none: the seed makes theirs."""
+        return self.path / "parameters.safetensors"
+
+    @property
+    def import_file(self) -> Path:
+        """Where an imported model came from, and as what."""
+        return self.path / "import.json"
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether this is an imported run without a checkpoint of its own."""
+        return self.parameters_file.exists() and not self.saved_steps
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """The steps of the checkpoints on disk, in order, including damaged ones.
+
+        Raises:
+            UserError: The folder of checkpoints is not readable.
+        """
+        try:
+            names = os.listdir(self.checkpoints)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.checkpoints} cannot be read: {error.strerror}.") from error
+        return sorted(int(name) for name in names if is_step_name(name))
+
+    @property
+    def samples_file(self) -> Path:
+        """One JSON object a line for each text generated during training."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def loss_png(self) -> Path:
+        """The picture of the loss curves."""
+        return self.path / "loss.png"
+
+    @property
+    def journal_file(self) -> Path:
+        """What happened to the run, one JSON object a line: launches with their code and environment, and so on."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def code(self) -> Path:
+        """The code that the run was made with, in archives named by its hash."""
+        return self.path / "code"
+
+    @property
+    def autotune_file(self) -> Path:
+        """What the compiler for GPUs chose by timing; with it, it chooses the same again."""
+        return self.path / "autotune.textproto"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the process that trains in this folder."""
+        return self.path / ".lock"
+
+
+def is_step_name(name: str) -> bool:
+    """Return whether a name is that of a checkpoint folder, a step number in plain digits."""
+    # Python refuses to parse thousands of digits; no step has more than ten.
+    return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file as a whole: a reader, or a crash, sees the old content or the new and nothing between.
+
+    Text is written as UTF-8. Raises Unwritable if the file cannot be written.
+    """
+    # The name is hidden, so that a leftover of a crash does not make a new run's folder look used.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise Unwritable(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+    """Check that a folder, which may not exist, does not hold a run with another config. Writes nothing.
+
+    Args:
+        path: The folder.
+        config: The config of the run.
+        earlier: Earlier configs of the run; the last of them is also accepted.
+
+    Raises:
+        UserError: The folder holds a run with another config.
+    """
+    if RunFolder(path).config_file.exists():
+        stored = load_config(path)
+        changed = in_words(to_dict(stored), config)
+        if changed and stored not in [each.config for each in earlier[-1:]]:
+            raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
+
+
+def admit(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+    """Make a folder, if it is not there. Raises UserError if it is not free for a run, or for one with this config."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        used = any(not entry.name.startswith(".") for entry in path.iterdir())
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
+    check(path, config, earlier)
+    if used and not RunFolder(path).config_file.exists():
+        raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
+
+
+def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunFolder:
+    """Create a run folder and record its config, or check that the existing run has the same config.
+
+    Args:
+        path: The folder.
+        config: The config of the run.
+        origins: The origin of each knob's value, by dotted path.
+        earlier: Earlier configs of the run. If the folder has the last of them, its config is replaced.
+
+    Raises:
+        UserError: The folder holds a run with another config or other files, or is not writable.
+    """
+    run = RunFolder(path)
+    if is_by_epochs(config):
+        raise ValueError("A run has a number of steps; resolve_epochs finds it for a number of epochs.")
+    admit(path, config, earlier)
+    if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
+        return run
+    record: dict[str, Any] = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
+    if earlier:
+        record["earlier"] = [
+            {"until": until, "config": to_dict(each), "hash": config_hash(each)} for until, each in earlier
+        ]
+    write_atomically(run.config_file, json.dumps(record, indent=2) + "\n")
+    return run
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a pipe, device or socket, which may block or never reach the end when read."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_files(path: Path) -> None:
+    """Check that a path, or the folder tree below it, contains no pipe, device or socket.
+
+    Raises:
+        UserError: It contains one.
+    """
+    with suppress(OSError):
+        inner = [path, *(each for folder in (path, *path.glob("*/")) if folder.is_dir() for each in folder.iterdir())]
+        for each in inner:
+            if is_special(each):
+                raise UserError(f"{each} is a pipe, a device or a socket, not a file.")
+
+
+def load_config(path: Path) -> Config:
+    """The config of the run in a folder. Raises UserError if there is no folder, no run in it, or no valid config."""
+    file = RunFolder(path).config_file
+    if not path.exists():
+        raise UserError(f"There is no run {path}.{suggestion(path.name, _runs_beside(path))}")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, not the folder of a run.")
+    if not file.exists():
+        raise UserError(f"{path} is not the folder of a run: it has no config.json.")
+    return _recorded_config(_read_record(file), file)
+
+
+def load_earlier(path: Path) -> tuple[Earlier, ...]:
+    """Load the earlier configs of a run and the steps at which they ended.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = RunFolder(path).config_file
+    listed, before = _read_record(file).get("earlier", []), 0
+    for each in listed if isinstance(listed, list) else [None]:
+        until = each.get("until") if isinstance(each, dict) else None
+        if type(until) is not int or until < before:
+            raise UserError(f"{file} is damaged: it does not say up to which steps its earlier configs were used.")
+        before = until
+    return tuple(Earlier(each["until"], _recorded_config(each, file)) for each in listed)
+
+
+def load_stages(path: Path) -> tuple[Stage, ...]:
+    """Load the stages of a run, including those trained with earlier configs.
+
+    Raises:
+        UserError: As for `load_config`.
+    """
+    return stages_in_turn(load_config(path), load_earlier(path))
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+    return record
+
+
+def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
+    """Parse a config that is stored in a file with its hash."""
+    if "config" not in record:
+        raise UserError(f"{file} is damaged: it is not a JSON object with a config in it.")
+    tree, recorded = record["config"], record.get("hash")
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is damaged: its config is not a JSON object.")
+    note_import_paths(json.dumps(tree), file)
+    try:
+        config = resolve(tree)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    if config_hash(config) != recorded:
+        raise UserError(
+            f"{file} was changed after the run began: its config has the hash {config_hash(config)}, and "
+            f"{shown(recorded)} is recorded. Put it back; another config is another run."
+        )
+    return config
+
+
+def load_origins(path: Path) -> dict[str, str]:
+    """Where each value of a run's config came from, as it was recorded. Raises UserError as `load_config` does."""
+    load_config(path)
+    file = RunFolder(path).config_file
+    origins = json.loads(file.read_bytes()).get("origins")
+    if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
+        raise UserError(f"{file} is damaged: it does not say where each value of its config came from.")
+    return origins
+
+
+def check_links(files: Iterable[Path]) -> None:
+    """Check that files which are appended to or truncated are not symbolic links.
+
+    In a folder from an untrusted source, a link may point to a file that must not be modified.
+
+    Raises:
+        UserError: A file is a symbolic link.
+    """
+    for file in files:
+        if file.is_symlink():
+            raise UserError(
+                f"{file} is a symbolic link, and the file that it points to would be changed; "
+                "put a copy of that file in its place."
+            )
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone. Raises InUse, naming the holder, if another process trains in it.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+    """
+    try:
+        file = open(RunFolder(path).lock_file, "a+", encoding="utf-8", opener=_without_links)
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be locked: {error.strerror}.") from error
+    with file:
+        _acquire(file, path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _without_links(name: str, flags: int) -> int:
+    """Open a file without following a symbolic link, whose target would be truncated."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _acquire(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or "another process"
+        raise InUse(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
+    except OSError as error:
+        # Some cluster file systems have no locks; training there must still be possible.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return "there is a file in its place"
+    return error.strerror or str(error)
+
+
+def _runs_beside(path: Path) -> list[str]:
+    return [file.parent.name for file in path.parent.glob("*/config.json")]
+
+
+def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
+    """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
+    try:
+        differing = all_differences(resolve(stored), wanted)
+        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
+    except UserError as error:
+        return f"one that this version does not know ({error})"
+    shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
+    if len(shown) > MOST_DIFFERENCES_SHOWN:
+        shown[MOST_DIFFERENCES_SHOWN:] = [f"and {len(shown) - MOST_DIFFERENCES_SHOWN} more"]
+    return "; ".join(shown)
+
+
+def all_differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+    """The knobs in which two configs differ, those of their stages by 'stages.NAME.path'."""
+    changed = differences(first, second)
+    if "stages" in changed:
+        changed |= _stage_differences(*changed.pop("stages"))
+    return changed
+
+
+def _stage_differences(stored: Stages, wanted: Stages) -> dict[str, tuple[Any, Any]]:
+    there, here = (tuple(stage.name for stage in stages) for stages in (stored, wanted))
+    if there != here:
+        return {"stages": (there, here)}
+    left, right = _stage_knobs(stored), _stage_knobs(wanted)
+    paths = [path for path in left | right if left.get(path) != right.get(path)]
+    return {path: (left.get(path, "the run's own"), right.get(path, "the run's own")) for path in paths}
+
+
+def _stage_knobs(stages: Stages) -> dict[str, Any]:
+    return {f"stages.{stage.name}.{path}": value for stage in stages for path, value in stage.overrides}
