@@ -139,8 +139,8 @@ Begin with:  python launch.py train --config=configs/rustgpt.py
 
 def train() -> int:
     """Train a run, or go on with it."""
-    from rustgpt_jax.distributed.cluster_env import detected
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.distributed.multihost import detected
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     in_several = FLAGS.processes is not None or detected(os.environ) is not None
     if FLAGS.init_from is not None and in_several:
@@ -187,7 +187,7 @@ def train() -> int:
 def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
     from rustgpt_jax.config.schema import is_by_epochs
-    from rustgpt_jax.sweeps.slurm_submit import job_script, submit
+    from rustgpt_jax.sweeps.launchers.slurm import job_script, submit
     from rustgpt_jax.training.config_changes import change_of
     from rustgpt_jax.training.validate_components import check_parts
 
@@ -211,7 +211,7 @@ def sweep() -> int:
     """Run a sweep, or go on with it, and report."""
     from rustgpt_jax.sweeps.search_space import SuccessiveHalving, TreeParzen
     from rustgpt_jax.sweeps.trials import expand, feasible_points
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
     from rustgpt_jax.workdir.config_files import sweep_function
 
     if FLAGS.config is None:
@@ -260,7 +260,7 @@ def _pair(option: str) -> tuple[str, str]:
 def report() -> int:
     """Tell what a sweep found."""
     from rustgpt_jax.sweeps.report.report import report
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     if FLAGS.run is None:
         raise UserError("Which sweep? Give --run=DIR, the folder that `sweep` wrote, such as --run=runs/learning_rate.")
@@ -271,7 +271,7 @@ def report() -> int:
 
 def explain() -> int:
     """Print what a config means."""
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     tree, origins = _config()
     config = _resolved(tree)
@@ -283,7 +283,7 @@ def explain() -> int:
 
 def plan() -> int:
     """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     # No chip is a CPU.
     tree, _ = _config(platform="tpu")
@@ -300,7 +300,7 @@ def plan() -> int:
 def evaluate() -> int:
     """Measure a trained model."""
     from rustgpt_jax.cli.evaluate import evaluate_run
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     evaluate_run(_trained(generates=False), PlainTextConsole(), FLAGS.allow_oversubscription)
     return 0
@@ -331,7 +331,7 @@ def generate() -> int:
 def chat() -> int:
     """Talk to a model."""
     from rustgpt_jax.inference.chat import chat
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     trained = _trained()
     title = f"{Path(FLAGS.run).resolve().name} at step {trained.step:,}"
@@ -342,7 +342,7 @@ def chat() -> int:
 def replay() -> int:
     """Make one step of a run again. The exit status is 1 if it is not what was recorded."""
     from rustgpt_jax.reproduce.replay import replay
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     if FLAGS.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
@@ -353,7 +353,7 @@ def replay() -> int:
 def rerun() -> int:
     """Make a whole run again, and compare. The exit status is 1 if they differ, or that of a stop."""
     from rustgpt_jax.reproduce.rerun import rerun
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     return rerun(_run_folder(), Path(FLAGS.to) if FLAGS.to else None, PlainTextConsole(), FLAGS.trust)
 
@@ -361,7 +361,7 @@ def rerun() -> int:
 def diff() -> int:
     """Tell two runs apart. The exit status is 1 if they differ."""
     from rustgpt_jax.reproduce.run_diff import diff
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     if len(_arguments) != 2:
         raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
@@ -371,7 +371,7 @@ def diff() -> int:
 def doctor() -> int:
     """Look for what made a step of a run go wrong."""
     from rustgpt_jax.reproduce.diagnose import doctor
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     _compute_as(_run_folder())
     doctor(_run_folder(), FLAGS.step, PlainTextConsole())
@@ -382,7 +382,7 @@ def check() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
     from rustgpt_jax.cli.check import check
     from rustgpt_jax.config.validation import parse_all
-    from rustgpt_jax.tracking.console import PlainTextConsole
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides), FLAGS.exhaustive)
 
@@ -520,7 +520,7 @@ def _config(platform: str | None = None) -> tuple[Any, dict[str, str]]:
     tree, origins = _recipe()
     # A config that says nothing of it is told so when it is resolved.
     if dict(leaves(tree)).get("model.dtype") == "auto":
-        from rustgpt_jax.distributed.cluster_env import detected
+        from rustgpt_jax.distributed.multihost import detected
 
         if platform is None and (FLAGS.launcher == "slurm" or FLAGS.processes or detected(os.environ)):
             raise UserError(

@@ -11,14 +11,13 @@ import optax
 from tokenizers import Tokenizer, normalizers
 
 from rustgpt_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from rustgpt_jax.data.datasets import Document, plain
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import product_type, widened
 from rustgpt_jax.model.linear import Linear, over_channels
 from rustgpt_jax.model.norms import RMSNorm
-from rustgpt_jax.model.positions import LearnedPositions, PositionScheme, rotary
-from rustgpt_jax.model.rope_scaling import Rope
+from rustgpt_jax.model.positions import LearnedPositions, PositionScheme, Rope, rotary
 from rustgpt_jax.tokenizers import TOKENIZERS
+from rustgpt_jax.tokenizers.messages import Document, plain
 
 
 class Mistake(NamedTuple):

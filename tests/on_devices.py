@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 from rustgpt_jax.config.schema import Config, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning.collectives import collectives, summary
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import on_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps, gradient
-from rustgpt_jax.tree_paths import by_path
 
 STEPS = 20
 BASE = {

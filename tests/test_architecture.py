@@ -1,4 +1,4 @@
-"""The building: rooms import downwards only, few of them know JAX or Flax, and what is public says what it does."""
+"""Architecture: strict layers, few packages that import JAX or Flax, and documented, typed public names."""
 
 import ast
 import graphlib
@@ -12,16 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rustgpt_jax"
 
-# From the top down: a room may import the rooms of its own floor and of those below.
-FLOORS = (
-    ("launch",),
-    ("sweeps", "runs", "decoding", "training", "evaluation", "interop", "conformance", "reproduce", "plan"),
-    ("parallel", "model", "data", "tokenizers"),
-    ("config", "resolve", "tables", "errors", "cache", "allocation", "native", "pytrees"),
+# From the bottom up: a package imports only from the packages before it.
+LAYERS = (
+    *("errors", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
+    *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
+    *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS_WITHOUT_JAX = ("data", "tokenizers", "config", "resolve", "tables", "errors", "cache")
-DRAWERS = ("util", "utils", "common", "helpers", "misc")
+WITHOUT_JAX = ("errors", "cache_dir", "registry", "config", "tokenizers", "data")
+VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -36,8 +34,8 @@ TREES = {name_of(file): ast.parse(file.read_text()) for file in [ROOT / "launch.
 MODULES = sorted(TREES)
 
 
-def room_of(module: str) -> str:
-    """The room of a module: 'training' for rustgpt_jax.training.train_step, '' for the package itself."""
+def package_of(module: str) -> str:
+    """Return the package of a module: 'training' for rustgpt_jax.training.train_step, '' for the package itself."""
     return module.removeprefix(PACKAGE).removeprefix(".").split(".")[0]
 
 
@@ -60,12 +58,13 @@ def libraries(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downwards_only(module: str) -> None:
-    own = [name for name in imports(module) if name.split(".")[0] == PACKAGE and room_of(name)]
-    unknown = {room_of(name) for name in [module, *own]} - {"", *FLOOR_OF}
-    assert not unknown, f"rooms that stand on no floor: {unknown}"
-    floor = FLOOR_OF.get(room_of(module), len(FLOORS))
-    assert [name for name in own if FLOOR_OF[room_of(name)] < floor] == []
+def test_a_package_imports_only_from_lower_layers(module: str) -> None:
+    package = package_of(module)
+    own = [name for name in imports(module) if name.split(".")[0] == PACKAGE and package_of(name)]
+    unknown = {package_of(name) for name in [module, *own]} - {"", *LAYERS}
+    assert not unknown, f"packages without a layer: {unknown}"
+    below = {"", package, *LAYERS[: LAYERS.index(package)]} if package else {""}
+    assert [name for name in own if package_of(name) not in below] == []
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -77,24 +76,24 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_libraries_stay_in_their_rooms(module: str) -> None:
+def test_libraries_are_imported_only_where_allowed(module: str) -> None:
     used = libraries(module)
     if module != "launch":
         assert not used & {"configs", "experiments", "launch", "tests"}
-    if room_of(module) in (*ROOMS_WITHOUT_JAX, "launch"):
+    if package_of(module) in (*WITHOUT_JAX, "launch"):
         assert not used & {"jax", "jaxlib", "flax", "optax", "orbax"}
-    if room_of(module) != "model":
+    if package_of(module) != "model":
         assert "flax" not in used
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "model"])
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) == "model"])
 def test_the_model_knows_only_itself_and_its_config(module: str) -> None:
-    rooms = {room_of(name) for name in imports(module) if name.startswith(PACKAGE)}
-    assert rooms <= {"model", *FLOORS[-1]}
+    packages = {package_of(name) for name in imports(module) if name.startswith(PACKAGE)}
+    assert packages <= {"model", "config", *LAYERS[: LAYERS.index("config")]}
 
 
 def test_reading_data_and_configs_starts_no_jax() -> None:
-    quiet = [module for module in MODULES if room_of(module) in ROOMS_WITHOUT_JAX]
+    quiet = [module for module in MODULES if package_of(module) in WITHOUT_JAX]
     # grain brings JAX by itself.
     code = f"""
 import sys, types
@@ -107,8 +106,8 @@ print([name for name in ("jax", "flax") if name in sys.modules])
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_module_is_a_drawer_for_the_homeless(module: str) -> None:
-    assert not [part for part in module.split(".") if part in DRAWERS or part.endswith(("_lib", "_utils"))]
+def test_no_module_has_a_vague_name(module: str) -> None:
+    assert not [part for part in module.split(".") if part in VAGUE_NAMES or part.endswith(("_lib", "_utils"))]
 
 
 # What is public.

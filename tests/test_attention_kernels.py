@@ -21,17 +21,15 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.flops import inner_programs
-from rustgpt_jax.model.hook_points import sites
-from rustgpt_jax.model.kernels import dispatch, tokamax, verify
-from rustgpt_jax.model.kernels.blockwise import blockwise
-from rustgpt_jax.model.kernels.causal_chunked import triangular
-from rustgpt_jax.model.kernels.cudnn import cudnn
+from rustgpt_jax.model.hook_points import hook_points
+from rustgpt_jax.model.kernels import accelerator, dispatch, verify
+from rustgpt_jax.model.kernels.accelerator import cudnn
 from rustgpt_jax.model.kernels.dispatch import KERNELS, LONG, SHORT, Choice, chosen
-from rustgpt_jax.model.kernels.portable import plain
+from rustgpt_jax.model.kernels.portable import blockwise, plain, triangular
 from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Request, Task
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
-from rustgpt_jax.planning.hlo_cost import product_flops
+from rustgpt_jax.planning.aot_compile import product_flops
 from rustgpt_jax.sharding.mesh import make_mesh
 from rustgpt_jax.training.validate_components import check_parts
 
@@ -236,13 +234,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN and tokamax as they would be, were this device one of theirs."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=by_xla))  # type: ignore[arg-type]
-    monkeypatch.setattr(tokamax, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
+    monkeypatch.setattr(accelerator, "IMPLEMENTATIONS", {"cpu": ("xla",), "gpu": ("xla",)})
 
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("case", FOR_LIBRARIES)
 def test_libraries_are_asked_for_the_same(case: str) -> None:
-    check_against_brute_force(task_of(**FOR_LIBRARIES[case]), 2e-5, cudnn, tokamax.tokamax)
+    check_against_brute_force(task_of(**FOR_LIBRARIES[case]), 2e-5, cudnn, accelerator.tokamax)
 
 
 @pytest.mark.usefixtures("libraries")
@@ -257,7 +255,7 @@ def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("attend", [cudnn, tokamax.tokamax])
+@pytest.mark.parametrize("attend", [cudnn, accelerator.tokamax])
 def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[Task], jax.Array]) -> None:
     task = task_of()
 
@@ -294,12 +292,12 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -
 
 def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tokamax", reason="tokamax is not installed")
-    base = "tokamax._src.ops.attention.pallas_mosaic_tpu"
+    base = "accelerator._src.ops.attention.pallas_mosaic_tpu"
     for module, name in ((base, "PallasMosaicTpuFlashAttention"), (f"{base}_vjp", "PallasMosaicTpuFlashAttentionVjp")):
         monkeypatch.setattr(getattr(importlib.import_module(module), name), "supported_on", lambda *_: True)
-    monkeypatch.setattr(tokamax, "device_at_hand", lambda: Device("tpu"))
+    monkeypatch.setattr(accelerator, "device_at_hand", lambda: Device("tpu"))
     with jax.numpy_rank_promotion("allow"):
-        text = lowered_for("tpu", tokamax.tokamax, task_of(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16))
+        text = lowered_for("tpu", accelerator.tokamax, task_of(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16))
     assert text.count("tpu_custom_call") == 2
 
 
@@ -349,7 +347,7 @@ USUAL = Request(
     ],
 )
 def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokamax, "find_spec", lambda name: name)
+    monkeypatch.setattr(accelerator, "find_spec", lambda name: name)
     request = USUAL._replace(**changes)
     assert chosen("auto", request).kernel == kernel
     assert chosen("portable", request).kernel == chosen("auto", request._replace(device=ANY_DEVICE)).kernel
@@ -365,7 +363,7 @@ def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokamax, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerator, "find_spec", lambda name: None)
     requests = [
         USUAL,
         USUAL._replace(softcap=True),
@@ -463,7 +461,7 @@ def test_what_is_cached_is_read_by_plain() -> None:
 
 def test_taps_find_scores_only_where_they_are() -> None:
     def found(kernel: str) -> dict[str, tuple[int, ...]]:
-        every = sites(model_config(attention_kernel=kernel), 2, 24)
+        every = hook_points(model_config(attention_kernel=kernel), 2, 24)
         return {site.name: site.shape for site in every}
 
     plain_sites, blockwise_sites = found("plain"), found("blockwise")
@@ -474,7 +472,7 @@ def test_taps_find_scores_only_where_they_are() -> None:
     model = model_config(attention_kernel="blockwise")
     context = Context(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
     slots = jax.tree.map(
-        jnp.asarray, importlib.import_module("rustgpt_jax.model.hook_points").slots(sites(model, 2, 24))
+        jnp.asarray, importlib.import_module("rustgpt_jax.model.hook_points").slots(hook_points(model, 2, 24))
     )
     _, _, measured = jax.eval_shape(
         lambda params: transformer.tapped(params, tokens(), model, context, slots), random_params(model)

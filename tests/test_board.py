@@ -13,8 +13,7 @@ from rich.console import Console
 
 from rustgpt_jax.sweeps import live_table as boards
 from rustgpt_jax.sweeps.live_table import Board
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
 from rustgpt_jax.sweeps.trials import Trial, expand
 
 STEPS = 100

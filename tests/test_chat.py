@@ -17,12 +17,12 @@ from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import Config, SamplingConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data import datasets
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference import chat as chat_module
 from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, in_words
 from rustgpt_jax.inference.text_generator import Writer, write
 from rustgpt_jax.model import transformer
+from rustgpt_jax.tokenizers.messages import Turn
 
 CONTEXT = 64
 

@@ -22,8 +22,7 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing as checkpoints_module
 from rustgpt_jax.training.checkpointing import Checkpoints, Damaged, layout
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
-from rustgpt_jax.training.spike_detection import healthy
-from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
+from rustgpt_jax.training.train_step import State, as_arguments, compiled_start, healthy
 
 CONFIG = small_config()
 

@@ -21,11 +21,17 @@ from rich.console import Console
 from rustgpt_jax.cli.check import check
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import long_row_checks, rounding_checks
-from rustgpt_jax.conformance.assertions import Broken, require_close, require_finite, require_same_bits
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
+from rustgpt_jax.conformance.fixtures import (
+    SMALL,
+    Broken,
+    require_close,
+    require_finite,
+    require_same_bits,
+    small_model,
+)
 from rustgpt_jax.conformance.runner import run_check
 from rustgpt_jax.conformance.targets import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
-from rustgpt_jax.conformance.tiny_config import SMALL, small_model
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops
 from rustgpt_jax.model.mixers import MIXERS

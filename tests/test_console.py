@@ -16,7 +16,7 @@ from small_runs import train
 from synthetic_sweep import grid, write_sweep
 from test_architecture import MODULES, TREES
 
-from rustgpt_jax.tracking.console import PlainTextConsole
+from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.tracking.progress import counting, waiting
 
 HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"

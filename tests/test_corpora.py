@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.config.validation import parse
 from rustgpt_jax.data import datasets
-from rustgpt_jax.data.datasets import CORPORA, ROLES, Document, Turn, plain
+from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.tokenizers.messages import ROLES, Document, Turn, plain
 
 
 def config(corpus: str = "files", paths: tuple[str, ...] = (), **changes: Any) -> DataConfig:

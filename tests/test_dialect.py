@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
-from rustgpt_jax.data.datasets import Document, Turn, documents, plain
+from rustgpt_jax.data.datasets import documents
 from rustgpt_jax.data.pipeline import Places, Windows
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
@@ -34,6 +34,7 @@ from rustgpt_jax.tokenizers import (
     train_tokenizer,
 )
 from rustgpt_jax.tokenizers.chat_template import rendered, turn_end
+from rustgpt_jax.tokenizers.messages import Document, Turn, plain
 
 TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{{ '<s>[' + messages[0].content + ']' }}{% endif %}

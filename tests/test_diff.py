@@ -14,11 +14,10 @@ from small_runs import copy_code, run_config, train_elsewhere
 
 from rustgpt_jax.config.schema import with_values
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce import run_diff
 from rustgpt_jax.reproduce import run_diff as diffs
-from rustgpt_jax.reproduce import trace_diff
 from rustgpt_jax.reproduce.metadata_diff import sections
-from rustgpt_jax.reproduce.run_diff import diff
-from rustgpt_jax.reproduce.trace_diff import Origin
+from rustgpt_jax.reproduce.run_diff import Origin, diff
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
 from rustgpt_jax.workdir.event_log import Journal
 from rustgpt_jax.workdir.run_dir import RunFolder, create
@@ -203,7 +202,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
 ) -> None:
     asked = []
 
-    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> trace_diff.Trace:
+    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> run_diff.Trace:
         asked.append((begin, last, has_taps))
         steps = {number: a_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
@@ -215,12 +214,12 @@ def test_the_first_tensor_is_the_first_that_is_made(
                 del step["activations"], step["gradients"]
         return steps
 
-    monkeypatch.setattr(trace_diff, "trace", trace)
+    monkeypatch.setattr(run_diff, "trace", trace)
     second = RunFolder(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
-        assert trace_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
+        assert run_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
     # The insides of many steps are not looked at.
-    assert all(last - begin < trace_diff.FEW_STEPS for begin, last, has_taps in asked if has_taps)
+    assert all(last - begin < run_diff.FEW_STEPS for begin, last, has_taps in asked if has_taps)
 
 
 def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunFolder) -> None:

@@ -21,10 +21,21 @@ from rich.console import Console
 from rustgpt_jax.config.schema import Config, split, with_values
 from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import anomaly_detection, diagnostics
+from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.reproduce import anomaly_detection, diagnose
 from rustgpt_jax.reproduce.anomaly_detection import Suspect, TooHigh, spike, suspect
-from rustgpt_jax.reproduce.diagnose import Trial, View, advice, diagnosis, doctor, earlier, try_remedies
-from rustgpt_jax.reproduce.diagnostics import first_bad, odd_rows, of_first_bad
+from rustgpt_jax.reproduce.diagnose import (
+    Trial,
+    View,
+    advice,
+    diagnosis,
+    doctor,
+    earlier,
+    first_bad,
+    odd_rows,
+    of_first_bad,
+    try_remedies,
+)
 from rustgpt_jax.reproduce.interventions import CONTROL, Fate, Remedy, fitted, flags, remedies
 from rustgpt_jax.reproduce.recorded_run import HISTORY, History, Past
 from rustgpt_jax.reproduce.replay_step import Again, is_fault, make_again
@@ -32,7 +43,6 @@ from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.instrumented_step import ACTIVATION, PARAMETER, UPDATE, Tensor
 from rustgpt_jax.training.train_step import as_arguments, start_from
-from rustgpt_jax.tree_paths import by_path
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -169,7 +179,7 @@ def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:
 def test_what_grew_most_is_named_against_a_calm_step() -> None:
     calm = [tensor("a"), tensor("b"), tensor("c")]
     now = [calm[0]._replace(largest=6e19), calm[1]._replace(largest=3e22), calm[2]]
-    (sentence,) = diagnostics.of_growth(now, calm, 7)
+    (sentence,) = diagnose.of_growth(now, calm, 7)
     assert sentence.startswith("The activation that grew most since step 7 is b:") and "1e+03 times" in sentence
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.cli.explain import explain
+from rustgpt_jax.cli.sweep import preview
 from rustgpt_jax.config.schema import Config, is_by_epochs, stages
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
@@ -19,9 +20,8 @@ from rustgpt_jax.interop.warm_start import begin_from
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import Past
 from rustgpt_jax.reproduce.replay_step import make_again
-from rustgpt_jax.sharding.host_resources import Machine
+from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps.asset_cache import Shelf
-from rustgpt_jax.sweeps.dry_run import preview
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, in_words

@@ -16,7 +16,7 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
-from rustgpt_jax.interop.config_equivalence import UNSAID, computation, disagreements
+from rustgpt_jax.interop.config_mapping import UNSAID, computation, disagreements
 from rustgpt_jax.interop.import_hf import read_model, write_parameters
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size

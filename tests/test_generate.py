@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, TokenizerConfig
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import (
     begin,
@@ -28,6 +27,7 @@ from rustgpt_jax.inference.sampling import from_config
 from rustgpt_jax.inference.text_generator import Writer, write, write_as_it_comes
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
+from rustgpt_jax.tokenizers.messages import Turn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.spike_detection import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
+from rustgpt_jax.training.train_step import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

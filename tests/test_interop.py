@@ -17,14 +17,14 @@ from conftest import random_params, small_config
 
 from configs import base
 from experiments.benchmarks.family_logits import CASES, TOKENS, VARIANTS, model_config, random_reference
+from rustgpt_jax.cli import convert
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.interop import logit_parity
 from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
-from rustgpt_jax.interop.config_equivalence import disagreements, over_layers, shortest_pattern
+from rustgpt_jax.interop.config_mapping import disagreements, over_layers, shortest_pattern
 from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.hf_config import Settings
 from rustgpt_jax.interop.import_hf import read_model, write_parameters
@@ -189,15 +189,15 @@ def test_a_key_under_another_name_is_read_and_two_that_disagree_are_refused() ->
 
 def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
-    found = logit_parity.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)
+    found = convert.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)
     assert found.difference is not None and found.difference < 1e-4
-    other = logit_parity.compare_logits(tmp_path / "there", lambda: random_params(LLAMA, seed=1), LLAMA)
+    other = convert.compare_logits(tmp_path / "there", lambda: random_params(LLAMA, seed=1), LLAMA)
     assert other.difference is not None and other.difference > 0.1
 
 
 def test_the_comparison_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = logit_parity.compare_logits(tmp_path, dict, LLAMA)
+    found = convert.compare_logits(tmp_path, dict, LLAMA)
     assert (found.difference, found.reason) == (None, "torch is not installed")
 
 

@@ -15,13 +15,11 @@ from conftest import small_tree
 from rich.console import Console
 
 from rustgpt_jax.cli import convert
-from rustgpt_jax.cli.convert import export_run, import_run
+from rustgpt_jax.cli.convert import Comparison, export_run, import_run
 from rustgpt_jax.config.schema import config_hash
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import write
-from rustgpt_jax.interop import logit_parity
-from rustgpt_jax.interop.logit_parity import Comparison
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.loop import train
@@ -165,7 +163,7 @@ def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
 ) -> None:
     pytest.importorskip("torch")
     said: list[str] = []
-    monkeypatch.setattr(logit_parity, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
+    monkeypatch.setattr(convert, "_logits", lambda *_: (_ for _ in ()).throw(OSError("no such file\nat all")))
     assert imported(folder, tmp_path / "run", said.append).parameters_file.exists()
     assert "Not compared with transformers: it cannot run this folder (OSError: no such file)." in said
 

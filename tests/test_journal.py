@@ -15,8 +15,7 @@ from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import recorded_run
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import launches, programs
+from rustgpt_jax.workdir.event_log import Journal, launches, programs
 from rustgpt_jax.workdir.run_dir import RunFolder, lock
 
 VALUES = some.dictionaries(

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from rustgpt_jax.sweeps.trial_log import DONE, EVENTS, Ledger
+from rustgpt_jax.sweeps.sweep_dir import DONE, EVENTS, Ledger
 
 ROOT = Path(__file__).parent.parent
 TRIALS = ("aaaaaaaa", "bbbbbbbb", "cccccccc")
@@ -143,7 +143,7 @@ def test_a_line_that_is_no_event_is_passed_over(line: bytes, tmp_path: Path) -> 
 WRITER = """
 import sys
 from pathlib import Path
-from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.sweeps.sweep_dir import Ledger
 
 name, file, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 ledger = Ledger(file)

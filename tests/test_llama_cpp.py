@@ -19,7 +19,6 @@ from conftest import random_params, small_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rustgpt_jax.config.schema import TokenizerConfig
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
@@ -31,6 +30,7 @@ from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, write_codec
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import Codec, Dialect, encode_prompt, train_tokenizer
 from rustgpt_jax.tokenizers.chat_template import rendered
+from rustgpt_jax.tokenizers.messages import Turn
 
 pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")

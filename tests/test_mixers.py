@@ -16,7 +16,7 @@ from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mixers import deltanet as deltanet_mixer
 from rustgpt_jax.model.mixers import rg_lru as rg_lru_mixer
-from rustgpt_jax.model.mixers.delta_rule import CHUNK, gated_delta_rule
+from rustgpt_jax.model.mixers.deltanet import CHUNK, gated_delta_rule
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution
 

@@ -489,7 +489,7 @@ def equations(jaxpr: Any) -> list[str]:
 
 
 def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
-    flops, exponentials = {}, {}
+    counted, exponentials = {}, {}
     for remat in ("none", "dots", "full"):
         model = model_config(remat=remat, feedforwards="relu", positions="learned")
         program = jax.make_jaxpr(lambda p, t, model=model: loss_and_gradient(model, p, t))(
@@ -497,8 +497,8 @@ def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
         )
         names = equations(program.jaxpr)
         assert any("remat" in name or "checkpoint" in name for name in names) == (remat != "none")
-        flops[remat], exponentials[remat] = flops.matrix_product_flops(program.jaxpr), names.count("exp")
-    assert flops["none"] == flops["dots"] < flops["full"]
+        counted[remat], exponentials[remat] = flops.matrix_product_flops(program.jaxpr), names.count("exp")
+    assert counted["none"] == counted["dots"] < counted["full"]
     assert exponentials["none"] < exponentials["dots"] == exponentials["full"]
 
 

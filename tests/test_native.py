@@ -19,8 +19,8 @@ from rustgpt_jax.inference.decode_params import Form, for_decoding, form
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, output_by_output
-from rustgpt_jax.native import build, matvec
-from rustgpt_jax.native.build import NotBuilt, built
+from rustgpt_jax.native import matvec
+from rustgpt_jax.native.matvec import NotBuilt, built
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 def has_compiler() -> bool:
     try:
-        build._compiler()
+        matvec._compiler()
     except NotBuilt:
         return False
     return True
@@ -159,7 +159,7 @@ def test_it_is_built_once_for_each_source_and_compiler(
     assert library.stat().st_mtime_ns == before
     source.write_text("int one() { return 2; }\n")
     assert built(source) != library
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    monkeypatch.setattr(matvec, "FLAGS", (*matvec.FLAGS, "-DOTHER"))
     built(source)
     assert len(libraries(own_cache)) == 3
 
@@ -167,7 +167,7 @@ def test_it_is_built_once_for_each_source_and_compiler(
 BUILDER = """
 import sys
 from pathlib import Path
-from rustgpt_jax.native.build import built
+from rustgpt_jax.native.matvec import built
 print(built(Path(sys.argv[1])))
 """
 

@@ -15,6 +15,7 @@ from rustgpt_jax.config.schema import OptimizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import (
     EVALUATION_PARAMS,
     OPTIMIZERS,
@@ -23,7 +24,6 @@ from rustgpt_jax.training.optimizers import (
     muon_partition,
     optimizer,
 )
-from rustgpt_jax.tree_paths import by_path
 
 Params = dict[str, Any]
 

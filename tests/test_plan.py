@@ -21,13 +21,18 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compiled_step
 from rustgpt_jax.planning.collectives import Collective
-from rustgpt_jax.planning.estimate import Estimate, estimate
-from rustgpt_jax.planning.memory_suggestions import changes
+from rustgpt_jax.planning.estimate import (
+    Estimate,
+    Seconds,
+    changes,
+    collective_seconds,
+    estimate,
+    step_seconds,
+    utilization,
+)
 from rustgpt_jax.planning.report import show, show_changes
-from rustgpt_jax.planning.roofline import Seconds, collective_seconds, step_seconds, utilization
-from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
+from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
 from rustgpt_jax.sharding.mesh import axis_sizes
-from rustgpt_jax.sharding.peak_flops import PEAK_FLOPS
 from rustgpt_jax.sharding.sharding_plan import Placement, check_shares
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from rustgpt_jax.planning.aot_compile import product_flops, product_traffic, warnings_in
 from rustgpt_jax.planning.collectives import Collective, Sum, _groups, collectives, summary
-from rustgpt_jax.planning.compiler_log import warnings_in
 from rustgpt_jax.planning.hlo import read
-from rustgpt_jax.planning.hlo_cost import product_flops, product_traffic
 
 ROOT = Path(__file__).parent.parent
 MESH = {"data": 4, "tensor": 2}
@@ -72,7 +71,7 @@ programs = {
                       at(), ((2, 64, 4), f32, at())),
     "half": text(lambda a: a.sum(), at(), ((8, 4), f32, at(("tensor", "data")))),
 }
-from rustgpt_jax.planning.compiler_log import heard
+from rustgpt_jax.planning.aot_compile import heard
 cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 with heard() as warnings:
     rows, others = NamedSharding(cube, P(("a", "b", "c"))), NamedSharding(cube, P("b", "a"))

@@ -15,11 +15,11 @@ from conftest import random_params, small_config
 from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import token_sums
-from rustgpt_jax.model import fp8, transformer
+from rustgpt_jax.model import matmul, transformer
 from rustgpt_jax.model.flops import inner_programs, parameter_shapes, total_size
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import OPTIMIZERS, evaluation_params, optimizer
 from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps
-from rustgpt_jax.tree_paths import by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -153,7 +153,7 @@ def arrays(shape: tuple[int, ...], size: float = 1.0) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (7,)])
 def test_products_in_8_bits_are_those_of_numpy(shape: tuple[int, ...], size: float) -> None:
     x, kernel, gradient = arrays(shape, size)
-    y, transpose = jax.vjp(fp8.product, x, kernel)
+    y, transpose = jax.vjp(matmul.fp8_matmul, x, kernel)
     of_x, of_kernel = transpose(jnp.asarray(gradient))
 
     (x8, x_scale), (w8, w_scale) = (rounded(each, ml_dtypes.float8_e4m3fn) for each in (x, kernel))
@@ -173,9 +173,11 @@ def test_products_in_8_bits_are_those_of_numpy(shape: tuple[int, ...], size: flo
 def test_every_tensor_of_a_trial_has_a_scale_of_its_own() -> None:
     x, kernel, _ = arrays((4, 7))
     sizes = np.array([1.0, 1e-9, 1e9], np.float32)[:, None, None]
-    many = jax.jit(jax.vmap(jax.grad(lambda x, kernel: jnp.sum(jnp.square(fp8.product(x, kernel))), argnums=(0, 1))))
+    many = jax.jit(
+        jax.vmap(jax.grad(lambda x, kernel: jnp.sum(jnp.square(matmul.fp8_matmul(x, kernel))), argnums=(0, 1)))
+    )
     found = many(sizes * x[None], kernel[None] / sizes)
-    one = jax.grad(lambda x, kernel: jnp.sum(jnp.square(fp8.product(x, kernel))), argnums=(0, 1))(x, kernel)
+    one = jax.grad(lambda x, kernel: jnp.sum(jnp.square(matmul.fp8_matmul(x, kernel))), argnums=(0, 1))(x, kernel)
     for stacked, alone, size in zip(found, one, (1 / sizes, sizes), strict=True):
         np.testing.assert_allclose(stacked / size, np.broadcast_to(alone[None], stacked.shape), rtol=1e-5, atol=1e-2)
 
@@ -183,7 +185,7 @@ def test_every_tensor_of_a_trial_has_a_scale_of_its_own() -> None:
 def test_products_of_zeros_are_zeros() -> None:
     x, kernel, _ = arrays((4, 7))
     for left, right in ((0 * x, kernel), (x, 0 * kernel), (0 * x, 0 * kernel)):
-        y, transpose = jax.vjp(fp8.product, left, right)
+        y, transpose = jax.vjp(matmul.fp8_matmul, left, right)
         assert not np.any(y)
         assert all(np.all(np.isfinite(each)) for each in transpose(jnp.ones_like(y)))
         assert not any(np.any(each) for each in transpose(jnp.zeros_like(y)))
@@ -195,7 +197,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     for place in range(3):
         given = [np.array(each) for each in (x, kernel, gradient)]
         given[place].flat[3] = bad
-        y, transpose = jax.vjp(fp8.product, *given[:2])
+        y, transpose = jax.vjp(matmul.fp8_matmul, *given[:2])
         assert np.any(~np.isfinite(y)) == (place < 2)
         of_x, of_kernel = transpose(jnp.asarray(given[2]))
         assert np.any(~np.isfinite(of_x)) or place == 0

@@ -17,9 +17,8 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.distributed import failure_propagation
-from rustgpt_jax.distributed.cluster_env import detected, own_devices
 from rustgpt_jax.distributed.failure_propagation import LOST, MISTAKE, Patience, is_loss
-from rustgpt_jax.distributed.multihost import Votes, all_agree, join
+from rustgpt_jax.distributed.multihost import Votes, all_agree, detected, join, own_devices
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER

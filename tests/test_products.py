@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rustgpt_jax.config.schema import ModelConfig, for_inference
-from rustgpt_jax.model import custom_vjps, transformer
-from rustgpt_jax.model.custom_vjps import COSTLY, activated, gelu_exact
+from rustgpt_jax.model import matmul as matmul_module
+from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.kernels.types import Device
-from rustgpt_jax.model.matmul import product, readout
+from rustgpt_jax.model.matmul import COSTLY, activated, gelu_exact, readout
+from rustgpt_jax.model.matmul import matmul as product
 from rustgpt_jax.model.transformer import REMAT_POLICIES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -254,7 +255,7 @@ def barriers(model: ModelConfig) -> int:
 def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: str, form: str) -> None:
     model = model_of(n_layers=1, attention_kernel="plain")
     wanted = barriers(dataclasses.replace(model, derivatives=form))
-    monkeypatch.setattr(custom_vjps, "device_at_hand", lambda: Device(platform))
+    monkeypatch.setattr(matmul_module, "device_at_hand", lambda: Device(platform))
     assert barriers(dataclasses.replace(model, derivatives="auto")) == wanted
     # At least two for each of four products of attention and three of the feed-forward, and one for its activation.
     assert wanted >= 15 if form == "kept" else wanted == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state, tiny
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.startup_timer import Laps
+from rustgpt_jax.tracking.progress import Laps
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.profiler import span
 

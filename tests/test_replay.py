@@ -18,19 +18,18 @@ from rich.console import Console
 
 from rustgpt_jax.config.schema import Config, Stage
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce import recorded_run as pasts
 from rustgpt_jax.reproduce.anomaly_detection import suspect
-from rustgpt_jax.reproduce.heatmap import short
+from rustgpt_jax.reproduce.html_report import short
 from rustgpt_jax.reproduce.recorded_run import Past, Rewind, start_of
 from rustgpt_jax.reproduce.replay import replay
 from rustgpt_jax.reproduce.replay_step import Again, make_again
 from rustgpt_jax.reproduce.step_trace import trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.instrumented_step import Tensor
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -24,16 +24,14 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.report.axis_scales import scale_of
 from rustgpt_jax.sweeps.report.labels import knob_names, rerun_command, value_text
 from rustgpt_jax.sweeps.report.loss_curves import thinned
 from rustgpt_jax.sweeps.report.lr_sensitivity import sensitivities
-from rustgpt_jax.sweeps.report.palette import Colouring, css
 from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results
 from rustgpt_jax.sweeps.report.stats import compare_with_best
-from rustgpt_jax.sweeps.report.svg import TRIAL, show_losses
+from rustgpt_jax.sweeps.report.svg import TRIAL, Colouring, css, scale_of, show_losses
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")

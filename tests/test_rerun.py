@@ -22,14 +22,13 @@ from rich.console import Console
 from small_runs import ROOT, copy_code, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import compare_metrics, trace_diff
+from rustgpt_jax.reproduce import compare_metrics, run_diff
 from rustgpt_jax.reproduce import rerun as reruns
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.environment import environment
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -274,7 +273,7 @@ def test_a_trace_that_is_stopped_leaves_nothing_behind(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        trace_diff.trace(RunFolder(twice[0] / "run"), 1, 1, False)
+        run_diff.trace(RunFolder(twice[0] / "run"), 1, 1, False)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -349,7 +348,7 @@ sys.path[:0] = ["tests"]
 from rustgpt_jax.workdir.run_dir import RunFolder
 path = Path(sys.argv[2])
 if sys.argv[1] == "train":
-    from rustgpt_jax.sharding.host_resources import use_cpu_devices
+    from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
     use_cpu_devices(2)
     from small_runs import train
     train(path)

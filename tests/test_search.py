@@ -57,8 +57,7 @@ from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
 from rustgpt_jax.sweeps.trials import Trial, expand, feasible_points
 from rustgpt_jax.training import executors
 from rustgpt_jax.workdir.run_dir import InUse, load_config, lock

@@ -25,12 +25,12 @@ from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.mesh import axis_sizes, least_devices
 from rustgpt_jax.sharding.partition_rules import RULES, placed, share
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.train_step import as_arguments, start
-from rustgpt_jax.tree_paths import by_path
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from rustgpt_jax.sweeps.asset_cache import Shelf
-from rustgpt_jax.sweeps.launchers.types import Launch
+from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import EVENTS, Event, Ledger
+from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepFolder
 
 ROOT = Path(__file__).parent.parent
 # The package has the function under the same name.

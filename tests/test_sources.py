@@ -15,9 +15,9 @@ from test_pipeline import assert_equal, stream_of, streams, windows
 
 from rustgpt_jax.data.pipeline import Batch, Places, Windows
 from rustgpt_jax.data.token_shards import TokenStream
-from rustgpt_jax.sharding import host_resources
+from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.device_dataset import n_bytes, read_windows, resident
+from rustgpt_jax.training.batch_source import n_bytes, read_windows, resident
 
 
 def on_device(stream: TokenStream, places: Places, window: int) -> Batch:
@@ -95,6 +95,6 @@ def test_on_a_mesh_too(tmp_path: Path) -> None:
 
 
 def test_memory_is_known_where_the_system_is_not_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = host_resources.free_memory()
-    monkeypatch.setattr(host_resources, "MEMORY", tmp_path / "not there")
-    assert 0 < free <= host_resources.free_memory()
+    free = hardware_specs.free_memory()
+    monkeypatch.setattr(hardware_specs, "MEMORY", tmp_path / "not there")
+    assert 0 < free <= hardware_specs.free_memory()

@@ -17,7 +17,6 @@ from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.evaluation.loss import Sums, held_out_sums, objective, token_sums
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
-from rustgpt_jax.training.spike_detection import healthy
 from rustgpt_jax.training.train_step import (
     Metrics,
     Numbers,
@@ -26,6 +25,7 @@ from rustgpt_jax.training.train_step import (
     compiled_start,
     compiled_train_steps,
     gradient,
+    healthy,
 )
 
 TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}

@@ -20,8 +20,7 @@ from tokenizers import Tokenizer
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data import datasets, preprocess, token_store
-from rustgpt_jax.data.temporary import temporary_folder
-from rustgpt_jax.data.token_store import build_store, open_store, require_batch
+from rustgpt_jax.data.token_store import build_store, open_store, require_batch, temporary_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
@@ -157,7 +156,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
-from rustgpt_jax.data import prepare
+from rustgpt_jax.data import preprocess
 from rustgpt_jax.data.token_store import build_store
 data, folder = DataConfig("files", (sys.argv[1],), None, "tail", 0.1, "all", None), Path(sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -263,7 +262,7 @@ def test_an_error_in_the_build_leaves_nothing(lines: DataConfig, tmp_path: Path)
 KILLED = """
 import os, signal, sys
 from rustgpt_jax.config.schema import DataConfig
-from rustgpt_jax.data import store
+from rustgpt_jax.data import token_store
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec
 
 file, folder = sys.argv[1:]

@@ -28,13 +28,12 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluate import evaluate_run
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.launchers.subprocesses import MOST_DEATHS, processes
-from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import executors

@@ -11,7 +11,7 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.event_log import launches
 from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")

@@ -12,9 +12,9 @@ from rustgpt_jax.data.preprocess import obtain_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
 from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.reproduce.metadata_diff import config_differences
 from rustgpt_jax.training.load_model import load
-from rustgpt_jax.tree_paths import by_path
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import ModelConfig, split
 from rustgpt_jax.data.pipeline import Batch
+from rustgpt_jax.fingerprints import fingerprint, fingerprints
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.hook_points import Site, sites, slots
+from rustgpt_jax.model.hook_points import Site, hook_points, slots
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import MIXERS, attention
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.training.fingerprints import fingerprint, fingerprints
 from rustgpt_jax.training.instrumented_step import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
@@ -138,7 +138,7 @@ def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: Mod
 def check(model: ModelConfig) -> None:
     """Every measurement, forward and backward, is that of the tensor and of the gradient in `perturbed`."""
     params, read = random_params(model), batch()
-    every = sites(model, ROWS, LENGTH)
+    every = hook_points(model, ROWS, LENGTH)
 
     @jax.jit
     def measure(params: Any, slots: intermediates.Slots) -> Any:
@@ -192,7 +192,7 @@ def test_every_layer_is_measured(mixer: str, feedforward: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_has_sites_in_the_order_of_its_computation(mixer: str) -> None:
     model = model_with(n_layers=2, mixers=mixer, feedforwards="moe", norm_placement="pre")
-    names = [site.name for site in sites(model, ROWS, LENGTH)]
+    names = [site.name for site in hook_points(model, ROWS, LENGTH)]
     assert len(set(names)) == len(names)
     inside = [name for name in names if name.startswith("layers/0/mixer/")]
     assert len(inside) >= 4 and inside[-1] == "layers/0/mixer/output"
@@ -224,12 +224,12 @@ def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeyp
     (tmp_path / "own_layer.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = model_with(n_layers=2, feedforwards="own_layer:Own")
-    found = {site.site: site for site in sites(model, ROWS, LENGTH) if site.layer == 1}
+    found = {site.site: site for site in hook_points(model, ROWS, LENGTH) if site.layer == 1}
     inside = [name for name in found if name.startswith("feedforward") and "_" not in name]
     # Linear layers under vmap have many outputs: what is made of them has one.
     kinds = ["twice", "twice:2", "angle", "again"]
     assert inside == [*(f"feedforward/{kind}" for kind in kinds), "feedforward"]
-    params, read, every = random_params(model), batch(), sites(model, ROWS, LENGTH)
+    params, read, every = random_params(model), batch(), hook_points(model, ROWS, LENGTH)
     _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
     norms = {name: intermediates.reading(np.asarray(site.of(measured))).norm for name, site in found.items()}
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
@@ -354,7 +354,7 @@ def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
     model = model_with(n_layers=3)
     params = random_params(model)
     params["blocks"]["0"]["mixer"]["key"]["kernel"][1, 0, 0] = np.nan
-    read, every = batch(), sites(model, ROWS, LENGTH)
+    read, every = batch(), hook_points(model, ROWS, LENGTH)
     _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
     bad = [site.name for site in every if intermediates.reading(np.asarray(site.of(measured))).nonfinite]
     assert bad[0] == "layers/1/mixer/key"

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
 from rustgpt_jax.data import datasets
-from rustgpt_jax.data.datasets import Document, Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import (
     ASSISTANT,
@@ -26,6 +25,7 @@ from rustgpt_jax.tokenizers import (
     Codec,
     encoding,
 )
+from rustgpt_jax.tokenizers.messages import Document, Turn, plain
 
 TEXTS = [
     "The rain falls on the hill. It doesn't stop, does it?",
@@ -81,7 +81,7 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "PIECE_CHARACTERS", 4)
         patch.setattr(encoding, "CALL_CHARACTERS", 10)
-        ids, _ = tokenizers.encode_document(tokenizer, datasets.plain("", text), "all")
+        ids, _ = tokenizers.encode_document(tokenizer, plain("", text), "all")
     assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
 
 
@@ -102,9 +102,9 @@ def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, te
 def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> None:
     text = "a b " + letter * 300_000
     with pytest.raises(UserError, match=r"300,000 characters in a row|300,001 characters in a row"):
-        tokenizers.encode_document(TRAINED["bpe"], datasets.plain("long", text), "all")
+        tokenizers.encode_document(TRAINED["bpe"], plain("long", text), "all")
     for name in ("byte", "char"):
-        ids, _ = tokenizers.encode_document(TRAINED[name], datasets.plain("long", text), "all")
+        ids, _ = tokenizers.encode_document(TRAINED[name], plain("long", text), "all")
         assert len(ids) == len(text) + 1
 
 
@@ -211,14 +211,14 @@ def test_weights_of_a_dialogue(loss_on: str, expected: str) -> None:
 @pytest.mark.parametrize("loss_on", ["all", "assistant"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_plain_text_is_learned_whole(name: str, loss_on: str) -> None:
-    ids, weights = tokenizers.encode_document(TRAINED[name], datasets.plain("", TEXTS[0]), loss_on)
+    ids, weights = tokenizers.encode_document(TRAINED[name], plain("", TEXTS[0]), loss_on)
     assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
     assert weights.all()
 
 
 def test_documents_encoded_together_are_as_they_are_alone() -> None:
     dialogue = Document("", (Turn("user", "the hill"), Turn("assistant", "the rain")))
-    group = [dialogue, datasets.plain("", "The rain"), Document("", ()), dialogue]
+    group = [dialogue, plain("", "The rain"), Document("", ()), dialogue]
     together = tokenizers.encode_documents(TRAINED["bpe"], group, "assistant")
     for document, (ids, weights) in zip(group, together, strict=True):
         alone = tokenizers.encode_document(TRAINED["bpe"], document, "assistant")
@@ -312,7 +312,7 @@ def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_pat
 def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
     foreign = Codec(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
-        tokenizers.encode_document(foreign, datasets.plain("", "a"), "all")
+        tokenizers.encode_document(foreign, plain("", "a"), "all")
 
 
 def facts(n: int) -> DataConfig:

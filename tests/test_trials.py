@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from rustgpt_jax.config.schema import config_hash, read, stages, to_dict
 from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.host_resources import ACCELERATOR_PLUGINS
+from rustgpt_jax.sharding.hardware_specs import ACCELERATOR_PLUGINS
 from rustgpt_jax.sweeps import choice, tree_parzen, uniform
 from rustgpt_jax.sweeps.trials import ID_DIGITS, Trial, expand, feasible_points, in_words, trial
 

@@ -26,8 +26,7 @@ from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode, own_code
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.validate_components import check_parts
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import archive_of, first_launch
+from rustgpt_jax.workdir.event_log import Journal, archive_of, first_launch
 from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

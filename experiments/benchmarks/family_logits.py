@@ -222,8 +222,8 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     import numpy as np
     import torch
 
+    from rustgpt_jax.cli.convert import difference
     from rustgpt_jax.interop.import_hf import read_model, write_parameters
-    from rustgpt_jax.interop.logit_parity import difference
     from rustgpt_jax.model.flops import parameter_shapes
     from rustgpt_jax.workdir.params_io import read_parameters
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.runner import run_checks, table_of
-from rustgpt_jax.conformance.sharding_checks import use_eight_cpu_devices
 from rustgpt_jax.conformance.targets import Scope, subjects
+from rustgpt_jax.conformance.transform_checks import use_eight_cpu_devices
 from rustgpt_jax.errors import UserError, suggestion
 
 

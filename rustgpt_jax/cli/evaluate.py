@@ -11,7 +11,7 @@ from rustgpt_jax.evaluation.exact_match import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.inference.decode_params import form
 from rustgpt_jax.inference.text_generator import Writer
-from rustgpt_jax.sharding.host_resources import used_machine
+from rustgpt_jax.sharding.hardware_specs import used_machine
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.load_model import Trained
 from rustgpt_jax.training.memory_estimate import check_inference_memory

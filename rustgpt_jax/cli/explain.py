@@ -12,11 +12,11 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import Config, Stage, flatten, is_by_epochs, split, stages
 from rustgpt_jax.data.preprocess import obtain_tokenizer, resolve_epochs_with, with_vocabulary
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.training.train_step import as_arguments, start
 from rustgpt_jax.training.validate_components import check_parts
-from rustgpt_jax.tree_paths import by_path
 
 
 def explain(config: Config, origins: Mapping[str, str], console: Console) -> None:

@@ -7,11 +7,9 @@ from rich.console import Console
 
 from rustgpt_jax.config.schema import Config, Stage, stages, with_values
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.planning.estimate import Estimate, estimate
-from rustgpt_jax.planning.memory_suggestions import Change, changes
+from rustgpt_jax.planning.estimate import Change, Estimate, changes, estimate
 from rustgpt_jax.planning.report import show, show_changes
-from rustgpt_jax.sharding.hardware_specs import CHIPS
-from rustgpt_jax.sharding.host_resources import use_cpu_devices
+from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_shares, on_devices
 from rustgpt_jax.tracking.progress import waiting
 from rustgpt_jax.training.validate_components import check_parts

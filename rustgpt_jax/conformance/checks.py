@@ -1,21 +1,54 @@
 """The table of checks: what each is for, and what usually breaks it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import (
     component_checks,
     cost_checks,
-    drift_checks,
-    heads_checks,
+    long_row_checks,
     masking_checks,
     numerics_checks,
     optimizer_checks,
-    prefill_checks,
-    sharding_checks,
     transform_checks,
 )
+from rustgpt_jax.conformance.cost_checks import require_used
+from rustgpt_jax.conformance.fixtures import LENGTH
+from rustgpt_jax.conformance.long_row_checks import Case, influence, long_model
+from rustgpt_jax.conformance.masking_checks import cached_is_uncached, require_causal
 from rustgpt_jax.conformance.targets import MODEL_KINDS, Subject
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.flops import parameter_shapes
+
+# Check mixers with other numbers of key-value heads than the small model has.
+
+CASE = Case(17, 3)
+
+
+def heads(subject: Subject) -> str:
+    """Check causality, parameter use and the KV cache with one, two and all key-value heads."""
+    model = subject.small_model
+    counts = [count for count in (1, 2, model.n_heads) if model.n_heads % count == 0]
+    others = {count: dataclasses.replace(model, n_kv_heads=count) for count in counts}
+    others = {count: other for count, other in others.items() if _shapes(other) != _shapes(model)}
+    for count, other in others.items():
+        here = f"with {count} of {model.n_heads} heads of keys and values"
+        there = dataclasses.replace(subject, model=other)
+        require_causal(influence(long_model(other), CASE), CASE, here)
+        require_used(other, here)
+        cached_is_uncached(there)
+    shown = ", ".join(map(str, others))
+    return f"{shown} heads of keys and values too" if others else "no number of parameters depends on n_kv_heads"
+
+
+def _shapes(model: ModelConfig) -> Any:
+    cached = jax.eval_shape(lambda: transformer.init_cache(model, 1, LENGTH))
+    return [leaf.shape for leaf in jax.tree.leaves((parameter_shapes(model), cached))]
 
 
 @dataclass(frozen=True)
@@ -80,13 +113,13 @@ CHECKS: dict[str, Check] = {
         "empty), positions begin at 0 again, or padding is written to the cache.",
     ),
     "prefill": Check(
-        prefill_checks.prefill,
+        masking_checks.prefill,
         MODEL_KINDS,
         "Prompts of some lengths are read by other code than the rest, a ring of slots wraps wrongly, or a position "
         "leaves the range that it is kept in.",
     ),
     "heads": Check(
-        heads_checks.heads,
+        heads,
         MODEL_KINDS,
         "Heads of queries are matched with those of keys and values for one number of them only.",
     ),
@@ -96,7 +129,7 @@ CHECKS: dict[str, Check] = {
         "context.dropout_key is None in evaluation, and nothing is to be dropped or scaled then.",
     ),
     "drift": Check(
-        drift_checks.drift,
+        long_row_checks.drift,
         MODEL_KINDS,
         "A state, a decay or a position in bfloat16, or a decay a^t that is divided by instead of a^(t - s).",
     ),
@@ -116,7 +149,7 @@ CHECKS: dict[str, Check] = {
         "Python looks at a value (`if`, `float`, `int`) that is an argument of the program, or a shape depends on it.",
     ),
     "devices": Check(
-        sharding_checks.eight_devices_are_one,
+        transform_checks.eight_devices_are_one,
         MODEL_KINDS,
         "Something is computed over the batch, or depends on its size or on the devices.",
     ),

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, field_of
-from rustgpt_jax.conformance.assertions import Broken, require_same_bits
-from rustgpt_jax.conformance.fixtures import quick_jit
+from rustgpt_jax.conformance.fixtures import Broken, quick_jit, require_same_bits
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.data.datasets import documents
 from rustgpt_jax.tokenizers import (

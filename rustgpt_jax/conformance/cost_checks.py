@@ -11,9 +11,8 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import fixtures
-from rustgpt_jax.conformance.assertions import Broken
+from rustgpt_jax.conformance.fixtures import LENGTH, Broken
 from rustgpt_jax.conformance.targets import Subject
-from rustgpt_jax.conformance.tiny_config import LENGTH
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
 from rustgpt_jax.model.block_inputs import Context
@@ -21,8 +20,8 @@ from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, t
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.registry import choose
-from rustgpt_jax.tree_paths import by_path
 
 FLOPS_ERROR = 0.05
 # Sizes at which matrix products are nearly all that there is to do.

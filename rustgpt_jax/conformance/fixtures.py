@@ -1,7 +1,8 @@
 """The few compiled programs that all checks of a model share, and what they are run on."""
 
 import dataclasses
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -11,9 +12,212 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.conformance.tiny_config import LENGTH, ROWS
+from rustgpt_jax.config.validation import check_model, checked
+from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS
+
+# The small model that parts are checked in: an explicit value for every knob, so that nothing hangs on a recipe.
+
+LENGTH = 12  # tokens in a row
+ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
+# What the checks need: a token of its own for each place in LENGTH rows and one more, and a position for each place.
+LEAST = {"vocab_size": LENGTH * LENGTH + 1, "context_length": LENGTH}
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 151,
+    "context_length": 64,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "mixers": ("attention",),
+    "feedforwards": ("swiglu",),
+    "positions": ("rope",),
+    "norm": "rmsnorm",
+    "norm_placement": "pre",
+    "norm_epsilon": 1e-5,
+    "bias": True,
+    "qkv_bias": None,
+    "attention_output_bias": None,
+    "feedforward_bias": None,
+    "norm_bias": None,
+    "tie_embeddings": False,
+    "scale_embeddings": False,
+    "embedding_scale": None,
+    "logits_softcap": 0.0,
+    "qk_norm": "none",
+    "attention_scale": None,
+    "attention_scale_by_layer": False,
+    "attention_softcap": 0.0,
+    "attention_sinks": False,
+    "attention_kernel": "auto",
+    # Shorter than a row, so that what leaves the window is seen to leave it.
+    "local_window": 5,
+    "latent_width": 16,
+    "query_latent_width": None,
+    "shared_key_width": 4,
+    "conv_width": 3,
+    "recurrent_width": 24,
+    "recurrent_blocks": None,
+    "scale_first_token": True,
+    "rope_base": 100.0,
+    "local_rope_base": 50.0,
+    "rope_fraction": 1.0,
+    "rope_scaling": "none",
+    "rope_factor": 2.0,
+    "rope_original_context": 32,
+    "rope_slow_turns": 1.0,
+    "rope_fast_turns": 4.0,
+    "rope_attention_factor": None,
+    "rope_truncate": True,
+    "rope_short_factors": (1.0, 1.5, 2.0, 2.5),
+    "rope_long_factors": (1.0, 2.0, 3.0, 4.0),
+    "n_experts": 4,
+    "experts_per_token": 2,
+    "d_expert": 24,
+    "expert_activation": "silu",
+    "expert_capacity": 0.0,
+    "normalize_experts": True,
+    "load_balance": 0.01,
+    "router_z_loss": 0.001,
+    "options": (),
+    "dropout": 0.0,
+    # Of order d_model^-1/2: what a layer gives is as large as what it gets, and every weight matters.
+    "init_std": 0.2,
+    "dtype": "float32",
+    "mixer_dtype": None,
+    "feedforward_dtype": None,
+    "logits_dtype": None,
+    "matmul": "plain",
+    "derivatives": "auto",
+    "layers": "scanned",
+    "remat": "none",
+}
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    """The small model with some of its knobs changed.
+
+    Raises UserError for a knob that a model does not have, a value that it cannot have, and knobs that cannot go
+    together.
+    """
+    for name in changes:
+        if name not in SMALL:
+            raise UserError(f"check: a model has no knob {name!r}.{suggestion(name, SMALL)}")
+    values = {
+        name: checked(f"model.{name}", value, f"config.model.{name}") for name, value in {**SMALL, **changes}.items()
+    }
+    for name, least in LEAST.items():
+        if values[name] is None or values[name] < least:
+            raise UserError(f"check: config.model.{name} must be at least {least} here, not {values[name]!r}.")
+    model = ModelConfig(**values)
+    check_model(model)
+    return model
+
+
+# How a check fails, and the comparisons that make it fail: what broke, where, and by how much.
+
+ROWS_OF_LOGITS = ("row", "token", "logit")
+LONGEST_MESSAGE = 240
+
+
+class Broken(Exception):
+    """A part does not do what it must: what broke, where, and by how much."""
+
+    def __init__(self, what: str, where: str, how_much: str) -> None:
+        super().__init__(what, where, how_much)
+        self.what, self.where, self.how_much = what, where, how_much
+
+    def __str__(self) -> str:
+        return f"{self.what}; at {self.where}: {self.how_much}"
+
+
+def place(index: Sequence[Any], axes: Sequence[str]) -> str:
+    """An index in words: 'row 3, token 5'. Axes without a name are numbers in brackets."""
+    named = [f"{axis} {int(number)}" for axis, number in zip(axes, index, strict=False)]
+    rest = ", ".join(str(int(number)) for number in index[len(axes) :])
+    return ", ".join([*named, *([f"index [{rest}]"] if rest else [])]) or "the only element"
+
+
+def require_same_tree(found: Any, expected: Any, what: str) -> None:
+    """Raises Broken if two trees of arrays have not the same structure."""
+    there, here = str(jax.tree.structure(found)), str(jax.tree.structure(expected))
+    if there != here:
+        raise Broken(f"{what} comes back as another tree", "its structure", f"{there} instead of {here}")
+
+
+def require_same_bits(found: Any, expected: Any, what: str, axes: Sequence[str], where: Any = None) -> None:
+    """Raises Broken at the first element (of those where `where` is True) in which two arrays differ at all."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    differs = ~((found == expected) | (np.isnan(found) & np.isnan(expected)))
+    if where is not None:
+        differs &= np.broadcast_to(
+            np.reshape(where, np.shape(where) + (1,) * (found.ndim - np.ndim(where))), found.shape
+        )
+    if differs.any():
+        first = tuple(np.argwhere(differs)[0])
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        largest = np.nanmax(np.where(differs, difference, 0))
+        raise Broken(
+            what,
+            place(first, axes),
+            f"{found[first]:.9g} and {expected[first]:.9g}, not the same bits; "
+            f"{differs.sum()} elements differ, by at most {largest:.2g}",
+        )
+
+
+def require_close(
+    found: Any,
+    expected: Any,
+    tolerance: float,
+    what: str,
+    axes: Sequence[str],
+    where: Any = None,
+    least_size: float = 1e-30,
+) -> float:
+    """The largest difference of two arrays, in units of the root mean square of `expected`, `least_size` at least.
+
+    Raises Broken at the largest difference if it is above the tolerance, or is no number.
+    """
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    size = max(float(np.sqrt(np.mean(np.square(expected)))), least_size)
+    difference = np.abs(found - expected) / size
+    if where is not None:
+        mask = np.broadcast_to(np.reshape(where, np.shape(where) + (1,) * (found.ndim - np.ndim(where))), found.shape)
+        difference = np.where(mask, difference, 0.0)
+    largest = float(np.max(np.nan_to_num(difference, nan=np.inf), initial=0.0))
+    if largest > tolerance:
+        index = np.unravel_index(int(np.argmax(np.nan_to_num(difference, nan=np.inf))), difference.shape)
+        raise Broken(
+            what,
+            place(index, axes),
+            f"{found[index]:.7g} and {expected[index]:.7g}, a difference of {largest:.2g} root mean squares "
+            f"({tolerance:.0e} is allowed)",
+        )
+    return largest
+
+
+def require_finite(array: Any, what: str, axes: Sequence[str]) -> None:
+    """Raises Broken at the first element that is infinite or no number."""
+    array = np.asarray(array).astype(np.float64)
+    wrong = ~np.isfinite(array)
+    if wrong.any():
+        first = tuple(np.argwhere(wrong)[0])
+        raise Broken(what, place(first, axes), f"{array[first]}; so are {wrong.sum()} of {wrong.size} elements")
+
+
+def crash(error: BaseException) -> str:
+    """An exception in a line: the first line of what it says, and the last place outside the libraries."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    last = frames[-1] if frames else None
+    where = f"; at {last.filename.rsplit('/', 1)[-1]}, line {last.lineno}, in {last.name}" if last else ""
+    return f"{type(error).__name__}: {lines[0][:LONGEST_MESSAGE]}{where}"
+
 
 PLACES_T = np.arange(LENGTH, dtype=np.int32)
 

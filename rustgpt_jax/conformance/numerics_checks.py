@@ -10,19 +10,18 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import fixtures
-from rustgpt_jax.conformance.assertions import ROWS_OF_LOGITS, Broken, place, require_finite, require_same_tree
+from rustgpt_jax.conformance.fixtures import LENGTH, ROWS_OF_LOGITS, Broken, place, require_finite, require_same_tree
 from rustgpt_jax.conformance.long_row_checks import Case, influence, layout, long_model
 from rustgpt_jax.conformance.rounding_checks import DATA, EXACT, Reading, Traced, line_of, roundings_by_line
 from rustgpt_jax.conformance.targets import Scope, Subject
-from rustgpt_jax.conformance.tiny_config import LENGTH
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.flops import equations
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.registry import choose
-from rustgpt_jax.tree_paths import by_path, path_name
 
 LARGE = 100.0
 # Of the logits in bfloat16, in the median token: what rounding costs in a few layers, several times over.

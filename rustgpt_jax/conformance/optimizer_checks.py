@@ -8,12 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import OptimizerConfig, ScheduleConfig
-from rustgpt_jax.conformance.assertions import Broken, require_close, require_finite, require_same_tree
-from rustgpt_jax.conformance.fixtures import numbers_of, quick_jit
+from rustgpt_jax.conformance.fixtures import (
+    Broken,
+    numbers_of,
+    quick_jit,
+    require_close,
+    require_finite,
+    require_same_tree,
+)
 from rustgpt_jax.conformance.targets import Subject
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import evaluation_params, optimizer
 from rustgpt_jax.training.schedules import factor
-from rustgpt_jax.tree_paths import by_path
 
 OPTIMIZER = OptimizerConfig(
     name="adamw",

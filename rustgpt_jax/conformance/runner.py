@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rustgpt_jax.conformance.assertions import Broken, crash
 from rustgpt_jax.conformance.checks import CHECKS, Check, checks_for
-from rustgpt_jax.conformance.fixtures import conditions
+from rustgpt_jax.conformance.fixtures import Broken, conditions, crash
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.errors import UserError
 

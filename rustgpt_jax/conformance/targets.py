@@ -11,7 +11,7 @@ from typing import Any
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import TREES
-from rustgpt_jax.conformance.tiny_config import small_model
+from rustgpt_jax.conformance.fixtures import small_model
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.inference.sampling import SAMPLERS
@@ -19,9 +19,8 @@ from rustgpt_jax.model import interfaces
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS
 from rustgpt_jax.registry import choose
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.tokenizers import TOKENIZERS

@@ -18,7 +18,6 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,46 +26,10 @@ from typing import Any, BinaryIO
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.registry import choose
+from rustgpt_jax.tokenizers.messages import ROLES, Document, Turn, plain
 
-ROLES = ("system", "user", "assistant")
 # Number of characters to encode at a time if only the bytes of a text are needed.
 BLOCK_CHARACTERS = 2**20
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one speaker says. The role is 'text' (plain text), 'system', 'user' or 'assistant'."""
-
-    role: str
-    text: str
-
-    @property
-    def is_learned_as_answer(self) -> bool:
-        """Whether its words are learned when config.data.loss_on is 'assistant'."""
-        return self.role in ("text", "assistant")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One plain text (a single turn with the role 'text') or one dialogue. The name says where it came from."""
-
-    name: str
-    turns: tuple[Turn, ...]
-
-    @property
-    def text(self) -> str:
-        """The texts of all turns, one after another."""
-        return "".join(turn.text for turn in self.turns)
-
-    @property
-    def is_dialogue(self) -> bool:
-        """Whether anyone speaks in it."""
-        return any(turn.role != "text" for turn in self.turns)
-
-
-def plain(name: str, text: str) -> Document:
-    """A document of plain text."""
-    return Document(name, (Turn("text", text),))
 
 
 def documents(config: DataConfig) -> Iterator[Document]:

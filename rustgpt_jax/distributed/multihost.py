@@ -1,7 +1,8 @@
 """Many processes that train one run: how they find each other, agree, and wait for one another."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +12,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rustgpt_jax.distributed.cluster_env import detected, own_devices
 from rustgpt_jax.errors import UserError
+
+# Whether a cluster has started this process as one of several that belong together.
+
+
+def detected(environment: Mapping[str, str]) -> str | None:
+    """What has started this process as one of several: Slurm, Open MPI, Kubernetes, a pod of TPUs; or None."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return "Slurm"
+    if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "Open MPI"
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return "a pod of TPUs"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    return None
+
+
+def own_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of a process that a cluster has started as the only one of its node: all; None leaves it to JAX.
+
+    JAX would give a process of Slurm or Open MPI one GPU.
+    """
+    on_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or ""
+    if not re.fullmatch(r"1(\(x\d+\))?", on_node):
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    count = len(visible.split(",")) if visible else int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    return list(range(count)) or None
+
 
 # JAX ends a process without a word to its user when another is silent for so much longer than the patience.
 SECONDS_TO_SAY_SO = 30

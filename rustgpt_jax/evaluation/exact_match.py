@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.data.datasets import Document, Turn
 from rustgpt_jax.inference.text_generator import Writer, write
 from rustgpt_jax.tokenizers import decode, encode
+from rustgpt_jax.tokenizers.messages import Document, Turn
 
 BATCH = 64
 

@@ -18,12 +18,12 @@ from rich.segment import Segment, Segments
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import checked, parse
-from rustgpt_jax.data.datasets import Document, Turn
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.inference.decode_params import Form, form
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import Writer, write_as_it_comes
 from rustgpt_jax.model.flops import total_size
+from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tracking.formatting import count, printable
 
 PROMPT = "> "

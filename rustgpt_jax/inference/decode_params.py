@@ -16,7 +16,7 @@ from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.matrices import linear_layers
 from rustgpt_jax.model.quantized_weights import Widened, output_by_output, rounded
 from rustgpt_jax.native import matvec
-from rustgpt_jax.tree_paths import path_name
+from rustgpt_jax.pytrees import path_name
 
 
 class Form(NamedTuple):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, for_inference
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.inference.decode_params import Form, for_decoding
 from rustgpt_jax.inference.generate import generate, generate_as_it_comes
 from rustgpt_jax.inference.sampling import from_config
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.tokenizers import Codec, decode, decode_after, encode_prompt
+from rustgpt_jax.tokenizers.messages import Turn
 
 # Tokens drawn on the device between looks at the text, where it is shown as it comes.
 TOKENS_PER_LOOK = 8

@@ -9,11 +9,17 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import checked
 from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.interop import config_mapping as says
-from rustgpt_jax.interop.config_equivalence import dense_width, disagreements
-from rustgpt_jax.interop.config_mapping import FULL, SLIDING, Correspondence, joined_keys, joined_knobs
+from rustgpt_jax.interop.config_mapping import (
+    FULL,
+    SLIDING,
+    Correspondence,
+    dense_width,
+    disagreements,
+    joined_keys,
+    joined_knobs,
+)
 from rustgpt_jax.interop.hf_config import Settings
-from rustgpt_jax.interop.param_mapping import Rules
-from rustgpt_jax.interop.param_names import (
+from rustgpt_jax.interop.param_mapping import (
     AT_ONCE,
     DENSE,
     GPT2,
@@ -23,6 +29,7 @@ from rustgpt_jax.interop.param_names import (
     PHI3,
     RECURRENT_GEMMA,
     STABLELM,
+    Rules,
 )
 from rustgpt_jax.interop.rope_config import global_and_local_rope, rope
 from rustgpt_jax.model.presets import FAMILIES

@@ -16,7 +16,7 @@ from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for
 from rustgpt_jax.interop.import_hf import CONFIG, TOKEN_KEYS
 from rustgpt_jax.interop.param_mapping import Slot, Tensor, tensors
-from rustgpt_jax.tree_paths import by_path
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.workdir.safetensors_files import NewTensor, StoredTensor, write_folder
 
 TYPES = {

@@ -18,15 +18,15 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.data.preprocess import with_vocabulary
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import architecture_for
-from rustgpt_jax.interop.config_equivalence import dense_width
+from rustgpt_jax.interop.config_mapping import dense_width
 from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
 from rustgpt_jax.interop.hf_tokenizer_io import special_ids
 from rustgpt_jax.interop.param_mapping import Rule, Rules, Tensor, tensors
 from rustgpt_jax.model.transformer import Params, vocabulary
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
-from rustgpt_jax.tree_paths import by_path
 from rustgpt_jax.workdir.run_dir import RunFolder, load_config
 
 # What a type is called in a file.

@@ -11,11 +11,11 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, special_ids
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tokenizers.chat_template import rendered
+from rustgpt_jax.tokenizers.messages import Turn
 
 BLANK = "▁"
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]

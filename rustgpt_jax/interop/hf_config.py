@@ -1,6 +1,5 @@
 """The config.json of a Hugging Face model, read strictly."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +52,3 @@ class Settings:
     def refuse(self, key: str, why: str) -> UserError:
         """The error for a value that the parts here cannot say."""
         return UserError(f"{self.file}: {key}={self[key]!r} cannot be said with the parts here: {why}.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError naming the file if it is missing or no JSON object."""
-    try:
-        values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not JSON.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it is not a JSON object.")
-    return values

@@ -10,10 +10,9 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import Architecture, architecture_of
-from rustgpt_jax.interop.hf_config import read_json
 from rustgpt_jax.interop.param_mapping import Piece, Rules, Tensor, pieces, shapes_by_path, tensors
 from rustgpt_jax.workdir.params_io import write_tensors
-from rustgpt_jax.workdir.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_folder
+from rustgpt_jax.workdir.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_folder, read_json
 
 CONFIG = "config.json"
 HEAD = "lm_head.weight"

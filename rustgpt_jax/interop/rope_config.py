@@ -9,7 +9,7 @@ from rustgpt_jax.config.validation import checked
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.config_mapping import FULL, SLIDING, Correspondence, Keys, Knobs
 from rustgpt_jax.interop.hf_config import Settings
-from rustgpt_jax.model.rope_scaling import longrope_factors
+from rustgpt_jax.model.positions import longrope_factors
 
 # What rope_type is called here, and the keys beside it.
 NAMES = {

@@ -13,15 +13,15 @@ from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, differences, 
 from rustgpt_jax.data.preprocess import obtain_tokenizer, resolve_epochs_with, with_vocabulary
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.interop.export_hf import appearing_folder
 from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.formatting import count
-from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.training.train_step import as_arguments, compiled_start
-from rustgpt_jax.tree_paths import by_path
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import write_tensors
 from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config

@@ -44,7 +44,7 @@ class Site(NamedTuple):
         )
 
 
-def sites(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
+def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
     """All sites of a model that reads `rows` windows of `length` tokens."""
     x_BTD: Any = jax.ShapeDtypeStruct((rows, length, model.d_model), jnp.dtype(model.dtype))
     tokens_BT: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -52,7 +52,7 @@ def sites(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
     context = Context(tokens_BT, tokens_BT, key)
     blocks: dict[int, list[Site]] = {}
     for index, stack in enumerate(stacks(model)):
-        found = intermediates.sites(Block(stack.block), x_BTD, context, None)
+        found = intermediates.block_hook_points(Block(stack.block), x_BTD, context, None)
         for row, layer in enumerate(stack.layers):
             blocks[layer] = [Site(site, leaf.shape, layer, str(index), row) for site, leaf in found.items()]
     return (
@@ -63,13 +63,13 @@ def sites(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
     )
 
 
-def slots(sites: tuple[Site, ...]) -> intermediates.Slots:
+def slots(hook_points: tuple[Site, ...]) -> intermediates.Slots:
     """Zeros for every site, by stack where it is in a block, as `transformer.tapped` takes them."""
     result: intermediates.Slots = {
-        site.site: jnp.zeros(intermediates.MEASUREMENT_SIZE) for site in sites if site.stack is None
+        site.site: jnp.zeros(intermediates.MEASUREMENT_SIZE) for site in hook_points if site.stack is None
     }
     layers: dict[str, dict[str, int]] = {}
-    for site in sites:
+    for site in hook_points:
         if site.stack is not None:
             of_stack = layers.setdefault(site.stack, {})
             of_stack[site.site] = max(of_stack.get(site.site, 0), site.row + 1)

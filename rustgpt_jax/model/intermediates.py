@@ -116,7 +116,7 @@ def apply(block: nn.Module, params: Any, slots: Slots | None, *arguments: Any) -
     return _intercepted(block, params, arguments, lambda site, x: watch(x, slots[site]))
 
 
-def sites(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def block_hook_points(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The sites of a block in the order in which their tensors are made, with their shapes and types."""
     found: dict[str, jax.ShapeDtypeStruct] = {}
 

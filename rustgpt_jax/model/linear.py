@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.matmul import product
+from rustgpt_jax.model.matmul import matmul
 
 
 def scaled_normal(std: Any) -> nn.initializers.Initializer:
@@ -42,7 +42,7 @@ class Linear(nn.Module):
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
         kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
-        y = product(x, kernel, self.config)
+        y = matmul(x, kernel, self.config)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + over_channels(bias, y).astype(y.dtype)

@@ -15,8 +15,8 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import Context, Signals
-from rustgpt_jax.model.custom_vjps import ACTIVATIONS, Activation, activated
 from rustgpt_jax.model.linear import Linear, gated_width
+from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, activated
 from rustgpt_jax.model.moe import MixtureOfExperts
 
 

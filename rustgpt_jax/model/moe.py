@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.model.activation_sharding import laid_out
 from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Context, Signals
-from rustgpt_jax.model.custom_vjps import ACTIVATIONS, activated
 from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.linear import gated_width, scaled_normal
+from rustgpt_jax.model.matmul import ACTIVATIONS, activated
 
 
 class Routes(NamedTuple):

@@ -12,6 +12,12 @@ what one for accelerators does not, it is kept from it:
 - Gradients from arrays that are kept for it (see `model.derivatives`) are faster with this compiler alone.
 """
 
+import contextlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -20,11 +26,88 @@ from rustgpt_jax.config.schema import Config, is_on, read, split, with_values
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.collectives import Collective, collectives
-from rustgpt_jax.planning.compiler_log import heard
-from rustgpt_jax.planning.hlo_cost import product_flops, product_traffic
+from rustgpt_jax.planning.hlo import Instruction, Program, arrays, lengths
 from rustgpt_jax.sharding.sharding_plan import Placement
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import State, as_arguments, train_step
+
+# What a compiled program does on one device at least: FLOPs of its matrix products, and bytes that they move.
+#
+# XLA's own analysis counts the body of each loop once; here it counts as often as the loop turns. It also counts what
+# the compiler of CPUs fuses badly; here everything but matrix products is taken to be fused into them.
+
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def product_flops(program: Program) -> float:
+    """2 m n k for each matrix product that a device computes."""
+    return sum(times * _flops(product, shapes) for times, product, shapes in _products(program))
+
+
+def product_traffic(program: Program) -> float:
+    """Bytes of what matrix products read and write.
+
+    The largest array of a product with batch axes is left out: these are the products of attention, and its scores,
+    which a fused kernel never writes.
+    """
+    total = 0.0
+    for times, product, shapes in _products(program):
+        moved = [_bytes(shape) for shape in (product.shape, *(shapes[operand] for operand in product.operands))]
+        total += times * (sum(moved) - max(moved) * ("lhs_batch_dims" in product.attributes))
+    return total
+
+
+def _products(program: Program) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
+    """Each matrix product, how often it runs, and the shapes of what stands beside it."""
+    times = program.times()
+    for name, body in program.computations.items():
+        shapes = {each.name: each.shape for each in body}
+        yield from ((times[name], each, shapes) for each in body if each.opcode == "dot")
+
+
+def _flops(product: Instruction, shapes: dict[str, str]) -> float:
+    left = lengths(shapes[product.operands[0]])
+    found = _CONTRACTED.search(product.attributes)
+    contracted = [int(axis) for axis in found[1].split(",") if axis] if found else []
+    return 2.0 * math.prod(lengths(product.shape)) * math.prod(left[axis] for axis in contracted)
+
+
+def _bytes(shape: str) -> int:
+    return sum(size for _, size in arrays(shape))
+
+
+# What the compiler warns of, such as arrays that it can lay out as asked only by gathering them whole.
+
+_LOGGED = re.compile(r"^[WEF]\d{4} [\d:.]+\s+\d+ ([\w.]+):\d+\] (.*)$")
+# What it says of itself after that.
+_APOLOGY = " As the last resort"
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """A `with` block whose warnings are in the list afterwards.
+
+    The compiler is not Python and writes to the process's standard error stream, which nobody else hears meanwhile.
+    """
+    warnings: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield warnings
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            warnings += warnings_in(file.read().decode(errors="replace"))
+
+
+def warnings_in(log: str) -> list[str]:
+    """The warnings and errors in a log, each once, but for those of a slow machine."""
+    found = (_LOGGED.match(line) for line in log.splitlines())
+    told = (line[2].split(_APOLOGY)[0] for line in found if line and line[1] != "slow_operation_alarm.cc")
+    return list(dict.fromkeys(told))
+
 
 DTYPES = ("model.dtype", "model.mixer_dtype", "model.feedforward_dtype", "model.logits_dtype", "model.matmul")
 OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type,cpu-all-reduce-combiner"}

@@ -2,17 +2,82 @@
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import jax
 
-from rustgpt_jax.config.schema import Config
+from rustgpt_jax.config.schema import Config, with_values
 from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import Compiled, compiled_step, placed_state
-from rustgpt_jax.planning.roofline import Seconds, step_seconds, utilization
+from rustgpt_jax.planning.collectives import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
+from rustgpt_jax.sharding.mesh import axis_sizes
 from rustgpt_jax.sharding.sharding_plan import Placement
+
+# How fast a chip could be at best (the roofline, Williams and others 2009): bounds on the time of a step.
+#
+# Nothing here knows how well a program does; a measured step takes longer than the lower bound.
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What each part of a step takes on a device: matrix products, memory traffic, collectives."""
+
+    compute: float
+    memory: float
+    collectives: float
+
+    @property
+    def overlapped(self) -> float:
+        """A step in which everything goes on at the same time: as long as its longest part."""
+        return max(self.compute, self.memory, self.collectives)
+
+    @property
+    def exposed(self) -> float:
+        """A step that waits for each collective."""
+        return max(self.compute, self.memory) + self.collectives
+
+    @property
+    def limit(self) -> str:
+        """The longest part."""
+        parts = {"compute": self.compute, "memory": self.memory, "collectives": self.collectives}
+        return max(parts, key=lambda name: parts[name])
+
+
+def step_seconds(chip: Chip, dtype: str, flops: float, traffic: float, found: Iterable[Collective]) -> Seconds:
+    """The parts of a step: FLOPs of matrix products of a type, bytes to and from memory, and collectives, a device."""
+    return Seconds(
+        flops / chip.flops(dtype), traffic / chip.bandwidth, sum(collective_seconds(each, chip) for each in found)
+    )
+
+
+def collective_seconds(each: Collective, chip: Chip) -> float:
+    """Seconds that a collective takes in all its runs, at full bandwidth and without latency.
+
+    Devices are numbered node by node, `chip.linked` to each. A group with members on several nodes is as fast as the
+    network lets it be: its members on a node receive together, each by its own adapter, what the node lacks.
+    """
+    fast = each.total / chip.links
+    nodes = [Counter(device // chip.linked for device in group) for group in each.groups]
+    if max(map(len, nodes), default=1) == 1:
+        return fast
+    if each.kind == "collective-permute":
+        return each.total / chip.network
+    members = min(min(own.values()) for own in nodes)
+    return max(fast, each.total / (members * chip.network))
+
+
+def utilization(chip: Chip, dtype: str, model_flops: float, seconds: float) -> float:
+    """Model FLOPs utilisation (arXiv 2204.02311, appendix B): FLOPs that a model needs, of those that the chip has.
+
+    model_flops: of a step on a device, without recomputation.
+    """
+    return model_flops / (chip.flops(dtype) * seconds)
+
 
 # Of a chip's memory: for its driver, the buffers of collectives, and gaps between arrays.
 RESERVE = 0.1
@@ -109,3 +174,63 @@ def bytes_on_device(tree: Any) -> int:
 def _dtype(config: Config) -> str:
     """The type of most matrix products."""
     return config.model.dtype if config.model.matmul == "plain" else config.model.matmul
+
+
+# Single changes of a config that save memory on a device.
+
+# Tokens of a row whose logits exist at a time.
+LOSS_CHUNK = 512
+MOST_TENSOR = 8
+
+
+class Change(NamedTuple):
+    """Knobs of a config and their other values."""
+
+    knobs: dict[str, int | str]
+
+    def of(self, config: Config) -> Config:
+        """The config with the change."""
+        return with_values(config, self.knobs)
+
+    def __str__(self) -> str:
+        return " ".join(f"--config.{path}={value}" for path, value in self.knobs.items())
+
+
+def changes(config: Config, window: int, n_devices: int) -> Iterator[list[Change]]:
+    """Changes of each kind, from the smallest to the largest, but for those that the config has made already."""
+    sizes = axis_sizes(config.mesh, n_devices)
+    shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    yield _accumulation(config, shares)
+    yield [Change({"model.remat": "full"})] if config.model.remat in ("none", "dots", "weights") else []
+    chunk = config.training.loss_chunk or window
+    yield [Change({"training.loss_chunk": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
+    yield [Change({"mesh.data": data, "mesh.fsdp": fsdp}) for data, fsdp in _moved(sizes["data"], sizes["fsdp"])]
+    yield _tensor(config, sizes)
+
+
+def _accumulation(config: Config, shares: int) -> list[Change]:
+    training = config.training
+    rows = training.batch_size // training.accumulation // shares
+    return [Change({"training.accumulation": factor * training.accumulation}) for factor in _doublings(rows)]
+
+
+def _tensor(config: Config, sizes: dict[str, int]) -> list[Change]:
+    """More devices along tensor, taken from data, or where there is none from fsdp."""
+    giver = "data" if sizes["data"] > 1 else "fsdp"
+    heads = config.model.n_kv_heads or config.model.n_heads
+    found = []
+    for left, tensor in _moved(sizes[giver], sizes["tensor"]):
+        if tensor <= MOST_TENSOR and heads % tensor == 0:
+            found.append(Change({f"mesh.{giver}": left, "mesh.tensor": tensor}))
+    return found
+
+
+def _moved(giver: int, taker: int) -> list[tuple[int, int]]:
+    """Devices of one axis given to another, twice as many at a time."""
+    return [(giver // factor, taker * factor) for factor in _doublings(giver)]
+
+
+def _doublings(most: int) -> list[int]:
+    """2, 4, 8, .. as long as they divide a number."""
+    powers = (2**power for power in range(1, most.bit_length()))
+    return list(takewhile(lambda factor: most % factor == 0, powers))

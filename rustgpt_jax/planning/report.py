@@ -6,9 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.planning.collectives import summary
-from rustgpt_jax.planning.estimate import RESERVE, Estimate
-from rustgpt_jax.planning.memory_suggestions import Change
-from rustgpt_jax.planning.roofline import collective_seconds
+from rustgpt_jax.planning.estimate import RESERVE, Change, Estimate, collective_seconds
 from rustgpt_jax.sharding.mesh import in_words
 from rustgpt_jax.tracking.formatting import byte_size, count
 

@@ -14,10 +14,10 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import Numbers, State, as_arguments, compiled_start, train_step
 from rustgpt_jax.training.vmapped_step import side_by_side
-from rustgpt_jax.tree_paths import by_path, path_name
 
 Z_LOSS = 1e-4
 # Of the norm that gradients had while all was well.

@@ -17,7 +17,7 @@ from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.code_snapshot import read_code
 from rustgpt_jax.workdir.environment import flat
-from rustgpt_jax.workdir.launch_log import archive_of, first_launch, programs
+from rustgpt_jax.workdir.event_log import archive_of, first_launch, programs
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 OWN = "the run's own"

@@ -26,8 +26,7 @@ from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import Program
 from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps
 from rustgpt_jax.training.trainer import first_state
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_earlier
 
 # Steps that have to be made before the one that is wanted, which are worth a word.

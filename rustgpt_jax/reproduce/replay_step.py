@@ -10,7 +10,7 @@ from rustgpt_jax.reproduce.recorded_run import Inside, Past, named
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import running_code
 from rustgpt_jax.workdir.environment import environment, flat
-from rustgpt_jax.workdir.launch_log import launches
+from rustgpt_jax.workdir.event_log import launches
 
 MOST_CHANGES_NAMED = 4
 # What of an environment may change bits.

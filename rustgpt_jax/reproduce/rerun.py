@@ -18,8 +18,7 @@ from rustgpt_jax.reproduce.compare_metrics import (
 from rustgpt_jax.reproduce.metadata_diff import say, say_section, sections
 from rustgpt_jax.reproduce.snapshot_runner import OwnCode, own_code
 from rustgpt_jax.tracking.metric_writer import last_step
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import Launch, first_launch, launches
+from rustgpt_jax.workdir.event_log import Journal, Launch, first_launch, launches
 from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_stages
 
 # A population in `fused` mode takes sums in another order than a run alone.

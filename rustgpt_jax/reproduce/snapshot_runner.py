@@ -14,12 +14,12 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.host_resources import use_cpu_devices
+from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
 from rustgpt_jax.sweeps.launchers.subprocesses import visible_gpus
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import checked_code, not_installed, write_code
 from rustgpt_jax.workdir.environment import as_variables
-from rustgpt_jax.workdir.launch_log import Launch, archive_of, launches
+from rustgpt_jax.workdir.event_log import Launch, archive_of, launches
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 # What a shell says of a process that a signal ended.

@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce.recorded_run import Past, named
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-from rustgpt_jax.tracking.console import PlainTextConsole
-from rustgpt_jax.training.fingerprints import fingerprints
+from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, Tensor
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rustgpt_jax.tree_paths import path_name
+from rustgpt_jax.pytrees import path_name
 
 Axes = tuple[str | None, ...]
 

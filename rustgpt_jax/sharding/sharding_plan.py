@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rustgpt_jax.config.schema import Config, MeshConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
+from rustgpt_jax.sharding.hardware_specs import device_peak_flops
 from rustgpt_jax.sharding.mesh import axis_sizes, make_mesh
 from rustgpt_jax.sharding.partition_rules import shardings
-from rustgpt_jax.sharding.peak_flops import device_peak_flops
 
 # The letters of the arrays of a batch.
 BATCH = "BT"

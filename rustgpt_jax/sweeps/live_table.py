@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.config.schema import stages
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Event, Ledger
+from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepFolder
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.tracking.formatting import duration, printable
 from rustgpt_jax.tracking.metric_writer import last_metrics

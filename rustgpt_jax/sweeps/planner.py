@@ -13,7 +13,7 @@ import numpy as np
 from rustgpt_jax.config.schema import Config, MeshConfig, Structure, split, stages
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.sharding.host_resources import Machine
+from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sharding.mesh import in_words, is_open, least_devices
 from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.trials import Trial

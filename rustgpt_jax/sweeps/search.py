@@ -28,7 +28,7 @@ from rustgpt_jax.sweeps.search_space import (
     Uniform,
 )
 from rustgpt_jax.sweeps.sweep import Sweep
-from rustgpt_jax.sweeps.trial_log import DONE
+from rustgpt_jax.sweeps.sweep_dir import DONE
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.validate_components import check_parts

@@ -13,17 +13,16 @@ from rich.console import Console
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.registry import choose
-from rustgpt_jax.sharding.host_resources import Machine, cores, this_machine
+from rustgpt_jax.sharding.hardware_specs import Machine, cores, this_machine
 from rustgpt_jax.sharding.mesh import least_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
 from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
+from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.launchers.subprocesses import visible_gpus
-from rustgpt_jax.sweeps.launchers.types import Launch
 from rustgpt_jax.sweeps.live_table import Board
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder, is_settled
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.validate_components import check_parts

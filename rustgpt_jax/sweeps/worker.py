@@ -21,8 +21,7 @@ from rustgpt_jax.errors import is_out_of_memory
 from rustgpt_jax.sharding.sharding_plan import on_devices
 from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
 from rustgpt_jax.training.executors import Solo, Together, train_lanes
 from rustgpt_jax.training.memory_estimate import exhausted
 from rustgpt_jax.training.preemption import StopRequest

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.errors import UserError, shown
+from rustgpt_jax.tokenizers.messages import Turn
 
 # Limits of one rendering of a chat template: CPU seconds, output characters, and bytes of memory.
 MOST_SECONDS = 5.0

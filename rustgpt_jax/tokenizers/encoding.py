@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from rustgpt_jax.data.datasets import Document, Turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers.chat_template import Dialect, rendered, renderings
+from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tokenizers.tokenizer import (
     ASSISTANT,
     CUTS_OF_BYTE_PAIRS,

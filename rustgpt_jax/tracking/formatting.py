@@ -1,6 +1,10 @@
 """Numbers as people read them: 1.23M parameters, 4.5 GB, 2m03s."""
 
 import re
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 _COUNT_UNITS = ("", "K", "M", "B", "T")
 _BYTE_UNITS = (" B", " kB", " MB", " GB", " TB", " PB")
@@ -44,3 +48,18 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
         number, power = number / 1000, power + 1
     digits = f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
     return digits + units[power]
+
+
+# The console used by all commands, which prints strings literally.
+
+
+class PlainTextConsole(Console):
+    """A console that does not interpret markup or emoji codes, and shows control characters as U+FFFD.
+
+    Run names, prompts, knob values and file names may contain arbitrary text, so strings are never parsed as markup. To
+    style output, pass `style` or a `Text`.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string, such as an argument of `print` or a table cell, to literal text."""
+        return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})

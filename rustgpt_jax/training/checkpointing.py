@@ -23,10 +23,10 @@ from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
 from rustgpt_jax.distributed.failure_propagation import is_loss
 from rustgpt_jax.distributed.multihost import all_agree, is_first, meet
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tracking.formatting import byte_size
-from rustgpt_jax.training.fingerprints import fingerprints
 from rustgpt_jax.training.train_step import State
-from rustgpt_jax.tree_paths import by_path
 from rustgpt_jax.workdir.run_dir import Unwritable, in_words, is_step_name, write_atomically
 
 LAST_KEPT = 2

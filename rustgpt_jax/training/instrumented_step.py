@@ -10,15 +10,15 @@ import optax
 from rustgpt_jax.config.schema import Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import objective, sums_of
+from rustgpt_jax.fingerprints import fingerprint
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.hook_points import sites, slots
+from rustgpt_jax.model.hook_points import hook_points, slots
 from rustgpt_jax.model.layer_groups import stacks
-from rustgpt_jax.training.fingerprints import fingerprint
+from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import clip, optimizer
 from rustgpt_jax.training.schedules import factor
 from rustgpt_jax.training.train_step import Numbers, State
-from rustgpt_jax.tree_paths import by_path
 
 ACTIVATION, ACTIVATION_GRADIENT = "activation", "gradient of the activation"
 PARAMETER, PARAMETER_GRADIENT, UPDATE = "parameter", "gradient of the parameter", "update of the parameter"
@@ -54,7 +54,7 @@ def tapped_step(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     total_weight, parts = jnp.sum(batch.weights_BT), config.training.accumulation
     split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-    empty = slots(sites(config.model, *split_batch.tokens_BT.shape[1:]))
+    empty = slots(hook_points(config.model, *split_batch.tokens_BT.shape[1:]))
 
     def part_loss(params: Any, slots: intermediates.Slots, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         context = Context(part.positions_BT, part.segments_BT, key if is_on(config.model.dropout) else None)
@@ -128,7 +128,7 @@ def tensors(program: tuple[Structure, Numbers], params: transformer.Params, repo
     """
     config = merge(*program)
     rows, length = report.weights_BT.shape
-    every = sites(config.model, rows // config.training.accumulation, length)
+    every = hook_points(config.model, rows // config.training.accumulation, length)
     layers = [stack.layers for stack in stacks(config.model)]
     places = {site.name: place for place, site in enumerate(every)}
 

@@ -14,7 +14,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import Writer
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.sharding.host_resources import used_machine
+from rustgpt_jax.sharding.hardware_specs import used_machine
 from rustgpt_jax.sharding.sharding_plan import over_local_devices
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpointing import Checkpoints

@@ -18,15 +18,14 @@ from rustgpt_jax.distributed.multihost import Votes, first_alone, is_first
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
-from rustgpt_jax.sharding.host_resources import used_machine
+from rustgpt_jax.sharding.hardware_specs import used_machine
 from rustgpt_jax.sharding.mesh import in_words
 from rustgpt_jax.sharding.sharding_plan import all_devices, check_memories
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tracking.formatting import count as formatted
 from rustgpt_jax.tracking.formatting import duration
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.tracking.progress import Progress, counting
-from rustgpt_jax.tracking.startup_timer import Laps
+from rustgpt_jax.tracking.progress import Laps, Progress, counting
 from rustgpt_jax.training.config_changes import change_of
 from rustgpt_jax.training.executors import Solo, train_lanes
 from rustgpt_jax.training.memory_estimate import check_training_memory
@@ -36,8 +35,7 @@ from rustgpt_jax.training.run_inputs import Material, run_tokenizer
 from rustgpt_jax.training.trainer import Run
 from rustgpt_jax.training.validate_components import check_parts
 from rustgpt_jax.workdir.code_snapshot import remember_code
-from rustgpt_jax.workdir.run_dir import RunFolder, Unwritable
-from rustgpt_jax.workdir.scratch_run_dir import shadow
+from rustgpt_jax.workdir.run_dir import RunFolder, Unwritable, shadow
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200

@@ -14,7 +14,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation.loss import objective, token_sums
 from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import init_cache
-from rustgpt_jax.sharding.host_resources import Machine
+from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.tracking.formatting import byte_size
 from rustgpt_jax.training.train_step import as_arguments, start
 

@@ -15,8 +15,8 @@ import optax
 
 from rustgpt_jax.config.schema import OptimizerConfig
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.registry import choose
-from rustgpt_jax.tree_paths import by_path, path_name
 
 
 def adamw(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:

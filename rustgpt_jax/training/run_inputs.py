@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rustgpt_jax.config.schema import Config, Earlier, Stage, Structure, split
-from rustgpt_jax.data.datasets import Turn
 from rustgpt_jax.data.preprocess import StageData, changed_data, read_record
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
+from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.train_step import Numbers, as_arguments
 from rustgpt_jax.workdir.run_dir import RunFolder

@@ -24,8 +24,7 @@ from rustgpt_jax.training.metric_logger import Fault, Pending, Recorder, Shows, 
 from rustgpt_jax.training.run_inputs import Material, Program
 from rustgpt_jax.training.train_step import Metrics, State, as_arguments, compiled_start, compiled_start_from
 from rustgpt_jax.training.vmapped_step import Orders
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.launch_log import record_launch, record_program
+from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import take_autotuning

@@ -13,8 +13,7 @@ from rustgpt_jax.model.kernels.verify import attention_choices
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.model.rope_scaling import ROPE_SCALINGS
+from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.registry import choose
 from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS

@@ -7,13 +7,19 @@ import errno
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.workdir.code_snapshot import keep_code
+from rustgpt_jax.workdir.environment import environment
+from rustgpt_jax.workdir.program_fingerprint import Program
+from rustgpt_jax.workdir.run_dir import RunFolder
 
 Event = dict[str, Any]
 
@@ -96,3 +102,123 @@ def _lock(descriptor: int) -> None:
         # Some cluster file systems have no locks; a single write of a few lines is whole there too.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
+
+
+# The launches of a run: each time that it was begun or gone on with, by which code, in what environment.
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as the journal has it. It began at `step`; `code` is the hash by which its archive is named.
+
+    `left_out` are files beside one's own modules that the archive does not have.
+    `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs. `mesh`
+    has the sizes of the axes that these formed, {} for one.
+    """
+
+    step: int
+    argv: list[str]
+    cwd: str
+    code: str
+    git: dict[str, Any] | None
+    environment: dict[str, Any]
+    mode: str
+    width: int
+    devices: int
+    left_out: list[str] = field(default_factory=list)
+    mesh: dict[str, int] = field(default_factory=dict)
+
+
+# A launch that records more devices is damaged.
+MOST_DEVICES = 2**16
+GROUPS = ("machine", "settings", "variables", "devices")
+
+# Required fields of a launch event, with their types.
+RECORDED: dict[str, type | UnionType] = {
+    "step": int,
+    "argv": list,
+    "cwd": str,
+    "code": str,
+    "git": dict | None,
+    "environment": dict,
+    "mode": str,
+    "width": int,
+    "devices": int,
+}
+
+
+# Required fields of a program event.
+PROGRAM: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
+
+
+def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
+    """Record in the journal that this process trains the run from a given step, and save a copy of its code.
+
+    Returns:
+        The files next to the code that were not copied.
+
+    Raises:
+        UserError: The folder is not writable.
+    """
+    code = keep_code(run)
+    Journal(run.journal_file).append(
+        "launch",
+        step=step,
+        argv=sys.argv,
+        cwd=os.getcwd(),
+        **code,
+        environment=environment(),
+        mode=mode,
+        width=width,
+        devices=devices,
+        mesh=dict(mesh),
+    )
+    return list(code["left_out"])
+
+
+def record_program(run: RunFolder, stage: str, program: Program, step: int) -> None:
+    """Write into the journal which program a stage runs from a step on."""
+    Journal(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
+
+
+def launches(run: RunFolder) -> list[Launch]:
+    """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
+    events = Journal(run.journal_file).events_named("launch", RECORDED)
+    names = [each.name for each in fields(Launch)]
+    found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
+    for launch in found:
+        if not _is_environment(launch.environment) or not 1 <= launch.devices <= MOST_DEVICES:
+            raise UserError(f"{run.journal_file} is damaged: a launch does not say on what machine it was.")
+        if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
+            raise UserError(f"{run.journal_file} is damaged: the mesh or the skipped files of a launch are invalid.")
+    return found
+
+
+def _is_environment(environment: Mapping[str, Any]) -> bool:
+    """Return whether a process can be started in a recorded environment."""
+    machine, _, variables, _ = groups = [environment.get(name, {}) for name in GROUPS]
+    if not all(isinstance(group, dict) for group in groups):
+        return False
+    cores = machine.get("cores")
+    return type(cores) is int and cores >= 1 and all(isinstance(value, str) for value in variables.values())
+
+
+def first_launch(run: RunFolder) -> Launch:
+    """The launch that a run began with. Raises UserError for a run that does not have it."""
+    every = launches(run)
+    if not every:
+        raise UserError(f"{run.path} has no record of its launches: no journal.jsonl with one.")
+    return every[0]
+
+
+def programs(run: RunFolder) -> dict[str, Program]:
+    """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
+    found: dict[str, Program] = {}
+    for event in Journal(run.journal_file).events_named("program", PROGRAM):
+        found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
+    return found
+
+
+def archive_of(run: RunFolder, launch: Launch) -> Path:
+    """The archive of the code of a launch."""
+    return run.code / f"{launch.code}.zip"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tree_paths import by_path, nested
+from rustgpt_jax.pytrees import by_path, nested
 from rustgpt_jax.workdir.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_header, write_file
 
 Tree = Any

@@ -4,8 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -415,3 +417,23 @@ def _stage_differences(stored: Stages, wanted: Stages) -> dict[str, tuple[Any, A
 
 def _stage_knobs(stages: Stages) -> dict[str, Any]:
     return {f"stages.{stage.name}.{path}": value for stage in stages for path, value in stage.overrides}
+
+
+# Where the processes of a run that are not the first keep their records: all do the same, and one is believed.
+
+
+@contextmanager
+def shadow(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[Path]:
+    """A folder that begins as the run's, is thrown away in the end, and shares nothing with it but the checkpoints.
+
+    Raises UserError as `create` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
+        real, own = RunFolder(path.absolute()), RunFolder(Path(made) / path.absolute().name)
+        create(own.path, config, origins)
+        for file in (real.metrics_file, real.data_file, real.tokenizer_file):
+            if file.exists():
+                shutil.copyfile(file, own.path / file.name)
+        own.parameters_file.symlink_to(real.parameters_file)
+        own.checkpoints.symlink_to(real.checkpoints)
+        yield own.path

@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.hf_config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE = "pytorch_model"
@@ -276,3 +275,16 @@ def _bytes_of(array: np.ndarray, dtype: np.dtype[Any]) -> memoryview:
     # Values beyond the range of a narrower dtype become infinite.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError naming the file if it is missing or no JSON object."""
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object.")
+    return values

@@ -17,7 +17,7 @@ from test_fuzz_tokenizers import BESIDE, FOREIGN
 from configs import base
 from rustgpt_jax.cli import convert
 from rustgpt_jax.interop.import_hf import read_model
-from rustgpt_jax.tree_paths import nested
+from rustgpt_jax.pytrees import nested
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import load_config
 from rustgpt_jax.workdir.safetensors_files import NewTensor, read_folder, read_header, write_file

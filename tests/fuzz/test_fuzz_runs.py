@@ -30,7 +30,7 @@ from rustgpt_jax.tracking.metric_writer import (
 from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.training.checkpointing import Damaged, stored_about
 from rustgpt_jax.training.run_inputs import read_beginning
-from rustgpt_jax.workdir.launch_log import launches, programs
+from rustgpt_jax.workdir.event_log import launches, programs
 from rustgpt_jax.workdir.run_dir import RunFolder
 
 assert _fonts.fontManager and _summary

@@ -24,8 +24,7 @@ from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
 from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
-from rustgpt_jax.sweeps.trial_log import Ledger, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder, is_settled
 
 assert _fonts.fontManager
 TRIALS = grid(optimizer__learning_rate=(1e-3, 1e-2), seed=(0, 1))

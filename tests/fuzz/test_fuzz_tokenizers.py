@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rustgpt_jax.data.datasets import Document, Turn, plain
 from rustgpt_jax.data.preprocess import with_vocabulary
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
 from rustgpt_jax.tokenizers import (
@@ -25,6 +24,7 @@ from rustgpt_jax.tokenizers import (
     load_tokenizer,
     save_tokenizer,
 )
+from rustgpt_jax.tokenizers.messages import Document, Turn, plain
 
 TEXTS = ("The rain fell, “naïve”\n\n日本 \x00 <|endoftext|> </s>", "", " a  b\r\n", "👩‍👩‍👧 e\u0301")
 LINES = [f"The rain fell on day {index}." for index in range(9)]

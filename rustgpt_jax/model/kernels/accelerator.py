@@ -1,13 +1,16 @@
 """What calls of a library's kernels have in common: they take a mask, and JAX can neither batch nor cut them."""
 
+import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import jax
+from absl import flags
 from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels.types import Task, whole_mask
+from rustgpt_jax.model.kernels.types import Kernel, Request, Task, device_at_hand, whole_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -52,3 +55,110 @@ def _unbatched(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
         )
 
     return guarded(mask_BTS, *(jax.lax.stop_gradient(array) for array in arrays))
+
+
+# Flash attention by cuDNN (arXiv 2307.08691), for NVIDIA GPUs in bfloat16.
+#
+# Which documents a row holds is known to it as a mask B x T x S in the type of the activations, without heads, whose
+# gradient it also makes: in memory that is 1/H of the scores. Its backward pass adds up in no fixed order, unless XLA
+# is told to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
+
+AMPERE, HOPPER = (8, 0), (9, 0)
+
+
+def cudnn(task: Task) -> jax.Array:
+    """mixed_BTKGC of a task."""
+
+    def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        # Causal is said beside the mask, for what lies after a token to be skipped. A window is in the mask alone:
+        # cuDNN takes no window beside one.
+        return jax.nn.dot_product_attention(
+            q_BTHC,
+            k_BSKC,
+            v_BSKC,
+            mask=mask_BTS[:, None],
+            scale=task.scale,
+            is_causal=True,
+            implementation="cudnn",
+        )
+
+    return by_library("cudnn", attend, task)
+
+
+def cudnn_unsupported_reason(request: Request) -> str | None:
+    """Why cuDNN cannot serve a request; None if it can."""
+    platform, capability = request.device
+    widest = 128 if capability and capability < HOPPER else 256
+    reasons = {
+        f"it needs an NVIDIA GPU, and this is a {platform}": platform not in (None, "gpu"),
+        "it needs a GPU of compute capability 8.0 or more": capability is not None and capability < AMPERE,
+        "it reads no cache": request.cached,
+        f"it computes in bfloat16, not in {request.dtype}": request.dtype != "bfloat16",
+        "it has no soft-cap of scores": request.softcap,
+        "it is given no bias of distances": request.bias,
+        "it has no learned sinks": request.sinks,
+        "it is given no dropout of attention": request.dropout,
+        "its keys and values are equally wide": request.head_width != request.value_width,
+        f"its heads have 8, 16, .. {widest} channels, not {request.head_width}": request.head_width % 8 != 0
+        or request.head_width > widest,
+        f"it needs an even number of tokens, not {request.length}": request.length % 2 != 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+CUDNN = Kernel(cudnn, cudnn_unsupported_reason)
+
+
+# Flash attention by the library tokamax (`pip install 'rustgpt_jax[kernels]'`), which is written for TPUs above all.
+#
+# On a TPU its kernel, splash attention, takes the mask of one row: rows are computed one after another, as a core of a
+# TPU does anyway.
+
+# By platform, those of tokamax's implementations that are flash attention, the first that can be used first.
+IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}
+# Tokens in the smallest block of splash attention.
+LANES = 128
+
+
+def tokamax(task: Task) -> jax.Array:
+    """mixed_BTKGC of a task."""
+    library = importlib.import_module("tokamax")
+    if not flags.FLAGS.is_parsed():  # It would read the command line of whatever program this is.
+        flags.FLAGS.mark_as_parsed()
+    platform = device_at_hand().platform
+    implementation = IMPLEMENTATIONS[str(platform)]
+
+    def rows(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        masks = mask_BTS[:, None]
+        return library.dot_product_attention(
+            q_BTHC, k_BSKC, v_BSKC, mask=masks, scale=task.scale, implementation=implementation
+        )
+
+    def row_by_row(*arrays: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: rows(*(x[None] for x in row))[0], arrays)
+
+    return by_library("tokamax", rows if platform == "gpu" else row_by_row, task)
+
+
+def tokamax_unsupported_reason(request: Request) -> str | None:
+    """Why tokamax cannot serve a request; None if it can."""
+    platform = request.device.platform
+    reasons = {
+        f"it has flash attention for TPUs and NVIDIA GPUs, and this is a {platform}": platform is not None
+        and platform not in IMPLEMENTATIONS,
+        "it is not installed: pip install 'rustgpt_jax[kernels]'": platform is not None
+        and find_spec("tokamax") is None,
+        "it reads no cache": request.cached,
+        f"it is used in bfloat16, not in {request.dtype}": request.dtype != "bfloat16",
+        # Here the cap is an argument of the program, so that one program serves every cap.
+        "its soft-cap is a constant of the program": request.softcap,
+        "it is given no bias of distances": request.bias,
+        "it has no learned sinks": request.sinks,
+        "it is given no dropout of attention": request.dropout,
+        "its keys and values are equally wide": request.head_width != request.value_width,
+        f"it needs a multiple of {LANES} tokens, not {request.length}": request.length % LANES != 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+TOKAMAX = Kernel(tokamax, tokamax_unsupported_reason)

@@ -4,11 +4,8 @@ import sys
 from typing import NamedTuple
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.kernels.blockwise import BLOCKWISE
-from rustgpt_jax.model.kernels.causal_chunked import TRIANGULAR
-from rustgpt_jax.model.kernels.cudnn import CUDNN
-from rustgpt_jax.model.kernels.portable import PLAIN
-from rustgpt_jax.model.kernels.tokamax import TOKAMAX
+from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
+from rustgpt_jax.model.kernels.portable import BLOCKWISE, PLAIN, TRIANGULAR
 from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Kernel, Request, device_at_hand
 
 KERNELS: dict[str, Kernel] = {

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import is_on
+from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import product_type, softcap
-from rustgpt_jax.model.kernels.types import Bias, Kernel, Task, whole_mask
+from rustgpt_jax.model.kernels.types import Bias, Kernel, Request, Task, visible, whole_mask
 
 
 def attended(
@@ -65,3 +66,96 @@ def plain(task: Task) -> jax.Array:
 
 
 PLAIN = Kernel(plain, lambda request: None)
+
+
+# Attention of one block of queries after another, in plain XLA: on every device, and never all scores at once.
+
+# Queries in a block: enough to keep the units for matrix products busy.
+BLOCK = 512
+
+
+def blockwise(task: Task, block: int = BLOCK) -> jax.Array:
+    """mixed_BTKGC of a task, exactly: a query has all its scores at once, and the backward pass makes them again.
+
+    In memory are the scores of a block: B x H x block x S numbers, where S is the row, or block + window. But where
+    config.model.remat is dots, which keeps all matrix products, those of all blocks are kept.
+    """
+    batch, length = task.q_BTHC.shape[:2]
+    n_blocks = -(-length // block)
+    block = -(-length // n_blocks)
+    n_keys = length if task.window is None else min(length, block + task.window - 1)
+
+    def blocks(x_BT: jax.Array) -> jax.Array:
+        """x cut along T, with the blocks as the first axis, the last one filled up with copies of the last token."""
+        filled = jnp.pad(x_BT, [(0, 0), (0, n_blocks * block - length), *[(0, 0)] * (x_BT.ndim - 2)], mode="edge")
+        return jnp.moveaxis(filled.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def attend(index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        order_T = jnp.minimum(index * block + jnp.arange(block), length - 1)
+        first = jnp.clip((index + 1) * block - n_keys, 0, length - n_keys)
+
+        def near(x_BS: jax.Array) -> jax.Array:
+            return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
+
+        keys = Context(near(task.context.positions_BT), near(task.context.segments_BT))
+        order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
+        visible_BTS = visible(Context(positions_BT, segments_BT), order_T, keys, order_S, task.window)
+        positions = (positions_BT, keys.positions_BT)
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
+
+        by_heads = (jnp.swapaxes(near(task.k_BSKC), 1, 2), jnp.swapaxes(near(task.v_BSKC), 1, 2))
+        return attended(q_BTHC, *by_heads, task.scale, weights)
+
+    queries = (task.q_BTHC, task.context.positions_BT, task.context.segments_BT)
+    mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
+
+
+def portable_unsupported_reason(request: Request) -> str | None:
+    """Why blockwise attention cannot serve a request; None if it can."""
+    if request.cached:
+        return "it reads no cache"
+    return "it has no dropout of attention" if request.dropout else None
+
+
+BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
+
+
+# Attention of a few blocks of queries, each with no more keys than it can see: about half of all products.
+#
+# The blocks are written out one after another, and what the backward pass reads is kept: the fastest form on CPUs.
+
+# More blocks leave out more keys, and make more and smaller products.
+N_BLOCKS = 4
+
+
+def triangular(task: Task, n_blocks: int = N_BLOCKS) -> jax.Array:
+    """mixed_BTKGC of a task, exactly. In memory are the scores of the keys that each block reads."""
+    length = task.q_BTHC.shape[1]
+    k_BKSC, v_BKSC = jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2)
+
+    def attend(start: int, stop: int) -> jax.Array:
+        first = 0 if task.window is None else max(0, start + 1 - task.window)
+        queries, keys = _part(task.context, start, stop), _part(task.context, first, stop)
+        visible_BTS = visible(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), task.window)
+        positions = (queries.positions_BT, keys.positions_BT)
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
+
+        near = (k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop])
+        return attended(task.q_BTHC[:, start:stop], *near, task.scale, weights)
+
+    block = -(-length // n_blocks)
+    starts = range(0, length, block)
+    return jnp.concatenate([attend(start, min(start + block, length)) for start in starts], axis=1)
+
+
+def _part(context: Context, start: int, stop: int) -> Context:
+    return Context(context.positions_BT[:, start:stop], context.segments_BT[:, start:stop])
+
+
+TRIANGULAR = Kernel(triangular, portable_unsupported_reason)

@@ -2,13 +2,33 @@
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
-from rustgpt_jax.sweeps.launchers.types import Launch
+from rustgpt_jax.sweeps.asset_cache import Shelf
 from rustgpt_jax.sweeps.planner import Chunk
+from rustgpt_jax.sweeps.sweep_dir import SweepFolder
 from rustgpt_jax.sweeps.worker import Worker
+
+# What every launcher is told.
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch of a sweep: its folder, the copy of the code that jobs run, how many workers, and when to stop.
+
+    `slurm_options` are options of Slurm such as {'partition': 'gpu', 'time': '60'}.
+    """
+
+    folder: SweepFolder
+    shelf: Shelf
+    code: Path
+    n_workers: int
+    slurm_options: dict[str, str]
+    is_stopped: Callable[[], bool]
 
 
 def inline(launch: Launch, chunks: Sequence[Chunk]) -> None:

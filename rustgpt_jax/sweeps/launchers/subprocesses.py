@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rustgpt_jax.sweeps.launchers.types import Launch
+from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.trial_log import DONE, Ledger
+from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger
 from rustgpt_jax.workdir.run_dir import check_links
 
 # A chunk whose process has died so often is given up.

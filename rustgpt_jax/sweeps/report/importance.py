@@ -4,9 +4,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.report.axis_scales import Scale, scale_of
 from rustgpt_jax.sweeps.report.labels import METRICS, knob_names, loss_text, value_text
-from rustgpt_jax.sweeps.report.palette import Key, shade, stand_in
 from rustgpt_jax.sweeps.report.ranking import knob_shares, loss, losses_in_view, variance_shares
 from rustgpt_jax.sweeps.report.results import DIVERGED, SEED, Results, TrialResult
 from rustgpt_jax.sweeps.report.svg import (
@@ -16,12 +14,17 @@ from rustgpt_jax.sweeps.report.svg import (
     SMALL_FONT_SIZE,
     TOP,
     WIDE,
+    Key,
     Picture,
+    Scale,
     blank,
     mark,
     name_column,
     panel,
+    scale_of,
+    shade,
     show_knob,
+    stand_in,
     to_svg,
     write,
 )

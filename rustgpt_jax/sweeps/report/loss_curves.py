@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.report.axis_scales import scale_of
 from rustgpt_jax.sweeps.report.labels import METRICS, knob_names
-from rustgpt_jax.sweeps.report.palette import Colouring, stand_in
 from rustgpt_jax.sweeps.report.ranking import knob_shares, most_important, ranking
 from rustgpt_jax.sweeps.report.results import (
     BITS_PER_BYTE,
@@ -28,12 +26,15 @@ from rustgpt_jax.sweeps.report.svg import (
     RIGHT,
     TOP,
     WIDE,
+    Colouring,
     Picture,
     blank,
     mark,
     panel,
+    scale_of,
     show_losses,
     show_steps,
+    stand_in,
     to_svg,
 )
 

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.sweeps.report.axis_scales import scale_of
 from rustgpt_jax.sweeps.report.labels import METRICS, knob_names, setting_text
-from rustgpt_jax.sweeps.report.palette import stand_in
 from rustgpt_jax.sweeps.report.results import BITS_PER_BYTE, DIVERGED, Results, TrialResult, key_of
 from rustgpt_jax.sweeps.report.stats import Interval, lr_sensitivity, mean_interval
 from rustgpt_jax.sweeps.report.svg import (
@@ -18,7 +16,9 @@ from rustgpt_jax.sweeps.report.svg import (
     blank,
     name_column,
     panel,
+    scale_of,
     show_beyond,
+    stand_in,
     to_svg,
     write,
 )

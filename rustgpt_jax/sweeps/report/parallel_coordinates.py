@@ -3,13 +3,24 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rustgpt_jax.sweeps.report.axis_scales import Scale, scale_of
 from rustgpt_jax.sweeps.report.importance import loss_key, loss_shade
 from rustgpt_jax.sweeps.report.labels import METRICS, knob_names, loss_text
-from rustgpt_jax.sweeps.report.palette import shade, stand_in
 from rustgpt_jax.sweeps.report.ranking import knob_shares
 from rustgpt_jax.sweeps.report.results import DIVERGED, Results, TrialResult
-from rustgpt_jax.sweeps.report.svg import FONT_SIZE, WIDE, Picture, blank, mark, panel, to_svg, write
+from rustgpt_jax.sweeps.report.svg import (
+    FONT_SIZE,
+    WIDE,
+    Picture,
+    Scale,
+    blank,
+    mark,
+    panel,
+    scale_of,
+    shade,
+    stand_in,
+    to_svg,
+    write,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,26 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rustgpt_jax.sweeps.report.axis_scales import Scale, scale_of
 from rustgpt_jax.sweeps.report.labels import METRICS, knob_names, setting_text
-from rustgpt_jax.sweeps.report.palette import N_HUES, Colouring, Key, stand_in
 from rustgpt_jax.sweeps.report.ranking import knob_shares, most_important
 from rustgpt_jax.sweeps.report.results import DIVERGED, Results, TrialResult, key_of
 from rustgpt_jax.sweeps.report.stats import Interval, mean_interval
 from rustgpt_jax.sweeps.report.svg import (
     BOTTOM,
     LEFT,
+    N_HUES,
     NARROW,
     RIGHT,
     TOP,
     WIDE,
+    Colouring,
+    Key,
     Picture,
+    Scale,
     blank,
     mark,
     panel,
+    scale_of,
     show_beyond,
     show_knob,
     show_losses,
+    stand_in,
     to_svg,
     write,
 )

@@ -16,8 +16,7 @@ from typing import Any
 
 from rustgpt_jax.config.schema import Config, config_hash, flatten, is_of_result, stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder, read_about
-from rustgpt_jax.sweeps.trial_log import Event, Ledger
+from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepFolder, read_about
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.run_dir import RunFolder, all_differences, load_config, write_atomically
 

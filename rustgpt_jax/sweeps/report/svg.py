@@ -9,10 +9,236 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.sweeps.report.axis_scales import Scale
-from rustgpt_jax.sweeps.report.palette import Key, stand_in, with_variables
+from rustgpt_jax.sweeps.report.labels import value_text
+from rustgpt_jax.sweeps.report.results import is_number, key_of
+
+# Where the values of a knob stand on an axis: numbers by size or by ratio, all else side by side.
+
+# More values than this get round ticks instead of one each.
+MOST_OWN_TICKS = 9
+# Positive values that span a smaller factor stand by their size.
+LEAST_FACTOR = 3.0
+
+# Points are spread over this share of the way to the next value, and of the whole axis, where there are at least so
+# many for each value.
+POINT_SPREAD, MARGIN_SPREAD, POINTS_UNSPREAD = 0.45, 0.1, 8
+GOLDEN = 0.6180339887498949
+
+Tick = tuple[float, str]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The distinct values of a knob in their order, and whether they are numbers, and spaced by ratio."""
+
+    values: tuple[Any, ...]
+    is_numeric: bool
+    is_log: bool
+
+    def place(self, value: Any) -> float:
+        """The coordinate of a value. On a scale of ratios, 0 stands one step before the smallest positive value."""
+        if not self.is_numeric:
+            return float(self.index(value))
+        if not self.is_log:
+            return float(value)
+        return math.log10(value) if value > 0 else self._place_of_zero
+
+    def index(self, value: Any) -> int:
+        """Return the number of values that precede this one."""
+        return self._indices[key_of(value)]
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {key_of(value): index for index, value in enumerate(self.values)}
+
+    @cached_property
+    def _place_of_zero(self) -> float:
+        positive = [value for value in self.values if value > 0]
+        step = math.log10(positive[-1] / positive[0]) / max(len(positive) - 1, 1)
+        return math.log10(positive[0]) - min(step, 1.0)
+
+    @cached_property
+    def low(self) -> float:
+        """The first coordinate."""
+        return self.place(self.values[0])
+
+    @cached_property
+    def high(self) -> float:
+        """The last coordinate."""
+        return self.place(self.values[-1])
+
+    def spread(self, n: int) -> list[float]:
+        """How far aside to put each of n points so that those with one value do not hide each other, where many do."""
+        places = sorted(self.place(value) for value in self.values)
+        if n < POINTS_UNSPREAD * len(places):
+            return [0.0] * n
+        nearest = min((second - first for first, second in pairwise(places)), default=1.0)
+        room = min(POINT_SPREAD * nearest, MARGIN_SPREAD * (self.high - self.low) or 1.0)
+        # Multiples of the golden ratio fill an interval evenly, however many they are.
+        return [room * (index * GOLDEN % 1 - 0.5) for index in range(n)]
+
+    def ticks(self, least_gap: float) -> list[Tick]:
+        """Coordinates and texts, at the values themselves if they are few, none nearer than a share of the axis."""
+        if not self.is_numeric or len(self.values) <= MOST_OWN_TICKS:
+            wanted = [(self.place(value), value_text(value)) for value in self.values]
+        else:
+            wanted = self._round_ticks()
+        kept: list[Tick] = []
+        for place, text in wanted:
+            if not kept or place - kept[-1][0] >= least_gap * (self.high - self.low):
+                kept.append((place, text))
+        return kept
+
+    def _round_ticks(self) -> list[Tick]:
+        from matplotlib.ticker import MaxNLocator
+
+        if not self.is_log:
+            places = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
+            return [(place, value_text(float(place))) for place in places if self._covers(place)]
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        heads = (1,) if self.high - self.low > 2 else (1, 3)
+        values = [head * 10.0**decade for decade in decades for head in heads]
+        zero = [(self.low, "0")] if self.values[0] == 0 else []
+        return zero + [(math.log10(value), value_text(value)) for value in values if self._covers(math.log10(value))]
+
+    def _covers(self, place: float) -> bool:
+        """Whether a tick lies between the ends, or so near to one that the axis still has room for it."""
+        room = 0.04 * (self.high - self.low)
+        return self.low - room <= place <= self.high + room
+
+
+def scale_of(values: Iterable[Any]) -> Scale:
+    """The scale that fits some values of a knob, in which there may be repetitions."""
+    distinct = {key_of(value): value for value in values}.values()
+    numeric = all(is_number(value) for value in distinct)
+    own = tuple(sorted(distinct)) if numeric else tuple(distinct)
+    return Scale(own, numeric, numeric and _is_spaced_by_ratio(own))
+
+
+def _is_spaced_by_ratio(values: tuple[float, ...]) -> bool:
+    """Whether the middle of the positive values is nearer to their geometric mean than to their arithmetic mean."""
+    positive = [value for value in values if value > 0]
+    if values[0] < 0 or len(positive) < 2 or positive[-1] / positive[0] < LEAST_FACTOR:
+        return False
+    logarithms = list(map(math.log, positive))
+    arithmetic = math.log(fmean(positive))
+    return abs(median(logarithms) - fmean(logarithms)) < abs(median(logarithms) - arithmetic)
+
+
+# The colours of the figures, which are names until a page is shown: light paper and dark paper have their own.
+#
+# Figures are drawn in stand-in colours, one for each name. In the SVG they become `var(--NAME)`, and `css` defines
+# these variables for both papers.
+
+N_SHADES = 24
+
+# By name, on light and on dark paper. The hues stay apart for colour-blind readers.
+PLAIN = {
+    "ink": ("#1d1f24", "#e7e8ea"),
+    "soft": ("#696d76", "#9aa0aa"),
+    "grid": ("#e3e5e9", "#2e3238"),
+    "paper": ("#ffffff", "#15171b"),
+    "shade": ("#f5f6f8", "#1d2025"),
+    "warn": ("#c2352b", "#ff7a6b"),
+    "hue0": ("#2f6db5", "#6ea8ef"),
+    "hue1": ("#d95f28", "#f59257"),
+    "hue2": ("#1f9078", "#4cc9ac"),
+    "hue3": ("#8a56b8", "#bf93ea"),
+    "hue4": ("#b8860b", "#e3b94a"),
+    "hue5": ("#c2477f", "#f08ab8"),
+    "hue6": ("#5a6b2f", "#a9bf6a"),
+    "hue7": ("#5b6472", "#a3adbb"),
+}
+N_HUES = sum(name.startswith("hue") for name in PLAIN)
+# The part of a colour map from its strong end to its faint one, which must still show on the paper.
+MAPS = {
+    "loss": ("viridis", (0.05, 0.93), (0.95, 0.22)),
+    "knob": ("plasma", (0.0, 0.84), (0.95, 0.33)),
+}
+NAMES = (*PLAIN, *(f"{name}{shade}" for name in MAPS for shade in range(N_SHADES)))
+
+
+def stand_in(name: str) -> str:
+    """The colour to draw with in place of a named one."""
+    return f"#fe{NAMES.index(name):02x}01"
+
+
+def with_variables(svg: str) -> str:
+    """An SVG with each stand-in replaced by the variable of its name."""
+    return re.sub(r"#fe([0-9a-f]{2})01", lambda match: f"var(--{NAMES[int(match[1], 16)]})", svg)
+
+
+def css() -> str:
+    """The definitions of all the variables, for light paper and, where the reader prefers it, for dark."""
+    light, dark = (_declarations(paper) for paper in range(2))
+    return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
+def _declarations(paper: int) -> str:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    values = {name: colours[paper] for name, colours in PLAIN.items()}
+    for name, (colour_map, *ranges) in MAPS.items():
+        strong, faint = ranges[paper]
+        for shade in range(N_SHADES):
+            place = strong + (faint - strong) * shade / (N_SHADES - 1)
+            values[f"{name}{shade}"] = to_hex(colormaps[colour_map](place))
+        shades = ",".join(values[f"{name}{shade}"] for shade in range(N_SHADES))
+        values[f"{name}-band"] = f"linear-gradient(to right,{shades})"
+    return "".join(f"--{name}:{value};" for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the colours of a figure mean: a swatch and a text for each, or a band of a `gradient` between two texts."""
+
+    title: str
+    entries: tuple[tuple[str, str], ...]
+    gradient: str | None = None
+
+
+@dataclass(frozen=True)
+class Colouring:
+    """The colour of each value of a knob."""
+
+    title: str
+    scale: Scale
+
+    def name(self, value: Any) -> str:
+        """Return the color name of a value: a separate hue, or a shade if the values are numeric.
+
+        Shades follow the rank of the values, not their distance, so that close values remain distinguishable.
+        """
+        place = self.scale.index(value)
+        if not self.scale.is_numeric:
+            return f"hue{min(place, N_HUES - 1)}"
+        return shade("knob", place / max(len(self.scale.values) - 1, 1))
+
+    def __call__(self, value: Any) -> str:
+        return stand_in(self.name(value))
+
+    @property
+    def key(self) -> Key:
+        """The values and their colours, or the first and the last where they are many."""
+        values = self.scale.values
+        if self.scale.is_numeric and len(values) > N_HUES:
+            return Key(f"{self.title}, in order", (("", value_text(values[0])), ("", value_text(values[-1]))), "knob")
+        entries = [(self.name(value), value_text(value)) for value in values]
+        if len(entries) > N_HUES:
+            entries[N_HUES - 1 :] = [(entries[-1][0], f"{len(entries) - N_HUES + 1} others")]
+        return Key(self.title, tuple(entries))
+
+
+def shade(colour_map: str, share: float) -> str:
+    """The name of the shade at a share of the way from the strong end of a map to the faint one."""
+    return f"{colour_map}{round(min(max(share, 0.0), 1.0) * (N_SHADES - 1))}"
+
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
