@@ -149,12 +149,12 @@ def train() -> int:
         raise UserError("Where to? Give --run=DIR, the folder of the new run.")
     tree, origins = _config()
     config = _resolved(tree)
-    from rustgpt_jax.distributed.failure_propagation import ending_together
+    from rustgpt_jax.distributed.failure_propagation import propagate_failures
     from rustgpt_jax.distributed.multihost import is_first, join
     from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
     from rustgpt_jax.training.loop import train
-    from rustgpt_jax.workdir.program_fingerprint import keep_autotuning
-    from rustgpt_jax.workdir.run_dir import RunFolder
+    from rustgpt_jax.workdir.program_fingerprint import enable_autotune_cache
+    from rustgpt_jax.workdir.run_dir import RunDir
 
     folder = Path(FLAGS.run or Path("runs") / Path(FLAGS.config).stem)
     if FLAGS.launcher != "inline":
@@ -163,8 +163,8 @@ def train() -> int:
     join(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.patience)
     # All processes of a run would say the same.
     console = PlainTextConsole(quiet=not is_first())
-    with ending_together():
-        keep_autotuning(RunFolder(folder))
+    with propagate_failures():
+        enable_autotune_cache(RunDir(folder))
         if FLAGS.init_from is not None:
             from rustgpt_jax.interop.warm_start import begin_from
 
@@ -186,17 +186,17 @@ def train() -> int:
 
 def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
-    from rustgpt_jax.config.schema import is_by_epochs
+    from rustgpt_jax.config.schema import uses_epochs
     from rustgpt_jax.sweeps.launchers.slurm import job_script, submit
     from rustgpt_jax.training.config_changes import change_of
-    from rustgpt_jax.training.validate_components import check_parts
+    from rustgpt_jax.training.validate_components import validate_components
 
     if FLAGS.launcher != "slurm":
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
     # How many steps epochs are, the job finds.
-    if not is_by_epochs(config):
+    if not uses_epochs(config):
         change_of(folder, config, FLAGS.extend)
-    check_parts(config)
+    validate_components(config)
     given = [FLAGS[name] for name in (*VERBS["train"].flags, *OF_ALL_VERBS) if name not in ("launcher", "slurm")]
     words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]
     knobs = [f"--config.{path}={text}" for path, text in _overrides]
@@ -209,7 +209,7 @@ def _submit(folder: Path, config: Any) -> int:
 
 def sweep() -> int:
     """Run a sweep, or go on with it, and report."""
-    from rustgpt_jax.sweeps.search_space import SuccessiveHalving, TreeParzen
+    from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import expand, feasible_points
     from rustgpt_jax.tracking.formatting import PlainTextConsole
     from rustgpt_jax.workdir.config_files import sweep_function
@@ -221,17 +221,17 @@ def sweep() -> int:
     tree, origins = _config()
     says = sweep_function(FLAGS.config, FLAGS.sweep)
     spec, fixed = _called(FLAGS.config, says), [path for path, _ in _overrides]
-    if isinstance(spec, TreeParzen):
+    if isinstance(spec, TPE):
         trials = feasible_points(tree, spec, fixed)
     else:
         trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     options = dict(_pair(option) for option in FLAGS.slurm)
     from rustgpt_jax.cli.sweep import Command, run_sweep
-    from rustgpt_jax.sweeps.sweep import About, Settings
+    from rustgpt_jax.sweeps.sweep import Settings, SweepInfo
 
     settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
     command = Command(
-        About(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run, FLAGS.allow_oversubscription
+        SweepInfo(FLAGS.config, says.__name__, origins), settings, FLAGS.dry_run, FLAGS.allow_oversubscription
     )
     name = "_".join([Path(FLAGS.config).stem, *says.__name__.split("_", 1)[1:]])
     return run_sweep(tree, spec, trials, fixed, Path(FLAGS.run or Path("runs") / name), command, PlainTextConsole())
@@ -309,18 +309,18 @@ def evaluate() -> int:
 def generate() -> int:
     """Print what a model writes after each prompt."""
     from rustgpt_jax.inference.decode_params import form
-    from rustgpt_jax.inference.text_generator import write_as_it_comes
+    from rustgpt_jax.inference.text_generator import stream_text
     from rustgpt_jax.tracking.formatting import printable
 
     trained = _trained()
-    writer, sampling = trained.writer.laid_out(form(trained.config.sampling)), trained.config.sampling
+    writer, sampling = trained.writer.shard_activations(form(trained.config.sampling)), trained.config.sampling
     for prompt in FLAGS.prompt or [""]:
         for sample in range(FLAGS.num_samples):
             # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.
             drawn = dataclasses.replace(sampling, seed=(sampling.seed + sample) % 2**32)
             notes = list[str]()
             print(prompt, end="\n" if writer.is_dialogue else "")
-            for piece in write_as_it_comes(writer, writer.prompt(prompt), drawn, notes.append):
+            for piece in stream_text(writer, writer.prompt(prompt), drawn, notes.append):
                 print(printable(piece), end="", flush=True)
             print("\n", flush=True)
             for note in notes:
@@ -572,11 +572,11 @@ def _compute_as(run: Path) -> None:
     from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
     from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
     from rustgpt_jax.workdir.program_fingerprint import load_autotuning
-    from rustgpt_jax.workdir.run_dir import RunFolder
+    from rustgpt_jax.workdir.run_dir import RunDir
 
     keep_compiled_programs()
-    use_devices_of(RunFolder(run))
-    load_autotuning(RunFolder(run))
+    use_devices_of(RunDir(run))
+    load_autotuning(RunDir(run))
 
 
 def _run_folder() -> Path:

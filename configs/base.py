@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     # The share of the corpus kept for validation.
     config.data.valid_fraction = 0.1
     # all: learn every token; assistant: in dialogues, only the assistant's words.
-    config.data.loss_on = "all"
+    config.data.loss_mask = "all"
     # Tokens in a training window. None: model.context_length.
     config.data.window = None
 
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     # relu_squared_glu; or a mixture of experts: moe.
     config.model.feedforwards = ("swiglu",)
     # learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: the same
-    # with local_rope_base; alibi: scores fall with distance (arXiv 2108.12409); none.
+    # with local_rope_theta; alibi: scores fall with distance (arXiv 2108.12409); none.
     config.model.positions = ("rope",)
     # layernorm, rmsnorm, or zero_centered_rmsnorm, which multiplies by 1 + scale.
     config.model.norm = "rmsnorm"
@@ -89,18 +89,18 @@ def get_config() -> ConfigDict:
     # The embedding multiplier. None: sqrt(d_model).
     config.model.embedding_scale = None
     # Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.
-    config.model.logits_softcap = 0.0
+    config.model.final_logit_softcap = 0.0
 
     # Normalise queries and keys, by the model's norm: head, in each head (arXiv 2010.04245); projection, all heads of
     # a token at once; none.
     config.model.qk_norm = "none"
-    # What scores are multiplied by. None: head_dim^-1/2, or (head_dim + shared_key_width)^-1/2 in latent_attention.
+    # What scores are multiplied by. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in latent_attention.
     config.model.attention_scale = None
     # Also divide attention scores by the layer number, counted from 1 (GPT-2's scale_attn_by_inverse_layer_idx). Used
     # by attention and local_attention.
     config.model.attention_scale_by_layer = False
     # Keep scores between plus and minus this, by tanh. 0: not in the program.
-    config.model.attention_softcap = 0.0
+    config.model.attn_logit_softcap = 0.0
     # A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453).
     config.model.attention_sinks = False
     # What computes attention; all give the same but for rounding, and tokens from a cache are always served by plain.
@@ -112,11 +112,11 @@ def get_config() -> ConfigDict:
     # Tokens that local_attention sees, itself included.
     config.model.local_window = 64
     # latent_attention (arXiv 2405.04434): width of the latent that keys and values are made from. None: 4 head_dim.
-    config.model.latent_width = None
+    config.model.kv_lora_rank = None
     # Width of the latent that queries are made from. None: queries are made from the input itself.
-    config.model.query_latent_width = None
+    config.model.q_lora_rank = None
     # Width of the key that all heads share and that has the position. None: half of head_dim, up to an even number.
-    config.model.shared_key_width = None
+    config.model.qk_rope_head_dim = None
     # rg_lru and deltanet: tokens that their short convolution sees.
     config.model.conv_width = 4
     # rg_lru: channels of the state. None: d_model.
@@ -129,9 +129,9 @@ def get_config() -> ConfigDict:
     config.model.scale_first_token = True
 
     # The slowest wavelength of RoPE is about 2 pi times this.
-    config.model.rope_base = 10000.0
+    config.model.rope_theta = 10000.0
     # The same for the positions local_rope, which have no scaling.
-    config.model.local_rope_base = 10000.0
+    config.model.local_rope_theta = 10000.0
     # The share of a head's channels that RoPE rotates, the first ones.
     config.model.rope_fraction = 1.0
     # Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (2309.00071),
@@ -166,16 +166,16 @@ def get_config() -> ConfigDict:
     # Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that finds none
     # is not fed, so it depends on those before it, and decoding, with places for all, is not what training was.
     # 0: a place for every token (dropless).
-    config.model.expert_capacity = 0.0
+    config.model.capacity_factor = 0.0
     # Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use the softmax
     # over all experts (Switch). With one expert per token this must be False, since a constant weight of 1 does not
     # train the router.
-    config.model.normalize_experts = True
+    config.model.norm_topk_prob = True
     # Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share of tokens routed
     # to the expert * its mean probability), as in transformers; it equals experts_per_token for balanced routing. The
     # losses of all layers are summed (transformers pools the tokens of all layers instead). 0 removes the loss from the
     # program.
-    config.model.load_balance = 0.01
+    config.model.load_balance_loss_weight = 0.01
     # Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.
     config.model.router_z_loss = 0.0
 
@@ -226,7 +226,7 @@ def get_config() -> ConfigDict:
     # Momentum of sgd and muon.
     config.optimizer.momentum = 0.95
     # muon only: the learning rate of the matrices inside the blocks; all else learns at learning_rate.
-    config.optimizer.matrix_learning_rate = 0.02
+    config.optimizer.muon_learning_rate = 0.02
     # Decoupled weight decay, multiplied by the learning rate and by the factor of the parameter's group.
     config.optimizer.weight_decay = 0.1
     # (regular expression, factor): the first expression found in a parameter's path decides. All must be matched.
@@ -247,9 +247,9 @@ def get_config() -> ConfigDict:
     # Steps in which the rate rises linearly from 0.
     config.schedule.warmup_steps = 20
     # wsd only: the share of the steps, at the end, in which the rate falls linearly.
-    config.schedule.decay_fraction = 0.2
+    config.schedule.decay_frac = 0.2
     # The factor that linear, cosine and wsd have come down to when the steps are over.
-    config.schedule.final_fraction = 0.1
+    config.schedule.final_lr_frac = 0.1
 
     config.training = ConfigDict()
     # Optimizer steps.
@@ -263,11 +263,11 @@ def get_config() -> ConfigDict:
     # the load balance of moe, which each part has for itself.
     config.training.accumulation = 1
     # Optimizer steps in one call of the compiled program. The results do not depend on it.
-    config.training.steps_per_call = 10
+    config.training.steps_per_jit_call = 10
     # Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.
     config.training.z_loss = 0.0
     # Tokens of each window whose logits exist at a time; the backward pass computes them again. None: all at once.
-    config.training.loss_chunk = None
+    config.training.loss_chunk_size = None
 
     # A mesh of devices: how many each kind of parallelism has. -1, for one of them: all that are left. A run may go on
     # with another mesh: the mesh says where it is computed, not what.
@@ -286,17 +286,17 @@ def get_config() -> ConfigDict:
     config.faults = ConfigDict()
     # A step whose loss, gradient or update is not finite changes no parameter. Then: stop; skip, which goes on with
     # the next batch; or rewind: back to the last regular checkpoint, and on with the batches after the bad one.
-    config.faults.not_finite = "stop"
+    config.faults.nonfinite_policy = "stop"
     # How many such steps skip and rewind forgive a run; one more stops it.
-    config.faults.most_forgiven = 10
+    config.faults.max_skipped = 10
 
     config.record = ConfigDict()
     # Steps between lines of training metrics.
     config.record.log_every = 10
     # Steps between evaluations, which also write samples.
-    config.record.evaluate_every = 100
+    config.record.eval_every = 100
     # Batches of the validation split in an evaluation. None: all of it.
-    config.record.evaluation_batches = None
+    config.record.eval_batches = None
     # Steps between checkpoints.
     config.record.checkpoint_every = 100
     # Prompts that each evaluation continues as samples; for dialogue data, questions to answer. On the command line,

@@ -36,10 +36,10 @@ def get_config() -> ConfigDict:
     config.training.steps = 600_000
     config.training.batch_size = 480
     config.training.accumulation = 40
-    config.training.steps_per_call = 5
+    config.training.steps_per_jit_call = 5
     config.record.log_every = 10
-    config.record.evaluate_every = 1000
-    config.record.evaluation_batches = 20
+    config.record.eval_every = 1000
+    config.record.eval_batches = 20
     config.record.checkpoint_every = 1000
     config.record.prompts = ("The meaning of life is",)
     return config

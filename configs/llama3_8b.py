@@ -37,13 +37,13 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 2000
     config.training.steps = 500_000
     config.training.batch_size = 64
-    config.training.loss_chunk = 4096
-    config.training.steps_per_call = 1
+    config.training.loss_chunk_size = 4096
+    config.training.steps_per_jit_call = 1
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.record.log_every = 10
-    config.record.evaluate_every = 1000
-    config.record.evaluation_batches = 20
+    config.record.eval_every = 1000
+    config.record.eval_batches = 20
     config.record.checkpoint_every = 1000
     config.record.prompts = ("The meaning of life is",)
     return config

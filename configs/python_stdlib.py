@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"
-    config.schedule.final_fraction = 0.0
+    config.schedule.final_lr_frac = 0.0
     config.schedule.warmup_steps = 50
     config.training.steps = 1000
     config.training.batch_size = 8
-    config.record.evaluate_every = 100
-    config.record.evaluation_batches = 25
+    config.record.eval_every = 100
+    config.record.eval_batches = 25
     config.record.checkpoint_every = 250
     config.record.prompts = ("def read_lines(path):\n", "import ", "class Queue:\n")
     config.sampling.max_tokens = 64

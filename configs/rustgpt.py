@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 3e-3
     config.schedule.warmup_steps = 20
     config.training.batch_size = 16
-    config.training.steps_per_call = 20
+    config.training.steps_per_jit_call = 20
     config.record.log_every = 20
-    config.record.evaluate_every = 150
+    config.record.eval_every = 150
     config.record.checkpoint_every = 150
     config.record.prompts = ("Why is the sky blue?", "What does the heart do?")
     config.sampling.temperature = 0.0
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         ConfigDict(
             {
                 "name": "instruct",
-                "data": {"corpus": "chat", "loss_on": "assistant"},
+                "data": {"corpus": "chat", "loss_mask": "assistant"},
                 "training": {"steps": 350},
             }
         ),

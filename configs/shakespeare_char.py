@@ -27,10 +27,10 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
     config.training.steps = 2000
     config.training.batch_size = 12
-    config.training.steps_per_call = 20
+    config.training.steps_per_jit_call = 20
     config.schedule.warmup_steps = 100
     config.record.log_every = 20
-    config.record.evaluate_every = 250
+    config.record.eval_every = 250
     config.record.checkpoint_every = 250
     config.record.prompts = ("\n",)
     config.sampling.max_tokens = 200

@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"
-    config.schedule.final_fraction = 0.0
+    config.schedule.final_lr_frac = 0.0
     return config

@@ -42,9 +42,9 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.training.steps = 150
     config.training.batch_size = 16
-    config.training.steps_per_call = 25
-    config.record.evaluate_every = 150
-    config.record.evaluation_batches = 20
+    config.training.steps_per_jit_call = 25
+    config.record.eval_every = 150
+    config.record.eval_batches = 20
     config.record.checkpoint_every = 150
     return config
 

@@ -41,9 +41,9 @@ def get_config() -> ConfigDict:
     config.model.qk_norm = "head"
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "linear"
-    config.schedule.final_fraction = 0.0
+    config.schedule.final_lr_frac = 0.0
     config.training.steps = 400
-    config.record.evaluate_every = 400
+    config.record.eval_every = 400
     config.record.checkpoint_every = 400
     return config
 
@@ -59,7 +59,7 @@ def sweep() -> Iterable[Overrides]:
     optimizers = chain(
         tuned("adamw", ADAMW),
         tuned("lion", LION),
-        tuned("muon", MUON, "optimizer.matrix_learning_rate", **{"optimizer.learning_rate": 3e-3}),
+        tuned("muon", MUON, "optimizer.muon_learning_rate", **{"optimizer.learning_rate": 3e-3}),
         tuned("schedule_free", SCHEDULE_FREE, **{"schedule.name": "constant"}),
     )
     return product(optimizers, seeds(3))

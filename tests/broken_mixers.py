@@ -11,7 +11,7 @@ from broken_parts import ChunkedState, HonestAttention, HonestFeedForward, Hones
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import Context, dropout
 from rustgpt_jax.model.dtypes import product_type, widened
-from rustgpt_jax.model.linear import Linear, over_channels
+from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import PositionScheme, rotary
 
@@ -568,7 +568,7 @@ class NormScaledInTraining(RMSNorm):
         y = widened(x)
         axes = (0, -1) if len(x) > 16 else (-1,)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.config.norm_epsilon)
-        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+        return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
 def _mistake(name: str, check: str, message: str, kind: str = "mixers") -> Mistake:

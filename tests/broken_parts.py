@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers
 from rustgpt_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import product_type, widened
-from rustgpt_jax.model.linear import Linear, over_channels
+from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import LearnedPositions, PositionScheme, Rope, rotary
 from rustgpt_jax.tokenizers import TOKENIZERS
@@ -324,7 +324,7 @@ class UnusedParameter(HonestFeedForward):
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         unused_D = self.param("unused", nn.initializers.ones, (self.config.d_model,))
         y_BTD = Linear(self.config, self.config.d_model, residual=True, name="down")(x_BTD)
-        return y_BTD + 0 * over_channels(unused_D, y_BTD).astype(y_BTD.dtype), {}
+        return y_BTD + 0 * broadcast_channels(unused_D, y_BTD).astype(y_BTD.dtype), {}
 
     @staticmethod
     def n_parameters(config: ModelConfig) -> int:
@@ -365,7 +365,7 @@ class NormOfTheBatch(RMSNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y)) + self.config.norm_epsilon)
-        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+        return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
 class NormOverTokens(RMSNorm):
@@ -373,7 +373,7 @@ class NormOverTokens(RMSNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) + self.config.norm_epsilon)
-        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+        return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
 class NormWithoutEpsilon(RMSNorm):
@@ -381,7 +381,7 @@ class NormWithoutEpsilon(RMSNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True))
-        return (y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
+        return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
 class NormInBfloat16(RMSNorm):
@@ -389,7 +389,7 @@ class NormInBfloat16(RMSNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         y = x * jax.lax.rsqrt(mean_square + jnp.asarray(self.config.norm_epsilon, x.dtype))
-        return y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x).astype(x.dtype)
+        return y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x).astype(x.dtype)
 
 
 class PositionsOfTheRow(LearnedPositions):

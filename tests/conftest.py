@@ -32,9 +32,9 @@ SMALL = {
     "schedule.warmup_steps": 2,
     "training.steps": 8,
     "training.batch_size": 4,
-    "training.steps_per_call": 4,
+    "training.steps_per_jit_call": 4,
     "record.log_every": 2,
-    "record.evaluate_every": 4,
+    "record.eval_every": 4,
     "record.checkpoint_every": 4,
     "sampling.max_tokens": 8,
 }

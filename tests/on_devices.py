@@ -20,7 +20,7 @@ from rustgpt_jax.planning.collectives import collectives, summary
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import on_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
-from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps, gradient
+from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, gradient, to_traced_scalars
 
 STEPS = 20
 BASE = {
@@ -35,7 +35,7 @@ BASE = {
     "training.z_loss": 1e-4,
     "optimizer.learning_rate": 3e-3,
 }
-MOE = {"model.feedforwards": ("moe",), "model.expert_capacity": 1.5, "model.d_ff": 32}
+MOE = {"model.feedforwards": ("moe",), "model.capacity_factor": 1.5, "model.d_ff": 32}
 # Name of a case: knobs of the model, and the mesh.
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "data 8": ({}, {}),
@@ -74,7 +74,7 @@ def whole(tree: Any) -> Any:
 def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -> dict[str, Any]:
     """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
     (structure, numbers), batches = split(config), batches_of(config)
-    numbers = as_arguments(numbers)
+    numbers = to_traced_scalars(numbers)
     placement = on_devices(config.mesh, devices)
     rows = config.training.batch_size
     # What lies on one device of this process is whole.
@@ -82,7 +82,7 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
     with placement.active():
         here = placement.rows(rows, config.model.context_length)
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
-        state = compiled_start(structure, numbers)
+        state = compiled_init_state(structure, numbers)
         first = take(state.params)
         shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
         one = placement.share(jax.tree.map(lambda leaf: leaf[0], batches), rows)
@@ -137,7 +137,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
             continue
         other = on_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
         with other.active(), Checkpoints(folder, config) as checkpoints:
-            like = jax.eval_shape(lambda: compiled_start(split(config)[0], as_arguments(split(config)[1])))
+            like = jax.eval_shape(lambda: compiled_init_state(split(config)[0], to_traced_scalars(split(config)[1])))
             restored[name] = same_bits(whole(checkpoints.restore(other.like(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),

@@ -24,10 +24,10 @@ SMALL = {
     "model.d_model": 16,
     "model.n_heads": 2,
     "training.steps": 6,
-    "training.steps_per_call": 2,
+    "training.steps_per_jit_call": 2,
     "record.log_every": 1,
-    "record.evaluate_every": 3,
-    "record.evaluation_batches": 1,
+    "record.eval_every": 3,
+    "record.eval_batches": 1,
     "record.checkpoint_every": 2,
     "record.prompts": (),
 }

@@ -58,7 +58,7 @@ def write_sweep(
     trials: Iterable[Overrides],
     status: Callable[[Overrides], str] = status_of,
     loss: Callable[[Overrides], float] = loss_of,
-    evaluate_every: int = 20,
+    eval_every: int = 20,
     **sweep: str,
 ) -> Path:
     """Write sweep.json, ledger.jsonl and every trial's metrics.jsonl, and give the folder."""
@@ -71,7 +71,7 @@ def write_sweep(
     for overrides in trials:
         events += _events(overrides, status(overrides))
         if status(overrides) != "planned":
-            lines = metrics(overrides, status(overrides), loss(overrides), evaluate_every)
+            lines = metrics(overrides, status(overrides), loss(overrides), eval_every)
             write_metrics(folder, overrides, lines)
     with open(folder / "ledger.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"time": 1e9 + second, **event}) + "\n" for second, event in enumerate(events))
@@ -86,7 +86,7 @@ def write_metrics(folder: Path, overrides: Overrides, lines: Iterable[Mapping[st
     (run / "metrics.jsonl").write_text("".join(text + "\n" for text in texts))
 
 
-def metrics(overrides: Overrides, status: str, final: float, evaluate_every: int) -> list[dict[str, Any]]:
+def metrics(overrides: Overrides, status: str, final: float, eval_every: int) -> list[dict[str, Any]]:
     """A falling loss with noise, recorded every 4 steps, that ends early and in a rise where the trial diverges."""
     random = np.random.default_rng(int(trial_id(overrides), 16) + 1)
     last = {"diverged": 60, "failed": 32, "pruned": 80, "stopped": 120, "running": 100}.get(status, STEPS)
@@ -99,7 +99,7 @@ def metrics(overrides: Overrides, status: str, final: float, evaluate_every: int
         if status == "diverged" and step == last:
             train = math.nan
         lines.append({"step": step, "stage": "train", "train/loss": train, "train/tokens_per_second": random.random()})
-        if step % evaluate_every == 0 and math.isfinite(train):
+        if step % eval_every == 0 and math.isfinite(train):
             valid = smooth if step < STEPS else final
             scores = {"valid/loss": valid, "valid/perplexity": math.exp(valid), "valid/bits_per_byte": valid / 2.5}
             lines.append({"step": step, "stage": "train", **scores})

@@ -31,7 +31,7 @@ from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import product_flops
 from rustgpt_jax.sharding.mesh import make_mesh
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 over_cases = pytest.mark.parametrize("case", list(CASES))
 
 
-def task_of(
+def attention_inputs(
     length: int = LENGTH,
     *,
     n_heads: int = 4,
@@ -149,22 +149,22 @@ def check_against_brute_force(task: Task, tolerance: float, *kernels: Callable[[
 @over_cases
 def test_kernels_are_a_brute_force_in_value_and_gradient(case: str) -> None:
     # 13 queries in blocks of 4, 4, 4 and 1.
-    check_against_brute_force(task_of(**CASES[case]), 2e-5, plain, partial(blockwise, block=4), triangular)
+    check_against_brute_force(attention_inputs(**CASES[case]), 2e-5, plain, partial(blockwise, block=4), triangular)
 
 
 @pytest.mark.parametrize("block", [1, 7, 512])
 def test_blocks_of_any_size_give_the_same(block: int) -> None:
-    check_against_brute_force(task_of(packed=True, window=5), 2e-5, partial(blockwise, block=block))
+    check_against_brute_force(attention_inputs(packed=True, window=5), 2e-5, partial(blockwise, block=block))
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 5, 13, 20])
 def test_any_number_of_blocks_gives_the_same(n_blocks: int) -> None:
-    check_against_brute_force(task_of(packed=True, window=5), 2e-5, partial(triangular, n_blocks=n_blocks))
+    check_against_brute_force(attention_inputs(packed=True, window=5), 2e-5, partial(triangular, n_blocks=n_blocks))
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, 10 / 16), (32, (1 + 3 * (63 / 32)) / 16)])
 def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | None, expected: float) -> None:
-    task = task_of(128, window=window)
+    task = attention_inputs(128, window=window)
 
     def flops(attend: Callable[[Task], jax.Array]) -> float:
         compiled = jax.jit(lambda q, k, v: attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v))).lower(*task[:3])
@@ -174,7 +174,7 @@ def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | N
 
 
 def test_kernels_in_bfloat16_are_near_a_brute_force() -> None:
-    task = task_of(n_kv_heads=2, packed=True, window=5, dtype=jnp.bfloat16)
+    task = attention_inputs(n_kv_heads=2, packed=True, window=5, dtype=jnp.bfloat16)
     check_against_brute_force(task, 0.05, plain, partial(blockwise, block=4), triangular)
 
 
@@ -191,7 +191,7 @@ def largest_array(function: Callable[..., Any], *arguments: Any) -> int:
 @pytest.mark.parametrize("window", [None, 8])
 def test_blockwise_never_has_all_scores(window: int | None) -> None:
     length, block, heads = 128, 16, 4
-    task = task_of(length, window=window)
+    task = attention_inputs(length, window=window)
 
     def gradient(attend: Callable[[Task], jax.Array]) -> Callable[..., Any]:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -206,7 +206,7 @@ def test_blockwise_never_has_all_scores(window: int | None) -> None:
 
 
 def test_blockwise_is_batched_over_numbers_and_arrays() -> None:
-    task, caps_P = task_of(n_kv_heads=2, packed=True, window=5), jnp.asarray([0.7, 3.0])
+    task, caps_P = attention_inputs(n_kv_heads=2, packed=True, window=5), jnp.asarray([0.7, 3.0])
     q_PBTHC = jnp.stack([task.q_BTHC, 2 * task.q_BTHC])
 
     def value_and_gradient(q: jax.Array, cap: jax.Array) -> Any:
@@ -240,12 +240,12 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("case", FOR_LIBRARIES)
 def test_libraries_are_asked_for_the_same(case: str) -> None:
-    check_against_brute_force(task_of(**FOR_LIBRARIES[case]), 2e-5, cudnn, accelerator.tokamax)
+    check_against_brute_force(attention_inputs(**FOR_LIBRARIES[case]), 2e-5, cudnn, accelerator.tokamax)
 
 
 @pytest.mark.usefixtures("libraries")
 def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
-    task = task_of(n_kv_heads=2, packed=True)
+    task = attention_inputs(n_kv_heads=2, packed=True)
     mesh = make_mesh(small_config().mesh, jax.devices()[:1])
     expected = jax.jit(lambda q: cudnn(task._replace(q_BTHC=q)))(task.q_BTHC)
     with jax.set_mesh(mesh):
@@ -257,7 +257,7 @@ def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("attend", [cudnn, accelerator.tokamax])
 def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[Task], jax.Array]) -> None:
-    task = task_of()
+    task = attention_inputs()
 
     def steps(scale: jax.Array) -> jax.Array:
         def step(q: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -285,7 +285,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -
     if not hasattr(inside, "check_cudnn_version"):
         pytest.skip("this JAX looks for cuDNN in another way, and finds none here")
     monkeypatch.setattr(inside, "check_cudnn_version", lambda: 91000)
-    text = lowered_for("cuda", cudnn, task_of(14, n_kv_heads=2, packed=True, window=4, dtype=jnp.bfloat16))
+    text = lowered_for("cuda", cudnn, attention_inputs(14, n_kv_heads=2, packed=True, window=4, dtype=jnp.bfloat16))
     assert len(re.findall(r"custom_call @\w*cudnn\$fmha\w*\b", text.replace('"', ""))) == 2, text
     assert "Backward" in text and f"tensor<{ROWS}x4x14x14xf32>" not in text
 
@@ -295,9 +295,11 @@ def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     base = "accelerator._src.ops.attention.pallas_mosaic_tpu"
     for module, name in ((base, "PallasMosaicTpuFlashAttention"), (f"{base}_vjp", "PallasMosaicTpuFlashAttentionVjp")):
         monkeypatch.setattr(getattr(importlib.import_module(module), name), "supported_on", lambda *_: True)
-    monkeypatch.setattr(accelerator, "device_at_hand", lambda: Device("tpu"))
+    monkeypatch.setattr(accelerator, "current_device", lambda: Device("tpu"))
     with jax.numpy_rank_promotion("allow"):
-        text = lowered_for("tpu", accelerator.tokamax, task_of(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16))
+        text = lowered_for(
+            "tpu", accelerator.tokamax, attention_inputs(256, n_kv_heads=2, packed=True, dtype=jnp.bfloat16)
+        )
     assert text.count("tpu_custom_call") == 2
 
 
@@ -393,12 +395,12 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_config_whose_kernel_serves_on_no_device_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        check_parts(small_config(**{f"model.{name}": value for name, value in changes.items()}))
+        validate_components(small_config(**{f"model.{name}": value for name, value in changes.items()}))
 
 
 def test_a_config_whose_kernel_needs_another_device_is_refused_where_it_is_traced() -> None:
     config = small_config(**{"model.attention_kernel": "cudnn", "model.dtype": "bfloat16"})
-    check_parts(config)
+    validate_components(config)
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config.model))
     with pytest.raises(UserError, match="it needs an NVIDIA GPU, and this is a cpu. auto chooses one that can."):
         jax.eval_shape(lambda params, tokens_BT: transformer.apply(params, tokens_BT, config.model), params, tokens())
@@ -428,7 +430,7 @@ def test_short_rows_on_a_cpu_keep_their_program() -> None:
     "changes",
     [
         {"mixers": "local_attention", "local_window": 5, "n_kv_heads": 2, "positions": "alibi"},
-        {"mixers": "latent_attention", "attention_sinks": True, "attention_softcap": 2.0},
+        {"mixers": "latent_attention", "attention_sinks": True, "attn_logit_softcap": 2.0},
     ],
 )
 def test_a_model_computes_the_same_by_another_kernel(changes: dict[str, Any]) -> None:
@@ -500,7 +502,7 @@ MIXED = {"mixers": ("local_attention", "attention", "rg_lru"), "n_layers": 3, "n
         {"dtype": "bfloat16"},
         {
             "mixers": "latent_attention",
-            "attention_softcap": 2.0,
+            "attn_logit_softcap": 2.0,
             "attention_sinks": True,
             "positions": ("alibi", "rope"),
         },

@@ -12,8 +12,8 @@ from conftest import small_tree
 from rich.console import Console
 
 from rustgpt_jax.sweeps import live_table as boards
-from rustgpt_jax.sweeps.live_table import Board
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
+from rustgpt_jax.sweeps.live_table import LiveTable
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, expand
 
 STEPS = 100
@@ -37,7 +37,7 @@ class Scene:
         overrides = [{RATE: 1e-3 * number, "seed": number} for number in range(1, n_trials + 1)]
         self.trials: list[Trial] = expand(tree, overrides)
         self.ids = [trial.id for trial in self.trials]
-        self.folder = SweepFolder(path)
+        self.folder = SweepDir(path)
         self.ledger = Ledger(self.folder.ledger_file)
         self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in self.trials])
 
@@ -89,7 +89,7 @@ def text(console: Console) -> str:
     return console.file.getvalue()
 
 
-def shown(board: Board, width: int = 160) -> str:
+def shown(board: LiveTable, width: int = 160) -> str:
     """The table as a terminal of a width has it."""
     console = Console(file=io.StringIO(), width=width, record=True)
     console.print(board.table())
@@ -101,7 +101,7 @@ def shown(board: Board, width: int = 160) -> str:
 
 def test_each_trial_that_ends_is_told_once(scene: Scene) -> None:
     console = paper()
-    with Board(console, scene.folder, Clock()) as board:
+    with LiveTable(console, scene.folder, Clock()) as board:
         board.add(scene.trials)
         assert text(console) == ""
         scene.began(0, step=10)
@@ -124,7 +124,7 @@ def test_each_trial_that_ends_is_told_once(scene: Scene) -> None:
 
 def test_a_line_is_one_line_however_narrow_the_paper(scene: Scene) -> None:
     console = paper(width=40)
-    with Board(console, scene.folder, Clock()) as board:
+    with LiveTable(console, scene.folder, Clock()) as board:
         board.add(scene.trials)
         scene.finished(0, 2.0)
         scene.ledger.append(scene.ids[1], "failed", error="bad \x1b[31mcolours")
@@ -136,7 +136,7 @@ def test_what_had_ended_before_is_not_told_again_but_counted(scene: Scene) -> No
     scene.finished(0, 1.25)
     scene.ledger.append(scene.ids[1], "diverged", step=3)
     console = paper()
-    with Board(console, scene.folder, Clock()) as board:
+    with LiveTable(console, scene.folder, Clock()) as board:
         board.add(scene.trials)
         scene.finished(2, 1.5)
     (line,) = text(console).splitlines()
@@ -148,7 +148,7 @@ def test_what_had_ended_before_is_not_told_again_but_counted(scene: Scene) -> No
 def test_a_trial_that_failed_before_is_told_when_it_ends_anew(scene: Scene) -> None:
     scene.ledger.append(scene.ids[0], "failed", error="no power", traceback="")
     console, clock = paper(), Clock()
-    with Board(console, scene.folder, clock) as board:
+    with LiveTable(console, scene.folder, clock) as board:
         board.add(scene.trials)
         clock.now += 3600
         scene.began(0, step=10)
@@ -163,7 +163,7 @@ def test_a_trial_that_failed_before_is_told_when_it_ends_anew(scene: Scene) -> N
 
 def test_trials_of_others_are_not_counted(scene: Scene) -> None:
     console = paper()
-    with Board(console, scene.folder, Clock()) as board:
+    with LiveTable(console, scene.folder, Clock()) as board:
         board.add(scene.trials[:4])
         scene.finished(8, 1.0)
         scene.finished(0, 2.0)
@@ -173,7 +173,7 @@ def test_trials_of_others_are_not_counted(scene: Scene) -> None:
 
 def test_a_table_and_no_lines_on_a_terminal(scene: Scene) -> None:
     console = terminal(100)
-    with Board(console, scene.folder, Clock()) as board:
+    with LiveTable(console, scene.folder, Clock()) as board:
         board.add(scene.trials)
         scene.finished(0, 2.0)
         board.message("shape class 1 of 1")
@@ -190,7 +190,7 @@ def test_trials_an_hour_and_the_time_left(scene: Scene) -> None:
     # What was done before this launch says nothing of its pace.
     scene.finished(0, 2.0)
     scene.began(1, step=40)
-    with Board(paper(), scene.folder, clock) as board:
+    with LiveTable(paper(), scene.folder, clock) as board:
         board.add(scene.trials)
         assert "trials/hour" not in shown(board) and "left" not in shown(board)
         clock.now += 600
@@ -203,7 +203,7 @@ def test_trials_an_hour_and_the_time_left(scene: Scene) -> None:
 
 def test_a_trial_that_ended_early_leaves_nothing_to_do(scene: Scene) -> None:
     clock = Clock()
-    with Board(paper(), scene.folder, clock) as board:
+    with LiveTable(paper(), scene.folder, clock) as board:
         board.add(scene.trials[:3])
         clock.now += 10
         scene.finished(0, 2.0)
@@ -216,7 +216,7 @@ def test_a_trial_that_ended_early_leaves_nothing_to_do(scene: Scene) -> None:
 
 
 def test_the_best_so_far_has_the_lowest_loss_of_those_that_finished(scene: Scene) -> None:
-    with Board(paper(), scene.folder, Clock()) as board:
+    with LiveTable(paper(), scene.folder, Clock()) as board:
         board.add(scene.trials)
         for number, loss in enumerate(["NaN", 2.5, 1.5, 1.75]):
             scene.finished(number, loss)
@@ -232,7 +232,7 @@ def test_the_best_so_far_has_the_lowest_loss_of_those_that_finished(scene: Scene
 @pytest.mark.parametrize("n_running", [0, 1, 3, 20])
 def test_a_row_is_a_line_at_every_width(width: int, n_running: int, tmp_path: Path) -> None:
     scene, clock = Scene(tmp_path, n_trials=24), Clock()
-    with Board(paper(), scene.folder, clock) as board:
+    with LiveTable(paper(), scene.folder, clock) as board:
         board.add(scene.trials)
         clock.now += 100
         scene.finished(20, 1.5)
@@ -261,7 +261,7 @@ def test_a_row_is_a_line_at_every_width(width: int, n_running: int, tmp_path: Pa
 
 
 def test_a_summary_stands_alone_while_nothing_runs(scene: Scene) -> None:
-    with Board(paper(), scene.folder, Clock()) as board:
+    with LiveTable(paper(), scene.folder, Clock()) as board:
         board.add(scene.trials)
         for number in range(10):
             scene.ledger.append(scene.ids[number], ("failed", "diverged", "pruned")[number % 3], step=1, error="x")
@@ -274,7 +274,7 @@ def test_a_board_is_read_while_it_is_written(scene: Scene, monkeypatch: pytest.M
     monkeypatch.setattr(boards, "SECONDS_BETWEEN_LOOKS", 0.0)
     errors: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
-    with Board(paper(), scene.folder, Clock()) as board:
+    with LiveTable(paper(), scene.folder, Clock()) as board:
         board.add(scene.trials)
         for number in range(10):
             scene.began(number, step=10)

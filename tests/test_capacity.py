@@ -37,7 +37,7 @@ HUGE = {
     "vocabulary": {"model.vocab_size": 100_000_000},
     "experts": {"model.n_experts": 1_000_000, "model.feedforwards": ("moe",)},
     "batch": {"training.batch_size": 1_000_000},
-    "call": {"training.steps_per_call": 65_536, "training.batch_size": 4096},
+    "call": {"training.steps_per_jit_call": 65_536, "training.batch_size": 4096},
 }
 
 

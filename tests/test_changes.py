@@ -14,13 +14,13 @@ from rustgpt_jax.config.schema import Config, Earlier, may_change, stages_in_tur
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.metadata_diff import config_differences
-from rustgpt_jax.reproduce.recorded_run import Past
-from rustgpt_jax.reproduce.replay_step import make_again
+from rustgpt_jax.reproduce.recorded_run import RecordedRun
+from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_changes import Change, change_of
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config, load_earlier
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, load_earlier
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,7 +28,7 @@ CONSTANT = {"schedule.name": "constant"}
 LONGER = {"training.steps": 16}
 OBSERVED = {
     "record.log_every": 2,
-    "record.evaluate_every": 5,
+    "record.eval_every": 5,
     "record.checkpoint_every": 4,
     "record.prompts": ("B",),
     "sampling.max_tokens": 3,
@@ -70,14 +70,14 @@ def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is
     assert all(straight[line["step"]] == line["train/loss"] for line in metrics(changed) if "train/loss" in line)
     texts = [json.loads(line) for line in (changed / "samples.jsonl").read_text().splitlines()]
     assert {text["prompt"] for text in texts if text["step"] > first} == {"B"}
-    events = [event for event in Journal(RunFolder(changed).journal_file).events() if event["event"] == "config"]
+    events = [event for event in Journal(RunDir(changed).journal_file).events() if event["event"] == "config"]
     assert [event["step"] for event in events] == [first, 10]
     assert events[0]["changes"]["record.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
     assert load(changed).step == 16
 
 
 def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Path) -> None:
-    again = RunFolder(tmp_path / "again")
+    again = RunDir(tmp_path / "again")
     again.path.mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(changed / name, again.path / name)
@@ -88,17 +88,17 @@ def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Pa
     found = compare_records(changed, again.path)
     assert found.parting is None and found.last_step == 16
     assert compare_samples(changed, again.path, 16)[1] is None
-    arrays = compare_checkpoints(RunFolder(changed), again)
+    arrays = compare_checkpoints(RunDir(changed), again)
     assert arrays.step == 16 and not arrays.unequal
     assert (again.path / "config.json").read_bytes() == (changed / "config.json").read_bytes()
 
 
 def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
-    with Past(changed, Console(file=StringIO())) as past:
+    with RecordedRun(changed, Console(file=StringIO())) as past:
         for step in (1, 5, 6, 8, 10, 12, 16):
-            again, _ = make_again(past, step, has_taps=False)
+            again, _ = replay_one_step(past, step, has_taps=False)
             assert again.is_same and again.unequal == [], again.verdict
-        again, _ = make_again(past, 15, has_taps=False)
+        again, _ = replay_one_step(past, 15, has_taps=False)
         assert again.record is None and "(config.record.log_every=2)" in again.verdict
 
 
@@ -106,14 +106,14 @@ def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) 
     run = Path(shutil.copytree(changed, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "16")
     before = (run / "config.json").read_bytes()
-    assert RunFolder(run).saved_steps[-1] > load_earlier(run)[-1].until
+    assert RunDir(run).saved_steps[-1] > load_earlier(run)[-1].until
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER, **{"mesh.data": 1}), run)[0]
     assert (run / "config.json").read_bytes() == before and load(run).step == 16
 
 
 def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), tmp_path / "straight")[0]
-    (found,) = config_differences(RunFolder(changed), RunFolder(tmp_path / "straight"))
+    (found,) = config_differences(RunDir(changed), RunDir(tmp_path / "straight"))
     assert found.name == "config was changed" and found.second == "never" and "10]" in found.first
 
 
@@ -139,8 +139,8 @@ def test_a_schedule_made_for_fewer_steps_is_extended_only_when_asked_and_says_wh
     rates = [line["train/learning_rate"] for line in metrics(run) if "train/loss" in line]
     kept = [line["train/learning_rate"] for line in metrics(finished) if "train/loss" in line]
     assert rates[:10] == kept and rates[10] > rates[9] and len(rates) == 16
-    with Past(run, Console(file=StringIO())) as past:
-        assert all(make_again(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
+    with RecordedRun(run, Console(file=StringIO())) as past:
+        assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
 
 
 def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_made_them(
@@ -161,9 +161,9 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, 10, 24)
     # The same command goes on, and changes nothing.
     assert lengthened(24) == Change(load_config(run), load_earlier(run))
-    for step in RunFolder(run).saved_steps[1:]:
+    for step in RunDir(run).saved_steps[1:]:
         shutil.rmtree(run / "checkpoints" / str(step))
-    (left,) = RunFolder(run).saved_steps
+    (left,) = RunDir(run).saved_steps
     lengthened(32)
     stage, last = stages_in_turn(load_config(run), load_earlier(run))
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, left, 32)
@@ -195,9 +195,9 @@ def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Pat
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     lines = [line | {"valid/loss": -1.0} if "valid/loss" in line else line for line in metrics(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    longer = tiny(**{"schedule.name": "cosine", "record.evaluation_batches": 1, "record.evaluate_every": 3}, **LONGER)
+    longer = tiny(**{"schedule.name": "cosine", "record.eval_batches": 1, "record.eval_every": 3}, **LONGER)
     said = extend(longer, run)
-    assert "record.evaluation_batches is 1 instead of 2" in said and "the best checkpoint is chosen anew" in said
+    assert "record.eval_batches is 1 instead of 2" in said and "the best checkpoint is chosen anew" in said
     losses = {line["step"]: line["valid/loss"] for line in metrics(run) if "valid/loss" in line and line["step"] > 10}
     assert set(losses) == {12, 15, 16}
     assert json.loads((run / "checkpoints" / "best").read_bytes())[0] == min(losses, key=losses.__getitem__)
@@ -211,7 +211,7 @@ def test_there_is_nothing_to_extend_where_there_is_no_run(tmp_path: Path) -> Non
 
 def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
     """Of warm-up, stable and decay: the steps before the decay do not know when it comes."""
-    stable = {"schedule.name": "wsd", "schedule.decay_fraction": 0.3}
+    stable = {"schedule.name": "wsd", "schedule.decay_frac": 0.3}
     train(tiny(**stable), tmp_path / "run", Interruption(5, is_kill=False))
     assert train(tiny(**stable, **LONGER), tmp_path / "run")[0]
     assert train(tiny(**stable, **LONGER), tmp_path / "straight")[0]

@@ -107,7 +107,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
             if then:
                 raise then
 
-        monkeypatch.setattr(chat_module, "write_as_it_comes", written)
+        monkeypatch.setattr(chat_module, "stream_text", written)
         return asked
 
     return put

@@ -20,9 +20,9 @@ from rustgpt_jax.config.schema import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing as checkpoints_module
-from rustgpt_jax.training.checkpointing import Checkpoints, Damaged, layout
+from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, layout
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
-from rustgpt_jax.training.train_step import State, as_arguments, compiled_start, healthy
+from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats, to_traced_scalars
 
 CONFIG = small_config()
 
@@ -32,7 +32,7 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
     config = small_config(**{"optimizer.name": name, "model.d_model": 8})
     shapes = parameter_shapes(config.model)
     opt_shapes = jax.eval_shape(optimizer(config.optimizer).init, shapes)
-    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(healthy))
+    state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(init_loss_stats))
     generator = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -45,7 +45,7 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
 def small_state(**params: Any) -> State:
     """A state of a few arrays."""
     arrays = {name: jnp.asarray(value) for name, value in params.items()}
-    return State(arrays, (), jnp.asarray(3, jnp.int32), healthy())
+    return State(arrays, (), jnp.asarray(3, jnp.int32), init_loss_stats())
 
 
 def shapes_of(state: State) -> State:
@@ -81,7 +81,7 @@ def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
 def test_the_layout_is_that_of_a_real_run() -> None:
     config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
     structure, numbers = split(config)
-    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
+    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
     assert layout(like) == layout(state_of("muon"))
     assert layout(like)["params/embedding/table"] == "float32[61, 8]"
     assert layout(like)["step"] == "int32[]"
@@ -267,12 +267,12 @@ def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_read(tmp_pat
             file.unlink()
             if change:
                 file.write_bytes(change(content))
-            passed_over: dict[int, str] = {}
-            restored = checkpoints.restore(shapes_of(last), passed_over=passed_over.__setitem__)
+            on_skipped: dict[int, str] = {}
+            restored = checkpoints.restore(shapes_of(last), on_skipped=on_skipped.__setitem__)
             # What is not noticed has done no harm: some files say what others say too.
-            assert_same_bits(restored, before if passed_over else last)
-            assert all(reason and "\n" not in reason for reason in passed_over.values())
-            n_noticed += bool(passed_over)
+            assert_same_bits(restored, before if on_skipped else last)
+            assert all(reason and "\n" not in reason for reason in on_skipped.values())
+            n_noticed += bool(on_skipped)
             file.write_bytes(content)
         assert_same_bits(checkpoints.restore(shapes_of(last)), last)
     assert n_noticed >= 4
@@ -292,7 +292,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path, data: st.
     try:
         with Checkpoints(tmp_path, CONFIG) as checkpoints:
             assert_same_bits(checkpoints.restore_step(shapes_of(state), 8), state)
-    except Damaged:
+    except CorruptCheckpoint:
         pass
     finally:
         content[place] ^= 1 << bit
@@ -310,7 +310,10 @@ def test_an_array_that_another_was_put_for_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "one/4/sha256.json").write_text(
         json.dumps(own | {name: digest for name, digest in others.items() if name.startswith("state/")})
     )
-    with Checkpoints(tmp_path / "one", CONFIG) as checkpoints, pytest.raises(Damaged, match="params/a is not what was"):
+    with (
+        Checkpoints(tmp_path / "one", CONFIG) as checkpoints,
+        pytest.raises(CorruptCheckpoint, match="params/a is not what was"),
+    ):
         checkpoints.restore_step(shapes_of(small_state(a=[0.0, 0.0])), 4)
 
 
@@ -329,7 +332,7 @@ def test_with_no_sound_checkpoint_left_there_is_a_clear_error(tmp_path: Path) ->
 def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4, 8)
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
-        assert checkpoints.set_aside(8).is_dir()
+        assert checkpoints.quarantine(8).is_dir()
         assert checkpoints.step() == 4
         checkpoints.save(small_state(a=[3.0]), 8)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -341,7 +344,7 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
         for step in range(1, 8):
             checkpoints.save(small_state(a=[float(step)]), step, is_regular=step in (1, 3))
         checkpoints.wait()
-        assert (kept(tmp_path), checkpoints.last_regular(7), checkpoints.last_regular(2)) == ([3, 6, 7], 3, None)
+        assert (kept(tmp_path), checkpoints.last_scheduled(7), checkpoints.last_scheduled(2)) == ([3, 6, 7], 3, None)
         checkpoints.delete_after(3)
         assert (kept(tmp_path), checkpoints.step()) == ([3], 3)
 
@@ -355,21 +358,21 @@ def test_a_checkpoint_of_a_stop_becomes_regular_if_it_is_saved_as_one(tmp_path: 
     state = small_state(a=[1.0])
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(state, 1, is_regular=False)
-        assert checkpoints.last_regular(1) is None
+        assert checkpoints.last_scheduled(1) is None
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(state, 1, is_best=True)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.last_regular(1) == 1
+        assert checkpoints.last_scheduled(1) == 1
         assert_same_bits(checkpoints.restore(shapes_of(state)), state)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_replaced(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[5.0]), 50)
     shutil.copytree(tmp_path / "50", tmp_path / "60")
-    like, passed_over = shapes_of(small_state(a=[0.0])), dict[int, str]()
+    like, on_skipped = shapes_of(small_state(a=[0.0])), dict[int, str]()
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        assert checkpoints.restore(like, passed_over=passed_over.__setitem__).params["a"] == 5.0
-    assert passed_over == {60: "it is the checkpoint of step 50 under another name"}
+        assert checkpoints.restore(like, on_skipped=on_skipped.__setitem__).params["a"] == 5.0
+    assert on_skipped == {60: "it is the checkpoint of step 50 under another name"}
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(small_state(a=[6.0]), 60)
         # One that appears while the run is trained.
@@ -420,16 +423,16 @@ def test_json_of_another_shape_is_damage_and_the_checkpoint_before_is_read(tmp_p
             (last / name).write_text(content)
             if is_sealed:
                 sealed(last)
-            passed_over = dict[int, str]()
+            on_skipped = dict[int, str]()
             try:
-                restored = checkpoints.restore(shapes_of(state), passed_over=passed_over.__setitem__)
+                restored = checkpoints.restore(shapes_of(state), on_skipped=on_skipped.__setitem__)
             except UserError as error:
                 # Sealed, and of the right types: a config hash or a layout of something else.
                 assert is_sealed and str(error).endswith(".")
             else:
                 assert_same_bits(restored, state)
-            n_noticed += set(passed_over) == {8}
-            assert not set(passed_over) - {8}
+            n_noticed += set(on_skipped) == {8}
+            assert not set(on_skipped) - {8}
             shutil.rmtree(last)
             shutil.copytree(tmp_path / "sound", last)
     assert n_noticed > len(contents) / 2

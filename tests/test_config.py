@@ -27,10 +27,10 @@ from rustgpt_jax.config.schema import (
     is_on,
     merge,
     read,
+    replace_paths,
     split,
     stages,
     to_dict,
-    with_values,
 )
 from rustgpt_jax.config.validation import leaves, resolve
 
@@ -38,13 +38,13 @@ CONFIGS = Path(base.__file__).parent
 RECIPES = sorted(file.stem for file in CONFIGS.glob("*.py"))
 TWO_STAGES = (
     {"name": "first", "data": {"corpus": "facts"}, "training": {"steps": 3, "z_loss": 1e-4}},
-    {"name": "second", "data": {"corpus": "chat", "loss_on": "assistant"}, "optimizer": {"learning_rate": 1}},
+    {"name": "second", "data": {"corpus": "chat", "loss_mask": "assistant"}, "optimizer": {"learning_rate": 1}},
 )
 IN_STRUCTURE = [
     path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}
 ]
 # Whatever may be swept without compiling anew: all that is not a shape or a name.
-FRACTIONAL_SHAPES = ("model.rope_fraction", "model.expert_capacity")
+FRACTIONAL_SHAPES = ("model.rope_fraction", "model.capacity_factor")
 WHOLE_NUMBERS = ("seed", "schedule.warmup_steps", "training.steps")
 NUMBERS = [
     path
@@ -52,7 +52,8 @@ NUMBERS = [
     if path in WHOLE_NUMBERS or FIELDS[path].type is float and path not in FRACTIONAL_SHAPES
 ]
 SWITCHES = tuple(
-    f"model.{name}" for name in ("dropout", "logits_softcap", "attention_softcap", "load_balance", "router_z_loss")
+    f"model.{name}"
+    for name in ("dropout", "final_logit_softcap", "attn_logit_softcap", "load_balance_loss_weight", "router_z_loss")
 ) + ("optimizer.clip_norm", "training.z_loss")
 
 
@@ -115,7 +116,7 @@ def test_the_hash_tells_any_two_configs_apart(path: str) -> None:
     if path == "stages":
         changed = small_config(stages=TWO_STAGES)
     else:
-        changed = with_values(config, {path: other(read(config, path))})
+        changed = replace_paths(config, {path: other(read(config, path))})
         assert differences(config, changed) == {path: (read(config, path), read(changed, path))}
     assert list(differences(config, changed)) == [path]
     # The mesh says where a run is computed, and not what.
@@ -170,7 +171,7 @@ def test_a_number_is_an_argument_and_all_else_is_structure(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
     structure, numbers = split(config)
     value = other(read(config, path))
-    changed_structure, changed_numbers = split(with_values(config, {path: value}))
+    changed_structure, changed_numbers = split(replace_paths(config, {path: value}))
     if path in NUMBERS:
         assert (changed_structure, hash(changed_structure)) == (structure, hash(structure))
         assert read(structure, path) == ARGUMENT
@@ -184,13 +185,13 @@ def test_a_number_is_an_argument_and_all_else_is_structure(path: str) -> None:
 @pytest.mark.parametrize("path", sorted(set(FIELDS) - set(IN_STRUCTURE)))
 def test_what_is_not_in_the_program_does_not_change_it(path: str) -> None:
     config = small_config()
-    assert split(with_values(config, {path: other(read(config, path))})) == split(config)
+    assert split(replace_paths(config, {path: other(read(config, path))})) == split(config)
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 def test_zero_is_structure_where_it_switches_a_part_off_and_a_number_elsewhere(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
-    off, numbers = split(with_values(config, {path: 0}))
+    off, numbers = split(replace_paths(config, {path: 0}))
     assert (path in numbers) != (path in SWITCHES)
     assert (off != split(config)[0]) == (path in SWITCHES)
     assert not is_on(read(merge(off, numbers), path))
@@ -217,7 +218,7 @@ def test_flatten_reads_every_field_at_its_path_and_with_values_puts_it_back() ->
     config, changed = small_config(), small_config(**{"model.d_model": 64, "seed": 3, "data.paths": ("x",)})
     assert flatten(config)["model.d_model"] == config.model.d_model == 32
     assert list(flatten(config)) == list(FIELDS)
-    assert with_values(config, flatten(changed)) == changed
+    assert replace_paths(config, flatten(changed)) == changed
     assert config.model.d_model == 32
 
 
@@ -239,11 +240,11 @@ def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
     ]
     plain = dataclasses.replace(config, stages=())
     assert differences(plain, first.config) == {"training.steps": (8, 3), "training.z_loss": (0.0, 1e-4)}
-    assert set(differences(plain, second.config)) == {"data.corpus", "data.loss_on", "optimizer.learning_rate"}
+    assert set(differences(plain, second.config)) == {"data.corpus", "data.loss_mask", "optimizer.learning_rate"}
 
 
 def test_a_stage_may_change_what_leaves_parameters_and_optimizer_state_as_they_are() -> None:
-    allowed = {path for path in FIELDS if schema.may_differ_between_stages(path)}
+    allowed = {path for path in FIELDS if schema.may_differ_by_stage(path)}
     others = {path for path in FIELDS if path.startswith("data.")} | {"schedule.name", "training.epochs"}
     assert allowed == others | set(NUMBERS) - {"seed"}
 

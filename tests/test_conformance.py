@@ -31,7 +31,7 @@ from rustgpt_jax.conformance.fixtures import (
     small_model,
 )
 from rustgpt_jax.conformance.runner import run_check
-from rustgpt_jax.conformance.targets import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, kind_of, subjects
+from rustgpt_jax.conformance.targets import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, component_kind, subjects
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops
 from rustgpt_jax.model.mixers import MIXERS
@@ -287,7 +287,7 @@ def test_a_name_of_two_tables_and_a_wrong_one_are_answered() -> None:
     with pytest.raises(UserError, match="Did you mean 'attention'"):
         subjects("atention")
     with pytest.raises(UserError, match="a mixer is a Flax module with init_cache"):
-        kind_of(len, "len")
+        component_kind(len, "len")
     with pytest.raises(UserError, match="no knob 'n_layer'.*'n_layers'"):
         subjects("attention", {"n_layer": 1})
 
@@ -480,8 +480,8 @@ def test_flops_count_a_loop_by_its_length_or_once() -> None:
         return jax.jit(lambda x: x @ b)(a) @ b
 
     jaxpr = jax.make_jaxpr(function)(np.ones((3, 4), np.float32), np.ones((4, 4), np.float32)).jaxpr
-    assert flops.matrix_product_flops(jaxpr) == (15 + 2) * 2 * 3 * 4 * 4
-    assert flops.matrix_product_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
+    assert flops.matmul_flops(jaxpr) == (15 + 2) * 2 * 3 * 4 * 4
+    assert flops.matmul_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
 
 
 EQUATIONS, PRODUCT_FLOPS = flops.equations, flops._product_flops
@@ -506,7 +506,7 @@ def test_flops_that_runs_would_report_wrong_are_found(
     assert not outcome.is_ok and re.search(message, outcome.note), outcome.note
 
 
-WIDTHS = {"d_ff": None, "d_expert": None, "latent_width": None, "shared_key_width": None, "recurrent_width": None}
+WIDTHS = {"d_ff": None, "d_expert": None, "kv_lora_rank": None, "qk_rope_head_dim": None, "recurrent_width": None}
 OF_MIXERS = [{"bias": True}, {"bias": False, "qkv_bias": True, "norm": "layernorm"}, {"n_kv_heads": None} | WIDTHS]
 
 
@@ -517,7 +517,7 @@ OF_MIXERS = [{"bias": True}, {"bias": False, "qkv_bias": True, "norm": "layernor
         ("attention", {"attention_sinks": True}),
         ("local_attention", {"qk_norm": "head"}),
         ("attention", {"qk_norm": "projection"}),
-        ("latent_attention", {"query_latent_width": 12, "attention_sinks": True}),
+        ("latent_attention", {"q_lora_rank": 12, "attention_sinks": True}),
         ("latent_attention", {}),
         ("rg_lru", {}),
         ("deltanet", {"conv_width": 2}),

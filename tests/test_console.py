@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
     text.parent.mkdir(parents=True)
     text.write_text("The rain fell, and it did not stop. " * 40, encoding="utf-8")
     files = {"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"}
-    train(folder, **files, **{"record.prompts": ("[/INST]",), "training.steps": 2, "record.evaluate_every": 2})
+    train(folder, **files, **{"record.prompts": ("[/INST]",), "training.steps": 2, "record.eval_every": 2})
     return folder
 
 

@@ -311,6 +311,6 @@ def test_training_documents_are_those_of_the_training_split(split: str) -> None:
     found = config("facts", split=split)
     everything = list(datasets.documents(found))
     divided = datasets.divide(everything, found, sum(len(document.text) for document in everything))
-    training = list(datasets.training_documents(found))
+    training = list(datasets.tokenizer_documents(found))
     assert training == [document for side, document in divided if side == "train"]
     assert 0.8 < sum(len(d.text) for d in training) / sum(len(d.text) for d in everything) < 0.97

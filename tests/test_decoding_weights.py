@@ -26,7 +26,7 @@ from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.model.quantized_weights import OutputByOutput, Stored, Widened, output_by_output, quantized, rounded
+from rustgpt_jax.model.quantized_weights import RowMajorWeight, Stored, UpcastWeight, quantized, rounded, to_row_major
 from rustgpt_jax.training.load_model import load
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.
@@ -76,7 +76,7 @@ def by_layer(cache: Any, model: ModelConfig) -> Any:
 
 def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> Any:
     """Logits of a prompt and of a token after it, and the cache."""
-    cache = transformer.init_cache(model, 2, 9, unstacked=transformer.are_unstacked(params["blocks"]))
+    cache = transformer.init_cache(model, 2, 9, unstacked=transformer.is_unrolled(params["blocks"]))
     before, cache = transformer.apply(params, tokens_BT[:, :8], model, cache)
     after, cache = transformer.apply(params, tokens_BT[:, 8:], model, cache, positions_BT=jnp.full((2, 1), 8))
     return before, after, cache
@@ -84,12 +84,12 @@ def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> 
 
 def assert_same(asked: ModelConfig) -> None:
     params = random_params(asked)
-    assert not transformer.are_unstacked(params["blocks"])
-    laid_out = for_decoding(params, asked, PLAIN)
-    assert transformer.are_unstacked(laid_out["blocks"])
+    assert not transformer.is_unrolled(params["blocks"])
+    shard_activations = for_decoding(params, asked, PLAIN)
+    assert transformer.is_unrolled(shard_activations["blocks"])
     compiled = jax.jit(read_in_two_calls, static_argnums=2)
     *trained, cache = compiled(params, TOKENS_BT, asked)
-    *decoded, other_cache = compiled(laid_out, TOKENS_BT, asked)
+    *decoded, other_cache = compiled(shard_activations, TOKENS_BT, asked)
     for expected, found in zip(trained, decoded, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     jax.tree.map(
@@ -116,21 +116,25 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
 @pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"matmul": "bfloat16"}, {"mixer_dtype": "bfloat16"}])
 def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
     asked = model(**changes)
-    laid_out = for_decoding(random_params(asked), asked, PLAIN)
-    kernels = {name: laid_out["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
+    shard_activations = for_decoding(random_params(asked), asked, PLAIN)
+    kernels = {name: shard_activations["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
     types = {
         "mixer": kernels["mixer"]["query"]["kernel"],
         "feedforward": kernels["feedforward"]["down"]["kernel"],
-        "head": laid_out["head"]["kernel"],
+        "head": shard_activations["head"]["kernel"],
     }
-    found = {name: kernel.operands if isinstance(kernel, Widened) else kernel.dtype for name, kernel in types.items()}
+    found = {
+        name: kernel.operands if isinstance(kernel, UpcastWeight) else kernel.dtype for name, kernel in types.items()
+    }
     wanted = dict.fromkeys(types, changes.get("dtype", "float32"))
     if "mixer_dtype" in changes:
         wanted["mixer"] = "bfloat16"
     if "matmul" in changes:
         wanted["mixer"] = wanted["feedforward"] = "bfloat16"
     assert found == wanted
-    assert {leaf.dtype for leaf in jax.tree.leaves(laid_out["blocks"]["0"][0]["mixer_norm"])} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(shard_activations["blocks"]["0"][0]["mixer_norm"])} == {
+        np.dtype("float32")
+    }
 
 
 def test_a_model_in_bfloat16_is_read_as_it_was_trained() -> None:
@@ -192,7 +196,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
 def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     asked = model(context_length=256, layers="scanned", d_model=64)
     params = random_params(asked)
-    laid_out = for_decoding(params, asked, PLAIN)
+    shard_activations = for_decoding(params, asked, PLAIN)
     # The keys of all layers, or of one.
     of_stacked, of_layer = f"f32[2,{rows},4,256,16]", f"f32[{rows},4,256,16]"
 
@@ -200,20 +204,20 @@ def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
         lines = compiled.as_text().splitlines()
         return [line for line in lines if f"= {shape}" in line and (" copy(" in line or " transpose(" in line)]
 
-    decoding = program(laid_out, asked, rows)
+    decoding = program(shard_activations, asked, rows)
     assert of_layer in decoding.as_text()
     assert copies(decoding, of_layer) == []
     assert copies(program(params, asked, rows), of_stacked) != []
-    a_layer = laid_out["blocks"]["0"][0]
+    a_layer = shard_activations["blocks"]["0"][0]
     assert decoding.memory_analysis().temp_size_in_bytes < total_bytes(a_layer)
 
 
 def test_new_lengths_compile_nothing() -> None:
     asked = model()
-    laid_out = for_decoding(random_params(asked), asked, PLAIN)
+    shard_activations = for_decoding(random_params(asked), asked, PLAIN)
 
     def drawn(prompt: list[int], max_tokens: int) -> None:
-        generate(laid_out, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
+        generate(shard_activations, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
 
     drawn([1, 2], 6)
     before = extend._cache_size()
@@ -238,11 +242,11 @@ def test_int8_is_as_near_as_it_can_be(shape: tuple[int, int]) -> None:
 
 
 def kept_narrow(weights: Any, dtype: str) -> Stored:
-    return output_by_output(weights, dtype, "plain")
+    return to_row_major(weights, dtype, "plain")
 
 
 def kept_wide(weights: Any, dtype: str) -> Stored:
-    return Widened(rounded(weights, dtype), dtype)
+    return UpcastWeight(rounded(weights, dtype), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -291,7 +295,7 @@ def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))):
         assert for_decoding(params, asked, PLAIN) is params
         narrow = for_decoding(params, asked, INT8)
-        assert not transformer.are_unstacked(narrow["blocks"])
+        assert not transformer.is_unrolled(narrow["blocks"])
         on_mesh, _ = forward(narrow, TOKENS_BT, asked)
     np.testing.assert_allclose(on_mesh, on_one, rtol=0, atol=2e-5)
 
@@ -299,19 +303,19 @@ def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
 def test_the_form_is_what_the_config_asks_for() -> None:
     assert form(small_config().sampling) == PLAIN
     assert form(small_config(**{"sampling.weights": "int8"}).sampling) == INT8
-    laid_out = for_decoding(random_params(model()), model(), INT8)
-    kernel = laid_out["blocks"]["0"][0]["mixer"]["query"]["kernel"]
-    assert isinstance(kernel, Widened)
+    shard_activations = for_decoding(random_params(model()), model(), INT8)
+    kernel = shard_activations["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+    assert isinstance(kernel, UpcastWeight)
     assert (kernel.values.dtype, kernel.operands) == (np.float32, "int8")
     for platform, kept in (("cpu", "native"), ("gpu", "plain")):
-        laid_out = for_decoding(random_params(model()), model(), Form("int8", kept, platform))
-        kernel = laid_out["blocks"]["0"][0]["mixer"]["query"]["kernel"]
-        assert isinstance(kernel, OutputByOutput)
+        shard_activations = for_decoding(random_params(model()), model(), Form("int8", kept, platform))
+        kernel = shard_activations["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+        assert isinstance(kernel, RowMajorWeight)
         assert (kernel.values.dtype, kernel.kernel) == (np.int8, kept)
 
 
 def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
-    train(tmp_path / "run", **{"training.steps": 2, "record.evaluate_every": 2})
+    train(tmp_path / "run", **{"training.steps": 2, "record.eval_every": 2})
     trained = load(tmp_path / "run")
 
     def told(**changes: Any) -> list[list[str]]:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
 from rustgpt_jax.data.datasets import documents
-from rustgpt_jax.data.pipeline import Places, Windows
+from rustgpt_jax.data.pipeline import WindowOffsets, Windows
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import Writer, _settled
@@ -20,8 +20,8 @@ from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, write_codec
 from rustgpt_jax.tokenizers import (
+    ChatFormat,
     Codec,
-    Dialect,
     chat_template,
     decode,
     decode_after,
@@ -68,7 +68,7 @@ def foreign_tokenizer(has_opening: bool = True) -> Tokenizer:
 
 def foreign(has_opening: bool = True, template: str | None = TEMPLATE) -> Codec:
     named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Codec(foreign_tokenizer(has_opening), Dialect("</s>", ("</s>", "<u>"), template, named))
+    return Codec(foreign_tokenizer(has_opening), ChatFormat("</s>", ("</s>", "<u>"), template, named))
 
 
 def shown(codec: Codec, ids: Any) -> str:
@@ -84,7 +84,7 @@ def llama_2() -> Codec:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return Codec(tokenizer, Dialect("</s>", ("</s>",), TEMPLATE, {}))
+    return Codec(tokenizer, ChatFormat("</s>", ("</s>",), TEMPLATE, {}))
 
 
 # Documents.
@@ -167,24 +167,24 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+@pytest.mark.parametrize("loss_mask", ["all", "assistant"])
 @pytest.mark.parametrize("has_opening", [True, False])
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_every_document_begins_with_its_own_first_token(
-    kind: str, has_opening: bool, loss_on: str, tmp_path: Path
+    kind: str, has_opening: bool, loss_mask: str, tmp_path: Path
 ) -> None:
     codec, file = foreign(has_opening), tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, DOCUMENTS[kind])))
-    config = DataConfig("files", (str(file),), None, "document", 0.0, loss_on, None)
+    config = DataConfig("files", (str(file),), None, "document", 0.0, loss_mask, None)
     stream = build_store(config, codec, tmp_path / "stores").split("train")
-    parts = [encode_document(codec, document, loss_on) for document in documents(config)]
+    parts = [encode_document(codec, document, loss_mask) for document in documents(config)]
     allowed = {tuple(ids.tolist()): weights.tolist() for ids, weights in parts}
     length = sum(map(len, allowed))
     assert stream.n_tokens == length + 1 and stream.n_learned == sum(map(sum, allowed.values()))
     # Once around, from each place of the circle.
     windows, found = Windows(stream, length), set()
     for start in range(length):
-        batch = windows.read(Places(np.array([start]), np.array([length])))
+        batch = windows.read(WindowOffsets(np.array([start]), np.array([length])))
         begins = np.flatnonzero(batch.positions_BT[0] == 0).tolist()
         for begin, end in itertools.pairwise(begins[1:]):
             document = tuple(batch.tokens_BT[0, begin:end].tolist())
@@ -305,7 +305,7 @@ def test_interrupted_renderings_are_not_taken_for_later_ones(monkeypatch: pytest
 def test_answers_that_the_template_changes_later_are_not_guessed() -> None:
     last_only = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}{% endfor %}"
     dialogue = Document("d", (*TURNS[1:3], *TURNS[1:3]))
-    with pytest.raises(UserError, match="config.data.loss_on='all'"):
+    with pytest.raises(UserError, match="config.data.loss_mask='all'"):
         encode_document(foreign(template=last_only), dialogue, "assistant")
 
 
@@ -314,15 +314,17 @@ NEXT_ROLE = "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>') + 
 ASKS = "{% if add_generation_prompt %}<a>{% endif %}"
 
 
-@pytest.mark.parametrize("loss_on", ["all", "assistant"])
-def test_a_stop_token_is_learned_after_every_answer(loss_on: str) -> None:
+@pytest.mark.parametrize("loss_mask", ["all", "assistant"])
+def test_a_stop_token_is_learned_after_every_answer(loss_mask: str) -> None:
     codec, dialogue = foreign(template=NEXT_ROLE + ASKS), Document("d", (*TURNS[1:], Turn("assistant", "I see")))
-    ids, weights = encode_document(codec, dialogue, loss_on)
+    ids, weights = encode_document(codec, dialogue, loss_mask)
     assert shown(codec, ids) == "<u>Why?<a>So.<u>Oh?<a>I see</s>"
-    assert shown(codec, ids[weights]) == ("So.<u>I see</s>" if loss_on == "assistant" else shown(codec, ids))
+    assert shown(codec, ids[weights]) == ("So.<u>I see</s>" if loss_mask == "assistant" else shown(codec, ids))
     # A question is not ended, nor is an answer that the template ends.
-    assert shown(codec, encode_document(codec, Document("d", dialogue.turns[:3]), loss_on)[0]) == "<u>Why?<a>So.<u>Oh?"
-    ended = encode_document(foreign(), Document("d", dialogue.turns[:2]), loss_on)[0]
+    assert (
+        shown(codec, encode_document(codec, Document("d", dialogue.turns[:3]), loss_mask)[0]) == "<u>Why?<a>So.<u>Oh?"
+    )
+    ended = encode_document(foreign(), Document("d", dialogue.turns[:2]), loss_mask)[0]
     assert shown(codec, ended) == "\n<u>Why?<a>So.</s>"[1:]
 
 
@@ -371,7 +373,7 @@ def test_answers_after_which_nothing_stops_are_refused() -> None:
     ],
 )
 def test_the_token_that_closes_a_turn_stops_a_reply(template: str | None, found: str | None, tmp_path: Path) -> None:
-    codec = Codec(foreign_tokenizer(), Dialect("</s>", ("</s>",), template, {"eos_token": "</s>"}))
+    codec = Codec(foreign_tokenizer(), ChatFormat("</s>", ("</s>",), template, {"eos_token": "</s>"}))
     assert codec.dialect is not None
     assert turn_end(codec.dialect, codec.special_tokens) == found
     write_codec(codec, tmp_path, 64, is_dialogue=False)
@@ -388,7 +390,7 @@ def unigram() -> Codec:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    return Codec(tokenizer, Dialect("<unk>", ("<unk>",), None, {}))
+    return Codec(tokenizer, ChatFormat("<unk>", ("<unk>",), None, {}))
 
 
 def continued(kind: str) -> Codec:
@@ -463,7 +465,7 @@ def test_a_model_that_ends_nowhere_or_has_no_tokenizer_is_named(tmp_path: Path) 
     with pytest.raises(UserError, match="which token ends a text"):
         read_codec(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    assert read_codec(tmp_path).dialect == Dialect("</s>", ("</s>",), None, {"eos_token": "</s>"})
+    assert read_codec(tmp_path).dialect == ChatFormat("</s>", ("</s>",), None, {"eos_token": "</s>"})
 
 
 TOKEN_LISTS = ("tokenizer_config.json", "special_tokens_map.json")

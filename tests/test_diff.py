@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from small_runs import copy_code, run_config, train_elsewhere
 
-from rustgpt_jax.config.schema import with_values
+from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import run_diff
 from rustgpt_jax.reproduce import run_diff as diffs
@@ -20,7 +20,7 @@ from rustgpt_jax.reproduce.metadata_diff import sections
 from rustgpt_jax.reproduce.run_diff import Origin, diff
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
 from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.run_dir import RunFolder, create
+from rustgpt_jax.workdir.run_dir import RunDir, create
 
 VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "0.12"}, "machine": {"cores": 2}}
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
@@ -39,9 +39,9 @@ def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, 
 # What runs are made of: folders made by hand.
 
 
-def made_by_hand(path: Path, **changes: Any) -> RunFolder:
+def made_by_hand(path: Path, **changes: Any) -> RunDir:
     """A run folder with a record of everything. In `changes`: config, code, environment, data, launch, programs."""
-    run = create(path, with_values(run_config(), changes.get("config", {})), {})
+    run = create(path, replace_paths(run_config(), changes.get("config", {})), {})
     code = path / "files"
     for name, content in (CODE | changes.get("code", {})).items():
         (code / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +61,11 @@ def made_by_hand(path: Path, **changes: Any) -> RunFolder:
 
 
 @pytest.fixture
-def first(tmp_path: Path) -> RunFolder:
+def first(tmp_path: Path) -> RunDir:
     return made_by_hand(tmp_path / "first")
 
 
-def different(first: RunFolder, second: RunFolder) -> dict[str, list[str]]:
+def different(first: RunDir, second: RunDir) -> dict[str, list[str]]:
     """The names of what differs, by section."""
     return {
         each.kind: [found.name for found in each.differences] for each in sections(first, second) if each.differences
@@ -89,9 +89,7 @@ def different(first: RunFolder, second: RunFolder) -> dict[str, list[str]]:
         ({"programs": {"train": "00" * 32}}, "program", "stage train"),
     ],
 )
-def test_the_one_thing_is_named(
-    tmp_path: Path, first: RunFolder, changes: dict[str, Any], kind: str, name: str
-) -> None:
+def test_the_one_thing_is_named(tmp_path: Path, first: RunDir, changes: dict[str, Any], kind: str, name: str) -> None:
     found = different(first, made_by_hand(tmp_path / "second", **changes))
     assert found.keys() == {kind}
     assert all(each.startswith(name) for each in found[kind])
@@ -102,14 +100,14 @@ def test_the_one_thing_is_named(
     ]
 
 
-def test_programs_of_other_modes_are_not_compared(tmp_path: Path, first: RunFolder) -> None:
+def test_programs_of_other_modes_are_not_compared(tmp_path: Path, first: RunDir) -> None:
     second = made_by_hand(tmp_path / "second", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
     assert different(first, second) == {"environment": ["launch.mode"]}
     _, lines = said_of(first.path, second.path)
     assert "program: not compared. They trained in other modes, solo of 1 and exact of 4." in lines
 
 
-def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunFolder) -> None:
+def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunDir) -> None:
     # The same texts elsewhere, and written otherwise.
     second = made_by_hand(tmp_path / "second", data={"files": {"/other/a.txt": "9", "/other/c.txt": "8"}})
     assert different(first, second) == {}
@@ -117,7 +115,7 @@ def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunFolder) -> None:
     assert is_same and "losses: the same for 0 steps" in lines
 
 
-def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunFolder) -> None:
+def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunDir) -> None:
     other = {
         "launch.py": '"""Words."""\n\n# More words.\nprint()\n',
         "rustgpt_jax/model/mixers/kv_cache.py": "def visible(q, s):\n    return q > s\n",
@@ -141,7 +139,7 @@ def test_knobs_of_stages_are_named(tmp_path: Path) -> None:
     assert different(runs[0], runs[2])["config"][0] == "config.stages"
 
 
-def test_what_is_missing_is_said(tmp_path: Path, first: RunFolder) -> None:
+def test_what_is_missing_is_said(tmp_path: Path, first: RunDir) -> None:
     second = made_by_hand(tmp_path / "second", config={"seed": 3})
     second.journal_file.unlink()
     third = made_by_hand(tmp_path / "third")
@@ -198,11 +196,11 @@ PLACES = [
 
 @pytest.mark.parametrize(("part", "name"), PLACES)
 def test_the_first_tensor_is_the_first_that_is_made(
-    part: str, name: str, first: RunFolder, monkeypatch: pytest.MonkeyPatch
+    part: str, name: str, first: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
-    def trace(run: RunFolder, begin: int, last: int, has_taps: bool, is_trusted: bool) -> run_diff.Trace:
+    def trace(run: RunDir, begin: int, last: int, has_taps: bool, is_trusted: bool) -> run_diff.Trace:
         asked.append((begin, last, has_taps))
         steps = {number: a_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
@@ -215,14 +213,14 @@ def test_the_first_tensor_is_the_first_that_is_made(
         return steps
 
     monkeypatch.setattr(run_diff, "trace", trace)
-    second = RunFolder(first.path)
+    second = RunDir(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
         assert run_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
     # The insides of many steps are not looked at.
     assert all(last - begin < run_diff.FEW_STEPS for begin, last, has_taps in asked if has_taps)
 
 
-def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunFolder) -> None:
+def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> None:
     both = {"config": {"optimizer.weight_decay": 0.3, "model.dropout": 0.5, "data.max_documents": 7}}
     second = made_by_hand(tmp_path / "second", **both, environment={"packages": {"flax": "0.13", "optax": "9"}})
     found = sections(first, second)
@@ -236,7 +234,7 @@ def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunFolder) -
 
 
 def test_without_a_replay_the_likely_cause_is_what_differs(
-    tmp_path: Path, first: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, first: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise UserError("The text is gone.")

@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, split, with_values
+from rustgpt_jax.config.schema import Config, replace_paths, split
 from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.reproduce import anomaly_detection, diagnose
-from rustgpt_jax.reproduce.anomaly_detection import Suspect, TooHigh, spike, suspect
+from rustgpt_jax.reproduce.anomaly_detection import DivergenceThreshold, Suspect, spike, suspect
 from rustgpt_jax.reproduce.diagnose import (
     Trial,
     View,
@@ -36,14 +36,21 @@ from rustgpt_jax.reproduce.diagnose import (
     of_first_bad,
     try_remedies,
 )
-from rustgpt_jax.reproduce.interventions import CONTROL, Fate, Remedy, fitted, flags, remedies
-from rustgpt_jax.reproduce.recorded_run import HISTORY, History, Past
-from rustgpt_jax.reproduce.replay_step import Again, is_fault, make_again
+from rustgpt_jax.reproduce.interventions import (
+    CONTROL,
+    Intervention,
+    InterventionResult,
+    fitted,
+    flags,
+    possible_interventions,
+)
+from rustgpt_jax.reproduce.recorded_run import HISTORY, History, RecordedRun
+from rustgpt_jax.reproduce.replay_step import ReplayedStep, is_fault, replay_one_step
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.instrumented_step import ACTIVATION, PARAMETER, UPDATE, Tensor
-from rustgpt_jax.training.train_step import as_arguments, start_from
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars
+from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,7 +65,7 @@ TINY: dict[str, Any] = {
     "data.split": "tail",
     "schedule.name": "constant",
     "record.log_every": 1,
-    "record.evaluation_batches": 1,
+    "record.eval_batches": 1,
 }
 
 
@@ -197,7 +204,7 @@ def test_odd_rows_are_those_that_are_not_finite_or_else_far_above_the_others(see
 
 
 def hindered(config: Config) -> dict[str, str | None]:
-    return {remedy.name: remedy.hindrance for remedy in remedies(config, calm_norm=0.63)}
+    return {remedy.name: remedy.hindrance for remedy in possible_interventions(config, calm_norm=0.63)}
 
 
 def test_remedies_that_cannot_be_tried_say_why() -> None:
@@ -223,49 +230,59 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
     assert "no layer of the model has queries" in other["QK-norm"]
     assert "on already" in hindered(small_config(**{"model.qk_norm": "head"}))["QK-norm"]
     assert "latent_attention" in hindered(small_config(**{"model.mixers": "latent_attention"}))["QK-norm"]
-    unknown = {remedy.name: remedy.hindrance for remedy in remedies(small_config(), calm_norm=0.0)}
+    unknown = {remedy.name: remedy.hindrance for remedy in possible_interventions(small_config(), calm_norm=0.0)}
     assert "no gradient norm is known" in unknown["tighter clipping"]
 
 
 def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them() -> None:
     stages = ({"name": "a", "optimizer": {"learning_rate": 0.5}}, {"name": "b"})
     config = small_config(stages=stages, **{"optimizer.name": "muon"})
-    half = Remedy("half", (("optimizer.learning_rate", 0.25), ("model.qk_norm", "head")))
+    half = Intervention("half", (("optimizer.learning_rate", 0.25), ("model.qk_norm", "head")))
     assert list(flags(half, config, "a")) == [
         "--config.stages.a.optimizer.learning_rate=0.25",
         "--config.model.qk_norm=head",
     ]
     assert list(flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
-    rates = config.optimizer.learning_rate, config.optimizer.matrix_learning_rate
-    for remedy, times in zip(remedies(config, 1.0)[1:4], (2, 10, 100), strict=True):
+    rates = config.optimizer.learning_rate, config.optimizer.muon_learning_rate
+    for remedy, times in zip(possible_interventions(config, 1.0)[1:4], (2, 10, 100), strict=True):
         assert tuple(times * rate for rate in dict(remedy.knobs).values()) == pytest.approx(rates)
 
 
 def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     config = config_of()
     structure, numbers = split(config)
-    state = start_from(structure, as_arguments(numbers), jax.tree.map(jax.numpy.asarray, random_params(config.model)))
+    state = init_state_from_params(
+        structure, to_traced_scalars(numbers), jax.tree.map(jax.numpy.asarray, random_params(config.model))
+    )
     state = state._replace(step=jax.numpy.int32(7))
-    other, numbers = split(with_values(config, {"model.qk_norm": "head"}))
-    found, kept = by_path(fitted(state, other, as_arguments(numbers))), by_path(state)
+    other, numbers = split(replace_paths(config, {"model.qk_norm": "head"}))
+    found, kept = by_path(fitted(state, other, to_traced_scalars(numbers))), by_path(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)
     assert all(np.array_equal(found[path], kept[path]) for path in kept)
     assert np.all(np.asarray(found["params/blocks/0/mixer/query_norm/scale"]) == 1)
 
 
-def fate(name: str, *losses: float) -> Fate:
-    return Fate(Remedy(name, (("optimizer.learning_rate", 0.1),)), np.array(losses), np.isfinite(losses))
+def fate(name: str, *losses: float) -> InterventionResult:
+    return InterventionResult(
+        Intervention(name, (("optimizer.learning_rate", 0.1),)), np.array(losses), np.isfinite(losses)
+    )
 
 
 def test_the_fates_are_told_as_they_are() -> None:
     control, good, better, bad = fate(CONTROL, 2, math.nan, 1), fate("a", 2, 3), fate("b", 2, 2.5), fate("c", 2, 9)
-    assert [each.died_at(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.died_at(9.0) is None
-    assert bad._replace(is_finite=np.array([False, True])).died_at(math.inf) == 0
-    assert (bad.died_at(8.0, since=1), bad.died_at(8.0, since=2), control.died_at(8.0, since=2)) == (1, None, 1)
+    assert [each.first_bad_step(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.first_bad_step(
+        9.0
+    ) is None
+    assert bad._replace(is_finite=np.array([False, True])).first_bad_step(math.inf) == 0
+    assert (
+        bad.first_bad_step(8.0, since=1),
+        bad.first_bad_step(8.0, since=2),
+        control.first_bad_step(8.0, since=2),
+    ) == (1, None, 1)
     config = small_config()
 
-    def told(*fates: Fate) -> str:
+    def told(*fates: InterventionResult) -> str:
         return "\n".join(advice(trial_of(*fates), config, "train"))
 
     assert told(control, good, better, bad).startswith("Survived: b, a. Of these, b has the lowest loss at step 9.")
@@ -276,12 +293,12 @@ def test_the_fates_are_told_as_they_are() -> None:
     assert told(fate(CONTROL, 2, 2), good).startswith("With nothing changed")
 
 
-def trial_of(*fates: Fate) -> Trial:
-    return Trial(4, 9, [each.remedy for each in fates], list(fates), TooHigh(8.0, "as is known"))
+def trial_of(*fates: InterventionResult) -> Trial:
+    return Trial(4, 9, [each.remedy for each in fates], list(fates), DivergenceThreshold(8.0, "as is known"))
 
 
 def test_a_run_that_was_lost_before_is_told_where() -> None:
-    view, trial = View(6, TooHigh(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
+    view, trial = View(6, DivergenceThreshold(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
     sentence, command = earlier(trial, view, 6, Path("my runs/a"))
     assert "at step 5." in sentence and command == "    python launch.py doctor 'my runs/a' --step=5"
     assert "at step 6." in earlier(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
@@ -293,7 +310,7 @@ class Recorded:
     """A run of which only the record is read. Made again, its steps have the losses `between`."""
 
     rewinds = ()
-    folder = RunFolder(Path("run"))
+    folder = RunDir(Path("run"))
 
     def __init__(self, losses: list[float], between: list[float] | None = None) -> None:
         self._between = between or []
@@ -315,12 +332,12 @@ class Recorded:
 
 
 def again_at(step: int, loss: float, norm: float = 1.0) -> Any:
-    return Again("run", step, "train", 0, {"train/loss": loss, "train/gradient_norm": norm}, None, ())
+    return ReplayedStep("run", step, "train", 0, {"train/loss": loss, "train/gradient_norm": norm}, None, ())
 
 
 def test_a_step_is_seen_as_a_fault_as_a_spike_or_as_sound() -> None:
     calm: Any = Recorded([5.8, 4.0, 3.0, 2.0, 2.1, 1.9, 2.0])
-    first_loss = TooHigh(pytest.approx(8.7), "1.5 times the first loss")  # type: ignore[arg-type]
+    first_loss = DivergenceThreshold(pytest.approx(8.7), "1.5 times the first loss")  # type: ignore[arg-type]
     assert View.of(calm, again_at(75, math.nan)) == View(75, first_loss, 1.0)
     assert View.of(calm, again_at(75, 30.0)) == View(75, first_loss, 1.0)
     spike = View.of(calm, again_at(75, 4.0))
@@ -404,10 +421,10 @@ def bombed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_the_layer_that_broke_is_named(bombed: Path) -> None:
-    with Past(bombed, quiet()) as past:
+    with RecordedRun(bombed, quiet()) as past:
         found = found_in(past)
         assert (found.step, found.is_fault) == (BAD_STEP, True)
-        again, inside = make_again(past, found.step, has_taps=True)
+        again, inside = replay_one_step(past, found.step, has_taps=True)
         assert inside is not None and not again.is_finite and again.unequal == []
         first, rows = diagnosis(past, found, again, inside)[1:]
         elements = 4 * 16  # of one place in each of 4 rows
@@ -419,7 +436,7 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         with pytest.raises(UserError, match="has no step 13"):
             suspect(past, 13)
         # A sound step that is recorded as a fault lays the blame elsewhere.
-        sound, calm = make_again(past, 3, has_taps=True)
+        sound, calm = replay_one_step(past, 3, has_taps=True)
         assert calm is not None and "Every tensor" in of_first_bad(calm.tensors)
         (sentence,) = diagnosis(past, found, sound, calm)
         assert sentence.startswith("Made again, the step is sound") and "the machine" in sentence
@@ -427,7 +444,7 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_record_in_which_nothing_stands_out_is_told_so(bombed: Path) -> None:
-    metrics = RunFolder(bombed).metrics_file
+    metrics = RunDir(bombed).metrics_file
     metrics.write_text(
         "".join(text for text in metrics.read_text().splitlines(True) if f'"step": {BAD_STEP},' not in text)
     )
@@ -442,18 +459,18 @@ def test_a_record_in_which_nothing_stands_out_is_told_so(bombed: Path) -> None:
 @pytest.mark.slow
 def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path: Path) -> None:
     ill = {"optimizer.name": "sgd", "optimizer.learning_rate": 2.0, "optimizer.clip_norm": 0.0, "training.steps": 40}
-    rarely = {"record.evaluate_every": 40, "record.checkpoint_every": 20, "model.derivatives": "plain"}
+    rarely = {"record.eval_every": 40, "record.checkpoint_every": 20, "model.derivatives": "plain"}
     config, path, console = config_of(**ill, **rarely), tmp_path / "ill", quiet()
     record = train(config, path)
     assert is_fault(record[-1]) and len(record) < 40
-    with Past(path, quiet()) as past:
-        again, _ = make_again(past, record[-1]["step"], has_taps=False)
+    with RecordedRun(path, quiet()) as past:
+        again, _ = replay_one_step(past, record[-1]["step"], has_taps=False)
         view = View.of(past, again)
         assert view is not None and view.step < again.step
         ceiling = view.too_high.above
         assert record[view.step - 2]["train/loss"] <= ceiling < record[view.step - 1]["train/loss"]
         trial = try_remedies(past, view)
-    died = {fate.remedy.name: trial.died_at(fate) for fate in trial.fates}
+    died = {fate.remedy.name: trial.first_bad_step(fate) for fate in trial.fates}
     assert died[CONTROL] == view.step
     assert {name for name, at in died.items() if at is None} == {
         "a tenth of the learning rate",
@@ -465,8 +482,8 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
     said = console.file.getvalue()  # type: ignore[attr-defined]
     (flag,) = (word for word in shlex.split(said) if word.startswith("--config."))
     knob, value = flag.removeprefix("--config.").split("=")
-    better = train(with_values(config, {knob: parse(knob, value)}), tmp_path / "better")
+    better = train(replace_paths(config, {knob: parse(knob, value)}), tmp_path / "better")
     assert len(better) == 40 and max(line["train/loss"] for line in better) < ceiling
-    half = train(with_values(config, {"optimizer.learning_rate": 1.0}), tmp_path / "half")
+    half = train(replace_paths(config, {"optimizer.learning_rate": 1.0}), tmp_path / "half")
     at = died["half the learning rate"]
     assert at is not None and half[at - 1]["train/loss"] > ceiling

@@ -13,20 +13,20 @@ from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_stat
 
 from rustgpt_jax.cli.explain import explain
 from rustgpt_jax.cli.sweep import preview
-from rustgpt_jax.config.schema import Config, is_by_epochs, stages
+from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import begin_from
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
-from rustgpt_jax.reproduce.recorded_run import Past
-from rustgpt_jax.reproduce.replay_step import make_again
+from rustgpt_jax.reproduce.recorded_run import RecordedRun
+from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, in_words
 from rustgpt_jax.workdir.config_files import read_recipe
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_origins
+from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -39,12 +39,12 @@ def by_epochs(epochs: float | None, **changes: Any) -> Config:
 
 
 def settled(config: Config) -> Config:
-    return Shelf().resolve_epochs(config).config
+    return AssetCache().resolve_epochs(config).config
 
 
 def steps_to_read_all(config: Config, n_times: int) -> int:
     """The steps after which each token of the training text but the first has been a target so often."""
-    data = Shelf().material(config).stages[0]
+    data = AssetCache().material(config).stages[0]
     batches, circle = data.training_batches(), data.store.split("train").n_tokens - 1
     seen: Counter[int] = Counter()
     step = 0
@@ -66,7 +66,7 @@ def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_s
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
 def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
-    n_windows = Shelf().material(settled(config)).stages[0].n_windows
+    n_windows = AssetCache().material(settled(config)).stages[0].n_windows
     steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_windows
     assert steps - 1 < wanted <= steps
 
@@ -78,11 +78,11 @@ def test_each_stage_goes_by_its_own_steps_or_epochs_or_those_of_the_run() -> Non
         {"name": "own_epochs", "training": {"epochs": 2.0, "steps": 77}},
     )
     config = by_epochs(1.0, stages=listed)
-    assert is_by_epochs(config)
+    assert uses_epochs(config)
     found = {stage.name: stage.config.training.steps for stage in stages(settled(config))}
     wide, narrow = (settled(by_epochs(epochs, **{"data.window": window})) for epochs, window in ((2.0, None), (1.0, 8)))
     assert found == {"own_steps": 5, "inherits": narrow.training.steps, "own_epochs": wide.training.steps}
-    assert not is_by_epochs(settled(config)) and settled(settled(config)) == settled(config)
+    assert not uses_epochs(settled(config)) and settled(settled(config)) == settled(config)
 
 
 def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path
     # Its folder needs no epochs: `rerun` trains the recorded config, and `replay` makes single steps again.
     assert train(load_config(path), tmp_path / "again")[0]
     assert compare_records(path, tmp_path / "again").parting is None
-    assert not compare_checkpoints(RunFolder(path), RunFolder(tmp_path / "again")).unequal
-    with Past(path, Console(file=StringIO())) as past:
-        assert all(make_again(past, step, has_taps=False)[0].is_same for step in (1, 5, n_steps))
+    assert not compare_checkpoints(RunDir(path), RunDir(tmp_path / "again")).unequal
+    with RecordedRun(path, Console(file=StringIO())) as past:
+        assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (1, 5, n_steps))
     # More epochs are more steps.
     longer = by_epochs(2, **constant)
     assert train(longer, path)[0]
@@ -128,7 +128,7 @@ def test_trials_have_the_steps_that_their_epochs_are() -> None:
         (each.id, each.overrides, each.config) for each in plain
     ]
     console = Console(file=StringIO(), width=200)
-    preview(trials, Shelf(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
+    preview(trials, AssetCache(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
     assert f"training.steps={counts[1]}" in console.file.getvalue()  # type: ignore[attr-defined]
     # Of the config, not of the trial: the steps follow from what is swept.
     swept = expand(small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.window": 8}, {"data.window": 16}])

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.sweeps.search_space import SuccessiveHalving, TreeParzen
+from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, feasible_points
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,12 +36,12 @@ def test_every_sweep_expands_to_trials_that_can_run(name: str) -> None:
         match spec:
             case SuccessiveHalving():
                 trials = expand(module.get_config(), spec.trials)
-            case TreeParzen():
+            case TPE():
                 trials = feasible_points(module.get_config(), spec)
             case _:
                 trials = expand(module.get_config(), spec)
         for trial in trials:
-            check_parts(trial.config)
+            validate_components(trial.config)
 
 
 def test_the_sweeps_of_the_experiments_are_found() -> None:

@@ -22,15 +22,15 @@ import pytest
 from test_loop import Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.config.schema import split
-from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter
 from rustgpt_jax.training import metric_logger
 from rustgpt_jax.training.checkpointing import Checkpoints
-from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
+from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
 from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
@@ -40,7 +40,7 @@ LONG = (
     TINY,
     "--config.training.steps=100000",
     "--config.record.checkpoint_every=20",
-    "--config.training.steps_per_call=5",
+    "--config.training.steps_per_jit_call=5",
 )
 IN_FULL = (pytest.mark.slow, pytest.mark.faults)
 PATIENCE = 240.0
@@ -66,11 +66,11 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 
 
 def steps_saved(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in RunFolder(run).checkpoints.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in RunDir(run).checkpoints.glob("*") if path.name.isdigit())
 
 
 def is_saving(run: Path) -> bool:
-    return any(".orbax-checkpoint-tmp" in path.name for path in RunFolder(run).checkpoints.glob("*"))
+    return any(".orbax-checkpoint-tmp" in path.name for path in RunDir(run).checkpoints.glob("*"))
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -84,10 +84,10 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def saved_state(run: Path, which: str = "last") -> State:
     """The state in a checkpoint of a run of configs/tiny.py."""
-    config, tokenizer = load_config(run), load_tokenizer(RunFolder(run).tokenizer_file)
-    structure, numbers = split(with_vocabulary(config, tokenizer))
-    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
-    with Checkpoints(RunFolder(run).checkpoints, config) as checkpoints:
+    config, tokenizer = load_config(run), load_tokenizer(RunDir(run).tokenizer_file)
+    structure, numbers = split(fill_vocab_size(config, tokenizer))
+    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
+    with Checkpoints(RunDir(run).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 
 
@@ -106,7 +106,7 @@ def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: 
     often = {
         "training.steps": 600 if n_kills == 100 else 200,
         "record.checkpoint_every": 4,
-        "record.evaluate_every": 40,
+        "record.eval_every": 40,
         "record.log_every": 1,
     }
     arguments = (TINY, *(f"--config.{knob}={value}" for knob, value in often.items()))
@@ -176,7 +176,7 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
             self.seconds_per_step[self._structure] = 2.0
         return values
 
-    config = tiny(**{"record.evaluate_every": 10, "record.checkpoint_every": 10})
+    config = tiny(**{"record.eval_every": 10, "record.checkpoint_every": 10})
     monkeypatch.setattr(metric_logger.Recorder, "trained", noted)
     assert train(config, tmp_path / "quick")[0]
     # Until the speed is known, the steps go one by one.
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_training_and_spares_the_checkpoint(small_disk: Path) -
 def test_a_read_only_disk_is_a_sentence(small_disk: Path) -> None:
     run = small_disk / "run"
     assert end(start(TINY, "--config.training.steps=20", f"--run={run}"))[0] == 0
-    shutil.rmtree(RunFolder(run).checkpoints)
+    shutil.rmtree(RunDir(run).checkpoints)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for folder in (run, small_disk / "new"):
         status, _, stderr = end(start(TINY, "--config.training.steps=20", f"--run={folder}"))
@@ -276,9 +276,9 @@ def test_permission_lost_midway_ends_training_and_spares_the_checkpoint(tmp_path
     run = tmp_path / "run"
     process = start(*LONG, f"--run={run}", prefix=prefix)
     wait_until(lambda: len(steps_saved(run)) >= 2, process)
-    RunFolder(run).checkpoints.chmod(0o500)
+    RunDir(run).checkpoints.chmod(0o500)
     status, _, stderr = end(process)
-    RunFolder(run).checkpoints.chmod(0o700)
+    RunDir(run).checkpoints.chmod(0o700)
     assert status == 2 and "Permission denied" in stderr and stderr.count("\n") == 1, stderr
     assert f"its checkpoint of step {steps_saved(run)[-1]} is whole" in stderr
     assert_is_sound(run)
@@ -315,12 +315,12 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, 
     run = tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     last, before = steps_saved(run)[::-1][:2]
-    files = (file for file in (RunFolder(run).checkpoints / str(last) / "state").rglob("*") if file.is_file())
+    files = (file for file in (RunDir(run).checkpoints / str(last) / "state").rglob("*") if file.is_file())
     DAMAGE[damage](max(files, key=lambda file: file.stat().st_size))
     is_complete, printed = train(config, run)
     assert is_complete
     assert f"The checkpoint of step {last} is damaged" in printed and f"from step {before}" in printed
-    assert (RunFolder(run).checkpoints / f"{last}.damaged").is_dir()
+    assert (RunDir(run).checkpoints / f"{last}.damaged").is_dir()
     assert_same_bits(stored_state(config, run), stored_state(config, tmp_path / "straight"))
     assert metrics(run) == metrics(tmp_path / "straight")
 
@@ -329,7 +329,7 @@ def test_half_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     config, run = tiny(), tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     last, before = steps_saved(run)[::-1][:2]
-    shutil.rmtree(RunFolder(run).checkpoints / str(last) / "state" / "d")
+    shutil.rmtree(RunDir(run).checkpoints / str(last) / "state" / "d")
     is_complete, printed = train(config, run)
     assert is_complete and f"from step {before}" in printed
 
@@ -338,7 +338,7 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> 
     config, run = tiny(), tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     for step in steps_saved(run):
-        (RunFolder(run).checkpoints / str(step) / "sha256.json").unlink()
+        (RunDir(run).checkpoints / str(step) / "sha256.json").unlink()
     before, saved = metrics(run), steps_saved(run)
     with pytest.raises(UserError, match=r"no checkpoint that is sound \(.*sha256.json cannot be read.*begins from the"):
         train(config, run)
@@ -386,7 +386,7 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> 
     config, run = tiny(), tmp_path / "run"
     assert train(config, tmp_path / "straight")[0]
     train(config, run, Interruption(7, is_kill=False))
-    folder = RunFolder(run).checkpoints
+    folder = RunDir(run).checkpoints
     last = steps_saved(run)[-1]
     shutil.copytree(folder / str(last), folder / "10")
     is_complete, printed = train(config, run)
@@ -422,8 +422,9 @@ class Noting:
 
 loop.Progress = Noting
 loop.draw_loss_curves = lambda path: path
-every = {{"record.log_every": 10, "record.evaluate_every": 250, "record.checkpoint_every": 250}}
-loop.train(tiny(**{{"training.steps": steps, "training.steps_per_call": 10, **every}}), path, {{}}, Console(quiet=True))
+every = {{"record.log_every": 10, "record.eval_every": 250, "record.checkpoint_every": 250}}
+changes = {{"training.steps": steps, "training.steps_per_jit_call": 10, **every}}
+loop.train(tiny(**changes), path, {{}}, Console(quiet=True))
 settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
 model = trained.load(path)

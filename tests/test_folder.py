@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from rustgpt_jax.config.schema import Config, config_hash, with_values
+from rustgpt_jax.config.schema import Config, config_hash, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config, lock, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, lock, write_atomically
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_the_same_config_is_welcome_back_and_nothing_is_rewritten(tmp_path: Path
 
 def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) -> None:
     create(tmp_path, config, {})
-    other = with_values(config, {"training.steps": 400, "optimizer.name": "lion"})
+    other = replace_paths(config, {"training.steps": 400, "optimizer.name": "lion"})
     with pytest.raises(UserError) as refusal:
         create(tmp_path, other, {})
     text = str(refusal.value)
@@ -200,7 +200,7 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else `diff` would compare no checkpoints without a word."""
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     assert run.saved_steps == []
     for name in ("5", "30", "best", ".probe", "05"):
         (run.checkpoints / name).mkdir(parents=True)

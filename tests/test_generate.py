@@ -16,15 +16,15 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import (
     begin,
     bucket,
-    drawn_tokens,
     extend,
     generate,
-    generate_as_it_comes,
+    generated_tokens,
     prefill,
     stop_tokens,
+    stream_tokens,
 )
 from rustgpt_jax.inference.sampling import from_config
-from rustgpt_jax.inference.text_generator import Writer, write, write_as_it_comes
+from rustgpt_jax.inference.text_generator import Writer, stream_text, write
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
@@ -132,7 +132,7 @@ def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None
     end = alone.index(stops[0])
     stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stops=stops)
     assert stopped[0] == alone[:end]
-    looks = list(generate_as_it_comes(PARAMS["rope"], PROMPTS[0], MODEL, **options, stops=stops, tokens_per_look=8))
+    looks = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stops=stops, tokens_per_look=8))
     assert looks[-1] == (alone[:end], "stop")
     assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in looks[:-1])
     # Tokens after the context was read anew are not drawn with the keys of those before.
@@ -148,10 +148,10 @@ def test_what_ended_a_text_is_said(max_tokens: int, slides: bool, ending: str, m
     said = list[str]()
     prompt = found.prompt("rain")
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slides": slides}
-    looks = generate_as_it_comes(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_look=8)
+    looks = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_look=8)
     assert [last for _, last in looks][-1] == ending
     monkeypatch.setattr(Writer, "stops", [])
-    text = "".join(write_as_it_comes(found, prompt, sampling, said.append))
+    text = "".join(stream_text(found, prompt, sampling, said.append))
     assert text == write(found, [prompt], sampling)[0]
     assert len(said) == (ending == "context")
     if said:
@@ -182,7 +182,7 @@ def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
             PARAMS["rope"], generation, np.int32(count), WARM, jax.random.key(0), stop_tokens([17]), model=MODEL
         )
         left -= count
-    assert drawn_tokens(generation, [len(prompt) for prompt in PROMPTS], [17]) == expected
+    assert generated_tokens(generation, [len(prompt) for prompt in PROMPTS], [17]) == expected
 
 
 def test_the_seed_decides_what_is_drawn() -> None:
@@ -310,7 +310,7 @@ def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
     prompt = found.prompt(TEXTS[1][:4])
     for seed in range(10):
         sampling = text_sampling(seed=seed)
-        pieces = list(write_as_it_comes(found, prompt, sampling))
+        pieces = list(stream_text(found, prompt, sampling))
         assert "".join(pieces) == write(found, [prompt], sampling)[0]
         assert len(pieces) > 1
 

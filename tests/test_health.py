@@ -18,15 +18,15 @@ from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.train_step import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, examined, healthy
+from rustgpt_jax.training.train_step import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, init_loss_stats, update_loss_stats
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-compiled_examined = jax.jit(examined)
+compiled_examined = jax.jit(update_loss_stats)
 
 
 def after(losses: list[float]) -> Health:
-    health = healthy()
+    health = init_loss_stats()
     for step, loss in enumerate(losses):
         health = compiled_examined(
             health, jnp.float32(loss), jnp.isfinite(loss), jnp.bool_(step == 0), jnp.bool_(False)
@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_a_fault_and_no_part_of_the_averages() -> None:
 def test_a_stage_is_measured_by_its_own_losses() -> None:
     health = after([1.0] * MEMORY_STEPS)
     for step in range(MEMORY_STEPS):
-        health = examined(health, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0), jnp.bool_(False))
+        health = update_loss_stats(health, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0), jnp.bool_(False))
     assert (int(health.spikes), float(health.mean)) == (0, 5.0)
 
 
@@ -74,10 +74,10 @@ def test_a_stage_is_measured_by_its_own_losses() -> None:
 BAD = frozenset({5, 16})
 
 
-def sick(not_finite: str, **changes: Any) -> Config:
+def sick(nonfinite_policy: str, **changes: Any) -> Config:
     """A run of 20 steps, with checkpoints at every third."""
     return small_config(
-        **(TINY | {"training.steps": 20, "record.prompts": (), "faults.not_finite": not_finite} | changes)
+        **(TINY | {"training.steps": 20, "record.prompts": (), "faults.nonfinite_policy": nonfinite_policy} | changes)
     )
 
 
@@ -164,15 +164,15 @@ def test_what_one_stage_passes_over_is_no_matter_of_the_next(tmp_path: Path, bad
 def test_an_update_that_is_not_finite_is_not_made(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     bad_batches["bad"] = frozenset()
     wild = {"optimizer.name": "sgd", "optimizer.learning_rate": 3e38, "schedule.warmup_steps": 0}
-    config = sick("skip", **wild, **{"faults.most_forgiven": 100, "optimizer.clip_norm": 0.0, "training.steps": 4})
+    config = sick("skip", **wild, **{"faults.max_skipped": 100, "optimizer.clip_norm": 0.0, "training.steps": 4})
     assert train(config, tmp_path)[0]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored_state(config, tmp_path).params))
 
 
-@pytest.mark.parametrize("not_finite", ["skip", "rewind"])
-def test_more_than_is_forgiven_ends_the_run(tmp_path: Path, not_finite: str) -> None:
+@pytest.mark.parametrize("nonfinite_policy", ["skip", "rewind"])
+def test_more_than_is_forgiven_ends_the_run(tmp_path: Path, nonfinite_policy: str) -> None:
     with pytest.raises(UserError, match=r"the update of step \d+ is not finite, after 1 that were forgiven"):
-        train(sick(not_finite, **{"faults.most_forgiven": 1}), tmp_path)
+        train(sick(nonfinite_policy, **{"faults.max_skipped": 1}), tmp_path)
     assert math.isnan(metrics(tmp_path)[-1]["train/loss"])
     assert metrics(tmp_path)[-1]["train/faults"] == 2
 
@@ -182,13 +182,15 @@ def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
 ) -> None:
     bad_batches["bad"] = frozenset(range(1000))
     with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is of step 0"):
-        train(sick("rewind", **{"faults.most_forgiven": 3}), tmp_path)
+        train(sick("rewind", **{"faults.max_skipped": 3}), tmp_path)
 
 
-@pytest.mark.parametrize("not_finite", ["skip", "rewind"])
+@pytest.mark.parametrize("nonfinite_policy", ["skip", "rewind"])
 @pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
-def test_interruptions_leave_no_trace_where_steps_go_wrong(tmp_path: Path, not_finite: str, is_kill: bool) -> None:
-    config = sick(not_finite)
+def test_interruptions_leave_no_trace_where_steps_go_wrong(
+    tmp_path: Path, nonfinite_policy: str, is_kill: bool
+) -> None:
+    config = sick(nonfinite_policy)
     assert train(config, tmp_path / "straight")[0]
     for steps in (5, 2, 7, 1, 4):
         train(config, tmp_path / "broken", Interruption(steps, is_kill))

@@ -370,10 +370,10 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
     [
         ({"attention_sinks": True}, "attention_sinks"),
         ({"norm": "layernorm"}, "norm"),
-        ({"feedforwards": ("moe",), "expert_capacity": 1.0}, "expert_capacity"),
+        ({"feedforwards": ("moe",), "capacity_factor": 1.0}, "capacity_factor"),
         ({"rope_fraction": 0.5, "qk_norm": "head"}, "qk_norm"),
         ({"positions": ("alibi",)}, "positions"),
-        ({"logits_softcap": 3.0}, "logits_softcap"),
+        ({"final_logit_softcap": 3.0}, "final_logit_softcap"),
     ],
 )
 def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], named: str, tmp_path: Path) -> None:

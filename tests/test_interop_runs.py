@@ -23,7 +23,7 @@ from rustgpt_jax.inference.text_generator import write
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.loop import train
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_origins
+from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,12 +36,12 @@ KNOBS = {
     "schedule.warmup_steps": 0,
     "optimizer.learning_rate": 0.01,
     "training.steps": 30,
-    "training.steps_per_call": 10,
-    "record.evaluate_every": 30,
+    "training.steps_per_jit_call": 10,
+    "record.eval_every": 30,
     "record.checkpoint_every": 30,
     "sampling.temperature": 0.0,
 }
-RECIPE = KNOBS | {"training.steps": 2, "training.steps_per_call": 2}
+RECIPE = KNOBS | {"training.steps": 2, "training.steps_per_jit_call": 2}
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -49,9 +49,9 @@ def quiet(said: str) -> None:
     del said
 
 
-def imported(source: Path, path: Path, says: Any = quiet) -> RunFolder:
+def imported(source: Path, path: Path, says: Any = quiet) -> RunDir:
     import_run(source, path, small_tree(**RECIPE), {"data.corpus": "here"}, says)
-    return RunFolder(path)
+    return RunDir(path)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def folder(native: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def back(folder: Path) -> Iterator[RunFolder]:
+def back(folder: Path) -> Iterator[RunDir]:
     """The folder as a run again."""
     yield imported(folder, folder.parent / "back")
 
 
-def test_what_comes_back_is_what_went_out(native: Path, back: RunFolder) -> None:
+def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
     there, here = load(native), load(back.path)
     assert here.step == 0 and back.is_untrained
     jax.tree.map(np.testing.assert_array_equal, there.writer.params, here.writer.params)
@@ -86,7 +86,7 @@ def test_what_comes_back_is_what_went_out(native: Path, back: RunFolder) -> None
     assert write(there.writer, prompts, there.config.sampling) == write(here.writer, prompts, there.config.sampling)
 
 
-def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: RunFolder, tmp_path: Path) -> None:
+def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: RunDir, tmp_path: Path) -> None:
     export_run(back.path, tmp_path / "again", "last", None, quiet)
     again = imported(tmp_path / "again", tmp_path / "run")
     export_run(again.path, tmp_path / "thrice", "last", None, quiet)
@@ -95,7 +95,7 @@ def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: 
         assert filecmp.cmp(tmp_path / "again" / name, tmp_path / "thrice" / name, shallow=False), name
 
 
-def test_the_config_says_where_the_model_came_from(folder: Path, back: RunFolder) -> None:
+def test_the_config_says_where_the_model_came_from(folder: Path, back: RunDir) -> None:
     config, origins = load_config(back.path), load_origins(back.path)
     assert (config.tokenizer.name, config.model.d_model, config.data.corpus) == ("imported", 32, "chat")
     assert origins["model.d_model"] == f"import from {folder}" and origins["data.corpus"] == "here"
@@ -118,7 +118,7 @@ def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_
     tree = small_tree(**RECIPE | {"data.corpus": "facts", "record.prompts": ("The sky",)})
     import_run(plain, tmp_path / "run", tree, {}, quiet)
     assert train(load_config(tmp_path / "run"), tmp_path / "run", {}, Console(file=StringIO())) == 0
-    assert '"prompt": "The sky"' in RunFolder(tmp_path / "run").samples_file.read_text()
+    assert '"prompt": "The sky"' in RunDir(tmp_path / "run").samples_file.read_text()
 
 
 def test_a_checkpoint_that_was_never_finished_is_none(folder: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_was_never_finished_is_none(folder: Path, tmp_path: Pa
     assert run.is_untrained and load(run.path).step == 0
 
 
-def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunFolder, tmp_path: Path) -> None:
+def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="launch.py import"):
         train(load_config(back.path), tmp_path / "new", {}, Console(file=StringIO()))
     assert not (tmp_path / "new").exists()
@@ -195,7 +195,7 @@ def test_the_current_folder_may_be_the_place(folder: Path, native: Path, tmp_pat
         export_run(native.resolve(), Path("/"), "last", None, quiet)
 
 
-def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunFolder, native: Path) -> None:
+def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunDir, native: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]}
     with pytest.raises(UserError, match="is there already"):
         imported(folder, back.path)

@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import recorded_run
 from rustgpt_jax.workdir.event_log import Journal, launches, programs
-from rustgpt_jax.workdir.run_dir import RunFolder, lock
+from rustgpt_jax.workdir.run_dir import RunDir, lock
 
 VALUES = some.dictionaries(
     some.sampled_from(["step", "code", "text", "environment"]),
@@ -111,7 +111,7 @@ LINES = {
     ("event", "missing"), [(event, name) for event, (values, _) in LINES.items() for name in values]
 )
 def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tmp_path: Path) -> None:
-    run, (values, read) = RunFolder(tmp_path), LINES[event]
+    run, (values, read) = RunDir(tmp_path), LINES[event]
     Journal(run.journal_file).append(event, **values)
     assert len(read(run)) == 1
     Journal(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
@@ -121,7 +121,7 @@ def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tm
 
 @pytest.mark.parametrize(("event", "name"), [(event, name) for event, (values, _) in LINES.items() for name in values])
 def test_a_value_of_another_type_in_an_event_is_a_damage_that_is_named(event: str, name: str, tmp_path: Path) -> None:
-    run, (values, read) = RunFolder(tmp_path), LINES[event]
+    run, (values, read) = RunDir(tmp_path), LINES[event]
     Journal(run.journal_file).append(event, **(values | {name: 1.5}))
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' is of another type"):
         read(run)

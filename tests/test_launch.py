@@ -146,8 +146,8 @@ MISTAKES = {
         "vocab_size must be at most 4194304, not 214",
     ),
     "calls too long": (
-        ["--config.training.steps_per_call=2147483647"],
-        "steps_per_call must be at most 65536, not 214",
+        ["--config.training.steps_per_jit_call=2147483647"],
+        "steps_per_jit_call must be at most 65536, not 214",
     ),
     "no sweep": (["sweep"], "Which sweep? Give --config=FILE"),
     "config without sweep": (["sweep", TINY], "tiny.py has no sweep(): a function that yields overrides"),
@@ -364,7 +364,7 @@ TRAIN = (
     "--config.model.context_length=16",
     f"--config.training.steps={STEPS}",
     "--config.record.log_every=100",
-    "--config.record.evaluate_every=100000",
+    "--config.record.eval_every=100000",
     "--config.record.checkpoint_every=100000",
 )
 

@@ -28,7 +28,7 @@ from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
 from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, write_codec
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.tokenizers import Codec, Dialect, encode_prompt, train_tokenizer
+from rustgpt_jax.tokenizers import ChatFormat, Codec, encode_prompt, train_tokenizer
 from rustgpt_jax.tokenizers.chat_template import rendered
 from rustgpt_jax.tokenizers.messages import Turn
 
@@ -70,7 +70,7 @@ def imported(tokenizer: Tokenizer, has_opening: bool) -> Codec:
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
     named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Codec(tokenizer, Dialect("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
+    return Codec(tokenizer, ChatFormat("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
 
 
 def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -> Tokenizer:

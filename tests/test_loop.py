@@ -28,15 +28,15 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.gguf import export_gguf
 from rustgpt_jax.reproduce.metadata_diff import data_differences
-from rustgpt_jax.reproduce.recorded_run import Past
+from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import executors, loop, metric_logger
 from rustgpt_jax.training.checkpointing import Checkpoints, stored_about
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.train_step import State, as_arguments, compiled_start
-from rustgpt_jax.workdir.run_dir import RunFolder, lock
+from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
+from rustgpt_jax.workdir.run_dir import RunDir, lock
 
 VOCABULARY = 300
 TINY = {
@@ -49,10 +49,10 @@ TINY = {
     "model.n_heads": 2,
     "model.dropout": 0.1,
     "training.steps": 10,
-    "training.steps_per_call": 3,
+    "training.steps_per_jit_call": 3,
     "record.log_every": 1,
-    "record.evaluate_every": 4,
-    "record.evaluation_batches": 2,
+    "record.eval_every": 4,
+    "record.eval_batches": 2,
     "record.checkpoint_every": 3,
     "record.prompts": ("Why?", "A"),
     "sampling.max_tokens": 4,
@@ -125,8 +125,8 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
 
 def stored_state(config: Config, path: Path, which: str = "last") -> State:
     structure, numbers = split(config)
-    like = jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers)))
-    with Checkpoints(RunFolder(path).checkpoints, config) as checkpoints:
+    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
+    with Checkpoints(RunDir(path).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 
 
@@ -163,7 +163,7 @@ def text_file() -> str:
 
 CORPORA = {
     "facts": lambda: {"data.corpus": "facts"},
-    "chat": lambda: {"data.corpus": "chat", "data.loss_on": "assistant"},
+    "chat": lambda: {"data.corpus": "chat", "data.loss_mask": "assistant"},
     "files": lambda: {"data.corpus": "files", "data.paths": (text_file(),), "data.split": "tail"},
 }
 
@@ -172,7 +172,7 @@ def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | No
     """A run of ten steps; with a boundary, those after it are a stage of their own, on dialogues, at another rate."""
     changes = {"tokenizer.name": tokenizer, "training.accumulation": accumulation, **CORPORA[corpus]()}
     if boundary is not None:
-        second = {"corpus": "chat", "paths": (), "split": "document", "loss_on": "assistant"}
+        second = {"corpus": "chat", "paths": (), "split": "document", "loss_mask": "assistant"}
         changes["stages"] = (
             {"name": "first", "training": {"steps": boundary}},
             {
@@ -187,12 +187,12 @@ def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | No
 
 
 def last_checkpoint(path: Path) -> int:
-    return max((int(step.name) for step in RunFolder(path).checkpoints.glob("[0-9]*")), default=0)
+    return max((int(step.name) for step in RunDir(path).checkpoints.glob("[0-9]*")), default=0)
 
 
 def write_on_and_tear(path: Path) -> None:
     """What a process may have written after its last checkpoint when it is killed."""
-    run = RunFolder(path)
+    run = RunDir(path)
     last = last_checkpoint(path)
     for file, line in (
         (run.metrics_file, {"stage": "x", "train/loss": 1.0}),
@@ -268,21 +268,21 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     config = config_of("facts", "byte", 1, boundary)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train(config, straight)[0]
-    sums = perplexity.held_out_sums
+    sums = perplexity.eval_loss_sums
 
     def first_batch_then_signal(*arguments: Any) -> Any:
         if max(line["step"] for line in metrics(broken)) == step:
             signal.raise_signal(signal.SIGTERM)
         return sums(*arguments)
 
-    monkeypatch.setattr(perplexity, "held_out_sums", first_batch_then_signal)
+    monkeypatch.setattr(perplexity, "eval_loss_sums", first_batch_then_signal)
     # The second launch is stopped in the same evaluation again.
     for _ in range(2):
         is_complete, printed = train(config, broken)
         assert not is_complete and f"Stopped by SIGTERM at step {step}, saved." in printed
         assert last_checkpoint(broken) == step
         assert not [line for line in metrics(broken) if line["step"] == step and "valid/loss" in line]
-    monkeypatch.setattr(perplexity, "held_out_sums", sums)
+    monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
     # A kill after a part of the evaluation was written.
     with monkeypatch.context() as patch:
         patch.setattr(metric_logger, "write", killed)
@@ -293,7 +293,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     assert_same_bits(stored_state(config, broken, "best"), stored_state(config, straight, "best"))
     assert metrics(broken) == metrics(straight)
     assert (broken / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
-    checkpoints = [RunFolder(run).checkpoints for run in (broken, straight)]
+    checkpoints = [RunDir(run).checkpoints for run in (broken, straight)]
     regular = [
         {each.name: stored_about(folder, int(each.name))["is_regular"] for each in folder.glob("[0-9]*")}
         for folder in checkpoints
@@ -348,7 +348,7 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
     steps = executors.compiled_train_steps
     counted.lower = steps.lower
     monkeypatch.setattr(executors, "compiled_train_steps", counted)
-    train(tiny(**{"record.evaluate_every": 4, "record.checkpoint_every": 9}), tmp_path)
+    train(tiny(**{"record.eval_every": 4, "record.checkpoint_every": 9}), tmp_path)
     # The first ones go one by one, until it is known how long a step takes.
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
 
@@ -380,7 +380,7 @@ def scripted(path: Path, losses: dict[int, float]) -> Any:
     return evaluate
 
 
-EVERY_TWO = {"record.evaluate_every": 2, "record.checkpoint_every": 2, "record.prompts": ()}
+EVERY_TWO = {"record.eval_every": 2, "record.checkpoint_every": 2, "record.prompts": ()}
 
 
 @pytest.mark.parametrize("interruptions", [[], [Interruption(4, is_kill=False)], [Interruption(5, is_kill=True)]])
@@ -483,13 +483,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loaded(
     finished: Path, tmp_path: Path
 ) -> None:
-    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     other = train_tokenizer(tiny(**{"tokenizer.name": "char"}).tokenizer, ["some other text"])
     save_tokenizer(other, run.tokenizer_file)
     for use in (
         lambda: load(run.path),
         lambda: train(tiny(), run.path),
-        lambda: Past(run.path, Console(quiet=True)),
+        lambda: RecordedRun(run.path, Console(quiet=True)),
         lambda: export_run(run.path, tmp_path / "out", "last", None, print),
         lambda: export_gguf(run.path, tmp_path / "out.gguf", "last", None, print),
     ):
@@ -501,7 +501,7 @@ def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loade
     "content", ["null", "[]", "5", "[null]", '[{"stage": 1}]', '[{"n_dialogues": 0}]', "[" * 10_000]
 )
 def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Path, content: str) -> None:
-    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     run.data_file.write_text(content)
     for use in (lambda: load(run.path), lambda: train(tiny(), run.path), lambda: data_differences(run, run)):
         if content == "[]":
@@ -511,7 +511,7 @@ def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Pa
 
 
 def test_a_config_that_was_edited_is_refused(finished: Path, tmp_path: Path) -> None:
-    run = RunFolder(Path(shutil.copytree(finished, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     record = json.loads(run.config_file.read_bytes())
     record["config"]["optimizer"]["learning_rate"] *= 2
     run.config_file.write_text(json.dumps(record))
@@ -529,7 +529,7 @@ def test_a_line_of_metrics_without_its_stage_does_not_stop_a_run(tmp_path: Path)
     assert train(config, tmp_path / "straight")[0]
     run = tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
-    file = RunFolder(run).metrics_file
+    file = RunDir(run).metrics_file
     file.write_text(file.read_text().replace('"stage"', '"stag"', 3))
     assert train(config, run)[0]
     assert_same_bits(stored_state(config, run, "best"), stored_state(config, tmp_path / "straight", "best"))

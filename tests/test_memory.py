@@ -11,7 +11,7 @@ from conftest import random_params, small_config
 from rustgpt_jax.config.schema import FIELDS, Config
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.evaluation.loss import token_sums
+from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes
@@ -37,7 +37,7 @@ def gradient_of(config: Config) -> Any:
     """The gradient of the summed loss as a compiled function of parameters and batch."""
 
     def loss(params: Any, batch: Batch) -> Any:
-        return token_sums(params, batch, config.model, None, config.training.loss_chunk).loss
+        return loss_sums(params, batch, config.model, None, config.training.loss_chunk_size).loss
 
     return jax.jit(jax.grad(loss))
 
@@ -79,16 +79,16 @@ def test_what_is_kept_on_the_device_is_counted() -> None:
 def test_the_logits_of_a_chunk_are_counted() -> None:
     large = {"model.vocab_size": 5000}
     whole, half, eighth = (
-        kept(**large, **{"training.loss_chunk": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
+        kept(**large, **{"training.loss_chunk_size": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
     )
     logits = ROWS * LENGTH * 5000 * 4
     assert eighth < half - logits / 4 < half < whole - logits / 3
-    assert kept(**large, **{"training.loss_chunk": 1000}) <= 1.1 * whole
+    assert kept(**large, **{"training.loss_chunk_size": 1000}) <= 1.1 * whole
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
 def test_the_estimate_is_within_a_factor_of_two(chunk: int | None) -> None:
-    config = small_config(**{"model.vocab_size": 5000, "model.d_model": 16, "training.loss_chunk": chunk})
+    config = small_config(**{"model.vocab_size": 5000, "model.d_model": 16, "training.loss_chunk_size": chunk})
     program = gradient_of(config).lower(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH)).compile()
     needed = program.memory_analysis()
     assert needed is not None

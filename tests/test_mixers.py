@@ -33,11 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
         "mixers": "latent_attention",
         "norm": "layernorm",
         "head_dim": 6,
-        "latent_width": 10,
-        "query_latent_width": 12,
-        "shared_key_width": 2,
+        "kv_lora_rank": 10,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 2,
         "attention_scale": 0.7,
-        "attention_softcap": 3.0,
+        "attn_logit_softcap": 3.0,
         "attention_sinks": True,
         "positions": "alibi",
         "qkv_bias": True,
@@ -127,12 +127,12 @@ def turned(x_C: np.ndarray, position: int, base: float) -> np.ndarray:
 
 def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     n_heads, width = model.n_heads, model.head_width
-    shared = model.shared_key_width or {8: 4}[width]
+    shared = model.qk_rope_head_dim or {8: 4}[width]
     scale = model.attention_scale or 1 / math.sqrt(width + shared)
-    turn = (lambda x, t: turned(x, t, model.rope_base)) if model.positions == ("rope",) else (lambda x, t: x)
+    turn = (lambda x, t: turned(x, t, model.rope_theta)) if model.positions == ("rope",) else (lambda x, t: x)
     latents = norm(linear(x_TD, params["latent"]), params["latent_norm"], model)
     queries = x_TD
-    if model.query_latent_width:
+    if model.q_lora_rank:
         queries = norm(linear(x_TD, params["query_latent"]), params["query_latent_norm"], model)
     queries = linear(queries, params["query"])
     shared_keys = [turn(key, t) for t, key in enumerate(linear(x_TD, params["shared_key"]))]
@@ -144,8 +144,8 @@ def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.nd
             query = queries[t, head * (width + shared) : (head + 1) * (width + shared)]
             rotated = turn(query[width:], t)
             scores = np.array([scale * (query[:width] @ keys[s] + rotated @ shared_keys[s]) for s in range(t + 1)])
-            if model.attention_softcap:
-                scores = model.attention_softcap * np.tanh(scores / model.attention_softcap)
+            if model.attn_logit_softcap:
+                scores = model.attn_logit_softcap * np.tanh(scores / model.attn_logit_softcap)
             if model.positions == ("alibi",):
                 scores = scores - 2.0 ** (-8 * (head + 1) / n_heads) * (t - np.arange(t + 1))
             sink = np.exp(params["sinks"][head]) if model.attention_sinks else 0.0
@@ -384,9 +384,9 @@ def n_parameters(model: ModelConfig) -> int:
     match model.mixers[0]:
         case "latent_attention":
             r, e, q = (
-                model.latent_width or 4 * c,
-                model.shared_key_width or 2 * math.ceil(c / 4),
-                model.query_latent_width,
+                model.kv_lora_rank or 4 * c,
+                model.qk_rope_head_dim or 2 * math.ceil(c / 4),
+                model.q_lora_rank,
             )
             b, scales = int(model.bias or bool(model.qkv_bias)), 1 + model.bias * (model.norm == "layernorm")
             queries = (d + b + scales) * q + (q + b) * h * (c + e) if q else (d + b) * h * (c + e)

@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {
         "n_kv_heads": 2,
         "tie_embeddings": False,
-        "rope_base": 500.0,
+        "rope_theta": 500.0,
         "rope_scaling": "llama3",
         "rope_factor": 3.0,
         "rope_original_context": 40,
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mixers": ("local_attention", "local_attention", "attention"),
         "local_window": 4,
         "positions": ("local_rope", "local_rope", "rope"),
-        "local_rope_base": 100.0,
+        "local_rope_theta": 100.0,
         "rope_scaling": "linear",
         "rope_factor": 4.0,
         "norm": "zero_centered_rmsnorm",
@@ -56,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
         "feedforwards": ("geglu",),
         "qk_norm": "head",
         "attention_scale": 0.3,
-        "attention_softcap": 2.0,
-        "logits_softcap": 4.0,
+        "attn_logit_softcap": 2.0,
+        "final_logit_softcap": 4.0,
         "scale_embeddings": True,
         "embedding_scale": 3.0,
     },
@@ -75,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_fast_turns": 16.0,
         "attention_sinks": True,
     },
-    "alibi": {"positions": ("alibi", "none"), "feedforwards": ("moe",), "normalize_experts": False, "n_heads": 2},
+    "alibi": {"positions": ("alibi", "none"), "feedforwards": ("moe",), "norm_topk_prob": False, "n_heads": 2},
     "original": {
         "norm": "layernorm",
         "positions": ("learned",),
@@ -179,7 +179,7 @@ def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.nd
     """Channels c and c + C/2 as a complex number, turned by position * base^(-2c/C), scaled as the model says."""
     length, channels = len(x_TC), int(x_TC.shape[1] * model.rope_fraction)
     half, scaling = channels // 2, model.rope_scaling if position == "rope" else "none"
-    speed_C = (model.rope_base if position == "rope" else model.local_rope_base) ** (-2 * np.arange(half) / channels)
+    speed_C = (model.rope_theta if position == "rope" else model.local_rope_theta) ** (-2 * np.arange(half) / channels)
     share_C, magnitude = np.ones(half), 1.0
     if scaling == "linear":
         share_C = np.zeros(half)
@@ -188,7 +188,7 @@ def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.nd
         share_C = (turns_C - model.rope_slow_turns) / (model.rope_fast_turns - model.rope_slow_turns)
     if scaling == "yarn":
         wavelengths = [model.rope_original_context / turns for turns in (model.rope_fast_turns, model.rope_slow_turns)]
-        fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope_base) for wave in wavelengths)
+        fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope_theta) for wave in wavelengths)
         fast, slow = (math.floor(fast), math.ceil(slow)) if model.rope_truncate else (fast, slow)
         share_C = 1 - (np.arange(half) - max(fast, 0)) / (slow - max(fast, 0))
         magnitude = 0.1 * math.log(model.rope_factor) + 1
@@ -226,8 +226,8 @@ def reference_attention(
             seen = slice(max(0, t + 1 - model.local_window) if mixer == "local_attention" else 0, t + 1)
             scores = k_SC[seen] @ q_TC[t] * (model.attention_scale or channels**-0.5)
             scores = scores / (layer + 1) if model.attention_scale_by_layer else scores
-            if model.attention_softcap:
-                scores = model.attention_softcap * np.tanh(scores / model.attention_softcap)
+            if model.attn_logit_softcap:
+                scores = model.attn_logit_softcap * np.tanh(scores / model.attn_logit_softcap)
             if position == "alibi":
                 scores = scores - 2.0 ** (-8 * (index + 1) / model.n_heads) * (t - np.arange(t + 1)[seen])
             weights = np.exp(scores)
@@ -264,7 +264,7 @@ def reference_feedforward(x_TD: np.ndarray, params: Any, kind: str, model: Model
 def reference_experts(x_D: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     odds_X = np.exp(x_D @ params["router"])
     best = np.argsort(-odds_X)[: model.experts_per_token]
-    weights_X = odds_X / (odds_X[best].sum() if model.normalize_experts else odds_X.sum())
+    weights_X = odds_X / (odds_X[best].sum() if model.norm_topk_prob else odds_X.sum())
     outputs = [
         weights_X[x]
         * (
@@ -306,7 +306,9 @@ def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarr
     if model.norm_placement != "post":
         x = reference_norm(x, params["norm"], model)
     logits = x @ (params["embedding"]["table"].T if model.tie_embeddings else params["head"]["kernel"])
-    return model.logits_softcap * np.tanh(logits / model.logits_softcap) if model.logits_softcap else logits
+    return (
+        model.final_logit_softcap * np.tanh(logits / model.final_logit_softcap) if model.final_logit_softcap else logits
+    )
 
 
 def in_float64(params: transformer.Params) -> Any:
@@ -497,7 +499,7 @@ def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
         )
         names = equations(program.jaxpr)
         assert any("remat" in name or "checkpoint" in name for name in names) == (remat != "none")
-        counted[remat], exponentials[remat] = flops.matrix_product_flops(program.jaxpr), names.count("exp")
+        counted[remat], exponentials[remat] = flops.matmul_flops(program.jaxpr), names.count("exp")
     assert counted["none"] == counted["dots"] < counted["full"]
     assert exponentials["none"] < exponentials["dots"] == exponentials["full"]
 
@@ -522,7 +524,7 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
         return params, transformer.apply(params, tokens_BT, model)[0]
 
     for init_std, epsilon, base in ((0.02, 1e-6, 1e4), (0.4, 0.1, 7.0)):
-        config = small_config(**{"model.init_std": init_std, "model.norm_epsilon": epsilon, "model.rope_base": base})
+        config = small_config(**{"model.init_std": init_std, "model.norm_epsilon": epsilon, "model.rope_theta": base})
         structure, numbers = split(config)
         params, logits_BTV = run({path: np.float32(value) for path, value in numbers.items()})
         assert np.std(params["embedding"]["table"]) == pytest.approx(init_std, rel=0.1)

@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import for_inference
 from rustgpt_jax.inference.decode_params import Form, for_decoding, form
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, output_by_output
+from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.native.matvec import NotBuilt, built
 
@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 def test_stored_weights_give_the_same_with_every_kernel(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 30), (rows, 70)))
-    native, plain = (output_by_output(weights, dtype, kernel).product(x) for kernel in ("native", "plain"))
+    native, plain = (to_row_major(weights, dtype, kernel).product(x) for kernel in ("native", "plain"))
     np.testing.assert_allclose(native, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -137,9 +137,9 @@ def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> 
     params = random_params(model)
 
     def drawn(kernel: str) -> list[list[int]]:
-        laid_out = for_decoding(params, model, Form(weights, kernel, "cpu"))
+        shard_activations = for_decoding(params, model, Form(weights, kernel, "cpu"))
         prompts = [[1, 2, 3], [7]]
-        return generate(laid_out, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
+        return generate(shard_activations, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
     assert drawn("native") == drawn("plain")
 

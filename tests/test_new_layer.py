@@ -11,7 +11,7 @@ from conftest import small_config
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def test_a_part_that_is_none_is_answered_in_one_sentence(
     monkeypatch.syspath_prepend(str(tmp_path))
     config = small_config(**{f"model.{knob}": part})
     with pytest.raises(UserError) as caught:
-        check_parts(config)
+        validate_components(config)
         parameter_shapes(config.model)
     assert said in str(caught.value)
 

@@ -11,17 +11,17 @@ from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import Config, merge, split
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import held_out_sums, objective, token_sums
+from rustgpt_jax.evaluation.loss import eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model.flops import equations, parameter_shapes
 from rustgpt_jax.training.memory_estimate import batch_shapes
-from rustgpt_jax.training.train_step import as_arguments, gradient
+from rustgpt_jax.training.train_step import gradient, to_traced_scalars
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # No other array of a step has as many elements as all logits.
 LENGTH, VOCABULARY, ROWS = 12, 251, 4
 MODELS: dict[str, dict[str, Any]] = {
-    "tied": {"model.logits_softcap": 5.0},
+    "tied": {"model.final_logit_softcap": 5.0},
     "untied": {"model.tie_embeddings": False, "model.dtype": "bfloat16"},
     "moe": {"model.feedforwards": ("moe",), "model.n_experts": 4},
 }
@@ -45,9 +45,9 @@ def batch_of(rows: int = ROWS) -> Batch:
 def loss_of(config: Config, chunk: int | None, params: Any, batch: Batch, softcap: Any = None) -> tuple[Any, Any]:
     """The mean loss with z-loss, and the sums that it is made of."""
     structure, numbers = split(config)
-    model = merge(structure, numbers | ({} if softcap is None else {"model.logits_softcap": softcap})).model
-    sums = token_sums(params, batch, model, None, chunk)
-    return objective(sums, sums.weight, 0.01), sums
+    model = merge(structure, numbers | ({} if softcap is None else {"model.final_logit_softcap": softcap})).model
+    sums = loss_sums(params, batch, model, None, chunk)
+    return total_loss(sums, sums.weight, 0.01), sums
 
 
 @cache
@@ -92,19 +92,19 @@ def test_chunks_serve_many_trials_with_numbers_of_their_own() -> None:
 def test_an_evaluation_takes_chunks_too() -> None:
     model = tiny().model
     params = random_params(model)
-    chunked = held_out_sums(params, batch_of(), model, loss_chunk=5)
-    assert_close(chunked, held_out_sums(params, batch_of(), model))
+    chunked = eval_loss_sums(params, batch_of(), model, loss_chunk_size=5)
+    assert_close(chunked, eval_loss_sums(params, batch_of(), model))
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_an_evaluation_takes_the_parts_of_a_step(chunk: int | None) -> None:
     model = tiny().model
     params = random_params(model)
-    whole = held_out_sums(params, batch_of(), model)
-    assert_close(held_out_sums(params, batch_of(), model, chunk, n_parts=2), whole)
+    whole = eval_loss_sums(params, batch_of(), model)
+    assert_close(eval_loss_sums(params, batch_of(), model, chunk, n_parts=2), whole)
 
     def room(n_parts: int) -> int:
-        analysis = held_out_sums.lower(params, batch_of(64), model, None, n_parts).compile().memory_analysis()
+        analysis = eval_loss_sums.lower(params, batch_of(64), model, None, n_parts).compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
@@ -134,11 +134,11 @@ def test_all_logits_never_exist_at_once(tied: bool) -> None:
 
 def test_a_step_takes_the_chunks_of_its_config() -> None:
     def gradients(chunk: int | None) -> Any:
-        config = tiny(**{"training.loss_chunk": chunk, "training.accumulation": 2, "training.z_loss": 0.1})
+        config = tiny(**{"training.loss_chunk_size": chunk, "training.accumulation": 2, "training.z_loss": 0.1})
         structure, numbers = split(config)
 
         def of(params: Any, batch: Batch) -> Any:
-            return gradient(params, batch, merge(structure, as_arguments(numbers)), jax.random.key(0))
+            return gradient(params, batch, merge(structure, to_traced_scalars(numbers)), jax.random.key(0))
 
         assert largest(jax.make_jaxpr(of)(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH))) == max(
             ROWS // 2 * (chunk or LENGTH) * VOCABULARY, 16 * VOCABULARY

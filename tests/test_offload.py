@@ -11,7 +11,7 @@ from rustgpt_jax.config.schema import split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import check_memories
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.train_step import as_arguments, compiled_start
+from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +23,7 @@ def kinds(tree: Any) -> set[str | None]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
     structure, numbers = split(tiny(**{"optimizer.offload": True, "optimizer.name": name}))
-    state = compiled_start(structure, as_arguments(numbers))
+    state = compiled_init_state(structure, to_traced_scalars(numbers))
     assert kinds(state.opt_state) == {"pinned_host"}
     assert kinds(state.params) == {"device"}
 

@@ -20,14 +20,14 @@ from rustgpt_jax.training.optimizers import (
     EVALUATION_PARAMS,
     OPTIMIZERS,
     clip,
-    evaluation_params,
+    get_eval_params,
     muon_partition,
     optimizer,
 )
 
 Params = dict[str, Any]
 
-NUMBERS = ("learning_rate", "b1", "b2", "epsilon", "momentum", "matrix_learning_rate", "weight_decay")
+NUMBERS = ("learning_rate", "b1", "b2", "epsilon", "momentum", "muon_learning_rate", "weight_decay")
 LAYERS = 2
 KERNELS = {"up": (4, 10), "down": (10, 4)}
 
@@ -76,7 +76,7 @@ def assert_close(left: Any, right: Any, rtol: float = 1e-5, atol: float = 1e-6) 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_step_lowers_a_convex_loss(name: str) -> None:
-    config = knobs(name=name, learning_rate=1e-3, matrix_learning_rate=1e-3, weight_decay=0.0)
+    config = knobs(name=name, learning_rate=1e-3, muon_learning_rate=1e-3, weight_decay=0.0)
     target, params = parameters(1), jax.tree.map(np.zeros_like, parameters())
 
     def loss(params: Params) -> jax.Array:
@@ -182,7 +182,7 @@ def muon_oracle(config: OptimizerConfig, decay: float) -> Direction:
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        return -config.matrix_learning_rate * (max(1, x.shape[1] / x.shape[0]) ** 0.5 * x + decay * p)
+        return -config.muon_learning_rate * (max(1, x.shape[1] / x.shape[0]) ** 0.5 * x + decay * p)
 
     return update
 
@@ -263,7 +263,7 @@ def test_five_steps_are_those_of_the_papers(name: str) -> None:
 def decayed(*groups: tuple[str, float], name: str = "adamw") -> dict[str, float]:
     """What a step without gradients leaves of each parameter, as a fraction."""
     params = parameters()
-    config = knobs(name=name, learning_rate=0.1, matrix_learning_rate=0.1, weight_decay=0.5, weight_decay_groups=groups)
+    config = knobs(name=name, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5, weight_decay_groups=groups)
     updates, _ = optimizer(config).update(jax.tree.map(np.zeros_like, params), optimizer(config).init(params), params)
     after = dict(leaves(optax.apply_updates(params, updates)))
     return {path: float(np.mean(after[path] / leaf)) for path, leaf in leaves(params)}
@@ -328,7 +328,7 @@ def test_muon_orthogonalises_each_expert_of_each_layer() -> None:
     config = knobs(name="muon", weight_decay=0.0)
     updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
     (update,) = jax.tree.leaves(updates)
-    values = np.linalg.svd(np.asarray(update) / config.matrix_learning_rate / (5 / 4) ** 0.5, compute_uv=False)
+    values = np.linalg.svd(np.asarray(update) / config.muon_learning_rate / (5 / 4) ** 0.5, compute_uv=False)
     assert values.shape == (2, 3, 4) and np.all((values > 0.6) & (values < 1.25))
 
 
@@ -343,7 +343,7 @@ def muon_updates(gradients: Params) -> dict[str, np.ndarray]:
     updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
     kernels = {path: leaf for path, leaf in leaves(updates["blocks"]) if path.endswith("kernel")}
     return {
-        path: np.asarray(leaf) / -config.matrix_learning_rate / max(1, leaf.shape[2] / leaf.shape[1]) ** 0.5
+        path: np.asarray(leaf) / -config.muon_learning_rate / max(1, leaf.shape[2] / leaf.shape[1]) ** 0.5
         for path, leaf in kernels.items()
     }
 
@@ -376,7 +376,7 @@ def test_muon_takes_each_layer_by_itself() -> None:
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - EVALUATION_PARAMS.keys()))
 def test_most_optimizers_are_evaluated_at_their_parameters(name: str) -> None:
     params = parameters()
-    assert evaluation_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)) is params
+    assert get_eval_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)) is params
 
 
 def test_what_has_evaluation_parameters_is_an_optimizer() -> None:
@@ -386,7 +386,7 @@ def test_what_has_evaluation_parameters_is_an_optimizer() -> None:
 @pytest.mark.parametrize("name", EVALUATION_PARAMS)
 def test_before_the_first_step_every_optimizer_is_evaluated_at_its_parameters(name: str) -> None:
     params = parameters()
-    assert_close(evaluation_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)), params)
+    assert_close(get_eval_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)), params)
 
 
 # Schedule-free.
@@ -418,7 +418,7 @@ def check_schedule_free(configs: list[OptimizerConfig], rates: tuple[float, ...]
             decay = 0.0 if "norm" in path or "bias" in path else config.weight_decay
             oracle.step(config, rate * config.learning_rate, decay, oracle.y - target[path] + n)
         params, state = schedule_free_step(numbers_of(config), np.float32(rate), gradients, params, state)
-        averages = dict(leaves(evaluation_params(config, params, state)))
+        averages = dict(leaves(get_eval_params(config, params, state)))
         for (path, y), (_, z) in zip(leaves(params), leaves(state.z), strict=True):
             for found, wanted in ((y, oracles[path].y), (z, oracles[path].z), (averages[path], oracles[path].x)):
                 np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-5, err_msg=f"{path} at step {step}")
@@ -452,7 +452,7 @@ def test_the_average_of_schedule_free_settles_where_its_last_point_does_not() ->
     def distance(point: Params) -> float:
         return float(optax.tree.norm(jax.tree.map(jnp.subtract, point, target)))
 
-    average = evaluation_params(config, params, state)
+    average = get_eval_params(config, params, state)
     assert distance(average) < 0.3 * distance(state.z)
     assert distance(average) < 0.2 * distance(start)
 
@@ -471,7 +471,7 @@ def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
         (y, state), _ = jax.lax.scan(body, (params, optimizer(config).init(params)), stacked)
-        return y, evaluation_params(config, y, state)
+        return y, get_eval_params(config, y, state)
 
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(numbers_of, configs))
     together = jax.jit(jax.vmap(member))(stacked)

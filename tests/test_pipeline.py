@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rustgpt_jax.data import pipeline
-from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches
+from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, eval_batches
 from rustgpt_jax.data.token_shards import TokenStream
 
 
@@ -229,7 +229,7 @@ def test_an_open_iterator_does_not_keep_the_process() -> None:
 
 @given(stream=streams, window=windows, batch_size=st.integers(1, 5))
 def test_evaluation_takes_all_windows_in_order(stream: TokenStream, window: int, batch_size: int) -> None:
-    taken = list(evaluation_batches(stream, window, batch_size, None))
+    taken = list(eval_batches(stream, window, batch_size, None))
     targets = [token for b in taken for token in b.targets_BT[b.segments_BT > 0].tolist()]
     assert targets == stream.tokens(1, stream.n_tokens).tolist()
     assert sum(b.weights_BT.sum() for b in taken) == stream.n_learned
@@ -237,18 +237,18 @@ def test_evaluation_takes_all_windows_in_order(stream: TokenStream, window: int,
 
 
 def test_the_last_evaluation_batch_is_filled_up_with_weightless_rows() -> None:
-    *_, last = evaluation_batches(stream_of([22]), 4, 4, None)
+    *_, last = eval_batches(stream_of([22]), 4, 4, None)
     assert last.weights_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert last.segments_BT[2:].tolist() == last.tokens_BT[2:].tolist() == [[0] * 4] * 2
 
 
 @pytest.mark.parametrize(("limit", "n_batches"), [(None, 3), (2, 2), (9, 3)])
 def test_evaluation_may_be_limited(limit: int | None, n_batches: int) -> None:
-    taken = list(evaluation_batches(stream_of([40]), 4, 4, limit))
+    taken = list(eval_batches(stream_of([40]), 4, 4, limit))
     assert len(taken) == n_batches
     assert taken[1].tokens_BT[0].tolist() == [16, 17, 18, 19]
 
 
 def test_an_empty_stream_has_no_windows() -> None:
     empty = TokenStream((), (), np.array([], np.int64), 0, 0, 0)
-    assert list(evaluation_batches(empty, 4, 4, None)) == []
+    assert list(eval_batches(empty, 4, 4, None)) == []

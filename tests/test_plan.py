@@ -33,7 +33,7 @@ from rustgpt_jax.planning.estimate import (
 from rustgpt_jax.planning.report import show, show_changes
 from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
 from rustgpt_jax.sharding.mesh import axis_sizes
-from rustgpt_jax.sharding.sharding_plan import Placement, check_shares
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan, check_shares
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +112,7 @@ WIDE = {"model.d_model": 64, "model.context_length": 128, "model.vocab_size": 25
 @pytest.fixture(scope="module")
 def found() -> Estimate:
     """The estimate of a small config on one device."""
-    return estimate(small_config(**WIDE), 128, Placement(), CHIPS["h100"])
+    return estimate(small_config(**WIDE), 128, ShardingPlan(), CHIPS["h100"])
 
 
 def test_memory_adds_up(found: Estimate) -> None:
@@ -132,7 +132,7 @@ def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) ->
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
     # Blockwise attention makes its scores again in the backward pass.
     config = small_config(**WIDE, **{"model.attention_kernel": "plain"})
-    plain = compiled_step(config, 128, Placement())
+    plain = compiled_step(config, 128, ShardingPlan())
     assert plain.flops == pytest.approx(found.model_flops, rel=0.02)
     assert plain.flops < found.compiled.flops < 1.3 * plain.flops
     assert plain.counted_once < 0.6 * plain.flops
@@ -140,7 +140,7 @@ def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) ->
 
 @pytest.mark.slow
 def test_remat_takes_less_memory_and_more_flops(found: Estimate) -> None:
-    again = estimate(small_config(**WIDE, **{"model.remat": "full"}), 128, Placement(), CHIPS["h100"])
+    again = estimate(small_config(**WIDE, **{"model.remat": "full"}), 128, ShardingPlan(), CHIPS["h100"])
     assert again.memory.peak < found.memory.peak
     assert again.compiled.flops > 1.15 * found.compiled.flops
     assert again.model_flops == found.model_flops
@@ -149,7 +149,7 @@ def test_remat_takes_less_memory_and_more_flops(found: Estimate) -> None:
 def test_bfloat16_takes_less_memory(found: Estimate) -> None:
     """As on an accelerator: the program for this CPU takes no less of it than in float32, for it widens."""
     narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
-    assert compiled_step(narrow, 128, Placement()).working < 0.75 * found.compiled.working
+    assert compiled_step(narrow, 128, ShardingPlan()).working < 0.75 * found.compiled.working
 
 
 def test_a_vocabulary_is_needed() -> None:
@@ -187,7 +187,7 @@ def test_changes_of_a_config() -> None:
     assert [[str(change) for change in of_kind] for of_kind in changes(config, 1024, 8)] == [
         ["--config.training.accumulation=2", "--config.training.accumulation=4"],
         ["--config.model.remat=full"],
-        ["--config.training.loss_chunk=512"],
+        ["--config.training.loss_chunk_size=512"],
         [f"--config.mesh.data={8 // n} --config.mesh.fsdp={n}" for n in (2, 4, 8)],
         [f"--config.mesh.data={8 // n} --config.mesh.tensor={n}" for n in (2, 4)],
     ]

@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import split
 from rustgpt_jax.sharding.sharding_plan import Placement
 from rustgpt_jax.planning.aot_compile import compiled_step
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import as_arguments, compiled_start, train_step
+from rustgpt_jax.training.train_step import to_traced_scalars, compiled_init_state, train_step
 
 def status(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -29,10 +29,10 @@ config = small_config(**LARGE | json.loads(sys.argv[1]))
 window, rows = config.model.context_length, config.training.batch_size
 predicted = compiled_step(config, window, Placement(), for_cpu=True).peak
 structure, numbers = split(config)
-numbers = as_arguments(numbers)
+numbers = to_traced_scalars(numbers)
 step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
 step = step.lower(structure, state_shapes(config), batch_shapes(rows, window), numbers).compile()
-start = compiled_start.lower(structure, numbers).compile()
+start = compiled_init_state.lower(structure, numbers).compile()
 before = status("VmRSS")
 state = jax.block_until_ready(start(numbers))
 batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), batch_shapes(rows, window))

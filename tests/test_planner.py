@@ -22,11 +22,11 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine, cores, free_memory
 from rustgpt_jax.sweeps import planner
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk, Cost, Plan, ShapeClass, class_key, cost, plan, shape_classes
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes, step_bytes
-from rustgpt_jax.training.train_step import as_arguments, compiled_train_steps
+from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars
 
 # Which trials share a program.
 
@@ -42,7 +42,7 @@ OTHER: dict[str, Any] = {
     "data.max_documents": 5,
     "data.split": "tail",
     "data.valid_fraction": 0.3,
-    "data.loss_on": "assistant",
+    "data.loss_mask": "assistant",
     "data.window": 16,
     "model.vocab_size": 62,
     "model.context_length": 16,
@@ -58,7 +58,7 @@ OTHER: dict[str, Any] = {
     "model.norm_placement": "post",
     "model.norm_epsilon": 1e-3,
     "model.positions": ("learned",),
-    "model.rope_base": 100.0,
+    "model.rope_theta": 100.0,
     "model.qk_norm": "head",
     "model.bias": True,
     "model.tie_embeddings": False,
@@ -68,21 +68,21 @@ OTHER: dict[str, Any] = {
     "model.norm_bias": True,
     "model.scale_embeddings": True,
     "model.embedding_scale": 3.0,
-    "model.logits_softcap": 5.0,
+    "model.final_logit_softcap": 5.0,
     "model.attention_scale": 0.5,
     "model.attention_scale_by_layer": True,
-    "model.attention_softcap": 5.0,
+    "model.attn_logit_softcap": 5.0,
     "model.attention_sinks": True,
     "model.attention_kernel": "plain",
     "model.local_window": 4,
-    "model.latent_width": 8,
-    "model.query_latent_width": 8,
-    "model.shared_key_width": 8,
+    "model.kv_lora_rank": 8,
+    "model.q_lora_rank": 8,
+    "model.qk_rope_head_dim": 8,
     "model.conv_width": 2,
     "model.recurrent_width": 8,
     "model.recurrent_blocks": 2,
     "model.scale_first_token": False,
-    "model.local_rope_base": 100.0,
+    "model.local_rope_theta": 100.0,
     "model.rope_fraction": 0.5,
     "model.rope_scaling": "linear",
     "model.rope_factor": 2.0,
@@ -97,9 +97,9 @@ OTHER: dict[str, Any] = {
     "model.experts_per_token": 1,
     "model.d_expert": 8,
     "model.expert_activation": "gelu",
-    "model.expert_capacity": 1.5,
-    "model.normalize_experts": False,
-    "model.load_balance": 0.5,
+    "model.capacity_factor": 1.5,
+    "model.norm_topk_prob": False,
+    "model.load_balance_loss_weight": 0.5,
     "model.router_z_loss": 0.5,
     "model.options": (("decay", 0.5),),
     "model.dropout": 0.2,
@@ -118,7 +118,7 @@ OTHER: dict[str, Any] = {
     "optimizer.b2": 0.5,
     "optimizer.epsilon": 0.5,
     "optimizer.momentum": 0.5,
-    "optimizer.matrix_learning_rate": 0.5,
+    "optimizer.muon_learning_rate": 0.5,
     "optimizer.weight_decay": 0.5,
     "optimizer.weight_decay_groups": ((".*", 1.0),),
     "optimizer.clip_norm": 0.5,
@@ -126,25 +126,25 @@ OTHER: dict[str, Any] = {
     "optimizer.state_dtype": "bfloat16",
     "schedule.name": "linear",
     "schedule.warmup_steps": 1,
-    "schedule.decay_fraction": 0.5,
-    "schedule.final_fraction": 0.5,
+    "schedule.decay_frac": 0.5,
+    "schedule.final_lr_frac": 0.5,
     "training.steps": 9,
     "training.epochs": 2.0,
     "training.batch_size": 8,
     "training.accumulation": 2,
-    "training.steps_per_call": 2,
+    "training.steps_per_jit_call": 2,
     "training.z_loss": 0.5,
-    "training.loss_chunk": 4,
+    "training.loss_chunk_size": 4,
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.expert": 2,
     "mesh.context": 2,
     "mesh.tensor": 2,
-    "faults.not_finite": "skip",
-    "faults.most_forgiven": 3,
+    "faults.nonfinite_policy": "skip",
+    "faults.max_skipped": 3,
     "record.log_every": 3,
-    "record.evaluate_every": 3,
-    "record.evaluation_batches": 3,
+    "record.eval_every": 3,
+    "record.eval_batches": 3,
     "record.checkpoint_every": 3,
     "record.prompts": ("?",),
     "sampling.seed": 1,
@@ -208,7 +208,7 @@ def test_the_tokenizer_fills_in_the_vocabulary() -> None:
     knobs: list[dict[str, Any]] = [{}, {"seed": 1}, {"tokenizer.name": "char"}, {"tokenizer.name": "char", "seed": 1}]
     knobs += [{"data.max_documents": 9}, {"tokenizer.name": "char", "data.max_documents": 9}]
     trials = expand(tree, knobs)
-    classes = shape_classes(trials, Shelf())
+    classes = shape_classes(trials, AssetCache())
     # Bytes are bytes in every text; the characters of a few documents are fewer than those of all.
     members = [[trials.index(trial) for trial in each.trials] for each in classes]
     assert members == [[0, 1, 4], [2, 3], [5]]
@@ -216,7 +216,7 @@ def test_the_tokenizer_fills_in_the_vocabulary() -> None:
     assert sizes[0] is not None and sizes[0] >= 256 and len(set(sizes)) == 3
 
 
-class Dictionary(Shelf):
+class Dictionary(AssetCache):
     """A shelf whose tokenizers need no text."""
 
     def whole(self, config: Config) -> Config:
@@ -412,14 +412,14 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
     config = small_config(**{"optimizer.name": "sgd"} | STRUCTURES[name])
-    window, calls = config.model.context_length, config.training.steps_per_call
+    window, calls = config.model.context_length, config.training.steps_per_jit_call
     structure, numbers = split(config)
     batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype),
         batch_shapes(config.training.batch_size, window),
     )
     state, whole = state_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)
-    program = compiled_train_steps.lower(structure, state, batches, whole, as_arguments(numbers), whole).compile()
+    program = compiled_train_steps.lower(structure, state, batches, whole, to_traced_scalars(numbers), whole).compile()
     needed = program.memory_analysis()
     assert needed is not None
     assert 0.5 < step_bytes(config, window) / needed.temp_size_in_bytes < 2

@@ -13,18 +13,18 @@ from test_loop import assert_same_bits, config_of, contents, metrics, stored_sta
 
 from rustgpt_jax.config.schema import Config
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.executors import Together, train_lanes
+from rustgpt_jax.training.executors import PopulationExecutor, run_training_loop
 from rustgpt_jax.training.trainer import Run
 from rustgpt_jax.training.vmapped_step import MODES
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 QUIET = Console(file=StringIO())
 NO_SAMPLES: dict[str, Any] = {"record.prompts": ()}
-ONE_DEVICE = Placement()
+ONE_DEVICE = ShardingPlan()
 
 
 class Silent:
@@ -41,7 +41,7 @@ def train_together(
     """Train configs as one population in the folders 0, 1, ... of a path, for so many calls at most."""
     runs = []
     for index, config in enumerate(configs):
-        material = loop.gather(config, RunFolder(path / str(index)).tokenizer_file, QUIET)
+        material = loop.gather(config, RunDir(path / str(index)).tokenizer_file, QUIET)
         runs.append(Run(material, path / str(index), {}, ONE_DEVICE))
     left = calls
 
@@ -52,7 +52,7 @@ def train_together(
     for run in runs:
         run.__enter__()
         run.begin(Silent())
-    train_lanes(runs, Together(mode, runs, n_lanes or len(runs)), lambda: left < 0, count_call)
+    run_training_loop(runs, PopulationExecutor(mode, runs, n_lanes or len(runs)), lambda: left < 0, count_call)
     for run in runs:
         run.__exit__(None, None, None)
     return runs
@@ -166,7 +166,7 @@ def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for until in (4, 8, None):
         with Run(material, tmp_path / "paused", {}, ONE_DEVICE, until) as run:
             run.begin(Silent())
-            train_lanes([run], Together("exact", [run], 2), lambda: False)
+            run_training_loop([run], PopulationExecutor("exact", [run], 2), lambda: False)
             assert run.step == (until or 10)
     train_alone(config, tmp_path / "straight", monkeypatch)
     assert_same_bits(stored_state(config, tmp_path / "paused"), stored_state(config, tmp_path / "straight"))

@@ -14,12 +14,12 @@ from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, split
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import token_sums
+from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul, transformer
 from rustgpt_jax.model.flops import inner_programs, parameter_shapes, total_size
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.optimizers import OPTIMIZERS, evaluation_params, optimizer
-from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps
+from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, optimizer
+from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, to_traced_scalars
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -210,7 +210,7 @@ def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
     model = dataclasses.replace(model, n_layers=2)
 
     def loss(params: Any) -> Any:
-        return token_sums(params, batch_of(), model).loss
+        return loss_sums(params, batch_of(), model).loss
 
     program = jax.make_jaxpr(jax.grad(loss))(parameter_shapes(model))
     types = [each for _, each in products(program.jaxpr)]
@@ -228,7 +228,7 @@ def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
 def test_remat_finds_the_same_scales() -> None:
     def gradients(remat: str) -> Any:
         model = tiny(**{"model.matmul": "float8", "model.remat": remat}).model
-        return jax.jit(jax.grad(lambda params: token_sums(params, batch_of(), model).loss))(random_params(model))
+        return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).loss))(random_params(model))
 
     anew, kept = gradients("full"), gradients("none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), anew, kept)
@@ -237,8 +237,8 @@ def test_remat_finds_the_same_scales() -> None:
 def test_training_in_8_bits_lowers_the_loss() -> None:
     config = tiny(**{"model.matmul": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
     structure, numbers = split(config)
-    arguments = as_arguments(numbers)
-    state = compiled_start(structure, arguments)
+    arguments = to_traced_scalars(numbers)
+    state = compiled_init_state(structure, arguments)
     batches = jax.tree.map(lambda leaf: np.stack([leaf] * 20), batch_of())
     _, metrics = compiled_train_steps(structure, state, batches, np.int32(20), arguments, np.int32(0))
     assert np.all(np.isfinite(metrics.loss)) and metrics.loss[-1] < 0.6 * metrics.loss[0]
@@ -291,7 +291,7 @@ def test_narrow_state_takes_parameters_to_the_same_place(name: str) -> None:
 
     def descend(state_dtype: str) -> tuple[Any, Any]:
         config = knobs(
-            name=name, learning_rate=0.01, matrix_learning_rate=0.01, weight_decay=0.0, state_dtype=state_dtype
+            name=name, learning_rate=0.01, muon_learning_rate=0.01, weight_decay=0.0, state_dtype=state_dtype
         )
 
         @jax.jit
@@ -304,7 +304,7 @@ def test_narrow_state_takes_parameters_to_the_same_place(name: str) -> None:
         state = optimizer(config).init(params)
         for _ in range(60):
             params, state = step(params, state)
-        return params, evaluation_params(config, params, state)
+        return params, get_eval_params(config, params, state)
 
     for wide, narrow in zip(descend("float32"), descend("bfloat16"), strict=True):
         assert set(types_of(narrow).values()) == {"float32"}

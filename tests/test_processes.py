@@ -17,8 +17,8 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.distributed import failure_propagation
-from rustgpt_jax.distributed.failure_propagation import LOST, MISTAKE, Patience, is_loss
-from rustgpt_jax.distributed.multihost import Votes, all_agree, detected, join, own_devices
+from rustgpt_jax.distributed.failure_propagation import LOST, MISTAKE, Watchdog, is_loss
+from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, detected, join, local_devices_of_process
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
@@ -36,9 +36,9 @@ KNOBS = (
         "model.dropout": 0.1,
         "training.steps": STEPS,
         "training.batch_size": 8,
-        "training.steps_per_call": 2,
+        "training.steps_per_jit_call": 2,
         "record.log_every": 1,
-        "record.evaluate_every": 10,
+        "record.eval_every": 10,
         "record.checkpoint_every": 5,
         "record.prompts": ("Why?",),
     }
@@ -259,7 +259,7 @@ def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster
 def test_a_process_that_has_its_node_alone_has_all_its_devices(
     environment: dict[str, str], devices: list[int] | None
 ) -> None:
-    assert own_devices(environment) == devices
+    assert local_devices_of_process(environment) == devices
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,10 @@ def test_half_of_what_processes_need_is_refused(
 
 
 def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
-    votes = Votes(math.inf)
+    votes = LaggedMax(math.inf)
     assert [votes.largest(value) for value in (0.0, 3.0)] == [0.0, 3.0]
     assert all_agree(True) and not all_agree(False)
-    with Patience(0.01, "") as patience:
+    with Watchdog(0.01, "") as patience:
         time.sleep(0.1)
         patience.beat()
 
@@ -290,7 +290,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(failure_propagation.jax, "process_count", lambda: 2)
     monkeypatch.setattr(failure_propagation, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
-    with Patience(0.2, "Again.") as patience:
+    with Watchdog(0.2, "ReplayedStep.") as patience:
         for _ in range(4):
             time.sleep(0.1)
             patience.beat()

@@ -255,7 +255,7 @@ def barriers(model: ModelConfig) -> int:
 def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: str, form: str) -> None:
     model = model_of(n_layers=1, attention_kernel="plain")
     wanted = barriers(dataclasses.replace(model, derivatives=form))
-    monkeypatch.setattr(matmul_module, "device_at_hand", lambda: Device(platform))
+    monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
     assert barriers(dataclasses.replace(model, derivatives="auto")) == wanted
     # At least two for each of four products of attention and three of the feed-forward, and one for its activation.
     assert wanted >= 15 if form == "kept" else wanted == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state, tiny
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.progress import Laps
+from rustgpt_jax.tracking.progress import StartupTimer
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.profiler import span
 
@@ -55,7 +55,7 @@ def test_the_seconds_before_the_first_step_are_told(tmp_path: Path, monkeypatch:
 
 
 def test_laps_add_up_and_are_told_once() -> None:
-    laps = Laps("first")
+    laps = StartupTimer("first")
     laps.lap("second")
     assert re.fullmatch(r"\S+: first \S+, second \S+, third \S+", laps.finish("third") or "")
     assert laps.finish("fourth") is None

@@ -16,8 +16,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rustgpt_jax.workdir import program_fingerprint
-from rustgpt_jax.workdir.program_fingerprint import keep_autotuning, load_autotuning, observed, take_autotuning
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.program_fingerprint import (
+    enable_autotune_cache,
+    load_autotuning,
+    observed,
+    save_autotune_cache,
+)
+from rustgpt_jax.workdir.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +35,7 @@ from conftest import small_config
 from rustgpt_jax.config.schema import split
 from rustgpt_jax.training import step
 structure, numbers = split(small_config())
-numbers = step.as_arguments(numbers)
+numbers = step.to_traced_scalars(numbers)
 types = {"weights_BT": "float32"}
 batch = step.Batch(*(jax.ShapeDtypeStruct((4, 32), types.get(name, "int32")) for name in step.Batch._fields))
 state = jax.eval_shape(lambda: step.start(structure, numbers))
@@ -167,14 +172,14 @@ def test_nobody_else_hears_of_it(cached: Path) -> None:
 
 
 @pytest.fixture
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run on a machine with an NVIDIA driver."""
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX\n")
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "version")
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    return RunFolder(tmp_path / "run")
+    return RunDir(tmp_path / "run")
 
 
 def flags() -> dict[str, str]:
@@ -184,19 +189,19 @@ def flags() -> dict[str, str]:
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_results_from"
 
 
-def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    keep_autotuning(gpu)
+    enable_autotune_cache(gpu)
     assert flags().keys() == {"--xla_gpu_autotune_level", DUMP}
-    take_autotuning(gpu)
+    save_autotune_cache(gpu)
     assert not gpu.autotune_file.exists()
     Path(flags()[DUMP]).write_text("version: 3\n")
-    take_autotuning(gpu)
+    save_autotune_cache(gpu)
     assert gpu.autotune_file.read_text().endswith("\nversion: 3\n")
     dumped = flags()[DUMP]
 
     monkeypatch.setenv("XLA_FLAGS", "")
-    keep_autotuning(gpu)
+    enable_autotune_cache(gpu)
     assert flags() == {DUMP: dumped, LOAD: str(gpu.autotune_file)}
 
     # Who makes a step of it again chooses the same, and writes nothing.
@@ -205,25 +210,25 @@ def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunFolder, mon
     assert flags() == {"--xla_gpu_autotune_level": "4", LOAD: str(gpu.autotune_file)}
 
 
-def test_choices_of_another_compiler_are_not_read(gpu: RunFolder) -> None:
+def test_choices_of_another_compiler_are_not_read(gpu: RunDir) -> None:
     gpu.autotune_file.write_text("# jaxlib 0.0.1\nversion: 1\n")
     load_autotuning(gpu)
-    keep_autotuning(gpu)
+    enable_autotune_cache(gpu)
     assert LOAD not in flags()
 
 
-def test_what_the_user_says_stays(gpu: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_stays(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in (f"{DUMP}=a", f"{LOAD}=b"):
         monkeypatch.setenv("XLA_FLAGS", flag)
-        keep_autotuning(gpu)
+        enable_autotune_cache(gpu)
         load_autotuning(gpu)
         assert os.environ["XLA_FLAGS"] == flag
 
 
-def test_without_a_gpu_nothing_is_changed(gpu: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_changed(gpu: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "none")
-    keep_autotuning(gpu)
+    enable_autotune_cache(gpu)
     load_autotuning(gpu)
     assert "XLA_FLAGS" not in os.environ
-    take_autotuning(gpu)
+    save_autotune_cache(gpu)
     assert list(gpu.path.iterdir()) == []

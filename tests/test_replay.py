@@ -22,15 +22,15 @@ from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce import recorded_run as pasts
 from rustgpt_jax.reproduce.anomaly_detection import suspect
 from rustgpt_jax.reproduce.html_report import short
-from rustgpt_jax.reproduce.recorded_run import Past, Rewind, start_of
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, start_of
 from rustgpt_jax.reproduce.replay import replay
-from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.reproduce.step_trace import trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.instrumented_step import Tensor
 from rustgpt_jax.workdir.event_log import Journal, launches
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,10 +47,10 @@ TINY: dict[str, Any] = {
     "data.corpus": "files",
     "data.split": "tail",
     "training.accumulation": 2,
-    "training.steps_per_call": 3,
+    "training.steps_per_jit_call": 3,
     "record.log_every": 1,
-    "record.evaluate_every": 4,
-    "record.evaluation_batches": 1,
+    "record.eval_every": 4,
+    "record.eval_batches": 1,
     "record.checkpoint_every": 3,
 }
 
@@ -96,7 +96,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def rewritten(path: Path, change: Any) -> None:
     """Change the lines of metrics.jsonl."""
-    file = RunFolder(path).metrics_file
+    file = RunDir(path).metrics_file
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(line) + "\n" for line in map(change, lines) if line))
 
@@ -106,11 +106,11 @@ def rewritten(path: Path, change: Any) -> None:
 
 def test_every_step_has_its_recorded_bits(run: Path) -> None:
     before = contents(run)
-    with Past(run, quiet()) as past:
+    with RecordedRun(run, quiet()) as past:
         saved = past.saved_steps()
         assert 0 < len(saved) < STEPS
         for step in range(1, STEPS + 1):
-            again, inside = make_again(past, step, has_taps=False)
+            again, inside = replay_one_step(past, step, has_taps=False)
             assert again.record is not None and again.unequal == [] and inside is None
             assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(again.recorded)
             assert again.from_step == max(each for each in saved if each < step)
@@ -120,7 +120,7 @@ def test_every_step_has_its_recorded_bits(run: Path) -> None:
 
 
 def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
-    with Past(run, quiet()) as past:
+    with RecordedRun(run, quiet()) as past:
         last = past.saved_steps()[-1]
         saved = fingerprints(past.state_at(last))
         past.go_before(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
@@ -130,10 +130,10 @@ def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
     console = quiet()
-    with Past(own, console) as past:
+    with RecordedRun(own, console) as past:
         nearest = past.nearest(STEPS - 1)
         assert nearest > 0
-    for file in (RunFolder(own).checkpoints / str(nearest)).rglob("*"):
+    for file in (RunDir(own).checkpoints / str(nearest)).rglob("*"):
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
         before = past.nearest(nearest - 1)
@@ -143,14 +143,14 @@ def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
 
 
 def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(RunFolder(own).checkpoints)
+    shutil.rmtree(RunDir(own).checkpoints)
     for far, is_said in ((8, False), (7, True)):
         monkeypatch.setattr(pasts, "FAR", far)
         console = quiet()
         replay(own, 9, False, console)
         assert ("8 steps are made again first, from the start on." in said(console)) == is_said
     made: list[int] = []
-    with Past(own, quiet()) as past:
+    with RecordedRun(own, quiet()) as past:
         past.train(past.saved_state(0), 8, made.append)
     assert made == [3, 5, 8]
 
@@ -162,18 +162,18 @@ def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own:
         return None if line["step"] == 3 else line
 
     rewritten(own, change)
-    with Past(own, quiet()) as past:
-        again, _ = make_again(past, 2, has_taps=False)
+    with RecordedRun(own, quiet()) as past:
+        again, _ = replay_one_step(past, 2, has_taps=False)
         assert again.unequal == ["train/loss"] and again.reasons == ()
         assert again.verdict.startswith("Not the recorded bits: loss. The code is that of the run, and so is all")
-        again, _ = make_again(past, 3, has_taps=False)
+        again, _ = replay_one_step(past, 3, has_taps=False)
         assert again.record is None and again.unequal == [] and "has no line of step 3" in again.verdict
         assert not again.is_same
 
 
 @pytest.mark.parametrize("n_lines", [None, 0, 5, -1])
 def test_a_record_that_is_missing_or_cut_is_no_equal_one(own: Path, n_lines: int | None) -> None:
-    file, console = RunFolder(own).metrics_file, quiet()
+    file, console = RunDir(own).metrics_file, quiet()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:n_lines])) if n_lines is not None else file.unlink()
     assert not replay(own, STEPS, False, console) or n_lines == -1
@@ -200,36 +200,36 @@ def test_a_step_that_is_not_recorded_by_config_is_said_to_be_so(own: Path, monke
 def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
     metrics = {"train/loss": 1.0, "train/gradient_norm": math.nan}
     record = {"step": 3, "train/loss": 1.0, "train/gradient_norm": math.nan, "train/tokens_per_second": 3.0}
-    same = Again("run", 3, "train", 0, metrics, record, ("it was trained fused with 3 others",))
+    same = ReplayedStep("run", 3, "train", 0, metrics, record, ("it was trained fused with 3 others",))
     assert same.unequal == [] and not same.is_finite
-    other = Again("run", 3, "train", 0, metrics | {"train/loss": 1.1}, record, same.reasons)
+    other = ReplayedStep("run", 3, "train", 0, metrics | {"train/loss": 1.1}, record, same.reasons)
     assert other.verdict == "Not the recorded bits: loss. Perhaps because it was trained fused with 3 others."
 
 
 def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> None:
-    file = RunFolder(own).journal_file
-    code = launches(RunFolder(own))[0].code
+    file = RunDir(own).journal_file
+    code = launches(RunDir(own))[0].code
     file.write_text(file.read_text().replace(f'"code": "{code}"', '"code": "0123456789ab"'))
-    with Past(own, quiet()) as past:
-        assert make_again(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
+    with RecordedRun(own, quiet()) as past:
+        assert replay_one_step(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
         file.unlink()
-        (reason,) = make_again(past, 2, has_taps=False)[0].reasons
+        (reason,) = replay_one_step(past, 2, has_taps=False)[0].reasons
         assert "of which there is no record" in reason
 
 
 def test_a_fused_launch_is_a_reason(own: Path) -> None:
-    journal = Journal(RunFolder(own).journal_file)
+    journal = Journal(RunDir(own).journal_file)
     launch = next(event for event in journal.events() if event["event"] == "launch")
     journal.append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
-    with Past(own, quiet()) as past:
-        assert "fused with 3 others" in make_again(past, 4, has_taps=False)[0].reasons[0]
-        assert make_again(past, 2, has_taps=False)[0].reasons == ()
+    with RecordedRun(own, quiet()) as past:
+        assert "fused with 3 others" in replay_one_step(past, 4, has_taps=False)[0].reasons[0]
+        assert replay_one_step(past, 2, has_taps=False)[0].reasons == ()
 
 
 def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
     """After a rewind from step 8 to step 6 the run reads the batches after step 8's."""
-    Journal(RunFolder(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
-    with Past(own, quiet()) as past:
+    Journal(RunDir(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
+    with RecordedRun(own, quiet()) as past:
         (rewind,) = past.rewinds
         past._last_saved = 6
         state = past.state_at(7)
@@ -243,10 +243,10 @@ def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
 
 def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_back(own: Path) -> None:
     """It went back from step 9 to 8, from 10 to 6, and then from 8 to 7."""
-    journal = Journal(RunFolder(own).journal_file)
+    journal = Journal(RunDir(own).journal_file)
     for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
-    with Past(own, quiet()) as past:
+    with RecordedRun(own, quiet()) as past:
         past._last_saved = 6
         source = past.data_of(7).training_batches()
 
@@ -288,18 +288,18 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
     monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
     text_file().write_text("To be, or not to be, that is the question:\n" * 40)
     changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.accumulation": 1}
-    changes |= {"faults.not_finite": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
+    changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
     path = tmp_path / "run"
     loop.train(small_config(**(TINY | changes)), path, {}, quiet())
-    with Past(path, quiet()) as past:
+    with RecordedRun(path, quiet()) as past:
         assert len(past.rewinds) >= 2 and past.record(30) is not None
         for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
-            again, _ = make_again(past, step, has_taps=False)
+            again, _ = replay_one_step(past, step, has_taps=False)
             assert again.unequal == [] and again.is_finite, step
         found = suspect(past, None)
         assert found is not None and found.rewind == past.rewinds[-1] and found.is_fault
         past.go_before(past.rewinds[-1])
-        again, inside = make_again(past, found.step, has_taps=True)
+        again, inside = replay_one_step(past, found.step, has_taps=True)
         assert not again.is_finite and again.record is None and inside is not None
         bad = next(tensor for tensor in inside.tensors if tensor.nonfinite)
         assert bad.name == "layers/0/feedforward"
@@ -317,7 +317,7 @@ from pathlib import Path
 from rich.console import Console
 sys.path[:0] = ["tests"]
 from conftest import small_config
-from rustgpt_jax.reproduce.replay_step import make_again
+from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.reproduce.recorded_run import Past
 from rustgpt_jax.training import loop
 loop.draw_loss_curves = lambda folder: folder
@@ -325,7 +325,7 @@ path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
 changes = {TINY | {"data.paths": (str(text_file()),), "training.accumulation": 1, "model.n_layers": 1}!r}
 loop.train(small_config(**changes), path, {{}}, console)
 with Past(path, console) as past:
-    again, inside = make_again(past, 2, has_taps=True)
+    again, inside = replay_one_step(past, 2, has_taps=True)
     assert again.unequal == [], again
     print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in inside.tensors]))
 """
@@ -355,7 +355,7 @@ def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> Non
     assert all(len(line) <= 100 for line in text.splitlines() if "mixer" in line)
     assert page.count('class="heat') == 8 and "http" not in page
     assert "layers/1/feedforward/down/kernel" in page and "All is finite." in page
-    with Past(own, quiet()) as past:
+    with RecordedRun(own, quiet()) as past:
         inside = past.look_into(past.state_at(3))
         norm = next(tensor for tensor in inside.tensors if tensor.name == "layers/1/mixer/scores").norm
         loss = jax.device_get(inside.report.loss)
@@ -378,7 +378,7 @@ def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> Non
         backward = [each["site"] for each in step["gradients"]]
         assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
-    with Past(run, quiet()) as past:
+    with RecordedRun(run, quiet()) as past:
         assert fingerprints(past.state_at(7)) == steps[-1]["after"]
     again = trace(run, 6, 6, True, quiet())["steps"]
     assert json.loads(json.dumps(again)) == [steps[1]]

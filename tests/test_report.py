@@ -25,13 +25,13 @@ from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report.labels import knob_names, rerun_command, value_text
-from rustgpt_jax.sweeps.report.loss_curves import thinned
+from rustgpt_jax.sweeps.report.loss_curves import downsample
 from rustgpt_jax.sweeps.report.lr_sensitivity import sensitivities
 from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results
 from rustgpt_jax.sweeps.report.stats import compare_with_best
-from rustgpt_jax.sweeps.report.svg import TRIAL, Colouring, css, scale_of, show_losses
+from rustgpt_jax.sweeps.report.svg import TRIAL, Coloring, css, scale_of, show_losses
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
@@ -235,7 +235,7 @@ def test_values_spaced_by_ratio_get_a_logarithmic_scale(values: tuple[float, ...
 )
 def test_thin_curves_begin_and_end_where_whole_ones_do(losses: list[float], most: int) -> None:
     curve = tuple(enumerate(losses))
-    thin = thinned(curve, most)
+    thin = downsample(curve, most)
     assert len(thin) <= most + 1
     assert (thin[0], thin[-1][0]) == (curve[0], curve[-1][0])
     assert min(losses) - 1e-9 <= min(loss for _, loss in thin) and max(loss for _, loss in thin) <= max(losses) + 1e-9
@@ -391,7 +391,7 @@ def test_any_sweep_with_a_finished_trial_has_a_page(
         trials,
         status=lambda trial: ends[trial_id(trial)],
         loss=lambda trial: losses[trial_id(trial)],
-        evaluate_every=data.draw(st.sampled_from([20, 200, 201])),
+        eval_every=data.draw(st.sampled_from([20, 200, 201])),
     )
     _, page = said(folder)
     table = re.findall(r"(?s)<table.*?</table>", page)[0]
@@ -442,7 +442,7 @@ def luminous(color: str) -> np.ndarray:
     "values", [(1e-3, 1.1e-3), (1e-4, 1e-3, 1.1e-3, 1e-1), (0.0, 1e-3, 1.0001e-3, 1e-2, 2e-2, 0.5, 0.9, 0.91)]
 )
 def test_near_equal_rates_have_colors_that_are_told_apart(values: tuple[float, ...]) -> None:
-    colors = [Colouring("learning rate", scale_of(values)).name(value) for value in values]
+    colors = [Coloring("learning rate", scale_of(values)).name(value) for value in values]
     for paper in re.findall(r":root\{(.*?)\}", css()):
         known = dict(re.findall(r"--([\w-]+):(#\w+);", paper))
         labs = [luminous(known[color]) for color in colors]
@@ -485,7 +485,7 @@ def test_lines_through_all_knobs_end_within_their_axes(tmp_path: Path) -> None:
 
 
 def test_a_single_evaluation_is_seen_beside_the_training_curves(tmp_path: Path) -> None:
-    _, page = said(write_sweep(tmp_path / "sweep", grid(seed=(0, 1)), evaluate_every=200))
+    _, page = said(write_sweep(tmp_path / "sweep", grid(seed=(0, 1)), eval_every=200))
     figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss over the steps" in figure)
     assert "training loss, nats a token" in figure and "validation loss, nats a token" in figure
     assert attributes(figure, "data-trial").count(trial_id({"seed": 0})) == 2

@@ -24,12 +24,18 @@ from small_runs import ROOT, copy_code, train, train_elsewhere
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import compare_metrics, run_diff
 from rustgpt_jax.reproduce import rerun as reruns
-from rustgpt_jax.reproduce.compare_metrics import ABSENT, Parting, compare_checkpoints, compare_records, compare_samples
-from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode
+from rustgpt_jax.reproduce.compare_metrics import (
+    ABSENT,
+    FirstDifference,
+    compare_checkpoints,
+    compare_records,
+    compare_samples,
+)
+from rustgpt_jax.reproduce.snapshot_runner import Ended, SnapshotCode
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.environment import environment
 from rustgpt_jax.workdir.event_log import Journal, launches
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -52,11 +58,11 @@ def twice(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
     return folder, said
 
 
-def copied(twice: tuple[Path, str], folder: Path) -> tuple[RunFolder, RunFolder]:
+def copied(twice: tuple[Path, str], folder: Path) -> tuple[RunDir, RunDir]:
     """A copy of both runs, to be changed."""
     for name in ("run", "run.rerun"):
         shutil.copytree(twice[0] / name, folder / name)
-    return RunFolder(folder / "run"), RunFolder(folder / "run.rerun")
+    return RunDir(folder / "run"), RunDir(folder / "run.rerun")
 
 
 # The whole of it.
@@ -65,7 +71,7 @@ def copied(twice: tuple[Path, str], folder: Path) -> tuple[RunFolder, RunFolder]
 def test_a_rerun_has_the_bits_of_the_run(twice: tuple[Path, str]) -> None:
     folder, said = twice
     assert "bit-identical for 6 steps: " in said
-    first, second = RunFolder(folder / "run"), RunFolder(folder / "run.rerun")
+    first, second = RunDir(folder / "run"), RunDir(folder / "run.rerun")
     assert f"After step 6 {(n := compare_checkpoints(first, second).n_arrays)} of {n} arrays are the same." in said
     assert n > 10
     for name in ("config.json", "tokenizer.json", "data.json"):
@@ -179,7 +185,7 @@ def test_a_stopped_rerun_ends_as_its_training_did(
     number: signal.Signals, twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = copied(twice, tmp_path)
-    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(75, number))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(75, number))
     console = Console(file=StringIO(), width=200)
     assert reruns.rerun(run.path, None, console) == 75
     assert f"Stopped by {number.name}. The same command goes on" in console.file.getvalue()
@@ -197,7 +203,7 @@ def test_a_run_that_ended_early_is_said_to_have(
     twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = copied(twice, tmp_path)
-    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(0, None))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(0, None))
     assert "went to step" not in rerun(run.path)[1]
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     run.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
@@ -218,8 +224,8 @@ time.sleep(60)
 """
 
 
-def own_child() -> OwnCode:
-    return OwnCode(ROOT, SimpleNamespace(cwd="/", devices=1, environment=environment()))  # type: ignore[arg-type]
+def own_child() -> SnapshotCode:
+    return SnapshotCode(ROOT, SimpleNamespace(cwd="/", devices=1, environment=environment()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -247,13 +253,13 @@ def test_every_signal_that_asks_to_stop_ends_the_child_alone(
 def test_a_signal_before_there_is_a_child_ends_it_when_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = OwnCode._start
+    start = SnapshotCode._start
 
     def begin(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return start(*arguments)
 
-    monkeypatch.setattr(OwnCode, "_start", begin)
+    monkeypatch.setattr(SnapshotCode, "_start", begin)
     assert own_child().run(["-c", "import time; time.sleep(5)"]) == (128 + signal.SIGTERM, signal.SIGTERM)
 
 
@@ -271,9 +277,9 @@ def test_a_trace_that_is_stopped_leaves_nothing_behind(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        run_diff.trace(RunFolder(twice[0] / "run"), 1, 1, False)
+        run_diff.trace(RunDir(twice[0] / "run"), 1, 1, False)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -324,9 +330,9 @@ sys.exit(rerun(Path(sys.argv[1]), None, Console()))
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
-    changes = {"training.steps": 2000, "training.steps_per_call": 20, "record.evaluate_every": 2000}
+    changes = {"training.steps": 2000, "training.steps_per_jit_call": 20, "record.eval_every": 2000}
     train_elsewhere(tmp_path / "run", **changes, **{"record.checkpoint_every": 500})
-    again = RunFolder(tmp_path / "run.rerun")
+    again = RunDir(tmp_path / "run.rerun")
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         while not again.metrics_file.exists() or again.metrics_file.stat().st_size == 0:
@@ -369,10 +375,10 @@ def test_a_run_over_several_devices_of_a_cpu_is_made_again_over_as_many(tmp_path
         variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert launches(RunFolder(tmp_path / "run"))[0].devices == 2
+    assert launches(RunDir(tmp_path / "run"))[0].devices == 2
     is_same, said = rerun(tmp_path / "run")
     assert is_same and "bit-identical for 6 steps" in said, said
-    again = launches(RunFolder(tmp_path / "run.rerun"))[0]
+    again = launches(RunDir(tmp_path / "run.rerun"))[0]
     assert again.devices == again.environment["devices"]["count"] == 2
     assert again.mesh == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 
@@ -418,7 +424,7 @@ def record(folder: Path, name: str, lines: list[dict[str, Any]]) -> Path:
     path = folder / name
     path.mkdir()
     text = "".join(json.dumps({"step": step, **line}) + "\n" for step, line in enumerate(lines, start=1))
-    RunFolder(path).metrics_file.write_text(text)
+    RunDir(path).metrics_file.write_text(text)
     return path
 
 
@@ -447,9 +453,9 @@ def test_a_step_that_only_one_has_differs(tmp_path: Path) -> None:
     lines = [{"train/loss": float(step)} for step in range(5)]
     first = record(tmp_path, "first", lines)
     second = record(tmp_path, "second", lines)
-    kept = [line for line in RunFolder(second).metrics_file.read_text().splitlines() if '"step": 3' not in line]
-    RunFolder(second).metrics_file.write_text("\n".join(kept) + "\n")
-    assert compare_records(first, second).parting == Parting(3, "train/loss", 2.0, ABSENT)
+    kept = [line for line in RunDir(second).metrics_file.read_text().splitlines() if '"step": 3' not in line]
+    RunDir(second).metrics_file.write_text("\n".join(kept) + "\n")
+    assert compare_records(first, second).parting == FirstDifference(3, "train/loss", 2.0, ABSENT)
     # What the other has not come to yet does not.
     shorter = record(tmp_path, "shorter", lines[:2])
     assert compare_records(first, shorter)[:1] + compare_records(first, shorter)[3:] == (2, None)
@@ -459,17 +465,19 @@ def test_texts_are_compared_in_their_order(tmp_path: Path) -> None:
     for name, texts in (("a", "xyz"), ("b", "xy"), ("c", "xQz")):
         lines = [json.dumps({"step": step, "prompt": "P", "text": text}) for step, text in enumerate(texts)]
         record(tmp_path, name, [])
-        RunFolder(tmp_path / name).samples_file.write_text("\n".join(lines) + '\n{"half')
+        RunDir(tmp_path / name).samples_file.write_text("\n".join(lines) + '\n{"half')
     assert compare_samples(tmp_path / "a", tmp_path / "b", 1) == (2, None)
-    assert compare_samples(tmp_path / "a", tmp_path / "b", 2)[1] == Parting(2, "the text after 'P'", "z", ABSENT)
-    assert compare_samples(tmp_path / "a", tmp_path / "c", 2)[1] == Parting(1, "the text after 'P'", "y", "Q")
+    assert compare_samples(tmp_path / "a", tmp_path / "b", 2)[1] == FirstDifference(
+        2, "the text after 'P'", "z", ABSENT
+    )
+    assert compare_samples(tmp_path / "a", tmp_path / "c", 2)[1] == FirstDifference(1, "the text after 'P'", "y", "Q")
 
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b"\xff", b'{"step": 1, "prompt": "P"}', b""])
 def test_a_damaged_file_of_texts_is_named(line: bytes, tmp_path: Path) -> None:
     record(tmp_path, "a", [])
     whole = json.dumps({"step": 1, "prompt": "P", "text": "x"}).encode()
-    RunFolder(tmp_path / "a").samples_file.write_bytes(whole + b"\n" + line + b"\n")
+    RunDir(tmp_path / "a").samples_file.write_bytes(whole + b"\n" + line + b"\n")
     with pytest.raises(UserError, match="samples.jsonl, line 2: it is damaged"):
         compare_samples(tmp_path / "a", tmp_path / "a", 2)
 

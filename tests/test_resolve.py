@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config.schema import FIELDS, config_hash, flatten, read, to_dict, with_values
+from rustgpt_jax.config.schema import FIELDS, config_hash, flatten, read, replace_paths, to_dict
 from rustgpt_jax.config.validation import checked, override, parse, parse_all, resolve
 from rustgpt_jax.errors import UserError
 
@@ -311,7 +311,7 @@ def test_any_text_is_read_or_is_a_user_error(path: str, text: str) -> None:
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict])
 def test_override_reaches_every_field_and_into_stages(kind: Any) -> None:
-    target = with_values(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.window": 8})
+    target = replace_paths(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.window": 8})
     tree = small_tree(stages=(kind(stage("one", data={"corpus": "chat"})), kind(stage("two"))))
     tree.lock()
     for path, value in flatten(target).items():

@@ -134,7 +134,7 @@ def test_what_is_compared_depends_on_what_is_swept(tmp_path: Path) -> None:
     cases = {
         "valid/loss": write_sweep(tmp_path / "valid", rates),
         "valid/bits_per_byte": write_sweep(tmp_path / "bits", grid(tokenizer__vocab_size=(256, 512))),
-        "train/loss": write_sweep(tmp_path / "train", rates, evaluate_every=STEPS + 1),
+        "train/loss": write_sweep(tmp_path / "train", rates, eval_every=STEPS + 1),
     }
     for metric, folder in cases.items():
         read = read_results(folder)

@@ -19,7 +19,7 @@ from rustgpt_jax.training.schedules import SCHEDULES, factor
 
 def knobs(name: str, warmup: float = 0, decay: float = 0.2, final: float = 0.1) -> ScheduleConfig:
     base = small_config().schedule
-    return dataclasses.replace(base, name=name, warmup_steps=warmup, decay_fraction=decay, final_fraction=final)
+    return dataclasses.replace(base, name=name, warmup_steps=warmup, decay_frac=decay, final_lr_frac=final)
 
 
 @functools.cache

@@ -39,8 +39,8 @@ from rustgpt_jax.cli import sweep as commands
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import (
+    TPE,
     SuccessiveHalving,
-    TreeParzen,
     choice,
     log_uniform,
     planner,
@@ -55,12 +55,12 @@ from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
-from rustgpt_jax.sweeps.search import check_rungs, decode_params, halve, parzen, study_name
+from rustgpt_jax.sweeps.search import check_rungs, decode_params, run_successive_halving, run_tpe, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, expand, feasible_points
 from rustgpt_jax.training import executors
-from rustgpt_jax.workdir.run_dir import InUse, load_config, lock
+from rustgpt_jax.workdir.run_dir import RunLocked, load_config, lock
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -101,7 +101,7 @@ def train_by_formula(loss: Loss, ticks: Ticks, launch: Launch, chunks: Sequence[
         for trial, config in configs.items():
             end = min(chunk.until or math.inf, stages(config)[-1].end_step)
             lines, event, step = [], "finished" if end == config.training.steps else "stopped", end
-            for at in range(config.record.evaluate_every, end + 1, config.record.evaluate_every):
+            for at in range(config.record.eval_every, end + 1, config.record.eval_every):
                 if math.isnan(loss(config, at)):
                     event, step = "diverged", at
                     break
@@ -118,7 +118,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     ticks = Ticks()
     monkeypatch.setattr(Ledger, "append_all", ticks.around(Ledger.append_all))
     monkeypatch.setattr(JournalFileBackend, "append_logs", ticks.around(JournalFileBackend.append_logs))
-    monkeypatch.setattr(folders, "keep_code", lambda folder: folder.code)
+    monkeypatch.setattr(folders, "save_code_snapshot", lambda folder: folder.code)
     monkeypatch.setattr(planner, "cost", lambda whole: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
     return ticks
 
@@ -183,7 +183,7 @@ def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks]
 
     def once(path: Path) -> None:
         with opened(path) as sweep:
-            halve(sweep, search, trials)
+            run_successive_halving(sweep, search, trials)
 
     ticks = by_formula(random_loss(seed))
     once(tmp_path / "straight")
@@ -219,7 +219,7 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
     while not events(tmp_path / "halved", "finished"):
         try:
             with opened(tmp_path / "halved") as sweep:
-                halve(sweep, search, trials)
+                run_successive_halving(sweep, search, trials)
         except Killed:
             n_kills += 1
     assert n_kills == 2
@@ -250,7 +250,7 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "rungs", "message"),
     [
-        ({}, (4, 10), "no evaluation at step 10, for config.record.evaluate_every=4; the nearest rung is 8"),
+        ({}, (4, 10), "no evaluation at step 10, for config.record.eval_every=4; the nearest rung is 8"),
         ({}, (1,), "no evaluation at step 1, .* the nearest rung is 4"),
         ({}, (4, 12), "the rung 12 is not before the end of training at step 12"),
         ({"data.valid_fraction": 0.0}, (4,), "config.data.valid_fraction=0 has none"),
@@ -281,9 +281,9 @@ def test_other_rungs_let_pruned_trials_go_on(by_formula: Callable[[Loss], Ticks]
     finished = set[str]()
     for rungs, keep in (((4,), 1 / 4), ((8,), 1 / 2), ((4, 8), 1 / 2)):
         with opened(tmp_path) as sweep:
-            halve(sweep, successive_halving(seeds(11), rungs, keep), trials)
+            run_successive_halving(sweep, successive_halving(seeds(11), rungs, keep), trials)
         wanted = fates(trials, loss, rungs, keep)
-        found = {trial: state["event"] for trial, state in Ledger(SweepFolder(tmp_path).ledger_file).states().items()}
+        found = {trial: state["event"] for trial, state in Ledger(SweepDir(tmp_path).ledger_file).states().items()}
         assert {trial for trial, (end, _) in wanted.items() if end == "finished"} <= {
             trial for trial, end in found.items() if end == "finished"
         }
@@ -295,7 +295,7 @@ def test_other_rungs_let_pruned_trials_go_on(by_formula: Callable[[Loss], Ticks]
     with opened(tmp_path) as sweep:
         sweep.add(trials)
         sweep.run(trials)
-    ends = {state["event"] for state in Ledger(SweepFolder(tmp_path).ledger_file).states().values()}
+    ends = {state["event"] for state in Ledger(SweepDir(tmp_path).ledger_file).states().values()}
     assert ends == {"finished", "diverged"}
 
 
@@ -368,7 +368,7 @@ def test_deleted_trials_of_a_search_are_run_again(by_formula: Callable[[Loss], T
     whole, found = table(tmp_path), study(tmp_path, search)
     gone = sorted(rows(tmp_path / "results.csv"))[::5]
     for trial in gone:
-        shutil.rmtree(SweepFolder(tmp_path).trial(trial).path)
+        shutil.rmtree(SweepDir(tmp_path).trial(trial).path)
     so_far = len(events(tmp_path))
     searched(tmp_path, search)
     assert {event["trial"] for event in events(tmp_path)[so_far:]} == set(gone)
@@ -392,14 +392,14 @@ def bowl(config: Any, step: int) -> float:
     return (math.log10(rate) + 2) ** 2 + config.optimizer.weight_decay + 0.01 * config.seed - 1e-3 * step
 
 
-def searched(path: Path, search: TreeParzen, tree: Any = None) -> None:
+def searched(path: Path, search: TPE, tree: Any = None) -> None:
     with opened(path) as sweep:
-        parzen(sweep, search, tree or tiny_tree(), ())
+        run_tpe(sweep, search, tree or tiny_tree(), ())
 
 
-def study(path: Path, search: TreeParzen, tree: Any = None) -> list[tuple[dict[str, Any], list[float] | None, str]]:
+def study(path: Path, search: TPE, tree: Any = None) -> list[tuple[dict[str, Any], list[float] | None, str]]:
     """What was suggested and told: point, values and state, in the order of the suggestions."""
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(SweepFolder(path).study_file)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(SweepDir(path).study_file)))
     trials = optuna.load_study(study_name=study_name(search, tree or tiny_tree()), storage=storage).trials
     return [(decode_params(search, each.params), each.values, each.state.name) for each in trials]
 
@@ -430,7 +430,7 @@ def test_points_are_told_as_they_ended(by_formula: Callable[[Loss], Ticks], tmp_
     searched(tmp_path, search)
     assert study(tmp_path, search) == found
 
-    assert all(json.loads(line) for line in SweepFolder(tmp_path).study_file.read_text().splitlines())
+    assert all(json.loads(line) for line in SweepDir(tmp_path).study_file.read_text().splitlines())
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in files if file.read_bytes().startswith(b"SQLite")]
 
@@ -505,7 +505,7 @@ def test_points_that_do_not_resolve_are_skipped(by_formula: Callable[[Loss], Tic
 
     def once(path: Path) -> None:
         with opened(path) as sweep:
-            skipped[:] = parzen(sweep, search, tiny_tree(), ())
+            skipped[:] = run_tpe(sweep, search, tiny_tree(), ())
 
     once(tmp_path / "straight")
     found = study(tmp_path / "straight", search)
@@ -536,7 +536,7 @@ def test_points_that_cannot_run_here_are_skipped(
     usual = {"mesh.tensor": 1, "data.window": None, "optimizer.weight_decay_groups": ((".*", 1.0),)}[path]
     search = tree_parzen(6, SPACE | {path: choice(usual, value)}, batch=2)
     with opened(tmp_path) as sweep:
-        skipped = parzen(sweep, search, tiny_tree(), (), sweep.shelf, sweep.check)
+        skipped = run_tpe(sweep, search, tiny_tree(), (), sweep.shelf, sweep.check)
     found = study(tmp_path, search)
     assert len(found) - len(skipped) == 6 and skipped and all(reason in each for each in skipped)
     assert all((point[path] == value) == (state == "PRUNED" and told is None) for point, told, state in found)
@@ -643,7 +643,7 @@ def test_a_stopped_search_tells_nothing(
 
 def test_one_launch_at_a_time_leads_a_search(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
     by_formula(bowl)
-    with lock(tmp_path), pytest.raises(InUse):
+    with lock(tmp_path), pytest.raises(RunLocked):
         searched(tmp_path, tree_parzen(2, SPACE))
     assert events(tmp_path) == []
 

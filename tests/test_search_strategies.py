@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from rustgpt_jax.sweeps import TreeParzen, log_uniform, tree_parzen
+from rustgpt_jax.sweeps import TPE, log_uniform, tree_parzen
 from rustgpt_jax.sweeps.search import suggest
 
 # Of `constraints_func`, which is experimental in one version of Optuna and deprecated in another.
@@ -61,7 +61,7 @@ PROBLEMS: dict[str, tuple[Loss, dict[str, Any]]] = {
 # What the sampler is told of a point with an infinite loss, given the worst finite loss so far.
 
 
-def constrained(search: TreeParzen, trials: Sequence[FrozenTrial], number: int) -> Any:
+def constrained(search: TPE, trials: Sequence[FrozenTrial], number: int) -> Any:
     """A suggestion of the same sampler, which is told of a constraint."""
     sampler = optuna.samplers.TPESampler(
         seed=search.seed + number, constant_liar=True, n_startup_trials=10, constraints_func=lambda trial: ()

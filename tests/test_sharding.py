@@ -26,11 +26,11 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.sharding.mesh import axis_sizes, least_devices
+from rustgpt_jax.sharding.mesh import axis_sizes, min_devices
 from rustgpt_jax.sharding.partition_rules import RULES, placed, share
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.train_step import as_arguments, start
+from rustgpt_jax.training.train_step import start, to_traced_scalars
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 
@@ -171,7 +171,7 @@ def models() -> dict[str, Any]:
     }
     for name in MIXERS:
         for latent in (None, 8):
-            own = {"model.mixers": (name,), "model.query_latent_width": latent}
+            own = {"model.mixers": (name,), "model.q_lora_rank": latent}
             found[f"{name} {latent}"] = small_config(**base | own).model
     for table, knob in ((FEEDFORWARDS, "feedforwards"), (POSITIONS, "positions")):
         for name in table:
@@ -200,7 +200,7 @@ def test_every_matrix_is_cut() -> None:
 def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
     structure, numbers = split(config)
-    leaves = by_path(jax.eval_shape(lambda: start(structure, as_arguments(numbers))))
+    leaves = by_path(jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers))))
     params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)
@@ -231,7 +231,7 @@ def test_experts_take_their_axis_from_the_batch() -> None:
 def test_minus_one_takes_the_devices_that_are_left() -> None:
     mesh = small_config(**{"mesh.fsdp": 2, "mesh.tensor": 2}).mesh
     assert axis_sizes(mesh, 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
-    assert least_devices(mesh) == 4
+    assert min_devices(mesh) == 4
     assert axis_sizes(small_config(**{"mesh.data": 1, "mesh.fsdp": -1}).mesh, 6)["fsdp"] == 6
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepFolder
+from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepDir
 
 ROOT = Path(__file__).parent.parent
 # The package has the function under the same name.
@@ -33,10 +33,10 @@ from configs import tiny
 def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.model.n_layers, config.model.d_model = 1, 16
-    config.training.batch_size, config.training.steps, config.training.steps_per_call = 4, 8, 4
+    config.training.batch_size, config.training.steps, config.training.steps_per_jit_call = 4, 8, 4
     config.schedule.warmup_steps = 2
-    config.record.log_every, config.record.evaluate_every, config.record.checkpoint_every = 4, 8, 8
-    config.record.evaluation_batches = 1
+    config.record.log_every, config.record.eval_every, config.record.checkpoint_every = 4, 8, 8
+    config.record.eval_batches = 1
     return config
 
 def sweep():
@@ -47,8 +47,8 @@ def sweep():
 def sweep_pair():
     yield from list(sweep())[:2]
 
-LONG = {"training.steps": 2000, "training.steps_per_call": 50, "record.log_every": 50}
-RARELY = {"record.evaluate_every": 2000, "record.checkpoint_every": 2000}
+LONG = {"training.steps": 2000, "training.steps_per_jit_call": 50, "record.log_every": 50}
+RARELY = {"record.eval_every": 2000, "record.checkpoint_every": 2000}
 
 def sweep_long():
     for learning_rate in (1e-3, 1e-2):
@@ -290,7 +290,7 @@ class Cluster:
     """Jobs end in the states that are told, after as many steps, and at each look the next one does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, looks: list[tuple[str, int] | None]) -> None:
-        self.folder = SweepFolder(folder)
+        self.folder = SweepDir(folder)
         self.ledger = Ledger(self.folder.ledger_file)
         self.ledger.append("one", "planned", overrides={})
         self._looks, self._states, self._is_known = looks, dict[str, str](), True
@@ -321,7 +321,7 @@ class Cluster:
 
     def run(self) -> list[str]:
         """Launch a chunk of one trial; the events of the ledger after that."""
-        launch = Launch(self.folder, Shelf(), Path("code"), 1, {}, lambda: False)
+        launch = Launch(self.folder, AssetCache(), Path("code"), 1, {}, lambda: False)
         LAUNCHER.slurm(launch, [Chunk(("one",), "exact", 1)])
         assert self._looks == []
         return [event["event"] for event in self.ledger.events()[1:]]

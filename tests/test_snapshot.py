@@ -22,14 +22,14 @@ from rustgpt_jax.workdir import code_snapshot
 from rustgpt_jax.workdir.code_snapshot import (
     code_files,
     code_hash,
-    keep_code,
     own_modules,
     read_code,
-    remember_code,
+    record_code,
     running_code,
+    save_code_snapshot,
     unpack,
 )
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -76,9 +76,9 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run_folder(path: Path) -> RunFolder:
+def run_folder(path: Path) -> RunDir:
     path.mkdir(parents=True)
-    return RunFolder(path)
+    return RunDir(path)
 
 
 # Archives.
@@ -88,7 +88,7 @@ def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     unpack(run.code / f"{about['code']}.zip", tmp_path / "copy")
     there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in code_snapshot.CODE}
     assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
@@ -106,7 +106,7 @@ def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch
 
 def test_an_archive_has_the_code_and_nothing_else(code: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
-    assert read_code(run.code / f"{keep_code(run)['code']}.zip") == FILES
+    assert read_code(run.code / f"{save_code_snapshot(run)['code']}.zip") == FILES
 
 
 @given(
@@ -125,7 +125,7 @@ def test_the_hash_is_that_of_names_and_contents(first: dict[str, bytes], second:
 
 def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [run_folder(tmp_path / name) for name in ("a", "b")]
-    names = {f"{keep_code(run)['code']}.zip" for run in runs}
+    names = {f"{save_code_snapshot(run)['code']}.zip" for run in runs}
     (name,) = names
     files = [run.code / name for run in runs] + [tmp_path / "cache" / "code" / name]
     assert len({file.stat().st_ino for file in files}) == 1
@@ -136,7 +136,7 @@ def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(time, "time", lambda: 2e9)
     files[2].unlink()
     other = run_folder(tmp_path / "c")
-    keep_code(other)
+    save_code_snapshot(other)
     assert (other.code / name).read_bytes() == before
     assert [file.name for run in [*runs, other] for file in run.code.iterdir()] == [name] * 3
 
@@ -149,26 +149,26 @@ def test_without_links_or_a_cache_a_run_has_a_copy(code: Path, tmp_path: Path, m
             raise OSError("there are no links here")
 
         patch.setattr(os, "link", refuse)
-        name = f"{keep_code(first)['code']}.zip"
+        name = f"{save_code_snapshot(first)['code']}.zip"
     (tmp_path / "no_folder").write_text("")
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "no_folder"))
-    keep_code(second)
+    save_code_snapshot(second)
     for run in (first, second):
         assert read_code(run.code / name) == FILES
         assert [file.name for file in run.code.iterdir()] == [name]
 
 
 def test_what_is_edited_later_is_not_what_runs(code: Path, tmp_path: Path) -> None:
-    first = keep_code(run_folder(tmp_path / "a"))
+    first = save_code_snapshot(run_folder(tmp_path / "a"))
     (code / "launch.py").write_text("print(2)\n")
-    assert keep_code(run_folder(tmp_path / "b"))["code"] == first["code"]
+    assert save_code_snapshot(run_folder(tmp_path / "b"))["code"] == first["code"]
 
 
 def test_what_is_edited_while_data_is_prepared_is_not_what_runs(code: Path, tmp_path: Path) -> None:
-    remember_code()
+    record_code()
     (code / "launch.py").write_text("print(2)\n")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     assert read_code(run.code / f"{about['code']}.zip") == FILES
     assert running_code(run) == about["code"]
 
@@ -184,12 +184,12 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
         monkeypatch.delitem(sys.modules, name, raising=False)
     __import__("my_lab.mixers")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     own = {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n"}
     assert read_code(run.code / f"{about['code']}.zip") == FILES | own
     assert about["left_out"] == ["my_lab/weights.bin"]
     # The jobs of a sweep run all of it.
-    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     assert contents(copy).keys() == {*FILES, *own, "my_lab/weights.bin"}
     for name in ("my_lab", "my_lab.mixers"):
         sys.modules.pop(name)
@@ -207,7 +207,7 @@ def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
     __import__("far_lab.mixers")
     run = run_folder(tmp_path / "run")
     run.config_file.write_text('{"config": {"model": {"mixers": ["softmax", "far_lab.mixers:Retention", "sys:path"]}}}')
-    own = read_code(run.code / f"{keep_code(run)['code']}.zip").keys() - FILES.keys()
+    own = read_code(run.code / f"{save_code_snapshot(run)['code']}.zip").keys() - FILES.keys()
     assert own == (set() if is_installed else {"far_lab/__init__.py", "far_lab/mixers.py", "far_help.py"})
     for name in ("far_lab", "far_lab.mixers", "far_help"):
         sys.modules.pop(name)
@@ -279,7 +279,7 @@ def repository(code: Path) -> Path:
 
 def test_a_clean_tree_has_its_commit_and_no_patch(repository: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     commit = git(repository, "rev-parse", "HEAD")
     assert about["git"] == {"commit": commit, "branch": "trunk", "clean": True, "patch": None, "untracked": []}
     assert len(list(run.code.iterdir())) == 1
@@ -291,7 +291,7 @@ def test_the_patch_makes_the_code_of_the_commit(repository: Path, tmp_path: Path
     (repository / "configs" / "base.py").unlink()
     (repository / "rustgpt_jax" / "new.py").write_text("new = 1\n")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)["git"]
+    about = save_code_snapshot(run)["git"]
     assert not about["clean"]
     assert about["untracked"] == ["rustgpt_jax/new.py"]
     patch = (run.code / about["patch"]).absolute()
@@ -305,21 +305,21 @@ def test_the_patch_makes_the_code_of_the_commit(repository: Path, tmp_path: Path
 
 
 def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert keep_code(run_folder(tmp_path / "no_repository"))["git"] is None
+    assert save_code_snapshot(run_folder(tmp_path / "no_repository"))["git"] is None
     # In a repository that does not have it.
     git(tmp_path, "init", "-q")
     code_snapshot._git_state.cache_clear()
-    assert keep_code(run_folder(tmp_path / "not_in_it"))["git"] is None
+    assert save_code_snapshot(run_folder(tmp_path / "not_in_it"))["git"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
     code_snapshot._git_state.cache_clear()
-    assert keep_code(run_folder(tmp_path / "no_git"))["git"] is None
+    assert save_code_snapshot(run_folder(tmp_path / "no_git"))["git"] is None
 
 
 def test_a_git_that_hangs_is_left_alone(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_git(tmp_path, "exec sleep 30", monkeypatch)
     monkeypatch.setattr(code_snapshot, "GIT_SECONDS", 0.2)
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     assert about["git"] is None
     assert read_code(run.code / f"{about['code']}.zip") == FILES
 
@@ -338,7 +338,7 @@ def test_what_git_does_not_tell_is_not_called_clean(
 ) -> None:
     real = shutil.which("git")
     fake_git(tmp_path, f'case "$*" in *" {command} "*) exit 1;; esac; exec {real} "$@"', monkeypatch)
-    about = keep_code(run_folder(tmp_path / "run"))["git"]
+    about = save_code_snapshot(run_folder(tmp_path / "run"))["git"]
     assert about["clean"] is None and about["patch"] is None
 
 
@@ -348,7 +348,7 @@ def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: P
         git(repository, "config", name, value)
     (repository / "launch.py").write_text("print('quiet')\n")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)["git"]
+    about = save_code_snapshot(run)["git"]
     assert about["clean"] is False
     assert "\n+print('quiet')\n" in (run.code / about["patch"]).read_text()
 
@@ -356,9 +356,9 @@ def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: P
 def test_names_of_files_are_any_bytes(repository: Path, tmp_path: Path) -> None:
     with open(os.fsencode(repository / "rustgpt_jax") + b"/gr\xfcn.txt", "w"):
         pass
-    about = keep_code(run_folder(tmp_path / "run"))
+    about = save_code_snapshot(run_folder(tmp_path / "run"))
     assert about["git"]["untracked"] == about["left_out"] == ["rustgpt_jax/gr\\xfcn.txt"]
-    sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
 
 
 def test_a_copy_of_the_code_knows_where_git_has_it(
@@ -366,13 +366,13 @@ def test_a_copy_of_the_code_knows_where_git_has_it(
 ) -> None:
     (repository / "launch.py").write_text("print(2)\n")
     first = run_folder(tmp_path / "here")
-    about = keep_code(first)
-    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    about = save_code_snapshot(first)
+    copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     # A job of the sweep, in another process.
     monkeypatch.setattr(code_snapshot, "_root", lambda: copy)
     forget_code()
     trial = run_folder(tmp_path / "trial")
-    assert keep_code(trial) == about and about["git"]["clean"] is False
+    assert save_code_snapshot(trial) == about and about["git"]["clean"] is False
     assert contents(trial.code) == contents(first.code)
 
 
@@ -381,7 +381,7 @@ def test_a_copy_of_the_code_knows_where_git_has_it(
 SECRETS = (".env", "prod.env", "id_rsa", "id_ed25519.pub", "server.pem", "api.key", "my_Secrets.py", ".aws/config")
 
 
-def kept_names(run: RunFolder, about: dict[str, Any]) -> set[str]:
+def kept_names(run: RunDir, about: dict[str, Any]) -> set[str]:
     return set(read_code(run.code / f"{about['code']}.zip"))
 
 
@@ -395,12 +395,12 @@ def test_secrets_are_not_kept(is_tracked: bool, code: Path, tmp_path: Path) -> N
         git(code, "commit", "-q", "-m", "all")
         write(code, dict.fromkeys(secrets, b"swordfish 2"))
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     assert kept_names(run, about) == FILES.keys()
     assert about["left_out"] == sorted(secrets)
     everything = b"".join(file.read_bytes() for file in run.code.iterdir())
     assert b"swordfish" not in everything and len(list(run.code.iterdir())) == 1
-    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     assert {name for name in contents(copy) if not name.startswith(".git_state")} == FILES.keys()
 
 
@@ -411,7 +411,7 @@ def test_what_git_ignores_or_does_not_track_is_not_kept(repository: Path, tmp_pa
     os.symlink(tmp_path / "elsewhere.py", repository / "configs" / "link.py")
     (tmp_path / "elsewhere.py").write_text("swordfish")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     assert kept_names(run, about) == FILES.keys() | {"configs/new.py"}
     left_out = ["configs/link.py", "configs/local_paths.py", "configs/notes.txt", "experiments/people.csv"]
     assert about["left_out"] == left_out
@@ -427,7 +427,7 @@ def test_of_a_package_that_is_ignored_its_modules_are_kept(
     monkeypatch.syspath_prepend(str(repository))
     __import__("ignored_lab")
     run = run_folder(tmp_path / "run")
-    about = keep_code(run)
+    about = save_code_snapshot(run)
     sys.modules.pop("ignored_lab")
     assert kept_names(run, about) == FILES.keys() | {"ignored_lab/__init__.py"}
     assert about["left_out"] == ["ignored_lab/data.bin", "ignored_lab/id_rsa"]
@@ -435,15 +435,15 @@ def test_of_a_package_that_is_ignored_its_modules_are_kept(
 
 def test_a_copy_for_jobs_in_an_ignored_folder_is_kept_whole(repository: Path, tmp_path: Path) -> None:
     """As the jobs of a sweep run it: its folder is below one that git ignores."""
-    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(repository / "runs" / "sweep"))
+    copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(repository / "runs" / "sweep"))
     assert set(code_files([copy / name for name in code_snapshot.CODE])) == FILES.keys()
 
 
 def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp_path: Path) -> None:
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
-    name = f"{keep_code(first)['code']}.zip"
+    name = f"{save_code_snapshot(first)['code']}.zip"
     (first.code / name).write_bytes(b"changed")
-    keep_code(second)
+    save_code_snapshot(second)
     assert read_code(second.code / name) == FILES
 
 
@@ -453,20 +453,20 @@ def test_a_copy_of_another_group_or_other_permissions_is_not_linked(
 ) -> None:
     """A hard link keeps the group of the cache, also in a setgid folder, whose members could not read the code."""
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
-    name = f"{keep_code(first)['code']}.zip"
+    name = f"{save_code_snapshot(first)['code']}.zip"
     second.code.mkdir()
     if other == "permissions":
         second.code.chmod(0o700)
     else:
         group = os.getegid()
         monkeypatch.setattr(os, "getegid", lambda: group + 1)
-    keep_code(second)
+    save_code_snapshot(second)
     assert not (second.code / name).samefile(first.code / name)
     assert read_code(second.code / name) == FILES
 
 
 def test_a_copy_for_jobs_has_the_permissions_of_the_umask(code: Path, tmp_path: Path) -> None:
     (code / "launch.py").chmod(0o600)
-    copy = sweep_folders.keep_code(sweep_folders.SweepFolder(tmp_path / "sweep"))
+    copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     (tmp_path / "new").write_text("")
     assert (copy / "launch.py").stat().st_mode == (tmp_path / "new").stat().st_mode

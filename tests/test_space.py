@@ -34,7 +34,7 @@ from rustgpt_jax.sweeps import (
     tree_parzen,
     uniform,
     values,
-    zipped,
+    zip_,
 )
 
 U = st.floats(0, 1, exclude_max=True)
@@ -86,10 +86,10 @@ def test_products_and_chains_are_monoids(sweeps: Any) -> None:
 @given(st.lists(st.tuples(st.integers(), st.text(max_size=3), st.booleans()), min_size=1, max_size=6))
 def test_zipped_is_the_inverse_of_taking_columns(rows: list[tuple[int, str, bool]]) -> None:
     columns = [values(path, *column) for path, column in zip("abc", zip(*rows, strict=True), strict=True)]
-    trials = zipped(*columns)
+    trials = zip_(*columns)
     assert [tuple(trial.values()) for trial in trials] == rows
     assert [[{path: trial[path]} for trial in trials] for path in "abc"] == columns
-    assert zipped(columns[0]) == columns[0]
+    assert zip_(columns[0]) == columns[0]
 
 
 def test_generators_are_sweeps_and_what_comes_out_is_new() -> None:
@@ -101,9 +101,9 @@ def test_generators_are_sweeps_and_what_comes_out_is_new() -> None:
     others = seeds(3)
     assert product(trials(), iter(others)) == product(listed, others)
     assert chain(trials(), trials()) == listed + listed
-    assert zipped(trials(), seeds(2)) == [{"a": 1, "seed": 0}, {"a": 2, "seed": 1}]
+    assert zip_(trials(), seeds(2)) == [{"a": 1, "seed": 0}, {"a": 2, "seed": 1}]
     assert successive_halving(trials(), (1, 2)).trials == tuple(listed)
-    for combine in (chain, product, zipped, lambda sweep: successive_halving(sweep, (1,)).trials):
+    for combine in (chain, product, zip_, lambda sweep: successive_halving(sweep, (1,)).trials):
         combine(listed)[0]["a"] = 7
         assert listed == [{"a": 1}, {"a": 2}]
 
@@ -292,11 +292,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "True seeds": (lambda: seeds(True), "not True"),
     "negative seed": (lambda: seeds(1, first=-1), "seeds: first is a whole number from 0 up, not -1"),
     "product: a knob twice": (lambda: product(LEFT, RIGHT), "product: the knob 'optimizer.b2' is given by two"),
-    "zipped: a knob twice": (lambda: zipped(LEFT, RIGHT), "zipped: the knob 'optimizer.b2' is given by two"),
-    "zipped: lengths": (lambda: zipped(seeds(2), LEFT, values("c", 1, 2, 3)), "different lengths: 2, 2, 3"),
+    "zipped: a knob twice": (lambda: zip_(LEFT, RIGHT), "zipped: the knob 'optimizer.b2' is given by two"),
+    "zipped: lengths": (lambda: zip_(seeds(2), LEFT, values("c", 1, 2, 3)), "different lengths: 2, 2, 3"),
     "one trial for a sweep": (lambda: product(LEFT, {"seed": 1}), "product: argument 2 is not a sweep"),  # type: ignore
     "a list of paths": (lambda: chain(["seed"]), "chain: argument 1 is not a sweep"),  # type: ignore
-    "a number for a sweep": (lambda: zipped(3), "zipped: argument 1 is not a sweep"),  # type: ignore
+    "a number for a sweep": (lambda: zip_(3), "zipped: argument 1 is not a sweep"),  # type: ignore
     "a search in a product": (lambda: product(tree_parzen(1, SPACE)), "argument 1 is not a sweep"),  # type: ignore
     "low above high": (lambda: uniform(2, 1), "uniform: low=2 and high=1 are not a range"),
     "low is high": (lambda: integers(2, 2), "integers: low=2 and high=2 are not a range"),

@@ -14,18 +14,18 @@ from conftest import small_config
 from rustgpt_jax.config.schema import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
-from rustgpt_jax.evaluation.loss import Sums, held_out_sums, objective, token_sums
+from rustgpt_jax.evaluation.loss import Sums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
 from rustgpt_jax.training.train_step import (
     Metrics,
     Numbers,
     State,
-    as_arguments,
-    compiled_start,
+    compiled_init_state,
     compiled_train_steps,
     gradient,
-    healthy,
+    init_loss_stats,
+    to_traced_scalars,
 )
 
 TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}
@@ -65,12 +65,12 @@ def stacked(config: Config, first: int, count: int, slots: int) -> Batch:
 
 def program_of(config: Config) -> tuple[Structure, Numbers]:
     structure, numbers = split(config)
-    return structure, as_arguments(numbers)
+    return structure, to_traced_scalars(numbers)
 
 
 def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
     """Initial parameters of all tiny models: their structures differ in what changes no shape."""
-    return jax.device_get(compiled_start(*program_of(tiny(seed=seed, **{"model.init_std": init_std}))).params)
+    return jax.device_get(compiled_init_state(*program_of(tiny(seed=seed, **{"model.init_std": init_std}))).params)
 
 
 def run(
@@ -79,7 +79,7 @@ def run(
     """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
     structure, numbers = program_of(config)
     params = parameters()
-    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step), healthy())
+    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
     done, history = 0, []
     for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
@@ -100,7 +100,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
 def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny()
     structure, numbers = program_of(config)
-    state = compiled_start(structure, numbers)
+    state = compiled_init_state(structure, numbers)
     batches = stacked(config, 0, SLOTS, SLOTS)
     # What is not compiled cannot run: without its caches, JAX says the name of everything that does.
     jax.clear_caches()
@@ -115,8 +115,8 @@ def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_no_number_compiles_anything_new() -> None:
     run(tiny(**ALL_ON), [1])
-    compiled_start(*program_of(tiny(**ALL_ON)))
-    before = compiled_start._cache_size(), compiled_train_steps._cache_size()
+    compiled_init_state(*program_of(tiny(**ALL_ON)))
+    before = compiled_init_state._cache_size(), compiled_train_steps._cache_size()
     _, numbers = split(tiny(**ALL_ON))
     assert len(numbers) > 15
     for path, value in numbers.items():
@@ -126,14 +126,14 @@ def test_no_number_compiles_anything_new() -> None:
                 | {path: value + 1 if FIELDS[path].type is int else max(value * 0.5, FIELDS[path].metadata["low"])}
             )
         )
-        compiled_start(*program_of(other))
+        compiled_init_state(*program_of(other))
         run(other, [2])
-        assert (compiled_start._cache_size(), compiled_train_steps._cache_size()) == before, path
+        assert (compiled_init_state._cache_size(), compiled_train_steps._cache_size()) == before, path
 
 
 def test_switching_a_part_on_compiles_once() -> None:
     # A structure that no other test has.
-    switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_call": 77}
+    switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_jit_call": 77}
     run(tiny(**switches), [1])
     for path in SWITCHES:
         before = compiled_train_steps._cache_size()
@@ -183,8 +183,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 
 def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
     experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.n_experts": 3}
-    config, batch = tiny(**experts, **{"model.load_balance": 0.7}), batch_of(tiny())
-    params = compiled_start(*program_of(config)).params
+    config, batch = tiny(**experts, **{"model.load_balance_loss_weight": 0.7}), batch_of(tiny())
+    params = compiled_init_state(*program_of(config)).params
     gradient, sums = gradient_of(config, params, batch)
 
     def reported(params: Any) -> Any:
@@ -193,12 +193,12 @@ def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
         )[2]
 
     signals = jax.jit(reported)(params)
-    assert signals["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(signals["load_balance"]))
-    assert signals["load_balance"] >= config.model.experts_per_token and signals["dropped"] == 0
+    assert signals["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(signals["load_balance_loss_weight"]))
+    assert signals["load_balance_loss_weight"] >= config.model.experts_per_token and signals["dropped"] == 0
     jax.tree.map(
         lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5), sums.signals, signals
     )
-    without, _ = gradient_of(tiny(**experts, **{"model.load_balance": 0.0}), params, batch)
+    without, _ = gradient_of(tiny(**experts, **{"model.load_balance_loss_weight": 0.0}), params, batch)
     alone = jax.jit(jax.grad(lambda params: reported(params)["auxiliary_loss"]))(params)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-3, atol=1e-6), gradient, without, alone)
 
@@ -226,11 +226,11 @@ def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, flo
 def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
     params, batch = parameters(init_std=0.5), batch_of(tiny())
     loss, square = loss_in_numpy(params, tiny(), batch)
-    sums = held_out_sums(params, batch, tiny().model)
+    sums = eval_loss_sums(params, batch, tiny().model)
     total = np.float32(batch.weights_BT.sum())
     assert sums.weight == total
-    assert objective(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
-    assert objective(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
+    assert total_loss(sums, total, 0.0) == pytest.approx(loss, rel=1e-5)
+    assert total_loss(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
 
 
 def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: p
         alive.append(sum(each() is not None for each in made))
         return Sums(loss, np.zeros(()), np.array(2.0), {})
 
-    monkeypatch.setattr(perplexity, "held_out_sums", sums)
+    monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
     monkeypatch.setattr(perplexity, "MOST_PENDING", 4)
     batches: Any = range(11)
     measured = perplexity.evaluate(parameters(), tiny().model, batches, 1.0)
@@ -282,7 +282,7 @@ def test_a_z_loss_is_minimised_but_not_reported() -> None:
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     structure, numbers = program_of(config)
-    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0), healthy())
+    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
     state, metrics = compiled_train_steps(structure, state, batches, np.int32(1), numbers, np.int32(0))
@@ -293,7 +293,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
 def test_the_norm_is_reported_before_clipping_and_the_clip_acts() -> None:
     # Then the update is the clipped gradient.
     plain = {"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 1.0}
-    at_once = {"schedule.warmup_steps": 0, "schedule.final_fraction": 1.0}
+    at_once = {"schedule.warmup_steps": 0, "schedule.final_lr_frac": 1.0}
 
     def first_step(clip_norm: float) -> tuple[float, float]:
         state, metrics = run(tiny(**SGD, **plain, **at_once, **{"optimizer.clip_norm": clip_norm}), [1])
@@ -343,9 +343,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
 
     @jax.jit
     def alone(key: jax.Array) -> Sums:
-        return token_sums(
-            parameters(), jax.tree.map(lambda leaf: leaf[:1], batch), merge(structure, numbers).model, key
-        )
+        return loss_sums(parameters(), jax.tree.map(lambda leaf: leaf[:1], batch), merge(structure, numbers).model, key)
 
     losses = [float(alone(jax.random.fold_in(jax.random.key(0), part)).loss) for part in range(2)]
     assert float(sums.loss) == pytest.approx(sum(losses), rel=1e-5)
@@ -354,7 +352,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
 
 def test_evaluation_drops_nothing() -> None:
     rates = (0.0, 0.9)
-    sums = [held_out_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates]
+    sums = [eval_loss_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates]
     assert_same_bits(*sums)
 
 

@@ -49,7 +49,7 @@ def dialogues(tmp_path: Path) -> DataConfig:
     turns = [[("user", f"day {index}?"), ("assistant", line)] for index, line in enumerate(LINES)]
     messages = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
     path.write_text("\n".join(map(json.dumps, messages)))
-    return config((str(path),), loss_on="assistant")
+    return config((str(path),), loss_mask="assistant")
 
 
 def refuse_to_encode(*arguments: object) -> None:
@@ -93,7 +93,7 @@ def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_pa
     tokenizer = char()
     built = build_store(dialogues, tokenizer, tmp_path / "stores", shard_tokens=11)
     stream = built.split("train")
-    documents = list(datasets.training_documents(dialogues))
+    documents = list(datasets.tokenizer_documents(dialogues))
     parts = [tokenizers.encode_document(tokenizer, document, "assistant")[1] for document in documents]
     expected = np.concatenate([*parts, [True]])
     assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
@@ -191,7 +191,7 @@ CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, Tokenizer]]] = {
     "tokenizer": lambda found: (found, Codec(TOKENIZERS["byte"]([], None))),
     "valid_fraction": lambda found: (dataclasses.replace(found, valid_fraction=0.3), char()),
     "split": lambda found: (dataclasses.replace(found, split="tail"), char()),
-    "loss_on": lambda found: (dataclasses.replace(found, loss_on="assistant"), char()),
+    "loss_mask": lambda found: (dataclasses.replace(found, loss_mask="assistant"), char()),
     "documents": lambda found: (dataclasses.replace(found, max_documents=30), char()),
 }
 
@@ -381,7 +381,7 @@ def test_files_that_change_during_the_build_are_noticed(
     [
         ('["", ""]', {}, "config.data.corpus='files' has no document with text"),
         ('["one"]', {}, "has 1 document.s. and the split '(train|valid)' got none: set config.data.split='tail'"),
-        ('["one"]', {"split": "tail", "valid_fraction": 0.9, "loss_on": "all"}, "the split 'train' got none"),
+        ('["one"]', {"split": "tail", "valid_fraction": 0.9, "loss_mask": "all"}, "the split 'train' got none"),
     ],
 )
 def test_a_corpus_too_small_is_refused(text: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
     (tmp_path / "one.txt").write_text("One long text. " * 1000)
     found = config((str(tmp_path / "one.txt"),))
     whole = small_config(**{"data.corpus": "files", "data.paths": found.paths, "data.valid_fraction": 0.25})
-    for refused in (lambda: build_store(found, char(), tmp_path), lambda: preprocess.obtain_tokenizer(whole)):
+    for refused in (lambda: build_store(found, char(), tmp_path), lambda: preprocess.load_or_train_tokenizer(whole)):
         with pytest.raises(UserError, match="the split '(train|valid)' got none: set config.data.split='tail'"):
             refused()
 

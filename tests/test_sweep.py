@@ -27,13 +27,13 @@ from test_population import train_alone
 
 from rustgpt_jax.cli.evaluate import evaluate_run
 from rustgpt_jax.sweeps import product, seeds, values
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.launchers.subprocesses import MOST_DEATHS, processes
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, open_sweep
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
+from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, open_sweep
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import executors
@@ -55,11 +55,11 @@ TINY = {
     "model.d_model": 16,
     "model.n_heads": 2,
     "training.steps": 12,
-    "record.evaluation_batches": 2,
+    "record.eval_batches": 2,
     "record.prompts": (),
 }
 RATES = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
-ABOUT = About("tiny.py", "sweep", {})
+ABOUT = SweepInfo("tiny.py", "sweep", {})
 # One program serves all tests of this process.
 IN_PAIRS = Settings(width=2)
 
@@ -74,7 +74,7 @@ def tiny_tree(**changes: Any) -> ConfigDict:
 @contextmanager
 def opened(path: Path, settings: Settings = IN_PAIRS) -> Iterator[Sweep]:
     """A sweep in a folder, silent."""
-    with open_sweep(path, ABOUT, settings, Shelf(), Console(file=StringIO())) as sweep:
+    with open_sweep(path, ABOUT, settings, AssetCache(), Console(file=StringIO())) as sweep:
         yield sweep
 
 
@@ -88,12 +88,12 @@ def run(path: Path, trials: list[Trial], settings: Settings = IN_PAIRS) -> Sweep
 
 def events(path: Path, *kinds: str) -> list[dict[str, Any]]:
     """The events of a sweep, or those of some kinds."""
-    found = Ledger(SweepFolder(path).ledger_file).events()
+    found = Ledger(SweepDir(path).ledger_file).events()
     return [event for event in found if not kinds or event["event"] in kinds]
 
 
 def trial_path(path: Path, trial: Trial) -> Path:
-    return SweepFolder(path).trial(trial.id).path
+    return SweepDir(path).trial(trial.id).path
 
 
 def table(path: Path) -> bytes:
@@ -268,7 +268,7 @@ def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) ->
     trials = expand(tiny_tree(), seeds(6))
     with opened(tmp_path / "sweep") as sweep:
         sweep.add(trials)
-        shelf = Shelf(sweep.folder.tokenizers)
+        shelf = AssetCache(sweep.folder.tokenizers)
         worker = Worker(sweep.folder, shelf, jax.local_devices(), "code", lambda: False)
         alive = []
         for trial in trials:
@@ -438,7 +438,7 @@ def undisturbed(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) ->
 def checkpoints(path: Path) -> dict[str, int]:
     """The last checkpoint of each trial."""
     last: dict[str, int] = {}
-    for folder in SweepFolder(path).trials.glob("*/checkpoints/[0-9]*"):
+    for folder in SweepDir(path).trials.glob("*/checkpoints/[0-9]*"):
         if folder.name.isdigit():
             trial = folder.parents[1].name
             last[trial] = max(last.get(trial, 0), int(folder.name))
@@ -630,7 +630,7 @@ def run_stand_ins(path: Path, trials: list[str], pause: float = 0.0) -> Ledger:
     (package / "worker.py").write_text(STAND_IN)
     ledger = Ledger(path / "ledger.jsonl")
     ledger.append_all([(trial, "planned", {"overrides": {}}) for trial in trials])
-    launch = Launch(SweepFolder(path), Shelf(), path / "code", 1, {}, lambda: bool(time.sleep(pause)))
+    launch = Launch(SweepDir(path), AssetCache(), path / "code", 1, {}, lambda: bool(time.sleep(pause)))
     processes(launch, [Chunk((trial,), "exact", 1) for trial in trials])
     return ledger
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_loop import VOCABULARY, stored_state, tiny, train
 
-from rustgpt_jax.data.preprocess import obtain_tokenizer
+from rustgpt_jax.data.preprocess import load_or_train_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
 from rustgpt_jax.model.flops import parameter_shapes
@@ -16,7 +16,7 @@ from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.reproduce.metadata_diff import config_differences
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
-from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -71,7 +71,7 @@ def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path:
     begin(str(source), tmp_path / "new", **other)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
     assert about["from_seed"] == {"embedding/table": "its tokens are of another tokenizer"}
-    assert load(tmp_path / "new").writer.tokenizer.written == obtain_tokenizer(tiny(**other)).written
+    assert load(tmp_path / "new").writer.tokenizer.written == load_or_train_tokenizer(tiny(**other)).written
 
 
 def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_what_cannot_be_is_a_sentence_and_leaves_nothing(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         begin(f"{source}{suffix}", tmp_path / "new", **changes)
-    assert not RunFolder(tmp_path / "new").path.exists()
+    assert not RunDir(tmp_path / "new").path.exists()
 
 
 def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_run_of_more_layers_takes_those_that_are_there(source: Path, tmp_path:
 def test_diff_names_what_runs_began_with(source: Path, tmp_path: Path) -> None:
     begin(str(source), tmp_path / "new")
     begin(f"{source}@best", tmp_path / "best")
-    (found,) = config_differences(RunFolder(tmp_path / "new"), RunFolder(tmp_path / "best"))
+    (found,) = config_differences(RunDir(tmp_path / "new"), RunDir(tmp_path / "best"))
     assert (found.name, found.first) == ("init_from", f"{source} at step 10")
-    assert config_differences(RunFolder(source), RunFolder(tmp_path / "new"))[0].first == "nothing"
-    assert not config_differences(RunFolder(tmp_path / "new"), RunFolder(tmp_path / "new"))
+    assert config_differences(RunDir(source), RunDir(tmp_path / "new"))[0].first == "nothing"
+    assert not config_differences(RunDir(tmp_path / "new"), RunDir(tmp_path / "new"))

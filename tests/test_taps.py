@@ -34,13 +34,13 @@ from rustgpt_jax.training.instrumented_step import (
     PARAMETER,
     PARAMETER_GRADIENT,
     UPDATE,
-    TapReport,
+    StepIntermediates,
     Tensor,
     compiled_tapped_step,
     tapped_step,
     tensors,
 )
-from rustgpt_jax.training.train_step import as_arguments, start_from, train_step
+from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -270,12 +270,12 @@ def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
     """The program, a state at step 5, a batch, and the config."""
     config = small_config(**(SMALL | {"model.n_layers": 2, "training.batch_size": 4} | changes))
     structure, numbers = split(config)
-    program = structure, as_arguments(numbers)
+    program = structure, to_traced_scalars(numbers)
     params = jax.tree.map(jnp.asarray, random_params(config.model))
-    return program, start_from(*program, params)._replace(step=jnp.int32(5)), batch(4), config
+    return program, init_state_from_params(*program, params)._replace(step=jnp.int32(5)), batch(4), config
 
 
-def looked_into(program: Any, state: Any, read: Batch) -> tuple[TapReport, list[Tensor]]:
+def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediates, list[Tensor]]:
     report = compiled_tapped_step(program[0], state, read, program[1])
     return report, tensors(program, state.params, report)
 

@@ -195,12 +195,12 @@ def test_unknown_words_are_shown_and_never_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss_on", "expected"),
+    ("loss_mask", "expected"),
     [("all", "111111111111"), ("assistant", "100000011101")],
 )
-def test_weights_of_a_dialogue(loss_on: str, expected: str) -> None:
+def test_weights_of_a_dialogue(loss_mask: str, expected: str) -> None:
     turns = (Turn("system", "a"), Turn("user", "ab"), Turn("assistant", "ba"), Turn("user", ""), Turn("assistant", "a"))
-    ids, weights = tokenizers.encode_document(TRAINED["char"], Document("", turns), loss_on)
+    ids, weights = tokenizers.encode_document(TRAINED["char"], Document("", turns), loss_mask)
     tokens = [TRAINED["char"].id_to_token(index) for index in ids]
     system, user, assistant = ROLE_TOKENS.values()
     assert tokens == [END, system, "a", user, "a", "b", assistant, "b", "a", user, assistant, "a"]
@@ -208,10 +208,10 @@ def test_weights_of_a_dialogue(loss_on: str, expected: str) -> None:
     assert (ids.dtype, weights.dtype) == (np.int32, bool)
 
 
-@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+@pytest.mark.parametrize("loss_mask", ["all", "assistant"])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_plain_text_is_learned_whole(name: str, loss_on: str) -> None:
-    ids, weights = tokenizers.encode_document(TRAINED[name], plain("", TEXTS[0]), loss_on)
+def test_plain_text_is_learned_whole(name: str, loss_mask: str) -> None:
+    ids, weights = tokenizers.encode_document(TRAINED[name], plain("", TEXTS[0]), loss_mask)
     assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
     assert weights.all()
 

@@ -17,16 +17,16 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Nothing but steps, until the last one.
 STEPS: dict[str, Any] = {
     "training.steps": 8,
-    "record.evaluate_every": 8,
+    "record.eval_every": 8,
     "record.checkpoint_every": 8,
-    "faults.not_finite": "skip",
+    "faults.nonfinite_policy": "skip",
 }
 
 
 def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance, guarded = executors.Solo.advance, list[int]()
+    advance, guarded = executors.SingleRunExecutor.advance, list[int]()
 
-    def advance_guarded(solo: executors.Solo, runs: Sequence[Run | None], count: int) -> None:
+    def advance_guarded(solo: executors.SingleRunExecutor, runs: Sequence[Run | None], count: int) -> None:
         (run,) = runs
         assert run is not None
         # The first call compiles its program, with constants that are brought to the device once.
@@ -35,7 +35,7 @@ def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monk
         with jax.transfer_guard("disallow" if run.step else "allow"):
             advance(solo, runs, count)
 
-    monkeypatch.setattr(executors.Solo, "advance", advance_guarded)
+    monkeypatch.setattr(executors.SingleRunExecutor, "advance", advance_guarded)
     train(tmp_path / "run", **STEPS)
     assert len(guarded) >= 3 and guarded[-1] < 8
 
@@ -65,13 +65,13 @@ def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monk
 def test_a_state_is_given_to_the_steps_and_comes_back_in_its_memory() -> None:
     from rustgpt_jax.config.schema import split
     from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-    from rustgpt_jax.training.train_step import as_arguments, compiled_train_steps
+    from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars
 
     config = run_config()
     structure, numbers = split(config)
     state = state_shapes(config)
     batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), batch_shapes(4, 16))
-    arguments = structure, state, batches, jax.ShapeDtypeStruct((), "int32"), as_arguments(numbers)
+    arguments = structure, state, batches, jax.ShapeDtypeStruct((), "int32"), to_traced_scalars(numbers)
     program = compiled_train_steps.lower(*arguments, jax.ShapeDtypeStruct((), "int32")).compile()
     bytes_of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes >= bytes_of_state

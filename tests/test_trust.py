@@ -22,12 +22,12 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.rerun import rerun
 from rustgpt_jax.reproduce.run_diff import diff
-from rustgpt_jax.reproduce.snapshot_runner import Ended, OwnCode, own_code
+from rustgpt_jax.reproduce.snapshot_runner import Ended, SnapshotCode, own_code
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
 from rustgpt_jax.workdir.event_log import Journal, archive_of, first_launch
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -
     return folder
 
 
-def spoil_code(run: RunFolder, name: str, code: str) -> Path:
+def spoil_code(run: RunDir, name: str, code: str) -> Path:
     """Put other code into a run's archive, as somebody would who knows how it is named. Its file."""
     archive = archive_of(run, first_launch(run))
     contents = read_code(archive) | {name: code.encode()}
@@ -59,14 +59,14 @@ def spoil_code(run: RunFolder, name: str, code: str) -> Path:
 
 
 @pytest.fixture
-def hostile(trained: Path, tmp_path: Path) -> RunFolder:
+def hostile(trained: Path, tmp_path: Path) -> RunDir:
     """A copy of the run whose archive writes a file where it is run."""
-    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "hostile")))
+    run = RunDir(Path(shutil.copytree(trained, tmp_path / "hostile")))
     spoil_code(run, "rustgpt_jax/__init__.py", f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
     return run
 
 
-def test_diff_runs_no_code_of_a_run(hostile: RunFolder, trained: Path, tmp_path: Path) -> None:
+def test_diff_runs_no_code_of_a_run(hostile: RunDir, trained: Path, tmp_path: Path) -> None:
     metrics = hostile.metrics_file.read_text().splitlines()
     first = json.loads(metrics[0]) | {"train/loss": 9.0}
     hostile.metrics_file.write_text("\n".join([json.dumps(first), *metrics[1:]]) + "\n")
@@ -80,12 +80,12 @@ def test_diff_runs_no_code_of_a_run(hostile: RunFolder, trained: Path, tmp_path:
     assert (tmp_path / "was_run").exists()
 
 
-def test_rerun_asks_whose_code_it_is(hostile: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=StringIO(), width=1000)
     with pytest.raises(UserError, match=r"with your permissions: it differs in rustgpt_jax/__init__.py.*--trust"):
         rerun(hostile.path, None, console)
     assert not (tmp_path / "was_run").exists() and not (tmp_path / "hostile.rerun").exists()
-    monkeypatch.setattr(OwnCode, "run", lambda *_: Ended(0, None))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(0, None))
     rerun(hostile.path, None, console, is_trusted=True)
     assert (
         "--trust: " in console.file.getvalue()
@@ -95,7 +95,7 @@ def test_rerun_asks_whose_code_it_is(hostile: RunFolder, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
 def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
-    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     with own_code(run, first_launch(run)) as code:
         assert code.whose == f"The code of {run.path} is the code installed here."
     spoil_code(run, name, "evil = 1\n")
@@ -117,7 +117,7 @@ def test_an_archive_that_unpacks_to_no_end_is_not_read(tmp_path: Path) -> None:
 @pytest.fixture
 def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run whose config.json names evil_lab:Mixer, which lies in the current folder."""
-    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "named")))
+    run = RunDir(Path(shutil.copytree(trained, tmp_path / "named")))
     record = json.loads(run.config_file.read_text())
     record["config"]["model"]["mixers"] = ["evil_lab:Mixer"]
     record["hash"] = config_hash(resolve(record["config"]))
@@ -142,16 +142,16 @@ def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
     monkeypatch.setattr(sys, "path", [here, *sys.path])
     config = load_config(named)
     with pytest.raises(UserError, match="no module 'evil_lab' here.*not in the current folder, which has one"):
-        check_parts(config)
+        validate_components(config)
     assert not (tmp_path / "was_imported").exists() and sys.path[0] == here
     # Where the user names the folder, it is taken from there, and said.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "here"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "here"), *sys.path])
-    check_parts(config)
+    validate_components(config)
     assert (tmp_path / "was_imported").exists()
-    file, place = RunFolder(named).config_file, tmp_path / "here" / "evil_lab.py"
+    file, place = RunDir(named).config_file, tmp_path / "here" / "evil_lab.py"
     assert capsys.readouterr().err == f"{file} names a part of the module evil_lab: importing it from {place}.\n"
-    check_parts(config)
+    validate_components(config)
     assert capsys.readouterr().err == ""
 
 
@@ -174,7 +174,7 @@ def test_an_installed_part_is_imported_as_ever(
 ) -> None:
     shutil.move(tmp_path / "here" / "evil_lab.py", tmp_path / "evil_lab.py")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    check_parts(load_config(named))
+    validate_components(load_config(named))
     assert "importing it from" in capsys.readouterr().err
 
 
@@ -193,7 +193,7 @@ def test_a_folder_to_search_that_is_not_there_is_refused(tmp_path: Path) -> None
 
 
 def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
-    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
     event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
     run.journal_file.write_text(json.dumps(event) + "\n")
@@ -214,7 +214,7 @@ def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, 
 def test_a_launch_that_no_process_can_be_started_as_is_damage(
     group: str | None, name: str, value: Any, trained: Path, tmp_path: Path
 ) -> None:
-    run = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
     (event if group is None else event["environment"][group])[name] = value
     run.journal_file.write_text(json.dumps(event) + "\n")

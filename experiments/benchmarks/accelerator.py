@@ -107,7 +107,7 @@ FULL = Extent(
     prompt=128,
     new=128,
     trials=16,
-    trial_knobs={"training.steps_per_call": 100},
+    trial_knobs={"training.steps_per_jit_call": 100},
 )
 SMOKE = Extent(
     sizes=("smoke",),
@@ -121,7 +121,7 @@ SMOKE = Extent(
     prompt=8,
     new=8,
     trials=4,
-    trial_knobs={"training.steps_per_call": 2, "model.n_layers": 1, "model.d_model": 16},
+    trial_knobs={"training.steps_per_jit_call": 2, "model.n_layers": 1, "model.d_model": 16},
 )
 
 

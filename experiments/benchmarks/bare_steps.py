@@ -22,12 +22,12 @@ from rustgpt_jax.config.schema import Structure
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-from rustgpt_jax.sharding.sharding_plan import Placement
-from rustgpt_jax.sweeps.asset_cache import Shelf
-from rustgpt_jax.training.run_inputs import Material
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
+from rustgpt_jax.sweeps.asset_cache import AssetCache
+from rustgpt_jax.training.run_inputs import RunInputs
 from rustgpt_jax.training.train_step import compiled_train_steps
 from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.training.vmapped_step import Orders
+from rustgpt_jax.training.vmapped_step import StepArgs
 
 REPEATS = 3
 
@@ -39,11 +39,11 @@ def get_config() -> ConfigDict:
 
 def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     """A function that does all steps of a config file's run and gives their seconds, and how many steps they are."""
-    material = Shelf().material(resolve(runpy.run_path(str(file))["get_config"]()))
+    material = AssetCache().material(resolve(runpy.run_path(str(file))["get_config"]()))
     calls = list(calls_of(material))
 
     def all_steps() -> float:
-        state = jax.block_until_ready(Run(material, Path("unused"), {}, Placement()).state())
+        state = jax.block_until_ready(Run(material, Path("unused"), {}, ShardingPlan()).state())
         began = time.perf_counter()
         for structure, orders in calls:
             state, _ = compiled_train_steps(structure, state, *orders)
@@ -54,14 +54,14 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     return all_steps, material.total_steps
 
 
-def calls_of(material: Material) -> Iterator[tuple[Structure, Orders]]:
+def calls_of(material: RunInputs) -> Iterator[tuple[Structure, StepArgs]]:
     """What each call of the compiled program is given, stage by stage."""
     step = 0
     for data in material.stages:
-        run = Run(material, Path("unused"), {}, Placement())
+        run = Run(material, Path("unused"), {}, ShardingPlan())
         run.step = step
         while run.step < data.stage.end_step:
-            count = min(data.stage.config.training.steps_per_call, data.stage.end_step - run.step)
+            count = min(data.stage.config.training.steps_per_jit_call, data.stage.end_step - run.step)
             yield run.program.structure, run.orders(count)
             run.step += count
         step = run.step

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from configs import shakespeare_char
 from experiments.benchmarks.best_batch import config_of, printed, tree_of
-from rustgpt_jax.config.schema import Config, ModelConfig, split, with_values
+from rustgpt_jax.config.schema import Config, ModelConfig, replace_paths, split
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.inference.generate import begin, extend, stop_tokens
@@ -32,12 +32,12 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.model.kernels.dispatch import KERNELS
-from rustgpt_jax.model.kernels.types import Task, device_at_hand
+from rustgpt_jax.model.kernels.types import Task, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-from rustgpt_jax.training.train_step import as_arguments, compiled_start, compiled_train_steps
-from rustgpt_jax.training.vmapped_step import Orders, compiled_population_steps, stack
+from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, to_traced_scalars
+from rustgpt_jax.training.vmapped_step import StepArgs, compiled_population_steps, stack
 from rustgpt_jax.workdir.environment import environment
 
 WARM_UP = 2
@@ -73,7 +73,7 @@ def cost(model: ModelConfig) -> dict[str, float]:
 def checks(size: str) -> list[dict[str, Any]]:
     """How far each kernel's attention, values and gradients, is from the reference in float32; or why it refuses."""
     block = config_of(size).model.block(0)
-    request = Attention.request(block, block.context_length, device_at_hand(), False)
+    request = Attention.request(block, block.context_length, current_device(), False)
     found: list[dict[str, Any]] = []
     for name, kernel in KERNELS.items():
         row: dict[str, Any] = {"size": size, "kernel": name, "dtype": block.dtype}
@@ -110,11 +110,11 @@ def attention_task(block: ModelConfig) -> tuple[Task, jax.Array]:
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds of a step in each of some calls of several steps, at a batch size and with knobs that differ."""
     config = config_of(size, {"training.batch_size": batch} | knobs)
-    steps = config.training.steps_per_call
+    steps = config.training.steps_per_jit_call
     compiling, seconds, losses = timed(trainer(config), repeats)
     if not np.isfinite(losses).all():
         raise ArithmeticError(f"the loss is {losses}")
-    choices = attention_choices(config.model, device_at_hand(), config.model.context_length)
+    choices = attention_choices(config.model, current_device(), config.model.context_length)
     return {
         "seconds": [each / steps for each in seconds],
         "tokens": batch * config.model.context_length,
@@ -127,10 +127,10 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
 def trainer(config: Config) -> Callable[[], jax.Array]:
     """A function that goes on training for the steps of a call, and gives their losses."""
     structure, numbers = split(config)
-    arguments = as_arguments(numbers)
-    steps = np.int32(config.training.steps_per_call)
+    arguments = to_traced_scalars(numbers)
+    steps = np.int32(config.training.steps_per_jit_call)
     batches = jax.device_put(synthetic(config, (int(steps), config.training.batch_size)))
-    state = jax.block_until_ready(compiled_start(structure, arguments))
+    state = jax.block_until_ready(compiled_init_state(structure, arguments))
 
     def call() -> jax.Array:
         nonlocal state
@@ -183,18 +183,18 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
     """Seconds of a step of all trials of a small model: fused, and one trial's whole call after another's."""
     tree = shakespeare_char.get_config()
     tree.model.vocab_size = 65
-    config = with_values(resolve(tree), knobs)
+    config = replace_paths(resolve(tree), knobs)
     structure, numbers = split(config)
     each = [
-        as_arguments(numbers | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
+        to_traced_scalars(numbers | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
         for index in range(trials)
     ]
-    steps, zero = config.training.steps_per_call, np.zeros((), np.int32)
+    steps, zero = config.training.steps_per_jit_call, np.zeros((), np.int32)
     batches = synthetic(config, (steps, config.training.batch_size))
     on_device = jax.device_put(batches)
-    states = [compiled_start(structure, arguments) for arguments in each]
+    states = [compiled_init_state(structure, arguments) for arguments in each]
     states_P = jax.device_put(stack(states))
-    orders_P = jax.device_put(stack([Orders(batches, np.int32(steps), arguments, zero) for arguments in each]))
+    orders_P = jax.device_put(stack([StepArgs(batches, np.int32(steps), arguments, zero) for arguments in each]))
 
     def one_after_another() -> list[jax.Array]:
         losses = []

@@ -144,7 +144,7 @@ def trainer(config: Config, device: str, compiled: bool) -> Callable[[], float]:
     torch.manual_seed(0)
     with torch.device(device):
         layers = gpt2(model)
-        shape = (training.steps_per_call, training.batch_size, model.context_length + 1)
+        shape = (training.steps_per_jit_call, training.batch_size, model.context_length + 1)
         windows = torch.randint(model.vocab_size, shape)
     step = stepper(config, layers, compiled)
 
@@ -179,7 +179,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int, device:
     if not abs(last) < float("inf"):
         raise ArithmeticError(f"the loss is {last}")
     return {
-        "seconds": [each / config.training.steps_per_call for each in seconds[WARM_UP:]],
+        "seconds": [each / config.training.steps_per_jit_call for each in seconds[WARM_UP:]],
         "tokens": batch * config.model.context_length,
         "memory": torch.cuda.max_memory_allocated() if is_cuda else None,
         "first_call": seconds[0],

@@ -67,8 +67,8 @@ def shakespeare(text: str) -> ConfigDict:
     config.data.paths = (str(Path(text).absolute()),)
     config.training.steps = 200
     config.record.prompts = ()
-    config.record.evaluate_every = config.record.checkpoint_every = 200
-    config.record.evaluation_batches = 20
+    config.record.eval_every = config.record.checkpoint_every = 200
+    config.record.eval_batches = 20
     return config
 
 

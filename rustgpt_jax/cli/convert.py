@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import EPOCHS, ModelConfig, is_by_epochs
+from rustgpt_jax.config.schema import EPOCHS, ModelConfig, uses_epochs
 from rustgpt_jax.config.validation import override, resolve
-from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.export_hf import appearing_folder, export_model
+from rustgpt_jax.interop.export_hf import atomic_folder, export_model
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
 from rustgpt_jax.interop.import_hf import read_model, write_parameters
 from rustgpt_jax.model import transformer
@@ -27,7 +27,7 @@ from rustgpt_jax.tracking.formatting import count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
-from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
 from rustgpt_jax.workdir.safetensors_files import read_json
 
 # The same tokens through `transformers` and through the model here: how far are the logits apart?
@@ -135,12 +135,12 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     described, codec = read_model(source, says), read_codec(source, says)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
-    if is_by_epochs(config):
+    if uses_epochs(config):
         raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
-    model, name = with_vocabulary(config, codec).model, described.architecture.name
+    model, name = fill_vocab_size(config, codec).model, described.architecture.name
     shapes = parameter_shapes(model)
     says(f"{source}: {name}, {count(total_size(shapes))} parameters")
-    with appearing_folder(path) as hidden:
+    with atomic_folder(path) as hidden:
         run = create(hidden, config, origins)
         save_tokenizer(codec, run.tokenizer_file)
         write_parameters(source, run.parameters_file, model, described.architecture)
@@ -158,8 +158,8 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
     appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
     `transformers` can say, and logits that are not the same there.
     """
-    run, codec = RunFolder(path), run_tokenizer(RunFolder(path))
-    whole = with_vocabulary(load_config(path), codec)
+    run, codec = RunDir(path), run_tokenizer(RunDir(path))
+    whole = fill_vocab_size(load_config(path), codec)
     is_dialogue = False
     if run.is_untrained:
         params: Any = nested(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))

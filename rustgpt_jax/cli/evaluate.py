@@ -13,11 +13,11 @@ from rustgpt_jax.inference.decode_params import form
 from rustgpt_jax.inference.text_generator import Writer
 from rustgpt_jax.sharding.hardware_specs import used_machine
 from rustgpt_jax.tracking.progress import counting
-from rustgpt_jax.training.load_model import Trained
+from rustgpt_jax.training.load_model import LoadedModel
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 
 
-def evaluate_run(trained: Trained, console: Console, is_oversubscribed: bool = False) -> None:
+def evaluate_run(trained: LoadedModel, console: Console, is_oversubscribed: bool = False) -> None:
     """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues.
 
     Where weights of a narrower type are read in decoding, a line more says what the model loses by it.
@@ -26,7 +26,7 @@ def evaluate_run(trained: Trained, console: Console, is_oversubscribed: bool = F
         rows = config.training.batch_size // config.training.accumulation
         check_inference_memory(config, used_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
-    reader = trained.writer.laid_out(form(sampling))
+    reader = trained.writer.shard_activations(form(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
@@ -55,7 +55,7 @@ def _predictions(writer: Writer, data: StageData, console: Console) -> list[str]
             writer.model,
             data.validation_batches(),
             stream.bytes_per_token,
-            training.loss_chunk,
+            training.loss_chunk_size,
             training.accumulation,
             lambda done: progress(done, total),
         )

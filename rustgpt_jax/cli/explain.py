@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import Config, Stage, flatten, is_by_epochs, split, stages
-from rustgpt_jax.data.preprocess import obtain_tokenizer, resolve_epochs_with, with_vocabulary
+from rustgpt_jax.config.schema import Config, Stage, flatten, split, stages, uses_epochs
+from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tracking.formatting import byte_size, count
-from rustgpt_jax.training.train_step import as_arguments, start
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.train_step import start, to_traced_scalars
+from rustgpt_jax.training.validate_components import validate_components
 
 
 def explain(config: Config, origins: Mapping[str, str], console: Console) -> None:
@@ -25,16 +25,16 @@ def explain(config: Config, origins: Mapping[str, str], console: Console) -> Non
     Nothing is computed but shapes; where the vocabulary depends on the corpus, the tokenizer is trained, and where the
     number of steps depends on the number of epochs, the text is encoded.
     """
-    check_parts(config)
+    validate_components(config)
     for stage in stages(config):
         check_shares(stage.config, stage.config.data.window or config.model.context_length, jax.device_count())
-    if is_by_epochs(config) or not config.model.vocab_size:
-        tokenizer = obtain_tokenizer(config)
+    if uses_epochs(config) or not config.model.vocab_size:
+        tokenizer = load_or_train_tokenizer(config)
         resolved = resolve_epochs_with(config, tokenizer, cache_folder())
         config, origins = resolved.config, {**origins, **resolved.origins}
         for sentence in resolved.sentences:
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-        whole = with_vocabulary(config, tokenizer)
+        whole = fill_vocab_size(config, tokenizer)
     else:
         whole = config
     # All of it is made before any of it is shown: a part may refuse its knobs.
@@ -83,7 +83,7 @@ def _costs(config: Config) -> Table:
     shapes = parameter_shapes(config.model)
     parameters = total_bytes(shapes)
     structure, numbers = split(config)
-    state = jax.eval_shape(lambda: start(structure, as_arguments(numbers)))
+    state = jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers)))
     optimizer = total_bytes(state.opt_state)
     table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
     table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 import jax
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, Stage, stages, with_values
+from rustgpt_jax.config.schema import Config, Stage, replace_paths, stages
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.planning.estimate import Change, Estimate, changes, estimate
 from rustgpt_jax.planning.report import show, show_changes
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_shares, on_devices
 from rustgpt_jax.tracking.progress import waiting
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 
 
 def plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bool:
@@ -24,7 +24,7 @@ def plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bo
     """
     if chip_name not in CHIPS:
         raise UserError(f"--chip: there is no {chip_name!r}.{suggestion(chip_name, CHIPS)}")
-    check_parts(config)
+    validate_components(config)
     config, window = _longest(with_vocabulary_size(config))
     check_shares(config, window, n_devices)
     devices = _virtual_devices(n_devices)
@@ -51,7 +51,7 @@ def with_vocabulary_size(config: Config) -> Config:
             f"config.model.vocab_size is None, and a tokenizer of {config.tokenizer.name}s has no size of its own: "
             "give --config.model.vocab_size=N, for plan reads no text."
         )
-    return with_values(config, {"model.vocab_size": size})
+    return replace_paths(config, {"model.vocab_size": size})
 
 
 def _longest(config: Config) -> tuple[Config, int]:

@@ -12,23 +12,23 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 from rustgpt_jax.sharding.hardware_specs import Machine, this_machine, use_cores_as_devices
 from rustgpt_jax.sweeps import search
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.search_space import Overrides, Search, SuccessiveHalving, TreeParzen
-from rustgpt_jax.sweeps.sweep import About, Settings, Sweep, check, check_settings, open_sweep
+from rustgpt_jax.sweeps.search_space import TPE, Overrides, Search, SuccessiveHalving
+from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, check, check_settings, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.tracking.progress import counting, waiting
 from rustgpt_jax.training.memory_estimate import check_training_memory
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 
 # What a sweep would do, before it does anything: its trials, shape classes, memory and cost.
 
 
 def preview(
     trials: Sequence[Trial],
-    shelf: Shelf,
+    shelf: AssetCache,
     machine: Machine,
     mode: str,
     width: int | None,
@@ -42,7 +42,7 @@ def preview(
     Raises:
         UserError: A trial, or every point of a search, cannot run on the machine.
     """
-    is_open = isinstance(search, TreeParzen)
+    is_open = isinstance(search, TPE)
     plans, errors = [], []
     for each in shape_classes(trials, shelf):
         try:
@@ -60,7 +60,7 @@ def preview(
     total = f"{len(trials)} trials, {programs}, {count(tokens)} tokens, {count(flops)} FLOPs"
     if isinstance(search, SuccessiveHalving):
         total += " if none of them is pruned"
-    if isinstance(search, TreeParzen):
+    if isinstance(search, TPE):
         cost = plans[0].shape_class.cost
         points = f"{search.n_trials} points" + f" with {len(search.seeds)} seeds each" * bool(search.seeds)
         total = (
@@ -99,14 +99,14 @@ def _classes(plans: Sequence[Plan]) -> Table:
     return table
 
 
-Spec = Sequence[Overrides] | SuccessiveHalving | TreeParzen
+Spec = Sequence[Overrides] | SuccessiveHalving | TPE
 
 
 @dataclass(frozen=True)
 class Command:
     """What the command line says of a sweep."""
 
-    about: About
+    about: SweepInfo
     settings: Settings
     dry_run: bool
     is_oversubscribed: bool = False
@@ -125,28 +125,28 @@ def run_sweep(
     check_settings(command.settings)
     use_cores_as_devices()
     keep_compiled_programs()
-    if isinstance(spec, SuccessiveHalving | TreeParzen):
+    if isinstance(spec, SuccessiveHalving | TPE):
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):
         search.check_rungs(spec, trials)
     if not (command.dry_run or command.is_oversubscribed or command.settings.launcher == "slurm"):
-        _check_memory(trials, isinstance(spec, TreeParzen))
+        _check_memory(trials, isinstance(spec, TPE))
     with counting(console, "characters read and encoded") as progress, waiting(console, "reading the data"):
-        shelf = Shelf(progress=progress)
-        if isinstance(spec, TreeParzen):
+        shelf = AssetCache(progress=progress)
+        if isinstance(spec, TPE):
             _check_points(trials, shelf)
         else:
             check(trials, shelf)
     if command.dry_run:
-        search_only = spec if isinstance(spec, SuccessiveHalving | TreeParzen) else None
+        search_only = spec if isinstance(spec, SuccessiveHalving | TPE) else None
         preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only)
         return 0
     with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
         match spec:
             case SuccessiveHalving():
-                search.halve(sweep, spec, trials)
-            case TreeParzen():
-                skipped = search.parzen(sweep, spec, tree, fixed, sweep.shelf, sweep.check)
+                search.run_successive_halving(sweep, spec, trials)
+            case TPE():
+                skipped = search.run_tpe(sweep, spec, tree, fixed, sweep.shelf, sweep.check)
                 if skipped:
                     points = "1 point was" if len(skipped) == 1 else f"{len(skipped)} points were"
                     sweep.message(f"{points} skipped, the last because: {skipped[-1]}")
@@ -156,7 +156,7 @@ def run_sweep(
     return _tell(sweep, path, command.settings.launcher, console)
 
 
-def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
+def _check_points(points: Sequence[Trial], shelf: AssetCache) -> None:
     """Check points of a search.
 
     Raises:
@@ -164,7 +164,7 @@ def _check_points(points: Sequence[Trial], shelf: Shelf) -> None:
     """
     errors = []
     for each in points:
-        check_parts(each.config)
+        validate_components(each.config)
     for each in points:
         try:
             return check([each], shelf)

@@ -53,7 +53,7 @@ class DataConfig:
     max_documents: int | None = knob(low=1)
     split: str = knob(choices=("document", "tail"))
     valid_fraction: float = knob(low=0.0, high=0.9)
-    loss_on: str = knob(choices=("all", "assistant"))
+    loss_mask: str = knob(choices=("all", "assistant"))
     window: int | None = knob(low=2)
 
 
@@ -83,23 +83,23 @@ class ModelConfig:
     tie_embeddings: bool = knob()
     scale_embeddings: bool = knob()
     embedding_scale: float | None = knob(low=0.0)
-    logits_softcap: float = number(low=0.0, off_at_zero=True)
+    final_logit_softcap: float = number(low=0.0, off_at_zero=True)
     qk_norm: str = knob(choices=("none", "head", "projection"))
     attention_scale: float | None = knob(low=0.0)
     attention_scale_by_layer: bool = knob()
-    attention_softcap: float = number(low=0.0, off_at_zero=True)
+    attn_logit_softcap: float = number(low=0.0, off_at_zero=True)
     attention_sinks: bool = knob()
     attention_kernel: str = knob(choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"))
     local_window: int = knob(low=1)
-    latent_width: int | None = knob(low=1)
-    query_latent_width: int | None = knob(low=1)
-    shared_key_width: int | None = knob(low=2)
+    kv_lora_rank: int | None = knob(low=1)
+    q_lora_rank: int | None = knob(low=1)
+    qk_rope_head_dim: int | None = knob(low=2)
     conv_width: int = knob(low=1)
     recurrent_width: int | None = knob(low=1)
     recurrent_blocks: int | None = knob(low=1)
     scale_first_token: bool = knob()
-    rope_base: float = number(low=1.0)
-    local_rope_base: float = number(low=1.0)
+    rope_theta: float = number(low=1.0)
+    local_rope_theta: float = number(low=1.0)
     rope_fraction: float = knob(low=0.0, high=1.0)
     rope_scaling: str = knob()
     rope_factor: float = number(low=1.0)
@@ -114,9 +114,9 @@ class ModelConfig:
     experts_per_token: int = knob(low=1)
     d_expert: int | None = knob(low=1)
     expert_activation: str = knob(choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"))
-    expert_capacity: float = knob(low=0.0)
-    normalize_experts: bool = knob()
-    load_balance: float = number(low=0.0, off_at_zero=True)
+    capacity_factor: float = knob(low=0.0)
+    norm_topk_prob: bool = knob()
+    load_balance_loss_weight: float = number(low=0.0, off_at_zero=True)
     router_z_loss: float = number(low=0.0, off_at_zero=True)
     options: tuple[tuple[str, float], ...] = knob()
     dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
@@ -142,12 +142,12 @@ class ModelConfig:
         return dataclasses.replace(self, mixers=(mixer,), feedforwards=(feedforward,), positions=(position,))
 
     @property
-    def for_mixer(self) -> "ModelConfig":
+    def mixer_config(self) -> "ModelConfig":
         """What the mixer of a block sees: this config in the mixers' own precision."""
         return dataclasses.replace(self, dtype=self.mixer_dtype or self.dtype)
 
     @property
-    def for_feedforward(self) -> "ModelConfig":
+    def feedforward_config(self) -> "ModelConfig":
         """What the feed-forward of a block sees: this config in the feed-forwards' own precision."""
         return dataclasses.replace(self, dtype=self.feedforward_dtype or self.dtype)
 
@@ -199,7 +199,7 @@ class OptimizerConfig:
     b2: float = number(low=0.0, high=0.999999)
     epsilon: float = number(low=1e-30)
     momentum: float = number(low=0.0, high=1.0)
-    matrix_learning_rate: float = number(low=0.0)
+    muon_learning_rate: float = number(low=0.0)
     weight_decay: float = number(low=0.0)
     weight_decay_groups: tuple[tuple[str, float], ...] = knob()
     clip_norm: float = number(low=0.0, off_at_zero=True)
@@ -213,8 +213,8 @@ class ScheduleConfig:
 
     name: str = knob()
     warmup_steps: int = number(low=0)
-    decay_fraction: float = number(low=0.0, high=1.0)
-    final_fraction: float = number(low=0.0, high=1.0)
+    decay_frac: float = number(low=0.0, high=1.0)
+    final_lr_frac: float = number(low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ class TrainingConfig:
     batch_size: int = knob(low=1)
     accumulation: int = knob(low=1)
     # Memory use grows with this number, since each call has a slot for every step.
-    steps_per_call: int = knob(low=1, high=2**16)
+    steps_per_jit_call: int = knob(low=1, high=2**16)
     z_loss: float = number(low=0.0, off_at_zero=True)
-    loss_chunk: int | None = knob(low=1)
+    loss_chunk_size: int | None = knob(low=1)
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ class MeshConfig:
 class FaultsConfig:
     """What becomes of a run when a step goes wrong."""
 
-    not_finite: str = knob(choices=("stop", "skip", "rewind"))
-    most_forgiven: int = knob(low=0)
+    nonfinite_policy: str = knob(choices=("stop", "skip", "rewind"))
+    max_skipped: int = knob(low=0)
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ class RecordConfig:
     """What a run writes, and when."""
 
     log_every: int = knob(low=1)
-    evaluate_every: int = knob(low=1)
-    evaluation_batches: int | None = knob(low=1)
+    eval_every: int = knob(low=1)
+    eval_batches: int | None = knob(low=1)
     checkpoint_every: int = knob(low=1)
     prompts: tuple[str, ...] = knob()
 
@@ -369,7 +369,7 @@ def for_inference(model: ModelConfig) -> ModelConfig:
         model,
         dropout=0.0,
         init_std=0.0,
-        load_balance=0.0,
+        load_balance_loss_weight=0.0,
         router_z_loss=0.0,
         attention_kernel="auto",
         derivatives="plain",
@@ -458,7 +458,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
         if STEPS in own:
             # Its own steps, rather than the epochs of the whole run.
             own.setdefault(EPOCHS, None)
-        whole = with_values(dataclasses.replace(config, stages=()), own)
+        whole = replace_paths(dataclasses.replace(config, stages=()), own)
         result.append(Stage(stage.name, result[-1].end_step if result else 0, whole))
     return tuple(result)
 
@@ -483,7 +483,7 @@ def stages_in_turn(config: Config, earlier: Sequence[Earlier] = ()) -> tuple[Sta
     return tuple(result)
 
 
-def is_by_epochs(config: Config) -> bool:
+def uses_epochs(config: Config) -> bool:
     """True if some stage takes its steps from a number of epochs, which needs its data."""
     return any(stage.config.training.epochs is not None for stage in stages(config))
 
@@ -491,16 +491,16 @@ def is_by_epochs(config: Config) -> bool:
 def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
     """A config with a number of steps, instead of a number of epochs, for some stages by name."""
     if not config.stages:
-        return with_values(config, {STEPS: steps["train"], EPOCHS: None})
+        return replace_paths(config, {STEPS: steps["train"], EPOCHS: None})
     parts = []
     for stage in config.stages:
         own = {path: value for path, value in stage.overrides if path != EPOCHS}
         own |= {STEPS: steps[stage.name]} if stage.name in steps else {}
         parts.append(StageConfig(stage.name, tuple(sorted(own.items()))))
-    return with_values(config, {"stages": tuple(parts), EPOCHS: None})
+    return replace_paths(config, {"stages": tuple(parts), EPOCHS: None})
 
 
-def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+def replace_paths(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the values at some dotted paths replaced. The values are taken as they are."""
     for path, value in values.items():
         *groups, name = path.split(".")
@@ -513,7 +513,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return config
 
 
-def may_differ_between_stages(path: str) -> bool:
+def may_differ_by_stage(path: str) -> bool:
     """A stage has its own data, steps and numbers; parameters and optimizer state must keep their shapes."""
     return path.startswith("data.") or path in ("schedule.name", EPOCHS) or (_is_number(path) and path != "seed")
 
@@ -543,10 +543,13 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def may_change(path: str) -> bool:
     """Return whether a knob may change during a run, that is, whether it affects only what is recorded."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
-    return knob.startswith(("record.", "sampling.", "mesh.")) or knob in ("training.steps", "training.steps_per_call")
+    return knob.startswith(("record.", "sampling.", "mesh.")) or knob in (
+        "training.steps",
+        "training.steps_per_jit_call",
+    )
 
 
-def is_of_result(path: str) -> bool:
+def affects_result(path: str) -> bool:
     """Whether a knob says what a run computes, and not only where."""
     return not path.startswith("mesh.")
 

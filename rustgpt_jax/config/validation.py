@@ -90,7 +90,7 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
         for path, value in overrides.items():
             if path not in FIELDS:
                 raise UserError(unknown(path, where))
-            if not schema.may_differ_between_stages(path):
+            if not schema.may_differ_by_stage(path):
                 raise UserError(
                     f"{where}.{path}: a stage may change data, training.steps, the schedule and numbers such as "
                     f"optimizer.learning_rate; {path} must be the same in the whole run."
@@ -372,10 +372,10 @@ def check_model(model: schema.ModelConfig) -> None:
             f"config.model.experts_per_token={model.experts_per_token} is more than "
             f"config.model.n_experts={model.n_experts}."
         )
-    if "moe" in model.feedforwards and model.experts_per_token == 1 and model.normalize_experts:
+    if "moe" in model.feedforwards and model.experts_per_token == 1 and model.norm_topk_prob:
         raise UserError(
-            "config.model.normalize_experts=True makes the weight of a single expert 1, so that the loss cannot train "
-            "the router; with config.model.experts_per_token=1 use --config.model.normalize_experts=False."
+            "config.model.norm_topk_prob=True makes the weight of a single expert 1, so that the loss cannot train "
+            "the router; with config.model.experts_per_token=1 use --config.model.norm_topk_prob=False."
         )
 
 

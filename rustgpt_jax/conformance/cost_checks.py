@@ -33,8 +33,8 @@ LARGE: dict[str, Any] = {
     "rope_long_factors": (2.0,) * 64,
     "d_ff": 2048,
     "d_expert": 2048,
-    "latent_width": 512,
-    "shared_key_width": 64,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "recurrent_width": 1024,
     # Of channels that are many, a share that may be odd; it changes no product.
     "rope_fraction": 1.0,

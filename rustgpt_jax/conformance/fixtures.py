@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import check_model, checked
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS
+from rustgpt_jax.model.block_inputs import AUX_LOSS
 
 # The small model that parts are checked in: an explicit value for every knob, so that nothing hangs on a recipe.
 
@@ -47,24 +47,24 @@ SMALL: dict[str, Any] = {
     "tie_embeddings": False,
     "scale_embeddings": False,
     "embedding_scale": None,
-    "logits_softcap": 0.0,
+    "final_logit_softcap": 0.0,
     "qk_norm": "none",
     "attention_scale": None,
     "attention_scale_by_layer": False,
-    "attention_softcap": 0.0,
+    "attn_logit_softcap": 0.0,
     "attention_sinks": False,
     "attention_kernel": "auto",
     # Shorter than a row, so that what leaves the window is seen to leave it.
     "local_window": 5,
-    "latent_width": 16,
-    "query_latent_width": None,
-    "shared_key_width": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 4,
     "conv_width": 3,
     "recurrent_width": 24,
     "recurrent_blocks": None,
     "scale_first_token": True,
-    "rope_base": 100.0,
-    "local_rope_base": 50.0,
+    "rope_theta": 100.0,
+    "local_rope_theta": 50.0,
     "rope_fraction": 1.0,
     "rope_scaling": "none",
     "rope_factor": 2.0,
@@ -79,9 +79,9 @@ SMALL: dict[str, Any] = {
     "experts_per_token": 2,
     "d_expert": 24,
     "expert_activation": "silu",
-    "expert_capacity": 0.0,
-    "normalize_experts": True,
-    "load_balance": 0.01,
+    "capacity_factor": 0.0,
+    "norm_topk_prob": True,
+    "load_balance_loss_weight": 0.01,
     "router_z_loss": 0.001,
     "options": (),
     "dropout": 0.0,
@@ -278,8 +278,8 @@ def weighted_sum(params: Any, rows: Rows, model: ModelConfig) -> tuple[jax.Array
     )
     logits_BTV = transformer.logits(params, hidden_BTD, model)
     total = jnp.sum(rows.weights_BTV * logits_BTV)
-    if AUXILIARY_LOSS in signals:
-        total = total + rows.auxiliary * signals[AUXILIARY_LOSS]
+    if AUX_LOSS in signals:
+        total = total + rows.auxiliary * signals[AUX_LOSS]
     return total, logits_BTV
 
 

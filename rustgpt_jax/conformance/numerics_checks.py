@@ -90,7 +90,7 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
             places,
         )
         # The residual stream has its own type whatever is added to it: the parts' own results are asked for theirs.
-        for name, own in (("mixer", stack.block.for_mixer), ("feedforward", stack.block.for_feedforward)):
+        for name, own in (("mixer", stack.block.mixer_config), ("feedforward", stack.block.feedforward_config)):
             # There is one result per `__call__` in the class hierarchy; a subclass's result follows that of
             # `super().__call__`.
             result, *_ = kept["intermediates"][name]["__call__"][-1]
@@ -200,7 +200,7 @@ def _rounded_along_the_row(block: ModelConfig, params: Any, model: ModelConfig) 
         yield what + f"{FEW_TOKENS} tokens and {many.depth} in {MANY_TOKENS}", line, model.dtype
     (mixer,) = block.mixers
     cached = jax.eval_shape(
-        lambda: choose(MIXERS, mixer, "config.model.mixers").init_cache(block.for_mixer, 1, FEW_TOKENS)
+        lambda: choose(MIXERS, mixer, "config.model.mixers").init_cache(block.mixer_config, 1, FEW_TOKENS)
     )
     for index, name in enumerate(by_path(cached)):
         reading, outputs = _read(block, params, model, 1, (cached, index))

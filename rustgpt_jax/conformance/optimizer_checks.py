@@ -18,7 +18,7 @@ from rustgpt_jax.conformance.fixtures import (
 )
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.optimizers import evaluation_params, optimizer
+from rustgpt_jax.training.optimizers import get_eval_params, optimizer
 from rustgpt_jax.training.schedules import factor
 
 OPTIMIZER = OptimizerConfig(
@@ -28,7 +28,7 @@ OPTIMIZER = OptimizerConfig(
     b2=0.99,
     epsilon=1e-8,
     momentum=0.9,
-    matrix_learning_rate=0.02,
+    muon_learning_rate=0.02,
     weight_decay=0.01,
     weight_decay_groups=((r".*", 1.0),),
     clip_norm=0.0,
@@ -47,7 +47,7 @@ FEW_STEPS = 10
 CLOSE = 1e-4
 TRIALS = np.array([0.01, 0.02, 0.05], np.float32)
 
-SCHEDULE = ScheduleConfig(name="constant", warmup_steps=5, decay_fraction=0.2, final_fraction=0.1)
+SCHEDULE = ScheduleConfig(name="constant", warmup_steps=5, decay_frac=0.2, final_lr_frac=0.1)
 MOST_STEPS = 64
 
 
@@ -107,7 +107,7 @@ def _descent(learning_rate: Any, config: OptimizerConfig, steps: int) -> tuple[A
 
     first = jax.tree.map(jnp.asarray, start)
     (params, state), _ = jax.lax.scan(step, (first, optimizer(config).init(first)), None, length=steps)
-    params = evaluation_params(config, params, state)
+    params = get_eval_params(config, params, state)
     return jnp.stack([loss(start), loss(params)]), params
 
 
@@ -163,9 +163,9 @@ def schedule_factor(subject: Subject) -> str:
     for steps in (1, 2, 7, MOST_STEPS):
         for warmup in (0, 1, 5, 2 * MOST_STEPS):
             for decay, final in (0.0, 0.0), (0.2, 0.1), (1.0, 1.0):
-                numbers = {"warmup_steps": warmup, "decay_fraction": decay, "final_fraction": final}
+                numbers = {"warmup_steps": warmup, "decay_frac": decay, "final_lr_frac": final}
                 values = np.asarray(compiled(steps, numbers))[:steps]
-                where = f"of {steps} with {warmup} warm-up steps, decay_fraction {decay} and final_fraction {final}"
+                where = f"of {steps} with {warmup} warm-up steps, decay_frac {decay} and final_lr_frac {final}"
                 outside = np.flatnonzero(~((values >= 0) & (values <= 1 + 1e-6)))
                 if len(outside):
                     what = "the factor is not between 0 and 1"

@@ -110,7 +110,7 @@ def subjects(name: str | None = None, changes: Mapping[str, Any] | None = None) 
         return [subject(kind, rest, changes)]
     if ":" in name:
         path = import_path(name)
-        return [subject(kind_of(choose({}, path, "check"), name), path, changes)]
+        return [subject(component_kind(choose({}, path, "check"), name), path, changes)]
     kinds = [kind for kind, table in TABLES.items() if name in table]
     if not kinds:
         known = {*TABLES, *(entry for table in TABLES.values() for entry in table)}
@@ -151,9 +151,9 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
     return model
 
 
-def kind_of(part: Any, name: str) -> str:
+def component_kind(part: Any, name: str) -> str:
     """The table that a part would be in, by what it is. Raises UserError for what is no part of a model."""
-    kind = interfaces.kind_of(part)
+    kind = interfaces.component_kind(part)
     if kind is None:
         looks = "; ".join(f"{kind} is {look}" for kind, look in interfaces.LOOKS.items())
         raise UserError(f"check: it is not clear what {name} is: {looks}. Or say which, as in mixers/my_lab:Retention.")

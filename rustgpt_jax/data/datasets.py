@@ -104,7 +104,7 @@ def divide(source: Iterable[Document], config: DataConfig, n_characters: int) ->
         start += length
 
 
-def training_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
+def tokenizer_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
     """Iterate over the documents of the training split, on which a tokenizer may be trained.
 
     Args:

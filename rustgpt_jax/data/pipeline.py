@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     positions_BT: Any  # int32
 
 
-class Places(NamedTuple):
+class WindowOffsets(NamedTuple):
     """Where B windows are read: where in the stream each begins, and how many of its T tokens are no padding."""
 
     starts_B: Any
@@ -56,15 +56,15 @@ class Windows:
     def __len__(self) -> int:
         return -(-self.circle // self.window)
 
-    def places(self, indices_B: np.ndarray, turns_B: np.ndarray) -> Places:
+    def places(self, indices_B: np.ndarray, turns_B: np.ndarray) -> WindowOffsets:
         """Where the windows of these indices are, each with the circle turned so that window 0 begins at its turn.
 
         An index of `len(self)` or more gives a window of padding.
         """
         offsets_B = np.asarray(indices_B, np.int64) * self.window
-        return Places((offsets_B + turns_B) % self.circle, np.clip(self.circle - offsets_B, 0, self.window))
+        return WindowOffsets((offsets_B + turns_B) % self.circle, np.clip(self.circle - offsets_B, 0, self.window))
 
-    def read(self, places: Places) -> Batch:
+    def read(self, places: WindowOffsets) -> Batch:
         """The windows at these places as one batch. `resident.read_windows` reads the same on a device."""
         starts_B, real_B = places
         tokens_BS, weights_BS = self._read(starts_B, real_B)
@@ -110,7 +110,7 @@ class Batches:
         self._rows = rows
         self._shuffled = grain.MapDataset.range(len(windows)).seed(seed).shuffle()
 
-    def places(self, step: int) -> Places:
+    def places(self, step: int) -> WindowOffsets:
         """Where the windows of the batch of a step are. Raises IndexError before the first step."""
         if step < self._first_step:
             raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
@@ -170,7 +170,7 @@ def batches(
     return Batches(Windows(stream, window), batch_size, seed, first_step, _chosen(rows, batch_size))
 
 
-def evaluation_batches(
+def eval_batches(
     stream: TokenStream, window: int, batch_size: int, limit: int | None, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """All windows in order, or the first `limit` batches of them. Rows of weight 0 fill up the last batch.
@@ -183,7 +183,7 @@ def evaluation_batches(
 
 
 def n_evaluation_batches(stream: TokenStream, window: int, batch_size: int, limit: int | None) -> int:
-    """Return the number of batches that `evaluation_batches` yields."""
+    """Return the number of batches that `eval_batches` yields."""
     n_batches = -(-len(Windows(stream, window)) // batch_size)
     return n_batches if limit is None else min(limit, n_batches)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.config.validation import check_combinations, checked
-from rustgpt_jax.data.datasets import file_digests, training_documents
-from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, evaluation_batches, n_evaluation_batches
+from rustgpt_jax.data.datasets import file_digests, tokenizer_documents
+from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, eval_batches, n_evaluation_batches
 from rustgpt_jax.data.token_store import Store, Survey, build_store, require_batch, survey_corpus
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import Codec, load_tokenizer, pieces, train_tokenizer
@@ -54,17 +54,17 @@ class StageData:
     def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """The windows that an evaluation reads, in order, or some rows of each batch of them."""
         config, stream = self.stage.config, self.store.split("valid")
-        limit = config.record.evaluation_batches
-        return evaluation_batches(stream, self.window, config.training.batch_size, limit, rows)
+        limit = config.record.eval_batches
+        return eval_batches(stream, self.window, config.training.batch_size, limit, rows)
 
     @property
     def n_validation_batches(self) -> int:
         """The number of batches that an evaluation reads."""
         config, stream = self.stage.config, self.store.split("valid")
-        return n_evaluation_batches(stream, self.window, config.training.batch_size, config.record.evaluation_batches)
+        return n_evaluation_batches(stream, self.window, config.training.batch_size, config.record.eval_batches)
 
 
-def obtain_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
+def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
     """Load the tokenizer in `file`, or train one on the training documents of all stages if there is no file.
 
     Args:
@@ -87,7 +87,7 @@ def _texts(surveys: dict[DataConfig, Survey], kind: str, progress: StoreProgress
     cuts = CUTS_OF_BYTE_PAIRS if kind == "bpe" else CUTS_OF_WORDS
     done, total = 0, sum(survey.n_characters for survey in surveys.values())
     for data, survey in surveys.items():
-        for document in training_documents(data, survey.n_characters):
+        for document in tokenizer_documents(data, survey.n_characters):
             for turn in document.turns:
                 for piece in pieces(turn.text, cuts):
                     yield piece
@@ -96,7 +96,7 @@ def _texts(surveys: dict[DataConfig, Survey], kind: str, progress: StoreProgress
                         progress(done, total)
 
 
-def with_vocabulary(config: Config, tokenizer: Codec) -> Config:
+def fill_vocab_size(config: Config, tokenizer: Codec) -> Config:
     """The config with model.vocab_size filled in. Raises UserError if the model has too few rows for the tokenizer."""
     needed, given = tokenizer.get_vocab_size(), config.model.vocab_size
     if given is not None and given < needed:

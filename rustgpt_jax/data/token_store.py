@@ -250,7 +250,7 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
 
 
 def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
-    knobs = [config.split, config.valid_fraction, config.loss_on]
+    knobs = [config.split, config.valid_fraction, config.loss_mask]
     parts = [FORMAT_VERSION, survey.source, tokenizer_hash(tokenizer), *knobs]
     if tokenizer.dialect is not None:
         parts.append(DIALECT_VERSION)
@@ -297,9 +297,9 @@ def _write_splits(
     writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
     for batch in _batches(_parts(divide(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)):
-        encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_on)
+        encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_mask)
         for part, (ids, weights) in zip(batch, encoded, strict=True):
-            counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_on)
+            counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_mask)
             if part.is_first:
                 writers[part.split].append(ids, weights, *counts)
             else:
@@ -351,8 +351,8 @@ def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _learned_bytes(document: Document, loss_on: str) -> int:
-    return sum(len(turn.text.encode()) for turn in document.turns if loss_on == "all" or turn.is_learned_as_answer)
+def _learned_bytes(document: Document, loss_mask: str) -> int:
+    return sum(len(turn.text.encode()) for turn in document.turns if loss_mask == "all" or turn.is_learned_as_answer)
 
 
 def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str, int]) -> None:

@@ -31,7 +31,7 @@ SECONDS_TO_LEAVE = 2.0
 
 
 @contextmanager
-def ending_together() -> Iterator[None]:
+def propagate_failures() -> Iterator[None]:
     """A block in which all processes end where one of them fails: each says what went wrong, and in which.
 
     A user's mistake ends them with status 2, any other failure with LOST. Alone, a process fails as it always does.
@@ -44,12 +44,12 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        end_for(error, "")
+        report_failure(error, "")
     finally:
         over.set()
 
 
-def end_for(error: BaseException, hint: str) -> NoReturn:
+def report_failure(error: BaseException, hint: str) -> NoReturn:
     """End this process at once for an error, which the others are told. `hint` is for one that tells of a loss."""
     if is_loss(error):
         end_for_loss(f"Another process of the run is gone ({' '.join(str(error).split())[:160]}).", hint)
@@ -103,7 +103,7 @@ def _wait_until_heard(notes: Any, own: int) -> None:
         time.sleep(SECONDS_TO_LEAVE)
 
 
-class Patience:
+class Watchdog:
     """Ends this process, with a sentence, when it has waited too long for others. Use it in a `with` statement.
 
     An error ends it at once, without what a `with` statement around this one would do: that may wait for the others.
@@ -114,7 +114,7 @@ class Patience:
         self._seconds, self._hint = seconds, hint
         self._last, self._over = time.monotonic(), threading.Event()
 
-    def __enter__(self) -> "Patience":
+    def __enter__(self) -> "Watchdog":
         if jax.process_count() > 1:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -124,7 +124,7 @@ class Patience:
     ) -> None:
         self._over.set()
         if error is not None and jax.process_count() > 1:
-            end_for(error, self._hint)
+            report_failure(error, self._hint)
 
     def beat(self) -> None:
         """Something was done: the waiting begins anew."""

@@ -30,7 +30,7 @@ def detected(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def own_devices(environment: Mapping[str, str]) -> list[int] | None:
+def local_devices_of_process(environment: Mapping[str, str]) -> list[int] | None:
     """The GPUs of a process that a cluster has started as the only one of its node: all; None leaves it to JAX.
 
     JAX would give a process of Slurm or Open MPI one GPU.
@@ -69,7 +69,7 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
             coordinator,
             count,
             index,
-            local_device_ids=own_devices(os.environ),
+            local_device_ids=local_devices_of_process(os.environ),
             initialization_timeout=patience,
             heartbeat_timeout_seconds=patience + SECONDS_TO_SAY_SO,
         )
@@ -98,7 +98,7 @@ def board() -> Any | None:
 
 
 @contextmanager
-def first_alone(what: str) -> Iterator[None]:
+def process_zero_first(what: str) -> Iterator[None]:
     """A block that process 0 does before the others begin it, who then find its work in the cache if they share it.
 
     `what` is another one for each block.
@@ -124,7 +124,7 @@ def meet(place: str) -> None:
         multihost_utils.sync_global_devices(place)
 
 
-class Votes:
+class LaggedMax:
     """Finds the largest of a number that each process has, turn by turn, without waiting for the device.
 
     With several processes, the answer is that of the turn before: all get the same. The first is `first`. All must take

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.activation_sharding import laid_out
-from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Signals
+from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.block_inputs import AUX_LOSS, Signals
 
 
 class Sums(NamedTuple):
@@ -25,16 +25,16 @@ class Sums(NamedTuple):
     signals: Signals
 
 
-def token_sums(
+def loss_sums(
     params: transformer.Params,
     batch: Batch,
     model: ModelConfig,
     dropout_key: jax.Array | None = None,
-    loss_chunk: int | None = None,
+    loss_chunk_size: int | None = None,
 ) -> Sums:
     """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch.
 
-    loss_chunk: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
+    loss_chunk_size: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
     """
     hidden_BTD, _, signals = transformer.hidden_states(
         params,
@@ -44,9 +44,9 @@ def token_sums(
         segments_BT=batch.segments_BT,
         dropout_key=dropout_key,
     )
-    if loss_chunk is not None:
-        return _chunked_sums(params, hidden_BTD, batch, signals, model, loss_chunk)
-    return sums_of(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
+    if loss_chunk_size is not None:
+        return _chunked_sums(params, hidden_BTD, batch, signals, model, loss_chunk_size)
+    return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
 
 
 def _chunked_sums(
@@ -66,7 +66,7 @@ def _chunked_sums(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_chunk(hidden_BTD: jax.Array, part: Batch) -> Sums:
-        return sums_of(transformer.logits(params, hidden_BTD, model), part, {})[0]
+        return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), part, {})[0]
 
     def add(total: Sums, one: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, of_chunk(*one)), None
@@ -76,7 +76,7 @@ def _chunked_sums(
     return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
 
 
-def sums_of(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
+def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
     """The sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -91,30 +91,32 @@ def sums_of(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums
     return sums, losses_BT
 
 
-def objective(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
+def total_loss(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
     """Sums over a part of a batch as that part's share of the batch's mean loss.
 
     z-loss is in it (arXiv 2204.02311), and the auxiliary loss of the blocks, which each part of a batch has for itself.
     """
     loss = sums.loss
-    if AUXILIARY_LOSS in sums.signals:
-        loss = loss + sums.signals[AUXILIARY_LOSS]
+    if AUX_LOSS in sums.signals:
+        loss = loss + sums.signals[AUX_LOSS]
     if is_on(z_loss):
         loss = loss + z_loss * sums.squared_normalizer
     return loss / jnp.maximum(total_weight, 1.0)
 
 
-def in_parts(batch: Batch, n_parts: int) -> Batch:
+def split_microbatches(batch: Batch, n_parts: int) -> Batch:
     """A batch as equal parts along a new first axis, of each of which every device has a share."""
-    return jax.tree.map(lambda leaf: laid_out(leaf.reshape(n_parts, -1, leaf.shape[1]), "PBT"), batch)
+    return jax.tree.map(lambda leaf: shard_activations(leaf.reshape(n_parts, -1, leaf.shape[1]), "PBT"), batch)
 
 
-@partial(jax.jit, static_argnames=("model", "loss_chunk", "n_parts"))
-def held_out_sums(
-    params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk: int | None = None, n_parts: int = 1
+@partial(jax.jit, static_argnames=("model", "loss_chunk_size", "n_parts"))
+def eval_loss_sums(
+    params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk_size: int | None = None, n_parts: int = 1
 ) -> Sums:
     """The sums of a batch without its gradient, `n_parts` of it one after another: it needs less memory than a step."""
     if n_parts == 1:
-        return token_sums(params, batch, model, None, loss_chunk)
-    sums_P = jax.lax.map(lambda part: token_sums(params, part, model, None, loss_chunk), in_parts(batch, n_parts))
+        return loss_sums(params, batch, model, None, loss_chunk_size)
+    sums_P = jax.lax.map(
+        lambda part: loss_sums(params, part, model, None, loss_chunk_size), split_microbatches(batch, n_parts)
+    )
     return jax.tree.map(jnp.sum, sums_P)

@@ -10,7 +10,7 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import Sums, held_out_sums
+from rustgpt_jax.evaluation.loss import Sums, eval_loss_sums
 from rustgpt_jax.model.transformer import Params
 
 # Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
@@ -25,7 +25,7 @@ def evaluate(
     model: ModelConfig,
     batches: Iterable[Batch],
     bytes_per_token: float,
-    loss_chunk: int | None = None,
+    loss_chunk_size: int | None = None,
     n_parts: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
@@ -35,7 +35,7 @@ def evaluate(
     split, which makes tokenizers comparable. A word tokenizer loses spacing and unknown words: its value says what its
     tokens cost, not what the text would. Empty if there are no batches.
 
-    loss_chunk, n_parts: as those of `held_out_sums`, for what memory allows.
+    loss_chunk_size, n_parts: as those of `eval_loss_sums`, for what memory allows.
     progress: Called before each batch with the number of batches whose sums are known. If it raises an exception, the
     evaluation ends.
     """
@@ -46,7 +46,7 @@ def evaluate(
     for batch in batches:
         if progress is not None:
             progress(len(losses))
-        pending.append(held_out_sums(params, batch, model, loss_chunk, n_parts))
+        pending.append(eval_loss_sums(params, batch, model, loss_chunk_size, n_parts))
         if len(pending) >= limit:
             _read([pending.popleft() for _ in range((limit + 1) // 2)], losses, weights)
             # The first batch includes compilation; its time does not count.

@@ -21,7 +21,7 @@ from rustgpt_jax.config.validation import checked, parse
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.inference.decode_params import Form, form
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
-from rustgpt_jax.inference.text_generator import Writer, write_as_it_comes
+from rustgpt_jax.inference.text_generator import Writer, stream_text
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tracking.formatting import count, printable
@@ -145,7 +145,7 @@ class Session:
         sampling = dataclasses.replace(self.sampling, seed=self.conversation.reply_seed(self.sampling.seed))
         reply, notes = "", list[str]()
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in write_as_it_comes(self._fast_writer(), prompt, sampling, notes.append):
+            for piece in stream_text(self._fast_writer(), prompt, sampling, notes.append):
                 reply += piece
                 self.show(piece)
         for note in notes:
@@ -156,7 +156,7 @@ class Session:
         """The writer with its weights in the form that is asked for now."""
         asked = form(self.sampling)
         if self._laid_out is None or self._laid_out[0] != asked:
-            self._laid_out = asked, self._writer.laid_out(asked)
+            self._laid_out = asked, self._writer.shard_activations(asked)
         return self._laid_out[1]
 
     def _help(self, _: str) -> None:

@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import ModelConfig, SamplingConfig
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.matrices import linear_layers
-from rustgpt_jax.model.quantized_weights import Widened, output_by_output, rounded
+from rustgpt_jax.model.quantized_weights import UpcastWeight, rounded, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.pytrees import path_name
 
@@ -90,7 +90,7 @@ def _layer(params: transformer.Params, block: ModelConfig, form: Form) -> transf
     """The parameters of one layer, with the matrices of its linear layers in the form for decoding."""
     layers = linear_layers(block)
 
-    def laid_out(path: Any, leaf: jax.Array) -> Any:
+    def shard_activations(path: Any, leaf: jax.Array) -> Any:
         layer = layers.get(path_name(path))
         if layer is None:
             return leaf
@@ -99,7 +99,7 @@ def _layer(params: transformer.Params, block: ModelConfig, form: Form) -> transf
             return leaf if form.weights is None else _matrix(leaf, layer.dtype, form)
         return _matrix(leaf, layer.dtype if layer.matmul == "plain" else layer.matmul, form)
 
-    return jax.tree_util.tree_map_with_path(laid_out, params)
+    return jax.tree_util.tree_map_with_path(shard_activations, params)
 
 
 def _matrix(kernel: jax.Array, operands: str, form: Form) -> Any:
@@ -108,7 +108,7 @@ def _matrix(kernel: jax.Array, operands: str, form: Form) -> Any:
     if dtype not in matvec.TYPES:
         return kernel
     if form.kernel == "native" or (form.platform != "cpu" and dtype == "int8"):
-        return output_by_output(kernel, dtype, form.kernel)
+        return to_row_major(kernel, dtype, form.kernel)
     if form.platform != "cpu" or dtype == "float32":
         return kernel.astype(dtype)
-    return Widened(rounded(kernel, dtype), dtype)
+    return UpcastWeight(rounded(kernel, dtype), dtype)

@@ -16,8 +16,8 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.sampling import Sampler, draw
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.activation_sharding import laid_out
-from rustgpt_jax.model.mixers.kv_cache import quickly_read
+from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.mixers.kv_cache import cast_for_decode
 
 SMALLEST_BUCKET = 16
 
@@ -56,13 +56,13 @@ def prefill(
     """Read prompts, padded on the right to one length, into a new cache of `slots` tokens a row."""
     batch, length = prompts_BT.shape
     is_token_BT = jnp.arange(length)[None, :] < lengths_B[:, None]
-    is_unstacked = transformer.are_unstacked(params["blocks"])
+    is_unstacked = transformer.is_unrolled(params["blocks"])
     empty = transformer.init_cache(model, batch, slots, unstacked=is_unstacked)
     hidden_BTD, cache, _ = transformer.hidden_states(
         params,
         prompts_BT,
         model,
-        quickly_read(empty) if is_unstacked else empty,
+        cast_for_decode(empty) if is_unstacked else empty,
         segments_BT=is_token_BT.astype(jnp.int32),
     )
     last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
@@ -134,7 +134,9 @@ def extend(
 
     after = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), generation))[1]
     # Every process of a mesh reads them.
-    return after._replace(tokens_BS=laid_out(after.tokens_BS, ".."), lengths_B=laid_out(after.lengths_B, "."))
+    return after._replace(
+        tokens_BS=shard_activations(after.tokens_BS, ".."), lengths_B=shard_activations(after.lengths_B, ".")
+    )
 
 
 def begin(
@@ -188,7 +190,7 @@ def generate(
         generation = begin(params, windows, model, left)
         turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
         generation = extend(params, generation, np.int32(left), samplers, turn_key, stop_tokens(stops), model=model)
-        new = drawn_tokens(generation, [len(window) for window in windows], stops)
+        new = generated_tokens(generation, [len(window) for window in windows], stops)
         lengths_B = jax.device_get(generation.lengths_B)
         for row in sorted(unfinished):
             is_stopped = lengths_B[row] > len(windows[row]) + len(new[row])
@@ -200,7 +202,7 @@ def generate(
     return drawn
 
 
-def generate_as_it_comes(
+def stream_tokens(
     params: transformer.Params,
     prompt: Sequence[int],
     model: ModelConfig,
@@ -222,7 +224,7 @@ def generate_as_it_comes(
         for place in range(0, room, tokens_per_look):
             count = np.int32(min(tokens_per_look, room - place))
             generation = extend(params, generation, count, samplers, turn_key, stop_tokens(stops), model=model)
-            new = drawn_tokens(generation, [len(window)], stops)[0]
+            new = generated_tokens(generation, [len(window)], stops)[0]
             ending: Ending | None = None
             if int(generation.lengths_B[0]) > len(window) + len(new):
                 ending = "stop"
@@ -250,7 +252,7 @@ def stop_tokens(stops: Sequence[int]) -> np.ndarray:
     return padded
 
 
-def drawn_tokens(generation: Generation, starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
+def generated_tokens(generation: Generation, starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
     """The tokens of each row from its start on, without a final stop token."""
     tokens_BS, lengths_B = jax.device_get((generation.tokens_BS, generation.lengths_B))
     rows: list[list[int]] = []

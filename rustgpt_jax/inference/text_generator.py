@@ -8,7 +8,7 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, for_inference
 from rustgpt_jax.inference.decode_params import Form, for_decoding
-from rustgpt_jax.inference.generate import generate, generate_as_it_comes
+from rustgpt_jax.inference.generate import generate, stream_tokens
 from rustgpt_jax.inference.sampling import from_config
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.tokenizers import Codec, decode, decode_after, encode_prompt
@@ -34,7 +34,7 @@ class Writer(NamedTuple):
         """The tokens of a conversation whose next turn is the model's."""
         return encode_prompt(self.tokenizer, turns)
 
-    def laid_out(self, form: Form) -> "Writer":
+    def shard_activations(self, form: Form) -> "Writer":
         """A writer that has its weights in a form in which they are read faster."""
         model = for_inference(self.model)
         return self._replace(model=model, params=for_decoding(self.params, model, form))
@@ -55,14 +55,14 @@ def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingCo
     return [writer.written(prompt, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
 
 
-def write_as_it_comes(
+def stream_text(
     writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object] = lambda _: None
 ) -> Iterator[str]:
     """Yield the text that `write` returns for one prompt in pieces, each as soon as it is known.
 
     `says` is called with a message if the text ends because the context is full.
     """
-    looks = generate_as_it_comes(
+    looks = stream_tokens(
         writer.params, prompt, writer.model, **_drawing(writer, sampling), tokens_per_look=TOKENS_PER_LOOK
     )
     shown = ""

@@ -12,7 +12,7 @@ from rustgpt_jax.interop import config_mapping as says
 from rustgpt_jax.interop.config_mapping import (
     FULL,
     SLIDING,
-    Correspondence,
+    KeyMapping,
     dense_width,
     disagreements,
     joined_keys,
@@ -78,7 +78,7 @@ class Architecture:
     name: str
     model_type: str
     family: str
-    correspondences: tuple[Correspondence, ...]
+    correspondences: tuple[KeyMapping, ...]
     defaults: Mapping[str, Any]
     rules: Rules
     other_rules: tuple[Rules, ...] = ()
@@ -189,7 +189,7 @@ GEMMA = (
     says.whole_heads(),
     says.activation("hidden_activation", says.GATED),
     says.query_scale("query_pre_attn_scalar"),
-    says.softcap("final_logit_softcapping", "logits_softcap"),
+    says.softcap("final_logit_softcapping", "final_logit_softcap"),
     says.always("use_bidirectional_attention", False, None),
 )
 
@@ -234,7 +234,7 @@ _EVERY = (
             says.scaled_or_not("scale_attn_weights"),
             says.same("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer"),
             says.always("add_cross_attention", False),
-            Correspondence(lambda settings: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
+            KeyMapping(lambda settings: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
         ),
         defaults={
             "n_inner": None,
@@ -286,7 +286,7 @@ _EVERY = (
         family="gemma2",
         correspondences=(
             *GEMMA,
-            says.softcap("attn_logit_softcapping", "attention_softcap"),
+            says.softcap("attn_logit_softcapping", "attn_logit_softcap"),
             says.window_by_layer(_every_other),
             rope(),
         ),
@@ -316,7 +316,7 @@ _EVERY = (
             says.halved_width("intermediate_size"),
             says.whole_heads(),
             says.activation("hidden_activation", {"gelu": says.GATED["gelu"]}),
-            says.softcap("logits_soft_cap", "logits_softcap"),
+            says.softcap("logits_soft_cap", "final_logit_softcap"),
             says.same("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
             says.recurrent_and_local(),
             says.rounded_embedding_scale(),
@@ -373,7 +373,7 @@ _EVERY = (
             rope(
                 has_fraction=True, types={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
             ),
-            Correspondence(
+            KeyMapping(
                 lambda settings: {},
                 lambda model: {"original_max_position_embeddings": model.rope_original_context or model.context_length},
             ),

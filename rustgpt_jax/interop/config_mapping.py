@@ -13,23 +13,23 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.interop.hf_config import Settings
-from rustgpt_jax.model.linear import gated_width
+from rustgpt_jax.model.linear import default_glu_width
 from rustgpt_jax.model.positions import longrope_factors
 
 # What a model computes, whatever words its config says it in.
 
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (
-    *("dropout", "init_std", "load_balance", "router_z_loss", "layers", "remat", "attention_kernel"),
+    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "layers", "remat", "attention_kernel"),
     *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul", "derivatives"),
-    *("latent_width", "query_latent_width", "shared_key_width", "options"),
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "options"),
 )
 
 GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 PLAIN = (
     *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "norm", "norm_placement", "norm_epsilon"),
-    *("tie_embeddings", "scale_embeddings", "logits_softcap", "qk_norm", "attention_softcap"),
+    *("tie_embeddings", "scale_embeddings", "final_logit_softcap", "qk_norm", "attn_logit_softcap"),
     *("attention_sinks", "attention_scale_by_layer"),
 )
 
@@ -48,12 +48,12 @@ def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
 def dense_width(model: ModelConfig) -> int:
     """The hidden width of feed-forwards that are no mixture of experts."""
     is_gated = (GATED_KINDS | {"moe"}) & set(model.feedforwards)
-    return model.d_ff or (gated_width(model.d_model) if is_gated else 4 * model.d_model)
+    return model.d_ff or (default_glu_width(model.d_model) if is_gated else 4 * model.d_model)
 
 
 def expert_width(model: ModelConfig) -> int:
     """The hidden width of an expert."""
-    return model.d_expert or model.d_ff or gated_width(model.d_model)
+    return model.d_expert or model.d_ff or default_glu_width(model.d_model)
 
 
 def attention_scale(model: ModelConfig) -> float:
@@ -82,9 +82,7 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     if "moe" in names["feedforwards"]:
         said |= {
             knob: getattr(model, knob)
-            for knob in (
-                *("n_experts", "experts_per_token", "expert_activation", "normalize_experts", "expert_capacity"),
-            )
+            for knob in (*("n_experts", "experts_per_token", "expert_activation", "norm_topk_prob", "capacity_factor"),)
         }
         said["d_expert"] = expert_width(model)
     if "rg_lru" in names["mixers"]:
@@ -94,7 +92,7 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     if {"rope", "local_rope"} & set(names["positions"]):
         said["rope_fraction"] = model.rope_fraction
     if "local_rope" in names["positions"]:
-        said["local_rope_base"] = model.local_rope_base
+        said["local_rope_theta"] = model.local_rope_theta
     if "rope" in names["positions"]:
         said |= _rope(model)
     return said
@@ -102,7 +100,7 @@ def computation(model: ModelConfig) -> dict[str, Any]:
 
 def _rope(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
-    said: dict[str, Any] = {"rope_base": model.rope_base, "rope_scaling": scaling}
+    said: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     if scaling in ("linear", "llama3", "yarn"):
         said["rope_factor"] = model.rope_factor
     if scaling in ("llama3", "yarn"):
@@ -136,22 +134,22 @@ Knobs = dict[str, Any]
 Keys = dict[str, Any]
 
 
-class Correspondence(NamedTuple):
+class KeyMapping(NamedTuple):
     """read: the knobs that a config.json says; write: the keys that say the knobs of a model."""
 
     read: Callable[[Settings], Knobs]
     write: Callable[[ModelConfig], Keys]
 
 
-def same(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> Correspondence:
+def same(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> KeyMapping:
     """A key with the meaning of a knob; `of` gives the value that is written where that is not the knob's own."""
-    return Correspondence(
+    return KeyMapping(
         lambda settings: {knob: settings.knob(key, knob)},
         lambda model: {key: getattr(model, knob) if of is None else of(model)},
     )
 
 
-def always(key: str, *values: Any) -> Correspondence:
+def always(key: str, *values: Any) -> KeyMapping:
     """A key that has one of these values in everything that can be read; the first one is written."""
 
     def read(settings: Settings) -> Knobs:
@@ -159,7 +157,7 @@ def always(key: str, *values: Any) -> Correspondence:
             raise settings.refuse(key, f"it must be {' or '.join(map(repr, values))}")
         return {}
 
-    return Correspondence(read, lambda model: {key: values[0]})
+    return KeyMapping(read, lambda model: {key: values[0]})
 
 
 # Activation names in `transformers` and here; the first name of each activation is the one written.
@@ -185,7 +183,7 @@ GATED = {
 NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared")}
 
 
-def activation(key: str, feedforwards: Mapping[str, str]) -> Correspondence:
+def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
     """Map the activation of feed-forwards; `feedforwards` maps activations to parts."""
 
     def read(settings: Settings) -> Knobs:
@@ -195,12 +193,12 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> Correspondence:
         of_part = {part: name for name, part in feedforwards.items()}
         return {key: _written_activation(of_part.get(model.feedforwards[0], next(iter(feedforwards))))}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def expert_activation(key: str) -> Correspondence:
+def expert_activation(key: str) -> KeyMapping:
     """Map the activation of experts."""
-    return Correspondence(
+    return KeyMapping(
         lambda settings: {"feedforwards": ("moe",), "expert_activation": _activation(settings, key, GATED)},
         lambda model: {key: _written_activation(model.expert_activation)},
     )
@@ -218,32 +216,32 @@ def _written_activation(name: str) -> str:
     return next(there for there, here in ACTIVATIONS.items() if here == name)
 
 
-def attention_bias(key: str) -> Correspondence:
+def attention_bias(key: str) -> KeyMapping:
     """Map biases in the four projections of attention."""
 
     def read(settings: Settings) -> Knobs:
         return dict.fromkeys(("qkv_bias", "attention_output_bias"), settings.knob(key, "bias"))
 
-    return Correspondence(read, lambda model: {key: model.has_qkv_bias})
+    return KeyMapping(read, lambda model: {key: model.has_qkv_bias})
 
 
-def feedforward_bias(key: str) -> Correspondence:
+def feedforward_bias(key: str) -> KeyMapping:
     """Map biases in the linear layers of feed-forwards."""
-    return Correspondence(
+    return KeyMapping(
         lambda settings: {"feedforward_bias": settings.knob(key, "bias")},
         lambda model: {key: model.has_feedforward_bias},
     )
 
 
-def softcap(key: str, knob: str) -> Correspondence:
+def softcap(key: str, knob: str) -> KeyMapping:
     """A bound by tanh, null there and 0 here for none."""
-    return Correspondence(
+    return KeyMapping(
         lambda settings: {knob: 0.0 if settings[key] is None else settings.knob(key, knob)},
         lambda model: {key: getattr(model, knob) or None},
     )
 
 
-def query_scale(key: str) -> Correspondence:
+def query_scale(key: str) -> KeyMapping:
     """The number whose root scores are divided by."""
 
     def read(settings: Settings) -> Knobs:
@@ -256,18 +254,18 @@ def query_scale(key: str) -> Correspondence:
         scale = attention_scale(model)
         return {key: round(scale**-2) if scale else None}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def scaled_or_not(key: str) -> Correspondence:
+def scaled_or_not(key: str) -> KeyMapping:
     """Whether scores are multiplied by head_dim^-1/2, or by nothing (GPT-2)."""
-    return Correspondence(
+    return KeyMapping(
         lambda settings: {"attention_scale": None if settings.knob(key, "bias") else 1.0},
         lambda model: {key: attention_scale(model) != 1.0},
     )
 
 
-def whole_heads() -> Correspondence:
+def whole_heads() -> KeyMapping:
     """Heads that divide d_model, which some config classes insist on even where head_dim is given."""
 
     def read(settings: Settings) -> Knobs:
@@ -275,7 +273,7 @@ def whole_heads() -> Correspondence:
             raise settings.refuse("hidden_size", "it must be a multiple of num_attention_heads")
         return {}
 
-    return Correspondence(read, lambda model: {})
+    return KeyMapping(read, lambda model: {})
 
 
 # Which layers see how far.
@@ -284,7 +282,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LayerType = Callable[[Settings, int], str]
 
 
-def window_everywhere(switch: str | None = None) -> Correspondence:
+def window_everywhere(switch: str | None = None) -> KeyMapping:
     """A sliding window in all layers, or null (Mistral); with a `switch` only where that is true."""
 
     def read(settings: Settings) -> Knobs:
@@ -297,10 +295,10 @@ def window_everywhere(switch: str | None = None) -> Correspondence:
         keys: Keys = {"sliding_window": model.local_window if is_local else None}
         return keys if switch is None else {switch: is_local, **keys}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def window_by_layer(usual: LayerType) -> Correspondence:
+def window_by_layer(usual: LayerType) -> KeyMapping:
     """layer_types, a name for each layer, or what `usual` says of a layer where there are none."""
 
     def read(settings: Settings) -> Knobs:
@@ -309,10 +307,10 @@ def window_by_layer(usual: LayerType) -> Correspondence:
     def write(model: ModelConfig) -> Keys:
         return {"layer_types": _names(model), "sliding_window": _window(model)}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def window_by_layer_if(usual: LayerType) -> Correspondence:
+def window_by_layer_if(usual: LayerType) -> KeyMapping:
     """The same, where a sliding window has a switch of its own, use_sliding_window (Qwen2, Qwen3, SmolLM3)."""
 
     def read(settings: Settings) -> Knobs:
@@ -325,10 +323,10 @@ def window_by_layer_if(usual: LayerType) -> Correspondence:
         types = _names(model)
         return {"layer_types": types, "sliding_window": _window(model), "use_sliding_window": SLIDING in types}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def window_after_first_layers() -> Correspondence:
+def window_after_first_layers() -> KeyMapping:
     """The first max_window_layers see all, the others a window (Qwen2); layer_types says so too, and goes first."""
 
     def usual(settings: Settings, layer: int) -> str:
@@ -342,10 +340,10 @@ def window_after_first_layers() -> Correspondence:
         first = types.index(SLIDING) if SLIDING in types else len(types)
         return by_layer.write(model) | {"max_window_layers": first}
 
-    return Correspondence(by_layer.read, write)
+    return KeyMapping(by_layer.read, write)
 
 
-def local_layers_turn_faster(usual: LayerType) -> Correspondence:
+def local_layers_turn_faster(usual: LayerType) -> KeyMapping:
     """layer_types, where local layers have RoPE with a base of its own (Gemma 3)."""
     by_layer = window_by_layer(usual)
 
@@ -354,10 +352,10 @@ def local_layers_turn_faster(usual: LayerType) -> Correspondence:
         positions = shortest_pattern(["local_rope" if kind == SLIDING else "rope" for kind in types])
         return by_layer.read(settings) | {"positions": positions}
 
-    return Correspondence(read, by_layer.write)
+    return KeyMapping(read, by_layer.write)
 
 
-def layers_without_positions() -> Correspondence:
+def layers_without_positions() -> KeyMapping:
     """no_rope_layers: 1 where a layer has RoPE and 0 where it has no positions (SmolLM3)."""
 
     def read(settings: Settings) -> Knobs:
@@ -373,7 +371,7 @@ def layers_without_positions() -> Correspondence:
         positions = over_layers(model.positions, model.n_layers)
         return {"no_rope_layers": [int(name == "rope") for name in positions]}
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
 def _layer_types(settings: Settings, usual: LayerType) -> list[str]:
@@ -404,7 +402,7 @@ def _window(model: ModelConfig) -> int | None:
     return model.local_window if SLIDING in _names(model) else None
 
 
-def recurrent_and_local() -> Correspondence:
+def recurrent_and_local() -> KeyMapping:
     """Map block_types, a pattern of recurrent and local attention layers (RecurrentGemma)."""
     names = {"recurrent": "rg_lru", "attention": "local_attention"}
     reads = (
@@ -430,10 +428,10 @@ def recurrent_and_local() -> Correspondence:
             "lru_width": model.recurrent_width or model.d_model,
         }
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def halved_width(key: str) -> Correspondence:
+def halved_width(key: str) -> KeyMapping:
     """Map a key that holds twice the hidden width of feed-forwards (RecurrentGemma)."""
 
     def read(settings: Settings) -> Knobs:
@@ -441,23 +439,23 @@ def halved_width(key: str) -> Correspondence:
             raise settings.refuse(key, "it is twice the hidden width of a feed-forward")
         return {"d_ff": settings.whole(key) // 2}
 
-    return Correspondence(read, lambda model: {key: 2 * dense_width(model)})
+    return KeyMapping(read, lambda model: {key: 2 * dense_width(model)})
 
 
-def rounded_embedding_scale() -> Correspondence:
+def rounded_embedding_scale() -> KeyMapping:
     """Map embeddings multiplied by sqrt(hidden_size) rounded to bfloat16 (RecurrentGemma)."""
 
     def read(settings: Settings) -> Knobs:
         root = np.float32(settings.whole("hidden_size") ** 0.5)
         return {"scale_embeddings": True, "embedding_scale": float(root.astype(ml_dtypes.bfloat16))}
 
-    return Correspondence(read, lambda model: {})
+    return KeyMapping(read, lambda model: {})
 
 
 # Experts.
 
 
-def experts_everywhere() -> Correspondence:
+def experts_everywhere() -> KeyMapping:
     """Experts of width intermediate_size in every layer, with weights that add up to 1 (Mixtral)."""
     reads = (
         same("num_local_experts", "n_experts"),
@@ -468,16 +466,16 @@ def experts_everywhere() -> Correspondence:
     def read(settings: Settings) -> Knobs:
         return joined_knobs(reads, settings) | {"d_expert": None}
 
-    return Correspondence(read, lambda model: joined_keys(reads, model))
+    return KeyMapping(read, lambda model: joined_keys(reads, model))
 
 
-def experts_in_some_layers(activation: str) -> Correspondence:
+def experts_in_some_layers(activation: str) -> KeyMapping:
     """Experts in every decoder_sparse_step-th layer but mlp_only_layers, which are dense (Qwen3-MoE)."""
     reads = (
         same("num_experts_per_tok", "experts_per_token"),
         same("moe_intermediate_size", "d_expert", expert_width),
         same("intermediate_size", "d_ff", dense_width),
-        same("norm_topk_prob", "normalize_experts"),
+        same("norm_topk_prob", "norm_topk_prob"),
     )
 
     def read(settings: Settings) -> Knobs:
@@ -498,14 +496,14 @@ def experts_in_some_layers(activation: str) -> Correspondence:
             "mlp_only_layers": [layer for layer, name in enumerate(names) if name != "moe"],
         }
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def joined_knobs(parts: Sequence[Correspondence], settings: Settings) -> Knobs:
+def joined_knobs(parts: Sequence[KeyMapping], settings: Settings) -> Knobs:
     """The knobs of several correspondences."""
     return {knob: value for part in parts for knob, value in part.read(settings).items()}
 
 
-def joined_keys(parts: Sequence[Correspondence], model: ModelConfig) -> Keys:
+def joined_keys(parts: Sequence[KeyMapping], model: ModelConfig) -> Keys:
     """The keys of several correspondences."""
     return {key: value for part in parts for key, value in part.write(model).items()}

@@ -63,7 +63,7 @@ def export_model(
     config = chosen.hf_config(model) | dict.fromkeys(TOKEN_KEYS) | dict(special_tokens or {})
     # transformers 4 and 5 both read this name.
     config["torch_dtype"] = dtype or TYPE_NAMES[np.dtype(leaves["embedding/table"].dtype)]
-    with appearing_folder(folder) as hidden:
+    with atomic_folder(folder) as hidden:
         (hidden / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_folder(hidden, new, shard_bytes)
         if finish is not None:
@@ -72,7 +72,7 @@ def export_model(
 
 
 @contextmanager
-def appearing_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which appears under its own name once all is written, or not at all.
 
     Raises UserError if there is something in its place, or it cannot be made.

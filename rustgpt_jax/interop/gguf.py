@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
@@ -27,7 +27,7 @@ from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 # What a type is called in a file.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -108,8 +108,8 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Cal
     if file.exists():
         raise UserError(f"{file} is there already; choose another name.")
     trained = load(path, which)
-    codec = run_tokenizer(RunFolder(path))
-    model = with_vocabulary(load_config(path), codec).model
+    codec = run_tokenizer(RunDir(path))
+    model = fill_vocab_size(load_config(path), codec).model
     is_dialogue = trained.writer.is_dialogue
     name = write_gguf(
         trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
@@ -236,7 +236,7 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
         "value_length": width,
         "layer_norm_rms_eps": model.norm_epsilon,
         "rope_dimension_count": width,
-        "rope_freq_base": model.rope_base,
+        "rope_freq_base": model.rope_theta,
     }
 
 

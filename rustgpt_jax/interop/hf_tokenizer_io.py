@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import END, SYSTEM, USER, Codec, Dialect, load_tokenizer, save_tokenizer
+from rustgpt_jax.tokenizers import END, SYSTEM, USER, ChatFormat, Codec, load_tokenizer, save_tokenizer
 from rustgpt_jax.tokenizers.chat_template import turn_end
 from rustgpt_jax.workdir.safetensors_files import read_json
 
@@ -37,7 +37,7 @@ def read_codec(source: Path, says: Callable[[str], object] = lambda _: None) -> 
     return Codec(codec.tokenizer, _read_dialect(source, codec, says))
 
 
-def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> Dialect:
+def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> ChatFormat:
     files = {name: _optional(source / name) for name in (SPECIAL, SETTINGS, MODEL, GENERATION)}
     named = _named_tokens(files[SPECIAL]) | _named_tokens(files[SETTINGS])
     stops = _named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)
@@ -53,7 +53,7 @@ def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> 
         says(f"{sentence} It is left out.")
     named["eos_token"] = stops[0]
     try:
-        dialect = Dialect(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
+        dialect = ChatFormat(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)
     except ValueError as error:
         raise UserError(f"{source}: a special token or the chat template is no text ({error}).") from None
     # A base model may have this token without stopping at it; after training on dialogues it does stop.
@@ -173,7 +173,7 @@ def _exported(codec: Codec) -> Tokenizer:
     return tokenizer
 
 
-def own_dialect(is_dialogue: bool) -> Dialect:
+def own_dialect(is_dialogue: bool) -> ChatFormat:
     """Return the dialect of tokenizers trained here, in the form used for imported ones."""
     named = {"bos_token": END, "eos_token": END, "pad_token": END}
-    return Dialect(END, (END, USER, SYSTEM), OWN_TEMPLATE if is_dialogue else None, named)
+    return ChatFormat(END, (END, USER, SYSTEM), OWN_TEMPLATE if is_dialogue else None, named)

@@ -21,7 +21,7 @@ TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Stored = dict[str, StoredTensor]
 
 
-class Described(NamedTuple):
+class HFModelInfo(NamedTuple):
     """What the config.json of a Hugging Face folder says.
 
     knobs: values of ModelConfig, all that a model's logits depend on. special_tokens: bos_token_id and the like, as
@@ -33,7 +33,7 @@ class Described(NamedTuple):
     special_tokens: dict[str, Any]
 
 
-def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) -> Described:
+def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) -> HFModelInfo:
     """Read the config.json of a Hugging Face folder, passing warnings about ignored settings to `warn`.
 
     Raises:
@@ -47,7 +47,7 @@ def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) 
     config = read_json(file)
     architecture = architecture_of(config, file)
     tokens = {key: config[key] for key in TOKEN_KEYS if key in config}
-    return Described(architecture.knobs(config, file, warn), architecture, tokens)
+    return HFModelInfo(architecture.knobs(config, file, warn), architecture, tokens)
 
 
 def write_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:

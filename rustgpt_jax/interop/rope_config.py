@@ -7,7 +7,7 @@ from typing import Any
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import checked
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.interop.config_mapping import FULL, SLIDING, Correspondence, Keys, Knobs
+from rustgpt_jax.interop.config_mapping import FULL, SLIDING, KeyMapping, Keys, Knobs
 from rustgpt_jax.interop.hf_config import Settings
 from rustgpt_jax.model.positions import longrope_factors
 
@@ -48,7 +48,7 @@ OTHER_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscal
 NO_NUMBERS = ("rope_type", "type", "truncate", "short_factor", "long_factor")
 
 
-def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> Correspondence:
+def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> KeyMapping:
     """Map one RoPE for all layers, applied to all channels or a fraction of them.
 
     `types` maps each rope_type of the architecture to the scaling type that it means.
@@ -61,10 +61,10 @@ def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> C
         fraction: Keys = {"partial_rotary_factor": model.rope_fraction} if has_fraction else {}
         return rope_keys(model) | fraction
 
-    return Correspondence(read, write)
+    return KeyMapping(read, write)
 
 
-def global_and_local_rope() -> Correspondence:
+def global_and_local_rope() -> KeyMapping:
     """A RoPE for global layers and one, unscaled, for local ones (Gemma 3)."""
 
     def read(settings: Settings) -> Knobs:
@@ -74,9 +74,9 @@ def global_and_local_rope() -> Correspondence:
         local = rope_knobs(settings, of_local, settings["rope_local_base_freq"])
         if local["rope_scaling"] != "none":
             raise settings.refuse("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
-        return rope_knobs(settings, of_global, settings["rope_theta"]) | {"local_rope_base": local["rope_base"]}
+        return rope_knobs(settings, of_global, settings["rope_theta"]) | {"local_rope_theta": local["rope_theta"]}
 
-    return Correspondence(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_base})
+    return KeyMapping(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_theta})
 
 
 def rope_knobs(
@@ -109,7 +109,7 @@ def rope_knobs(
     fraction = stored.get("partial_rotary_factor", settings["partial_rotary_factor"])
     if not has_fraction and fraction not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
-    knobs: Knobs = {"rope_base": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
+    knobs: Knobs = {"rope_theta": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
     if has_fraction:
         knobs["rope_fraction"] = 1.0 if fraction is None else fraction
     if kind in ("llama3", "yarn", "longrope"):
@@ -135,7 +135,7 @@ def rope_keys(model: ModelConfig) -> Keys:
     """rope_theta and rope_scaling, which transformers 4 and 5 both read."""
     kind = next((name for name, here in NAMES.items() if here == model.rope_scaling), None)
     if kind in (None, "default"):
-        return {"rope_theta": model.rope_base, "rope_scaling": None}
+        return {"rope_theta": model.rope_theta, "rope_scaling": None}
     values = {key: getattr(model, knob) for key, knob in KEYS[str(kind)].items()}
     if kind == "longrope":
         # `transformers` selects the factors by text length. To use the long factors for all texts, write them as the
@@ -146,7 +146,7 @@ def rope_keys(model: ModelConfig) -> Keys:
     if values.get("truncate"):
         del values["truncate"]
     scaling = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
-    return {"rope_theta": model.rope_base, "rope_scaling": scaling}
+    return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
 
 
 def _stored(settings: Settings) -> dict[str, Any]:

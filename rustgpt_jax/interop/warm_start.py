@@ -10,21 +10,21 @@ import numpy as np
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, differences, split, stages
-from rustgpt_jax.data.preprocess import obtain_tokenizer, resolve_epochs_with, with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.interop.export_hf import appearing_folder
+from rustgpt_jax.interop.export_hf import atomic_folder
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.formatting import count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
-from rustgpt_jax.training.train_step import as_arguments, compiled_start
+from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import write_tensors
-from rustgpt_jax.workdir.run_dir import RunFolder, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
 from rustgpt_jax.workdir.safetensors_files import NewTensor
 
 # Their rows, or columns, stand for tokens.
@@ -35,7 +35,7 @@ TOKENIZER_KNOBS = tuple(knob for knob in FIELDS if knob.startswith("tokenizer.")
 Says = Callable[[str], object]
 
 
-class Taken(NamedTuple):
+class WarmStartReport(NamedTuple):
     """Names of parameters that were loaded, initialized from the seed, or left unused, with reasons.
 
     `partly` has the loaded layers of stacked parameters that were loaded only in part.
@@ -70,7 +70,7 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     Raises:
         UserError: The folder was created from something else, the run or step does not exist, or no parameter matches.
     """
-    run, is_asked = RunFolder(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
+    run, is_asked = RunDir(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
     if run.config_file.exists():
         began = read_beginning(run).get("source")
         if began is None or _same(began) != _same(source):
@@ -85,12 +85,12 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     if not is_asked:
         begun = _with_tokenizer_of(load_config(place), config, origins, source)
     keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
-    own = there.writer.tokenizer if keeps else obtain_tokenizer(begun.config)
+    own = there.writer.tokenizer if keeps else load_or_train_tokenizer(begun.config)
     resolved = resolve_epochs_with(begun.config, own, cache_folder())
     begun = Begun(resolved.config, {**begun.origins, **resolved.origins})
-    whole = with_vocabulary(begun.config, own)
+    whole = fill_vocab_size(begun.config, own)
     structure, numbers = split(stages(whole)[0].config)
-    fresh = by_path(compiled_start(structure, as_arguments(numbers)).params)
+    fresh = by_path(compiled_init_state(structure, to_traced_scalars(numbers)).params)
     given = by_path(there.writer.params)
     is_same_tokenizer = own.written == there.writer.tokenizer.written
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
@@ -98,7 +98,7 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     if not chosen.taken and not chosen.partly:
         raise UserError(f"No parameter of {source} fits the model of this config: {_named(chosen.from_seed)}.")
     params = {name: _joined(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
-    with appearing_folder(path) as hidden:
+    with atomic_folder(path) as hidden:
         new = create(hidden, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
         write_tensors(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
@@ -121,7 +121,7 @@ def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str]
     return Begun(result, dict(origins) | dict.fromkeys(differences(config, result), f"init_from {source}"))
 
 
-def _told(chosen: Taken, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:
+def _told(chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:
     n_taken = sum(params[name].size for name in chosen.taken)
     n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
     n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
@@ -177,9 +177,9 @@ def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
     return result
 
 
-def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> Taken:
+def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> WarmStartReport:
     hindrances = {key: _hindrance(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
-    result = Taken([], {}, {}, {})
+    result = WarmStartReport([], {}, {}, {})
     for name, keys in _by_stack(wanted).items():
         fitting, reasons = [key for key in keys if not hindrances[key]], [hindrances[key] for key in keys]
         if len(fitting) == len(keys):
@@ -221,7 +221,7 @@ def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequen
     return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
 
 
-def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: Taken) -> Any:
+def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: WarmStartReport) -> Any:
     """Return the initial array of the new model with the loaded layers replaced."""
     if name not in chosen.taken and name not in chosen.partly:
         return fresh

@@ -17,7 +17,7 @@ AXES_OF = {
 }
 
 
-def laid_out(x: jax.Array, letters: str) -> jax.Array:
+def shard_activations(x: jax.Array, letters: str) -> jax.Array:
     """An array whose axes are `letters`, cut over the mesh that `jax.set_mesh` has set as AXES_OF says.
 
     Letters that are not there, such as dots, and what the size of an axis does not divide, stay whole. The values are

@@ -29,7 +29,7 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Signals]:
         config = self.config
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
-        of_mixer, of_feedforward = config.for_mixer, config.for_feedforward
+        of_mixer, of_feedforward = config.mixer_config, config.feedforward_config
         mixer = choose(MIXERS, mixer_name, "config.model.mixers")(of_mixer, name="mixer")
         feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(
             of_feedforward, name="feedforward"

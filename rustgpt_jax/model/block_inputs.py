@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Signals = dict[str, jax.Array]
 
 # The signal that is added to the loss.
-AUXILIARY_LOSS = "auxiliary_loss"
+AUX_LOSS = "auxiliary_loss"
 
 
 class Context(NamedTuple):

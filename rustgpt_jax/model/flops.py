@@ -37,7 +37,7 @@ def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = 
     """FLOPs of the matrix products of one forward over a window, divided by its tokens.
 
     Scores of later tokens, which the causal mask hides, are computed and so counted. A backward pass costs twice this.
-    loops_once: as `matrix_product_flops` has it.
+    loops_once: as `matmul_flops` has it.
     """
     # In the kernels of libraries no product is to be seen. No device is asked what suits it.
     model = dataclasses.replace(model, attention_kernel="plain", derivatives="plain")
@@ -45,7 +45,7 @@ def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = 
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens
     )
-    return matrix_product_flops(jaxpr.jaxpr, loops_once) / window
+    return matmul_flops(jaxpr.jaxpr, loops_once) / window
 
 
 def training_flops_per_token(model: ModelConfig, window: int) -> float:
@@ -53,7 +53,7 @@ def training_flops_per_token(model: ModelConfig, window: int) -> float:
     return 3 * forward_flops_per_token(model, window)
 
 
-def matrix_product_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
+def matmul_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
     """2 m n k for each matrix product of a program, those inside a loop of known length counted that many times.
 
     loops_once: count them once instead, as XLA does.

@@ -16,7 +16,7 @@ LOOKS = {
 }
 
 
-def kind_of(part: Any) -> str | None:
+def component_kind(part: Any) -> str | None:
     """MIXER, FEEDFORWARD, NORM or POSITION; None for what is none of them."""
     if isinstance(part, PositionScheme):
         return POSITION

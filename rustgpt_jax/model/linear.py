@@ -10,7 +10,7 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.matmul import matmul
 
 
-def scaled_normal(std: Any) -> nn.initializers.Initializer:
+def normal_init(std: Any) -> nn.initializers.Initializer:
     """Normal initial values with a standard deviation that may be traced."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -19,7 +19,7 @@ def scaled_normal(std: Any) -> nn.initializers.Initializer:
     return initialize
 
 
-def over_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
+def broadcast_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
     """A vector shaped to act on the last axis of `x`: broadcasting between ranks is always written out here."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
@@ -41,14 +41,14 @@ class Linear(nn.Module):
         std = self.config.init_std
         if self.residual:
             std = std / (2 * self.config.n_layers) ** 0.5
-        kernel = self.param("kernel", scaled_normal(std), (x.shape[-1], self.features))
+        kernel = self.param("kernel", normal_init(std), (x.shape[-1], self.features))
         y = matmul(x, kernel, self.config)
         if self.config.bias if self.has_bias is None else self.has_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + over_channels(bias, y).astype(y.dtype)
+            y = y + broadcast_channels(bias, y).astype(y.dtype)
         return y
 
 
-def gated_width(d_model: int) -> int:
+def default_glu_width(d_model: int) -> int:
     """8/3 d_model, up to a multiple of 8: three matrices of this width have as many weights as two of 4 d_model."""
     return -(-8 * d_model // 3 // 8) * 8

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.activation_sharding import laid_out
+from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.dtypes import product_type, widened
-from rustgpt_jax.model.kernels.types import device_at_hand
+from rustgpt_jax.model.kernels.types import current_device
 from rustgpt_jax.model.quantized_weights import Stored
 
 # Products of a tensor and a weight in 8 bits: e4m3 forward, e5m2 for gradients, a scale a tensor (arXiv 2209.05433).
@@ -113,18 +113,18 @@ ACTIVATIONS: dict[str, Activation] = {
 COSTLY = (jax.nn.gelu, gelu_exact, jax.nn.silu)
 
 
-def are_kept(config: ModelConfig) -> bool:
+def saves_residuals(config: ModelConfig) -> bool:
     """Whether what gradients are made from is kept in memory: as the config says, or as suits the device at hand."""
-    return device_at_hand().platform == "cpu" if config.derivatives == "auto" else config.derivatives == "kept"
+    return current_device().platform == "cpu" if config.derivatives == "auto" else config.derivatives == "kept"
 
 
 def activated(activation: Activation, x: jax.Array, config: ModelConfig) -> jax.Array:
     """activation(x), a function of each element by itself."""
-    return _with_kept_slope(activation, x) if activation in COSTLY and are_kept(config) else activation(x)
+    return _activation_with_vjp(activation, x) if activation in COSTLY and saves_residuals(config) else activation(x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_kept_slope(activation: Activation, x: jax.Array) -> jax.Array:
+def _activation_with_vjp(activation: Activation, x: jax.Array) -> jax.Array:
     return activation(x)
 
 
@@ -137,7 +137,7 @@ def _activated_back(activation: Activation, slope: jax.Array, gradient: jax.Arra
     return (gradient * slope,)
 
 
-_with_kept_slope.defvjp(_activated, _activated_back)
+_activation_with_vjp.defvjp(_activated, _activated_back)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -205,7 +205,7 @@ def matmul(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> jax
         return kernel.product(x)
     if config.matmul == "float8":
         return fp8_matmul(x, kernel)
-    operands, is_kept = config.dtype if config.matmul == "plain" else config.matmul, are_kept(config)
+    operands, is_kept = config.dtype if config.matmul == "plain" else config.matmul, saves_residuals(config)
     if operands == config.dtype and not is_kept:
         return x @ kernel.astype(config.dtype)
     return matmul_with_custom_vjp(x, kernel, operands, is_kept)
@@ -220,8 +220,12 @@ def readout(hidden_BTD: jax.Array, weights: jax.Array | Stored, letters: str, co
     if isinstance(weights, Stored):
         hidden_BTD = hidden_BTD.astype(operands)
         return weights.product(hidden_BTD, product_type(hidden_BTD))
-    wide, weights, axis = jnp.promote_types(operands, jnp.float32), laid_out(weights, letters), letters.index("D")
+    wide, weights, axis = (
+        jnp.promote_types(operands, jnp.float32),
+        shard_activations(weights, letters),
+        letters.index("D"),
+    )
     hidden_BTD = hidden_BTD.astype(wide)
     if operands == wide:
         return jax.lax.dot_general(hidden_BTD, weights.astype(wide), (((2,), (axis,)), ((), ())))
-    return matmul_with_custom_vjp(hidden_BTD, weights, operands, are_kept(config), axis)
+    return matmul_with_custom_vjp(hidden_BTD, weights, operands, saves_residuals(config), axis)

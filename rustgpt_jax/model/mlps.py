@@ -4,7 +4,7 @@ A feed-forward is a Flax leaf made from the config of its block. It has
 
     __call__(x_BTD, context)     y_BTD, and its signals: named numbers to be recorded in training, {} for none
 
-The signal AUXILIARY_LOSS is added to the loss.
+The signal AUX_LOSS is added to the loss.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import Context, Signals
-from rustgpt_jax.model.linear import Linear, gated_width
+from rustgpt_jax.model.linear import Linear, default_glu_width
 from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, activated
 from rustgpt_jax.model.moe import MixtureOfExperts
 
@@ -54,7 +54,7 @@ class GatedFeedForward(nn.Module):
     @staticmethod
     def width(config: ModelConfig) -> int:
         """The hidden width."""
-        return config.d_ff or gated_width(config.d_model)
+        return config.d_ff or default_glu_width(config.d_model)
 
     @classmethod
     def n_parameters(cls, config: ModelConfig) -> int:

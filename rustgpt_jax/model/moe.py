@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_on
-from rustgpt_jax.model.activation_sharding import laid_out
-from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Context, Signals
+from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.block_inputs import AUX_LOSS, Context, Signals
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.linear import gated_width, scaled_normal
+from rustgpt_jax.model.linear import default_glu_width, normal_init
 from rustgpt_jax.model.matmul import ACTIVATIONS, activated
 
 
@@ -27,7 +27,7 @@ class Routes(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """The weighted sum of the gated feed-forward layers that a router chooses for a token (arXiv 2401.04088).
 
-    With `expert_capacity` 0 no token is dropped: every expert is computed for every token, and what was not chosen has
+    With `capacity_factor` 0 no token is dropped: every expert is computed for every token, and what was not chosen has
     the weight 0. That costs n_experts / experts_per_token times what is used, and makes a token independent of all
     others. With a capacity, experts are computed for the tokens that they have places for, the earliest ones of a row
     (arXiv 2006.16668): cheaper, but whether a token is fed then depends on those before it, across documents too.
@@ -38,7 +38,7 @@ class MixtureOfExperts(nn.Module):
     @staticmethod
     def width(config: ModelConfig) -> int:
         """The hidden width of an expert."""
-        return config.d_expert or config.d_ff or gated_width(config.d_model)
+        return config.d_expert or config.d_ff or default_glu_width(config.d_model)
 
     @classmethod
     def n_parameters(cls, config: ModelConfig) -> int:
@@ -50,16 +50,14 @@ class MixtureOfExperts(nn.Module):
         config = self.config
         width = self.width(config)
         residual_std = config.init_std / (2 * config.n_layers) ** 0.5
-        router_DX = self.param("router", scaled_normal(config.init_std), (config.d_model, config.n_experts))
+        router_DX = self.param("router", normal_init(config.init_std), (config.d_model, config.n_experts))
         shape = (config.n_experts, config.d_model, width)
-        gate_XDF = self.param("gate", scaled_normal(config.init_std), shape).astype(config.dtype)
-        up_XDF = self.param("up", scaled_normal(config.init_std), shape).astype(config.dtype)
-        down_XFD = self.param("down", scaled_normal(residual_std), (shape[0], width, config.d_model)).astype(
-            config.dtype
-        )
+        gate_XDF = self.param("gate", normal_init(config.init_std), shape).astype(config.dtype)
+        up_XDF = self.param("up", normal_init(config.init_std), shape).astype(config.dtype)
+        down_XFD = self.param("down", normal_init(residual_std), (shape[0], width, config.d_model)).astype(config.dtype)
 
         routes = route(widened(x_BTD) @ widened(router_DX), config)
-        if config.expert_capacity:
+        if config.capacity_factor:
             y_BTD, is_fed_BTX = self._fed_by_capacity(x_BTD, routes, context, gate_XDF, up_XDF, down_XFD)
         else:
             activation = ACTIVATIONS[config.expert_activation]
@@ -81,7 +79,7 @@ class MixtureOfExperts(nn.Module):
         """The output, and which tokens found a place with which experts. P counts the places of an expert in a row."""
         config, length = self.config, x_BTD.shape[1]
         is_token_BT = context.segments_BT > 0
-        share = config.expert_capacity * config.experts_per_token / config.n_experts
+        share = config.capacity_factor * config.experts_per_token / config.n_experts
         places = min(length, math.ceil(share * length))
         # Padding makes no places.
         places_B = jnp.minimum(jnp.ceil(share * jnp.sum(is_token_BT, axis=1)), places)
@@ -94,12 +92,12 @@ class MixtureOfExperts(nn.Module):
         token_BXP = jax.vmap(lambda kept_TX: _tokens_in_places(kept_TX, places))(kept_BTX)
         fed_BXPD = jax.vmap(lambda x_TD, token_XP: x_TD.at[token_XP].get(mode="fill", fill_value=0))(x_BTD, token_BXP)
         # Where experts lie on different devices, the tokens go to theirs, and what these make of them comes back.
-        fed_BXPD = laid_out(laid_out(fed_BXPD, "B..."), "BXPD")
+        fed_BXPD = shard_activations(shard_activations(fed_BXPD, "B..."), "BXPD")
         activation = ACTIVATIONS[config.expert_activation]
         hidden_BXPF = activated(activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
         hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
         out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
-        out_BXPD = laid_out(laid_out(out_BXPD, "BXPD"), "B...")
+        out_BXPD = shard_activations(shard_activations(out_BXPD, "BXPD"), "B...")
         return jax.vmap(_back_to_tokens)(out_BXPD, token_BXP, routes.weight_BTX), is_fed_BTX
 
 
@@ -130,7 +128,7 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
         highest_BT = jnp.argmax(left_BTX, axis=-1)
         chosen_BTX = chosen_BTX | jax.nn.one_hot(highest_BT, config.n_experts, dtype=bool)
     weight_BTX = jnp.where(chosen_BTX, probability_BTX, 0)
-    if config.normalize_experts:
+    if config.norm_topk_prob:
         weight_BTX = weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True)
     return Routes(weight_BTX, chosen_BTX, probability_BTX, router_logits_BTX)
 
@@ -139,7 +137,8 @@ def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: Mod
     """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
     Returns:
-        load_balance: n_experts * sum over experts of (share of tokens routed to it * mean probability), as in arXiv
+        load_balance_loss_weight: n_experts * sum over experts of (share of tokens routed to it * mean probability), as
+        in arXiv
             2101.03961 and transformers' load_balancing_loss_func; it equals experts_per_token for balanced routing.
         router_entropy: Mean entropy of the routing probabilities, in nats.
         busiest_expert: The largest share of assignments of one expert.
@@ -152,18 +151,18 @@ def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: Mod
         return jnp.sum(jnp.where(is_token_BT1, widened(values_BTX), 0), axis=(0, 1)) / n_tokens
 
     chosen_X = mean_X(routes.chosen_BTX)
-    load_balance = config.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))
+    load_balance_loss_weight = config.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))
     normalizer_BT1 = jax.nn.logsumexp(routes.router_logits_BTX, axis=-1, keepdims=True)
     entropy_BTX = -routes.probability_BTX * (routes.router_logits_BTX - normalizer_BT1)
     found = {
-        "load_balance": load_balance,
+        "load_balance_loss_weight": load_balance_loss_weight,
         "router_entropy": jnp.sum(mean_X(entropy_BTX)),
         "busiest_expert": jnp.max(chosen_X) / config.experts_per_token,
         "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.experts_per_token,
     }
     losses: list[jax.Array] = []
-    if is_on(config.load_balance):
-        losses.append(config.load_balance * load_balance)
+    if is_on(config.load_balance_loss_weight):
+        losses.append(config.load_balance_loss_weight * load_balance_loss_weight)
     if is_on(config.router_z_loss):
         losses.append(config.router_z_loss * mean_X(jnp.square(normalizer_BT1))[0])
-    return found | ({AUXILIARY_LOSS: jnp.sum(jnp.stack(losses))} if losses else {})
+    return found | ({AUX_LOSS: jnp.sum(jnp.stack(losses))} if losses else {})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.linear import over_channels
+from rustgpt_jax.model.linear import broadcast_channels
 from rustgpt_jax.registry import choose
 
 
@@ -24,9 +24,9 @@ class LayerNorm(nn.Module):
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         y = centered * jax.lax.rsqrt(variance + self.config.norm_epsilon)
-        y = y * over_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
+        y = y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
         if self.config.has_norm_bias:
-            y = y + over_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
+            y = y + broadcast_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
         return y.astype(x.dtype)
 
 
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         y = wide * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
         start = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        scale = over_channels(self.param("scale", start, x.shape[-1:]), x)
+        scale = broadcast_channels(self.param("scale", start, x.shape[-1:]), x)
         return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)
 
 

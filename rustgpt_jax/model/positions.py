@@ -14,7 +14,7 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.linear import scaled_normal
+from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.registry import choose
 
 # RoPE for contexts longer than those that a model was trained with: which channels turn how much more slowly.
@@ -50,7 +50,7 @@ def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     def channel(turns: Any) -> jax.Array:
         """The channel, as a real number, that makes so many turns in the old context."""
         wavelength = _original_context(config) / jnp.asarray(turns, jnp.float32)
-        return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope_base, jnp.float32))
+        return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope_theta, jnp.float32))
 
     half = frequencies_C.shape[0]
     fast, slow = channel(config.rope_fast_turns), channel(config.rope_slow_turns)
@@ -121,7 +121,7 @@ class LearnedPositions(nn.Module):
     @nn.compact
     def __call__(self, positions_BT: jax.Array) -> jax.Array:
         shape = (self.config.context_length, self.config.d_model)
-        return self.param("table", scaled_normal(self.config.init_std), shape)[positions_BT]
+        return self.param("table", normal_init(self.config.init_std), shape)[positions_BT]
 
 
 def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
@@ -130,14 +130,14 @@ def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     C counts the channels that are rotated, the first `rope_fraction` of the head; the rest stay as they are.
     """
     rope = choose(ROPE_SCALINGS, config.rope_scaling, "config.model.rope_scaling")(
-        _frequencies(x_BTHC, config.rope_base, config.rope_fraction), config
+        _frequencies(x_BTHC, config.rope_theta, config.rope_fraction), config
     )
     return _turned(x_BTHC, positions_BT, rope)
 
 
 def local_rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """RoPE with a base of its own and no scaling, for layers that see a short window (Gemma 3, arXiv 2503.19786)."""
-    frequencies_C = _frequencies(x_BTHC, config.local_rope_base, config.rope_fraction)
+    frequencies_C = _frequencies(x_BTHC, config.local_rope_theta, config.rope_fraction)
     return _turned(x_BTHC, positions_BT, Rope(frequencies_C, 1.0))
 
 

@@ -24,15 +24,15 @@ _USUAL: Knobs = {
     "tie_embeddings": False,
     "scale_embeddings": False,
     "embedding_scale": None,
-    "logits_softcap": 0.0,
+    "final_logit_softcap": 0.0,
     "qk_norm": "none",
     "attention_scale": None,
     "attention_scale_by_layer": False,
     "scale_first_token": True,
-    "attention_softcap": 0.0,
+    "attn_logit_softcap": 0.0,
     "attention_sinks": False,
-    "rope_base": 1e4,
-    "local_rope_base": 1e4,
+    "rope_theta": 1e4,
+    "local_rope_theta": 1e4,
     "rope_fraction": 1.0,
     "rope_scaling": "none",
     "rope_factor": 1.0,
@@ -43,8 +43,8 @@ _USUAL: Knobs = {
     "rope_truncate": True,
     "rope_short_factors": (),
     "rope_long_factors": (),
-    "expert_capacity": 0.0,
-    "normalize_experts": True,
+    "capacity_factor": 0.0,
+    "norm_topk_prob": True,
     "expert_activation": "silu",
 }
 
@@ -73,7 +73,7 @@ FAMILIES: dict[str, Knobs] = {
     "llama3": _USUAL
     | {
         "norm_epsilon": 1e-5,
-        "rope_base": 5e5,
+        "rope_theta": 5e5,
         "rope_scaling": "llama3",
         "rope_factor": 8.0,
         "rope_original_context": 8192,
@@ -81,18 +81,19 @@ FAMILIES: dict[str, Knobs] = {
     # arXiv 2310.06825: the first release, with its sliding window.
     "mistral": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
     # arXiv 2407.10671.
-    "qwen2": _USUAL | {"qkv_bias": True, "rope_base": 1e6},
+    "qwen2": _USUAL | {"qkv_bias": True, "rope_theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3": _USUAL | {"qk_norm": "head", "rope_base": 1e6},
+    "qwen3": _USUAL | {"qk_norm": "head", "rope_theta": 1e6},
     # arXiv 2408.00118.
-    "gemma2": _GEMMA | {"mixers": ("local_attention", "attention"), "logits_softcap": 30.0, "attention_softcap": 50.0},
+    "gemma2": _GEMMA
+    | {"mixers": ("local_attention", "attention"), "final_logit_softcap": 30.0, "attn_logit_softcap": 50.0},
     # arXiv 2503.19786: five local layers, then a global one with slower positions.
     "gemma3": _GEMMA
     | {
         "mixers": (*["local_attention"] * 5, "attention"),
         "positions": (*["local_rope"] * 5, "rope"),
         "qk_norm": "head",
-        "rope_base": 1e6,
+        "rope_theta": 1e6,
     },
     # arXiv 2404.07839: two recurrent layers, then one local attention layer.
     "recurrent_gemma": _GEMMA
@@ -101,7 +102,7 @@ FAMILIES: dict[str, Knobs] = {
         "norm_placement": "pre",
         "bias": True,
         "qkv_bias": False,
-        "logits_softcap": 30.0,
+        "final_logit_softcap": 30.0,
         "rope_fraction": 0.5,
         "scale_first_token": False,
     },
@@ -110,11 +111,11 @@ FAMILIES: dict[str, Knobs] = {
     # arXiv 2404.14219: the first release, with its sliding window.
     "phi3": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
     # arXiv 2501.00656.
-    "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_base": 5e5},
+    "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_theta": 5e5},
     # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
-    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope_base": 5e6},
+    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope_theta": 5e6},
     # arXiv 2401.04088.
-    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_epsilon": 1e-5, "rope_base": 1e6},
+    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_epsilon": 1e-5, "rope_theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "qk_norm": "head", "rope_base": 1e6},
+    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "qk_norm": "head", "rope_theta": 1e6},
 }

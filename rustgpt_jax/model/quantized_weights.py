@@ -30,7 +30,7 @@ class Stored(ABC):
 
 @pytree(meta=["kernel"])
 @dataclass(frozen=True)
-class OutputByOutput(Stored):
+class RowMajorWeight(Stored):
     """A matrix in the order in which a product with few rows reads it: all weights of one output, then of the next.
 
     values: in this order, in an array of the matrix's shape (inputs, outputs): float32, bfloat16, or int8.
@@ -63,7 +63,7 @@ class OutputByOutput(Stored):
 
 @pytree(meta=["operands"])
 @dataclass(frozen=True)
-class Widened(Stored):
+class UpcastWeight(Stored):
     """A matrix with the values of a narrower type, `operands`, in float32, which gives what OutputByOutput gives.
 
     It is for XLA on CPUs, which multiplies few rows by narrow weights many times slower.
@@ -83,10 +83,10 @@ def matrix_product(x_BI: jax.Array, values_OI: jax.Array) -> jax.Array:
     return jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=product_type(x_BI))
 
 
-def output_by_output(weights: jax.Array, dtype: Any, kernel: str) -> OutputByOutput:
+def to_row_major(weights: jax.Array, dtype: Any, kernel: str) -> RowMajorWeight:
     """A float32 matrix (inputs, outputs) in the order of its outputs, as numbers of `dtype`; int8 with scales."""
     values_OI, scales_O = quantized(weights) if dtype == "int8" else (weights.astype(dtype).T, None)
-    return OutputByOutput(values_OI.reshape(weights.shape), scales_O, kernel)
+    return RowMajorWeight(values_OI.reshape(weights.shape), scales_O, kernel)
 
 
 def quantized(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +101,7 @@ def quantized(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounded(weights: jax.Array, dtype: Any) -> jax.Array:
-    """A float32 matrix (inputs, outputs) with the values that `output_by_output` keeps of it."""
+    """A float32 matrix (inputs, outputs) with the values that `to_row_major` keeps of it."""
     if dtype != "int8":
         return weights.astype(dtype).astype(weights.dtype)
     values_OI, scales_O = quantized(weights)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates
-from rustgpt_jax.model.activation_sharding import laid_out
+from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import AUXILIARY_LOSS, Context, Signals, dropout
+from rustgpt_jax.model.block_inputs import AUX_LOSS, Context, Signals, dropout
 from rustgpt_jax.model.dtypes import softcap
 from rustgpt_jax.model.layer_groups import Stack, stacks
-from rustgpt_jax.model.linear import scaled_normal
+from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.model.matmul import readout
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
@@ -51,7 +51,7 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
         )
 
     params: Params = {
-        "embedding": {"table": scaled_normal(model.init_std)(keys["embedding"], (vocab_size, model.d_model))},
+        "embedding": {"table": normal_init(model.init_std)(keys["embedding"], (vocab_size, model.d_model))},
         "blocks": {str(index): init_stack(index, stack) for index, stack in enumerate(stacks(model))},
     }
     if (embed := _positions_embedding(model)) is not None:
@@ -59,11 +59,11 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
     if model.norm_placement != "post":
         params["norm"] = _norm(model).init(keys["norm"], x_BTD)["params"]
     if not model.tie_embeddings:
-        params["head"] = {"kernel": scaled_normal(model.init_std)(keys["head"], (model.d_model, vocab_size))}
+        params["head"] = {"kernel": normal_init(model.init_std)(keys["head"], (model.d_model, vocab_size))}
     return params
 
 
-def are_unstacked(blocks: Params) -> bool:
+def is_unrolled(blocks: Params) -> bool:
     """Whether a stack is a list of layers, each with arrays of its own, and not one of arrays with a first axis N."""
     return any(isinstance(of_stack, list) for of_stack in blocks.values())
 
@@ -73,7 +73,7 @@ def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool =
 
     def of_stack(stack: Stack) -> Any:
         (mixer,) = stack.block.mixers
-        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.for_mixer, batch, length)
+        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.mixer_config, batch, length)
         if unstacked:
             return [one] * len(stack.layers)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
@@ -127,7 +127,7 @@ def hidden_states(
 ) -> tuple[jax.Array, Cache | None, Signals]:
     """The residual stream (B, T, D) after the last norm, the cache, and the blocks' signals, each the mean over them.
 
-    The signal AUXILIARY_LOSS is the sum over the blocks. Arguments as those of `apply`.
+    The signal AUX_LOSS is the sum over the blocks. Arguments as those of `apply`.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -165,14 +165,14 @@ def _hidden_states(
             x_BTD, measured[site] = intermediates.watch(x_BTD, slots[site])
         return x_BTD
 
-    x_BTD = laid_out(params["embedding"]["table"], "VD")[tokens_BT]
+    x_BTD = shard_activations(params["embedding"]["table"], "VD")[tokens_BT]
     if model.scale_embeddings:
         scale = model.d_model**0.5 if model.embedding_scale is None else model.embedding_scale
         x_BTD = x_BTD * jnp.asarray(scale, x_BTD.dtype)
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD = tapped(laid_out(x_BTD, "BTD"), "embeddings")
+    x_BTD = tapped(shard_activations(x_BTD, "BTD"), "embeddings")
     of_blocks = None if slots is None else slots["blocks"]
     x_BTD, cache, signals, measured["blocks"] = _run_blocks(params["blocks"], x_BTD, model, context, cache, of_blocks)
     if model.norm_placement != "post":
@@ -186,7 +186,7 @@ def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Arr
         logits_BTV = readout(hidden_BTD, params["head"]["kernel"], "DV", model)
     else:
         logits_BTV = readout(hidden_BTD, params["embedding"]["table"], "VD", model)
-    return softcap(logits_BTV, model.logits_softcap) if is_on(model.logits_softcap) else logits_BTV
+    return softcap(logits_BTV, model.final_logit_softcap) if is_on(model.final_logit_softcap) else logits_BTV
 
 
 def remat_policy(name: str) -> Callable[..., Any]:
@@ -213,7 +213,7 @@ def _run_blocks(
     With no cache, and with no slots for taps, None rides along.
     """
     every = {str(index): stack for index, stack in enumerate(stacks(model))}
-    in_lists = are_unstacked(blocks)
+    in_lists = is_unrolled(blocks)
     repeats = model.n_layers // model.period
     pattern_keys = list(every)[: model.period] if repeats else []
     left_keys = list(every)[len(pattern_keys) :]
@@ -238,7 +238,7 @@ def _run_blocks(
             block = Block(every[key].block)
             after, measured[key] = intermediates.apply(block, params[key], of_block, x_BTD, layer, kept)
             x_BTD, written[key], signals[key] = after
-            x_BTD = laid_out(x_BTD, "BTD")
+            x_BTD = shard_activations(x_BTD, "BTD")
         return x_BTD, (None if cache is None else written, signals, measured)
 
     def pattern(
@@ -319,7 +319,7 @@ def _over_blocks(signals: dict[str, Signals]) -> Signals:
         name: jnp.concatenate([jnp.ravel(of_stack[name]) for of_stack in signals.values() if name in of_stack])
         for name in names
     }
-    return {name: jnp.sum(each) if name == AUXILIARY_LOSS else jnp.mean(each) for name, each in values.items()}
+    return {name: jnp.sum(each) if name == AUX_LOSS else jnp.mean(each) for name, each in values.items()}
 
 
 def vocabulary(model: ModelConfig) -> int:

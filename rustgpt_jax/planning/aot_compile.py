@@ -22,14 +22,14 @@ from dataclasses import dataclass
 
 import jax
 
-from rustgpt_jax.config.schema import Config, is_on, read, split, with_values
+from rustgpt_jax.config.schema import Config, is_on, read, replace_paths, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.collectives import Collective, collectives
 from rustgpt_jax.planning.hlo import Instruction, Program, arrays, lengths
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import State, as_arguments, train_step
+from rustgpt_jax.training.train_step import State, to_traced_scalars, train_step
 
 # What a compiled program does on one device at least: FLOPs of its matrix products, and bytes that they move.
 #
@@ -139,7 +139,7 @@ class Compiled:
         return self.arguments + self.results - self.shared + self.working
 
 
-def compiled_step(config: Config, window: int, placement: Placement, for_cpu: bool = False) -> Compiled:
+def compiled_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> Compiled:
     """One training step on windows of so many tokens, its state and batch laid out as a run would lay them out.
 
     for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
@@ -149,7 +149,7 @@ def compiled_step(config: Config, window: int, placement: Placement, for_cpu: bo
     batch = _placed(batch_shapes(config.training.batch_size, window), placement)
     with placement.active(), heard() as warnings:
         jitted = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        lowered = jitted.lower(structure, state, batch, as_arguments(numbers))
+        lowered = jitted.lower(structure, state, batch, to_traced_scalars(numbers))
         compiled = lowered.compile(compiler_options={} if for_cpu else OPTIONS)
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"
@@ -167,7 +167,7 @@ def compiled_step(config: Config, window: int, placement: Placement, for_cpu: bo
     )
 
 
-def placed_state(config: Config, placement: Placement) -> State:
+def placed_state(config: Config, placement: ShardingPlan) -> State:
     """The state of a run as shapes and types, with the places where its arrays lie."""
     return placement.like(state_shapes(config))
 
@@ -178,10 +178,10 @@ def _stand_in(config: Config) -> Config:
     values["model.derivatives"] = "plain"
     if config.model.attention_kernel != "plain":
         values["model.attention_kernel"] = "portable" if is_on(config.model.dropout) else "blockwise"
-    return with_values(config, values)
+    return replace_paths(config, values)
 
 
-def _placed(batch: Batch, placement: Placement) -> Batch:
+def _placed(batch: Batch, placement: ShardingPlan) -> Batch:
     if placement.mesh is None:
         return batch
     return jax.tree.map(

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rustgpt_jax.config.schema import Config, with_values
+from rustgpt_jax.config.schema import Config, replace_paths
 from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import Compiled, compiled_step, placed_state
 from rustgpt_jax.planning.collectives import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.mesh import axis_sizes
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # How fast a chip could be at best (the roofline, Williams and others 2009): bounds on the time of a step.
 #
@@ -136,7 +136,7 @@ class Estimate:
         return utilization(self.chip, _dtype(self.config), self.model_flops, seconds)
 
 
-def estimate(config: Config, window: int, placement: Placement, chip: Chip) -> Estimate:
+def estimate(config: Config, window: int, placement: ShardingPlan, chip: Chip) -> Estimate:
     """What a step of a config needs, by compiling it."""
     compiled = compiled_step(config, window, placement)
     tokens = config.training.batch_size * window / placement.n_devices
@@ -154,7 +154,7 @@ def estimate(config: Config, window: int, placement: Placement, chip: Chip) -> E
     )
 
 
-def _memory(config: Config, placement: Placement, compiled: Compiled) -> Memory:
+def _memory(config: Config, placement: ShardingPlan, compiled: Compiled) -> Memory:
     state = placed_state(config, placement)
     parameters, optimizer = bytes_on_device(state.params), bytes_on_device(state.opt_state)
     batch = max(0, compiled.arguments - bytes_on_device(state))
@@ -190,7 +190,7 @@ class Change(NamedTuple):
 
     def of(self, config: Config) -> Config:
         """The config with the change."""
-        return with_values(config, self.knobs)
+        return replace_paths(config, self.knobs)
 
     def __str__(self) -> str:
         return " ".join(f"--config.{path}={value}" for path, value in self.knobs.items())
@@ -202,8 +202,8 @@ def changes(config: Config, window: int, n_devices: int) -> Iterator[list[Change
     shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     yield _accumulation(config, shares)
     yield [Change({"model.remat": "full"})] if config.model.remat in ("none", "dots", "weights") else []
-    chunk = config.training.loss_chunk or window
-    yield [Change({"training.loss_chunk": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
+    chunk = config.training.loss_chunk_size or window
+    yield [Change({"training.loss_chunk_size": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
     yield [Change({"mesh.data": data, "mesh.fsdp": fsdp}) for data, fsdp in _moved(sizes["data"], sizes["fsdp"])]
     yield _tensor(config, sizes)
 

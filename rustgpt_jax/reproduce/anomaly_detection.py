@@ -7,7 +7,7 @@ import numpy as np
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.transformer import vocabulary
-from rustgpt_jax.reproduce.recorded_run import History, Past, Rewind
+from rustgpt_jax.reproduce.recorded_run import History, RecordedRun, Rewind
 
 LOSS, NORM = "train/loss", "train/gradient_norm"
 # A loss so many times that of a model that knows nothing is a run that has left its way.
@@ -29,7 +29,7 @@ class Suspect(NamedTuple):
     rewind: Rewind | None = None
 
 
-class TooHigh(NamedTuple):
+class DivergenceThreshold(NamedTuple):
     """Above which loss, and from step `since` on, a loss is too high, and what that loss is in words."""
 
     above: float
@@ -37,17 +37,17 @@ class TooHigh(NamedTuple):
     since: int = 1
 
 
-def lost_above(past: Past, history: History) -> TooHigh:
+def lost_above(past: RecordedRun, history: History) -> DivergenceThreshold:
     """The loss above which a run is lost, to judge by its vocabulary and its first recorded loss."""
     n_tokens = vocabulary(past.material.whole.model)
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
     if first > math.log(n_tokens):
-        return TooHigh(LOST_FACTOR * first, f"{LOST_FACTOR:g} times the first loss")
+        return DivergenceThreshold(LOST_FACTOR * first, f"{LOST_FACTOR:g} times the first loss")
     meaning = f"{LOST_FACTOR:g} times ln {n_tokens}, the loss of guessing among {n_tokens} tokens"
-    return TooHigh(LOST_FACTOR * math.log(n_tokens), meaning)
+    return DivergenceThreshold(LOST_FACTOR * math.log(n_tokens), meaning)
 
 
-def suspect(past: Past, step: int | None) -> Suspect | None:
+def suspect(past: RecordedRun, step: int | None) -> Suspect | None:
     """Return the step to examine: the given step, the first fault, the first loss that is too high, or a spike.
 
     If the run was rewound after faults, returns the last fault. Among spikes, returns the last one that was counted, or
@@ -85,7 +85,7 @@ def suspect(past: Past, step: int | None) -> Suspect | None:
     return None if largest is None else Suspect(largest, "its loss is the largest spike of the record", False)
 
 
-def _asked_for(past: Past, history: History, step: int) -> Suspect:
+def _asked_for(past: RecordedRun, history: History, step: int) -> Suspect:
     past.check(step)
     undone = next((rewind for rewind in past.rewinds[::-1] if rewind.step == step), None)
     if undone is not None:
@@ -99,7 +99,7 @@ def _undone(rewind: Rewind) -> Suspect:
     return Suspect(rewind.step, why, True, rewind)
 
 
-def _first_above(past: Past, before: int, after: int, ceiling: float) -> int:
+def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> int:
     """The first step after `before` and up to `after` whose loss is above a ceiling: they are made again."""
     if after - before == 1:
         return after
@@ -108,7 +108,7 @@ def _first_above(past: Past, before: int, after: int, ceiling: float) -> int:
     return next((step for step, metrics in zip(steps, every, strict=True) if metrics.loss > ceiling), after)
 
 
-def _within(past: Past, before: int, after: int) -> Suspect:
+def _within(past: RecordedRun, before: int, after: int) -> Suspect:
     """The step after `before` and up to `after` in which the count of spikes rose last: they are made again."""
     state = past.state_at(before)
     count = int(state.health.spikes)

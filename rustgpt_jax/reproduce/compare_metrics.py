@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import iter_metrics, last_step
-from rustgpt_jax.training.checkpointing import Damaged, stored_about
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.training.checkpointing import CorruptCheckpoint, stored_about
+from rustgpt_jax.workdir.run_dir import RunDir
 
 # What a clock decides, and no config.
 TIMED = ("train/tokens_per_second", "train/flops_share")
@@ -25,7 +25,7 @@ LINES_AT_A_TIME = 4096
 ABSENT = "nothing"
 
 
-class Parting(NamedTuple):
+class FirstDifference(NamedTuple):
     """Where two records part: the first step at which a value is not the same, its name and the two values."""
 
     step: int
@@ -34,7 +34,7 @@ class Parting(NamedTuple):
     second: Any
 
 
-def in_a_sentence(parting: Parting) -> str:
+def in_a_sentence(parting: FirstDifference) -> str:
     """Where two records part, in words."""
     return f"Step {parting.step:,} is the first that differs: {parting.name} is {parting.first} and {parting.second}."
 
@@ -48,7 +48,7 @@ class Comparison(NamedTuple):
     last_step: int
     n_values: int
     agreed: int
-    parting: Parting | None
+    parting: FirstDifference | None
 
 
 def compare_records(
@@ -78,7 +78,7 @@ def compare_records(
                 continue
             n_values += name != "stage"
             if not _is_equal(here, there, tolerance):
-                return Comparison(last, n_values, agreed, Parting(step, name, here, there))
+                return Comparison(last, n_values, agreed, FirstDifference(step, name, here, there))
         agreed = step
     return Comparison(last, n_values, max(agreed, beginning.last_step), None)
 
@@ -101,7 +101,7 @@ class _Beginning(NamedTuple):
 def _same_beginning(first: Path, second: Path) -> _Beginning:
     """Skip lines that are bytewise identical, without parsing them."""
     found = _Beginning()
-    paths = [RunFolder(path).metrics_file for path in (first, second)]
+    paths = [RunDir(path).metrics_file for path in (first, second)]
     if not all(path.is_file() for path in paths):
         return found
     with open(paths[0], "rb") as left, open(paths[1], "rb") as right:
@@ -139,25 +139,25 @@ def _steps(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
     before = -1
     for step, lines in groupby(iter_metrics(path, offset=offset), key=itemgetter("step")):
         if step < before:
-            raise UserError(f"{RunFolder(path).metrics_file} is damaged: step {step} comes after step {before}.")
+            raise UserError(f"{RunDir(path).metrics_file} is damaged: step {step} comes after step {before}.")
         before, values = step, dict[str, Any]()
         for line in lines:
             values |= line
         yield step, {name: value for name, value in values.items() if name not in (*TIMED, "step")}
 
 
-def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Parting | None]:
+def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, FirstDifference | None]:
     """How many texts two runs wrote up to a step, and where they part. Raises UserError for a file of other things."""
     both = [[text for text in _samples(path) if text["step"] <= last_step] for path in (first, second)]
     for here, there in zip_longest(*both, fillvalue={}):
         if here != there:
             known = here or there
             name = f"the text after {known['prompt']!r}"
-            return 0, Parting(known["step"], name, here.get("text", ABSENT), there.get("text", ABSENT))
+            return 0, FirstDifference(known["step"], name, here.get("text", ABSENT), there.get("text", ABSENT))
     return len(both[0]), None
 
 
-def missing_record(run: RunFolder, stage: Stage, step: int) -> str:
+def missing_record(run: RunDir, stage: Stage, step: int) -> str:
     """Explain why metrics.jsonl ends before a logged step of a stage; '' if it does not."""
     if not run.metrics_file.exists():
         return "is missing"
@@ -179,12 +179,12 @@ class Arrays(NamedTuple):
     unequal: list[str]
 
 
-def compare_checkpoints(first: RunFolder, second: RunFolder) -> Arrays:
+def compare_checkpoints(first: RunDir, second: RunDir) -> Arrays:
     """Hold the last checkpoints that two runs both have against each other, by their fingerprints."""
     for step in sorted({*first.saved_steps} & {*second.saved_steps}, reverse=True):
         try:
             left, right = (stored_about(run.checkpoints, step)["fingerprints"] for run in (first, second))
-        except Damaged:
+        except CorruptCheckpoint:
             continue
         names = dict.fromkeys([*left, *right])
         return Arrays(step, len(names), [name for name in names if left.get(name) != right.get(name)])
@@ -200,7 +200,7 @@ def _is_equal(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
-    file = RunFolder(path).samples_file
+    file = RunDir(path).samples_file
     if not file.exists():
         return []
     whole = file.read_bytes().splitlines(keepends=True)

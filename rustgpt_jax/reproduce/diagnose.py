@@ -12,11 +12,18 @@ from rich.table import Table
 
 from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.reproduce.anomaly_detection import LOSS, NORM, Suspect, TooHigh, lost_above, suspect
-from rustgpt_jax.reproduce.interventions import CONTROL, Fate, Remedy, fates, flags, remedies
-from rustgpt_jax.reproduce.recorded_run import History, Inside, Past
+from rustgpt_jax.reproduce.anomaly_detection import LOSS, NORM, DivergenceThreshold, Suspect, lost_above, suspect
+from rustgpt_jax.reproduce.interventions import (
+    CONTROL,
+    Intervention,
+    InterventionResult,
+    fates,
+    flags,
+    possible_interventions,
+)
+from rustgpt_jax.reproduce.recorded_run import History, RecordedRun, StepInternals
 from rustgpt_jax.reproduce.replay import write_page
-from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report.labels import value_text
 from rustgpt_jax.tokenizers import Codec, decode
 from rustgpt_jax.tracking.formatting import printable
@@ -109,7 +116,7 @@ def of_growth(tensors: Sequence[Tensor], calm: Sequence[Tensor], calm_step: int)
     return sentences
 
 
-def row_losses(inside: Inside) -> np.ndarray:
+def row_losses(inside: StepInternals) -> np.ndarray:
     """The mean loss over the learned tokens of each row of the batch; 0 for a row without any."""
     losses_BT, weights_BT = np.asarray(inside.report.losses_BT), np.asarray(inside.report.weights_BT)
     learned_BT = np.where(weights_BT > 0, losses_BT * weights_BT, 0)
@@ -127,7 +134,7 @@ def odd_rows(losses_B: np.ndarray) -> list[int]:
     return odd[np.argsort(-losses_B[odd])].tolist()
 
 
-def of_batch(inside: Inside, tokenizer: Codec) -> str:
+def of_batch(inside: StepInternals, tokenizer: Codec) -> str:
     """A sentence about the rows of a batch that stand out, with the beginning of the worst."""
     losses_B = row_losses(inside)
     rows, n_rows = odd_rows(losses_B), len(losses_B)
@@ -160,22 +167,22 @@ class Trial:
 
     first: int
     last: int
-    tried: list[Remedy]
-    fates: list[Fate]
-    too_high: TooHigh
+    tried: list[Intervention]
+    fates: list[InterventionResult]
+    too_high: DivergenceThreshold
 
-    def died_at(self, fate: Fate) -> int | None:
+    def first_bad_step(self, fate: InterventionResult) -> int | None:
         """The step at which a run would have ended with a remedy, None if it came through."""
-        index = fate.died_at(self.too_high.above, max(0, self.too_high.since - self.first))
+        index = fate.first_bad_step(self.too_high.above, max(0, self.too_high.since - self.first))
         return None if index is None else self.first + index
 
-    def fate_of(self, remedy: Remedy) -> Fate | None:
+    def fate_of(self, remedy: Intervention) -> InterventionResult | None:
         """The fate of a remedy, None if it could not be tried."""
         return next((fate for fate in self.fates if fate.remedy == remedy), None)
 
-    def survivors(self) -> list[Fate]:
+    def survivors(self) -> list[InterventionResult]:
         """Those that came through, the lowest loss at the end first."""
-        alive = [fate for fate in self.fates if self.died_at(fate) is None]
+        alive = [fate for fate in self.fates if self.first_bad_step(fate) is None]
         return sorted(alive, key=lambda fate: float(fate.losses[-1]))
 
 
@@ -185,7 +192,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
     Writes RUN/replay/step_K.html. If nothing stands out in the record, prints that the run is healthy.
 
     Raises:
-        UserError: As for `Past` and `suspect`.
+        UserError: As for `RecordedRun` and `suspect`.
     """
 
     def say(text: str) -> None:
@@ -193,7 +200,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
         is_command = text.startswith(" ")
         console.print(printable(text), highlight=False, soft_wrap=is_command, markup=False)
 
-    with Past(path, console) as past:
+    with RecordedRun(path, console) as past:
         with waiting(console, "looking for the step that went wrong"):
             found = suspect(past, step)
         if found is None:
@@ -204,7 +211,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
             past.go_before(found.rewind)
         say(f"Step {found.step} of {path} is looked at, because {found.why}.")
         with waiting(console, f"making step {found.step} again and measuring its tensors"):
-            again, inside = make_again(past, found.step, has_taps=True)
+            again, inside = replay_one_step(past, found.step, has_taps=True)
             assert inside is not None
             sentences = diagnosis(past, found, again, inside)
         for sentence in (again.verdict, *sentences):
@@ -224,7 +231,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
             say(sentence)
 
 
-def diagnosis(past: Past, found: Suspect, again: Again, inside: Inside) -> list[str]:
+def diagnosis(past: RecordedRun, found: Suspect, again: ReplayedStep, inside: StepInternals) -> list[str]:
     """What the step tells of its own fault."""
     loss, norm = again.metrics[LOSS], again.metrics[NORM]
     if found.is_fault and again.is_finite:
@@ -252,11 +259,11 @@ class View:
     """
 
     step: int
-    too_high: TooHigh
+    too_high: DivergenceThreshold
     calm_norm: float
 
     @staticmethod
-    def of(past: Past, again: Again) -> "View | None":
+    def of(past: RecordedRun, again: ReplayedStep) -> "View | None":
         """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
         history = past.history().until(again.step - 1)
         rule, loss = lost_above(past, past.history()), again.metrics[LOSS]
@@ -275,22 +282,24 @@ class View:
         # A spike is no more than some loss of long before, when there was much to be learned.
         usual = float(np.median(calm.loss))
         meaning = f"half way from the losses before step {again.step} to its own"
-        return replace(view, too_high=TooHigh(usual + SPIKE_SHARE * (loss - usual), meaning, int(calm.steps[0])))
+        return replace(
+            view, too_high=DivergenceThreshold(usual + SPIKE_SHARE * (loss - usual), meaning, int(calm.steps[0]))
+        )
 
 
-def try_remedies(past: Past, view: View) -> Trial:
+def try_remedies(past: RecordedRun, view: View) -> Trial:
     """Every remedy from a state before the step, on the batches that the run read, to some steps after it."""
     stage, program = past.data_of(view.step).stage, past.program_of(view.step)
     first, last = _first_step(past, view.step, stage.first_step), min(view.step + AFTER, stage.end_step)
     state = past.state_at(first - 1)
     batches = past.batches(state, last - first + 1)
-    tried = remedies(stage.config, view.calm_norm)
+    tried = possible_interventions(stage.config, view.calm_norm)
     stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
     found = fates(tried, stage.config, state, stacked, program.first_step)
     return Trial(first, last, tried, found, view.too_high)
 
 
-def _first_step(past: Past, step: int, begin: int) -> int:
+def _first_step(past: RecordedRun, step: int, begin: int) -> int:
     """The first step that is tried: after a checkpoint that lies far enough before the bad one, but not too far."""
     nearest = max(begin, past.nearest(max(begin, step - LEAST_BEFORE)))
     return max(nearest, step - MOST_BEFORE) + 1
@@ -298,7 +307,7 @@ def _first_step(past: Past, step: int, begin: int) -> int:
 
 def earlier(trial: Trial, view: View, step: int, path: Path) -> list[str]:
     """Where the run was lost before the step that was looked at, if it was."""
-    control = next((trial.died_at(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
+    control = next((trial.first_bad_step(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
     lost_at = min(view.step, control or view.step)
     if lost_at == step:
         return []
@@ -349,11 +358,11 @@ def _print(trial: Trial, console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _row(remedy: Remedy, trial: Trial) -> Sequence[str]:
+def _row(remedy: Intervention, trial: Trial) -> Sequence[str]:
     fate = trial.fate_of(remedy)
     if fate is None:
         return remedy.name, "", f"not tried: {remedy.hindrance}", ""
-    died = trial.died_at(fate)
+    died = trial.first_bad_step(fate)
     knobs = ", ".join(f"{path.split('.', 1)[1]}={value_text(value)}" for path, value in remedy.knobs)
     index = -1 if died is None else died - trial.first
     loss = float(fate.losses[index])

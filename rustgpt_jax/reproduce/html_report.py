@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from rustgpt_jax.reproduce.replay_step import Again
+from rustgpt_jax.reproduce.replay_step import ReplayedStep
 from rustgpt_jax.sweeps.report.html import PARTS as REPORT_PARTS
 from rustgpt_jax.sweeps.report.svg import css, shade
 from rustgpt_jax.training.instrumented_step import (
@@ -125,7 +125,7 @@ def _key(span: Span) -> str:
 PARTS = Path(__file__).parent / "assets"
 
 
-def page(again: Again, tensors: Sequence[Tensor]) -> str:
+def page(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
     """The HTML of a step that was looked into."""
     title = f"{escape(again.run)}, step {again.step}"
     style = (REPORT_PARTS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def page(again: Again, tensors: Sequence[Tensor]) -> str:
     )
 
 
-def _head(again: Again, tensors: Sequence[Tensor]) -> str:
+def _head(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
     metrics = again.metrics
     start = f"the checkpoint of step {again.from_step:,}" if again.from_step else "the start"
     bad = [tensor for tensor in tensors if tensor.nonfinite]

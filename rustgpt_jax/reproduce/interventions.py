@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, Structure, split, to_dict, with_values
+from rustgpt_jax.config.schema import Config, Structure, replace_paths, split, to_dict
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
-from rustgpt_jax.training.train_step import Numbers, State, as_arguments, compiled_start, train_step
-from rustgpt_jax.training.vmapped_step import side_by_side
+from rustgpt_jax.training.train_step import Numbers, State, compiled_init_state, to_traced_scalars, train_step
+from rustgpt_jax.training.vmapped_step import vmappable
 
 Z_LOSS = 1e-4
 # Of the norm that gradients had while all was well.
@@ -29,7 +29,7 @@ CONTROL = "as it was"
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Intervention:
     """Some knobs and their values, or why they cannot be tried."""
 
     name: str
@@ -37,14 +37,14 @@ class Remedy:
     hindrance: str | None = None
 
 
-class Fate(NamedTuple):
+class InterventionResult(NamedTuple):
     """How a run fares with a remedy, step by step: its losses, and whether loss, gradient and update are finite."""
 
-    remedy: Remedy
+    remedy: Intervention
     losses: np.ndarray
     is_finite: np.ndarray
 
-    def died_at(self, ceiling: float, since: int = 0) -> int | None:
+    def first_bad_step(self, ceiling: float, since: int = 0) -> int | None:
         """The index of the first step with something that is not finite, or with a loss above `ceiling`.
 
         The latter counts from the index `since` on.
@@ -54,16 +54,16 @@ class Fate(NamedTuple):
         return int(np.argmax(bad)) if bad.any() else None
 
 
-def remedies(config: Config, calm_norm: float) -> list[Remedy]:
+def possible_interventions(config: Config, calm_norm: float) -> list[Intervention]:
     """What can be tried with a stage of this config, whose gradients had about the norm `calm_norm`; first nothing."""
     rates = ["optimizer.learning_rate"]
     if config.optimizer.name == "muon":
-        rates.append("optimizer.matrix_learning_rate")
+        rates.append("optimizer.muon_learning_rate")
     values = {path: getattr(config.optimizer, path.split(".")[1]) for path in rates}
     return [
-        Remedy(CONTROL),
+        Intervention(CONTROL),
         *(
-            Remedy(f"{share} the learning rate", tuple((path, value / divisor) for path, value in values.items()))
+            Intervention(f"{share} the learning rate", tuple((path, value / divisor) for path, value in values.items()))
             for share, divisor in RATE_DIVISORS.items()
         ),
         _tighter_clipping(config, calm_norm),
@@ -73,42 +73,42 @@ def remedies(config: Config, calm_norm: float) -> list[Remedy]:
     ]
 
 
-def _tighter_clipping(config: Config, calm_norm: float) -> Remedy:
+def _tighter_clipping(config: Config, calm_norm: float) -> Intervention:
     largest = _rounded(CLIPPED_SHARE * calm_norm)
     name = "tighter clipping"
     if not largest > 0:
-        return Remedy(name, hindrance="no gradient norm is known from before")
+        return Intervention(name, hindrance="no gradient norm is known from before")
     if 0 < config.optimizer.clip_norm <= largest:
-        return Remedy(name, hindrance=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
-    return Remedy(name, (("optimizer.clip_norm", largest),))
+        return Intervention(name, hindrance=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
+    return Intervention(name, (("optimizer.clip_norm", largest),))
 
 
-def _qk_norm(config: Config) -> Remedy:
+def _qk_norm(config: Config) -> Intervention:
     name = "QK-norm"
     if config.model.qk_norm != "none":
-        return Remedy(name, hindrance="it is on already")
+        return Intervention(name, hindrance="it is on already")
     knobs = (("model.qk_norm", "head"),)
     try:
-        changed = resolve(to_dict(with_values(config, dict(knobs))))
+        changed = resolve(to_dict(replace_paths(config, dict(knobs))))
     except UserError as error:
-        return Remedy(name, hindrance=str(error).rstrip("."))
+        return Intervention(name, hindrance=str(error).rstrip("."))
     if by_path(parameter_shapes(changed.model)).keys() == by_path(parameter_shapes(config.model)).keys():
-        return Remedy(name, hindrance="no layer of the model has queries and keys that it could normalise")
-    return Remedy(name, knobs)
+        return Intervention(name, hindrance="no layer of the model has queries and keys that it could normalise")
+    return Intervention(name, knobs)
 
 
-def _z_loss(config: Config) -> Remedy:
+def _z_loss(config: Config) -> Intervention:
     if config.training.z_loss > 0:
-        return Remedy("z-loss", hindrance=f"it is on already, with {config.training.z_loss:g}")
-    return Remedy("z-loss", (("training.z_loss", Z_LOSS),))
+        return Intervention("z-loss", hindrance=f"it is on already, with {config.training.z_loss:g}")
+    return Intervention("z-loss", (("training.z_loss", Z_LOSS),))
 
 
-def _float32(config: Config) -> Remedy:
+def _float32(config: Config) -> Intervention:
     wide = {"dtype": "float32", "mixer_dtype": None, "feedforward_dtype": None, "logits_dtype": None, "matmul": "plain"}
     changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
     if all(value is None for value in changes.values()):
-        return Remedy("float32", hindrance="in float32 already")
-    return Remedy("float32", tuple(changes.items()))
+        return Intervention("float32", hindrance="in float32 already")
+    return Intervention("float32", tuple(changes.items()))
 
 
 def _rounded(value: float) -> float:
@@ -126,13 +126,15 @@ class Lane(NamedTuple):
     numbers: Numbers
 
 
-def fates(tried: Sequence[Remedy], config: Config, state: State, batches_S: Batch, first_step: np.int32) -> list[Fate]:
+def fates(
+    tried: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
+) -> list[InterventionResult]:
     """How each remedy that has no hindrance fares over the steps of some stacked batches, from a state of the run."""
-    groups: dict[Structure, list[tuple[Remedy, Numbers]]] = {}
+    groups: dict[Structure, list[tuple[Intervention, Numbers]]] = {}
     for remedy in tried:
         if remedy.hindrance is None:
-            structure, numbers = split(with_values(config, dict(remedy.knobs)))
-            groups.setdefault(structure, []).append((remedy, as_arguments(numbers)))
+            structure, numbers = split(replace_paths(config, dict(remedy.knobs)))
+            groups.setdefault(structure, []).append((remedy, to_traced_scalars(numbers)))
     lanes = [
         Lane(
             fitted(state, structure, members[0][1]),
@@ -142,7 +144,7 @@ def fates(tried: Sequence[Remedy], config: Config, state: State, batches_S: Batc
     ]
     curves = jax.device_get(compiled_curves(tuple(groups), lanes, batches_S, first_step))
     found = {
-        remedy: Fate(remedy, losses_PS[row], is_finite_PS[row])
+        remedy: InterventionResult(remedy, losses_PS[row], is_finite_PS[row])
         for members, (losses_PS, is_finite_PS) in zip(groups.values(), curves, strict=True)
         for row, (remedy, _) in enumerate(members)
     }
@@ -164,7 +166,7 @@ def curves(
 
     return [
         jax.vmap(lambda numbers, structure=structure, lane=lane: steps(structure, lane.state, numbers))(lane.numbers)
-        for structure, lane in zip(map(side_by_side, structures), lanes, strict=True)
+        for structure, lane in zip(map(vmappable, structures), lanes, strict=True)
     ]
 
 
@@ -174,7 +176,7 @@ compiled_curves = jax.jit(curves, static_argnums=0)
 def fitted(state: State, structure: Structure, numbers: Numbers) -> State:
     """A state for another structure: what it has by the same path and shape is kept, what is new begins as it does."""
     kept = by_path(state)
-    fresh = compiled_start(structure, numbers)
+    fresh = compiled_init_state(structure, numbers)
 
     def fit(path: Any, leaf: jax.Array) -> jax.Array:
         old = kept.get(path_name(path))
@@ -183,7 +185,7 @@ def fitted(state: State, structure: Structure, numbers: Numbers) -> State:
     return jax.tree_util.tree_map_with_path(fit, fresh)
 
 
-def flags(remedy: Remedy, config: Config, stage: str) -> Iterator[str]:
+def flags(remedy: Intervention, config: Config, stage: str) -> Iterator[str]:
     """What to write on the command line for a remedy: of the whole run, or of the stage that sets the knob itself."""
     own = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
     for path, value in remedy.knobs:

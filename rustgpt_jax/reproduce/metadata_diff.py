@@ -18,7 +18,7 @@ from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.code_snapshot import read_code
 from rustgpt_jax.workdir.environment import flat
 from rustgpt_jax.workdir.event_log import archive_of, first_launch, programs
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 OWN = "the run's own"
 HASH_DIGITS = 12
@@ -47,7 +47,7 @@ class Section(NamedTuple):
     missing: str = ""
 
 
-def sections(first: RunFolder, second: RunFolder) -> list[Section]:
+def sections(first: RunDir, second: RunDir) -> list[Section]:
     """What two runs differ in, in the order in which one thing leads to the next."""
     kinds = {
         "config": config_differences,
@@ -65,7 +65,7 @@ def sections(first: RunFolder, second: RunFolder) -> list[Section]:
     return found
 
 
-def config_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def config_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """The knobs in which two configs differ, as they were recorded, those of stages too."""
     left, right = _knobs(first), _knobs(second)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name, OWN) != right.get(name, OWN)]
@@ -77,7 +77,7 @@ def config_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
     return [*_beginning_differences(first, second), *found]
 
 
-def _beginning_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def _beginning_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """Return differences in the source of the initial parameters (`--init_from` or an import)."""
     left, right = read_beginning(first), read_beginning(second)
     here, there = (
@@ -90,7 +90,7 @@ def _beginning_differences(first: RunFolder, second: RunFolder) -> list[Differen
     return [Difference(f"init_from: {name}", "some", "others") for name in names]
 
 
-def _knobs(run: RunFolder) -> dict[str, Any]:
+def _knobs(run: RunDir) -> dict[str, Any]:
     # As JSON, not as a Config: another version of the code may have other knobs.
     tree = dict(_json(run, run.config_file.name)["config"])
     own_stages = tree.pop("stages", [])
@@ -100,7 +100,7 @@ def _knobs(run: RunFolder) -> dict[str, Any]:
     return knobs
 
 
-def code_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def code_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """The files of the code that the first launches ran which are not the same."""
     both = [first_launch(run) for run in (first, second)]
     if both[0].code == both[1].code:
@@ -131,7 +131,7 @@ def _meaning(source: bytes) -> str | bytes:
     return ast.dump(tree)
 
 
-def environment_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def environment_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """Versions, devices and settings that were not the same at the first launches, and how they trained."""
     both = [first_launch(run) for run in (first, second)]
     left, right = (
@@ -143,7 +143,7 @@ def environment_differences(first: RunFolder, second: RunFolder) -> list[Differe
     return _unequal(left, right)
 
 
-def data_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def data_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """The stages whose text is not the same, with the files that make it so where they are known, or whose tokens."""
     left, right = ({stage["stage"]: stage for stage in read_record(run.data_file)} for run in (first, second))
     common = [name for name in left if name in right]
@@ -174,7 +174,7 @@ def _relative(files: Mapping[str, str]) -> dict[str, str]:
     return {os.path.relpath(name, folder): digest for name, digest in files.items()}
 
 
-def program_differences(first: RunFolder, second: RunFolder) -> list[Difference]:
+def program_differences(first: RunDir, second: RunDir) -> list[Difference]:
     """The stages whose compiled programs are not the same, by the SHA-256 of their StableHLO."""
     both = [programs(run) for run in (first, second)]
     for run, found in zip((first, second), both, strict=True):
@@ -188,7 +188,7 @@ def program_differences(first: RunFolder, second: RunFolder) -> list[Difference]
     return [Difference(f"stage {stage}", left[stage], right[stage]) for stage in common if left[stage] != right[stage]]
 
 
-def _json(run: RunFolder, name: str) -> Any:
+def _json(run: RunDir, name: str) -> Any:
     try:
         return json.loads((run.path / name).read_bytes())
     except OSError as error:

@@ -19,25 +19,25 @@ from rustgpt_jax.sharding.mesh import axis_sizes, in_words
 from rustgpt_jax.sharding.sharding_plan import all_devices, check_shares
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
 from rustgpt_jax.tracking.progress import counting
-from rustgpt_jax.training.checkpointing import Checkpoints, Damaged
-from rustgpt_jax.training.instrumented_step import TapReport, Tensor, compiled_tapped_step, tensors
+from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
+from rustgpt_jax.training.instrumented_step import StepIntermediates, Tensor, compiled_tapped_step, tensors
 from rustgpt_jax.training.loop import gather
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import Program
 from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps
 from rustgpt_jax.training.trainer import first_state
 from rustgpt_jax.workdir.event_log import Journal, launches
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_earlier
+from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
 # Steps that have to be made before the one that is wanted, which are worth a word.
 FAR = 20
 
 
-class Inside(NamedTuple):
+class StepInternals(NamedTuple):
     """A step from inside: its batch, what was measured of it, and all its tensors in the order of their making."""
 
     batch: Batch
-    report: TapReport
+    report: StepIntermediates
     tensors: list[Tensor]
 
 
@@ -78,7 +78,7 @@ class History(NamedTuple):
         return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
 
 
-class Past:
+class RecordedRun:
     """A run as its folder has it. Nothing is written there, and no lock is taken. Use it in a `with` statement.
 
     Step K of a run, from 1, is the one whose record has "step": K; it takes the state after step K - 1.
@@ -86,7 +86,7 @@ class Past:
     """
 
     def __init__(self, path: Path, console: Console) -> None:
-        self.folder, self._console = RunFolder(path), console
+        self.folder, self._console = RunDir(path), console
         self.config = load_config(path)
         earlier = load_earlier(path)
         self.material = gather(self.config, self.folder.tokenizer_file, console, earlier)
@@ -117,7 +117,7 @@ class Past:
             return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
         return was
 
-    def __enter__(self) -> "Past":
+    def __enter__(self) -> "RecordedRun":
         self._resources.enter_context(self._placement.active())
         if self.folder.checkpoints.exists():
             checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.material.earlier)
@@ -191,7 +191,7 @@ class Past:
             if 0 < saved <= step and self._checkpoints:
                 try:
                     return self._checkpoints.restore_step(like, saved)
-                except Damaged as damage:
+                except CorruptCheckpoint as damage:
                     self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
         return first_state(self.material, self.folder, self._placement)
 
@@ -230,7 +230,7 @@ class Past:
         while len(every) < count:
             step = int(state.step)
             data, program = self.data_of(step + 1), self.program_of(step + 1)
-            slots = data.stage.config.training.steps_per_call
+            slots = data.stage.config.training.steps_per_jit_call
             borders = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
             now = min(slots, min(borders) - step, count - len(every))
             batches = self.batches(state, now)
@@ -259,18 +259,18 @@ class Past:
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
-    def look_into(self, state: State) -> Inside:
+    def look_into(self, state: State) -> StepInternals:
         """What the step after a state makes. The state stays as it is."""
         program, batch = self.program_of(int(state.step) + 1), self.batch(state)
         shared = self._placement.share(batch, len(batch.tokens_BT))
         report = compiled_tapped_step(program.structure, state, shared, program.numbers, program.first_step)
-        return Inside(batch, report, tensors((program.structure, program.numbers), state.params, report))
+        return StepInternals(batch, report, tensors((program.structure, program.numbers), state.params, report))
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def rewinds(folder: RunFolder) -> list[Rewind]:
+def rewinds(folder: RunDir) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
     names = Rewind._fields
     events = Journal(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))

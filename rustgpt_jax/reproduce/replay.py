@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.reproduce.html_report import page
-from rustgpt_jax.reproduce.recorded_run import Past, start_of
-from rustgpt_jax.reproduce.replay_step import Again, make_again
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, start_of
+from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, Tensor
-from rustgpt_jax.workdir.run_dir import Unwritable, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDirNotWritable, write_atomically
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
@@ -26,10 +26,10 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
         Whether the step matches its record bitwise, or was not meant to be recorded.
 
     Raises:
-        UserError: As for `Past`, or the run does not have the step.
+        UserError: As for `RecordedRun`, or the run does not have the step.
     """
-    with Past(path, console) as past:
-        again, inside = make_again(past, step, has_taps)
+    with RecordedRun(path, console) as past:
+        again, inside = replay_one_step(past, step, has_taps)
     _print(again, path, console)
     if inside is not None:
         print_tensors(inside.tensors, console)
@@ -38,7 +38,7 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
     return again.is_same
 
 
-def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
+def write_page(path: Path, again: ReplayedStep, tensors: Sequence[Tensor]) -> Path:
     """Write the page of a step and return its path.
 
     The page goes to the run folder, or to a new temporary folder if that is not writable.
@@ -48,13 +48,13 @@ def write_page(path: Path, again: Again, tensors: Sequence[Tensor]) -> Path:
         (path / "replay").mkdir(exist_ok=True)
         write_atomically(path / "replay" / name, content)
         return path / "replay" / name
-    except (OSError, Unwritable):
+    except (OSError, RunDirNotWritable):
         file = Path(tempfile.mkdtemp(prefix="rustgpt_jax_replay_")) / name
         write_atomically(file, content)
         return file
 
 
-def _print(again: Again, path: Path, console: Console) -> None:
+def _print(again: ReplayedStep, path: Path, console: Console) -> None:
     console.print(
         f"step {again.step} of {path} (stage {printable(again.stage)}), made again from {start_of(again.from_step)}",
         highlight=False,

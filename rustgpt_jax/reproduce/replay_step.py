@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rustgpt_jax.reproduce.compare_metrics import TIMED, missing_record
-from rustgpt_jax.reproduce.recorded_run import Inside, Past, named
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, StepInternals, named
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import running_code
 from rustgpt_jax.workdir.environment import environment, flat
@@ -18,7 +18,7 @@ MATTERS = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
 
 
 @dataclass(frozen=True)
-class Again:
+class ReplayedStep:
     """A step recomputed from the state after `from_step`, that of the nearest valid checkpoint.
 
     Attributes:
@@ -89,7 +89,7 @@ def is_fault(metrics: Mapping[str, Any]) -> bool:
     return not all(math.isfinite(metrics.get(f"train/{name}", 0.0)) for name in MUST_BE_FINITE)
 
 
-def make_again(past: Past, step: int, has_taps: bool) -> tuple[Again, Inside | None]:
+def replay_one_step(past: RecordedRun, step: int, has_taps: bool) -> tuple[ReplayedStep, StepInternals | None]:
     """A step of a run made again, and with taps, what it looks like from inside. Raises UserError for no step of it."""
     past.check(step)
     state = past.saved_state(step - 1)
@@ -101,7 +101,7 @@ def make_again(past: Past, step: int, has_taps: bool) -> tuple[Again, Inside | N
     missing = "" if record is not None else missing_record(past.folder, stage, step)
     if record is None and not missing and stage.is_logged(step):
         missing = f"has no line of step {step}"
-    again = Again(
+    again = ReplayedStep(
         run=run,
         step=step,
         stage=stage.name,
@@ -121,7 +121,7 @@ def _same(recorded: float, now: float | None) -> bool:
     return recorded == now or (math.isnan(recorded) and math.isnan(now))
 
 
-def _reasons(past: Past, step: int) -> tuple[str, ...]:
+def _reasons(past: RecordedRun, step: int) -> tuple[str, ...]:
     launch = next((launch for launch in launches(past.folder)[::-1] if launch.step < step), None)
     if launch is None:
         return ("it was made by other code or elsewhere, of which there is no record",)

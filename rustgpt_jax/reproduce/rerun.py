@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.export_hf import appearing_folder
+from rustgpt_jax.interop.export_hf import atomic_folder
 from rustgpt_jax.reproduce.compare_metrics import (
     compare_checkpoints,
     compare_records,
@@ -16,10 +16,10 @@ from rustgpt_jax.reproduce.compare_metrics import (
     missing_record,
 )
 from rustgpt_jax.reproduce.metadata_diff import say, say_section, sections
-from rustgpt_jax.reproduce.snapshot_runner import OwnCode, own_code
+from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, own_code
 from rustgpt_jax.tracking.metric_writer import last_step
 from rustgpt_jax.workdir.event_log import Journal, Launch, first_launch, launches
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_stages
+from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
 
 # A population in `fused` mode takes sums in another order than a run alone.
 FUSED_TOLERANCE = 1e-3
@@ -45,10 +45,10 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
         UserError: The code is missing or neither installed here nor trusted, `to` holds anything else, or the rerun
             fails.
     """
-    if not RunFolder(path).config_file.exists():
+    if not RunDir(path).config_file.exists():
         load_config(path)  # Which says what is there instead.
     beside = path if path.name else path.absolute()
-    run, again = RunFolder(path), RunFolder(to or beside.with_name(f"{beside.name}.rerun"))
+    run, again = RunDir(path), RunDir(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
     with own_code(run, launch, is_trusted) as code:
         say(console, code.whose)
@@ -59,7 +59,7 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
     return 0 if _compared(run, again, launch, console) else 1
 
 
-def _first_launch(run: RunFolder, console: Console) -> Launch:
+def _first_launch(run: RunDir, console: Console) -> Launch:
     every, first = launches(run), first_launch(run)
     codes = list(dict.fromkeys(launch.code for launch in every))
     if len(codes) > 1:
@@ -73,7 +73,7 @@ def _first_launch(run: RunFolder, console: Console) -> Launch:
 # Running.
 
 
-def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
+def _prepare(run: RunDir, again: RunDir, launch: Launch) -> None:
     """Make the new run's folder with all that a run begins with, or see that it is there already."""
     about = {"code": launch.code, "config": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     if again.path.exists() and not again.path.is_dir():
@@ -83,14 +83,14 @@ def _prepare(run: RunFolder, again: RunFolder, launch: Launch) -> None:
         if not began or {name: began[0].get(name) for name in about} != about:
             raise UserError(f"{again.path} holds something else than a rerun of {run.path}; choose another folder.")
         return
-    with appearing_folder(again.path) as hidden:
+    with atomic_folder(again.path) as hidden:
         for name in BEGINNING:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, hidden / name)
-        Journal(RunFolder(hidden).journal_file).append("rerun", of=str(run.path), **about)
+        Journal(RunDir(hidden).journal_file).append("rerun", of=str(run.path), **about)
 
 
-def _train(run: RunFolder, again: RunFolder, code: OwnCode, console: Console) -> int:
+def _train(run: RunDir, again: RunDir, code: SnapshotCode, console: Console) -> int:
     """Train the new run by the old code. The exit status: 0 if it came to its end, rather than being stopped."""
     wanted = _reached(run)
     _say_if_early(run, wanted, console)
@@ -106,11 +106,11 @@ def _train(run: RunFolder, again: RunFolder, code: OwnCode, console: Console) ->
     return 0
 
 
-def _reached(run: RunFolder) -> int:
+def _reached(run: RunDir) -> int:
     return last_step(run.path)
 
 
-def _say_if_early(run: RunFolder, reached: int, console: Console) -> None:
+def _say_if_early(run: RunDir, reached: int, console: Console) -> None:
     try:
         total_steps = load_stages(run.path)[-1].end_step
     except UserError:
@@ -124,7 +124,7 @@ def _say_if_early(run: RunFolder, reached: int, console: Console) -> None:
 # Comparing.
 
 
-def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console) -> bool:
+def _compared(run: RunDir, again: RunDir, launch: Launch, console: Console) -> bool:
     """Say how far the two runs are the same, and if they are not, what differs in what they were made of."""
     if launch.mode == "fused":
         return _compared_roughly(run, again, console)
@@ -148,7 +148,7 @@ def _compared(run: RunFolder, again: RunFolder, launch: Launch, console: Console
     return _read_the_same(run, again, console) and is_recorded
 
 
-def _has_its_record(run: RunFolder, console: Console) -> bool:
+def _has_its_record(run: RunDir, console: Console) -> bool:
     """Return whether metrics.jsonl reaches the checkpoints of a run; print a message if not."""
     try:
         every = load_stages(run.path)
@@ -163,7 +163,7 @@ def _has_its_record(run: RunFolder, console: Console) -> bool:
     return not missing
 
 
-def _read_the_same(run: RunFolder, again: RunFolder, console: Console) -> bool:
+def _read_the_same(run: RunDir, again: RunDir, console: Console) -> bool:
     """Return whether two runs with the same results read the same data; print the differences if not."""
     section = next(section for section in sections(run, again) if section.kind == "data")
     if section.differences:
@@ -172,7 +172,7 @@ def _read_the_same(run: RunFolder, again: RunFolder, console: Console) -> bool:
     return not section.differences
 
 
-def _compared_roughly(run: RunFolder, again: RunFolder, console: Console) -> bool:
+def _compared_roughly(run: RunDir, again: RunDir, console: Console) -> bool:
     found = compare_records(run.path, again.path, FUSED_TOLERANCE)
     say(console, f"{run.path} was trained together with others, its sums taken in another order: no bits are compared.")
     if found.parting is None:
@@ -184,6 +184,6 @@ def _compared_roughly(run: RunFolder, again: RunFolder, console: Console) -> boo
     return False
 
 
-def _say_sections(run: RunFolder, again: RunFolder, console: Console) -> None:
+def _say_sections(run: RunDir, again: RunDir, console: Console) -> None:
     for section in sections(run, again):
         say_section(section, console)

@@ -15,7 +15,7 @@ from rustgpt_jax.reproduce.metadata_diff import Difference, Section, in_a_line, 
 from rustgpt_jax.reproduce.snapshot_runner import own_code
 from rustgpt_jax.workdir.code_snapshot import CODE
 from rustgpt_jax.workdir.event_log import first_launch
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 # Where two runs part inside a step: both are made again by their own code, and held against each other by tensor.
 
@@ -33,7 +33,7 @@ class Origin(NamedTuple):
     name: str
 
 
-def trace(run: RunFolder, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
+def trace(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
     """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
 
     Raises:
@@ -53,9 +53,7 @@ def trace(run: RunFolder, first: int, last: int, has_taps: bool, is_trusted: boo
         return {step["step"]: step for step in json.loads(out.read_bytes())["steps"]}
 
 
-def find_origin(
-    first: RunFolder, second: RunFolder, agreed: int, parted: int, is_trusted: bool = False
-) -> Origin | None:
+def find_origin(first: RunDir, second: RunDir, agreed: int, parted: int, is_trusted: bool = False) -> Origin | None:
     """The first tensor in which two runs differ, whose records agree up to one step and part at another.
 
     Raises UserError if either cannot be made again.
@@ -74,7 +72,7 @@ def find_origin(
 
 
 def _first_between(
-    first: RunFolder, second: RunFolder, is_trusted: bool, begin: int, last: int, has_taps: bool
+    first: RunDir, second: RunDir, is_trusted: bool, begin: int, last: int, has_taps: bool
 ) -> Origin | None:
     left, right = (trace(run, begin, last, has_taps, is_trusted) for run in (first, second))
     return _first_unequal(left, right)
@@ -151,9 +149,9 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
         UserError: A folder holds no run.
     """
     for path in (first, second):
-        if not RunFolder(path).config_file.exists():
+        if not RunDir(path).config_file.exists():
             load_config(path)  # Which says what is there instead.
-    runs = RunFolder(first), RunFolder(second)
+    runs = RunDir(first), RunDir(second)
     say(console, f"{first} -> {second}")
     found = sections(*runs)
     for section in found:
@@ -162,9 +160,7 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
     return is_same and not any(section.differences or section.missing for section in found)
 
 
-def _compare_steps(
-    first: RunFolder, second: RunFolder, found: list[Section], console: Console, is_trusted: bool
-) -> bool:
+def _compare_steps(first: RunDir, second: RunDir, found: list[Section], console: Console, is_trusted: bool) -> bool:
     losses = compare_records(first.path, second.path, names=LOSSES)
     every, arrays = compare_records(first.path, second.path), compare_checkpoints(first, second)
     if losses.parting:

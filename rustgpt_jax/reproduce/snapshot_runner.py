@@ -20,7 +20,7 @@ from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import checked_code, not_installed, write_code
 from rustgpt_jax.workdir.environment import as_variables
 from rustgpt_jax.workdir.event_log import Launch, archive_of, launches
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 # What a shell says of a process that a signal ended.
 KILLED_BY = 128
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_POLLS = 0.05
 MOST_NAMED = 4
 
 
-def use_devices_of(run: RunFolder) -> None:
+def use_devices_of(run: RunDir) -> None:
     """Make a CPU as many devices as the last launch of a run had, if there was one. To be called before JAX is used."""
     for launch in launches(run)[-1:]:
         use_cpu_devices(launch.devices)
@@ -42,7 +42,7 @@ class Ended(NamedTuple):
     stopped_by: signal.Signals | None
 
 
-class OwnCode(NamedTuple):
+class SnapshotCode(NamedTuple):
     """The code of a launch, unpacked in a folder, and a sentence that says whose code it is."""
 
     folder: Path
@@ -135,7 +135,7 @@ def _passing_on() -> Iterator[_Signals]:
 
 
 @contextmanager
-def own_code(run: RunFolder, launch: Launch, is_trusted: bool = False) -> Iterator[OwnCode]:
+def own_code(run: RunDir, launch: Launch, is_trusted: bool = False) -> Iterator[SnapshotCode]:
     """Unpack the code of a launch for the duration of a `with` block.
 
     Args:
@@ -161,4 +161,6 @@ def own_code(run: RunFolder, launch: Launch, is_trusted: bool = False) -> Iterat
     kept = f"--trust: running {archive}, which differs from the code installed here in {named}."
     with tempfile.TemporaryDirectory() as folder:
         write_code(contents, Path(folder))
-        yield OwnCode(Path(folder), launch, kept if others else f"The code of {run.path} is the code installed here.")
+        yield SnapshotCode(
+            Path(folder), launch, kept if others else f"The code of {run.path} is the code installed here."
+        )

@@ -26,18 +26,18 @@ from rich.console import Console
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.reproduce.recorded_run import Past, named
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, named
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, Tensor
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning
-from rustgpt_jax.workdir.run_dir import RunFolder, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
 
 
 def trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> dict[str, Any]:
     """The trace of the steps `first` to `last` of a run. Raises UserError for steps that it does not have."""
-    with Past(path, console) as past:
+    with RecordedRun(path, console) as past:
         past.check(first)
         past.check(last)
         state, steps = past.state_at(first - 1), []
@@ -51,7 +51,7 @@ def trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -
         return {"steps": steps}
 
 
-def _inside(past: Past, state: State) -> dict[str, Any]:
+def _inside(past: RecordedRun, state: State) -> dict[str, Any]:
     found = past.look_into(state).tensors
     kinds = {"activations": (ACTIVATION,), "gradients": (ACTIVATION_GRADIENT, PARAMETER_GRADIENT)}
     return {
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--taps", action="store_true")
     given = parser.parse_args()
     keep_compiled_programs()
-    load_autotuning(RunFolder(given.run))
+    load_autotuning(RunDir(given.run))
     try:
         found = trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))
         write_atomically(given.out, json.dumps(found) + "\n")

@@ -32,7 +32,7 @@ def axis_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
     return sizes | dict.fromkeys(open_axes, n_devices // given)
 
 
-def least_devices(config: MeshConfig) -> int:
+def min_devices(config: MeshConfig) -> int:
     """The fewest devices that a mesh can have: those of its axes that are given."""
     return math.prod(abs(getattr(config, axis)) for axis in AXES)
 

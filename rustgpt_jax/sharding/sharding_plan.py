@@ -21,7 +21,7 @@ BATCH = "BT"
 
 
 @dataclass(frozen=True)
-class Placement:
+class ShardingPlan:
     """The mesh of a run. None is one device, the default one of the thread: nothing is moved, nothing is laid out."""
 
     mesh: Mesh | None = None
@@ -106,20 +106,20 @@ class Placement:
         return device_peak_flops() * self.n_devices
 
 
-def all_devices(config: MeshConfig) -> Placement:
+def all_devices(config: MeshConfig) -> ShardingPlan:
     """A run on all devices of all processes. Raises UserError if its mesh does not hold just these."""
     return on_devices(config, jax.devices())
 
 
-def over_local_devices() -> Placement:
+def over_local_devices() -> ShardingPlan:
     """All devices of this process, each with a part of every array: for reading what one could not hold."""
     return on_devices(MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1), jax.local_devices())
 
 
-def on_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> Placement:
+def on_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> ShardingPlan:
     """A run on some devices. Raises UserError if its mesh does not hold just these."""
     axis_sizes(config, len(devices))
-    return Placement(make_mesh(config, devices) if len(devices) > 1 else None)
+    return ShardingPlan(make_mesh(config, devices) if len(devices) > 1 else None)
 
 
 def check_memories(config: Config) -> None:

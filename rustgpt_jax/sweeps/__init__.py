@@ -12,6 +12,7 @@ What an experiment's `sweep()` needs stands here:
 """
 
 from rustgpt_jax.sweeps.search_space import (
+    TPE,
     Choice,
     Distribution,
     Integers,
@@ -20,7 +21,6 @@ from rustgpt_jax.sweeps.search_space import (
     Overrides,
     Search,
     SuccessiveHalving,
-    TreeParzen,
     Uniform,
     chain,
     choice,
@@ -35,7 +35,7 @@ from rustgpt_jax.sweeps.search_space import (
     tree_parzen,
     uniform,
     values,
-    zipped,
+    zip_,
 )
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "Overrides",
     "Search",
     "SuccessiveHalving",
-    "TreeParzen",
+    "TPE",
     "Uniform",
     "chain",
     "choice",
@@ -62,5 +62,5 @@ __all__ = [
     "tree_parzen",
     "uniform",
     "values",
-    "zipped",
+    "zip_",
 ]

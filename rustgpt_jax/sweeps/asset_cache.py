@@ -12,17 +12,17 @@ from rustgpt_jax.data.preprocess import (
     Resolved,
     StageData,
     StoreProgress,
-    obtain_tokenizer,
+    fill_vocab_size,
+    load_or_train_tokenizer,
     prepare_stage,
     resolve_epochs,
-    with_vocabulary,
 )
 from rustgpt_jax.data.token_store import Store
 from rustgpt_jax.tokenizers import Codec, save_tokenizer
-from rustgpt_jax.training.run_inputs import Material
+from rustgpt_jax.training.run_inputs import RunInputs
 
 
-class Shelf:
+class AssetCache:
     """Makes what trials read. With a folder, tokenizers are kept there for other processes too.
 
     One thread at a time makes something.
@@ -38,7 +38,7 @@ class Shelf:
         key = _tokenizer_key(config)
         if key not in self._tokenizers:
             file = self._folder / f"{key}.json" if self._folder else None
-            self._tokenizers[key] = obtain_tokenizer(config, file, self._progress)
+            self._tokenizers[key] = load_or_train_tokenizer(config, file, self._progress)
             if file is not None and not file.exists():
                 save_tokenizer(self._tokenizers[key], file)
         return self._tokenizers[key]
@@ -53,19 +53,19 @@ class Shelf:
     def whole(self, config: Config) -> Config:
         """The config with its vocabulary filled in. Raises UserError if the model has too few rows for it."""
         with self._turn:
-            return with_vocabulary(config, self.tokenizer(config))
+            return fill_vocab_size(config, self.tokenizer(config))
 
     def resolve_epochs(self, config: Config) -> Resolved:
         """The config with steps in place of epochs. Raises UserError for text that will not do."""
         with self._turn:
             return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
 
-    def material(self, config: Config) -> Material:
+    def material(self, config: Config) -> RunInputs:
         """All that a trial is made of. Raises UserError for less text than one batch."""
         with self._turn:
             whole = self.whole(config)
             data = [self._stage_data(stage, config) for stage in stages(whole)]
-            return Material(config, whole, self.tokenizer(config), data)
+            return RunInputs(config, whole, self.tokenizer(config), data)
 
     def _stage_data(self, stage: Stage, config: Config) -> StageData:
         key = _tokenizer_key(config), repr(stage.config.data)

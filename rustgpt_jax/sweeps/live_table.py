@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.config.schema import stages
-from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepFolder
+from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.tracking.formatting import duration, printable
 from rustgpt_jax.tracking.metric_writer import last_metrics
@@ -26,10 +26,10 @@ MOST_ROWS = 12
 ENDED = ("finished", "diverged", "failed", "pruned")
 
 
-class Board:
+class LiveTable:
     """Shows the trials of a sweep until its `with` block ends. `clock` gives seconds from any fixed moment."""
 
-    def __init__(self, console: Console, folder: SweepFolder, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, folder: SweepDir, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._folder, self._clock = console, folder, clock
         # The thread that looks, the one that draws and the one that adds trials.
         self._ledger, self._turn = Ledger(folder.ledger_file), threading.RLock()
@@ -56,7 +56,7 @@ class Board:
             self._look()
             self._steps_before, self._began = sum(self._steps.values()), self._clock()
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "LiveTable":
         if self._live:
             self._live.start()
         self._thread.start()

@@ -14,8 +14,8 @@ from rustgpt_jax.config.schema import Config, MeshConfig, Structure, split, stag
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.sharding.mesh import in_words, is_open, least_devices
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sharding.mesh import in_words, is_open, min_devices
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.trials import Trial
 from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
 
@@ -99,7 +99,7 @@ class Plan:
         return [Chunk(part, self.mode, self.width, until, self.devices) for part in kept if part]
 
 
-def shape_classes(trials: Sequence[Trial], shelf: Shelf) -> list[ShapeClass]:
+def shape_classes(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass]:
     """The trials by structure, in the order in which each class is met first."""
     members: dict[ClassKey, list[Trial]] = {}
     wholes: dict[ClassKey, Config] = {}
@@ -148,7 +148,7 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
     if mode not in MODES:
         raise UserError(f"--mode: there is no {mode!r}.{suggestion(mode, MODES)}")
     n_trials, mesh = len(shape_class.trials), shape_class.whole.mesh
-    needed = least_devices(mesh)
+    needed = min_devices(mesh)
     if needed > machine.n_devices:
         raise UserError(
             f"config.mesh: a trial on {in_words(mesh)} needs {needed} devices; there are {machine.n_devices}."

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config.schema import is_of_result, stages
+from rustgpt_jax.config.schema import affects_result, stages
 from rustgpt_jax.config.validation import leaves
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search_space import (
+    TPE,
     Choice,
     Distribution,
     Integers,
@@ -24,14 +25,13 @@ from rustgpt_jax.sweeps.search_space import (
     LogUniform,
     Overrides,
     SuccessiveHalving,
-    TreeParzen,
     Uniform,
 )
 from rustgpt_jax.sweeps.sweep import Sweep
 from rustgpt_jax.sweeps.sweep_dir import DONE
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.run_dir import check_links, lock
 
 VALID_LOSS = "valid/loss"
@@ -50,19 +50,19 @@ def check_validation(trials: Sequence[Trial]) -> None:
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
     """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
     for each, rung in itertools.product(trials, search.rungs):
-        every, parts = each.config.record.evaluate_every, stages(each.config)
+        every, parts = each.config.record.eval_every, stages(each.config)
         if rung >= parts[-1].end_step:
             raise UserError(
                 f"successive_halving: the rung {rung} is not before the end of training at step {parts[-1].end_step}."
             )
         if rung % every:
             raise UserError(
-                f"successive_halving: there is no evaluation at step {rung}, for config.record.evaluate_every={every}; "
+                f"successive_halving: there is no evaluation at step {rung}, for config.record.eval_every={every}; "
                 f"the nearest rung is {max(1, round(rung / every)) * every}."
             )
 
 
-def halve(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
+def run_successive_halving(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
     """Successive halving (arXiv 1502.07943): at each rung the worse trials end, and the better ones go on.
 
     The survivors are packed together anew, and begin where they stood.
@@ -106,15 +106,15 @@ def check_all_parts(trials: Iterable[Trial]) -> None:
         UserError: A part does not exist.
     """
     for each in trials:
-        check_parts(each.config)
+        validate_components(each.config)
 
 
-def parzen(
+def run_tpe(
     sweep: Sweep,
-    search: TreeParzen,
+    search: TPE,
     tree: Any,
     fixed: Iterable[str],
-    shelf: Shelf | None = None,
+    shelf: AssetCache | None = None,
     check: Callable[[Sequence[Trial]], None] = check_all_parts,
 ) -> list[str]:
     """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
@@ -139,7 +139,7 @@ def parzen(
     Raises:
         UserError: Too many suggestions were skipped.
     """
-    trials_of = partial(_trials_of, search=search, tree=tree, fixed=tuple(fixed), shelf=shelf or Shelf())
+    trials_of = partial(_trials_of, search=search, tree=tree, fixed=tuple(fixed), shelf=shelf or AssetCache())
     with lock(sweep.folder.path):
         study = _study(sweep, search, tree)
         told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
@@ -162,7 +162,7 @@ def _run(sweep: Sweep, batch: Mapping[int, Sequence[Trial]]) -> None:
         sweep.run(distinct)
 
 
-def _study(sweep: Sweep, search: TreeParzen, tree: Any) -> Any:
+def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
     try:
         import optuna
     except ModuleNotFoundError:
@@ -195,7 +195,7 @@ def _drop_torn_line(file: Path) -> None:
             content.truncate(content.read().rfind(b"\n") + 1)
 
 
-def _check_study(study: Any, search: TreeParzen) -> None:
+def _check_study(study: Any, search: TPE) -> None:
     """Raise some exception if a study's trials do not match the search."""
     import optuna
 
@@ -218,14 +218,14 @@ def _as_told(trials: Sequence[Any]) -> list[Any]:
     ]
 
 
-def study_name(search: TreeParzen, tree: Any) -> str:
+def study_name(search: TPE, tree: Any) -> str:
     """Return the name of a search's study, a hash of everything that its losses depend on.
 
     This covers the config without the searched knobs, the search space, and the seeds. The number of trials and the
     batch size are excluded, so that a search can be extended.
     """
     searched = {path for path, _ in search.space} | ({"seed"} if search.seeds else set())
-    config = {path: value for path, value in leaves(tree) if path not in searched and is_of_result(path)}
+    config = {path: value for path, value in leaves(tree) if path not in searched and affects_result(path)}
     space = {path: [type(each).__name__, dataclasses.astuple(each)] for path, each in search.space}
     described = json.dumps([config, space, search.seed, search.seeds], sort_keys=True, default=_as_dict)
     return f"sweep {hashlib.sha256(described.encode()).hexdigest()[:16]}"
@@ -256,7 +256,7 @@ def _tried(study: Any) -> list[Any]:
 
 def _ask(
     study: Any,
-    search: TreeParzen,
+    search: TPE,
     trials_of: Callable[[Any], list[Trial]],
     check: Callable[[Sequence[Trial]], None],
 ) -> None:
@@ -295,7 +295,7 @@ def _why_not(
     return None
 
 
-def suggest(search: TreeParzen, trials: Sequence[Any], number: int) -> Any:
+def suggest(search: TPE, trials: Sequence[Any], number: int) -> Any:
     """Return suggestion `number` of Optuna's sampler, given the (frozen) trials before it."""
     import optuna
 
@@ -324,7 +324,7 @@ def _optuna(distribution: Distribution) -> Any:
             return optuna.distributions.FloatDistribution(low, high, log=True)
 
 
-def decode_params(search: TreeParzen, params: dict[str, Any]) -> Overrides:
+def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
     """Return the overrides for Optuna's parameters, with option indices replaced by the options."""
     return {
         path: distribution.options[params[path]] if isinstance(distribution, Choice) else params[path]
@@ -332,7 +332,7 @@ def decode_params(search: TreeParzen, params: dict[str, Any]) -> Overrides:
     }
 
 
-def _trials_of(asked: Any, search: TreeParzen, tree: Any, fixed: tuple[str, ...], shelf: Shelf) -> list[Trial]:
+def _trials_of(asked: Any, search: TPE, tree: Any, fixed: tuple[str, ...], shelf: AssetCache) -> list[Trial]:
     """The trials that one suggestion is tried with: one, or one for each seed."""
     overrides = decode_params(search, asked.params)
     if not search.seeds:

@@ -48,7 +48,7 @@ def product(*sweeps: Iterable[Overrides]) -> list[Overrides]:
     return [_union("product", parts) for parts in itertools.product(*_listed("product", sweeps))]
 
 
-def zipped(*sweeps: Iterable[Overrides]) -> list[Overrides]:
+def zip_(*sweeps: Iterable[Overrides]) -> list[Overrides]:
     """Sweeps side by side: the first trials of all as one trial, then the second, and so on.
 
     Raises UserError if they have different lengths, or if two give the same knob.
@@ -221,7 +221,7 @@ class SuccessiveHalving:
 
 
 @dataclass(frozen=True)
-class TreeParzen:
+class TPE:
     """Points of a space, proposed `batch` at a time from the results of earlier ones by a tree of Parzen estimators.
 
     Each of the `n_trials` points is one trial, or one for each of `seeds`, over which its result is the mean.
@@ -245,7 +245,7 @@ class TreeParzen:
         return {path: distribution.at(0.5) for path, distribution in self.space}
 
 
-Search = SuccessiveHalving | TreeParzen
+Search = SuccessiveHalving | TPE
 
 
 def successive_halving(trials: Iterable[Overrides], rungs: Sequence[int], keep: float = 1 / 3) -> SuccessiveHalving:
@@ -264,7 +264,7 @@ def successive_halving(trials: Iterable[Overrides], rungs: Sequence[int], keep: 
     return SuccessiveHalving(tuple(dict(trial) for trial in listed), steps, float(keep))
 
 
-def tree_parzen(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seeds: Sequence[int] = ()) -> TreeParzen:
+def tree_parzen(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seeds: Sequence[int] = ()) -> TPE:
     """Search a space by n_trials points, `batch` at a time; `seed` makes the search itself repeatable.
 
     With `seeds`, each point is tried with all of them; without, with the config's own. Raises UserError if n_trials
@@ -276,7 +276,7 @@ def tree_parzen(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seed
         raise UserError(f"tree_parzen: a seed is given twice in seeds={listed}.")
     if listed and "seed" in space:
         raise UserError("tree_parzen: the knob 'seed' is given both in the space and by seeds.")
-    return TreeParzen(
+    return TPE(
         _whole("tree_parzen: n_trials", n_trials, 1),
         tuple(space.items()),
         _whole("tree_parzen: batch", batch, 1),

@@ -14,18 +14,18 @@ from rich.console import Console
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.registry import choose
 from rustgpt_jax.sharding.hardware_specs import Machine, cores, this_machine
-from rustgpt_jax.sharding.mesh import least_devices
+from rustgpt_jax.sharding.mesh import min_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.sweeps.launchers.inline import Launch
 from rustgpt_jax.sweeps.launchers.subprocesses import visible_gpus
-from rustgpt_jax.sweeps.live_table import Board
+from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.run_dir import create as create_run
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class About:
+class SweepInfo:
     """What a sweep is: the file and the name of the function that says it, and the knobs set by hand."""
 
     config_file: str
@@ -69,11 +69,11 @@ class Sweep:
 
     def __init__(
         self,
-        folder: SweepFolder,
-        about: About,
+        folder: SweepDir,
+        about: SweepInfo,
         settings: Settings,
-        shelf: Shelf,
-        board: Board,
+        shelf: AssetCache,
+        board: LiveTable,
         stop: StopRequest,
         record: Mapping[str, str],
     ) -> None:
@@ -84,7 +84,7 @@ class Sweep:
         self._is_told = set[str]()
         self._first_event = len(self.ledger.events())
         self._machine = self._machine_of_workers()
-        code = folders.keep_code(folder)
+        code = folders.save_code_snapshot(folder)
         self._launch = Launch(
             folder, self.shelf, code.absolute(), self.n_workers, dict(settings.slurm_options or {}), lambda: bool(stop)
         )
@@ -154,7 +154,7 @@ class Sweep:
 
     def _planned(self, trials: Sequence[Trial]) -> list[Plan]:
         settings = self._settings
-        several = next((trial for trial in trials if least_devices(trial.config.mesh) > 1), None)
+        several = next((trial for trial in trials if min_devices(trial.config.mesh) > 1), None)
         if several and settings.launcher == "processes":
             raise UserError(
                 f"--launcher=processes gives a trial one device: {in_words(several.overrides)} needs several."
@@ -190,13 +190,15 @@ class Sweep:
 
 
 @contextlib.contextmanager
-def open_sweep(path: Path, about: About, settings: Settings, shelf: Shelf, console: Console) -> Iterator[Sweep]:
+def open_sweep(
+    path: Path, about: SweepInfo, settings: Settings, shelf: AssetCache, console: Console
+) -> Iterator[Sweep]:
     """Begin a sweep in a folder, or go on with it, with a table of its trials on the console."""
     command = shlex.join(["python", *sys.argv])
     record = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
     record |= {"mode": settings.mode, "launcher": settings.launcher}
     folder = folders.create(path, record)
-    with StopRequest() as stop, Board(console, folder) as board:
+    with StopRequest() as stop, LiveTable(console, folder) as board:
         yield Sweep(folder, about, settings, shelf, board, stop, record)
 
 
@@ -206,12 +208,12 @@ def check_settings(settings: Settings) -> None:
     choose(dict.fromkeys(MODES), settings.mode, "--mode")
 
 
-def check(trials: Iterable[Trial], shelf: Shelf) -> None:
+def check(trials: Iterable[Trial], shelf: AssetCache) -> None:
     """Raises UserError, before anything is written, for parts that there are not, and for text that will not do."""
-    nowhere = SweepFolder(Path("none"))
+    nowhere = SweepDir(Path("none"))
     for trial in trials:
         try:
-            check_parts(trial.config)
-            shelf.material(trial.config).check(nowhere.trial(trial.id), least_devices(trial.config.mesh))
+            validate_components(trial.config)
+            shelf.material(trial.config).check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
         except UserError as error:
             raise UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}") from error

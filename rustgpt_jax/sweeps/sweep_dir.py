@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.code_snapshot import code_files, code_hash, code_sources, remember_code, write_git_state
+from rustgpt_jax.workdir.code_snapshot import code_files, code_hash, code_sources, record_code, write_git_state
 from rustgpt_jax.workdir.event_log import Event, Journal
-from rustgpt_jax.workdir.run_dir import RunFolder, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
 
 
 @dataclass(frozen=True)
-class SweepFolder:
+class SweepDir:
     """The names of the files of a sweep. Nothing is read or written by asking for them."""
 
     path: Path
@@ -37,9 +37,9 @@ class SweepFolder:
         """The folder of the trials, each an ordinary run folder."""
         return self.path / "trials"
 
-    def trial(self, name: str) -> RunFolder:
+    def trial(self, name: str) -> RunDir:
         """The run folder of a trial."""
-        return RunFolder(self.trials / name)
+        return RunDir(self.trials / name)
 
     @property
     def tokenizers(self) -> Path:
@@ -67,12 +67,12 @@ class SweepFolder:
         return self.path / ".lock"
 
 
-def create(path: Path, about: dict[str, Any]) -> SweepFolder:
+def create(path: Path, about: dict[str, Any]) -> SweepDir:
     """Make the folder of a sweep, or go on with the one there. `about` has at least its name and its config file.
 
     Raises UserError if the folder holds another sweep, a run, or other files.
     """
-    folder = SweepFolder(path)
+    folder = SweepDir(path)
     if folder.about_file.exists():
         stored = read_about(path)
         for key in ("config_file", "sweep"):
@@ -82,7 +82,7 @@ def create(path: Path, about: dict[str, Any]) -> SweepFolder:
                     "Choose another --run folder."
                 )
         return folder
-    if RunFolder(path).config_file.exists():
+    if RunDir(path).config_file.exists():
         raise UserError(f"{path} is the folder of a run, not of a sweep; choose another --run folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def create(path: Path, about: dict[str, Any]) -> SweepFolder:
 
 def read_about(path: Path) -> dict[str, Any]:
     """What sweep.json says. Raises UserError if the folder is not one of a sweep."""
-    file = SweepFolder(path).about_file
+    file = SweepDir(path).about_file
     if not file.exists():
         raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
     try:
@@ -132,7 +132,7 @@ def _wrong_field(about: Any) -> str | None:
     return None
 
 
-def write_about(folder: SweepFolder, about: dict[str, Any]) -> None:
+def write_about(folder: SweepDir, about: dict[str, Any]) -> None:
     """Record the sweep as of this launch in sweep.json.
 
     Raises:
@@ -141,9 +141,9 @@ def write_about(folder: SweepFolder, about: dict[str, Any]) -> None:
     write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
 
 
-def keep_code(folder: SweepFolder) -> Path:
+def save_code_snapshot(folder: SweepDir) -> Path:
     """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy."""
-    remember_code()
+    record_code()
     files = code_files(code_sources())
     copy = folder.code / code_hash(files)
     if not copy.exists():

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, is_by_epochs
+from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, uses_epochs
 from rustgpt_jax.config.validation import check_value, override_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.search_space import Choice, Distribution, Overrides, TreeParzen, sample
+from rustgpt_jax.sweeps.search_space import TPE, Choice, Distribution, Overrides, sample
 
 if TYPE_CHECKING:
-    from rustgpt_jax.sweeps.asset_cache import Shelf
+    from rustgpt_jax.sweeps.asset_cache import AssetCache
 
 ID_DIGITS = 8
 # Number of points of a search to try before giving up.
@@ -31,14 +31,14 @@ class Trial:
     config: Config
 
 
-def _new_shelf() -> "Shelf":
+def _new_shelf() -> "AssetCache":
     # It imports JAX, which takes seconds, and few configs need data to be resolved.
-    from rustgpt_jax.sweeps.asset_cache import Shelf
+    from rustgpt_jax.sweeps.asset_cache import AssetCache
 
-    return Shelf()
+    return AssetCache()
 
 
-def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "Shelf"] = _new_shelf) -> Trial:
+def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"] = _new_shelf) -> Trial:
     """The trial that differs from a config (a ConfigDict, left as it is) in these knobs.
 
     Where epochs are among the knobs, the trial has the steps that they come to instead; `shelf` gives the data that
@@ -49,7 +49,7 @@ def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "Shelf"] = _new_s
     try:
         override_all(tree, overrides)
         config, steps = resolve(tree), dict[str, int]()
-        if is_by_epochs(config):
+        if uses_epochs(config):
             config, steps, *_ = shelf().resolve_epochs(config)
     except UserError as error:
         raise UserError(f"The trial {in_words(overrides)} is invalid: {error}") from error
@@ -60,7 +60,7 @@ def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "Shelf"] = _new_s
 
 
 def expand(
-    tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = (), shelf: Callable[[], "Shelf"] = _new_shelf
+    tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = (), shelf: Callable[[], "AssetCache"] = _new_shelf
 ) -> list[Trial]:
     """All trials of a sweep over a config, in their order.
 
@@ -100,7 +100,7 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
             )
 
 
-def feasible_points(tree: Any, search: TreeParzen, fixed: Iterable[str] = ()) -> list[Trial]:
+def feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[Trial]:
     """Return points of a search that resolve, covering each option of each choice, to validate a config with.
 
     The first is the middle of the space if it resolves. Options without such a point are omitted, just as a search
@@ -130,7 +130,7 @@ def _examples(distribution: Distribution) -> list[Any]:
     return [distribution.at(place) for place in PLACES]
 
 
-def _first(tree: Any, points: Iterable[Overrides], shelf: Callable[[], "Shelf"]) -> Trial | None:
+def _first(tree: Any, points: Iterable[Overrides], shelf: Callable[[], "AssetCache"]) -> Trial | None:
     """Return the first point that resolves."""
     for point in points:
         with suppress(UserError):

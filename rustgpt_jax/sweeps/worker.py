@@ -19,14 +19,14 @@ import jax
 
 from rustgpt_jax.errors import is_out_of_memory
 from rustgpt_jax.sharding.sharding_plan import on_devices
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder
-from rustgpt_jax.training.executors import Solo, Together, train_lanes
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
+from rustgpt_jax.training.executors import PopulationExecutor, SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import exhausted
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.workdir.run_dir import InUse, load_config, load_origins
+from rustgpt_jax.workdir.run_dir import RunLocked, load_config, load_origins
 
 
 class _Quiet:
@@ -47,8 +47,8 @@ class Worker:
 
     def __init__(
         self,
-        folder: SweepFolder,
-        shelf: Shelf,
+        folder: SweepDir,
+        shelf: AssetCache,
         devices: Sequence[jax.Device],
         code: str,
         is_stopped: Callable[[], bool],
@@ -86,7 +86,7 @@ class Worker:
             placement = on_devices(material.config.mesh, self._devices[: chunk.devices])
             material.check(folder, placement.n_devices)
             run = held.enter_context(Run(material, folder.path, load_origins(folder.path), placement, chunk.until))
-        except InUse:
+        except RunLocked:
             return None
         except Exception as error:
             self._failed(trial, error)
@@ -98,13 +98,13 @@ class Worker:
         if chunk.mode == "solo":
             for trial, run in runs.items():
                 self._begin({trial: run}, chunk)
-                train_lanes([run], Solo(run), self._is_stopped)
+                run_training_loop([run], SingleRunExecutor(run), self._is_stopped)
                 self._ended({trial: run})
             return
         self._begin(runs, chunk)
         members = list(runs.values())
         if not all(run.is_over for run in members):
-            train_lanes(members, Together(chunk.mode, members, chunk.width), self._is_stopped)
+            run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
         self._ended(runs)
 
     def _begin(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
@@ -139,7 +139,7 @@ def main(sweep: str, code: str) -> None:
 
     keep_freed_memory()
     keep_compiled_programs()
-    folder = SweepFolder(Path(sweep))
+    folder = SweepDir(Path(sweep))
     told: list[str] = []
     arrived, is_alone = threading.Semaphore(0), threading.Event()
 
@@ -152,7 +152,7 @@ def main(sweep: str, code: str) -> None:
 
     with StopRequest() as stop:
         threading.Thread(target=listen, daemon=True).start()
-        shelf, devices = Shelf(folder.tokenizers), jax.local_devices()
+        shelf, devices = AssetCache(folder.tokenizers), jax.local_devices()
         worker = Worker(folder, shelf, devices, code, lambda: bool(stop) or is_alone.is_set())
         while not stop:
             arrived.acquire()

@@ -1,6 +1,6 @@
 """Text to token ids and back. A tokenizer is one of Hugging Face's `tokenizers` library, kept in a tokenizer.json."""
 
-from rustgpt_jax.tokenizers.chat_template import Dialect
+from rustgpt_jax.tokenizers.chat_template import ChatFormat
 from rustgpt_jax.tokenizers.encoding import encode_document, encode_documents, encode_prompt, pieces
 from rustgpt_jax.tokenizers.tokenizer import (
     ASSISTANT,
@@ -31,7 +31,7 @@ __all__ = [
     "UNKNOWN",
     "USER",
     "Codec",
-    "Dialect",
+    "ChatFormat",
     "decode",
     "decode_after",
     "encode",

@@ -22,7 +22,7 @@ MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ChatFormat:
     """What a model has learned of its special tokens.
 
     end: the token that ends a text. stops: tokens that end a text or a reply, `end` among them. chat_template: how a
@@ -43,7 +43,7 @@ class Dialect:
             text.encode()
 
 
-def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:
+def rendered(dialect: ChatFormat, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:
     """Render a dialogue with the model's chat template; `is_asking` adds the prompt for an answer.
 
     Raises:
@@ -53,7 +53,7 @@ def rendered(dialect: Dialect, turns: Sequence[Turn], *, is_asking: bool, specia
 
 
 def renderings(
-    dialect: Dialect, turns: Sequence[Turn], wanted: Sequence[tuple[int, bool]], special_tokens: Sequence[str]
+    dialect: ChatFormat, turns: Sequence[Turn], wanted: Sequence[tuple[int, bool]], special_tokens: Sequence[str]
 ) -> list[str]:
     """Render prefixes of a dialogue with the model's chat template.
 
@@ -81,7 +81,7 @@ def renderings(
     ]
 
 
-def turn_end(dialect: Dialect, special_tokens: Sequence[str]) -> str | None:
+def turn_end(dialect: ChatFormat, special_tokens: Sequence[str]) -> str | None:
     """Return the special token that ends assistant turns in the chat template, or None."""
     question, answer = "q7e2", "a9d4"
     turns = (Turn("user", question), Turn("assistant", answer), Turn("user", question))

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.chat_template import Dialect, rendered, renderings
+from rustgpt_jax.tokenizers.chat_template import ChatFormat, rendered, renderings
 from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tokenizers.tokenizer import (
     ASSISTANT,
@@ -48,22 +48,22 @@ def encode_prompt(codec: Codec, turns: Sequence[Turn]) -> list[int]:
     return ids.tolist() + answer
 
 
-def encode_document(codec: Codec, document: Document, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_document(codec: Codec, document: Document, loss_mask: str) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a document and whether each is to be learned. See `encode_documents`."""
-    return next(encode_documents(codec, [document], loss_on))
+    return next(encode_documents(codec, [document], loss_mask))
 
 
 def encode_documents(
-    codec: Codec, documents: Sequence[Document], loss_on: str
+    codec: Codec, documents: Sequence[Document], loss_mask: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The (ids int32, weights bool) of each document, encoded together by the library's threads.
 
-    A document is END, then its text; in a dialogue each turn's text follows the token of its role. With `loss_on`
+    A document is END, then its text; in a dialogue each turn's text follows the token of its role. With `loss_mask`
     'all' every weight is True. With 'assistant' a dialogue has True on the assistant's words and on the token that
     ends them: the role token of the next turn, or END.
     """
     if codec.dialect is not None:
-        yield from _foreign_documents(codec, codec.dialect, documents, loss_on)
+        yield from _foreign_documents(codec, codec.dialect, documents, loss_mask)
         return
     encoded = iter(_encode_texts(codec, [turn.text for document in documents for turn in document.turns]))
     end = codec.end_id
@@ -73,10 +73,10 @@ def encode_documents(
         for turn in document.turns:
             if turn.role in ROLE_TOKENS:
                 ids.append(np.array([special_id(codec, ROLE_TOKENS[turn.role])], np.int32))
-                weights.append(np.array([loss_on == "all" or before == "assistant"]))
+                weights.append(np.array([loss_mask == "all" or before == "assistant"]))
             words = next(encoded)
             ids.append(words)
-            weights.append(np.full(len(words), loss_on == "all" or turn.is_learned_as_answer))
+            weights.append(np.full(len(words), loss_mask == "all" or turn.is_learned_as_answer))
             before = turn.role
         yield np.concatenate(ids), np.concatenate(weights)
 
@@ -84,7 +84,7 @@ def encode_documents(
 # The dialects of other models.
 
 
-def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> list[int]:
+def _foreign_prompt(codec: Codec, dialect: ChatFormat, turns: Sequence[Turn]) -> list[int]:
     if all(turn.role == "text" for turn in turns):
         return [*codec.opening_and_closing[0], *encode(codec, "".join(turn.text for turn in turns))] or [codec.end_id]
     text = rendered(dialect, turns, is_asking=turns[-1].role == "user", special_tokens=codec.special_tokens)
@@ -93,12 +93,12 @@ def _foreign_prompt(codec: Codec, dialect: Dialect, turns: Sequence[Turn]) -> li
 
 
 def _foreign_documents(
-    codec: Codec, dialect: Dialect, documents: Sequence[Document], loss_on: str
+    codec: Codec, dialect: ChatFormat, documents: Sequence[Document], loss_mask: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     encoded = iter(_encode_texts(codec, [document.text for document in documents if not document.is_dialogue]))
     for document in documents:
         if document.is_dialogue:
-            yield _foreign_dialogue(codec, dialect, document.turns, loss_on)
+            yield _foreign_dialogue(codec, dialect, document.turns, loss_mask)
         else:
             yield _foreign_text(codec, next(encoded))
 
@@ -116,9 +116,11 @@ def _foreign_text(codec: Codec, words: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _foreign_dialogue(
-    codec: Codec, dialect: Dialect, turns: Sequence[Turn], loss_on: str
+    codec: Codec, dialect: ChatFormat, turns: Sequence[Turn], loss_mask: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"] if loss_on == "assistant" else []
+    answers = (
+        [place for place, turn in enumerate(turns) if turn.role == "assistant"] if loss_mask == "assistant" else []
+    )
     wanted = [(len(turns), False)]
     for place in answers:
         wanted += [(place, True), (place + 1, False)]
@@ -127,7 +129,7 @@ def _foreign_dialogue(
         encoding = codec.template_reader.encode(text, add_special_tokens=False)
     ids, ends = np.array(encoding.ids, np.int32), np.array([end for _, end in encoding.offsets], np.int64)
     is_stop = np.isin(ids, codec.stop_ids)
-    if loss_on == "all":
+    if loss_mask == "all":
         weights = np.ones(len(ids), bool)
         is_open = turns[-1].role == "assistant" and _is_open(text, turns[-1].text.strip(), ends, is_stop)
     else:
@@ -145,13 +147,13 @@ def _answer_span(text: str, before: str, after: str) -> tuple[int, int]:
     if not (text.startswith(before) and text.startswith(after)):
         raise UserError(
             "The model's chat template writes earlier turns anew when others follow, so the assistant's words "
-            "cannot be told apart: set config.data.loss_on='all'."
+            "cannot be told apart: set config.data.loss_mask='all'."
         )
     return len(before), len(after)
 
 
 def _learn_answer(
-    weights: np.ndarray, ends: np.ndarray, is_stop: np.ndarray, span: tuple[int, int], dialect: Dialect
+    weights: np.ndarray, ends: np.ndarray, is_stop: np.ndarray, span: tuple[int, int], dialect: ChatFormat
 ) -> bool:
     """Set the weights of an answer and its stop token; return whether the stop token is missing.
 

@@ -14,7 +14,7 @@ class Turn:
 
     @property
     def is_learned_as_answer(self) -> bool:
-        """Whether its words are learned when config.data.loss_on is 'assistant'."""
+        """Whether its words are learned when config.data.loss_mask is 'assistant'."""
         return self.role in ("text", "assistant")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.chat_template import Dialect
+from rustgpt_jax.tokenizers.chat_template import ChatFormat
 
 END = "<|endoftext|>"
 SYSTEM = "<|system|>"
@@ -41,7 +41,7 @@ class Codec:
     """
 
     tokenizer: Tokenizer
-    dialect: Dialect | None = None
+    dialect: ChatFormat | None = None
 
     def __post_init__(self) -> None:
         # The library does not write this switch to tokenizer.json.
@@ -205,11 +205,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Codec:
     return codec
 
 
-def _load_dialect(path: Path) -> Dialect | None:
+def _load_dialect(path: Path) -> ChatFormat | None:
     if not path.exists():
         return None
     try:
         fields = json.loads(path.read_bytes())
-        return Dialect(**{**fields, "stops": tuple(fields["stops"])})
+        return ChatFormat(**{**fields, "stops": tuple(fields["stops"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: this is not the dialect of a tokenizer ({error}).") from None

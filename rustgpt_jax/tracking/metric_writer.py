@@ -23,7 +23,7 @@ import numpy as np
 
 from rustgpt_jax.config.validation import LARGEST_COUNT
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.run_dir import RunFolder, Unwritable
+from rustgpt_jax.workdir.run_dir import RunDir, RunDirNotWritable
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventFileWriter
@@ -51,7 +51,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        self._run, self._resume_step = RunFolder(folder), resume_step
+        self._run, self._resume_step = RunDir(folder), resume_step
         folder.mkdir(parents=True, exist_ok=True)
         keep_until(self._run.metrics_file, resume_step)
         self._file = open(self._run.metrics_file, "a", encoding="utf-8")
@@ -83,7 +83,7 @@ class MetricsWriter:
         if there is None or (there.st_dev, there.st_ino) != (opened.st_dev, opened.st_ino):
             what = "was deleted" if there is None else "was replaced"
             lost = self._run.metrics_file if self._run.path.exists() else self._run.path
-            raise Unwritable(f"{lost} {what} while the run was being trained.")
+            raise RunDirNotWritable(f"{lost} {what} while the run was being trained.")
 
     @cached_property
     def _tensorboard(self) -> "EventFileWriter":
@@ -143,7 +143,7 @@ def iter_metrics(folder: Path, containing: bytes = b"", offset: int = 0) -> Iter
         containing: Skip lines that do not contain these bytes, without parsing them.
         offset: The byte offset to start from, which must be the start of a line.
     """
-    for records in _iter_records(RunFolder(folder).metrics_file, containing, offset):
+    for records in _iter_records(RunDir(folder).metrics_file, containing, offset):
         yield from records
 
 
@@ -159,7 +159,7 @@ def read_columns(folder: Path, having: str, others: Sequence[str] = (), absent: 
     Raises:
         UserError: A line that has the metric is malformed.
     """
-    file, needle = RunFolder(folder).metrics_file, json.dumps(having).encode()
+    file, needle = RunDir(folder).metrics_file, json.dumps(having).encode()
     # Allocate each column once: growing them, or joining parts, would take twice the memory.
     n_lines = sum(block.count(needle) for block in _iter_blocks(file))
     columns = {name: np.empty(n_lines, np.float64) for name in (having, *others)}
@@ -182,7 +182,7 @@ def last_step(folder: Path) -> int:
     Raises:
         UserError: As for `read_metrics`.
     """
-    file = RunFolder(folder).metrics_file
+    file = RunDir(folder).metrics_file
     for _, line, is_whole in _reversed_lines(file):
         record = _parse(line)
         if record is not None:
@@ -194,7 +194,7 @@ def last_step(folder: Path) -> int:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The latest values of a run that is being written, whichever lines they stand in; none if there are none yet."""
-    file = RunFolder(folder).metrics_file
+    file = RunDir(folder).metrics_file
     if not file.exists():
         return {}
     with _reading(file) as lines:

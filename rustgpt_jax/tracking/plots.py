@@ -13,7 +13,7 @@ import numpy as np
 from rustgpt_jax.config.validation import LARGEST_NUMBER
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import Columns, read_columns
-from rustgpt_jax.workdir.run_dir import RunFolder, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def draw_loss_curves(folder: Path) -> Path:
         # A letter that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         canvas.print_png(picture, metadata={"Software": None})
-    target = RunFolder(folder).loss_png
+    target = RunDir(folder).loss_png
     write_atomically(target, picture.getvalue())
     return target
 

@@ -212,7 +212,7 @@ class _Lines:
 # Where the seconds before the first step of a run went.
 
 
-class Laps:
+class StartupTimer:
     """Names for the stretches of time since this process began."""
 
     def __init__(self, first: str) -> None:

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from rustgpt_jax.data.pipeline import Batch, Places
+from rustgpt_jax.data.pipeline import Batch, WindowOffsets
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.data.token_shards import TokenStream
 from rustgpt_jax.data.token_store import open_store
 from rustgpt_jax.model.kernels.types import default_device
 from rustgpt_jax.sharding.hardware_specs import device_memory
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # A token stream in the memory of a device, where batches are read from it: all that is sent are windows' places.
 
 LEARNED, BEGINS = np.uint8(1), np.uint8(2)
 
 
-class ResidentStream(NamedTuple):
+class DeviceTokenStream(NamedTuple):
     """N tokens, as they are stored, and what is to be known of each: LEARNED where it is a target to be learned, BEGINS
     where a document begins, or does so once the end of the stream is its beginning again."""
 
@@ -39,15 +39,17 @@ def n_bytes(stream: TokenStream) -> int:
     return stream.n_tokens * (stream.token_shards[0].itemsize + LEARNED.itemsize)
 
 
-def resident(stream: TokenStream) -> ResidentStream:
+def resident(stream: TokenStream) -> DeviceTokenStream:
     """A stream as it is to be brought to a device, in the memory of the host. It must have less than 2**30 tokens."""
     marks_N = np.where(stream.weights(0, stream.n_tokens), LEARNED, np.uint8(0))
     marks_N[[*stream.offsets, -1]] |= BEGINS
-    return ResidentStream(np.concatenate(stream.token_shards), marks_N, np.int32(stream.end_id))
+    return DeviceTokenStream(np.concatenate(stream.token_shards), marks_N, np.int32(stream.end_id))
 
 
 @partial(jax.jit, static_argnames=("window", "sharding"))
-def read_windows(stream: ResidentStream, places: Places, *, window: int, sharding: Sharding | None = None) -> Batch:
+def read_windows(
+    stream: DeviceTokenStream, places: WindowOffsets, *, window: int, sharding: Sharding | None = None
+) -> Batch:
     """The windows of T = `window` tokens at int32 places, as `pipeline.Windows.read` gives them, laid out so.
 
     Places may have any axes before B, which the batch then has too.
@@ -59,7 +61,7 @@ def read_windows(stream: ResidentStream, places: Places, *, window: int, shardin
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _read_window(stream: ResidentStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
+def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
     """One window, without the axis of rows."""
     last = stream.tokens_N.shape[0] - 1
     around_S = start + within_S
@@ -100,7 +102,7 @@ class Source(Protocol):
         """There is nothing more to take."""
 
 
-def source(data: StageData, placement: Placement, step: int) -> Source:
+def source(data: StageData, placement: ShardingPlan, step: int) -> Source:
     """The batches of a stage from a step on: those rows of each that lie on devices of this process."""
     stream = data.store.split("train")
     device = default_device() if placement.mesh is None else placement.mesh.local_devices[0]
@@ -114,7 +116,7 @@ def source(data: StageData, placement: Placement, step: int) -> Source:
 class FromFiles:
     """Batches read from the token store, ahead of their steps, by a thread."""
 
-    def __init__(self, data: StageData, placement: Placement, step: int) -> None:
+    def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
         rows = placement.rows(data.stage.config.training.batch_size, data.window)
         self._batches = data.training_batches(rows).iterate(step)
 
@@ -130,14 +132,14 @@ class FromFiles:
 class FromDevices:
     """Batches read from a stream in the memory of the devices, which are sent where the windows are."""
 
-    def __init__(self, data: StageData, placement: Placement, step: int, stream: ResidentStream) -> None:
+    def __init__(self, data: StageData, placement: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
         self._batches, self._step, self._window = data.training_batches(), step, data.window
         self._placement, self._stream = placement, stream
 
     def take(self, count: int, slots: int) -> Batch:
         """As `Source.take`, on the devices."""
         steps = range(self._step, self._step + count)
-        places = Places(*_stacked([self._batches.places(step) for step in steps], slots))
+        places = WindowOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
         self._step += count
         sent = self._placement.repeated(jax.tree.map(np.int32, places))
         shape = (*places.starts_B.shape, self._window)
@@ -149,7 +151,7 @@ class FromDevices:
 
 
 @lru_cache(KEPT)
-def _kept(store: Path, placement: Placement, device: jax.Device) -> ResidentStream:
+def _kept(store: Path, placement: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
     """The training stream of a store, on devices. What lies in the folder of a store never changes.
 
     `device` tells placements on one device apart, which is that of the thread.

@@ -27,7 +27,7 @@ from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tracking.formatting import byte_size
 from rustgpt_jax.training.train_step import State
-from rustgpt_jax.workdir.run_dir import Unwritable, in_words, is_step_name, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDirNotWritable, in_words, is_step_name, write_atomically
 
 LAST_KEPT = 2
 # Sealing reads all of it again: a large one takes long.
@@ -45,7 +45,7 @@ KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission
 _one_at_a_time = threading.Lock()
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that cannot be read, or that is not what was saved."""
 
 
@@ -116,7 +116,7 @@ class Checkpoints:
         """
         with _writing(self._folder):
             if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
-                self.set_aside(step)
+                self.quarantine(step)
             if step in self._manager.all_steps():
                 if is_regular and not self._is_regular(step):
                     self._make_regular(step)
@@ -156,7 +156,7 @@ class Checkpoints:
 
     def _has_record(self, step: int) -> bool:
         """Return whether the folder of a step holds a checkpoint of that step; cached once the run is open."""
-        with suppress(Damaged):
+        with suppress(CorruptCheckpoint):
             stored_about(self._folder, step)
             return step in self.steps()
         return False
@@ -167,7 +167,11 @@ class Checkpoints:
             return
         steps, best = self.steps(), self._candidates("best")
         # What is being saved now may never be finished: the best one before it holds until then.
-        needed = {*(best[:2] if best[:1] == [saving] else best[:1]), *steps[-LAST_KEPT:], self.last_regular(saving - 1)}
+        needed = {
+            *(best[:2] if best[:1] == [saving] else best[:1]),
+            *steps[-LAST_KEPT:],
+            self.last_scheduled(saving - 1),
+        }
         for step in set(steps) - needed:
             self._delete(step)
 
@@ -175,7 +179,7 @@ class Checkpoints:
         with _one_at_a_time:
             self._manager.delete(step)
 
-    def last_regular(self, step: int) -> int | None:
+    def last_scheduled(self, step: int) -> int | None:
         """The last regular checkpoint at or before a step, or None."""
         return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
 
@@ -184,7 +188,7 @@ class Checkpoints:
             return self._regular[step]
         try:
             return bool(stored_about(self._folder, step)["is_regular"])
-        except Damaged:
+        except CorruptCheckpoint:
             return False
 
     def delete_after(self, step: int) -> None:
@@ -193,7 +197,7 @@ class Checkpoints:
             if each > step:
                 self._delete(each)
 
-    def set_aside(self, step: int) -> Path:
+    def quarantine(self, step: int) -> Path:
         """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
         aside = self._folder / f"{step}.damaged"
         if is_first():
@@ -207,13 +211,13 @@ class Checkpoints:
 
     # Reading.
 
-    def restore(self, like: Any, which: str = "last", passed_over: Callable[[int, str], object] | None = None) -> State:
+    def restore(self, like: Any, which: str = "last", on_skipped: Callable[[int, str], object] | None = None) -> State:
         """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes).
 
         Its arrays lie where those of `like` do, whatever the devices that they were saved from; all on one device, if
         these have no place.
         `which` is `last`, `best`, or a step, for which there is no other.
-        `passed_over` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
+        `on_skipped` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
         none is sound, and if one is of another config or has other arrays.
         """
         candidates = self._candidates(which)
@@ -224,12 +228,12 @@ class Checkpoints:
         for step in candidates:
             try:
                 state = self.restore_step(like, step)
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 damage[step] = str(error)
                 continue
             for each, reason in damage.items():
-                if passed_over is not None:
-                    passed_over(each, reason)
+                if on_skipped is not None:
+                    on_skipped(each, reason)
             return state
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
         raise UserError(
@@ -269,11 +273,11 @@ class Checkpoints:
             except Exception as error:
                 if is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                raise Damaged(_reason(error)) from error
+                raise CorruptCheckpoint(_reason(error)) from error
         found = fingerprints(state)
         changed = [path for path in sorted(found) if about["fingerprints"].get(path) != found[path]]
         if changed:
-            raise Damaged(f"{changed[0]} is not what was saved")
+            raise CorruptCheckpoint(f"{changed[0]} is not what was saved")
         return state
 
     def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
@@ -291,13 +295,13 @@ class Checkpoints:
 @contextmanager
 def _together() -> Iterator[None]:
     """Raises Damaged in every process of a run if one of them finds the checkpoint so."""
-    damage: Damaged | None = None
+    damage: CorruptCheckpoint | None = None
     try:
         yield
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         damage = error
     if not all_agree(damage is None):
-        raise damage or Damaged("another process could not read its part")
+        raise damage or CorruptCheckpoint("another process could not read its part")
 
 
 @contextmanager
@@ -309,7 +313,7 @@ def _writing(folder: Path, what: str = "written") -> Iterator[None]:
         raise
     # Errors of the threads of Orbax and TensorStore are of many kinds.
     except Exception as error:
-        raise Unwritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
+        raise RunDirNotWritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:
@@ -376,9 +380,9 @@ def stored_about(folder: Path, step: int) -> dict[str, Any]:
     """
     about = _read_json(folder / str(step) / ABOUT, "its record")
     if not isinstance(about, dict) or not all(name in about and is_so(about[name]) for name, is_so in RECORDED.items()):
-        raise Damaged("its record is not one of a checkpoint")
+        raise CorruptCheckpoint("its record is not one of a checkpoint")
     if about["step"] != step:
-        raise Damaged(f"it is the checkpoint of step {about['step']} under another name")
+        raise CorruptCheckpoint(f"it is the checkpoint of step {about['step']} under another name")
     return about
 
 
@@ -386,9 +390,9 @@ def _read_json(file: Path, what: str) -> Any:
     try:
         return json.loads(file.read_bytes())
     except OSError as error:
-        raise Damaged(f"{what} cannot be read: {error.strerror}") from error
+        raise CorruptCheckpoint(f"{what} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{what} is not JSON") from error
+        raise CorruptCheckpoint(f"{what} is not JSON") from error
 
 
 def _is_table(value: Any) -> bool:
@@ -407,17 +411,17 @@ def _check_seal(folder: Path) -> None:
     """Raises Damaged, naming the first file, if the files of a checkpoint are not those that were written."""
     sums = _read_json(folder / SEAL, SEAL)
     if not _is_table(sums) or ABOUT not in sums:
-        raise Damaged(f"{SEAL} does not have the sums of the files of a checkpoint")
+        raise CorruptCheckpoint(f"{SEAL} does not have the sums of the files of a checkpoint")
     # The processes of a run share the work.
     for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
-            raise Damaged(f"{name} is missing")
+            raise CorruptCheckpoint(f"{name} is missing")
         try:
             found = _sha256(folder / name)
         except OSError as error:
-            raise Damaged(f"{name} cannot be read: {error.strerror}") from error
+            raise CorruptCheckpoint(f"{name} cannot be read: {error.strerror}") from error
         if found != digest:
-            raise Damaged(f"{name} is not what was written")
+            raise CorruptCheckpoint(f"{name} is not what was written")
 
 
 def _sha256(file: Path) -> str:

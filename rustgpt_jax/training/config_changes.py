@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, Earlier, Stage, is_of_result, may_change, stages
+from rustgpt_jax.config.schema import Config, Earlier, Stage, affects_result, may_change, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training.schedules import factor
-from rustgpt_jax.workdir.run_dir import RunFolder, all_differences, load_config, load_earlier
+from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, load_earlier
 
 STEPS = "training.steps"
-EVALUATION_BATCHES = "record.evaluation_batches"
+EVALUATION_BATCHES = "record.eval_batches"
 
 
 class Change(NamedTuple):
@@ -39,13 +39,13 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
     Raises:
         UserError: The run cannot continue with this config, or there is nothing to extend.
     """
-    run = RunFolder(path)
+    run = RunDir(path)
     if not run.config_file.exists():
         if extends:
             raise UserError(f"--extend: there is no run {path} to extend.")
         return Change(config)
     stored, earlier = load_config(path), load_earlier(path)
-    changed = {knob: values for knob, values in all_differences(stored, config).items() if is_of_result(knob)}
+    changed = {knob: values for knob, values in all_differences(stored, config).items() if affects_result(knob)}
     fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
     if fixed:
         shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps, resident
 from rustgpt_jax.training.trainer import Run
 from rustgpt_jax.training.vmapped_step import (
-    Orders,
+    StepArgs,
     compiled_member,
     compiled_population_steps,
     compiled_put,
@@ -23,7 +23,7 @@ from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import observed
 
 
-class Lanes(Protocol):
+class Executor(Protocol):
     """Holds the states of some runs and advances them."""
 
     def advance(self, runs: Sequence[Run | None], count: int) -> None:
@@ -36,7 +36,7 @@ class Lanes(Protocol):
         """Give a run another state."""
 
 
-class Solo:
+class SingleRunExecutor:
     """One run, each call a program of its own."""
 
     def __init__(self, run: Run) -> None:
@@ -63,7 +63,7 @@ class Solo:
         self._state = resident(self._structure, self._placement.place(state))
 
 
-class Together:
+class PopulationExecutor:
     """Many runs in one program, in a mode of `population.MODES`. Lanes beyond the runs stay idle.
 
     A program is made for a number of lanes: with the same number, it serves fewer runs too.
@@ -130,18 +130,18 @@ def _selects(argument: Any) -> Any:
     return argument.shape, argument.dtype, getattr(argument, "sharding", None)
 
 
-def _sent(orders: Orders, placement: Placement, batch_size: int) -> Orders:
+def _sent(orders: StepArgs, placement: ShardingPlan, batch_size: int) -> StepArgs:
     """Orders on their way to the devices, which nothing waits for. On a mesh, what is no batch goes with the call."""
     if placement.mesh is None:
         return jax.device_put(orders)
     return orders._replace(batches=placement.share(orders.batches, batch_size))
 
 
-def _stacked(orders: list[Orders]) -> Orders:
+def _stacked(orders: list[StepArgs]) -> StepArgs:
     """Orders with a first axis P; batches are stacked where they are."""
     batches, *others = zip(*orders, strict=True)
     on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
-    return Orders(compiled_stack(batches) if on_devices else _on_host(batches), *map(_on_host, others))
+    return StepArgs(compiled_stack(batches) if on_devices else _on_host(batches), *map(_on_host, others))
 
 
 def _on_host(trees: Sequence[Any]) -> Any:
@@ -152,9 +152,9 @@ def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
     return lambda: jax.tree.map(lambda column: column[index], read())
 
 
-def train_lanes(
+def run_training_loop(
     runs: Sequence[Run],
-    lanes: Lanes,
+    lanes: Executor,
     is_stopped: Callable[[], bool],
     between_calls: Callable[[], object] = lambda: None,
 ) -> None:
@@ -178,9 +178,9 @@ def train_lanes(
         count = min(run.steps_to_event() for run in turn if run)
         lanes.advance(turn, count)
         for index, run in enumerate(turn):
-            if run and run.is_due:
+            if run and run.has_event:
                 run.record(lanes.state(index), is_stopped)
-            if run and run.must_rewind:
+            if run and run.needs_rewind:
                 lanes.put(index, run.rewind())
     for index, run in enumerate(runs):
         if not run.is_over:

@@ -9,7 +9,7 @@ import optax
 
 from rustgpt_jax.config.schema import Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import objective, sums_of
+from rustgpt_jax.evaluation.loss import cross_entropy_sums, total_loss
 from rustgpt_jax.fingerprints import fingerprint
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import Context
@@ -28,7 +28,7 @@ OUTSIDE = {"embedding": "embeddings", "positions": "embeddings", "norm": "hidden
 KINDS = (PARAMETER, ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, UPDATE)
 
 
-class TapReport(NamedTuple):
+class StepIntermediates(NamedTuple):
     """What a step looks like from inside. Measurements are as `intermediates.measured` has them.
 
     loss: mean over the learned tokens, in nats. losses_BT, weights_BT: of each token. gradient_norm: before clipping.
@@ -48,7 +48,7 @@ class TapReport(NamedTuple):
 
 def tapped_step(
     structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
-) -> TapReport:
+) -> StepIntermediates:
     """Measurements of one step as `train_step` makes it, up to rounding."""
     config = merge(structure, numbers)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
@@ -59,8 +59,8 @@ def tapped_step(
     def part_loss(params: Any, slots: intermediates.Slots, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         context = Context(part.positions_BT, part.segments_BT, key if is_on(config.model.dropout) else None)
         logits_BTV, signals, measured = transformer.tapped(params, part.tokens_BT, config.model, context, slots)
-        sums, losses_BT = sums_of(logits_BTV, part, signals)
-        return objective(sums, total_weight, config.training.z_loss), (sums.loss, losses_BT, measured)
+        sums, losses_BT = cross_entropy_sums(logits_BTV, part, signals)
+        return total_loss(sums, total_weight, config.training.z_loss), (sums.loss, losses_BT, measured)
 
     def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
         index, part = indexed_part
@@ -77,7 +77,7 @@ def tapped_step(
     clipped = clip(gradients, norm, config.optimizer.clip_norm) if is_on(config.optimizer.clip_norm) else gradients
     rate = factor(state.step - first_step, config.training.steps, config.schedule)
     updates, _ = optimizer(config.optimizer, rate).update(clipped, state.opt_state, state.params)
-    return TapReport(
+    return StepIntermediates(
         loss=loss / jnp.maximum(total_weight, 1.0),
         losses_BT=losses_BT.reshape(batch.weights_BT.shape),
         weights_BT=batch.weights_BT,
@@ -121,7 +121,7 @@ class Tensor(NamedTuple):
         return self.norm / finite**0.5 if finite > 0 else 0.0
 
 
-def tensors(program: tuple[Structure, Numbers], params: transformer.Params, report: TapReport) -> list[Tensor]:
+def tensors(program: tuple[Structure, Numbers], params: transformer.Params, report: StepIntermediates) -> list[Tensor]:
     """Every tensor of a step from `params`, in the order in which it is made: of each of KINDS, one after another.
 
     Gradients go backward, from the logits to the embeddings.

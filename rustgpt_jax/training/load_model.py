@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from rustgpt_jax.config.schema import Config, differences, split
-from rustgpt_jax.data.preprocess import read_record, with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size, read_record
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import Writer
 from rustgpt_jax.model.flops import parameter_shapes
@@ -19,25 +19,25 @@ from rustgpt_jax.sharding.sharding_plan import over_local_devices
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.memory_estimate import check_inference_memory
-from rustgpt_jax.training.optimizers import evaluation_params
+from rustgpt_jax.training.optimizers import get_eval_params
 from rustgpt_jax.training.run_inputs import run_tokenizer
-from rustgpt_jax.training.train_step import as_arguments, compiled_start
+from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
 from rustgpt_jax.workdir.params_io import read_parameters
-from rustgpt_jax.workdir.run_dir import RunFolder, load_config, load_earlier
+from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """The model of a run at one of its checkpoints."""
 
-    run: RunFolder
+    run: RunDir
     config: Config
     step: int
     writer: Writer
 
-    def with_config(self, config: Config) -> "Trained":
+    def with_config(self, config: Config) -> "LoadedModel":
         """The same model with other knobs for sampling and data. Raises UserError for a knob of the model itself."""
-        config = with_vocabulary(config, self.writer.tokenizer)
+        config = fill_vocab_size(config, self.writer.tokenizer)
         for knob, (trained, asked) in differences(self.config, config).items():
             if knob.startswith(("model.", "tokenizer.")):
                 raise UserError(f"config.{knob}={asked!r}: the model was trained with {trained!r}, and is what it is.")
@@ -55,7 +55,7 @@ def load(
     says: Callable[[str], object] = warn,
     is_oversubscribed: bool = False,
     n_generated: int = 0,
-) -> Trained:
+) -> LoadedModel:
     """Load the `last` or `best` checkpoint of a run, or the previous one, with a message, if that is damaged.
 
     Raises:
@@ -63,36 +63,36 @@ def load(
             of `n_generated` tokens cannot fit the memory and `is_oversubscribed` is False.
     """
     stored = load_config(path)
-    run = RunFolder(path)
+    run = RunDir(path)
     if not (run.is_untrained or run.checkpoints.exists()):
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
     tokenizer = run_tokenizer(run)
-    config = with_vocabulary(stored, tokenizer)
+    config = fill_vocab_size(stored, tokenizer)
     check_inference_memory(config, used_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
         shapes = over_local_devices().like(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0
     else:
         params, step = _restored(run, stored, config, which, says)
-    return Trained(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
+    return LoadedModel(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
 
 
 def _restored(
-    run: RunFolder, stored: Config, config: Config, which: str, says: Callable[[str], object]
+    run: RunDir, stored: Config, config: Config, which: str, says: Callable[[str], object]
 ) -> tuple[Params, int]:
     """The parameters to evaluate at a checkpoint, and its step."""
 
-    def passed_over(step: int, reason: str) -> None:
+    def on_skipped(step: int, reason: str) -> None:
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
 
     structure, numbers = split(config)
-    like = over_local_devices().like(jax.eval_shape(lambda: compiled_start(structure, as_arguments(numbers))))
+    like = over_local_devices().like(jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers))))
     with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
-        state = checkpoints.restore(like, which, passed_over)
-        return evaluation_params(config.optimizer, state.params, state.opt_state), int(state.step)
+        state = checkpoints.restore(like, which, on_skipped)
+        return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)
 
 
-def _is_dialogue(run: RunFolder, tokenizer: Codec) -> bool:
+def _is_dialogue(run: RunDir, tokenizer: Codec) -> bool:
     """Whether the model has learned dialogues: elsewhere, to judge by its chat template, or here."""
     if tokenizer.dialect is not None and tokenizer.dialect.chat_template is not None:
         return True

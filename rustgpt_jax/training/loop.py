@@ -11,10 +11,16 @@ import jax
 from rich.console import Console
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, Earlier, is_by_epochs, stages, stages_in_turn
-from rustgpt_jax.data.preprocess import Resolved, obtain_tokenizer, prepare_stage, resolve_epochs_with, with_vocabulary
-from rustgpt_jax.distributed.failure_propagation import MISTAKE, Patience
-from rustgpt_jax.distributed.multihost import Votes, first_alone, is_first
+from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, Earlier, stages, stages_in_turn, uses_epochs
+from rustgpt_jax.data.preprocess import (
+    Resolved,
+    fill_vocab_size,
+    load_or_train_tokenizer,
+    prepare_stage,
+    resolve_epochs_with,
+)
+from rustgpt_jax.distributed.failure_propagation import MISTAKE, Watchdog
+from rustgpt_jax.distributed.multihost import LaggedMax, is_first, process_zero_first
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
@@ -25,17 +31,17 @@ from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tracking.formatting import count as formatted
 from rustgpt_jax.tracking.formatting import duration
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.tracking.progress import Laps, Progress, counting
+from rustgpt_jax.tracking.progress import Progress, StartupTimer, counting
 from rustgpt_jax.training.config_changes import change_of
-from rustgpt_jax.training.executors import Solo, train_lanes
+from rustgpt_jax.training.executors import SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import check_training_memory
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.profiler import Profile, span
-from rustgpt_jax.training.run_inputs import Material, run_tokenizer
+from rustgpt_jax.training.run_inputs import RunInputs, run_tokenizer
 from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.training.validate_components import check_parts
-from rustgpt_jax.workdir.code_snapshot import remember_code
-from rustgpt_jax.workdir.run_dir import RunFolder, Unwritable, shadow
+from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.workdir.code_snapshot import record_code
+from rustgpt_jax.workdir.run_dir import RunDir, RunDirNotWritable, shadow
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
@@ -72,11 +78,11 @@ def train(
         UserError: The config cannot work (raised before anything is compiled or written), the folder becomes
             unwritable, or the run ended because the loss or gradient was not finite.
     """
-    laps = Laps("Python and packages")
-    check_parts(config)
+    laps = StartupTimer("Python and packages")
+    validate_components(config)
     # As it is now: it may be edited while the data are prepared.
-    remember_code()
-    resolved, tokenizer = _with_steps(config, RunFolder(path).tokenizer_file, console)
+    record_code()
+    resolved, tokenizer = _with_steps(config, RunDir(path).tokenizer_file, console)
     config, earlier, sentences = change_of(path, resolved.config, extends)
     origins = {**origins, **resolved.origins}
     for sentence in (*resolved.sentences, *sentences):
@@ -86,16 +92,16 @@ def train(
     check_training_memory(config, used_machine(), placement.sizes, is_oversubscribed)
     again = "The same command goes on from the last checkpoint."
     with _records(path, config, origins) as folder:
-        with first_alone("data"):
-            material = gather(config, RunFolder(folder).tokenizer_file, console, earlier, tokenizer)
+        with process_zero_first("data"):
+            material = gather(config, RunDir(folder).tokenizer_file, console, earlier, tokenizer)
         # Check again with the vocabulary size.
         check_training_memory(material.whole, used_machine(), placement.sizes, is_oversubscribed)
-        material.check(RunFolder(folder), placement.n_devices)
+        material.check(RunDir(folder), placement.n_devices)
         laps.lap("the data")
         traced = None if profile is None else Profile(span(profile, material.total_steps), path / "profile")
         with Run(material, folder, origins, placement) as run:
             # It ends before the run is closed, which would wait for processes that are gone.
-            with Patience(patience, again) as waiting:
+            with Watchdog(patience, again) as waiting:
                 status = _train(run, path, console, waiting, laps, traced)
             if run.diverged_at is not None:
                 raise UserError(_divergence(run, path))
@@ -113,7 +119,7 @@ def _with_steps(config: Config, tokenizer_file: Path, console: Console) -> tuple
     Raises:
         UserError: The text is unsuitable, or several processes train the run.
     """
-    if not is_by_epochs(config):
+    if not uses_epochs(config):
         return Resolved(config, {}, {}, []), None
     if jax.process_count() > 1:
         raise UserError(
@@ -127,9 +133,9 @@ def _with_steps(config: Config, tokenizer_file: Path, console: Console) -> tuple
 
 def _tokenizer(config: Config, file: Path, console: Console) -> Codec:
     if file.exists():
-        return run_tokenizer(RunFolder(file.parent))
+        return run_tokenizer(RunDir(file.parent))
     with counting(console, "characters read to train the tokenizer") as progress:
-        return obtain_tokenizer(config, progress=progress)
+        return load_or_train_tokenizer(config, progress=progress)
 
 
 def gather(
@@ -138,7 +144,7 @@ def gather(
     console: Console,
     earlier: tuple[Earlier, ...] = (),
     tokenizer: Codec | None = None,
-) -> Material:
+) -> RunInputs:
     """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
 
     Args:
@@ -153,17 +159,19 @@ def gather(
     """
     if tokenizer is None:
         tokenizer = _tokenizer(config, tokenizer_file, console)
-    whole = with_vocabulary(config, tokenizer)
+    whole = fill_vocab_size(config, tokenizer)
     with counting(console, "characters encoded") as progress:
         prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(whole)]
     stores = {data.stage.name: data.store for data in prepared}
-    before = [each._replace(config=with_vocabulary(each.config, tokenizer)) for each in earlier]
+    before = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]
     in_turn = stages_in_turn(whole, before)
     data = [prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name]) for stage in in_turn]
-    return Material(config, whole, tokenizer, data, earlier)
+    return RunInputs(config, whole, tokenizer, data, earlier)
 
 
-def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Laps, profile: Profile | None) -> int:
+def _train(
+    run: Run, path: Path, console: Console, patience: Watchdog, laps: StartupTimer, profile: Profile | None
+) -> int:
     total_steps = run.material.total_steps
     began = time.perf_counter()
     with StopRequest() as stop, Progress(console, total_steps) as progress, _writing(run):
@@ -175,7 +183,7 @@ def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Lap
         for sentence in (*_compile_time(run), *_attention(run)):
             progress.message(sentence)
         laps.lap("the folder")
-        lanes = Solo(run)
+        lanes = SingleRunExecutor(run)
         laps.lap("the first state")
         first_step = run.step
 
@@ -185,7 +193,7 @@ def _train(run: Run, path: Path, console: Console, patience: Patience, laps: Lap
             if profile is not None:
                 _trace(profile, run, progress)
 
-        train_lanes([run], lanes, _stopped(stop, patience), between_calls)
+        run_training_loop([run], lanes, _stopped(stop, patience), between_calls)
         if profile is not None:
             # Where the run was stopped before.
             profile.ends(profile.steps.stop)
@@ -212,9 +220,9 @@ def _trace(profile: Profile, run: Run, progress: Progress) -> None:
         progress.message(f"The trace is in {profile.folder}; docs/performance.md says how to read it.")
 
 
-def _stopped(stop: StopRequest, patience: Patience) -> Callable[[], bool]:
+def _stopped(stop: StopRequest, patience: Watchdog) -> Callable[[], bool]:
     """Asks, turn by turn, whether a process of the run has been told to stop: all hear of it at the same turn."""
-    votes = Votes(0)
+    votes = LaggedMax(0)
 
     def is_stopped() -> bool:
         patience.beat()
@@ -227,8 +235,8 @@ def _stopped(stop: StopRequest, patience: Patience) -> Callable[[], bool]:
 
 
 def _divergence(run: Run, path: Path) -> str:
-    forgiven = run.n_faults - 1
-    before = f", after {forgiven} that were forgiven (config.faults.most_forgiven)" if forgiven > 0 else ""
+    forgiven = run.n_skipped - 1
+    before = f", after {forgiven} that were forgiven (config.faults.max_skipped)" if forgiven > 0 else ""
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
         f"training ended there. Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate "
@@ -241,10 +249,10 @@ def _writing(run: Run) -> Iterator[None]:
     """Says in a sentence that files can no longer be written, or read, and what is left of the run."""
     try:
         yield
-    except (OSError, Unwritable) as error:
+    except (OSError, RunDirNotWritable) as error:
         reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
         # Include a checkpoint that is still being written, if that succeeds.
-        with suppress(Unwritable):
+        with suppress(RunDirNotWritable):
             run.checkpoints.wait()
         kept = run.checkpoints.written()
         left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint"

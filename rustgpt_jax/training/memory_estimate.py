@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import Config, is_on, split, stages, with_values
+from rustgpt_jax.config.schema import Config, is_on, replace_paths, split, stages
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.evaluation.loss import objective, token_sums
+from rustgpt_jax.evaluation.loss import loss_sums, total_loss
 from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.tracking.formatting import byte_size
-from rustgpt_jax.training.train_step import as_arguments, start
+from rustgpt_jax.training.train_step import start, to_traced_scalars
 
 # Maximum number of layers to trace; needs of deeper models are extrapolated.
 MOST_TRACED = 64
@@ -39,7 +39,7 @@ KNOBS = {
         "model.d_model",
         "model.vocab_size",
     ),
-    "batches": ("training.batch_size", "training.steps_per_call", "model.context_length"),
+    "batches": ("training.batch_size", "training.steps_per_jit_call", "model.context_length"),
     "logits": ("training.batch_size", "model.context_length", "model.vocab_size"),
     "KV cache": ("model.context_length", "model.n_layers"),
 }
@@ -49,7 +49,7 @@ MODEL = ("parameters", "optimizer state", "gradients")
 def state_shapes(config: Config) -> Shapes:
     """The state of a run (parameters, optimizer state, step) as shapes and types."""
     structure, numbers = split(config)
-    return jax.eval_shape(lambda: start(structure, as_arguments(numbers)))
+    return jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers)))
 
 
 def batch_shapes(rows: int, window: int) -> Batch:
@@ -73,32 +73,32 @@ def residual_bytes(config: Config, window: int) -> int:
     With remat, what one repeat of the pattern of blocks computes anew for its own backward is there too; so are the
     logits of one chunk.
     """
-    model, chunk = config.model, config.training.loss_chunk
+    model, chunk = config.model, config.training.loss_chunk_size
     # What is offloaded is not on the device, as if it were computed anew.
     on_device = "full" if model.remat == "offload" else model.remat
-    config = with_values(config, {"model.remat": on_device})
+    config = replace_paths(config, {"model.remat": on_device})
     kept = _kept_bytes(config, window)
     anew = 0
     if on_device != "none":
-        everything = _kept_bytes(with_values(config, {"model.remat": "none"}), window)
+        everything = _kept_bytes(replace_paths(config, {"model.remat": "none"}), window)
         anew += (everything - kept) * min(model.period, model.n_layers) // model.n_layers
     if chunk is not None:
-        whole = _kept_bytes(with_values(config, {"training.loss_chunk": None}), window)
+        whole = _kept_bytes(replace_paths(config, {"training.loss_chunk_size": None}), window)
         anew += (whole - kept) * min(chunk, window) // window
     return kept + anew
 
 
 def _kept_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.accumulation
-    config = with_values(config, {"model.derivatives": "plain"})
+    config = replace_paths(config, {"model.derivatives": "plain"})
     if config.model.attention_kernel != "plain":
         # As a kernel of a library would, which needs its own device to be traced, it keeps no scores.
-        config = with_values(config, {"model.attention_kernel": "portable"})
+        config = replace_paths(config, {"model.attention_kernel": "portable"})
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         key = jax.random.key(0) if is_on(config.model.dropout) else None
-        sums = token_sums(params, batch, config.model, key, config.training.loss_chunk)
-        return objective(sums, jnp.ones(()), config.training.z_loss)
+        sums = loss_sums(params, batch, config.model, key, config.training.loss_chunk_size)
+        return total_loss(sums, jnp.ones(()), config.training.z_loss)
 
     def backward(params: Any, batch: Batch) -> Any:
         return jax.vjp(lambda params: loss(params, batch), params)[1]
@@ -154,7 +154,7 @@ def training_needs(config: Config) -> dict[str, float]:
         }
 
     training = config.training
-    batches = BATCH_BYTES * training.batch_size * window * training.steps_per_call
+    batches = BATCH_BYTES * training.batch_size * window * training.steps_per_jit_call
     return _for_all_layers(needs, config) | {"batches": batches}
 
 
@@ -187,7 +187,7 @@ def check_inference_memory(
     config = _with_vocabulary(config)
     found = _for_all_layers(needs, config)
     if n_rows:
-        chunk = min(window, config.training.loss_chunk or window)
+        chunk = min(window, config.training.loss_chunk_size or window)
         found["logits"] = 4 * n_rows * chunk * (config.model.vocab_size or 1)
         found["batches"] = BATCH_BYTES * config.training.batch_size * window
     found = {name: size / (machine.n_devices if name == "parameters" else 1) for name, size in found.items()}
@@ -228,7 +228,7 @@ def _remedy(needs: Mapping[str, float], config: Config) -> str:
     found = sorted(((knob, _value(config, knob) or 0) for knob in knobs), key=lambda item: -item[1])
     values = ", ".join(f"config.{knob}={value}" for knob, value in found if value)
     more = {
-        "activations": "; training.accumulation, training.loss_chunk and model.remat trade time for it",
+        "activations": "; training.accumulation, training.loss_chunk_size and model.remat trade time for it",
         "optimizer state": "; config.mesh.fsdp shares it among devices",
         "parameters": "; config.mesh.fsdp shares them among devices",
     }
@@ -247,7 +247,7 @@ def _window(config: Config) -> int:
 def _with_vocabulary(config: Config) -> Config:
     """Return the config with a vocabulary size, if necessary the smallest possible one."""
     size = config.model.vocab_size or config.tokenizer.vocab_size or 1
-    return with_values(config, {"model.vocab_size": size})
+    return replace_paths(config, {"model.vocab_size": size})
 
 
 def _bound(config: Config) -> float:
@@ -258,7 +258,9 @@ def _bound(config: Config) -> float:
         "all"
     ]
     per_layer = parameters / model.n_layers / model.d_model + 16 * model.d_model + model.n_heads * window
-    per_token = 64 * model.n_layers * per_layer + 16 * (model.vocab_size or 1) + BATCH_BYTES * training.steps_per_call
+    per_token = (
+        64 * model.n_layers * per_layer + 16 * (model.vocab_size or 1) + BATCH_BYTES * training.steps_per_jit_call
+    )
     return 32 * parameters + training.batch_size * window * per_token
 
 
@@ -270,6 +272,6 @@ def _for_all_layers(needs: Callable[[Config], dict[str, float]], config: Config)
     least = math.ceil(MOST_TRACED / period) * period
     if model.n_layers <= 2 * least:
         return needs(config)
-    few, twice = (needs(with_values(config, {"model.n_layers": count})) for count in (least, 2 * least))
+    few, twice = (needs(replace_paths(config, {"model.n_layers": count})) for count in (least, 2 * least))
     times = (model.n_layers - least) / least
     return {name: few[name] + times * (twice[name] - few[name]) for name in few}

@@ -18,18 +18,18 @@ from rustgpt_jax.inference.decode_params import form
 from rustgpt_jax.inference.text_generator import Writer, write
 from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tracking.formatting import duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
-from rustgpt_jax.training.optimizers import EVALUATION_PARAMS, evaluation_params
-from rustgpt_jax.training.train_step import Metrics, State, at_hand
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.training.optimizers import EVALUATION_PARAMS, get_eval_params
+from rustgpt_jax.training.train_step import Metrics, State, fetch_opt_state
+from rustgpt_jax.workdir.run_dir import RunDir
 
 # What makes a step a fault where it is not finite, as in `train_step`.
 MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
 
-compiled_evaluation_params = jax.jit(evaluation_params, static_argnums=0)
+compiled_evaluation_params = jax.jit(get_eval_params, static_argnums=0)
 
 
 class Pending(NamedTuple):
@@ -47,7 +47,7 @@ class Fault(NamedTuple):
     """A step whose loss, gradient or update was not finite, and how many of them there have been, itself included."""
 
     step: int
-    n_faults: int
+    n_skipped: int
 
 
 class Stopped(Exception):
@@ -76,11 +76,11 @@ class Recorder:
     """
 
     data: StageData
-    run: RunFolder
+    run: RunDir
     tokenizer: Codec
     writer: MetricsWriter
     progress: Shows
-    placement: Placement
+    placement: ShardingPlan
     seconds_per_step: dict[Structure, float]
     compares_after: int = 0
     pending: Pending | None = None
@@ -136,9 +136,9 @@ class Recorder:
             if self.fault:
                 return
 
-    def _is_skipped(self, n_faults: int) -> bool:
+    def _is_skipped(self, n_skipped: int) -> bool:
         faults = self.config.faults
-        return faults.not_finite == "skip" and n_faults <= faults.most_forgiven
+        return faults.nonfinite_policy == "skip" and n_skipped <= faults.max_skipped
 
     def _is_logged(self, step: int) -> bool:
         return self.data.stage.is_logged(step)
@@ -177,7 +177,7 @@ class Recorder:
         batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
         if self._optimizer.name in EVALUATION_PARAMS:
-            opt_state = at_hand(self._structure, state.opt_state)
+            opt_state = fetch_opt_state(self._structure, state.opt_state)
             params = compiled_evaluation_params(self._optimizer, params, opt_state)
         n_batches = self.data.n_validation_batches
 
@@ -187,7 +187,13 @@ class Recorder:
                 raise Stopped
 
         values = evaluate(
-            params, self.config.model, batches, bytes_per_token, training.loss_chunk, training.accumulation, progress
+            params,
+            self.config.model,
+            batches,
+            bytes_per_token,
+            training.loss_chunk_size,
+            training.accumulation,
+            progress,
         )
         self.progress.evaluating(n_batches, n_batches)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
@@ -218,7 +224,7 @@ class Recorder:
         if not prompts:
             return
         author = Writer(params, self.config.model, self.tokenizer, self.data.is_dialogue)
-        author = author.laid_out(form(self.config.sampling))
+        author = author.shard_activations(form(self.config.sampling))
         texts = write(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):

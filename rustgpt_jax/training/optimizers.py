@@ -44,7 +44,7 @@ def lion(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
 def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
     """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
 
-    Matrices learn at matrix_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
+    Matrices learn at muon_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
     """
     matrices = optax.chain(
         optax.contrib.scale_by_muon(
@@ -52,7 +52,7 @@ def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
         ),
         optax.stateless(_scaled_by_shape),
         weight_decay(config),
-        optax.scale(-rate * config.matrix_learning_rate),
+        optax.scale(-rate * config.muon_learning_rate),
     )
     return optax.partition({"muon": matrices, "adamw": adamw(config, rate)}, muon_partition)
 
@@ -181,6 +181,6 @@ def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> optax.G
     return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, rate)
 
 
-def evaluation_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
+def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
     """The parameters to evaluate and to write with: those that are trained, unless EVALUATION_PARAMS says otherwise."""
     return EVALUATION_PARAMS[config.name](params, opt_state) if config.name in EVALUATION_PARAMS else params

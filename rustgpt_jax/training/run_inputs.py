@@ -16,8 +16,8 @@ from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.train_step import Numbers, as_arguments
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.training.train_step import Numbers, to_traced_scalars
+from rustgpt_jax.workdir.run_dir import RunDir
 
 
 class Program(NamedTuple):
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class RunInputs:
     """The inputs of a run: its config as written and with the vocabulary size, its tokenizer, and its data.
 
     `stages` has one entry per config if the config changed within a stage. `earlier` has the earlier configs.
@@ -50,7 +50,7 @@ class Material:
         """Return the step up to which the validation losses before a stage are of other batches than its own."""
         step = 0
         for each in self.stages[: self.stages.index(data)]:
-            if each.stage.config.record.evaluation_batches != data.stage.config.record.evaluation_batches:
+            if each.stage.config.record.eval_batches != data.stage.config.record.eval_batches:
                 step = each.stage.last_step
         return step
 
@@ -59,7 +59,7 @@ class Material:
         """The program of each stage."""
         return [_program(data.stage) for data in self.stages]
 
-    def check(self, run: RunFolder, n_devices: int) -> None:
+    def check(self, run: RunDir, n_devices: int) -> None:
         """Raises UserError, before anything is compiled or written, for what cannot work on so many devices."""
         check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
@@ -72,7 +72,7 @@ class Material:
             raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
 
 
-def run_tokenizer(run: RunFolder) -> Codec:
+def run_tokenizer(run: RunDir) -> Codec:
     """Load the tokenizer of a run.
 
     Raises:
@@ -91,7 +91,7 @@ def run_tokenizer(run: RunFolder) -> Codec:
     return tokenizer
 
 
-def read_beginning(run: RunFolder) -> dict[str, Any]:
+def read_beginning(run: RunDir) -> dict[str, Any]:
     """Read the source of a run's initial parameters; {} if they were initialized from the seed.
 
     Raises:
@@ -113,7 +113,7 @@ def read_beginning(run: RunFolder) -> dict[str, Any]:
 
 def _program(stage: Stage) -> Program:
     structure, numbers = split(stage.config)
-    return Program(structure, as_arguments(numbers), np.int32(stage.first_step))
+    return Program(structure, to_traced_scalars(numbers), np.int32(stage.first_step))
 
 
 def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:

@@ -23,20 +23,20 @@ def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Ar
 
 
 def linear(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """From 1 after the warm-up down to final_fraction, in a straight line."""
-    return 1.0 - (1.0 - schedule.final_fraction) * _progress(step, schedule.warmup_steps, steps)
+    """From 1 after the warm-up down to final_lr_frac, in a straight line."""
+    return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, schedule.warmup_steps, steps)
 
 
 def cosine(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """From 1 after the warm-up down to final_fraction, along half a cosine wave (arXiv 1608.03983)."""
+    """From 1 after the warm-up down to final_lr_frac, along half a cosine wave (arXiv 1608.03983)."""
     wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, schedule.warmup_steps, steps)))
-    return schedule.final_fraction + (1.0 - schedule.final_fraction) * wave
+    return schedule.final_lr_frac + (1.0 - schedule.final_lr_frac) * wave
 
 
 def wsd(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """1 until the last decay_fraction of the steps, then a straight line to final_fraction (arXiv 2404.06395)."""
-    start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_fraction)
-    return 1.0 - (1.0 - schedule.final_fraction) * _progress(step, start, steps)
+    """1 until the last decay_frac of the steps, then a straight line to final_lr_frac (arXiv 2404.06395)."""
+    start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_frac)
+    return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, start, steps)
 
 
 def _progress(step: jax.Array, start: Scalar, end: Scalar) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 
 from rustgpt_jax.config.schema import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import Sums, in_parts, objective, token_sums
+from rustgpt_jax.evaluation.loss import Sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import Signals
 from rustgpt_jax.sharding.partition_rules import constrained
@@ -42,13 +42,15 @@ class Health(NamedTuple):
     skipped: jax.Array
 
 
-def healthy() -> Health:
+def init_loss_stats() -> Health:
     """The health of a run that has not begun."""
     types = Health(jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
     return Health(*(jnp.zeros((), dtype) for dtype in types))
 
 
-def examined(health: Health, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array) -> Health:
+def update_loss_stats(
+    health: Health, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
+) -> Health:
     """The health after a step with this loss, which may be the first or the last of its stage."""
     seen = jnp.where(is_first, 0, health.seen)
     above = loss - health.mean
@@ -103,7 +105,7 @@ class Metrics(NamedTuple):
     signals: Signals
 
 
-def as_arguments(numbers: dict[str, float]) -> Numbers:
+def to_traced_scalars(numbers: dict[str, float]) -> Numbers:
     """Numbers as scalars of fixed types, so that no value of a number can compile anything new."""
     return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in numbers.items()}
 
@@ -112,13 +114,13 @@ def start(structure: Structure, numbers: Numbers) -> State:
     """The state at step 0."""
     config = merge(structure, numbers)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
-    return start_from(structure, numbers, params)
+    return init_state_from_params(structure, numbers, params)
 
 
-def start_from(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
+def init_state_from_params(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
     """The state at step 0 with parameters that are there already."""
     config = merge(structure, numbers)
-    state = State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), healthy())
+    state = State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
     return resident(structure, constrained(state))
 
 
@@ -129,7 +131,7 @@ def resident(structure: Structure, state: State) -> State:
     return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
 
 
-def at_hand(structure: Structure, opt_state: Any) -> Any:
+def fetch_opt_state(structure: Structure, opt_state: Any) -> Any:
     """What the optimizer keeps, in the memory of the device."""
     return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload else opt_state
 
@@ -142,7 +144,7 @@ def train_step(
     If the loss, the gradient or the update is not finite, parameters and optimizer state stay as they are, and the step
     is counted.
     """
-    config, state = merge(structure, numbers), state._replace(opt_state=at_hand(structure, state.opt_state))
+    config, state = merge(structure, numbers), state._replace(opt_state=fetch_opt_state(structure, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     gradients, sums = gradient(state.params, batch, config, key)
     gradients = constrained(gradients)
@@ -159,7 +161,7 @@ def train_step(
         lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     stage_step = state.step - first_step
-    health = examined(state.health, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1)
+    health = update_loss_stats(state.health, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1)
     metrics = Metrics(
         loss=loss,
         gradient_norm=norm,
@@ -185,8 +187,8 @@ def gradient(
 
     def part_loss(params: transformer.Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         dropout_key = key if is_on(config.model.dropout) else None
-        sums = token_sums(params, part, config.model, dropout_key, config.training.loss_chunk)
-        return objective(sums, total_weight, config.training.z_loss), sums
+        sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
+        return total_loss(sums, total_weight, config.training.z_loss), sums
 
     part_gradient = jax.grad(part_loss, has_aux=True)
     parts = config.training.accumulation
@@ -197,7 +199,7 @@ def gradient(
         index, part = indexed_part
         return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
 
-    split_batch = in_parts(batch, parts)
+    split_batch = split_microbatches(batch, parts)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
     signals = _no_signals(params, first_part, config.model)
     nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
@@ -230,10 +232,10 @@ def train_steps(
 
 def _no_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
     """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
-    shapes = jax.eval_shape(lambda: token_sums(params, batch, model).signals)
+    shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).signals)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
 
-compiled_start = jax.jit(start, static_argnums=0)
-compiled_start_from = jax.jit(start_from, static_argnums=0)
+compiled_init_state = jax.jit(start, static_argnums=0)
+compiled_start_from = jax.jit(init_state_from_params, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)

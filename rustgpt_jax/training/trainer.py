@@ -9,28 +9,28 @@ from types import TracebackType
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Structure, is_of_result, split, stages
+from rustgpt_jax.config.schema import Structure, affects_result, split, stages
 from rustgpt_jax.data.preprocess import StageData, record_data
-from rustgpt_jax.distributed.multihost import Votes, all_agree, is_first
+from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, is_first
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import save_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, keep_until
 from rustgpt_jax.training.batch_source import Source, source
-from rustgpt_jax.training.checkpointing import Checkpoints, Damaged
+from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.metric_logger import Fault, Pending, Recorder, Shows, Stopped
-from rustgpt_jax.training.run_inputs import Material, Program
-from rustgpt_jax.training.train_step import Metrics, State, as_arguments, compiled_start, compiled_start_from
-from rustgpt_jax.training.vmapped_step import Orders
+from rustgpt_jax.training.run_inputs import Program, RunInputs
+from rustgpt_jax.training.train_step import Metrics, State, compiled_init_state, compiled_start_from, to_traced_scalars
+from rustgpt_jax.training.vmapped_step import StepArgs
 from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
-from rustgpt_jax.workdir.program_fingerprint import take_autotuning
+from rustgpt_jax.workdir.program_fingerprint import save_autotune_cache
 from rustgpt_jax.workdir.run_dir import (
-    RunFolder,
-    Unwritable,
+    RunDir,
+    RunDirNotWritable,
     admit,
     all_differences,
     check_links,
@@ -54,13 +54,13 @@ class Run:
 
     def __init__(
         self,
-        material: Material,
+        material: RunInputs,
         path: Path,
         origins: Mapping[str, str],
-        placement: Placement,
+        placement: ShardingPlan,
         until: int | None = None,
     ) -> None:
-        self.material, self.folder, self.placement = material, RunFolder(path), placement
+        self.material, self.folder, self.placement = material, RunDir(path), placement
         self.end_step = material.total_steps if until is None else min(until, material.total_steps)
         # Steps at which a call ends, so that something can be done between two.
         self.marks: Sequence[int] = ()
@@ -70,7 +70,7 @@ class Run:
         self._source: Source | None = None
         self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
-        self._pace = Votes(math.inf)
+        self._pace = LaggedMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
         # The step whose evaluation was stopped and has not been done since.
@@ -109,7 +109,7 @@ class Run:
         path, config, earlier = self.folder.path, self.material.config, self.material.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
         differing = all_differences(before, config) if earlier and before != config else {}
-        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
+        changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
         if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
             raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
         create(path, config, self._origins, earlier)
@@ -134,22 +134,22 @@ class Run:
         return self._recorder.fault if self._recorder else None
 
     @property
-    def n_faults(self) -> int:
+    def n_skipped(self) -> int:
         """The steps that went wrong, up to the one at which training ended; 0 if it did not."""
-        return self._fault.n_faults if self._fault else 0
+        return self._fault.n_skipped if self._fault else 0
 
     @property
-    def must_rewind(self) -> bool:
+    def needs_rewind(self) -> bool:
         """Whether a step went wrong that is to be undone."""
         faults = self.material.config.faults
-        if self._fault is None or faults.not_finite != "rewind":
+        if self._fault is None or faults.nonfinite_policy != "rewind":
             return False
-        return self._fault.n_faults <= faults.most_forgiven
+        return self._fault.n_skipped <= faults.max_skipped
 
     @property
     def diverged_at(self) -> int | None:
         """The step at which training ended, its loss or gradient not finite, if there was one."""
-        return self._fault.step if self._fault and not self.must_rewind else None
+        return self._fault.step if self._fault and not self.needs_rewind else None
 
     @property
     def stage(self) -> StageData:
@@ -183,11 +183,11 @@ class Run:
         self._progress = progress
         damaged: dict[int, str] = {}
         if self.step > 0:
-            self._state = self.checkpoints.restore(self._like(), passed_over=damaged.__setitem__)
+            self._state = self.checkpoints.restore(self._like(), on_skipped=damaged.__setitem__)
             self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
         for step, reason in damaged.items():
             self._journal.append("damaged", step=step, reason=reason)
-            aside = self.checkpoints.set_aside(step)
+            aside = self.checkpoints.quarantine(step)
             progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
         self._stopped_evaluation = self._find_stopped_evaluation()
         if self.is_over:
@@ -221,9 +221,9 @@ class Run:
         fault = self._go_back()
         try:
             state = self.checkpoints.restore_step(self._like(), self.step) if self.step else self.state()
-        except Damaged as damage:
+        except CorruptCheckpoint as damage:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
-        health = state.health._replace(faults=jnp.int32(fault.n_faults), skipped=jnp.int32(self._skipped))
+        health = state.health._replace(faults=jnp.int32(fault.n_skipped), skipped=jnp.int32(self._skipped))
         return state._replace(health=health)
 
     def _go_back(self) -> Fault:
@@ -231,12 +231,12 @@ class Run:
         assert self._fault is not None
         fault, self._recorder = self._fault, None
         self.checkpoints.wait()
-        self.step = self.checkpoints.last_regular(fault.step - 1) or 0
+        self.step = self.checkpoints.last_scheduled(fault.step - 1) or 0
         self._skipped += fault.step - self.step
-        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_faults)
+        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_skipped)
         self._progress.message(
             f"Loss, gradient or update of step {fault.step} is not finite: back to step {self.step}, and on with the "
-            f"batches after it ({fault.n_faults} of {self.material.config.faults.most_forgiven} forgiven)."
+            f"batches after it ({fault.n_skipped} of {self.material.config.faults.max_skipped} forgiven)."
         )
         self.checkpoints.delete_after(self.step)
         self._close()
@@ -252,7 +252,7 @@ class Run:
         """Tell the journal what the next step runs, and keep what the compiler chose for it."""
         self._named.add(self._stage_index)
         record_program(self.folder, self.stage.stage.name, program, self.step)
-        take_autotuning(self.folder)
+        save_autotune_cache(self.folder)
 
     def _open_records(self) -> None:
         # An evaluation that was stopped a second time, or killed, may have left some of its lines.
@@ -269,19 +269,19 @@ class Run:
     def steps_to_event(self) -> int:
         """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
         stage, record = self.stage.stage, self.stage.stage.config.record
-        events = [_next(self.step, record.evaluate_every), _next(self.step, record.checkpoint_every)]
+        events = [_next(self.step, record.eval_every), _next(self.step, record.checkpoint_every)]
         events += [mark for mark in self.marks if mark > self.step]
-        most = min(stage.config.training.steps_per_call, min(stage.last_step, self.end_step, *events) - self.step)
+        most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
         seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
         return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
 
-    def orders(self, count: int) -> Orders:
+    def orders(self, count: int) -> StepArgs:
         """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
         if self._source is None:
             self._source = source(self.stage, self.placement, self.step + self._skipped)
-        batches = self._source.take(count, self.stage.stage.config.training.steps_per_call)
-        return Orders(batches, np.int32(count), self.program.numbers, self.program.first_step)
+        batches = self._source.take(count, self.stage.stage.config.training.steps_per_jit_call)
+        return StepArgs(batches, np.int32(count), self.program.numbers, self.program.first_step)
 
     def advanced(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         """Take note of a call that took `seconds` to return; its metrics are read later."""
@@ -291,7 +291,7 @@ class Run:
         self.step += count
 
     @property
-    def is_due(self) -> bool:
+    def has_event(self) -> bool:
         """Whether there is something to be done with the state after the step just made."""
         last_step = self._open_recorder().data.stage.last_step
         return self._evaluates or self._saves or self.step in (last_step, self.end_step)
@@ -340,16 +340,16 @@ class Run:
             return
         self._writer.check()
         if not self.folder.config_file.exists():
-            raise Unwritable(f"{self.folder.config_file} was deleted while the run was being trained.")
+            raise RunDirNotWritable(f"{self.folder.config_file} was deleted while the run was being trained.")
         # Files written by another process of the run may become visible here with a delay.
         if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
-            raise Unwritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
+            raise RunDirNotWritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
         """Save the state after the last step made, so that the run can go on from there."""
         if self._recorder:
             self._recorder.flush()
-        if self.must_rewind:
+        if self.needs_rewind:
             self._go_back()
         elif self.diverged_at is None:
             self.checkpoints.save(state, self.step, is_regular=self.owes_evaluation and self._saves)
@@ -357,7 +357,7 @@ class Run:
     @property
     def _evaluates(self) -> bool:
         stage = self._open_recorder().data.stage
-        return self.step % stage.config.record.evaluate_every == 0 or self.step == stage.end_step
+        return self.step % stage.config.record.eval_every == 0 or self.step == stage.end_step
 
     @property
     def _saves(self) -> bool:
@@ -385,13 +385,13 @@ class Run:
             self._source = None
 
 
-def first_state(material: Material, folder: RunFolder, placement: Placement) -> State:
+def first_state(material: RunInputs, folder: RunDir, placement: ShardingPlan) -> State:
     """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
     structure, numbers = split(stages(material.whole)[0].config)
     if not folder.parameters_file.exists():
-        return compiled_start(structure, as_arguments(numbers))
+        return compiled_init_state(structure, to_traced_scalars(numbers))
     params = read_parameters(folder.parameters_file, placement.like(parameter_shapes(material.whole.model)))
-    return compiled_start_from(structure, as_arguments(numbers), params)
+    return compiled_start_from(structure, to_traced_scalars(numbers), params)
 
 
 def _next(step: int, every: int) -> int:

@@ -28,7 +28,7 @@ MODEL_PARTS: dict[str, tuple[Mapping[str, Any], str]] = {
 }
 
 
-def check_parts(config: Config) -> None:
+def validate_components(config: Config) -> None:
     """Raises UserError, with the nearest valid name, for a part that no table has, or one that is of another kind.
 
     So it does for an attention kernel that could compute the model on no device.
@@ -40,7 +40,7 @@ def check_parts(config: Config) -> None:
     for knob, (table, kind) in MODEL_PARTS.items():
         named = getattr(model, knob)
         for name in (named,) if isinstance(named, str) else named:
-            if interfaces.kind_of(choose(table, name, f"config.model.{knob}")) != kind:
+            if interfaces.component_kind(choose(table, name, f"config.model.{knob}")) != kind:
                 raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.LOOKS[kind]}.")
     _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
     for stage in stages(config):

@@ -18,7 +18,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.training.train_step import Metrics, Numbers, State, train_steps
 
 
-class Orders(NamedTuple):
+class StepArgs(NamedTuple):
     """What each run of a population is to do in a call: `count` steps, of which 0 leave its state untouched."""
 
     batches: Batch
@@ -27,16 +27,16 @@ class Orders(NamedTuple):
     first_step: Any
 
 
-def exact(structure: Structure, states_P: State, orders_P: Orders) -> tuple[State, Metrics]:
+def exact(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """Each run's steps as `train_steps` does them, one run after another."""
     return jax.lax.map(lambda run: train_steps(structure, run[0], *run[1]), (states_P, orders_P))
 
 
-def fused(structure: Structure, states_P: State, orders_P: Orders) -> tuple[State, Metrics]:
+def fused(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """The steps of all runs at once. All counts that are not 0 must be equal."""
-    count, structure = jnp.max(orders_P.count), side_by_side(structure)
+    count, structure = jnp.max(orders_P.count), vmappable(structure)
 
-    def steps(state: State, orders: Orders) -> tuple[State, Metrics]:
+    def steps(state: State, orders: StepArgs) -> tuple[State, Metrics]:
         after, metrics = train_steps(structure, state, orders.batches, count, orders.numbers, orders.first_step)
         is_asked = orders.count > 0
         return jax.tree.map(partial(jnp.where, is_asked), after, state), metrics
@@ -44,17 +44,17 @@ def fused(structure: Structure, states_P: State, orders_P: Orders) -> tuple[Stat
     return jax.vmap(steps)(states_P, orders_P)
 
 
-MODES: dict[str, Callable[[Structure, State, Orders], tuple[State, Metrics]]] = {"exact": exact, "fused": fused}
+MODES: dict[str, Callable[[Structure, State, StepArgs], tuple[State, Metrics]]] = {"exact": exact, "fused": fused}
 
 
-def side_by_side(structure: Structure) -> Structure:
+def vmappable(structure: Structure) -> Structure:
     """A structure whose steps can be made of many runs at once: libraries' attention kernels cannot."""
     if structure.model.attention_kernel != "auto":
         return structure
     return replace(structure, model=replace(structure.model, attention_kernel="portable"))
 
 
-def population_steps(mode: str, structure: Structure, states_P: State, orders_P: Orders) -> tuple[State, Metrics]:
+def population_steps(mode: str, structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """Some steps of every run of a population, in one of MODES; metrics are P x slots."""
     return MODES[mode](structure, states_P, orders_P)
 

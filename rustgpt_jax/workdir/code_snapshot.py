@@ -25,7 +25,7 @@ import rustgpt_jax
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.registry import IMPORT_PATH, search_path
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 CODE = ("rustgpt_jax", "configs", "experiments", "launch.py", "pyproject.toml")
 HASH_DIGITS = 12
@@ -67,7 +67,7 @@ MOST_UNPACKED = 2**29
 TOUCHED = (1980, 1, 1, 0, 0, 0)
 
 
-def keep_code(run: RunFolder) -> dict[str, Any]:
+def save_code_snapshot(run: RunDir) -> dict[str, Any]:
     """Save the running code in a run folder.
 
     Returns:
@@ -90,7 +90,7 @@ def keep_code(run: RunFolder) -> dict[str, Any]:
     return {"code": code, "left_out": left_out, "git": git}
 
 
-def remember_code() -> None:
+def record_code() -> None:
     """Read the code that is running: what is edited from now on is not taken for it. Costs some milliseconds, once.
 
     To be called when one's own parts are imported: modules that are imported later are read when they are kept.
@@ -99,8 +99,8 @@ def remember_code() -> None:
         _contents(source)
 
 
-def running_code(run: RunFolder) -> str:
-    """The hash of the code that is running, with a run's parts, as `keep_code` would record it."""
+def running_code(run: RunDir) -> str:
+    """The hash of the code that is running, with a run's parts, as `save_code_snapshot` would record it."""
     return _packed(_sources_of(run))[0]
 
 
@@ -233,7 +233,7 @@ def _source(module: ModuleType) -> Path | None:
     return source.parent if source is not None and source.name == "__init__.py" else source
 
 
-def _sources_of(run: RunFolder) -> tuple[Path, ...]:
+def _sources_of(run: RunDir) -> tuple[Path, ...]:
     config = run.config_file.read_text(encoding="utf-8") if run.config_file.exists() else ""
     parts = {module.partition(".")[0] for module, _ in IMPORT_PATH.findall(config)}
     return tuple(code_sources(sorted(parts)))

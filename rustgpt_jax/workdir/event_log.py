@@ -16,10 +16,10 @@ from types import UnionType
 from typing import Any
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.code_snapshot import keep_code
+from rustgpt_jax.workdir.code_snapshot import save_code_snapshot
 from rustgpt_jax.workdir.environment import environment
 from rustgpt_jax.workdir.program_fingerprint import Program
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 Event = dict[str, Any]
 
@@ -151,7 +151,7 @@ RECORDED: dict[str, type | UnionType] = {
 PROGRAM: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
 
 
-def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
+def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
     """Record in the journal that this process trains the run from a given step, and save a copy of its code.
 
     Returns:
@@ -160,7 +160,7 @@ def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int
     Raises:
         UserError: The folder is not writable.
     """
-    code = keep_code(run)
+    code = save_code_snapshot(run)
     Journal(run.journal_file).append(
         "launch",
         step=step,
@@ -176,12 +176,12 @@ def record_launch(run: RunFolder, step: int, mode: str, width: int, devices: int
     return list(code["left_out"])
 
 
-def record_program(run: RunFolder, stage: str, program: Program, step: int) -> None:
+def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
     """Write into the journal which program a stage runs from a step on."""
     Journal(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
 
 
-def launches(run: RunFolder) -> list[Launch]:
+def launches(run: RunDir) -> list[Launch]:
     """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
     events = Journal(run.journal_file).events_named("launch", RECORDED)
     names = [each.name for each in fields(Launch)]
@@ -203,7 +203,7 @@ def _is_environment(environment: Mapping[str, Any]) -> bool:
     return type(cores) is int and cores >= 1 and all(isinstance(value, str) for value in variables.values())
 
 
-def first_launch(run: RunFolder) -> Launch:
+def first_launch(run: RunDir) -> Launch:
     """The launch that a run began with. Raises UserError for a run that does not have it."""
     every = launches(run)
     if not every:
@@ -211,7 +211,7 @@ def first_launch(run: RunFolder) -> Launch:
     return every[0]
 
 
-def programs(run: RunFolder) -> dict[str, Program]:
+def programs(run: RunDir) -> dict[str, Program]:
     """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
     found: dict[str, Program] = {}
     for event in Journal(run.journal_file).events_named("program", PROGRAM):
@@ -219,6 +219,6 @@ def programs(run: RunFolder) -> dict[str, Program]:
     return found
 
 
-def archive_of(run: RunFolder, launch: Launch) -> Path:
+def archive_of(run: RunDir, launch: Launch) -> Path:
     """The archive of the code of a launch."""
     return run.code / f"{launch.code}.zip"

@@ -24,7 +24,7 @@ ALIGNMENT = 64
 
 
 @contextmanager
-def appearing(file: Path) -> Iterator[Path]:
+def atomic_file(file: Path) -> Iterator[Path]:
     """A place to write a file at, which appears under its own name once all is written, or not at all."""
     hidden = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -36,7 +36,7 @@ def appearing(file: Path) -> Iterator[Path]:
 
 def write_tensors(file: Path, tensors: list[NewTensor]) -> None:
     """Write parameters given as tensors with our names. Raises UserError if the file cannot be written."""
-    with appearing(file) as hidden:
+    with atomic_file(file) as hidden:
         write_file(hidden, tensors, {"format": "rustgpt_jax"})
 
 

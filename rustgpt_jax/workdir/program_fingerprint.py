@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.workdir.environment import DRIVER
-from rustgpt_jax.workdir.run_dir import RunFolder, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
 
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from="
 # Where JAX says which key of its cache it looks for, and found or not.
@@ -75,7 +75,7 @@ def _listen() -> None:
 # What a GPU's compiler chose.
 
 
-def keep_autotuning(run: RunFolder) -> None:
+def enable_autotune_cache(run: RunDir) -> None:
     """Have XLA write what it chooses by timing for a run, and choose as before where it has.
 
     To be called before JAX is used: XLA reads its flags once. Flags that the user has set stay as they are. The names
@@ -88,7 +88,7 @@ def keep_autotuning(run: RunFolder) -> None:
         _add_flags(f"{DUMP}{dumped}", *_loading(run))
 
 
-def load_autotuning(run: RunFolder) -> None:
+def load_autotuning(run: RunDir) -> None:
     """Have XLA choose as it did for a run, and write nothing: for what makes steps of the run again.
 
     To be called before JAX is used. Trials of sweeps have no choices kept: one process chooses for many of them.
@@ -97,7 +97,7 @@ def load_autotuning(run: RunFolder) -> None:
         _add_flags(*_loading(run))
 
 
-def take_autotuning(run: RunFolder) -> None:
+def save_autotune_cache(run: RunDir) -> None:
     """Keep in a run's folder what XLA has chosen by now, if it has."""
     dumped = _dumped(run)
     if f"{DUMP}{dumped}" in os.environ.get("XLA_FLAGS", "").split() and dumped.exists():
@@ -110,7 +110,7 @@ def _may_choose() -> bool:
     return DRIVER.exists() and DUMP not in given and LOAD not in given
 
 
-def _loading(run: RunFolder) -> list[str]:
+def _loading(run: RunDir) -> list[str]:
     is_known = run.autotune_file.exists() and run.autotune_file.read_text().startswith(_compiler())
     return [f"{LOAD}{run.autotune_file.absolute()}"] if is_known else []
 
@@ -120,7 +120,7 @@ def _add_flags(*flags: str) -> None:
         os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *flags])
 
 
-def _dumped(run: RunFolder) -> Path:
+def _dumped(run: RunDir) -> Path:
     """Where XLA writes, anew at each compilation. Beside JAX's cache, so that what has programs has their choices."""
     place = hashlib.sha256(str(run.path.absolute()).encode()).hexdigest()[:16]
     # By the suffix XLA writes text.

@@ -19,12 +19,12 @@ from rustgpt_jax.config.schema import (
     Earlier,
     Stage,
     StageConfig,
+    affects_result,
     config_hash,
     differences,
-    is_by_epochs,
-    is_of_result,
     stages_in_turn,
     to_dict,
+    uses_epochs,
 )
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError, shown, suggestion
@@ -35,16 +35,16 @@ MOST_DIFFERENCES_SHOWN = 8
 Stages = tuple[StageConfig, ...]
 
 
-class InUse(UserError):
+class RunLocked(UserError):
     """Another process trains in a run folder."""
 
 
-class Unwritable(UserError):
+class RunDirNotWritable(UserError):
     """What a run leaves can no longer be written: the disk is full, or the folder may not be written to."""
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """The names of the files of a run. Nothing is read or written by asking for them."""
 
     path: Path
@@ -162,7 +162,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise Unwritable(f"{path} cannot be written: {error.strerror}.") from error
+        raise RunDirNotWritable(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
@@ -176,7 +176,7 @@ def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     Raises:
         UserError: The folder holds a run with another config.
     """
-    if RunFolder(path).config_file.exists():
+    if RunDir(path).config_file.exists():
         stored = load_config(path)
         changed = in_words(to_dict(stored), config)
         if changed and stored not in [each.config for each in earlier[-1:]]:
@@ -191,11 +191,11 @@ def admit(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
     check(path, config, earlier)
-    if used and not RunFolder(path).config_file.exists():
+    if used and not RunDir(path).config_file.exists():
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
 
 
-def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunFolder:
+def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunDir:
     """Create a run folder and record its config, or check that the existing run has the same config.
 
     Args:
@@ -207,8 +207,8 @@ def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequ
     Raises:
         UserError: The folder holds a run with another config or other files, or is not writable.
     """
-    run = RunFolder(path)
-    if is_by_epochs(config):
+    run = RunDir(path)
+    if uses_epochs(config):
         raise ValueError("A run has a number of steps; resolve_epochs finds it for a number of epochs.")
     admit(path, config, earlier)
     if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
@@ -246,7 +246,7 @@ def check_files(path: Path) -> None:
 
 def load_config(path: Path) -> Config:
     """The config of the run in a folder. Raises UserError if there is no folder, no run in it, or no valid config."""
-    file = RunFolder(path).config_file
+    file = RunDir(path).config_file
     if not path.exists():
         raise UserError(f"There is no run {path}.{suggestion(path.name, _runs_beside(path))}")
     if not path.is_dir():
@@ -262,7 +262,7 @@ def load_earlier(path: Path) -> tuple[Earlier, ...]:
     Raises:
         UserError: The file is damaged.
     """
-    file = RunFolder(path).config_file
+    file = RunDir(path).config_file
     listed, before = _read_record(file).get("earlier", []), 0
     for each in listed if isinstance(listed, list) else [None]:
         until = each.get("until") if isinstance(each, dict) else None
@@ -316,7 +316,7 @@ def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
 def load_origins(path: Path) -> dict[str, str]:
     """Where each value of a run's config came from, as it was recorded. Raises UserError as `load_config` does."""
     load_config(path)
-    file = RunFolder(path).config_file
+    file = RunDir(path).config_file
     origins = json.loads(file.read_bytes()).get("origins")
     if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
         raise UserError(f"{file} is damaged: it does not say where each value of its config came from.")
@@ -346,7 +346,7 @@ def lock(path: Path) -> Iterator[None]:
     The operating system lets go of the lock when the process ends, however it ends.
     """
     try:
-        file = open(RunFolder(path).lock_file, "a+", encoding="utf-8", opener=_without_links)
+        file = open(RunDir(path).lock_file, "a+", encoding="utf-8", opener=_without_links)
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be locked: {error.strerror}.") from error
     with file:
@@ -368,7 +368,7 @@ def _acquire(file: TextIO, path: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another process"
-        raise InUse(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
+        raise RunLocked(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
     except OSError as error:
         # Some cluster file systems have no locks; training there must still be possible.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
@@ -389,7 +389,7 @@ def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
     """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
     try:
         differing = all_differences(resolve(stored), wanted)
-        changed = {knob: values for knob, values in differing.items() if is_of_result(knob)}
+        changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
     except UserError as error:
         return f"one that this version does not know ({error})"
     shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
@@ -429,7 +429,7 @@ def shadow(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[P
     Raises UserError as `create` does.
     """
     with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
-        real, own = RunFolder(path.absolute()), RunFolder(Path(made) / path.absolute().name)
+        real, own = RunDir(path.absolute()), RunDir(Path(made) / path.absolute().name)
         create(own.path, config, origins)
         for file in (real.metrics_file, real.data_file, real.tokenizer_file):
             if file.exists():

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config.schema import FIELDS, Config, config_hash, merge, split, stages, to_dict, with_values
+from rustgpt_jax.config.schema import FIELDS, Config, config_hash, merge, replace_paths, split, stages, to_dict
 from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.train_step import as_arguments
-from rustgpt_jax.training.validate_components import check_parts
+from rustgpt_jax.training.train_step import to_traced_scalars
+from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.run_dir import check, load_config, load_origins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,16 +46,16 @@ RECIPES = recipes()
 
 def use(config: Config) -> Config | None:
     """What a verb does with a config before it compiles anything; the config as it is written and read again."""
-    check_parts(config)
+    validate_components(config)
     for stage in stages(config):
         check_shares(stage.config, stage.config.data.window or stage.config.model.context_length, 2)
         structure, numbers = split(stage.config)
-        as_arguments(numbers)
+        to_traced_scalars(numbers)
         whole = merge(structure, numbers)
         assert all(getattr(whole, name) == getattr(stage.config, name) for name in ("model", "optimizer", "training"))
     model = config.model
     if model.n_layers < MOST_LAYERS or model.period < MOST_LAYERS:
-        sized = with_values(config, {"model.vocab_size": model.vocab_size or 300})
+        sized = replace_paths(config, {"model.vocab_size": model.vocab_size or 300})
         check_decay_groups(parameter_shapes(sized.model), config.optimizer)
     return resolve(json.loads(json.dumps(to_dict(config))))
 
@@ -136,9 +136,9 @@ def test_the_config_of_a_run(place: Place, data: bytes | None) -> None:
     ],
 )
 def test_what_is_no_such_function_is_refused_before_it_is_called(knob: str, name: str, arguments: str) -> None:
-    config = with_values(resolve(RECIPES["configs.tiny"]), {knob: name})
+    config = replace_paths(resolve(RECIPES["configs.tiny"]), {knob: name})
     with pytest.raises(UserError, match=rf"config\.{knob}='{name}' is not a function of \({arguments}\)\."):
-        check_parts(config)
+        validate_components(config)
 
 
 def test_a_sentence_is_one_line_of_moderate_length() -> None:

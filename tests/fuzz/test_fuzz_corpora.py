@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, stages
-from rustgpt_jax.data.datasets import documents, training_documents
-from rustgpt_jax.data.pipeline import batches, evaluation_batches
+from rustgpt_jax.data.datasets import documents, tokenizer_documents
+from rustgpt_jax.data.pipeline import batches, eval_batches
 from rustgpt_jax.data.preprocess import StageData, changed_data, record_data
 from rustgpt_jax.data.token_store import SPLITS, Store, build_store, open_store, require_batch
 from rustgpt_jax.tokenizers import TOKENIZERS, Codec, train_tokenizer
@@ -71,7 +71,7 @@ def use(config: DataConfig, codec: Codec, stores: Path) -> Store:
         stream = store.split(split)
         require_batch(stream, 4, 1)
         tokens = batches(stream, 4, 1, seed=0).batch(0).tokens_BT
-        list(evaluation_batches(stream, 4, 2, limit=2))
+        list(eval_batches(stream, 4, 2, limit=2))
         assert tokens.max() < codec.get_vocab_size()
     return store
 
@@ -84,7 +84,7 @@ choices = st.fixed_dictionaries(
         "split": st.sampled_from(("document", "tail")),
         "valid_fraction": st.sampled_from((0.0, 0.2, 0.9)),
         "max_documents": st.sampled_from((None, 1, 5)),
-        "loss_on": st.sampled_from(("all", "assistant")),
+        "loss_mask": st.sampled_from(("all", "assistant")),
     }
 )
 
@@ -120,7 +120,7 @@ def test_tokenizers_of_files_with_edits(
         config = data_config(folder, name)
 
         def train() -> Codec:
-            texts = (turn.text for document in training_documents(config) for turn in document.turns)
+            texts = (turn.text for document in tokenizer_documents(config) for turn in document.turns)
             return train_tokenizer(TokenizerConfig(kind, vocab_size), texts)
 
         answer(train)
@@ -146,7 +146,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store to be damaged."""
     folder = tmp_path_factory.mktemp("built")
     write(folder / "a.jsonl", FILES["a.jsonl"][0])
-    return build_store(data_config(folder, "a.jsonl", loss_on="assistant"), CODECS["byte"], folder / "stores")
+    return build_store(data_config(folder, "a.jsonl", loss_mask="assistant"), CODECS["byte"], folder / "stores")
 
 
 def sums(store: Store) -> list[int]:

@@ -28,10 +28,10 @@ from rustgpt_jax.tracking.metric_writer import (
     read_metrics,
 )
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.training.checkpointing import Damaged, stored_about
+from rustgpt_jax.training.checkpointing import CorruptCheckpoint, stored_about
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.event_log import launches, programs
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 
 assert _fonts.fontManager and _summary
 ROWS: list[dict[str, Any]] = [
@@ -168,7 +168,7 @@ def test_records_of_data_and_of_a_beginning_with_edits(
     place: Place, data: bytes | None, beginning: bytes | None
 ) -> None:
     with place.case() as folder:
-        run = RunFolder(folder / "run")
+        run = RunDir(folder / "run")
         write(run.data_file, data)
         write(run.import_file, beginning)
         answer(lambda: read_record(run.data_file))
@@ -181,7 +181,7 @@ def test_records_of_data_and_of_a_beginning_with_edits(
 @given(json_edits(LAUNCH), json_edits(REWIND), json_edits(PROGRAM))
 def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes | None, program: bytes | None) -> None:
     with place.case() as folder:
-        run = RunFolder(folder / "run")
+        run = RunDir(folder / "run")
         write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
         for read in (launches, programs, rewinds):
             answer(lambda read=read: read(run))  # type: ignore[misc]
@@ -192,6 +192,6 @@ def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes |
 def test_records_of_checkpoints_with_edits(place: Place, about: bytes | None) -> None:
     with place.case() as folder:
         write(folder / "8" / "about" / "metadata", about)
-        with suppress(Damaged):
+        with suppress(CorruptCheckpoint):
             found = stored_about(folder, 8)
             assert found["step"] == 8 and isinstance(found["layout"], dict)

@@ -21,10 +21,10 @@ sys.path.append(str(Path(__file__).parent.parent))
 from synthetic_sweep import grid, trial_id, write_sweep
 
 from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results, settings
-from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepFolder, is_settled
+from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 
 assert _fonts.fontManager
 TRIALS = grid(optimizer__learning_rate=(1e-3, 1e-2), seed=(0, 1))
@@ -40,7 +40,7 @@ def status(overrides: dict[str, Any]) -> str:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a sweep by their names."""
     listed = [trial_id(overrides) for overrides in TRIALS]
-    folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", TRIALS, status, evaluate_every=50)
+    folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", TRIALS, status, eval_every=50)
     about = json.loads((folder / "sweep.json").read_bytes()) | {"trials": listed}
     (folder / "sweep.json").write_text(json.dumps(about))
     files = [file for file in folder.rglob("*") if file.is_file()]
@@ -126,7 +126,7 @@ class Untrained:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.folder, self.shelf, self.stop = SweepFolder(path), Shelf(), False
+        self.folder, self.shelf, self.stop = SweepDir(path), AssetCache(), False
 
     def add(self, trials: Sequence[Any]) -> None:
         """Nothing."""
@@ -137,7 +137,7 @@ class Untrained:
 
 def searched(path: Path) -> list[str]:
     """Search as the verb does; the loss is the learning rate."""
-    return search.parzen(Untrained(path), SEARCH, small_tree(), ())  # type: ignore[arg-type]
+    return search.run_tpe(Untrained(path), SEARCH, small_tree(), ())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         path = tmp_path_factory.mktemp("search")
         # Warm-up takes a whole number: two of its options are skipped.
         assert searched(path)
-        return SweepFolder(path).study_file.read_bytes()
+        return SweepDir(path).study_file.read_bytes()
 
 
 @cases(40)

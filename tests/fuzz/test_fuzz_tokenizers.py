@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from rustgpt_jax.data.preprocess import with_vocabulary
+from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
 from rustgpt_jax.tokenizers import (
     TOKENIZERS,
@@ -98,7 +98,7 @@ BESIDE: dict[str, Any] = {
 
 def use(codec: Codec, folder: Path) -> None:
     """All that a run does with a tokenizer."""
-    with_vocabulary(small_config(**{"model.vocab_size": None}), codec)
+    fill_vocab_size(small_config(**{"model.vocab_size": None}), codec)
     for text in TEXTS:
         ids = encode(codec, text)
         assert all(0 <= index < codec.get_vocab_size() for index in ids)
@@ -106,8 +106,8 @@ def use(codec: Codec, folder: Path) -> None:
     decode(codec, [0, codec.get_vocab_size() - 1, codec.get_vocab_size() + 7])
     assert all(isinstance(index, int) for index in (codec.end_id, *codec.stop_ids))
     for document in (plain("text", TEXTS[0]), DIALOGUE):
-        for loss_on in ("all", "assistant"):
-            ids, weights = encode_document(codec, document, loss_on)
+        for loss_mask in ("all", "assistant"):
+            ids, weights = encode_document(codec, document, loss_mask)
             assert len(ids) == len(weights)
     for turns in ([Turn("text", "The")], DIALOGUE.turns):
         encode_prompt(codec, turns)

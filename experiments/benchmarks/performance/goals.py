@@ -98,8 +98,8 @@ def _training(training: Row) -> list[Goal]:
     races, found = training.get("races", {}), list[Goal]()
     for against, wanted_of in TRAINING_GOALS.items():
         for shape, wanted in wanted_of.items():
-            at_hand = ratio(races.get(f"{shape}, {against}"), OURS, TORCH, "seconds")
-            found.append(_of(f"training step, {shape}, against torch {against}", wanted, at_hand))
+            fetch_opt_state = ratio(races.get(f"{shape}, {against}"), OURS, TORCH, "seconds")
+            found.append(_of(f"training step, {shape}, against torch {against}", wanted, fetch_opt_state))
     whole = training.get("whole", {}).get("readings", {})
     measured, width = None, None
     if whole.keys() >= {"whole", "bare"}:
@@ -112,12 +112,12 @@ def _decoding(decoding: Row) -> list[Goal]:
     races, found = decoding.get("races", {}), list[Goal]()
     for (dtype, kernel), wanted in DECODING_GOALS.items():
         ours = f"{OURS}, {kernel}" if kernel else OURS
-        at_hand = ratio(races.get(f"{dtype}, batch 1"), ours, LLAMA_CPP, "token")
+        fetch_opt_state = ratio(races.get(f"{dtype}, batch 1"), ours, LLAMA_CPP, "token")
         what = f"decoding, batch 1, {dtype}{f', {kernel}' if kernel else ''}, against llama.cpp"
-        found.append(_of(what, wanted, at_hand))
+        found.append(_of(what, wanted, fetch_opt_state))
     for dtype, wanted in BATCHED.items():
-        at_hand = ratio(races.get(f"{dtype}, batch 8"), OURS, TRANSFORMERS, "token")
-        found.append(_of(f"decoding, batch 8, {dtype}, against transformers", wanted, at_hand))
+        fetch_opt_state = ratio(races.get(f"{dtype}, batch 8"), OURS, TRANSFORMERS, "token")
+        found.append(_of(f"decoding, batch 8, {dtype}, against transformers", wanted, fetch_opt_state))
     return found
 
 

@@ -54,7 +54,7 @@ TRAINING: dict[str, Knobs] = {
 def training_config(shape: str, knobs: Knobs) -> Config:
     """The config of a shape, with the values at some dotted paths changed."""
     wanted = SHAPES[shape]
-    sizes = {"training.batch_size": wanted.batch, "training.steps_per_call": wanted.steps}
+    sizes = {"training.batch_size": wanted.batch, "training.steps_per_jit_call": wanted.steps}
     return config_of("124m", wanted.knobs | sizes | {"model.layers": wanted.layers, "model.dtype": "float32"} | knobs)
 
 

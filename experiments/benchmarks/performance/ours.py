@@ -39,7 +39,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compiled_step
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # Event of JAX for each program that its compiler makes, or that it finds among those that are kept.
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -95,7 +95,7 @@ def training(shape: str, knobs: Knobs) -> Prepared:
         taken = time.perf_counter() - began
         if not np.isfinite(losses).all():
             raise ArithmeticError(f"the loss is {losses}")
-        return {"seconds": taken / config.training.steps_per_call}
+        return {"seconds": taken / config.training.steps_per_jit_call}
 
     return {"first_call": first}, turn
 
@@ -117,7 +117,7 @@ def cost(shape: str) -> Prepared:
     flops = training_flops_per_token(config.model, window) * SHAPES[shape].tokens
     # XLA counts the body of a loop once.
     unrolled = training_config(shape, {"model.layers": "unrolled"})
-    step = compiled_step(unrolled, window, Placement(), for_cpu=True)
+    step = compiled_step(unrolled, window, ShardingPlan(), for_cpu=True)
     return only_said(
         {
             "parameters": total_size(parameter_shapes(config.model)),

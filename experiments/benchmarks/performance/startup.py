@@ -53,9 +53,9 @@ def job(steps: tuple[int, int]) -> ConfigDict:
     config.model.update({"tie_embeddings": False, "layers": "unrolled", "norm_epsilon": 1e-5})
     config.optimizer.update({"name": "adam", "learning_rate": 5e-4, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 5.0})
     config.schedule.update({"name": "constant", "warmup_steps": 0})
-    config.training.batch_size, config.training.steps_per_call = 1, 100
+    config.training.batch_size, config.training.steps_per_jit_call = 1, 100
     config.tokenizer.vocab_size = 533
-    config.record.update({"log_every": 100, "evaluate_every": sum(steps), "checkpoint_every": sum(steps)})
+    config.record.update({"log_every": 100, "eval_every": sum(steps), "checkpoint_every": sum(steps)})
     config.record.prompts = ()
     facts, dialogues = {"corpus": "facts", "max_documents": 25}, {"corpus": "chat", "max_documents": 53}
     config.stages = (

@@ -56,7 +56,7 @@ def training(shape: str, dtype: str, compiled: bool) -> Prepared:
         taken = time.perf_counter() - began
         if not abs(loss) < float("inf"):
             raise ArithmeticError(f"the loss is {loss}")
-        return {"seconds": taken / config.training.steps_per_call}
+        return {"seconds": taken / config.training.steps_per_jit_call}
 
     return {"first_call": first}, turn
 

@@ -10,13 +10,13 @@ from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels.types import Kernel, Request, Task, device_at_hand, whole_mask
+from rustgpt_jax.model.kernels.types import Kernel, Request, Task, current_device, whole_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def by_library(name: str, attend: Attend, task: Task) -> jax.Array:
+def call_sharded_kernel(name: str, attend: Attend, task: Task) -> jax.Array:
     """mixed_BTKGC of a task, where there is a mesh on each device for its own rows and heads.
 
     Raises UserError once the program is batched by `jax.vmap`.
@@ -27,7 +27,7 @@ def by_library(name: str, attend: Attend, task: Task) -> jax.Array:
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
     arrays = (task.q_BTHC, task.k_BSKC, task.v_BSKC)
-    mask_BTS = _unbatched(name, whole_mask(task), *arrays)
+    mask_BTS = _forbid_vmap(name, whole_mask(task), *arrays)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return grouped(*arrays, mask_BTS)
@@ -37,7 +37,7 @@ def by_library(name: str, attend: Attend, task: Task) -> jax.Array:
     return jax.shard_map(grouped, in_specs=in_specs, out_specs=cut, check_vma=False)(*arrays, mask_BTS)
 
 
-def _unbatched(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
+def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
     """The mask as it is. Raises UserError once the program is batched over it or any of the arrays.
 
     JAX's rule for batching a call of cuDNN takes a mask for one with a mask for each head, and splash attention takes
@@ -82,7 +82,7 @@ def cudnn(task: Task) -> jax.Array:
             implementation="cudnn",
         )
 
-    return by_library("cudnn", attend, task)
+    return call_sharded_kernel("cudnn", attend, task)
 
 
 def cudnn_unsupported_reason(request: Request) -> str | None:
@@ -125,7 +125,7 @@ def tokamax(task: Task) -> jax.Array:
     library = importlib.import_module("tokamax")
     if not flags.FLAGS.is_parsed():  # It would read the command line of whatever program this is.
         flags.FLAGS.mark_as_parsed()
-    platform = device_at_hand().platform
+    platform = current_device().platform
     implementation = IMPLEMENTATIONS[str(platform)]
 
     def rows(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def tokamax(task: Task) -> jax.Array:
     def row_by_row(*arrays: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: rows(*(x[None] for x in row))[0], arrays)
 
-    return by_library("tokamax", rows if platform == "gpu" else row_by_row, task)
+    return call_sharded_kernel("tokamax", rows if platform == "gpu" else row_by_row, task)
 
 
 def tokamax_unsupported_reason(request: Request) -> str | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
 from rustgpt_jax.model.kernels.portable import BLOCKWISE, PLAIN, TRIANGULAR
-from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Kernel, Request, device_at_hand
+from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Kernel, Request, current_device
 
 KERNELS: dict[str, Kernel] = {
     "plain": PLAIN,
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 def device_for(name: str, cached: bool) -> Device:
     """The device to choose for; where that does not matter, none is started to be asked."""
-    return ANY_DEVICE if cached or name in EVERYWHERE else device_at_hand()
+    return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
 
 
 def chosen(name: str, request: Request) -> Choice:

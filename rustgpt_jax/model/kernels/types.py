@@ -33,7 +33,7 @@ def default_device() -> jax.Device:
     return default
 
 
-def device_at_hand() -> Device:
+def current_device() -> Device:
     """What the default device is, as far as kernels ask."""
     default = default_device()
     if default.platform != "gpu":

@@ -16,7 +16,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import widened
 from rustgpt_jax.model.kernels.dispatch import KERNELS, Choice, chosen
-from rustgpt_jax.model.kernels.types import Device, Task, device_at_hand
+from rustgpt_jax.model.kernels.types import Device, Task, current_device
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.registry import choose
@@ -64,7 +64,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
     """
     blocks = _attention_blocks(model)
     findings = []
-    for name, choice in attention_choices(model, device_at_hand(), length).items():
+    for name, choice in attention_choices(model, current_device(), length).items():
         difference = None
         if choice.kernel != "plain":
             mixer, block = blocks[name]
@@ -115,7 +115,7 @@ def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
         (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
         mixer = choose(MIXERS, mixer_name, "config.model.mixers")
         if hasattr(mixer, "request"):
-            found[mixer_name, position] = (mixer, stack.block.for_mixer)
+            found[mixer_name, position] = (mixer, stack.block.mixer_config)
     schemes = {mixer: sum(name == mixer for name, _ in found) for mixer, _ in found}
     return {
         name if schemes[name] == 1 else f"{name} with {position}": block for (name, position), block in found.items()
@@ -138,7 +138,7 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[Task, jax.
         head_dim=block.head_width,
         local_window=min(block.local_window, length // 4 + 1),
     )
-    asked = mixer.request(block, length, device_at_hand(), False)
+    asked = mixer.request(block, length, current_device(), False)
     rng = np.random.default_rng(0)
 
     def random(heads: int, channels: int) -> jax.Array:

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_on
-from rustgpt_jax.model.activation_sharding import laid_out
+from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block_inputs import Context, dropout
 from rustgpt_jax.model.intermediates import Tap
 from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
 from rustgpt_jax.model.kernels.portable import attended, softmax_weights
 from rustgpt_jax.model.kernels.types import Bias, Device, Request, Task
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.kv_cache import Ring, Window, cached_window, own_window
+from rustgpt_jax.model.mixers.kv_cache import Ring, Window, cached_window, causal_window
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.model.positions import POSITIONS, PositionScheme
 from rustgpt_jax.registry import choose
@@ -41,14 +41,14 @@ class Attention(nn.Module):
     @classmethod
     def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
         """What a layer asks of a kernel for rows of `length` tokens without a cache."""
-        return request_of(config, config.n_kv_heads or config.n_heads, config.head_width, length, device, dropout)
+        return attention_spec(config, config.n_kv_heads or config.n_heads, config.head_width, length, device, dropout)
 
     @classmethod
     def task(
         cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
     ) -> Task:
         """What a kernel computes for a layer from queries, keys and values."""
-        return task_of(config, arrays, context, cls.window(config), sinks_H)
+        return attention_inputs(config, arrays, context, cls.window(config), sinks_H)
 
     @staticmethod
     def n_parameters(config: ModelConfig) -> int:
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         config = self.config
         n_heads, n_kv_heads, channels = config.n_heads, config.n_kv_heads or config.n_heads, config.head_width
         batch, length = x_BTD.shape[:2]
-        scheme = position_scheme(config)
+        scheme = get_position_scheme(config)
 
         def heads(name: str, count: int) -> jax.Array:
             linear = Linear(config, count * channels, has_bias=config.has_qkv_bias, name=name)
@@ -85,11 +85,11 @@ class Attention(nn.Module):
             return choose(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
         # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
-        q_BTHC = laid_out(heads("query", n_heads), "BTHC")
+        q_BTHC = shard_activations(heads("query", n_heads), "BTHC")
         if config.attention_scale_by_layer:
             layer = 0 if context.layer is None else context.layer
             q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
-        k_BTKC, v_BTKC = (laid_out(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
+        k_BTKC, v_BTKC = (shard_activations(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
         cached = cache is not None or self.is_initializing()
         device = device_for(config.attention_kernel, cached)
@@ -116,7 +116,7 @@ class LocalAttention(Attention):
         return config.local_window
 
 
-def position_scheme(config: ModelConfig) -> PositionScheme:
+def get_position_scheme(config: ModelConfig) -> PositionScheme:
     """How the block of `config` learns positions."""
     (name,) = config.positions
     return choose(POSITIONS, name, "config.model.positions")
@@ -126,7 +126,7 @@ def window_of(
     cache: Ring | None, new: tuple[jax.Array, ...], context: Context, window: int | None
 ) -> tuple[Window, Ring | None]:
     """The keys that the tokens of a call see, `new` among them, and the cache after it."""
-    return (own_window(new, context, window), None) if cache is None else cached_window(cache, new, context, window)
+    return (causal_window(new, context, window), None) if cache is None else cached_window(cache, new, context, window)
 
 
 def attention_weights(
@@ -136,14 +136,14 @@ def attention_weights(
     scores_BHTS = Tap(name="scores")(scores_BHTS)
     positions = (context.positions_BT, seen.positions_BS)
     att_BHTS = softmax_weights(
-        scores_BHTS, seen.visible_BTS, positions, config.attention_softcap, bias_of(config), sinks_H
+        scores_BHTS, seen.visible_BTS, positions, config.attn_logit_softcap, positional_bias(config), sinks_H
     )
     return dropout(att_BHTS, config.dropout, context, site=0)
 
 
-def bias_of(config: ModelConfig) -> Bias | None:
+def positional_bias(config: ModelConfig) -> Bias | None:
     """What the position scheme of the block adds to scores, as a function of the positions of queries and keys."""
-    bias = position_scheme(config).bias
+    bias = get_position_scheme(config).bias
     return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
 
 
@@ -152,7 +152,7 @@ def attention_scale(config: ModelConfig, channels: int) -> float:
     return channels**-0.5 if config.attention_scale is None else config.attention_scale
 
 
-def request_of(
+def attention_spec(
     config: ModelConfig, n_kv_heads: int, key_width: int, length: int, device: Device, dropout: bool
 ) -> Request:
     """What a block asks of a kernel, without a cache. `key_width`: the channels of queries and keys."""
@@ -164,15 +164,15 @@ def request_of(
         n_kv_heads=n_kv_heads,
         head_width=key_width,
         value_width=config.head_width,
-        softcap=is_on(config.attention_softcap),
-        bias=position_scheme(config).bias is not None,
+        softcap=is_on(config.attn_logit_softcap),
+        bias=get_position_scheme(config).bias is not None,
         sinks=config.attention_sinks,
         dropout=dropout,
         cached=False,
     )
 
 
-def task_of(
+def attention_inputs(
     config: ModelConfig,
     arrays: tuple[jax.Array, ...],
     context: Context,
@@ -182,4 +182,6 @@ def task_of(
     """What a kernel computes for a block from queries, keys and values, each B x T x heads x channels."""
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
-    return Task(q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attention_softcap, bias_of(config), sinks_H)
+    return Task(
+        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attn_logit_softcap, positional_bias(config), sinks_H
+    )

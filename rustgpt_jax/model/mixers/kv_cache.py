@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.kernels.types import device_at_hand
+from rustgpt_jax.model.kernels.types import current_device
 
 
 class Ring(NamedTuple):
@@ -40,12 +40,12 @@ class Ring(NamedTuple):
         return newest_B[:, None] - (newest_B[:, None] - slot_S[None, :]) % self.slots
 
 
-def quickly_read(cache: Any) -> Any:
+def cast_for_decode(cache: Any) -> Any:
     """A tree of caches with rings in the type in which this device reads them fastest, token by token.
 
     XLA on a CPU widens all of a ring of bfloat16 to read it, and to write a token. So there its values are float32.
     """
-    if device_at_hand().platform != "cpu":
+    if current_device().platform != "cpu":
         return cache
 
     def wide(cache: Any) -> Any:
@@ -62,7 +62,7 @@ class Window(NamedTuple):
     visible_BTS: jax.Array
 
 
-def own_window(new: Any, context: Context, window: int | None = None) -> Window:
+def causal_window(new: Any, context: Context, window: int | None = None) -> Window:
     """A token sees itself and the earlier tokens of its own document, of the last `window` positions."""
     order_T = jnp.arange(context.segments_BT.shape[1])
     earlier_TS = order_T[:, None] >= order_T[None, :]
@@ -83,7 +83,7 @@ def cached_window(ring: Ring, new: Any, context: Context, window: int | None = N
         return Window(after.kept, positions_BS, visible_BTS), after
     before_BS = ring.positions(context.positions_BT[:, 0] - 1)
     old_BTS = _up_to(context, before_BS) & _near(context, before_BS, window)
-    own = own_window(new, context, window)
+    own = causal_window(new, context, window)
     keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], _tokens_axis(kept)), ring.kept, new)
     positions_BS = jnp.concatenate([before_BS, own.positions_BS], axis=1)
     return Window(keys, positions_BS, jnp.concatenate([old_BTS, own.visible_BTS], axis=2)), after

@@ -9,13 +9,13 @@ from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import product_type
 from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
 from rustgpt_jax.model.kernels.types import Device, Request, Task
-from rustgpt_jax.model.linear import Linear, scaled_normal
+from rustgpt_jax.model.linear import Linear, normal_init
 from rustgpt_jax.model.mixers.attention import (
+    attention_inputs,
     attention_scale,
+    attention_spec,
     attention_weights,
-    position_scheme,
-    request_of,
-    task_of,
+    get_position_scheme,
     window_of,
 )
 from rustgpt_jax.model.mixers.kv_cache import Ring
@@ -41,7 +41,7 @@ class LatentAttention(nn.Module):
     def widths(config: ModelConfig) -> tuple[int, int]:
         """R and E, the channels of the latent and of the shared key."""
         half_to_even = 2 * -(-config.head_width // 4)
-        return config.latent_width or 4 * config.head_width, config.shared_key_width or half_to_even
+        return config.kv_lora_rank or 4 * config.head_width, config.qk_rope_head_dim or half_to_even
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
@@ -52,32 +52,32 @@ class LatentAttention(nn.Module):
     def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
         """What a layer asks of a kernel for rows of `length` tokens without a cache."""
         key_width = config.head_width + cls.widths(config)[1]
-        return request_of(config, config.n_heads, key_width, length, device, dropout)
+        return attention_spec(config, config.n_heads, key_width, length, device, dropout)
 
     @classmethod
     def task(
         cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
     ) -> Task:
         """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
-        return task_of(config, arrays, context, None, sinks_H)
+        return attention_inputs(config, arrays, context, None, sinks_H)
 
     @classmethod
     def n_parameters(cls, config: ModelConfig) -> int:
         """The parameters of a layer: those of queries, of the latent and the shared key, of keys and values, sinks."""
-        (latent_width, shared_width), width = cls.widths(config), config.n_heads * config.head_width
-        source, has_bias = config.query_latent_width or config.d_model, config.has_qkv_bias
-        latents = (latent_width, *([config.query_latent_width] if config.query_latent_width else ()))
+        (kv_lora_rank, shared_width), width = cls.widths(config), config.n_heads * config.head_width
+        source, has_bias = config.q_lora_rank or config.d_model, config.has_qkv_bias
+        latents = (kv_lora_rank, *([config.q_lora_rank] if config.q_lora_rank else ()))
         made = sum((config.d_model + has_bias) * each + norm_parameters(config, each) for each in latents)
         queries = (source + has_bias) * (width + config.n_heads * shared_width)
-        keys_and_values = (config.d_model + has_bias) * shared_width + 2 * latent_width * width
+        keys_and_values = (config.d_model + has_bias) * shared_width + 2 * kv_lora_rank * width
         output = (width + config.has_attention_output_bias) * config.d_model
         return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:
         config = self.config
-        n_heads, channels, (latent_width, shared_width) = config.n_heads, config.head_width, self.widths(config)
-        rotate = position_scheme(config).rotate
+        n_heads, channels, (kv_lora_rank, shared_width) = config.n_heads, config.head_width, self.widths(config)
+        rotate = get_position_scheme(config).rotate
 
         def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
             return Linear(config, features, has_bias=config.has_qkv_bias, name=name)(x_BTD)
@@ -89,7 +89,7 @@ class LatentAttention(nn.Module):
         def turned(x_BTHE: jax.Array) -> jax.Array:
             return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
 
-        source_BTD = latent("query_latent", config.query_latent_width) if config.query_latent_width else x_BTD
+        source_BTD = latent("query_latent", config.q_lora_rank) if config.q_lora_rank else x_BTD
         query = linear("query", n_heads * (channels + shared_width), source_BTD)
         query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
         q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
@@ -99,11 +99,11 @@ class LatentAttention(nn.Module):
         device = device_for(config.attention_kernel, is_plain)
         request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
         kernel, _ = chosen(config.attention_kernel, request._replace(cached=is_plain))
-        seen, cache = window_of(cache, (latent("latent", latent_width), shared_BTE), context, None)
+        seen, cache = window_of(cache, (latent("latent", kv_lora_rank), shared_BTE), context, None)
         latent_BSR, shared_BSE = seen.keys
 
-        key_RHC = HeadKernel(config, name="key")(latent_width)
-        value_RHC = HeadKernel(config, name="value")(latent_width)
+        key_RHC = HeadKernel(config, name="key")(kv_lora_rank)
+        value_RHC = HeadKernel(config, name="value")(kv_lora_rank)
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
 
         def weights(scores_BHTS: jax.Array) -> jax.Array:
@@ -135,10 +135,10 @@ class HeadKernel(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, latent_width: int) -> jax.Array:
+    def __call__(self, kv_lora_rank: int) -> jax.Array:
         n_heads, channels = self.config.n_heads, self.config.head_width
-        kernel = self.param("kernel", scaled_normal(self.config.init_std), (latent_width, n_heads * channels))
-        return kernel.astype(self.config.dtype).reshape(latent_width, n_heads, channels)
+        kernel = self.param("kernel", normal_init(self.config.init_std), (kv_lora_rank, n_heads * channels))
+        return kernel.astype(self.config.dtype).reshape(kv_lora_rank, n_heads, channels)
 
 
 def _scores(product: str, queries: jax.Array, keys: jax.Array) -> jax.Array:

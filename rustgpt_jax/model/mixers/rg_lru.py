@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.linear import Linear, over_channels, scaled_normal
+from rustgpt_jax.model.linear import Linear, broadcast_channels, normal_init
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_starts
 
 # The constant c of the paper: how far a gate that is open carries the decay.
@@ -100,13 +100,13 @@ class BlockDiagonalLinear(nn.Module):
         blocks = self.config.recurrent_blocks
         assert blocks is not None
         channels = self.features // blocks
-        kernel_GCE = self.param("kernel", scaled_normal(self.config.init_std), (blocks, channels, channels))
+        kernel_GCE = self.param("kernel", normal_init(self.config.init_std), (blocks, channels, channels))
         x_BTGC = x_BTR.reshape(*x_BTR.shape[:-1], blocks, channels)
         y_BTGE = jnp.einsum("BTGC,GCE->BTGE", x_BTGC, kernel_GCE.astype(x_BTR.dtype))
         y_BTR = y_BTGE.reshape(x_BTR.shape)
         if self.config.bias:
             bias_R = self.param("bias", nn.initializers.zeros, (self.features,))
-            y_BTR = y_BTR + over_channels(bias_R, y_BTR).astype(y_BTR.dtype)
+            y_BTR = y_BTR + broadcast_channels(bias_R, y_BTR).astype(y_BTR.dtype)
         return y_BTR
 
 

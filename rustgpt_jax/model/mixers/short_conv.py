@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.linear import over_channels, scaled_normal
+from rustgpt_jax.model.linear import broadcast_channels, normal_init
 
 
 def document_starts(context: Context) -> jax.Array:
@@ -42,7 +42,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """y_BTR, and the last conv_width - 1 tokens of each row, padding left out (None where there was no history)."""
         width, (batch, length, _) = self.config.conv_width, x_BTR.shape
-        kernel_WR = self.param("kernel", scaled_normal(width**-0.5), (width, self.channels))
+        kernel_WR = self.param("kernel", normal_init(width**-0.5), (width, self.channels))
         earlier = self.init_history(self.config, batch, self.channels) if history is None else history
         all_BSR = jnp.concatenate([earlier.astype(x_BTR.dtype), x_BTR], axis=1)
         document_BT = document_numbers(context)
@@ -55,7 +55,7 @@ class ShortConvolution(nn.Module):
 
         y_BTR = sum((weighted(row) for row in range(1, width)), start=weighted(0))
         if self.config.bias:
-            y_BTR = y_BTR + over_channels(self.param("bias", nn.initializers.zeros, (self.channels,)), y_BTR)
+            y_BTR = y_BTR + broadcast_channels(self.param("bias", nn.initializers.zeros, (self.channels,)), y_BTR)
         if history is not None:
             n_tokens_B = jnp.sum(context.segments_BT > 0, axis=1)
             last_BW = n_tokens_B[:, None] + jnp.arange(width - 1)[None]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
-from rustgpt_jax.sweeps.asset_cache import Shelf
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+from rustgpt_jax.sweeps.sweep_dir import SweepDir
 from rustgpt_jax.sweeps.worker import Worker
 
 # What every launcher is told.
@@ -23,8 +23,8 @@ class Launch:
     `slurm_options` are options of Slurm such as {'partition': 'gpu', 'time': '60'}.
     """
 
-    folder: SweepFolder
-    shelf: Shelf
+    folder: SweepDir
+    shelf: AssetCache
     code: Path
     n_workers: int
     slurm_options: dict[str, str]

@@ -197,13 +197,13 @@ class Job:
             import jax
 
             from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-            from rustgpt_jax.sweeps.asset_cache import Shelf
-            from rustgpt_jax.sweeps.sweep_dir import SweepFolder
+            from rustgpt_jax.sweeps.asset_cache import AssetCache
+            from rustgpt_jax.sweeps.sweep_dir import SweepDir
             from rustgpt_jax.sweeps.worker import Worker
 
             keep_compiled_programs()
-            folder = SweepFolder(Path(self._folder))
-            shelf = Shelf(folder.tokenizers)
+            folder = SweepDir(Path(self._folder))
+            shelf = AssetCache(folder.tokenizers)
             Worker(folder, shelf, jax.local_devices(), self._code, lambda: bool(stop)).work(chunk)
         if stop:
             _requeue()

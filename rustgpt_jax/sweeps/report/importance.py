@@ -18,13 +18,13 @@ from rustgpt_jax.sweeps.report.svg import (
     Picture,
     Scale,
     blank,
+    css_placeholder,
     mark,
     name_column,
     panel,
     scale_of,
     shade,
     show_knob,
-    stand_in,
     to_svg,
     write,
 )
@@ -67,10 +67,10 @@ def importance_figure(results: Results) -> Picture | None:
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     for place, (name, share, color) in enumerate(rows):
-        axes.barh(place, share, 0.56, color=stand_in(color))
+        axes.barh(place, share, 0.56, color=css_placeholder(color))
         height_share = 1 - (place + 0.5) / len(rows)
         write(axes, name, (0, height_share), (-10, 0), ha="right", va="center")
-        write(axes, f"{share:.1%}", (share, height_share), (7, 0), va="center", color=stand_in("soft"))
+        write(axes, f"{share:.1%}", (share, height_share), (7, 0), va="center", color=css_placeholder("soft"))
     unknown = [names[path] for path in results.knobs if path not in shares]
     fitted = "main effects, then interactions of two knobs" if pairs else "main effects"
     caption = (
@@ -111,7 +111,7 @@ def interaction_matrix(results: Results) -> Picture | None:
             share = shares.get((first, second), shares.get((second, first)))
             text = "?" if share is None else f"{share:.0%}"
             strength = 0.0 if share is None else share / top
-            square = {"facecolor": stand_in("hue0"), "alpha": 0.07 + 0.93 * strength}
+            square = {"facecolor": css_placeholder("hue0"), "alpha": 0.07 + 0.93 * strength}
             _cell(axes, (column, row), square, text if size >= LEAST_WIDTH_FOR_TEXT else "", strength > 0.5)
         if row:
             write(axes, names[first], (0, 1 - (row - 0.5) / (len(knobs) - 1)), (-10, 0), ha="right", va="center")
@@ -188,7 +188,7 @@ def _cell(axes: "Axes", place: tuple[int, int], style: dict[str, Any], text: str
 
     across, up = place
     axes.add_patch(Rectangle((across - 0.48, up - 0.48), 0.96, 0.96, linewidth=0, **style))
-    colour = stand_in("paper" if is_strong else "ink")
+    colour = css_placeholder("paper" if is_strong else "ink")
     axes.text(across, up, text, ha="center", va="center", color=colour, fontsize=SMALL_FONT_SIZE)
 
 
@@ -205,10 +205,12 @@ def _draw_cells(axes: "Axes", results: Results, across: tuple[str, Scale], up: t
             mean = fmean(losses)
             text = f"{mean:.3f}" + (f"\n{crosses}" if crosses else "")
             faintness = loss_shade(results, mean)
-            square = {"facecolor": stand_in(shade("loss", faintness))}
+            square = {"facecolor": css_placeholder(shade("loss", faintness))}
             _cell(axes, place, square, text if width >= LEAST_WIDTH_FOR_TEXT else "", faintness < 0.55)
         elif crosses:
-            axes.text(*place, crosses, ha="center", va="center", color=stand_in("warn"), fontsize=SMALL_FONT_SIZE)
+            axes.text(
+                *place, crosses, ha="center", va="center", color=css_placeholder("warn"), fontsize=SMALL_FONT_SIZE
+            )
     for axis, (_, scale) in ((axes.xaxis, across), (axes.yaxis, up)):
         axis.set_ticks(range(len(scale.values)), [value_text(value) for value in scale.values])
     axes.set_xlim(-0.5, len(across[1].values) - 0.5)
@@ -227,7 +229,7 @@ def _draw_points(axes: "Axes", results: Results, across: tuple[str, Scale], up: 
     for trial, aside, upwards in spreads:
         place = wide.place(trial.knobs[first]) + aside, tall.place(trial.knobs[second]) + upwards
         if trial.final_loss is not None:
-            colour = stand_in(shade("loss", loss_shade(results, trial.final_loss)))
+            colour = css_placeholder(shade("loss", loss_shade(results, trial.final_loss)))
             mark(axes.plot(*place, "o", color=colour, markersize=8, markeredgewidth=0), trial.id)
         elif trial.status == DIVERGED:
-            mark(axes.plot(*place, "x", color=stand_in("warn"), markersize=6), trial.id)
+            mark(axes.plot(*place, "x", color=css_placeholder("warn"), markersize=6), trial.id)

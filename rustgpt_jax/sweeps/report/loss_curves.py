@@ -26,15 +26,15 @@ from rustgpt_jax.sweeps.report.svg import (
     RIGHT,
     TOP,
     WIDE,
-    Colouring,
+    Coloring,
     Picture,
     blank,
+    css_placeholder,
     mark,
     panel,
     scale_of,
     show_losses,
     show_steps,
-    stand_in,
     to_svg,
 )
 
@@ -67,14 +67,14 @@ def loss_curves(results: Results) -> Picture | None:
         binned = max(binned, _bin_size(curves.values()))
         for trial in sorted(results.trials, key=lambda trial: trial.id in best):
             if trial.id in curves:
-                curve = thinned(curves[trial.id], _most_points(curves.values()))
-                colour = colouring(trial.knobs[knob]) if colouring and knob else stand_in("hue0")
+                curve = downsample(curves[trial.id], _most_points(curves.values()))
+                colour = colouring(trial.knobs[knob]) if colouring and knob else css_placeholder("hue0")
                 _draw(axes, trial, curve, colour, _line_width(len(curves)) + 0.9 * (trial.id in best))
     title, keys = "Loss over the steps", (colouring.key,) if colouring else ()
     return Picture(title, _caption(results, knob, binned), to_svg(figure, "curves-", title), keys)
 
 
-def thinned(curve: Curve, most_points: int) -> Curve:
+def downsample(curve: Curve, most_points: int) -> Curve:
     """A curve of at most about so many points: means of neighbours, the first kept as it is, the last in its place."""
     size = math.ceil(len(curve) / most_points)
     if size == 1:
@@ -97,10 +97,10 @@ def _sides(results: Results) -> list[tuple[str, dict[str, Curve]]]:
     return sides
 
 
-def _colouring(results: Results, knob: str | None) -> Colouring | None:
+def _colouring(results: Results, knob: str | None) -> Coloring | None:
     if knob is None:
         return None
-    return Colouring(knob_names(results.swept)[knob], scale_of(trial.knobs[knob] for trial in results.trials))
+    return Coloring(knob_names(results.swept)[knob], scale_of(trial.knobs[knob] for trial in results.trials))
 
 
 def _losses_in_view(results: Results, curves: dict[str, Curve]) -> list[float]:

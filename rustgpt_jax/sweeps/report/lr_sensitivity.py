@@ -14,11 +14,11 @@ from rustgpt_jax.sweeps.report.svg import (
     WIDE,
     Picture,
     blank,
+    css_placeholder,
     name_column,
     panel,
     scale_of,
     show_beyond,
-    stand_in,
     to_svg,
     write,
 )
@@ -87,15 +87,21 @@ def sensitivity_figure(results: Results) -> Picture | None:
     axes.set_xlim(0, end)
     for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
         interval = row.interval
-        axes.axhline(place, color=stand_in("grid"), linewidth=1, zorder=0)
+        axes.axhline(place, color=css_placeholder("grid"), linewidth=1, zorder=0)
         if interval.n > 1:
             axes.plot(
-                [max(interval.low, 0), interval.high], [place, place], color=stand_in("hue0"), linewidth=5, alpha=0.3
+                [max(interval.low, 0), interval.high],
+                [place, place],
+                color=css_placeholder("hue0"),
+                linewidth=5,
+                alpha=0.3,
             )
             if interval.high > end:
-                show_beyond(axes, (end, place), ">", stand_in("hue0"))
-            axes.plot(row.by_seed, [place] * interval.n, "o", color=stand_in("hue0"), markersize=4, alpha=0.6, mew=0)
-        axes.plot(interval.mean, place, "o", color=stand_in("hue0"), markersize=8.5, mew=0)
+                show_beyond(axes, (end, place), ">", css_placeholder("hue0"))
+            axes.plot(
+                row.by_seed, [place] * interval.n, "o", color=css_placeholder("hue0"), markersize=4, alpha=0.6, mew=0
+            )
+        axes.plot(interval.mean, place, "o", color=css_placeholder("hue0"), markersize=8.5, mew=0)
         share = 1 - (place + 0.5) / len(rows)
         write(axes, text, (0, share), (-12, 0), ha="right", va="center")
         write(axes, f"{interval.mean:.3f}", (1, share), (8, 0), va="center", fontsize=SMALL_FONT_SIZE)

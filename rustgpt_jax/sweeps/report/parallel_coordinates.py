@@ -13,11 +13,11 @@ from rustgpt_jax.sweeps.report.svg import (
     Picture,
     Scale,
     blank,
+    css_placeholder,
     mark,
     panel,
     scale_of,
     shade,
-    stand_in,
     to_svg,
     write,
 )
@@ -98,9 +98,9 @@ def _draw_trial(axes: "Axes", results: Results, trial: TrialResult, heights: Seq
     curve = Path(points, [Path.MOVETO] + [Path.CURVE4] * (len(points) - 1))
     many = len(results.trials) > 100
     if trial.final_loss is None:
-        style = {"edgecolor": stand_in("warn"), "linestyle": (0, (3, 3)), "alpha": 0.7}
+        style = {"edgecolor": css_placeholder("warn"), "linestyle": (0, (3, 3)), "alpha": 0.7}
     else:
-        style = {"edgecolor": stand_in(shade("loss", loss_shade(results, trial.final_loss))), "alpha": 0.8}
+        style = {"edgecolor": css_placeholder(shade("loss", loss_shade(results, trial.final_loss))), "alpha": 0.8}
     patch = PathPatch(curve, facecolor="none", linewidth=0.9 if many else 1.5, clip_on=False, **style)
     mark(axes.add_patch(patch), trial.id)
 
@@ -108,7 +108,7 @@ def _draw_trial(axes: "Axes", results: Results, trial: TrialResult, heights: Seq
 def _draw_axes(axes: "Axes", results: Results, scales: dict[str, Scale]) -> None:
     names = knob_names(results.swept)
     columns = len(scales)
-    ground = {"facecolor": stand_in("paper"), "linewidth": 0, "pad": 1.0, "alpha": 0.8}
+    ground = {"facecolor": css_placeholder("paper"), "linewidth": 0, "pad": 1.0, "alpha": 0.8}
     for place, (path, scale) in enumerate(scales.items()):
         _axis(axes, place / columns, names[path])
         for tick, text in scale.ticks(least_gap=0.05):
@@ -119,10 +119,10 @@ def _draw_axes(axes: "Axes", results: Results, scales: dict[str, Scale]) -> None
     for loss in {min(losses), max(losses)}:
         write(axes, loss_text(loss), (1, _share(scale, scale.place(loss))), (8, 0), va="center")
     if results.counts.get(DIVERGED):
-        write(axes, "diverged", (1, DIVERGED_AT), (8, 0), va="center", color=stand_in("warn"))
+        write(axes, "diverged", (1, DIVERGED_AT), (8, 0), va="center", color=css_placeholder("warn"))
 
 
 def _axis(axes: "Axes", place: float, name: str) -> None:
     columns = axes.get_xlim()[1]
-    axes.plot([place * columns] * 2, [0, 1], color=stand_in("soft"), linewidth=1.2, clip_on=False, zorder=3)
+    axes.plot([place * columns] * 2, [0, 1], color=css_placeholder("soft"), linewidth=1.2, clip_on=False, zorder=3)
     write(axes, name, (place, 1), (0, 44), ha="center", fontsize=FONT_SIZE)

@@ -19,18 +19,18 @@ from rustgpt_jax.sweeps.report.svg import (
     RIGHT,
     TOP,
     WIDE,
-    Colouring,
+    Coloring,
     Key,
     Picture,
     Scale,
     blank,
+    css_placeholder,
     mark,
     panel,
     scale_of,
     show_beyond,
     show_knob,
     show_losses,
-    stand_in,
     to_svg,
     write,
 )
@@ -115,15 +115,15 @@ def _lines(results: Results, path: str) -> tuple[list[Line], tuple[Key, ...]]:
         groups.setdefault(key_of(_others(results, trial, path)), []).append(trial)
     knob = most_important(results, path)
     if knob is None:
-        return [Line(tuple(results.trials), stand_in("hue0"))], ()
+        return [Line(tuple(results.trials), css_placeholder("hue0"))], ()
     if len(results.knobs) > 2 and len(groups) <= min(MOST_NAMED_LINES, N_HUES):
         names = {
             f"hue{place}": setting_text(_others(results, group[0], path)) for place, group in enumerate(groups.values())
         }
-        lines = [Line(tuple(group), stand_in(hue)) for hue, group in zip(names, groups.values(), strict=True)]
+        lines = [Line(tuple(group), css_placeholder(hue)) for hue, group in zip(names, groups.values(), strict=True)]
         return lines, (Key("", tuple(names.items())),)
     scale = scale_of(trial.knobs[knob] for trial in results.trials)
-    colouring = Colouring(knob_names(results.swept)[knob], scale)
+    colouring = Coloring(knob_names(results.swept)[knob], scale)
     return [Line(tuple(group), colouring(group[0].knobs[knob])) for group in groups.values()], (colouring.key,)
 
 
@@ -170,7 +170,7 @@ def _draw_crosses(axes: "Axes", lines: Iterable[Line], path: str, scale: Scale) 
             )  # fmt: skip
             mark(cross, trial.id)
     if at:
-        write(axes, "diverged", (0, 1), (-7, 8), ha="right", va="center", color=stand_in("soft"))
+        write(axes, "diverged", (0, 1), (-7, 8), ha="right", va="center", color=css_placeholder("soft"))
 
 
 def _caption(results: Results, lines: list[Line], path: str, has_lines: bool, has_bands: bool) -> str:

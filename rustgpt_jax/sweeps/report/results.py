@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config.schema import Config, config_hash, flatten, is_of_result, stages
+from rustgpt_jax.config.schema import Config, affects_result, config_hash, flatten, stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepFolder, read_about
+from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_about
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.run_dir import RunFolder, all_differences, load_config, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, write_atomically
 
 SEED = "seed"
 TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE = "train/loss", "valid/loss", "valid/bits_per_byte"
@@ -153,8 +153,8 @@ def read_results(folder: Path) -> Results:
         UserError: The folder holds no sweep or cannot be read.
     """
     about = read_about(folder)
-    ledger = Ledger(SweepFolder(folder).ledger_file)
-    records = {name: _read_trial(SweepFolder(folder).trial(name), *known) for name, known in _planned(ledger).items()}
+    ledger = Ledger(SweepDir(folder).ledger_file)
+    records = {name: _read_trial(SweepDir(folder).trial(name), *known) for name, known in _planned(ledger).items()}
     current = [records[name] for name in about.get("trials", records) if name in records]
     removed = [record for name, record in records.items() if name not in about.get("trials", records)]
     swept = _swept(current)
@@ -241,7 +241,7 @@ def _planned(ledger: Ledger) -> dict[str, tuple[Overrides, Event]]:
     return {trial: (overrides, states[trial]) for trial, overrides in ledger.planned().items()}
 
 
-def _read_trial(run: RunFolder, overrides: Overrides, last: Event) -> _Record:
+def _read_trial(run: RunDir, overrides: Overrides, last: Event) -> _Record:
     status, error = RUNNING if last["event"] == "began" else last["event"], last.get("error")
     try:
         config, lines = load_config(run.path) if run.config_file.exists() else None, read_metrics(run.path)
@@ -278,7 +278,7 @@ def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
     configs = [record.config for record in records if record.config is not None]
     for config in configs[1:]:
         changed = all_differences(configs[0], config)
-        paths |= dict.fromkeys(path for path in changed if is_of_result(path) and path != "stages")
+        paths |= dict.fromkeys(path for path in changed if affects_result(path) and path != "stages")
     values: dict[str, Any] = {}
     for path in (*paths, *(() if SEED in paths else (SEED,))):
         others = (record for record in records if record.config is not None and path not in record.overrides)

@@ -163,12 +163,12 @@ MAPS = {
 NAMES = (*PLAIN, *(f"{name}{shade}" for name in MAPS for shade in range(N_SHADES)))
 
 
-def stand_in(name: str) -> str:
+def css_placeholder(name: str) -> str:
     """The colour to draw with in place of a named one."""
     return f"#fe{NAMES.index(name):02x}01"
 
 
-def with_variables(svg: str) -> str:
+def use_css_variables(svg: str) -> str:
     """An SVG with each stand-in replaced by the variable of its name."""
     return re.sub(r"#fe([0-9a-f]{2})01", lambda match: f"var(--{NAMES[int(match[1], 16)]})", svg)
 
@@ -204,7 +204,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Colouring:
+class Coloring:
     """The colour of each value of a knob."""
 
     title: str
@@ -221,7 +221,7 @@ class Colouring:
         return shade("knob", place / max(len(self.scale.values) - 1, 1))
 
     def __call__(self, value: Any) -> str:
-        return stand_in(self.name(value))
+        return css_placeholder(self.name(value))
 
     @property
     def key(self) -> Key:
@@ -287,20 +287,20 @@ def panel(figure: "Figure", rectangle: Rectangle, title: str, label: str) -> "Ax
     whole_width, whole_height = figure.get_size_inches() * PIXELS_PER_INCH
     place = (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
     axes = figure.add_axes(place, facecolor="none")
-    axes.grid(axis="y", color=stand_in("grid"), linewidth=1)
+    axes.grid(axis="y", color=css_placeholder("grid"), linewidth=1)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(stand_in("soft"))
-    axes.tick_params(which="both", length=0, labelsize=SMALL_FONT_SIZE, labelcolor=stand_in("soft"), pad=7)
-    axes.set_xlabel(label, color=stand_in("ink"), fontsize=FONT_SIZE, labelpad=7)
+        spine.set_color(css_placeholder("soft"))
+    axes.tick_params(which="both", length=0, labelsize=SMALL_FONT_SIZE, labelcolor=css_placeholder("soft"), pad=7)
+    axes.set_xlabel(label, color=css_placeholder("ink"), fontsize=FONT_SIZE, labelpad=7)
     write(axes, title, (0, 1), (0, top - FONT_SIZE - 3), fontsize=FONT_SIZE)
     return axes
 
 
 def write(axes: "Axes", text: str, place: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
     """Write a text at a place given in shares of the axes, moved by so many pixels."""
-    plain: dict[str, Any] = {"color": stand_in("ink"), "fontsize": SMALL_FONT_SIZE, "xycoords": "axes fraction"}
+    plain: dict[str, Any] = {"color": css_placeholder("ink"), "fontsize": SMALL_FONT_SIZE, "xycoords": "axes fraction"}
     axes.annotate(text, place, shift, textcoords="offset points", annotation_clip=False, **(plain | style))
 
 
@@ -376,7 +376,7 @@ def to_svg(figure: "Figure", prefix: str, description: str) -> str:
     width, height = figure.get_size_inches() * PIXELS_PER_INCH
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{description}">'
     body = re.sub(r"(?s)^.*?<svg.*?>|<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", file.getvalue())
-    return head + with_variables(_short(_with_own_ids(body, prefix)))
+    return head + use_css_variables(_short(_with_own_ids(body, prefix)))
 
 
 def _with_own_ids(svg: str, prefix: str) -> str:
