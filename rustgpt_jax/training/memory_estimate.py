@@ -22,7 +22,7 @@ from rustgpt_jax.training.train_step import start, to_traced_scalars
 MOST_TRACED = 64
 # Bytes of a batch per token.
 BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in ("int32",) * 5)))
-# Fraction of the estimated activations to count: the estimate may be up to twice too high (tests/test_memory.py).
+# Fraction of the estimated activations to count: the estimate may be twice too high (tests/test_memory_estimate.py).
 ACTIVATIONS_SHARE = 0.5
 # Skip the exact computation if a generous upper bound is below this fraction of the memory.
 EASY_SHARE = 0.25

@@ -219,7 +219,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import jax
-from test_checkpoints import save, small_state
+from test_checkpointing import save, small_state
 with jax.default_device(jax.devices()[1]):
     save(Path(sys.argv[1]), small_state(a=[1.0, 2.0]), 4)
 """

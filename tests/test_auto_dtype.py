@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_launch import TINY, launch
+from test_cli import TINY, launch
 
 from configs import base
 from rustgpt_jax.config.schema import FIELDS
