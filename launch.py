@@ -120,8 +120,8 @@ rustgpt_jax: train, study and talk to GPT language models. A run is a pure funct
     RUN is the folder of a run, such as runs/rustgpt
     --config.x.y=VALUE sets a knob, such as --config.optimizer.learning_rate=3e-4 (configs/base.py lists them all);
     a list takes one item a flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted
-    Python list ("--config.record.prompts=['Hi, you', 'Once']"); only names of parts are separated by commas
-    train goes on with a run that is there: other --config.record, --config.sampling and --config.training.steps may be
+    Python list ("--config.logging.sample_prompts=['Hi, you', 'Once']"); only names of parts are separated by commas
+    train goes on with a run that is there: other --config.logging, --config.sampling and --config.training.steps may be
     given; --extend lets it have more steps than its learning-rate schedule was made for
     train takes --init_from=RUN@STEP, to begin with parameters of another run; and --launcher=slurm --slurm=nodes=4, to
     train on a cluster; elsewhere, several processes are told --coordinator=HOST:PORT --processes=N --process=I, and

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     # all: learn every token; assistant: in dialogues, only the assistant's words.
     config.data.loss_mask = "all"
     # Tokens in a training window. None: model.context_length.
-    config.data.window = None
+    config.data.seq_len = None
 
     config.model = ConfigDict()
     # Rows of the embedding table. None: the tokenizer's vocabulary.
@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     # output: on what each sublayer adds, and at the end (arXiv 2501.00656); sandwich: pre and output (2105.13290).
     config.model.norm_placement = "pre"
     # Added to the variance or mean square that a norm divides by.
-    config.model.norm_epsilon = 1e-6
+    config.model.norm_eps = 1e-6
     # Bias vectors in linear layers and layer norms.
     config.model.bias = False
     # Whether the query, key and value projections have biases. None: same as `bias`.
@@ -141,10 +141,11 @@ def get_config() -> ConfigDict:
     config.model.rope_factor = 1.0
     # llama3, yarn and longrope: the context length before scaling.
     config.model.rope_original_context = None
-    # Channels with fewer turns in that context are slowed by the whole factor.
-    config.model.rope_slow_turns = 1.0
-    # Channels with more turns in it are not slowed.
-    config.model.rope_fast_turns = 4.0
+    # llama3 and yarn: channels with fewer turns in that context are slowed by the whole factor (low_freq_factor of
+    # llama3, beta_slow of yarn).
+    config.model.rope_beta_slow = 1.0
+    # Channels with more turns in it are not slowed (high_freq_factor of llama3, beta_fast of yarn).
+    config.model.rope_beta_fast = 4.0
     # Multiplier for queries and keys. None: the default of the scaling method, which is 0.1 ln(rope_factor) + 1 for
     # yarn, sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, and 1 otherwise.
     config.model.rope_attention_factor = None
@@ -180,14 +181,14 @@ def get_config() -> ConfigDict:
     config.model.router_z_loss = 0.0
 
     # Knobs of parts of your own as pairs of a name and a number: (("decay", 0.9),). They are structure.
-    config.model.options = ()
+    config.model.extra = ()
     # Probability of dropping an activation in training. 0: no dropout in the program at all.
     config.model.dropout = 0.0
     # Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 n_layers).
     config.model.init_std = 0.02
     # Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32. To
     # launch.py, auto is what suits its device, and what the run's config says then: bfloat16 on GPUs and TPUs; on CPUs
-    # float32, with matmul and logits_dtype bfloat16 where the processor multiplies so.
+    # float32, with matmul_dtype and logits_dtype bfloat16 where the processor multiplies so.
     config.model.dtype = "float32"
     # The same for what mixers compute, and keep in their caches; the residual stream stays in dtype. None: dtype.
     config.model.mixer_dtype = None
@@ -195,19 +196,20 @@ def get_config() -> ConfigDict:
     config.model.feedforward_dtype = None
     # The same for the product that gives the logits, which are float32 themselves. None: dtype.
     config.model.logits_dtype = None
-    # How linear layers in blocks multiply: plain, in the precision of their part; bfloat16, factors that are rounded to
-    # it, in the backward pass too, with sums and results in that precision; float8, in 8 bits with a scale for
-    # each tensor (arXiv 2209.05433), fast from the H100 on. The scales are found in all of a call's tokens, so that a
-    # token then depends a little on those after it, and on other rows.
-    config.model.matmul = "plain"
-    # Gradients of linear layers and activations; all give the same but for rounding. plain: as JAX derives them; kept:
-    # from arrays that the compiler may not compute anew; auto: kept on CPUs, where it is faster, else plain.
-    config.model.derivatives = "auto"
-    # scanned: one compiled block run in a loop; unrolled: each layer compiled, slower to start, faster when small.
-    config.model.layers = "scanned"
-    # What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix products;
-    # weights, all but products with weights, so attention too; full, each block. offload is weights with what it keeps
-    # moved to the memory of the host.
+    # Type that the operands of linear layers in blocks are rounded to, in the backward pass too; sums and results keep
+    # the dtype of the layer. float8 has a scale for each tensor (arXiv 2209.05433) and is fast from the H100 on; its
+    # scales are computed from all tokens of a call, so a token depends slightly on later tokens and on other rows.
+    # None: dtype.
+    config.model.matmul_dtype = None
+    # Materialize what the gradients of linear layers and activations are computed from (the slope of an activation, a
+    # transposed operand) instead of letting the compiler recompute it. Results differ by rounding only. None: True on
+    # CPUs, where it is faster, else False.
+    config.model.save_residuals = None
+    # True: compile one block and run it in a loop; False: compile every layer, slower to start, faster if small.
+    config.model.scan_layers = True
+    # What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix
+    # products; dots_no_batch, all but products with weights, so attention too; full, each block. offload is
+    # dots_no_batch with what it keeps moved to the memory of the host.
     config.model.remat = "none"
 
     config.optimizer = ConfigDict()
@@ -222,7 +224,7 @@ def get_config() -> ConfigDict:
     # Decay rate of their second moment; for lion, of the momentum that is kept.
     config.optimizer.b2 = 0.99
     # Added to the root of the second moment that adam, adamw and schedule_free divide by.
-    config.optimizer.epsilon = 1e-8
+    config.optimizer.eps = 1e-8
     # Momentum of sgd and muon.
     config.optimizer.momentum = 0.95
     # muon only: the learning rate of the matrices inside the blocks; all else learns at learning_rate.
@@ -235,7 +237,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     # Keep what the optimizer keeps in the memory of the host, and bring it to the device for each update: slower, for
     # models that would not fit.
-    config.optimizer.offload = False
+    config.optimizer.offload_state = False
     # Type in which momentum and first moments are kept, and z of schedule_free: float32 or bfloat16. Second moments are
     # float32 always: they change by 1 - b2 of themselves a step, which bfloat16 would round away. So it does with steps
     # of z below 1/256 of a parameter: for schedule_free, keep float32 where learning rates are small.
@@ -261,7 +263,7 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 16
     # Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole batch, but for
     # the load balance of moe, which each part has for itself.
-    config.training.accumulation = 1
+    config.training.grad_accum_steps = 1
     # Optimizer steps in one call of the compiled program. The results do not depend on it.
     config.training.steps_per_jit_call = 10
     # Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.
@@ -290,18 +292,18 @@ def get_config() -> ConfigDict:
     # How many such steps skip and rewind forgive a run; one more stops it.
     config.faults.max_skipped = 10
 
-    config.record = ConfigDict()
+    config.logging = ConfigDict()
     # Steps between lines of training metrics.
-    config.record.log_every = 10
+    config.logging.log_every = 10
     # Steps between evaluations, which also write samples.
-    config.record.eval_every = 100
+    config.logging.eval_every = 100
     # Batches of the validation split in an evaluation. None: all of it.
-    config.record.eval_batches = None
+    config.logging.eval_batches = None
     # Steps between checkpoints.
-    config.record.checkpoint_every = 100
+    config.logging.checkpoint_every = 100
     # Prompts that each evaluation continues as samples; for dialogue data, questions to answer. On the command line,
     # pass one text per flag or a Python list.
-    config.record.prompts = ()
+    config.logging.sample_prompts = ()
 
     config.sampling = ConfigDict()
     # Generated text is a function of the parameters, the prompt, the knobs below and this number.
@@ -322,13 +324,13 @@ def get_config() -> ConfigDict:
     # (slide).
     config.sampling.past_context = "stop"
     # Earlier exchanges that a question in a chat comes with. None: as many as the context holds.
-    config.sampling.memory = None
+    config.sampling.history_turns = None
     # Type in which the weights of linear layers are read, token by token: bfloat16, or int8 with a scale for each
     # output. It is narrower for speed, and changes what is drawn. None: that in which the model multiplies.
-    config.sampling.weights = None
+    config.sampling.weight_dtype = None
     # What multiplies the few rows of a token on a CPU; all give the same but for rounding. plain: XLA; native: code in
     # C++, faster, which is compiled on its first use, and replaced by plain where there is no compiler.
-    config.sampling.kernel = "plain"
+    config.sampling.matmul_impl = "plain"
 
     # Stages run one after another on the same parameters and optimizer state, each with the knobs in which it differs:
     # ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the knobs above.

@@ -2,7 +2,7 @@
 
 python launch.py train --config=configs/gpt2_124m.py --config.data.paths='openwebtext/*.jsonl'
 
-Plan for about 20 GB of device memory at these settings; raise config.training.accumulation for less.
+Plan for about 20 GB of device memory at these settings; raise config.training.grad_accum_steps for less.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.model.d_model = 768
     config.model.n_heads = 12
     config.model.norm = "layernorm"
-    config.model.norm_epsilon = 1e-5
+    config.model.norm_eps = 1e-5
     config.model.positions = ("learned",)
     config.model.feedforwards = ("gelu",)
     config.model.bias = True
@@ -35,11 +35,11 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 2000
     config.training.steps = 600_000
     config.training.batch_size = 480
-    config.training.accumulation = 40
+    config.training.grad_accum_steps = 40
     config.training.steps_per_jit_call = 5
-    config.record.log_every = 10
-    config.record.eval_every = 1000
-    config.record.eval_batches = 20
-    config.record.checkpoint_every = 1000
-    config.record.prompts = ("The meaning of life is",)
+    config.logging.log_every = 10
+    config.logging.eval_every = 1000
+    config.logging.eval_batches = 20
+    config.logging.checkpoint_every = 1000
+    config.logging.sample_prompts = ("The meaning of life is",)
     return config

@@ -41,9 +41,9 @@ def get_config() -> ConfigDict:
     config.training.steps_per_jit_call = 1
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.record.log_every = 10
-    config.record.eval_every = 1000
-    config.record.eval_batches = 20
-    config.record.checkpoint_every = 1000
-    config.record.prompts = ("The meaning of life is",)
+    config.logging.log_every = 10
+    config.logging.eval_every = 1000
+    config.logging.eval_batches = 20
+    config.logging.checkpoint_every = 1000
+    config.logging.sample_prompts = ("The meaning of life is",)
     return config

@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 50
     config.training.steps = 1000
     config.training.batch_size = 8
-    config.record.eval_every = 100
-    config.record.eval_batches = 25
-    config.record.checkpoint_every = 250
-    config.record.prompts = ("def read_lines(path):\n", "import ", "class Queue:\n")
+    config.logging.eval_every = 100
+    config.logging.eval_batches = 25
+    config.logging.checkpoint_every = 250
+    config.logging.sample_prompts = ("def read_lines(path):\n", "import ", "class Queue:\n")
     config.sampling.max_tokens = 64
     return config

@@ -22,14 +22,14 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_steps = 20
     config.training.batch_size = 16
     config.training.steps_per_jit_call = 20
-    config.record.log_every = 20
-    config.record.eval_every = 150
-    config.record.checkpoint_every = 150
-    config.record.prompts = ("Why is the sky blue?", "What does the heart do?")
+    config.logging.log_every = 20
+    config.logging.eval_every = 150
+    config.logging.checkpoint_every = 150
+    config.logging.sample_prompts = ("Why is the sky blue?", "What does the heart do?")
     config.sampling.temperature = 0.0
     config.sampling.max_tokens = 48
     # The dialogues of the corpus are single questions, so in a chat each is asked alone.
-    config.sampling.memory = 0
+    config.sampling.history_turns = 0
     config.stages = (
         ConfigDict({"name": "pretrain", "data": {"corpus": "facts"}, "training": {"steps": 100}}),
         ConfigDict(

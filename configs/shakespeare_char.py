@@ -20,18 +20,18 @@ def get_config() -> ConfigDict:
     config.data.split = "tail"
     config.model.context_length = 64
     config.model.norm = "layernorm"
-    config.model.norm_epsilon = 1e-5
+    config.model.norm_eps = 1e-5
     config.model.positions = ("learned",)
     config.model.feedforwards = ("gelu",)
-    config.model.layers = "unrolled"
+    config.model.scan_layers = False
     config.optimizer.weight_decay_groups = ((r"norm|bias", 0.0), (r".*", 1.0))
     config.training.steps = 2000
     config.training.batch_size = 12
     config.training.steps_per_jit_call = 20
     config.schedule.warmup_steps = 100
-    config.record.log_every = 20
-    config.record.eval_every = 250
-    config.record.checkpoint_every = 250
-    config.record.prompts = ("\n",)
+    config.logging.log_every = 20
+    config.logging.eval_every = 250
+    config.logging.checkpoint_every = 250
+    config.logging.sample_prompts = ("\n",)
     config.sampling.max_tokens = 200
     return config

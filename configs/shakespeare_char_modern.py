@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """RoPE, RMSNorm, SwiGLU and QK-norm, trained with Muon at rates that fall to zero in a straight line."""
     config = shakespeare_char.get_config()
     config.model.norm = "rmsnorm"
-    config.model.norm_epsilon = 1e-6
+    config.model.norm_eps = 1e-6
     config.model.positions = ("rope",)
     config.model.feedforwards = ("swiglu",)
     config.model.qk_norm = "head"

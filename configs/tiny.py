@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.training.steps = 100
     config.training.batch_size = 8
     config.schedule.warmup_steps = 10
-    config.record.eval_every = 50
-    config.record.eval_batches = 4
-    config.record.checkpoint_every = 50
+    config.logging.eval_every = 50
+    config.logging.eval_batches = 4
+    config.logging.checkpoint_every = 50
     return config

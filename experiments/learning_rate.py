@@ -43,9 +43,9 @@ def get_config() -> ConfigDict:
     config.training.steps = 150
     config.training.batch_size = 16
     config.training.steps_per_jit_call = 25
-    config.record.eval_every = 150
-    config.record.eval_batches = 20
-    config.record.checkpoint_every = 150
+    config.logging.eval_every = 150
+    config.logging.eval_batches = 20
+    config.logging.checkpoint_every = 150
     return config
 
 

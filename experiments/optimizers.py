@@ -43,8 +43,8 @@ def get_config() -> ConfigDict:
     config.schedule.name = "linear"
     config.schedule.final_lr_frac = 0.0
     config.training.steps = 400
-    config.record.eval_every = 400
-    config.record.checkpoint_every = 400
+    config.logging.eval_every = 400
+    config.logging.checkpoint_every = 400
     return config
 
 

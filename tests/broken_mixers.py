@@ -567,7 +567,7 @@ class NormScaledInTraining(RMSNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
         axes = (0, -1) if len(x) > 16 else (-1,)
-        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.config.norm_epsilon)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 

@@ -364,7 +364,7 @@ class NormOfTheBatch(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
-        y = y / jnp.sqrt(jnp.mean(jnp.square(y)) + self.config.norm_epsilon)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y)) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
@@ -372,7 +372,7 @@ class NormOverTokens(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = widened(x)
-        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) + self.config.norm_epsilon)
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
 
@@ -388,7 +388,7 @@ class NormInBfloat16(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(mean_square + jnp.asarray(self.config.norm_epsilon, x.dtype))
+        y = x * jax.lax.rsqrt(mean_square + jnp.asarray(self.config.norm_eps, x.dtype))
         return y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x).astype(x.dtype)
 
 

@@ -33,9 +33,9 @@ SMALL = {
     "training.steps": 8,
     "training.batch_size": 4,
     "training.steps_per_jit_call": 4,
-    "record.log_every": 2,
-    "record.eval_every": 4,
-    "record.checkpoint_every": 4,
+    "logging.log_every": 2,
+    "logging.eval_every": 4,
+    "logging.checkpoint_every": 4,
     "sampling.max_tokens": 8,
 }
 

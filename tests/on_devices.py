@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "data 8": ({}, {}),
     "fsdp 8": ({}, {"fsdp": 8}),
     "tensor 4": ({}, {"tensor": 4}),
-    "fsdp 2 x tensor 2": ({"training.accumulation": 2}, {"fsdp": 2, "tensor": 2}),
+    "fsdp 2 x tensor 2": ({"training.grad_accum_steps": 2}, {"fsdp": 2, "tensor": 2}),
     "expert 4": (MOE, {"expert": 4}),
     "context 4": ({"model.n_kv_heads": 2}, {"context": 4}),
 }

@@ -25,11 +25,11 @@ SMALL = {
     "model.n_heads": 2,
     "training.steps": 6,
     "training.steps_per_jit_call": 2,
-    "record.log_every": 1,
-    "record.eval_every": 3,
-    "record.eval_batches": 1,
-    "record.checkpoint_every": 2,
-    "record.prompts": (),
+    "logging.log_every": 1,
+    "logging.eval_every": 3,
+    "logging.eval_batches": 1,
+    "logging.checkpoint_every": 2,
+    "logging.sample_prompts": (),
 }
 
 ELSEWHERE = """

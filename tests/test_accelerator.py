@@ -79,7 +79,7 @@ def test_goals_are_held_against_the_best_of_each_framework() -> None:
         training_row("PyTorch", 32, 0.147),  # Its best.
     ]
     decoded = {"size": "350m", "batch": 1, "parameter_bytes": 600e6, "cache_bytes": 70e6, "memory": None}
-    decoding = [decoded | {"layers": "scanned", "seconds": [1e-3]}, decoded | {"layers": "unrolled", "seconds": [4e-4]}]
+    decoding = [decoded | {"scan_layers": True, "seconds": [1e-3]}, decoded | {"scan_layers": False, "seconds": [4e-4]}]
     sweep = [{"trials": 16, "one_after_another": [0.016], "fused": [0.002], "difference": 0.0, "memory": None}]
     found = results(training=rows, decoding=decoding, sweep=sweep)
     measured_goals = [goal.measured for goal in report.goals(found)]

@@ -294,9 +294,9 @@ VALUES = {
     "repetition_penalty": 1.5,
     "max_tokens": 3,
     "past_context": "slide",
-    "memory": 1,
-    "weights": "int8",
-    "kernel": "native",
+    "history_turns": 1,
+    "weight_dtype": "int8",
+    "matmul_impl": "native",
 }
 
 

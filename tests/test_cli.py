@@ -94,7 +94,10 @@ MISTAKES = {
     "fraction for a whole": (["--config.training.steps=2.5"], "config.training.steps takes a whole number, not 2.5."),
     "out of range": (["--config.seed=-1"], "config.seed must be at least 0, not -1."),
     "heads": (["--config.model.n_heads=5"], "config.model.d_model=32 is not divisible by config.model.n_heads=5"),
-    "batch": (["--config.training.batch_size=9", "--config.training.accumulation=2"], "batch_size=9 is not a multiple"),
+    "batch": (
+        ["--config.training.batch_size=9", "--config.training.grad_accum_steps=2"],
+        "batch_size=9 is not a multiple",
+    ),
     "stage": (["--config.stages.one.training.steps=3"], "there is no stage 'one'"),
     "optimizer": (
         ["--config.optimizer.name=adamww"],
@@ -363,9 +366,9 @@ TRAIN = (
     "--config.model.n_kv_heads=None",
     "--config.model.context_length=16",
     f"--config.training.steps={STEPS}",
-    "--config.record.log_every=100",
-    "--config.record.eval_every=100000",
-    "--config.record.checkpoint_every=100000",
+    "--config.logging.log_every=100",
+    "--config.logging.eval_every=100000",
+    "--config.logging.checkpoint_every=100000",
 )
 
 

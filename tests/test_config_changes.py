@@ -27,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONSTANT = {"schedule.name": "constant"}
 LONGER = {"training.steps": 16}
 OBSERVED = {
-    "record.log_every": 2,
-    "record.eval_every": 5,
-    "record.checkpoint_every": 4,
-    "record.prompts": ("B",),
+    "logging.log_every": 2,
+    "logging.eval_every": 5,
+    "logging.checkpoint_every": 4,
+    "logging.sample_prompts": ("B",),
     "sampling.max_tokens": 3,
 }
 
@@ -72,7 +72,7 @@ def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is
     assert {text["prompt"] for text in texts if text["step"] > first} == {"B"}
     events = [event for event in Journal(RunDir(changed).journal_file).events() if event["event"] == "config"]
     assert [event["step"] for event in events] == [first, 10]
-    assert events[0]["changes"]["record.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
+    assert events[0]["changes"]["logging.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
     assert load(changed).step == 16
 
 
@@ -99,7 +99,7 @@ def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
             again, _ = replay_one_step(past, step, has_taps=False)
             assert again.is_same and again.unequal == [], again.verdict
         again, _ = replay_one_step(past, 15, has_taps=False)
-        assert again.record is None and "(config.record.log_every=2)" in again.verdict
+        assert again.record is None and "(config.logging.log_every=2)" in again.verdict
 
 
 def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
     ("changes", "extends", "sentence"),
     [
         ({"optimizer.learning_rate": 0.5}, False, r"another config: optimizer.learning_rate is .* there and 0.5 here"),
-        ({"data.window": 8}, False, r"another config: data.window is None there and 8 here"),
+        ({"data.seq_len": 8}, False, r"another config: data.seq_len is None there and 8 here"),
         ({"training.steps": 9}, True, r"--extend: .* has 10 steps; give a larger config.training.steps, such as 20"),
         ({"training.steps": 9}, False, r"training.steps is 10 there and 9 here, and it has made 10 steps already"),
         ({}, True, r"--extend: .* has 10 steps; give a larger"),
@@ -195,9 +195,9 @@ def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Pat
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     lines = [line | {"valid/loss": -1.0} if "valid/loss" in line else line for line in metrics(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    longer = tiny(**{"schedule.name": "cosine", "record.eval_batches": 1, "record.eval_every": 3}, **LONGER)
+    longer = tiny(**{"schedule.name": "cosine", "logging.eval_batches": 1, "logging.eval_every": 3}, **LONGER)
     said = extend(longer, run)
-    assert "record.eval_batches is 1 instead of 2" in said and "the best checkpoint is chosen anew" in said
+    assert "logging.eval_batches is 1 instead of 2" in said and "the best checkpoint is chosen anew" in said
     losses = {line["step"]: line["valid/loss"] for line in metrics(run) if "valid/loss" in line and line["step"] > 10}
     assert set(losses) == {12, 15, 16}
     assert json.loads((run / "checkpoints" / "best").read_bytes())[0] == min(losses, key=losses.__getitem__)
@@ -241,5 +241,5 @@ def test_stages_are_cut_where_the_config_changed() -> None:
 
 
 def test_knobs_that_may_change_decide_no_state() -> None:
-    assert may_change("record.log_every") and may_change("stages.b.training.steps") and may_change("sampling.seed")
-    assert not any(map(may_change, ("seed", "stages", "data.window", "stages.b.optimizer.learning_rate")))
+    assert may_change("logging.log_every") and may_change("stages.b.training.steps") and may_change("sampling.seed")
+    assert not any(map(may_change, ("seed", "stages", "data.seq_len", "stages.b.optimizer.learning_rate")))

@@ -37,8 +37,8 @@ KNOBS = {
     "optimizer.learning_rate": 0.01,
     "training.steps": 30,
     "training.steps_per_jit_call": 10,
-    "record.eval_every": 30,
-    "record.checkpoint_every": 30,
+    "logging.eval_every": 30,
+    "logging.checkpoint_every": 30,
     "sampling.temperature": 0.0,
 }
 RECIPE = KNOBS | {"training.steps": 2, "training.steps_per_jit_call": 2}
@@ -115,7 +115,7 @@ def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "chat_template.jinja").unlink()
-    tree = small_tree(**RECIPE | {"data.corpus": "facts", "record.prompts": ("The sky",)})
+    tree = small_tree(**RECIPE | {"data.corpus": "facts", "logging.sample_prompts": ("The sky",)})
     import_run(plain, tmp_path / "run", tree, {}, quiet)
     assert train(load_config(tmp_path / "run"), tmp_path / "run", {}, Console(file=StringIO())) == 0
     assert '"prompt": "The sky"' in RunDir(tmp_path / "run").samples_file.read_text()

@@ -113,7 +113,9 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
     assert_same(family(name))
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"matmul": "bfloat16"}, {"mixer_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}, {"mixer_dtype": "bfloat16"}]
+)
 def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
     asked = model(**changes)
     shard_activations = for_decoding(random_params(asked), asked, PLAIN)
@@ -129,7 +131,7 @@ def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, 
     wanted = dict.fromkeys(types, changes.get("dtype", "float32"))
     if "mixer_dtype" in changes:
         wanted["mixer"] = "bfloat16"
-    if "matmul" in changes:
+    if "matmul_dtype" in changes:
         wanted["mixer"] = wanted["feedforward"] = "bfloat16"
     assert found == wanted
     assert {leaf.dtype for leaf in jax.tree.leaves(shard_activations["blocks"]["0"][0]["mixer_norm"])} == {
@@ -194,7 +196,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
-    asked = model(context_length=256, layers="scanned", d_model=64)
+    asked = model(context_length=256, scan_layers=True, d_model=64)
     params = random_params(asked)
     shard_activations = for_decoding(params, asked, PLAIN)
     # The keys of all layers, or of one.
@@ -302,7 +304,7 @@ def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
 
 def test_the_form_is_what_the_config_asks_for() -> None:
     assert form(small_config().sampling) == PLAIN
-    assert form(small_config(**{"sampling.weights": "int8"}).sampling) == INT8
+    assert form(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
     shard_activations = for_decoding(random_params(model()), model(), INT8)
     kernel = shard_activations["blocks"]["0"][0]["mixer"]["query"]["kernel"]
     assert isinstance(kernel, UpcastWeight)
@@ -315,7 +317,7 @@ def test_the_form_is_what_the_config_asks_for() -> None:
 
 
 def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
-    train(tmp_path / "run", **{"training.steps": 2, "record.eval_every": 2})
+    train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
     trained = load(tmp_path / "run")
 
     def told(**changes: Any) -> list[list[str]]:

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Nothing but steps, until the last one.
 STEPS: dict[str, Any] = {
     "training.steps": 8,
-    "record.eval_every": 8,
-    "record.checkpoint_every": 8,
+    "logging.eval_every": 8,
+    "logging.checkpoint_every": 8,
     "faults.nonfinite_policy": "skip",
 }
 

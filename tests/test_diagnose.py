@@ -64,8 +64,8 @@ TINY: dict[str, Any] = {
     "data.corpus": "files",
     "data.split": "tail",
     "schedule.name": "constant",
-    "record.log_every": 1,
-    "record.eval_batches": 1,
+    "logging.log_every": 1,
+    "logging.eval_batches": 1,
 }
 
 
@@ -394,7 +394,7 @@ class Bomb(nn.Module):
     def __call__(self, x_BTD, context):
         fuse = self.param("fuse", nn.initializers.ones, (1,))
         inner_BTD = Linear(self.config, self.config.d_model, name="inner")(x_BTD)
-        is_over = (fuse < self.config.option("limit"))[None, None] & (jnp.arange(x_BTD.shape[1]) == 3)[None, :, None]
+        is_over = (fuse < self.config.get_extra("limit"))[None, None] & (jnp.arange(x_BTD.shape[1]) == 3)[None, :, None]
         return jnp.where(is_over, jnp.inf, inner_BTD), {}
 """
 # After n steps the fuse is 0.9^n: the sixth step sees 0.9^5.
@@ -408,7 +408,7 @@ def bombed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     changes = {
         "model.feedforwards": ("swiglu", "bomb_layer:Bomb"),
-        "model.options": (("limit", 0.9**5 + 1e-3),),
+        "model.extra": (("limit", 0.9**5 + 1e-3),),
         "optimizer.learning_rate": 0.1,
         "optimizer.weight_decay": 1.0,
         "schedule.warmup_steps": 0,
@@ -459,7 +459,7 @@ def test_a_record_in_which_nothing_stands_out_is_told_so(bombed: Path) -> None:
 @pytest.mark.slow
 def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path: Path) -> None:
     ill = {"optimizer.name": "sgd", "optimizer.learning_rate": 2.0, "optimizer.clip_norm": 0.0, "training.steps": 40}
-    rarely = {"record.eval_every": 40, "record.checkpoint_every": 20, "model.derivatives": "plain"}
+    rarely = {"logging.eval_every": 40, "logging.checkpoint_every": 20, "model.save_residuals": False}
     config, path, console = config_of(**ill, **rarely), tmp_path / "ill", quiet()
     record = train(config, path)
     assert is_fault(record[-1]) and len(record) < 40

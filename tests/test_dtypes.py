@@ -206,7 +206,9 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
-    model = tiny(**{"model.matmul": "float8", "model.dtype": dtype, "model.feedforwards": ("swiglu", "moe")}).model
+    model = tiny(
+        **{"model.matmul_dtype": "float8", "model.dtype": dtype, "model.feedforwards": ("swiglu", "moe")}
+    ).model
     model = dataclasses.replace(model, n_layers=2)
 
     def loss(params: Any) -> Any:
@@ -227,7 +229,7 @@ def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
 
 def test_remat_finds_the_same_scales() -> None:
     def gradients(remat: str) -> Any:
-        model = tiny(**{"model.matmul": "float8", "model.remat": remat}).model
+        model = tiny(**{"model.matmul_dtype": "float8", "model.remat": remat}).model
         return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).loss))(random_params(model))
 
     anew, kept = gradients("full"), gradients("none")
@@ -235,7 +237,7 @@ def test_remat_finds_the_same_scales() -> None:
 
 
 def test_training_in_8_bits_lowers_the_loss() -> None:
-    config = tiny(**{"model.matmul": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
+    config = tiny(**{"model.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
     structure, numbers = split(config)
     arguments = to_traced_scalars(numbers)
     state = compiled_init_state(structure, arguments)

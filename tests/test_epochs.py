@@ -58,7 +58,7 @@ def steps_to_read_all(config: Config, n_times: int) -> int:
 
 @pytest.mark.parametrize(("epochs", "batch_size", "window"), [(1, 4, None), (2, 3, 7), (3, 5, None), (1, 1, 16)])
 def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_size: int, window: int | None) -> None:
-    changes = {"training.batch_size": batch_size, "data.window": window, "schedule.warmup_steps": 0}
+    changes = {"training.batch_size": batch_size, "data.seq_len": window, "schedule.warmup_steps": 0}
     steps = settled(by_epochs(epochs, **changes)).training.steps
     assert steps == steps_to_read_all(by_epochs(None, **changes), epochs)
 
@@ -74,13 +74,15 @@ def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
 def test_each_stage_goes_by_its_own_steps_or_epochs_or_those_of_the_run() -> None:
     listed: tuple[dict[str, Any], ...] = (
         {"name": "own_steps", "training": {"steps": 5}},
-        {"name": "inherits", "data": {"window": 8}},
+        {"name": "inherits", "data": {"seq_len": 8}},
         {"name": "own_epochs", "training": {"epochs": 2.0, "steps": 77}},
     )
     config = by_epochs(1.0, stages=listed)
     assert uses_epochs(config)
     found = {stage.name: stage.config.training.steps for stage in stages(settled(config))}
-    wide, narrow = (settled(by_epochs(epochs, **{"data.window": window})) for epochs, window in ((2.0, None), (1.0, 8)))
+    wide, narrow = (
+        settled(by_epochs(epochs, **{"data.seq_len": window})) for epochs, window in ((2.0, None), (1.0, 8))
+    )
     assert found == {"own_steps": 5, "inherits": narrow.training.steps, "own_epochs": wide.training.steps}
     assert not uses_epochs(settled(config)) and settled(settled(config)) == settled(config)
 
@@ -131,8 +133,8 @@ def test_trials_have_the_steps_that_their_epochs_are() -> None:
     preview(trials, AssetCache(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
     assert f"training.steps={counts[1]}" in console.file.getvalue()  # type: ignore[attr-defined]
     # Of the config, not of the trial: the steps follow from what is swept.
-    swept = expand(small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.window": 8}, {"data.window": 16}])
-    assert [in_words(each.overrides) for each in swept] == ["data.window=8", "data.window=16"]
+    swept = expand(small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.seq_len": 8}, {"data.seq_len": 16}])
+    assert [in_words(each.overrides) for each in swept] == ["data.seq_len=8", "data.seq_len=16"]
     assert swept[0].config.training.steps > swept[1].config.training.steps == counts[1]
     with pytest.raises(UserError, match="is not before the end of training at step"):
         check_rungs(SuccessiveHalving(({},), (counts[1] + 4 - counts[1] % 4,), 0.5), trials[1:])

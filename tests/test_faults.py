@@ -39,7 +39,7 @@ TINY = f"--config={ROOT}/configs/tiny.py"
 LONG = (
     TINY,
     "--config.training.steps=100000",
-    "--config.record.checkpoint_every=20",
+    "--config.logging.checkpoint_every=20",
     "--config.training.steps_per_jit_call=5",
 )
 IN_FULL = (pytest.mark.slow, pytest.mark.faults)
@@ -105,9 +105,9 @@ def assert_is_sound(run: Path) -> None:
 def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: Path, n_kills: int) -> None:
     often = {
         "training.steps": 600 if n_kills == 100 else 200,
-        "record.checkpoint_every": 4,
-        "record.eval_every": 40,
-        "record.log_every": 1,
+        "logging.checkpoint_every": 4,
+        "logging.eval_every": 40,
+        "logging.log_every": 1,
     }
     arguments = (TINY, *(f"--config.{knob}={value}" for knob, value in often.items()))
     moments = random.Random(0)
@@ -176,7 +176,7 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
             self.seconds_per_step[self._structure] = 2.0
         return values
 
-    config = tiny(**{"record.eval_every": 10, "record.checkpoint_every": 10})
+    config = tiny(**{"logging.eval_every": 10, "logging.checkpoint_every": 10})
     monkeypatch.setattr(metric_logger.Recorder, "trained", noted)
     assert train(config, tmp_path / "quick")[0]
     # Until the speed is known, the steps go one by one.
@@ -379,7 +379,7 @@ def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(MetricsWriter, "write", full)
     with pytest.raises(UserError, match=r"No space left on device.* its checkpoint of step 3 is whole"):
-        train(tiny(**{"record.prompts": ()}), tmp_path / "run")
+        train(tiny(**{"logging.sample_prompts": ()}), tmp_path / "run")
 
 
 def test_a_copy_of_a_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ class Noting:
 
 loop.Progress = Noting
 loop.draw_loss_curves = lambda path: path
-every = {{"record.log_every": 10, "record.eval_every": 250, "record.checkpoint_every": 250}}
+every = {{"logging.log_every": 10, "logging.eval_every": 250, "logging.checkpoint_every": 250}}
 changes = {{"training.steps": steps, "training.steps_per_jit_call": 10, **every}}
 loop.train(tiny(**changes), path, {{}}, Console(quiet=True))
 settled = min(step for step in Noting.seen if step >= steps // 2)

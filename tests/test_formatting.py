@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
     text.parent.mkdir(parents=True)
     text.write_text("The rain fell, and it did not stop. " * 40, encoding="utf-8")
     files = {"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"}
-    train(folder, **files, **{"record.prompts": ("[/INST]",), "training.steps": 2, "record.eval_every": 2})
+    train(folder, **files, **{"logging.sample_prompts": ("[/INST]",), "training.steps": 2, "logging.eval_every": 2})
     return folder
 
 
@@ -117,8 +117,8 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
 def test_explain_shows_values_and_origins_as_they_stand() -> None:
     from rustgpt_jax.cli.explain import explain
 
-    config = small_config(**{"record.prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
-    printed = shown(lambda console: explain(config, {"record.prompts": "lab[/b].py"}, console))
+    config = small_config(**{"logging.sample_prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
+    printed = shown(lambda console: explain(config, {"logging.sample_prompts": "lab[/b].py"}, console))
     assert repr((HOSTILE,)) in printed
     assert "('[/b].txt',)" in printed and "lab[/b].py" in printed
 
@@ -126,7 +126,7 @@ def test_explain_shows_values_and_origins_as_they_stand() -> None:
 def test_the_report_of_a_sweep_shows_its_name_and_values_as_they_stand(tmp_path: Path) -> None:
     from rustgpt_jax.sweeps.report.report import report
 
-    trials = grid(**{"record.prompts": ([HOSTILE], ["[/b]"]), "seed": (0, 1)})
+    trials = grid(**{"logging.sample_prompts": ([HOSTILE], ["[/b]"]), "seed": (0, 1)})
     folder = write_sweep(tmp_path / "sweep[b]", trials)
     printed = shown(lambda console: report(folder, console))
     assert HOSTILE in printed and "[/b]" in printed and "sweep[b]" in printed

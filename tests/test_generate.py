@@ -42,7 +42,7 @@ MODELS: dict[str, ModelConfig] = {
             "model.positions": ("learned",),
             "model.norm_placement": "post",
             "model.feedforwards": ("relu",),
-            "model.layers": "unrolled",
+            "model.scan_layers": False,
             "model.tie_embeddings": False,
         }
     ).model,

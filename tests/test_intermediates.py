@@ -283,12 +283,12 @@ def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediate
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.accumulation": 2, "model.dropout": 0.2, "training.z_loss": 0.01},
+        {"training.grad_accum_steps": 2, "model.dropout": 0.2, "training.z_loss": 0.01},
         pytest.param(
             {
                 "model.mixers": ("attention", "deltanet"),
                 "model.feedforwards": "moe",
-                "model.layers": "unrolled",
+                "model.scan_layers": False,
                 "model.n_layers": 3,
             },
             marks=(pytest.mark.slow, pytest.mark.long),
@@ -331,7 +331,7 @@ def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]
 def test_parts_of_a_batch_are_measured_as_one() -> None:
     """Where parts have nothing for themselves, the tensors of two halves are those of the whole."""
     _, whole = looked_into(*prepared(**{"model.n_layers": 1})[:3])
-    _, parts = looked_into(*prepared(**{"model.n_layers": 1, "training.accumulation": 2})[:3])
+    _, parts = looked_into(*prepared(**{"model.n_layers": 1, "training.grad_accum_steps": 2})[:3])
     for one, two in zip(whole, parts, strict=True):
         assert (one.kind, one.name, one.size, one.nonfinite) == (two.kind, two.name, two.size, two.nonfinite)
         np.testing.assert_allclose(two.norm, one.norm, rtol=1e-3, atol=1e-7)

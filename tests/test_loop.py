@@ -50,11 +50,11 @@ TINY = {
     "model.dropout": 0.1,
     "training.steps": 10,
     "training.steps_per_jit_call": 3,
-    "record.log_every": 1,
-    "record.eval_every": 4,
-    "record.eval_batches": 2,
-    "record.checkpoint_every": 3,
-    "record.prompts": ("Why?", "A"),
+    "logging.log_every": 1,
+    "logging.eval_every": 4,
+    "logging.eval_batches": 2,
+    "logging.checkpoint_every": 3,
+    "logging.sample_prompts": ("Why?", "A"),
     "sampling.max_tokens": 4,
     "sampling.temperature": 1.0,
 }
@@ -170,7 +170,7 @@ CORPORA = {
 
 def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | None) -> Config:
     """A run of ten steps; with a boundary, those after it are a stage of their own, on dialogues, at another rate."""
-    changes = {"tokenizer.name": tokenizer, "training.accumulation": accumulation, **CORPORA[corpus]()}
+    changes = {"tokenizer.name": tokenizer, "training.grad_accum_steps": accumulation, **CORPORA[corpus]()}
     if boundary is not None:
         second = {"corpus": "chat", "paths": (), "split": "document", "loss_mask": "assistant"}
         changes["stages"] = (
@@ -333,8 +333,8 @@ def test_a_second_trainer_is_refused_and_changes_nothing(tmp_path: Path) -> None
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="config.record.prompts"):
-        train(tiny(**{"record.prompts": ("Why is the sky blue?",)}), tmp_path / "run")
+    with pytest.raises(UserError, match="config.logging.sample_prompts"):
+        train(tiny(**{"logging.sample_prompts": ("Why is the sky blue?",)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -348,7 +348,7 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
     steps = executors.compiled_train_steps
     counted.lower = steps.lower
     monkeypatch.setattr(executors, "compiled_train_steps", counted)
-    train(tiny(**{"record.eval_every": 4, "record.checkpoint_every": 9}), tmp_path)
+    train(tiny(**{"logging.eval_every": 4, "logging.checkpoint_every": 9}), tmp_path)
     # The first ones go one by one, until it is known how long a step takes.
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
 
@@ -380,7 +380,7 @@ def scripted(path: Path, losses: dict[int, float]) -> Any:
     return evaluate
 
 
-EVERY_TWO = {"record.eval_every": 2, "record.checkpoint_every": 2, "record.prompts": ()}
+EVERY_TWO = {"logging.eval_every": 2, "logging.checkpoint_every": 2, "logging.sample_prompts": ()}
 
 
 @pytest.mark.parametrize("interruptions", [[], [Interruption(4, is_kill=False)], [Interruption(5, is_kill=True)]])
@@ -431,7 +431,7 @@ def reporting(structure, state, batches, *others):
 reporting.lower = steps.lower
 executors.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
-    changes = {{"training.batch_size": batch_size, "training.accumulation": accumulation, "training.steps": 3}}
+    changes = {{"training.batch_size": batch_size, "training.grad_accum_steps": accumulation, "training.steps": 3}}
     try:
         loop.train(small_config(**(TINY | changes)), Path(sys.argv[1]), {{}}, Console(stderr=True))
     except UserError as error:
@@ -460,7 +460,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
         "True (3, 16, 16) (3, 2, 16)",
     ]
 
-    config = tiny(**{"training.batch_size": 16, "training.accumulation": 2, "training.steps": 3})
+    config = tiny(**{"training.batch_size": 16, "training.grad_accum_steps": 2, "training.steps": 3})
     assert train(config, tmp_path / "one")[0]
     eight, one = metrics(tmp_path / "eight"), metrics(tmp_path / "one")
     assert [line["step"] for line in eight] == [line["step"] for line in one]

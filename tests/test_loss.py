@@ -134,7 +134,7 @@ def test_all_logits_never_exist_at_once(tied: bool) -> None:
 
 def test_a_step_takes_the_chunks_of_its_config() -> None:
     def gradients(chunk: int | None) -> Any:
-        config = tiny(**{"training.loss_chunk_size": chunk, "training.accumulation": 2, "training.z_loss": 0.1})
+        config = tiny(**{"training.loss_chunk_size": chunk, "training.grad_accum_steps": 2, "training.z_loss": 0.1})
         structure, numbers = split(config)
 
         def of(params: Any, batch: Batch) -> Any:

@@ -77,7 +77,11 @@ BAD = frozenset({5, 16})
 def sick(nonfinite_policy: str, **changes: Any) -> Config:
     """A run of 20 steps, with checkpoints at every third."""
     return small_config(
-        **(TINY | {"training.steps": 20, "record.prompts": (), "faults.nonfinite_policy": nonfinite_policy} | changes)
+        **(
+            TINY
+            | {"training.steps": 20, "logging.sample_prompts": (), "faults.nonfinite_policy": nonfinite_policy}
+            | changes
+        )
     )
 
 
@@ -117,7 +121,7 @@ def test_stop_ends_at_the_bad_step_and_keeps_what_was_before(tmp_path: Path) -> 
 
 
 def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
-    config = sick("skip", **{"record.log_every": 4})
+    config = sick("skip", **{"logging.log_every": 4})
     assert train(config, tmp_path)[0]
     state = stored_state(config, tmp_path)
     assert (int(state.step), int(state.health.faults), int(state.health.skipped)) == (20, 2, 0)

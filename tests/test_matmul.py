@@ -26,7 +26,7 @@ from rustgpt_jax.model.transformer import REMAT_POLICIES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FORMS = ("plain", "kept")
+FORMS = (False, True)
 # What is kept on the device of a policy that offloads is kept here too: this one has no other memory.
 POLICIES = ("none", *(name for name in REMAT_POLICIES if name != "offload"))
 
@@ -74,21 +74,21 @@ def near(found: Any, exact: Any, share: float) -> None:
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
     outputs=st.integers(1, 5),
     form=st.sampled_from(FORMS),
-    matmul=st.sampled_from(("plain", "bfloat16")),
+    matmul=st.sampled_from((None, "bfloat16")),
 )
 def test_products_and_their_gradients_are_those_of_numpy(
-    shape: tuple[int, ...], outputs: int, form: str, matmul: str
+    shape: tuple[int, ...], outputs: int, form: bool, matmul: str | None
 ) -> None:
-    config = model_of(derivatives=form, matmul=matmul)
+    config = model_of(save_residuals=form, matmul_dtype=matmul)
     x, kernel, gradient = arrays(shape, outputs)
     found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
     assert {each.dtype for each in found} == {np.dtype(np.float32)}
-    near(found, in_numpy(x, kernel, gradient, "float32" if matmul == "plain" else matmul), 2e-6)
+    near(found, in_numpy(x, kernel, gradient, matmul or "float32"), 2e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: str) -> None:
-    config = model_of(derivatives=form, dtype="bfloat16")
+def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: bool) -> None:
+    config = model_of(save_residuals=form, dtype="bfloat16")
     x, kernel, gradient = arrays((2, 9, 7), 5)
     found = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
     assert [str(each.dtype) for each in found] == ["bfloat16", "bfloat16", "float32"]
@@ -96,33 +96,33 @@ def test_products_of_a_model_in_bfloat16_are_in_bfloat16(form: str) -> None:
 
 
 def test_the_gradient_of_a_kernel_is_summed_up_in_float32_where_it_is_kept() -> None:
-    config = model_of(derivatives="kept", dtype="bfloat16")
+    config = model_of(save_residuals=True, dtype="bfloat16")
     x, kernel, gradient = arrays((2, 9, 7), 5)
     _, _, of_kernel = in_jax(lambda x, kernel: product(x, kernel, config), jnp.bfloat16(x), kernel, gradient)
     near([of_kernel], in_numpy(x, kernel, gradient, "bfloat16")[2:], 2e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_in_float64_multiplies_in_float64(form: str) -> None:
-    config = dataclasses.replace(model_of(derivatives=form), dtype="float64")
+def test_a_model_in_float64_multiplies_in_float64(form: bool) -> None:
+    config = dataclasses.replace(model_of(save_residuals=form), dtype="float64")
     x, kernel, gradient = (each.astype(np.float64) for each in arrays((2, 3, 7), 5))
     with jax.enable_x64(True):
         found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
         near(found, in_numpy(x, kernel, gradient, "float64"), 1e-14)
 
 
-@pytest.mark.parametrize("matmul", ["plain", "bfloat16"])
-def test_both_forms_multiply_in_the_same_types(matmul: str) -> None:
-    def types(form: str) -> list[tuple[str, ...]]:
-        config, (x, kernel, gradient) = model_of(derivatives=form, matmul=matmul), arrays((2, 3, 7), 5)
+@pytest.mark.parametrize("matmul", [None, "bfloat16"])
+def test_both_forms_multiply_in_the_same_types(matmul: str | None) -> None:
+    def types(form: bool) -> list[tuple[str, ...]]:
+        config, (x, kernel, gradient) = model_of(save_residuals=form, matmul_dtype=matmul), arrays((2, 3, 7), 5)
 
         def both_ways(*given: Any) -> Any:
             return in_jax(lambda x, kernel: product(x, kernel, config), *given)
 
         return sorted(types_of_products(jax.make_jaxpr(both_ways)(x, kernel, gradient).jaxpr))
 
-    operands = "float32" if matmul == "plain" else matmul
-    assert types("plain") == types("kept") == 3 * [(operands, operands, "float32")]
+    operands = matmul or "float32"
+    assert types(False) == types(True) == 3 * [(operands, operands, "float32")]
 
 
 @pytest.mark.parametrize("outputs", [3, 40])
@@ -132,9 +132,9 @@ def test_both_forms_multiply_in_the_same_types(matmul: str) -> None:
     ("dtype", "logits_dtype"), [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")]
 )
 def test_logits_and_their_gradients_are_those_of_numpy(
-    dtype: str, logits_dtype: str | None, letters: str, form: str, outputs: int
+    dtype: str, logits_dtype: str | None, letters: str, form: bool, outputs: int
 ) -> None:
-    config = model_of(derivatives=form, dtype=dtype, logits_dtype=logits_dtype)
+    config = model_of(save_residuals=form, dtype=dtype, logits_dtype=logits_dtype)
     hidden, kernel_DV, gradient = arrays((2, 9, 7), outputs)
     hidden = np.asarray(rounded(hidden, dtype), np.float32)
     weights = kernel_DV if letters == "DV" else kernel_DV.T
@@ -176,10 +176,10 @@ def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
-def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: str) -> None:
+def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: bool) -> None:
     x = np.concatenate([np.linspace(-12, 12, 97), [0.0, -0.0, 1e-20, 50, -50]]).astype(np.float32).reshape(2, -1)
     gradient = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
-    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(derivatives=form)), x)
+    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(save_residuals=form)), x)
     exact, slope = in_float64(activation, x)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(transpose(jnp.asarray(gradient))[0], gradient * slope, rtol=1e-5, atol=5e-6)
@@ -188,7 +188,7 @@ def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, fo
 @pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
 def test_activations_keep_their_type(activation: Any) -> None:
     x = jnp.linspace(-3, 3, 50, dtype=jnp.bfloat16)
-    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(derivatives="kept")), x)
+    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(save_residuals=True)), x)
     (of_x,) = transpose(jnp.ones_like(y))
     assert y.dtype == of_x.dtype == jnp.bfloat16
     near([y, of_x], in_float64(activation, np.asarray(x, np.float32)), 2**-6)
@@ -215,26 +215,26 @@ def alike(found: Any, expected: Any) -> None:
 
 def test_feedforwards_have_the_gradients_that_jax_derives() -> None:
     model = model_of(feedforwards=("gelu", "geglu", "moe"), bias=True)
-    plain, kept = (gradients(dataclasses.replace(model, derivatives=form)) for form in FORMS)
+    plain, kept = (gradients(dataclasses.replace(model, save_residuals=form)) for form in FORMS)
     alike(kept, plain)
 
 
 @pytest.mark.parametrize(
-    ("remat", "layers"), [*((remat, "scanned") for remat in POLICIES), ("none", "unrolled"), ("full", "unrolled")]
+    ("remat", "scan_layers"), [*((remat, True) for remat in POLICIES), ("none", False), ("full", False)]
 )
-def test_what_is_computed_anew_has_the_same_gradients(remat: str, layers: str) -> None:
+def test_what_is_computed_anew_has_the_same_gradients(remat: str, scan_layers: bool) -> None:
     model = model_of(n_layers=2, feedforwards=("gelu",))
-    kept = dataclasses.replace(model, derivatives="kept", remat=remat, layers=layers)
+    kept = dataclasses.replace(model, save_residuals=True, remat=remat, scan_layers=scan_layers)
     alike(gradients(kept), plain_gradients(model))
 
 
 @cache
 def plain_gradients(model: ModelConfig) -> Any:
-    return gradients(dataclasses.replace(model, derivatives="plain"))
+    return gradients(dataclasses.replace(model, save_residuals=False))
 
 
 def test_models_side_by_side_have_their_own_gradients() -> None:
-    model = model_of(derivatives="kept", n_layers=1, feedforwards=("gelu",))
+    model = model_of(save_residuals=True, n_layers=1, feedforwards=("gelu",))
     several = [random_params(model, seed) for seed in range(3)]
     alone = jax.jit(lambda params: gradients(model, params))
     together = jax.jit(jax.vmap(alone))(jax.tree.map(lambda *each: np.stack(each), *several))
@@ -251,20 +251,20 @@ def barriers(model: ModelConfig) -> int:
     return str(jax.make_jaxpr(lambda params: gradients(model, params))(params)).count("optimization_barrier")
 
 
-@pytest.mark.parametrize(("platform", "form"), [("cpu", "kept"), ("gpu", "plain"), ("rocm", "plain"), ("tpu", "plain")])
-def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: str, form: str) -> None:
+@pytest.mark.parametrize(("platform", "form"), [("cpu", True), ("gpu", False), ("rocm", False), ("tpu", False)])
+def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: bool, form: bool) -> None:
     model = model_of(n_layers=1, attention_kernel="plain")
-    wanted = barriers(dataclasses.replace(model, derivatives=form))
+    wanted = barriers(dataclasses.replace(model, save_residuals=form))
     monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
-    assert barriers(dataclasses.replace(model, derivatives="auto")) == wanted
+    assert barriers(dataclasses.replace(model, save_residuals=None)) == wanted
     # At least two for each of four products of attention and three of the feed-forward, and one for its activation.
-    assert wanted >= 15 if form == "kept" else wanted == 0
+    assert wanted >= 15 if form else wanted == 0
 
 
 def test_a_forward_alone_is_the_same_program_whatever_its_derivatives_would_be() -> None:
     texts = set()
     for form in FORMS:
-        model = for_inference(model_of(derivatives=form))
+        model = for_inference(model_of(save_residuals=form))
         forward = jax.jit(lambda params, model=model: transformer.apply(params, np.zeros((1, 4), np.int32), model)[0])
         texts.add(forward.lower(random_params(model)).as_text())
     assert len(texts) == 1

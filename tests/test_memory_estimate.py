@@ -48,14 +48,14 @@ def test_every_policy_can_be_chosen() -> None:
 
 def test_policies_keep_different_things_and_give_the_same_gradients() -> None:
     gradients = {}
-    for remat in ("none", "weights", "offload"):
+    for remat in ("none", "dots_no_batch", "offload"):
         config = small_config(**{"model.remat": remat, "model.d_model": 16, "model.n_heads": 2})
         gradient = gradient_of(config)
         params = random_params(config.model)
         gradients[remat] = gradient(params, batch_of())
         on_gpu = gradient.trace(params, batch_of()).lower(lowering_platforms=("cuda",)).as_text()
         assert ("pinned_host" in on_gpu) == (remat == "offload")
-    for remat in ("weights", "offload"):
+    for remat in ("dots_no_batch", "offload"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[remat], gradients["none"]
         )
@@ -65,13 +65,15 @@ def test_offloading_where_the_host_has_no_room_is_refused(monkeypatch: pytest.Mo
     memories = [types.SimpleNamespace(kind="device")]
     device = types.SimpleNamespace(platform="abacus", addressable_memories=lambda: memories)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    with pytest.raises(UserError, match=r"remat='offload' needs .* pinned_host memory, and abacus has none; 'weights'"):
+    with pytest.raises(
+        UserError, match=r"remat='offload' needs .* pinned_host memory, and abacus has none; 'dots_no_batch'"
+    ):
         transformer.remat_policy("offload")
-    assert transformer.remat_policy("weights") is transformer.REMAT_POLICIES["weights"]
+    assert transformer.remat_policy("dots_no_batch") is transformer.REMAT_POLICIES["dots_no_batch"]
 
 
 def test_what_is_kept_on_the_device_is_counted() -> None:
-    policies = [kept(**{"model.remat": remat}) for remat in ("full", "weights", "dots", "none")]
+    policies = [kept(**{"model.remat": remat}) for remat in ("full", "dots_no_batch", "dots", "none")]
     assert policies == sorted(set(policies))
     assert kept(**{"model.remat": "offload"}) == kept(**{"model.remat": "full"})
 

@@ -31,7 +31,7 @@ GIGABYTE = 10**9
 SMALL = Machine("cpu", 1, 8 * GIGABYTE, 0.0)
 HUGE = {
     "layers": {"model.n_layers": 1_000_000},
-    "unrolled layers": {"model.n_layers": 1_000_000, "model.layers": "unrolled"},
+    "unrolled layers": {"model.n_layers": 1_000_000, "model.scan_layers": False},
     "all layers": {"model.n_layers": 2**31 - 1},
     "width": {"model.d_model": 1_000_000},
     "vocabulary": {"model.vocab_size": 100_000_000},
@@ -64,8 +64,8 @@ def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatc
         {},
         {"model.mixers": ("attention", "rg_lru", "deltanet")},
         {"model.feedforwards": ("moe",), "model.n_experts": 16},
-        {"model.layers": "unrolled", "training.batch_size": 64},
-        {"model.context_length": 512, "training.accumulation": 2},
+        {"model.scan_layers": False, "training.batch_size": 64},
+        {"model.context_length": 512, "training.grad_accum_steps": 2},
     ],
 )
 def test_the_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch
     patterns = {"model.mixers": ("attention", "local_attention")}
     monkeypatch.setattr(memory_estimate, "MOST_TRACED", 6)
     config = small_config(**patterns, **{"model.n_layers": 25})
-    few = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="scanned"))
+    few = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
     counted = training_needs(few)
     exactly = {"parameters": memory_estimate.total_bytes(memory_estimate.parameter_shapes(few.model))}
     # The layer that is left over is of the pattern's first kind.
@@ -131,7 +131,7 @@ def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
 def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
     class Run:
         class material:
-            whole = small_config(**{"model.n_layers": 300, "model.layers": "unrolled"})
+            whole = small_config(**{"model.n_layers": 300, "model.scan_layers": False})
 
     assert "300 blocks are compiled one by one" in loop._compile_time(Run())[0]  # type: ignore[arg-type]
     Run.material.whole = small_config(**{"model.n_layers": 300})

@@ -106,7 +106,7 @@ def linear(x: np.ndarray, params: Any) -> np.ndarray:
 def norm(x: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     if model.norm == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * params["scale"] + params.get("bias", 0.0)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_eps) * params["scale"] + params.get("bias", 0.0)
 
 
 def convolution(x_TR: np.ndarray, params: Any) -> np.ndarray:
@@ -186,7 +186,7 @@ def deltanet(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
         columns = slice(head * width, (head + 1) * width)
         state = np.zeros((width, width))
         for t in range(len(x_TD)):
-            q, k = (x[t, columns] / np.sqrt((x[t, columns] ** 2).sum() + model.norm_epsilon) for x in (query, key))
+            q, k = (x[t, columns] / np.sqrt((x[t, columns] ** 2).sum() + model.norm_eps) for x in (query, key))
             erase = np.eye(width) - write[t, head] * np.outer(k, k)
             state = keep[t, head] * state @ erase + write[t, head] * np.outer(value[t, columns], k)
             mixed[t, columns] = norm(state @ q / math.sqrt(width), params["output_norm"], model)

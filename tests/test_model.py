@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
         "positions": ("learned",),
         "feedforwards": ("gelu",),
         "bias": True,
-        "layers": "unrolled",
+        "scan_layers": False,
     },
     "llama": {
         "n_kv_heads": 2,
@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": "yarn",
         "rope_factor": 8.0,
         "rope_original_context": 200,
-        "rope_fast_turns": 16.0,
+        "rope_beta_fast": 16.0,
         "attention_sinks": True,
     },
     "alibi": {"positions": ("alibi", "none"), "feedforwards": ("moe",), "norm_topk_prob": False, "n_heads": 2},
@@ -101,7 +101,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_long_factors": (1.0, 2.0, 5.0),
         "qk_norm": "head",
         "norm_placement": "post",
-        "norm_epsilon": 0.1,
+        "norm_eps": 0.1,
         "tie_embeddings": False,
     },
     "bfloat16": {
@@ -167,7 +167,7 @@ def tolerance(model: ModelConfig) -> dict[str, float]:
 def reference_norm(x: np.ndarray, params: dict[str, np.ndarray], model: ModelConfig) -> np.ndarray:
     if model.norm == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_eps)
     return x * (params["scale"] + (model.norm == "zero_centered_rmsnorm")) + params.get("bias", 0.0)
 
 
@@ -185,9 +185,9 @@ def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.nd
         share_C = np.zeros(half)
     if scaling == "llama3":
         turns_C = model.rope_original_context / (2 * math.pi / speed_C)
-        share_C = (turns_C - model.rope_slow_turns) / (model.rope_fast_turns - model.rope_slow_turns)
+        share_C = (turns_C - model.rope_beta_slow) / (model.rope_beta_fast - model.rope_beta_slow)
     if scaling == "yarn":
-        wavelengths = [model.rope_original_context / turns for turns in (model.rope_fast_turns, model.rope_slow_turns)]
+        wavelengths = [model.rope_original_context / turns for turns in (model.rope_beta_fast, model.rope_beta_slow)]
         fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope_theta) for wave in wavelengths)
         fast, slow = (math.floor(fast), math.ceil(slow)) if model.rope_truncate else (fast, slow)
         share_C = 1 - (np.arange(half) - max(fast, 0)) / (slow - max(fast, 0))
@@ -470,7 +470,7 @@ compiled_loss_and_gradient = jax.jit(loss_and_gradient, static_argnums=0)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"remat": "dots"}, {"remat": "full", "layers": "unrolled"}],
+    [{"remat": "dots"}, {"remat": "full", "scan_layers": False}],
     ids=str,
 )
 def test_unrolling_and_recomputing_change_neither_values_nor_gradients(changes: dict[str, str]) -> None:
@@ -505,10 +505,10 @@ def test_remat_is_in_the_program_and_recomputes_what_it_says() -> None:
 
 
 def test_unrolled_layers_are_a_program_without_a_loop() -> None:
-    for layers in ("scanned", "unrolled"):
-        model = model_config(layers=layers)
+    for scan_layers in (True, False):
+        model = model_config(scan_layers=scan_layers)
         program = forward.lower(random_params(model), random_tokens(), model).as_text()
-        assert ("stablehlo.while" in program) == (layers == "scanned")
+        assert ("stablehlo.while" in program) == scan_layers
 
 
 def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
@@ -523,8 +523,8 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
         params = transformer.init(jax.random.key(0), model)
         return params, transformer.apply(params, tokens_BT, model)[0]
 
-    for init_std, epsilon, base in ((0.02, 1e-6, 1e4), (0.4, 0.1, 7.0)):
-        config = small_config(**{"model.init_std": init_std, "model.norm_epsilon": epsilon, "model.rope_theta": base})
+    for init_std, eps, base in ((0.02, 1e-6, 1e4), (0.4, 0.1, 7.0)):
+        config = small_config(**{"model.init_std": init_std, "model.norm_eps": eps, "model.rope_theta": base})
         structure, numbers = split(config)
         params, logits_BTV = run({path: np.float32(value) for path, value in numbers.items()})
         assert np.std(params["embedding"]["table"]) == pytest.approx(init_std, rel=0.1)
@@ -705,7 +705,7 @@ def test_flops_have_a_closed_form(case: str) -> None:
 
 
 def test_flops_are_those_that_the_compiler_counts() -> None:
-    model = model_config(layers="unrolled", d_model=128, context_length=64, feedforwards="gelu")
+    model = model_config(scan_layers=False, d_model=128, context_length=64, feedforwards="gelu")
     shapes = flops.parameter_shapes(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)
     counted = forward.lower(*shapes, model).compile().cost_analysis()["flops"] / 64
     assert counted == pytest.approx(flops.forward_flops_per_token(model, 64), rel=0.1)

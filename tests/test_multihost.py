@@ -37,10 +37,10 @@ KNOBS = (
         "training.steps": STEPS,
         "training.batch_size": 8,
         "training.steps_per_jit_call": 2,
-        "record.log_every": 1,
-        "record.eval_every": 10,
-        "record.checkpoint_every": 5,
-        "record.prompts": ("Why?",),
+        "logging.log_every": 1,
+        "logging.eval_every": 10,
+        "logging.checkpoint_every": 5,
+        "logging.sample_prompts": ("Why?",),
     }
 )
 CONFIG = f"""

@@ -219,7 +219,7 @@ def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_onc
 ) -> None:
     script, said = BROKEN[name]
     monkeypatch.setenv("CXX", broken(tmp_path / "compiler", script) if script else "no-such-compiler")
-    sampling = small_config(**{"sampling.kernel": "native"}).sampling
+    sampling = small_config(**{"sampling.matmul_impl": "native"}).sampling
     assert form(sampling) == form(sampling) == Form(None, "plain", "cpu")
     shown = capsys.readouterr().err
     assert shown.startswith("The native kernel is not used, because ")

@@ -22,7 +22,7 @@ def kinds(tree: Any) -> set[str | None]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
-    structure, numbers = split(tiny(**{"optimizer.offload": True, "optimizer.name": name}))
+    structure, numbers = split(tiny(**{"optimizer.offload_state": True, "optimizer.name": name}))
     state = compiled_init_state(structure, to_traced_scalars(numbers))
     assert kinds(state.opt_state) == {"pinned_host"}
     assert kinds(state.params) == {"device"}
@@ -31,7 +31,7 @@ def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -
 @pytest.mark.parametrize("name", ["adamw", "schedule_free"])
 def test_offloading_changes_no_bit(name: str, tmp_path: Path) -> None:
     here = tiny(**{"optimizer.name": name, "training.steps": 6})
-    there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload": True})
+    there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload_state": True})
     assert train(here, tmp_path / "here")[0] and train(there, tmp_path / "there")[0]
     assert_same_bits(stored_state(here, tmp_path / "here"), stored_state(there, tmp_path / "there"))
     assert metrics(tmp_path / "here") == metrics(tmp_path / "there")
@@ -46,5 +46,5 @@ def test_devices_that_cannot_reach_the_host_are_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     with pytest.raises(UserError, match="a small one cannot compute from the host's memory"):
-        check_memories(tiny(**{"optimizer.offload": True}))
+        check_memories(tiny(**{"optimizer.offload_state": True}))
     check_memories(tiny())

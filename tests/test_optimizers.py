@@ -27,7 +27,7 @@ from rustgpt_jax.training.optimizers import (
 
 Params = dict[str, Any]
 
-NUMBERS = ("learning_rate", "b1", "b2", "epsilon", "momentum", "muon_learning_rate", "weight_decay")
+NUMBERS = ("learning_rate", "b1", "b2", "eps", "momentum", "muon_learning_rate", "weight_decay")
 LAYERS = 2
 KERNELS = {"up": (4, 10), "down": (10, 4)}
 
@@ -104,7 +104,7 @@ def test_traced_numbers_give_what_constants_give_from_one_compilation(name: str)
         config = dataclasses.replace(knobs(name=name), **numbers)
         return optimizer(config, rate).update(gradients, optimizer(config).init(params), params)[0]
 
-    other = knobs(name=name, learning_rate=0.3, b1=0.5, b2=0.6, momentum=0.7, weight_decay=0.2, epsilon=0.1)
+    other = knobs(name=name, learning_rate=0.3, b1=0.5, b2=0.6, momentum=0.7, weight_decay=0.2, eps=0.1)
     whole = traced(numbers_of(knobs(name=name)), np.float32(1.0))
     # The schedule's factor multiplies all of the update.
     assert_close(traced(numbers_of(knobs(name=name)), np.float32(0.25)), jax.tree.map(lambda leaf: 0.25 * leaf, whole))
@@ -130,7 +130,7 @@ def adam_direction(config: OptimizerConfig) -> Callable[[np.ndarray], np.ndarray
         count += 1
         mean = config.b1 * mean + (1 - config.b1) * gradient
         square = config.b2 * square + (1 - config.b2) * gradient**2
-        return mean / (1 - config.b1**count) / (np.sqrt(square / (1 - config.b2**count)) + config.epsilon)
+        return mean / (1 - config.b1**count) / (np.sqrt(square / (1 - config.b2**count)) + config.eps)
 
     return direction
 
@@ -200,7 +200,7 @@ class ScheduleFree:
         count, weights = len(self.rates), np.maximum.accumulate(self.rates) ** 2
         self.square = config.b2 * self.square + (1 - config.b2) * gradient**2
         root = np.sqrt(self.square / (1 - config.b2**count))
-        self.z = self.z - rate * (gradient / (root + config.epsilon) + decay * self.y)
+        self.z = self.z - rate * (gradient / (root + config.eps) + decay * self.y)
         share = weights[-1] / weights.sum() if rate else 0.0
         self.x = (1 - share) * self.x + share * self.z
         self.y = (1 - config.b1) * self.z + config.b1 * self.x
@@ -245,7 +245,7 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_five_steps_are_those_of_the_papers(name: str) -> None:
     groups = (("norm|bias", 0.0), ("head", 0.5), (".*", 1.0))
-    config = knobs(name=name, learning_rate=0.01, epsilon=0.1, weight_decay=0.2, weight_decay_groups=groups)
+    config = knobs(name=name, learning_rate=0.01, eps=0.1, weight_decay=0.2, weight_decay_groups=groups)
     after = dict(leaves(run(config, parameters(), 5)))
     for path, start in leaves(parameters()):
         decay = 0.0 if "norm" in path or "bias" in path else 0.1 if "head" in path else 0.2
@@ -294,12 +294,12 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
 # Muon.
 
 
-@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+@pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("feedforward", FEEDFORWARDS)
-def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str, layers: str) -> None:
+def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str, scan_layers: bool) -> None:
     everything = {
         "model.feedforwards": (feedforward,),
-        "model.layers": layers,
+        "model.scan_layers": scan_layers,
         "model.bias": True,
         "model.qk_norm": "head",
         "model.positions": ("learned",),
@@ -391,7 +391,7 @@ def test_before_the_first_step_every_optimizer_is_evaluated_at_its_parameters(na
 
 # Schedule-free.
 
-SCHEDULE_FREE = {"name": "schedule_free", "epsilon": 1e-3, "weight_decay": 0.2}
+SCHEDULE_FREE = {"name": "schedule_free", "eps": 1e-3, "weight_decay": 0.2}
 DECAYING = {"name": "schedule_free", "weight_decay_groups": (("norm|bias", 0.0), (".*", 1.0))}
 # A warm-up, a rate that stays, and one that falls.
 RATES = (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.3, 0.1)

@@ -50,7 +50,7 @@ print(json.dumps([predicted, status("VmHWM") - before]))
     [
         "{}",
         pytest.param('{"model.dtype": "bfloat16", "model.remat": "full"}', marks=pytest.mark.long),
-        pytest.param('{"training.accumulation": 4}', marks=pytest.mark.long),
+        pytest.param('{"training.grad_accum_steps": 4}', marks=pytest.mark.long),
     ],
 )
 def test_predicted_memory_is_that_of_a_process(knobs: str) -> None:

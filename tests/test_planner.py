@@ -43,7 +43,7 @@ OTHER: dict[str, Any] = {
     "data.split": "tail",
     "data.valid_fraction": 0.3,
     "data.loss_mask": "assistant",
-    "data.window": 16,
+    "data.seq_len": 16,
     "model.vocab_size": 62,
     "model.context_length": 16,
     "model.n_layers": 1,
@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
     "model.feedforwards": ("gelu",),
     "model.norm": "layernorm",
     "model.norm_placement": "post",
-    "model.norm_epsilon": 1e-3,
+    "model.norm_eps": 1e-3,
     "model.positions": ("learned",),
     "model.rope_theta": 100.0,
     "model.qk_norm": "head",
@@ -87,8 +87,8 @@ OTHER: dict[str, Any] = {
     "model.rope_scaling": "linear",
     "model.rope_factor": 2.0,
     "model.rope_original_context": 8,
-    "model.rope_slow_turns": 2.0,
-    "model.rope_fast_turns": 5.0,
+    "model.rope_beta_slow": 2.0,
+    "model.rope_beta_fast": 5.0,
     "model.rope_attention_factor": 2.0,
     "model.rope_truncate": False,
     "model.rope_short_factors": (2.0,),
@@ -101,28 +101,28 @@ OTHER: dict[str, Any] = {
     "model.norm_topk_prob": False,
     "model.load_balance_loss_weight": 0.5,
     "model.router_z_loss": 0.5,
-    "model.options": (("decay", 0.5),),
+    "model.extra": (("decay", 0.5),),
     "model.dropout": 0.2,
     "model.init_std": 0.5,
     "model.dtype": "bfloat16",
     "model.mixer_dtype": "bfloat16",
     "model.feedforward_dtype": "bfloat16",
     "model.logits_dtype": "bfloat16",
-    "model.matmul": "float8",
-    "model.derivatives": "kept",
-    "model.layers": "unrolled",
+    "model.matmul_dtype": "float8",
+    "model.save_residuals": True,
+    "model.scan_layers": False,
     "model.remat": "full",
     "optimizer.name": "sgd",
     "optimizer.learning_rate": 0.5,
     "optimizer.b1": 0.5,
     "optimizer.b2": 0.5,
-    "optimizer.epsilon": 0.5,
+    "optimizer.eps": 0.5,
     "optimizer.momentum": 0.5,
     "optimizer.muon_learning_rate": 0.5,
     "optimizer.weight_decay": 0.5,
     "optimizer.weight_decay_groups": ((".*", 1.0),),
     "optimizer.clip_norm": 0.5,
-    "optimizer.offload": True,
+    "optimizer.offload_state": True,
     "optimizer.state_dtype": "bfloat16",
     "schedule.name": "linear",
     "schedule.warmup_steps": 1,
@@ -131,7 +131,7 @@ OTHER: dict[str, Any] = {
     "training.steps": 9,
     "training.epochs": 2.0,
     "training.batch_size": 8,
-    "training.accumulation": 2,
+    "training.grad_accum_steps": 2,
     "training.steps_per_jit_call": 2,
     "training.z_loss": 0.5,
     "training.loss_chunk_size": 4,
@@ -142,11 +142,11 @@ OTHER: dict[str, Any] = {
     "mesh.tensor": 2,
     "faults.nonfinite_policy": "skip",
     "faults.max_skipped": 3,
-    "record.log_every": 3,
-    "record.eval_every": 3,
-    "record.eval_batches": 3,
-    "record.checkpoint_every": 3,
-    "record.prompts": ("?",),
+    "logging.log_every": 3,
+    "logging.eval_every": 3,
+    "logging.eval_batches": 3,
+    "logging.checkpoint_every": 3,
+    "logging.sample_prompts": ("?",),
     "sampling.seed": 1,
     "sampling.max_tokens": 3,
     "sampling.temperature": 0.5,
@@ -155,9 +155,9 @@ OTHER: dict[str, Any] = {
     "sampling.min_p": 0.5,
     "sampling.repetition_penalty": 2.0,
     "sampling.past_context": "slide",
-    "sampling.memory": 3,
-    "sampling.weights": "int8",
-    "sampling.kernel": "native",
+    "sampling.history_turns": 3,
+    "sampling.weight_dtype": "int8",
+    "sampling.matmul_impl": "native",
 }
 PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 
@@ -165,7 +165,7 @@ PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 def selects_a_program(path: str) -> bool:
     """Whether another value of a knob needs another compiled program."""
     is_number = "number" in field_of(path).metadata
-    return path == "data.window" or (path.split(".")[0] in PROGRAM_GROUPS and not is_number)
+    return path == "data.seq_len" or (path.split(".")[0] in PROGRAM_GROUPS and not is_number)
 
 
 def test_every_knob_is_tried() -> None:
@@ -186,7 +186,7 @@ def test_a_part_that_is_switched_off_is_another_program(path: str) -> None:
 
 
 def test_a_window_given_in_words_is_no_other_program() -> None:
-    assert class_key(small_config()) == class_key(small_config(**{"data.window": 32}))
+    assert class_key(small_config()) == class_key(small_config(**{"data.seq_len": 32}))
 
 
 def test_stages_are_part_of_the_program() -> None:
@@ -199,7 +199,7 @@ def test_stages_are_part_of_the_program() -> None:
     alone, both = class_key(small_config()), key()
     assert len(both) == 2 and both != alone and both[0] == alone[0]
     assert key(stages__instruct__optimizer__learning_rate=0.5, stages__pretrain__training__steps=9) == both
-    assert key(stages__instruct__data__window=16) != both
+    assert key(stages__instruct__data__seq_len=16) != both
     assert key(stages__instruct__schedule__name="linear") != both
 
 
@@ -388,7 +388,7 @@ def test_a_cost_is_summed_over_the_stages() -> None:
 
     one = at()
     assert one.tokens == 8 * 4 * 32 and one.total_flops == 8 * one.step_flops
-    two = at(stages=({"name": "a", "training": {"steps": 3}}, {"name": "b", "data": {"window": 16}}))
+    two = at(stages=({"name": "a", "training": {"steps": 3}}, {"name": "b", "data": {"seq_len": 16}}))
     assert two.tokens == 3 * 4 * 32 + 8 * 4 * 16
     assert 3 * two.step_flops < two.total_flops < one.total_flops * 11 / 8
     assert (two.state_bytes, two.working_bytes, two.step_flops) == (
@@ -402,7 +402,7 @@ def test_a_cost_is_summed_over_the_stages() -> None:
 
 # The structures of which XLA is asked what it needs. SGD compiles in half the time, and nothing here depends on it.
 STRUCTURES: dict[str, dict[str, Any]] = {
-    "accumulation": {"training.batch_size": 16, "training.accumulation": 4, "model.vocab_size": 2000},
+    "accumulation": {"training.batch_size": 16, "training.grad_accum_steps": 4, "model.vocab_size": 2000},
     "remat": {"model.remat": "full", "model.n_layers": 6, "training.batch_size": 16, "model.context_length": 64},
     "dropout": {"model.dropout": 0.1, "training.batch_size": 16, "model.context_length": 64},
 }
@@ -435,7 +435,7 @@ def test_memory_grows_with_what_is_kept() -> None:
     assert kept(**{"model.remat": "full"}) < kept(**{"model.remat": "dots"}) < everything
     assert kept(**{"training.batch_size": 8}) > 1.8 * everything
     # A part of a batch is computed at a time.
-    assert kept(**{"training.batch_size": 8, "training.accumulation": 2}) == everything
+    assert kept(**{"training.batch_size": 8, "training.grad_accum_steps": 2}) == everything
     assert kept(**{"model.dropout": 0.1}) > everything
     # One block, computed anew, is all that there is.
     assert kept(**{"model.remat": "full", "model.n_layers": 1}) >= kept(**{"model.n_layers": 1})

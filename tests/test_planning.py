@@ -183,9 +183,9 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
 
 
 def test_changes_of_a_config() -> None:
-    config = small_config(**{"training.batch_size": 32, "model.n_heads": 4, "data.window": None})
+    config = small_config(**{"training.batch_size": 32, "model.n_heads": 4, "data.seq_len": None})
     assert [[str(change) for change in of_kind] for of_kind in changes(config, 1024, 8)] == [
-        ["--config.training.accumulation=2", "--config.training.accumulation=4"],
+        ["--config.training.grad_accum_steps=2", "--config.training.grad_accum_steps=4"],
         ["--config.model.remat=full"],
         ["--config.training.loss_chunk_size=512"],
         [f"--config.mesh.data={8 // n} --config.mesh.fsdp={n}" for n in (2, 4, 8)],

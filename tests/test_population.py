@@ -23,7 +23,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 QUIET = Console(file=StringIO())
-NO_SAMPLES: dict[str, Any] = {"record.prompts": ()}
+NO_SAMPLES: dict[str, Any] = {"logging.sample_prompts": ()}
 ONE_DEVICE = ShardingPlan()
 
 
@@ -82,7 +82,7 @@ def staged(accumulation: int) -> list[Config]:
     [
         pytest.param(population({}), id="numbers", marks=pytest.mark.slow),
         pytest.param(
-            population({"training.accumulation": 2, "optimizer.name": "muon"}),
+            population({"training.grad_accum_steps": 2, "optimizer.name": "muon"}),
             id="accumulation",
             marks=[pytest.mark.slow, pytest.mark.long],
         ),

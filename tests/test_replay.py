@@ -46,12 +46,12 @@ TINY: dict[str, Any] = {
     "model.dropout": 0.1,
     "data.corpus": "files",
     "data.split": "tail",
-    "training.accumulation": 2,
+    "training.grad_accum_steps": 2,
     "training.steps_per_jit_call": 3,
-    "record.log_every": 1,
-    "record.eval_every": 4,
-    "record.eval_batches": 1,
-    "record.checkpoint_every": 3,
+    "logging.log_every": 1,
+    "logging.eval_every": 4,
+    "logging.eval_batches": 1,
+    "logging.checkpoint_every": 3,
 }
 
 
@@ -194,7 +194,7 @@ def test_a_step_that_is_not_recorded_by_config_is_said_to_be_so(own: Path, monke
     rewritten(own, lambda line: line if line["step"] % 3 == 0 else None)
     console = quiet()
     assert replay(own, 2, False, console)
-    assert "The run does not record step 2 (config.record.log_every=1): there is nothing to" in said(console)
+    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in said(console)
 
 
 def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
@@ -287,7 +287,7 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
     text_file().write_text("To be, or not to be, that is the question:\n" * 40)
-    changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.accumulation": 1}
+    changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.grad_accum_steps": 1}
     changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
     path = tmp_path / "run"
     loop.train(small_config(**(TINY | changes)), path, {}, quiet())
@@ -322,7 +322,7 @@ from rustgpt_jax.reproduce.recorded_run import Past
 from rustgpt_jax.training import loop
 loop.draw_loss_curves = lambda folder: folder
 path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
-changes = {TINY | {"data.paths": (str(text_file()),), "training.accumulation": 1, "model.n_layers": 1}!r}
+changes = {TINY | {"data.paths": (str(text_file()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
 loop.train(small_config(**changes), path, {{}}, console)
 with Past(path, console) as past:
     again, inside = replay_one_step(past, 2, has_taps=True)

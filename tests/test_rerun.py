@@ -330,8 +330,8 @@ sys.exit(rerun(Path(sys.argv[1]), None, Console()))
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_rerun_that_is_stopped_goes_on(tmp_path: Path) -> None:
-    changes = {"training.steps": 2000, "training.steps_per_jit_call": 20, "record.eval_every": 2000}
-    train_elsewhere(tmp_path / "run", **changes, **{"record.checkpoint_every": 500})
+    changes = {"training.steps": 2000, "training.steps_per_jit_call": 20, "logging.eval_every": 2000}
+    train_elsewhere(tmp_path / "run", **changes, **{"logging.checkpoint_every": 500})
     again = RunDir(tmp_path / "run.rerun")
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -394,7 +394,7 @@ def test_a_rerun_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     step = code / "rustgpt_jax" / "training" / "step.py"
     step.write_text(step.read_text().replace("loss=sums.loss /", "loss=2 * sums.loss /"))
     corpus = {"data.corpus": "files", "data.paths": ["small.txt"], "data.split": "tail"}
-    train_elsewhere(text.parent / "run", code, **corpus, **{"record.prompts": ["A"], "sampling.max_tokens": 2})
+    train_elsewhere(text.parent / "run", code, **corpus, **{"logging.sample_prompts": ["A"], "sampling.max_tokens": 2})
     shutil.rmtree(code)
     os.rename(text.parent / "run", tmp_path / "moved")
     is_same, said = rerun(tmp_path / "moved", tmp_path / "again", is_trusted=True)

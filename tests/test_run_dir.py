@@ -72,7 +72,7 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> No
     with pytest.raises(UserError, match="; and 2 more. Choose"):
         create(
             tmp_path,
-            dataclasses.replace(config, model=model, seed=1, data=dataclasses.replace(config.data, window=9)),
+            dataclasses.replace(config, model=model, seed=1, data=dataclasses.replace(config.data, seq_len=9)),
             {},
         )
 

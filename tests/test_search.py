@@ -101,7 +101,7 @@ def train_by_formula(loss: Loss, ticks: Ticks, launch: Launch, chunks: Sequence[
         for trial, config in configs.items():
             end = min(chunk.until or math.inf, stages(config)[-1].end_step)
             lines, event, step = [], "finished" if end == config.training.steps else "stopped", end
-            for at in range(config.record.eval_every, end + 1, config.record.eval_every):
+            for at in range(config.logging.eval_every, end + 1, config.logging.eval_every):
                 if math.isnan(loss(config, at)):
                     event, step = "diverged", at
                     break
@@ -250,7 +250,7 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "rungs", "message"),
     [
-        ({}, (4, 10), "no evaluation at step 10, for config.record.eval_every=4; the nearest rung is 8"),
+        ({}, (4, 10), "no evaluation at step 10, for config.logging.eval_every=4; the nearest rung is 8"),
         ({}, (1,), "no evaluation at step 1, .* the nearest rung is 4"),
         ({}, (4, 12), "the rung 12 is not before the end of training at step 12"),
         ({"data.valid_fraction": 0.0}, (4,), "config.data.valid_fraction=0 has none"),
@@ -478,7 +478,7 @@ def test_options_of_any_kind_are_searched(by_formula: Callable[[Loss], Ticks], t
     options: dict[str, tuple[Any, ...]] = {
         "model.mixers": (("attention",), ("local_attention", "attention")),
         "optimizer.weight_decay_groups": ((("norm", 0.0), (".*", 1.0)), ((".*", 1.0),)),
-        "data.window": (None, 8),
+        "data.seq_len": (None, 8),
     }
     search = tree_parzen(24, SPACE | {path: choice(*each) for path, each in options.items()}, batch=4)
     for _ in range(2):
@@ -522,7 +522,7 @@ def test_points_that_do_not_resolve_are_skipped(by_formula: Callable[[Loss], Tic
 
 IMPOSSIBLE_HERE = {
     "mesh.tensor": (2**16, "config.mesh: a trial on tensor 65536 needs 65536 devices"),
-    "data.window": (17, "config.data.window=17"),
+    "data.seq_len": (17, "config.data.seq_len=17"),
     "optimizer.weight_decay_groups": ((("kernel", 1.0),), "weight_decay_groups"),
 }
 
@@ -533,7 +533,7 @@ def test_points_that_cannot_run_here_are_skipped(
 ) -> None:
     by_formula(bowl)
     value, reason = IMPOSSIBLE_HERE[path]
-    usual = {"mesh.tensor": 1, "data.window": None, "optimizer.weight_decay_groups": ((".*", 1.0),)}[path]
+    usual = {"mesh.tensor": 1, "data.seq_len": None, "optimizer.weight_decay_groups": ((".*", 1.0),)}[path]
     search = tree_parzen(6, SPACE | {path: choice(usual, value)}, batch=2)
     with opened(tmp_path) as sweep:
         skipped = run_tpe(sweep, search, tiny_tree(), (), sweep.shelf, sweep.check)

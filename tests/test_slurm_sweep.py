@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     config.model.n_layers, config.model.d_model = 1, 16
     config.training.batch_size, config.training.steps, config.training.steps_per_jit_call = 4, 8, 4
     config.schedule.warmup_steps = 2
-    config.record.log_every, config.record.eval_every, config.record.checkpoint_every = 4, 8, 8
-    config.record.eval_batches = 1
+    config.logging.log_every, config.logging.eval_every, config.logging.checkpoint_every = 4, 8, 8
+    config.logging.eval_batches = 1
     return config
 
 def sweep():
@@ -47,8 +47,8 @@ def sweep():
 def sweep_pair():
     yield from list(sweep())[:2]
 
-LONG = {"training.steps": 2000, "training.steps_per_jit_call": 50, "record.log_every": 50}
-RARELY = {"record.eval_every": 2000, "record.checkpoint_every": 2000}
+LONG = {"training.steps": 2000, "training.steps_per_jit_call": 50, "logging.log_every": 50}
+RARELY = {"logging.eval_every": 2000, "logging.checkpoint_every": 2000}
 
 def sweep_long():
     for learning_rate in (1e-3, 1e-2):

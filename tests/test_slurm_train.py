@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict[str, str], tmp_path: Path) -> None:
     (script,) = re.findall(r"```\n(#SBATCH.*?)```", PAGE, re.DOTALL)
-    steps = ("--config.training.steps=1200", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
+    steps = ("--config.training.steps=1200", "--config.logging.checkpoint_every=200", "--config.logging.log_every=100")
     arguments = f"--config={ROOT}/configs/tiny.py {' '.join(steps)} --run={tmp_path}/run"
     training = "python launch.py train --config=configs/gpt2_124m.py --run=runs/gpt2"
     assert training in script
@@ -49,7 +49,7 @@ def test_a_warned_job_is_queued_again_and_ends_as_if_it_had_not_been(slurm: dict
 @pytest.mark.slow
 @pytest.mark.long
 def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
-    steps = ("--config.training.steps=2000", "--config.record.checkpoint_every=200", "--config.record.log_every=100")
+    steps = ("--config.training.steps=2000", "--config.logging.checkpoint_every=200", "--config.logging.log_every=100")
     command = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", *steps]
     command += [f"--run={tmp_path}/run", "--launcher=slurm", "--slurm=ntasks=2", "--slurm=time=20"]
     environment = slurm | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "RUSTGPT_JAX_CACHE": os.environ["RUSTGPT_JAX_CACHE"]}

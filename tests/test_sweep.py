@@ -55,8 +55,8 @@ TINY = {
     "model.d_model": 16,
     "model.n_heads": 2,
     "training.steps": 12,
-    "record.eval_batches": 2,
-    "record.prompts": (),
+    "logging.eval_batches": 2,
+    "logging.sample_prompts": (),
 }
 RATES = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
 ABOUT = SweepInfo("tiny.py", "sweep", {})

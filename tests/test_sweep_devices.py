@@ -15,7 +15,9 @@ from rustgpt_jax.workdir.event_log import launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")
-KNOBS = SMALL | TINY | {"training.steps": 8, "training.batch_size": 8, "record.log_every": 1, "record.prompts": ()}
+KNOBS = (
+    SMALL | TINY | {"training.steps": 8, "training.batch_size": 8, "logging.log_every": 1, "logging.sample_prompts": ()}
+)
 CONFIG = f"""
 from configs import base
 from rustgpt_jax.config.validation import override

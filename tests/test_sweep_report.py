@@ -177,14 +177,14 @@ def test_values_keep_four_digits(value: float) -> None:
 def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
     from rustgpt_jax.config.validation import parse_all
 
-    prompts = "--config.record.prompts='Hi, you' --config.record.prompts='[INST] hi [/INST]'"
+    prompts = "--config.logging.sample_prompts='Hi, you' --config.logging.sample_prompts='[INST] hi [/INST]'"
     launched = f"python launch.py sweep --config=configs/tiny.py --config.seed 5 {prompts} --config.seed=6 --mode=lanes"
     results = read_results(write_sweep(tmp_path / "sweep", grid(seed=(0,)), command=launched))
     overrides = {
         "model.mixers": ["a", "b"],
         "optimizer.learning_rate": 1e-5 / 3,
         "model.bias": True,
-        "data.window": None,
+        "data.seq_len": None,
         "data.paths": ["a,b.txt", "c.txt"],
     }
     command = rerun_command(results, overrides)
@@ -194,7 +194,7 @@ def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
     expected = {
         **overrides,
         "seed": 6,
-        "record.prompts": ("Hi, you", "[INST] hi [/INST]"),
+        "logging.sample_prompts": ("Hi, you", "[INST] hi [/INST]"),
         "model.mixers": ("a", "b"),
         "data.paths": ("a,b.txt", "c.txt"),
     }

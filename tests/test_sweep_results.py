@@ -180,11 +180,11 @@ def test_a_knob_that_a_trial_leaves_alone_has_the_value_of_its_config(tmp_path: 
 
 
 def test_trials_of_unlike_configs_are_unlike_settings_whatever_they_override(tmp_path: Path) -> None:
-    trials = [{"seed": seed, "record.prompts": [prompt]} for seed in (0, 1) for prompt in ("a", "b")]
+    trials = [{"seed": seed, "logging.sample_prompts": [prompt]} for seed in (0, 1) for prompt in ("a", "b")]
     folder = write_sweep(tmp_path / "sweep", trials)
     for overrides in trials:
-        steps = 50 if overrides["record.prompts"] == ["b"] else 60
-        create_config(folder, overrides, **{"record.prompts": ("a",), "training.steps": steps})
+        steps = 50 if overrides["logging.sample_prompts"] == ["b"] else 60
+        create_config(folder, overrides, **{"logging.sample_prompts": ("a",), "training.steps": steps})
     read = read_results(folder)
     # As the configs say, whatever the ledger says.
     assert read.swept == ("seed", "training.steps")

@@ -184,7 +184,7 @@ def test_memory_is_bounded_for_one_long_document(megabytes: int, tmp_path: Path)
 def test_a_store_is_built_once(lines: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build_store(lines, char(), tmp_path / "stores")
     monkeypatch.setattr(token_store, "encode_documents", refuse_to_encode)
-    assert build_store(dataclasses.replace(lines, window=77), char(), tmp_path / "stores") == first
+    assert build_store(dataclasses.replace(lines, seq_len=77), char(), tmp_path / "stores") == first
 
 
 CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, Tokenizer]]] = {
@@ -409,7 +409,7 @@ def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
     fitting = stream.n_tokens - 1
     require_batch(stream, fitting, 1)
     numbers = f"has {stream.n_tokens} tokens and one batch needs {stream.n_tokens + 1}"
-    message = f"{numbers}.*batch_size=1 or .*window={fitting + 1}"
+    message = f"{numbers}.*batch_size=1 or .*seq_len={fitting + 1}"
     with pytest.raises(UserError, match=message):
         require_batch(stream, fitting + 1, 1)
 

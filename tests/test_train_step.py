@@ -31,7 +31,7 @@ from rustgpt_jax.training.train_step import (
 TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}
 # Switches, of which clipping is on by default.
 SWITCHES = {"model.dropout": 0.1, "training.z_loss": 1e-3, "optimizer.clip_norm": 1.0}
-ALL_ON = SWITCHES | {"training.accumulation": 2}
+ALL_ON = SWITCHES | {"training.grad_accum_steps": 2}
 SGD = {"optimizer.name": "sgd"}
 # Batches in a call: one number, for each compiles a program of its own.
 SLOTS = 4
@@ -175,7 +175,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
     assert len(set(batch.weights_BT.reshape(parts, -1).sum(axis=1))) > 1
     params = parameters(init_std=0.3)
     whole, whole_sums = gradient_of(tiny(**IN_PARTS), params, batch)
-    summed, sums = gradient_of(tiny(**IN_PARTS, **{"training.accumulation": parts}), params, batch)
+    summed, sums = gradient_of(tiny(**IN_PARTS, **{"training.grad_accum_steps": parts}), params, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), sums, whole_sums)
     smallest = 1e-6 * float(optax.tree.norm(whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=smallest), summed, whole)

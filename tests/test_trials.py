@@ -34,8 +34,8 @@ KNOBS = {
     "model.dropout": some.floats(0.01, 0.9),
     "model.qk_norm": some.sampled_from(["head", "projection"]),
     "training.steps": some.integers(20, 1000),
-    "data.window": some.none() | some.integers(2, 32),
-    "record.prompts": some.lists(some.text(max_size=3), max_size=2).map(tuple),
+    "data.seq_len": some.none() | some.integers(2, 32),
+    "logging.sample_prompts": some.lists(some.text(max_size=3), max_size=2).map(tuple),
 }
 
 
@@ -88,7 +88,7 @@ def test_an_override_reaches_into_a_stage() -> None:
 
 
 def test_overrides_survive_json() -> None:
-    overrides = {RATE: 0.1 + 0.2, "record.prompts": ("a", "b"), "data.window": None, "model.bias": False}
+    overrides = {RATE: 0.1 + 0.2, "logging.sample_prompts": ("a", "b"), "data.seq_len": None, "model.bias": False}
     again = json.loads(json.dumps(trial(TREE, overrides).overrides))
     assert trial(TREE, again).id == trial(TREE, overrides).id
 

@@ -106,8 +106,8 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.rope_long_factors": ["a"]}, ["config.model.rope_long_factors takes a list of numbers"]),
     ({"model.mixers": "rg_lru", "model.recurrent_blocks": 3}, ["recurrent_blocks=3", "does not divide"]),
     ({"model.feedforwards": "moe", "model.n_experts": 1}, ["experts_per_token=2", "n_experts=1"]),
-    ({"data.window": 33}, ["data.window=33", "context_length=32"]),
-    ({"training.accumulation": 3}, ["training.batch_size=4", "accumulation=3"]),
+    ({"data.seq_len": 33}, ["data.seq_len=33", "context_length=32"]),
+    ({"training.grad_accum_steps": 3}, ["training.batch_size=4", "grad_accum_steps=3"]),
     ({"schedule.warmup_steps": 9}, ["schedule.warmup_steps=9", "training.steps=8"]),
     ({"data.corpus": "files"}, ["data.corpus='files'", "--config.data.paths"]),
     ({"tokenizer.vocab_size": None}, ["bpe", "config.tokenizer.vocab_size"]),
@@ -218,7 +218,7 @@ def test_every_value_can_be_typed(path: str) -> None:
         assert checked(path, parse(path, str(value)), path) == value
 
 
-TEXT_LISTS = ("record.prompts", "data.paths")
+TEXT_LISTS = ("logging.sample_prompts", "data.paths")
 
 
 @pytest.mark.parametrize("path", TEXT_LISTS)
@@ -233,7 +233,7 @@ def test_text_lists_take_one_item_a_flag_or_a_python_list(path: str, items: list
     "text", ["(softly) Hello", "[INST] hi [/INST]", "[1, 2]", "(a", "[" * 9000, "a, b", "'a', 'b'"]
 )
 def test_text_that_is_no_list_of_strings_is_one_item(text: str) -> None:
-    assert parse("record.prompts", text) == (text,)
+    assert parse("logging.sample_prompts", text) == (text,)
 
 
 def test_a_list_given_again_is_longer_and_another_knob_is_replaced() -> None:
@@ -311,7 +311,7 @@ def test_any_text_is_read_or_is_a_user_error(path: str, text: str) -> None:
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict])
 def test_override_reaches_every_field_and_into_stages(kind: Any) -> None:
-    target = replace_paths(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.window": 8})
+    target = replace_paths(small_config(), {"data.paths": ("x",), "model.n_layers": 4, "data.seq_len": 8})
     tree = small_tree(stages=(kind(stage("one", data={"corpus": "chat"})), kind(stage("two"))))
     tree.lock()
     for path, value in flatten(target).items():
@@ -330,7 +330,7 @@ def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
     for path, value in {
         "model.n_layers": "two",
         "model.norm": 3,
-        "data.window": "x",
+        "data.seq_len": "x",
         "stages.one.data.corpus": 3,
     }.items():
         tree = small_tree(stages=(ConfigDict(stage("one", data={"corpus": "chat"})),))

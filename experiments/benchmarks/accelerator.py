@@ -69,7 +69,7 @@ FLAGS = flags.FLAGS
 SECTIONS = ("checks", "training", "torch", "decoding", "sweep")
 # Other ways to the same, tried at the best batch.
 VARIANTS: dict[str, tuple[Knobs, ...]] = {
-    "rustgpt_jax": ({"model.layers": "unrolled"},),
+    "rustgpt_jax": ({"model.scan_layers": False},),
     "PyTorch": ({"attention": "cudnn"},),
 }
 
@@ -77,8 +77,8 @@ VARIANTS: dict[str, tuple[Knobs, ...]] = {
 class Extent(NamedTuple):
     """How much is measured.
 
-    decoded: the sizes that decode, in `layers` of these ways. prompt, new: tokens. repeats: timings of a process.
-    rounds: how often the best of the frameworks take turns.
+    decoded: the sizes that decode, with each of these values of `scan_layers`. prompt, new: tokens. repeats: timings
+    of a process. rounds: how often the best of the frameworks take turns.
     """
 
     sizes: tuple[str, ...]
@@ -88,7 +88,7 @@ class Extent(NamedTuple):
     repeats: int
     decoded: tuple[str, ...]
     batches: tuple[int, ...]
-    layers: tuple[str, ...]
+    scan_layers: tuple[bool, ...]
     prompt: int
     new: int
     trials: int
@@ -103,7 +103,7 @@ FULL = Extent(
     repeats=6,
     decoded=("124m", "1.5b"),
     batches=(1, 8, 64),
-    layers=("unrolled", "scanned"),
+    scan_layers=(False, True),
     prompt=128,
     new=128,
     trials=16,
@@ -117,7 +117,7 @@ SMOKE = Extent(
     repeats=2,
     decoded=("smoke",),
     batches=(2,),
-    layers=("scanned",),
+    scan_layers=(True,),
     prompt=8,
     new=8,
     trials=4,
@@ -269,9 +269,9 @@ class Bench:
         extent = self.extent
         sizes = [size for size in self.sizes if size in extent.decoded] or self.sizes
         lengths = {"prompt": extent.prompt, "new": extent.new, "repeats": extent.repeats}
-        for size, batch, layers in product(sizes, extent.batches, extent.layers):
-            row = {"size": size, "batch": batch, "layers": layers}
-            name = f"decoding {size}, batch {batch}, {layers}"
+        for size, batch, scan_layers in product(sizes, extent.batches, extent.scan_layers):
+            row = {"size": size, "batch": batch, "scan_layers": scan_layers}
+            name = f"decoding {size}, batch {batch}, {'scanned' if scan_layers else 'unrolled'}"
             found = self.attempt(name, partial(self.ask, "gpt2_jax", "decoding", **row, **lengths))
             self.keep("decoding", [row | found] if found else [])
 

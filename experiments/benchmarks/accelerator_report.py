@@ -223,7 +223,7 @@ def _decoding(results: Row, row: Row) -> Cells:
     return {
         "model": row["size"],
         "batch": str(row["batch"]),
-        "layers": row["layers"],
+        "layers": "scanned" if row["scan_layers"] else "unrolled",
         "ms a token": milliseconds(row["seconds"]),
         "tokens/s": f"{row['batch'] / np.median(row['seconds']):,.0f}",
         "parameters": byte_size(row["parameter_bytes"]),

@@ -43,7 +43,7 @@ GAIN = 1.02
 MODULES = {"rustgpt_jax": "gpt2_jax", "PyTorch": "gpt2_torch"}
 # What keeps less and less for the backward pass.
 SAVINGS: dict[str, tuple[Knobs, ...]] = {
-    "rustgpt_jax": ({}, {"model.remat": "weights"}, {"model.remat": "full"}),
+    "rustgpt_jax": ({}, {"model.remat": "dots_no_batch"}, {"model.remat": "full"}),
     "PyTorch": ({}, {"remat": "full"}),
 }
 MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "OutOfMemory", "out of memory", "Out of memory", "ALLOC_FAILED")
@@ -88,7 +88,7 @@ def tree_of(size: str) -> ConfigDict:
     """configs/gpt2_124m.py in another size, with batches in one part; five steps in a call."""
     tree = gpt2_124m.get_config()
     tree.model.update(SIZES[size])
-    tree.training.accumulation = tree.training.batch_size = 1
+    tree.training.grad_accum_steps = tree.training.batch_size = 1
     return tree
 
 

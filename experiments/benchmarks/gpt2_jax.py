@@ -149,13 +149,13 @@ def synthetic(config: Config, lead: tuple[int, ...]) -> Batch:
     return Batch(tokens, np.roll(tokens, -1, -1), np.ones(shape, np.float32), np.ones(shape, np.int32), positions)
 
 
-def decoding(size: str, batch: int, layers: str, prompt: int, new: int, repeats: int) -> dict[str, Any]:
+def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, repeats: int) -> dict[str, Any]:
     """Seconds of a token of all rows, and the bytes that it cannot do without: parameters, and keys and values.
 
     Parameters are kept in the type that is computed in. A row has the tokens of its prompt and on average half of those
     that are drawn.
     """
-    model = config_of(size, {"model.layers": layers}).model
+    model = config_of(size, {"model.scan_layers": scan_layers}).model
     narrowed = jax.jit(
         lambda key: jax.tree.map(lambda leaf: leaf.astype(model.dtype), transformer.init(key, model)),
     )

@@ -40,7 +40,7 @@ def gpt2(model: ModelConfig) -> "torch.nn.ModuleDict":
     width = model.d_model
 
     def norm() -> nn.Module:
-        return nn.LayerNorm(width, model.norm_epsilon)
+        return nn.LayerNorm(width, model.norm_eps)
 
     def block() -> nn.Module:
         return nn.ModuleDict(
@@ -113,7 +113,7 @@ def adamw(layers: "torch.nn.ModuleDict", config: Config) -> "torch.optim.AdamW":
         {"params": vectors, "weight_decay": 0.0},
     ]
     betas = (numbers.b1, numbers.b2)
-    return torch.optim.AdamW(groups, lr=numbers.learning_rate, betas=betas, eps=numbers.epsilon, fused=True)
+    return torch.optim.AdamW(groups, lr=numbers.learning_rate, betas=betas, eps=numbers.eps, fused=True)
 
 
 def stepper(config: Config, layers: "torch.nn.ModuleDict", compiled: bool) -> Callable[..., "torch.Tensor"]:

@@ -66,9 +66,9 @@ def shakespeare(text: str) -> ConfigDict:
     config = shakespeare_char.get_config()
     config.data.paths = (str(Path(text).absolute()),)
     config.training.steps = 200
-    config.record.prompts = ()
-    config.record.eval_every = config.record.checkpoint_every = 200
-    config.record.eval_batches = 20
+    config.logging.sample_prompts = ()
+    config.logging.eval_every = config.logging.checkpoint_every = 200
+    config.logging.eval_batches = 20
     return config
 
 

@@ -27,7 +27,7 @@ def check(
         names: The parts to check, as named by the user; all parts if empty.
         console: The console to print to.
         only: Names of the checks to run; all checks if empty.
-        changes: Overrides for the small model that parts are checked in, such as `options` or `model.options`.
+        changes: Overrides for the small model that parts are checked in, such as `extra` or `model.extra`.
         is_exhaustive: Whether to cover every length, batch size, dtype and mode, which takes minutes per part.
 
     Returns:

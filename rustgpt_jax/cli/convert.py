@@ -231,8 +231,8 @@ def _with_model(
     """A config with an imported model in it, and where its values came from."""
     values = {f"model.{name}": value for name, value in knobs.items()}
     values |= {"tokenizer.name": IMPORTED, "tokenizer.vocab_size": None}
-    if tree["data"]["window"] is None:
-        values["data.window"] = min(WINDOW, knobs["context_length"])
+    if tree["data"]["seq_len"] is None:
+        values["data.seq_len"] = min(WINDOW, knobs["context_length"])
     for path, value in values.items():
         given = _value(tree, path)
         if origins.get(path) == "command line" and given != value:

@@ -23,7 +23,7 @@ def evaluate_run(trained: LoadedModel, console: Console, is_oversubscribed: bool
     Where weights of a narrower type are read in decoding, a line more says what the model loses by it.
     """
     for config in (stage.config for stage in stages(trained.config)):
-        rows = config.training.batch_size // config.training.accumulation
+        rows = config.training.batch_size // config.training.grad_accum_steps
         check_inference_memory(config, used_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
     reader = trained.writer.shard_activations(form(sampling))
@@ -35,12 +35,12 @@ def evaluate_run(trained: LoadedModel, console: Console, is_oversubscribed: bool
         console.print(f"The text of stage {stage} is not the one that the model was trained on.", style="yellow")
     for data in material:
         answers = _answers(reader, sampling, data, console)
-        if sampling.weights is None:
+        if sampling.weight_dtype is None:
             table.add_row(data.stage.name, *_predictions(trained.writer, data, console), *answers)
         else:
             table.add_row(data.stage.name, *_predictions(trained.writer, data, console))
             table.add_row(
-                f"{data.stage.name}, weights in {sampling.weights}", *_predictions(reader, data, console), *answers
+                f"{data.stage.name}, weights in {sampling.weight_dtype}", *_predictions(reader, data, console), *answers
             )
     console.print(table)
 
@@ -56,7 +56,7 @@ def _predictions(writer: Writer, data: StageData, console: Console) -> list[str]
             data.validation_batches(),
             stream.bytes_per_token,
             training.loss_chunk_size,
-            training.accumulation,
+            training.grad_accum_steps,
             lambda done: progress(done, total),
         )
     return [f"{value:.4f}" for value in values.values()] or ["no validation text", "", ""]

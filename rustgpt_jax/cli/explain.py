@@ -27,7 +27,7 @@ def explain(config: Config, origins: Mapping[str, str], console: Console) -> Non
     """
     validate_components(config)
     for stage in stages(config):
-        check_shares(stage.config, stage.config.data.window or config.model.context_length, jax.device_count())
+        check_shares(stage.config, stage.config.data.seq_len or config.model.context_length, jax.device_count())
     if uses_epochs(config) or not config.model.vocab_size:
         tokenizer = load_or_train_tokenizer(config)
         resolved = resolve_epochs_with(config, tokenizer, cache_folder())
@@ -100,7 +100,7 @@ def _memory(parameters: int, optimizer: int) -> str:
 
 def _stage_costs(stage: Stage) -> tuple[str, str, str]:
     config = stage.config
-    window = config.data.window or config.model.context_length
+    window = config.data.seq_len or config.model.context_length
     forward = forward_flops_per_token(dataclasses.replace(config.model, remat="none"), window)
     tokens = config.training.steps * config.training.batch_size * window
     return (

@@ -58,7 +58,7 @@ def _longest(config: Config) -> tuple[Config, int]:
     """The stage with the longest windows, and how long they are."""
 
     def window(stage: Stage) -> int:
-        return stage.config.data.window or stage.config.model.context_length
+        return stage.config.data.seq_len or stage.config.model.context_length
 
     longest = max(stages(config), key=window)
     return longest.config, window(longest)

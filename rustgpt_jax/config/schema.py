@@ -54,7 +54,7 @@ class DataConfig:
     split: str = knob(choices=("document", "tail"))
     valid_fraction: float = knob(low=0.0, high=0.9)
     loss_mask: str = knob(choices=("all", "assistant"))
-    window: int | None = knob(low=2)
+    seq_len: int | None = knob(low=2)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ModelConfig:
     positions: tuple[str, ...] = pattern()
     norm: str = knob()
     norm_placement: str = knob(choices=("pre", "post", "output", "sandwich"))
-    norm_epsilon: float = number(low=0.0)
+    norm_eps: float = number(low=0.0)
     bias: bool = knob()
     qkv_bias: bool | None = knob()
     attention_output_bias: bool | None = knob()
@@ -104,8 +104,8 @@ class ModelConfig:
     rope_scaling: str = knob()
     rope_factor: float = number(low=1.0)
     rope_original_context: int | None = knob(low=1)
-    rope_slow_turns: float = number(low=0.0)
-    rope_fast_turns: float = number(low=0.0)
+    rope_beta_slow: float = number(low=0.0)
+    rope_beta_fast: float = number(low=0.0)
     rope_attention_factor: float | None = knob(low=0.0)
     rope_truncate: bool = knob()
     rope_short_factors: tuple[float, ...] = knob()
@@ -118,17 +118,17 @@ class ModelConfig:
     norm_topk_prob: bool = knob()
     load_balance_loss_weight: float = number(low=0.0, off_at_zero=True)
     router_z_loss: float = number(low=0.0, off_at_zero=True)
-    options: tuple[tuple[str, float], ...] = knob()
+    extra: tuple[tuple[str, float], ...] = knob()
     dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
     init_std: float = number(low=0.0)
     dtype: str = knob(choices=("float32", "bfloat16"))
     mixer_dtype: str | None = knob(choices=("float32", "bfloat16"))
     feedforward_dtype: str | None = knob(choices=("float32", "bfloat16"))
     logits_dtype: str | None = knob(choices=("float32", "bfloat16"))
-    matmul: str = knob(choices=("plain", "bfloat16", "float8"))
-    derivatives: str = knob(choices=("auto", "plain", "kept"))
-    layers: str = knob(choices=("scanned", "unrolled"))
-    remat: str = knob(choices=("none", "dots", "weights", "full", "offload"))
+    matmul_dtype: str | None = knob(choices=("bfloat16", "float8"))
+    save_residuals: bool | None = knob()
+    scan_layers: bool = knob()
+    remat: str = knob(choices=("none", "dots", "dots_no_batch", "full", "offload"))
 
     @property
     def period(self) -> int:
@@ -181,11 +181,11 @@ class ModelConfig:
         """Channels of a head that RoPE rotates."""
         return int(self.head_width * self.rope_fraction)
 
-    def option(self, name: str) -> float:
-        """The value in `options` of a knob that a part from outside the package has. Raises UserError without one."""
-        values = dict(self.options)
+    def get_extra(self, name: str) -> float:
+        """The value of a knob in `extra`, for components outside this package. Raises UserError if it is not set."""
+        values = dict(self.extra)
         if name not in values:
-            raise UserError(f"config.model.options has no {name!r}.{suggestion(name, values)}")
+            raise UserError(f"config.model.extra has no {name!r}.{suggestion(name, values)}")
         return values[name]
 
 
@@ -197,13 +197,13 @@ class OptimizerConfig:
     learning_rate: float = number(low=0.0)
     b1: float = number(low=0.0, high=0.999999)
     b2: float = number(low=0.0, high=0.999999)
-    epsilon: float = number(low=1e-30)
+    eps: float = number(low=1e-30)
     momentum: float = number(low=0.0, high=1.0)
     muon_learning_rate: float = number(low=0.0)
     weight_decay: float = number(low=0.0)
     weight_decay_groups: tuple[tuple[str, float], ...] = knob()
     clip_norm: float = number(low=0.0, off_at_zero=True)
-    offload: bool = knob()
+    offload_state: bool = knob()
     state_dtype: str = knob(choices=("float32", "bfloat16"))
 
 
@@ -225,7 +225,7 @@ class TrainingConfig:
     # Not None: decides instead of `steps`, until data.prepare.resolve_epochs has replaced it by steps.
     epochs: float | None = knob(low=1e-9)
     batch_size: int = knob(low=1)
-    accumulation: int = knob(low=1)
+    grad_accum_steps: int = knob(low=1)
     # Memory use grows with this number, since each call has a slot for every step.
     steps_per_jit_call: int = knob(low=1, high=2**16)
     z_loss: float = number(low=0.0, off_at_zero=True)
@@ -252,14 +252,14 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True)
-class RecordConfig:
+class LoggingConfig:
     """What a run writes, and when."""
 
     log_every: int = knob(low=1)
     eval_every: int = knob(low=1)
     eval_batches: int | None = knob(low=1)
     checkpoint_every: int = knob(low=1)
-    prompts: tuple[str, ...] = knob()
+    sample_prompts: tuple[str, ...] = knob()
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,9 @@ class SamplingConfig:
     min_p: float = knob(low=0.0, high=1.0)
     repetition_penalty: float = knob(low=1.0)
     past_context: str = knob(choices=("stop", "slide"))
-    memory: int | None = knob(low=0)
-    weights: str | None = knob(choices=("bfloat16", "int8"))
-    kernel: str = knob(choices=("plain", "native"))
+    history_turns: int | None = knob(low=0)
+    weight_dtype: str | None = knob(choices=("bfloat16", "int8"))
+    matmul_impl: str = knob(choices=("plain", "native"))
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class Config:
     training: TrainingConfig = knob()
     mesh: MeshConfig = knob()
     faults: FaultsConfig = knob()
-    record: RecordConfig = knob()
+    logging: LoggingConfig = knob()
     sampling: SamplingConfig = knob()
     stages: tuple[StageConfig, ...] = knob()
 
@@ -372,7 +372,7 @@ def for_inference(model: ModelConfig) -> ModelConfig:
         load_balance_loss_weight=0.0,
         router_z_loss=0.0,
         attention_kernel="auto",
-        derivatives="plain",
+        save_residuals=False,
     )
 
 
@@ -445,7 +445,7 @@ class Stage:
     def is_logged(self, step: int) -> bool:
         """Return whether the metrics of the given step, counted from 1, are recorded."""
         # The loss of the first step is that of the initial parameters.
-        return step == 1 or step % self.config.record.log_every == 0 or step == self.end_step
+        return step == 1 or step % self.config.logging.log_every == 0 or step == self.end_step
 
 
 def stages(config: Config) -> tuple[Stage, ...]:
@@ -543,7 +543,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def may_change(path: str) -> bool:
     """Return whether a knob may change during a run, that is, whether it affects only what is recorded."""
     knob = path.split(".", 2)[-1] if path.startswith("stages.") else path
-    return knob.startswith(("record.", "sampling.", "mesh.")) or knob in (
+    return knob.startswith(("logging.", "sampling.", "mesh.")) or knob in (
         "training.steps",
         "training.steps_per_jit_call",
     )

@@ -383,16 +383,16 @@ def check_combinations(config: Config) -> None:
     """Refuse knobs that cannot go together. Raises UserError."""
     model, training = config.model, config.training
     check_model(model)
-    window = config.data.window
+    window = config.data.seq_len
     if window is not None and window > model.context_length:
         raise UserError(
-            f"config.data.window={window} is longer than the model's positions, "
+            f"config.data.seq_len={window} is longer than the model's positions, "
             f"config.model.context_length={model.context_length}."
         )
-    if training.batch_size % training.accumulation:
+    if training.batch_size % training.grad_accum_steps:
         raise UserError(
             f"config.training.batch_size={training.batch_size} is not a multiple of "
-            f"config.training.accumulation={training.accumulation}, the number of parts it is run in."
+            f"config.training.grad_accum_steps={training.grad_accum_steps}, the number of parts it is run in."
         )
     if training.epochs is None and config.schedule.warmup_steps > training.steps:
         raise UserError(

@@ -26,14 +26,14 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.02,
     b1=0.9,
     b2=0.99,
-    epsilon=1e-8,
+    eps=1e-8,
     momentum=0.9,
     muon_learning_rate=0.02,
     weight_decay=0.01,
     weight_decay_groups=((r".*", 1.0),),
     clip_norm=0.0,
     state_dtype="float32",
-    offload=False,
+    offload_state=False,
 )
 # The shapes of a model's parameters: stacked over layers inside the blocks, plain outside.
 SHAPES = {

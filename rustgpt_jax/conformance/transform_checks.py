@@ -53,7 +53,7 @@ def require_close_results(found: fixtures.Result, expected: fixtures.Result, wha
 
 def unrolled_is_scanned(subject: Subject) -> str:
     """The layers run in a loop, and one after another, give the same."""
-    return _same_with(subject.small_model, "unrolled layers are not scanned ones", layers="unrolled")
+    return _same_with(subject.small_model, "unrolled layers are not scanned ones", scan_layers=False)
 
 
 def remat_is_none(subject: Subject) -> str:
@@ -120,7 +120,7 @@ def _compiled_inits() -> Any:
 def vmap_is_loop(subject: Subject) -> str:
     """Trials side by side, their parameters and their numbers as arguments, are what each is alone.
 
-    So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_epsilon.
+    So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_eps.
     """
     model = subject.small_model
     numbers = {name: np.repeat(value, TRIALS) for name, value in fixtures.numbers_of(model).items()}

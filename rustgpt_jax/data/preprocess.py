@@ -31,14 +31,14 @@ class StageData:
     store: Store
 
     @property
-    def window(self) -> int:
-        """Tokens in a window."""
-        return self.stage.config.data.window or self.stage.config.model.context_length
+    def seq_len(self) -> int:
+        """Tokens in a training sequence."""
+        return self.stage.config.data.seq_len or self.stage.config.model.context_length
 
     @property
     def n_windows(self) -> int:
         """Windows in an epoch of the training text."""
-        return len(Windows(self.store.split("train"), self.window))
+        return len(Windows(self.store.split("train"), self.seq_len))
 
     @property
     def is_dialogue(self) -> bool:
@@ -49,19 +49,19 @@ class StageData:
         """The stage's batches, addressed by the step of the run, or some rows of each."""
         config, first_step = self.stage.config, self.stage.first_step
         stream, batch_size = self.store.split("train"), config.training.batch_size
-        return batches(stream, self.window, batch_size, config.seed, first_step, rows)
+        return batches(stream, self.seq_len, batch_size, config.seed, first_step, rows)
 
     def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """The windows that an evaluation reads, in order, or some rows of each batch of them."""
         config, stream = self.stage.config, self.store.split("valid")
-        limit = config.record.eval_batches
-        return eval_batches(stream, self.window, config.training.batch_size, limit, rows)
+        limit = config.logging.eval_batches
+        return eval_batches(stream, self.seq_len, config.training.batch_size, limit, rows)
 
     @property
     def n_validation_batches(self) -> int:
         """The number of batches that an evaluation reads."""
         config, stream = self.stage.config, self.store.split("valid")
-        return n_evaluation_batches(stream, self.window, config.training.batch_size, config.record.eval_batches)
+        return n_evaluation_batches(stream, self.seq_len, config.training.batch_size, config.logging.eval_batches)
 
 
 def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
@@ -117,7 +117,7 @@ def prepare_stage(
     Raises UserError for less text than one batch.
     """
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
-    require_batch(data.store.split("train"), data.window, stage.config.training.batch_size)
+    require_batch(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
     return data
 
 

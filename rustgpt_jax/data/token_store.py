@@ -168,7 +168,7 @@ def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
     if stream.n_tokens < needed:
         raise UserError(
             f"The training split has {stream.n_tokens} tokens and one batch needs {needed}: lower "
-            f"config.training.batch_size={batch_size} or config.data.window={window}, or give more text."
+            f"config.training.batch_size={batch_size} or config.data.seq_len={window}, or give more text."
         )
 
 

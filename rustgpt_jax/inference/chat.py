@@ -125,7 +125,7 @@ class Session:
     def _reply(self, said: Turn) -> None:
         context = self._writer.model.context_length
         room = min(self.sampling.max_tokens, context // 2)
-        prompt, n_forgotten = self.conversation.prompt(said, self._writer, room, self.sampling.memory)
+        prompt, n_forgotten = self.conversation.prompt(said, self._writer, room, self.sampling.history_turns)
         if n_forgotten and not self._has_forgotten:
             self._has_forgotten = True
             self.note(f"(The context of {context} tokens is full: what was said first is forgotten from now on.)")

@@ -34,8 +34,8 @@ def form(sampling: SamplingConfig) -> Form:
     error, and the plain one is used.
     """
     platform = jax.default_backend()
-    is_native = sampling.kernel == "native" and platform == "cpu" and matvec.target() is not None
-    return Form(sampling.weights, "native" if is_native else "plain", platform)
+    is_native = sampling.matmul_impl == "native" and platform == "cpu" and matvec.target() is not None
+    return Form(sampling.weight_dtype, "native" if is_native else "plain", platform)
 
 
 def for_decoding(params: transformer.Params, model: ModelConfig, form: Form) -> transformer.Params:
@@ -94,10 +94,10 @@ def _layer(params: transformer.Params, block: ModelConfig, form: Form) -> transf
         layer = layers.get(path_name(path))
         if layer is None:
             return leaf
-        if layer.matmul == "float8":
+        if layer.matmul_dtype == "float8":
             # Its scales are found in float32.
             return leaf if form.weights is None else _matrix(leaf, layer.dtype, form)
-        return _matrix(leaf, layer.dtype if layer.matmul == "plain" else layer.matmul, form)
+        return _matrix(leaf, layer.matmul_dtype or layer.dtype, form)
 
     return jax.tree_util.tree_map_with_path(shard_activations, params)
 

@@ -137,7 +137,7 @@ class Architecture:
 
 # Keys.
 
-NORM_EPSILON = says.same("rms_norm_eps", "norm_epsilon")
+NORM_EPSILON = says.same("rms_norm_eps", "norm_eps")
 SIZES = (
     says.same("vocab_size", "vocab_size"),
     says.same("max_position_embeddings", "context_length"),
@@ -228,7 +228,7 @@ _EVERY = (
             says.same("n_embd", "d_model"),
             says.same("n_head", "n_heads"),
             says.same("n_inner", "d_ff", dense_width),
-            says.same("layer_norm_epsilon", "norm_epsilon"),
+            says.same("layer_norm_epsilon", "norm_eps"),
             says.same("tie_word_embeddings", "tie_embeddings"),
             says.activation("activation_function", says.NOT_GATED),
             says.scaled_or_not("scale_attn_weights"),
@@ -343,7 +343,7 @@ _EVERY = (
         model_type="stablelm",
         family="stablelm",
         correspondences=(
-            *(says.same("layer_norm_eps", "norm_epsilon") if each is NORM_EPSILON else each for each in GATED),
+            *(says.same("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED),
             says.whole_heads(),
             says.same("use_qkv_bias", "qkv_bias", lambda model: model.has_qkv_bias),
             says.always("qk_layernorm", False),

@@ -20,15 +20,15 @@ from rustgpt_jax.model.positions import longrope_factors
 
 # Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
 UNSAID = (
-    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "layers", "remat", "attention_kernel"),
-    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul", "derivatives"),
-    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "options"),
+    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "scan_layers", "remat", "attention_kernel"),
+    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype", "save_residuals"),
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "extra"),
 )
 
 GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 PLAIN = (
-    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "norm", "norm_placement", "norm_epsilon"),
+    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "norm", "norm_placement", "norm_eps"),
     *("tie_embeddings", "scale_embeddings", "final_logit_softcap", "qk_norm", "attn_logit_softcap"),
     *("attention_sinks", "attention_scale_by_layer"),
 )
@@ -104,7 +104,7 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
     if scaling in ("linear", "llama3", "yarn"):
         said["rope_factor"] = model.rope_factor
     if scaling in ("llama3", "yarn"):
-        turns = ("rope_original_context", "rope_slow_turns", "rope_fast_turns")
+        turns = ("rope_original_context", "rope_beta_slow", "rope_beta_fast")
         said |= {knob: getattr(model, knob) for knob in turns}
     said["rope_truncate"] = model.rope_truncate or scaling != "yarn"
     # Compare only the factors in use.

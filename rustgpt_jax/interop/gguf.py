@@ -228,13 +228,13 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
         "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[dtype], f"MOSTLY_{TYPES[dtype]}")],
     }
     if form.rules is GPT2:
-        return values | {"layer_norm_eps": model.norm_epsilon}
+        return values | {"layer_norm_eps": model.norm_eps}
     width = model.head_width
     return values | {
         "head_count_kv": model.n_kv_heads or model.n_heads,
         "key_length": width,
         "value_length": width,
-        "layer_norm_rms_eps": model.norm_epsilon,
+        "layer_norm_rms_eps": model.norm_eps,
         "rope_dimension_count": width,
         "rope_freq_base": model.rope_theta,
     }

@@ -24,8 +24,8 @@ NAMES = {
 FACTOR = {"factor": "rope_factor"}
 STRETCHED = FACTOR | {"original_max_position_embeddings": "rope_original_context"}
 TURNS = {
-    "llama3": {"low_freq_factor": "rope_slow_turns", "high_freq_factor": "rope_fast_turns"},
-    "yarn": {"beta_slow": "rope_slow_turns", "beta_fast": "rope_fast_turns"},
+    "llama3": {"low_freq_factor": "rope_beta_slow", "high_freq_factor": "rope_beta_fast"},
+    "yarn": {"beta_slow": "rope_beta_slow", "beta_fast": "rope_beta_fast"},
 }
 KEYS = {
     "default": {},

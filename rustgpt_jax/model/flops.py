@@ -40,7 +40,7 @@ def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = 
     loops_once: as `matmul_flops` has it.
     """
     # In the kernels of libraries no product is to be seen. No device is asked what suits it.
-    model = dataclasses.replace(model, attention_kernel="plain", derivatives="plain")
+    model = dataclasses.replace(model, attention_kernel="plain", save_residuals=False)
     tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens

@@ -85,7 +85,7 @@ _product.defvjp(_forward, _backward)
 # XLA on CPUs computes an array again for each of its readers, exponentials and all, and is slow to multiply a matrix by
 # another that it has to read down its columns. So here an optimization barrier, through which it does not look, keeps
 # in memory what a gradient is made from: an activation's slope, and a transposed factor of a product. All that
-# `config.model.derivatives` may be gives the same gradients, up to rounding. Only `plain` has derivatives forward,
+# values of `config.model.save_residuals` give the same gradients, up to rounding. Only False has derivatives forward,
 # and that only of linear layers in the model's own dtype and of logits in float32.
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -115,7 +115,7 @@ COSTLY = (jax.nn.gelu, gelu_exact, jax.nn.silu)
 
 def saves_residuals(config: ModelConfig) -> bool:
     """Whether what gradients are made from is kept in memory: as the config says, or as suits the device at hand."""
-    return current_device().platform == "cpu" if config.derivatives == "auto" else config.derivatives == "kept"
+    return current_device().platform == "cpu" if config.save_residuals is None else config.save_residuals
 
 
 def activated(activation: Activation, x: jax.Array, config: ModelConfig) -> jax.Array:
@@ -203,9 +203,9 @@ def matmul(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> jax
     x = x.astype(config.dtype)
     if isinstance(kernel, Stored):
         return kernel.product(x)
-    if config.matmul == "float8":
+    if config.matmul_dtype == "float8":
         return fp8_matmul(x, kernel)
-    operands, is_kept = config.dtype if config.matmul == "plain" else config.matmul, saves_residuals(config)
+    operands, is_kept = config.matmul_dtype or config.dtype, saves_residuals(config)
     if operands == config.dtype and not is_kept:
         return x @ kernel.astype(config.dtype)
     return matmul_with_custom_vjp(x, kernel, operands, is_kept)

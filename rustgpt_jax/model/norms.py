@@ -23,7 +23,7 @@ class LayerNorm(nn.Module):
         wide = widened(x)
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+        y = centered * jax.lax.rsqrt(variance + self.config.norm_eps)
         y = y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)
         if self.config.has_norm_bias:
             y = y + broadcast_channels(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x)
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = widened(x)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
+        y = wide * jax.lax.rsqrt(mean_square + self.config.norm_eps)
         start = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
         scale = broadcast_channels(self.param("scale", start, x.shape[-1:]), x)
         return (y * (1 + scale if self.zero_centered else scale)).astype(x.dtype)

@@ -40,7 +40,7 @@ def linear(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
 def llama3(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     """Slow channels turn more slowly by the factor, fast ones do not: by turns in the old context (Llama 3.1)."""
     turns_C = _original_context(config) * frequencies_C / (2 * math.pi)
-    kept_C = (turns_C - config.rope_slow_turns) / (config.rope_fast_turns - config.rope_slow_turns)
+    kept_C = (turns_C - config.rope_beta_slow) / (config.rope_beta_fast - config.rope_beta_slow)
     return Rope(_mixed(frequencies_C, config.rope_factor, kept_C), _magnitude(config, 1.0))
 
 
@@ -53,7 +53,7 @@ def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
         return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope_theta, jnp.float32))
 
     half = frequencies_C.shape[0]
-    fast, slow = channel(config.rope_fast_turns), channel(config.rope_slow_turns)
+    fast, slow = channel(config.rope_beta_fast), channel(config.rope_beta_slow)
     if config.rope_truncate:
         fast, slow = jnp.floor(fast), jnp.ceil(slow)
     fast, slow = jnp.maximum(fast, 0), jnp.minimum(slow, 2 * half - 1)

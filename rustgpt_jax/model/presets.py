@@ -15,7 +15,7 @@ _USUAL: Knobs = {
     "positions": ("rope",),
     "norm": "rmsnorm",
     "norm_placement": "pre",
-    "norm_epsilon": 1e-6,
+    "norm_eps": 1e-6,
     "bias": False,
     "qkv_bias": None,
     "attention_output_bias": None,
@@ -37,8 +37,8 @@ _USUAL: Knobs = {
     "rope_scaling": "none",
     "rope_factor": 1.0,
     "rope_original_context": None,
-    "rope_slow_turns": 1.0,
-    "rope_fast_turns": 4.0,
+    "rope_beta_slow": 1.0,
+    "rope_beta_fast": 4.0,
     "rope_attention_factor": None,
     "rope_truncate": True,
     "rope_short_factors": (),
@@ -63,23 +63,23 @@ FAMILIES: dict[str, Knobs] = {
         "feedforwards": ("gelu",),
         "positions": ("learned",),
         "norm": "layernorm",
-        "norm_epsilon": 1e-5,
+        "norm_eps": 1e-5,
         "bias": True,
         "tie_embeddings": True,
     },
     # arXiv 2307.09288.
-    "llama2": _USUAL | {"norm_epsilon": 1e-5},
+    "llama2": _USUAL | {"norm_eps": 1e-5},
     # arXiv 2407.21783, with the scaling of positions that came with 3.1.
     "llama3": _USUAL
     | {
-        "norm_epsilon": 1e-5,
+        "norm_eps": 1e-5,
         "rope_theta": 5e5,
         "rope_scaling": "llama3",
         "rope_factor": 8.0,
         "rope_original_context": 8192,
     },
     # arXiv 2310.06825: the first release, with its sliding window.
-    "mistral": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
+    "mistral": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2407.10671.
     "qwen2": _USUAL | {"qkv_bias": True, "rope_theta": 1e6},
     # arXiv 2505.09388.
@@ -107,15 +107,15 @@ FAMILIES: dict[str, Knobs] = {
         "scale_first_token": False,
     },
     # arXiv 2402.17834: RoPE on a quarter of the channels.
-    "stablelm": _USUAL | {"norm": "layernorm", "norm_epsilon": 1e-5, "norm_bias": True, "rope_fraction": 0.25},
+    "stablelm": _USUAL | {"norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "rope_fraction": 0.25},
     # arXiv 2404.14219: the first release, with its sliding window.
-    "phi3": _USUAL | {"mixers": ("local_attention",), "norm_epsilon": 1e-5},
+    "phi3": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2501.00656.
     "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_theta": 5e5},
     # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
     "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope_theta": 5e6},
     # arXiv 2401.04088.
-    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_epsilon": 1e-5, "rope_theta": 1e6},
+    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_eps": 1e-5, "rope_theta": 1e6},
     # arXiv 2505.09388.
     "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "qk_norm": "head", "rope_theta": 1e6},
 }

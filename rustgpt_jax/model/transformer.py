@@ -29,7 +29,7 @@ Cache = dict[str, Any]
 HOST_MEMORY = "pinned_host"
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
-    "weights": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
 }
@@ -38,7 +38,7 @@ REMAT_POLICIES = {
 def init(key: jax.Array, model: ModelConfig) -> Params:
     """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, the layers of a stack."""
     # No value depends on it, and so no device is asked what suits it.
-    model = dataclasses.replace(model, derivatives="plain")
+    model = dataclasses.replace(model, save_residuals=False)
     context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
     vocab_size = vocabulary(model)
@@ -195,7 +195,7 @@ def remat_policy(name: str) -> Callable[..., Any]:
     if name == "offload" and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
         raise UserError(
             f"config.model.remat='offload' needs devices that can keep arrays in {HOST_MEMORY} memory, and "
-            f"{device.platform} has none; 'weights' keeps the same on the device, 'full' keeps less."
+            f"{device.platform} has none; 'dots_no_batch' keeps the same on the device, 'full' keeps less."
         )
     return REMAT_POLICIES[name]
 
@@ -252,7 +252,7 @@ def _run_blocks(
 
     if model.remat != "none":
         policy = remat_policy(model.remat)
-        pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=model.layers == "unrolled")
+        pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=not model.scan_layers)
         left = jax.checkpoint(left, policy=policy)
 
     def of(tree: Any, keys: list[str]) -> Any:
@@ -273,7 +273,7 @@ def _run_blocks(
                 results.append(result)
             scanned, signals, measured = _gathered(results, in_lists)
         else:
-            unroll = repeats if model.layers == "unrolled" else 1
+            unroll = repeats if not model.scan_layers else 1
             x_BTD, (scanned, signals, measured) = jax.lax.scan(
                 pattern, x_BTD, (*slices, jnp.arange(repeats)), unroll=unroll
             )

@@ -9,7 +9,7 @@ what one for accelerators does not, it is kept from it:
   which only a slice is used is read as a reduce-scatter (see `collectives`).
 - Kernels of attention that never hold all scores are those of accelerators; blockwise attention, which holds a block of
   them, stands in for these.
-- Gradients from arrays that are kept for it (see `model.derivatives`) are faster with this compiler alone.
+- Gradients from arrays that are kept for it (see `model.save_residuals`) are faster with this compiler alone.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -109,7 +110,7 @@ def warnings_in(log: str) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-DTYPES = ("model.dtype", "model.mixer_dtype", "model.feedforward_dtype", "model.logits_dtype", "model.matmul")
+DTYPES = ("model.dtype", "model.mixer_dtype", "model.feedforward_dtype", "model.logits_dtype", "model.matmul_dtype")
 OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type,cpu-all-reduce-combiner"}
 
 
@@ -174,8 +175,8 @@ def placed_state(config: Config, placement: ShardingPlan) -> State:
 
 def _stand_in(config: Config) -> Config:
     """The config with float16 for bfloat16, gradients as JAX derives them, and an attention kernel of every device."""
-    values = {path: "float16" for path in DTYPES if read(config, path) == "bfloat16"}
-    values["model.derivatives"] = "plain"
+    values: dict[str, Any] = {path: "float16" for path in DTYPES if read(config, path) == "bfloat16"}
+    values["model.save_residuals"] = False
     if config.model.attention_kernel != "plain":
         values["model.attention_kernel"] = "portable" if is_on(config.model.dropout) else "blockwise"
     return replace_paths(config, values)

@@ -173,7 +173,7 @@ def bytes_on_device(tree: Any) -> int:
 
 def _dtype(config: Config) -> str:
     """The type of most matrix products."""
-    return config.model.dtype if config.model.matmul == "plain" else config.model.matmul
+    return config.model.matmul_dtype or config.model.dtype
 
 
 # Single changes of a config that save memory on a device.
@@ -201,7 +201,7 @@ def changes(config: Config, window: int, n_devices: int) -> Iterator[list[Change
     sizes = axis_sizes(config.mesh, n_devices)
     shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     yield _accumulation(config, shares)
-    yield [Change({"model.remat": "full"})] if config.model.remat in ("none", "dots", "weights") else []
+    yield [Change({"model.remat": "full"})] if config.model.remat in ("none", "dots", "dots_no_batch") else []
     chunk = config.training.loss_chunk_size or window
     yield [Change({"training.loss_chunk_size": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
     yield [Change({"mesh.data": data, "mesh.fsdp": fsdp}) for data, fsdp in _moved(sizes["data"], sizes["fsdp"])]
@@ -210,8 +210,8 @@ def changes(config: Config, window: int, n_devices: int) -> Iterator[list[Change
 
 def _accumulation(config: Config, shares: int) -> list[Change]:
     training = config.training
-    rows = training.batch_size // training.accumulation // shares
-    return [Change({"training.accumulation": factor * training.accumulation}) for factor in _doublings(rows)]
+    rows = training.batch_size // training.grad_accum_steps // shares
+    return [Change({"training.grad_accum_steps": factor * training.grad_accum_steps}) for factor in _doublings(rows)]
 
 
 def _tensor(config: Config, sizes: dict[str, int]) -> list[Change]:

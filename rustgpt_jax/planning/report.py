@@ -16,7 +16,7 @@ MOST_WARNINGS = 5
 def show(found: Estimate, chip_name: str, console: Console) -> None:
     """Print what a step needs of each device, and the compiler's warnings."""
     training = found.config.training
-    parts = f" in {training.accumulation} parts" if training.accumulation > 1 else ""
+    parts = f" in {training.grad_accum_steps} parts" if training.grad_accum_steps > 1 else ""
     console.print(
         f"{count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({in_words(found.mesh)}); "
         f"{training.batch_size} windows of {found.window:,} tokens a step{parts}. What follows is for each device.\n",

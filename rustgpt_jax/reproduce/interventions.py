@@ -104,9 +104,15 @@ def _z_loss(config: Config) -> Intervention:
 
 
 def _float32(config: Config) -> Intervention:
-    wide = {"dtype": "float32", "mixer_dtype": None, "feedforward_dtype": None, "logits_dtype": None, "matmul": "plain"}
+    wide = {
+        "dtype": "float32",
+        "mixer_dtype": None,
+        "feedforward_dtype": None,
+        "logits_dtype": None,
+        "matmul_dtype": None,
+    }
     changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
-    if all(value is None for value in changes.values()):
+    if all(getattr(config.model, knob) in (None, "float32") for knob in wide):
         return Intervention("float32", hindrance="in float32 already")
     return Intervention("float32", tuple(changes.items()))
 

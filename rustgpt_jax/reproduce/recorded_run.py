@@ -98,7 +98,7 @@ class RecordedRun:
         mesh = self._mesh_here()
         self._placement = all_devices(mesh)
         for data in self.material.stages:
-            check_shares(replace(data.stage.config, mesh=mesh), data.window, self._placement.n_devices)
+            check_shares(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
         self.rewinds = rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()

@@ -71,7 +71,7 @@ class ReplayedStep:
         if self.missing:
             return f"There is nothing to compare this with: metrics.jsonl {self.missing}."
         if self.record is None:
-            every = f"config.record.log_every={self.log_every}"
+            every = f"config.logging.log_every={self.log_every}"
             return f"The run does not record step {self.step} ({every}): there is nothing to compare this with."
         if self.lacking and not self.unequal:
             names = ", ".join(name.removeprefix("train/") for name in self.lacking)
@@ -110,7 +110,7 @@ def replay_one_step(past: RecordedRun, step: int, has_taps: bool) -> tuple[Repla
         record=record,
         reasons=_reasons(past, step),
         missing=missing,
-        log_every=stage.config.record.log_every,
+        log_every=stage.config.logging.log_every,
     )
     return again, inside
 

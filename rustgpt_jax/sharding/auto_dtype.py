@@ -11,7 +11,7 @@ from rustgpt_jax.config.validation import override
 # What processors call their instructions that multiply numbers in bfloat16.
 MULTIPLIES_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 # What CPUs compute, with such instructions: bfloat16 alone is slower there (docs/performance.md).
-ROUNDED_FACTORS = {"model.matmul": "bfloat16", "model.logits_dtype": "bfloat16"}
+ROUNDED_FACTORS = {"model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"}
 
 
 def settle(tree: Any, origins: dict[str, str], platform: str | None = None) -> None:

@@ -126,19 +126,21 @@ def check_memories(config: Config) -> None:
     """Raises UserError if the devices cannot reach the memory that the config would use."""
     device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
-    if config.optimizer.offload and "pinned_host" not in kinds:
-        raise UserError(f"config.optimizer.offload=True: {device.device_kind} cannot compute from the host's memory.")
+    if config.optimizer.offload_state and "pinned_host" not in kinds:
+        raise UserError(
+            f"config.optimizer.offload_state=True: {device.device_kind} cannot compute from the host's memory."
+        )
 
 
 def check_shares(config: Config, window: int, n_devices: int) -> None:
     """Raises UserError if so many devices cannot form the mesh, or cannot have equal shares of a batch."""
     sizes, training = axis_sizes(config.mesh, n_devices), config.training
     n_shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    if training.batch_size // training.accumulation % n_shares:
-        least = training.accumulation * n_shares
+    if training.batch_size // training.grad_accum_steps % n_shares:
+        least = training.grad_accum_steps * n_shares
         nearest = max(1, round(training.batch_size / least)) * least
         raise UserError(
-            f"config.training.batch_size={training.batch_size} in {training.accumulation} parts cannot be shared "
+            f"config.training.batch_size={training.batch_size} in {training.grad_accum_steps} parts cannot be shared "
             f"equally by {n_shares} devices; the nearest batch size that can is {nearest}."
         )
     if window % sizes["context"]:

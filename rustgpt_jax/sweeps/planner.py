@@ -136,7 +136,7 @@ def cost(whole: Config) -> Cost:
 
 
 def _window(config: Config) -> int:
-    return config.data.window or config.model.context_length
+    return config.data.seq_len or config.model.context_length
 
 
 def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
@@ -154,8 +154,8 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
             f"config.mesh: a trial on {in_words(mesh)} needs {needed} devices; there are {machine.n_devices}."
         )
     chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
-    if shape_class.whole.optimizer.offload and chosen != "solo":
-        raise UserError(f"config.optimizer.offload is for trials that run alone: --mode=solo, not {chosen}.")
+    if shape_class.whole.optimizer.offload_state and chosen != "solo":
+        raise UserError(f"config.optimizer.offload_state is for trials that run alone: --mode=solo, not {chosen}.")
     if needed > 1:
         reason += f"; each on {needed} devices ({in_words(mesh)})"
     if chosen == "solo":
@@ -170,8 +170,8 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
 
 
 def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
-    if shape_class.whole.optimizer.offload:
-        return "solo", "config.optimizer.offload leaves the memory of the device to one trial"
+    if shape_class.whole.optimizer.offload_state:
+        return "solo", "config.optimizer.offload_state leaves the memory of the device to one trial"
     if machine.platform == "cpu":
         return (
             "exact",

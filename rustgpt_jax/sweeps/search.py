@@ -50,14 +50,14 @@ def check_validation(trials: Sequence[Trial]) -> None:
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
     """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
     for each, rung in itertools.product(trials, search.rungs):
-        every, parts = each.config.record.eval_every, stages(each.config)
+        every, parts = each.config.logging.eval_every, stages(each.config)
         if rung >= parts[-1].end_step:
             raise UserError(
                 f"successive_halving: the rung {rung} is not before the end of training at step {parts[-1].end_step}."
             )
         if rung % every:
             raise UserError(
-                f"successive_halving: there is no evaluation at step {rung}, for config.record.eval_every={every}; "
+                f"successive_halving: there is no evaluation at step {rung}, for config.logging.eval_every={every}; "
                 f"the nearest rung is {max(1, round(rung / every)) * every}."
             )
 

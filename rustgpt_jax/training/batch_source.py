@@ -117,7 +117,7 @@ class FromFiles:
     """Batches read from the token store, ahead of their steps, by a thread."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
-        rows = placement.rows(data.stage.config.training.batch_size, data.window)
+        rows = placement.rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
     def take(self, count: int, slots: int) -> Batch:
@@ -133,7 +133,7 @@ class FromDevices:
     """Batches read from a stream in the memory of the devices, which are sent where the windows are."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
-        self._batches, self._step, self._window = data.training_batches(), step, data.window
+        self._batches, self._step, self._window = data.training_batches(), step, data.seq_len
         self._placement, self._stream = placement, stream
 
     def take(self, count: int, slots: int) -> Batch:

@@ -17,7 +17,7 @@ from rustgpt_jax.training.schedules import factor
 from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, load_earlier
 
 STEPS = "training.steps"
-EVALUATION_BATCHES = "record.eval_batches"
+EVALUATION_BATCHES = "logging.eval_batches"
 
 
 class Change(NamedTuple):

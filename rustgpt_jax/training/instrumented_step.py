@@ -52,7 +52,7 @@ def tapped_step(
     """Measurements of one step as `train_step` makes it, up to rounding."""
     config = merge(structure, numbers)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-    total_weight, parts = jnp.sum(batch.weights_BT), config.training.accumulation
+    total_weight, parts = jnp.sum(batch.weights_BT), config.training.grad_accum_steps
     split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
     empty = slots(hook_points(config.model, *split_batch.tokens_BT.shape[1:]))
 
@@ -128,12 +128,12 @@ def tensors(program: tuple[Structure, Numbers], params: transformer.Params, repo
     """
     config = merge(*program)
     rows, length = report.weights_BT.shape
-    every = hook_points(config.model, rows // config.training.accumulation, length)
+    every = hook_points(config.model, rows // config.training.grad_accum_steps, length)
     layers = [stack.layers for stack in stacks(config.model)]
     places = {site.name: place for place, site in enumerate(every)}
 
     def at_sites(kind: str, measurements: intermediates.Measurements, order: int) -> list[Tensor]:
-        measurements, parts = jax.device_get(measurements), config.training.accumulation
+        measurements, parts = jax.device_get(measurements), config.training.grad_accum_steps
         return [
             _tensor(kind, site.name, site.layer, site.site, parts * site.size, site.of(measurements))
             for site in every[::order]

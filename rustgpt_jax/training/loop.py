@@ -263,12 +263,12 @@ def _compile_time(run: Run) -> list[str]:
     """Return a warning if so many blocks are compiled separately that compilation takes long."""
     model = run.material.whole.model
     repeats, left = divmod(model.n_layers, model.period)
-    n_blocks = model.n_layers if model.layers == "unrolled" else left + (model.period if repeats else 0)
+    n_blocks = model.n_layers if not model.scan_layers else left + (model.period if repeats else 0)
     if n_blocks <= MANY_BLOCKS:
         return []
-    how = f"config.model.layers={model.layers!r}, and a pattern of {model.period}"
+    how = f"config.model.scan_layers={model.scan_layers}, and a pattern of {model.period}"
     return [
-        f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({how}); 'scanned' compiles few."
+        f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({how}); scan_layers=True needs few."
     ]
 
 
@@ -276,8 +276,8 @@ def _attention(run: Run) -> list[str]:
     """What computes attention, if it is not the plain form alone. Raises UserError if it does not compute the same."""
     findings = [
         finding
-        for data in {data.window: data for data in run.material.stages}.values()
-        for finding in check_kernels(data.stage.config.model, data.window)
+        for data in {data.seq_len: data for data in run.material.stages}.values()
+        for finding in check_kernels(data.stage.config.model, data.seq_len)
     ]
     sentences = list(dict.fromkeys(finding.sentence for finding in findings))
     return sentences if any(finding.choice.kernel != "plain" for finding in findings) else []

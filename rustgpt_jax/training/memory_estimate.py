@@ -89,8 +89,8 @@ def residual_bytes(config: Config, window: int) -> int:
 
 
 def _kept_bytes(config: Config, window: int) -> int:
-    rows = config.training.batch_size // config.training.accumulation
-    config = replace_paths(config, {"model.derivatives": "plain"})
+    rows = config.training.batch_size // config.training.grad_accum_steps
+    config = replace_paths(config, {"model.save_residuals": False})
     if config.model.attention_kernel != "plain":
         # As a kernel of a library would, which needs its own device to be traced, it keeps no scores.
         config = replace_paths(config, {"model.attention_kernel": "portable"})
@@ -148,7 +148,7 @@ def training_needs(config: Config) -> dict[str, float]:
         state = total_bytes(state_shapes(config)) - parameters
         return {
             "parameters": parameters,
-            "optimizer state": 0 if config.optimizer.offload else state,
+            "optimizer state": 0 if config.optimizer.offload_state else state,
             "gradients": parameters,
             "activations": ACTIVATIONS_SHARE * residual_bytes(config, window),
         }
@@ -228,7 +228,7 @@ def _remedy(needs: Mapping[str, float], config: Config) -> str:
     found = sorted(((knob, _value(config, knob) or 0) for knob in knobs), key=lambda item: -item[1])
     values = ", ".join(f"config.{knob}={value}" for knob, value in found if value)
     more = {
-        "activations": "; training.accumulation, training.loss_chunk_size and model.remat trade time for it",
+        "activations": "; training.grad_accum_steps, training.loss_chunk_size and model.remat trade time for it",
         "optimizer state": "; config.mesh.fsdp shares it among devices",
         "parameters": "; config.mesh.fsdp shares them among devices",
     }
@@ -241,7 +241,7 @@ def _value(config: Config, knob: str) -> Any:
 
 
 def _window(config: Config) -> int:
-    return config.data.window or config.model.context_length
+    return config.data.seq_len or config.model.context_length
 
 
 def _with_vocabulary(config: Config) -> Config:
@@ -266,7 +266,7 @@ def _bound(config: Config) -> float:
 
 def _for_all_layers(needs: Callable[[Config], dict[str, float]], config: Config) -> dict[str, float]:
     """Return `needs` of a config, extrapolated from few layers, since each repeat of the pattern needs the same."""
-    model = dataclasses.replace(config.model, layers="scanned")
+    model = dataclasses.replace(config.model, scan_layers=True)
     config = dataclasses.replace(config, model=model)
     period = model.period
     least = math.ceil(MOST_TRACED / period) * period

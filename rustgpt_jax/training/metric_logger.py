@@ -87,7 +87,7 @@ class Recorder:
     fault: Fault | None = None
 
     def __post_init__(self) -> None:
-        self._flops_per_token = training_flops_per_token(self.config.model, self.data.window)
+        self._flops_per_token = training_flops_per_token(self.config.model, self.data.seq_len)
         self._peak_flops = self.placement.peak_flops()
         self._best_loss = self._best_loss_so_far()
         # When the device was last known to be at the beginning of a call; None where that is not known.
@@ -149,7 +149,7 @@ class Recorder:
         if began is None:
             return {}
         self.seconds_per_step[self._structure] = (now - began) / count
-        tokens = count * self.data.stage.config.training.batch_size * self.data.window
+        tokens = count * self.data.stage.config.training.batch_size * self.data.seq_len
         tokens_per_second = tokens / (now - began)
         return {
             "train/tokens_per_second": tokens_per_second,
@@ -173,7 +173,7 @@ class Recorder:
         bytes_per_token = self.data.store.split("valid").bytes_per_token
         training = self.data.stage.config.training
         batch_size = training.batch_size
-        rows = self.placement.rows(batch_size, self.data.window)
+        rows = self.placement.rows(batch_size, self.data.seq_len)
         batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
         if self._optimizer.name in EVALUATION_PARAMS:
@@ -192,7 +192,7 @@ class Recorder:
             batches,
             bytes_per_token,
             training.loss_chunk_size,
-            training.accumulation,
+            training.grad_accum_steps,
             progress,
         )
         self.progress.evaluating(n_batches, n_batches)
@@ -220,7 +220,7 @@ class Recorder:
         return split(self.config)[0].optimizer
 
     def _write_samples(self, params: Params, step: int) -> None:
-        prompts = self.config.record.prompts
+        prompts = self.config.logging.sample_prompts
         if not prompts:
             return
         author = Writer(params, self.config.model, self.tokenizer, self.data.is_dialogue)

@@ -65,7 +65,7 @@ def schedule_free(config: OptimizerConfig, rate: jax.Array | float) -> optax.Gra
     As in the authors' code, the correction of Adam's bias is no part of these weights. b1 must be above 0.
     """
     learning_rate = rate * config.learning_rate
-    direction = optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True)
+    direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
     movement = optax.chain(direction, weight_decay(config), optax.scale(-learning_rate))
 
     def averaging(b1: jax.Array | float) -> optax.GradientTransformationExtraArgs:
@@ -114,7 +114,7 @@ def _scaled_by_shape(updates: Any, params: Any = None) -> Any:
 
 
 def _adam_direction(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=_moment_dtype(config))
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=_moment_dtype(config))
 
 
 def _moment_dtype(config: OptimizerConfig) -> str | None:

@@ -50,7 +50,7 @@ class RunInputs:
         """Return the step up to which the validation losses before a stage are of other batches than its own."""
         step = 0
         for each in self.stages[: self.stages.index(data)]:
-            if each.stage.config.record.eval_batches != data.stage.config.record.eval_batches:
+            if each.stage.config.logging.eval_batches != data.stage.config.logging.eval_batches:
                 step = each.stage.last_step
         return step
 
@@ -65,7 +65,7 @@ class RunInputs:
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
             _check_prompts(self.whole, self.tokenizer, role)
         for data in self.stages:
-            check_shares(data.stage.config, data.window, n_devices)
+            check_shares(data.stage.config, data.seq_len, n_devices)
         changed = changed_data(run.data_file, self.stages)
         if changed:
             again = "give back the old text, or choose another --run folder"
@@ -117,10 +117,10 @@ def _program(stage: Stage) -> Program:
 
 
 def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
-    for prompt in config.record.prompts:
+    for prompt in config.logging.sample_prompts:
         length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
         if length >= config.model.context_length:
             raise UserError(
-                f"config.record.prompts: {prompt!r} takes {length} tokens and leaves no room in "
+                f"config.logging.sample_prompts: {prompt!r} takes {length} tokens and leaves no room in "
                 f"config.model.context_length={config.model.context_length}."
             )

@@ -125,15 +125,15 @@ def init_state_from_params(structure: Structure, numbers: Numbers, params: trans
 
 
 def resident(structure: Structure, state: State) -> State:
-    """A state whose parts are in the memory where they stay between steps: with `offload`, that of the host."""
-    if not structure.optimizer.offload:
+    """A state whose parts are in the memory where they stay between steps: with `offload_state`, that of the host."""
+    if not structure.optimizer.offload_state:
         return state
     return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
 
 
 def fetch_opt_state(structure: Structure, opt_state: Any) -> Any:
     """What the optimizer keeps, in the memory of the device."""
-    return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload else opt_state
+    return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload_state else opt_state
 
 
 def train_step(
@@ -178,7 +178,7 @@ def train_step(
 def gradient(
     params: transformer.Params, batch: Batch, config: Structure, key: jax.Array
 ) -> tuple[transformer.Params, Sums]:
-    """The gradient of the mean loss over the whole batch, run in `accumulation` parts one after another.
+    """The gradient of the mean loss over the whole batch, run in `grad_accum_steps` parts one after another.
 
     Each part's summed loss is divided by the weight of the whole batch, so parts with few learned tokens count for
     no more than those tokens.
@@ -191,7 +191,7 @@ def gradient(
         return total_loss(sums, total_weight, config.training.z_loss), sums
 
     part_gradient = jax.grad(part_loss, has_aux=True)
-    parts = config.training.accumulation
+    parts = config.training.grad_accum_steps
     if parts == 1:
         return part_gradient(params, batch, key)
 

@@ -268,8 +268,9 @@ class Run:
 
     def steps_to_event(self) -> int:
         """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
-        stage, record = self.stage.stage, self.stage.stage.config.record
-        events = [_next(self.step, record.eval_every), _next(self.step, record.checkpoint_every)]
+        stage = self.stage.stage
+        every = stage.config.logging
+        events = [_next(self.step, every.eval_every), _next(self.step, every.checkpoint_every)]
         events += [mark for mark in self.marks if mark > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
@@ -357,12 +358,12 @@ class Run:
     @property
     def _evaluates(self) -> bool:
         stage = self._open_recorder().data.stage
-        return self.step % stage.config.record.eval_every == 0 or self.step == stage.end_step
+        return self.step % stage.config.logging.eval_every == 0 or self.step == stage.end_step
 
     @property
     def _saves(self) -> bool:
         stage = self._open_recorder().data.stage
-        return self.step % stage.config.record.checkpoint_every == 0 or self.step == stage.end_step
+        return self.step % stage.config.logging.checkpoint_every == 0 or self.step == stage.end_step
 
     def _open_recorder(self) -> Recorder:
         if self._recorder is None:

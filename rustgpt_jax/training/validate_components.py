@@ -46,7 +46,9 @@ def validate_components(config: Config) -> None:
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
         _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
-        attention_choices(stage.config.model, ANY_DEVICE, stage.config.data.window or stage.config.model.context_length)
+        attention_choices(
+            stage.config.model, ANY_DEVICE, stage.config.data.seq_len or stage.config.model.context_length
+        )
 
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:

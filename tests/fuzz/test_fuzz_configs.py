@@ -48,7 +48,7 @@ def use(config: Config) -> Config | None:
     """What a verb does with a config before it compiles anything; the config as it is written and read again."""
     validate_components(config)
     for stage in stages(config):
-        check_shares(stage.config, stage.config.data.window or stage.config.model.context_length, 2)
+        check_shares(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
         structure, numbers = split(stage.config)
         to_traced_scalars(numbers)
         whole = merge(structure, numbers)

@@ -127,7 +127,7 @@ class Bench(NamedTuple):
         config = shakespeare(str(self.needed_text()))
         config.training.steps, config.schedule.warmup_steps = steps, min(steps // 2, config.schedule.warmup_steps)
         config.model.d_model = self.extent.width
-        config.record.eval_every = config.record.checkpoint_every = every
+        config.logging.eval_every = config.logging.checkpoint_every = every
         return config
 
     def peaks(self) -> Row:

@@ -14,12 +14,12 @@ from rustgpt_jax.config.schema import Config
 
 
 class Shape(NamedTuple):
-    """A GPT-2 to train. steps: in a call, which is a turn. layers: the way that is faster at this size."""
+    """A GPT-2 to train. steps: in a call, which is a turn. scan_layers: the value that is faster at this size."""
 
     knobs: Knobs
     batch: int
     steps: int
-    layers: str
+    scan_layers: bool
 
     @property
     def tokens(self) -> int:
@@ -38,15 +38,15 @@ def _knobs(layers: int, heads: int, width: int, context: int, vocabulary: int) -
 
 
 SHAPES = {
-    "shk": Shape(_knobs(4, 4, 128, 64, 65), batch=12, steps=20, layers="unrolled"),
-    "mid": Shape(_knobs(6, 6, 384, 256, 65), batch=16, steps=1, layers="unrolled"),
-    "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, layers="unrolled"),
-    "smoke": Shape(_knobs(2, 2, 32, 16, 64), batch=2, steps=2, layers="unrolled"),
+    "shk": Shape(_knobs(4, 4, 128, 64, 65), batch=12, steps=20, scan_layers=False),
+    "mid": Shape(_knobs(6, 6, 384, 256, 65), batch=16, steps=1, scan_layers=False),
+    "124M": Shape(_knobs(12, 12, 768, 256, 50304), batch=2, steps=1, scan_layers=False),
+    "smoke": Shape(_knobs(2, 2, 32, 16, 64), batch=2, steps=2, scan_layers=False),
 }
 # The ways that we train; one more is a line more, and a name in RACES.
 TRAINING: dict[str, Knobs] = {
     "float32": {"model.dtype": "float32"},
-    "bfloat16 factors": {"model.dtype": "float32", "model.matmul": "bfloat16", "model.logits_dtype": "bfloat16"},
+    "bfloat16 factors": {"model.dtype": "float32", "model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"},
     "bfloat16": {"model.dtype": "bfloat16"},
 }
 
@@ -55,14 +55,16 @@ def training_config(shape: str, knobs: Knobs) -> Config:
     """The config of a shape, with the values at some dotted paths changed."""
     wanted = SHAPES[shape]
     sizes = {"training.batch_size": wanted.batch, "training.steps_per_jit_call": wanted.steps}
-    return config_of("124m", wanted.knobs | sizes | {"model.layers": wanted.layers, "model.dtype": "float32"} | knobs)
+    return config_of(
+        "124m", wanted.knobs | sizes | {"model.scan_layers": wanted.scan_layers, "model.dtype": "float32"} | knobs
+    )
 
 
 # The ways that weights are read in decoding.
 WEIGHTS: dict[str, Knobs] = {
     "float32": {"model.dtype": "float32"},
     "bfloat16": {"model.dtype": "bfloat16"},
-    "int8": {"model.dtype": "float32", "sampling.weights": "int8"},
+    "int8": {"model.dtype": "float32", "sampling.weight_dtype": "int8"},
 }
 
 
@@ -81,7 +83,7 @@ SMOKE = Decoded("smoke", prompt=16, new=16, steps=40)
 
 def decoding_config(size: str, weights: str, kernel: str) -> Config:
     """The config of a GPT-2 that decodes with weights of a type by a kernel."""
-    return config_of(size, {"model.layers": "unrolled", "sampling.kernel": kernel} | WEIGHTS[weights])
+    return config_of(size, {"model.scan_layers": False, "sampling.matmul_impl": kernel} | WEIGHTS[weights])
 
 
 def get_config() -> ConfigDict:

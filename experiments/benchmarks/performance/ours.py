@@ -116,7 +116,7 @@ def cost(shape: str) -> Prepared:
     window = config.model.context_length
     flops = training_flops_per_token(config.model, window) * SHAPES[shape].tokens
     # XLA counts the body of a loop once.
-    unrolled = training_config(shape, {"model.layers": "unrolled"})
+    unrolled = training_config(shape, {"model.scan_layers": False})
     step = compiled_step(unrolled, window, ShardingPlan(), for_cpu=True)
     return only_said(
         {

@@ -45,18 +45,18 @@ def get_config() -> ConfigDict:
 def job(steps: tuple[int, int]) -> ConfigDict:
     """RustGPT's job: so many updates on facts, and then on dialogues."""
     config = rustgpt.get_config()
-    config.data.window = 32
+    config.data.seq_len = 32
     config.model.update(
         {"vocab_size": 533, "context_length": 80, "n_layers": 3, "d_model": 128, "n_heads": 1, "d_ff": 256}
     )
     config.model.update({"feedforwards": ("relu",), "positions": ("learned",), "norm": "layernorm", "bias": True})
-    config.model.update({"tie_embeddings": False, "layers": "unrolled", "norm_epsilon": 1e-5})
+    config.model.update({"tie_embeddings": False, "scan_layers": False, "norm_eps": 1e-5})
     config.optimizer.update({"name": "adam", "learning_rate": 5e-4, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 5.0})
     config.schedule.update({"name": "constant", "warmup_steps": 0})
     config.training.batch_size, config.training.steps_per_jit_call = 1, 100
     config.tokenizer.vocab_size = 533
-    config.record.update({"log_every": 100, "eval_every": sum(steps), "checkpoint_every": sum(steps)})
-    config.record.prompts = ()
+    config.logging.update({"log_every": 100, "eval_every": sum(steps), "checkpoint_every": sum(steps)})
+    config.logging.sample_prompts = ()
     facts, dialogues = {"corpus": "facts", "max_documents": 25}, {"corpus": "chat", "max_documents": 53}
     config.stages = (
         {"name": "pretrain", "data": facts, "training": {"steps": steps[0]}},

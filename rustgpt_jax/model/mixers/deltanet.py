@@ -148,8 +148,8 @@ class GatedDeltaNet(nn.Module):
         beta_BTH = jnp.where(is_token_BT1, jax.nn.sigmoid(write_BTH), 0)
 
         o_BTHE, state_BHCE = gated_delta_rule(
-            unit(q_BTHC, config.norm_epsilon) / channels**0.5,
-            unit(k_BTHC, config.norm_epsilon),
+            unit(q_BTHC, config.norm_eps) / channels**0.5,
+            unit(k_BTHC, config.norm_eps),
             v_BTHE,
             beta_BTH,
             g_BTH,
