@@ -27,12 +27,18 @@ from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
 from rustgpt_jax.interop.config_mapping import disagreements, over_layers, shortest_pattern
 from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.hf_config import Settings
-from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.interop.import_hf import import_parameters, read_folder, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.workdir.params_io import open_parameters, read_parameters
-from rustgpt_jax.workdir.safetensors_files import NewTensor, StoredTensor, read_folder, read_header, write_file
+from rustgpt_jax.workdir.params_io import (
+    NewTensor,
+    StoredTensor,
+    open_parameters,
+    open_safetensors,
+    read_parameters,
+    write_safetensors,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,7 +53,7 @@ def imported(folder: Path, file: Path) -> tuple[ModelConfig, Any]:
     """The model of a folder and its parameters, by way of a file."""
     knobs, architecture, _ = read_model(folder)
     model = model_config(knobs)
-    write_parameters(folder, file, model, architecture)
+    import_parameters(folder, file, model, architecture)
     return model, read_parameters(file, parameter_shapes(model))
 
 
@@ -209,11 +215,11 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     first, file, second = tmp_path / "first", tmp_path / "parameters.safetensors", tmp_path / "second"
     knobs, architecture, tokens = read_model(GOLDEN / name)
     model = model_config(knobs)
-    write_parameters(GOLDEN / name, file, model, architecture)
+    import_parameters(GOLDEN / name, file, model, architecture)
     export_model(open_parameters(file), model, first, architecture=architecture.name, special_tokens=tokens)
     knobs, architecture, tokens = read_model(first)
     assert disagreements(model_config(knobs), model) == {}
-    write_parameters(first, file, model_config(knobs), architecture)
+    import_parameters(first, file, model_config(knobs), architecture)
     model = model_config(knobs)
     export_model(open_parameters(file), model, second, architecture=architecture.name, special_tokens=tokens)
     assert contents(first) == contents(second)
@@ -245,7 +251,7 @@ def test_export_in_another_type_rounds_once(dtype: str, tmp_path: Path) -> None:
     _, read = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
     kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other.astype(kind)), read, params)
-    stored = read_header(tmp_path / "parameters.safetensors").values()
+    stored = open_safetensors(tmp_path / "parameters.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {np.dtype(kind)}
 
 
@@ -265,13 +271,13 @@ def test_experts_that_are_stored_at_once_are_read(name: str, tmp_path: Path) -> 
     """The form that transformers 5 holds in memory: gate and up side by side, all experts in one tensor."""
     knobs, architecture, _ = read_model(GOLDEN / name)
     model = model_config(knobs)
-    write_parameters(GOLDEN / name, tmp_path / "one_by_one", model, architecture)
+    import_parameters(GOLDEN / name, tmp_path / "one_by_one", model, architecture)
     stored = {key: tensor.read().astype(np.float32) for key, tensor in read_folder(GOLDEN / name).items()}
     merged = fused(stored)
     assert not any(".experts.0." in key for key in merged)
     (tmp_path / "there").mkdir()
     save(merged, tmp_path / "there" / "model.safetensors")
-    write_parameters(tmp_path / "there", tmp_path / "at_once", model, architecture)
+    import_parameters(tmp_path / "there", tmp_path / "at_once", model, architecture)
     shapes = parameter_shapes(model)
     one, other = (read_parameters(tmp_path / form, shapes) for form in ("one_by_one", "at_once"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -310,8 +316,8 @@ def test_names_without_the_prefix_masks_and_tied_heads_are_understood(tmp_path: 
     bare = {key.removeprefix("transformer."): tensor for key, tensor in stored.items()}
     bare |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "lm_head.weight": bare["wte.weight"]}
     save(bare, tmp_path / "model.safetensors")
-    write_parameters(tmp_path, tmp_path / "bare", model, architecture)
-    write_parameters(GOLDEN / "gpt2", tmp_path / "prefixed", model, architecture)
+    import_parameters(tmp_path, tmp_path / "bare", model, architecture)
+    import_parameters(GOLDEN / "gpt2", tmp_path / "prefixed", model, architecture)
     one, other = (read_parameters(tmp_path / name, parameter_shapes(model)) for name in ("bare", "prefixed"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -345,9 +351,9 @@ def test_float64_weights_are_rounded_to_float32(tmp_path: Path) -> None:
         params.update(wide)
 
     change(tmp_path / "there", widen)
-    assert {tensor.type for tensor in read_folder(tmp_path / "there").values()} == {"F64"}
+    assert {tensor.dtype_name for tensor in read_folder(tmp_path / "there").values()} == {"F64"}
     _, read = imported(tmp_path / "there", tmp_path / "parameters")
-    assert {tensor.dtype for tensor in read_header(tmp_path / "parameters").values()} == {np.dtype(np.float32)}
+    assert {tensor.dtype for tensor in open_safetensors(tmp_path / "parameters").values()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(read["embedding"]["table"], params["model.embed_tokens.weight"].astype(np.float32))
     kernel = read["blocks"]["0"]["mixer"]["query"]["kernel"][1]
     np.testing.assert_array_equal(kernel, params["model.layers.1.self_attn.q_proj.weight"].astype(np.float32).T)
@@ -561,9 +567,9 @@ def no_index(folder: Path) -> None:
         (drop, f"has no tensor {NORM}"),
         (add, "model.layers.7.input_layernorm.weight"),
         (reshape, f"{NORM} has the shape (33,); config.json asks for (32,)"),
-        (retype, f"{NORM} has the type I8"),
-        (truncate, "model.safetensors is truncated"),
-        (truncate_header, "model.safetensors is truncated"),
+        (retype, f"{NORM} has the data type I8"),
+        (truncate, "model.safetensors is damaged or truncated"),
+        (truncate_header, "model.safetensors is damaged or truncated"),
         (garble, "model.safetensors is damaged"),
         (only_pickles, "only as pickles"),
         (nothing, "has no model.safetensors"),
@@ -582,7 +588,7 @@ def test_damage_is_named_and_nothing_is_left_behind(
     knobs, architecture, _ = read_model(tmp_path / "there")
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=re.escape(message)):
-        write_parameters(tmp_path / "there", tmp_path / "run" / "parameters", model_config(knobs), architecture)
+        import_parameters(tmp_path / "there", tmp_path / "run" / "parameters", model_config(knobs), architecture)
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -591,8 +597,8 @@ def test_a_truncated_file_is_found_by_its_header_alone(cut: int, tmp_path: Path)
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
     file = tmp_path / "there" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(UserError, match="model.safetensors is truncated"):
-        read_header(file)
+    with pytest.raises(UserError, match="model.safetensors is damaged or truncated"):
+        open_safetensors(file)
 
 
 def test_a_file_that_cannot_be_read_to_its_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -605,21 +611,24 @@ def test_a_file_that_cannot_be_read_to_its_end_leaves_nothing(monkeypatch: pytes
         return whole(stored)
 
     monkeypatch.setattr(StoredTensor, "read", cut_short)
-    with pytest.raises(UserError, match="model.safetensors is truncated: .* is not whole"):
+    with pytest.raises(UserError, match="model.safetensors cannot be read: .*fill whole buffer"):
         imported(tmp_path / "there", tmp_path / "parameters")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_numbers_lie_where_their_type_wants_them(tmp_path: Path) -> None:
+def test_each_tensor_of_a_file_is_aligned(tmp_path: Path) -> None:
     values = {
         "odd": np.ones(3, ml_dtypes.bfloat16),
         "wide": np.ones((2, 5), np.float32),
         "half": np.ones(8, np.float16),
     }
     new = [NewTensor(name, array.dtype, array.shape, lambda array=array: [array]) for name, array in values.items()]
-    write_file(tmp_path / "file", new, {})
-    stored = read_header(tmp_path / "file")
-    assert all(tensor.offset % tensor.dtype.itemsize == 0 for tensor in stored.values())
+    write_safetensors(tmp_path / "file", new, {})
+    data, stored = (tmp_path / "file").read_bytes(), open_safetensors(tmp_path / "file")
+    n_header = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n_header])
+    offsets = {name: 8 + n_header + header[name]["data_offsets"][0] for name in values}
+    assert all(offsets[name] % array.dtype.itemsize == 0 for name, array in values.items())
     assert all(np.array_equal(stored[name].read(), array) for name, array in values.items())
 
 
@@ -635,7 +644,7 @@ def test_a_head_that_is_not_the_tied_table_is_refused(tmp_path: Path) -> None:
     _, architecture, _ = read_model(tmp_path / "there")
     tied = dataclasses.replace(LLAMA, tie_embeddings=True)
     with pytest.raises(UserError, match="tie_word_embeddings, and lm_head.weight is another"):
-        write_parameters(tmp_path / "there", tmp_path / "parameters", tied, architecture)
+        import_parameters(tmp_path / "there", tmp_path / "parameters", tied, architecture)
 
 
 @pytest.mark.parametrize("layers", [2, 4])
@@ -643,11 +652,11 @@ def test_parameters_of_another_model_are_refused(layers: int, tmp_path: Path) ->
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
     imported(tmp_path / "there", tmp_path / "file")
     shapes = parameter_shapes(dataclasses.replace(LLAMA, n_layers=layers))
-    with pytest.raises(UserError, match=r"blocks/0/.* has the shape \(3, "):
+    with pytest.raises(UserError, match=r"blocks/0/.* has shape \(3, "):
         read_parameters(tmp_path / "file", shapes)
-    with pytest.raises(UserError, match="has no blocks/0/mixer/key/bias"):
+    with pytest.raises(UserError, match="has no parameter blocks/0/mixer/key/bias"):
         read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, qkv_bias=True)))
-    with pytest.raises(UserError, match="has head/kernel, which the model of this run has not"):
+    with pytest.raises(UserError, match="has a parameter head/kernel, which the model of this run does not have"):
         read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, tie_embeddings=True)))
 
 
@@ -677,7 +686,7 @@ from pathlib import Path
 import jax, numpy as np
 from experiments.benchmarks.family_logits import model_config
 from rustgpt_jax.interop.export_hf import export_model
-from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.interop.import_hf import read_model, import_parameters
 from rustgpt_jax.workdir.params_io import open_parameters, read_parameters
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes
 
@@ -699,7 +708,7 @@ def peak(name, work):
     print(name, (status("VmHWM") - before) / total_bytes(shapes))
     return result
 
-peak("write", lambda: write_parameters(folder / "there", file, model, architecture))
+peak("write", lambda: import_parameters(folder / "there", file, model, architecture))
 peak("copy", lambda: export_model(open_parameters(file), model, folder / "copy"))
 params = peak("read", lambda: jax.block_until_ready(read_parameters(file, shapes)))
 peak("export", lambda: export_model(params, model, folder / "back", dtype="bfloat16"))

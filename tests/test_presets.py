@@ -17,7 +17,7 @@ from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
 from rustgpt_jax.interop.config_mapping import UNSAID, computation, disagreements
-from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.interop.import_hf import import_parameters, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES
@@ -226,7 +226,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     source, file = GOLDEN / request.param, tmp_path_factory.mktemp(request.param) / "parameters.safetensors"
     knobs, architecture, _ = read_model(source)
     model = with_knobs(knobs)
-    write_parameters(source, file, model, architecture)
+    import_parameters(source, file, model, architecture)
     with np.load(source / "expected.npz") as expected:
         return model, read_parameters(file, parameter_shapes(model)), dict(expected)
 

@@ -223,7 +223,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     import torch
 
     from rustgpt_jax.cli.convert import difference
-    from rustgpt_jax.interop.import_hf import read_model, write_parameters
+    from rustgpt_jax.interop.import_hf import import_parameters, read_model
     from rustgpt_jax.model.flops import parameter_shapes
     from rustgpt_jax.workdir.params_io import read_parameters
 
@@ -231,7 +231,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     reference.save_pretrained(folder)
     knobs, architecture, _ = read_model(folder)
     model = model_config(knobs)
-    write_parameters(folder, folder / "parameters.safetensors", model, architecture)
+    import_parameters(folder, folder / "parameters.safetensors", model, architecture)
     params = read_parameters(folder / "parameters.safetensors", parameter_shapes(model))
     tokens_BT = np.random.default_rng(0).integers(0, case["vocab_size"], (1, TOKENS))
     with torch.no_grad():

@@ -15,8 +15,9 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.export_hf import atomic_folder, export_model
+from rustgpt_jax.interop.hf_config import read_json
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
-from rustgpt_jax.interop.import_hf import read_model, write_parameters
+from rustgpt_jax.interop.import_hf import import_parameters, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
@@ -28,7 +29,6 @@ from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
-from rustgpt_jax.workdir.safetensors_files import read_json
 
 # The same tokens through `transformers` and through the model here: how far are the logits apart?
 
@@ -143,7 +143,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     with atomic_folder(path) as hidden:
         run = create(hidden, config, origins)
         save_tokenizer(codec, run.tokenizer_file)
-        write_parameters(source, run.parameters_file, model, described.architecture)
+        import_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
         about["tokenizer"] = tokenizer_hash(load_tokenizer(run.tokenizer_file))
         run.import_file.write_text(json.dumps(about, indent=2) + "\n")

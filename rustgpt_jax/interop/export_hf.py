@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for
-from rustgpt_jax.interop.import_hf import CONFIG, TOKEN_KEYS
+from rustgpt_jax.interop.import_hf import CONFIG, INDEX, SINGLE, TOKEN_KEYS
 from rustgpt_jax.interop.param_mapping import Slot, Tensor, tensors
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.workdir.safetensors_files import NewTensor, StoredTensor, write_folder
+from rustgpt_jax.workdir.params_io import NewTensor, StoredTensor, write_safetensors
 
 TYPES = {
     "float32": np.dtype(np.float32),
@@ -122,3 +122,37 @@ def _slot(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
     """A part of a parameter, read from its file, or a view of it where it is in memory."""
     leaf = leaves[slot.path]
     return leaf[slot.place] if isinstance(leaf, StoredTensor) else np.asarray(leaf)[slot.place]
+
+
+def write_folder(folder: Path, tensors: Sequence[NewTensor], shard_bytes: int) -> None:
+    """Write a model as model.safetensors, or, where it is larger than `shard_bytes`, as several files and their index.
+
+    Raises UserError as `write_safetensors` does.
+    """
+    shards = _shards(tensors, shard_bytes)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, shards[0], metadata)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard, metadata)
+        places |= {tensor.name: name for tensor in shard}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": dict(sorted(places.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards

@@ -1,5 +1,6 @@
 """The config.json of a Hugging Face model, read strictly."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +53,20 @@ class Settings:
     def refuse(self, key: str, why: str) -> UserError:
         """The error for a value that the parts here cannot say."""
         return UserError(f"{self.file}: {key}={self[key]!r} cannot be said with the parts here: {why}.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: The file is missing or does not contain a JSON object.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object.")
+    return values

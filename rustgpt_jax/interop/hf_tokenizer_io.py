@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.interop.hf_config import read_json
 from rustgpt_jax.tokenizers import END, SYSTEM, USER, ChatFormat, Codec, load_tokenizer, save_tokenizer
 from rustgpt_jax.tokenizers.chat_template import turn_end
-from rustgpt_jax.workdir.safetensors_files import read_json
 
 TOKENIZER, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, GENERATION, MODEL = "chat_template.jinja", "generation_config.json", "config.json"

@@ -1,5 +1,6 @@
 """From a Hugging Face folder to the parameters of a run."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import Architecture, architecture_of
+from rustgpt_jax.interop.hf_config import read_json
 from rustgpt_jax.interop.param_mapping import Piece, Rules, Tensor, pieces, shapes_by_path, tensors
-from rustgpt_jax.workdir.params_io import write_tensors
-from rustgpt_jax.workdir.safetensors_files import CHUNK_BYTES, NewTensor, StoredTensor, read_folder, read_json
+from rustgpt_jax.workdir.params_io import CHUNK_BYTES, NewTensor, StoredTensor, open_safetensors, write_parameters
 
 CONFIG = "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE = "pytorch_model"
 HEAD = "lm_head.weight"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -50,7 +53,51 @@ def read_model(source: Path, warn: Callable[[str], object] = lambda text: None) 
     return HFModelInfo(architecture.knobs(config, file, warn), architecture, tokens)
 
 
-def write_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model in a folder, from one file or from those that an index names.
+
+    Raises UserError for a folder without them, a missing or damaged file, or a tensor that is in two files.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder with a Hugging Face model.")
+    if (folder / SINGLE).exists():
+        return open_safetensors(folder / SINGLE)
+    if not (folder / INDEX).exists():
+        raise _no_tensors(folder)
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map.")
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise UserError(f"{folder / INDEX} names {shard!r}, which is not a file beside it.")
+        # Path.exists raises for a name that is too long.
+        if not os.path.exists(folder / shard):
+            raise UserError(f"{folder / INDEX} names {shard}, which is missing.")
+        for name, stored in open_safetensors(folder / shard).items():
+            if name in found:
+                raise UserError(f"{name} is both in {found[name].file} and in {stored.file}.")
+            found[name] = stored
+    for name, shard in places.items():
+        if name not in found:
+            raise UserError(f"{folder / shard} has no {name}, which {INDEX} places there.")
+    return found
+
+
+def _no_tensors(folder: Path) -> UserError:
+    if any(folder.glob(f"{PICKLE}*.bin*")):
+        return UserError(
+            f"{folder} has its tensors only as pickles ({PICKLE}*.bin), which can run any code and are never read. "
+            "Where you trust them, convert them with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    if shards:
+        return UserError(f"{folder} has {', '.join(shards[:3])}, but neither {SINGLE} nor {INDEX} that lists them.")
+    return UserError(f"{folder} has no {SINGLE}.")
+
+
+def import_parameters(source: Path, file: Path, model: ModelConfig, architecture: Architecture) -> None:
     """Write the tensors of a Hugging Face folder as our own parameters, each in the type it has there.
 
     All names, shapes and types are checked before anything is written; a tensor at a time is in memory. Raises
@@ -60,7 +107,7 @@ def write_parameters(source: Path, file: Path, model: ModelConfig, architecture:
     plan = matching_tensors(source, stored, model, architecture)
     shapes = shapes_by_path(model)
     filled = pieces(plan.values())
-    write_tensors(file, [_parameter(path, shapes[path], filled[path], stored) for path in shapes])
+    write_parameters(file, [_parameter(path, shapes[path], filled[path], stored) for path in shapes])
 
 
 def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
@@ -111,11 +158,11 @@ def _table(wanted: Mapping[str, Tensor], stored: Stored) -> StoredTensor:
 
 def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
     """A head that is stored although it is the embedding table must be just that."""
-    is_same = head.shape == table.shape and head.type == table.type
+    is_same = head.shape == table.shape and head.dtype == table.dtype
     step = max(1, CHUNK_BYTES // (head.shape[-1] * head.dtype.itemsize))
     for start in range(0, head.shape[0], step) if is_same else ():
         stop = min(start + step, head.shape[0])
-        one, other = head.rows(start, stop), table.rows(start, stop)
+        one, other = head.read_rows(start, stop), table.read_rows(start, stop)
         is_same = is_same and one.tobytes() == other.tobytes()
     if not is_same:
         raise UserError(

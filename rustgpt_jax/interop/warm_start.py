@@ -23,9 +23,8 @@ from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
-from rustgpt_jax.workdir.params_io import write_tensors
+from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
-from rustgpt_jax.workdir.safetensors_files import NewTensor
 
 # Their rows, or columns, stand for tokens.
 OF_TOKENS = ("embedding/", "head/")
@@ -101,7 +100,7 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     with atomic_folder(path) as hidden:
         new = create(hidden, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
-        write_tensors(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
+        write_parameters(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
         about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
         about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

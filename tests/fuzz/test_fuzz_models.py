@@ -16,11 +16,16 @@ from test_fuzz_tokenizers import BESIDE, FOREIGN
 
 from configs import base
 from rustgpt_jax.cli import convert
-from rustgpt_jax.interop.import_hf import read_model
+from rustgpt_jax.interop.import_hf import read_folder, read_model
 from rustgpt_jax.pytrees import nested
-from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
+from rustgpt_jax.workdir.params_io import (
+    NewTensor,
+    matching_parameters,
+    open_safetensors,
+    read_parameters,
+    write_safetensors,
+)
 from rustgpt_jax.workdir.run_dir import load_config
-from rustgpt_jax.workdir.safetensors_files import NewTensor, read_folder, read_header, write_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = sorted(path.name for path in GOLDEN.iterdir())
@@ -36,7 +41,7 @@ def written(folder: Path) -> bytes:
         NewTensor(name, np.dtype(np.float32), shape, lambda shape=shape: [np.ones(shape, np.float32)])
         for name, shape in SHAPES.items()
     ]
-    write_file(folder / "small", tensors, {"format": "rustgpt_jax"})
+    write_safetensors(folder / "small", tensors, {"format": "rustgpt_jax"})
     return (folder / "small").read_bytes()
 
 
@@ -54,7 +59,7 @@ def with_header(data: bytes, header: Any) -> bytes:
 
 def use(file: Path) -> None:
     """Every tensor of a file, as a file of a run and as one of a model."""
-    found = read_header(file)
+    found = open_safetensors(file)
     for stored in found.values():
         assert stored.read().shape == stored.shape
     shapes = nested({name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in SHAPES.items()})
@@ -92,7 +97,7 @@ def test_an_index_with_edits(place: Place, small: bytes, index: Any) -> None:
     with place.case() as folder:
         one = NewTensor("f", np.dtype(np.float16), (2,), lambda: [np.ones(2, np.float16)])
         write(folder / "model-1.safetensors", small)
-        write_file(folder / "model-2.safetensors", [one], {})
+        write_safetensors(folder / "model-2.safetensors", [one], {})
         raw = index if isinstance(index, bytes | None) else json.dumps(index).encode()
         write(folder / "model.safetensors.index.json", raw)
         answer(lambda: [stored.shape for stored in read_folder(folder).values()])
