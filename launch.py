@@ -226,7 +226,7 @@ def sweep() -> int:
     else:
         trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     options = dict(_pair(option) for option in FLAGS.slurm)
-    from rustgpt_jax.cli.sweep import Command, run_sweep
+    from rustgpt_jax.sweeps.run_sweep import Command, run_sweep
     from rustgpt_jax.sweeps.sweep import Settings, SweepInfo
 
     settings = Settings(FLAGS.launcher, FLAGS.mode, FLAGS.width, FLAGS.workers, options)
@@ -269,19 +269,19 @@ def report() -> int:
     return 0
 
 
-def explain() -> int:
+def print_config_summary() -> int:
     """Print what a config means."""
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     tree, origins = _config()
     config = _resolved(tree)
-    from rustgpt_jax.cli.explain import explain
+    from rustgpt_jax.planning.config_summary import print_config_summary
 
-    explain(config, origins, PlainTextConsole())
+    print_config_summary(config, origins, PlainTextConsole())
     return 0
 
 
-def plan() -> int:
+def print_plan() -> int:
     """Tell what a config needs of chips that need not be there. The exit status is 1 if it does not fit them."""
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
@@ -292,17 +292,17 @@ def plan() -> int:
         raise UserError("For how many chips? Give --devices=N.")
     if FLAGS.chip is None:
         raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
-    from rustgpt_jax.cli.plan import plan
+    from rustgpt_jax.planning.report import print_plan
 
-    return 0 if plan(config, FLAGS.chip, FLAGS.devices, PlainTextConsole()) else 1
+    return 0 if print_plan(config, FLAGS.chip, FLAGS.devices, PlainTextConsole()) else 1
 
 
 def evaluate() -> int:
     """Measure a trained model."""
-    from rustgpt_jax.cli.evaluate import evaluate_run
+    from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
-    evaluate_run(_trained(generates=False), PlainTextConsole(), FLAGS.allow_oversubscription)
+    print_evaluation(_trained(generates=False), PlainTextConsole(), FLAGS.allow_oversubscription)
     return 0
 
 
@@ -378,13 +378,13 @@ def doctor() -> int:
     return 0
 
 
-def check() -> int:
+def check_components() -> int:
     """Check parts: layers, optimizers, tokenizers and all else that stands in a table."""
-    from rustgpt_jax.cli.check import check
     from rustgpt_jax.config.validation import parse_all
+    from rustgpt_jax.conformance.runner import check_components
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
-    return check(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides), FLAGS.exhaustive)
+    return check_components(_arguments, PlainTextConsole(), FLAGS.only, parse_all(_overrides), FLAGS.exhaustive)
 
 
 def import_model() -> int:
@@ -393,7 +393,7 @@ def import_model() -> int:
         raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
     FLAGS.config = FLAGS.config or str(BASE)
     tree, origins = _config()
-    from rustgpt_jax.cli.convert import import_run
+    from rustgpt_jax.interop.convert import import_run
 
     import_run(Path(FLAGS["from"].value), Path(FLAGS.run), tree, origins, print)
     return 0
@@ -408,7 +408,7 @@ def export() -> int:
 
         export_gguf(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
         return 0
-    from rustgpt_jax.cli.convert import export_run
+    from rustgpt_jax.interop.convert import export_run
 
     export_run(Path(FLAGS.run), Path(FLAGS.to), FLAGS.checkpoint, FLAGS.dtype, print)
     return 0
@@ -458,8 +458,8 @@ VERBS = {
         0,
     ),
     "report": Verb(report, ("run",)),
-    "explain": Verb(explain, ("config", "run")),
-    "plan": Verb(plan, ("config", "run", "devices", "chip")),
+    "explain": Verb(print_config_summary, ("config", "run")),
+    "plan": Verb(print_plan, ("config", "run", "devices", "chip")),
     "evaluate": Verb(evaluate, ("run", "checkpoint", "allow_oversubscription")),
     "generate": Verb(generate, ("run", "checkpoint", "prompt", "num_samples", "allow_oversubscription")),
     "chat": Verb(chat, ("run", "checkpoint", "allow_oversubscription")),
@@ -467,7 +467,7 @@ VERBS = {
     "rerun": Verb(rerun, ("run", "to", "trust")),
     "diff": Verb(diff, ("trust",), 2),
     "doctor": Verb(doctor, ("run", "step")),
-    "check": Verb(check, ("only", "exhaustive"), sys.maxsize),
+    "check": Verb(check_components, ("only", "exhaustive"), sys.maxsize),
     "import": Verb(import_model, ("from", "run", "config"), 0),
     "export": Verb(export, ("run", "to", "checkpoint", "dtype")),
 }

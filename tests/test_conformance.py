@@ -18,7 +18,6 @@ from broken_mixers import MISTAKES_OF_LONG_ROWS
 from broken_parts import MISTAKES, Mistake
 from rich.console import Console
 
-from rustgpt_jax.cli.check import check
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import long_row_checks, rounding_checks
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
@@ -30,7 +29,7 @@ from rustgpt_jax.conformance.fixtures import (
     require_same_bits,
     small_model,
 )
-from rustgpt_jax.conformance.runner import run_check
+from rustgpt_jax.conformance.runner import check_components, run_check
 from rustgpt_jax.conformance.targets import KNOBS, MODEL_KINDS, TABLES, Scope, Subject, component_kind, subjects
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops
@@ -244,8 +243,8 @@ def test_eight_devices_give_what_one_gives() -> None:
     code = """
 import sys
 from rich.console import Console
-from rustgpt_jax.cli.check import check
-sys.exit(check(sys.argv[1:], Console(width=200), only=["devices"]))
+from rustgpt_jax.conformance.runner import check_components
+sys.exit(check_components(sys.argv[1:], Console(width=200), only=["devices"]))
 """
     shown = run_python(code, *(kind for kind in MODEL_KINDS if kind != "families"), "gpt2", "gemma2", "qwen3_moe")
     assert " 0 failed" in shown
@@ -556,8 +555,11 @@ def test_a_wrong_number_of_a_registered_part_is_found(monkeypatch: pytest.Monkey
 @pytest.mark.long
 def test_the_command_shows_what_broke_and_says_so_to_the_shell() -> None:
     console = Console(file=io.StringIO(), width=300)
-    assert check(["samplers/top_k"], console) == 0
-    assert check(["samplers/top_k", "samplers/broken_parts:RevivesTokens"], console, ["sampler_distribution"]) == 1
+    assert check_components(["samplers/top_k"], console) == 0
+    assert (
+        check_components(["samplers/top_k", "samplers/broken_parts:RevivesTokens"], console, ["sampler_distribution"])
+        == 1
+    )
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a token comes back that was ruled out; at row 0, token" in shown
     assert "Usual cause: -inf minus -inf" in shown
@@ -571,7 +573,10 @@ def test_the_command_gives_its_checks_the_scope_that_is_asked_for(
     scopes: list[Scope] = []
     recorder = dataclasses.replace(CHECKS["causality"], function=lambda subject: scopes.append(subject.scope) or "")
     monkeypatch.setitem(CHECKS, "causality", recorder)
-    assert check(["mixers/attention"], Console(file=io.StringIO()), ["causality"], is_exhaustive=is_exhaustive) == 0
+    assert (
+        check_components(["mixers/attention"], Console(file=io.StringIO()), ["causality"], is_exhaustive=is_exhaustive)
+        == 0
+    )
     assert scopes == [scope]
 
 
@@ -591,9 +596,9 @@ for more in [], ["--exhaustive"]:
 
 def test_the_command_refuses_what_means_nothing() -> None:
     with pytest.raises(UserError, match="Did you mean 'causality'"):
-        check(["attention"], Console(file=io.StringIO()), ["causalty"])
+        check_components(["attention"], Console(file=io.StringIO()), ["causalty"])
     with pytest.raises(UserError, match="no check for adamw"):
-        check(["adamw"], Console(file=io.StringIO()), ["causality"])
+        check_components(["adamw"], Console(file=io.StringIO()), ["causality"])
 
 
 def test_an_exception_of_a_part_is_a_sentence_that_says_where() -> None:

@@ -14,12 +14,12 @@ import pytest
 from conftest import small_tree
 from rich.console import Console
 
-from rustgpt_jax.cli import convert
-from rustgpt_jax.cli.convert import Comparison, export_run, import_run
 from rustgpt_jax.config.schema import config_hash
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import write
+from rustgpt_jax.interop import convert
+from rustgpt_jax.interop.convert import Comparison, export_run, import_run
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.loop import train

@@ -13,7 +13,7 @@ from conftest import random_params, small_config, small_tree
 from rich.console import Console
 from small_runs import train
 
-from rustgpt_jax.cli.evaluate import evaluate_run
+from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.inference.decode_params import Form, for_decoding, form
@@ -323,7 +323,7 @@ def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
     def told(**changes: Any) -> list[list[str]]:
         sampling = dataclasses.replace(trained.config.sampling, **changes)
         shown = Console(file=StringIO(), width=200)
-        evaluate_run(trained.with_config(dataclasses.replace(trained.config, sampling=sampling)), shown)
+        print_evaluation(trained.with_config(dataclasses.replace(trained.config, sampling=sampling)), shown)
         return [line.split() for line in shown.file.getvalue().splitlines() if line.startswith("train")]
 
     ((_, loss, *_),) = told()

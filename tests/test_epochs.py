@@ -11,17 +11,17 @@ from conftest import small_tree
 from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
-from rustgpt_jax.cli.explain import explain
-from rustgpt_jax.cli.sweep import preview
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import begin_from
+from rustgpt_jax.planning.config_summary import print_config_summary
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps.asset_cache import AssetCache
+from rustgpt_jax.sweeps.run_sweep import preview
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, in_words
@@ -173,6 +173,6 @@ def test_steps_and_epochs_are_not_set_both() -> None:
 
 def test_explain_tells_the_steps() -> None:
     console, config = Console(file=StringIO(), width=240), by_epochs(2)
-    explain(config, {"training.epochs": "command line"}, console)
+    print_config_summary(config, {"training.epochs": "command line"}, console)
     said, steps = console.file.getvalue(), settled(config).training.steps  # type: ignore[attr-defined]
     assert f"{steps} steps of 4 x 16 tokens" in said and "config.training.epochs=2: " in said

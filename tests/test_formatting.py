@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
 
 
 def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
-    from rustgpt_jax.cli.evaluate import evaluate_run
+    from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.reproduce.run_diff import diff
     from rustgpt_jax.training import loop
@@ -109,16 +109,16 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
 
     config = load(run, "last").config
     assert "[/INST]" in shown(lambda console: loop.train(config, run, {}, console))
-    assert "perplexity" in shown(lambda console: evaluate_run(load(run, "last"), console))
+    assert "perplexity" in shown(lambda console: print_evaluation(load(run, "last"), console))
     assert "[/INST]" in shown(lambda console: replay(run, 2, False, console))
     assert shown(lambda console: diff(run, run, console))
 
 
 def test_explain_shows_values_and_origins_as_they_stand() -> None:
-    from rustgpt_jax.cli.explain import explain
+    from rustgpt_jax.planning.config_summary import print_config_summary
 
     config = small_config(**{"logging.sample_prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
-    printed = shown(lambda console: explain(config, {"logging.sample_prompts": "lab[/b].py"}, console))
+    printed = shown(lambda console: print_config_summary(config, {"logging.sample_prompts": "lab[/b].py"}, console))
     assert repr((HOSTILE,)) in printed
     assert "('[/b].txt',)" in printed and "lab[/b].py" in printed
 

@@ -17,12 +17,12 @@ from conftest import random_params, small_config
 
 from configs import base
 from experiments.benchmarks.family_logits import CASES, TOKENS, VARIANTS, model_config, random_reference
-from rustgpt_jax.cli import convert
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
 from rustgpt_jax.interop.config_mapping import disagreements, over_layers, shortest_pattern
 from rustgpt_jax.interop.export_hf import export_model

@@ -22,10 +22,10 @@ from conftest import small_config
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.cli.convert import export_run
 from rustgpt_jax.config.schema import Config, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import perplexity
+from rustgpt_jax.interop.convert import export_run
 from rustgpt_jax.interop.gguf import export_gguf
 from rustgpt_jax.reproduce.metadata_diff import data_differences
 from rustgpt_jax.reproduce.recorded_run import RecordedRun

@@ -14,10 +14,10 @@ from conftest import small_config
 from rich.console import Console
 from small_runs import ROOT, run_config
 
-from rustgpt_jax.cli import sweep as sweep_command
 from rustgpt_jax.errors import UserError, is_out_of_memory
 from rustgpt_jax.sharding import hardware_specs as machines
 from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, used_machine
+from rustgpt_jax.sweeps import run_sweep as sweep_command
 from rustgpt_jax.sweeps.trials import expand
 from rustgpt_jax.training import loop, memory_estimate
 from rustgpt_jax.training.memory_estimate import (

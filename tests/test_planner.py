@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as some
 from rich.console import Console
 
-from rustgpt_jax.cli.sweep import preview
 from rustgpt_jax.config.schema import FIELDS, Config, field_of, split, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
@@ -24,6 +23,7 @@ from rustgpt_jax.sharding.hardware_specs import Machine, cores, free_memory
 from rustgpt_jax.sweeps import planner
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk, Cost, Plan, ShapeClass, class_key, cost, plan, shape_classes
+from rustgpt_jax.sweeps.run_sweep import preview
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes, step_bytes
 from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as some
 from rich.console import Console
 
-from rustgpt_jax.cli.plan import plan, with_vocabulary_size
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compiled_step
@@ -30,7 +29,7 @@ from rustgpt_jax.planning.estimate import (
     step_seconds,
     utilization,
 )
-from rustgpt_jax.planning.report import show, show_changes
+from rustgpt_jax.planning.report import print_plan, show, show_changes, with_vocabulary_size
 from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
 from rustgpt_jax.sharding.mesh import axis_sizes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, check_shares
@@ -260,7 +259,7 @@ def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> N
 )
 def test_mistakes_are_answered(knobs: dict[str, Any], chip: str, devices: int, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan(small_config(**knobs), chip, devices, Console(file=io.StringIO()))
+        print_plan(small_config(**knobs), chip, devices, Console(file=io.StringIO()))
     assert sentence in str(caught.value)
 
 

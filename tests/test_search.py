@@ -35,7 +35,6 @@ from test_sweep import (
     wait_until,
 )
 
-from rustgpt_jax.cli import sweep as commands
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps import (
@@ -51,6 +50,7 @@ from rustgpt_jax.sweeps import (
     uniform,
     values,
 )
+from rustgpt_jax.sweeps import run_sweep as commands
 from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report

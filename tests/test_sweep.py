@@ -25,7 +25,7 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state
 from test_population import train_alone
 
-from rustgpt_jax.cli.evaluate import evaluate_run
+from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers.inline import Launch
@@ -132,7 +132,7 @@ def test_each_finished_trial_is_an_ordinary_run(
     assert metrics(folder) == metrics(tmp_path / "alone")
     assert load_config(folder) == trials[0].config
     shown = Console(file=StringIO(), width=200)
-    evaluate_run(load(folder, "last"), shown)
+    print_evaluation(load(folder, "last"), shown)
     assert "perplexity" in shown.file.getvalue()
     assert run(straight, trials).failed() == set()
     assert Counter(event["event"] for event in events(straight)) == {"planned": 3, "began": 3, "finished": 3}

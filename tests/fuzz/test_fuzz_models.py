@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_fuzz_tokenizers import BESIDE, FOREIGN
 
 from configs import base
-from rustgpt_jax.cli import convert
+from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.import_hf import read_folder, read_model
 from rustgpt_jax.pytrees import nested
 from rustgpt_jax.workdir.params_io import (

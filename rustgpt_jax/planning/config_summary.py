@@ -1,4 +1,4 @@
-"""What a config means, before anything runs: each knob's value and origin, the layers, and what they cost."""
+"""Summary of a config: the value and origin of each field, parameter shapes, FLOPs and memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from rustgpt_jax.training.train_step import start, to_traced_scalars
 from rustgpt_jax.training.validate_components import validate_components
 
 
-def explain(config: Config, origins: Mapping[str, str], console: Console) -> None:
+def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> None:
     """Print the knobs with their origins, the parameters with their shapes, and FLOPs and memory.
 
     Nothing is computed but shapes; where the vocabulary depends on the corpus, the tokenizer is trained, and where the

@@ -1,4 +1,4 @@
-"""Runs from Hugging Face folders, and Hugging Face folders from runs: what the verbs import and export do."""
+"""Converts Hugging Face folders into runs, and runs into Hugging Face folders."""
 
 import contextlib
 import json

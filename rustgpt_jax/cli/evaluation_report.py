@@ -1,4 +1,4 @@
-"""What `evaluate` prints of a run: how well it predicts the validation text of each stage, and how it answers."""
+"""The `evaluate` command: prints loss, perplexity and bits per byte of a run, and its accuracy on dialogues."""
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,7 @@ from rustgpt_jax.training.load_model import LoadedModel
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 
 
-def evaluate_run(trained: LoadedModel, console: Console, is_oversubscribed: bool = False) -> None:
+def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: bool = False) -> None:
     """Print loss, perplexity and bits per byte for each stage's validation split, and right answers for dialogues.
 
     Where weights of a narrower type are read in decoding, a line more says what the model loses by it.

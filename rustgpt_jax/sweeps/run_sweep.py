@@ -1,4 +1,4 @@
-"""The command `sweep`: from what was said on the command line to a finished sweep and its report."""
+"""The `sweep` command: runs a sweep, or previews it, and writes its report."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -153,7 +153,7 @@ def run_sweep(
             case _:
                 sweep.add(trials)
                 sweep.run(trials)
-    return _tell(sweep, path, command.settings.launcher, console)
+    return _finish(sweep, path, command.settings.launcher, console)
 
 
 def _check_points(points: Sequence[Trial], shelf: AssetCache) -> None:
@@ -195,7 +195,7 @@ def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
         raise errors[0]
 
 
-def _tell(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
+def _finish(sweep: Sweep, path: Path, launcher: str, console: Console) -> int:
     if sweep.stop:
         again = "The same command goes on from there."
         what = "its jobs go on" if launcher == "slurm" else "what was running is saved"
