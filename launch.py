@@ -188,14 +188,13 @@ def _submit(folder: Path, config: Any) -> int:
     """Have a cluster train a run."""
     from rustgpt_jax.config.schema import uses_epochs
     from rustgpt_jax.sweeps.launchers.slurm import job_script, submit
-    from rustgpt_jax.training.config_changes import change_of
-    from rustgpt_jax.training.validate_components import validate_components
+    from rustgpt_jax.training.config_checks import resolve_change, validate_components
 
     if FLAGS.launcher != "slurm":
         raise UserError(f"--launcher={FLAGS.launcher}: train runs inline, or as a job of slurm.")
     # How many steps epochs are, the job finds.
     if not uses_epochs(config):
-        change_of(folder, config, FLAGS.extend)
+        resolve_change(folder, config, FLAGS.extend)
     validate_components(config)
     given = [FLAGS[name] for name in (*VERBS["train"].flags, *OF_ALL_VERBS) if name not in ("launcher", "slurm")]
     words = [word for flag in given if not flag.using_default_value for word in flag.serialize().splitlines()]
@@ -588,13 +587,13 @@ def _run_folder() -> Path:
 
 def _exhausted() -> str:
     """Return the error message for a failed allocation."""
-    from rustgpt_jax.training.memory_estimate import exhausted
+    from rustgpt_jax.training.memory_estimate import out_of_memory_message
 
     try:
-        return exhausted(_resolved(_config()[0]))
+        return out_of_memory_message(_resolved(_config()[0]))
     # The config may be missing, or there may not be enough memory left to compute the sizes.
     except Exception:
-        return exhausted(None)
+        return out_of_memory_message(None)
 
 
 def _has_limit() -> bool:

@@ -17,13 +17,13 @@ from rustgpt_jax.data.pipeline import Batch, WindowOffsets, Windows
 from rustgpt_jax.data.token_shards import TokenStream
 from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.batch_source import n_bytes, read_windows, resident
+from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_windows
 
 
 def on_device(stream: TokenStream, places: WindowOffsets, window: int) -> Batch:
     """The windows at places as a device reads them."""
     sent = jax.tree.map(np.int32, places)
-    return jax.tree.map(np.asarray, read_windows(resident(stream), sent, window=window))
+    return jax.tree.map(np.asarray, read_windows(make_device_stream(stream), sent, window=window))
 
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
@@ -51,7 +51,7 @@ def test_ids_of_any_size_are_read() -> None:
 
 def test_a_resident_stream_takes_the_bytes_that_are_foretold() -> None:
     stream = stream_of([30, 20], [True, False], shard=7)
-    kept = resident(stream)
+    kept = make_device_stream(stream)
     assert kept.tokens_N.nbytes + kept.marks_N.nbytes == n_bytes(stream) == 51 * 3
 
 
@@ -60,7 +60,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
     # Calls of two steps, the last of one: a slot of it is filled up. Two stages read from two streams.
     changes: dict[str, Any] = {"training.steps": 7}
     taken = list[str]()
-    for kind in (batch_source.FromDevices, batch_source.FromFiles):
+    for kind in (batch_source.DeviceBatchSource, batch_source.FileBatchSource):
 
         def noted(self: Any, count: int, slots: int, kind: Any = kind, take: Any = kind.take) -> Batch:
             taken.append(kind.__name__)
@@ -69,7 +69,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
         monkeypatch.setattr(kind, "take", noted)
     train(tmp_path / "devices", **changes)
     assert set(taken) == {"FromDevices"}
-    monkeypatch.setattr(batch_source, "SHARE", 0)
+    monkeypatch.setattr(batch_source, "MAX_MEMORY_SHARE", 0)
     train(tmp_path / "files", **changes)
     assert set(taken) == {"FromDevices", "FromFiles"}
     config = run_config(**changes)

@@ -21,7 +21,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing as checkpoints_module
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, layout
-from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
+from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats, to_traced_scalars
 
 CONFIG = small_config()
@@ -31,7 +31,7 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
     """A state as of a run, filled with random bits of each array's type: NaNs, infinities and denormals among them."""
     config = small_config(**{"optimizer.name": name, "model.d_model": 8})
     shapes = parameter_shapes(config.model)
-    opt_shapes = jax.eval_shape(optimizer(config.optimizer).init, shapes)
+    opt_shapes = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
     state = State(shapes, opt_shapes, jax.ShapeDtypeStruct((), np.dtype("int32")), jax.eval_shape(init_loss_stats))
     generator = np.random.default_rng(seed)
 

@@ -17,7 +17,7 @@ from rustgpt_jax.reproduce.metadata_diff import config_differences
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.config_changes import Change, change_of
+from rustgpt_jax.training.config_checks import Change, resolve_change
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.event_log import Journal
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, load_earlier
@@ -151,7 +151,7 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
     first = load_config(run)
 
     def lengthened(steps: int) -> Change:
-        change = change_of(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
+        change = resolve_change(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
         create(run, change.config, {}, change.earlier)
         return change
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_changed_is_a_sentence_that_costs_nothing(
 ) -> None:
     before = contents(finished)
     with pytest.raises(UserError, match=sentence) as refusal:
-        change_of(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
+        resolve_change(finished, tiny(**{"schedule.name": "cosine"}, **changes), extends)
     assert "delete" not in str(refusal.value)
     assert contents(finished) == before
 
@@ -205,8 +205,8 @@ def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Pat
 
 def test_there_is_nothing_to_extend_where_there_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--extend: there is no run .*none to extend"):
-        change_of(tmp_path / "none", tiny(), extends=True)
-    assert change_of(tmp_path / "none", tiny()).earlier == ()
+        resolve_change(tmp_path / "none", tiny(), extends=True)
+    assert resolve_change(tmp_path / "none", tiny()).earlier == ()
 
 
 def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
     longer = tiny(**stable, **LONGER)
     assert_same_bits(stored_state(longer, tmp_path / "run"), stored_state(longer, tmp_path / "straight"))
     with pytest.raises(UserError, match="the wsd schedule of 30 steps differs from that of 16 from step 13 on"):
-        change_of(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
+        resolve_change(tmp_path / "run", tiny(**stable, **{"training.steps": 30}))
 
 
 @pytest.mark.parametrize("earlier", ["null", "5", "[null]", '[{"until": "1"}]', '[{"until": -1}]', '[{"until": 3}]'])

@@ -10,7 +10,7 @@ from small_runs import run_config, train
 
 from rustgpt_jax.training import executors
 from rustgpt_jax.training.train_step import Metrics
-from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,7 +26,7 @@ STEPS: dict[str, Any] = {
 def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advance, guarded = executors.SingleRunExecutor.advance, list[int]()
 
-    def advance_guarded(solo: executors.SingleRunExecutor, runs: Sequence[Run | None], count: int) -> None:
+    def advance_guarded(solo: executors.SingleRunExecutor, runs: Sequence[Trainer | None], count: int) -> None:
         (run,) = runs
         assert run is not None
         # The first call compiles its program, with constants that are brought to the device once.
@@ -41,9 +41,9 @@ def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monk
 
 
 def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advanced, events = Run.advanced, list[tuple[str, int]]()
+    advanced, events = Trainer.on_steps_done, list[tuple[str, int]]()
 
-    def noted(run: Run, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+    def noted(run: Trainer, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         first = run.step
         events.append(("begun", first))
 
@@ -53,7 +53,7 @@ def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monk
 
         advanced(run, count, read, seconds)
 
-    monkeypatch.setattr(Run, "advanced", noted)
+    monkeypatch.setattr(Trainer, "on_steps_done", noted)
     train(tmp_path / "run", **STEPS)
     calls = [step for what, step in events if what == "begun"]
     assert len(calls) >= 4

@@ -315,7 +315,7 @@ class Recorded:
     def __init__(self, losses: list[float], between: list[float] | None = None) -> None:
         self._between = between or []
         model = small_config(**{"model.vocab_size": 300}).model
-        self.material = SimpleNamespace(whole=SimpleNamespace(model=model))
+        self.inputs = SimpleNamespace(full_config=SimpleNamespace(model=model))
         self.lines = [line(10 * index, loss) for index, loss in enumerate(losses, start=1)]
 
     def history(self) -> History:

@@ -18,7 +18,7 @@ from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul, transformer
 from rustgpt_jax.model.flops import inner_programs, parameter_shapes, total_size
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, optimizer
+from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, make_optimizer
 from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, to_traced_scalars
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -272,7 +272,7 @@ def test_first_moments_alone_are_narrow(name: str) -> None:
     params = stacked_params()
 
     def state_after(state_dtype: str, steps: int) -> Any:
-        transformation = optimizer(knobs(name=name, state_dtype=state_dtype))
+        transformation = make_optimizer(knobs(name=name, state_dtype=state_dtype))
         state = jax.eval_shape(transformation.init, params)
         for _ in range(steps):
             _, state = jax.eval_shape(transformation.update, params, state, params)
@@ -299,11 +299,11 @@ def test_narrow_state_takes_parameters_to_the_same_place(name: str) -> None:
         @jax.jit
         def step(params: Any, state: Any) -> Any:
             gradients = jax.tree.map(jnp.subtract, params, target)
-            updates, state = optimizer(config).update(gradients, state, params)
+            updates, state = make_optimizer(config).update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
         params = jax.tree.map(np.zeros_like, target)
-        state = optimizer(config).init(params)
+        state = make_optimizer(config).init(params)
         for _ in range(60):
             params, state = step(params, state)
         return params, get_eval_params(config, params, state)

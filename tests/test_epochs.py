@@ -44,7 +44,7 @@ def settled(config: Config) -> Config:
 
 def steps_to_read_all(config: Config, n_times: int) -> int:
     """The steps after which each token of the training text but the first has been a target so often."""
-    data = AssetCache().material(config).stages[0]
+    data = AssetCache().inputs(config).stages[0]
     batches, circle = data.training_batches(), data.store.split("train").n_tokens - 1
     seen: Counter[int] = Counter()
     step = 0
@@ -66,7 +66,7 @@ def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_s
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
 def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
-    n_windows = AssetCache().material(settled(config)).stages[0].n_windows
+    n_windows = AssetCache().inputs(settled(config)).stages[0].n_windows
     steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_windows
     assert steps - 1 < wanted <= steps
 

@@ -8,7 +8,7 @@ import pytest
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, feasible_points
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
 
 ROOT = Path(__file__).parent.parent
 

@@ -29,7 +29,7 @@ from rustgpt_jax.tracking.metric_writer import MetricsWriter
 from rustgpt_jax.training import metric_logger
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
-from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +164,7 @@ def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, num
 def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
     counts: list[int] = []
-    trained, speed = metric_logger.Recorder.trained, metric_logger.Recorder._speed
+    trained, speed = metric_logger.Recorder.on_call, metric_logger.Recorder._speed
 
     def noted(self: Any, pending: Any) -> None:
         counts.append(pending.n_steps)
@@ -177,7 +177,7 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
         return values
 
     config = tiny(**{"logging.eval_every": 10, "logging.checkpoint_every": 10})
-    monkeypatch.setattr(metric_logger.Recorder, "trained", noted)
+    monkeypatch.setattr(metric_logger.Recorder, "on_call", noted)
     assert train(config, tmp_path / "quick")[0]
     # Until the speed is known, the steps go one by one.
     assert counts == [1, 1, 1, 3, 3, 1]
@@ -354,16 +354,16 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> 
 def test_what_is_deleted_under_a_run_ends_it_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int
 ) -> None:
-    run, advanced = tmp_path / "run", Run.advanced
+    run, advanced = tmp_path / "run", Trainer.on_steps_done
 
-    def deleted(self: Run, count: int, *arguments: Any) -> None:
+    def deleted(self: Trainer, count: int, *arguments: Any) -> None:
         advanced(self, count, *arguments)
         if self.step == moment:
             self.checkpoints.wait()
             # At once, as far as the run can see.
             (run / name).rename(tmp_path / "gone")
 
-    monkeypatch.setattr(Run, "advanced", deleted)
+    monkeypatch.setattr(Trainer, "on_steps_done", deleted)
     with pytest.raises(UserError, match=f"{run}.*(was deleted|cannot be written: ).* Training stopped at step"):
         train(tiny(), run)
 
@@ -404,7 +404,7 @@ import jax
 from rich.console import Console
 from test_loop import tiny
 from rustgpt_jax.inference.text_generator import write
-from rustgpt_jax.training import loop, trained
+from rustgpt_jax.training import load_model, loop
 steps, texts, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 
 def resident():
@@ -427,7 +427,7 @@ changes = {{"training.steps": steps, "training.steps_per_jit_call": 10, **every}
 loop.train(tiny(**changes), path, {{}}, Console(quiet=True))
 settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
-model = trained.load(path)
+model = load_model.load(path)
 for text in range(texts):
     write(model.writer, [model.writer.prompt(f"{{text}}")], model.config.sampling)
     if text == texts // 4:

@@ -32,7 +32,7 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import executors, loop, metric_logger
-from rustgpt_jax.training.checkpointing import Checkpoints, stored_about
+from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
@@ -295,7 +295,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     assert (broken / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
     checkpoints = [RunDir(run).checkpoints for run in (broken, straight)]
     regular = [
-        {each.name: stored_about(folder, int(each.name))["is_regular"] for each in folder.glob("[0-9]*")}
+        {each.name: read_metadata(folder, int(each.name))["is_regular"] for each in folder.glob("[0-9]*")}
         for folder in checkpoints
     ]
     assert regular[0] == regular[1]
@@ -418,7 +418,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 jax.config.update("jax_disable_most_optimizations", True)
 from rich.console import Console
-from test_loop import TINY, lanes, loop, small_config
+from test_loop import TINY, executors, loop, small_config
 from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
 steps = executors.compiled_train_steps

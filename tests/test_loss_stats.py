@@ -18,14 +18,20 @@ from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch, Batches
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.train_step import MEMORY_STEPS, SPIKE_DEVIATIONS, Health, init_loss_stats, update_loss_stats
+from rustgpt_jax.training.train_step import (
+    MEMORY_STEPS,
+    SPIKE_DEVIATIONS,
+    LossStats,
+    init_loss_stats,
+    update_loss_stats,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 compiled_examined = jax.jit(update_loss_stats)
 
 
-def after(losses: list[float]) -> Health:
+def after(losses: list[float]) -> LossStats:
     health = init_loss_stats()
     for step, loss in enumerate(losses):
         health = compiled_examined(
@@ -91,7 +97,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     All are made by this process, as where no stream fits the memory of a device.
     """
-    monkeypatch.setattr(batch_source, "SHARE", 0)
+    monkeypatch.setattr(batch_source, "MAX_MEMORY_SHARE", 0)
     plan: dict[str, Any] = {"bad": BAD, "order": lambda number: number}
     original = Batches.batch
 

@@ -23,7 +23,7 @@ from rustgpt_jax.training import loop, memory_estimate
 from rustgpt_jax.training.memory_estimate import (
     check_inference_memory,
     check_training_memory,
-    exhausted,
+    out_of_memory_message,
     training_needs,
 )
 
@@ -71,12 +71,12 @@ def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatc
 def test_the_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
     """So that no config is let through uncounted which the estimate would refuse."""
     config = small_config(**changes)
-    assert memory_estimate._bound(config) > sum(training_needs(config).values())
+    assert memory_estimate._upper_bound(config) > sum(training_needs(config).values())
 
 
 def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = {"model.mixers": ("attention", "local_attention")}
-    monkeypatch.setattr(memory_estimate, "MOST_TRACED", 6)
+    monkeypatch.setattr(memory_estimate, "MAX_TRACED_LAYERS", 6)
     config = small_config(**patterns, **{"model.n_layers": 25})
     few = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
     counted = training_needs(few)
@@ -130,12 +130,12 @@ def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
 
 def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
     class Run:
-        class material:
-            whole = small_config(**{"model.n_layers": 300, "model.scan_layers": False})
+        class inputs:
+            full_config = small_config(**{"model.n_layers": 300, "model.scan_layers": False})
 
-    assert "300 blocks are compiled one by one" in loop._compile_time(Run())[0]  # type: ignore[arg-type]
-    Run.material.whole = small_config(**{"model.n_layers": 300})
-    assert loop._compile_time(Run()) == []  # type: ignore[arg-type]
+    assert "300 blocks are compiled one by one" in loop._compile_time_warnings(Run())[0]  # type: ignore[arg-type]
+    Run.inputs.full_config = small_config(**{"model.n_layers": 300})
+    assert loop._compile_time_warnings(Run()) == []  # type: ignore[arg-type]
 
 
 # How much there is.
@@ -187,9 +187,9 @@ def test_an_allocation_that_failed_is_known(error: Exception, is_one: bool) -> N
 
 
 def test_what_takes_most_is_told_when_an_allocation_failed() -> None:
-    said = exhausted(small_config(**{"model.vocab_size": 100_000_000}))
+    said = out_of_memory_message(small_config(**{"model.vocab_size": 100_000_000}))
     assert "an allocation failed" in said and "config.model.vocab_size=100000000" in said and " GB for " in said
-    assert exhausted(None)
+    assert out_of_memory_message(None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import small_config
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "new_layer.md").read_text(encoding="utf-8")

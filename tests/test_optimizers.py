@@ -17,12 +17,12 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import (
-    EVALUATION_PARAMS,
+    EVAL_PARAMS,
     OPTIMIZERS,
-    clip,
+    clip_by_norm,
     get_eval_params,
+    make_optimizer,
     muon_partition,
-    optimizer,
 )
 
 Params = dict[str, Any]
@@ -61,10 +61,10 @@ def run(config: OptimizerConfig, params: Params, steps: int, rate: Any = 1.0) ->
 
     @jax.jit
     def step(gradients: Params, state: Any, params: Params, rate: Any) -> tuple[Params, Any]:
-        updates, state = optimizer(config, rate).update(gradients, state, params)
+        updates, state = make_optimizer(config, rate).update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer(config).init(params)
+    state = make_optimizer(config).init(params)
     for index in range(steps):
         params, state = step(random_like(params, 100 + index), state, params, rate)
     return params
@@ -85,10 +85,10 @@ def test_each_step_lowers_a_convex_loss(name: str) -> None:
     @jax.jit
     def step(state: Any, params: Params) -> tuple[Any, Params, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer(config).update(gradients, state, params)
+        updates, state = make_optimizer(config).update(gradients, state, params)
         return state, optax.apply_updates(params, updates), value
 
-    state, losses = optimizer(config).init(params), []
+    state, losses = make_optimizer(config).init(params), []
     for _ in range(10):
         state, params, value = step(state, params)
         losses.append(float(value))
@@ -102,13 +102,15 @@ def test_traced_numbers_give_what_constants_give_from_one_compilation(name: str)
     @jax.jit
     def traced(numbers: dict[str, jax.Array], rate: jax.Array) -> Params:
         config = dataclasses.replace(knobs(name=name), **numbers)
-        return optimizer(config, rate).update(gradients, optimizer(config).init(params), params)[0]
+        return make_optimizer(config, rate).update(gradients, make_optimizer(config).init(params), params)[0]
 
     other = knobs(name=name, learning_rate=0.3, b1=0.5, b2=0.6, momentum=0.7, weight_decay=0.2, eps=0.1)
     whole = traced(numbers_of(knobs(name=name)), np.float32(1.0))
     # The schedule's factor multiplies all of the update.
     assert_close(traced(numbers_of(knobs(name=name)), np.float32(0.25)), jax.tree.map(lambda leaf: 0.25 * leaf, whole))
-    constants = jax.jit(lambda: optimizer(other, 0.5).update(gradients, optimizer(other).init(params), params)[0])
+    constants = jax.jit(
+        lambda: make_optimizer(other, 0.5).update(gradients, make_optimizer(other).init(params), params)[0]
+    )
     assert_close(traced(numbers_of(other), np.float32(0.5)), constants())
     assert traced._cache_size() == 1
 
@@ -264,7 +266,9 @@ def decayed(*groups: tuple[str, float], name: str = "adamw") -> dict[str, float]
     """What a step without gradients leaves of each parameter, as a fraction."""
     params = parameters()
     config = knobs(name=name, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5, weight_decay_groups=groups)
-    updates, _ = optimizer(config).update(jax.tree.map(np.zeros_like, params), optimizer(config).init(params), params)
+    updates, _ = make_optimizer(config).update(
+        jax.tree.map(np.zeros_like, params), make_optimizer(config).init(params), params
+    )
     after = dict(leaves(optax.apply_updates(params, updates)))
     return {path: float(np.mean(after[path] / leaf)) for path, leaf in leaves(params)}
 
@@ -288,7 +292,7 @@ def test_a_parameter_that_no_group_matches_is_named() -> None:
 
 def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="config.optimizer.name: there is no 'adamww'. Did you mean 'adamw'?"):
-        optimizer(knobs(name="adamww"))
+        make_optimizer(knobs(name="adamww"))
 
 
 # Muon.
@@ -326,7 +330,7 @@ def test_muon_leaves_routers_and_convolutions_to_adamw() -> None:
 def test_muon_orthogonalises_each_expert_of_each_layer() -> None:
     gradients = {"blocks": {"0": {"up": np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)}}}
     config = knobs(name="muon", weight_decay=0.0)
-    updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
+    updates, _ = jax.jit(make_optimizer(config).update)(gradients, make_optimizer(config).init(gradients), gradients)
     (update,) = jax.tree.leaves(updates)
     values = np.linalg.svd(np.asarray(update) / config.muon_learning_rate / (5 / 4) ** 0.5, compute_uv=False)
     assert values.shape == (2, 3, 4) and np.all((values > 0.6) & (values < 1.25))
@@ -340,7 +344,7 @@ def test_muon_leaves_arrays_outside_the_blocks_to_adamw() -> None:
 def muon_updates(gradients: Params) -> dict[str, np.ndarray]:
     """The first update of each kernel of the blocks, its learning rate and the factor for its shape taken out."""
     config = knobs(name="muon", weight_decay=0.0)
-    updates, _ = jax.jit(optimizer(config).update)(gradients, optimizer(config).init(gradients), gradients)
+    updates, _ = jax.jit(make_optimizer(config).update)(gradients, make_optimizer(config).init(gradients), gradients)
     kernels = {path: leaf for path, leaf in leaves(updates["blocks"]) if path.endswith("kernel")}
     return {
         path: np.asarray(leaf) / -config.muon_learning_rate / max(1, leaf.shape[2] / leaf.shape[1]) ** 0.5
@@ -373,20 +377,20 @@ def test_muon_takes_each_layer_by_itself() -> None:
 # Evaluation elsewhere than where gradients are taken.
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - EVALUATION_PARAMS.keys()))
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - EVAL_PARAMS.keys()))
 def test_most_optimizers_are_evaluated_at_their_parameters(name: str) -> None:
     params = parameters()
-    assert get_eval_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)) is params
+    assert get_eval_params(knobs(name=name), params, make_optimizer(knobs(name=name)).init(params)) is params
 
 
 def test_what_has_evaluation_parameters_is_an_optimizer() -> None:
-    assert set(EVALUATION_PARAMS) <= set(OPTIMIZERS)
+    assert set(EVAL_PARAMS) <= set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", EVALUATION_PARAMS)
+@pytest.mark.parametrize("name", EVAL_PARAMS)
 def test_before_the_first_step_every_optimizer_is_evaluated_at_its_parameters(name: str) -> None:
     params = parameters()
-    assert_close(get_eval_params(knobs(name=name), params, optimizer(knobs(name=name)).init(params)), params)
+    assert_close(get_eval_params(knobs(name=name), params, make_optimizer(knobs(name=name)).init(params)), params)
 
 
 # Schedule-free.
@@ -402,14 +406,14 @@ def schedule_free_step(
     numbers: dict[str, jax.Array], rate: jax.Array, gradients: Params, params: Params, state: Any
 ) -> tuple[Params, Any]:
     config = dataclasses.replace(knobs(**DECAYING), **numbers)
-    updates, state = optimizer(config, rate).update(gradients, state, params)
+    updates, state = make_optimizer(config, rate).update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
 
 def check_schedule_free(configs: list[OptimizerConfig], rates: tuple[float, ...]) -> None:
     """Steps of one config each have the y, the z and the x of the oracle, the gradients being a function of y."""
     params, target = parameters(), dict(leaves(parameters(1)))
-    state = optimizer(configs[0]).init(params)
+    state = make_optimizer(configs[0]).init(params)
     oracles = {path: ScheduleFree(leaf) for path, leaf in leaves(params)}
     for step, (config, rate) in enumerate(zip(configs, rates, strict=True)):
         noise = random_like(params, 100 + step)
@@ -443,7 +447,7 @@ def test_schedule_free_counts_no_step_at_a_learning_rate_of_zero() -> None:
 def test_the_average_of_schedule_free_settles_where_its_last_point_does_not() -> None:
     config = knobs(name="schedule_free", learning_rate=0.1, weight_decay=0.0)
     target, params = parameters(1), parameters()
-    start, state = params, optimizer(config).init(params)
+    start, state = params, make_optimizer(config).init(params)
     for step in range(300):
         noise = random_like(params, 100 + step)
         gradients = jax.tree.map(lambda p, t, n: p - t + 2 * n, params, target, noise)
@@ -466,11 +470,11 @@ def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -
 
         def body(carry: tuple[Params, Any], gradients: Params) -> tuple[tuple[Params, Any], None]:
             params, state = carry
-            updates, state = optimizer(config, 0.5).update(gradients, state, params)
+            updates, state = make_optimizer(config, 0.5).update(gradients, state, params)
             return (optax.apply_updates(params, updates), state), None
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
-        (y, state), _ = jax.lax.scan(body, (params, optimizer(config).init(params)), stacked)
+        (y, state), _ = jax.lax.scan(body, (params, make_optimizer(config).init(params)), stacked)
         return y, get_eval_params(config, y, state)
 
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *map(numbers_of, configs))
@@ -486,7 +490,7 @@ def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -
 def test_clipping_shortens_long_gradients_and_keeps_their_direction() -> None:
     gradients = parameters()
     norm = optax.tree.norm(gradients)
-    clipped = clip(gradients, norm, 0.5)
+    clipped = clip_by_norm(gradients, norm, 0.5)
     assert float(optax.tree.norm(clipped)) == pytest.approx(0.5, rel=1e-5)
     assert_close(jax.tree.map(lambda leaf: leaf * norm / 0.5, clipped), gradients)
 
@@ -494,4 +498,4 @@ def test_clipping_shortens_long_gradients_and_keeps_their_direction() -> None:
 def test_clipping_leaves_short_and_zero_gradients_alone() -> None:
     for gradients in (parameters(), jax.tree.map(np.zeros_like, parameters())):
         norm = optax.tree.norm(gradients)
-        assert_close(clip(gradients, norm, 1.001 * norm), gradients, rtol=0, atol=0)
+        assert_close(clip_by_norm(gradients, norm, 1.001 * norm), gradients, rtol=0, atol=0)

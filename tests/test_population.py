@@ -16,8 +16,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.executors import PopulationExecutor, run_training_loop
-from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.training.vmapped_step import MODES
+from rustgpt_jax.training.run_inputs import prepare_inputs
+from rustgpt_jax.training.train_step import MODES
+from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,13 +37,13 @@ class Silent:
 
 
 def train_together(
-    mode: str, configs: list[Config], path: Path, n_lanes: int | None = None, calls: float = math.inf
-) -> list[Run]:
+    mode: str, configs: list[Config], path: Path, n_slots: int | None = None, calls: float = math.inf
+) -> list[Trainer]:
     """Train configs as one population in the folders 0, 1, ... of a path, for so many calls at most."""
     runs = []
     for index, config in enumerate(configs):
-        material = loop.gather(config, RunDir(path / str(index)).tokenizer_file, QUIET)
-        runs.append(Run(material, path / str(index), {}, ONE_DEVICE))
+        inputs = prepare_inputs(config, RunDir(path / str(index)).tokenizer_file, QUIET)
+        runs.append(Trainer(inputs, path / str(index), {}, ONE_DEVICE))
     left = calls
 
     def count_call() -> None:
@@ -52,7 +53,7 @@ def train_together(
     for run in runs:
         run.__enter__()
         run.begin(Silent())
-    run_training_loop(runs, PopulationExecutor(mode, runs, n_lanes or len(runs)), lambda: left < 0, count_call)
+    run_training_loop(runs, PopulationExecutor(mode, runs, n_slots or len(runs)), lambda: left < 0, count_call)
     for run in runs:
         run.__exit__(None, None, None)
     return runs
@@ -92,7 +93,7 @@ def staged(accumulation: int) -> list[Config]:
 def test_exact_mode_has_the_bits_of_each_run_alone(
     configs: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_together("exact", configs, tmp_path / "together", n_lanes=len(configs) + 1)
+    train_together("exact", configs, tmp_path / "together", n_slots=len(configs) + 1)
     for index, config in enumerate(configs):
         alone, together = tmp_path / f"alone_{index}", tmp_path / "together" / str(index)
         train_alone(config, alone, monkeypatch)
@@ -106,7 +107,7 @@ def test_exact_mode_has_the_bits_of_each_run_alone(
 @pytest.mark.slow
 def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = population({})
-    train_together("fused", configs, tmp_path / "together", n_lanes=4)
+    train_together("fused", configs, tmp_path / "together", n_slots=4)
     for index, config in enumerate(configs):
         train_alone(config, tmp_path / f"alone_{index}", monkeypatch)
         pairs = zip(metrics(tmp_path / "together" / str(index)), metrics(tmp_path / f"alone_{index}"), strict=True)
@@ -123,9 +124,9 @@ def test_a_population_compiles_once_and_goes_on_bit_for_bit(
     # A width that no other test has.
     configs = population({"model.d_ff": 24})
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        train_together(mode, configs, tmp_path / "straight", n_lanes=4)
-        train_together(mode, configs, tmp_path / "broken", n_lanes=4, calls=2)
-        train_together(mode, configs, tmp_path / "broken", n_lanes=4)
+        train_together(mode, configs, tmp_path / "straight", n_slots=4)
+        train_together(mode, configs, tmp_path / "broken", n_slots=4, calls=2)
+        train_together(mode, configs, tmp_path / "broken", n_slots=4)
     assert sum("Finished XLA compilation of jit(population_steps)" in line for line in caplog.messages) == 1
     for index, config in enumerate(configs):
         straight, broken = tmp_path / "straight" / str(index), tmp_path / "broken" / str(index)
@@ -162,9 +163,9 @@ def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(**NO_SAMPLES)
-    material = loop.gather(config, tmp_path / "none.json", QUIET)
+    inputs = prepare_inputs(config, tmp_path / "none.json", QUIET)
     for until in (4, 8, None):
-        with Run(material, tmp_path / "paused", {}, ONE_DEVICE, until) as run:
+        with Trainer(inputs, tmp_path / "paused", {}, ONE_DEVICE, until) as run:
             run.begin(Silent())
             run_training_loop([run], PopulationExecutor("exact", [run], 2), lambda: False)
             assert run.step == (until or 10)

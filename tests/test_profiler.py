@@ -13,7 +13,7 @@ from test_loop import assert_same_bits, metrics, stored_state, tiny
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.progress import StartupTimer
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.profiler import span
+from rustgpt_jax.training.profiler import parse_span
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -72,5 +72,5 @@ def test_laps_add_up_and_are_told_once() -> None:
 )
 def test_what_is_no_span_is_refused(text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        span(text, 10)
-    assert span("9:10", 10) == (9, 10)
+        parse_span(text, 10)
+    assert parse_span("9:10", 10) == (9, 10)

@@ -318,13 +318,13 @@ from rich.console import Console
 sys.path[:0] = ["tests"]
 from conftest import small_config
 from rustgpt_jax.reproduce.replay_step import replay_one_step
-from rustgpt_jax.reproduce.recorded_run import Past
+from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.training import loop
 loop.draw_loss_curves = lambda folder: folder
 path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
 changes = {TINY | {"data.paths": (str(text_file()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
 loop.train(small_config(**changes), path, {{}}, console)
-with Past(path, console) as past:
+with RecordedRun(path, console) as past:
     again, inside = replay_one_step(past, 2, has_taps=True)
     assert again.unequal == [], again
     print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in inside.tensors]))

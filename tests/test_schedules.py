@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import ScheduleConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.training.schedules import SCHEDULES, factor
+from rustgpt_jax.training.schedules import SCHEDULES, schedule_multiplier
 
 
 def knobs(name: str, warmup: float = 0, decay: float = 0.2, final: float = 0.1) -> ScheduleConfig:
@@ -25,7 +25,7 @@ def knobs(name: str, warmup: float = 0, decay: float = 0.2, final: float = 0.1) 
 @functools.cache
 def compiled(name: str) -> Callable[..., jax.Array]:
     """The factor of a schedule with all its numbers traced."""
-    return jax.jit(lambda step, steps, *numbers: factor(step, steps, knobs(name, *numbers)))
+    return jax.jit(lambda step, steps, *numbers: schedule_multiplier(step, steps, knobs(name, *numbers)))
 
 
 def traced(name: str, step: int, steps: int, warmup: int, decay: float, final: float) -> float:
@@ -109,10 +109,10 @@ def test_a_run_that_only_warms_up(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_constants_give_what_traced_numbers_give(name: str) -> None:
     for step in (0, 3, 17, 19):
-        plain = factor(np.int32(step), 20, knobs(name, warmup=5, decay=0.3, final=0.2))
+        plain = schedule_multiplier(np.int32(step), 20, knobs(name, warmup=5, decay=0.3, final=0.2))
         assert float(plain) == pytest.approx(traced(name, step, 20, 5, 0.3, 0.2), rel=1e-6)
 
 
 def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="config.schedule.name: there is no 'cosin'. Did you mean 'cosine'?"):
-        factor(np.int32(0), 10, knobs("cosin"))
+        schedule_multiplier(np.int32(0), 10, knobs("cosin"))

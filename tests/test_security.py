@@ -24,7 +24,7 @@ from rustgpt_jax.reproduce.rerun import rerun
 from rustgpt_jax.reproduce.run_diff import diff
 from rustgpt_jax.reproduce.snapshot_runner import Ended, SnapshotCode, own_code
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
 from rustgpt_jax.workdir.event_log import Journal, archive_of, first_launch
 from rustgpt_jax.workdir.run_dir import RunDir, load_config

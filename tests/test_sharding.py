@@ -30,7 +30,7 @@ from rustgpt_jax.sharding.mesh import axis_sizes, min_devices
 from rustgpt_jax.sharding.partition_rules import RULES, placed, share
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.train_step import start, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state, to_traced_scalars
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 
@@ -200,7 +200,7 @@ def test_every_matrix_is_cut() -> None:
 def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
     structure, numbers = split(config)
-    leaves = by_path(jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers))))
+    leaves = by_path(jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers))))
     params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)

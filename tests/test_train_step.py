@@ -16,7 +16,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.evaluation.loss import Sums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
-from rustgpt_jax.training.optimizers import OPTIMIZERS, optimizer
+from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import (
     Metrics,
     Numbers,
@@ -79,7 +79,7 @@ def run(
     """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
     structure, numbers = program_of(config)
     params = parameters()
-    state = State(params, optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
+    state = State(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
     done, history = 0, []
     for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
@@ -282,7 +282,7 @@ def test_a_z_loss_is_minimised_but_not_reported() -> None:
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     structure, numbers = program_of(config)
-    state = State(parameters(), optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
+    state = State(parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
     state, metrics = compiled_train_steps(structure, state, batches, np.int32(1), numbers, np.int32(0))

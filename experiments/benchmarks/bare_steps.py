@@ -25,9 +25,8 @@ from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.training.run_inputs import RunInputs
-from rustgpt_jax.training.train_step import compiled_train_steps
-from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.training.vmapped_step import StepArgs
+from rustgpt_jax.training.train_step import StepArgs, compiled_train_steps
+from rustgpt_jax.training.trainer import Trainer
 
 REPEATS = 3
 
@@ -39,30 +38,30 @@ def get_config() -> ConfigDict:
 
 def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     """A function that does all steps of a config file's run and gives their seconds, and how many steps they are."""
-    material = AssetCache().material(resolve(runpy.run_path(str(file))["get_config"]()))
-    calls = list(calls_of(material))
+    inputs = AssetCache().inputs(resolve(runpy.run_path(str(file))["get_config"]()))
+    calls = list(calls_of(inputs))
 
     def all_steps() -> float:
-        state = jax.block_until_ready(Run(material, Path("unused"), {}, ShardingPlan()).state())
+        state = jax.block_until_ready(Trainer(inputs, Path("unused"), {}, ShardingPlan()).state())
         began = time.perf_counter()
-        for structure, orders in calls:
-            state, _ = compiled_train_steps(structure, state, *orders)
+        for structure, next_call_args in calls:
+            state, _ = compiled_train_steps(structure, state, *next_call_args)
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
     all_steps()
-    return all_steps, material.total_steps
+    return all_steps, inputs.total_steps
 
 
-def calls_of(material: RunInputs) -> Iterator[tuple[Structure, StepArgs]]:
+def calls_of(inputs: RunInputs) -> Iterator[tuple[Structure, StepArgs]]:
     """What each call of the compiled program is given, stage by stage."""
     step = 0
-    for data in material.stages:
-        run = Run(material, Path("unused"), {}, ShardingPlan())
+    for data in inputs.stages:
+        run = Trainer(inputs, Path("unused"), {}, ShardingPlan())
         run.step = step
         while run.step < data.stage.end_step:
             count = min(data.stage.config.training.steps_per_jit_call, data.stage.end_step - run.step)
-            yield run.program.structure, run.orders(count)
+            yield run.program.structure, run.next_call_args(count)
             run.step += count
         step = run.step
         run.__exit__(None, None, None)

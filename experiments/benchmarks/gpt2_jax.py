@@ -36,8 +36,14 @@ from rustgpt_jax.model.kernels.types import Task, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, to_traced_scalars
-from rustgpt_jax.training.vmapped_step import StepArgs, compiled_population_steps, stack
+from rustgpt_jax.training.train_step import (
+    StepArgs,
+    compiled_init_state,
+    compiled_population_steps,
+    compiled_train_steps,
+    stack,
+    to_traced_scalars,
+)
 from rustgpt_jax.workdir.environment import environment
 
 WARM_UP = 2

@@ -18,8 +18,8 @@ from rustgpt_jax.conformance.fixtures import (
 )
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.optimizers import get_eval_params, optimizer
-from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer
+from rustgpt_jax.training.schedules import schedule_multiplier
 
 OPTIMIZER = OptimizerConfig(
     name="adamw",
@@ -65,7 +65,7 @@ def optimizer_update(subject: Subject) -> str:
     config = dataclasses.replace(OPTIMIZER, name=subject.name)
 
     def update(gradients: Any, params: Any) -> Any:
-        transformation = optimizer(config)
+        transformation = make_optimizer(config)
         state = transformation.init(params)
         updates, after = transformation.update(gradients, state, params)
         return updates, after, state
@@ -102,11 +102,11 @@ def _descent(learning_rate: Any, config: OptimizerConfig, steps: int) -> tuple[A
 
     def step(carry: Any, _: None) -> Any:
         params, state = carry
-        updates, state = optimizer(config).update(jax.grad(loss)(params), state, params)
+        updates, state = make_optimizer(config).update(jax.grad(loss)(params), state, params)
         return (jax.tree.map(jnp.add, params, updates), state), None
 
     first = jax.tree.map(jnp.asarray, start)
-    (params, state), _ = jax.lax.scan(step, (first, optimizer(config).init(first)), None, length=steps)
+    (params, state), _ = jax.lax.scan(step, (first, make_optimizer(config).init(first)), None, length=steps)
     params = get_eval_params(config, params, state)
     return jnp.stack([loss(start), loss(params)]), params
 
@@ -151,7 +151,7 @@ def optimizer_numbers(subject: Subject) -> str:
 def _factors(config: ScheduleConfig) -> Any:
     def all_steps(steps: Any, numbers: Any) -> Any:
         here = dataclasses.replace(config, **numbers)
-        return jax.vmap(lambda step: factor(step, steps, here))(jnp.arange(MOST_STEPS))
+        return jax.vmap(lambda step: schedule_multiplier(step, steps, here))(jnp.arange(MOST_STEPS))
 
     return quick_jit(all_steps)
 
@@ -180,6 +180,8 @@ def schedule_numbers(subject: Subject) -> str:
     """Its numbers may be arguments of a program: the factors are those of Python numbers."""
     config = dataclasses.replace(SCHEDULE, name=subject.name)
     traced = _factors(config)(np.float32(MOST_STEPS), numbers_of(config))
-    fixed = quick_jit(lambda: jax.vmap(lambda step: factor(step, MOST_STEPS, config))(jnp.arange(MOST_STEPS)))()
+    fixed = quick_jit(
+        lambda: jax.vmap(lambda step: schedule_multiplier(step, MOST_STEPS, config))(jnp.arange(MOST_STEPS))
+    )()
     what = "the factor is another with numbers as arguments than with constants"
     return f"within {require_close(traced, fixed, CLOSE, what, ('step',)):.0e}"

@@ -15,8 +15,8 @@ from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, t
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tracking.formatting import byte_size, count
-from rustgpt_jax.training.train_step import start, to_traced_scalars
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
+from rustgpt_jax.training.train_step import init_state, to_traced_scalars
 
 
 def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> None:
@@ -83,7 +83,7 @@ def _costs(config: Config) -> Table:
     shapes = parameter_shapes(config.model)
     parameters = total_bytes(shapes)
     structure, numbers = split(config)
-    state = jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers)))
+    state = jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers)))
     optimizer = total_bytes(state.opt_state)
     table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
     table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))

@@ -15,7 +15,7 @@ from rustgpt_jax.sharding.mesh import in_words
 from rustgpt_jax.sharding.sharding_plan import check_shares, on_devices
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.tracking.progress import waiting
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
 
 MOST_WARNINGS = 5
 

@@ -39,7 +39,7 @@ class DivergenceThreshold(NamedTuple):
 
 def lost_above(past: RecordedRun, history: History) -> DivergenceThreshold:
     """The loss above which a run is lost, to judge by its vocabulary and its first recorded loss."""
-    n_tokens = vocabulary(past.material.whole.model)
+    n_tokens = vocabulary(past.inputs.full_config.model)
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
     if first > math.log(n_tokens):
         return DivergenceThreshold(LOST_FACTOR * first, f"{LOST_FACTOR:g} times the first loss")

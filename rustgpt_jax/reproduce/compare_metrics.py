@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import iter_metrics, last_step
-from rustgpt_jax.training.checkpointing import CorruptCheckpoint, stored_about
+from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # What a clock decides, and no config.
@@ -183,7 +183,7 @@ def compare_checkpoints(first: RunDir, second: RunDir) -> Arrays:
     """Hold the last checkpoints that two runs both have against each other, by their fingerprints."""
     for step in sorted({*first.saved_steps} & {*second.saved_steps}, reverse=True):
         try:
-            left, right = (stored_about(run.checkpoints, step)["fingerprints"] for run in (first, second))
+            left, right = (read_metadata(run.checkpoints, step)["fingerprints"] for run in (first, second))
         except CorruptCheckpoint:
             continue
         names = dict.fromkeys([*left, *right])

@@ -247,7 +247,7 @@ def diagnosis(past: RecordedRun, found: Suspect, again: ReplayedStep, inside: St
         if calm_step < found.step:
             calm = past.look_into(past.state_at(calm_step - 1))
             sentences += of_growth(inside.tensors, calm.tensors, calm_step)
-    return [*sentences, of_batch(inside, past.material.tokenizer)]
+    return [*sentences, of_batch(inside, past.inputs.tokenizer)]
 
 
 @dataclass(frozen=True)

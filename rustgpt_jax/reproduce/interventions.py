@@ -16,8 +16,14 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
-from rustgpt_jax.training.train_step import Numbers, State, compiled_init_state, to_traced_scalars, train_step
-from rustgpt_jax.training.vmapped_step import vmappable
+from rustgpt_jax.training.train_step import (
+    Numbers,
+    State,
+    compiled_init_state,
+    to_traced_scalars,
+    train_step,
+    vmappable,
+)
 
 Z_LOSS = 1e-4
 # Of the norm that gradients had while all was well.

@@ -21,11 +21,10 @@ from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.instrumented_step import StepIntermediates, Tensor, compiled_tapped_step, tensors
-from rustgpt_jax.training.loop import gather
 from rustgpt_jax.training.memory_estimate import state_shapes
-from rustgpt_jax.training.run_inputs import Program
+from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs
 from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps
-from rustgpt_jax.training.trainer import first_state
+from rustgpt_jax.training.trainer import load_initial_state
 from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
@@ -89,15 +88,15 @@ class RecordedRun:
         self.folder, self._console = RunDir(path), console
         self.config = load_config(path)
         earlier = load_earlier(path)
-        self.material = gather(self.config, self.folder.tokenizer_file, console, earlier)
-        changed = changed_data(self.folder.data_file, self.material.stages)
+        self.inputs = prepare_inputs(self.config, self.folder.tokenizer_file, console, earlier)
+        changed = changed_data(self.folder.data_file, self.inputs.stages)
         if changed:
             raise UserError(
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
             )
         mesh = self._mesh_here()
         self._placement = all_devices(mesh)
-        for data in self.material.stages:
+        for data in self.inputs.stages:
             check_shares(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
         self.rewinds = rewinds(self.folder)
         self._last_saved = self.total_steps
@@ -120,7 +119,7 @@ class RecordedRun:
     def __enter__(self) -> "RecordedRun":
         self._resources.enter_context(self._placement.active())
         if self.folder.checkpoints.exists():
-            checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.material.earlier)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.inputs.earlier)
             self._checkpoints = self._resources.enter_context(checkpoints)
         return self
 
@@ -130,7 +129,7 @@ class RecordedRun:
     @property
     def total_steps(self) -> int:
         """The steps of all stages."""
-        return self.material.total_steps
+        return self.inputs.total_steps
 
     def check(self, step: int) -> None:
         """Raises UserError for a step that the run does not have."""
@@ -139,14 +138,14 @@ class RecordedRun:
 
     def data_of(self, step: int) -> StageData:
         """The stage that a step belongs to."""
-        return self.material.stages[self._stage_index(step)]
+        return self.inputs.stages[self._stage_index(step)]
 
-    def program_of(self, step: int) -> Program:
+    def program_of(self, step: int) -> StageProgram:
         """What a step runs."""
-        return self.material.programs[self._stage_index(step)]
+        return self.inputs.programs[self._stage_index(step)]
 
     def _stage_index(self, step: int) -> int:
-        return next(index for index, data in enumerate(self.material.stages) if step <= data.stage.last_step)
+        return next(index for index, data in enumerate(self.inputs.stages) if step <= data.stage.last_step)
 
     def record(self, step: int) -> dict[str, Any] | None:
         """What metrics.jsonl has of the training of a step, None if it was not logged."""
@@ -186,14 +185,14 @@ class RecordedRun:
         return self._placement.place(self._sound_state(step))
 
     def _sound_state(self, step: int) -> State:
-        like = self._placement.like(state_shapes(self.material.stages[0].stage.config))
+        like = self._placement.like(state_shapes(self.inputs.stages[0].stage.config))
         for saved in self.saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
                     return self._checkpoints.restore_step(like, saved)
                 except CorruptCheckpoint as damage:
                     self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
-        return first_state(self.material, self.folder, self._placement)
+        return load_initial_state(self.inputs, self.folder, self._placement)
 
     def advanced(self, state: State, step: int) -> State:
         """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""

@@ -60,7 +60,7 @@ class AssetCache:
         with self._turn:
             return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
 
-    def material(self, config: Config) -> RunInputs:
+    def inputs(self, config: Config) -> RunInputs:
         """All that a trial is made of. Raises UserError for less text than one batch."""
         with self._turn:
             whole = self.whole(config)

@@ -20,8 +20,8 @@ from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, check, check_se
 from rustgpt_jax.sweeps.trials import Trial, in_words
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.tracking.progress import counting, waiting
+from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.memory_estimate import check_training_memory
-from rustgpt_jax.training.validate_components import validate_components
 
 # What a sweep would do, before it does anything: its trials, shape classes, memory and cost.
 

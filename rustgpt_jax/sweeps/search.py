@@ -31,7 +31,7 @@ from rustgpt_jax.sweeps.sweep import Sweep
 from rustgpt_jax.sweeps.sweep_dir import DONE
 from rustgpt_jax.sweeps.trials import Trial, expand, trial
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training.validate_components import validate_components
+from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.run_dir import check_links, lock
 
 VALID_LOSS = "valid/loss"

@@ -24,8 +24,8 @@ from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.run_dir import create as create_run
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -214,6 +214,6 @@ def check(trials: Iterable[Trial], shelf: AssetCache) -> None:
     for trial in trials:
         try:
             validate_components(trial.config)
-            shelf.material(trial.config).check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
+            shelf.inputs(trial.config).check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
         except UserError as error:
             raise UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}") from error

@@ -23,9 +23,9 @@ from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.training.executors import PopulationExecutor, SingleRunExecutor, run_training_loop
-from rustgpt_jax.training.memory_estimate import exhausted
+from rustgpt_jax.training.memory_estimate import out_of_memory_message
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.trainer import Run
+from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunLocked, load_config, load_origins
 
 
@@ -76,16 +76,16 @@ class Worker:
         for trial in runs:
             self.work(dataclasses.replace(chunk, trials=(trial,)))
 
-    def _claim(self, trial: str, chunk: Chunk, held: ExitStack) -> Run | None:
+    def _claim(self, trial: str, chunk: Chunk, held: ExitStack) -> Trainer | None:
         """Hold a trial, unless it is done, another worker holds it, or it cannot be run."""
         if self._is_stopped() or self._ledger.is_done(trial):
             return None
         folder = self._folder.trial(trial)
         try:
-            material = self._shelf.material(load_config(folder.path))
-            placement = on_devices(material.config.mesh, self._devices[: chunk.devices])
-            material.check(folder, placement.n_devices)
-            run = held.enter_context(Run(material, folder.path, load_origins(folder.path), placement, chunk.until))
+            inputs = self._shelf.inputs(load_config(folder.path))
+            plan = on_devices(inputs.config.mesh, self._devices[: chunk.devices])
+            inputs.check(folder, plan.n_devices)
+            run = held.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
         except RunLocked:
             return None
         except Exception as error:
@@ -94,7 +94,7 @@ class Worker:
         # It may have been done between the first look and the lock.
         return None if self._ledger.is_done(trial) else run
 
-    def _train(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
+    def _train(self, runs: Mapping[str, Trainer], chunk: Chunk) -> None:
         if chunk.mode == "solo":
             for trial, run in runs.items():
                 self._begin({trial: run}, chunk)
@@ -107,13 +107,13 @@ class Worker:
             run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
         self._ended(runs)
 
-    def _begin(self, runs: Mapping[str, Run], chunk: Chunk) -> None:
+    def _begin(self, runs: Mapping[str, Trainer], chunk: Chunk) -> None:
         for run in runs.values():
             run.begin(_Quiet(), chunk.mode, chunk.width)
         about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
         self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
 
-    def _ended(self, runs: Mapping[str, Run]) -> None:
+    def _ended(self, runs: Mapping[str, Trainer]) -> None:
         for run in runs.values():
             run.finish()
         self._ledger.append_all([(trial, *_outcome(run)) for trial, run in runs.items()])
@@ -121,14 +121,14 @@ class Worker:
     def _failed(self, trial: str, error: Exception) -> None:
         sentence = " ".join(str(error).split()) or type(error).__name__
         if is_out_of_memory(error):
-            sentence = f"{exhausted(load_config(self._folder.trial(trial).path))} ({sentence})"
+            sentence = f"{out_of_memory_message(load_config(self._folder.trial(trial).path))} ({sentence})"
         self._ledger.append(trial, "failed", error=sentence, traceback="".join(traceback.format_exception(error)))
 
 
-def _outcome(run: Run) -> tuple[str, dict[str, int]]:
+def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
     if run.diverged_at is not None:
         return "diverged", {"step": run.diverged_at}
-    is_finished = run.is_over and run.step >= run.material.total_steps
+    is_finished = run.is_over and run.step >= run.inputs.total_steps
     return "finished" if is_finished else "stopped", {"step": run.step}
 
 

@@ -22,7 +22,7 @@ from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # A token stream in the memory of a device, where batches are read from it: all that is sent are windows' places.
 
-LEARNED, BEGINS = np.uint8(1), np.uint8(2)
+LOSS_MASK, DOC_START = np.uint8(1), np.uint8(2)
 
 
 class DeviceTokenStream(NamedTuple):
@@ -36,13 +36,13 @@ class DeviceTokenStream(NamedTuple):
 
 def n_bytes(stream: TokenStream) -> int:
     """The bytes of a stream that is resident."""
-    return stream.n_tokens * (stream.token_shards[0].itemsize + LEARNED.itemsize)
+    return stream.n_tokens * (stream.token_shards[0].itemsize + LOSS_MASK.itemsize)
 
 
-def resident(stream: TokenStream) -> DeviceTokenStream:
+def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
     """A stream as it is to be brought to a device, in the memory of the host. It must have less than 2**30 tokens."""
-    marks_N = np.where(stream.weights(0, stream.n_tokens), LEARNED, np.uint8(0))
-    marks_N[[*stream.offsets, -1]] |= BEGINS
+    marks_N = np.where(stream.weights(0, stream.n_tokens), LOSS_MASK, np.uint8(0))
+    marks_N[[*stream.offsets, -1]] |= DOC_START
     return DeviceTokenStream(np.concatenate(stream.token_shards), marks_N, np.int32(stream.end_id))
 
 
@@ -74,12 +74,12 @@ def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Arra
     within_T = within_S[:-1]
     is_real_T = within_T < real
     # The first document of a window is number 1 whether or not it begins there.
-    is_start_T = (within_T == 0) | (is_real_T & (marks_S[:-1] & BEGINS > 0))
+    is_start_T = (within_T == 0) | (is_real_T & (marks_S[:-1] & DOC_START > 0))
     began_T = jax.lax.cummax(jnp.where(is_start_T, within_T, 0))
     return Batch(
         tokens_BT=tokens_S[:-1],
         targets_BT=tokens_S[1:],
-        weights_BT=(marks_S[1:] & LEARNED).astype(jnp.float32),
+        weights_BT=(marks_S[1:] & LOSS_MASK).astype(jnp.float32),
         segments_BT=jnp.cumsum(is_start_T, dtype=jnp.int32) * is_real_T,
         positions_BT=within_T - began_T,
     )
@@ -87,12 +87,12 @@ def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Arra
 
 # A stream fits that takes no more of the free memory of a device, and whose places are int32 twice around it. So many
 # streams stay there for later runs.
-SHARE = 1 / 32
-MOST_TOKENS = 2**30
-KEPT = 4
+MAX_MEMORY_SHARE = 1 / 32
+MAX_TOKENS = 2**30
+CACHED_STREAMS = 4
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """The batches of a stage of a run, from some step on."""
 
     def take(self, count: int, slots: int) -> Batch:
@@ -102,18 +102,18 @@ class Source(Protocol):
         """There is nothing more to take."""
 
 
-def source(data: StageData, placement: ShardingPlan, step: int) -> Source:
+def make_batch_source(data: StageData, placement: ShardingPlan, step: int) -> BatchSource:
     """The batches of a stage from a step on: those rows of each that lie on devices of this process."""
     stream = data.store.split("train")
     device = default_device() if placement.mesh is None else placement.mesh.local_devices[0]
-    fits = n_bytes(stream) <= SHARE * device_memory(device) and stream.n_tokens < MOST_TOKENS
+    fits = n_bytes(stream) <= MAX_MEMORY_SHARE * device_memory(device) and stream.n_tokens < MAX_TOKENS
     # Each of several processes reads its own rows.
     if fits and jax.process_count() == 1:
-        return FromDevices(data, placement, step, _kept(data.store.path, placement, device))
-    return FromFiles(data, placement, step)
+        return DeviceBatchSource(data, placement, step, _cached_stream(data.store.path, placement, device))
+    return FileBatchSource(data, placement, step)
 
 
-class FromFiles:
+class FileBatchSource:
     """Batches read from the token store, ahead of their steps, by a thread."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
@@ -129,7 +129,7 @@ class FromFiles:
         self._batches.close()
 
 
-class FromDevices:
+class DeviceBatchSource:
     """Batches read from a stream in the memory of the devices, which are sent where the windows are."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
@@ -150,14 +150,14 @@ class FromDevices:
         """Others may still read from the stream."""
 
 
-@lru_cache(KEPT)
-def _kept(store: Path, placement: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
+@lru_cache(CACHED_STREAMS)
+def _cached_stream(store: Path, placement: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
     """The training stream of a store, on devices. What lies in the folder of a store never changes.
 
     `device` tells placements on one device apart, which is that of the thread.
     """
     del device
-    return placement.repeated(resident(open_store(store).split("train")))
+    return placement.repeated(make_device_stream(open_store(store).split("train")))
 
 
 def _stacked(parts: list[tuple[np.ndarray, ...]], slots: int) -> list[np.ndarray]:

@@ -29,20 +29,20 @@ from rustgpt_jax.tracking.formatting import byte_size
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import RunDirNotWritable, in_words, is_step_name, write_atomically
 
-LAST_KEPT = 2
+N_RECENT = 2
 # Sealing reads all of it again: a large one takes long.
-LONGEST_SAVE_SECONDS = 6 * 3600
-SEAL = "sha256.json"
+MAX_SAVE_SECONDS = 6 * 3600
+CHECKSUMS = "sha256.json"
 # Orbax writes the time in it when all else is done; nothing is read from it.
-NOT_SEALED = "_CHECKPOINT_METADATA"
-LONGEST_REASON = 160
+NOT_HASHED = "_CHECKPOINT_METADATA"
+MAX_REASON_CHARS = 160
 # The metadata of a checkpoint, in the folder of its step.
-ABOUT = "about/metadata"
+METADATA = "about/metadata"
 # What the operating system says, in the long texts of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
 # Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
-_one_at_a_time = threading.Lock()
+_orbax_lock = threading.Lock()
 
 
 class CorruptCheckpoint(Exception):
@@ -62,12 +62,12 @@ class Checkpoints:
         self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
         self._best_file = self._folder / "best"
         # Orbax deletes nothing by itself: it does not know which is the best.
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=LONGEST_SAVE_SECONDS)
+        sealing = ocp.AsyncOptions(post_finalization_callback=self._write_checksums, timeout_secs=MAX_SAVE_SECONDS)
         # A reader leaves alone what a writer has begun.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
         )
-        with _writing(self._folder, "written" if is_writer else "read"), _one_at_a_time:
+        with _translate_io_errors(self._folder, "written" if is_writer else "read"), _orbax_lock:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Kept here and not read again, so that all processes of a run delete the same ones.
         self._best = _named_steps(self._best_file)
@@ -84,7 +84,7 @@ class Checkpoints:
             if kind is None:
                 raise
         finally:
-            with _one_at_a_time:
+            with _orbax_lock:
                 self._manager.close()
 
     def steps(self) -> list[int]:
@@ -112,9 +112,9 @@ class Checkpoints:
         An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
 
         Raises:
-            Unwritable: This checkpoint or the previous one cannot be written.
+            RunDirNotWritable: This checkpoint or the previous one cannot be written.
         """
-        with _writing(self._folder):
+        with _translate_io_errors(self._folder):
             if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
                 self.quarantine(step)
             if step in self._manager.all_steps():
@@ -122,10 +122,10 @@ class Checkpoints:
                     self._make_regular(step)
             else:
                 if is_first():
-                    _check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-                about = _about(state, step, self._config, is_regular)
+                    _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+                about = _metadata(state, step, self._config, is_regular)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-                with _one_at_a_time:
+                with _orbax_lock:
                     self._manager.save(step, args=args)
                 self._regular[step] = is_regular
             if is_best:
@@ -140,24 +140,24 @@ class Checkpoints:
         self._regular[step] = True
         if is_first():
             folder = self._folder / str(step)
-            write_atomically(folder / ABOUT, json.dumps(stored_about(self._folder, step) | {"is_regular": True}))
-            _seal(folder)
+            write_atomically(folder / METADATA, json.dumps(read_metadata(self._folder, step) | {"is_regular": True}))
+            _write_checksums(folder)
 
     def wait(self) -> None:
-        """Return when all that was saved is on the disk. Raises Unwritable if it cannot be written."""
-        with _writing(self._folder):
+        """Return when all that was saved is on the disk. Raises RunDirNotWritable if it cannot be written."""
+        with _translate_io_errors(self._folder):
             self._manager.wait_until_finished()
 
-    def _seal(self) -> None:
+    def _write_checksums(self) -> None:
         # Orbax calls this before it gives the one that is being written its name.
         if is_first():
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
-            _seal(temporary)
+            _write_checksums(temporary)
 
     def _has_record(self, step: int) -> bool:
         """Return whether the folder of a step holds a checkpoint of that step; cached once the run is open."""
         with suppress(CorruptCheckpoint):
-            stored_about(self._folder, step)
+            read_metadata(self._folder, step)
             return step in self.steps()
         return False
 
@@ -169,14 +169,14 @@ class Checkpoints:
         # What is being saved now may never be finished: the best one before it holds until then.
         needed = {
             *(best[:2] if best[:1] == [saving] else best[:1]),
-            *steps[-LAST_KEPT:],
+            *steps[-N_RECENT:],
             self.last_scheduled(saving - 1),
         }
         for step in set(steps) - needed:
             self._delete(step)
 
     def _delete(self, step: int) -> None:
-        with _one_at_a_time:
+        with _orbax_lock:
             self._manager.delete(step)
 
     def last_scheduled(self, step: int) -> int | None:
@@ -187,7 +187,7 @@ class Checkpoints:
         if step in self._regular:
             return self._regular[step]
         try:
-            return bool(stored_about(self._folder, step)["is_regular"])
+            return bool(read_metadata(self._folder, step)["is_regular"])
         except CorruptCheckpoint:
             return False
 
@@ -202,7 +202,7 @@ class Checkpoints:
         aside = self._folder / f"{step}.damaged"
         if is_first():
             shutil.rmtree(aside, ignore_errors=True)
-        with _writing(self._folder):
+        with _translate_io_errors(self._folder):
             if is_first():
                 (self._folder / str(step)).rename(aside)
             meet("a damaged checkpoint is set aside")
@@ -250,13 +250,21 @@ class Checkpoints:
         return f"{self._folder} has no {what} yet{others}."
 
     def restore_step(self, like: Any, step: int) -> State:
-        """The checkpoint of a step. Raises Damaged if it is not what was saved, and UserError as `restore` does.
+        """Restore the checkpoint of one step.
 
-        The processes of a run read it together, each what lies on its devices; all find it sound, or none.
+        With several processes, each reads the shards of its own devices; they agree on whether it is valid.
+
+        Args:
+            like: As in `restore`.
+            step: The step.
+
+        Raises:
+            CorruptCheckpoint: The checkpoint is not what was saved.
+            UserError: The checkpoint belongs to another config or has other arrays.
         """
-        with _together():
-            _check_seal(self._folder / str(step))
-            about = stored_about(self._folder, step)
+        with _agree_on_corruption():
+            _verify_checksums(self._folder / str(step))
+            about = read_metadata(self._folder, step)
         self._check(about, layout(like), f"{self._folder}/{step}")
         # Not where they were when they were saved: that may have been a device that this process does not have.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -264,9 +272,9 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
             like,
         )
-        with _together():
+        with _agree_on_corruption():
             try:
-                with _one_at_a_time:
+                with _orbax_lock:
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                     state = self._manager.restore(step, args=args)["state"]
             # Orbax, TensorStore and what they call raise errors of many kinds.
@@ -293,8 +301,8 @@ class Checkpoints:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Raises Damaged in every process of a run if one of them finds the checkpoint so."""
+def _agree_on_corruption() -> Iterator[None]:
+    """Raises CorruptCheckpoint in every process of a run if one of them finds the checkpoint so."""
     damage: CorruptCheckpoint | None = None
     try:
         yield
@@ -305,7 +313,7 @@ def _together() -> Iterator[None]:
 
 
 @contextmanager
-def _writing(folder: Path, what: str = "written") -> Iterator[None]:
+def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
     """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to or read."""
     try:
         yield
@@ -316,7 +324,7 @@ def _writing(folder: Path, what: str = "written") -> Iterator[None]:
         raise RunDirNotWritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
 
 
-def _check_room(folder: Path, n_bytes: int) -> None:
+def _check_space(folder: Path, n_bytes: int) -> None:
     """Raises an OSError if a checkpoint cannot be written now: once begun, Orbax's threads wait for one another."""
     probe = folder / ".probe"
     # A kill may have left it.
@@ -335,7 +343,7 @@ def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
     known = next((each for each in KNOWN_REASONS if each in text), None)
     line = " ".join(text.splitlines()[0].split()).rstrip(".")
-    return known or (line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}...")
+    return known or (line if len(line) <= MAX_REASON_CHARS else f"{line[:MAX_REASON_CHARS]}...")
 
 
 def _named_steps(file: Path) -> list[int] | None:
@@ -350,7 +358,7 @@ def _named_steps(file: Path) -> list[int] | None:
     return named if is_sound else None
 
 
-def _about(state: State, step: int, config: Config, is_regular: bool) -> dict[str, Any]:
+def _metadata(state: State, step: int, config: Config, is_regular: bool) -> dict[str, Any]:
     return {
         "step": step,
         "config_hash": config_hash(config),
@@ -362,7 +370,7 @@ def _about(state: State, step: int, config: Config, is_regular: bool) -> dict[st
 
 
 # Validators for the fields of a checkpoint's metadata.
-RECORDED: dict[str, Callable[[Any], bool]] = {
+VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: type(value) is int,
     "config_hash": lambda value: isinstance(value, str),
     "config": lambda value: isinstance(value, dict),
@@ -372,14 +380,16 @@ RECORDED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def stored_about(folder: Path, step: int) -> dict[str, Any]:
+def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     """Read the metadata of the checkpoint of a step.
 
     Raises:
-        Damaged: It cannot be read, is invalid, or belongs to another step.
+        CorruptCheckpoint: It cannot be read, is invalid, or belongs to another step.
     """
-    about = _read_json(folder / str(step) / ABOUT, "its record")
-    if not isinstance(about, dict) or not all(name in about and is_so(about[name]) for name, is_so in RECORDED.items()):
+    about = _read_json(folder / str(step) / METADATA, "its record")
+    if not isinstance(about, dict) or not all(
+        name in about and is_so(about[name]) for name, is_so in VALIDATORS.items()
+    ):
         raise CorruptCheckpoint("its record is not one of a checkpoint")
     if about["step"] != step:
         raise CorruptCheckpoint(f"it is the checkpoint of step {about['step']} under another name")
@@ -400,18 +410,18 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
-def _seal(folder: Path) -> None:
+def _write_checksums(folder: Path) -> None:
     """Write the SHA-256 of each file of a finished checkpoint into it, before it gets its name."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_SEALED, SEAL)]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_HASHED, CHECKSUMS)]
     sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
-    write_atomically(folder / SEAL, json.dumps(sums, indent=1))
+    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
-def _check_seal(folder: Path) -> None:
-    """Raises Damaged, naming the first file, if the files of a checkpoint are not those that were written."""
-    sums = _read_json(folder / SEAL, SEAL)
-    if not _is_table(sums) or ABOUT not in sums:
-        raise CorruptCheckpoint(f"{SEAL} does not have the sums of the files of a checkpoint")
+def _verify_checksums(folder: Path) -> None:
+    """Raises CorruptCheckpoint, naming the first file, if the files of a checkpoint are not those that were written."""
+    sums = _read_json(folder / CHECKSUMS, CHECKSUMS)
+    if not _is_table(sums) or METADATA not in sums:
+        raise CorruptCheckpoint(f"{CHECKSUMS} does not have the sums of the files of a checkpoint")
     # The processes of a run share the work.
     for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():

@@ -9,16 +9,19 @@ import jax
 import numpy as np
 
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
-from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps, resident
-from rustgpt_jax.training.trainer import Run
-from rustgpt_jax.training.vmapped_step import (
+from rustgpt_jax.training.train_step import (
+    Metrics,
+    State,
     StepArgs,
-    compiled_member,
+    compiled_get_member,
     compiled_population_steps,
-    compiled_put,
+    compiled_set_member,
     compiled_stack,
+    compiled_train_steps,
+    offload_opt_state,
     stack,
 )
+from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import observed
 
@@ -26,7 +29,7 @@ from rustgpt_jax.workdir.program_fingerprint import observed
 class Executor(Protocol):
     """Holds the states of some runs and advances them."""
 
-    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of each run that is not None; these have one structure."""
 
     def state(self, index: int) -> State:
@@ -39,18 +42,18 @@ class Executor(Protocol):
 class SingleRunExecutor:
     """One run, each call a program of its own."""
 
-    def __init__(self, run: Run) -> None:
-        self._placement, self._structure = run.placement, run.program.structure
-        self._state = resident(self._structure, self._placement.place(run.state()))
+    def __init__(self, run: Trainer) -> None:
+        self._plan, self._structure = run.plan, run.program.structure
+        self._state = offload_opt_state(self._structure, self._plan.place(run.state()))
 
-    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of the run."""
         (run,) = runs
         assert run is not None
-        orders = _sent(run.orders(count), run.placement, run.batch_size)
+        next_call_args = _device_put(run.next_call_args(count), run.plan, run.batch_size)
         began = time.perf_counter()
-        self._state, metrics = _call([run], compiled_train_steps, run.program.structure, self._state, *orders)
-        run.advanced(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
+        self._state, metrics = _call([run], compiled_train_steps, run.program.structure, self._state, *next_call_args)
+        run.on_steps_done(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
 
     def state(self, index: int) -> State:
         """The state of the run."""
@@ -60,7 +63,7 @@ class SingleRunExecutor:
     def put(self, index: int, state: State) -> None:
         """Give the run another state."""
         del index
-        self._state = resident(self._structure, self._placement.place(state))
+        self._state = offload_opt_state(self._structure, self._plan.place(state))
 
 
 class PopulationExecutor:
@@ -69,51 +72,51 @@ class PopulationExecutor:
     A program is made for a number of lanes: with the same number, it serves fewer runs too.
     """
 
-    def __init__(self, mode: str, runs: Sequence[Run], n_lanes: int) -> None:
+    def __init__(self, mode: str, runs: Sequence[Trainer], n_slots: int) -> None:
         states = [run.state() for run in runs]
-        self._mode, self._placement = mode, runs[0].placement
-        self._states_P = self._placement.place(stack(states + [states[0]] * (n_lanes - len(states))))
-        self._n_lanes = n_lanes
+        self._mode, self._plan = mode, runs[0].plan
+        self._states_P = self._plan.place(stack(states + [states[0]] * (n_slots - len(states))))
+        self._n_lanes = n_slots
 
-    def advance(self, runs: Sequence[Run | None], count: int) -> None:
+    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of each run that is not None, in one call."""
-        orders = {index: run.orders(count) for index, run in enumerate(runs) if run is not None}
+        next_call_args = {index: run.next_call_args(count) for index, run in enumerate(runs) if run is not None}
         structure = next(run.program.structure for run in runs if run is not None)
-        idle = next(iter(orders.values()))._replace(count=np.int32(0))
-        orders_P = _stacked([orders.get(index, idle) for index in range(self._n_lanes)])
-        orders_P = _sent(orders_P, self._placement, orders_P.batches.tokens_BT.shape[-2])
+        idle = next(iter(next_call_args.values()))._replace(count=np.int32(0))
+        args_P = _stack_args([next_call_args.get(index, idle) for index in range(self._n_lanes)])
+        args_P = _device_put(args_P, self._plan, args_P.batches.tokens_BT.shape[-2])
         began = time.perf_counter()
         members = [run for run in runs if run is not None]
         self._states_P, metrics_P = _call(
-            members, compiled_population_steps, self._mode, structure, self._states_P, orders_P
+            members, compiled_population_steps, self._mode, structure, self._states_P, args_P
         )
         seconds = time.perf_counter() - began
         read = cache(lambda: jax.device_get(metrics_P))
         for index, run in enumerate(runs):
             if run is not None:
-                run.advanced(count, _reader(read, index), seconds)
+                run.on_steps_done(count, _reader(read, index), seconds)
 
     def state(self, index: int) -> State:
         """The state of a run, apart from the others'."""
-        return compiled_member(self._states_P, np.int32(index))
+        return compiled_get_member(self._states_P, np.int32(index))
 
     def put(self, index: int, state: State) -> None:
         """Give a run another state."""
         # From the host: a state that is bound to a device would take the others there.
-        self._states_P = compiled_put(self._states_P, jax.device_get(state), np.int32(index))
+        self._states_P = compiled_set_member(self._states_P, jax.device_get(state), np.int32(index))
 
 
 # The programs that this process has run, by what selects them.
 _programs: dict[Any, NamedProgram] = {}
 
 
-def _call(runs: Sequence[Run], function: Any, *arguments: Any) -> Any:
+def _call(runs: Sequence[Trainer], function: Any, *arguments: Any) -> Any:
     """Call a compiled function; the journals of runs that call it for the first time are told what it is."""
     unnamed = [run for run in runs if run.is_unnamed]
     if not unnamed:
         return function(*arguments)
     leaves, tree = jax.tree.flatten(arguments)
-    key = function, tree, tuple(map(_selects, leaves))
+    key = function, tree, tuple(map(_cache_key, leaves))
     if key in _programs:
         result = function(*arguments)
     else:
@@ -123,28 +126,28 @@ def _call(runs: Sequence[Run], function: Any, *arguments: Any) -> Any:
     return result
 
 
-def _selects(argument: Any) -> Any:
+def _cache_key(argument: Any) -> Any:
     """What of an argument selects the program: all of a structure; shape, type and place of an array."""
     if not hasattr(argument, "shape"):
         return argument
     return argument.shape, argument.dtype, getattr(argument, "sharding", None)
 
 
-def _sent(orders: StepArgs, placement: ShardingPlan, batch_size: int) -> StepArgs:
+def _device_put(next_call_args: StepArgs, plan: ShardingPlan, batch_size: int) -> StepArgs:
     """Orders on their way to the devices, which nothing waits for. On a mesh, what is no batch goes with the call."""
-    if placement.mesh is None:
-        return jax.device_put(orders)
-    return orders._replace(batches=placement.share(orders.batches, batch_size))
+    if plan.mesh is None:
+        return jax.device_put(next_call_args)
+    return next_call_args._replace(batches=plan.share(next_call_args.batches, batch_size))
 
 
-def _stacked(orders: list[StepArgs]) -> StepArgs:
+def _stack_args(next_call_args: list[StepArgs]) -> StepArgs:
     """Orders with a first axis P; batches are stacked where they are."""
-    batches, *others = zip(*orders, strict=True)
+    batches, *others = zip(*next_call_args, strict=True)
     on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
-    return StepArgs(compiled_stack(batches) if on_devices else _on_host(batches), *map(_on_host, others))
+    return StepArgs(compiled_stack(batches) if on_devices else _stack_on_host(batches), *map(_stack_on_host, others))
 
 
-def _on_host(trees: Sequence[Any]) -> Any:
+def _stack_on_host(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
@@ -153,8 +156,8 @@ def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
 
 
 def run_training_loop(
-    runs: Sequence[Run],
-    lanes: Executor,
+    runs: Sequence[Trainer],
+    executor: Executor,
     is_stopped: Callable[[], bool],
     between_calls: Callable[[], object] = lambda: None,
 ) -> None:
@@ -168,20 +171,20 @@ def run_training_loop(
     """
     for index, resumed in enumerate(runs):
         if resumed.owes_evaluation:
-            resumed.record(lanes.state(index), is_stopped)
+            resumed.record(executor.state(index), is_stopped)
     while True:
         between_calls()
         if is_stopped() or all(run.is_over for run in runs):
             break
         structure = next(run.program.structure for run in runs if not run.is_over)
-        turn = [None if run.is_over or run.program.structure != structure else run for run in runs]
-        count = min(run.steps_to_event() for run in turn if run)
-        lanes.advance(turn, count)
-        for index, run in enumerate(turn):
+        active = [None if run.is_over or run.program.structure != structure else run for run in runs]
+        count = min(run.steps_to_event() for run in active if run)
+        executor.advance(active, count)
+        for index, run in enumerate(active):
             if run and run.has_event:
-                run.record(lanes.state(index), is_stopped)
+                run.record(executor.state(index), is_stopped)
             if run and run.needs_rewind:
-                lanes.put(index, run.rewind())
+                executor.put(index, run.rewind())
     for index, run in enumerate(runs):
         if not run.is_over:
-            run.stop(lanes.state(index))
+            run.stop(executor.state(index))

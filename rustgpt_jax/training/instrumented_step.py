@@ -16,8 +16,8 @@ from rustgpt_jax.model.block_inputs import Context
 from rustgpt_jax.model.hook_points import hook_points, slots
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.optimizers import clip, optimizer
-from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
+from rustgpt_jax.training.schedules import schedule_multiplier
 from rustgpt_jax.training.train_step import Numbers, State
 
 ACTIVATION, ACTIVATION_GRADIENT = "activation", "gradient of the activation"
@@ -74,9 +74,11 @@ def tapped_step(
     (gradients, loss), (losses_BT, *measured) = jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))
     activations, activation_gradients = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -2), measured)
     norm = optax.tree.norm(gradients)
-    clipped = clip(gradients, norm, config.optimizer.clip_norm) if is_on(config.optimizer.clip_norm) else gradients
-    rate = factor(state.step - first_step, config.training.steps, config.schedule)
-    updates, _ = optimizer(config.optimizer, rate).update(clipped, state.opt_state, state.params)
+    clipped = (
+        clip_by_norm(gradients, norm, config.optimizer.clip_norm) if is_on(config.optimizer.clip_norm) else gradients
+    )
+    rate = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
+    updates, _ = make_optimizer(config.optimizer, rate).update(clipped, state.opt_state, state.params)
     return StepIntermediates(
         loss=loss / jnp.maximum(total_weight, 1.0),
         losses_BT=losses_BT.reshape(batch.weights_BT.shape),

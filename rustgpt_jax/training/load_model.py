@@ -44,7 +44,7 @@ class LoadedModel:
         return dataclasses.replace(self, config=config)
 
 
-def warn(text: str) -> None:
+def print_warning(text: str) -> None:
     """Print a text where errors go, so that it is no part of what a verb answers."""
     print(text, file=sys.stderr)
 
@@ -52,7 +52,7 @@ def warn(text: str) -> None:
 def load(
     path: Path,
     which: str = "last",
-    says: Callable[[str], object] = warn,
+    says: Callable[[str], object] = print_warning,
     is_oversubscribed: bool = False,
     n_generated: int = 0,
 ) -> LoadedModel:

@@ -16,22 +16,22 @@ from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.tracking.formatting import byte_size
-from rustgpt_jax.training.train_step import start, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state, to_traced_scalars
 
 # Maximum number of layers to trace; needs of deeper models are extrapolated.
-MOST_TRACED = 64
+MAX_TRACED_LAYERS = 64
 # Bytes of a batch per token.
 BATCH_BYTES = total_bytes(Batch(*(jax.ShapeDtypeStruct((), dtype) for dtype in ("int32",) * 5)))
 # Fraction of the estimated activations to count: the estimate may be twice too high (tests/test_memory_estimate.py).
 ACTIVATIONS_SHARE = 0.5
 # Skip the exact computation if a generous upper bound is below this fraction of the memory.
-EASY_SHARE = 0.25
+SKIP_BELOW_SHARE = 0.25
 # The knobs that determine the size of each part.
-LARGE = ("model.n_layers", "model.d_model", "model.vocab_size")
+SIZE_KNOBS = ("model.n_layers", "model.d_model", "model.vocab_size")
 KNOBS = {
-    "parameters": LARGE,
-    "optimizer state": LARGE,
-    "gradients": LARGE,
+    "parameters": SIZE_KNOBS,
+    "optimizer state": SIZE_KNOBS,
+    "gradients": SIZE_KNOBS,
     "activations": (
         "training.batch_size",
         "model.context_length",
@@ -49,7 +49,7 @@ MODEL = ("parameters", "optimizer state", "gradients")
 def state_shapes(config: Config) -> Shapes:
     """The state of a run (parameters, optimizer state, step) as shapes and types."""
     structure, numbers = split(config)
-    return jax.eval_shape(lambda: start(structure, to_traced_scalars(numbers)))
+    return jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers)))
 
 
 def batch_shapes(rows: int, window: int) -> Batch:
@@ -77,18 +77,18 @@ def residual_bytes(config: Config, window: int) -> int:
     # What is offloaded is not on the device, as if it were computed anew.
     on_device = "full" if model.remat == "offload" else model.remat
     config = replace_paths(config, {"model.remat": on_device})
-    kept = _kept_bytes(config, window)
+    kept = _saved_bytes(config, window)
     anew = 0
     if on_device != "none":
-        everything = _kept_bytes(replace_paths(config, {"model.remat": "none"}), window)
+        everything = _saved_bytes(replace_paths(config, {"model.remat": "none"}), window)
         anew += (everything - kept) * min(model.period, model.n_layers) // model.n_layers
     if chunk is not None:
-        whole = _kept_bytes(replace_paths(config, {"training.loss_chunk_size": None}), window)
+        whole = _saved_bytes(replace_paths(config, {"training.loss_chunk_size": None}), window)
         anew += (whole - kept) * min(chunk, window) // window
     return kept + anew
 
 
-def _kept_bytes(config: Config, window: int) -> int:
+def _saved_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.grad_accum_steps
     config = replace_paths(config, {"model.save_residuals": False})
     if config.model.attention_kernel != "plain":
@@ -127,11 +127,11 @@ def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, i
         UserError: The step cannot fit.
     """
     for stage in {} if is_allowed else dict.fromkeys(stage.config for stage in stages(config)):
-        if _bound(stage) > EASY_SHARE * machine.memory:
-            _check("A training step", _on_each(training_needs(stage), mesh), stage, machine)
+        if _upper_bound(stage) > SKIP_BELOW_SHARE * machine.memory:
+            _check("A training step", _per_device(training_needs(stage), mesh), stage, machine)
 
 
-def _on_each(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, float]:
+def _per_device(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, float]:
     """Return the needs per device of a mesh. All axes but `data` shard the model, and all axes shard the rest."""
     n_devices = math.prod(mesh.values())
     return {
@@ -141,7 +141,7 @@ def _on_each(needs: Mapping[str, float], mesh: Mapping[str, int]) -> dict[str, f
 
 def training_needs(config: Config) -> dict[str, float]:
     """Return the bytes that a training step needs on all devices together, by purpose."""
-    config, window = _with_vocabulary(config), _window(config)
+    config, window = _fill_vocab_size(config), _seq_len(config)
 
     def needs(config: Config) -> dict[str, float]:
         parameters = total_bytes(parameter_shapes(config.model))
@@ -155,7 +155,7 @@ def training_needs(config: Config) -> dict[str, float]:
 
     training = config.training
     batches = BATCH_BYTES * training.batch_size * window * training.steps_per_jit_call
-    return _for_all_layers(needs, config) | {"batches": batches}
+    return _extrapolate_layers(needs, config) | {"batches": batches}
 
 
 def check_inference_memory(
@@ -175,7 +175,7 @@ def check_inference_memory(
     """
     if is_allowed:
         return
-    window = _window(config)
+    window = _seq_len(config)
 
     def needs(config: Config) -> dict[str, float]:
         found: dict[str, float] = {"parameters": total_bytes(parameter_shapes(config.model))}
@@ -184,8 +184,8 @@ def check_inference_memory(
             found["KV cache"] = total_bytes(jax.eval_shape(lambda: init_cache(config.model, 1, length)))
         return found
 
-    config = _with_vocabulary(config)
-    found = _for_all_layers(needs, config)
+    config = _fill_vocab_size(config)
+    found = _extrapolate_layers(needs, config)
     if n_rows:
         chunk = min(window, config.training.loss_chunk_size or window)
         found["logits"] = 4 * n_rows * chunk * (config.model.vocab_size or 1)
@@ -194,13 +194,13 @@ def check_inference_memory(
     _check("Evaluation" if n_rows else "Generation" if n_cached else "The model", found, config, machine)
 
 
-def exhausted(config: Config | None) -> str:
+def out_of_memory_message(config: Config | None) -> str:
     """Return the message for a failed allocation: the largest consumers of memory, and the knobs that help."""
     said = "There is not enough memory: an allocation failed."
     if config is None:
         return f"{said} Use a smaller model or a shorter context, or stop other processes."
     needs = training_needs(config)
-    return f"{said} A training step of this config needs about {_in_words(needs)}. {_remedy(needs, config)}"
+    return f"{said} A training step of this config needs about {_format_needs(needs)}. {_remedy(needs, config)}"
 
 
 def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machine) -> None:
@@ -209,12 +209,12 @@ def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machi
         sizes = f"at least {byte_size(needed)} of memory, and {byte_size(machine.memory)} are available"
         device = f" on each of {machine.n_devices} devices" if machine.n_devices > 1 else ""
         raise UserError(
-            f"{what} needs {sizes}{device}: {_in_words(needs)}. {_remedy(needs, config)} "
+            f"{what} needs {sizes}{device}: {_format_needs(needs)}. {_remedy(needs, config)} "
             "Use --allow_oversubscription to run anyway."
         )
 
 
-def _in_words(needs: Mapping[str, float]) -> str:
+def _format_needs(needs: Mapping[str, float]) -> str:
     largest = sorted(needs.items(), key=lambda item: -item[1])[:3]
     return ", ".join(f"{byte_size(size)} for {name}" for name, size in largest if size)
 
@@ -240,21 +240,21 @@ def _value(config: Config, knob: str) -> Any:
     return getattr(getattr(config, group), name)
 
 
-def _window(config: Config) -> int:
+def _seq_len(config: Config) -> int:
     return config.data.seq_len or config.model.context_length
 
 
-def _with_vocabulary(config: Config) -> Config:
+def _fill_vocab_size(config: Config) -> Config:
     """Return the config with a vocabulary size, if necessary the smallest possible one."""
     size = config.model.vocab_size or config.tokenizer.vocab_size or 1
     return replace_paths(config, {"model.vocab_size": size})
 
 
-def _bound(config: Config) -> float:
+def _upper_bound(config: Config) -> float:
     """Return an upper bound, for common parts, of the bytes that a training step needs."""
-    config, window = _with_vocabulary(config), _window(config)
+    config, window = _fill_vocab_size(config), _seq_len(config)
     model, training = config.model, config.training
-    parameters = _for_all_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)[
+    parameters = _extrapolate_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)[
         "all"
     ]
     per_layer = parameters / model.n_layers / model.d_model + 16 * model.d_model + model.n_heads * window
@@ -264,12 +264,12 @@ def _bound(config: Config) -> float:
     return 32 * parameters + training.batch_size * window * per_token
 
 
-def _for_all_layers(needs: Callable[[Config], dict[str, float]], config: Config) -> dict[str, float]:
+def _extrapolate_layers(needs: Callable[[Config], dict[str, float]], config: Config) -> dict[str, float]:
     """Return `needs` of a config, extrapolated from few layers, since each repeat of the pattern needs the same."""
     model = dataclasses.replace(config.model, scan_layers=True)
     config = dataclasses.replace(config, model=model)
     period = model.period
-    least = math.ceil(MOST_TRACED / period) * period
+    least = math.ceil(MAX_TRACED_LAYERS / period) * period
     if model.n_layers <= 2 * least:
         return needs(config)
     few, twice = (needs(replace_paths(config, {"model.n_layers": count})) for count in (least, 2 * least))

@@ -22,14 +22,14 @@ from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tracking.formatting import duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
-from rustgpt_jax.training.optimizers import EVALUATION_PARAMS, get_eval_params
+from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
 from rustgpt_jax.training.train_step import Metrics, State, fetch_opt_state
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # What makes a step a fault where it is not finite, as in `train_step`.
 MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
 
-compiled_evaluation_params = jax.jit(get_eval_params, static_argnums=0)
+compiled_eval_params = jax.jit(get_eval_params, static_argnums=0)
 
 
 class Pending(NamedTuple):
@@ -43,18 +43,18 @@ class Pending(NamedTuple):
     read: Callable[[], Metrics]
 
 
-class Fault(NamedTuple):
+class NonFiniteStep(NamedTuple):
     """A step whose loss, gradient or update was not finite, and how many of them there have been, itself included."""
 
     step: int
     n_skipped: int
 
 
-class Stopped(Exception):
+class EvaluationStopped(Exception):
     """Raised to end an evaluation after a request to stop."""
 
 
-class Shows(Protocol):
+class ProgressSink(Protocol):
     """What is told to a person while a run trains."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
@@ -79,16 +79,16 @@ class Recorder:
     run: RunDir
     tokenizer: Codec
     writer: MetricsWriter
-    progress: Shows
-    placement: ShardingPlan
+    progress: ProgressSink
+    plan: ShardingPlan
     seconds_per_step: dict[Structure, float]
     compares_after: int = 0
     pending: Pending | None = None
-    fault: Fault | None = None
+    fault: NonFiniteStep | None = None
 
     def __post_init__(self) -> None:
         self._flops_per_token = training_flops_per_token(self.config.model, self.data.seq_len)
-        self._peak_flops = self.placement.peak_flops()
+        self._peak_flops = self.plan.peak_flops()
         self._best_loss = self._best_loss_so_far()
         # When the device was last known to be at the beginning of a call; None where that is not known.
         self._clock: float | None = time.perf_counter()
@@ -101,7 +101,7 @@ class Recorder:
         own = (line for line in lines if begin < line["step"] <= stage.end_step)
         return min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
 
-    def called(self, structure: Structure, seconds: float) -> None:
+    def on_first_call(self, structure: Structure, seconds: float) -> None:
         """Say once for each program how long its first call took to return: that is its tracing and compiling."""
         if structure not in self.seconds_per_step:
             self.seconds_per_step[structure] = math.inf
@@ -109,7 +109,7 @@ class Recorder:
             # It may have made some of its steps by now.
             self._clock = None
 
-    def trained(self, pending: Pending) -> None:
+    def on_call(self, pending: Pending) -> None:
         """Take the metrics of a call that has just begun, and write those of the one before."""
         self.flush()
         self.pending = pending
@@ -128,7 +128,7 @@ class Recorder:
             values = {f"train/{name}": column[index].item() for name, column in columns.items()} | speed
             is_bad = not all(math.isfinite(values[f"train/{name}"]) for name in MUST_BE_FINITE)
             if is_bad and not self._is_skipped(values["train/faults"]):
-                self.fault = Fault(step, values["train/faults"])
+                self.fault = NonFiniteStep(step, values["train/faults"])
             if self._is_logged(step) or is_bad:
                 self.writer.write(step, {"stage": self.data.stage.name, **values})
             if index == pending.n_steps - 1 or self.fault:
@@ -173,18 +173,18 @@ class Recorder:
         bytes_per_token = self.data.store.split("valid").bytes_per_token
         training = self.data.stage.config.training
         batch_size = training.batch_size
-        rows = self.placement.rows(batch_size, self.data.seq_len)
-        batches = (self.placement.share(batch, batch_size) for batch in self.data.validation_batches(rows))
+        rows = self.plan.rows(batch_size, self.data.seq_len)
+        batches = (self.plan.share(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
-        if self._optimizer.name in EVALUATION_PARAMS:
+        if self._optimizer.name in EVAL_PARAMS:
             opt_state = fetch_opt_state(self._structure, state.opt_state)
-            params = compiled_evaluation_params(self._optimizer, params, opt_state)
+            params = compiled_eval_params(self._optimizer, params, opt_state)
         n_batches = self.data.n_validation_batches
 
         def progress(done: int) -> None:
             self.progress.evaluating(done, n_batches)
             if is_stopped():
-                raise Stopped
+                raise EvaluationStopped
 
         values = evaluate(
             params,

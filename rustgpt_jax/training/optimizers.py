@@ -19,29 +19,33 @@ from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.registry import choose
 
 
-def adamw(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def adamw(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return optax.chain(_adam_direction(config), weight_decay(config), optax.scale(-rate * config.learning_rate))
+    return optax.chain(
+        _adam_direction(config), weight_decay(config), optax.scale(-lr_multiplier * config.learning_rate)
+    )
 
 
-def adam(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def adam(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980), with weight decay added to the gradient."""
-    return optax.chain(weight_decay(config), _adam_direction(config), optax.scale(-rate * config.learning_rate))
+    return optax.chain(
+        weight_decay(config), _adam_direction(config), optax.scale(-lr_multiplier * config.learning_rate)
+    )
 
 
-def sgd(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def sgd(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Gradient descent with momentum, with weight decay added to the gradient."""
     trace = optax.trace(config.momentum, accumulator_dtype=_moment_dtype(config))
-    return optax.chain(weight_decay(config), trace, optax.scale(-rate * config.learning_rate))
+    return optax.chain(weight_decay(config), trace, optax.scale(-lr_multiplier * config.learning_rate))
 
 
-def lion(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def lion(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """The sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
     direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=_moment_dtype(config))
-    return optax.chain(direction, weight_decay(config), optax.scale(-rate * config.learning_rate))
+    return optax.chain(direction, weight_decay(config), optax.scale(-lr_multiplier * config.learning_rate))
 
 
-def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def muon(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
 
     Matrices learn at muon_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
@@ -50,21 +54,21 @@ def muon(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTran
         optax.contrib.scale_by_muon(
             beta=config.momentum, mu_dtype=_moment_dtype(config), weight_dimension_numbers=_stacked_matrices
         ),
-        optax.stateless(_scaled_by_shape),
+        optax.stateless(_scale_by_shape),
         weight_decay(config),
-        optax.scale(-rate * config.muon_learning_rate),
+        optax.scale(-lr_multiplier * config.muon_learning_rate),
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(config, rate)}, muon_partition)
+    return optax.partition({"muon": matrices, "adamw": adamw(config, lr_multiplier)}, muon_partition)
 
 
-def schedule_free(config: OptimizerConfig, rate: jax.Array | float) -> optax.GradientTransformation:
+def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """AdamW with averaging in the place of momentum and of a falling learning rate (arXiv 2405.15682).
 
     Gradients and weight decay are taken at the parameters, y = b1 x + (1 - b1) z; z moves by Adam without momentum;
     x, where the model is evaluated, is the mean of all z, weighted by the square of the highest learning rate so far.
     As in the authors' code, the correction of Adam's bias is no part of these weights. b1 must be above 0.
     """
-    learning_rate = rate * config.learning_rate
+    learning_rate = lr_multiplier * config.learning_rate
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
     movement = optax.chain(direction, weight_decay(config), optax.scale(-learning_rate))
 
@@ -108,7 +112,7 @@ def _stacked_matrices(params: Any) -> Any:
     )
 
 
-def _scaled_by_shape(updates: Any, params: Any = None) -> Any:
+def _scale_by_shape(updates: Any, params: Any = None) -> Any:
     del params
     return jax.tree.map(lambda update: update * max(1.0, update.shape[-1] / update.shape[-2]) ** 0.5, updates)
 
@@ -157,7 +161,7 @@ def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
         decay_factor(path, config.weight_decay_groups)
 
 
-def clip(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:
+def clip_by_norm(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:
     """Gradients scaled down so that their global norm, now `norm`, is at most `largest` (arXiv 1211.5063)."""
     scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda gradient: gradient * scale, gradients)
@@ -173,14 +177,14 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
 }
 
 # Optimizers whose parameters are not those to evaluate: functions of (params, opt_state) that give these.
-EVALUATION_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
+EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
 
 
-def optimizer(config: OptimizerConfig, rate: jax.Array | float = 1.0) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1.0) -> optax.GradientTransformation:
     """The optimizer that the config names, at a step whose schedule factor is `rate`."""
-    return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, rate)
+    return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, lr_multiplier)
 
 
 def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
     """The parameters to evaluate and to write with: those that are trained, unless EVALUATION_PARAMS says otherwise."""
-    return EVALUATION_PARAMS[config.name](params, opt_state) if config.name in EVALUATION_PARAMS else params
+    return EVAL_PARAMS[config.name](params, opt_state) if config.name in EVAL_PARAMS else params

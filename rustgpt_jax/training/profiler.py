@@ -15,7 +15,7 @@ class Span(NamedTuple):
     stop: int
 
 
-def span(text: str, total_steps: int) -> Span:
+def parse_span(text: str, total_steps: int) -> Span:
     """START:STOP as a span of a run of so many steps. Raises UserError if it is none."""
     start, colon, stop = text.partition(":")
     if not colon or not (start.isdecimal() and stop.isdecimal()):

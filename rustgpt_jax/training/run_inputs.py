@@ -3,24 +3,43 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, Earlier, Stage, Structure, split
-from rustgpt_jax.data.preprocess import StageData, changed_data, read_record
+from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.config.schema import (
+    Config,
+    Earlier,
+    Stage,
+    Structure,
+    split,
+    stages,
+    stages_in_turn,
+)
+from rustgpt_jax.data.preprocess import (
+    StageData,
+    changed_data,
+    fill_vocab_size,
+    load_or_train_tokenizer,
+    prepare_stage,
+    read_record,
+)
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_shares
 from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.train_step import Numbers, to_traced_scalars
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
-class Program(NamedTuple):
+class StageProgram(NamedTuple):
     """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
 
     structure: Structure
@@ -36,7 +55,7 @@ class RunInputs:
     """
 
     config: Config
-    whole: Config
+    full_config: Config
     tokenizer: Codec
     stages: list[StageData]
     earlier: tuple[Earlier, ...] = ()
@@ -55,15 +74,15 @@ class RunInputs:
         return step
 
     @cached_property
-    def programs(self) -> list[Program]:
+    def programs(self) -> list[StageProgram]:
         """The program of each stage."""
-        return [_program(data.stage) for data in self.stages]
+        return [_stage_program(data.stage) for data in self.stages]
 
     def check(self, run: RunDir, n_devices: int) -> None:
         """Raises UserError, before anything is compiled or written, for what cannot work on so many devices."""
-        check_decay_groups(parameter_shapes(self.whole.model), self.whole.optimizer)
+        check_decay_groups(parameter_shapes(self.full_config.model), self.full_config.optimizer)
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
-            _check_prompts(self.whole, self.tokenizer, role)
+            _check_prompts(self.full_config, self.tokenizer, role)
         for data in self.stages:
             check_shares(data.stage.config, data.seq_len, n_devices)
         changed = changed_data(run.data_file, self.stages)
@@ -111,9 +130,9 @@ def read_beginning(run: RunDir) -> dict[str, Any]:
     return about
 
 
-def _program(stage: Stage) -> Program:
+def _stage_program(stage: Stage) -> StageProgram:
     structure, numbers = split(stage.config)
-    return Program(structure, to_traced_scalars(numbers), np.int32(stage.first_step))
+    return StageProgram(structure, to_traced_scalars(numbers), np.int32(stage.first_step))
 
 
 def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
@@ -124,3 +143,41 @@ def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
                 f"config.logging.sample_prompts: {prompt!r} takes {length} tokens and leaves no room in "
                 f"config.model.context_length={config.model.context_length}."
             )
+
+
+def _tokenizer(config: Config, file: Path, console: Console) -> Codec:
+    if file.exists():
+        return run_tokenizer(RunDir(file.parent))
+    with counting(console, "characters read to train the tokenizer") as progress:
+        return load_or_train_tokenizer(config, progress=progress)
+
+
+def prepare_inputs(
+    config: Config,
+    tokenizer_file: Path,
+    console: Console,
+    earlier: tuple[Earlier, ...] = (),
+    tokenizer: Codec | None = None,
+) -> RunInputs:
+    """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
+
+    Args:
+        config: The config of the run.
+        tokenizer_file: The path of the run's tokenizer, which may not exist.
+        console: The console to print to.
+        earlier: Earlier configs of the run.
+        tokenizer: The tokenizer of the run, if it is known already.
+
+    Raises:
+        UserError: The text is unsuitable.
+    """
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, tokenizer_file, console)
+    full_config = fill_vocab_size(config, tokenizer)
+    with counting(console, "characters encoded") as progress:
+        prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(full_config)]
+    stores = {data.stage.name: data.store for data in prepared}
+    before = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]
+    in_turn = stages_in_turn(full_config, before)
+    data = [prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name]) for stage in in_turn]
+    return RunInputs(config, full_config, tokenizer, data, earlier)

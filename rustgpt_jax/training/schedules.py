@@ -13,7 +13,7 @@ from rustgpt_jax.config.schema import ScheduleConfig
 from rustgpt_jax.registry import choose
 
 Scalar = jax.Array | float
-Factor = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
+Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
 
 
 def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
@@ -44,10 +44,10 @@ def _progress(step: jax.Array, start: Scalar, end: Scalar) -> jax.Array:
     return jnp.clip((jnp.asarray(step, jnp.float32) - start) / span, 0.0, 1.0)
 
 
-SCHEDULES: dict[str, Factor] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
 
 
-def factor(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+def schedule_multiplier(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """The schedule's factor at `step` (from 0) of a stage of `steps`, after its linear warm-up."""
     warm = (jnp.asarray(step, jnp.float32) + 1.0) / (jnp.asarray(schedule.warmup_steps, jnp.float32) + 1.0)
     return jnp.minimum(warm, choose(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))

@@ -1,5 +1,8 @@
 """The training step: pure functions of (structure, numbers), compiled once for each structure."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +16,8 @@ from rustgpt_jax.evaluation.loss import Sums, loss_sums, split_microbatches, tot
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import Signals
 from rustgpt_jax.sharding.partition_rules import constrained
-from rustgpt_jax.training.optimizers import clip, optimizer
-from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
+from rustgpt_jax.training.schedules import schedule_multiplier
 
 # How a run fares: what a loss is measured by to be called a spike, and what has gone wrong so far.
 
@@ -24,7 +27,7 @@ SPIKE_DEVIATIONS = 6.0
 MEMORY_STEPS = 50
 
 
-class Health(NamedTuple):
+class LossStats(NamedTuple):
     """Scalars in the state of a run, so that they are the same however it was interrupted.
 
     mean, variance: of the losses of this stage, with a memory of MEMORY_STEPS.
@@ -42,15 +45,15 @@ class Health(NamedTuple):
     skipped: jax.Array
 
 
-def init_loss_stats() -> Health:
+def init_loss_stats() -> LossStats:
     """The health of a run that has not begun."""
-    types = Health(jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
-    return Health(*(jnp.zeros((), dtype) for dtype in types))
+    types = LossStats(jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
+    return LossStats(*(jnp.zeros((), dtype) for dtype in types))
 
 
 def update_loss_stats(
-    health: Health, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
-) -> Health:
+    health: LossStats, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
+) -> LossStats:
     """The health after a step with this loss, which may be the first or the last of its stage."""
     seen = jnp.where(is_first, 0, health.seen)
     above = loss - health.mean
@@ -60,7 +63,7 @@ def update_loss_stats(
     above = jnp.where(seen == 0, 0.0, above)
     mean = jnp.where(seen == 0, loss, health.mean + share * above)
     variance = (1.0 - share) * (jnp.where(seen == 0, 0.0, health.variance) + share * jnp.square(above))
-    return Health(
+    return LossStats(
         mean=jnp.where(is_finite, mean, health.mean),
         variance=jnp.where(is_finite, variance, health.variance),
         seen=seen + is_finite,
@@ -82,7 +85,7 @@ class State(NamedTuple):
     params: transformer.Params
     opt_state: Any
     step: jax.Array
-    health: Health
+    health: LossStats
 
 
 class Metrics(NamedTuple):
@@ -110,7 +113,7 @@ def to_traced_scalars(numbers: dict[str, float]) -> Numbers:
     return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in numbers.items()}
 
 
-def start(structure: Structure, numbers: Numbers) -> State:
+def init_state(structure: Structure, numbers: Numbers) -> State:
     """The state at step 0."""
     config = merge(structure, numbers)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
@@ -120,11 +123,11 @@ def start(structure: Structure, numbers: Numbers) -> State:
 def init_state_from_params(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
     """The state at step 0 with parameters that are there already."""
     config = merge(structure, numbers)
-    state = State(params, optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
-    return resident(structure, constrained(state))
+    state = State(params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
+    return offload_opt_state(structure, constrained(state))
 
 
-def resident(structure: Structure, state: State) -> State:
+def offload_opt_state(structure: Structure, state: State) -> State:
     """A state whose parts are in the memory where they stay between steps: with `offload_state`, that of the host."""
     if not structure.optimizer.offload_state:
         return state
@@ -150,9 +153,9 @@ def train_step(
     gradients = constrained(gradients)
     norm = optax.tree.norm(gradients)
     if is_on(config.optimizer.clip_norm):
-        gradients = clip(gradients, norm, config.optimizer.clip_norm)
-    rate = factor(state.step - first_step, config.training.steps, config.schedule)
-    updates, opt_state = optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
+        gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
+    rate = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
+    updates, opt_state = make_optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
     update_norm = optax.tree.norm(updates)
@@ -172,7 +175,7 @@ def train_step(
         faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    return resident(structure, constrained(State(params, opt_state, state.step + 1, health))), metrics
+    return offload_opt_state(structure, constrained(State(params, opt_state, state.step + 1, health))), metrics
 
 
 def gradient(
@@ -201,7 +204,7 @@ def gradient(
 
     split_batch = split_microbatches(batch, parts)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
-    signals = _no_signals(params, first_part, config.model)
+    signals = _zero_signals(params, first_part, config.model)
     nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
     zeros = (jax.tree.map(jnp.zeros_like, params), nothing)
     return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
@@ -223,19 +226,95 @@ def train_steps(
         return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
 
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    signals = _no_signals(state.params, first_batch, merge(structure, numbers).model)
+    signals = _zero_signals(state.params, first_batch, merge(structure, numbers).model)
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
     nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
-    return jax.lax.fori_loop(0, count, body, (resident(structure, state), history))
+    return jax.lax.fori_loop(0, count, body, (offload_opt_state(structure, state), history))
 
 
-def _no_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
+def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
     """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
     shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).signals)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
 
-compiled_init_state = jax.jit(start, static_argnums=0)
-compiled_start_from = jax.jit(init_state_from_params, static_argnums=0)
+compiled_init_state = jax.jit(init_state, static_argnums=0)
+compiled_init_state_from_params = jax.jit(init_state_from_params, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
+
+
+# Many runs of one structure in one program: their states, batches and numbers stacked along a first axis P.
+#
+# exact   one run after another inside the program (`lax.map`): the bits of each run alone
+# fused   all runs at once (`vmap`): fastest where one run leaves the device idle; sums are taken in another order
+
+
+class StepArgs(NamedTuple):
+    """What each run of a population is to do in a call: `count` steps, of which 0 leave its state untouched."""
+
+    batches: Batch
+    count: Any
+    numbers: Numbers
+    first_step: Any
+
+
+def map_steps(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+    """Each run's steps as `train_steps` does them, one run after another."""
+    return jax.lax.map(lambda run: train_steps(structure, run[0], *run[1]), (states_P, orders_P))
+
+
+def vmap_steps(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+    """The steps of all runs at once. All counts that are not 0 must be equal."""
+    count, structure = jnp.max(orders_P.count), vmappable(structure)
+
+    def steps(state: State, orders: StepArgs) -> tuple[State, Metrics]:
+        after, metrics = train_steps(structure, state, orders.batches, count, orders.numbers, orders.first_step)
+        is_asked = orders.count > 0
+        return jax.tree.map(partial(jnp.where, is_asked), after, state), metrics
+
+    return jax.vmap(steps)(states_P, orders_P)
+
+
+MODES: dict[str, Callable[[Structure, State, StepArgs], tuple[State, Metrics]]] = {
+    "exact": map_steps,
+    "fused": vmap_steps,
+}
+
+
+def vmappable(structure: Structure) -> Structure:
+    """A structure whose steps can be made of many runs at once: libraries' attention kernels cannot."""
+    if structure.model.attention_kernel != "auto":
+        return structure
+    return replace(structure, model=replace(structure.model, attention_kernel="portable"))
+
+
+def population_steps(mode: str, structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+    """Some steps of every run of a population, in one of MODES; metrics are P x slots."""
+    return MODES[mode](structure, states_P, orders_P)
+
+
+def get_member(tree_P: Any, index: jax.Array) -> Any:
+    """The arrays of one run out of those of a population."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree_P)
+
+
+def set_member(tree_P: Any, tree: Any, index: jax.Array) -> Any:
+    """The arrays of a population with those of one run replaced."""
+    return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of equal shapes as one tree with a first axis P, on the host: stacking compiles nothing."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
+
+
+def stack_on_devices(trees: Sequence[Any]) -> Any:
+    """As `stack`, of arrays that are on devices."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+compiled_stack = jax.jit(stack_on_devices)
+compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
+compiled_get_member = jax.jit(get_member)
+compiled_set_member = jax.jit(set_member, donate_argnums=0)

@@ -17,13 +17,19 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import save_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, keep_until
-from rustgpt_jax.training.batch_source import Source, source
+from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.memory_estimate import state_shapes
-from rustgpt_jax.training.metric_logger import Fault, Pending, Recorder, Shows, Stopped
-from rustgpt_jax.training.run_inputs import Program, RunInputs
-from rustgpt_jax.training.train_step import Metrics, State, compiled_init_state, compiled_start_from, to_traced_scalars
-from rustgpt_jax.training.vmapped_step import StepArgs
+from rustgpt_jax.training.metric_logger import EvaluationStopped, NonFiniteStep, Pending, ProgressSink, Recorder
+from rustgpt_jax.training.run_inputs import RunInputs, StageProgram
+from rustgpt_jax.training.train_step import (
+    Metrics,
+    State,
+    StepArgs,
+    compiled_init_state,
+    compiled_init_state_from_params,
+    to_traced_scalars,
+)
 from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
@@ -41,12 +47,12 @@ from rustgpt_jax.workdir.run_dir import (
 )
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
-LONGEST_CALL_SECONDS = 5.0
+MAX_CALL_SECONDS = 5.0
 # Maximum number of files to list in a message.
-MOST_NAMED = 4
+MAX_LISTED = 4
 
 
-class Run:
+class Trainer:
     """A run in its folder, held by this process. Use it in a `with` statement, which makes or reopens the folder.
 
     `until` is a step at which to pause; None is the end. Raises UserError as `create` and `lock` do.
@@ -54,20 +60,20 @@ class Run:
 
     def __init__(
         self,
-        material: RunInputs,
+        inputs: RunInputs,
         path: Path,
         origins: Mapping[str, str],
-        placement: ShardingPlan,
+        plan: ShardingPlan,
         until: int | None = None,
     ) -> None:
-        self.material, self.folder, self.placement = material, RunDir(path), placement
-        self.end_step = material.total_steps if until is None else min(until, material.total_steps)
+        self.inputs, self.folder, self.plan = inputs, RunDir(path), plan
+        self.end_step = inputs.total_steps if until is None else min(until, inputs.total_steps)
         # Steps at which a call ends, so that something can be done between two.
-        self.marks: Sequence[int] = ()
+        self.break_steps: Sequence[int] = ()
         self._origins, self._resources = origins, ExitStack()
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
-        self._source: Source | None = None
+        self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
         self._pace = LaggedMax(math.inf)
@@ -76,19 +82,19 @@ class Run:
         # The step whose evaluation was stopped and has not been done since.
         self._stopped_evaluation: int | None = None
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Trainer":
         with self._resources:
-            self._resources.enter_context(self.placement.active())
-            earlier = self.material.earlier
-            admit(self.folder.path, self.material.config, earlier)
+            self._resources.enter_context(self.plan.active())
+            earlier = self.inputs.earlier
+            admit(self.folder.path, self.inputs.config, earlier)
             check_links((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
             self._resources.enter_context(lock(self.folder.path))
             self._record_config()
-            save_tokenizer(self.material.tokenizer, self.folder.tokenizer_file)
-            by_name = {data.stage.name: data for data in self.material.stages}
+            save_tokenizer(self.inputs.tokenizer, self.folder.tokenizer_file)
+            by_name = {data.stage.name: data for data in self.inputs.stages}
             write_atomically(self.folder.data_file, record_data(by_name.values()))
             self._resources.callback(self._close)
-            checkpoints = Checkpoints(self.folder.checkpoints, self.material.config, is_writer=True, earlier=earlier)
+            checkpoints = Checkpoints(self.folder.checkpoints, self.inputs.config, is_writer=True, earlier=earlier)
             self.checkpoints = self._resources.enter_context(checkpoints)
             self.step = self.checkpoints.step() or 0
             self._resources = self._resources.pop_all()
@@ -106,7 +112,7 @@ class Run:
 
     def _record_config(self) -> None:
         """Write the config to the folder, and any change of it to the journal."""
-        path, config, earlier = self.folder.path, self.material.config, self.material.earlier
+        path, config, earlier = self.folder.path, self.inputs.config, self.inputs.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
         differing = all_differences(before, config) if earlier and before != config else {}
         changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
@@ -130,7 +136,7 @@ class Run:
         return self.step == self._stopped_evaluation
 
     @property
-    def _fault(self) -> Fault | None:
+    def _fault(self) -> NonFiniteStep | None:
         return self._recorder.fault if self._recorder else None
 
     @property
@@ -141,7 +147,7 @@ class Run:
     @property
     def needs_rewind(self) -> bool:
         """Whether a step went wrong that is to be undone."""
-        faults = self.material.config.faults
+        faults = self.inputs.config.faults
         if self._fault is None or faults.nonfinite_policy != "rewind":
             return False
         return self._fault.n_skipped <= faults.max_skipped
@@ -154,7 +160,7 @@ class Run:
     @property
     def stage(self) -> StageData:
         """The stage of the next step, or of the last one."""
-        return self.material.stages[self._stage_index]
+        return self.inputs.stages[self._stage_index]
 
     @property
     def batch_size(self) -> int:
@@ -162,19 +168,19 @@ class Run:
         return self.stage.stage.config.training.batch_size
 
     @property
-    def program(self) -> Program:
+    def program(self) -> StageProgram:
         """What the next step runs."""
-        return self.material.programs[self._stage_index]
+        return self.inputs.programs[self._stage_index]
 
     @property
     def _stage_index(self) -> int:
-        stages = self.material.stages
+        stages = self.inputs.stages
         next_step = self.step if self.owes_evaluation else self.step + 1
         return next((index for index, data in enumerate(stages) if next_step <= data.stage.last_step), len(stages) - 1)
 
     # Going on.
 
-    def begin(self, progress: Shows, mode: str = "solo", width: int = 1) -> None:
+    def begin(self, progress: ProgressSink, mode: str = "solo", width: int = 1) -> None:
         """Read the last sound checkpoint, and open the records, without what was written after it.
 
         The journal is told of this launch: `mode` is how the run trains, alone or with others in a program of so many.
@@ -192,10 +198,10 @@ class Run:
         self._stopped_evaluation = self._find_stopped_evaluation()
         if self.is_over:
             return
-        sizes = self.placement.sizes
-        left_out = record_launch(self.folder, self.step, mode, width, self.placement.n_devices, sizes)
+        sizes = self.plan.sizes
+        left_out = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, sizes)
         if left_out:
-            shown = ", ".join(left_out[:MOST_NAMED]) + (", ..." if len(left_out) > MOST_NAMED else "")
+            shown = ", ".join(left_out[:MAX_LISTED]) + (", ..." if len(left_out) > MAX_LISTED else "")
             progress.message(f"Not kept with the code of the run (docs/security.md says why): {shown}.")
         self._open_records()
 
@@ -206,12 +212,12 @@ class Run:
         return None if all_agree(not is_stopped) else self.step
 
     def _like(self) -> State:
-        return self.placement.like(state_shapes(stages(self.material.whole)[0].config))
+        return self.plan.like(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
         """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
         state, self._state = self._state, None
-        return first_state(self.material, self.folder, self.placement) if state is None else state
+        return load_initial_state(self.inputs, self.folder, self.plan) if state is None else state
 
     def rewind(self) -> State:
         """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
@@ -226,7 +232,7 @@ class Run:
         health = state.health._replace(faults=jnp.int32(fault.n_skipped), skipped=jnp.int32(self._skipped))
         return state._replace(health=health)
 
-    def _go_back(self) -> Fault:
+    def _go_back(self) -> NonFiniteStep:
         """Forget what was done after the last regular checkpoint before the step that went wrong."""
         assert self._fault is not None
         fault, self._recorder = self._fault, None
@@ -236,7 +242,7 @@ class Run:
         self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_skipped)
         self._progress.message(
             f"Loss, gradient or update of step {fault.step} is not finite: back to step {self.step}, and on with the "
-            f"batches after it ({fault.n_skipped} of {self.material.config.faults.max_skipped} forgiven)."
+            f"batches after it ({fault.n_skipped} of {self.inputs.config.faults.max_skipped} forgiven)."
         )
         self.checkpoints.delete_after(self.step)
         self._close()
@@ -270,25 +276,25 @@ class Run:
         """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
         stage = self.stage.stage
         every = stage.config.logging
-        events = [_next(self.step, every.eval_every), _next(self.step, every.checkpoint_every)]
-        events += [mark for mark in self.marks if mark > self.step]
+        events = [_next_multiple(self.step, every.eval_every), _next_multiple(self.step, every.checkpoint_every)]
+        events += [mark for mark in self.break_steps if mark > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
         seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
-        return min(most, max(1, int(LONGEST_CALL_SECONDS / max(seconds, 1e-9))))
+        return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
-    def orders(self, count: int) -> StepArgs:
+    def next_call_args(self, count: int) -> StepArgs:
         """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
-        if self._source is None:
-            self._source = source(self.stage, self.placement, self.step + self._skipped)
-        batches = self._source.take(count, self.stage.stage.config.training.steps_per_jit_call)
+        if self._batch_source is None:
+            self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
+        batches = self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
         return StepArgs(batches, np.int32(count), self.program.numbers, self.program.first_step)
 
-    def advanced(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+    def on_steps_done(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         """Take note of a call that took `seconds` to return; its metrics are read later."""
         recorder = self._open_recorder()
-        recorder.called(self.program.structure, seconds)
-        recorder.trained(Pending(self.step, count, read_metrics))
+        recorder.on_first_call(self.program.structure, seconds)
+        recorder.on_call(Pending(self.step, count, read_metrics))
         self.step += count
 
     @property
@@ -313,7 +319,7 @@ class Run:
             return
         try:
             is_best = (self._evaluates or self.owes_evaluation) and recorder.evaluate(state, self.step, is_stopped)
-        except Stopped:
+        except EvaluationStopped:
             if not self.owes_evaluation:
                 self._journal.append("evaluation", step=self.step, is_done=False)
                 self._stopped_evaluation = self.step
@@ -334,7 +340,7 @@ class Run:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            Unwritable: It cannot be written, or part of the run folder was deleted in the meantime.
+            RunDirNotWritable: It cannot be written, or part of the run folder was deleted in the meantime.
         """
         self.checkpoints.wait()
         if self._writer is None:
@@ -371,30 +377,30 @@ class Run:
             self._recorder = Recorder(
                 self.stage,
                 self.folder,
-                self.material.tokenizer,
+                self.inputs.tokenizer,
                 self._writer,
                 self._progress,
-                self.placement,
+                self.plan,
                 self._seconds_per_step,
-                self.material.compares_after(self.stage),
+                self.inputs.compares_after(self.stage),
             )
         return self._recorder
 
     def _close_source(self) -> None:
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._batch_source is not None:
+            self._batch_source.close()
+            self._batch_source = None
 
 
-def first_state(material: RunInputs, folder: RunDir, placement: ShardingPlan) -> State:
+def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
     """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
-    structure, numbers = split(stages(material.whole)[0].config)
+    structure, numbers = split(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(structure, to_traced_scalars(numbers))
-    params = read_parameters(folder.parameters_file, placement.like(parameter_shapes(material.whole.model)))
-    return compiled_start_from(structure, to_traced_scalars(numbers), params)
+    params = read_parameters(folder.parameters_file, plan.like(parameter_shapes(inputs.full_config.model)))
+    return compiled_init_state_from_params(structure, to_traced_scalars(numbers), params)
 
 
-def _next(step: int, every: int) -> int:
+def _next_multiple(step: int, every: int) -> int:
     """The first multiple of `every` after `step`."""
     return (step // every + 1) * every

@@ -17,9 +17,9 @@ from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.train_step import to_traced_scalars
-from rustgpt_jax.training.validate_components import validate_components
 from rustgpt_jax.workdir.run_dir import check, load_config, load_origins
 
 ROOT = Path(__file__).parent.parent.parent

@@ -28,7 +28,7 @@ from rustgpt_jax.tracking.metric_writer import (
     read_metrics,
 )
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.training.checkpointing import CorruptCheckpoint, stored_about
+from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.event_log import launches, programs
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -193,5 +193,5 @@ def test_records_of_checkpoints_with_edits(place: Place, about: bytes | None) ->
     with place.case() as folder:
         write(folder / "8" / "about" / "metadata", about)
         with suppress(CorruptCheckpoint):
-            found = stored_about(folder, 8)
+            found = read_metadata(folder, 8)
             assert found["step"] == 8 and isinstance(found["layout"], dict)

@@ -1,20 +1,74 @@
-"""Config changes of an existing run: what is recorded for later steps, and the number of steps.
+"""Checks of a config before anything is compiled: its components exist, and an existing run can continue with it."""
 
-Completed steps are unaffected. The run folder keeps each earlier config and the last step that used it, so that a rerun
-applies the same changes at the same steps.
-"""
-
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import Config, Earlier, Stage, affects_result, may_change, stages
+from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.training.schedules import factor
+from rustgpt_jax.model import interfaces
+from rustgpt_jax.model.kernels.types import ANY_DEVICE
+from rustgpt_jax.model.kernels.verify import attention_choices
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.model.norms import NORMS
+from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
+from rustgpt_jax.registry import choose
+from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
+from rustgpt_jax.training.optimizers import OPTIMIZERS
+from rustgpt_jax.training.schedules import SCHEDULES, schedule_multiplier
 from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, load_earlier
+
+# Knobs that name components of the model: their registry and interface.
+MODEL_COMPONENTS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "mixers": (MIXERS, interfaces.MIXER),
+    "feedforwards": (FEEDFORWARDS, interfaces.FEEDFORWARD),
+    "positions": (POSITIONS, interfaces.POSITION),
+    "norm": (NORMS, interfaces.NORM),
+}
+
+
+def validate_components(config: Config) -> None:
+    """Check that every component named in a config exists and has the right interface.
+
+    Raises:
+        UserError: A name is unknown (the message suggests the nearest one), a component has another interface, or no
+            device supports the attention kernel.
+    """
+    model = config.model
+    if config.tokenizer.name != IMPORTED:
+        _check_function(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name", "texts", "vocab_size")
+    _check_function(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling", "frequencies", "config")
+    for knob, (table, kind) in MODEL_COMPONENTS.items():
+        named = getattr(model, knob)
+        for name in (named,) if isinstance(named, str) else named:
+            if interfaces.component_kind(choose(table, name, f"config.model.{knob}")) != kind:
+                raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.LOOKS[kind]}.")
+    _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
+    for stage in stages(config):
+        _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")
+        _check_function(SCHEDULES, stage.config.schedule.name, "config.schedule.name", "step", "steps", "schedule")
+        attention_choices(
+            stage.config.model, ANY_DEVICE, stage.config.data.seq_len or stage.config.model.context_length
+        )
+
+
+def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:
+    """Check that a component exists and can be called with these arguments."""
+    part = choose(table, name, knob)
+    try:
+        inspect.signature(part).bind(*arguments)
+    except (TypeError, ValueError):  # Not callable, another signature, or a built-in without one.
+        raise UserError(f"{knob}={name!r} is not a function of ({', '.join(arguments)}).") from None
+
+
+# Changes of the config of an existing run. Completed steps keep the config they were trained with: the run folder
+# stores each earlier config with its last step, so that a rerun applies the same changes at the same steps.
 
 STEPS = "training.steps"
 EVALUATION_BATCHES = "logging.eval_batches"
@@ -28,7 +82,7 @@ class Change(NamedTuple):
     sentences: tuple[str, ...] = ()
 
 
-def change_of(path: Path, config: Config, extends: bool = False) -> Change:
+def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     """Determine how a run continues with a config. Writes nothing.
 
     Args:
@@ -54,7 +108,7 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
     # A command that was stopped may be repeated, including --extend.
     was_extended = any(stages(each.config)[-1].end_step < stages(stored)[-1].end_step for each in earlier)
     extends = extends and bool(changed or not was_extended)
-    sentences = _of_steps(path, stored, config, changed, made, extends)
+    sentences = _check_steps(path, stored, config, changed, made, extends)
     if not changed or stages(config)[-1].end_step == made:
         return Change(stored if changed else config, earlier)
     # Steps after the last checkpoint are trained again. A config with no remaining steps stays in the list.
@@ -66,7 +120,7 @@ def change_of(path: Path, config: Config, extends: bool = False) -> Change:
     return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
 
 
-def _of_steps(
+def _check_steps(
     path: Path, stored: Config, config: Config, changed: Iterable[str], made: int, extends: bool
 ) -> tuple[str, ...]:
     """Return messages about a change of the number of steps.
@@ -81,14 +135,14 @@ def _of_steps(
     if not lengths:
         return ()
     here = f"{path} holds a run with another config: {STEPS} is {before} there and {after} here"
-    if _borders(stored, made) != _borders(config, made) or after < made or after == made < before:
+    if _started_stages(stored, made) != _started_stages(config, made) or after < made or after == made < before:
         raise UserError(f"{here}, and it has made {made} steps already. Choose another --run folder.")
-    old, new = _factors(stored, made), _factors(config, made)
+    old, new = _multipliers(stored, made), _multipliers(config, made)
     if np.array_equal(old, new):
         return ()
     stage = _stage_at(config, made)
     first = int(np.flatnonzero(old != new)[0]) + 1
-    next_factor = _factors(config, made + 1)[-1] if after > made else old[-1]
+    next_factor = _multipliers(config, made + 1)[-1] if after > made else old[-1]
     what = (
         f"the {stage.config.schedule.name} schedule of {after} steps differs from that of {before} from step {first} "
         f"on: the steps that are made stay as they are, and from step {made} to the next the learning rate goes from "
@@ -99,19 +153,19 @@ def _of_steps(
     return (f"--extend: {what}.",)
 
 
-def _borders(config: Config, made: int) -> list[tuple[str, int]]:
+def _started_stages(config: Config, made: int) -> list[tuple[str, int]]:
     """Return the names and first steps of the stages that have started."""
     return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(made, 1)]
 
 
-def _factors(config: Config, made: int) -> np.ndarray:
+def _multipliers(config: Config, made: int) -> np.ndarray:
     """Return the learning-rate multipliers of the first steps of a run, given its current stage lengths."""
     parts = [np.zeros(0, np.float32)]
     for stage in stages(config):
         count = min(stage.end_step, made) - stage.first_step
         if count > 0:
             steps = jnp.arange(count, dtype=jnp.int32)
-            parts.append(np.asarray(factor(steps, stage.config.training.steps, stage.config.schedule)))
+            parts.append(np.asarray(schedule_multiplier(steps, stage.config.training.steps, stage.config.schedule)))
     # A shorter run has fewer.
     return np.concatenate(parts)
 
