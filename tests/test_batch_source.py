@@ -68,10 +68,10 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
 
         monkeypatch.setattr(kind, "take", noted)
     train(tmp_path / "devices", **changes)
-    assert set(taken) == {"FromDevices"}
+    assert set(taken) == {"DeviceBatchSource"}
     monkeypatch.setattr(batch_source, "MAX_MEMORY_SHARE", 0)
     train(tmp_path / "files", **changes)
-    assert set(taken) == {"FromDevices", "FromFiles"}
+    assert set(taken) == {"DeviceBatchSource", "FileBatchSource"}
     config = run_config(**changes)
     assert_same_bits(stored_state(config, tmp_path / "devices"), stored_state(config, tmp_path / "files"))
     assert len(metrics(tmp_path / "devices")) >= 7
