@@ -14,11 +14,11 @@ PACKAGE = "rustgpt_jax"
 
 # From the bottom up: a package imports only from the packages before it.
 LAYERS = (
-    *("errors", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
+    *("errors", "atomic_io", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
     *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
     *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
 )
-WITHOUT_JAX = ("errors", "cache_dir", "registry", "config", "tokenizers", "data")
+WITHOUT_JAX = ("errors", "atomic_io", "cache_dir", "registry", "config", "tokenizers", "data")
 VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

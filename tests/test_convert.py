@@ -191,14 +191,14 @@ def test_the_current_folder_may_be_the_place(folder: Path, native: Path, tmp_pat
     monkeypatch.chdir(place)
     export_run(native.resolve(), Path("."), "last", None, quiet)
     assert filecmp.cmp(folder / "model.safetensors", place / "model.safetensors", shallow=False)
-    with pytest.raises(UserError, match="/ is there already"):
+    with pytest.raises(UserError, match="/ already exists"):
         export_run(native.resolve(), Path("/"), "last", None, quiet)
 
 
 def test_a_place_that_is_taken_is_left_alone(folder: Path, back: RunDir, native: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]}
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         imported(folder, back.path)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_run(native, folder, "last", None, quiet)
     assert {file: file.stat().st_mtime_ns for file in [*folder.iterdir(), *back.path.iterdir()]} == before

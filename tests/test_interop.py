@@ -673,7 +673,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes").touch()
-    with pytest.raises(UserError, match="there is there already and not empty"):
+    with pytest.raises(UserError, match="there already exists and is not empty"):
         export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
     assert [file.name for file in tmp_path.rglob("*")] == ["there", "notes"]
 

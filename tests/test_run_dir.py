@@ -15,7 +15,7 @@ from configs import base
 from rustgpt_jax.config.schema import Config, config_hash, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, lock, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, lock
 
 
 @pytest.fixture
@@ -147,27 +147,6 @@ def test_a_stored_config_with_a_wrong_knob_is_named_with_its_file(tmp_path: Path
     (tmp_path / "config.json").write_text('{"config": {"sead": 1}}')
     with pytest.raises(UserError, match=r"config.json: config.sead: there is no such knob.*config.seed"):
         load_config(tmp_path)
-
-
-def test_a_failed_write_keeps_the_old_file_and_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "notes.txt"
-    write_atomically(file, "old ü")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"notes.txt cannot be written: No space left"):
-        write_atomically(file, "new")
-    assert file.read_text(encoding="utf-8") == "old ü"
-    assert os.listdir(tmp_path) == ["notes.txt"]
-
-
-def test_a_write_into_no_folder_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in ("missing", "file"):
-        with pytest.raises(UserError, match="cannot be written"):
-            write_atomically(tmp_path / folder / "a.json", "{}")
 
 
 def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from rustgpt_jax.atomic_io import publish_folder
 from rustgpt_jax.cache_dir import REMEDY
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data.datasets import divide, documents, fingerprint, is_validation_fingerprint
@@ -271,16 +272,7 @@ def _existing(folder: Path) -> Store | None:
 
 def _publish(temporary: Path, folder: Path) -> Store:
     """Give a finished folder its name, unless another process was first. A damaged store of that name is replaced."""
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        store = _existing(folder)
-        if store is not None:
-            return store
-        damaged = temporary.with_name(f"{temporary.name}.damaged")
-        os.rename(folder, damaged)
-        os.rename(temporary, folder)
-        shutil.rmtree(damaged, ignore_errors=True)
+    publish_folder(temporary, folder, lambda path: _existing(path) is not None)
     (folder / LOCK).unlink(missing_ok=True)
     return open_store(folder)
 

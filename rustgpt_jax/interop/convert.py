@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import EPOCHS, ModelConfig, uses_epochs
 from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.export_hf import atomic_folder, export_model
+from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.hf_config import read_json
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
 from rustgpt_jax.interop.import_hf import import_parameters, read_model

@@ -1,16 +1,14 @@
 """From the parameters of a model to a Hugging Face folder."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for
@@ -69,35 +67,6 @@ def export_model(
         if finish is not None:
             finish(hidden)
     return chosen
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which appears under its own name once all is written, or not at all.
-
-    Raises UserError if there is something in its place, or it cannot be made.
-    """
-    place = folder.resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; choose another folder.")
-    hidden = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        with _told(folder):
-            hidden.mkdir(parents=True)
-        yield hidden
-        with _told(folder):
-            os.replace(hidden, place)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """What the operating system refuses, as a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
 def _named(name: str, model: ModelConfig) -> Architecture:

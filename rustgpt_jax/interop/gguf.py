@@ -5,15 +5,14 @@ tensors and the position table in float32, as llama.cpp requires. The tokenizer 
 llama.cpp supports them; otherwise the exported model takes token ids.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggestion
@@ -103,10 +102,10 @@ FORMS = {
 def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Callable[[str], None]) -> None:
     """Write a run as a GGUF file, in float32 unless `dtype` says otherwise. The file appears when it is complete.
 
-    Raises UserError for a run without parameters, a file that is there already, and as `write_gguf` does.
+    Raises UserError for a run without parameters, a file that already exists, and as `write_gguf` does.
     """
     if file.exists():
-        raise UserError(f"{file} is there already; choose another name.")
+        raise UserError(f"{file} already exists; choose another name.")
     trained = load(path, which)
     codec = run_tokenizer(RunDir(path))
     model = fill_vocab_size(load_config(path), codec).model
@@ -148,8 +147,10 @@ def write_gguf(
         raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
     plan, leaves = tensors(form.rules, model), by_path(params)
     kinds = {tensor.name: gguf.GGMLQuantizationType[_type_of(tensor, dtype)] for tensor in plan.values()}
-    with _appearing(file) as hidden:
-        writer = gguf.GGUFWriter(hidden, form.name)
+    with translate_os_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as temporary:
+        writer = gguf.GGUFWriter(temporary, form.name)
         for name, argument in _settings(form, model, dtype, gguf).items():
             getattr(writer, f"add_{name}")(argument)
         _add_vocabulary(writer, model, tokenizer, is_dialogue, gguf)
@@ -189,21 +190,6 @@ def _left_out(codec: Codec, is_dialogue: bool) -> str:
     except UserError as error:
         return f", without its chat template: {error}"
     return ""
-
-
-@contextmanager
-def _appearing(file: Path) -> Iterator[Path]:
-    """A file to write, which takes its name once it is whole, or is gone. Raises UserError where it cannot be."""
-    hidden = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield hidden
-            os.replace(hidden, file)
-        finally:
-            hidden.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 def _package() -> Any:

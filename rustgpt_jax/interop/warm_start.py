@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, differences, split, stages
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.interop.export_hf import atomic_folder
 from rustgpt_jax.model.layer_groups import stacks
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer

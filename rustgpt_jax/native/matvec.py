@@ -15,6 +15,7 @@ import jax
 import jax.ffi
 import jax.numpy as jnp
 
+from rustgpt_jax.atomic_io import publish_folder
 from rustgpt_jax.cache_dir import cache_folder
 
 # Compiling C++ on demand into the user's cache folder, once for each source, compiler and processor.
@@ -48,21 +49,10 @@ def built(source: Path) -> Path:
                 made.mkdir()
                 _compile(compiler, source, made / LIBRARY)
                 (made / DIGEST).write_text(_digest(made / LIBRARY))
-                _put(made, place)
+                publish_folder(made, place, _is_sound)
     except OSError as error:
         raise NotBuilt(f"{error.filename or source} cannot be used ({error.strerror})") from error
     return place / LIBRARY
-
-
-def _put(made: Path, place: Path) -> None:
-    """Bring a folder to its place, unless another process has been faster."""
-    if place.exists() and not _is_sound(place):
-        shutil.rmtree(place)
-    try:
-        made.rename(place)
-    except OSError:
-        if not _is_sound(place):
-            raise
 
 
 def _is_sound(place: Path) -> bool:

@@ -8,12 +8,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.reproduce.html_report import page
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, start_of
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, Tensor
-from rustgpt_jax.workdir.run_dir import RunDirNotWritable, write_atomically
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
@@ -48,7 +48,7 @@ def write_page(path: Path, again: ReplayedStep, tensors: Sequence[Tensor]) -> Pa
         (path / "replay").mkdir(exist_ok=True)
         write_atomically(path / "replay" / name, content)
         return path / "replay" / name
-    except (OSError, RunDirNotWritable):
+    except (OSError, NotWritableError):
         file = Path(tempfile.mkdtemp(prefix="rustgpt_jax_replay_")) / name
         write_atomically(file, content)
         return file

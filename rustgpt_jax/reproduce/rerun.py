@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.export_hf import atomic_folder
 from rustgpt_jax.reproduce.compare_metrics import (
     compare_checkpoints,
     compare_records,

@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, named
@@ -32,7 +33,7 @@ from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, Tensor
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning
-from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir
 
 
 def trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> dict[str, Any]:

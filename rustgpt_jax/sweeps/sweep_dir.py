@@ -4,16 +4,16 @@ import json
 import shlex
 import shutil
 import threading
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rustgpt_jax.atomic_io import publish_folder, temporary_path, write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash, code_sources, record_code, write_git_state
 from rustgpt_jax.workdir.event_log import Event, Journal
-from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,15 @@ def save_code_snapshot(folder: SweepDir) -> Path:
     files = code_files(code_sources())
     copy = folder.code / code_hash(files)
     if not copy.exists():
-        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}")
+        partial = temporary_path(copy)
         for name, file in files.items():
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             # Without the permissions of the original: those of the copy follow the umask.
             shutil.copyfile(file, target)
         write_git_state(partial)
-        try:
-            partial.rename(copy)
-        except OSError:  # Another launcher was first.
-            shutil.rmtree(partial)
+        publish_folder(partial, copy)
+        shutil.rmtree(partial, ignore_errors=True)
     return copy
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers.chat_template import ChatFormat
 
@@ -174,17 +174,10 @@ def save_tokenizer(codec: Codec, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if codec.dialect is not None:
-        _write(dialect_file(path), json.dumps(dataclasses.asdict(codec.dialect), indent=2, ensure_ascii=False) + "\n")
-    _write(path, codec.tokenizer.to_str(pretty=True))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_atomically(
+            dialect_file(path), json.dumps(dataclasses.asdict(codec.dialect), indent=2, ensure_ascii=False) + "\n"
+        )
+    write_atomically(path, codec.tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Codec:

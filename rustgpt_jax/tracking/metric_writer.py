@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from rustgpt_jax.atomic_io import NotWritableError
 from rustgpt_jax.config.validation import LARGEST_COUNT
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.run_dir import RunDir, RunDirNotWritable
+from rustgpt_jax.workdir.run_dir import RunDir
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventFileWriter
@@ -83,7 +84,7 @@ class MetricsWriter:
         if there is None or (there.st_dev, there.st_ino) != (opened.st_dev, opened.st_ino):
             what = "was deleted" if there is None else "was replaced"
             lost = self._run.metrics_file if self._run.path.exists() else self._run.path
-            raise RunDirNotWritable(f"{lost} {what} while the run was being trained.")
+            raise NotWritableError(f"{lost} {what} while the run was being trained.")
 
     @cached_property
     def _tensorboard(self) -> "EventFileWriter":

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.validation import LARGEST_NUMBER
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import Columns, read_columns
-from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
 from rustgpt_jax.distributed.failure_propagation import is_loss
 from rustgpt_jax.distributed.multihost import all_agree, is_first, meet
@@ -27,7 +28,7 @@ from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tracking.formatting import byte_size
 from rustgpt_jax.training.train_step import State
-from rustgpt_jax.workdir.run_dir import RunDirNotWritable, in_words, is_step_name, write_atomically
+from rustgpt_jax.workdir.run_dir import in_words, is_step_name
 
 N_RECENT = 2
 # Sealing reads all of it again: a large one takes long.
@@ -321,7 +322,7 @@ def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
         raise
     # Errors of the threads of Orbax and TensorStore are of many kinds.
     except Exception as error:
-        raise RunDirNotWritable(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
+        raise NotWritableError(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

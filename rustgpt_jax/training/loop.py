@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from rustgpt_jax.atomic_io import NotWritableError
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, uses_epochs
 from rustgpt_jax.data.preprocess import (
@@ -37,7 +38,7 @@ from rustgpt_jax.training.profiler import Profile, parse_span
 from rustgpt_jax.training.run_inputs import _tokenizer, prepare_inputs
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code
-from rustgpt_jax.workdir.run_dir import RunDir, RunDirNotWritable, shadow
+from rustgpt_jax.workdir.run_dir import RunDir, shadow
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
@@ -213,10 +214,10 @@ def _translate_io_errors(run: Trainer) -> Iterator[None]:
     """Says in a sentence that files can no longer be written, or read, and what is left of the run."""
     try:
         yield
-    except (OSError, RunDirNotWritable) as error:
+    except (OSError, NotWritableError) as error:
         reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
         # Include a checkpoint that is still being written, if that succeeds.
-        with suppress(RunDirNotWritable):
+        with suppress(NotWritableError):
             run.checkpoints.wait()
         kept = run.checkpoints.written()
         left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint"

@@ -9,6 +9,7 @@ from types import TracebackType
 import jax.numpy as jnp
 import numpy as np
 
+from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import Structure, affects_result, split, stages
 from rustgpt_jax.data.preprocess import StageData, record_data
 from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, is_first
@@ -34,17 +35,7 @@ from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import save_autotune_cache
-from rustgpt_jax.workdir.run_dir import (
-    RunDir,
-    RunDirNotWritable,
-    admit,
-    all_differences,
-    check_links,
-    create,
-    load_config,
-    lock,
-    write_atomically,
-)
+from rustgpt_jax.workdir.run_dir import RunDir, admit, all_differences, check_links, create, load_config, lock
 
 # A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
 MAX_CALL_SECONDS = 5.0
@@ -347,10 +338,10 @@ class Trainer:
             return
         self._writer.check()
         if not self.folder.config_file.exists():
-            raise RunDirNotWritable(f"{self.folder.config_file} was deleted while the run was being trained.")
+            raise NotWritableError(f"{self.folder.config_file} was deleted while the run was being trained.")
         # Files written by another process of the run may become visible here with a delay.
         if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
-            raise RunDirNotWritable(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
+            raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
         """Save the state after the last step made, so that the run can go on from there."""

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import rustgpt_jax
+from rustgpt_jax.atomic_io import NotWritableError, temporary_path, write_atomically
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.registry import IMPORT_PATH, search_path
@@ -335,19 +335,19 @@ def _keep(name: str, content: bytes, folder: Path) -> None:
     """A file in a folder, of one copy that all folders share where the file system has links."""
     if (folder / name).exists():
         return
-    partial, shared = _hidden(folder / name), cache_folder() / "code" / name
+    partial, shared = temporary_path(folder / name), cache_folder() / "code" / name
     try:
         # Anyone with write access to a run folder could have changed the copy that it is hard-linked to.
         if not shared.exists() or shared.read_bytes() != content:
             shared.parent.mkdir(parents=True, exist_ok=True)
-            _write(shared, content)
+            write_atomically(shared, content)
         if _has_access_of(folder, shared):
             os.link(shared, partial)
             partial.replace(folder / name)
         else:
-            _write(folder / name, content)
-    except OSError:
-        _write(folder / name, content)
+            write_atomically(folder / name, content)
+    except (OSError, NotWritableError):
+        write_atomically(folder / name, content)
 
 
 def _has_access_of(folder: Path, file: Path) -> bool:
@@ -359,16 +359,6 @@ def _has_access_of(folder: Path, file: Path) -> bool:
     group = there.st_gid if there.st_mode & stat.S_ISGID else os.getegid()
     permissions = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
     return here.st_gid == group and (there.st_mode ^ here.st_mode) & permissions == 0
-
-
-def _write(file: Path, content: bytes) -> None:
-    partial = _hidden(file)
-    partial.write_bytes(content)
-    partial.replace(file)
-
-
-def _hidden(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
 
 
 # Where git has it.

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rustgpt_jax.atomic_io import atomic_file
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import by_path, nested
 
@@ -200,17 +200,6 @@ class NewTensor(NamedTuple):
     def nbytes(self) -> int:
         """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@contextmanager
-def atomic_file(file: Path) -> Iterator[Path]:
-    """A place to write a file at, which appears under its own name once all is written, or not at all."""
-    hidden = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield hidden
-        os.replace(hidden, file)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def write_parameters(file: Path, tensors: Sequence[NewTensor]) -> None:

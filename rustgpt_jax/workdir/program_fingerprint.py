@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.workdir.environment import DRIVER
-from rustgpt_jax.workdir.run_dir import RunDir, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir
 
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from="
 # Where JAX says which key of its cache it looks for, and found or not.

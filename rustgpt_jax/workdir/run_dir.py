@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import (
     Config,
     Earlier,
@@ -37,10 +38,6 @@ Stages = tuple[StageConfig, ...]
 
 class RunLocked(UserError):
     """Another process trains in a run folder."""
-
-
-class RunDirNotWritable(UserError):
-    """What a run leaves can no longer be written: the disk is full, or the folder may not be written to."""
 
 
 @dataclass(frozen=True)
@@ -144,25 +141,6 @@ def is_step_name(name: str) -> bool:
     """Return whether a name is that of a checkpoint folder, a step number in plain digits."""
     # Python refuses to parse thousands of digits; no step has more than ten.
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file as a whole: a reader, or a crash, sees the old content or the new and nothing between.
-
-    Text is written as UTF-8. Raises Unwritable if the file cannot be written.
-    """
-    # The name is hidden, so that a leftover of a crash does not make a new run's folder look used.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunDirNotWritable(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report.caveats import comparisons, left_out
 from rustgpt_jax.sweeps.report.html import page
@@ -13,7 +14,6 @@ from rustgpt_jax.sweeps.report.labels import METRICS, knob_names, loss_text, set
 from rustgpt_jax.sweeps.report.ranking import Ranked, ranking
 from rustgpt_jax.sweeps.report.results import FAILED, MISSING, Results, read_results, settings, write_csv
 from rustgpt_jax.tracking.formatting import printable
-from rustgpt_jax.workdir.run_dir import write_atomically
 
 MOST_ROWS = 20
 MOST_ERRORS = 5

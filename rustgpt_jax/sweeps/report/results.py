@@ -14,11 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import Config, affects_result, config_hash, flatten, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_about
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, write_atomically
+from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config
 
 SEED = "seed"
 TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE = "train/loss", "valid/loss", "valid/bits_per_byte"
