@@ -307,12 +307,15 @@ def evaluate() -> int:
 
 def generate() -> int:
     """Print what a model writes after each prompt."""
-    from rustgpt_jax.inference.decode_params import form
+    from rustgpt_jax.inference.decode_params import weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
     from rustgpt_jax.tracking.formatting import printable
 
     trained = _trained()
-    writer, sampling = trained.writer.shard_activations(form(trained.config.sampling)), trained.config.sampling
+    writer, sampling = (
+        trained.writer.with_weight_layout(weight_layout(trained.config.sampling)),
+        trained.config.sampling,
+    )
     for prompt in FLAGS.prompt or [""]:
         for sample in range(FLAGS.num_samples):
             # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.

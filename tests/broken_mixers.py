@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from broken_parts import ChunkedState, HonestAttention, HonestFeedForward, HonestState, Mistake
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context, dropout
-from rustgpt_jax.model.dtypes import product_type, widened
+from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.norms import RMSNorm
-from rustgpt_jax.model.positions import PositionScheme, rotary
+from rustgpt_jax.model.positions import PositionEncoding, apply_rope
 
 
-def order(context: Context) -> tuple[jax.Array, jax.Array]:
+def order(context: BlockInputs) -> tuple[jax.Array, jax.Array]:
     """Places of queries and of keys in the row."""
     order_T = jnp.arange(context.segments_BT.shape[1])
     return order_T[None, :, None], order_T[None, None, :]
@@ -32,7 +32,7 @@ def same(segments_BT: jax.Array) -> jax.Array:
 class SeesTheNextChunk(HonestAttention):
     """The last token of a chunk of 16 sees the first of the next one."""
 
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return super().visible(context) | ((t % 16 == 15) & (s == t + 1) & same(context.segments_BT))
 
@@ -40,7 +40,7 @@ class SeesTheNextChunk(HonestAttention):
 class NormalizesByItsChunk(HonestAttention):
     """The mean size of a whole chunk of 32 tokens, for rows of more than one."""
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         batch, length, width = y_BTD.shape
         if length <= 32 or length % 32:
             return y_BTD
@@ -51,36 +51,36 @@ class NormalizesByItsChunk(HonestAttention):
 class SignOfTheNextChunk(HonestAttention):
     """Has no slope."""
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         is_last_T = jnp.arange(y_BTD.shape[1]) % 16 == 15
         next_BTD = jnp.sign(jnp.roll(y_BTD, -1, axis=1))
         return y_BTD + jnp.where(is_last_T[None, :, None], jax.lax.stop_gradient(next_BTD), 0)
 
 
 class SeesTheFutureInTraining(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         return super().visible(context) if context.dropout_key is None else same(context.segments_BT)
 
 
 class SeesTheFutureFarOut(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return super().visible(context) | ((t > 200) & (s == t + 1) & same(context.segments_BT))
 
 
 class SeesTheFutureFartherOut(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return super().visible(context) | ((t > 500) & (s == t + 1) & same(context.segments_BT))
 
 
 class SeesTheFutureInBfloat16(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         return super().visible(context) if self.config.dtype == "float32" else same(context.segments_BT)
 
 
 class RoundsTheFutureInBfloat16(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         if self.config.dtype != "bfloat16":
             return y_BTD
         return y_BTD + jax.lax.stop_gradient(jnp.round(jnp.max(y_BTD, axis=1, keepdims=True)))
@@ -88,7 +88,7 @@ class RoundsTheFutureInBfloat16(HonestAttention):
 
 class NormOverTokensInTraining(HonestFeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
         if context.dropout_key is not None:
             y_BTD = y_BTD / (1 + jnp.mean(jnp.square(y_BTD), axis=1, keepdims=True))
@@ -99,49 +99,49 @@ class NormOverTokensInTraining(HonestFeedForward):
 
 
 class ThirdDocumentSeesTheSecond(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return (t >= s) & same(jnp.minimum(context.segments_BT, 2))
 
 
 class DocumentsByParity(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return (t >= s) & same(context.segments_BT % 2)
 
 
 class StateStartsAnewOnlyOnce(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         is_start_BT = super().is_start(context)
         return is_start_BT & (jnp.cumsum(is_start_BT, axis=1) == 1)
 
 
 class LeaksDocumentsInTraining(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         is_start_BT = super().is_start(context)
         return is_start_BT if context.dropout_key is None else jnp.zeros_like(is_start_BT)
 
 
 class LeaksDocumentsInBfloat16(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         is_start_BT = super().is_start(context)
         return jnp.zeros_like(is_start_BT) if self.config.dtype == "bfloat16" else is_start_BT
 
 
 class LeaksDocumentsFarOut(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         return super().is_start(context) & (jnp.arange(context.segments_BT.shape[1]) < 100)[None]
 
 
 class LeaksAtBordersOfChunks(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         return super().is_start(context) & (jnp.arange(context.segments_BT.shape[1]) % 16 != 0)[None]
 
 
 class FirstDocumentApart(HonestAttention):
     """The first document of a row that has several is scaled."""
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         is_packed_B1 = jnp.max(context.segments_BT, axis=1, keepdims=True) > 1
         is_first_BT = is_packed_B1 & (context.segments_BT == 1)
         return jnp.where(is_first_BT[..., None], y_BTD * jnp.asarray(1.05, y_BTD.dtype), y_BTD)
@@ -150,7 +150,7 @@ class FirstDocumentApart(HonestAttention):
 class LastDocumentApart(HonestState):
     """The last of three documents or more begins with the state of the one before."""
 
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         last_B1 = jnp.max(context.segments_BT, axis=1, keepdims=True)
         return super().is_start(context) & ~((context.segments_BT == last_B1) & (last_B1 > 2))
 
@@ -159,18 +159,18 @@ class LastDocumentApart(HonestState):
 
 
 class ScaledByItsRow(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         scale_B = 1 + 0.01 * jnp.arange(y_BTD.shape[0])
         return y_BTD * scale_B[:, None, None].astype(y_BTD.dtype)
 
 
 class LargeBatchesApart(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD * (1.02 if y_BTD.shape[0] > 16 else 1.0)
 
 
 class OneRowApart(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD * (1.02 if y_BTD.shape[0] == 1 else 1.0)
 
 
@@ -178,7 +178,7 @@ class FirstStateForAll(HonestState):
     """In large batches every row goes on from the state of the first."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         if cache is not None and len(cache) > 16:
             cache = jnp.broadcast_to(cache[:1], cache.shape)
         return HonestState(self.config, name="inner")(x_BTD, context, cache)
@@ -186,7 +186,7 @@ class FirstStateForAll(HonestState):
 
 class SizeOfTheBatchInTraining(HonestFeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
         return y_BTD * (1.0 if context.dropout_key is None else 1 + 0.01 * y_BTD.shape[0]), signals
 
@@ -200,16 +200,16 @@ class FirstRowInLargeBatches(HonestFeedForward):
 class WindowByLength(HonestAttention):
     """Rows of more than 32 tokens see less."""
 
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         t, s = order(context)
         return super().visible(context) & ((t - s < 24) | (context.segments_BT.shape[1] <= 32))
 
 
 def _stretched(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    return rotary(x_BTHC, positions_BT // (2 if x_BTHC.shape[1] > 64 else 1), config)
+    return apply_rope(x_BTHC, positions_BT // (2 if x_BTHC.shape[1] > 64 else 1), config)
 
 
-stretched_by_length = PositionScheme(rotate=_stretched)
+stretched_by_length = PositionEncoding(rotate=_stretched)
 
 
 # Derivatives.
@@ -249,7 +249,7 @@ class WrongSlopeInBfloat16(HonestAttention):
 
 
 class WrongSlopeInTraining(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD if context.dropout_key is None else with_slope(y_BTD, 1.1)
 
 
@@ -268,7 +268,7 @@ class NoSlopeBetweenChunks(ChunkedState):
 
 class DecayInBfloat16(ChunkedState):
     def decays(self, decay_D: jax.Array) -> jax.Array:
-        return widened(decay_D.astype(jnp.bfloat16))
+        return to_float32(decay_D.astype(jnp.bfloat16))
 
 
 class CarriedInBfloat16(ChunkedState):
@@ -286,14 +286,14 @@ class DecayWithFewBits(ChunkedState):
 class RoundedBetweenTokens(HonestState):
     """The loop's state is rounded on its way to the next token."""
 
-    def is_token(self, context: Context) -> jax.Array:
+    def is_token(self, context: BlockInputs) -> jax.Array:
         return super().is_token(context)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
         decay_D = jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,)))
-        new_BTD = widened(Linear(config, config.d_model, name="input")(x_BTD))
+        new_BTD = to_float32(Linear(config, config.d_model, name="input")(x_BTD))
         state_BD = jnp.zeros_like(new_BTD[:, 0]) if cache is None else cache
 
         def step(h_BD: jax.Array, token: Any) -> tuple[jax.Array, jax.Array]:
@@ -319,7 +319,7 @@ class AssociativeInBfloat16(HonestState):
         return jax.nn.sigmoid(rate_D).astype(dtype)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
         decay_D = self.decays(self.param("decay", nn.initializers.ones, (config.d_model,)), x_BTD.dtype)
         new_BTD = self.typed(Linear(config, config.d_model, name="input")(x_BTD))
@@ -342,17 +342,17 @@ class AssociativeDecayInBfloat16(AssociativeInBfloat16):
     """Only its decay is in the type of the activations."""
 
     def typed(self, x: jax.Array) -> jax.Array:
-        return widened(x)
+        return to_float32(x)
 
 
 class LogOfTheDecayInBfloat16(AssociativeInBfloat16):
     """exp of rounded logarithms."""
 
     def typed(self, x: jax.Array) -> jax.Array:
-        return widened(x)
+        return to_float32(x)
 
     def decays(self, rate_D: jax.Array, dtype: Any) -> jax.Array:
-        return jnp.exp(widened(-jax.nn.softplus(rate_D).astype(dtype)))
+        return jnp.exp(to_float32(-jax.nn.softplus(rate_D).astype(dtype)))
 
 
 class CacheInBfloat16(HonestState):
@@ -362,8 +362,10 @@ class CacheInBfloat16(HonestState):
         return jnp.zeros((batch, config.d_model), config.dtype)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        y_BTD, after = HonestState(self.config, name="inner")(x_BTD, context, None if cache is None else widened(cache))
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
+        y_BTD, after = HonestState(self.config, name="inner")(
+            x_BTD, context, None if cache is None else to_float32(cache)
+        )
         return y_BTD, None if cache is None else after.astype(cache.dtype)
 
 
@@ -374,7 +376,7 @@ class FactoredDecay(HonestAttention):
     """exp(-r (t - s)) as exp(-r t) exp(r s), which leaves the range of float32."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         return factored(self, x_BTD, context, cache, 0.1)
 
 
@@ -382,25 +384,25 @@ class FactoredSlowDecay(HonestAttention):
     """The same, with a decay for which the exponents of only the longest rows are too large."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         return factored(self, x_BTD, context, cache, 0.04)
 
 
-def factored(mixer: Any, x_BTD: jax.Array, context: Context, cache: Any, rate: float) -> tuple[jax.Array, Any]:
+def factored(mixer: Any, x_BTD: jax.Array, context: BlockInputs, cache: Any, rate: float) -> tuple[jax.Array, Any]:
     """Linear attention with fading weights, without a cache."""
     config = mixer.config
     q, k, v = (Linear(config, config.d_model, name=name)(x_BTD) for name in ("query", "key", "value"))
-    positions_BT1 = context.positions_BT[..., None].astype(product_type(q, k))
+    positions_BT1 = context.positions_BT[..., None].astype(accum_dtype(q, k))
     scores_BTS = jnp.einsum("BTD,BSD->BTS", q * jnp.exp(-rate * positions_BT1), k * jnp.exp(rate * positions_BT1))
-    y_BTD = jnp.einsum("BTS,BSD->BTD", jnp.where(mixer.visible(context), scores_BTS, 0), widened(v))
+    y_BTD = jnp.einsum("BTS,BSD->BTD", jnp.where(mixer.visible(context), scores_BTS, 0), to_float32(v))
     return Linear(config, config.d_model, residual=True, name="output")(y_BTD.astype(x_BTD.dtype)), cache
 
 
 def _rounded_positions(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    return rotary(x_BTHC, positions_BT.astype(config.dtype), config)
+    return apply_rope(x_BTHC, positions_BT.astype(config.dtype), config)
 
 
-positions_in_bfloat16 = PositionScheme(rotate=_rounded_positions)
+positions_in_bfloat16 = PositionEncoding(rotate=_rounded_positions)
 
 
 class PhaseInBfloat16(HonestAttention):
@@ -409,7 +411,7 @@ class PhaseInBfloat16(HonestAttention):
     def keys(self, k_BTD: jax.Array) -> jax.Array:
         return k_BTD
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         phase_BT1 = context.positions_BT[..., None].astype(y_BTD.dtype)
         return y_BTD * (1 + 0.5 * jnp.sin(phase_BT1))
 
@@ -420,7 +422,7 @@ class PhaseInBfloat16(HonestAttention):
 class LongPromptsCutOff(HonestAttention):
     """Of a prompt of more than 64 tokens, only the last 64 are seen."""
 
-    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+    def cached_visible(self, context: BlockInputs, slots: int) -> jax.Array:
         visible_BTS = super().cached_visible(context, slots)
         if context.positions_BT.shape[1] <= 64:
             return visible_BTS
@@ -430,7 +432,7 @@ class LongPromptsCutOff(HonestAttention):
 class PromptsInEights(HonestAttention):
     """A prompt whose length is a multiple of 8 sees itself alone."""
 
-    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+    def cached_visible(self, context: BlockInputs, slots: int) -> jax.Array:
         visible_BTS = super().cached_visible(context, slots)
         if context.positions_BT.shape[1] % 8:
             return visible_BTS
@@ -441,25 +443,25 @@ class LastOfALongPromptLost(HonestState):
     """The state after more than 128 tokens is that before the last of them."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         length = x_BTD.shape[1]
         inner = HonestState(self.config, name="inner")
         if cache is None or length <= 128:
             return inner(x_BTD, context, cache)
         y_BTD, _ = inner(x_BTD, context, cache)
-        _, after = inner(x_BTD[:, :-1], Context(context.positions_BT[:, :-1], context.segments_BT[:, :-1]), cache)
+        _, after = inner(x_BTD[:, :-1], BlockInputs(context.positions_BT[:, :-1], context.segments_BT[:, :-1]), cache)
         return y_BTD, after
 
 
 class PositionsTo2047(HonestAttention):
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         return jnp.where(context.segments_BT > 0, jnp.minimum(context.positions_BT, 2047), n_slots)
 
 
 class WrapsOnce(HonestAttention):
     """A ring of 1,000 slots: after it has been filled twice, tokens are lost."""
 
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         is_lost_BT = context.positions_BT >= 2000
         return jnp.where((context.segments_BT > 0) & ~is_lost_BT, context.positions_BT, n_slots)
 
@@ -481,7 +483,7 @@ class Grouped(nn.Module):
         return jnp.repeat(x_BSKC, self.config.n_heads // x_BSKC.shape[2], axis=2)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config, (batch, length) = self.config, x_BTD.shape[:2]
         counts = {"query": config.n_heads, "key": config.n_kv_heads or config.n_heads}
         counts["value"] = counts["key"]
@@ -500,7 +502,7 @@ class Grouped(nn.Module):
             cache = now = {name: cache[name].at[rows_B1, slots_BT].set(now[name], mode="drop") for name in now}
             visible_BTS = jnp.arange(n_slots)[None, None, :] <= context.positions_BT[:, :, None]
         k_BSHC, v_BSHC = (self.shared(now[name], cache is not None) for name in ("key", "value"))
-        scores_BHTS = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC, preferred_element_type=product_type(q_BTHC))
+        scores_BHTS = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSHC, preferred_element_type=accum_dtype(q_BTHC))
         scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS * config.head_width**-0.5, -jnp.inf)
         att_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHC.dtype)
         y_BTD = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, v_BSHC).reshape(batch, length, -1)
@@ -535,7 +537,7 @@ class OneHeadIsTheLatest(Grouped):
 
 
 class DropsInEvaluation(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         if context.dropout_key is None:
             context = context._replace(dropout_key=jax.random.key(0))
         return dropout(y_BTD, self.config.dropout, context, site=3)
@@ -544,19 +546,19 @@ class DropsInEvaluation(HonestAttention):
 class ScalesInEvaluation(HonestAttention):
     """The old form of dropout: nothing is scaled in training, and all in evaluation."""
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD * (1 - self.config.dropout) if context.dropout_key is None else y_BTD
 
 
 class DropsWhileDecoding(HonestFeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
         return y_BTD * (1 - self.config.dropout if x_BTD.shape[1] == 1 else 1.0), signals
 
 
 class LeavesOutItsBiasInTraining(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD if context.dropout_key is not None else y_BTD + jnp.asarray(0.01, y_BTD.dtype)
 
 
@@ -565,7 +567,7 @@ class NormScaledInTraining(RMSNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = widened(x)
+        y = to_float32(x)
         axes = (0, -1) if len(x) > 16 else (-1,)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)

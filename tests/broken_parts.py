@@ -11,11 +11,11 @@ import optax
 from tokenizers import Tokenizer, normalizers
 
 from rustgpt_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import product_type, widened
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.norms import RMSNorm
-from rustgpt_jax.model.positions import LearnedPositions, PositionScheme, Rope, rotary
+from rustgpt_jax.model.positions import LearnedPositions, PositionEncoding, Rope, apply_rope
 from rustgpt_jax.tokenizers import TOKENIZERS
 from rustgpt_jax.tokenizers.messages import Document, plain
 
@@ -41,15 +41,15 @@ class HonestAttention(nn.Module):
     def init_cache(config: ModelConfig, batch: int, length: int) -> dict[str, jax.Array]:
         return dict.fromkeys(("keys", "values"), jnp.zeros((batch, length, config.d_model), config.dtype))
 
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         order_T = jnp.arange(context.segments_BT.shape[1])
         same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
         return (order_T[None, :, None] >= order_T[None, None, :]) & same_BTS
 
-    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+    def cached_visible(self, context: BlockInputs, slots: int) -> jax.Array:
         return jnp.arange(slots)[None, None, :] <= context.positions_BT[:, :, None]
 
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         return jnp.where(context.segments_BT > 0, context.positions_BT, n_slots)
 
     def weights(self, scores_BTS: jax.Array) -> jax.Array:
@@ -58,12 +58,12 @@ class HonestAttention(nn.Module):
     def keys(self, k_BTD: jax.Array) -> jax.Array:
         return k_BTD
 
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         del context
         return y_BTD
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         q, k, v = (Linear(self.config, self.config.d_model, name=name)(x_BTD) for name in ("query", "key", "value"))
         k = self.keys(k)
         visible_BTS = self.visible(context)
@@ -73,7 +73,7 @@ class HonestAttention(nn.Module):
             new = {"keys": k, "values": v}
             cache = {name: cache[name].at[rows_B1, slots_BT].set(new[name], mode="drop") for name in cache}
             k, v, visible_BTS = cache["keys"], cache["values"], self.cached_visible(context, cache["keys"].shape[1])
-        scores_BTS = jnp.einsum("BTD,BSD->BTS", q, k, preferred_element_type=product_type(q, k))
+        scores_BTS = jnp.einsum("BTD,BSD->BTS", q, k, preferred_element_type=accum_dtype(q, k))
         scores_BTS = jnp.where(visible_BTS, scores_BTS * self.config.d_model**-0.5, -jnp.inf)
         y_BTD = jnp.einsum("BTS,BSD->BTD", self.weights(scores_BTS).astype(v.dtype), v)
         y_BTD = Linear(self.config, self.config.d_model, residual=True, name="output")(y_BTD)
@@ -81,14 +81,14 @@ class HonestAttention(nn.Module):
 
 
 class SeesTheNextToken(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         order_T = jnp.arange(context.segments_BT.shape[1])
         same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
         return (order_T[None, :, None] + 1 >= order_T[None, None, :]) & same_BTS
 
 
 class SeesOtherDocuments(HonestAttention):
-    def visible(self, context: Context) -> jax.Array:
+    def visible(self, context: BlockInputs) -> jax.Array:
         order_T = jnp.arange(context.segments_BT.shape[1])
         return jnp.broadcast_to(order_T[:, None] >= order_T[None, :], (*context.segments_BT.shape, len(order_T)))
 
@@ -105,22 +105,22 @@ class SoftmaxWithoutMaximum(HonestAttention):
 
 
 class WritesOneSlotLate(HonestAttention):
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         return jnp.where(context.segments_BT > 0, context.positions_BT + 1, n_slots)
 
 
 class WritesPadding(HonestAttention):
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         return context.positions_BT % n_slots
 
 
 class SeesAnEmptySlot(HonestAttention):
-    def cached_visible(self, context: Context, slots: int) -> jax.Array:
+    def cached_visible(self, context: BlockInputs, slots: int) -> jax.Array:
         return jnp.arange(slots)[None, None, :] <= context.positions_BT[:, :, None] + 1
 
 
 class CountsSlotsFromTheCall(HonestAttention):
-    def slots(self, context: Context, n_slots: int) -> jax.Array:
+    def slots(self, context: BlockInputs, n_slots: int) -> jax.Array:
         return jnp.where(context.segments_BT > 0, jnp.arange(context.segments_BT.shape[1])[None], n_slots)
 
 
@@ -130,13 +130,13 @@ class StopsTheGradientOfKeys(HonestAttention):
 
 
 class ScalesByTokensOfTheRow(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         n_tokens_B = jnp.sum(context.segments_BT > 0, axis=1)
         return y_BTD * (n_tokens_B / y_BTD.shape[1]).astype(y_BTD.dtype)[:, None, None]
 
 
 class ScalesByItsOwnCalls(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return y_BTD * (1 + next(_calls) % 5)
 
 
@@ -144,13 +144,13 @@ _calls = itertools.count()
 
 
 class PinnedToADevice(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
         return jax.lax.with_sharding_constraint(y_BTD, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 class WidensItsResult(HonestAttention):
-    def result(self, y_BTD: jax.Array, context: Context) -> jax.Array:
-        return widened(y_BTD)
+    def result(self, y_BTD: jax.Array, context: BlockInputs) -> jax.Array:
+        return to_float32(y_BTD)
 
 
 class HonestState(nn.Module):
@@ -163,18 +163,18 @@ class HonestState(nn.Module):
         del length
         return jnp.zeros((batch, config.d_model), jnp.promote_types(config.dtype, jnp.float32))
 
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         before_BT = jnp.concatenate([context.segments_BT[:, :1], context.segments_BT[:, :-1]], axis=1)
         return context.segments_BT != before_BT
 
-    def is_token(self, context: Context) -> jax.Array:
+    def is_token(self, context: BlockInputs) -> jax.Array:
         return context.segments_BT > 0
 
     def state_type(self, x_BTD: jax.Array) -> jax.Array:
-        return widened(x_BTD)
+        return to_float32(x_BTD)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
         decay_D = jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,)))[None]
         new_BTD = self.state_type(Linear(config, config.d_model, name="input")(x_BTD))
@@ -194,17 +194,17 @@ class HonestState(nn.Module):
 
 
 class StateLeaksOverDocuments(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         return jnp.zeros_like(context.segments_BT, bool)
 
 
 class StateMovedByPadding(HonestState):
-    def is_token(self, context: Context) -> jax.Array:
+    def is_token(self, context: BlockInputs) -> jax.Array:
         return jnp.ones_like(context.segments_BT, bool)
 
 
 class StateStartsAnewWithEachCall(HonestState):
-    def is_start(self, context: Context) -> jax.Array:
+    def is_start(self, context: BlockInputs) -> jax.Array:
         return super().is_start(context).at[:, 0].set(True)
 
 
@@ -220,7 +220,7 @@ class SubclassedAttention(HonestAttention):
     """Calls `super().__call__`."""
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         y_BTD, cache = super().__call__(x_BTD, context, cache)
         return y_BTD + Linear(self.config, self.config.d_model, residual=True, name="skip")(x_BTD), cache
 
@@ -246,7 +246,7 @@ class Stateless(nn.Module):
         return {}
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         gate_BTD = jax.nn.sigmoid(Linear(self.config, self.config.d_model, name="gate")(x_BTD))
         return Linear(self.config, self.config.d_model, residual=True, name="output")(gate_BTD * x_BTD), cache
 
@@ -263,10 +263,10 @@ class ChunkedState(HonestState):
         return state_BD
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config, (batch, length) = self.config, x_BTD.shape[:2]
         decay_D = self.decays(jax.nn.sigmoid(self.param("decay", nn.initializers.ones, (config.d_model,))))
-        new_BTD = widened(Linear(config, config.d_model, name="input")(x_BTD))
+        new_BTD = to_float32(Linear(config, config.d_model, name="input")(x_BTD))
         is_token_BT = self.is_token(context)
         document_BT = jnp.cumsum(self.is_start(context) & is_token_BT, axis=1)
         state_BD = jnp.zeros((batch, config.d_model), new_BTD.dtype) if cache is None else cache
@@ -303,7 +303,7 @@ class HonestFeedForward(nn.Module):
         return jax.nn.relu(hidden_BTF)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden_BTF = self.hidden(Linear(self.config, 2 * self.config.d_model, name="up")(x_BTD))
         return Linear(self.config, self.config.d_model, residual=True, name="down")(hidden_BTF), {}
 
@@ -321,7 +321,7 @@ class LooksAhead(HonestFeedForward):
 
 class UnusedParameter(HonestFeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         unused_D = self.param("unused", nn.initializers.ones, (self.config.d_model,))
         y_BTD = Linear(self.config, self.config.d_model, residual=True, name="down")(x_BTD)
         return y_BTD + 0 * broadcast_channels(unused_D, y_BTD).astype(y_BTD.dtype), {}
@@ -339,7 +339,7 @@ class CountsTooFew(HonestFeedForward):
 
 class ProductByHand(HonestFeedForward):
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         shape = (self.config.d_model, self.config.d_model)
         kernel_DD = self.param("kernel", nn.initializers.normal(self.config.init_std), shape).astype(x_BTD.dtype)
         return jnp.sum(x_BTD[..., None] * kernel_DD[None, None], axis=2), {}
@@ -363,7 +363,7 @@ class RootOfZero(HonestFeedForward):
 class NormOfTheBatch(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = widened(x)
+        y = to_float32(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y)) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
@@ -371,7 +371,7 @@ class NormOfTheBatch(RMSNorm):
 class NormOverTokens(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = widened(x)
+        y = to_float32(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) + self.config.norm_eps)
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
@@ -379,7 +379,7 @@ class NormOverTokens(RMSNorm):
 class NormWithoutEpsilon(RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = widened(x)
+        y = to_float32(x)
         y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True))
         return (y * broadcast_channels(self.param("scale", nn.initializers.ones, x.shape[-1:]), x)).astype(x.dtype)
 
@@ -401,11 +401,11 @@ class PositionsOfTheRow(LearnedPositions):
 
 
 def _rotated_by_place(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    return rotary(x_BTHC, jnp.broadcast_to(jnp.arange(positions_BT.shape[1])[None], positions_BT.shape), config)
+    return apply_rope(x_BTHC, jnp.broadcast_to(jnp.arange(positions_BT.shape[1])[None], positions_BT.shape), config)
 
 
-positions_of_the_row = PositionScheme(embed=PositionsOfTheRow)
-rotated_by_place = PositionScheme(rotate=_rotated_by_place)
+positions_of_the_row = PositionEncoding(embed=PositionsOfTheRow)
+rotated_by_place = PositionEncoding(rotate=_rotated_by_place)
 
 
 def looks_at_the_factor(frequencies_C: jax.Array, config: ModelConfig) -> Rope:

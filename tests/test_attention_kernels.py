@@ -19,14 +19,14 @@ from conftest import random_params, small_config
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import inner_programs
-from rustgpt_jax.model.hook_points import hook_points
+from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.model.kernels import accelerator, dispatch, verify
 from rustgpt_jax.model.kernels.accelerator import cudnn
-from rustgpt_jax.model.kernels.dispatch import KERNELS, LONG, SHORT, Choice, chosen
-from rustgpt_jax.model.kernels.portable import blockwise, plain, triangular
-from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Request, Task
+from rustgpt_jax.model.kernels.dispatch import KERNELS, LONG, SHORT, KernelChoice, select_kernel
+from rustgpt_jax.model.kernels.portable import blockwise, reference_attention, triangular
+from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionInputs, AttentionSpec, Device
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import product_flops
@@ -60,7 +60,7 @@ def attention_inputs(
     sinks: bool = False,
     packed: bool = False,
     dtype: Any = jnp.float32,
-) -> Task:
+) -> AttentionInputs:
     """Random arrays; packed rows have two documents, and padding after them."""
     rng = np.random.default_rng(0)
     segments_BT = np.ones((ROWS, length), np.int32)
@@ -73,11 +73,11 @@ def attention_inputs(
         jnp.asarray(rng.standard_normal((ROWS, length, heads, channels)), dtype)
         for heads, channels in ((n_heads, CHANNELS), (n_kv_heads, CHANNELS), (n_kv_heads, value_width))
     )
-    return Task(
+    return AttentionInputs(
         q_BTHC,
         k_BSKC,
         v_BSKC,
-        Context(jnp.asarray(positions_BT), jnp.asarray(segments_BT)),
+        BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT)),
         window,
         0.4,
         softcap,
@@ -91,7 +91,7 @@ def slopes_times_distance(queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Arra
     return -jnp.asarray(SLOPES, jnp.float32)[None, :, None, None] * distance_BTS[:, None]
 
 
-def brute_force(task: Task, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def brute_force(task: AttentionInputs, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """mixed (B, T, H, channels of values), one query of one head after another, in float64."""
     positions, segments = (np.asarray(x) for x in task.context[:2])
     n_heads, groups = q.shape[2], q.shape[2] // k.shape[2]
@@ -111,7 +111,9 @@ def brute_force(task: Task, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.n
     return mixed
 
 
-def check_against_brute_force(task: Task, tolerance: float, *kernels: Callable[[Task], jax.Array]) -> None:
+def check_against_brute_force(
+    task: AttentionInputs, tolerance: float, *kernels: Callable[[AttentionInputs], jax.Array]
+) -> None:
     """In value, and in gradient along a random direction of each of queries, keys and values."""
     rng = np.random.default_rng(1)
     exact = [np.asarray(x, np.float64) for x in task[:3]]
@@ -128,7 +130,7 @@ def check_against_brute_force(task: Task, tolerance: float, *kernels: Callable[[
         slopes.append(((ahead - behind) * np.asarray(weights, np.float64)).sum() / 2e-5)
 
     @partial(jax.jit, static_argnums=0)
-    def both(attend: Callable[[Task], jax.Array], *arrays: jax.Array) -> Any:
+    def both(attend: Callable[[AttentionInputs], jax.Array], *arrays: jax.Array) -> Any:
         def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v)).reshape(expected.shape)
 
@@ -149,7 +151,9 @@ def check_against_brute_force(task: Task, tolerance: float, *kernels: Callable[[
 @over_cases
 def test_kernels_are_a_brute_force_in_value_and_gradient(case: str) -> None:
     # 13 queries in blocks of 4, 4, 4 and 1.
-    check_against_brute_force(attention_inputs(**CASES[case]), 2e-5, plain, partial(blockwise, block=4), triangular)
+    check_against_brute_force(
+        attention_inputs(**CASES[case]), 2e-5, reference_attention, partial(blockwise, block=4), triangular
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 512])
@@ -166,16 +170,16 @@ def test_any_number_of_blocks_gives_the_same(n_blocks: int) -> None:
 def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | None, expected: float) -> None:
     task = attention_inputs(128, window=window)
 
-    def flops(attend: Callable[[Task], jax.Array]) -> float:
+    def flops(attend: Callable[[AttentionInputs], jax.Array]) -> float:
         compiled = jax.jit(lambda q, k, v: attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v))).lower(*task[:3])
         return product_flops(hlo.read(compiled.compile().as_text()))
 
-    assert flops(triangular) / flops(plain) == pytest.approx(expected, rel=1e-6)
+    assert flops(triangular) / flops(reference_attention) == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernels_in_bfloat16_are_near_a_brute_force() -> None:
     task = attention_inputs(n_kv_heads=2, packed=True, window=5, dtype=jnp.bfloat16)
-    check_against_brute_force(task, 0.05, plain, partial(blockwise, block=4), triangular)
+    check_against_brute_force(task, 0.05, reference_attention, partial(blockwise, block=4), triangular)
 
 
 def largest_array(function: Callable[..., Any], *arguments: Any) -> int:
@@ -193,7 +197,7 @@ def test_blockwise_never_has_all_scores(window: int | None) -> None:
     length, block, heads = 128, 16, 4
     task = attention_inputs(length, window=window)
 
-    def gradient(attend: Callable[[Task], jax.Array]) -> Callable[..., Any]:
+    def gradient(attend: Callable[[AttentionInputs], jax.Array]) -> Callable[..., Any]:
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v)).sum()
 
@@ -202,7 +206,7 @@ def test_blockwise_never_has_all_scores(window: int | None) -> None:
     keys = length if window is None else block + window - 1
     scores, arrays = ROWS * heads * block * keys, ROWS * length * heads * CHANNELS
     assert largest_array(gradient(partial(blockwise, block=block)), *task[:3]) <= max(scores, arrays)
-    assert largest_array(gradient(plain), *task[:3]) >= ROWS * heads * length**2
+    assert largest_array(gradient(reference_attention), *task[:3]) >= ROWS * heads * length**2
 
 
 def test_blockwise_is_batched_over_numbers_and_arrays() -> None:
@@ -256,7 +260,7 @@ def test_libraries_compute_on_a_mesh_what_they_compute_without() -> None:
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("attend", [cudnn, accelerator.tokamax])
-def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[Task], jax.Array]) -> None:
+def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[AttentionInputs], jax.Array]) -> None:
     task = attention_inputs()
 
     def steps(scale: jax.Array) -> jax.Array:
@@ -270,7 +274,7 @@ def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[Task], jax.Ar
         jax.eval_shape(jax.vmap(steps), jnp.ones(3))
 
 
-def lowered_for(platform: str, attend: Callable[[Task], jax.Array], task: Task) -> str:
+def lowered_for(platform: str, attend: Callable[[AttentionInputs], jax.Array], task: AttentionInputs) -> str:
     """The program of value and gradient as it would be compiled for a platform that is not here."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -312,7 +316,7 @@ CPU, TPU, H100, A100, V100 = (
     Device("gpu", (8, 0)),
     Device("gpu", (7, 0)),
 )
-USUAL = Request(
+USUAL = AttentionSpec(
     H100, "bfloat16", 1024, 8, 2, 64, 64, softcap=False, bias=False, sinks=False, dropout=False, cached=False
 )
 
@@ -351,17 +355,19 @@ USUAL = Request(
 def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "find_spec", lambda name: name)
     request = USUAL._replace(**changes)
-    assert chosen("auto", request).kernel == kernel
-    assert chosen("portable", request).kernel == chosen("auto", request._replace(device=ANY_DEVICE)).kernel
+    assert select_kernel("auto", request).kernel == kernel
+    assert (
+        select_kernel("portable", request).kernel == select_kernel("auto", request._replace(device=ANY_DEVICE)).kernel
+    )
     # A named kernel is never another one, but for what is cached.
     for name, each in KERNELS.items():
         if request.cached:
-            assert chosen(name, request).kernel == "plain"
-        elif each.refuses(request) is None:
-            assert chosen(name, request) == Choice(name, "the config names it")
+            assert select_kernel(name, request).kernel == "plain"
+        elif each.unsupported_reason(request) is None:
+            assert select_kernel(name, request) == KernelChoice(name, "the config names it")
         else:
             with pytest.raises(UserError, match=f"attention_kernel='{name}' cannot be used here: "):
-                chosen(name, request)
+                select_kernel(name, request)
 
 
 def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +379,7 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         USUAL._replace(device=CPU),
         USUAL._replace(device=TPU, length=LONG),
     ]
-    assert [chosen("auto", request).reason for request in requests] == [
+    assert [select_kernel("auto", request).reason for request in requests] == [
         "this is a gpu",
         "cudnn cannot be used: it has no soft-cap of scores",
         "rows have less than 2048 tokens",
@@ -472,15 +478,14 @@ def test_taps_find_scores_only_where_they_are() -> None:
         name: plain_sites[name] for name in plain_sites if name not in scores
     }
     model = model_config(attention_kernel="blockwise")
-    context = Context(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
-    slots = jax.tree.map(
-        jnp.asarray, importlib.import_module("rustgpt_jax.model.hook_points").slots(hook_points(model, 2, 24))
-    )
+    context = BlockInputs(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
+    slots = grad_slots(hook_points(model, 2, 24))
     _, _, measured = jax.eval_shape(
-        lambda params: transformer.tapped(params, tokens(), model, context, slots), random_params(model)
+        lambda params: transformer.apply_with_intermediates(params, tokens(), model, context, slots),
+        random_params(model),
     )
     assert jax.tree.structure(measured) == jax.tree.structure(slots)
-    assert all(leaf.shape[-1] == intermediates.MEASUREMENT_SIZE for leaf in jax.tree.leaves(measured))
+    assert all(leaf.shape[-1] == intermediates.N_STATS for leaf in jax.tree.leaves(measured))
 
 
 # The check before training.
@@ -535,20 +540,22 @@ def test_mixers_are_told_apart_and_plain_costs_nothing(monkeypatch: pytest.Monke
     assert names == ["attention with rope", "attention with none", "local_attention"]
 
 
-def too_large(task: Task) -> jax.Array:
-    return 1.05 * plain(task)
+def too_large(task: AttentionInputs) -> jax.Array:
+    return 1.05 * reference_attention(task)
 
 
-def of_every_document(task: Task) -> jax.Array:
-    return plain(task._replace(context=task.context._replace(segments_BT=jnp.ones_like(task.context.segments_BT))))
+def of_every_document(task: AttentionInputs) -> jax.Array:
+    return reference_attention(
+        task._replace(context=task.context._replace(segments_BT=jnp.ones_like(task.context.segments_BT)))
+    )
 
 
-def of_a_wider_window(task: Task) -> jax.Array:
-    return plain(task._replace(window=None if task.window is None else task.window + 1))
+def of_a_wider_window(task: AttentionInputs) -> jax.Array:
+    return reference_attention(task._replace(window=None if task.window is None else task.window + 1))
 
 
-def without_a_number(task: Task) -> jax.Array:
-    return plain(task) * jnp.nan
+def without_a_number(task: AttentionInputs) -> jax.Array:
+    return reference_attention(task) * jnp.nan
 
 
 @jax.custom_jvp
@@ -559,12 +566,12 @@ def _as_it_is(x: jax.Array) -> jax.Array:
 _as_it_is.defjvps(lambda tangent, *_: 1.05 * tangent)
 
 
-def of_wrong_gradient(task: Task) -> jax.Array:
-    return plain(task._replace(k_BSKC=_as_it_is(task.k_BSKC)))
+def of_wrong_gradient(task: AttentionInputs) -> jax.Array:
+    return reference_attention(task._replace(k_BSKC=_as_it_is(task.k_BSKC)))
 
 
-def of_other_groups(task: Task) -> jax.Array:
-    return plain(task._replace(k_BSKC=task.k_BSKC[:, :, ::-1]))
+def of_other_groups(task: AttentionInputs) -> jax.Array:
+    return reference_attention(task._replace(k_BSKC=task.k_BSKC[:, :, ::-1]))
 
 
 @pytest.mark.usefixtures("few_tokens")
@@ -580,7 +587,7 @@ def of_other_groups(task: Task) -> jax.Array:
     ],
 )
 def test_a_wrong_kernel_is_found_before_training(
-    broken: Callable[[Task], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
+    broken: Callable[[AttentionInputs], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(dispatch.KERNELS, "blockwise", dispatch.BLOCKWISE._replace(attend=broken))
     model = model_config(mixers="local_attention", n_kv_heads=2, dtype=dtype, attention_kernel="blockwise")

@@ -20,7 +20,7 @@ from rustgpt_jax.data import datasets
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference import chat as chat_module
 from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, in_words
-from rustgpt_jax.inference.text_generator import Writer, write
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers.messages import Turn
 
@@ -41,7 +41,7 @@ def tiny_config() -> Config:
 
 CONFIG = tiny_config()
 BYTES = tokenizers.train_tokenizer(CONFIG.tokenizer, [])
-DIALOGUES = Writer(transformer.init(jax.random.key(0), CONFIG.model), CONFIG.model, BYTES, is_dialogue=True)
+DIALOGUES = TextGenerator(transformer.init(jax.random.key(0), CONFIG.model), CONFIG.model, BYTES, is_dialogue=True)
 TEXTS = DIALOGUES._replace(is_dialogue=False)
 
 
@@ -67,7 +67,7 @@ class Screen:
 class Held(Session):
     """A session whose screen is at hand."""
 
-    def __init__(self, writer: Writer = DIALOGUES, sampling: SamplingConfig = CONFIG.sampling) -> None:
+    def __init__(self, writer: TextGenerator = DIALOGUES, sampling: SamplingConfig = CONFIG.sampling) -> None:
         self.screen = Screen()
         super().__init__(writer, sampling, self.screen.console)
 
@@ -97,7 +97,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
         asked: list[Asked] = []
 
         def written(
-            writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object]
+            writer: TextGenerator, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object]
         ) -> Iterator[str]:
             del writer
             asked.append(Asked(prompt, sampling))
@@ -174,7 +174,7 @@ def test_replies_of_a_conversation_and_of_neighbouring_seeds_have_seeds_of_their
 
 
 def test_the_first_reply_is_that_of_generate() -> None:
-    [expected] = write(DIALOGUES, [DIALOGUES.prompt("?")], CONFIG.sampling)
+    [expected] = generate_text(DIALOGUES, [DIALOGUES.prompt("?")], CONFIG.sampling)
     session = Held()
     session.respond("?")
     assert session.conversation == dialogue("?", expected)

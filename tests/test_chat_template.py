@@ -15,7 +15,7 @@ from rustgpt_jax.data.datasets import documents
 from rustgpt_jax.data.pipeline import WindowOffsets, Windows
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.text_generator import Writer, _settled
+from rustgpt_jax.inference.text_generator import TextGenerator, _stable_prefix
 from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, write_codec
@@ -413,7 +413,7 @@ def test_a_continuation_is_what_the_tokens_add_to_the_text(kind: str) -> None:
     ids = encode_prompt(codec, [Turn("text", 'a b "bab," b-a')]) + encode(codec, "aé漢. b")
     whole = decode(codec, ids)
     assert " " in whole[1:-1]
-    writer = Writer(None, None, codec, is_dialogue=False)
+    writer = TextGenerator(None, None, codec, is_dialogue=False)
     for cut in range(1, len(ids)):
         prompt, drawn = ids[:cut], ids[cut:]
         before = decode(codec, prompt)
@@ -421,8 +421,8 @@ def test_a_continuation_is_what_the_tokens_add_to_the_text(kind: str) -> None:
             assert before + decode_after(codec, prompt, drawn) == whole
         # What is shown as the tokens come is never taken back.
         for count in range(len(drawn)):
-            assert writer.written(prompt, drawn).startswith(_settled(writer, prompt, drawn[:count]))
-    assert Writer(None, None, codec, is_dialogue=True).written(ids[:3], ids[3:]) == decode(codec, ids[3:])
+            assert writer.written(prompt, drawn).startswith(_stable_prefix(writer, prompt, drawn[:count]))
+    assert TextGenerator(None, None, codec, is_dialogue=True).written(ids[:3], ids[3:]) == decode(codec, ids[3:])
 
 
 # Files.

@@ -17,7 +17,7 @@ from rich.console import Console
 from rustgpt_jax.config.schema import config_hash
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.text_generator import write
+from rustgpt_jax.inference.text_generator import generate_text
 from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.convert import Comparison, export_run, import_run
 from rustgpt_jax.tracking.metric_writer import read_metrics
@@ -83,7 +83,9 @@ def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
     assert there.writer.stops == here.writer.stops and here.writer.is_dialogue
     prompts = [there.writer.prompt("Why is the sky blue?"), there.writer.prompt("Hello!")]
     assert [here.writer.prompt("Why is the sky blue?"), here.writer.prompt("Hello!")] == prompts
-    assert write(there.writer, prompts, there.config.sampling) == write(here.writer, prompts, there.config.sampling)
+    assert generate_text(there.writer, prompts, there.config.sampling) == generate_text(
+        here.writer, prompts, there.config.sampling
+    )
 
 
 def test_an_untrained_run_goes_out_byte_for_byte_as_it_came(folder: Path, back: RunDir, tmp_path: Path) -> None:

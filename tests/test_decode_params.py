@@ -16,8 +16,8 @@ from small_runs import train
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.inference.decode_params import Form, for_decoding, form
-from rustgpt_jax.inference.generate import begin, extend, generate, stop_tokens
+from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding, weight_layout
+from rustgpt_jax.inference.generate import decode_steps, generate, start_generation, stop_tokens
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import total_bytes
@@ -26,7 +26,14 @@ from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.model.quantized_weights import RowMajorWeight, Stored, UpcastWeight, quantized, rounded, to_row_major
+from rustgpt_jax.model.quantized_weights import (
+    PackedWeight,
+    RowMajorWeight,
+    UpcastWeight,
+    quantize_int8,
+    round_weights,
+    to_row_major,
+)
 from rustgpt_jax.training.load_model import load
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.
@@ -35,8 +42,8 @@ MODELS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.long) for
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-PLAIN = Form(None, "plain", "cpu")
-INT8 = Form("int8", "plain", "cpu")
+PLAIN = WeightLayout(None, "plain", "cpu")
+INT8 = WeightLayout("int8", "plain", "cpu")
 TOKENS_BT = np.random.default_rng(0).integers(0, 61, (2, 9))
 forward = jax.jit(transformer.apply, static_argnums=2)
 
@@ -85,11 +92,11 @@ def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> 
 def assert_same(asked: ModelConfig) -> None:
     params = random_params(asked)
     assert not transformer.is_unrolled(params["blocks"])
-    shard_activations = for_decoding(params, asked, PLAIN)
-    assert transformer.is_unrolled(shard_activations["blocks"])
+    decode_params = for_decoding(params, asked, PLAIN)
+    assert transformer.is_unrolled(decode_params["blocks"])
     compiled = jax.jit(read_in_two_calls, static_argnums=2)
     *trained, cache = compiled(params, TOKENS_BT, asked)
-    *decoded, other_cache = compiled(shard_activations, TOKENS_BT, asked)
+    *decoded, other_cache = compiled(decode_params, TOKENS_BT, asked)
     for expected, found in zip(trained, decoded, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     jax.tree.map(
@@ -118,12 +125,12 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
 )
 def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
     asked = model(**changes)
-    shard_activations = for_decoding(random_params(asked), asked, PLAIN)
-    kernels = {name: shard_activations["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
+    decode_params = for_decoding(random_params(asked), asked, PLAIN)
+    kernels = {name: decode_params["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
     types = {
         "mixer": kernels["mixer"]["query"]["kernel"],
         "feedforward": kernels["feedforward"]["down"]["kernel"],
-        "head": shard_activations["head"]["kernel"],
+        "head": decode_params["head"]["kernel"],
     }
     found = {
         name: kernel.operands if isinstance(kernel, UpcastWeight) else kernel.dtype for name, kernel in types.items()
@@ -134,7 +141,7 @@ def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, 
     if "matmul_dtype" in changes:
         wanted["mixer"] = wanted["feedforward"] = "bfloat16"
     assert found == wanted
-    assert {leaf.dtype for leaf in jax.tree.leaves(shard_activations["blocks"]["0"][0]["mixer_norm"])} == {
+    assert {leaf.dtype for leaf in jax.tree.leaves(decode_params["blocks"]["0"][0]["mixer_norm"])} == {
         np.dtype("float32")
     }
 
@@ -177,7 +184,7 @@ def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
     params = random_params(asked)
 
     def kept(params: Any) -> list[jax.Array]:
-        return jax.tree.leaves(begin(params, [[1, 2, 3]], asked, 4).cache)
+        return jax.tree.leaves(start_generation(params, [[1, 2, 3]], asked, 4).cache)
 
     trained, wide = kept(params), kept(for_decoding(params, asked, PLAIN))
     assert {str(each.dtype) for each in trained} == {"bfloat16"} and {str(each.dtype) for each in wide} == {"float32"}
@@ -186,9 +193,9 @@ def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
 
 def program(params: Any, asked: ModelConfig, rows: int) -> Any:
     """The compiled loop over tokens of some rows, as it is compiled for use."""
-    generation = begin(params, [[1, 2, 3]] * rows, asked, 200)
+    generation = start_generation(params, [[1, 2, 3]] * rows, asked, 200)
     jax.config.update("jax_disable_most_optimizations", False)
-    lowered = extend.lower(
+    lowered = decode_steps.lower(
         params, generation, np.int32(3), (Greedy(),), jax.random.key(0), stop_tokens([]), model=asked
     )
     return lowered.compile()
@@ -198,7 +205,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
 def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     asked = model(context_length=256, scan_layers=True, d_model=64)
     params = random_params(asked)
-    shard_activations = for_decoding(params, asked, PLAIN)
+    decode_params = for_decoding(params, asked, PLAIN)
     # The keys of all layers, or of one.
     of_stacked, of_layer = f"f32[2,{rows},4,256,16]", f"f32[{rows},4,256,16]"
 
@@ -206,25 +213,25 @@ def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
         lines = compiled.as_text().splitlines()
         return [line for line in lines if f"= {shape}" in line and (" copy(" in line or " transpose(" in line)]
 
-    decoding = program(shard_activations, asked, rows)
+    decoding = program(decode_params, asked, rows)
     assert of_layer in decoding.as_text()
     assert copies(decoding, of_layer) == []
     assert copies(program(params, asked, rows), of_stacked) != []
-    a_layer = shard_activations["blocks"]["0"][0]
+    a_layer = decode_params["blocks"]["0"][0]
     assert decoding.memory_analysis().temp_size_in_bytes < total_bytes(a_layer)
 
 
 def test_new_lengths_compile_nothing() -> None:
     asked = model()
-    shard_activations = for_decoding(random_params(asked), asked, PLAIN)
+    decode_params = for_decoding(random_params(asked), asked, PLAIN)
 
     def drawn(prompt: list[int], max_tokens: int) -> None:
-        generate(shard_activations, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
+        generate(decode_params, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
 
     drawn([1, 2], 6)
-    before = extend._cache_size()
+    before = decode_steps._cache_size()
     drawn([1, 2, 3, 4], 9)
-    assert extend._cache_size() == before
+    assert decode_steps._cache_size() == before
 
 
 # Narrower weights.
@@ -234,21 +241,21 @@ def test_new_lengths_compile_nothing() -> None:
 def test_int8_is_as_near_as_it_can_be(shape: tuple[int, int]) -> None:
     weights = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     weights[:, 1] = 0
-    values_OI, scales_O = (np.asarray(each) for each in quantized(weights))
+    values_OI, scales_O = (np.asarray(each) for each in quantize_int8(weights))
     # By the definition: 127 stands for the largest weight of each output.
     expected_O = np.where(np.arange(shape[1]) == 1, 1, np.abs(weights).max(0) / 127)
     np.testing.assert_allclose(scales_O, expected_O, rtol=1e-6)
     assert values_OI.dtype == np.int8
     assert (np.abs(values_OI.T * scales_O[None] - weights) <= 0.5001 * scales_O[None]).all()
-    np.testing.assert_array_equal(rounded(weights, "int8"), (values_OI * scales_O[:, None]).T)
+    np.testing.assert_array_equal(round_weights(weights, "int8"), (values_OI * scales_O[:, None]).T)
 
 
-def kept_narrow(weights: Any, dtype: str) -> Stored:
+def kept_narrow(weights: Any, dtype: str) -> PackedWeight:
     return to_row_major(weights, dtype, "plain")
 
 
-def kept_wide(weights: Any, dtype: str) -> Stored:
-    return UpcastWeight(rounded(weights, dtype), dtype)
+def kept_wide(weights: Any, dtype: str) -> PackedWeight:
+    return UpcastWeight(round_weights(weights, dtype), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -263,7 +270,7 @@ def test_products_with_stored_weights_are_those_with_rounded_ones(
     stored = kind(weights, dtype)
     assert jax.tree.leaves(stored)[0].shape == shape
     by = x.astype(jnp.bfloat16).astype(np.float64) if dtype == "bfloat16" else x.astype(np.float64)
-    expected = by @ np.asarray(rounded(weights, dtype), np.float64)
+    expected = by @ np.asarray(round_weights(weights, dtype), np.float64)
     np.testing.assert_allclose(stored.product(x), expected, rtol=1e-5, atol=1e-5)
     assert stored.product(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert stored.product(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
@@ -277,13 +284,13 @@ def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -
 
     def narrowed(path: Any, leaf: Any) -> Any:
         _, index, *names = (str(part.key) for part in path)
-        return np.stack([rounded(row, weights) for row in leaf]) if "/".join(names) in layers[index] else leaf
+        return np.stack([round_weights(row, weights) for row in leaf]) if "/".join(names) in layers[index] else leaf
 
     blocks = jax.tree_util.tree_map_with_path(narrowed, {"blocks": params["blocks"]})["blocks"]
-    head = {"kernel": np.asarray(rounded(params["embedding"]["table"].T, weights))}
+    head = {"kernel": np.asarray(round_weights(params["embedding"]["table"].T, weights))}
     # In float32, which rounds no activations.
     by_definition, _ = forward(params | {"blocks": blocks, "head": head}, TOKENS_BT, asked)
-    found, _ = forward(for_decoding(params, asked, Form(weights, "plain", "cpu")), TOKENS_BT, asked)
+    found, _ = forward(for_decoding(params, asked, WeightLayout(weights, "plain", "cpu")), TOKENS_BT, asked)
     exact, _ = forward(params, TOKENS_BT, asked)
     lost = np.abs(by_definition - exact).max()
     assert lost > 1e-3
@@ -303,15 +310,15 @@ def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
 
 
 def test_the_form_is_what_the_config_asks_for() -> None:
-    assert form(small_config().sampling) == PLAIN
-    assert form(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
-    shard_activations = for_decoding(random_params(model()), model(), INT8)
-    kernel = shard_activations["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+    assert weight_layout(small_config().sampling) == PLAIN
+    assert weight_layout(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
+    decode_params = for_decoding(random_params(model()), model(), INT8)
+    kernel = decode_params["blocks"]["0"][0]["mixer"]["query"]["kernel"]
     assert isinstance(kernel, UpcastWeight)
     assert (kernel.values.dtype, kernel.operands) == (np.float32, "int8")
     for platform, kept in (("cpu", "native"), ("gpu", "plain")):
-        shard_activations = for_decoding(random_params(model()), model(), Form("int8", kept, platform))
-        kernel = shard_activations["blocks"]["0"][0]["mixer"]["query"]["kernel"]
+        decode_params = for_decoding(random_params(model()), model(), WeightLayout("int8", kept, platform))
+        kernel = decode_params["blocks"]["0"][0]["mixer"]["query"]["kernel"]
         assert isinstance(kernel, RowMajorWeight)
         assert (kernel.values.dtype, kernel.kernel) == (np.int8, kept)
 

@@ -14,17 +14,17 @@ from tokenizers import Tokenizer
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, TokenizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import (
-    begin,
     bucket,
-    extend,
+    decode_steps,
     generate,
     generated_tokens,
     prefill,
+    start_generation,
     stop_tokens,
     stream_tokens,
 )
 from rustgpt_jax.inference.sampling import from_config
-from rustgpt_jax.inference.text_generator import Writer, stream_text, write
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, stream_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
@@ -150,9 +150,9 @@ def test_what_ended_a_text_is_said(max_tokens: int, slides: bool, ending: str, m
     options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slides": slides}
     looks = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_look=8)
     assert [last for _, last in looks][-1] == ending
-    monkeypatch.setattr(Writer, "stops", [])
+    monkeypatch.setattr(TextGenerator, "stops", [])
     text = "".join(stream_text(found, prompt, sampling, said.append))
-    assert text == write(found, [prompt], sampling)[0]
+    assert text == generate_text(found, [prompt], sampling)[0]
     assert len(said) == (ending == "context")
     if said:
         room = TEXT_MODEL.context_length - len(prompt)
@@ -174,11 +174,11 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(samplers: Any) -> None:
 @settings(max_examples=15)
 def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
     expected = drawn(stops=[17])
-    generation = begin(PARAMS["rope"], PROMPTS, MODEL, 12)
+    generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     left = 12
     for count in [*counts, 12]:
         count = min(count, left)
-        generation = extend(
+        generation = decode_steps(
             PARAMS["rope"], generation, np.int32(count), WARM, jax.random.key(0), stop_tokens([17]), model=MODEL
         )
         left -= count
@@ -215,8 +215,8 @@ def test_no_more_tokens_than_asked() -> None:
 
 
 def test_the_text_is_kept_whole() -> None:
-    generation = begin(PARAMS["rope"], PROMPTS, MODEL, 12)
-    generation = extend(
+    generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
+    generation = decode_steps(
         PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), stop_tokens([]), model=MODEL
     )
     for row, prompt in enumerate(PROMPTS):
@@ -230,7 +230,7 @@ def test_the_text_is_kept_whole() -> None:
 
 
 def programs() -> tuple[int, int]:
-    return prefill._cache_size(), extend._cache_size()
+    return prefill._cache_size(), decode_steps._cache_size()
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,9 @@ def test_a_prompt_without_tokens_or_without_room_is_a_user_error(prompts: list[l
 TEXTS = ['She said: "the rain (and the wind) fell," naïvely. €100 🙂', "Yes, no! It's the well-known rain."]
 
 
-def writer(name: str, is_dialogue: bool = False) -> tuple[Tokenizer, Writer]:
+def writer(name: str, is_dialogue: bool = False) -> tuple[Tokenizer, TextGenerator]:
     tokenizer = train_tokenizer(TokenizerConfig(name, 300 if name == "bpe" else None), TEXTS)
-    return tokenizer, Writer(TEXT_PARAMS, TEXT_MODEL, tokenizer, is_dialogue)
+    return tokenizer, TextGenerator(TEXT_PARAMS, TEXT_MODEL, tokenizer, is_dialogue)
 
 
 TEXT_MODEL = small_config(**{"model.vocab_size": 320, "model.context_length": 64}).model
@@ -311,7 +311,7 @@ def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
     for seed in range(10):
         sampling = text_sampling(seed=seed)
         pieces = list(stream_text(found, prompt, sampling))
-        assert "".join(pieces) == write(found, [prompt], sampling)[0]
+        assert "".join(pieces) == generate_text(found, [prompt], sampling)[0]
         assert len(pieces) > 1
 
 

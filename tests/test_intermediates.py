@@ -21,9 +21,9 @@ from rustgpt_jax.fingerprints import fingerprint, fingerprints
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.hook_points import Site, hook_points, slots
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS, attention
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
@@ -58,8 +58,8 @@ def batch(rows: int = ROWS, seed: int = 0, vocab_size: int = 61) -> Batch:
     return Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], weights_BT, segments_BT, positions_BT)
 
 
-def context_of(batch: Batch) -> Context:
-    return Context(jnp.asarray(batch.positions_BT), jnp.asarray(batch.segments_BT))
+def context_of(batch: Batch) -> BlockInputs:
+    return BlockInputs(jnp.asarray(batch.positions_BT), jnp.asarray(batch.segments_BT))
 
 
 def scalar(logits_BTV: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
     ordinary = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
     values = data.draw(st.lists(ordinary | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]), min_size=6, max_size=6))
     x = np.array(values, np.float32).reshape(2, 3).astype(dtype)
-    read = intermediates.reading(np.asarray(compiled_measured(x)))
+    read = intermediates.unpack_stats(np.asarray(compiled_measured(x)))
     wide = x.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     assert read.nonfinite == wide.size - finite.size
@@ -84,19 +84,19 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
     assert fingerprint(*map(int, read.digest)) == fingerprints({"x": x})["x"]
 
 
-compiled_measured = jax.jit(intermediates.measured)
+compiled_measured = jax.jit(intermediates.tensor_stats)
 
 
 def test_watching_changes_neither_the_tensor_nor_its_gradient() -> None:
     def loss(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        watched, measured = intermediates.watch(x, slot)
+        watched, measured = intermediates.probe(x, slot)
         return jnp.sum(watched**3), measured
 
     x = jnp.linspace(-1.0, 2.0, 5)
-    (of_x, of_slot), measured = jax.grad(loss, (0, 1), has_aux=True)(x, jnp.zeros(intermediates.MEASUREMENT_SIZE))
+    (of_x, of_slot), measured = jax.grad(loss, (0, 1), has_aux=True)(x, jnp.zeros(intermediates.N_STATS))
     np.testing.assert_array_equal(of_x, 3 * x**2)
-    np.testing.assert_array_equal(of_slot, intermediates.measured(3 * x**2))
-    np.testing.assert_array_equal(measured, intermediates.measured(x))
+    np.testing.assert_array_equal(of_slot, intermediates.tensor_stats(3 * x**2))
+    np.testing.assert_array_equal(measured, intermediates.tensor_stats(x))
 
 
 # Every layer, against a forward of the test's own in which each tensor can be moved.
@@ -112,7 +112,7 @@ def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: Mod
 
     x_BTD = at("embeddings", params["embedding"]["table"][batch.tokens_BT])
     index_of = {
-        layer: (str(key), row) for key, each in enumerate(stacks(model)) for row, layer in enumerate(each.layers)
+        layer: (str(key), row) for key, each in enumerate(layer_groups(model)) for row, layer in enumerate(each.layers)
     }
     for layer in range(model.n_layers):
         key, row = index_of[layer]
@@ -141,23 +141,25 @@ def check(model: ModelConfig) -> None:
     every = hook_points(model, ROWS, LENGTH)
 
     @jax.jit
-    def measure(params: Any, slots: intermediates.Slots) -> Any:
-        def loss(slots: intermediates.Slots) -> Any:
-            logits_BTV, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots)
+    def measure(params: Any, grad_slots: intermediates.GradSlots) -> Any:
+        def loss(grad_slots: intermediates.GradSlots) -> Any:
+            logits_BTV, _, measured = transformer.apply_with_intermediates(
+                params, read.tokens_BT, model, context_of(read), grad_slots
+            )
             return scalar(logits_BTV), measured
 
-        return jax.value_and_grad(loss, has_aux=True)(slots)
+        return jax.value_and_grad(loss, has_aux=True)(grad_slots)
 
     moves = {site.name: jnp.zeros(site.shape) for site in every}
     (expected_loss, expected), expected_gradients = jax.jit(
         jax.value_and_grad(lambda moves: perturbed(params, moves, read, model), has_aux=True)
     )(moves)
-    (loss, forward), backward = measure(params, slots(every))
+    (loss, forward), backward = measure(params, grad_slots(every))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
     assert list(expected) == [] or set(expected) == set(moves)
     for measurements, arrays in ((forward, expected), (backward, expected_gradients)):
         for site in every:
-            read_there = intermediates.reading(np.asarray(site.of(measurements)))
+            read_there = intermediates.unpack_stats(np.asarray(site.of(measurements)))
             array = np.asarray(arrays[site.name], np.float64)
             assert array.shape == site.shape and read_there.nonfinite == 0
             np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=site.name)
@@ -205,7 +207,7 @@ OWN = """
 import flax.linen as nn
 import jax, jax.numpy as jnp
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.intermediates import Tap
+from rustgpt_jax.model.intermediates import Probe
 
 class Own(nn.Module):
     config: object
@@ -213,7 +215,7 @@ class Own(nn.Module):
     def __call__(self, x_BTD, context):
         twice = Linear(self.config, self.config.d_model, name="twice")
         x_BTD = twice(jnp.tanh(twice(x_BTD)))
-        angle = Tap(name="angle")(3 * x_BTD)
+        angle = Probe(name="angle")(3 * x_BTD)
         many = nn.vmap(Linear, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2)
         again = nn.remat(Linear)(self.config, self.config.d_model, name="again")
         return jnp.sin(angle) + jnp.sum(many(self.config, 16, name="many")(x_BTD), axis=0) + again(x_BTD), {}
@@ -230,8 +232,10 @@ def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeyp
     kinds = ["twice", "twice:2", "angle", "again"]
     assert inside == [*(f"feedforward/{kind}" for kind in kinds), "feedforward"]
     params, read, every = random_params(model), batch(), hook_points(model, ROWS, LENGTH)
-    _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
-    norms = {name: intermediates.reading(np.asarray(site.of(measured))).norm for name, site in found.items()}
+    _, _, measured = transformer.apply_with_intermediates(
+        params, read.tokens_BT, model, context_of(read), grad_slots(every)
+    )
+    norms = {name: intermediates.unpack_stats(np.asarray(site.of(measured))).norm for name, site in found.items()}
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
 
 
@@ -256,10 +260,10 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
     model = model_with(n_layers=3, mixers=("attention", "latent_attention"), feedforwards="moe", remat=remat)
     with_code = lowered(model)
     monkeypatch.setattr(
-        intermediates, "apply", lambda block, params, slots, *rest: (block.apply({"params": params}, *rest), {})
+        intermediates, "apply", lambda block, params, grad_slots, *rest: (block.apply({"params": params}, *rest), {})
     )
     for module in (attention, block_module):
-        monkeypatch.setattr(module, "Tap", lambda name: lambda x: x)
+        monkeypatch.setattr(module, "Probe", lambda name: lambda x: x)
     assert lowered(model) == with_code
 
 
@@ -321,7 +325,7 @@ def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]
     ):
         np.testing.assert_allclose(np.sqrt(sum(tensor.norm**2 for tensor in of[kind])), norm, rtol=1e-3)
     named = {tensor.name: tensor for tensor in of[PARAMETER]}
-    for index, stack in enumerate(stacks(config.model)):
+    for index, stack in enumerate(layer_groups(config.model)):
         for row, layer in enumerate(stack.layers):
             array = state.params["blocks"][str(index)]["mixer"]["query"]["kernel"][row]
             tensor = named[f"layers/{layer}/mixer/query/kernel"]
@@ -355,14 +359,16 @@ def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
     params = random_params(model)
     params["blocks"]["0"]["mixer"]["key"]["kernel"][1, 0, 0] = np.nan
     read, every = batch(), hook_points(model, ROWS, LENGTH)
-    _, _, measured = transformer.tapped(params, read.tokens_BT, model, context_of(read), slots(every))
-    bad = [site.name for site in every if intermediates.reading(np.asarray(site.of(measured))).nonfinite]
+    _, _, measured = transformer.apply_with_intermediates(
+        params, read.tokens_BT, model, context_of(read), grad_slots(every)
+    )
+    bad = [site.name for site in every if intermediates.unpack_stats(np.asarray(site.of(measured))).nonfinite]
     assert bad[0] == "layers/1/mixer/key"
     key = next(site for site in every if site.name == bad[0])
-    assert intermediates.reading(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
+    assert intermediates.unpack_stats(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
     assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
 
 
 def test_sites_say_where_they_are() -> None:
-    site = Site("mixer/key", (2, 3), 4, "1", 2)
+    site = HookPoint("mixer/key", (2, 3), 4, "1", 2)
     assert (site.name, site.size) == ("layers/4/mixer/key", 6)

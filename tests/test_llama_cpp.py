@@ -22,7 +22,7 @@ from rustgpt_jax.config.schema import TokenizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.inference.text_generator import Writer
+from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
@@ -178,7 +178,7 @@ def everywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     params = random_params(model)
     export_model(params, model, folder / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
     write_gguf(params, model, folder / "model.gguf", tokenizer=codec, is_dialogue=True)
-    yield request.param, Writer(params, model, codec, False), folder / "hf", LlamaCpp(folder / "model.gguf")
+    yield request.param, TextGenerator(params, model, codec, False), folder / "hf", LlamaCpp(folder / "model.gguf")
 
 
 def random_texts() -> list[str]:
@@ -213,7 +213,7 @@ def test_the_same_text_is_continued_with_the_same_tokens(text: str, everywhere: 
         assert text + answer["content"] == ours
 
 
-def continued(writer: Writer, prompt: list[int]) -> list[int]:
+def continued(writer: TextGenerator, prompt: list[int]) -> list[int]:
     return generate(
         writer.params,
         [prompt],
@@ -225,7 +225,7 @@ def continued(writer: Writer, prompt: list[int]) -> list[int]:
     )[0]
 
 
-def without_stop(ids: list[int], writer: Writer) -> list[int]:
+def without_stop(ids: list[int], writer: TextGenerator) -> list[int]:
     return ids[:-1] if ids[-1] in writer.stops else ids
 
 
@@ -258,7 +258,7 @@ def test_tokenizers_that_llama_cpp_has_not_go_on_alike_in_transformers(kind: str
     with pytest.raises(UserError, match="llama.cpp"):
         vocabulary_of(codec)
     model = model_of(codec)
-    writer = Writer(random_params(model), model, codec, False)
+    writer = TextGenerator(random_params(model), model, codec, False)
     export_model(writer.params, model, tmp_path / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (*TEXTS[:-1], *random_texts()):

@@ -285,7 +285,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
     # A kill after a part of the evaluation was written.
     with monkeypatch.context() as patch:
-        patch.setattr(metric_logger, "write", killed)
+        patch.setattr(metric_logger, "generate_text", killed)
         train(config, broken)
     assert train(config, broken)[0]
     assert "is complete" in train(config, broken)[1]

@@ -20,7 +20,7 @@ from rustgpt_jax.model import matmul as matmul_module
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.kernels.types import Device
-from rustgpt_jax.model.matmul import COSTLY, activated, gelu_exact, readout
+from rustgpt_jax.model.matmul import COSTLY, apply_activation, gelu_exact, unembed
 from rustgpt_jax.model.matmul import matmul as product
 from rustgpt_jax.model.transformer import REMAT_POLICIES
 
@@ -138,7 +138,7 @@ def test_logits_and_their_gradients_are_those_of_numpy(
     hidden, kernel_DV, gradient = arrays((2, 9, 7), outputs)
     hidden = np.asarray(rounded(hidden, dtype), np.float32)
     weights = kernel_DV if letters == "DV" else kernel_DV.T
-    found = in_jax(lambda *given: readout(*given, letters, config), jnp.asarray(hidden, dtype), weights, gradient)
+    found = in_jax(lambda *given: unembed(*given, letters, config), jnp.asarray(hidden, dtype), weights, gradient)
     assert [str(each.dtype) for each in found] == ["float32", dtype, "float32"]
     logits, of_hidden, of_weights = in_numpy(hidden, kernel_DV, gradient, logits_dtype or dtype)
     near([found[0], found[2]], [logits, of_weights if letters == "DV" else of_weights.T], 2e-6)
@@ -179,7 +179,7 @@ def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: bool) -> None:
     x = np.concatenate([np.linspace(-12, 12, 97), [0.0, -0.0, 1e-20, 50, -50]]).astype(np.float32).reshape(2, -1)
     gradient = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
-    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(save_residuals=form)), x)
+    y, transpose = jax.vjp(lambda x: apply_activation(activation, x, model_of(save_residuals=form)), x)
     exact, slope = in_float64(activation, x)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(transpose(jnp.asarray(gradient))[0], gradient * slope, rtol=1e-5, atol=5e-6)
@@ -188,7 +188,7 @@ def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, fo
 @pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
 def test_activations_keep_their_type(activation: Any) -> None:
     x = jnp.linspace(-3, 3, 50, dtype=jnp.bfloat16)
-    y, transpose = jax.vjp(lambda x: activated(activation, x, model_of(save_residuals=True)), x)
+    y, transpose = jax.vjp(lambda x: apply_activation(activation, x, model_of(save_residuals=True)), x)
     (of_x,) = transpose(jnp.ones_like(y))
     assert y.dtype == of_x.dtype == jnp.bfloat16
     near([y, of_x], in_float64(activation, np.asarray(x, np.float32)), 2**-6)

@@ -12,7 +12,7 @@ from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model import flops, transformer
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mixers import deltanet as deltanet_mixer
 from rustgpt_jax.model.mixers import rg_lru as rg_lru_mixer
@@ -301,7 +301,7 @@ def test_gradients_stay_within_a_document_in_float64_under_vmap_and_remat(mixer:
 
 def test_the_slope_of_an_rg_lru_that_keeps_everything_is_finite() -> None:
     mixer = RecurrentGatedLRU(model_config(bias=True).block(0))
-    context = Context(jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32))
+    context = BlockInputs(jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32))
     x_BTD = np.random.default_rng(0).standard_normal((1, 8, 16)).astype(np.float32)
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), x_BTD, context, None)["params"]
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
@@ -435,7 +435,7 @@ def test_a_convolution_that_is_cut_goes_on_from_its_history(width: int) -> None:
         y_BTR, history = module.apply(
             {"params": {"kernel": kernel_WR.astype(np.float32)}},
             np.take_along_axis(x_BTR, places_BT, axis=1).astype(np.float32),
-            Context(jnp.zeros((2, 8), jnp.int32), jnp.asarray(is_read_BT, jnp.int32)),
+            BlockInputs(jnp.zeros((2, 8), jnp.int32), jnp.asarray(is_read_BT, jnp.int32)),
             history,
         )
         expected = np.take_along_axis(expected_BTR, places_BT, axis=1)
@@ -444,7 +444,7 @@ def test_a_convolution_that_is_cut_goes_on_from_its_history(width: int) -> None:
 
 
 def test_a_new_convolution_keeps_the_size_of_what_it_reads() -> None:
-    context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     convolution = ShortConvolution(model_config(), 4000)
     kernel = jax.jit(convolution.init)(jax.random.key(0), jnp.zeros((1, 1, 4000)), context, None)["params"]["kernel"]
     assert kernel.shape == (4, 4000)

@@ -15,10 +15,10 @@ from scipy import stats
 from rustgpt_jax.config.schema import ModelConfig, merge, split
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops, transformer
-from rustgpt_jax.model.block_inputs import Context, dropout
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import Attention
-from rustgpt_jax.model.mixers.kv_cache import Ring
+from rustgpt_jax.model.mixers.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -285,7 +285,7 @@ def reference(params: Any, tokens_T: np.ndarray, model: ModelConfig) -> np.ndarr
         x = x + params["positions"]["table"][: len(x)]
     layer_params = {
         layer: jax.tree.map(lambda leaf, index=index: leaf[index], params["blocks"][str(key)])
-        for key, stack in enumerate(stacks(model))
+        for key, stack in enumerate(layer_groups(model))
         for index, layer in enumerate(stack.layers)
     }
     for layer in range(model.n_layers):
@@ -432,7 +432,7 @@ def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
     model = model_config(n_heads=2, d_model=4)
     new_BTKC = np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 2, 2)
     new_BKTC = np.swapaxes(new_BTKC, 1, 2)
-    context = Context(jnp.array([[2, 0, 1, 3]]), jnp.array([[1, 1, 0, 1]]))
+    context = BlockInputs(jnp.array([[2, 0, 1, 3]]), jnp.array([[1, 1, 0, 1]]))
     ring = jax.jit(lambda: Attention.init_cache(model, 1, 4).write((new_BKTC, -new_BKTC), context).kept)()
     k_BKSC, v_BKSC = (np.asarray(kept) for kept in ring)
     expected_BSKC = np.stack([new_BTKC[:, 1], np.zeros((1, 2, 2)), new_BTKC[:, 0], new_BTKC[:, 3]], axis=1)
@@ -441,14 +441,14 @@ def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
 
 
 def test_a_ring_holds_the_last_tokens_of_each_row_and_knows_where_they_stand() -> None:
-    ring = Ring(np.zeros((2, 3), np.float32))
+    ring = KVCache(np.zeros((2, 3), np.float32))
     positions_BT = np.tile(np.arange(4, 9), (2, 1))
     segments_BT = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    written = jax.jit(Ring.write)(ring, positions_BT.astype(np.float32), Context(positions_BT, segments_BT))
+    written = jax.jit(KVCache.write)(ring, positions_BT.astype(np.float32), BlockInputs(positions_BT, segments_BT))
     np.testing.assert_array_equal(written.kept, [[6, 7, 8], [0, 4, 5]])
     # What is older than the slots is not written at all: which of two writes to a slot wins is nobody's promise.
-    turned = Context(positions_BT[:, ::-1], np.ones((2, 5), int))
-    again = jax.jit(Ring.write)(ring, positions_BT[:, ::-1].astype(np.float32), turned)
+    turned = BlockInputs(positions_BT[:, ::-1], np.ones((2, 5), int))
+    again = jax.jit(KVCache.write)(ring, positions_BT[:, ::-1].astype(np.float32), turned)
     np.testing.assert_array_equal(again.kept, [[6, 7, 8], [6, 7, 8]])
     np.testing.assert_array_equal(written.positions(np.array([8, 5])), [[6, 7, 8], [3, 4, 5]])
     np.testing.assert_array_equal(written.positions(np.array([0, -1])), [[0, -2, -1], [-3, -2, -1]])
@@ -610,8 +610,8 @@ def test_initial_values_have_their_standard_deviations_and_keys_of_their_own() -
 
 def test_dropout_keeps_the_mean_at_any_rate_and_does_nothing_without_a_key() -> None:
     x = np.full((100, 100), 3.0, np.float32)
-    dropped_at = jax.jit(lambda rate, key: dropout(x, rate, Context(x, x, key), 0))
-    assert dropout(x, 0.25, Context(x, x), 0) is x
+    dropped_at = jax.jit(lambda rate, key: dropout(x, rate, BlockInputs(x, x, key), 0))
+    assert dropout(x, 0.25, BlockInputs(x, x), 0) is x
     for rate in (0.0, 0.25, 0.9):
         dropped = np.asarray(dropped_at(rate, jax.random.key(0)))
         np.testing.assert_allclose(np.unique(dropped), [0.0, 3 / (1 - rate)] if rate else [3.0], rtol=1e-6)

@@ -12,7 +12,7 @@ from conftest import small_config
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 
 ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6
@@ -38,7 +38,7 @@ def inputs(seed: int = 1) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="model")
 def feed(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> Any:
-    context = Context(np.broadcast_to(np.arange(LENGTH), SEGMENTS_BT.shape), SEGMENTS_BT)
+    context = BlockInputs(np.broadcast_to(np.arange(LENGTH), SEGMENTS_BT.shape), SEGMENTS_BT)
     return FEEDFORWARDS["moe"](model).apply({"params": params}, x_BTD, context)
 
 
@@ -116,7 +116,7 @@ def test_padding_changes_nothing_where_places_are_few() -> None:
     model, x_BTD = model_config(capacity_factor=0.5), inputs()
 
     def fed(x_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
-        context = Context(np.zeros_like(segments_BT), segments_BT)
+        context = BlockInputs(np.zeros_like(segments_BT), segments_BT)
         return np.asarray(FEEDFORWARDS["moe"](model).apply({"params": parameters()}, jnp.asarray(x_BTD), context)[0])
 
     padded = fed(x_BTD, np.array([[1] * 6 + [0] * 4] * ROWS))

@@ -15,12 +15,12 @@ import pytest
 from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import for_inference
-from rustgpt_jax.inference.decode_params import Form, for_decoding, form
+from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding, weight_layout
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, to_row_major
 from rustgpt_jax.native import matvec
-from rustgpt_jax.native.matvec import NotBuilt, built
+from rustgpt_jax.native.matvec import BuildError, build_library
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 def has_compiler() -> bool:
     try:
         matvec._compiler()
-    except NotBuilt:
+    except BuildError:
         return False
     return True
 
@@ -42,9 +42,9 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ 
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache in which nothing is built yet, and a process that has not asked for the kernel."""
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
-    matvec.target.cache_clear()
+    matvec.ffi_target.cache_clear()
     yield tmp_path / "cache"
-    matvec.target.cache_clear()
+    matvec.ffi_target.cache_clear()
 
 
 def libraries(cache: Path) -> list[Path]:
@@ -65,7 +65,7 @@ def test_products_are_right(dtype: str, rows: int) -> None:
         weights_OI = jnp.asarray(rng.integers(-127, 128, (outputs, inputs))).astype(dtype)
         if dtype != "int8":
             weights_OI = weights_OI + jnp.asarray(rng.standard_normal((outputs, inputs))).astype(dtype)
-        found = np.asarray(jax.jit(matvec.products)(x_BI, weights_OI))
+        found = np.asarray(jax.jit(matvec.matvec)(x_BI, weights_OI))
         expected = x_BI.astype(np.float64) @ np.asarray(weights_OI, np.float64).T
         assert found.dtype == np.float32
         bound = 1e-6 * np.abs(x_BI) @ np.abs(np.asarray(weights_OI, np.float32)).T
@@ -76,7 +76,7 @@ def test_products_are_right(dtype: str, rows: int) -> None:
 def test_each_element_is_used_once_in_its_place() -> None:
     inputs, outputs = 33, 11
     weights_OI = jnp.asarray(np.arange(outputs * inputs).reshape(outputs, inputs) % 251 - 125).astype(jnp.int8)
-    found = matvec.products(jnp.eye(inputs), weights_OI)
+    found = matvec.matvec(jnp.eye(inputs), weights_OI)
     np.testing.assert_array_equal(found, np.asarray(weights_OI).T)
 
 
@@ -86,7 +86,7 @@ def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
     x_BI[1, 3] = np.nan
     weights_OI = np.ones((5, 20), np.float32)
     weights_OI[4, 19] = np.inf
-    found = np.asarray(matvec.products(x_BI, weights_OI))
+    found = np.asarray(matvec.matvec(x_BI, weights_OI))
     assert np.isnan(found[1]).all()
     np.testing.assert_array_equal(found[[0, 2]], [[20, 20, 20, 20, np.inf]] * 2)
 
@@ -100,7 +100,7 @@ def test_in_a_loop_with_other_work_it_computes_the_same_each_time() -> None:
     def looped(x_BI: jax.Array) -> jax.Array:
         def step(_: jax.Array, x_BI: jax.Array) -> jax.Array:
             # These have no order, and may run at once.
-            return jnp.tanh(sum(matvec.products(x_BI, kernel) for kernel in kernels))
+            return jnp.tanh(sum(matvec.matvec(x_BI, kernel) for kernel in kernels))
 
         return jax.lax.fori_loop(0, 200, step, x_BI)
 
@@ -112,7 +112,7 @@ def test_in_a_loop_with_other_work_it_computes_the_same_each_time() -> None:
 
 @needs_compiler
 def test_weights_that_do_not_fit_are_refused() -> None:
-    call = jax.ffi.ffi_call(matvec.target() or "", jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    call = jax.ffi.ffi_call(matvec.ffi_target() or "", jax.ShapeDtypeStruct((1, 4), jnp.float32))
     with pytest.raises(Exception, match="weights are"):
         jax.block_until_ready(call(jnp.ones((1, 5)), jnp.ones((4, 6))))
     with pytest.raises(Exception, match="weights are"):
@@ -137,9 +137,9 @@ def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> 
     params = random_params(model)
 
     def drawn(kernel: str) -> list[list[int]]:
-        shard_activations = for_decoding(params, model, Form(weights, kernel, "cpu"))
+        decode_params = for_decoding(params, model, WeightLayout(weights, kernel, "cpu"))
         prompts = [[1, 2, 3], [7]]
-        return generate(shard_activations, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
+        return generate(decode_params, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
     assert drawn("native") == drawn("plain")
 
@@ -153,22 +153,22 @@ def test_it_is_built_once_for_each_source_and_compiler(
 ) -> None:
     source = tmp_path / "small.cc"
     source.write_text("int one() { return 1; }\n")
-    library = built(source)
+    library = build_library(source)
     before = library.stat().st_mtime_ns
-    assert built(source) == library
+    assert build_library(source) == library
     assert library.stat().st_mtime_ns == before
     source.write_text("int one() { return 2; }\n")
-    assert built(source) != library
+    assert build_library(source) != library
     monkeypatch.setattr(matvec, "FLAGS", (*matvec.FLAGS, "-DOTHER"))
-    built(source)
+    build_library(source)
     assert len(libraries(own_cache)) == 3
 
 
 BUILDER = """
 import sys
 from pathlib import Path
-from rustgpt_jax.native.matvec import built
-print(built(Path(sys.argv[1])))
+from rustgpt_jax.native.matvec import build_library
+print(build_library(Path(sys.argv[1])))
 """
 
 
@@ -188,10 +188,10 @@ def test_many_may_build_it_at_once(own_cache: Path, tmp_path: Path) -> None:
 def test_a_damaged_library_is_built_again(harm: Any, own_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
     source.write_text('extern "C" int one() { return 1; }\n')
-    library = built(source)
+    library = build_library(source)
     whole = library.read_bytes()
     library.write_bytes(harm(whole))
-    assert built(source) == library
+    assert build_library(source) == library
     assert library.read_bytes() == whole
     assert libraries(own_cache) == [library]
 
@@ -220,7 +220,7 @@ def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_onc
     script, said = BROKEN[name]
     monkeypatch.setenv("CXX", broken(tmp_path / "compiler", script) if script else "no-such-compiler")
     sampling = small_config(**{"sampling.matmul_impl": "native"}).sampling
-    assert form(sampling) == form(sampling) == Form(None, "plain", "cpu")
+    assert weight_layout(sampling) == weight_layout(sampling) == WeightLayout(None, "plain", "cpu")
     shown = capsys.readouterr().err
     assert shown.startswith("The native kernel is not used, because ")
     assert shown.count("\n") == 1
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_cache.mkdir(mode=0o500)
-    assert matvec.target() is None
+    assert matvec.ffi_target() is None
     assert "cannot be used" in capsys.readouterr().err
 
 
@@ -241,13 +241,13 @@ def test_a_file_in_the_place_of_the_folder_is_no_reason_to_fail(
     own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_cache.write_text("")
-    assert matvec.target() is None
+    assert matvec.ffi_target() is None
     assert "cannot be used" in capsys.readouterr().err
 
 
 def test_it_is_not_asked_for_unless_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matvec, "target", lambda: pytest.fail("the kernel was asked for"))
-    assert form(small_config().sampling).kernel == "plain"
+    monkeypatch.setattr(matvec, "ffi_target", lambda: pytest.fail("the kernel was asked for"))
+    assert weight_layout(small_config().sampling).kernel == "plain"
 
 
 # In the cache of compiled programs.
@@ -259,7 +259,7 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 from rustgpt_jax.native import matvec
-print(float(jax.jit(lambda x, w: matvec.products(x, w).sum())(jnp.ones((1, 8)), jnp.ones((4, 8)))))
+print(float(jax.jit(lambda x, w: matvec.matvec(x, w).sum())(jnp.ones((1, 8)), jnp.ones((4, 8)))))
 """
 
 

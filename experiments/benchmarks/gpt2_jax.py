@@ -26,13 +26,13 @@ from experiments.benchmarks.best_batch import config_of, printed, tree_of
 from rustgpt_jax.config.schema import Config, ModelConfig, replace_paths, split
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.inference.generate import begin, extend, stop_tokens
+from rustgpt_jax.inference.generate import decode_steps, start_generation, stop_tokens
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.model.kernels.dispatch import KERNELS
-from rustgpt_jax.model.kernels.types import Task, current_device
+from rustgpt_jax.model.kernels.types import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
@@ -97,7 +97,7 @@ def checks(size: str) -> list[dict[str, Any]]:
     return found
 
 
-def attention_task(block: ModelConfig) -> tuple[Task, jax.Array]:
+def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
     """Attention of two rows of a block's full length, one of them two documents and padding; and a cotangent."""
     length, rng = block.context_length, np.random.default_rng(0)
     places_T = np.arange(length, dtype=np.int32)
@@ -108,7 +108,7 @@ def attention_task(block: ModelConfig) -> tuple[Task, jax.Array]:
     queries, keys, values, cotangent_BTHC = (
         jnp.asarray(rng.standard_normal((2, length, block.n_heads, block.head_width)), block.dtype) for _ in range(4)
     )
-    context = Context(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)
     return Attention.task(block, (queries, keys, values), context, None), cotangent_BTHC
 
@@ -170,9 +170,9 @@ def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, re
     key, stops = jax.random.key(1), stop_tokens(())
 
     def call(generation: Any) -> jax.Array:
-        return extend(params, generation, np.int32(new), (Greedy(),), key, stops, model=model).tokens_BS
+        return decode_steps(params, generation, np.int32(new), (Greedy(),), key, stops, model=model).tokens_BS
 
-    compiling, seconds, _ = timed(call, repeats, lambda: begin(params, prompts, model, new))
+    compiling, seconds, _ = timed(call, repeats, lambda: start_generation(params, prompts, model, new))
     # One row of the table of positions is read.
     read_whole = {name: tree for name, tree in params.items() if name != "positions"}
     cached_token = total_bytes(jax.eval_shape(partial(transformer.init_cache, model, 1, 1)))

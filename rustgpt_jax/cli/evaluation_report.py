@@ -9,8 +9,8 @@ from rustgpt_jax.data.datasets import divide, documents
 from rustgpt_jax.data.preprocess import StageData, changed_data, prepare_stage
 from rustgpt_jax.evaluation.exact_match import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
-from rustgpt_jax.inference.decode_params import form
-from rustgpt_jax.inference.text_generator import Writer
+from rustgpt_jax.inference.decode_params import weight_layout
+from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.sharding.hardware_specs import used_machine
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.load_model import LoadedModel
@@ -26,7 +26,7 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
         rows = config.training.batch_size // config.training.grad_accum_steps
         check_inference_memory(config, used_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
-    reader = trained.writer.shard_activations(form(sampling))
+    reader = trained.writer.with_weight_layout(weight_layout(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
@@ -45,7 +45,7 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
     console.print(table)
 
 
-def _predictions(writer: Writer, data: StageData, console: Console) -> list[str]:
+def _predictions(writer: TextGenerator, data: StageData, console: Console) -> list[str]:
     stream = data.store.split("valid")
     training = data.stage.config.training
     total = data.n_validation_batches
@@ -62,7 +62,7 @@ def _predictions(writer: Writer, data: StageData, console: Console) -> list[str]
     return [f"{value:.4f}" for value in values.values()] or ["no validation text", "", ""]
 
 
-def _answers(writer: Writer, sampling: SamplingConfig, data: StageData, console: Console) -> list[str]:
+def _answers(writer: TextGenerator, sampling: SamplingConfig, data: StageData, console: Console) -> list[str]:
     if not data.is_dialogue:
         return ["", ""]
     config = data.stage.config.data

@@ -15,9 +15,9 @@ from rustgpt_jax.conformance.fixtures import LENGTH, Broken
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.pytrees import by_path
@@ -64,7 +64,7 @@ def parameters(subject: Subject) -> str:
     if count != declared:
         raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
     require_used(model)
-    for index, stack in enumerate(stacks(model)):
+    for index, stack in enumerate(layer_groups(model)):
         for part, names, place in (
             (MIXERS, stack.block.mixers, "mixer"),
             (FEEDFORWARDS, stack.block.feedforwards, "feedforward"),
@@ -153,7 +153,7 @@ def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Arr
     params = transformer.init(init_key, model)
     x_BTD = jax.random.normal(x_key, (4, LENGTH, model.d_model))
     positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (4, LENGTH))
-    context = Context(positions_BT, jnp.ones_like(positions_BT))
+    context = BlockInputs(positions_BT, jnp.ones_like(positions_BT))
 
     def repeat(x_BTD: jax.Array, blocks: Any) -> tuple[jax.Array, jax.Array]:
         sizes = []

@@ -16,9 +16,9 @@ from rustgpt_jax.conformance.rounding_checks import DATA, EXACT, Reading, Traced
 from rustgpt_jax.conformance.targets import Scope, Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import equations
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.registry import choose
@@ -73,13 +73,13 @@ def shapes(subject: Subject) -> str:
 def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: int, where: str) -> None:
     x = jax.ShapeDtypeStruct((batch, length, model.d_model), model.dtype)
     places = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    for index, stack in enumerate(stacks(model)):
+    for index, stack in enumerate(layer_groups(model)):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), blocks[str(index)])
         (y, _, signals), kept = jax.eval_shape(
             lambda params, x, positions, segments, stack=stack: Block(stack.block).apply(
                 {"params": params},
                 x,
-                Context(positions, segments),
+                BlockInputs(positions, segments),
                 None,
                 capture_intermediates=lambda module, _: module.name in ("mixer", "feedforward"),
                 mutable=["intermediates"],
@@ -180,7 +180,7 @@ def _delicate_in_bfloat16(model: ModelConfig) -> Iterator[tuple[str, str, str]]:
         if equation.primitive.name in DELICATE and equation.invars[0].aval.dtype == jnp.bfloat16:
             what = f"`{equation.primitive.name}` is taken of bfloat16 numbers"
             yield what, line_of(equation), equation.invars[0].aval.str_short()
-    for stack, params_of_block in zip(stacks(model), params["blocks"].values(), strict=True):
+    for stack, params_of_block in zip(layer_groups(model), params["blocks"].values(), strict=True):
         yield from _rounded_along_the_row(stack.block, params_of_block, model)
 
 
@@ -231,7 +231,7 @@ def _read(
     cache, followed = (None, -1) if cached is None else cached
     program = jax.make_jaxpr(
         lambda params, cache, x, positions, segments: Block(block).apply(
-            {"params": params}, x, Context(positions, segments), cache
+            {"params": params}, x, BlockInputs(positions, segments), cache
         )[:2]
     )(params, cache, x, places, places)
     n_params, n_cached = len(jax.tree.leaves(params)), len(jax.tree.leaves(cache))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.inference.text_generator import Writer, write
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.tokenizers import decode, encode
 from rustgpt_jax.tokenizers.messages import Document, Turn
 
@@ -12,7 +12,7 @@ BATCH = 64
 
 
 def right_answers(
-    writer: Writer,
+    writer: TextGenerator,
     documents: Iterable[Document],
     sampling: SamplingConfig,
     progress: Callable[[int, int], object] | None = None,
@@ -39,14 +39,16 @@ def _exchanges(document: Document) -> Iterator[tuple[tuple[Turn, ...], str]]:
             yield document.turns[:place], turn.text
 
 
-def _right_in_batch(writer: Writer, exchanges: Sequence[tuple[tuple[Turn, ...], str]], sampling: SamplingConfig) -> int:
+def _right_in_batch(
+    writer: TextGenerator, exchanges: Sequence[tuple[tuple[Turn, ...], str]], sampling: SamplingConfig
+) -> int:
     wanted = [encode(writer.tokenizer, answer) for _, answer in exchanges]
     prompts = [writer.conversation(turns) for turns, _ in exchanges]
     fits = [len(prompt) < writer.model.context_length for prompt in prompts]
     prompts = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
     longest = max(len(tokens) for tokens in wanted) + 1
     greedy = dataclasses.replace(sampling, temperature=0.0, repetition_penalty=1.0, max_tokens=longest)
-    given = write(writer, prompts, greedy)
+    given = generate_text(writer, prompts, greedy)
     return sum(
         fit and text == decode(writer.tokenizer, tokens) for fit, text, tokens in zip(fits, given, wanted, strict=True)
     )

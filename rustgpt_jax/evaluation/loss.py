@@ -10,7 +10,7 @@ from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import AUX_LOSS, Signals
+from rustgpt_jax.model.block_inputs import AUX_LOSS, LayerMetrics
 
 
 class Sums(NamedTuple):
@@ -22,7 +22,7 @@ class Sums(NamedTuple):
     loss: jax.Array
     squared_normalizer: jax.Array
     weight: jax.Array
-    signals: Signals
+    signals: LayerMetrics
 
 
 def loss_sums(
@@ -50,7 +50,12 @@ def loss_sums(
 
 
 def _chunked_sums(
-    params: transformer.Params, hidden_BTD: jax.Array, batch: Batch, signals: Signals, model: ModelConfig, chunk: int
+    params: transformer.Params,
+    hidden_BTD: jax.Array,
+    batch: Batch,
+    signals: LayerMetrics,
+    model: ModelConfig,
+    chunk: int,
 ) -> Sums:
     """The sums of a batch from the logits of one chunk of all rows after another."""
     length = hidden_BTD.shape[1]
@@ -76,7 +81,7 @@ def _chunked_sums(
     return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
 
 
-def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: Signals) -> tuple[Sums, jax.Array]:
+def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetrics) -> tuple[Sums, jax.Array]:
     """The sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

@@ -19,9 +19,9 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import checked, parse
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.inference.decode_params import Form, form
+from rustgpt_jax.inference.decode_params import WeightLayout, weight_layout
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
-from rustgpt_jax.inference.text_generator import Writer, stream_text
+from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tracking.formatting import count, printable
@@ -46,7 +46,7 @@ class Conversation:
         # Multiples of 2^32 over the golden ratio keep the replies of neighbouring seeds apart.
         return (seed + sum(turn.role != "user" for turn in self.turns) * 0x9E3779B9) % 2**32
 
-    def prompt(self, said: Turn, writer: Writer, room: int, memory: int | None = None) -> tuple[list[int], int]:
+    def prompt(self, said: Turn, writer: TextGenerator, room: int, memory: int | None = None) -> tuple[list[int], int]:
         """The tokens to reply to what was `said` now from, and how many of the oldest turns they leave out.
 
         At most `memory` earlier exchanges are in them, and only as many as leave `room` tokens of the model's context
@@ -77,11 +77,11 @@ class Conversation:
 class Session:
     """A conversation that is being held, with what its user has set."""
 
-    def __init__(self, writer: Writer, sampling: SamplingConfig, console: Console) -> None:
+    def __init__(self, writer: TextGenerator, sampling: SamplingConfig, console: Console) -> None:
         self.conversation = Conversation()
         self.sampling = sampling
         self._writer = writer
-        self._laid_out: tuple[Form, Writer] | None = None
+        self._laid_out: tuple[WeightLayout, TextGenerator] | None = None
         self._console = console
         self._is_over = False
         self._has_forgotten = False
@@ -152,11 +152,11 @@ class Session:
             self.note(f"\n({note})")
         return reply
 
-    def _fast_writer(self) -> Writer:
+    def _fast_writer(self) -> TextGenerator:
         """The writer with its weights in the form that is asked for now."""
-        asked = form(self.sampling)
+        asked = weight_layout(self.sampling)
         if self._laid_out is None or self._laid_out[0] != asked:
-            self._laid_out = asked, self._writer.shard_activations(asked)
+            self._laid_out = asked, self._writer.with_weight_layout(asked)
         return self._laid_out[1]
 
     def _help(self, _: str) -> None:
@@ -220,7 +220,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def chat(writer: Writer, sampling: SamplingConfig, console: Console, title: str) -> None:
+def chat(writer: TextGenerator, sampling: SamplingConfig, console: Console, title: str) -> None:
     """Hold a conversation over standard input and `console` until the user leaves or the input ends.
 
     In a terminal it begins with `title` and how replies are drawn. Lines from a pipe are shown with their replies.

@@ -12,14 +12,14 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.matrices import linear_layers
-from rustgpt_jax.model.quantized_weights import UpcastWeight, rounded, to_row_major
+from rustgpt_jax.model.quantized_weights import UpcastWeight, round_weights, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.pytrees import path_name
 
 
-class Form(NamedTuple):
+class WeightLayout(NamedTuple):
     """weights, kernel: as in `config.sampling`, the kernel one that is there. platform: where the weights are read."""
 
     weights: str | None
@@ -27,26 +27,26 @@ class Form(NamedTuple):
     platform: str
 
 
-def form(sampling: SamplingConfig) -> Form:
+def weight_layout(sampling: SamplingConfig) -> WeightLayout:
     """The form that a config asks for on the device at hand.
 
     The first native kernel of a machine is compiled here. Where there can be none, that is said once, on standard
     error, and the plain one is used.
     """
     platform = jax.default_backend()
-    is_native = sampling.matmul_impl == "native" and platform == "cpu" and matvec.target() is not None
-    return Form(sampling.weight_dtype, "native" if is_native else "plain", platform)
+    is_native = sampling.matmul_impl == "native" and platform == "cpu" and matvec.ffi_target() is not None
+    return WeightLayout(sampling.weight_dtype, "native" if is_native else "plain", platform)
 
 
-def for_decoding(params: transformer.Params, model: ModelConfig, form: Form) -> transformer.Params:
+def for_decoding(params: transformer.Params, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
     """Trained parameters in the form for decoding, which `transformer.apply` takes in their place.
 
     Parameters that lie on several devices stay where they are, stacked: if the weights are to be narrower, they are
     rounded so.
     """
     if not jax.sharding.get_abstract_mesh().empty or any(_is_shared(leaf) for leaf in jax.tree.leaves(params)):
-        return params if form.weights is None else _rounded(params, model=model, weights=form.weights)
-    return _for_decoding(params, model=model, form=form)
+        return params if layout.weights is None else _rounded(params, model=model, weights=layout.weights)
+    return _for_decoding(params, model=model, layout=layout)
 
 
 def _is_shared(leaf: Any) -> bool:
@@ -59,25 +59,26 @@ def _rounded(params: transformer.Params, *, model: ModelConfig, weights: str) ->
 
     def of_stack(stack: ModelConfig, of_stack: transformer.Params) -> transformer.Params:
         layers = linear_layers(stack)
-        narrow = jax.vmap(partial(rounded, dtype=weights))
+        narrow = jax.vmap(partial(round_weights, dtype=weights))
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: narrow(leaf) if path_name(path) in layers else leaf, of_stack
         )
 
     blocks = {
-        str(index): of_stack(stack.block, params["blocks"][str(index)]) for index, stack in enumerate(stacks(model))
+        str(index): of_stack(stack.block, params["blocks"][str(index)])
+        for index, stack in enumerate(layer_groups(model))
     }
-    return params | {"blocks": blocks, "head": {"kernel": rounded(_head(params, model), weights)}}
+    return params | {"blocks": blocks, "head": {"kernel": round_weights(_head(params, model), weights)}}
 
 
-@partial(jax.jit, static_argnames=("model", "form"))
-def _for_decoding(params: transformer.Params, *, model: ModelConfig, form: Form) -> transformer.Params:
+@partial(jax.jit, static_argnames=("model", "layout"))
+def _for_decoding(params: transformer.Params, *, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
     blocks = {}
-    for index, stack in enumerate(stacks(model)):
+    for index, stack in enumerate(layer_groups(model)):
         of_stack = params["blocks"][str(index)]
         rows = [jax.tree.map(lambda leaf, row=row: leaf[row], of_stack) for row in range(len(stack.layers))]
-        blocks[str(index)] = [_layer(row, stack.block, form) for row in rows]
-    head = {"kernel": _matrix(_head(params, model), model.logits_dtype or model.dtype, form)}
+        blocks[str(index)] = [_layer(row, stack.block, layout) for row in rows]
+    head = {"kernel": _matrix(_head(params, model), model.logits_dtype or model.dtype, layout)}
     return params | {"blocks": blocks, "head": head}
 
 
@@ -86,29 +87,29 @@ def _head(params: transformer.Params, model: ModelConfig) -> jax.Array:
     return params["embedding"]["table"].T if model.tie_embeddings else params["head"]["kernel"]
 
 
-def _layer(params: transformer.Params, block: ModelConfig, form: Form) -> transformer.Params:
+def _layer(params: transformer.Params, block: ModelConfig, layout: WeightLayout) -> transformer.Params:
     """The parameters of one layer, with the matrices of its linear layers in the form for decoding."""
     layers = linear_layers(block)
 
-    def shard_activations(path: Any, leaf: jax.Array) -> Any:
+    def with_layout(path: Any, leaf: jax.Array) -> Any:
         layer = layers.get(path_name(path))
         if layer is None:
             return leaf
         if layer.matmul_dtype == "float8":
             # Its scales are found in float32.
-            return leaf if form.weights is None else _matrix(leaf, layer.dtype, form)
-        return _matrix(leaf, layer.matmul_dtype or layer.dtype, form)
+            return leaf if layout.weights is None else _matrix(leaf, layer.dtype, layout)
+        return _matrix(leaf, layer.matmul_dtype or layer.dtype, layout)
 
-    return jax.tree_util.tree_map_with_path(shard_activations, params)
+    return jax.tree_util.tree_map_with_path(with_layout, params)
 
 
-def _matrix(kernel: jax.Array, operands: str, form: Form) -> Any:
+def _matrix(kernel: jax.Array, operands: str, layout: WeightLayout) -> Any:
     """A kernel (inputs, outputs), otherwise multiplied in the type `operands`, in the form for decoding."""
-    dtype = form.weights or operands
+    dtype = layout.weights or operands
     if dtype not in matvec.TYPES:
         return kernel
-    if form.kernel == "native" or (form.platform != "cpu" and dtype == "int8"):
-        return to_row_major(kernel, dtype, form.kernel)
-    if form.platform != "cpu" or dtype == "float32":
+    if layout.kernel == "native" or (layout.platform != "cpu" and dtype == "int8"):
+        return to_row_major(kernel, dtype, layout.kernel)
+    if layout.platform != "cpu" or dtype == "float32":
         return kernel.astype(dtype)
-    return UpcastWeight(rounded(kernel, dtype), dtype)
+    return UpcastWeight(round_weights(kernel, dtype), dtype)

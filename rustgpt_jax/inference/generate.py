@@ -67,20 +67,20 @@ def prefill(
     )
     last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
     rows_BT = jnp.arange(batch)[:, None]
-    kept_BT = jnp.where(is_token_BT, prompts_BT, transformer.vocabulary(model))
+    kept_BT = jnp.where(is_token_BT, prompts_BT, transformer.vocab_size(model))
     assert cache is not None
     return Generation(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :length].set(prompts_BT),
         lengths_B=lengths_B,
         logits_BV=transformer.logits(params, last_B1D, model)[:, 0],
         is_done_B=lengths_B >= slots,
-        seen_BV=jnp.zeros((batch, transformer.vocabulary(model)), bool).at[rows_BT, kept_BT].set(True, mode="drop"),
+        seen_BV=jnp.zeros((batch, transformer.vocab_size(model)), bool).at[rows_BT, kept_BT].set(True, mode="drop"),
         cache=cache,
     )
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="generation")
-def extend(
+def decode_steps(
     params: transformer.Params,
     generation: Generation,
     count: jax.Array,
@@ -139,7 +139,7 @@ def extend(
     )
 
 
-def begin(
+def start_generation(
     params: transformer.Params, prompts: Sequence[Sequence[int]], model: ModelConfig, max_tokens: int
 ) -> Generation:
     """Prefill prompts of any lengths, with room for `max_tokens` more each, as far as the context goes.
@@ -187,9 +187,11 @@ def generate(
     unfinished, turn = set(range(len(prompts))), 0
     while unfinished:
         left = max_tokens - min(len(drawn[row]) for row in unfinished)
-        generation = begin(params, windows, model, left)
+        generation = start_generation(params, windows, model, left)
         turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
-        generation = extend(params, generation, np.int32(left), samplers, turn_key, stop_tokens(stops), model=model)
+        generation = decode_steps(
+            params, generation, np.int32(left), samplers, turn_key, stop_tokens(stops), model=model
+        )
         new = generated_tokens(generation, [len(window) for window in windows], stops)
         lengths_B = jax.device_get(generation.lengths_B)
         for row in sorted(unfinished):
@@ -217,13 +219,13 @@ def stream_tokens(
     """Yield the tokens that `generate` draws after one prompt, all so far each time, and why generation ended."""
     window, drawn, turn = _slid(prompt, model) if slides else list(prompt), list[int](), 0
     while True:
-        generation = begin(params, [window], model, max_tokens - len(drawn))
+        generation = start_generation(params, [window], model, max_tokens - len(drawn))
         turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
         room = min(max_tokens - len(drawn), model.context_length - len(window))
         new: list[int] = []
         for place in range(0, room, tokens_per_look):
             count = np.int32(min(tokens_per_look, room - place))
-            generation = extend(params, generation, count, samplers, turn_key, stop_tokens(stops), model=model)
+            generation = decode_steps(params, generation, count, samplers, turn_key, stop_tokens(stops), model=model)
             new = generated_tokens(generation, [len(window)], stops)[0]
             ending: Ending | None = None
             if int(generation.lengths_B[0]) > len(window) + len(new):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, for_inference
-from rustgpt_jax.inference.decode_params import Form, for_decoding
+from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding
 from rustgpt_jax.inference.generate import generate, stream_tokens
 from rustgpt_jax.inference.sampling import from_config
 from rustgpt_jax.model.transformer import Params
@@ -18,7 +18,7 @@ from rustgpt_jax.tokenizers.messages import Turn
 TOKENS_PER_LOOK = 8
 
 
-class Writer(NamedTuple):
+class TextGenerator(NamedTuple):
     """A trained model as something that writes text."""
 
     params: Params
@@ -34,10 +34,10 @@ class Writer(NamedTuple):
         """The tokens of a conversation whose next turn is the model's."""
         return encode_prompt(self.tokenizer, turns)
 
-    def shard_activations(self, form: Form) -> "Writer":
+    def with_weight_layout(self, layout: WeightLayout) -> "TextGenerator":
         """A writer that has its weights in a form in which they are read faster."""
         model = for_inference(self.model)
-        return self._replace(model=model, params=for_decoding(self.params, model, form))
+        return self._replace(model=model, params=for_decoding(self.params, model, layout))
 
     def written(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """Return the text of tokens drawn after a prompt: a separate reply, or the continuation of a text."""
@@ -49,16 +49,19 @@ class Writer(NamedTuple):
         return self.tokenizer.stop_ids
 
 
-def write(writer: Writer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
+def generate_text(writer: TextGenerator, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> list[str]:
     """What the model writes after each prompt (of tokens), as one batch."""
     drawn = generate(writer.params, prompts, writer.model, **_drawing(writer, sampling))
     return [writer.written(prompt, tokens) for prompt, tokens in zip(prompts, drawn, strict=True)]
 
 
 def stream_text(
-    writer: Writer, prompt: Sequence[int], sampling: SamplingConfig, says: Callable[[str], object] = lambda _: None
+    writer: TextGenerator,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    says: Callable[[str], object] = lambda _: None,
 ) -> Iterator[str]:
-    """Yield the text that `write` returns for one prompt in pieces, each as soon as it is known.
+    """Yield the text that `generate_text` returns for one prompt in pieces, each as soon as it is known.
 
     `says` is called with a message if the text ends because the context is full.
     """
@@ -67,7 +70,7 @@ def stream_text(
     )
     shown = ""
     for tokens, ending in looks:
-        known = _settled(writer, prompt, tokens) if ending is None else writer.written(prompt, tokens)
+        known = _stable_prefix(writer, prompt, tokens) if ending is None else writer.written(prompt, tokens)
         if known.startswith(shown):
             yield known[len(shown) :]
             shown = known
@@ -78,7 +81,7 @@ def stream_text(
             )
 
 
-def _drawing(writer: Writer, sampling: SamplingConfig) -> dict[str, Any]:
+def _drawing(writer: TextGenerator, sampling: SamplingConfig) -> dict[str, Any]:
     """Return the sampling options as keyword arguments of `generate`."""
     return {
         "samplers": from_config(sampling),
@@ -89,7 +92,7 @@ def _drawing(writer: Writer, sampling: SamplingConfig) -> dict[str, Any]:
     }
 
 
-def _settled(writer: Writer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def _stable_prefix(writer: TextGenerator, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The part of the text of `tokens` that later tokens cannot change.
 
     An unfinished character decodes to U+FFFD. Where bytes are tokens for what is no character of the vocabulary, a run

@@ -51,7 +51,7 @@ def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
     """tokens_BT to compare with: one row, of 64 tokens or as many as the context holds."""
     length = min(TOKENS, model.context_length)
     rng = np.random.default_rng(seed)
-    return rng.integers(0, transformer.vocabulary(model), (1, length), dtype=np.int32)
+    return rng.integers(0, transformer.vocab_size(model), (1, length), dtype=np.int32)
 
 
 def reference_logits(folder: Path, tokens_BT: np.ndarray) -> np.ndarray | str:

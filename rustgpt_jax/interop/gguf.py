@@ -21,7 +21,7 @@ from rustgpt_jax.interop.config_mapping import dense_width
 from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
 from rustgpt_jax.interop.hf_tokenizer_io import special_ids
 from rustgpt_jax.interop.param_mapping import Rule, Rules, Tensor, tensors
-from rustgpt_jax.model.transformer import Params, vocabulary
+from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.load_model import load
@@ -210,7 +210,7 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
         "block_count": model.n_layers,
         "feed_forward_length": dense_width(model),
         "head_count": model.n_heads,
-        "vocab_size": vocabulary(model),
+        "vocab_size": vocab_size(model),
         "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[dtype], f"MOSTLY_{TYPES[dtype]}")],
     }
     if form.rules is GPT2:
@@ -235,7 +235,7 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is
     if tokenizer is None or described is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    rows = list(token_rows(tokenizer, vocabulary(model), gguf.TokenType))
+    rows = list(token_rows(tokenizer, vocab_size(model), gguf.TokenType))
     writer.add_tokenizer_model(described.model)
     writer.add_tokenizer_pre(described.pre)
     writer.add_token_list([token for token, _ in rows])

@@ -12,7 +12,7 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
 
 
@@ -130,7 +130,7 @@ def _rule_key(path: str, model: ModelConfig, rules: Rules) -> tuple[str, tuple[i
     if not path.startswith("blocks/"):
         return path, ()
     _, number, key = path.split("/", 2)
-    stack = stacks(model)[int(number)]
+    stack = layer_groups(model)[int(number)]
     of_mixer = key.replace("mixer/", f"{stack.block.mixers[0]}/", 1)
     return of_mixer if of_mixer in rules else key, tuple(stack.layers)
 

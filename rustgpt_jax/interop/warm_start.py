@@ -15,7 +15,7 @@ from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.formatting import count
@@ -169,7 +169,7 @@ def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
     for name, leaf in arrays.items():
         if name.startswith("blocks/"):
             _, stack, key = name.split("/", 2)
-            for place, layer in enumerate(stacks(model)[int(stack)].layers):
+            for place, layer in enumerate(layer_groups(model)[int(stack)].layers):
                 result[key, layer] = Layer(name, place, leaf[place])
         else:
             result[name, None] = Layer(name, None, leaf)

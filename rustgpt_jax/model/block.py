@@ -7,8 +7,8 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.block_inputs import Context, Signals, dropout
-from rustgpt_jax.model.intermediates import Tap
+from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics, dropout
+from rustgpt_jax.model.intermediates import Probe
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
@@ -26,7 +26,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any, Signals]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any, LayerMetrics]:
         config = self.config
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
         of_mixer, of_feedforward = config.mixer_config, config.feedforward_config
@@ -45,10 +45,10 @@ class Block(nn.Module):
         fed_BTD, signals = fed
         return self._add(x_BTD, fed_BTD, "feedforward", context, site=2), cache, signals
 
-    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: Context, site: int) -> jax.Array:
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: BlockInputs, site: int) -> jax.Array:
         """The residual stream, in its own precision, with the output of a sublayer in it."""
         y_BTD = self._norm(f"{name}_output_norm", y_BTD.astype(x_BTD.dtype), ON_OUTPUT)
-        x_BTD = Tap(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, context, site))
+        x_BTD = Probe(name=f"{name}_sum")(x_BTD + dropout(y_BTD, self.config.dropout, context, site))
         return self._norm(f"{name}_norm", x_BTD, AFTER_SUM)
 
     def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:

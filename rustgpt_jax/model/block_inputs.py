@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-Signals = dict[str, jax.Array]
+LayerMetrics = dict[str, jax.Array]
 
 # The signal that is added to the loss.
 AUX_LOSS = "auxiliary_loss"
 
 
-class Context(NamedTuple):
+class BlockInputs(NamedTuple):
     """The position of each token, and the randomness of a training step.
 
     Attributes:
@@ -26,14 +26,14 @@ class Context(NamedTuple):
     dropout_key: jax.Array | None = None
     layer: jax.Array | int | None = None
 
-    def fold_in(self, data: jax.Array | int) -> "Context":
+    def fold_in(self, data: jax.Array | int) -> "BlockInputs":
         """The same context with randomness of its own for layer or sublayer number `data`."""
         if self.dropout_key is None:
             return self
         return self._replace(dropout_key=jax.random.fold_in(self.dropout_key, data))
 
 
-def dropout(x: jax.Array, rate: jax.Array | float, context: Context, site: int) -> jax.Array:
+def dropout(x: jax.Array, rate: jax.Array | float, context: BlockInputs, site: int) -> jax.Array:
     """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580)."""
     if context.dropout_key is None:
         return x

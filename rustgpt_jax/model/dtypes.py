@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 
-def widened(x: jax.Array) -> jax.Array:
+def to_float32(x: jax.Array) -> jax.Array:
     """An array in float32, or as it is where it is more precise."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def product_type(*arrays: jax.Array) -> jnp.dtype:
+def accum_dtype(*arrays: jax.Array) -> jnp.dtype:
     """The type in which products of these are summed up: float32, or theirs where it is more precise."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.layer_groups import stacks
-from rustgpt_jax.model.transformer import vocabulary
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.layer_groups import layer_groups
+from rustgpt_jax.model.transformer import vocab_size
 
 
-class Site(NamedTuple):
+class HookPoint(NamedTuple):
     """A place in the forward.
 
     site: within its block, or of the whole model: 'embeddings', 'hidden' (after the last norm), 'logits'. layer: None
@@ -37,36 +37,36 @@ class Site(NamedTuple):
         """The elements of the tensor."""
         return math.prod(self.shape)
 
-    def of(self, measurements: intermediates.Measurements) -> Any:
+    def of(self, measurements: intermediates.Intermediates) -> Any:
         """The measurement of this site."""
         return (
             measurements[self.site] if self.stack is None else measurements["blocks"][self.stack][self.site][self.row]
         )
 
 
-def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[Site, ...]:
+def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[HookPoint, ...]:
     """All sites of a model that reads `rows` windows of `length` tokens."""
     x_BTD: Any = jax.ShapeDtypeStruct((rows, length, model.d_model), jnp.dtype(model.dtype))
     tokens_BT: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0)) if is_on(model.dropout) else None
-    context = Context(tokens_BT, tokens_BT, key)
-    blocks: dict[int, list[Site]] = {}
-    for index, stack in enumerate(stacks(model)):
+    context = BlockInputs(tokens_BT, tokens_BT, key)
+    blocks: dict[int, list[HookPoint]] = {}
+    for index, stack in enumerate(layer_groups(model)):
         found = intermediates.block_hook_points(Block(stack.block), x_BTD, context, None)
         for row, layer in enumerate(stack.layers):
-            blocks[layer] = [Site(site, leaf.shape, layer, str(index), row) for site, leaf in found.items()]
+            blocks[layer] = [HookPoint(site, leaf.shape, layer, str(index), row) for site, leaf in found.items()]
     return (
-        Site("embeddings", x_BTD.shape),
+        HookPoint("embeddings", x_BTD.shape),
         *(site for layer in sorted(blocks) for site in blocks[layer]),
-        Site("hidden", x_BTD.shape),
-        Site("logits", (rows, length, vocabulary(model))),
+        HookPoint("hidden", x_BTD.shape),
+        HookPoint("logits", (rows, length, vocab_size(model))),
     )
 
 
-def slots(hook_points: tuple[Site, ...]) -> intermediates.Slots:
-    """Zeros for every site, by stack where it is in a block, as `transformer.tapped` takes them."""
-    result: intermediates.Slots = {
-        site.site: jnp.zeros(intermediates.MEASUREMENT_SIZE) for site in hook_points if site.stack is None
+def grad_slots(hook_points: tuple[HookPoint, ...]) -> intermediates.GradSlots:
+    """Zeros for every site, by stack where it is in a block, as `transformer.apply_with_intermediates` takes them."""
+    result: intermediates.GradSlots = {
+        site.site: jnp.zeros(intermediates.N_STATS) for site in hook_points if site.stack is None
     }
     layers: dict[str, dict[str, int]] = {}
     for site in hook_points:
@@ -74,7 +74,7 @@ def slots(hook_points: tuple[Site, ...]) -> intermediates.Slots:
             of_stack = layers.setdefault(site.stack, {})
             of_stack[site.site] = max(of_stack.get(site.site, 0), site.row + 1)
     result["blocks"] = {
-        stack: {site: jnp.zeros((n, intermediates.MEASUREMENT_SIZE)) for site, n in of_stack.items()}
+        stack: {site: jnp.zeros((n, intermediates.N_STATS)) for site, n in of_stack.items()}
         for stack, of_stack in layers.items()
     }
     return result

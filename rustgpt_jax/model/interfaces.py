@@ -4,7 +4,7 @@ import inspect
 from functools import partial
 from typing import Any
 
-from rustgpt_jax.model.positions import PositionScheme
+from rustgpt_jax.model.positions import PositionEncoding
 
 MIXER, FEEDFORWARD, NORM, POSITION = "a mixer", "a feed-forward", "a norm", "a position scheme"
 
@@ -18,7 +18,7 @@ LOOKS = {
 
 def component_kind(part: Any) -> str | None:
     """MIXER, FEEDFORWARD, NORM or POSITION; None for what is none of them."""
-    if isinstance(part, PositionScheme):
+    if isinstance(part, PositionEncoding):
         return POSITION
     module = part.func if isinstance(part, partial) else part
     if not (inspect.isclass(module) and hasattr(module, "init") and hasattr(module, "apply")):

@@ -1,7 +1,7 @@
 """Taps: what every module of a block gives is measured, forward and backward, without an edit to the module.
 
 A site is a place in the forward: 'mixer/query' for the first array that the module of that path in a block gives, if it
-is not just what a module within it gave. `Tap` makes sites of other tensors.
+is not just what a module within it gave. `Probe` makes sites of other tensors.
 
 Forward, a measurement of the tensor there comes out of the call. Backward, the tensor's gradient is measured by a
 trick: the tensor passes through an identity that has a second argument, a slot of zeros, and whose "gradient" with
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.fingerprints import hashes
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.dtypes import to_float32
 
-# The numbers of a measurement, as `measured` has them.
-MEASUREMENT_SIZE = 7
+# The numbers of a measurement, as `tensor_stats` has them.
+N_STATS = 7
 
 # By site, an array of MEASUREMENT_SIZE; where layers are stacked, with a first axis of them.
-Slots = dict[str, Any]
-Measurements = dict[str, Any]
+GradSlots = dict[str, Any]
+Intermediates = dict[str, Any]
 
 _COLLECTION = "taps"
 _HALF = 1 << 16
@@ -34,7 +34,7 @@ _SMALL = 2.0**-40
 _SCALES = (1.0, 2.0**80, 2.0**-80)
 
 
-class Tap(nn.Module):
+class Probe(nn.Module):
     """A tensor inside a layer under a name of its own, as it is: `scores = Tap(name="scores")(scores)` makes a site."""
 
     @nn.compact
@@ -42,7 +42,7 @@ class Tap(nn.Module):
         return x
 
 
-class Reading(NamedTuple):
+class TensorStats(NamedTuple):
     """A measurement as it is read. norm (root of the sum of squares) and largest magnitude are of finite elements."""
 
     norm: Any
@@ -52,10 +52,10 @@ class Reading(NamedTuple):
 
 
 @jax.jit
-def measured(x: jax.Array) -> jax.Array:
+def tensor_stats(x: jax.Array) -> jax.Array:
     """Norm, largest magnitude, count of elements that are not finite, and the digest in quarters, all as float32."""
     finite = jnp.isfinite(x)
-    magnitudes = jnp.where(finite, jnp.abs(widened(x)), 0)
+    magnitudes = jnp.where(finite, jnp.abs(to_float32(x)), 0)
     squares = [jnp.square(magnitudes * scale) for scale in _SCALES]
     largest, nonfinite, *sums = _reduced(magnitudes, (~finite).astype(jnp.float32), *squares, *hashes(x))
     norms = [jnp.sqrt(total) / scale for total, scale in zip(sums, _SCALES, strict=False)]
@@ -80,11 +80,11 @@ def _reduced(magnitudes: jax.Array, *terms: jax.Array) -> tuple[jax.Array, ...]:
     return arrays
 
 
-def reading(measurement: Any) -> Reading:
+def unpack_stats(measurement: Any) -> TensorStats:
     """The parts of a measurement, or of many along first axes; with NumPy arrays, on the host."""
-    norm, largest, nonfinite, *quarters = (measurement[..., index] for index in range(MEASUREMENT_SIZE))
+    norm, largest, nonfinite, *quarters = (measurement[..., index] for index in range(N_STATS))
     high, low, second_high, second_low = (quarter.astype("uint32") for quarter in quarters)
-    return Reading(norm, largest, nonfinite, (high * _HALF + low, second_high * _HALF + second_low))
+    return TensorStats(norm, largest, nonfinite, (high * _HALF + low, second_high * _HALF + second_low))
 
 
 @jax.custom_vjp
@@ -98,22 +98,22 @@ def _forward(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, measured(gradient)
+    return gradient, tensor_stats(gradient)
 
 
 _watched.defvjp(_forward, _backward)
 
 
-def watch(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+def probe(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A tensor as it is and its measurement; the gradient with respect to `slot` is that of the tensor's gradient."""
-    return _watched(x, slot), measured(jax.lax.stop_gradient(x))
+    return _watched(x, slot), tensor_stats(jax.lax.stop_gradient(x))
 
 
-def apply(block: nn.Module, params: Any, slots: Slots | None, *arguments: Any) -> tuple[Any, Measurements]:
+def apply(block: nn.Module, params: Any, slots: GradSlots | None, *arguments: Any) -> tuple[Any, Intermediates]:
     """What a block gives, and its measurements by site. With no slots there are none, and nothing in the program."""
     if slots is None:
         return block.apply({"params": params}, *arguments), {}
-    return _intercepted(block, params, arguments, lambda site, x: watch(x, slots[site]))
+    return _intercepted(block, params, arguments, lambda site, x: probe(x, slots[site]))
 
 
 def block_hook_points(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -122,7 +122,7 @@ def block_hook_points(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeD
 
     def note(site: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         found[site] = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return x, jnp.zeros(MEASUREMENT_SIZE)
+        return x, jnp.zeros(N_STATS)
 
     def forward(*arguments: Any) -> Any:
         params = block.init(jax.random.key(0), *arguments)["params"]
@@ -137,7 +137,7 @@ def _intercepted(
     params: Any,
     arguments: tuple[Any, ...],
     tap: Callable[[str, jax.Array], tuple[jax.Array, jax.Array]],
-) -> tuple[Any, Measurements]:
+) -> tuple[Any, Intermediates]:
     """What a block gives with `tap` put around each module's first array, and what `tap` found there, by site."""
     calls, tapped = Counter[str](), list[jax.Array]()
 

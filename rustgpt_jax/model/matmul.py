@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.dtypes import product_type, widened
+from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.kernels.types import current_device
-from rustgpt_jax.model.quantized_weights import Stored
+from rustgpt_jax.model.quantized_weights import PackedWeight
 
 # Products of a tensor and a weight in 8 bits: e4m3 forward, e5m2 for gradients, a scale a tensor (arXiv 2209.05433).
 #
@@ -35,7 +35,7 @@ class Scaled(NamedTuple):
 
 def scaled(x: jax.Array, dtype: Any) -> Scaled:
     """A tensor in an 8-bit type. Its largest absolute value becomes the largest number of the type."""
-    x = widened(x)
+    x = to_float32(x)
     # Zeros have a scale too, and one that is a normal number.
     scale = jnp.maximum(jnp.max(jnp.abs(x)) / float(jnp.finfo(dtype).max), jnp.finfo(x.dtype).tiny)
     return Scaled((x / scale).astype(dtype), scale)
@@ -43,7 +43,7 @@ def scaled(x: jax.Array, dtype: Any) -> Scaled:
 
 def fp8_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs)."""
-    return _product(x, widened(kernel))
+    return _product(x, to_float32(kernel))
 
 
 @jax.custom_vjp
@@ -118,7 +118,7 @@ def saves_residuals(config: ModelConfig) -> bool:
     return current_device().platform == "cpu" if config.save_residuals is None else config.save_residuals
 
 
-def activated(activation: Activation, x: jax.Array, config: ModelConfig) -> jax.Array:
+def apply_activation(activation: Activation, x: jax.Array, config: ModelConfig) -> jax.Array:
     """activation(x), a function of each element by itself."""
     return _activation_with_vjp(activation, x) if activation in COSTLY and saves_residuals(config) else activation(x)
 
@@ -176,7 +176,7 @@ def _summed_over_tokens(left: jax.Array, right: jax.Array, is_kept: bool) -> jax
 
     Kept is what makes less to be transposed: the left factor, or the right one and then the result.
     """
-    dtype, rows, behind = product_type(left), range(left.ndim - 1), range(1, left.ndim)
+    dtype, rows, behind = accum_dtype(left), range(left.ndim - 1), range(1, left.ndim)
     if not is_kept:
         return _contracted(left, right, rows, rows, dtype)
     if left.size <= right.size + left.shape[-1] * right.shape[-1]:
@@ -198,10 +198,10 @@ def _contracted(
 matmul_with_custom_vjp.defvjp(_multiplied, _multiplied_back)
 
 
-def matmul(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) -> jax.Array:
     """x W with the shape (..., outputs), in the model's dtype, from a float32 kernel (inputs, outputs)."""
     x = x.astype(config.dtype)
-    if isinstance(kernel, Stored):
+    if isinstance(kernel, PackedWeight):
         return kernel.product(x)
     if config.matmul_dtype == "float8":
         return fp8_matmul(x, kernel)
@@ -211,15 +211,15 @@ def matmul(x: jax.Array, kernel: jax.Array | Stored, config: ModelConfig) -> jax
     return matmul_with_custom_vjp(x, kernel, operands, is_kept)
 
 
-def readout(hidden_BTD: jax.Array, weights: jax.Array | Stored, letters: str, config: ModelConfig) -> jax.Array:
+def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, letters: str, config: ModelConfig) -> jax.Array:
     """logits_BTV in float32 at least, from factors in config.logits_dtype, or else in the model's dtype.
 
     letters: the axes of the weights, "VD" of a float32 table, "DV" of a kernel.
     """
     operands = config.logits_dtype or config.dtype
-    if isinstance(weights, Stored):
+    if isinstance(weights, PackedWeight):
         hidden_BTD = hidden_BTD.astype(operands)
-        return weights.product(hidden_BTD, product_type(hidden_BTD))
+        return weights.product(hidden_BTD, accum_dtype(hidden_BTD))
     wide, weights, axis = (
         jnp.promote_types(operands, jnp.float32),
         shard_activations(weights, letters),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.linear import Linear
 
 
@@ -25,7 +25,7 @@ def linear_layers(block: ModelConfig) -> dict[str, ModelConfig]:
         return call(*given, **named)
 
     def forward() -> Any:
-        context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+        context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
         x_BTD = jnp.zeros((1, 1, block.d_model), block.dtype)
         return Block(block).init(jax.random.key(0), x_BTD, context, None)
 

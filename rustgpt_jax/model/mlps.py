@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context, Signals
+from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
 from rustgpt_jax.model.linear import Linear, default_glu_width
-from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, activated
+from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, apply_activation
 from rustgpt_jax.model.moe import MixtureOfExperts
 
 
@@ -38,10 +38,10 @@ class FeedForward(nn.Module):
         return 2 * config.d_model * width + config.has_feedforward_bias * (width + config.d_model)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         del context
         up_BTF = _linear(self.config, self.width(self.config), "up")(x_BTD)
-        hidden_BTF = activated(self.activation, up_BTF, self.config)
+        hidden_BTF = apply_activation(self.activation, up_BTF, self.config)
         return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF), {}
 
 
@@ -63,10 +63,10 @@ class GatedFeedForward(nn.Module):
         return 3 * config.d_model * width + config.has_feedforward_bias * (2 * width + config.d_model)
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         del context
         width = self.width(self.config)
-        gate_BTF = activated(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
+        gate_BTF = apply_activation(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
         up_BTF = _linear(self.config, width, "up")(x_BTD)
         return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF), {}
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import AUX_LOSS, Context, Signals
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import default_glu_width, normal_init
-from rustgpt_jax.model.matmul import ACTIVATIONS, activated
+from rustgpt_jax.model.matmul import ACTIVATIONS, apply_activation
 
 
 class Routes(NamedTuple):
@@ -46,7 +46,7 @@ class MixtureOfExperts(nn.Module):
         return config.n_experts * config.d_model * (1 + 3 * cls.width(config))
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Signals]:
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         config = self.config
         width = self.width(config)
         residual_std = config.init_std / (2 * config.n_layers) ** 0.5
@@ -56,12 +56,12 @@ class MixtureOfExperts(nn.Module):
         up_XDF = self.param("up", normal_init(config.init_std), shape).astype(config.dtype)
         down_XFD = self.param("down", normal_init(residual_std), (shape[0], width, config.d_model)).astype(config.dtype)
 
-        routes = route(widened(x_BTD) @ widened(router_DX), config)
+        routes = route(to_float32(x_BTD) @ to_float32(router_DX), config)
         if config.capacity_factor:
             y_BTD, is_fed_BTX = self._fed_by_capacity(x_BTD, routes, context, gate_XDF, up_XDF, down_XFD)
         else:
             activation = ACTIVATIONS[config.expert_activation]
-            hidden_BTXF = activated(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
+            hidden_BTXF = apply_activation(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
             hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
             weighted_BTXF = hidden_BTXF * routes.weight_BTX[..., None].astype(hidden_BTXF.dtype)
             y_BTD, is_fed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routes.chosen_BTX
@@ -71,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         self,
         x_BTD: jax.Array,
         routes: Routes,
-        context: Context,
+        context: BlockInputs,
         gate_XDF: jax.Array,
         up_XDF: jax.Array,
         down_XFD: jax.Array,
@@ -94,7 +94,7 @@ class MixtureOfExperts(nn.Module):
         # Where experts lie on different devices, the tokens go to theirs, and what these make of them comes back.
         fed_BXPD = shard_activations(shard_activations(fed_BXPD, "B..."), "BXPD")
         activation = ACTIVATIONS[config.expert_activation]
-        hidden_BXPF = activated(activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
+        hidden_BXPF = apply_activation(activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
         hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
         out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
         out_BXPD = shard_activations(shard_activations(out_BXPD, "BXPD"), "B...")
@@ -133,7 +133,7 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
     return Routes(weight_BTX, chosen_BTX, probability_BTX, router_logits_BTX)
 
 
-def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: ModelConfig) -> Signals:
+def signals(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, config: ModelConfig) -> LayerMetrics:
     """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
     Returns:
@@ -148,7 +148,7 @@ def signals(routes: Routes, is_fed_BTX: jax.Array, context: Context, config: Mod
     n_tokens = jnp.maximum(jnp.sum(is_token_BT1), 1)
 
     def mean_X(values_BTX: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(is_token_BT1, widened(values_BTX), 0), axis=(0, 1)) / n_tokens
+        return jnp.sum(jnp.where(is_token_BT1, to_float32(values_BTX), 0), axis=(0, 1)) / n_tokens
 
     chosen_X = mean_X(routes.chosen_BTX)
     load_balance_loss_weight = config.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))

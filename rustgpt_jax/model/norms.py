@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import broadcast_channels
 from rustgpt_jax.registry import choose
 
@@ -20,7 +20,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = widened(x)
+        wide = to_float32(x)
         centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         y = centered * jax.lax.rsqrt(variance + self.config.norm_eps)
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = widened(x)
+        wide = to_float32(x)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         y = wide * jax.lax.rsqrt(mean_square + self.config.norm_eps)
         start = nn.initializers.zeros if self.zero_centered else nn.initializers.ones

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.registry import choose
 
@@ -100,7 +100,7 @@ ROPE_SCALINGS: dict[str, Callable[[jax.Array, ModelConfig], Rope]] = {
 }
 
 
-class PositionScheme(NamedTuple):
+class PositionEncoding(NamedTuple):
     """The three places where positions may enter; None where they do not.
 
     embed: a Flax leaf that maps positions_BT to vectors (B, T, D) added to the embeddings.
@@ -124,7 +124,7 @@ class LearnedPositions(nn.Module):
         return self.param("table", normal_init(self.config.init_std), shape)[positions_BT]
 
 
-def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def apply_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864): channel c and c + C/2 turn by position * base^(-2c/C) radians.
 
     C counts the channels that are rotated, the first `rope_fraction` of the head; the rest stay as they are.
@@ -135,7 +135,7 @@ def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     return _turned(x_BTHC, positions_BT, rope)
 
 
-def local_rotary(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def apply_local_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """RoPE with a base of its own and no scaling, for layers that see a short window (Gemma 3, arXiv 2503.19786)."""
     frequencies_C = _frequencies(x_BTHC, config.local_rope_theta, config.rope_fraction)
     return _turned(x_BTHC, positions_BT, Rope(frequencies_C, 1.0))
@@ -151,7 +151,7 @@ def _turned(x_BTHC: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array
     angles_BTHC = positions_BT[:, :, None, None].astype(jnp.float32) * rope.frequencies_C[None, None, None, :]
     cos, sin = rope.magnitude * jnp.cos(angles_BTHC), rope.magnitude * jnp.sin(angles_BTHC)
     half = rope.frequencies_C.shape[0]
-    wide = widened(x_BTHC)
+    wide = to_float32(x_BTHC)
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTHC.dtype)
@@ -173,10 +173,10 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([of_power, of_twice])[:heads]
 
 
-POSITIONS: dict[str, PositionScheme] = {
-    "learned": PositionScheme(embed=LearnedPositions),
-    "rope": PositionScheme(rotate=rotary),
-    "local_rope": PositionScheme(rotate=local_rotary),
-    "alibi": PositionScheme(bias=alibi),
-    "none": PositionScheme(),
+POSITIONS: dict[str, PositionEncoding] = {
+    "learned": PositionEncoding(embed=LearnedPositions),
+    "rope": PositionEncoding(rotate=apply_rope),
+    "local_rope": PositionEncoding(rotate=apply_local_rope),
+    "alibi": PositionEncoding(bias=alibi),
+    "none": PositionEncoding(),
 }

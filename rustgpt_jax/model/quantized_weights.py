@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.dtypes import product_type, widened
+from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.native import matvec
 from rustgpt_jax.pytrees import pytree
 
@@ -17,7 +17,7 @@ MOST_NATIVE_ROWS = 8
 LARGEST_INT8 = 127
 
 
-class Stored(ABC):
+class PackedWeight(ABC):
     """A weight matrix (inputs, outputs), a pytree that stands where a model's parameters have an array.
 
     Its first leaf has the shape of the matrix, which is all that the layers ask of it.
@@ -30,7 +30,7 @@ class Stored(ABC):
 
 @pytree(meta=["kernel"])
 @dataclass(frozen=True)
-class RowMajorWeight(Stored):
+class RowMajorWeight(PackedWeight):
     """A matrix in the order in which a product with few rows reads it: all weights of one output, then of the next.
 
     values: in this order, in an array of the matrix's shape (inputs, outputs): float32, bfloat16, or int8.
@@ -55,7 +55,7 @@ class RowMajorWeight(Stored):
         if self.values.dtype == jnp.bfloat16:
             x_BI = x_BI.astype(jnp.bfloat16)
         is_native = self.kernel == "native" and len(x_BI) <= MOST_NATIVE_ROWS
-        y_BO = (matvec.products if is_native else matrix_product)(x_BI, self.values_OI)
+        y_BO = (matvec.matvec if is_native else matrix_product)(x_BI, self.values_OI)
         if self.scales is not None:
             y_BO = y_BO * self.scales[None, :].astype(y_BO.dtype)
         return y_BO.reshape(*x.shape[:-1], y_BO.shape[-1]).astype(dtype or x.dtype)
@@ -63,7 +63,7 @@ class RowMajorWeight(Stored):
 
 @pytree(meta=["operands"])
 @dataclass(frozen=True)
-class UpcastWeight(Stored):
+class UpcastWeight(PackedWeight):
     """A matrix with the values of a narrower type, `operands`, in float32, which gives what OutputByOutput gives.
 
     It is for XLA on CPUs, which multiplies few rows by narrow weights many times slower.
@@ -75,34 +75,34 @@ class UpcastWeight(Stored):
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
         operand = x.astype(jnp.bfloat16) if self.operands == "bfloat16" else x
-        return (widened(operand) @ self.values).astype(dtype or x.dtype)
+        return (to_float32(operand) @ self.values).astype(dtype or x.dtype)
 
 
 def matrix_product(x_BI: jax.Array, values_OI: jax.Array) -> jax.Array:
     """x W in float32 at least."""
-    return jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=product_type(x_BI))
+    return jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=accum_dtype(x_BI))
 
 
 def to_row_major(weights: jax.Array, dtype: Any, kernel: str) -> RowMajorWeight:
     """A float32 matrix (inputs, outputs) in the order of its outputs, as numbers of `dtype`; int8 with scales."""
-    values_OI, scales_O = quantized(weights) if dtype == "int8" else (weights.astype(dtype).T, None)
+    values_OI, scales_O = quantize_int8(weights) if dtype == "int8" else (weights.astype(dtype).T, None)
     return RowMajorWeight(values_OI.reshape(weights.shape), scales_O, kernel)
 
 
-def quantized(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize_int8(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 values_OI and scales_O, so that a matrix (inputs, outputs) is about values_OI^T scales_O: symmetric, each
     output by itself, its largest weight exact. No weight is off by more than half a scale.
     """
-    weights_OI = widened(weights).T
+    weights_OI = to_float32(weights).T
     largest_O = jnp.max(jnp.abs(weights_OI), axis=1)
     # What is all zeros has a scale too.
     scales_O = jnp.where(largest_O > 0, largest_O / LARGEST_INT8, 1)
     return jnp.round(weights_OI / scales_O[:, None]).astype(jnp.int8), scales_O
 
 
-def rounded(weights: jax.Array, dtype: Any) -> jax.Array:
+def round_weights(weights: jax.Array, dtype: Any) -> jax.Array:
     """A float32 matrix (inputs, outputs) with the values that `to_row_major` keeps of it."""
     if dtype != "int8":
         return weights.astype(dtype).astype(weights.dtype)
-    values_OI, scales_O = quantized(weights)
+    values_OI, scales_O = quantize_int8(weights)
     return (values_OI * scales_O[:, None]).T

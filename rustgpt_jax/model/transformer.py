@@ -12,11 +12,11 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block import Block
-from rustgpt_jax.model.block_inputs import AUX_LOSS, Context, Signals, dropout
+from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics, dropout
 from rustgpt_jax.model.dtypes import softcap
-from rustgpt_jax.model.layer_groups import Stack, stacks
+from rustgpt_jax.model.layer_groups import LayerGroup, layer_groups
 from rustgpt_jax.model.linear import normal_init
-from rustgpt_jax.model.matmul import readout
+from rustgpt_jax.model.matmul import unembed
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
@@ -39,27 +39,27 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
     """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, the layers of a stack."""
     # No value depends on it, and so no device is asked what suits it.
     model = dataclasses.replace(model, save_residuals=False)
-    context = Context(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
-    vocab_size = vocabulary(model)
+    n_tokens = vocab_size(model)
     keys = dict(zip(("embedding", "positions", "norm", "head", "blocks"), jax.random.split(key, 5), strict=True))
 
-    def init_stack(index: int, stack: Stack) -> Params:
+    def init_stack(index: int, stack: LayerGroup) -> Params:
         block_keys_N = jax.random.split(jax.random.fold_in(keys["blocks"], index), len(stack.layers))
         return jax.vmap(lambda block_key: Block(stack.block).init(block_key, x_BTD, context, None)["params"])(
             block_keys_N
         )
 
     params: Params = {
-        "embedding": {"table": normal_init(model.init_std)(keys["embedding"], (vocab_size, model.d_model))},
-        "blocks": {str(index): init_stack(index, stack) for index, stack in enumerate(stacks(model))},
+        "embedding": {"table": normal_init(model.init_std)(keys["embedding"], (n_tokens, model.d_model))},
+        "blocks": {str(index): init_stack(index, stack) for index, stack in enumerate(layer_groups(model))},
     }
     if (embed := _positions_embedding(model)) is not None:
         params["positions"] = embed.init(keys["positions"], context.positions_BT)["params"]
     if model.norm_placement != "post":
         params["norm"] = _norm(model).init(keys["norm"], x_BTD)["params"]
     if not model.tie_embeddings:
-        params["head"] = {"kernel": normal_init(model.init_std)(keys["head"], (model.d_model, vocab_size))}
+        params["head"] = {"kernel": normal_init(model.init_std)(keys["head"], (model.d_model, n_tokens))}
     return params
 
 
@@ -71,14 +71,14 @@ def is_unrolled(blocks: Params) -> bool:
 def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool = False) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens, stacked over N or in lists, as the parameters are."""
 
-    def of_stack(stack: Stack) -> Any:
+    def of_stack(stack: LayerGroup) -> Any:
         (mixer,) = stack.block.mixers
         one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.mixer_config, batch, length)
         if unstacked:
             return [one] * len(stack.layers)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)
 
-    return {str(index): of_stack(stack) for index, stack in enumerate(stacks(model))}
+    return {str(index): of_stack(stack) for index, stack in enumerate(layer_groups(model))}
 
 
 def apply(
@@ -124,7 +124,7 @@ def hidden_states(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None, Signals]:
+) -> tuple[jax.Array, Cache | None, LayerMetrics]:
     """The residual stream (B, T, D) after the last norm, the cache, and the blocks' signals, each the mean over them.
 
     The signal AUX_LOSS is the sum over the blocks. Arguments as those of `apply`.
@@ -133,20 +133,20 @@ def hidden_states(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
-    context = Context(positions_BT, segments_BT, dropout_key)
+    context = BlockInputs(positions_BT, segments_BT, dropout_key)
     hidden_BTD, cache, signals, _ = _hidden_states(params, tokens_BT, model, cache, context, None)
     return hidden_BTD, cache, signals
 
 
-def tapped(
-    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: Context, slots: intermediates.Slots
-) -> tuple[jax.Array, Signals, intermediates.Measurements]:
+def apply_with_intermediates(
+    params: Params, tokens_BT: jax.Array, model: ModelConfig, context: BlockInputs, slots: intermediates.GradSlots
+) -> tuple[jax.Array, LayerMetrics, intermediates.Intermediates]:
     """logits_BTV, the blocks' signals, and a measurement of the tensor at each site, in the places of the slots.
 
-    `slots` are those of `sites.slots`. The gradient with respect to them is the measurement of the tensors' gradients.
+    `slots` are those of `hook_points.grad_slots`; the gradient with respect to them is the stats of the gradients.
     """
     hidden_BTD, _, signals, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
-    logits_BTV, measured["logits"] = intermediates.watch(logits(params, hidden_BTD, model), slots["logits"])
+    logits_BTV, measured["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
     return logits_BTV, signals, measured
 
 
@@ -155,14 +155,14 @@ def _hidden_states(
     tokens_BT: jax.Array,
     model: ModelConfig,
     cache: Cache | None,
-    context: Context,
-    slots: intermediates.Slots | None,
-) -> tuple[jax.Array, Cache | None, Signals, intermediates.Measurements]:
-    measured: intermediates.Measurements = {}
+    context: BlockInputs,
+    slots: intermediates.GradSlots | None,
+) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
+    measured: intermediates.Intermediates = {}
 
-    def tapped(x_BTD: jax.Array, site: str) -> jax.Array:
+    def apply_with_intermediates(x_BTD: jax.Array, site: str) -> jax.Array:
         if slots is not None:
-            x_BTD, measured[site] = intermediates.watch(x_BTD, slots[site])
+            x_BTD, measured[site] = intermediates.probe(x_BTD, slots[site])
         return x_BTD
 
     x_BTD = shard_activations(params["embedding"]["table"], "VD")[tokens_BT]
@@ -172,20 +172,20 @@ def _hidden_states(
     if (embed := _positions_embedding(model)) is not None:
         x_BTD = x_BTD + embed.apply({"params": params["positions"]}, context.positions_BT)
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
-    x_BTD = tapped(shard_activations(x_BTD, "BTD"), "embeddings")
+    x_BTD = apply_with_intermediates(shard_activations(x_BTD, "BTD"), "embeddings")
     of_blocks = None if slots is None else slots["blocks"]
     x_BTD, cache, signals, measured["blocks"] = _run_blocks(params["blocks"], x_BTD, model, context, cache, of_blocks)
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return tapped(x_BTD, "hidden"), cache, signals, measured
+    return apply_with_intermediates(x_BTD, "hidden"), cache, signals, measured
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:
     """logits_BTV in float32, from an output layer where there is one, else from the embedding table."""
     if "head" in params:
-        logits_BTV = readout(hidden_BTD, params["head"]["kernel"], "DV", model)
+        logits_BTV = unembed(hidden_BTD, params["head"]["kernel"], "DV", model)
     else:
-        logits_BTV = readout(hidden_BTD, params["embedding"]["table"], "VD", model)
+        logits_BTV = unembed(hidden_BTD, params["embedding"]["table"], "VD", model)
     return softcap(logits_BTV, model.final_logit_softcap) if is_on(model.final_logit_softcap) else logits_BTV
 
 
@@ -204,15 +204,15 @@ def _run_blocks(
     blocks: Params,
     x_BTD: jax.Array,
     model: ModelConfig,
-    context: Context,
+    context: BlockInputs,
     cache: Cache | None,
-    slots: intermediates.Slots | None,
-) -> tuple[jax.Array, Cache | None, Signals, intermediates.Measurements]:
+    slots: intermediates.GradSlots | None,
+) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
     """One scan over the repeats of the pattern, then the layers that are left. In lists, one follows the other.
 
     With no cache, and with no slots for taps, None rides along.
     """
-    every = {str(index): stack for index, stack in enumerate(stacks(model))}
+    every = {str(index): stack for index, stack in enumerate(layer_groups(model))}
     in_lists = is_unrolled(blocks)
     repeats = model.n_layers // model.period
     pattern_keys = list(every)[: model.period] if repeats else []
@@ -224,11 +224,11 @@ def _run_blocks(
         repeat: jax.Array | int,
         params: Params,
         cache: Cache | None,
-        slots: intermediates.Slots | None,
+        slots: intermediates.GradSlots | None,
     ) -> Any:
         written: Cache = {}
-        signals: dict[str, Signals] = {}
-        measured: intermediates.Measurements = {}
+        signals: dict[str, LayerMetrics] = {}
+        measured: intermediates.Intermediates = {}
         for key in keys:
             number = repeat * model.period + every[key].layers.start
             layer = context.fold_in(number)
@@ -242,12 +242,12 @@ def _run_blocks(
         return x_BTD, (None if cache is None else written, signals, measured)
 
     def pattern(
-        x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.Slots | None, jax.Array | int]
+        x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.GradSlots | None, jax.Array | int]
     ) -> Any:
         params, cache, slots, repeat = slices
         return run(x_BTD, pattern_keys, repeat, params, cache, slots)
 
-    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.Slots | None]) -> Any:
+    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.GradSlots | None]) -> Any:
         return run(x_BTD, left_keys, 0, *_of_repeat(slices, 0, in_lists))
 
     if model.remat != "none":
@@ -258,11 +258,11 @@ def _run_blocks(
     def of(tree: Any, keys: list[str]) -> Any:
         return None if tree is None else {key: tree[key] for key in keys}
 
-    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, intermediates.Slots | None]:
+    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, intermediates.GradSlots | None]:
         return of(blocks, keys), of(cache, keys), of(slots, keys)
 
-    signals: dict[str, Signals] = {}
-    measured: intermediates.Measurements = {}
+    signals: dict[str, LayerMetrics] = {}
+    measured: intermediates.Intermediates = {}
     written: Cache = {}
     if repeats:
         slices = slices_of(pattern_keys)
@@ -312,7 +312,7 @@ def _gathered(results: list[tuple[Any, Any, Any]], in_lists: bool) -> tuple[Any,
     return {key: [cache[key] for cache in caches] for key in caches[0]}, stacked(signals), stacked(measured)
 
 
-def _over_blocks(signals: dict[str, Signals]) -> Signals:
+def _over_blocks(signals: dict[str, LayerMetrics]) -> LayerMetrics:
     """Signals of the stacks, a number for each of their layers, as one number each."""
     names = dict.fromkeys(name for of_stack in signals.values() for name in of_stack)
     values = {
@@ -322,7 +322,7 @@ def _over_blocks(signals: dict[str, Signals]) -> Signals:
     return {name: jnp.sum(each) if name == AUX_LOSS else jnp.mean(each) for name, each in values.items()}
 
 
-def vocabulary(model: ModelConfig) -> int:
+def vocab_size(model: ModelConfig) -> int:
     """Rows of the embedding table. A model is complete only once its tokenizer is known."""
     assert model.vocab_size is not None, "config.model.vocab_size is set from the tokenizer before a model is made"
     return model.vocab_size

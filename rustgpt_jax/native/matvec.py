@@ -29,11 +29,11 @@ LIBRARY, DIGEST = "library.so", "sha256"
 MOST_SECONDS = 120
 
 
-class NotBuilt(Exception):
+class BuildError(Exception):
     """Why there is no library, in words that follow 'because'."""
 
 
-def built(source: Path) -> Path:
+def build_library(source: Path) -> Path:
     """The library of a source file, from the cache or compiled now, in a folder of its own.
 
     Any number of processes may build it at once: a folder comes whole to its place, or not at all, and a library that
@@ -51,7 +51,7 @@ def built(source: Path) -> Path:
                 (made / DIGEST).write_text(_digest(made / LIBRARY))
                 publish_folder(made, place, _is_sound)
     except OSError as error:
-        raise NotBuilt(f"{error.filename or source} cannot be used ({error.strerror})") from error
+        raise BuildError(f"{error.filename or source} cannot be used ({error.strerror})") from error
     return place / LIBRARY
 
 
@@ -70,7 +70,7 @@ def _compiler() -> str:
     own = os.environ.get("CXX")
     found = next((path for name in ([own] if own else COMPILERS) if (path := shutil.which(name))), None)
     if found is None:
-        raise NotBuilt(f"there is no C++ compiler ({own or ', '.join(COMPILERS)})")
+        raise BuildError(f"there is no C++ compiler ({own or ', '.join(COMPILERS)})")
     return found
 
 
@@ -99,10 +99,10 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS)
     except subprocess.TimeoutExpired:
-        raise NotBuilt(f"{compiler} took more than {MOST_SECONDS} seconds") from None
+        raise BuildError(f"{compiler} took more than {MOST_SECONDS} seconds") from None
     if done.returncode or not library.exists():
         said = next((line for line in done.stderr.splitlines() if "error" in line), "it gives no reason")
-        raise NotBuilt(f"{compiler} failed: {said.strip()}")
+        raise BuildError(f"{compiler} failed: {said.strip()}")
 
 
 SOURCE = Path(__file__).with_name("matvec.cc")
@@ -111,15 +111,15 @@ TYPES = ("float32", "bfloat16", "int8")
 
 
 @functools.cache
-def target() -> str | None:
+def ffi_target() -> str | None:
     """The name under which XLA finds the kernel in this process, compiled now if need be; None where it cannot be.
 
     Why it cannot is said once, on standard error.
     """
     try:
-        library = built(SOURCE)
+        library = build_library(SOURCE)
         handler = ctypes.CDLL(str(library)).MatVec
-    except (NotBuilt, OSError, AttributeError) as error:
+    except (BuildError, OSError, AttributeError) as error:
         print(f"The native kernel is not used, because {error}.", file=sys.stderr)
         return None
     # Programs in the cache of compiled ones name what they call: another kernel needs another name.
@@ -128,9 +128,12 @@ def target() -> str | None:
     return name
 
 
-def products(x_BI: jax.Array, weights_OI: jax.Array) -> jax.Array:
-    """y_BO = x W^T in float32, on a CPU, from weights of one of TYPES, summed in float32. `target` must have a name."""
-    name = target()
+def matvec(x_BI: jax.Array, weights_OI: jax.Array) -> jax.Array:
+    """y_BO = x W^T in float32 on a CPU, from weights of one of TYPES, summed in float32.
+
+    `ffi_target` must return a name.
+    """
+    name = ffi_target()
     assert name is not None, "the native kernel is called only where it is"
     shape = jax.ShapeDtypeStruct((x_BI.shape[0], weights_OI.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x_BI.astype(jnp.float32), weights_OI)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.transformer import vocabulary
+from rustgpt_jax.model.transformer import vocab_size
 from rustgpt_jax.reproduce.recorded_run import History, RecordedRun, Rewind
 
 LOSS, NORM = "train/loss", "train/gradient_norm"
@@ -39,7 +39,7 @@ class DivergenceThreshold(NamedTuple):
 
 def lost_above(past: RecordedRun, history: History) -> DivergenceThreshold:
     """The loss above which a run is lost, to judge by its vocabulary and its first recorded loss."""
-    n_tokens = vocabulary(past.inputs.full_config.model)
+    n_tokens = vocab_size(past.inputs.full_config.model)
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
     if first > math.log(n_tokens):
         return DivergenceThreshold(LOST_FACTOR * first, f"{LOST_FACTOR:g} times the first loss")

@@ -12,9 +12,9 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import cross_entropy_sums, total_loss
 from rustgpt_jax.fingerprints import fingerprint
 from rustgpt_jax.model import intermediates, transformer
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.hook_points import hook_points, slots
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.hook_points import grad_slots, hook_points
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
@@ -29,7 +29,7 @@ KINDS = (PARAMETER, ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, UPDATE)
 
 
 class StepIntermediates(NamedTuple):
-    """What a step looks like from inside. Measurements are as `intermediates.measured` has them.
+    """What a step looks like from inside. Measurements are as `intermediates.tensor_stats` has them.
 
     loss: mean over the learned tokens, in nats. losses_BT, weights_BT: of each token. gradient_norm: before clipping.
     activations, gradients: of the tensors at the sites, with the parts of the batch as the last axis but one.
@@ -40,8 +40,8 @@ class StepIntermediates(NamedTuple):
     losses_BT: jax.Array
     weights_BT: jax.Array
     gradient_norm: jax.Array
-    activations: intermediates.Measurements
-    gradients: intermediates.Measurements
+    activations: intermediates.Intermediates
+    gradients: intermediates.Intermediates
     parameter_gradients: Any
     updates: Any
 
@@ -54,11 +54,15 @@ def tapped_step(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     total_weight, parts = jnp.sum(batch.weights_BT), config.training.grad_accum_steps
     split_batch = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-    empty = slots(hook_points(config.model, *split_batch.tokens_BT.shape[1:]))
+    empty = grad_slots(hook_points(config.model, *split_batch.tokens_BT.shape[1:]))
 
-    def part_loss(params: Any, slots: intermediates.Slots, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        context = Context(part.positions_BT, part.segments_BT, key if is_on(config.model.dropout) else None)
-        logits_BTV, signals, measured = transformer.tapped(params, part.tokens_BT, config.model, context, slots)
+    def part_loss(
+        params: Any, grad_slots: intermediates.GradSlots, part: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        context = BlockInputs(part.positions_BT, part.segments_BT, key if is_on(config.model.dropout) else None)
+        logits_BTV, signals, measured = transformer.apply_with_intermediates(
+            params, part.tokens_BT, config.model, context, grad_slots
+        )
         sums, losses_BT = cross_entropy_sums(logits_BTV, part, signals)
         return total_loss(sums, total_weight, config.training.z_loss), (sums.loss, losses_BT, measured)
 
@@ -93,7 +97,7 @@ def tapped_step(
 
 compiled_tapped_step = jax.jit(tapped_step, static_argnums=0)
 # Of an array of layers. It is compiled once for each shape, not once for each parameter.
-compiled_measured_N = jax.jit(jax.vmap(intermediates.measured))
+compiled_measured_N = jax.jit(jax.vmap(intermediates.tensor_stats))
 
 
 # As they are read on the report.
@@ -131,10 +135,10 @@ def tensors(program: tuple[Structure, Numbers], params: transformer.Params, repo
     config = merge(*program)
     rows, length = report.weights_BT.shape
     every = hook_points(config.model, rows // config.training.grad_accum_steps, length)
-    layers = [stack.layers for stack in stacks(config.model)]
+    layers = [stack.layers for stack in layer_groups(config.model)]
     places = {site.name: place for place, site in enumerate(every)}
 
-    def at_sites(kind: str, measurements: intermediates.Measurements, order: int) -> list[Tensor]:
+    def at_sites(kind: str, measurements: intermediates.Intermediates, order: int) -> list[Tensor]:
         measurements, parts = jax.device_get(measurements), config.training.grad_accum_steps
         return [
             _tensor(kind, site.name, site.layer, site.site, parts * site.size, site.of(measurements))
@@ -185,7 +189,7 @@ def _after(parameter: str, places: dict[str, int]) -> float:
 
 def _tensor(kind: str, name: str, layer: int | None, site: str, size: int, parts: np.ndarray) -> Tensor:
     """A tensor from the measurements of its parts."""
-    read = intermediates.reading(parts)
+    read = intermediates.unpack_stats(parts)
     weights = 2 * np.arange(len(parts), dtype=np.uint32) + 1
     first, second = (int(np.sum(half * weights, dtype=np.uint32)) for half in read.digest)
     norm = float(np.sqrt(np.sum(np.square(read.norm.astype(np.float64)))))

@@ -11,7 +11,7 @@ import jax
 from rustgpt_jax.config.schema import Config, differences, split
 from rustgpt_jax.data.preprocess import fill_vocab_size, read_record
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.text_generator import Writer
+from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.hardware_specs import used_machine
@@ -33,7 +33,7 @@ class LoadedModel:
     run: RunDir
     config: Config
     step: int
-    writer: Writer
+    writer: TextGenerator
 
     def with_config(self, config: Config) -> "LoadedModel":
         """The same model with other knobs for sampling and data. Raises UserError for a knob of the model itself."""
@@ -74,7 +74,7 @@ def load(
         params, step = read_parameters(run.parameters_file, shapes), 0
     else:
         params, step = _restored(run, stored, config, which, says)
-    return LoadedModel(run, config, step, Writer(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
+    return LoadedModel(run, config, step, TextGenerator(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
 
 
 def _restored(

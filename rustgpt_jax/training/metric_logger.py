@@ -14,8 +14,8 @@ import numpy as np
 from rustgpt_jax.config.schema import Config, OptimizerConfig, Structure, split
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.evaluation.perplexity import evaluate
-from rustgpt_jax.inference.decode_params import form
-from rustgpt_jax.inference.text_generator import Writer, write
+from rustgpt_jax.inference.decode_params import weight_layout
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
@@ -223,9 +223,9 @@ class Recorder:
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return
-        author = Writer(params, self.config.model, self.tokenizer, self.data.is_dialogue)
-        author = author.shard_activations(form(self.config.sampling))
-        texts = write(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
+        author = TextGenerator(params, self.config.model, self.tokenizer, self.data.is_dialogue)
+        author = author.with_weight_layout(weight_layout(self.config.sampling))
+        texts = generate_text(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")

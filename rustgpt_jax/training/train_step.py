@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import Sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import Signals
+from rustgpt_jax.model.block_inputs import LayerMetrics
 from rustgpt_jax.sharding.partition_rules import constrained
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
@@ -105,7 +105,7 @@ class Metrics(NamedTuple):
     learned_tokens: jax.Array
     spikes: jax.Array
     faults: jax.Array
-    signals: Signals
+    signals: LayerMetrics
 
 
 def to_traced_scalars(numbers: dict[str, float]) -> Numbers:
@@ -233,7 +233,7 @@ def train_steps(
     return jax.lax.fori_loop(0, count, body, (offload_opt_state(structure, state), history))
 
 
-def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> Signals:
+def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
     """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
     shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).signals)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}

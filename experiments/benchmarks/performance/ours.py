@@ -29,8 +29,8 @@ from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, only_said, serve
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.decode_params import for_decoding, form
-from rustgpt_jax.inference.generate import Generation, begin, extend, stop_tokens
+from rustgpt_jax.inference.decode_params import for_decoding, weight_layout
+from rustgpt_jax.inference.generate import Generation, decode_steps, start_generation, stop_tokens
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.gguf import write_gguf
@@ -150,7 +150,7 @@ def weights(model: ModelConfig) -> transformer.Params:
 def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
     """Parameters as they lie for decoding in a type, by plain products or by the native kernel."""
     config = decoding_config(size, dtype, kernel)
-    model, wanted = for_inference(config.model), form(config.sampling)
+    model, wanted = for_inference(config.model), weight_layout(config.sampling)
     if wanted.kernel != kernel:
         raise UserError(f"There is no {kernel} kernel on this machine.")
     return for_decoding(weights(config.model), model, wanted), model
@@ -164,9 +164,9 @@ def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: i
 
     def turn() -> Reading:
         began = time.perf_counter()
-        generation = jax.block_until_ready(begin(params, prompts, model, new))
+        generation = jax.block_until_ready(start_generation(params, prompts, model, new))
         read = time.perf_counter()
-        extended = extend(params, generation, np.int32(new), (Greedy(),), key, stops, model=model)
+        extended = decode_steps(params, generation, np.int32(new), (Greedy(),), key, stops, model=model)
         jax.block_until_ready(extended.tokens_BS)
         return {"prompt": read - began, "token": (time.perf_counter() - read) / new}
 
@@ -189,12 +189,12 @@ def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> P
 
     def step(generation: Generation) -> tuple[Generation, float]:
         began = time.perf_counter()
-        after = extend(params, generation, np.int32(1), (Greedy(),), key, stops, model=model)
+        after = decode_steps(params, generation, np.int32(1), (Greedy(),), key, stops, model=model)
         jax.block_until_ready(after.tokens_BS)
         return after, time.perf_counter() - began
 
     def turn() -> Reading:
-        generation = begin(params, [[1] * prompt], model, model.context_length - prompt)
+        generation = start_generation(params, [[1] * prompt], model, model.context_length - prompt)
         for _ in range(8):
             generation, _ = step(generation)
         gc.collect()

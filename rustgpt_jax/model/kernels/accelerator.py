@@ -10,13 +10,13 @@ from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels.types import Kernel, Request, Task, current_device, whole_mask
+from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Kernel, current_device, whole_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def call_sharded_kernel(name: str, attend: Attend, task: Task) -> jax.Array:
+def call_sharded_kernel(name: str, attend: Attend, task: AttentionInputs) -> jax.Array:
     """mixed_BTKGC of a task, where there is a mesh on each device for its own rows and heads.
 
     Raises UserError once the program is batched by `jax.vmap`.
@@ -66,7 +66,7 @@ def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Arra
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
-def cudnn(task: Task) -> jax.Array:
+def cudnn(task: AttentionInputs) -> jax.Array:
     """mixed_BTKGC of a task."""
 
     def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ def cudnn(task: Task) -> jax.Array:
     return call_sharded_kernel("cudnn", attend, task)
 
 
-def cudnn_unsupported_reason(request: Request) -> str | None:
+def cudnn_unsupported_reason(request: AttentionSpec) -> str | None:
     """Why cuDNN cannot serve a request; None if it can."""
     platform, capability = request.device
     widest = 128 if capability and capability < HOPPER else 256
@@ -120,7 +120,7 @@ IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}
 LANES = 128
 
 
-def tokamax(task: Task) -> jax.Array:
+def tokamax(task: AttentionInputs) -> jax.Array:
     """mixed_BTKGC of a task."""
     library = importlib.import_module("tokamax")
     if not flags.FLAGS.is_parsed():  # It would read the command line of whatever program this is.
@@ -140,7 +140,7 @@ def tokamax(task: Task) -> jax.Array:
     return call_sharded_kernel("tokamax", rows if platform == "gpu" else row_by_row, task)
 
 
-def tokamax_unsupported_reason(request: Request) -> str | None:
+def tokamax_unsupported_reason(request: AttentionSpec) -> str | None:
     """Why tokamax cannot serve a request; None if it can."""
     platform = request.device.platform
     reasons = {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
 from rustgpt_jax.model.kernels.portable import BLOCKWISE, PLAIN, TRIANGULAR
-from rustgpt_jax.model.kernels.types import ANY_DEVICE, Device, Kernel, Request, current_device
+from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionSpec, Device, Kernel, current_device
 
 KERNELS: dict[str, Kernel] = {
     "plain": PLAIN,
@@ -30,7 +30,7 @@ FASTEST = {
 EVERYWHERE = ("plain", "portable", "triangular", "blockwise")
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """A kernel by its name in KERNELS, and why it was chosen, in words that follow 'because'."""
 
     kernel: str
@@ -42,7 +42,7 @@ def device_for(name: str, cached: bool) -> Device:
     return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
 
 
-def chosen(name: str, request: Request) -> Choice:
+def select_kernel(name: str, request: AttentionSpec) -> KernelChoice:
     """The kernel that serves a request where config.model.attention_kernel is `name`.
 
     auto: the fastest of the platform where it serves the request; then, like portable, blockwise for long rows, and
@@ -50,21 +50,21 @@ def chosen(name: str, request: Request) -> Choice:
     refuses.
     """
     if request.cached:
-        return Choice("plain", "tokens are cached")
+        return KernelChoice("plain", "tokens are cached")
     if name not in ("auto", "portable"):
-        if (reason := KERNELS[name].refuses(request)) is not None:
+        if (reason := KERNELS[name].unsupported_reason(request)) is not None:
             raise UserError(
                 f"config.model.attention_kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
             )
-        return Choice(name, "the config names it")
+        return KernelChoice(name, "the config names it")
     refusals = []
     fastest, lengths = FASTEST.get(request.device.platform or "", ("", range(0)))
     if name == "auto" and request.length in lengths:
-        if (reason := KERNELS[fastest].refuses(request)) is None:
-            return Choice(fastest, f"this is a {request.device.platform}")
+        if (reason := KERNELS[fastest].unsupported_reason(request)) is None:
+            return KernelChoice(fastest, f"this is a {request.device.platform}")
         refusals.append(f"{fastest} cannot be used: {reason}")
     if request.length >= LONG:
-        if (reason := BLOCKWISE.refuses(request)) is None:
-            return Choice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
+        if (reason := BLOCKWISE.unsupported_reason(request)) is None:
+            return KernelChoice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
         refusals.append(f"blockwise cannot be used: {reason}")
-    return Choice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")
+    return KernelChoice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import is_on
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import product_type, softcap
-from rustgpt_jax.model.kernels.types import Bias, Kernel, Request, Task, visible, whole_mask
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import accum_dtype, softcap
+from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Bias, Kernel, attention_mask, whole_mask
 
 
-def attended(
+def dot_product_attention(
     q_BTHC: jax.Array,
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
@@ -23,9 +23,7 @@ def attended(
     batch, length, n_heads, channels = q_BTHC.shape
     n_kv_heads = k_BKSC.shape[1]
     q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
-    scores_BKGTS = jnp.einsum(
-        "BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=product_type(q_BTKGC, k_BKSC)
-    )
+    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=accum_dtype(q_BTKGC, k_BKSC))
     scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
     att_BHTS = weights(scores_BHTS).astype(v_BKSC.dtype)
     # In the order of its factors: in another, XLA on CPUs would put the values into another order too.
@@ -53,7 +51,7 @@ def softmax_weights(
     return jax.nn.softmax(scores_BHTS, axis=-1)[..., : visible_BTS.shape[-1]]
 
 
-def plain(task: Task) -> jax.Array:
+def reference_attention(task: AttentionInputs) -> jax.Array:
     """mixed_BTKGC of a task."""
     positions = (task.context.positions_BT, task.context.positions_BT)
     visible_BTS = whole_mask(task)
@@ -62,10 +60,10 @@ def plain(task: Task) -> jax.Array:
         return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
 
     by_heads = (jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2))
-    return attended(task.q_BTHC, *by_heads, task.scale, weights)
+    return dot_product_attention(task.q_BTHC, *by_heads, task.scale, weights)
 
 
-PLAIN = Kernel(plain, lambda request: None)
+PLAIN = Kernel(reference_attention, lambda request: None)
 
 
 # Attention of one block of queries after another, in plain XLA: on every device, and never all scores at once.
@@ -74,7 +72,7 @@ PLAIN = Kernel(plain, lambda request: None)
 BLOCK = 512
 
 
-def blockwise(task: Task, block: int = BLOCK) -> jax.Array:
+def blockwise(task: AttentionInputs, block: int = BLOCK) -> jax.Array:
     """mixed_BTKGC of a task, exactly: a query has all its scores at once, and the backward pass makes them again.
 
     In memory are the scores of a block: B x H x block x S numbers, where S is the row, or block + window. But where
@@ -98,23 +96,23 @@ def blockwise(task: Task, block: int = BLOCK) -> jax.Array:
         def near(x_BS: jax.Array) -> jax.Array:
             return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
 
-        keys = Context(near(task.context.positions_BT), near(task.context.segments_BT))
+        keys = BlockInputs(near(task.context.positions_BT), near(task.context.segments_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
-        visible_BTS = visible(Context(positions_BT, segments_BT), order_T, keys, order_S, task.window)
+        visible_BTS = attention_mask(BlockInputs(positions_BT, segments_BT), order_T, keys, order_S, task.window)
         positions = (positions_BT, keys.positions_BT)
 
         def weights(scores_BHTS: jax.Array) -> jax.Array:
             return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
 
         by_heads = (jnp.swapaxes(near(task.k_BSKC), 1, 2), jnp.swapaxes(near(task.v_BSKC), 1, 2))
-        return attended(q_BTHC, *by_heads, task.scale, weights)
+        return dot_product_attention(q_BTHC, *by_heads, task.scale, weights)
 
     queries = (task.q_BTHC, task.context.positions_BT, task.context.segments_BT)
     mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
 
 
-def portable_unsupported_reason(request: Request) -> str | None:
+def portable_unsupported_reason(request: AttentionSpec) -> str | None:
     """Why blockwise attention cannot serve a request; None if it can."""
     if request.cached:
         return "it reads no cache"
@@ -132,7 +130,7 @@ BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
 N_BLOCKS = 4
 
 
-def triangular(task: Task, n_blocks: int = N_BLOCKS) -> jax.Array:
+def triangular(task: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
     """mixed_BTKGC of a task, exactly. In memory are the scores of the keys that each block reads."""
     length = task.q_BTHC.shape[1]
     k_BKSC, v_BKSC = jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2)
@@ -140,22 +138,22 @@ def triangular(task: Task, n_blocks: int = N_BLOCKS) -> jax.Array:
     def attend(start: int, stop: int) -> jax.Array:
         first = 0 if task.window is None else max(0, start + 1 - task.window)
         queries, keys = _part(task.context, start, stop), _part(task.context, first, stop)
-        visible_BTS = visible(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), task.window)
+        visible_BTS = attention_mask(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), task.window)
         positions = (queries.positions_BT, keys.positions_BT)
 
         def weights(scores_BHTS: jax.Array) -> jax.Array:
             return softmax_weights(scores_BHTS, visible_BTS, positions, task.softcap, task.bias, task.sinks_H)
 
         near = (k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop])
-        return attended(task.q_BTHC[:, start:stop], *near, task.scale, weights)
+        return dot_product_attention(task.q_BTHC[:, start:stop], *near, task.scale, weights)
 
     block = -(-length // n_blocks)
     starts = range(0, length, block)
     return jnp.concatenate([attend(start, min(start + block, length)) for start in starts], axis=1)
 
 
-def _part(context: Context, start: int, stop: int) -> Context:
-    return Context(context.positions_BT[:, start:stop], context.segments_BT[:, start:stop])
+def _part(context: BlockInputs, start: int, stop: int) -> BlockInputs:
+    return BlockInputs(context.positions_BT[:, start:stop], context.segments_BT[:, start:stop])
 
 
 TRIANGULAR = Kernel(triangular, portable_unsupported_reason)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.block_inputs import Context
+from rustgpt_jax.model.block_inputs import BlockInputs
 
 Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -42,7 +42,7 @@ def current_device() -> Device:
     return Device("gpu", (int(major), int(minor))) if major.isdigit() and minor.isdigit() else Device("rocm")
 
 
-class Request(NamedTuple):
+class AttentionSpec(NamedTuple):
     """All that decides whether a kernel can serve attention.
 
     length: T, the tokens of a row. n_heads, n_kv_heads: H and K. head_width, value_width: channels of queries and keys,
@@ -64,7 +64,7 @@ class Request(NamedTuple):
     cached: bool
 
 
-class Task(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a kernel computes from. Query head h reads the keys and values of head h // G, where G is H / K.
 
     context: positions and documents of the tokens, which are queries and keys alike. A token sees itself and the
@@ -76,7 +76,7 @@ class Task(NamedTuple):
     q_BTHC: jax.Array
     k_BSKC: jax.Array
     v_BSKC: jax.Array
-    context: Context
+    context: BlockInputs
     window: int | None
     scale: float
     softcap: Any = 0.0
@@ -85,17 +85,22 @@ class Task(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """attend: mixed_BTKGC of a task. refuses: why it cannot serve a request, in words that follow 'because'; or None.
+    """An implementation of attention.
+
+    attend: mixed_BTKGC of a task. unsupported_reason: why it cannot serve a request, as a clause that follows
+    'because'; None if it can.
 
     `mixed_BTKGC` are the values that each query takes on average: heads h = k G + g in groups of G, in the type of the
     values.
     """
 
-    attend: Callable[[Task], jax.Array]
-    refuses: Callable[[Request], str | None]
+    attend: Callable[[AttentionInputs], jax.Array]
+    unsupported_reason: Callable[[AttentionSpec], str | None]
 
 
-def visible(queries: Context, order_T: jax.Array, keys: Context, order_S: jax.Array, window: int | None) -> jax.Array:
+def attention_mask(
+    queries: BlockInputs, order_T: jax.Array, keys: BlockInputs, order_S: jax.Array, window: int | None
+) -> jax.Array:
     """visible_BTS: which tokens see which, from their places in a row and what a context says of them."""
     earlier_TS = order_T[:, None] >= order_S[None, :]
     visible_BTS = earlier_TS[None] & (queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :])
@@ -104,7 +109,7 @@ def visible(queries: Context, order_T: jax.Array, keys: Context, order_S: jax.Ar
     return visible_BTS & (keys.positions_BT[:, None, :] > queries.positions_BT[:, :, None] - window)
 
 
-def whole_mask(task: Task) -> jax.Array:
+def whole_mask(task: AttentionInputs) -> jax.Array:
     """visible_BTS of a whole task."""
     order_T = jnp.arange(task.q_BTHC.shape[1])
-    return visible(task.context, order_T, task.context, order_T, task.window)
+    return attention_mask(task.context, order_T, task.context, order_T, task.window)

@@ -13,11 +13,11 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import widened
-from rustgpt_jax.model.kernels.dispatch import KERNELS, Choice, chosen
-from rustgpt_jax.model.kernels.types import Device, Task, current_device
-from rustgpt_jax.model.layer_groups import stacks
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import to_float32
+from rustgpt_jax.model.kernels.dispatch import KERNELS, KernelChoice, select_kernel
+from rustgpt_jax.model.kernels.types import AttentionInputs, Device, current_device
+from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.registry import choose
 
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
     """
 
     mixer: str
-    choice: Choice
+    choice: KernelChoice
     difference: float | None
 
     @property
@@ -45,14 +45,14 @@ class Finding(NamedTuple):
         return text if self.difference is None else f"{text} (differs from the reference by {self.difference:.0e})"
 
 
-def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[str, Choice]:
+def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[str, KernelChoice]:
     """The kernel that serves each mixer with attention when rows of `length` tokens are trained on, by mixer.
 
     Starts no JAX if the device is given. Raises UserError for a kernel asked for by name that cannot serve all.
     """
     dropout = is_on(model.dropout)
     return {
-        name: chosen(model.attention_kernel, mixer.request(block, length, device, dropout))
+        name: select_kernel(model.attention_kernel, mixer.request(block, length, device, dropout))
         for name, (mixer, block) in _attention_blocks(model).items()
     }
 
@@ -79,7 +79,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
     return findings
 
 
-def largest_difference(kernel: str, task: Task, cotangent_BTHC: jax.Array) -> float:
+def largest_difference(kernel: str, task: AttentionInputs, cotangent_BTHC: jax.Array) -> float:
     """How far the values and gradients of a kernel are from those of `plain` in float32, for a cotangent of the values.
 
     Of each array, the largest difference as a share of the largest magnitude; of these the largest, NaN if one is NaN.
@@ -103,7 +103,7 @@ def largest_difference(kernel: str, task: Task, cotangent_BTHC: jax.Array) -> fl
         with jax.default_matmul_precision("highest" if is_wide else None):
             return [np.asarray(array, np.float64) for array in jax.jit(both)(arrays, cotangent_BTHC)]
 
-    expected = computed("plain", tuple(map(widened, arrays)), widened(cotangent_BTHC))
+    expected = computed("plain", tuple(map(to_float32, arrays)), to_float32(cotangent_BTHC))
     pairs = zip(computed(kernel, arrays, cotangent_BTHC), expected, strict=True)
     return float(np.max([np.max(np.abs(got - right)) / np.max(np.abs(right)) for got, right in pairs]))
 
@@ -111,7 +111,7 @@ def largest_difference(kernel: str, task: Task, cotangent_BTHC: jax.Array) -> fl
 def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
     """The mixers with attention and the configs of their blocks, one for each kind of block."""
     found: dict[tuple[str, str], tuple[Any, ModelConfig]] = {}
-    for stack in stacks(model):
+    for stack in layer_groups(model):
         (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
         mixer = choose(MIXERS, mixer_name, "config.model.mixers")
         if hasattr(mixer, "request"):
@@ -122,7 +122,7 @@ def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
     }
 
 
-def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[Task, jax.Array]:
+def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionInputs, jax.Array]:
     """Random arrays as a block of a model has them, and a cotangent of what a kernel gives for them.
 
     A row is one document, the other has two and padding, whose cotangent is 0. A window is short, so that tokens leave
@@ -148,7 +148,7 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[Task, jax.
     segments_BT, positions_BT = np.ones((2, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (2, 1))
     segments_BT[1, first:end], segments_BT[1, end:] = 2, 0
     positions_BT[1, first:] -= first
-    context = Context(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
+    context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     sinks_H = jnp.asarray(rng.standard_normal(asked.n_heads), jnp.float32) if asked.sinks else None
     queries, keys = random(asked.n_heads, asked.head_width), random(asked.n_kv_heads, asked.head_width)
     values = random(asked.n_kv_heads, asked.value_width)

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_on
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import Context, dropout
-from rustgpt_jax.model.intermediates import Tap
-from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
-from rustgpt_jax.model.kernels.portable import attended, softmax_weights
-from rustgpt_jax.model.kernels.types import Bias, Device, Request, Task
+from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.kernels.dispatch import KERNELS, device_for, select_kernel
+from rustgpt_jax.model.kernels.portable import dot_product_attention, softmax_weights
+from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Bias, Device
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.kv_cache import Ring, Window, cached_window, causal_window
+from rustgpt_jax.model.mixers.kv_cache import AttentionContext, KVCache, cached_window, causal_window
 from rustgpt_jax.model.norms import NORMS, norm_parameters
-from rustgpt_jax.model.positions import POSITIONS, PositionScheme
+from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
 from rustgpt_jax.registry import choose
 
 
@@ -32,21 +32,21 @@ class Attention(nn.Module):
         return None
 
     @classmethod
-    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
         """Room for the keys and values of `length` tokens a row, or of the window where that is less."""
         slots = min(length, cls.window(config) or length)
         empty = jnp.zeros((batch, config.n_kv_heads or config.n_heads, slots, config.head_width), config.dtype)
-        return Ring((empty, empty))
+        return KVCache((empty, empty))
 
     @classmethod
-    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
+    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> AttentionSpec:
         """What a layer asks of a kernel for rows of `length` tokens without a cache."""
         return attention_spec(config, config.n_kv_heads or config.n_heads, config.head_width, length, device, dropout)
 
     @classmethod
     def task(
-        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
-    ) -> Task:
+        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: BlockInputs, sinks_H: jax.Array | None
+    ) -> AttentionInputs:
         """What a kernel computes for a layer from queries, keys and values."""
         return attention_inputs(config, arrays, context, cls.window(config), sinks_H)
 
@@ -62,11 +62,13 @@ class Attention(nn.Module):
         return projections + norms + config.n_heads * config.attention_sinks
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:
+    def __call__(
+        self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         n_heads, n_kv_heads, channels = config.n_heads, config.n_kv_heads or config.n_heads, config.head_width
         batch, length = x_BTD.shape[:2]
-        scheme = get_position_scheme(config)
+        scheme = get_position_encoding(config)
 
         def heads(name: str, count: int) -> jax.Array:
             linear = Linear(config, count * channels, has_bias=config.has_qkv_bias, name=name)
@@ -94,13 +96,13 @@ class Attention(nn.Module):
         cached = cache is not None or self.is_initializing()
         device = device_for(config.attention_kernel, cached)
         request = self.request(config, length, device, context.dropout_key is not None)
-        kernel, _ = chosen(config.attention_kernel, request._replace(cached=cached))
+        kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=cached))
         if kernel == "plain":
             by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
             seen, cache = window_of(cache, by_heads, context, self.window(config))
             weights = partial(attention_weights, seen=seen, sinks_H=sinks_H, context=context, config=config)
             k_BKSC, v_BKSC = seen.keys
-            mixed_BTKGC = attended(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
+            mixed_BTKGC = dot_product_attention(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
         else:
             mixed_BTKGC = KERNELS[kernel].attend(self.task(config, (q_BTHC, k_BTKC, v_BTKC), context, sinks_H))
         output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
@@ -116,24 +118,24 @@ class LocalAttention(Attention):
         return config.local_window
 
 
-def get_position_scheme(config: ModelConfig) -> PositionScheme:
+def get_position_encoding(config: ModelConfig) -> PositionEncoding:
     """How the block of `config` learns positions."""
     (name,) = config.positions
     return choose(POSITIONS, name, "config.model.positions")
 
 
 def window_of(
-    cache: Ring | None, new: tuple[jax.Array, ...], context: Context, window: int | None
-) -> tuple[Window, Ring | None]:
+    cache: KVCache | None, new: tuple[jax.Array, ...], context: BlockInputs, window: int | None
+) -> tuple[AttentionContext, KVCache | None]:
     """The keys that the tokens of a call see, `new` among them, and the cache after it."""
     return (causal_window(new, context, window), None) if cache is None else cached_window(cache, new, context, window)
 
 
 def attention_weights(
-    scores_BHTS: jax.Array, seen: Window, sinks_H: jax.Array | None, context: Context, config: ModelConfig
+    scores_BHTS: jax.Array, seen: AttentionContext, sinks_H: jax.Array | None, context: BlockInputs, config: ModelConfig
 ) -> jax.Array:
     """Scaled scores through soft-cap, bias of distance, mask, softmax (with sinks, where there are any) and dropout."""
-    scores_BHTS = Tap(name="scores")(scores_BHTS)
+    scores_BHTS = Probe(name="scores")(scores_BHTS)
     positions = (context.positions_BT, seen.positions_BS)
     att_BHTS = softmax_weights(
         scores_BHTS, seen.visible_BTS, positions, config.attn_logit_softcap, positional_bias(config), sinks_H
@@ -143,7 +145,7 @@ def attention_weights(
 
 def positional_bias(config: ModelConfig) -> Bias | None:
     """What the position scheme of the block adds to scores, as a function of the positions of queries and keys."""
-    bias = get_position_scheme(config).bias
+    bias = get_position_encoding(config).bias
     return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
 
 
@@ -154,9 +156,9 @@ def attention_scale(config: ModelConfig, channels: int) -> float:
 
 def attention_spec(
     config: ModelConfig, n_kv_heads: int, key_width: int, length: int, device: Device, dropout: bool
-) -> Request:
+) -> AttentionSpec:
     """What a block asks of a kernel, without a cache. `key_width`: the channels of queries and keys."""
-    return Request(
+    return AttentionSpec(
         device=device,
         dtype=config.dtype,
         length=length,
@@ -165,7 +167,7 @@ def attention_spec(
         head_width=key_width,
         value_width=config.head_width,
         softcap=is_on(config.attn_logit_softcap),
-        bias=get_position_scheme(config).bias is not None,
+        bias=get_position_encoding(config).bias is not None,
         sinks=config.attention_sinks,
         dropout=dropout,
         cached=False,
@@ -175,13 +177,13 @@ def attention_spec(
 def attention_inputs(
     config: ModelConfig,
     arrays: tuple[jax.Array, ...],
-    context: Context,
+    context: BlockInputs,
     window: int | None,
     sinks_H: jax.Array | None,
-) -> Task:
+) -> AttentionInputs:
     """What a kernel computes for a block from queries, keys and values, each B x T x heads x channels."""
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
-    return Task(
+    return AttentionInputs(
         q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attn_logit_softcap, positional_bias(config), sinks_H
     )

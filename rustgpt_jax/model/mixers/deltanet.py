@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
 from rustgpt_jax.model.norms import NORMS, norm_parameters
@@ -126,7 +126,7 @@ class GatedDeltaNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: DeltaCache | None
+        self, x_BTD: jax.Array, context: BlockInputs, cache: DeltaCache | None
     ) -> tuple[jax.Array, DeltaCache | None]:
         config, n_heads, channels = self.config, self.config.n_heads, self.config.head_width
         batch, length = x_BTD.shape[:2]
@@ -136,20 +136,20 @@ class GatedDeltaNet(nn.Module):
             x_BTR = Linear(config, n_heads * channels, has_bias=config.has_qkv_bias, name=name)(x_BTD)
             convolution = ShortConvolution(config, n_heads * channels, name=f"{name}_convolution")
             x_BTR, histories[name] = convolution(x_BTR, context, histories[name])
-            return widened(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)
+            return to_float32(jax.nn.silu(x_BTR)).reshape(batch, length, n_heads, channels)
 
         q_BTHC, k_BTHC, v_BTHE = (heads(name) for name in STREAMS)
         is_token_BT1 = (context.segments_BT > 0)[..., None]
         rate_H = jnp.exp(self.param("decay_rate", initial_decay_rate, (n_heads,)))
         bias_H = self.param("decay_bias", initial_decay_bias, (n_heads,))
-        forget_BTH = widened(Linear(config, n_heads, has_bias=False, name="forget")(x_BTD)) + bias_H[None, None]
+        forget_BTH = to_float32(Linear(config, n_heads, has_bias=False, name="forget")(x_BTD)) + bias_H[None, None]
         g_BTH = jnp.where(is_token_BT1, -rate_H[None, None] * jax.nn.softplus(forget_BTH), 0)
-        write_BTH = widened(Linear(config, n_heads, name="write")(x_BTD))
+        write_BTH = to_float32(Linear(config, n_heads, name="write")(x_BTD))
         beta_BTH = jnp.where(is_token_BT1, jax.nn.sigmoid(write_BTH), 0)
 
         o_BTHE, state_BHCE = gated_delta_rule(
-            unit(q_BTHC, config.norm_eps) / channels**0.5,
-            unit(k_BTHC, config.norm_eps),
+            l2_normalize(q_BTHC, config.norm_eps) / channels**0.5,
+            l2_normalize(k_BTHC, config.norm_eps),
             v_BTHE,
             beta_BTH,
             g_BTH,
@@ -163,7 +163,7 @@ class GatedDeltaNet(nn.Module):
         return y_BTD, None if cache is None else DeltaCache(state_BHCE, histories)
 
 
-def unit(x: jax.Array, epsilon: Any) -> jax.Array:
+def l2_normalize(x: jax.Array, epsilon: Any) -> jax.Array:
     """x divided by its length along the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.kernels.types import current_device
 
 
-class Ring(NamedTuple):
+class KVCache(NamedTuple):
     """Arrays (B, S, ...), or (B, K, S, C) with heads: the token at position p is in slot p modulo the slots S.
 
     A ring with a slot for each position of a row never wraps; one of a sliding window forgets what the window left.
@@ -26,13 +26,13 @@ class Ring(NamedTuple):
         first = jax.tree.leaves(self.kept)[0]
         return first.shape[_tokens_axis(first)]
 
-    def write(self, new: Any, context: Context) -> "Ring":
+    def write(self, new: Any, context: BlockInputs) -> "KVCache":
         """The ring with the tokens of a call in their slots: the last ones, where there are more than slots."""
         is_new_BT = context.positions_BT > _last_position(context)[:, None] - self.slots
         stays_BT = (context.segments_BT > 0) & is_new_BT
         # No slot has the number `slots`: what is written there is dropped.
         slots_BT = jnp.where(stays_BT, context.positions_BT % self.slots, self.slots)
-        return Ring(jax.tree.map(partial(_with_tokens, slots_BT=slots_BT), self.kept, new))
+        return KVCache(jax.tree.map(partial(_with_tokens, slots_BT=slots_BT), self.kept, new))
 
     def positions(self, newest_B: jax.Array) -> jax.Array:
         """positions_BS of the tokens in the slots, when the newest is at position newest_B; below 0: no token yet."""
@@ -49,12 +49,12 @@ def cast_for_decode(cache: Any) -> Any:
         return cache
 
     def wide(cache: Any) -> Any:
-        return jax.tree.map(widened, cache) if isinstance(cache, Ring) else cache
+        return jax.tree.map(to_float32, cache) if isinstance(cache, KVCache) else cache
 
-    return jax.tree.map(wide, cache, is_leaf=lambda each: isinstance(each, Ring))
+    return jax.tree.map(wide, cache, is_leaf=lambda each: isinstance(each, KVCache))
 
 
-class Window(NamedTuple):
+class AttentionContext(NamedTuple):
     """The keys of a call: their arrays as in a ring, their positions, and which queries see which."""
 
     keys: Any
@@ -62,15 +62,19 @@ class Window(NamedTuple):
     visible_BTS: jax.Array
 
 
-def causal_window(new: Any, context: Context, window: int | None = None) -> Window:
+def causal_window(new: Any, context: BlockInputs, window: int | None = None) -> AttentionContext:
     """A token sees itself and the earlier tokens of its own document, of the last `window` positions."""
     order_T = jnp.arange(context.segments_BT.shape[1])
     earlier_TS = order_T[:, None] >= order_T[None, :]
     same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
-    return Window(new, context.positions_BT, earlier_TS[None] & same_BTS & _near(context, context.positions_BT, window))
+    return AttentionContext(
+        new, context.positions_BT, earlier_TS[None] & same_BTS & _near(context, context.positions_BT, window)
+    )
 
 
-def cached_window(ring: Ring, new: Any, context: Context, window: int | None = None) -> tuple[Window, Ring]:
+def cached_window(
+    ring: KVCache, new: Any, context: BlockInputs, window: int | None = None
+) -> tuple[AttentionContext, KVCache]:
     """A token sees the cached tokens and those of this call up to its own position, of the last `window` positions.
 
     The ring is returned with the new tokens in it.
@@ -80,13 +84,13 @@ def cached_window(ring: Ring, new: Any, context: Context, window: int | None = N
         # What the new tokens take the place of, no query of this call sees.
         positions_BS = after.positions(_last_position(context))
         visible_BTS = _up_to(context, positions_BS) & _near(context, positions_BS, window)
-        return Window(after.kept, positions_BS, visible_BTS), after
+        return AttentionContext(after.kept, positions_BS, visible_BTS), after
     before_BS = ring.positions(context.positions_BT[:, 0] - 1)
     old_BTS = _up_to(context, before_BS) & _near(context, before_BS, window)
     own = causal_window(new, context, window)
     keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], _tokens_axis(kept)), ring.kept, new)
     positions_BS = jnp.concatenate([before_BS, own.positions_BS], axis=1)
-    return Window(keys, positions_BS, jnp.concatenate([old_BTS, own.visible_BTS], axis=2)), after
+    return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, own.visible_BTS], axis=2)), after
 
 
 def _tokens_axis(x: jax.Array) -> int:
@@ -103,17 +107,17 @@ def _with_tokens(kept: jax.Array, now: jax.Array, slots_BT: jax.Array) -> jax.Ar
     return _with_tokens(flat, now.reshape(len(flat), *now.shape[2:]), slots_BT).reshape(kept.shape)
 
 
-def _last_position(context: Context) -> jax.Array:
+def _last_position(context: BlockInputs) -> jax.Array:
     """Of the tokens in each row. A row of padding has that of its first place, so that it sees something."""
     is_token_BT = context.segments_BT > 0
     return jnp.max(jnp.where(is_token_BT, context.positions_BT, context.positions_BT[:, :1]), axis=1)
 
 
-def _up_to(context: Context, positions_BS: jax.Array) -> jax.Array:
+def _up_to(context: BlockInputs, positions_BS: jax.Array) -> jax.Array:
     return (positions_BS[:, None, :] >= 0) & (positions_BS[:, None, :] <= context.positions_BT[:, :, None])
 
 
-def _near(context: Context, positions_BS: jax.Array, window: int | None) -> jax.Array:
+def _near(context: BlockInputs, positions_BS: jax.Array, window: int | None) -> jax.Array:
     if window is None:
         return jnp.ones((), bool)[None, None, None]
     return positions_BS[:, None, :] > context.positions_BT[:, :, None] - window

@@ -5,20 +5,20 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import product_type
-from rustgpt_jax.model.kernels.dispatch import KERNELS, chosen, device_for
-from rustgpt_jax.model.kernels.types import Device, Request, Task
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import accum_dtype
+from rustgpt_jax.model.kernels.dispatch import KERNELS, device_for, select_kernel
+from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Device
 from rustgpt_jax.model.linear import Linear, normal_init
 from rustgpt_jax.model.mixers.attention import (
     attention_inputs,
     attention_scale,
     attention_spec,
     attention_weights,
-    get_position_scheme,
+    get_position_encoding,
     window_of,
 )
-from rustgpt_jax.model.mixers.kv_cache import Ring
+from rustgpt_jax.model.mixers.kv_cache import KVCache
 from rustgpt_jax.model.norms import NORMS, norm_parameters
 from rustgpt_jax.registry import choose
 
@@ -44,20 +44,20 @@ class LatentAttention(nn.Module):
         return config.kv_lora_rank or 4 * config.head_width, config.qk_rope_head_dim or half_to_even
 
     @classmethod
-    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> Ring:
+    def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
         """Room for the latents and shared keys of `length` tokens a row."""
-        return Ring(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
+        return KVCache(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
 
     @classmethod
-    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> Request:
+    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> AttentionSpec:
         """What a layer asks of a kernel for rows of `length` tokens without a cache."""
         key_width = config.head_width + cls.widths(config)[1]
         return attention_spec(config, config.n_heads, key_width, length, device, dropout)
 
     @classmethod
     def task(
-        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: Context, sinks_H: jax.Array | None
-    ) -> Task:
+        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: BlockInputs, sinks_H: jax.Array | None
+    ) -> AttentionInputs:
         """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
         return attention_inputs(config, arrays, context, None, sinks_H)
 
@@ -74,10 +74,12 @@ class LatentAttention(nn.Module):
         return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: Ring | None) -> tuple[jax.Array, Ring | None]:
+    def __call__(
+        self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         n_heads, channels, (kv_lora_rank, shared_width) = config.n_heads, config.head_width, self.widths(config)
-        rotate = get_position_scheme(config).rotate
+        rotate = get_position_encoding(config).rotate
 
         def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
             return Linear(config, features, has_bias=config.has_qkv_bias, name=name)(x_BTD)
@@ -98,7 +100,7 @@ class LatentAttention(nn.Module):
         is_plain = is_cached or self.is_initializing()
         device = device_for(config.attention_kernel, is_plain)
         request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
-        kernel, _ = chosen(config.attention_kernel, request._replace(cached=is_plain))
+        kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=is_plain))
         seen, cache = window_of(cache, (latent("latent", kv_lora_rank), shared_BTE), context, None)
         latent_BSR, shared_BSE = seen.keys
 
@@ -142,4 +144,4 @@ class HeadKernel(nn.Module):
 
 
 def _scores(product: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    return jnp.einsum(product, queries, keys, preferred_element_type=product_type(queries, keys))
+    return jnp.einsum(product, queries, keys, preferred_element_type=accum_dtype(queries, keys))

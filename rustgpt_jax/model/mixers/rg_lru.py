@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels, normal_init
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_starts
 
 # The constant c of the paper: how far a gate that is open carries the decay.
-SHARPNESS = 8.0
+LRU_C = 8.0
 
 
 class RecurrentCache(NamedTuple):
@@ -60,7 +60,7 @@ class RecurrentGatedLRU(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None
+        self, x_BTD: jax.Array, context: BlockInputs, cache: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache | None]:
         config, width = self.config, self.width(self.config)
         gate_BTR = jax.nn.gelu(Linear(config, width, name="gate")(x_BTD))
@@ -69,15 +69,15 @@ class RecurrentGatedLRU(nn.Module):
         x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), context, history)
 
         gate = Linear if config.recurrent_blocks is None else BlockDiagonalLinear
-        r_BTR = jax.nn.sigmoid(widened(gate(config, width, name="recurrence_gate")(x_BTR)))
-        i_BTR = jax.nn.sigmoid(widened(gate(config, width, name="input_gate")(x_BTR)))
+        r_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="recurrence_gate")(x_BTR)))
+        i_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="input_gate")(x_BTR)))
         rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
-        log_a_BTR = -SHARPNESS * rate_R[None, None] * r_BTR
+        log_a_BTR = -LRU_C * rate_R[None, None] * r_BTR
         # A floor that is no rounding error, for the slope of the root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
         if not config.scale_first_token:
             variance_BTR = jnp.where(context.positions_BT[..., None] == 0, 1, variance_BTR)
-        new_BTR = jnp.sqrt(variance_BTR) * i_BTR * widened(x_BTR)
+        new_BTR = jnp.sqrt(variance_BTR) * i_BTR * to_float32(x_BTR)
 
         is_token_BT1, starts_BT1 = (context.segments_BT > 0)[..., None], document_starts(context)[..., None]
         kept_BTR = jnp.where(is_token_BT1, jnp.where(starts_BT1, 0, jnp.exp(log_a_BTR)), 1)
@@ -124,4 +124,4 @@ def linear_recurrence(a_BTR: jax.Array, b_BTR: jax.Array, state_BR: jax.Array | 
 def initial_decay_rate(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Lambda for which a_t, where r_t is 1, is uniform between 0.9 and 0.999."""
     decay = jax.random.uniform(key, shape, dtype, 0.9, 0.999)
-    return jnp.log(jnp.expm1(-jnp.log(decay) / SHARPNESS))
+    return jnp.log(jnp.expm1(-jnp.log(decay) / LRU_C))

@@ -5,18 +5,18 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import Context
-from rustgpt_jax.model.dtypes import widened
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import broadcast_channels, normal_init
 
 
-def document_starts(context: Context) -> jax.Array:
+def document_starts(context: BlockInputs) -> jax.Array:
     """Whether a token begins a document within the row (B, T). The first token of a row may continue a cached one."""
     before, now = context.segments_BT[:, :-1], context.segments_BT[:, 1:]
     return jnp.pad((now != before) & (now > 0), ((0, 0), (1, 0)))
 
 
-def document_numbers(context: Context) -> jax.Array:
+def document_numbers(context: BlockInputs) -> jax.Array:
     """document_BT: the document of each token, the first one of a row being 0. Padding goes with what is before it."""
     return jnp.cumsum(document_starts(context), axis=1)
 
@@ -38,7 +38,7 @@ class ShortConvolution(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTR: jax.Array, context: Context, history: jax.Array | None
+        self, x_BTR: jax.Array, context: BlockInputs, history: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """y_BTR, and the last conv_width - 1 tokens of each row, padding left out (None where there was no history)."""
         width, (batch, length, _) = self.config.conv_width, x_BTR.shape
@@ -51,7 +51,7 @@ class ShortConvolution(nn.Module):
         def weighted(row: int) -> jax.Array:
             tokens = slice(row, row + length)
             is_same_BT1 = (document_BS[:, tokens] == document_BT)[..., None]
-            return jnp.where(is_same_BT1, widened(all_BSR[:, tokens]) * kernel_WR[row][None, None], 0)
+            return jnp.where(is_same_BT1, to_float32(all_BSR[:, tokens]) * kernel_WR[row][None, None], 0)
 
         y_BTR = sum((weighted(row) for row in range(1, width)), start=weighted(0))
         if self.config.bias:
