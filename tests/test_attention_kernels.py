@@ -296,7 +296,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -
 
 def test_tokamax_is_lowered_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tokamax", reason="tokamax is not installed")
-    base = "accelerator._src.ops.attention.pallas_mosaic_tpu"
+    base = "tokamax._src.ops.attention.pallas_mosaic_tpu"
     for module, name in ((base, "PallasMosaicTpuFlashAttention"), (f"{base}_vjp", "PallasMosaicTpuFlashAttentionVjp")):
         monkeypatch.setattr(getattr(importlib.import_module(module), name), "supported_on", lambda *_: True)
     monkeypatch.setattr(accelerator, "current_device", lambda: Device("tpu"))

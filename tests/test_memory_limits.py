@@ -144,12 +144,12 @@ def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
 def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = free_memory()
     statistics = "anon 5\ninactive_file 20000\nactive_file 30000\n"
-    group = {"memory_estimate.max": "1000000", "memory_estimate.current": "300000", "memory_estimate.stat": statistics}
+    group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": statistics}
     for name, text in group.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(machines, "CONTROL_GROUP", tmp_path)
     assert free_memory() == 750_000
-    (tmp_path / "memory_estimate.max").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert 0.5 * before < free_memory() < 2 * before
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
     assert free_memory() == 0

@@ -58,7 +58,7 @@ def test_values_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path)
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    json.loads((tmp_path / "metric_writer.jsonl").read_text(), parse_constant=refuse)
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     (line,) = read_metrics(tmp_path)
     assert math.isnan(line["a"]) and (line["b"], line["c"]) == (math.inf, -math.inf)
     assert math.isnan(
@@ -69,12 +69,12 @@ def test_values_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path)
 def test_a_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path) -> None:
     record(tmp_path / "whole", 0, range(10))
     record(tmp_path / "killed", 0, range(8))
-    with open(tmp_path / "killed" / "metric_writer.jsonl", "a") as file:
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "train/lo')
     record(tmp_path / "killed", 5, range(6, 10))
-    whole, killed = ((tmp_path / name / "metric_writer.jsonl").read_bytes() for name in ("whole", "killed"))
+    whole, killed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
     assert killed == whole
-    assert sorted(os.listdir(tmp_path / "killed")) == ["metric_writer.jsonl", "tensorboard"]
+    assert sorted(os.listdir(tmp_path / "killed")) == ["metrics.jsonl", "tensorboard"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path: 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     record(tmp_path, 0, range(3))
-    file = tmp_path / "metric_writer.jsonl"
+    file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
     record(tmp_path, 2, range(3, 4))
@@ -98,12 +98,12 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 1}', '{"step": "1"}', ""])
 def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "metric_writer.jsonl"
+    file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=r"metric_writer.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
         read_metrics(tmp_path)
     before = file.read_bytes()
-    with pytest.raises(UserError, match=r"metric_writer.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
         MetricsWriter(tmp_path, 1)
     assert file.read_bytes() == before
 
@@ -133,7 +133,8 @@ def test_a_process_keeps_no_writer_that_was_closed(tmp_path: Path, monkeypatch: 
 
 def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from rustgpt_jax.runs import metrics, folder, curves, progress\n"
+        "import sys; from pathlib import Path; from rustgpt_jax.workdir import run_dir\n"
+        "from rustgpt_jax.tracking import metric_writer, plots, progress\n"
         "assert not {'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
         "with metric_writer.MetricsWriter(Path(sys.argv[1]), 0) as writer: writer.write(1, {'loss': 1.0})\n"
         "assert not {'jax', 'tensorflow'} & set(sys.modules)"
@@ -154,7 +155,7 @@ def test_a_file_is_read_the_same_however_it_is_cut_into_blocks(
     monkeypatch.setattr(metric_writer, "LAST_BYTES", block)
     rows = [{"step": step, "stage": "ab"[step > 5], "train/loss": step + 0.5} for step in range(1, 10)]
     rows.insert(4, {"step": 4, "stage": "a", "valid/loss": 2.0})
-    file = tmp_path / "metric_writer.jsonl"
+    file = tmp_path / "metrics.jsonl"
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     for cut in ("", '{"step": 10, "tr'):
         file.write_text(whole + cut)
@@ -176,9 +177,9 @@ def test_a_value_of_another_type_is_a_malformed_line(tmp_path: Path, name: str, 
     if (name, value) == ("stage", '"x"'):
         return
     good = '{"step": 1, "stage": "train", "train/loss": 1.0}\n'
-    (tmp_path / "metric_writer.jsonl").write_text(good + good[:-2] + f', "{name}": {value}}}\n')
+    (tmp_path / "metrics.jsonl").write_text(good + good[:-2] + f', "{name}": {value}}}\n')
     for read in (read_metrics, last_step, lambda folder: read_columns(folder, "train/loss")):
-        with pytest.raises(UserError, match=r"metric_writer.jsonl, line 2: this is not a line of metrics"):
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is not a line of metrics"):
             read(tmp_path)
 
 
@@ -186,7 +187,7 @@ def test_columns_are_read_in_little_more_memory_than_they_take(tmp_path: Path, m
     monkeypatch.setattr(metric_writer, "BLOCK_BYTES", 2**12)
     n_lines = 20_000
     lines = (f'{{"step": {step}, "train/loss": 1.5, "train/spikes": 0}}\n' for step in range(n_lines))
-    (tmp_path / "metric_writer.jsonl").write_text("".join(lines))
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     tracemalloc.start()
     try:
         columns = read_columns(tmp_path, "train/loss", ("train/spikes",))
@@ -203,7 +204,7 @@ def test_a_million_lines_take_little_memory_and_time(tmp_path: Path) -> None:
     line = '{{"step": {}, "stage": "train", "train/loss": 1.5, "train/gradient_norm": 0.5, "train/update_norm": 0.1}}\n'
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        with open(tmp_path / name / "metric_writer.jsonl", "w") as file:
+        with open(tmp_path / name / "metrics.jsonl", "w") as file:
             file.writelines(line.format(step) for step in range(1, 1_000_001))
     code = """
 import resource, sys
@@ -216,7 +217,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert compare_records(one, other).n_values == 3_000_000
 assert len(read_columns(one, "train/loss", ("train/gradient_norm", "train/spikes")).steps) == 1_000_000
 draw_loss_curves(one)
-keep_until(one / "metric_writer.jsonl", 999_000)
+keep_until(one / "metrics.jsonl", 999_000)
 assert last_step(one) == 999_000
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
