@@ -46,9 +46,9 @@ from rustgpt_jax.reproduce.interventions import (
 )
 from rustgpt_jax.reproduce.recorded_run import HISTORY, History, RecordedRun
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, is_fault, replay_one_step
+from rustgpt_jax.reproduce.step_tensors import ACTIVATION, PARAMETER, UPDATE, StepTensor
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.instrumented_step import ACTIVATION, PARAMETER, UPDATE, Tensor
 from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -164,8 +164,8 @@ def test_what_is_not_finite_is_said(what: str) -> None:
 # Which tensor, and which rows.
 
 
-def tensor(name: str, nonfinite: int = 0, kind: str = ACTIVATION, layer: int | None = 2) -> Tensor:
-    return Tensor(kind, name, layer, name, 1.0, 3e19, nonfinite, 64, "")
+def tensor(name: str, nonfinite: int = 0, kind: str = ACTIVATION, layer: int | None = 2) -> StepTensor:
+    return StepTensor(kind, name, layer, name, 1.0, 3e19, nonfinite, 64, "")
 
 
 def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:

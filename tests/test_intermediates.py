@@ -27,20 +27,24 @@ from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS, attention
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.training.instrumented_step import (
+from rustgpt_jax.reproduce.step_tensors import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     KINDS,
     PARAMETER,
     PARAMETER_GRADIENT,
     UPDATE,
-    StepIntermediates,
-    Tensor,
-    compiled_tapped_step,
-    tapped_step,
-    tensors,
+    StepTensor,
+    list_step_tensors,
 )
-from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars, train_step
+from rustgpt_jax.training.train_step import (
+    StepIntermediates,
+    compiled_step_intermediates,
+    init_state_from_params,
+    step_intermediates,
+    to_traced_scalars,
+    train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -279,9 +283,9 @@ def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
     return program, init_state_from_params(*program, params)._replace(step=jnp.int32(5)), batch(4), config
 
 
-def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediates, list[Tensor]]:
-    report = compiled_tapped_step(program[0], state, read, program[1])
-    return report, tensors(program, state.params, report)
+def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediates, list[StepTensor]]:
+    _, report = compiled_step_intermediates(program[0], state, read, program[1])
+    return report, list_step_tensors(program, state.params, report)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +307,10 @@ def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediate
 def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]) -> None:
     program, state, read, config = prepared(**changes)
     after, metrics = jax.jit(train_step, static_argnums=0)(program[0], state, read, program[1])
+    same, _ = compiled_step_intermediates(program[0], state, read, program[1])
     report, found = looked_into(program, state, read)
-    np.testing.assert_allclose(report.loss, metrics.loss, rtol=1e-5)
-    np.testing.assert_allclose(report.gradient_norm, metrics.gradient_norm, rtol=1e-4)
+    np.testing.assert_allclose(same.loss, metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(same.gradient_norm, metrics.gradient_norm, rtol=1e-4)
     total = np.sum(np.where(read.weights_BT > 0, report.losses_BT, 0)) / read.weights_BT.sum()
     np.testing.assert_allclose(total, metrics.loss, rtol=1e-5)
 
@@ -344,9 +349,9 @@ def test_parts_of_a_batch_are_measured_as_one() -> None:
 
 def test_parameters_stand_in_the_order_in_which_they_are_needed() -> None:
     program, state, read, _ = prepared(**{"model.positions": "learned", "model.tie_embeddings": False})
-    shapes = jax.eval_shape(lambda: tapped_step(program[0], state, read, program[1]))
+    _, shapes = jax.eval_shape(lambda: step_intermediates(program[0], state, read, program[1]))
     report = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    names = [each.name for each in tensors(program, state.params, report) if each.kind == PARAMETER]
+    names = [each.name for each in list_step_tensors(program, state.params, report) if each.kind == PARAMETER]
     assert names[:2] == ["embedding/table", "positions/table"] and names[-2:] == ["norm/scale", "head/kernel"]
     second = [name.removeprefix("layers/1/") for name in names if name.startswith("layers/1/")]
     mixer = ["mixer_norm/scale", *(f"mixer/{name}/kernel" for name in ("query", "key", "value", "output"))]

@@ -25,10 +25,10 @@ from rustgpt_jax.reproduce.html_report import short
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, start_of
 from rustgpt_jax.reproduce.replay import replay
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
+from rustgpt_jax.reproduce.step_tensors import StepTensor
 from rustgpt_jax.reproduce.step_trace import trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.instrumented_step import Tensor
 from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -358,7 +358,7 @@ def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> Non
     with RecordedRun(own, quiet()) as past:
         inside = past.look_into(past.state_at(3))
         norm = next(tensor for tensor in inside.tensors if tensor.name == "layers/1/mixer/scores").norm
-        loss = jax.device_get(inside.report.loss)
+        loss = jax.device_get(inside.metrics.loss)
     assert f"norm {norm:.4g}" in page
     assert loss == pytest.approx(past.record(4)["train/loss"], rel=1e-5)  # type: ignore[index]
 
@@ -417,7 +417,9 @@ def test_a_text_that_is_another_is_named_by_its_stage(own: Path) -> None:
 
 
 def test_a_tensor_has_a_root_mean_square_of_what_is_finite_and_numbers_are_short() -> None:
-    tensor = Tensor("activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint="")
+    tensor = StepTensor(
+        "activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint=""
+    )
     assert tensor.rms == 3.0 and tensor._replace(nonfinite=5).rms == 0.0
     assert [short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]
 

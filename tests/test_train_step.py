@@ -14,7 +14,7 @@ from conftest import small_config
 from rustgpt_jax.config.schema import FIELDS, Config, Structure, merge, split
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
-from rustgpt_jax.evaluation.loss import Sums, eval_loss_sums, loss_sums, total_loss
+from rustgpt_jax.evaluation.loss import LossSums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import (
@@ -156,12 +156,12 @@ def test_a_run_has_the_same_bits_however_it_is_cut() -> None:
 
 
 compiled_gradient = jax.jit(
-    lambda structure, params, batch, numbers, key: gradient(params, batch, merge(structure, numbers), key),
+    lambda structure, params, batch, numbers, key: gradient(params, batch, merge(structure, numbers), key)[:2],
     static_argnums=0,
 )
 
 
-def gradient_of(config: Config, params: Any, batch: Batch) -> tuple[Any, Sums]:
+def gradient_of(config: Config, params: Any, batch: Batch) -> tuple[Any, LossSums]:
     structure, numbers = program_of(config)
     return compiled_gradient(structure, params, batch, numbers, jax.random.key(0))
 
@@ -236,12 +236,12 @@ def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
 def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: pytest.MonkeyPatch) -> None:
     made, alive = list[weakref.ref[np.ndarray]](), list[int]()
 
-    def sums(_: Any, batch: Any, *others: Any) -> Sums:
+    def sums(_: Any, batch: Any, *others: Any) -> LossSums:
         del others
         loss = np.array(0.1 * batch)
         made.append(weakref.ref(loss))
         alive.append(sum(each() is not None for each in made))
-        return Sums(loss, np.zeros(()), np.array(2.0), {})
+        return LossSums(loss, np.zeros(()), np.array(2.0), {})
 
     monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
     monkeypatch.setattr(perplexity, "MOST_PENDING", 4)
@@ -342,7 +342,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
     structure, numbers = program_of(config)
 
     @jax.jit
-    def alone(key: jax.Array) -> Sums:
+    def alone(key: jax.Array) -> LossSums:
         return loss_sums(parameters(), jax.tree.map(lambda leaf: leaf[:1], batch), merge(structure, numbers).model, key)
 
     losses = [float(alone(jax.random.fold_in(jax.random.key(0), part)).loss) for part in range(2)]

@@ -13,7 +13,7 @@ from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block_inputs import AUX_LOSS, LayerMetrics
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not.
 
     signals: what the blocks report of a part of a batch, times the weight of the part.
@@ -31,7 +31,7 @@ def loss_sums(
     model: ModelConfig,
     dropout_key: jax.Array | None = None,
     loss_chunk_size: int | None = None,
-) -> Sums:
+) -> LossSums:
     """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch.
 
     loss_chunk_size: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
@@ -56,7 +56,7 @@ def _chunked_sums(
     signals: LayerMetrics,
     model: ModelConfig,
     chunk: int,
-) -> Sums:
+) -> LossSums:
     """The sums of a batch from the logits of one chunk of all rows after another."""
     length = hidden_BTD.shape[1]
     chunk = min(chunk, length)
@@ -70,24 +70,24 @@ def _chunked_sums(
         return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(hidden_BTD: jax.Array, part: Batch) -> Sums:
+    def of_chunk(hidden_BTD: jax.Array, part: Batch) -> LossSums:
         return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), part, {})[0]
 
-    def add(total: Sums, one: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+    def add(total: LossSums, one: tuple[jax.Array, Batch]) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, of_chunk(*one)), None
 
-    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
+    nothing = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
     sums, _ = jax.lax.scan(add, nothing, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
     return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
 
 
-def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetrics) -> tuple[Sums, jax.Array]:
+def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetrics) -> tuple[LossSums, jax.Array]:
     """The sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
     losses_BT = normalizer_BT - chosen_BT
-    sums = Sums(
+    sums = LossSums(
         loss=jnp.sum(losses_BT * batch.weights_BT),
         squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
         weight=weight,
@@ -96,7 +96,7 @@ def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetric
     return sums, losses_BT
 
 
-def total_loss(sums: Sums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
+def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
     """Sums over a part of a batch as that part's share of the batch's mean loss.
 
     z-loss is in it (arXiv 2204.02311), and the auxiliary loss of the blocks, which each part of a batch has for itself.
@@ -117,7 +117,7 @@ def split_microbatches(batch: Batch, n_parts: int) -> Batch:
 @partial(jax.jit, static_argnames=("model", "loss_chunk_size", "n_parts"))
 def eval_loss_sums(
     params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk_size: int | None = None, n_parts: int = 1
-) -> Sums:
+) -> LossSums:
     """The sums of a batch without its gradient, `n_parts` of it one after another: it needs less memory than a step."""
     if n_parts == 1:
         return loss_sums(params, batch, model, None, loss_chunk_size)

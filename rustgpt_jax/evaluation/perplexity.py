@@ -10,7 +10,7 @@ import jax
 
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import Sums, eval_loss_sums
+from rustgpt_jax.evaluation.loss import LossSums, eval_loss_sums
 from rustgpt_jax.model.transformer import Params
 
 # Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
@@ -40,7 +40,7 @@ def evaluate(
     evaluation ends.
     """
     model = for_inference(model)
-    losses, weights, pending = array("d"), array("d"), deque[Sums]()
+    losses, weights, pending = array("d"), array("d"), deque[LossSums]()
     # The first batch is read at once, because nothing is known of the time that one takes.
     limit, start = 1, time.monotonic()
     for batch in batches:
@@ -68,7 +68,7 @@ def evaluate(
     }
 
 
-def _read(sums: Sequence[Sums], losses: "array[float]", weights: "array[float]") -> None:
+def _read(sums: Sequence[LossSums], losses: "array[float]", weights: "array[float]") -> None:
     """Wait for the sums of some batches and append their losses and weights."""
     for part in jax.device_get(sums):
         losses.append(float(part.loss))

@@ -24,18 +24,18 @@ from rustgpt_jax.reproduce.interventions import (
 from rustgpt_jax.reproduce.recorded_run import History, RecordedRun, StepInternals
 from rustgpt_jax.reproduce.replay import write_page
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
-from rustgpt_jax.sweeps.report.labels import value_text
-from rustgpt_jax.tokenizers import Codec, decode
-from rustgpt_jax.tracking.formatting import printable
-from rustgpt_jax.tracking.progress import waiting
-from rustgpt_jax.training.instrumented_step import (
+from rustgpt_jax.reproduce.step_tensors import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     PARAMETER,
     PARAMETER_GRADIENT,
     UPDATE,
-    Tensor,
+    StepTensor,
 )
+from rustgpt_jax.sweeps.report.labels import value_text
+from rustgpt_jax.tokenizers import Codec, decode
+from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.tracking.progress import waiting
 
 # What a step tells of its own fault: the tensor where it began, and the rows of the batch that stand out.
 
@@ -56,18 +56,18 @@ WHAT = {
 }
 
 
-def first_bad(tensors: Sequence[Tensor]) -> Tensor | None:
+def first_bad(tensors: Sequence[StepTensor]) -> StepTensor | None:
     """The first tensor, in the order in which they are made, with an element that is not finite."""
     return next((tensor for tensor in tensors if tensor.nonfinite), None)
 
 
-def called(tensor: Tensor) -> str:
+def called(tensor: StepTensor) -> str:
     """A tensor in words: its kind, its name and its layer."""
     layer = "" if tensor.layer is None else f" (layer {tensor.layer})"
     return f"{WHAT[tensor.kind]} {tensor.name}{layer}"
 
 
-def of_first_bad(tensors: Sequence[Tensor]) -> str:
+def of_first_bad(tensors: Sequence[StepTensor]) -> str:
     """A sentence about the first tensor that is not finite and the one that was made before it."""
     bad = first_bad(tensors)
     if bad is None:
@@ -91,19 +91,19 @@ def of_first_bad(tensors: Sequence[Tensor]) -> str:
 class Growth(NamedTuple):
     """A tensor in a bad step, and how many times its largest magnitude is that of a calm step."""
 
-    tensor: Tensor
-    calm: Tensor
+    tensor: StepTensor
+    calm: StepTensor
     times: float
 
 
-def growths(tensors: Sequence[Tensor], calm: Sequence[Tensor]) -> list[Growth]:
+def growths(tensors: Sequence[StepTensor], calm: Sequence[StepTensor]) -> list[Growth]:
     """What grew against a calm step, most first."""
     pairs = zip(tensors, calm, strict=True)
     grown = [Growth(now, then, now.largest / then.largest) for now, then in pairs if then.largest > 0]
     return sorted(grown, key=lambda growth: -growth.times)
 
 
-def of_growth(tensors: Sequence[Tensor], calm: Sequence[Tensor], calm_step: int) -> list[str]:
+def of_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], calm_step: int) -> list[str]:
     """Sentences about the activation and the gradient that grew most against a calm step."""
     sentences: list[str] = []
     for kind in (ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT):

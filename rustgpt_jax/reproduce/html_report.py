@@ -8,17 +8,17 @@ from pathlib import Path
 from statistics import fmean
 
 from rustgpt_jax.reproduce.replay_step import ReplayedStep
-from rustgpt_jax.sweeps.report.html import PARTS as REPORT_PARTS
-from rustgpt_jax.sweeps.report.svg import css, shade
-from rustgpt_jax.training.instrumented_step import (
+from rustgpt_jax.reproduce.step_tensors import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     KINDS,
     PARAMETER,
     PARAMETER_GRADIENT,
     UPDATE,
-    Tensor,
+    StepTensor,
 )
+from rustgpt_jax.sweeps.report.html import PARTS as REPORT_PARTS
+from rustgpt_jax.sweeps.report.svg import css, shade
 
 # Heat maps of a step in HTML: layers down, sites across, colours by the logarithm, red where it is not finite.
 
@@ -27,7 +27,7 @@ MOST_COLUMNS_WITH_NUMBERS = 14
 # A cell at more than this share of the way to the faint end of the colours has dark writing.
 FAINT_FROM = 0.45
 
-Value = Callable[[Tensor], float]
+Value = Callable[[StepTensor], float]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Span:
         return 1.0 - math.log(value / self.low) / width if width > 0 else 0.5
 
 
-def heat_map(title: str, caption: str, tensors: Sequence[Tensor], value: Value) -> str:
+def heat_map(title: str, caption: str, tensors: Sequence[StepTensor], value: Value) -> str:
     """A figure with a cell for each tensor. Those outside of the layers stand in a line of their own above."""
     values = [value(tensor) for tensor in tensors]
     positive = [each for each in values if each > 0 and math.isfinite(each)]
@@ -68,7 +68,7 @@ def heat_map(title: str, caption: str, tensors: Sequence[Tensor], value: Value) 
     )
 
 
-def _columns(tensors: Sequence[Tensor]) -> list[str]:
+def _columns(tensors: Sequence[StepTensor]) -> list[str]:
     """The sites in the order in which they come in their layers, by how far into a layer where layers differ."""
     layers: dict[int | None, list[str]] = {}
     for tensor in tensors:
@@ -80,7 +80,7 @@ def _columns(tensors: Sequence[Tensor]) -> list[str]:
     return sorted(places, key=lambda site: fmean(places[site]))
 
 
-def _outside(tensors: Sequence[Tensor], value: Value, span: Span) -> str:
+def _outside(tensors: Sequence[StepTensor], value: Value, span: Span) -> str:
     outside = [tensor for tensor in tensors if tensor.layer is None]
     if not outside:
         return ""
@@ -88,7 +88,7 @@ def _outside(tensors: Sequence[Tensor], value: Value, span: Span) -> str:
     return f'<table class="heat numbered outside"><tbody><tr>{cells}</tr></tbody></table>'
 
 
-def _cell(tensor: Tensor, value: float, span: Span, n_columns: int) -> str:
+def _cell(tensor: StepTensor, value: float, span: Span, n_columns: int) -> str:
     tip = f'data-tip="{escape(tip_text(tensor))}"'
     if tensor.nonfinite or not math.isfinite(value):
         return f'<td class="bad" {tip}>{tensor.nonfinite:,}</td>'
@@ -100,7 +100,7 @@ def _cell(tensor: Tensor, value: float, span: Span, n_columns: int) -> str:
     return f'<td class="{kind}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
 
 
-def tip_text(tensor: Tensor) -> str:
+def tip_text(tensor: StepTensor) -> str:
     """All numbers of a tensor, a line each."""
     return (
         f"{tensor.name}\n{tensor.kind}\nroot mean square {tensor.rms:.4g}\nnorm {tensor.norm:.4g}\n"
@@ -125,7 +125,7 @@ def _key(span: Span) -> str:
 PARTS = Path(__file__).parent / "assets"
 
 
-def page(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
+def page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
     """The HTML of a step that was looked into."""
     title = f"{escape(again.run)}, step {again.step}"
     style = (REPORT_PARTS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def page(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
     )
 
 
-def _head(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
+def _head(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
     metrics = again.metrics
     start = f"the checkpoint of step {again.from_step:,}" if again.from_step else "the start"
     bad = [tensor for tensor in tensors if tensor.nonfinite]
@@ -154,8 +154,8 @@ def _head(again: ReplayedStep, tensors: Sequence[Tensor]) -> str:
     )
 
 
-def _figures(tensors: Sequence[Tensor]) -> str:
-    def of(kind: str) -> list[Tensor]:
+def _figures(tensors: Sequence[StepTensor]) -> str:
+    def of(kind: str) -> list[StepTensor]:
         return [tensor for tensor in tensors if tensor.kind == kind]
 
     before = {tensor.name: tensor.rms for tensor in of(PARAMETER)}
@@ -189,7 +189,7 @@ def _figures(tensors: Sequence[Tensor]) -> str:
     return f'<section><h2>Where the numbers are large</h2><div class="figures">{"".join(maps)}</div></section>'
 
 
-def _table(tensors: Sequence[Tensor]) -> str:
+def _table(tensors: Sequence[StepTensor]) -> str:
     heads = ("kind", "tensor", "root mean square", "norm", "largest", "not finite", "elements", "fingerprint")
     styles = ("", "", "number", "number", "number", "number", "number", "")
     head = "".join(f'<th class="{style}">{name}</th>' for name, style in zip(heads, styles, strict=True))

@@ -15,15 +15,21 @@ from rustgpt_jax.config.schema import MeshConfig
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, changed_data
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.reproduce.step_tensors import StepTensor, list_step_tensors
 from rustgpt_jax.sharding.mesh import axis_sizes, in_words
 from rustgpt_jax.sharding.sharding_plan import all_devices, check_shares
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
-from rustgpt_jax.training.instrumented_step import StepIntermediates, Tensor, compiled_tapped_step, tensors
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs
-from rustgpt_jax.training.train_step import Metrics, State, compiled_train_steps
+from rustgpt_jax.training.train_step import (
+    Metrics,
+    State,
+    StepIntermediates,
+    compiled_step_intermediates,
+    compiled_train_steps,
+)
 from rustgpt_jax.training.trainer import load_initial_state
 from rustgpt_jax.workdir.event_log import Journal, launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
@@ -33,11 +39,12 @@ FAR = 20
 
 
 class StepInternals(NamedTuple):
-    """A step from inside: its batch, what was measured of it, and all its tensors in the order of their making."""
+    """One step: its batch, metrics and intermediates, and statistics of all its tensors in the order of computation."""
 
     batch: Batch
+    metrics: Metrics
     report: StepIntermediates
-    tensors: list[Tensor]
+    tensors: list[StepTensor]
 
 
 class Rewind(NamedTuple):
@@ -259,11 +266,14 @@ class RecordedRun:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
     def look_into(self, state: State) -> StepInternals:
-        """What the step after a state makes. The state stays as it is."""
+        """Compute the step after a state, with the statistics of all its tensors. The state is not changed."""
         program, batch = self.program_of(int(state.step) + 1), self.batch(state)
         shared = self._placement.share(batch, len(batch.tokens_BT))
-        report = compiled_tapped_step(program.structure, state, shared, program.numbers, program.first_step)
-        return StepInternals(batch, report, tensors((program.structure, program.numbers), state.params, report))
+        metrics, report = compiled_step_intermediates(
+            program.structure, state, shared, program.numbers, program.first_step
+        )
+        tensors = list_step_tensors((program.structure, program.numbers), state.params, report)
+        return StepInternals(batch, metrics, report, tensors)
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)

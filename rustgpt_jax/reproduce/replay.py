@@ -12,8 +12,8 @@ from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.reproduce.html_report import page
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, start_of
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
+from rustgpt_jax.reproduce.step_tensors import ACTIVATION, ACTIVATION_GRADIENT, StepTensor
 from rustgpt_jax.tracking.formatting import printable
-from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, Tensor
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
@@ -38,7 +38,7 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
     return again.is_same
 
 
-def write_page(path: Path, again: ReplayedStep, tensors: Sequence[Tensor]) -> Path:
+def write_page(path: Path, again: ReplayedStep, tensors: Sequence[StepTensor]) -> Path:
     """Write the page of a step and return its path.
 
     The page goes to the run folder, or to a new temporary folder if that is not writable.
@@ -72,7 +72,7 @@ def _print(again: ReplayedStep, path: Path, console: Console) -> None:
     console.print(again.verdict, highlight=False, soft_wrap=True)
 
 
-def print_tensors(tensors: Sequence[Tensor], console: Console) -> None:
+def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
     """A table with a row for each site: of all layers the one with the largest magnitude, forward and backward."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("site", no_wrap=True)

@@ -28,9 +28,9 @@ from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, named
+from rustgpt_jax.reproduce.step_tensors import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, StepTensor
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
 from rustgpt_jax.tracking.formatting import PlainTextConsole
-from rustgpt_jax.training.instrumented_step import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, Tensor
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -61,7 +61,7 @@ def _inside(past: RecordedRun, state: State) -> dict[str, Any]:
     }
 
 
-def _as_json(tensor: Tensor) -> dict[str, Any]:
+def _as_json(tensor: StepTensor) -> dict[str, Any]:
     site = f"params/{tensor.name}" if tensor.kind == PARAMETER_GRADIENT else tensor.name
     return {
         "site": site,

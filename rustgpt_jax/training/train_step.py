@@ -12,9 +12,10 @@ import optax
 
 from rustgpt_jax.config.schema import ModelConfig, Structure, is_on, merge
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation.loss import Sums, loss_sums, split_microbatches, total_loss
-from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import LayerMetrics
+from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
+from rustgpt_jax.model import intermediates, transformer
+from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
+from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.sharding.partition_rules import constrained
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
@@ -139,23 +140,75 @@ def fetch_opt_state(structure: Structure, opt_state: Any) -> Any:
     return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload_state else opt_state
 
 
+class StepIntermediates(NamedTuple):
+    """Measurements of the tensors inside one training step, as `intermediates.tensor_stats` makes them.
+
+    Attributes:
+        losses_BT: Loss of each token in nats.
+        weights_BT: Loss weight of each token.
+        activations: Measurements at the hook points. The last axis but one is the microbatch.
+        gradients: Measurements of the gradients with respect to these activations.
+        parameter_gradients: Gradients of the parameters before clipping (arrays, not measurements).
+        updates: What the optimizer adds to the parameters (arrays, not measurements).
+    """
+
+    losses_BT: jax.Array
+    weights_BT: jax.Array
+    activations: intermediates.Intermediates
+    gradients: intermediates.Intermediates
+    parameter_gradients: Any
+    updates: Any
+
+
 def train_step(
     structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
 ) -> tuple[State, Metrics]:
-    """One optimizer step on one batch. `first_step` is where the stage began, from which its schedule counts.
+    """Take one optimizer step on one batch.
 
-    If the loss, the gradient or the update is not finite, parameters and optimizer state stay as they are, and the step
-    is counted.
+    If the loss, the gradient or the update is not finite, the step is counted, but parameters and optimizer state do
+    not change.
+
+    Args:
+        structure: The static half of the config.
+        state: The state before the step.
+        batch: The batch of all microbatches.
+        numbers: The traced half of the config.
+        first_step: The first step of the stage, from which its learning-rate schedule counts.
+
+    Returns:
+        The state after the step, and its metrics.
     """
+    return _train_step(structure, state, batch, numbers, first_step)[:2]
+
+
+def step_intermediates(
+    structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
+) -> tuple[Metrics, StepIntermediates]:
+    """Return the metrics and intermediates of `train_step`, without its new state, which then takes no memory."""
+    _, metrics, inside = _train_step(structure, state, batch, numbers, first_step, with_intermediates=True)
+    assert inside is not None
+    return metrics, inside
+
+
+def _train_step(
+    structure: Structure,
+    state: State,
+    batch: Batch,
+    numbers: Numbers,
+    first_step: jax.Array | int,
+    with_intermediates: bool = False,
+) -> tuple[State, Metrics, StepIntermediates | None]:
     config, state = merge(structure, numbers), state._replace(opt_state=fetch_opt_state(structure, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-    gradients, sums = gradient(state.params, batch, config, key)
+    measured = _hook_point_slots(config, batch) if with_intermediates else None
+    gradients, sums, inside = gradient(state.params, batch, config, key, measured)
     gradients = constrained(gradients)
     norm = optax.tree.norm(gradients)
+    clipped = gradients
     if is_on(config.optimizer.clip_norm):
-        gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
-    rate = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
-    updates, opt_state = make_optimizer(config.optimizer, rate).update(gradients, state.opt_state, state.params)
+        clipped = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
+    lr_multiplier = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
+    updates, opt_state = make_optimizer(config.optimizer, lr_multiplier).update(clipped, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
     update_norm = optax.tree.norm(updates)
@@ -169,45 +222,98 @@ def train_step(
         loss=loss,
         gradient_norm=norm,
         update_norm=update_norm,
-        learning_rate=rate * config.optimizer.learning_rate,
+        learning_rate=lr_multiplier * config.optimizer.learning_rate,
         learned_tokens=sums.weight,
         spikes=health.spikes,
         faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    return offload_opt_state(structure, constrained(State(params, opt_state, state.step + 1, health))), metrics
+    state = offload_opt_state(structure, constrained(State(params, opt_state, state.step + 1, health)))
+    if inside is None:
+        return state, metrics, None
+    # Microbatches from the first axis to the last but one.
+    activations, activation_gradients = jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 0, -2), (inside.activations, inside.gradients)
+    )
+    losses_BT = inside.losses_BT.reshape(batch.weights_BT.shape)
+    measurements = StepIntermediates(losses_BT, batch.weights_BT, activations, activation_gradients, gradients, updates)
+    return state, metrics, measurements
+
+
+def _hook_point_slots(config: Structure, batch: Batch) -> intermediates.GradSlots:
+    """Return zeros for the measurements of one microbatch."""
+    rows, length = batch.tokens_BT.shape
+    return grad_slots(hook_points(config.model, rows // config.training.grad_accum_steps, length))
+
+
+class _MicrobatchIntermediates(NamedTuple):
+    """Measurements of one microbatch, or of all of them along a new first axis, as in `StepIntermediates`."""
+
+    losses_BT: jax.Array
+    activations: intermediates.Intermediates
+    gradients: intermediates.Intermediates | None = None
 
 
 def gradient(
-    params: transformer.Params, batch: Batch, config: Structure, key: jax.Array
-) -> tuple[transformer.Params, Sums]:
-    """The gradient of the mean loss over the whole batch, run in `grad_accum_steps` parts one after another.
+    params: transformer.Params,
+    batch: Batch,
+    config: Structure,
+    key: jax.Array,
+    measured: intermediates.GradSlots | None = None,
+) -> tuple[transformer.Params, LossSums, _MicrobatchIntermediates | None]:
+    """Compute the gradient of the mean loss over a batch, one microbatch after another.
 
-    Each part's summed loss is divided by the weight of the whole batch, so parts with few learned tokens count for
-    no more than those tokens.
+    Each microbatch's summed loss is divided by the weight of the whole batch, so that the number of microbatches does
+    not change how much a token counts.
+
+    Args:
+        params: The parameters.
+        batch: The whole batch.
+        config: The config, with traced numbers.
+        key: The key for dropout.
+        measured: Slots of the hook points of a microbatch, to measure the tensors there; None for no measurements.
+
+    Returns:
+        The gradient, the sums of the loss, and the measurements if there are slots.
     """
     total_weight = jnp.sum(batch.weights_BT)
+    n_parts = config.training.grad_accum_steps
 
-    def part_loss(params: transformer.Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        dropout_key = key if is_on(config.model.dropout) else None
-        sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
-        return total_loss(sums, total_weight, config.training.z_loss), sums
+    def part_loss(params: Any, slots: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        dropout_key, inside = key if is_on(config.model.dropout) else None, None
+        if slots is None:
+            sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
+        else:
+            context = BlockInputs(part.positions_BT, part.segments_BT, dropout_key)
+            logits_BTV, signals, activations = transformer.apply_with_intermediates(
+                params, part.tokens_BT, config.model, context, slots
+            )
+            sums, losses_BT = cross_entropy_sums(logits_BTV, part, signals)
+            inside = _MicrobatchIntermediates(losses_BT, activations)
+        return total_loss(sums, total_weight, config.training.z_loss), (sums, inside)
 
-    part_gradient = jax.grad(part_loss, has_aux=True)
-    parts = config.training.grad_accum_steps
-    if parts == 1:
-        return part_gradient(params, batch, key)
+    def part_gradient(part: Batch, key: jax.Array) -> tuple[Any, _MicrobatchIntermediates | None]:
+        (gradients, slot_gradients), (sums, inside) = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(
+            params, measured, part, key
+        )
+        return (gradients, sums), inside and inside._replace(gradients=slot_gradients)
 
-    def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+    if n_parts == 1:
+        (gradients, sums), inside = part_gradient(batch, key)
+        return gradients, sums, jax.tree.map(lambda leaf: leaf[None], inside)
+
+    def accumulate(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
         index, part = indexed_part
-        return jax.tree.map(jnp.add, total, part_gradient(params, part, jax.random.fold_in(key, index))), None
+        result, inside = part_gradient(part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, result), inside
 
-    split_batch = split_microbatches(batch, parts)
+    split_batch = split_microbatches(batch, n_parts)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
     signals = _zero_signals(params, first_part, config.model)
-    nothing = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
-    zeros = (jax.tree.map(jnp.zeros_like, params), nothing)
-    return jax.lax.scan(accumulate, zeros, (jnp.arange(parts), split_batch))[0]
+    zero_sums = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    zeros = (jax.tree.map(jnp.zeros_like, params), zero_sums)
+    (gradients, sums), inside = jax.lax.scan(accumulate, zeros, (jnp.arange(n_parts), split_batch))
+    return gradients, sums, inside
 
 
 def train_steps(
@@ -241,6 +347,7 @@ def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) 
 
 compiled_init_state = jax.jit(init_state, static_argnums=0)
 compiled_init_state_from_params = jax.jit(init_state_from_params, static_argnums=0)
+compiled_step_intermediates = jax.jit(step_intermediates, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
 
 
