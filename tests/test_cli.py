@@ -10,25 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from rustgpt_jax.cli.main import VERBS, parse_args
 from rustgpt_jax.tracking.metric_writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
 TINY = f"--config={ROOT}/configs/tiny.py"
-VERBS = (
-    "train",
-    "sweep",
-    "report",
-    "explain",
-    "evaluate",
-    "generate",
-    "chat",
-    "replay",
-    "rerun",
-    "diff",
-    "doctor",
-    "plan",
-)
 
 
 def environment() -> dict[str, str]:
@@ -68,14 +55,14 @@ def test_help_imports_no_jax(tmp_path: Path) -> None:
 FILES = "--config.data.corpus=files"
 SWEEP = ["sweep", "--config=swept.py"]
 MISTAKES = {
-    "verb": (["tarin"], "There is no verb 'tarin'. Did you mean 'train'?"),
-    "argument": (["train", "configs/tiny.py"], "train takes no argument, and 'configs/tiny.py' is one"),
-    "flag": (["train", "--confg=x"], "There is no flag --confg. Did you mean --config?"),
+    "verb": (["tarin"], "Unknown verb 'tarin'. Did you mean 'train'?"),
+    "argument": (["train", "configs/tiny.py"], "train does not take the argument 'configs/tiny.py'"),
+    "flag": (["train", "--confg=x"], "Unknown flag --confg. Did you mean --config?"),
     "flag without a value": (["train", "--config"], "config"),
-    "flag of another verb": (["check", TINY], "check does not read --config; what reads it: train, sweep, "),
+    "flag of another verb": (["check", TINY], "check does not read --config; verbs that do: train, sweep, "),
     "knob where none is read": (["replay", "RUN", "--config.seed=1"], "replay does not read --config.seed: the config"),
     "two runs": (["evaluate", "RUN", "--run=other"], "Which run: RUN or --run=other? Give one of them."),
-    "too many runs": (["diff", "a", "b", "c"], "diff takes no more than 2 arguments, and 'c' is one"),
+    "too many runs": (["diff", "a", "b", "c"], "Which two runs?"),
     "one run to compare": (["diff", "a"], "Which two runs?"),
     "no step": (["replay", "other"], "Which step? Give --step=K"),
     "initial run": ([TINY, "--init_from=other@3"], "other is not the folder of a run"),
@@ -177,8 +164,8 @@ MISTAKES = {
     "mode of a dry run": ([*SWEEP, "--mode=fuse", "--dry_run"], "--mode: there is no 'fuse'. Did you mean 'fused'?"),
     "launcher": ([*SWEEP, "--launcher=process"], "--launcher: there is no 'process'. Did you mean 'processes'?"),
     "launcher of a dry run": ([*SWEEP, "--launcher=process", "--dry_run"], "--launcher: there is no 'process'."),
-    "width": ([*SWEEP, "--width=0"], "flag --width=0"),
-    "slurm": ([*SWEEP, "--launcher=slurm", "--slurm=gpu"], "--slurm=gpu: an option is KEY=VALUE"),
+    "width": ([*SWEEP, "--width=0"], "argument --width: '0' is not a whole number from 1 to 65536."),
+    "slurm": ([*SWEEP, "--launcher=slurm", "--slurm=gpu"], "argument --slurm: 'gpu' is not KEY=VALUE"),
     "sweep in use": ([*SWEEP, "--run=other"], "other holds files but no sweep"),
     "sweep in a run": ([*SWEEP, "--run=trained"], "trained is the folder of a run, not of a sweep"),
     "sweep in a file": ([*SWEEP, "--run=short.txt"], "The sweep's folder short.txt cannot be made: File exists."),
@@ -186,22 +173,28 @@ MISTAKES = {
         [*SWEEP, "--run=halves"],
         "halves holds another sweep: its sweep is 'sweep_halving'",
     ),
-    "no report": (["report"], "Which sweep? Give --run=DIR"),
+    "no report": (["report"], "Which sweep? Give its folder"),
     "report of nothing": (["report", "--run=RUN"], "RUN is not the folder of a sweep"),
     "superscript checkpoint": (
         ["generate", "--run=trained", "--checkpoint=²"],
-        "--checkpoint=²: It is last, best",
+        "argument --checkpoint: '²' is not last, best or a step.",
     ),
     "coordinator": (
-        ["--coordinator=nope", "--processes=2", "--process=0"],
-        "--coordinator=nope is not HOST:PORT, such as node1:12345",
+        ["--coordinator_address=nope", "--num_processes=2", "--process_id=0"],
+        "--coordinator_address=nope is not HOST:PORT, such as node1:12345",
     ),
-    "port": (["--coordinator=a:99999", "--processes=2", "--process=0"], "is not HOST:PORT"),
-    "workers": ([*SWEEP, "--workers=99999999999999999999"], "flag --workers=99999999999999999999"),
-    "late step": (["replay", "trained", "--step=99999999999999999999"], "flag --step=99999999999999999999"),
+    "port": (["--coordinator_address=a:99999", "--num_processes=2", "--process_id=0"], "is not HOST:PORT"),
+    "workers": (
+        [*SWEEP, "--workers=99999999999999999999"],
+        "argument --workers: '9999",
+    ),
+    "late step": (
+        ["replay", "trained", "--step=99999999999999999999"],
+        "argument --step: '9999",
+    ),
     "empty folder": (["diff", "trained", "void"], "void is not the folder of a run: it has no config.json."),
     "no folder": (["diff", "trained", ""], "is not the folder of a run: it has no config.json."),
-    "flagfile": (["--flagfile=empty.txt"], "There is no flag --flagfile: give the flags themselves."),
+    "flagfile": (["--flagfile=empty.txt"], "Unknown flag --flagfile: give the flags themselves."),
     "report of a run": (["report", "--run=trained"], "trained is not the folder of a sweep"),
 }
 
@@ -505,3 +498,35 @@ with StopRequest():
     finally:
         process.kill()
         process.communicate()
+
+
+# Spellings of flags.
+
+SPELLINGS = {
+    "value after a space": ["generate", "--run", "a", "--prompt", "-5 degrees", "--num_samples", "2"],
+    "one dash": ["generate", "-run=a", "-prompt", "-5 degrees", "-num_samples=2"],
+    "flags before the verb": ["--prompt", "-5 degrees", "--num_samples=2", "generate", "a"],
+    "mixed with the run": ["generate", "--prompt=-5 degrees", "a", "--num_samples=2"],
+    "switches": ["generate", "a", "--prompt=-5 degrees", "--num_samples=2", "--noallow_oversubscription"],
+    "switches with values": [
+        "generate",
+        "a",
+        "--prompt=-5 degrees",
+        "--num_samples=2",
+        "--allow_oversubscription=false",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", SPELLINGS.values(), ids=list(SPELLINGS))
+def test_flags_have_the_spellings_of_absl(words: list[str]) -> None:
+    args = parse_args(["launch.py", *words])
+    assert (args.verb, args.run, args.prompt, args.num_samples) == ("generate", "a", ["-5 degrees"], 2)
+    assert args.allow_oversubscription is False and args.checkpoint == "last"
+
+
+def test_overrides_are_kept_in_order_in_any_position() -> None:
+    words = ["--config.seed", "1", "explain", "-config.a.b=x=y", "--config=f.py", "--config.stages.one.seed=2"]
+    args = parse_args(["launch.py", *words])
+    assert args.overrides == [("seed", "1"), ("a.b", "x=y"), ("stages.one.seed", "2")]
+    assert (args.verb, args.config) == ("explain", "f.py")

@@ -582,14 +582,12 @@ def test_the_command_gives_its_checks_the_scope_that_is_asked_for(
 
 def test_the_flag_exhaustive_reaches_the_checks() -> None:
     code = """
-import launch
-from rustgpt_jax.conformance import command
-command.check = lambda *arguments: print(arguments[0], arguments[2:]) or 0
+from rustgpt_jax.cli.explain import run_check
+from rustgpt_jax.cli.main import parse_args
+from rustgpt_jax.conformance import runner
+runner.check_components = lambda *arguments: print(arguments[0], arguments[2:]) or 0
 for more in [], ["--exhaustive"]:
-    launch.FLAGS.unparse_flags()
-    launch.FLAGS(["launch.py", *more])
-    launch._arguments[:] = ["attention"]
-    launch.check()
+    run_check(parse_args(["launch.py", "check", "attention", *more]))
 """
     assert run_python(code).splitlines() == ["['attention'] ([], {}, False)", "['attention'] ([], {}, True)"]
 

@@ -70,7 +70,7 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-        meeting = [f"--coordinator={coordinator}", f"--processes={count}", f"--patience={patience}"]
+        meeting = [f"--coordinator_address={coordinator}", f"--num_processes={count}", f"--barrier_timeout={patience}"]
         command = [sys.executable, LAUNCH, "train", f"--config={config}", f"--run={run}", *flags]
         environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
         self.run = run
@@ -79,7 +79,7 @@ class Job:
                 [
                     *command,
                     *(f"{flag}" for flag in meeting if count > 1),
-                    *([f"--process={index}"] if count > 1 else []),
+                    *([f"--process_id={index}"] if count > 1 else []),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -265,9 +265,9 @@ def test_a_process_that_has_its_node_alone_has_all_its_devices(
 @pytest.mark.parametrize(
     ("coordinator", "count", "index", "says"),
     [
-        ("h:1", None, 0, "Give all three of --coordinator"),
-        (None, 2, None, "Give all three of --coordinator"),
-        ("h:1", 2, 2, "--process=2: the processes are numbered from 0 to 1."),
+        ("h:1", None, 0, "Give all of --coordinator_address"),
+        (None, 2, None, "Give all of --coordinator_address"),
+        ("h:1", 2, 2, "--process_id=2: the processes are numbered from 0 to 1."),
     ],
 )
 def test_half_of_what_processes_need_is_refused(

@@ -88,11 +88,13 @@ def test_a_job_has_the_flags_of_the_command_but_those_of_its_launcher(tmp_path: 
     command = [sys.executable, str(ROOT / "launch.py"), "train", "--config", f"{ROOT}/configs/tiny.py"]
     command += ["--launcher=slurm", "--slurm", "time=20", "--config.training.steps", "90", f"--run={tmp_path}/a run"]
     environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*command, "--patience=50"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--barrier_timeout=50"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "Submitted as job 7." in done.stdout, done.stdout + done.stderr
     script = (tmp_path / "script").read_text()
     (line,) = (line for line in script.splitlines() if line.startswith("srun"))
     words = shlex.split(line.split("} ", 1)[1])
-    wanted = [f"--config={ROOT}/configs/tiny.py", f"--run={tmp_path}/a run", "--patience=50"]
+    wanted = [f"--config={ROOT}/configs/tiny.py", f"--run={tmp_path}/a run", "--barrier_timeout=50"]
     assert words[2] == "train" and sorted(words[3:]) == sorted([*wanted, "--config.training.steps=90"])
     assert "#SBATCH --time=20\n" in script

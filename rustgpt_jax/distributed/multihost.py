@@ -57,11 +57,13 @@ def join(coordinator: str | None, count: int | None, index: int | None, patience
     """
     given = [value is not None for value in (coordinator, count, index)]
     if any(given) and not all(given):
-        raise UserError("Give all three of --coordinator=HOST:PORT, --processes=N and --process=I, or none.")
+        raise UserError("Give all of --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, or none.")
     if coordinator is not None and not _is_address(coordinator):
-        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as node1:12345, with a port up to 65535.")
+        raise UserError(
+            f"--coordinator_address={coordinator} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
+        )
     if index is not None and count is not None and not 0 <= index < count:
-        raise UserError(f"--process={index}: the processes are numbered from 0 to {count - 1}.")
+        raise UserError(f"--process_id={index}: the processes are numbered from 0 to {count - 1}.")
     if not any(given) and detected(os.environ) is None:
         return
     try:

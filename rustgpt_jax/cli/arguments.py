@@ -1,0 +1,239 @@
+"""What the verbs share: the parser, flags that several verbs read, and the config that the command line describes."""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl.flags import argparse_flags
+
+from rustgpt_jax.errors import UserError
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "base.py"
+
+# Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
+LARGEST, MOST_PROCESSES = 10**9 - 1, 2**16
+
+# The values that absl accepts for a boolean flag.
+SWITCH_VALUES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def fail(sentence: str) -> NoReturn:
+    """Print an error and end the process with exit status 2."""
+    sys.stdout.flush()
+    print(f"error: {UserError(sentence)}", file=sys.stderr, flush=True)
+    # Not sys.exit: after a failed write, library threads wait for it, and their exit handlers print tracebacks.
+    os._exit(2)
+
+
+class VerbParser(argparse_flags.ArgumentParser):
+    """Parser of one verb's arguments, with absl's spellings of flags.
+
+    A flag may begin with one dash or two, and be followed by `=VALUE` or by its value as the next argument. A boolean
+    flag is `--x`, `--nox` or `--x=true`. Flags and positional arguments may be mixed in any order. Overrides,
+    `--config.x.y=VALUE`, are collected in `overrides`, for they are checked by the schema.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Whether each flag takes a value.
+        self.takes_value: dict[str, bool] = {}
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        """Add an argument. The default value is appended to the help text of a flag."""
+        if "--helpfull" in names:
+            kwargs["help"] = argparse.SUPPRESS
+        if kwargs.get("default") not in (None, False, [], argparse.SUPPRESS):
+            kwargs["help"] += " Default: %(default)s."
+        action = super().add_argument(*names, **kwargs)
+        self.takes_value |= dict.fromkeys(action.option_strings, action.nargs != 0)
+        return action
+
+    def add_switch(self, name: str, help: str) -> None:
+        """Add a boolean flag that is off by default: `--NAME`, or `--noNAME`."""
+        self.add_argument(f"--{name}", action="store_true", help=help)
+        self.add_argument(f"--no{name}", dest=name, action="store_false", default=False, help=argparse.SUPPRESS)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments of the verb into a namespace, and return it with the arguments that are unknown."""
+        flags, positionals, overrides = self._normalize(args)
+        namespace, unknown = super().parse_known_args([*flags, *positionals], namespace)
+        namespace.flags, namespace.overrides = flags, overrides
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with a sentence."""
+        fail(message)
+
+    def _normalize(self, words: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, str]]]:
+        """Return the flags as argparse expects them, the positional arguments, and the overrides."""
+        flags: list[str] = []
+        positionals: list[str] = []
+        overrides: list[tuple[str, str]] = []
+        rest = iter(words)
+        for word in rest:
+            if word == "--":
+                positionals += [word, *rest]
+            elif not word.startswith("-"):
+                positionals.append(word)
+            elif word.lstrip("-").startswith("config."):
+                path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
+                overrides.append((path, text if equals else next(rest, "")))
+            else:
+                flags.append(self._normalize_flag(word, rest))
+        return flags, positionals, overrides
+
+    def _normalize_flag(self, word: str, rest: Iterator[str]) -> str:
+        name, equals, value = word.partition("=")
+        name = name if name in self.takes_value else f"--{name.lstrip('-')}"
+        if name not in self.takes_value:
+            return word
+        if not self.takes_value[name]:
+            is_on = SWITCH_VALUES.get(value.lower()) if equals else None
+            return word if equals and is_on is None else f"--no{name[2:]}" if is_on is False else name
+        if not equals:
+            following = list(itertools.islice(rest, 1))
+            return f"{name}={following[0]}" if following else name
+        return f"{name}={value}"
+
+
+def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """Return the type of a flag whose value is a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(high)) else -1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}.")
+        return number
+
+    return parse
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """Parse KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as partition=gpu.")
+    return key, value
+
+
+def _checkpoint(text: str) -> str:
+    if text not in ("last", "best") and not (text.isascii() and text.isdigit() and len(text) < len(str(LARGEST))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not last, best or a step.")
+    return text
+
+
+class _StoreRun(argparse.Action):
+    """Stores the run folder, given as a positional argument or by --run."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the folder."""
+        if option_string is None and namespace.run is not None:
+            parser.error(f"Which run: {values} or --run={namespace.run}? Give one of them.")
+        namespace.run = values
+
+
+def add_run_argument(parser: VerbParser, help: str = "The run folder, such as runs/rustgpt.") -> None:
+    """Add RUN, which may also be given as --run=RUN."""
+    parser.add_argument("run", metavar="RUN", nargs="?", action=_StoreRun, default=argparse.SUPPRESS, help=help)
+    parser.add_argument("--run", metavar="RUN", action=_StoreRun, help=argparse.SUPPRESS)
+
+
+def add_config_argument(parser: VerbParser) -> None:
+    """Add --config."""
+    parser.add_argument("--config", metavar="FILE", help="A Python file that defines get_config().")
+
+
+def add_checkpoint_argument(parser: VerbParser) -> None:
+    """Add --checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="last|best|STEP",
+        type=_checkpoint,
+        default="last",
+        help="The checkpoint to load: the last, the one of the lowest validation loss, or the one of a step.",
+    )
+
+
+def add_oversubscription_argument(parser: VerbParser) -> None:
+    """Add --allow_oversubscription."""
+    parser.add_switch("allow_oversubscription", "Run even if the model cannot fit in memory.")
+
+
+def add_slurm_argument(parser: VerbParser) -> None:
+    """Add --slurm."""
+    parser.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE",
+        type=key_value,
+        action="append",
+        default=[],
+        help="A Slurm option, such as partition=gpu. May be repeated.",
+    )
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Return the run folder named on the command line."""
+    if args.run is None:
+        raise UserError("Which run? Give its folder, which `train` wrote, such as runs/rustgpt.")
+    return Path(args.run)
+
+
+def read_tree(
+    args: argparse.Namespace, platform: str | None = None, is_remote: bool = False
+) -> tuple[Any, dict[str, str]]:
+    """Read the config file, or the config of the run, with the overrides of the command line.
+
+    Args:
+        args: The parsed command line.
+        platform: The platform that `config.model.dtype='auto'` is resolved for; None for this process's device.
+        is_remote: Whether other processes or machines compute, whose devices are unknown here.
+
+    Returns:
+        The config as a ConfigDict, and the origin of each value.
+    """
+    from rustgpt_jax.config.validation import leaves
+
+    tree, origins = _read_source(args)
+    if dict(leaves(tree)).get("model.dtype") == "auto":
+        from rustgpt_jax.distributed.multihost import detected
+        from rustgpt_jax.sharding.auto_dtype import settle
+
+        if platform is None and (is_remote or detected(os.environ)):
+            raise UserError(
+                "config.model.dtype='auto' depends on the device of this process, but other processes compute: give "
+                "float32 or bfloat16."
+            )
+        settle(tree, origins, platform)
+    return tree, origins
+
+
+def _read_source(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
+    from rustgpt_jax.workdir.config_files import read_recipe, recipe_of_run
+
+    if getattr(args, "config", None) is not None:
+        return read_recipe(args.config, BASE, args.overrides)
+    if getattr(args, "init_from", None) is not None:
+        from rustgpt_jax.interop.warm_start import run_and_step
+
+        return recipe_of_run(run_and_step(args.init_from)[0], args.overrides)
+    if args.run is None:
+        raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
+    return recipe_of_run(Path(args.run), args.overrides)
+
+
+def read_config(
+    args: argparse.Namespace, platform: str | None = None, is_remote: bool = False
+) -> tuple[Any, dict[str, str]]:
+    """Read and validate the config that the command line describes, as `read_tree` does.
+
+    Returns:
+        The Config, and the origin of each value.
+    """
+    from rustgpt_jax.config.validation import resolve
+
+    tree, origins = read_tree(args, platform, is_remote)
+    return resolve(tree), origins

@@ -1,0 +1,103 @@
+"""The verbs that reproduce and compare runs: `replay`, `rerun`, `diff` and `doctor`."""
+
+import argparse
+from pathlib import Path
+
+from rustgpt_jax.cli.arguments import VerbParser, add_run_argument, run_folder, whole_number
+from rustgpt_jax.errors import UserError
+
+TRUST = "Run the code snapshot in the run folder, whoever wrote it (docs/security.md)."
+
+
+def add_replay_arguments(parser: VerbParser) -> None:
+    """Add the arguments of `replay`."""
+    add_run_argument(parser)
+    parser.add_argument("--step", metavar="K", type=whole_number(1), help="The step to replay.")
+    parser.add_switch("taps", "Measure the activations and gradients of every layer.")
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    """Replay one step of a run.
+
+    Returns:
+        The exit status: 1 if the step differs from the recorded one.
+    """
+    if args.step is None:
+        raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
+    folder = run_folder(args)
+    _use_devices_of(folder)
+    from rustgpt_jax.reproduce.replay import replay
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
+
+    return 0 if replay(folder, args.step, args.taps, PlainTextConsole()) else 1
+
+
+def add_rerun_arguments(parser: VerbParser) -> None:
+    """Add the arguments of `rerun`."""
+    add_run_argument(parser)
+    parser.add_argument("--to", metavar="DIR", help="The folder of the new run. Default: beside the run.")
+    parser.add_switch("trust", TRUST)
+
+
+def run_rerun(args: argparse.Namespace) -> int:
+    """Train a whole run again, and compare.
+
+    Returns:
+        The exit status: 1 if the runs differ, or that of a stop.
+    """
+    from rustgpt_jax.reproduce.rerun import rerun
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
+
+    return rerun(run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
+
+
+def add_diff_arguments(parser: VerbParser) -> None:
+    """Add the arguments of `diff`."""
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="The two run folders.")
+    parser.add_switch("trust", TRUST)
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """Print the differences between two runs.
+
+    Returns:
+        The exit status: 1 if they differ.
+    """
+    if len(args.runs) != 2:
+        raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
+    from rustgpt_jax.reproduce.run_diff import diff
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
+
+    first, second = map(Path, args.runs)
+    return 0 if diff(first, second, PlainTextConsole(), args.trust) else 1
+
+
+def add_doctor_arguments(parser: VerbParser) -> None:
+    """Add the arguments of `doctor`."""
+    add_run_argument(parser)
+    parser.add_argument(
+        "--step", metavar="K", type=whole_number(1), help="The step that went wrong. Default: the first anomaly."
+    )
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Diagnose a step of a run that went wrong."""
+    folder = run_folder(args)
+    _use_devices_of(folder)
+    from rustgpt_jax.reproduce.diagnose import doctor
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
+
+    doctor(folder, args.step, PlainTextConsole())
+    return 0
+
+
+def _use_devices_of(run: Path) -> None:
+    """Set up JAX, which must not have started, with the devices and autotuning of a run."""
+    from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.workdir.program_fingerprint import load_autotuning
+    from rustgpt_jax.workdir.run_dir import RunDir
+
+    keep_compiled_programs()
+    use_devices_of(RunDir(run))
+    load_autotuning(RunDir(run))

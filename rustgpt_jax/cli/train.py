@@ -1,0 +1,114 @@
+"""The verb `train`: trains a run in this process or several, or submits it to a cluster."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rustgpt_jax.cli.arguments import (
+    MOST_PROCESSES,
+    VerbParser,
+    add_config_argument,
+    add_oversubscription_argument,
+    add_slurm_argument,
+    read_config,
+    whole_number,
+)
+from rustgpt_jax.errors import UserError
+
+
+def add_arguments(parser: VerbParser) -> None:
+    """Add the flags of `train`."""
+    add_config_argument(parser)
+    parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/NAME, by the config file's name.")
+    parser.add_argument(
+        "--init_from",
+        metavar="RUN[@STEP]",
+        help="Begin a new run with the matching parameters of another: RUN, RUN@STEP or RUN@best.",
+    )
+    parser.add_switch("extend", "Allow more steps than the run's learning-rate schedule was designed for.")
+    parser.add_argument("--profile", metavar="START:STOP", help="Trace the steps after START, up to STOP.")
+    add_oversubscription_argument(parser)
+    parser.add_argument("--launcher", metavar="inline|slurm", default="inline", help="Where to train.")
+    add_slurm_argument(parser)
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="Process 0, when several train one run.")
+    parser.add_argument(
+        "--num_processes", metavar="N", type=whole_number(1, MOST_PROCESSES), help="How many processes."
+    )
+    parser.add_argument(
+        "--process_id", metavar="I", type=whole_number(0, MOST_PROCESSES), help="The number of this process, from 0."
+    )
+    parser.add_argument(
+        "--barrier_timeout",
+        metavar="SECONDS",
+        type=whole_number(1),
+        default=600,
+        help="End the process if the others are silent for this long.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train a run, or resume it."""
+    from rustgpt_jax.distributed.multihost import detected
+    from rustgpt_jax.tracking.formatting import PlainTextConsole
+
+    is_distributed = args.num_processes is not None or detected(os.environ) is not None
+    if args.init_from is not None and is_distributed:
+        raise UserError("--init_from creates the run folder in a single process; several processes can then resume it.")
+    if args.init_from is not None and args.config is None and args.run is None:
+        raise UserError("Which folder? Give --run=DIR, the folder of the new run.")
+    config, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
+    folder = Path(args.run or Path("runs") / Path(args.config).stem)
+    if args.launcher == "slurm":
+        return _submit(args, folder, config)
+    if args.launcher != "inline":
+        raise UserError(f"--launcher={args.launcher}: train runs inline, or as a job of slurm.")
+    from rustgpt_jax.distributed.failure_propagation import propagate_failures
+    from rustgpt_jax.distributed.multihost import is_first, join
+    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.training.loop import train
+    from rustgpt_jax.workdir.program_fingerprint import enable_autotune_cache
+    from rustgpt_jax.workdir.run_dir import RunDir
+
+    keep_compiled_programs()
+    join(args.coordinator_address, args.num_processes, args.process_id, args.barrier_timeout)
+    console = PlainTextConsole(quiet=not is_first())
+    with propagate_failures():
+        enable_autotune_cache(RunDir(folder))
+        if args.init_from is not None:
+            from rustgpt_jax.interop.warm_start import begin_from
+
+            config, origins = begin_from(args.init_from, folder, config, origins, console.print)
+        status = train(
+            config,
+            folder,
+            origins,
+            console,
+            args.barrier_timeout,
+            args.profile,
+            args.allow_oversubscription,
+            args.extend,
+        )
+    if status == 0:
+        console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
+    return status
+
+
+def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
+    """Submit the run to Slurm."""
+    from rustgpt_jax.config.schema import uses_epochs
+    from rustgpt_jax.sweeps.launchers.slurm import job_script, submit
+    from rustgpt_jax.training.config_checks import resolve_change, validate_components
+
+    # The job converts epochs into steps.
+    if not uses_epochs(config):
+        resolve_change(folder, config, args.extend)
+    validate_components(config)
+    flags = [flag for flag in args.flags if not flag.startswith(("--launcher=", "--slurm="))]
+    overrides = [f"--config.{path}={text}" for path, text in args.overrides]
+    command = [sys.executable, os.path.abspath(sys.argv[0]), "train", *flags, *overrides]
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    job = submit(job_script(folder, command, dict(args.slurm), Path.cwd()))
+    print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
+    return 0
