@@ -264,7 +264,9 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
     model = model_with(n_layers=3, mixers=("attention", "latent_attention"), feedforwards="moe", remat=remat)
     with_code = lowered(model)
     monkeypatch.setattr(
-        intermediates, "apply", lambda block, params, grad_slots, *rest: (block.apply({"params": params}, *rest), {})
+        intermediates,
+        "apply_block",
+        lambda block, params, grad_slots, *rest: (block.apply({"params": params}, *rest), {}),
     )
     for module in (attention, block_module):
         monkeypatch.setattr(module, "Probe", lambda name: lambda x: x)

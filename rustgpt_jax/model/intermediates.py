@@ -109,7 +109,7 @@ def probe(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _watched(x, slot), tensor_stats(jax.lax.stop_gradient(x))
 
 
-def apply(block: nn.Module, params: Any, slots: GradSlots | None, *arguments: Any) -> tuple[Any, Intermediates]:
+def apply_block(block: nn.Module, params: Any, slots: GradSlots | None, *arguments: Any) -> tuple[Any, Intermediates]:
     """What a block gives, and its measurements by site. With no slots there are none, and nothing in the program."""
     if slots is None:
         return block.apply({"params": params}, *arguments), {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -208,115 +209,106 @@ def _run_blocks(
     cache: Cache | None,
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
-    """One scan over the repeats of the pattern, then the layers that are left. In lists, one follows the other.
+    """Runs all layers: a scan over the repeats of the block pattern, then the remaining layers as one repeat.
 
-    With no cache, and with no slots for taps, None rides along.
+    Layers whose arrays are not stacked run in a Python loop instead of a scan.
     """
-    every = {str(index): stack for index, stack in enumerate(layer_groups(model))}
-    in_lists = is_unrolled(blocks)
-    repeats = model.n_layers // model.period
-    pattern_keys = list(every)[: model.period] if repeats else []
-    left_keys = list(every)[len(pattern_keys) :]
+    keys = tuple(str(index) for index in range(len(layer_groups(model))))
+    n_repeats = model.n_layers // model.period
+    n_repeated = model.period if n_repeats else 0
+    trees = [dict.fromkeys(keys) if tree is None else tree for tree in (blocks, cache, slots)]
+    outputs: list[dict[str, Any]] = [{}, {}, {}]
+    for pattern, repeats, is_scanned in (
+        (keys[:n_repeated], n_repeats, not is_unrolled(blocks)),
+        (keys[n_repeated:], 1, False),
+    ):
+        if pattern:
+            run_pattern = partial(_run_pattern, keys=pattern, model=model, context=context)
+            of_pattern = [{key: tree[key] for key in pattern} for tree in trees]
+            x_BTD, output = _repeat(run_pattern, x_BTD, of_pattern, repeats, model, is_scanned)
+            outputs = [{**before, **new} for before, new in zip(outputs, output, strict=True)]
+    cache_after, metrics, measured = outputs
+    return x_BTD, None if cache is None else cache_after, _reduce_metrics(metrics), measured
 
-    def run(
-        x_BTD: jax.Array,
-        keys: list[str],
-        repeat: jax.Array | int,
-        params: Params,
-        cache: Cache | None,
-        slots: intermediates.GradSlots | None,
-    ) -> Any:
-        written: Cache = {}
-        signals: dict[str, LayerMetrics] = {}
-        measured: intermediates.Intermediates = {}
-        for key in keys:
-            number = repeat * model.period + every[key].layers.start
-            layer = context.fold_in(number)
-            if model.attention_scale_by_layer:
-                layer = layer._replace(layer=number)
-            kept, of_block = (None if tree is None else tree[key] for tree in (cache, slots))
-            block = Block(every[key].block)
-            after, measured[key] = intermediates.apply(block, params[key], of_block, x_BTD, layer, kept)
-            x_BTD, written[key], signals[key] = after
-            x_BTD = shard_activations(x_BTD, "BTD")
-        return x_BTD, (None if cache is None else written, signals, measured)
 
-    def pattern(
-        x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.GradSlots | None, jax.Array | int]
-    ) -> Any:
-        params, cache, slots, repeat = slices
-        return run(x_BTD, pattern_keys, repeat, params, cache, slots)
+def _run_pattern(
+    x_BTD: jax.Array,
+    xs: tuple[list[dict[str, Any]], jax.Array | int],
+    *,
+    keys: tuple[str, ...],
+    model: ModelConfig,
+    context: BlockInputs,
+) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """Runs one layer of each group in `keys`, the body of the scan.
 
-    def left(x_BTD: jax.Array, slices: tuple[Params, Cache | None, intermediates.GradSlots | None]) -> Any:
-        return run(x_BTD, left_keys, 0, *_of_repeat(slices, 0, in_lists))
+    Args:
+        x_BTD: Residual stream.
+        xs: The layers' parameters, caches and gradient slots, each a dict by group, and the index of the repeat.
+        keys: Groups in the order of their layers.
+        model: Config of the whole model.
+        context: Inputs of all blocks.
 
+    Returns:
+        The residual stream, and the layers' caches, metrics and intermediates, each a dict by group.
+    """
+    (params, cache, slots), repeat = xs
+    groups = layer_groups(model)
+    outputs: list[dict[str, Any]] = [{}, {}, {}]
+    for key in keys:
+        group = groups[int(key)]
+        number = repeat * model.period + group.layers.start
+        layer = context.fold_in(number)
+        if model.attention_scale_by_layer:
+            layer = layer._replace(layer=number)
+        (x_BTD, *output), measured = intermediates.apply_block(
+            Block(group.block), params[key], slots[key], x_BTD, layer, cache[key]
+        )
+        x_BTD = shard_activations(x_BTD, "BTD")
+        for by_group, each in zip(outputs, (*output, measured), strict=True):
+            by_group[key] = each
+    return x_BTD, outputs
+
+
+def _repeat(
+    run_pattern: Callable[..., Any],
+    x_BTD: jax.Array,
+    trees: list[dict[str, Any]],
+    repeats: int,
+    model: ModelConfig,
+    is_scanned: bool,
+) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """Calls `run_pattern` for each repeat, in a scan over the first axis of `trees` or in a Python loop."""
     if model.remat != "none":
-        policy = remat_policy(model.remat)
-        pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=not model.scan_layers)
-        left = jax.checkpoint(left, policy=policy)
-
-    def of(tree: Any, keys: list[str]) -> Any:
-        return None if tree is None else {key: tree[key] for key in keys}
-
-    def slices_of(keys: list[str]) -> tuple[Params, Cache | None, intermediates.GradSlots | None]:
-        return of(blocks, keys), of(cache, keys), of(slots, keys)
-
-    signals: dict[str, LayerMetrics] = {}
-    measured: intermediates.Intermediates = {}
-    written: Cache = {}
-    if repeats:
-        slices = slices_of(pattern_keys)
-        if in_lists:
-            results: list[Any] = []
-            for repeat in range(repeats):
-                x_BTD, result = pattern(x_BTD, (*_of_repeat(slices, repeat, in_lists), repeat))
-                results.append(result)
-            scanned, signals, measured = _gathered(results, in_lists)
-        else:
-            unroll = repeats if not model.scan_layers else 1
-            x_BTD, (scanned, signals, measured) = jax.lax.scan(
-                pattern, x_BTD, (*slices, jnp.arange(repeats)), unroll=unroll
-            )
-        written |= scanned or {}
-    if left_keys:
-        x_BTD, result = left(x_BTD, slices_of(left_keys))
-        single, left_signals, left_measured = _gathered([result], in_lists)
-        written |= single or {}
-        measured |= left_measured
-        signals |= left_signals
-    return x_BTD, None if cache is None else written, _over_blocks(signals), measured
+        prevent_cse = not (is_scanned and model.scan_layers)
+        run_pattern = jax.checkpoint(run_pattern, policy=remat_policy(model.remat), prevent_cse=prevent_cse)
+    if is_scanned:
+        unroll = 1 if model.scan_layers else repeats
+        return jax.lax.scan(run_pattern, x_BTD, (trees, jnp.arange(repeats)), unroll=unroll)
+    results = []
+    for repeat in range(repeats):
+        layers = [{key: _layer(tree[key], repeat) for key in tree} for tree in trees]
+        x_BTD, outputs = run_pattern(x_BTD, (layers, repeat))
+        results.append(outputs)
+    caches, *others = zip(*results, strict=True)
+    in_lists = is_unrolled(trees[0])
+    after = {key: [cache[key] for cache in caches] for key in trees[0]} if in_lists else _stack(*caches)
+    return x_BTD, [after, *(_stack(*each) for each in others)]
 
 
-def _of_repeat(slices: tuple[Any, Any, Any], repeat: int, in_lists: bool) -> tuple[Any, Any, Any]:
-    """What one repeat of the pattern has of the parameters, the cache and the slots, which are never in lists."""
-
-    def row(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[repeat], tree)
-
-    def layer(tree: Any) -> Any:
-        return None if tree is None else {key: of_stack[repeat] for key, of_stack in tree.items()}
-
-    params, cache, slots = slices
-    return (layer(params), layer(cache), row(slots)) if in_lists else (row(params), row(cache), row(slots))
+def _layer(group: Any, index: int) -> Any:
+    """One layer of a group, which is a list of layers or a tree of arrays with the layers as first axis."""
+    return group[index] if isinstance(group, list) else jax.tree.map(lambda leaf: leaf[index], group)
 
 
-def _gathered(results: list[tuple[Any, Any, Any]], in_lists: bool) -> tuple[Any, Any, Any]:
-    """The caches of some repeats, stacked or in lists; their signals and measurements, stacked."""
-
-    def stacked(trees: tuple[Any, ...]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-    caches, signals, measured = zip(*results, strict=True)
-    if not in_lists or caches[0] is None:
-        return stacked(caches), stacked(signals), stacked(measured)
-    return {key: [cache[key] for cache in caches] for key in caches[0]}, stacked(signals), stacked(measured)
+def _stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _over_blocks(signals: dict[str, LayerMetrics]) -> LayerMetrics:
-    """Signals of the stacks, a number for each of their layers, as one number each."""
-    names = dict.fromkeys(name for of_stack in signals.values() for name in of_stack)
+def _reduce_metrics(metrics: dict[str, LayerMetrics]) -> LayerMetrics:
+    """The mean of each metric over the layers that have it; AUX_LOSS is summed."""
+    names = dict.fromkeys(name for of_group in metrics.values() for name in of_group)
     values = {
-        name: jnp.concatenate([jnp.ravel(of_stack[name]) for of_stack in signals.values() if name in of_stack])
+        name: jnp.concatenate([jnp.ravel(of_group[name]) for of_group in metrics.values() if name in of_group])
         for name in names
     }
     return {name: jnp.sum(each) if name == AUX_LOSS else jnp.mean(each) for name, each in values.items()}
