@@ -54,7 +54,7 @@ from rustgpt_jax.sweeps import run_sweep as commands
 from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.report.results import read_results, settings
+from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, run_successive_halving, run_tpe, study_name
 from rustgpt_jax.sweeps.sweep import Settings, folders
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
@@ -325,7 +325,7 @@ def test_an_edited_config_is_never_pooled_with_the_one_before(
         read = read_results(tmp_path)
         assert [each.id for each in read.trials] == [each.id for each in trials]
         assert [each.id for each in read.removed] == [each.id for each in removed]
-        (setting,) = settings(read)
+        (setting,) = group_by_setting(read)
         end = trials[0].config.training.steps
         assert setting.losses == {each.config.seed: bowl(each.config, end) for each in trials}
         shown = Console(file=StringIO(), width=200)

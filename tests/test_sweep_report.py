@@ -24,14 +24,13 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.report.labels import knob_names, rerun_command, value_text
-from rustgpt_jax.sweeps.report.loss_curves import downsample
-from rustgpt_jax.sweeps.report.lr_sensitivity import sensitivities
-from rustgpt_jax.sweeps.report.ranking import comparison_text, ranking
+from rustgpt_jax.sweeps.report.analysis import compute_sensitivities, describe_comparison, rank_settings
+from rustgpt_jax.sweeps.report.figures import downsample
+from rustgpt_jax.sweeps.report.labels import format_rerun_command, format_value, knob_names
+from rustgpt_jax.sweeps.report.plot_style import TRIAL_PREFIX, KnobColors, css, scale_of, set_loss_axis
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import read_results
 from rustgpt_jax.sweeps.report.stats import compare_with_best
-from rustgpt_jax.sweeps.report.svg import TRIAL, Coloring, css, scale_of, show_losses
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page in")
@@ -67,7 +66,7 @@ def test_the_best_setting_is_first_and_one_that_diverges_last(tmp_path: Path) ->
     def loss(trial: dict[str, Any]) -> float:
         return -trial["optimizer.learning_rate"] - 0.05 * (trial["optimizer.name"] == "adamw")
 
-    ranked = ranking(read_results(write_sweep(tmp_path / "sweep", two_optimizers(), loss=loss)))
+    ranked = rank_settings(read_results(write_sweep(tmp_path / "sweep", two_optimizers(), loss=loss)))
     assert [row.setting.n_diverged for row in ranked] == [0] * 11 + [2]
     assert ranked[-1].interval.mean == min(row.interval.mean for row in ranked) == pytest.approx(-0.15)
     means = [row.interval.mean for row in ranked[:-1]]
@@ -76,7 +75,7 @@ def test_the_best_setting_is_first_and_one_that_diverges_last(tmp_path: Path) ->
 
 
 def test_comparisons_are_paired_and_account_for_the_choice_of_the_best(optimizers: Path) -> None:
-    ranked = ranking(read_results(optimizers))
+    ranked = rank_settings(read_results(optimizers))
     expected = compare_with_best([row.setting.losses for row in ranked], n_candidates=11)
     assert [row.comparison for row in ranked[1:]] == expected
     # The trial that failed leaves two seeds; those that diverged leave one.
@@ -88,9 +87,10 @@ def test_a_sentence_never_contradicts_its_interval(optimizers: Path) -> None:
     text, page = said(optimizers)
     for shown in (text, page):
         found = re.findall(
-            r"(better than|No difference)[^(]*\(95% CI (-?[\d.]+) to (-?[\d.]+), p [=&lt;]+ ([\d.]+)", shown
+            r"(better than|No significant difference)[^(]*\(95% CI (-?[\d.]+) to (-?[\d.]+), p [=&lt;]+ ([\d.]+)",
+            shown,
         )
-        assert {claim for claim, *_ in found} == {"better than", "No difference"}
+        assert {claim for claim, *_ in found} == {"better than", "No significant difference"}
         for claim, low, high, p_value in found:
             assert (claim == "better than") == (float(p_value) < 0.05) == (float(low) > 0) and float(high) > 0
 
@@ -100,13 +100,15 @@ def test_the_terminal_says_what_was_found(optimizers: Path) -> None:
     first = text.splitlines()[2].split()
     assert text.splitlines()[0].strip() == "two-optimizers: validation loss, nats a token, best settings first"
     assert first[:2] == ["muon", "0.01"]
-    losses = [loss_of({**ranking(read_results(optimizers))[0].setting.overrides, "seed": seed}) for seed in range(3)]
+    losses = [
+        loss_of({**rank_settings(read_results(optimizers))[0].setting.overrides, "seed": seed}) for seed in range(3)
+    ]
     low, high = stats.t.interval(0.95, 2, np.mean(losses), stats.sem(losses))
     assert first[2:] == [f"{np.mean(losses):.4f}", f"{low:.4f}", "to", f"{high:.4f}", "3"]
     assert "Optimizer muon, learning rate 0.01 is better than optimizer adamw, learning rate 0.003 by 0.0848" in text
     assert (
-        "No difference shown between optimizer muon, learning rate 0.01 and the same with learning rate 0.003: 0.0388"
-        in text
+        "No significant difference between optimizer muon, learning rate 0.01 and the same with learning rate 0.003: "
+        "0.0388" in text
     )
     assert "33 finished, 2 diverged, 1 failed" in text
     assert "OSError: [Errno 28] No space left on device" in text
@@ -125,10 +127,13 @@ def test_a_difference_is_called_better_only_where_it_is_shown(tmp_path: Path) ->
     def clear(overrides: dict[str, Any]) -> float:
         return 2.0 + 0.1 * overrides["model.bias"] + 0.001 * overrides["seed"] ** 2 * overrides["model.bias"]
 
-    for loss, start in ((noisy, "No difference shown between"), (clear, "Bias False is better than bias True by")):
+    for loss, start in (
+        (noisy, "No significant difference between"),
+        (clear, "Bias False is better than bias True by"),
+    ):
         folder = write_sweep(tmp_path / loss.__name__, grid(model__bias=(False, True), seed=range(4)), loss=loss)
-        best, other = ranking(read_results(folder))
-        assert comparison_text(best, other).startswith(start)
+        best, other = rank_settings(read_results(folder))
+        assert describe_comparison(best, other).startswith(start)
 
 
 @pytest.mark.parametrize(("best", "edge"), [(RATES[0], "smallest"), (RATES[2], None), (RATES[-1], "largest")])
@@ -138,13 +143,13 @@ def test_a_best_value_at_the_end_of_a_range_is_pointed_out(best: float, edge: st
 
     trials = grid(optimizer__learning_rate=RATES)
     _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
-    found = re.findall(r"The best learning rate, ([\d.]+), is the (\w+) that was tried", page)
-    assert found == ([(value_text(best), edge)] if edge else [])
+    found = re.findall(r"The best learning rate, ([\d.]+), is the (\w+) one tried", page)
+    assert found == ([(format_value(best), edge)] if edge else [])
 
 
 def test_without_a_finished_trial_there_is_a_csv_and_an_error(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", two_optimizers(), status=lambda _: "running")
-    with pytest.raises(UserError, match=r"no finished trial to report on yet \(36 running\)"):
+    with pytest.raises(UserError, match=r"no finished trial yet \(36 running\)"):
         said(folder)
     assert (folder / "results.csv").read_text().count("running") == 36
     assert not (folder / "report.html").exists()
@@ -171,7 +176,7 @@ def test_knobs_are_named_by_what_tells_them_apart() -> None:
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_values_keep_four_digits(value: float) -> None:
-    assert float(value_text(value)) == float(f"{value:.4g}")
+    assert float(format_value(value)) == float(f"{value:.4g}")
 
 
 def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
@@ -187,7 +192,7 @@ def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
         "data.seq_len": None,
         "data.paths": ["a,b.txt", "c.txt"],
     }
-    command = rerun_command(results, overrides)
+    command = format_rerun_command(results, overrides)
     words = [word for word in shlex.split(command) if word.startswith("--config.")]
     given_flags = [tuple(word.removeprefix("--config.").split("=", 1)) for word in words]
     assert "--config=configs/tiny.py" in command
@@ -207,9 +212,9 @@ def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20, unique=True))
 def test_scales_keep_the_order_of_numbers(values: list[float]) -> None:
     scale = scale_of(values)
-    places = [scale.place(value) for value in sorted(values)]
-    assert all(math.isfinite(place) for place in places)
-    assert places == sorted(places) and (places[0], places[-1]) == (scale.low, scale.high)
+    shares = [scale.share(value) for value in sorted(values)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == pytest.approx((0, 1))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +231,7 @@ def test_scales_keep_the_order_of_numbers(values: list[float]) -> None:
     ],
 )
 def test_values_spaced_by_ratio_get_a_logarithmic_scale(values: tuple[float, ...], is_log: bool) -> None:
-    assert scale_of(values).is_log == is_log
+    assert (scale_of(values).kind in ("log", "symlog")) == is_log
 
 
 @given(
@@ -272,13 +277,14 @@ def test_every_trial_is_in_every_figure_that_shows_trials(page: str) -> None:
     assert set(json.loads(re.findall(r'id="trials">(.*?)</script>', page)[0])) == every
     shown = [set(attributes(figure, "data-trial")) for figure in figures]
     assert [trials for trials in shown if trials] == [every, ended, ended]
-    assert TRIAL not in page
+    assert TRIAL_PREFIX not in page
 
 
 def test_points_stand_where_their_losses_are(page: str) -> None:
-    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Final loss and" in figure)
+    figures = re.findall(r"(?s)<figure.*?</figure>", page)
+    figure = next(figure for figure in figures if "Final loss by learning rate" in figure)
     points = re.findall(r'<g data-trial="(\w+)">(?:(?!</g>).)*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', figure)
-    assert {value_text(rate) for rate in RATES} <= set(re.findall(r"<text[^>]*>([^<]*)<", figure))
+    assert {format_value(rate) for rate in RATES} <= set(re.findall(r"<text[^>]*>([^<]*)<", figure))
     at = {trial: (float(x), float(y)) for trial, x, y in points}
     finished = [overrides for overrides in two_optimizers() if status_of(overrides) == "finished"]
     places = np.array([at[trial_id(overrides)] for overrides in finished])
@@ -300,7 +306,7 @@ def test_sensitivities_count_seeds_with_every_rate_and_diverged_ones_as_untraine
         # Each rate weighs half of the logarithmic way to each neighbour, and as far again at the ends.
         widths = np.gradient(np.log(RATES))
         expected[name] = [float(part @ widths / widths.sum()) for part in above]
-    found = {row.knobs["optimizer.name"]: row for row in sensitivities(read_results(optimizers))}
+    found = {row.knobs["optimizer.name"]: row for row in compute_sensitivities(read_results(optimizers))}
     assert list(found) == ["muon", "adamw"]
     for name, values in expected.items():
         assert found[name].by_seed == pytest.approx(values)
@@ -322,9 +328,9 @@ def sweep_of(**values: Any) -> Callable[[], list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("trials", "titles"),
     [
-        (sweep_of(seed=(0,)), ["Loss over the steps"]),
-        (sweep_of(optimizer__learning_rate=RATES), ["Loss over the steps", "Final loss and learning rate"]),
-        (sweep_of(model__norm=("rmsnorm", "layernorm"), seed=(0, 1)), ["Loss over the steps"]),
+        (sweep_of(seed=(0,)), ["Loss curves"]),
+        (sweep_of(optimizer__learning_rate=RATES), ["Loss curves", "Final loss by learning rate"]),
+        (sweep_of(model__norm=("rmsnorm", "layernorm"), seed=(0, 1)), ["Loss curves"]),
         (
             sweep_of(
                 optimizer__learning_rate=RATES[:2],
@@ -333,10 +339,10 @@ def sweep_of(**values: Any) -> Callable[[], list[dict[str, Any]]]:
                 seed=(0, 1),
             ),
             [
-                "Loss over the steps",
-                "Final loss and learning rate",
-                "Final loss and weight decay",
-                "Final loss and d_model",
+                "Loss curves",
+                "Final loss by learning rate",
+                "Final loss by weight decay",
+                "Final loss by d_model",
                 "Importance of the knobs",
                 "Interactions of two knobs",
                 "Final loss by",
@@ -351,13 +357,13 @@ def test_a_page_has_the_figures_that_make_sense(
 ) -> None:
     _, page = said(write_sweep(tmp_path / "sweep", trials(), status=lambda _: "finished"))
     found = re.findall(r"<h3>(.*?)</h3>", page)
-    assert sorted(re.sub(r" by .*", " by", title) for title in found) == sorted(titles)
+    assert sorted(re.sub(r" by .* and .*", " by", title) for title in found) == sorted(titles)
 
 
 @pytest.mark.parametrize("losses", [(0.0, 0.0), (0.0, 20.0), (5e-324, 20.0), (2.2e-309, 2.2e-309), (1e-9, 1e308)])
 def test_an_axis_holds_any_finite_losses(losses: tuple[float, float]) -> None:
     axes = Figure().add_subplot()
-    show_losses(axes, losses)
+    set_loss_axis(axes, losses)
     low, high = axes.get_ylim()
     assert low <= min(losses) and max(losses) <= high and low < high
 
@@ -442,7 +448,7 @@ def luminous(color: str) -> np.ndarray:
     "values", [(1e-3, 1.1e-3), (1e-4, 1e-3, 1.1e-3, 1e-1), (0.0, 1e-3, 1.0001e-3, 1e-2, 2e-2, 0.5, 0.9, 0.91)]
 )
 def test_near_equal_rates_have_colors_that_are_told_apart(values: tuple[float, ...]) -> None:
-    colors = [Coloring("learning rate", scale_of(values)).name(value) for value in values]
+    colors = [KnobColors("learning rate", scale_of(values)).variable(value) for value in values]
     for paper in re.findall(r":root\{(.*?)\}", css()):
         known = dict(re.findall(r"--([\w-]+):(#\w+);", paper))
         labs = [luminous(known[color]) for color in colors]
@@ -456,7 +462,7 @@ def test_what_lies_beyond_an_axis_is_an_arrow(tmp_path: Path, monkeypatch: pytes
         return 2.0 + 3.0 * (trial["optimizer.learning_rate"] == 1e-2) + spread * trial["seed"] ** 2
 
     drawn = []
-    monkeypatch.setattr("rustgpt_jax.sweeps.report.response_curves.show_beyond", lambda *args: drawn.append(args[2]))
+    monkeypatch.setattr("rustgpt_jax.sweeps.report.figures.mark_beyond", lambda *args: drawn.append(args[2]))
     trials = grid(optimizer__learning_rate=RATES[:4], seed=range(3))
     _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
     assert set(drawn) == {"^", "v"}
@@ -486,7 +492,7 @@ def test_lines_through_all_knobs_end_within_their_axes(tmp_path: Path) -> None:
 
 def test_a_single_evaluation_is_seen_beside_the_training_curves(tmp_path: Path) -> None:
     _, page = said(write_sweep(tmp_path / "sweep", grid(seed=(0, 1)), eval_every=200))
-    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss over the steps" in figure)
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss curves" in figure)
     assert "training loss, nats a token" in figure and "validation loss, nats a token" in figure
     assert attributes(figure, "data-trial").count(trial_id({"seed": 0})) == 2
 
@@ -497,7 +503,7 @@ def test_validation_curves_are_drawn_though_one_trial_has_none(tmp_path: Path) -
     metrics = folder / "trials" / trial_id(trials[0]) / "metrics.jsonl"
     metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "valid/" not in line))
     _, page = said(folder)
-    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss over the steps" in figure)
+    figure = next(figure for figure in re.findall(r"(?s)<figure.*?</figure>", page) if "Loss curves" in figure)
     assert "training loss, nats a token" in figure and "validation loss, nats a token" in figure
     drawn = attributes(figure, "data-trial")
     assert [drawn.count(trial_id(trial)) for trial in trials] == [1, 2, 2]

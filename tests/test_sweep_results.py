@@ -27,7 +27,7 @@ from synthetic_sweep import (
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.report.results import Results, read_results, settings, write_csv
+from rustgpt_jax.sweeps.report.results import Results, group_by_setting, read_results, write_csv
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.run_dir import create
 
@@ -188,8 +188,8 @@ def test_trials_of_unlike_configs_are_unlike_settings_whatever_they_override(tmp
     read = read_results(folder)
     # As the configs say, whatever the ledger says.
     assert read.swept == ("seed", "training.steps")
-    assert [each.knobs for each in settings(read)] == [{"training.steps": 60}, {"training.steps": 50}]
-    assert [sorted(each.losses) for each in settings(read)] == [[0, 1], [0, 1]]
+    assert [each.knobs for each in group_by_setting(read)] == [{"training.steps": 60}, {"training.steps": 50}]
+    assert [sorted(each.losses) for each in group_by_setting(read)] == [[0, 1], [0, 1]]
 
 
 def create_config(folder: Path, overrides: dict[str, Any], **changes: Any) -> None:
@@ -217,7 +217,7 @@ def test_settings_are_the_trials_that_differ_only_in_seed(
 ) -> None:
     folder = write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", trials, status=lambda _: "planned")
     read = read_results(folder)
-    found = settings(read)
+    found = group_by_setting(read)
     assert sorted(trial.id for setting in found for trial in setting.trials) == sorted(map(trial_id, trials))
     for first in read.trials:
         for second in read.trials:
@@ -231,7 +231,7 @@ def test_settings_are_the_trials_that_differ_only_in_seed(
 
 
 def test_a_setting_knows_its_losses_by_seed(results: Results) -> None:
-    found = settings(results)
+    found = group_by_setting(results)
     assert len(found) == 12
     assert [setting.n_diverged for setting in found] == [0] * 5 + [2] + [0] * 6
     for setting in found:

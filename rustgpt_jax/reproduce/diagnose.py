@@ -32,7 +32,7 @@ from rustgpt_jax.reproduce.step_tensors import (
     UPDATE,
     StepTensor,
 )
-from rustgpt_jax.sweeps.report.labels import value_text
+from rustgpt_jax.sweeps.report.labels import format_value
 from rustgpt_jax.tokenizers import Codec, decode
 from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.tracking.progress import waiting
@@ -327,7 +327,7 @@ def advice(trial: Trial, config: Config, stage: str) -> list[str]:
         )
     if not helpful:
         rate = min(value for remedy in trial.tried for path, value in remedy.knobs if path == "optimizer.learning_rate")
-        none = f"None of these remedies would have been enough, not even a learning rate of {value_text(rate)}."
+        none = f"None of these remedies would have been enough, not even a learning rate of {format_value(rate)}."
         return [*sentences, f"{none} Look at the tensor and at the batch, or try a still lower rate."]
     best = helpful[0].name
     lowest = (
@@ -363,7 +363,7 @@ def _row(remedy: Intervention, trial: Trial) -> Sequence[str]:
     if fate is None:
         return remedy.name, "", f"not tried: {remedy.hindrance}", ""
     died = trial.first_bad_step(fate)
-    knobs = ", ".join(f"{path.split('.', 1)[1]}={value_text(value)}" for path, value in remedy.knobs)
+    knobs = ", ".join(f"{path.split('.', 1)[1]}={format_value(value)}" for path, value in remedy.knobs)
     index = -1 if died is None else died - trial.first
     loss = float(fate.losses[index])
     if died is None:

@@ -17,8 +17,8 @@ from rustgpt_jax.reproduce.step_tensors import (
     UPDATE,
     StepTensor,
 )
-from rustgpt_jax.sweeps.report.html import PARTS as REPORT_PARTS
-from rustgpt_jax.sweeps.report.svg import css, shade
+from rustgpt_jax.sweeps.report.plot_style import css, shade
+from rustgpt_jax.sweeps.report.report import ASSETS as REPORT_ASSETS
 
 # Heat maps of a step in HTML: layers down, sites across, colours by the logarithm, red where it is not finite.
 
@@ -128,7 +128,7 @@ PARTS = Path(__file__).parent / "assets"
 def page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
     """The HTML of a step that was looked into."""
     title = f"{escape(again.run)}, step {again.step}"
-    style = (REPORT_PARTS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
+    style = (REPORT_ASSETS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
     body = f"{_head(again, tensors)}{_figures(tensors)}{_table(tensors)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

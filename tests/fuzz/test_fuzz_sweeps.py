@@ -23,7 +23,7 @@ from synthetic_sweep import grid, trial_id, write_sweep
 from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.report.results import read_results, settings
+from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 
 assert _fonts.fontManager
@@ -80,7 +80,7 @@ def read_all(folder: Path) -> None:
         is_settled(state, 3)
     results = answer(lambda: read_results(folder))
     if results is not None:
-        assert {trial.id for setting in settings(results) for trial in setting.trials} == {
+        assert {trial.id for setting in group_by_setting(results) for trial in setting.trials} == {
             trial.id for trial in results.trials
         }
 

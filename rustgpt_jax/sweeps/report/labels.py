@@ -45,33 +45,33 @@ def knob_names(paths: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def value_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A knob's value in at most four significant digits, without the zeros of an exponent: 0.001, 3e-5, muon."""
     if isinstance(value, float):
         mantissa, e, exponent = f"{value:.4g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if e else mantissa
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(value_text, value))
+        return ", ".join(map(format_value, value))
     return str(value)
 
 
-def loss_text(loss: float) -> str:
+def format_loss(loss: float) -> str:
     """A loss, or a difference of two, with the digits that a seed leaves of it."""
     return f"{loss:.4f}"
 
 
-def p_text(p_value: float) -> str:
+def format_p_value(p_value: float) -> str:
     """A p-value with its sign: p = 0.012, p < 0.001."""
     return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
 
 
-def setting_text(knobs: Mapping[str, Any]) -> str:
+def describe_setting(knobs: Mapping[str, Any]) -> str:
     """The values of some knobs in a line: 'optimizer muon, learning rate 0.003'."""
     names = knob_names([*knobs, SEED])
-    return ", ".join(f"{names[path]} {value_text(value)}" for path, value in knobs.items()) or "the config as it is"
+    return ", ".join(f"{names[path]} {format_value(value)}" for path, value in knobs.items()) or "the config as it is"
 
 
-def rerun_command(results: Results, overrides: Overrides) -> str:
+def format_rerun_command(results: Results, overrides: Overrides) -> str:
     """The command that trains one trial of a sweep again, alone, with the knobs that the sweep's own command set."""
     kept = [(path, text) for path, text in _set_by(results.command) if path not in overrides]
     own = [(path, _argument(path, value)) for path, value in overrides.items()]

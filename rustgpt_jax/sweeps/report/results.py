@@ -172,7 +172,7 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def settings(results: Results) -> tuple[Setting, ...]:
+def group_by_setting(results: Results) -> tuple[Setting, ...]:
     """Group the trials by their resolved config without the seed, in planned order."""
     groups: dict[str, list[TrialResult]] = {}
     for trial in results.trials:
@@ -218,7 +218,7 @@ def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
     return text.getvalue().encode(errors="backslashreplace")
 
 
-def key_of(value: Any) -> str:
+def to_key(value: Any) -> str:
     """A text that is the same for equal values, lists and mappings among them."""
     return json.dumps(float(value) if is_number(value) else value, sort_keys=True)
 
@@ -258,7 +258,7 @@ def _read_trial(run: RunDir, overrides: Overrides, last: Event) -> _Record:
 def _swept(records: Sequence[_Record]) -> tuple[str, ...]:
     """Return the knobs that vary: those that a trial overrides, and others in which the configs differ."""
     values = {
-        path: {key_of(record.values.get(path, value)) for record in records}
+        path: {to_key(record.values.get(path, value)) for record in records}
         for path, value in _known_values(records).items()
     }
     return tuple(path for path, different in values.items() if len(different) > 1)
@@ -290,7 +290,7 @@ def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
 def _setting(record: _Record) -> str:
     """Return a string that is equal for trials whose resolved configs differ only in the seed."""
     if record.config is None:
-        return key_of(_without_seed(record.overrides))
+        return to_key(_without_seed(record.overrides))
     return config_hash(replace(record.config, seed=0))
 
 

@@ -1,0 +1,331 @@
+"""Which setting of a sweep is best, which differences are significant, and what a reader must know."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from rustgpt_jax.sweeps.report.labels import (
+    METRICS,
+    describe_setting,
+    format_loss,
+    format_p_value,
+    format_value,
+    knob_names,
+)
+from rustgpt_jax.sweeps.report.results import (
+    BITS_PER_BYTE,
+    DIVERGED,
+    FAILED,
+    MISSING,
+    PRUNED,
+    SEED,
+    TRAIN_LOSS,
+    Results,
+    Setting,
+    TrialResult,
+    group_by_setting,
+    is_number,
+    to_key,
+)
+from rustgpt_jax.sweeps.report.stats import (
+    FALSE_CLAIMS,
+    Comparison,
+    Interval,
+    Shares,
+    compare_with_best,
+    decompose,
+    lr_sensitivity,
+    mean_interval,
+)
+
+# Losses further above the best one than this many times the median look alike in figures, to leave room for the rest.
+IN_VIEW = 3.0
+# A best setting of more knobs than this is not named in every sentence.
+MAX_KNOBS_NAMED = 2
+MAX_COMPARISONS, MAX_ERRORS = 8, 12
+# Fewer values than this say little about what is beyond them, fewer learning rates little about sensitivity.
+MIN_VALUES = 3
+# A t interval of two seeds is so wide that its band would hide the rest.
+MIN_SEEDS = 3
+# Minimum number of trials for shares of variance.
+MIN_TRIALS = 6
+
+
+@dataclass(frozen=True)
+class RankedSetting:
+    """A setting with its mean loss over seeds, and its difference from the best setting over shared seeds.
+
+    The comparison is None for the best setting, and if fewer than two seeds are shared. Its p-value and interval
+    account for the number of comparisons and the selection of the best setting (see `compare_with_best`).
+    """
+
+    setting: Setting
+    interval: Interval
+    comparison: Comparison | None
+
+    @property
+    def is_significantly_worse(self) -> bool:
+        """Whether the setting is significantly worse than the best one."""
+        found = self.comparison
+        return found is not None and found.p_value < FALSE_CLAIMS and found.difference > 0
+
+
+def rank_settings(results: Results) -> tuple[RankedSetting, ...]:
+    """Order the settings with a finished trial by their mean loss; those with a diverged trial come last.
+
+    The mean over the remaining seeds would flatter a setting that diverges for others.
+    """
+    ordered = sorted(
+        (setting for setting in group_by_setting(results) if setting.losses),
+        key=lambda setting: (setting.n_diverged > 0, setting.mean_loss),
+    )
+    n_candidates = sum(setting.n_diverged == 0 for setting in ordered) or len(ordered)
+    compared = compare_with_best([setting.losses for setting in ordered], n_candidates)
+    return tuple(
+        RankedSetting(setting, mean_interval(list(setting.losses.values())), comparison)
+        for setting, comparison in zip(ordered, [None, *compared], strict=True)
+    )
+
+
+def variance_shares(results: Results) -> Shares:
+    """Return the shares of the swept knobs, their interactions and noise in the variance of the final loss."""
+    losses = tuple(_final_loss(trial) for trial in results.finished)
+    # A seed is a label, not a number.
+    columns = tuple(
+        tuple(
+            value if is_number(value) and path != SEED else to_key(value)
+            for value in (trial.knobs[path] for trial in results.finished)
+        )
+        for path in results.swept
+    )
+    return _decompose(results.swept, columns, losses)
+
+
+@lru_cache(maxsize=8)
+def _decompose(paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], losses: tuple[float, ...]) -> Shares:
+    return decompose(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
+
+
+def knob_shares(results: Results) -> dict[str, float]:
+    """Return the share of the variance that each swept knob explains, largest first, without unknown ones."""
+    known = {path: share for path, share in variance_shares(results).knobs.items() if math.isfinite(share)}
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
+
+
+def interaction_shares(results: Results) -> dict[tuple[str, str], float]:
+    """Return the share of the variance that each pair of knobs explains only together, largest first."""
+    if len(results.finished) < MIN_TRIALS:
+        return {}
+    return dict(sorted(variance_shares(results).pairs.items(), key=lambda item: -item[1]))
+
+
+def most_important(results: Results, *excluded: str) -> str | None:
+    """Return the knob, except for the seed and excluded ones, that explains most; the first if that is unknown."""
+    candidates = [path for path in results.knobs if path not in excluded]
+    shares = knob_shares(results)
+    return max(candidates, key=lambda path: shares.get(path, -1.0), default=None)
+
+
+def losses_in_view(results: Results) -> tuple[float, float]:
+    """Return the best final loss, and the loss from which on figures show all alike."""
+    losses = sorted(_final_loss(trial) for trial in results.finished)
+    best, middle = losses[0], losses[len(losses) // 2]
+    return best, min(losses[-1], best + IN_VIEW * (middle - best)) if middle > best else losses[-1]
+
+
+def _final_loss(trial: TrialResult) -> float:
+    return math.nan if trial.final_loss is None else trial.final_loss
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The learning-rate sensitivity of one setting of the other knobs: for each seed, and their mean."""
+
+    knobs: dict[str, Any]
+    by_seed: tuple[float, ...]
+    interval: Interval
+
+
+def swept_learning_rate(results: Results) -> str | None:
+    """Return the first learning rate among the knobs that has enough numeric values for a sensitivity."""
+    for path in results.knobs:
+        values = {to_key(trial.knobs[path]) for trial in results.trials}
+        is_numeric = all(is_number(trial.knobs[path]) for trial in results.trials)
+        if path.endswith("learning_rate") and is_numeric and len(values) >= MIN_VALUES:
+            return path
+    return None
+
+
+def compute_sensitivities(results: Results) -> list[Sensitivity]:
+    """Compute the learning-rate sensitivity (arXiv 2309.14322) of each setting of the other knobs, lowest first.
+
+    A seed counts if every learning rate finished or diverged for it.
+    """
+    path = swept_learning_rate(results)
+    # The loss at initialization is in nats per token.
+    if path is None or results.metric == BITS_PER_BYTE:
+        return []
+    rates = {trial.knobs[path] for trial in results.trials}
+    groups: dict[str, list[TrialResult]] = defaultdict(list)
+    for trial in results.trials:
+        groups[to_key([trial.knobs[other] for other in results.knobs if other != path])].append(trial)
+    found = []
+    for group in groups.values():
+        by_seed = [_sensitivity(group, seed, path, rates) for seed in dict.fromkeys(trial.seed for trial in group)]
+        values = [value for value in by_seed if math.isfinite(value)]
+        if values:
+            knobs = {other: group[0].knobs[other] for other in results.knobs if other != path}
+            found.append(Sensitivity(knobs, tuple(values), mean_interval(values)))
+    return sorted(found, key=lambda sensitivity: sensitivity.interval.mean)
+
+
+def _sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[float]) -> float:
+    """Return the sensitivity of a seed, nan if a rate did not finish or diverge or the initial loss is unknown."""
+    ended = [
+        trial for trial in trials if trial.seed == seed and (trial.final_loss is not None or trial.status == DIVERGED)
+    ]
+    losses = {trial.knobs[path]: math.inf if trial.final_loss is None else trial.final_loss for trial in ended}
+    initial = [trial.initial_loss for trial in ended if trial.initial_loss is not None]
+    if set(losses) != rates or not initial:
+        return math.nan
+    return lr_sensitivity(losses, sum(initial) / len(initial))
+
+
+def describe_comparison(best: RankedSetting, other: RankedSetting) -> str:
+    """Describe how the best setting compares with another, which is named by its differences, in a sentence."""
+    it = describe_setting(best.setting.knobs) if len(best.setting.knobs) <= MAX_KNOBS_NAMED else "the best setting"
+    knobs = other.setting.knobs
+    changed = {path: value for path, value in knobs.items() if to_key(value) != to_key(best.setting.knobs[path])}
+    that = f"{'' if len(changed) == len(knobs) else 'the same with '}{describe_setting(changed)}"
+    comparison = other.comparison
+    if comparison is None:
+        difference = other.interval.mean - best.interval.mean
+        seeds = "one seed" if best.interval.n == other.interval.n == 1 else "fewer than two shared seeds"
+        return _capitalize(f"{it} and {that} differ by {format_loss(difference)}; no p-value: {seeds}.")
+    interval = "no interval: all seeds differ equally"
+    if math.isfinite(comparison.low):
+        interval = f"95% CI {format_loss(comparison.low)} to {format_loss(comparison.high)}"
+    evidence = f"{interval}, {format_p_value(comparison.p_value)}, {comparison.n_pairs} paired seeds"
+    if other.is_significantly_worse:
+        return _capitalize(f"{it} is better than {that} by {format_loss(comparison.difference)} ({evidence}).")
+    return f"No significant difference between {it} and {that}: {format_loss(comparison.difference)} ({evidence})."
+
+
+def _capitalize(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def describe_interval(interval: Interval) -> str:
+    """Describe the confidence interval of a mean over seeds."""
+    seeds = "1 seed" if interval.n == 1 else f"{interval.n} seeds"
+    if not math.isfinite(interval.low):
+        return f"{seeds}, no interval"
+    return f"95% CI {format_loss(interval.low)} to {format_loss(interval.high)}, {seeds}"
+
+
+def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) -> list[str]:
+    """Compare the best setting in sentences with the best ones of other categories, and the next ones by rank."""
+    rivals = _best_of_categories(results, ranked)
+    chosen = (rivals + [row for row in ranked[1:] if row not in rivals])[:MAX_COMPARISONS]
+    sentences = [describe_comparison(ranked[0], row) for row in sorted(chosen, key=ranked.index)]
+    n_tests = sum(row.comparison is not None for row in ranked)
+    if n_tests:
+        metric = METRICS[results.metric]
+        sentences.append(
+            f"These are differences of the {metric.name} in {metric.unit}, paired by seed. The p-values and the 95% "
+            f"intervals hold for all {n_tests} comparisons at once and account for selecting the best setting on the "
+            'same losses: if all settings were equal, the probability of any "better than" would be at most 5%, for '
+            "normal losses (docs/statistics.md)."
+        )
+    return sentences
+
+
+def _best_of_categories(results: Results, ranked: tuple[RankedSetting, ...]) -> list[RankedSetting]:
+    """Return the best setting of each value of the non-numeric knobs other than the overall best one's."""
+    found = []
+    for path in results.knobs:
+        if all(is_number(trial.knobs[path]) for trial in results.trials):
+            continue
+        seen = {to_key(ranked[0].setting.knobs[path])}
+        for row in ranked[1:]:
+            value = to_key(row.setting.knobs[path])
+            if value not in seen:
+                seen.add(value)
+                found.append(row)
+    return found
+
+
+def list_notes(results: Results, ranked: tuple[RankedSetting, ...]) -> list[str]:
+    """List what a reader must know to interpret the losses, and the errors of failed trials."""
+    counts = results.counts
+    notes = ["Only finished trials are compared, by the last evaluation: ranks change while the learning rate decays."]
+    if len(ranked) > 1:
+        notes.append(
+            "The best setting is selected on the losses that are shown, so its own mean and interval are slightly "
+            "optimistic; new seeds would show by how much."
+        )
+    if results.metric == TRAIN_LOSS:
+        notes.append(
+            "There is no validation data, so the training loss of the last step is compared, which is the loss of one "
+            "batch and depends on the tokenizer."
+        )
+    if counts.get(DIVERGED):
+        notes.append(
+            "Diverged trials, whose loss became infinite or NaN, have no final loss. A setting with a diverged trial "
+            "is ranked after all others, because the mean over its other seeds would flatter it."
+        )
+    if counts.get(PRUNED):
+        notes.append("Pruned trials were stopped early; their curves are shown, but they are not ranked.")
+    return (
+        notes + list_omitted(results) + _range_notes(results, ranked[0]) + _sensitivity_note(results) + _errors(results)
+    )
+
+
+def list_omitted(results: Results) -> list[str]:
+    """List the trials that are not compared because they are missing or no longer part of the sweep."""
+    notes = []
+    if results.removed:
+        trials = "1 trial is" if len(results.removed) == 1 else f"{len(results.removed)} trials are"
+        notes.append(f"{trials} no longer defined by the sweep's file and omitted here; see removed.csv.")
+    missing = [trial for trial in results.trials if trial.status == MISSING]
+    notes += [f"Missing: trial {trial.id}: {trial.error}" for trial in missing[:MAX_ERRORS]]
+    if missing:
+        notes.append("The sweep's command reruns trials whose folders were deleted.")
+    if results.n_damaged:
+        lines = "1 damaged line" if results.n_damaged == 1 else f"{results.n_damaged} damaged lines"
+        notes.append(f"{lines} of ledger.jsonl skipped.")
+    return notes
+
+
+def _range_notes(results: Results, best: RankedSetting) -> list[str]:
+    """Return notes on knobs whose best value is the smallest or largest one that was tried."""
+    notes = []
+    for path in results.knobs:
+        values = {trial.knobs[path] for trial in results.trials if is_number(trial.knobs[path])}
+        value = best.setting.knobs[path]
+        if len(values) >= MIN_VALUES and value in (min(values), max(values)):
+            name, end = knob_names(results.swept)[path], "smallest" if value == min(values) else "largest"
+            notes.append(
+                f"The best {name}, {format_value(value)}, is the {end} one tried; a better one may be beyond it."
+            )
+    return notes
+
+
+def _sensitivity_note(results: Results) -> list[str]:
+    path, found = swept_learning_rate(results), compute_sensitivities(results)
+    if path is None or len(found) != 1:
+        return []
+    return [
+        f"The sensitivity to the {knob_names(results.swept)[path]} (arXiv 2309.14322), the mean over its values of the "
+        f"loss minus the best loss, is {format_loss(found[0].interval.mean)} {METRICS[results.metric].unit} "
+        f"({describe_interval(found[0].interval)})."
+    ]
+
+
+def _errors(results: Results) -> list[str]:
+    failed = [trial for trial in results.trials if trial.status == FAILED]
+    lines = [f"Failed: trial {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed]
+    more = [f"{len(failed) - MAX_ERRORS} more trials failed."] if len(failed) > MAX_ERRORS else []
+    return lines[:MAX_ERRORS] + more
