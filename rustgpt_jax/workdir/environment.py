@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-
 # Environment variables to record: those that affect what JAX, XLA and the underlying libraries compute, or how. Other
 # variables, whatever their prefix, may hold secrets.
 VARIABLES = (
@@ -96,7 +94,7 @@ def environment() -> dict[str, Any]:
         "packages": packages(),
         "machine": _machine(),
         "devices": _devices(),
-        "settings": {name: jax.config.values[name] for name in SETTINGS},
+        "settings": _settings(),
         "variables": variables(os.environ),
     }
 
@@ -180,7 +178,16 @@ def _processor() -> tuple[str, str]:
     return fields.get("model name") or platform.processor(), hashlib.sha256(features.encode()).hexdigest()[:12]
 
 
+def _settings() -> dict[str, Any]:
+    # Import here so that reading a run or a sweep does not load JAX.
+    import jax
+
+    return {name: jax.config.values[name] for name in SETTINGS}
+
+
 def _devices() -> dict[str, Any]:
+    import jax
+
     devices = jax.devices()
     kinds = [device.device_kind for device in devices]
     return {
