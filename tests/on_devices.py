@@ -14,7 +14,7 @@ import numpy as np
 from conftest import small_config
 from jax.experimental import multihost_utils
 
-from rustgpt_jax.config.schema import Config, merge, split
+from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning.collectives import collectives, summary
 from rustgpt_jax.pytrees import by_path
@@ -73,8 +73,8 @@ def whole(tree: Any) -> Any:
 
 def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -> dict[str, Any]:
     """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
-    (structure, numbers), batches = split(config), batches_of(config)
-    numbers = to_traced_scalars(numbers)
+    (static, hparams), batches = partition(config), batches_of(config)
+    hparams = to_traced_scalars(hparams)
     placement = on_devices(config.mesh, devices)
     rows = config.training.batch_size
     # What lies on one device of this process is whole.
@@ -82,15 +82,15 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
     with placement.active():
         here = placement.rows(rows, config.model.context_length)
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
-        state = compiled_init_state(structure, numbers)
+        state = compiled_init_state(static, hparams)
         first = take(state.params)
         shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
         one = placement.share(jax.tree.map(lambda leaf: leaf[0], batches), rows)
         key = jax.random.key(1)
-        gradients = jax.jit(lambda params, batch: gradient(params, batch, merge(structure, numbers), key)[0])
+        gradients = jax.jit(lambda params, batch: gradient(params, batch, combine(static, hparams), key)[0])
         found = take(gradients(state.params, one))
-        arguments = placement.share(batches, rows), np.int32(STEPS), numbers, np.int32(0)
-        compiled = compiled_train_steps.lower(structure, state, *arguments).compile()
+        arguments = placement.share(batches, rows), np.int32(STEPS), hparams, np.int32(0)
+        compiled = compiled_train_steps.lower(static, state, *arguments).compile()
         state, metrics = compiled(state, *arguments)
         if folder is not None:
             with Checkpoints(folder, config, is_writer=True) as checkpoints:
@@ -137,7 +137,9 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
             continue
         other = on_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
         with other.active(), Checkpoints(folder, config) as checkpoints:
-            like = jax.eval_shape(lambda: compiled_init_state(split(config)[0], to_traced_scalars(split(config)[1])))
+            like = jax.eval_shape(
+                lambda: compiled_init_state(partition(config)[0], to_traced_scalars(partition(config)[1]))
+            )
             restored[name] = same_bits(whole(checkpoints.restore(other.like(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),

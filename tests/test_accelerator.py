@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from experiments.benchmarks import accelerator_report as report
 from experiments.benchmarks.best_batch import GAIN, SIZES, Best, Failure, Knobs, best_batch, config_of, measured
 from experiments.benchmarks.gpt2_jax import attention_task, cost, synthetic
-from rustgpt_jax.config.schema import Config, split
+from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference
@@ -263,11 +263,11 @@ def test_the_pytorch_model_learns_the_same() -> None:
         **{"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 3.0, "schedule.warmup_steps": 0},
         **{"training.steps_per_jit_call": n_steps},
     )
-    structure, numbers = split(config)
-    arguments = to_traced_scalars(numbers)
+    static, hparams = partition(config)
+    arguments = to_traced_scalars(hparams)
     params, batches = random_params(config.model), synthetic(config, (n_steps, 2))
-    state, zero = init_state_from_params(structure, arguments, params), np.zeros((), np.int32)
-    ours = compiled_train_steps(structure, state, batches, np.int32(n_steps), arguments, zero)[1].loss
+    state, zero = init_state_from_params(static, arguments, params), np.zeros((), np.int32)
+    ours = compiled_train_steps(static, state, batches, np.int32(n_steps), arguments, zero)[1].loss
     assert ours[0] - ours[-1] > 0.5
     layers = gpt2(config.model)
     load(layers, params)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
@@ -519,7 +519,7 @@ def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
     assert [finding.mixer for finding in findings] == list(attention_choices(model, ANY_DEVICE, 32))
     for finding in findings:
         assert finding.difference is not None and finding.difference < (
-            1e-2 if is_on(changes.get("dtype", 0)) else 1e-5
+            1e-2 if is_enabled(changes.get("dtype", 0)) else 1e-5
         )
         assert re.fullmatch(
             r"[\w ]+: blockwise, because the config names it \(differs from the reference by \de[+-]\d\d\)",

@@ -16,7 +16,7 @@ from conftest import small_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rustgpt_jax.config.schema import Config, split
+from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing as checkpoints_module
@@ -80,8 +80,8 @@ def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
 
 def test_the_layout_is_that_of_a_real_run() -> None:
     config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
-    structure, numbers = split(config)
-    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
+    static, hparams = partition(config)
+    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
     assert layout(like) == layout(state_of("muon"))
     assert layout(like)["params/embedding/table"] == "float32[61, 8]"
     assert layout(like)["step"] == "int32[]"

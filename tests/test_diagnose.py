@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, replace_paths, split
+from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import by_path
@@ -250,13 +250,13 @@ def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them()
 
 def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     config = config_of()
-    structure, numbers = split(config)
+    static, hparams = partition(config)
     state = init_state_from_params(
-        structure, to_traced_scalars(numbers), jax.tree.map(jax.numpy.asarray, random_params(config.model))
+        static, to_traced_scalars(hparams), jax.tree.map(jax.numpy.asarray, random_params(config.model))
     )
     state = state._replace(step=jax.numpy.int32(7))
-    other, numbers = split(replace_paths(config, {"model.qk_norm": "head"}))
-    found, kept = by_path(fitted(state, other, to_traced_scalars(numbers))), by_path(state)
+    other, hparams = partition(replace_paths(config, {"model.qk_norm": "head"}))
+    found, kept = by_path(fitted(state, other, to_traced_scalars(hparams))), by_path(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)
     assert all(np.array_equal(found[path], kept[path]) for path in kept)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, split
+from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul, transformer
@@ -238,11 +238,11 @@ def test_remat_finds_the_same_scales() -> None:
 
 def test_training_in_8_bits_lowers_the_loss() -> None:
     config = tiny(**{"model.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
-    structure, numbers = split(config)
-    arguments = to_traced_scalars(numbers)
-    state = compiled_init_state(structure, arguments)
+    static, hparams = partition(config)
+    arguments = to_traced_scalars(hparams)
+    state = compiled_init_state(static, arguments)
     batches = jax.tree.map(lambda leaf: np.stack([leaf] * 20), batch_of())
-    _, metrics = compiled_train_steps(structure, state, batches, np.int32(20), arguments, np.int32(0))
+    _, metrics = compiled_train_steps(static, state, batches, np.int32(20), arguments, np.int32(0))
     assert np.all(np.isfinite(metrics.loss)) and metrics.loss[-1] < 0.6 * metrics.loss[0]
     assert metrics.faults[-1] == 0
 

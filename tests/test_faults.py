@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from test_loop import Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config.schema import split
+from rustgpt_jax.config.schema import partition
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import load_tokenizer
@@ -85,8 +85,8 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def saved_state(run: Path, which: str = "last") -> State:
     """The state in a checkpoint of a run of configs/tiny.py."""
     config, tokenizer = load_config(run), load_tokenizer(RunDir(run).tokenizer_file)
-    structure, numbers = split(fill_vocab_size(config, tokenizer))
-    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
+    static, hparams = partition(fill_vocab_size(config, tokenizer))
+    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
     with Checkpoints(RunDir(run).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 

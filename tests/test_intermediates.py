@@ -15,7 +15,7 @@ from conftest import random_params, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.config.schema import ModelConfig, split
+from rustgpt_jax.config.schema import ModelConfig, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.fingerprints import fingerprint, fingerprints
 from rustgpt_jax.model import block as block_module
@@ -279,8 +279,8 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
 def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
     """The program, a state at step 5, a batch, and the config."""
     config = small_config(**(SMALL | {"model.n_layers": 2, "training.batch_size": 4} | changes))
-    structure, numbers = split(config)
-    program = structure, to_traced_scalars(numbers)
+    static, hparams = partition(config)
+    program = static, to_traced_scalars(hparams)
     params = jax.tree.map(jnp.asarray, random_params(config.model))
     return program, init_state_from_params(*program, params)._replace(step=jnp.int32(5)), batch(4), config
 

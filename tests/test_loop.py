@@ -22,7 +22,7 @@ from conftest import small_config
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Config, split
+from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.convert import export_run
@@ -124,8 +124,8 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
 
 
 def stored_state(config: Config, path: Path, which: str = "last") -> State:
-    structure, numbers = split(config)
-    like = jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers)))
+    static, hparams = partition(config)
+    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
     with Checkpoints(RunDir(path).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 
@@ -423,10 +423,10 @@ from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
 steps = executors.compiled_train_steps
 
-def reporting(structure, state, batches, *others):
+def reporting(static, state, batches, *others):
     table, tokens = state.params["embedding"]["table"], batches.tokens_BT
     print(table.sharding.is_fully_replicated, tokens.shape, tokens.addressable_shards[0].data.shape)
-    return steps(structure, state, batches, *others)
+    return steps(static, state, batches, *others)
 
 reporting.lower = steps.lower
 executors.compiled_train_steps = reporting

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config.schema import Config, merge, split
+from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model.flops import equations, parameter_shapes
@@ -44,8 +44,8 @@ def batch_of(rows: int = ROWS) -> Batch:
 
 def loss_of(config: Config, chunk: int | None, params: Any, batch: Batch, softcap: Any = None) -> tuple[Any, Any]:
     """The mean loss with z-loss, and the sums that it is made of."""
-    structure, numbers = split(config)
-    model = merge(structure, numbers | ({} if softcap is None else {"model.final_logit_softcap": softcap})).model
+    static, hparams = partition(config)
+    model = combine(static, hparams | ({} if softcap is None else {"model.final_logit_softcap": softcap})).model
     sums = loss_sums(params, batch, model, None, chunk)
     return total_loss(sums, sums.weight, 0.01), sums
 
@@ -135,10 +135,10 @@ def test_all_logits_never_exist_at_once(tied: bool) -> None:
 def test_a_step_takes_the_chunks_of_its_config() -> None:
     def gradients(chunk: int | None) -> Any:
         config = tiny(**{"training.loss_chunk_size": chunk, "training.grad_accum_steps": 2, "training.z_loss": 0.1})
-        structure, numbers = split(config)
+        static, hparams = partition(config)
 
         def of(params: Any, batch: Batch) -> Any:
-            return gradient(params, batch, merge(structure, to_traced_scalars(numbers)), jax.random.key(0))[:2]
+            return gradient(params, batch, combine(static, to_traced_scalars(hparams)), jax.random.key(0))[:2]
 
         assert largest(jax.make_jaxpr(of)(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH))) == max(
             ROWS // 2 * (chunk or LENGTH) * VOCABULARY, 16 * VOCABULARY

@@ -12,7 +12,7 @@ import pytest
 from conftest import random_params, small_config
 from scipy import stats
 
-from rustgpt_jax.config.schema import ModelConfig, merge, split
+from rustgpt_jax.config.schema import ModelConfig, combine, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
@@ -516,17 +516,17 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
     compilations = 0
 
     @jax.jit
-    def run(numbers: dict[str, Any]) -> tuple[transformer.Params, jax.Array]:
+    def run(hparams: dict[str, Any]) -> tuple[transformer.Params, jax.Array]:
         nonlocal compilations
         compilations += 1
-        model = merge(structure, numbers).model
+        model = combine(static, hparams).model
         params = transformer.init(jax.random.key(0), model)
         return params, transformer.apply(params, tokens_BT, model)[0]
 
     for init_std, eps, base in ((0.02, 1e-6, 1e4), (0.4, 0.1, 7.0)):
         config = small_config(**{"model.init_std": init_std, "model.norm_eps": eps, "model.rope_theta": base})
-        structure, numbers = split(config)
-        params, logits_BTV = run({path: np.float32(value) for path, value in numbers.items()})
+        static, hparams = partition(config)
+        params, logits_BTV = run({path: np.float32(value) for path, value in hparams.items()})
         assert np.std(params["embedding"]["table"]) == pytest.approx(init_std, rel=0.1)
         expected = reference(in_float64(params), tokens_BT[0], config.model)
         np.testing.assert_allclose(logits_BTV[0], expected, rtol=1e-4, atol=1e-5)

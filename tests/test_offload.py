@@ -7,7 +7,7 @@ import jax
 import pytest
 from test_loop import assert_same_bits, metrics, stored_state, tiny, train
 
-from rustgpt_jax.config.schema import split
+from rustgpt_jax.config.schema import partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import check_memories
 from rustgpt_jax.training.optimizers import OPTIMIZERS
@@ -22,8 +22,8 @@ def kinds(tree: Any) -> set[str | None]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
-    structure, numbers = split(tiny(**{"optimizer.offload_state": True, "optimizer.name": name}))
-    state = compiled_init_state(structure, to_traced_scalars(numbers))
+    static, hparams = partition(tiny(**{"optimizer.offload_state": True, "optimizer.name": name}))
+    state = compiled_init_state(static, to_traced_scalars(hparams))
     assert kinds(state.opt_state) == {"pinned_host"}
     assert kinds(state.params) == {"device"}
 

@@ -14,8 +14,8 @@ import json, re, sys
 import jax
 import numpy as np
 from conftest import small_config
-from rustgpt_jax.config.schema import split
-from rustgpt_jax.sharding.sharding_plan import Placement
+from rustgpt_jax.config.schema import partition
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.planning.aot_compile import compiled_step
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import to_traced_scalars, compiled_init_state, train_step
@@ -27,19 +27,19 @@ LARGE = {"model.n_layers": 8, "model.d_model": 512, "model.n_heads": 8, "model.v
          "model.context_length": 256, "training.batch_size": 8, "schedule.warmup_steps": 0}
 config = small_config(**LARGE | json.loads(sys.argv[1]))
 window, rows = config.model.context_length, config.training.batch_size
-predicted = compiled_step(config, window, Placement(), for_cpu=True).peak
-structure, numbers = split(config)
-numbers = to_traced_scalars(numbers)
+predicted = compiled_step(config, window, ShardingPlan(), for_cpu=True).peak
+static, hparams = partition(config)
+hparams = to_traced_scalars(hparams)
 step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-step = step.lower(structure, state_shapes(config), batch_shapes(rows, window), numbers).compile()
-start = compiled_init_state.lower(structure, numbers).compile()
+step = step.lower(static, state_shapes(config), batch_shapes(rows, window), hparams).compile()
+start = compiled_init_state.lower(static, hparams).compile()
 before = status("VmRSS")
-state = jax.block_until_ready(start(numbers))
+state = jax.block_until_ready(start(hparams))
 batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), batch_shapes(rows, window))
 # The kernel begins anew with the most memory that the process has had.
 open("/proc/self/clear_refs", "w").write("5")
 for _ in range(2):
-    state, metrics = jax.block_until_ready(step(state, batch, numbers))
+    state, metrics = jax.block_until_ready(step(state, batch, hparams))
 print(json.dumps([predicted, status("VmHWM") - before]))
 """
 

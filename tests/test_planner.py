@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from rich.console import Console
 
-from rustgpt_jax.config.schema import FIELDS, Config, field_of, split, stages
+from rustgpt_jax.config.schema import FIELDS, Config, get_field, partition, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine, cores, free_memory
@@ -31,7 +31,7 @@ from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scal
 # Which trials share a program.
 
 # Another value for each knob, to be tried from a config in which each of them can stand.
-SWITCHES = [path for path in FIELDS if field_of(path).metadata.get("off_at_zero")]
+SWITCHES = [path for path in FIELDS if get_field(path).metadata.get("static_if_zero")]
 BEFORE = dict.fromkeys(SWITCHES, 0.1)
 OTHER: dict[str, Any] = {
     "seed": 1,
@@ -164,7 +164,7 @@ PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 
 def selects_a_program(path: str) -> bool:
     """Whether another value of a knob needs another compiled program."""
-    is_number = "number" in field_of(path).metadata
+    is_number = "number" in get_field(path).metadata
     return path == "data.seq_len" or (path.split(".")[0] in PROGRAM_GROUPS and not is_number)
 
 
@@ -413,13 +413,13 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
     config = small_config(**{"optimizer.name": "sgd"} | STRUCTURES[name])
     window, calls = config.model.context_length, config.training.steps_per_jit_call
-    structure, numbers = split(config)
+    static, hparams = partition(config)
     batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((calls, *leaf.shape), leaf.dtype),
         batch_shapes(config.training.batch_size, window),
     )
     state, whole = state_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)
-    program = compiled_train_steps.lower(structure, state, batches, whole, to_traced_scalars(numbers), whole).compile()
+    program = compiled_train_steps.lower(static, state, batches, whole, to_traced_scalars(hparams), whole).compile()
     needed = program.memory_analysis()
     assert needed is not None
     assert 0.5 < step_bytes(config, window) / needed.temp_size_in_bytes < 2

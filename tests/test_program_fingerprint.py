@@ -32,14 +32,14 @@ import hashlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import jax
 from conftest import small_config
-from rustgpt_jax.config.schema import split
-from rustgpt_jax.training import step
-structure, numbers = split(small_config())
-numbers = step.to_traced_scalars(numbers)
+from rustgpt_jax.config.schema import partition
+from rustgpt_jax.training import train_step as step
+static, hparams = partition(small_config())
+hparams = step.to_traced_scalars(hparams)
 types = {"weights_BT": "float32"}
 batch = step.Batch(*(jax.ShapeDtypeStruct((4, 32), types.get(name, "int32")) for name in step.Batch._fields))
-state = jax.eval_shape(lambda: step.start(structure, numbers))
-lowered = jax.jit(step.train_step, static_argnums=0).lower(structure, state, batch, numbers)
+state = jax.eval_shape(lambda: step.init_state(static, hparams))
+lowered = jax.jit(step.train_step, static_argnums=0).lower(static, state, batch, hparams)
 print(step.__file__, hashlib.sha256(lowered.as_text().encode()).hexdigest())
 """
 

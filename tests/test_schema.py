@@ -18,21 +18,21 @@ from conftest import small_config
 from configs import base
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import (
-    ARGUMENT,
     FIELDS,
+    TRACED,
     Config,
+    combine,
     config_hash,
-    differences,
+    diff,
     flatten,
-    is_on,
-    merge,
-    read,
+    get_path,
+    is_enabled,
+    partition,
     replace_paths,
-    split,
     stages,
     to_dict,
 )
-from rustgpt_jax.config.validation import leaves, resolve
+from rustgpt_jax.config.validation import flatten_tree, resolve
 
 CONFIGS = Path(base.__file__).parent
 RECIPES = sorted(file.stem for file in CONFIGS.glob("*.py"))
@@ -41,7 +41,7 @@ TWO_STAGES = (
     {"name": "second", "data": {"corpus": "chat", "loss_mask": "assistant"}, "optimizer": {"learning_rate": 1}},
 )
 IN_STRUCTURE = [
-    path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.Structure)}
+    path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.StaticConfig)}
 ]
 # Whatever may be swept without compiling anew: all that is not a shape or a name.
 FRACTIONAL_SHAPES = ("model.rope_fraction", "model.capacity_factor")
@@ -77,7 +77,7 @@ def other(value: Any) -> Any:
 
 def test_base_names_exactly_the_fields_of_the_schema() -> None:
     tree = base.get_config()
-    assert {path for path, _ in leaves(tree)} == {*FIELDS, "stages"}
+    assert {path for path, _ in flatten_tree(tree)} == {*FIELDS, "stages"}
     assert tree.stages == ()
 
 
@@ -116,9 +116,9 @@ def test_the_hash_tells_any_two_configs_apart(path: str) -> None:
     if path == "stages":
         changed = small_config(stages=TWO_STAGES)
     else:
-        changed = replace_paths(config, {path: other(read(config, path))})
-        assert differences(config, changed) == {path: (read(config, path), read(changed, path))}
-    assert list(differences(config, changed)) == [path]
+        changed = replace_paths(config, {path: other(get_path(config, path))})
+        assert diff(config, changed) == {path: (get_path(config, path), get_path(changed, path))}
+    assert list(diff(config, changed)) == [path]
     # The mesh says where a run is computed, and not what.
     assert (config_hash(changed) != config_hash(config)) == (not path.startswith("mesh."))
 
@@ -158,10 +158,10 @@ def test_the_hash_is_the_same_in_another_process() -> None:
 
 def test_merge_is_the_inverse_of_split() -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
-    structure, numbers = split(config)
-    hash(structure)
-    assert sorted(numbers) == sorted(NUMBERS)
-    assert merge(structure, numbers) == schema.Structure(
+    static, hparams = partition(config)
+    hash(static)
+    assert sorted(hparams) == sorted(NUMBERS)
+    assert combine(static, hparams) == schema.StaticConfig(
         config.seed, config.model, config.optimizer, config.schedule, config.training
     )
 
@@ -169,46 +169,46 @@ def test_merge_is_the_inverse_of_split() -> None:
 @pytest.mark.parametrize("path", IN_STRUCTURE)
 def test_a_number_is_an_argument_and_all_else_is_structure(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
-    structure, numbers = split(config)
-    value = other(read(config, path))
-    changed_structure, changed_numbers = split(replace_paths(config, {path: value}))
+    static, hparams = partition(config)
+    value = other(get_path(config, path))
+    changed_static, changed_hparams = partition(replace_paths(config, {path: value}))
     if path in NUMBERS:
-        assert (changed_structure, hash(changed_structure)) == (structure, hash(structure))
-        assert read(structure, path) == ARGUMENT
-        assert changed_numbers == numbers | {path: value}
+        assert (changed_static, hash(changed_static)) == (static, hash(static))
+        assert get_path(static, path) == TRACED
+        assert changed_hparams == hparams | {path: value}
     else:
-        assert changed_structure != structure
-        assert read(changed_structure, path) == value
-        assert changed_numbers == numbers
+        assert changed_static != static
+        assert get_path(changed_static, path) == value
+        assert changed_hparams == hparams
 
 
 @pytest.mark.parametrize("path", sorted(set(FIELDS) - set(IN_STRUCTURE)))
 def test_what_is_not_in_the_program_does_not_change_it(path: str) -> None:
     config = small_config()
-    assert split(replace_paths(config, {path: other(read(config, path))})) == split(config)
+    assert partition(replace_paths(config, {path: other(get_path(config, path))})) == partition(config)
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 def test_zero_is_structure_where_it_switches_a_part_off_and_a_number_elsewhere(path: str) -> None:
     config = small_config(**dict.fromkeys(SWITCHES, 0.5))
-    off, numbers = split(replace_paths(config, {path: 0}))
-    assert (path in numbers) != (path in SWITCHES)
-    assert (off != split(config)[0]) == (path in SWITCHES)
-    assert not is_on(read(merge(off, numbers), path))
+    off, hparams = partition(replace_paths(config, {path: 0}))
+    assert (path in hparams) != (path in SWITCHES)
+    assert (off != partition(config)[0]) == (path in SWITCHES)
+    assert not is_enabled(get_path(combine(off, hparams), path))
 
 
 def test_numbers_are_tracers_in_a_compiled_program_and_a_tracer_is_always_on() -> None:
-    structure, numbers = split(small_config(**{"model.dropout": 0.25}))
+    static, hparams = partition(small_config(**{"model.dropout": 0.25}))
 
     @jax.jit
-    def rate(numbers: dict[str, Any]) -> Any:
-        merged = merge(structure, numbers)
+    def rate(hparams: dict[str, Any]) -> Any:
+        merged = combine(static, hparams)
         assert isinstance(merged.model.dropout, jax.core.Tracer)
-        assert is_on(merged.model.dropout)
-        assert not is_on(merged.training.z_loss)
+        assert is_enabled(merged.model.dropout)
+        assert not is_enabled(merged.training.z_loss)
         return merged.model.dropout * 2
 
-    assert rate({path: np.float32(value) for path, value in numbers.items()}) == 0.5
+    assert rate({path: np.float32(value) for path, value in hparams.items()}) == 0.5
 
 
 # Paths.
@@ -239,8 +239,8 @@ def test_stages_follow_one_another_each_with_its_own_knobs() -> None:
         ("second", 3, 11),
     ]
     plain = dataclasses.replace(config, stages=())
-    assert differences(plain, first.config) == {"training.steps": (8, 3), "training.z_loss": (0.0, 1e-4)}
-    assert set(differences(plain, second.config)) == {"data.corpus", "data.loss_mask", "optimizer.learning_rate"}
+    assert diff(plain, first.config) == {"training.steps": (8, 3), "training.z_loss": (0.0, 1e-4)}
+    assert set(diff(plain, second.config)) == {"data.corpus", "data.loss_mask", "optimizer.learning_rate"}
 
 
 def test_a_stage_may_change_what_leaves_parameters_and_optimizer_state_as_they_are() -> None:

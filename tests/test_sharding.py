@@ -16,7 +16,7 @@ import pytest
 from conftest import small_config
 from jax.sharding import PartitionSpec
 
-from rustgpt_jax.config.schema import split
+from rustgpt_jax.config.schema import partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
 from rustgpt_jax.model.flops import parameter_shapes
@@ -199,8 +199,8 @@ def test_every_matrix_is_cut() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
-    structure, numbers = split(config)
-    leaves = by_path(jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers))))
+    static, hparams = partition(config)
+    leaves = by_path(jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams))))
     params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)

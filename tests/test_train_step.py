@@ -11,15 +11,15 @@ import optax
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.config.schema import FIELDS, Config, Structure, merge, split
+from rustgpt_jax.config.schema import FIELDS, Config, StaticConfig, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.evaluation.loss import LossSums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import (
+    Hyperparams,
     Metrics,
-    Numbers,
     State,
     compiled_init_state,
     compiled_train_steps,
@@ -63,9 +63,9 @@ def stacked(config: Config, first: int, count: int, slots: int) -> Batch:
     return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
 
 
-def program_of(config: Config) -> tuple[Structure, Numbers]:
-    structure, numbers = split(config)
-    return structure, to_traced_scalars(numbers)
+def program_of(config: Config) -> tuple[StaticConfig, Hyperparams]:
+    static, hparams = partition(config)
+    return static, to_traced_scalars(hparams)
 
 
 def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
@@ -77,13 +77,13 @@ def run(
     config: Config, cuts: list[int], slots: int = SLOTS, same_batch: bool = False, first_step: int = 0
 ) -> tuple[State, Metrics]:
     """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
-    structure, numbers = program_of(config)
+    static, hparams = program_of(config)
     params = parameters()
     state = State(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
     done, history = 0, []
     for count in cuts:
         batches = stacked(config, 0 if same_batch else done, 1 if same_batch else count, slots)
-        state, metrics = compiled_train_steps(structure, state, batches, np.int32(count), numbers, np.int32(first_step))
+        state, metrics = compiled_train_steps(static, state, batches, np.int32(count), hparams, np.int32(first_step))
         history.append(jax.tree.map(lambda column, count=count: np.asarray(column)[:count], metrics))
         done += count
     return state, jax.tree.map(lambda *columns: np.concatenate(columns), *history)
@@ -99,14 +99,14 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny()
-    structure, numbers = program_of(config)
-    state = compiled_init_state(structure, numbers)
+    static, hparams = program_of(config)
+    state = compiled_init_state(static, hparams)
     batches = stacked(config, 0, SLOTS, SLOTS)
     # What is not compiled cannot run: without its caches, JAX says the name of everything that does.
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for _ in range(3):
-            state, _ = compiled_train_steps(structure, state, batches, np.int32(SLOTS), numbers, np.int32(0))
+            state, _ = compiled_train_steps(static, state, batches, np.int32(SLOTS), hparams, np.int32(0))
     messages = [record.getMessage() for record in caplog.records]
     programs = [message.split()[1] for message in messages if message.startswith("Compiling")]
     assert programs == ["jit(train_steps)"]
@@ -117,9 +117,9 @@ def test_no_number_compiles_anything_new() -> None:
     run(tiny(**ALL_ON), [1])
     compiled_init_state(*program_of(tiny(**ALL_ON)))
     before = compiled_init_state._cache_size(), compiled_train_steps._cache_size()
-    _, numbers = split(tiny(**ALL_ON))
-    assert len(numbers) > 15
-    for path, value in numbers.items():
+    _, hparams = partition(tiny(**ALL_ON))
+    assert len(hparams) > 15
+    for path, value in hparams.items():
         other = tiny(
             **(
                 ALL_ON
@@ -156,14 +156,14 @@ def test_a_run_has_the_same_bits_however_it_is_cut() -> None:
 
 
 compiled_gradient = jax.jit(
-    lambda structure, params, batch, numbers, key: gradient(params, batch, merge(structure, numbers), key)[:2],
+    lambda static, params, batch, hparams, key: gradient(params, batch, combine(static, hparams), key)[:2],
     static_argnums=0,
 )
 
 
 def gradient_of(config: Config, params: Any, batch: Batch) -> tuple[Any, LossSums]:
-    structure, numbers = program_of(config)
-    return compiled_gradient(structure, params, batch, numbers, jax.random.key(0))
+    static, hparams = program_of(config)
+    return compiled_gradient(static, params, batch, hparams, jax.random.key(0))
 
 
 IN_PARTS = {"training.batch_size": 8, "training.z_loss": 0.1}
@@ -281,11 +281,11 @@ def test_a_z_loss_is_minimised_but_not_reported() -> None:
 
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
-    structure, numbers = program_of(config)
+    static, hparams = program_of(config)
     state = State(parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
-    state, metrics = compiled_train_steps(structure, state, batches, np.int32(1), numbers, np.int32(0))
+    state, metrics = compiled_train_steps(static, state, batches, np.int32(1), hparams, np.int32(0))
     assert_same_bits(state.params, parameters())
     assert (metrics.loss[0], metrics.gradient_norm[0], metrics.learned_tokens[0], state.step) == (0, 0, 0, 1)
 
@@ -339,11 +339,11 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
     # The same window in both parts.
     batch = jax.tree.map(lambda leaf: leaf[[1, 1]], batch_of(tiny()))
     _, sums = gradient_of(config, parameters(), batch)
-    structure, numbers = program_of(config)
+    static, hparams = program_of(config)
 
     @jax.jit
     def alone(key: jax.Array) -> LossSums:
-        return loss_sums(parameters(), jax.tree.map(lambda leaf: leaf[:1], batch), merge(structure, numbers).model, key)
+        return loss_sums(parameters(), jax.tree.map(lambda leaf: leaf[:1], batch), combine(static, hparams).model, key)
 
     losses = [float(alone(jax.random.fold_in(jax.random.key(0), part)).loss) for part in range(2)]
     assert float(sums.loss) == pytest.approx(sum(losses), rel=1e-5)

@@ -15,7 +15,7 @@ from conftest import small_tree
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from rustgpt_jax.config.schema import config_hash, read, stages, to_dict
+from rustgpt_jax.config.schema import config_hash, get_path, stages, to_dict
 from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.hardware_specs import ACCELERATOR_PLUGINS
@@ -80,7 +80,7 @@ def test_trials_come_in_their_order_and_equal_ones_are_refused(rates: list[float
 
 def test_an_override_reaches_into_a_stage() -> None:
     (made,) = expand(TWO_STAGES, [{f"stages.instruct.{RATE}": 0.5, "stages.pretrain.training.steps": 3}])
-    rates = {stage.name: read(stage.config, RATE) for stage in stages(made.config)}
+    rates = {stage.name: get_path(stage.config, RATE) for stage in stages(made.config)}
     steps = {stage.name: stage.config.training.steps for stage in stages(made.config)}
     assert rates == {"pretrain": resolve(TREE).optimizer.learning_rate, "instruct": 0.5}
     assert steps == {"pretrain": 3, "instruct": 8}

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import tiny
-from rustgpt_jax.config.schema import Structure
+from rustgpt_jax.config.schema import StaticConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
@@ -44,8 +44,8 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     def all_steps() -> float:
         state = jax.block_until_ready(Trainer(inputs, Path("unused"), {}, ShardingPlan()).state())
         began = time.perf_counter()
-        for structure, next_call_args in calls:
-            state, _ = compiled_train_steps(structure, state, *next_call_args)
+        for static, next_call_args in calls:
+            state, _ = compiled_train_steps(static, state, *next_call_args)
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
@@ -53,7 +53,7 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     return all_steps, inputs.total_steps
 
 
-def calls_of(inputs: RunInputs) -> Iterator[tuple[Structure, StepArgs]]:
+def calls_of(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
     """What each call of the compiled program is given, stage by stage."""
     step = 0
     for data in inputs.stages:
@@ -61,7 +61,7 @@ def calls_of(inputs: RunInputs) -> Iterator[tuple[Structure, StepArgs]]:
         run.step = step
         while run.step < data.stage.end_step:
             count = min(data.stage.config.training.steps_per_jit_call, data.stage.end_step - run.step)
-            yield run.program.structure, run.next_call_args(count)
+            yield run.program.static, run.next_call_args(count)
             run.step += count
         step = run.step
         run.__exit__(None, None, None)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from configs import shakespeare_char
 from experiments.benchmarks.best_batch import config_of, printed, tree_of
-from rustgpt_jax.config.schema import Config, ModelConfig, replace_paths, split
+from rustgpt_jax.config.schema import Config, ModelConfig, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.inference.generate import decode_steps, start_generation, stop_tokens
@@ -132,15 +132,15 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
 
 def trainer(config: Config) -> Callable[[], jax.Array]:
     """A function that goes on training for the steps of a call, and gives their losses."""
-    structure, numbers = split(config)
-    arguments = to_traced_scalars(numbers)
+    static, hparams = partition(config)
+    arguments = to_traced_scalars(hparams)
     steps = np.int32(config.training.steps_per_jit_call)
     batches = jax.device_put(synthetic(config, (int(steps), config.training.batch_size)))
-    state = jax.block_until_ready(compiled_init_state(structure, arguments))
+    state = jax.block_until_ready(compiled_init_state(static, arguments))
 
     def call() -> jax.Array:
         nonlocal state
-        state, metrics = compiled_train_steps(structure, state, batches, steps, arguments, np.zeros((), np.int32))
+        state, metrics = compiled_train_steps(static, state, batches, steps, arguments, np.zeros((), np.int32))
         return metrics.loss
 
     return call
@@ -190,15 +190,15 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
     tree = shakespeare_char.get_config()
     tree.model.vocab_size = 65
     config = replace_paths(resolve(tree), knobs)
-    structure, numbers = split(config)
+    static, hparams = partition(config)
     each = [
-        to_traced_scalars(numbers | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
+        to_traced_scalars(hparams | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
         for index in range(trials)
     ]
     steps, zero = config.training.steps_per_jit_call, np.zeros((), np.int32)
     batches = synthetic(config, (steps, config.training.batch_size))
     on_device = jax.device_put(batches)
-    states = [compiled_init_state(structure, arguments) for arguments in each]
+    states = [compiled_init_state(static, arguments) for arguments in each]
     states_P = jax.device_put(stack(states))
     orders_P = jax.device_put(stack([StepArgs(batches, np.int32(steps), arguments, zero) for arguments in each]))
 
@@ -206,14 +206,14 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
         losses = []
         for index, arguments in enumerate(each):
             states[index], metrics = compiled_train_steps(
-                structure, states[index], on_device, np.int32(steps), arguments, zero
+                static, states[index], on_device, np.int32(steps), arguments, zero
             )
             losses.append(metrics.loss)
         return losses
 
     def together() -> jax.Array:
         nonlocal states_P
-        states_P, metrics_P = compiled_population_steps("fused", structure, states_P, orders_P)
+        states_P, metrics_P = compiled_population_steps("fused", static, states_P, orders_P)
         return metrics_P.loss
 
     _, alone, losses = timed(one_after_another, repeats)

@@ -195,10 +195,10 @@ def read_tree(
     Returns:
         The config as a ConfigDict, and the origin of each value.
     """
-    from rustgpt_jax.config.validation import leaves
+    from rustgpt_jax.config.validation import flatten_tree
 
     tree, origins = _read_source(args)
-    if dict(leaves(tree)).get("model.dtype") == "auto":
+    if dict(flatten_tree(tree)).get("model.dtype") == "auto":
         from rustgpt_jax.distributed.multihost import detected
         from rustgpt_jax.sharding.auto_dtype import settle
 

@@ -1,12 +1,12 @@
 """What a run is: frozen dataclasses with the type, range and kind of every knob.
 
 `configs/base.py` gives each knob its value and its meaning; no default stands here. A config is read
-into these classes by `resolve`, and divided by `split` into
+into these classes by `resolve`, and divided by `partition` into
 
     structure   what selects a compiled program: shapes, names of parts, switches (hashable)
     numbers     what a compiled program takes as arguments: seed, learning rate, dropout, ... (a flat dict)
 
-`merge` puts numbers (floats outside `jit`, tracers inside) back into their places in a structure.
+`combine` puts numbers (floats outside `jit`, tracers inside) back into their places in a structure.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rustgpt_jax.errors import UserError, suggestion
 
 
-def knob(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def static_field(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A field that is structure, with its inclusive range or its valid values."""
     return dataclasses.field(metadata={"low": low, "high": high, "choices": choices})
 
@@ -30,105 +30,107 @@ def pattern() -> Any:
     return dataclasses.field(metadata={"pattern": True})
 
 
-def number(low: float | None = None, high: float | None = None, off_at_zero: bool = False) -> Any:
-    """A field that a compiled program takes as an argument. With `off_at_zero`, 0 is structure: the part is gone."""
-    return dataclasses.field(metadata={"low": low, "high": high, "number": True, "off_at_zero": off_at_zero})
+def traced_field(low: float | None = None, high: float | None = None, static_if_zero: bool = False) -> Any:
+    """A field that a compiled program takes as an argument. With `static_if_zero`, 0 is structure: the part is gone."""
+    return dataclasses.field(metadata={"low": low, "high": high, "number": True, "static_if_zero": static_if_zero})
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    name: str = knob()
+    name: str = static_field()
     # For a larger vocabulary the BPE trainer would reserve more memory than any machine has.
-    vocab_size: int | None = knob(low=1, high=2**22)
+    vocab_size: int | None = static_field(low=1, high=2**22)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, and which of it is learned."""
 
-    corpus: str = knob()
-    paths: tuple[str, ...] = knob()
-    max_documents: int | None = knob(low=1)
-    split: str = knob(choices=("document", "tail"))
-    valid_fraction: float = knob(low=0.0, high=0.9)
-    loss_mask: str = knob(choices=("all", "assistant"))
-    seq_len: int | None = knob(low=2)
+    corpus: str = static_field()
+    paths: tuple[str, ...] = static_field()
+    max_documents: int | None = static_field(low=1)
+    split: str = static_field(choices=("document", "tail"))
+    valid_fraction: float = static_field(low=0.0, high=0.9)
+    loss_mask: str = static_field(choices=("all", "assistant"))
+    seq_len: int | None = static_field(low=2)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The parts and shapes of the model."""
 
-    vocab_size: int | None = knob(low=1)
-    context_length: int = knob(low=2)
-    n_layers: int = knob(low=1)
-    d_model: int = knob(low=1)
-    n_heads: int = knob(low=1)
-    n_kv_heads: int | None = knob(low=1)
-    head_dim: int | None = knob(low=1)
-    d_ff: int | None = knob(low=1)
+    vocab_size: int | None = static_field(low=1)
+    context_length: int = static_field(low=2)
+    n_layers: int = static_field(low=1)
+    d_model: int = static_field(low=1)
+    n_heads: int = static_field(low=1)
+    n_kv_heads: int | None = static_field(low=1)
+    head_dim: int | None = static_field(low=1)
+    d_ff: int | None = static_field(low=1)
     mixers: tuple[str, ...] = pattern()
     feedforwards: tuple[str, ...] = pattern()
     positions: tuple[str, ...] = pattern()
-    norm: str = knob()
-    norm_placement: str = knob(choices=("pre", "post", "output", "sandwich"))
-    norm_eps: float = number(low=0.0)
-    bias: bool = knob()
-    qkv_bias: bool | None = knob()
-    attention_output_bias: bool | None = knob()
-    feedforward_bias: bool | None = knob()
-    norm_bias: bool | None = knob()
-    tie_embeddings: bool = knob()
-    scale_embeddings: bool = knob()
-    embedding_scale: float | None = knob(low=0.0)
-    final_logit_softcap: float = number(low=0.0, off_at_zero=True)
-    qk_norm: str = knob(choices=("none", "head", "projection"))
-    attention_scale: float | None = knob(low=0.0)
-    attention_scale_by_layer: bool = knob()
-    attn_logit_softcap: float = number(low=0.0, off_at_zero=True)
-    attention_sinks: bool = knob()
-    attention_kernel: str = knob(choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"))
-    local_window: int = knob(low=1)
-    kv_lora_rank: int | None = knob(low=1)
-    q_lora_rank: int | None = knob(low=1)
-    qk_rope_head_dim: int | None = knob(low=2)
-    conv_width: int = knob(low=1)
-    recurrent_width: int | None = knob(low=1)
-    recurrent_blocks: int | None = knob(low=1)
-    scale_first_token: bool = knob()
-    rope_theta: float = number(low=1.0)
-    local_rope_theta: float = number(low=1.0)
-    rope_fraction: float = knob(low=0.0, high=1.0)
-    rope_scaling: str = knob()
-    rope_factor: float = number(low=1.0)
-    rope_original_context: int | None = knob(low=1)
-    rope_beta_slow: float = number(low=0.0)
-    rope_beta_fast: float = number(low=0.0)
-    rope_attention_factor: float | None = knob(low=0.0)
-    rope_truncate: bool = knob()
-    rope_short_factors: tuple[float, ...] = knob()
-    rope_long_factors: tuple[float, ...] = knob()
-    n_experts: int = knob(low=1)
-    experts_per_token: int = knob(low=1)
-    d_expert: int | None = knob(low=1)
-    expert_activation: str = knob(choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"))
-    capacity_factor: float = knob(low=0.0)
-    norm_topk_prob: bool = knob()
-    load_balance_loss_weight: float = number(low=0.0, off_at_zero=True)
-    router_z_loss: float = number(low=0.0, off_at_zero=True)
-    extra: tuple[tuple[str, float], ...] = knob()
-    dropout: float = number(low=0.0, high=0.99, off_at_zero=True)
-    init_std: float = number(low=0.0)
-    dtype: str = knob(choices=("float32", "bfloat16"))
-    mixer_dtype: str | None = knob(choices=("float32", "bfloat16"))
-    feedforward_dtype: str | None = knob(choices=("float32", "bfloat16"))
-    logits_dtype: str | None = knob(choices=("float32", "bfloat16"))
-    matmul_dtype: str | None = knob(choices=("bfloat16", "float8"))
-    save_residuals: bool | None = knob()
-    scan_layers: bool = knob()
-    remat: str = knob(choices=("none", "dots", "dots_no_batch", "full", "offload"))
+    norm: str = static_field()
+    norm_placement: str = static_field(choices=("pre", "post", "output", "sandwich"))
+    norm_eps: float = traced_field(low=0.0)
+    bias: bool = static_field()
+    qkv_bias: bool | None = static_field()
+    attention_output_bias: bool | None = static_field()
+    feedforward_bias: bool | None = static_field()
+    norm_bias: bool | None = static_field()
+    tie_embeddings: bool = static_field()
+    scale_embeddings: bool = static_field()
+    embedding_scale: float | None = static_field(low=0.0)
+    final_logit_softcap: float = traced_field(low=0.0, static_if_zero=True)
+    qk_norm: str = static_field(choices=("none", "head", "projection"))
+    attention_scale: float | None = static_field(low=0.0)
+    attention_scale_by_layer: bool = static_field()
+    attn_logit_softcap: float = traced_field(low=0.0, static_if_zero=True)
+    attention_sinks: bool = static_field()
+    attention_kernel: str = static_field(
+        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax")
+    )
+    local_window: int = static_field(low=1)
+    kv_lora_rank: int | None = static_field(low=1)
+    q_lora_rank: int | None = static_field(low=1)
+    qk_rope_head_dim: int | None = static_field(low=2)
+    conv_width: int = static_field(low=1)
+    recurrent_width: int | None = static_field(low=1)
+    recurrent_blocks: int | None = static_field(low=1)
+    scale_first_token: bool = static_field()
+    rope_theta: float = traced_field(low=1.0)
+    local_rope_theta: float = traced_field(low=1.0)
+    rope_fraction: float = static_field(low=0.0, high=1.0)
+    rope_scaling: str = static_field()
+    rope_factor: float = traced_field(low=1.0)
+    rope_original_context: int | None = static_field(low=1)
+    rope_beta_slow: float = traced_field(low=0.0)
+    rope_beta_fast: float = traced_field(low=0.0)
+    rope_attention_factor: float | None = static_field(low=0.0)
+    rope_truncate: bool = static_field()
+    rope_short_factors: tuple[float, ...] = static_field()
+    rope_long_factors: tuple[float, ...] = static_field()
+    n_experts: int = static_field(low=1)
+    experts_per_token: int = static_field(low=1)
+    d_expert: int | None = static_field(low=1)
+    expert_activation: str = static_field(choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"))
+    capacity_factor: float = static_field(low=0.0)
+    norm_topk_prob: bool = static_field()
+    load_balance_loss_weight: float = traced_field(low=0.0, static_if_zero=True)
+    router_z_loss: float = traced_field(low=0.0, static_if_zero=True)
+    extra: tuple[tuple[str, float], ...] = static_field()
+    dropout: float = traced_field(low=0.0, high=0.99, static_if_zero=True)
+    init_std: float = traced_field(low=0.0)
+    dtype: str = static_field(choices=("float32", "bfloat16"))
+    mixer_dtype: str | None = static_field(choices=("float32", "bfloat16"))
+    feedforward_dtype: str | None = static_field(choices=("float32", "bfloat16"))
+    logits_dtype: str | None = static_field(choices=("float32", "bfloat16"))
+    matmul_dtype: str | None = static_field(choices=("bfloat16", "float8"))
+    save_residuals: bool | None = static_field()
+    scan_layers: bool = static_field()
+    remat: str = static_field(choices=("none", "dots", "dots_no_batch", "full", "offload"))
 
     @property
     def period(self) -> int:
@@ -193,90 +195,90 @@ class ModelConfig:
 class OptimizerConfig:
     """How a gradient becomes an update."""
 
-    name: str = knob()
-    learning_rate: float = number(low=0.0)
-    b1: float = number(low=0.0, high=0.999999)
-    b2: float = number(low=0.0, high=0.999999)
-    eps: float = number(low=1e-30)
-    momentum: float = number(low=0.0, high=1.0)
-    muon_learning_rate: float = number(low=0.0)
-    weight_decay: float = number(low=0.0)
-    weight_decay_groups: tuple[tuple[str, float], ...] = knob()
-    clip_norm: float = number(low=0.0, off_at_zero=True)
-    offload_state: bool = knob()
-    state_dtype: str = knob(choices=("float32", "bfloat16"))
+    name: str = static_field()
+    learning_rate: float = traced_field(low=0.0)
+    b1: float = traced_field(low=0.0, high=0.999999)
+    b2: float = traced_field(low=0.0, high=0.999999)
+    eps: float = traced_field(low=1e-30)
+    momentum: float = traced_field(low=0.0, high=1.0)
+    muon_learning_rate: float = traced_field(low=0.0)
+    weight_decay: float = traced_field(low=0.0)
+    weight_decay_groups: tuple[tuple[str, float], ...] = static_field()
+    clip_norm: float = traced_field(low=0.0, static_if_zero=True)
+    offload_state: bool = static_field()
+    state_dtype: str = static_field(choices=("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate changes over the steps."""
 
-    name: str = knob()
-    warmup_steps: int = number(low=0)
-    decay_frac: float = number(low=0.0, high=1.0)
-    final_lr_frac: float = number(low=0.0, high=1.0)
+    name: str = static_field()
+    warmup_steps: int = traced_field(low=0)
+    decay_frac: float = traced_field(low=0.0, high=1.0)
+    final_lr_frac: float = traced_field(low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How many steps, on how much text each."""
 
-    steps: int = number(low=1)
+    steps: int = traced_field(low=1)
     # Not None: decides instead of `steps`, until data.prepare.resolve_epochs has replaced it by steps.
-    epochs: float | None = knob(low=1e-9)
-    batch_size: int = knob(low=1)
-    grad_accum_steps: int = knob(low=1)
+    epochs: float | None = static_field(low=1e-9)
+    batch_size: int = static_field(low=1)
+    grad_accum_steps: int = static_field(low=1)
     # Memory use grows with this number, since each call has a slot for every step.
-    steps_per_jit_call: int = knob(low=1, high=2**16)
-    z_loss: float = number(low=0.0, off_at_zero=True)
-    loss_chunk_size: int | None = knob(low=1)
+    steps_per_jit_call: int = static_field(low=1, high=2**16)
+    z_loss: float = traced_field(low=0.0, static_if_zero=True)
+    loss_chunk_size: int | None = static_field(low=1)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each kind of parallelism has; -1 stands for all that are left. No result depends on it."""
 
-    data: int = knob(low=-1)
-    fsdp: int = knob(low=-1)
-    expert: int = knob(low=-1)
-    context: int = knob(low=-1)
-    tensor: int = knob(low=-1)
+    data: int = static_field(low=-1)
+    fsdp: int = static_field(low=-1)
+    expert: int = static_field(low=-1)
+    context: int = static_field(low=-1)
+    tensor: int = static_field(low=-1)
 
 
 @dataclass(frozen=True)
 class FaultsConfig:
     """What becomes of a run when a step goes wrong."""
 
-    nonfinite_policy: str = knob(choices=("stop", "skip", "rewind"))
-    max_skipped: int = knob(low=0)
+    nonfinite_policy: str = static_field(choices=("stop", "skip", "rewind"))
+    max_skipped: int = static_field(low=0)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """What a run writes, and when."""
 
-    log_every: int = knob(low=1)
-    eval_every: int = knob(low=1)
-    eval_batches: int | None = knob(low=1)
-    checkpoint_every: int = knob(low=1)
-    sample_prompts: tuple[str, ...] = knob()
+    log_every: int = static_field(low=1)
+    eval_every: int = static_field(low=1)
+    eval_batches: int | None = static_field(low=1)
+    checkpoint_every: int = static_field(low=1)
+    sample_prompts: tuple[str, ...] = static_field()
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How text is drawn from the model."""
 
-    seed: int = knob(low=0, high=2**32 - 1)
-    max_tokens: int = knob(low=1)
-    temperature: float = knob(low=0.0)
-    top_k: int = knob(low=0)
-    top_p: float = knob(low=0.0, high=1.0)
-    min_p: float = knob(low=0.0, high=1.0)
-    repetition_penalty: float = knob(low=1.0)
-    past_context: str = knob(choices=("stop", "slide"))
-    history_turns: int | None = knob(low=0)
-    weight_dtype: str | None = knob(choices=("bfloat16", "int8"))
-    matmul_impl: str = knob(choices=("plain", "native"))
+    seed: int = static_field(low=0, high=2**32 - 1)
+    max_tokens: int = static_field(low=1)
+    temperature: float = static_field(low=0.0)
+    top_k: int = static_field(low=0)
+    top_p: float = static_field(low=0.0, high=1.0)
+    min_p: float = static_field(low=0.0, high=1.0)
+    repetition_penalty: float = static_field(low=1.0)
+    past_context: str = static_field(choices=("stop", "slide"))
+    history_turns: int | None = static_field(low=0)
+    weight_dtype: str | None = static_field(choices=("bfloat16", "int8"))
+    matmul_impl: str = static_field(choices=("plain", "native"))
 
 
 @dataclass(frozen=True)
@@ -291,26 +293,26 @@ class StageConfig:
 class Config:
     """A whole run. The meaning of each knob stands in configs/base.py."""
 
-    seed: int = number(low=0, high=2**32 - 1)
-    tokenizer: TokenizerConfig = knob()
-    data: DataConfig = knob()
-    model: ModelConfig = knob()
-    optimizer: OptimizerConfig = knob()
-    schedule: ScheduleConfig = knob()
-    training: TrainingConfig = knob()
-    mesh: MeshConfig = knob()
-    faults: FaultsConfig = knob()
-    logging: LoggingConfig = knob()
-    sampling: SamplingConfig = knob()
-    stages: tuple[StageConfig, ...] = knob()
+    seed: int = traced_field(low=0, high=2**32 - 1)
+    tokenizer: TokenizerConfig = static_field()
+    data: DataConfig = static_field()
+    model: ModelConfig = static_field()
+    optimizer: OptimizerConfig = static_field()
+    schedule: ScheduleConfig = static_field()
+    training: TrainingConfig = static_field()
+    mesh: MeshConfig = static_field()
+    faults: FaultsConfig = static_field()
+    logging: LoggingConfig = static_field()
+    sampling: SamplingConfig = static_field()
+    stages: tuple[StageConfig, ...] = static_field()
 
 
 # The program of a run: the groups that its compiled steps depend on.
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What selects a compiled training program. Its number fields hold ARGUMENT, or 0 where a part is switched off."""
+class StaticConfig:
+    """What selects a compiled training program. Its number fields hold TRACED, or 0 where a part is switched off."""
 
     seed: Any
     model: ModelConfig
@@ -319,12 +321,12 @@ class Structure:
     training: TrainingConfig
 
 
-ARGUMENT = "argument"
+TRACED = "traced"
 
 
-def split(config: Config) -> tuple[Structure, dict[str, float]]:
+def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
     """Divide a config into the structure of its program and the numbers that the program takes as arguments."""
-    numbers: dict[str, float] = {}
+    hparams: dict[str, float] = {}
 
     def strip(node: Any, prefix: str) -> Any:
         changes: dict[str, Any] = {}
@@ -332,16 +334,16 @@ def split(config: Config) -> tuple[Structure, dict[str, float]]:
             path, value = prefix + field.name, getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 changes[field.name] = strip(value, path + ".")
-            elif _is_number(path) and not (field_of(path).metadata["off_at_zero"] and value == 0):
-                changes[field.name], numbers[path] = ARGUMENT, value
+            elif _is_number(path) and not (get_field(path).metadata["static_if_zero"] and value == 0):
+                changes[field.name], hparams[path] = TRACED, value
         return dataclasses.replace(node, **changes)
 
-    whole = Structure(config.seed, config.model, config.optimizer, config.schedule, config.training)
-    return strip(whole, ""), numbers
+    whole = StaticConfig(config.seed, config.model, config.optimizer, config.schedule, config.training)
+    return strip(whole, ""), hparams
 
 
-def merge(structure: Structure, numbers: Mapping[str, Any]) -> Structure:
-    """The inverse of `split`: every ARGUMENT in `structure` replaced by the number (or tracer) of its path."""
+def combine(static: StaticConfig, hparams: Mapping[str, Any]) -> StaticConfig:
+    """The inverse of `partition`: every TRACED in `static` replaced by the number (or tracer) of its path."""
 
     def fill(node: Any, prefix: str) -> Any:
         changes: dict[str, Any] = {}
@@ -349,14 +351,14 @@ def merge(structure: Structure, numbers: Mapping[str, Any]) -> Structure:
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 changes[field.name] = fill(value, prefix + field.name + ".")
-            elif isinstance(value, str) and value == ARGUMENT:
-                changes[field.name] = numbers[prefix + field.name]
+            elif isinstance(value, str) and value == TRACED:
+                changes[field.name] = hparams[prefix + field.name]
         return dataclasses.replace(node, **changes)
 
-    return fill(structure, "")
+    return fill(static, "")
 
 
-def is_on(value: Any) -> bool:
+def is_enabled(value: Any) -> bool:
     """Whether a part whose number is `value` exists in the program: all but a Python zero (a tracer is always on)."""
     return not (isinstance(value, (int, float)) and value == 0)
 
@@ -394,16 +396,16 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {
 }
 
 
-def field_of(path: str) -> dataclasses.Field[Any]:
+def get_field(path: str) -> dataclasses.Field[Any]:
     """The dataclass field at a dotted path such as 'optimizer.learning_rate'."""
     return FIELDS[path]
 
 
 def _is_number(path: str) -> bool:
-    return bool(field_of(path).metadata.get("number"))
+    return bool(get_field(path).metadata.get("number"))
 
 
-def read(config: Any, path: str) -> Any:
+def get_path(config: Any, path: str) -> Any:
     """The value at a dotted path of a config."""
     for name in path.split("."):
         config = getattr(config, name)
@@ -412,7 +414,7 @@ def read(config: Any, path: str) -> Any:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every knob of a config but its stages, by dotted path, in the order of the classes above."""
-    return {path: read(config, path) for path in FIELDS}
+    return {path: get_path(config, path) for path in FIELDS}
 
 
 # Stages.
@@ -524,11 +526,11 @@ def may_differ_by_stage(path: str) -> bool:
 def to_dict(config: Config) -> dict[str, Any]:
     """A config as plain dicts, lists and scalars, ready for JSON; `resolve` reads it back."""
     plain = dataclasses.asdict(config)
-    plain["stages"] = [{"name": stage.name, **nested(dict(stage.overrides))} for stage in config.stages]
+    plain["stages"] = [{"name": stage.name, **unflatten(dict(stage.overrides))} for stage in config.stages]
     return json.loads(json.dumps(plain))
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted paths turned into nested dicts."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
@@ -562,7 +564,7 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+def diff(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
     """The knobs in which two configs differ, by dotted path."""
     left, right = flatten(first), flatten(second)
     changed = {path: (left[path], right[path]) for path in FIELDS if left[path] != right[path]}

@@ -35,15 +35,15 @@ def resolve(tree: Tree) -> Config:
     """
     tree = dict(tree.items())
     listed_stages = tree.pop("stages", ())
-    given = dict(leaves(tree))
+    given = dict(flatten_tree(tree))
     for path in given:
         if path not in FIELDS:
-            raise UserError(unknown(path))
+            raise UserError(unknown_key_message(path))
     for path in FIELDS:
         if path not in given:
             raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
-    values = {path: checked(path, value, f"config.{path}") for path, value in given.items()}
-    config = _build(Config, {**schema.nested(values), "stages": _resolve_stages(listed_stages)})
+    values = {path: validate_value(path, value, f"config.{path}") for path, value in given.items()}
+    config = _build(Config, {**schema.unflatten(values), "stages": _resolve_stages(listed_stages)})
     _check_epochs(config)
     for stage in schema.stages(config):
         check_combinations(stage.config)
@@ -61,14 +61,14 @@ def _check_epochs(config: Config) -> None:
         )
 
 
-def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
     for name, value in tree.items():
         path = prefix + str(name)
         if path.count(".") > DEEPEST:
             raise UserError(f"config.{path} is nested too deeply; does the config hold itself?")
         if isinstance(value, TREES) and path not in FIELDS:
-            yield from leaves(value, path + ".")
+            yield from flatten_tree(value, path + ".")
         else:
             yield path, value
 
@@ -86,16 +86,16 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
         where = f"config.stages.{name}"
         if any(name == earlier.name for earlier in result):
             raise UserError(f"config.stages: two stages have the name {name!r}.")
-        overrides = {path: value for path, value in leaves(stage) if path != "name"}
+        overrides = {path: value for path, value in flatten_tree(stage) if path != "name"}
         for path, value in overrides.items():
             if path not in FIELDS:
-                raise UserError(unknown(path, where))
+                raise UserError(unknown_key_message(path, where))
             if not schema.may_differ_by_stage(path):
                 raise UserError(
                     f"{where}.{path}: a stage may change data, training.steps, the schedule and numbers such as "
                     f"optimizer.learning_rate; {path} must be the same in the whole run."
                 )
-            overrides[path] = checked(path, value, f"{where}.{path}")
+            overrides[path] = validate_value(path, value, f"{where}.{path}")
         result.append(schema.StageConfig(name, tuple(sorted(overrides.items()))))
     return tuple(result)
 
@@ -119,7 +119,7 @@ def override(tree: Any, path: str, value: Any) -> None:
             raise UserError(f"config.stages: there is no stage {name!r}.{suggestion(name, named)}")
         tree = named[name]
     if knob not in FIELDS:
-        raise UserError(unknown(knob, where))
+        raise UserError(unknown_key_message(knob, where))
     _place(tree, knob, value)
 
 
@@ -135,7 +135,7 @@ def override_all(tree: Any, values: Mapping[str, Any]) -> None:
         if knob != schema.STEPS:
             continue
         node = tree if where == "config" else {each["name"]: each for each in tree["stages"]}[where.rsplit(".", 1)[-1]]
-        epochs = dict(leaves(node)).get(schema.EPOCHS)
+        epochs = dict(flatten_tree(node)).get(schema.EPOCHS)
         if epochs is not None:
             raise UserError(
                 f"{where}.{knob}={value} cannot go with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
@@ -151,8 +151,8 @@ def check_value(path: str, value: Any) -> None:
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
-        raise UserError(unknown(knob, where))
-    checked(knob, value, f"{where}.{knob}")
+        raise UserError(unknown_key_message(knob, where))
+    validate_value(knob, value, f"{where}.{knob}")
 
 
 def _in_stage(path: str) -> tuple[str, str]:
@@ -181,7 +181,7 @@ def parse(path: str, text: str) -> Any:
     """
     where, knob = _in_stage(path)
     if knob not in FIELDS:
-        raise UserError(unknown(knob, where))
+        raise UserError(unknown_key_message(knob, where))
     hint = FIELDS[knob].type
     if text in ("None", "none") and _allows_none(hint):
         return None
@@ -228,7 +228,7 @@ def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return values
 
 
-def checked(path: str, value: Any, where: str) -> Any:
+def validate_value(path: str, value: Any, where: str) -> Any:
     """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
     field = FIELDS[path]
     if field.metadata.get("pattern") and isinstance(value, str):
@@ -318,7 +318,7 @@ def _describe(hint: Any) -> str:
     return text + (" or None" if _allows_none(hint) else "")
 
 
-def unknown(path: str, where: str = "config") -> str:
+def unknown_key_message(path: str, where: str = "config") -> str:
     """The sentence for a path that no config has: the nearest path, by its whole or by its last name."""
     group = [valid for valid in FIELDS if valid.startswith(path + ".")]
     if group:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, field_of
+from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, get_field
 from rustgpt_jax.conformance.fixtures import Broken, quick_jit, require_same_bits
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.data.datasets import documents
@@ -90,7 +90,7 @@ def _compiled_sampler(subject: Subject) -> Any:
 def _numbers(name: str) -> tuple[float, ...]:
     """Numbers in the range of the sampler's knob."""
     try:
-        limits = field_of(f"sampling.{name}").metadata
+        limits = get_field(f"sampling.{name}").metadata
     except KeyError:
         return (1.0,)
     return (0.3, 0.9, 1.0) if limits["high"] == 1.0 else (1.0, 2.5, 7.0)

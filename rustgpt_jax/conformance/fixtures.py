@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.config.validation import check_model, checked
+from rustgpt_jax.config.validation import check_model, validate_value
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import AUX_LOSS
@@ -108,7 +108,8 @@ def small_model(**changes: Any) -> ModelConfig:
         if name not in SMALL:
             raise UserError(f"check: a model has no knob {name!r}.{suggestion(name, SMALL)}")
     values = {
-        name: checked(f"model.{name}", value, f"config.model.{name}") for name, value in {**SMALL, **changes}.items()
+        name: validate_value(f"model.{name}", value, f"config.model.{name}")
+        for name, value in {**SMALL, **changes}.items()
     }
     for name, least in LEAST.items():
         if values[name] is None or values[name] < least:
@@ -314,7 +315,7 @@ def numbers_of(config: Any) -> dict[str, Any]:
     return {
         field.name: np.float32(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if field.metadata.get("number") and not (field.metadata["off_at_zero"] and getattr(config, field.name) == 0)
+        if field.metadata.get("number") and not (field.metadata["static_if_zero"] and getattr(config, field.name) == 0)
     }
 
 

@@ -97,22 +97,22 @@ def dropout(subject: Subject) -> str:
 
 @cache
 def _compiled_trials() -> Any:
-    def one(params: Any, numbers: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
-        return fixtures.forward_and_backward(params, rows, dataclasses.replace(model, **numbers))
+    def one(params: Any, hparams: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
+        return fixtures.forward_and_backward(params, rows, dataclasses.replace(model, **hparams))
 
-    def all_trials(params: Any, numbers: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
-        return jax.vmap(lambda params, numbers: one(params, numbers, rows, model))(params, numbers)
+    def all_trials(params: Any, hparams: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
+        return jax.vmap(lambda params, hparams: one(params, hparams, rows, model))(params, hparams)
 
     return fixtures.quick_jit(all_trials, static_argnames="model")
 
 
 @cache
 def _compiled_inits() -> Any:
-    def one(key: jax.Array, numbers: Any, model: ModelConfig) -> Any:
-        return transformer.init(key, dataclasses.replace(model, **numbers))
+    def one(key: jax.Array, hparams: Any, model: ModelConfig) -> Any:
+        return transformer.init(key, dataclasses.replace(model, **hparams))
 
-    def all_trials(keys: jax.Array, numbers: Any, model: ModelConfig) -> Any:
-        return jax.vmap(lambda key, numbers: one(key, numbers, model))(keys, numbers)
+    def all_trials(keys: jax.Array, hparams: Any, model: ModelConfig) -> Any:
+        return jax.vmap(lambda key, hparams: one(key, hparams, model))(keys, hparams)
 
     return fixtures.quick_jit(all_trials, static_argnames="model")
 
@@ -123,9 +123,9 @@ def vmap_is_loop(subject: Subject) -> str:
     So a fused sweep runs; the numbers are the knobs of the model that are no structure, such as norm_eps.
     """
     model = subject.small_model
-    numbers = {name: np.repeat(value, TRIALS) for name, value in fixtures.numbers_of(model).items()}
+    hparams = {name: np.repeat(value, TRIALS) for name, value in fixtures.numbers_of(model).items()}
     keys = jax.vmap(jax.random.key)(np.arange(TRIALS))
-    initial = jax.device_get(_compiled_inits()(keys, numbers, model=model))
+    initial = jax.device_get(_compiled_inits()(keys, hparams, model=model))
     worst = 0.0
     for trial in range(TRIALS):
         alone = by_path(fixtures.initial_params(model, trial))
@@ -136,7 +136,7 @@ def vmap_is_loop(subject: Subject) -> str:
     rows = fixtures.rows_of(fixtures.random_tokens(model), model)
     several = [fixtures.random_params(model, seed) for seed in range(TRIALS)]
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
-    together = jax.device_get(_compiled_trials()(params, numbers, rows, model=model))
+    together = jax.device_get(_compiled_trials()(params, hparams, rows, model=model))
     for trial in range(TRIALS):
         alone_result = fixtures.run(several[trial], rows, model)
         one = jax.tree.map(lambda leaf, trial=trial: leaf[trial], together)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
-from rustgpt_jax.config.validation import check_combinations, checked
+from rustgpt_jax.config.validation import check_combinations, validate_value
 from rustgpt_jax.data.datasets import file_digests, tokenizer_documents
 from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, eval_batches, n_evaluation_batches
 from rustgpt_jax.data.token_store import Store, Survey, build_store, require_batch, survey_corpus
@@ -157,7 +157,7 @@ def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Res
         n_steps = math.ceil(Fraction(repr(epochs)) * n_windows / batch_size)
         prefix = f"stages.{stage.name}." if config.stages else ""
         asked = f"config.{prefix}{EPOCHS}={epochs:.10g}"
-        found[stage.name] = checked(STEPS, n_steps, f"{asked}: config.{prefix}{STEPS}")
+        found[stage.name] = validate_value(STEPS, n_steps, f"{asked}: config.{prefix}{STEPS}")
         result.steps[prefix + STEPS] = found[stage.name]
         result.origins[prefix + STEPS] = asked
         per_epoch = f"{n_windows:,} windows an epoch, {batch_size} a step"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
@@ -104,7 +104,7 @@ def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | floa
     loss = sums.loss
     if AUX_LOSS in sums.signals:
         loss = loss + sums.signals[AUX_LOSS]
-    if is_on(z_loss):
+    if is_enabled(z_loss):
         loss = loss + z_loss * sums.squared_normalizer
     return loss / jnp.maximum(total_weight, 1.0)
 

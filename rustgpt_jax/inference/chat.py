@@ -17,7 +17,7 @@ from rich.segment import Segment, Segments
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.config.validation import checked, parse
+from rustgpt_jax.config.validation import parse, validate_value
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.inference.decode_params import WeightLayout, weight_layout
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
@@ -177,7 +177,7 @@ class Session:
             raise UserError(f"There is no knob {name!r}.{suggestion(name, KNOBS)}")
         if value:
             path = f"sampling.{name}"
-            number = checked(path, parse(path, value), f"config.{path}")
+            number = validate_value(path, parse(path, value), f"config.{path}")
             self.sampling = dataclasses.replace(self.sampling, **{name: number})
         for knob in [name] if name else KNOBS:
             self.note(f"{knob} {getattr(self.sampling, knob)}")

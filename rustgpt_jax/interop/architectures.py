@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.config.validation import checked
+from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, shown, suggestion
 from rustgpt_jax.interop import config_mapping as says
 from rustgpt_jax.interop.config_mapping import (
@@ -104,7 +104,7 @@ class Architecture:
             if isinstance(config.get(key), int | float) and config[key] > MOST_COUNTED:
                 raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MOST_COUNTED} are read.")
         knobs = FAMILIES[self.family] | joined_knobs(self.correspondences, settings)
-        return {knob: checked(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
+        return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
         """Return the values of a config.json with aliases resolved.

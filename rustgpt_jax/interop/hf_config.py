@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config.validation import checked
+from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Settings:
 
     def knob(self, key: str, knob: str) -> Any:
         """The value of a key, in the type and range of a knob of the model. Raises UserError for another."""
-        return checked(f"model.{knob}", self[key], f"{self.file}: {key}")
+        return validate_value(f"model.{knob}", self[key], f"{self.file}: {key}")
 
     def whole(self, key: str) -> int:
         """The value of a key that counts something, 1 or more. Raises UserError for another."""

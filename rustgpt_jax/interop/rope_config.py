@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.config.validation import checked
+from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.config_mapping import FULL, SLIDING, KeyMapping, Keys, Knobs
 from rustgpt_jax.interop.hf_config import Settings
@@ -128,7 +128,7 @@ def rope_knobs(
         if key not in given and key not in OPTIONAL:
             raise UserError(f"{where} of the type {kind!r} has no {key!r}.")
         knobs[knob] = given.get(key, True if key == "truncate" else None)
-    return {knob: checked(f"model.{knob}", value, f"{where}: {knob}") for knob, value in knobs.items()}
+    return {knob: validate_value(f"model.{knob}", value, f"{where}: {knob}") for knob, value in knobs.items()}
 
 
 def rope_keys(model: ModelConfig) -> Keys:

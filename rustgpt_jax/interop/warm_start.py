@@ -10,7 +10,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, differences, split, stages
+from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partition, stages
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
@@ -88,8 +88,8 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     resolved = resolve_epochs_with(begun.config, own, cache_folder())
     begun = Begun(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
-    structure, numbers = split(stages(whole)[0].config)
-    fresh = by_path(compiled_init_state(structure, to_traced_scalars(numbers)).params)
+    static, hparams = partition(stages(whole)[0].config)
+    fresh = by_path(compiled_init_state(static, to_traced_scalars(hparams)).params)
     given = by_path(there.writer.params)
     is_same_tokenizer = own.written == there.writer.tokenizer.written
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
@@ -117,7 +117,7 @@ def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str]
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
     result = dataclasses.replace(config, tokenizer=there.tokenizer, model=model)
-    return Begun(result, dict(origins) | dict.fromkeys(differences(config, result), f"init_from {source}"))
+    return Begun(result, dict(origins) | dict.fromkeys(diff(config, result), f"init_from {source}"))
 
 
 def _told(chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:

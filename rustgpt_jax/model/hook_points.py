@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.block_inputs import BlockInputs
@@ -48,7 +48,7 @@ def hook_points(model: ModelConfig, rows: int, length: int) -> tuple[HookPoint, 
     """All sites of a model that reads `rows` windows of `length` tokens."""
     x_BTD: Any = jax.ShapeDtypeStruct((rows, length, model.d_model), jnp.dtype(model.dtype))
     tokens_BT: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0)) if is_on(model.dropout) else None
+    key = jax.eval_shape(lambda: jax.random.key(0)) if is_enabled(model.dropout) else None
     context = BlockInputs(tokens_BT, tokens_BT, key)
     blocks: dict[int, list[HookPoint]] = {}
     for index, stack in enumerate(layer_groups(model)):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics
 from rustgpt_jax.model.dtypes import to_float32
@@ -161,8 +161,8 @@ def signals(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, config:
         "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.experts_per_token,
     }
     losses: list[jax.Array] = []
-    if is_on(config.load_balance_loss_weight):
+    if is_enabled(config.load_balance_loss_weight):
         losses.append(config.load_balance_loss_weight * load_balance_loss_weight)
-    if is_on(config.router_z_loss):
+    if is_enabled(config.router_z_loss):
         losses.append(config.router_z_loss * mean_X(jnp.square(normalizer_BT1))[0])
     return found | ({AUX_LOSS: jnp.sum(jnp.stack(losses))} if losses else {})

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
@@ -187,7 +187,7 @@ def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Arr
         logits_BTV = unembed(hidden_BTD, params["head"]["kernel"], "DV", model)
     else:
         logits_BTV = unembed(hidden_BTD, params["embedding"]["table"], "VD", model)
-    return softcap(logits_BTV, model.final_logit_softcap) if is_on(model.final_logit_softcap) else logits_BTV
+    return softcap(logits_BTV, model.final_logit_softcap) if is_enabled(model.final_logit_softcap) else logits_BTV
 
 
 def remat_policy(name: str) -> Callable[..., Any]:

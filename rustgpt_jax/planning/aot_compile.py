@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from rustgpt_jax.config.schema import Config, is_on, read, replace_paths, split
+from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.collectives import Collective, collectives
@@ -145,12 +145,12 @@ def compiled_step(config: Config, window: int, placement: ShardingPlan, for_cpu:
 
     for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
     """
-    structure, numbers = split(config if for_cpu else _stand_in(config))
+    static, hparams = partition(config if for_cpu else _stand_in(config))
     state = placed_state(config, placement)
     batch = _placed(batch_shapes(config.training.batch_size, window), placement)
     with placement.active(), heard() as warnings:
         jitted = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        lowered = jitted.lower(structure, state, batch, to_traced_scalars(numbers))
+        lowered = jitted.lower(static, state, batch, to_traced_scalars(hparams))
         compiled = lowered.compile(compiler_options={} if for_cpu else OPTIONS)
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"
@@ -175,10 +175,10 @@ def placed_state(config: Config, placement: ShardingPlan) -> State:
 
 def _stand_in(config: Config) -> Config:
     """The config with float16 for bfloat16, gradients as JAX derives them, and an attention kernel of every device."""
-    values: dict[str, Any] = {path: "float16" for path in DTYPES if read(config, path) == "bfloat16"}
+    values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
     values["model.save_residuals"] = False
     if config.model.attention_kernel != "plain":
-        values["model.attention_kernel"] = "portable" if is_on(config.model.dropout) else "blockwise"
+        values["model.attention_kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)
 
 

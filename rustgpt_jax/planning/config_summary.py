@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.cache_dir import cache_folder
-from rustgpt_jax.config.schema import Config, Stage, flatten, split, stages, uses_epochs
+from rustgpt_jax.config.schema import Config, Stage, flatten, partition, stages, uses_epochs
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.pytrees import by_path
@@ -82,8 +82,8 @@ def _costs(config: Config) -> Table:
     table = _table("\nCost", "what", "how much", "of which")
     shapes = parameter_shapes(config.model)
     parameters = total_bytes(shapes)
-    structure, numbers = split(config)
-    state = jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers)))
+    static, hparams = partition(config)
+    state = jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams)))
     optimizer = total_bytes(state.opt_state)
     table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
     table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, Structure, replace_paths, split, to_dict
+from rustgpt_jax.config.schema import Config, StaticConfig, partition, replace_paths, to_dict
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
@@ -17,7 +17,7 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
-    Numbers,
+    Hyperparams,
     State,
     compiled_init_state,
     to_traced_scalars,
@@ -135,24 +135,24 @@ class Lane(NamedTuple):
     """Remedies that differ in numbers alone, run side by side from one state; numbers have a first axis of them."""
 
     state: State
-    numbers: Numbers
+    hparams: Hyperparams
 
 
 def fates(
     tried: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
 ) -> list[InterventionResult]:
     """How each remedy that has no hindrance fares over the steps of some stacked batches, from a state of the run."""
-    groups: dict[Structure, list[tuple[Intervention, Numbers]]] = {}
+    groups: dict[StaticConfig, list[tuple[Intervention, Hyperparams]]] = {}
     for remedy in tried:
         if remedy.hindrance is None:
-            structure, numbers = split(replace_paths(config, dict(remedy.knobs)))
-            groups.setdefault(structure, []).append((remedy, to_traced_scalars(numbers)))
+            static, hparams = partition(replace_paths(config, dict(remedy.knobs)))
+            groups.setdefault(static, []).append((remedy, to_traced_scalars(hparams)))
     lanes = [
         Lane(
-            fitted(state, structure, members[0][1]),
-            jax.tree.map(lambda *values: np.stack(values), *(numbers for _, numbers in members)),
+            fitted(state, static, members[0][1]),
+            jax.tree.map(lambda *values: np.stack(values), *(hparams for _, hparams in members)),
         )
-        for structure, members in groups.items()
+        for static, members in groups.items()
     ]
     curves = jax.device_get(compiled_curves(tuple(groups), lanes, batches_S, first_step))
     found = {
@@ -164,31 +164,31 @@ def fates(
 
 
 def curves(
-    structures: tuple[Structure, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
+    statics: tuple[StaticConfig, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Losses, and whether all is finite, P x S, of each lane: those of equal structure at once, others in turn."""
 
-    def steps(structure: Structure, state: State, numbers: Numbers) -> tuple[jax.Array, jax.Array]:
+    def steps(static: StaticConfig, state: State, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
         def body(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
-            state, metrics = train_step(structure, state, batch, numbers, first_step)
+            state, metrics = train_step(static, state, batch, hparams, first_step)
             is_finite = [jnp.isfinite(getattr(metrics, name)) for name in MUST_BE_FINITE]
             return state, (metrics.loss, jnp.stack(is_finite).all())
 
         return jax.lax.scan(body, state, batches_S)[1]
 
     return [
-        jax.vmap(lambda numbers, structure=structure, lane=lane: steps(structure, lane.state, numbers))(lane.numbers)
-        for structure, lane in zip(map(vmappable, structures), lanes, strict=True)
+        jax.vmap(lambda hparams, static=static, lane=lane: steps(static, lane.state, hparams))(lane.hparams)
+        for static, lane in zip(map(vmappable, statics), lanes, strict=True)
     ]
 
 
 compiled_curves = jax.jit(curves, static_argnums=0)
 
 
-def fitted(state: State, structure: Structure, numbers: Numbers) -> State:
+def fitted(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
     """A state for another structure: what it has by the same path and shape is kept, what is new begins as it does."""
     kept = by_path(state)
-    fresh = compiled_init_state(structure, numbers)
+    fresh = compiled_init_state(static, hparams)
 
     def fit(path: Any, leaf: jax.Array) -> jax.Array:
         old = kept.get(path_name(path))

@@ -245,7 +245,7 @@ class RecordedRun:
             stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
             shared = self._placement.share(stacked, stacked.tokens_BT.shape[1])
             state, metrics = compiled_train_steps(
-                program.structure, state, shared, np.int32(now), program.numbers, program.first_step
+                program.static, state, shared, np.int32(now), program.hparams, program.first_step
             )
             history = jax.device_get(metrics)
             every += [jax.tree.map(lambda column, index=index: column[index], history) for index in range(now)]
@@ -270,9 +270,9 @@ class RecordedRun:
         program, batch = self.program_of(int(state.step) + 1), self.batch(state)
         shared = self._placement.share(batch, len(batch.tokens_BT))
         metrics, report = compiled_step_intermediates(
-            program.structure, state, shared, program.numbers, program.first_step
+            program.static, state, shared, program.hparams, program.first_step
         )
-        tensors = list_step_tensors((program.structure, program.numbers), state.params, report)
+        tensors = list_step_tensors((program.static, program.hparams), state.params, report)
         return StepInternals(batch, metrics, report, tensors)
 
     def _say(self, text: str) -> None:

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import Structure, merge
+from rustgpt_jax.config.schema import StaticConfig, combine
 from rustgpt_jax.fingerprints import fingerprint
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.hook_points import hook_points
 from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.training.train_step import Numbers, StepIntermediates
+from rustgpt_jax.training.train_step import Hyperparams, StepIntermediates
 
 ACTIVATION, ACTIVATION_GRADIENT = "activation", "gradient of the activation"
 PARAMETER, PARAMETER_GRADIENT, UPDATE = "parameter", "gradient of the parameter", "update of the parameter"
@@ -48,10 +48,10 @@ class StepTensor(NamedTuple):
 
 
 def list_step_tensors(
-    program: tuple[Structure, Numbers], params: transformer.Params, report: StepIntermediates
+    program: tuple[StaticConfig, Hyperparams], params: transformer.Params, report: StepIntermediates
 ) -> list[StepTensor]:
     """List the tensors of a step from `params`, grouped by KINDS. Gradients are listed from the logits backward."""
-    config = merge(*program)
+    config = combine(*program)
     rows, length = report.weights_BT.shape
     every = hook_points(config.model, rows // config.training.grad_accum_steps, length)
     layers = [stack.layers for stack in layer_groups(config.model)]

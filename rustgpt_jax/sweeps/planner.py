@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, MeshConfig, Structure, split, stages
+from rustgpt_jax.config.schema import Config, MeshConfig, StaticConfig, partition, stages
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.sharding.hardware_specs import Machine
@@ -27,7 +27,7 @@ MEMORY_SHARE = 0.7
 # A step shorter than this leaves an accelerator idle while the next one is sent to it.
 IDLE_SECONDS = 5e-3
 
-ClassKey = tuple[tuple[Structure, int, MeshConfig], ...]
+ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def shape_classes(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass
 
 def class_key(whole: Config) -> ClassKey:
     """What selects a trial's programs: the structure and the window of each stage, and the mesh."""
-    return tuple((split(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
+    return tuple((partition(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
 
 
 def cost(whole: Config) -> Cost:

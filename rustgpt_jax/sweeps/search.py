@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config.schema import affects_result, stages
-from rustgpt_jax.config.validation import leaves
+from rustgpt_jax.config.validation import flatten_tree
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search_space import (
@@ -225,7 +225,7 @@ def study_name(search: TPE, tree: Any) -> str:
     batch size are excluded, so that a search can be extended.
     """
     searched = {path for path, _ in search.space} | ({"seed"} if search.seeds else set())
-    config = {path: value for path, value in leaves(tree) if path not in searched and affects_result(path)}
+    config = {path: value for path, value in flatten_tree(tree) if path not in searched and affects_result(path)}
     space = {path: [type(each).__name__, dataclasses.astuple(each)] for path, each in search.space}
     described = json.dumps([config, space, search.seed, search.seeds], sort_keys=True, default=_as_dict)
     return f"sweep {hashlib.sha256(described.encode()).hexdigest()[:16]}"

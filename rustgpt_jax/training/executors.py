@@ -43,8 +43,8 @@ class SingleRunExecutor:
     """One run, each call a program of its own."""
 
     def __init__(self, run: Trainer) -> None:
-        self._plan, self._structure = run.plan, run.program.structure
-        self._state = offload_opt_state(self._structure, self._plan.place(run.state()))
+        self._plan, self._static = run.plan, run.program.static
+        self._state = offload_opt_state(self._static, self._plan.place(run.state()))
 
     def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of the run."""
@@ -52,7 +52,7 @@ class SingleRunExecutor:
         assert run is not None
         next_call_args = _device_put(run.next_call_args(count), run.plan, run.batch_size)
         began = time.perf_counter()
-        self._state, metrics = _call([run], compiled_train_steps, run.program.structure, self._state, *next_call_args)
+        self._state, metrics = _call([run], compiled_train_steps, run.program.static, self._state, *next_call_args)
         run.on_steps_done(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
 
     def state(self, index: int) -> State:
@@ -63,7 +63,7 @@ class SingleRunExecutor:
     def put(self, index: int, state: State) -> None:
         """Give the run another state."""
         del index
-        self._state = offload_opt_state(self._structure, self._plan.place(state))
+        self._state = offload_opt_state(self._static, self._plan.place(state))
 
 
 class PopulationExecutor:
@@ -81,14 +81,14 @@ class PopulationExecutor:
     def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of each run that is not None, in one call."""
         next_call_args = {index: run.next_call_args(count) for index, run in enumerate(runs) if run is not None}
-        structure = next(run.program.structure for run in runs if run is not None)
+        static = next(run.program.static for run in runs if run is not None)
         idle = next(iter(next_call_args.values()))._replace(count=np.int32(0))
         args_P = _stack_args([next_call_args.get(index, idle) for index in range(self._n_lanes)])
         args_P = _device_put(args_P, self._plan, args_P.batches.tokens_BT.shape[-2])
         began = time.perf_counter()
         members = [run for run in runs if run is not None]
         self._states_P, metrics_P = _call(
-            members, compiled_population_steps, self._mode, structure, self._states_P, args_P
+            members, compiled_population_steps, self._mode, static, self._states_P, args_P
         )
         seconds = time.perf_counter() - began
         read = cache(lambda: jax.device_get(metrics_P))
@@ -176,8 +176,8 @@ def run_training_loop(
         between_calls()
         if is_stopped() or all(run.is_over for run in runs):
             break
-        structure = next(run.program.structure for run in runs if not run.is_over)
-        active = [None if run.is_over or run.program.structure != structure else run for run in runs]
+        static = next(run.program.static for run in runs if not run.is_over)
+        active = [None if run.is_over or run.program.static != static else run for run in runs]
         count = min(run.steps_to_event() for run in active if run)
         executor.advance(active, count)
         for index, run in enumerate(active):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from rustgpt_jax.config.schema import Config, differences, split
+from rustgpt_jax.config.schema import Config, diff, partition
 from rustgpt_jax.data.preprocess import fill_vocab_size, read_record
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import TextGenerator
@@ -38,7 +38,7 @@ class LoadedModel:
     def with_config(self, config: Config) -> "LoadedModel":
         """The same model with other knobs for sampling and data. Raises UserError for a knob of the model itself."""
         config = fill_vocab_size(config, self.writer.tokenizer)
-        for knob, (trained, asked) in differences(self.config, config).items():
+        for knob, (trained, asked) in diff(self.config, config).items():
             if knob.startswith(("model.", "tokenizer.")):
                 raise UserError(f"config.{knob}={asked!r}: the model was trained with {trained!r}, and is what it is.")
         return dataclasses.replace(self, config=config)
@@ -85,8 +85,8 @@ def _restored(
     def on_skipped(step: int, reason: str) -> None:
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
 
-    structure, numbers = split(config)
-    like = over_local_devices().like(jax.eval_shape(lambda: compiled_init_state(structure, to_traced_scalars(numbers))))
+    static, hparams = partition(config)
+    like = over_local_devices().like(jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams))))
     with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
         state = checkpoints.restore(like, which, on_skipped)
         return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import Config, is_on, replace_paths, split, stages
+from rustgpt_jax.config.schema import Config, is_enabled, partition, replace_paths, stages
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation.loss import loss_sums, total_loss
@@ -48,8 +48,8 @@ MODEL = ("parameters", "optimizer state", "gradients")
 
 def state_shapes(config: Config) -> Shapes:
     """The state of a run (parameters, optimizer state, step) as shapes and types."""
-    structure, numbers = split(config)
-    return jax.eval_shape(lambda: init_state(structure, to_traced_scalars(numbers)))
+    static, hparams = partition(config)
+    return jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams)))
 
 
 def batch_shapes(rows: int, window: int) -> Batch:
@@ -96,7 +96,7 @@ def _saved_bytes(config: Config, window: int) -> int:
         config = replace_paths(config, {"model.attention_kernel": "portable"})
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        key = jax.random.key(0) if is_on(config.model.dropout) else None
+        key = jax.random.key(0) if is_enabled(config.model.dropout) else None
         sums = loss_sums(params, batch, config.model, key, config.training.loss_chunk_size)
         return total_loss(sums, jnp.ones(()), config.training.z_loss)
 

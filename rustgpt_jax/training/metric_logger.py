@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, OptimizerConfig, Structure, split
+from rustgpt_jax.config.schema import Config, OptimizerConfig, StaticConfig, partition
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.inference.decode_params import weight_layout
@@ -81,7 +81,7 @@ class Recorder:
     writer: MetricsWriter
     progress: ProgressSink
     plan: ShardingPlan
-    seconds_per_step: dict[Structure, float]
+    seconds_per_step: dict[StaticConfig, float]
     compares_after: int = 0
     pending: Pending | None = None
     fault: NonFiniteStep | None = None
@@ -92,7 +92,7 @@ class Recorder:
         self._best_loss = self._best_loss_so_far()
         # When the device was last known to be at the beginning of a call; None where that is not known.
         self._clock: float | None = time.perf_counter()
-        self._structure = split(self.data.stage.config)[0]
+        self._static = partition(self.data.stage.config)[0]
 
     def _best_loss_so_far(self) -> float:
         # Of this stage alone: stages measure different texts.
@@ -101,10 +101,10 @@ class Recorder:
         own = (line for line in lines if begin < line["step"] <= stage.end_step)
         return min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
 
-    def on_first_call(self, structure: Structure, seconds: float) -> None:
+    def on_first_call(self, static: StaticConfig, seconds: float) -> None:
         """Say once for each program how long its first call took to return: that is its tracing and compiling."""
-        if structure not in self.seconds_per_step:
-            self.seconds_per_step[structure] = math.inf
+        if static not in self.seconds_per_step:
+            self.seconds_per_step[static] = math.inf
             self.progress.message(f"compiled the training step in {duration(seconds)}")
             # It may have made some of its steps by now.
             self._clock = None
@@ -148,7 +148,7 @@ class Recorder:
         self._clock = now
         if began is None:
             return {}
-        self.seconds_per_step[self._structure] = (now - began) / count
+        self.seconds_per_step[self._static] = (now - began) / count
         tokens = count * self.data.stage.config.training.batch_size * self.data.seq_len
         tokens_per_second = tokens / (now - began)
         return {
@@ -177,7 +177,7 @@ class Recorder:
         batches = (self.plan.share(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
         if self._optimizer.name in EVAL_PARAMS:
-            opt_state = fetch_opt_state(self._structure, state.opt_state)
+            opt_state = fetch_opt_state(self._static, state.opt_state)
             params = compiled_eval_params(self._optimizer, params, opt_state)
         n_batches = self.data.n_validation_batches
 
@@ -217,7 +217,7 @@ class Recorder:
     @cached_property
     def _optimizer(self) -> OptimizerConfig:
         # Without its numbers, so that none of them compiles anything.
-        return split(self.config)[0].optimizer
+        return partition(self.config)[0].optimizer
 
     def _write_samples(self, params: Params, step: int) -> None:
         prompts = self.config.logging.sample_prompts

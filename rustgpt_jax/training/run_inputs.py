@@ -14,8 +14,8 @@ from rustgpt_jax.config.schema import (
     Config,
     Earlier,
     Stage,
-    Structure,
-    split,
+    StaticConfig,
+    partition,
     stages,
     stages_in_turn,
 )
@@ -35,15 +35,15 @@ from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.train_step import Numbers, to_traced_scalars
+from rustgpt_jax.training.train_step import Hyperparams, to_traced_scalars
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
 class StageProgram(NamedTuple):
     """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
 
-    structure: Structure
-    numbers: Numbers
+    static: StaticConfig
+    hparams: Hyperparams
     first_step: np.int32
 
 
@@ -131,8 +131,8 @@ def read_beginning(run: RunDir) -> dict[str, Any]:
 
 
 def _stage_program(stage: Stage) -> StageProgram:
-    structure, numbers = split(stage.config)
-    return StageProgram(structure, to_traced_scalars(numbers), np.int32(stage.first_step))
+    static, hparams = partition(stage.config)
+    return StageProgram(static, to_traced_scalars(hparams), np.int32(stage.first_step))
 
 
 def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:

@@ -1,4 +1,4 @@
-"""The training step: pure functions of (structure, numbers), compiled once for each structure."""
+"""The training step: pure functions of (static, hparams), compiled once for each structure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rustgpt_jax.config.schema import ModelConfig, Structure, is_on, merge
+from rustgpt_jax.config.schema import ModelConfig, StaticConfig, combine, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import intermediates, transformer
@@ -74,7 +74,7 @@ def update_loss_stats(
     )
 
 
-Numbers = dict[str, Any]
+Hyperparams = dict[str, Any]
 
 
 class State(NamedTuple):
@@ -109,35 +109,35 @@ class Metrics(NamedTuple):
     signals: LayerMetrics
 
 
-def to_traced_scalars(numbers: dict[str, float]) -> Numbers:
+def to_traced_scalars(hparams: dict[str, float]) -> Hyperparams:
     """Numbers as scalars of fixed types, so that no value of a number can compile anything new."""
-    return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in numbers.items()}
+    return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in hparams.items()}
 
 
-def init_state(structure: Structure, numbers: Numbers) -> State:
+def init_state(static: StaticConfig, hparams: Hyperparams) -> State:
     """The state at step 0."""
-    config = merge(structure, numbers)
+    config = combine(static, hparams)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
-    return init_state_from_params(structure, numbers, params)
+    return init_state_from_params(static, hparams, params)
 
 
-def init_state_from_params(structure: Structure, numbers: Numbers, params: transformer.Params) -> State:
+def init_state_from_params(static: StaticConfig, hparams: Hyperparams, params: transformer.Params) -> State:
     """The state at step 0 with parameters that are there already."""
-    config = merge(structure, numbers)
+    config = combine(static, hparams)
     state = State(params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
-    return offload_opt_state(structure, constrained(state))
+    return offload_opt_state(static, constrained(state))
 
 
-def offload_opt_state(structure: Structure, state: State) -> State:
+def offload_opt_state(static: StaticConfig, state: State) -> State:
     """A state whose parts are in the memory where they stay between steps: with `offload_state`, that of the host."""
-    if not structure.optimizer.offload_state:
+    if not static.optimizer.offload_state:
         return state
     return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
 
 
-def fetch_opt_state(structure: Structure, opt_state: Any) -> Any:
+def fetch_opt_state(static: StaticConfig, opt_state: Any) -> Any:
     """What the optimizer keeps, in the memory of the device."""
-    return jax.device_put(opt_state, jax.memory.Space.Device) if structure.optimizer.offload_state else opt_state
+    return jax.device_put(opt_state, jax.memory.Space.Device) if static.optimizer.offload_state else opt_state
 
 
 class StepIntermediates(NamedTuple):
@@ -161,7 +161,7 @@ class StepIntermediates(NamedTuple):
 
 
 def train_step(
-    structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
+    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
 ) -> tuple[State, Metrics]:
     """Take one optimizer step on one batch.
 
@@ -178,34 +178,34 @@ def train_step(
     Returns:
         The state after the step, and its metrics.
     """
-    return _train_step(structure, state, batch, numbers, first_step)[:2]
+    return _train_step(static, state, batch, hparams, first_step)[:2]
 
 
 def step_intermediates(
-    structure: Structure, state: State, batch: Batch, numbers: Numbers, first_step: jax.Array | int = 0
+    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
 ) -> tuple[Metrics, StepIntermediates]:
     """Return the metrics and intermediates of `train_step`, without its new state, which then takes no memory."""
-    _, metrics, inside = _train_step(structure, state, batch, numbers, first_step, with_intermediates=True)
+    _, metrics, inside = _train_step(static, state, batch, hparams, first_step, with_intermediates=True)
     assert inside is not None
     return metrics, inside
 
 
 def _train_step(
-    structure: Structure,
+    static: StaticConfig,
     state: State,
     batch: Batch,
-    numbers: Numbers,
+    hparams: Hyperparams,
     first_step: jax.Array | int,
     with_intermediates: bool = False,
 ) -> tuple[State, Metrics, StepIntermediates | None]:
-    config, state = merge(structure, numbers), state._replace(opt_state=fetch_opt_state(structure, state.opt_state))
+    config, state = combine(static, hparams), state._replace(opt_state=fetch_opt_state(static, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     measured = _hook_point_slots(config, batch) if with_intermediates else None
     gradients, sums, inside = gradient(state.params, batch, config, key, measured)
     gradients = constrained(gradients)
     norm = optax.tree.norm(gradients)
     clipped = gradients
-    if is_on(config.optimizer.clip_norm):
+    if is_enabled(config.optimizer.clip_norm):
         clipped = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
     lr_multiplier = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
     updates, opt_state = make_optimizer(config.optimizer, lr_multiplier).update(clipped, state.opt_state, state.params)
@@ -228,7 +228,7 @@ def _train_step(
         faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    state = offload_opt_state(structure, constrained(State(params, opt_state, state.step + 1, health)))
+    state = offload_opt_state(static, constrained(State(params, opt_state, state.step + 1, health)))
     if inside is None:
         return state, metrics, None
     # Microbatches from the first axis to the last but one.
@@ -240,7 +240,7 @@ def _train_step(
     return state, metrics, measurements
 
 
-def _hook_point_slots(config: Structure, batch: Batch) -> intermediates.GradSlots:
+def _hook_point_slots(config: StaticConfig, batch: Batch) -> intermediates.GradSlots:
     """Return zeros for the measurements of one microbatch."""
     rows, length = batch.tokens_BT.shape
     return grad_slots(hook_points(config.model, rows // config.training.grad_accum_steps, length))
@@ -257,7 +257,7 @@ class _MicrobatchIntermediates(NamedTuple):
 def gradient(
     params: transformer.Params,
     batch: Batch,
-    config: Structure,
+    config: StaticConfig,
     key: jax.Array,
     measured: intermediates.GradSlots | None = None,
 ) -> tuple[transformer.Params, LossSums, _MicrobatchIntermediates | None]:
@@ -280,7 +280,7 @@ def gradient(
     n_parts = config.training.grad_accum_steps
 
     def part_loss(params: Any, slots: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        dropout_key, inside = key if is_on(config.model.dropout) else None, None
+        dropout_key, inside = key if is_enabled(config.model.dropout) else None, None
         if slots is None:
             sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
         else:
@@ -317,7 +317,7 @@ def gradient(
 
 
 def train_steps(
-    structure: Structure, state: State, batches: Batch, count: jax.Array, numbers: Numbers, first_step: jax.Array
+    static: StaticConfig, state: State, batches: Batch, count: jax.Array, hparams: Hyperparams, first_step: jax.Array
 ) -> tuple[State, Metrics]:
     """`count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
 
@@ -328,15 +328,15 @@ def train_steps(
     def body(index: jax.Array, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
         state, history = carry
         batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
-        state, metrics = train_step(structure, state, batch, numbers, first_step)
+        state, metrics = train_step(static, state, batch, hparams, first_step)
         return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
 
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    signals = _zero_signals(state.params, first_batch, merge(structure, numbers).model)
+    signals = _zero_signals(state.params, first_batch, combine(static, hparams).model)
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
     nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
-    return jax.lax.fori_loop(0, count, body, (offload_opt_state(structure, state), history))
+    return jax.lax.fori_loop(0, count, body, (offload_opt_state(static, state), history))
 
 
 def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
@@ -362,43 +362,43 @@ class StepArgs(NamedTuple):
 
     batches: Batch
     count: Any
-    numbers: Numbers
+    hparams: Hyperparams
     first_step: Any
 
 
-def map_steps(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+def map_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """Each run's steps as `train_steps` does them, one run after another."""
-    return jax.lax.map(lambda run: train_steps(structure, run[0], *run[1]), (states_P, orders_P))
+    return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, orders_P))
 
 
-def vmap_steps(structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+def vmap_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """The steps of all runs at once. All counts that are not 0 must be equal."""
-    count, structure = jnp.max(orders_P.count), vmappable(structure)
+    count, static = jnp.max(orders_P.count), vmappable(static)
 
     def steps(state: State, orders: StepArgs) -> tuple[State, Metrics]:
-        after, metrics = train_steps(structure, state, orders.batches, count, orders.numbers, orders.first_step)
+        after, metrics = train_steps(static, state, orders.batches, count, orders.hparams, orders.first_step)
         is_asked = orders.count > 0
         return jax.tree.map(partial(jnp.where, is_asked), after, state), metrics
 
     return jax.vmap(steps)(states_P, orders_P)
 
 
-MODES: dict[str, Callable[[Structure, State, StepArgs], tuple[State, Metrics]]] = {
+MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]]] = {
     "exact": map_steps,
     "fused": vmap_steps,
 }
 
 
-def vmappable(structure: Structure) -> Structure:
+def vmappable(static: StaticConfig) -> StaticConfig:
     """A structure whose steps can be made of many runs at once: libraries' attention kernels cannot."""
-    if structure.model.attention_kernel != "auto":
-        return structure
-    return replace(structure, model=replace(structure.model, attention_kernel="portable"))
+    if static.model.attention_kernel != "auto":
+        return static
+    return replace(static, model=replace(static.model, attention_kernel="portable"))
 
 
-def population_steps(mode: str, structure: Structure, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+def population_steps(mode: str, static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
     """Some steps of every run of a population, in one of MODES; metrics are P x slots."""
-    return MODES[mode](structure, states_P, orders_P)
+    return MODES[mode](static, states_P, orders_P)
 
 
 def get_member(tree_P: Any, index: jax.Array) -> Any:

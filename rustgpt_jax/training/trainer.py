@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
-from rustgpt_jax.config.schema import Structure, affects_result, split, stages
+from rustgpt_jax.config.schema import StaticConfig, affects_result, partition, stages
 from rustgpt_jax.data.preprocess import StageData, record_data
 from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, is_first
 from rustgpt_jax.errors import UserError
@@ -65,7 +65,7 @@ class Trainer:
         self._recorder: Recorder | None = None
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
-        self._seconds_per_step, self._named = dict[Structure, float](), set[int]()
+        self._seconds_per_step, self._named = dict[StaticConfig, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
         self._pace = LaggedMax(math.inf)
         self._state: State | None = None
@@ -271,7 +271,7 @@ class Trainer:
         events += [mark for mark in self.break_steps if mark > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
-        seconds = self._pace.largest(self._seconds_per_step.get(self.program.structure, math.inf))
+        seconds = self._pace.largest(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
     def next_call_args(self, count: int) -> StepArgs:
@@ -279,12 +279,12 @@ class Trainer:
         if self._batch_source is None:
             self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
         batches = self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
-        return StepArgs(batches, np.int32(count), self.program.numbers, self.program.first_step)
+        return StepArgs(batches, np.int32(count), self.program.hparams, self.program.first_step)
 
     def on_steps_done(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         """Take note of a call that took `seconds` to return; its metrics are read later."""
         recorder = self._open_recorder()
-        recorder.on_first_call(self.program.structure, seconds)
+        recorder.on_first_call(self.program.static, seconds)
         recorder.on_call(Pending(self.step, count, read_metrics))
         self.step += count
 
@@ -385,11 +385,11 @@ class Trainer:
 
 def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
     """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
-    structure, numbers = split(stages(inputs.full_config)[0].config)
+    static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
-        return compiled_init_state(structure, to_traced_scalars(numbers))
+        return compiled_init_state(static, to_traced_scalars(hparams))
     params = read_parameters(folder.parameters_file, plan.like(parameter_shapes(inputs.full_config.model)))
-    return compiled_init_state_from_params(structure, to_traced_scalars(numbers), params)
+    return compiled_init_state_from_params(static, to_traced_scalars(hparams), params)
 
 
 def _next_multiple(step: int, every: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rustgpt_jax.config.schema import FIELDS, to_dict
-from rustgpt_jax.config.validation import leaves, override_all, parse_all
+from rustgpt_jax.config.validation import flatten_tree, override_all, parse_all
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.workdir.run_dir import is_special, load_config, load_origins
 
@@ -28,7 +28,7 @@ def read_recipe(file: str, base: Path, overrides: Overrides) -> Recipe:
     Raises UserError for a file that is not there or fails, and for a knob or a value that cannot be.
     """
     tree = _load(file)
-    defaults, given = dict(leaves(_load(str(base)))), dict(leaves(tree))
+    defaults, given = dict(flatten_tree(_load(str(base)))), dict(flatten_tree(tree))
     origins = {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
     return _overridden(tree, origins, overrides)
 
@@ -87,7 +87,7 @@ def _load(file: str) -> Any:
         if not hasattr(tree, "items"):
             raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
         # A tree of a custom class may raise when it is read.
-        list(leaves(tree))
+        list(flatten_tree(tree))
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -22,7 +22,7 @@ from rustgpt_jax.config.schema import (
     StageConfig,
     affects_result,
     config_hash,
-    differences,
+    diff,
     stages_in_turn,
     to_dict,
     uses_epochs,
@@ -378,7 +378,7 @@ def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
 
 def all_differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
     """The knobs in which two configs differ, those of their stages by 'stages.NAME.path'."""
-    changed = differences(first, second)
+    changed = diff(first, second)
     if "stages" in changed:
         changed |= _stage_differences(*changed.pop("stages"))
     return changed

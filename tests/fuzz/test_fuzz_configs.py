@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config.schema import FIELDS, Config, config_hash, merge, replace_paths, split, stages, to_dict
+from rustgpt_jax.config.schema import FIELDS, Config, combine, config_hash, partition, replace_paths, stages, to_dict
 from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
@@ -49,9 +49,9 @@ def use(config: Config) -> Config | None:
     validate_components(config)
     for stage in stages(config):
         check_shares(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
-        structure, numbers = split(stage.config)
-        to_traced_scalars(numbers)
-        whole = merge(structure, numbers)
+        static, hparams = partition(stage.config)
+        to_traced_scalars(hparams)
+        whole = combine(static, hparams)
         assert all(getattr(whole, name) == getattr(stage.config, name) for name in ("model", "optimizer", "training"))
     model = config.model
     if model.n_layers < MOST_LAYERS or model.period < MOST_LAYERS:

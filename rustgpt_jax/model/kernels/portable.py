@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import is_on
+from rustgpt_jax.config.schema import is_enabled
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import accum_dtype, softcap
 from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Bias, Kernel, attention_mask, whole_mask
@@ -40,7 +40,7 @@ def softmax_weights(
     sinks_H: jax.Array | None,
 ) -> jax.Array:
     """Scaled scores through soft-cap, bias of the positions of queries and keys, mask, and softmax (with sinks)."""
-    if is_on(cap):
+    if is_enabled(cap):
         scores_BHTS = softcap(scores_BHTS, cap)
     if bias:
         scores_BHTS = scores_BHTS + bias(*positions)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import to_float32
@@ -50,7 +50,7 @@ def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[s
 
     Starts no JAX if the device is given. Raises UserError for a kernel asked for by name that cannot serve all.
     """
-    dropout = is_on(model.dropout)
+    dropout = is_enabled(model.dropout)
     return {
         name: select_kernel(model.attention_kernel, mixer.request(block, length, device, dropout))
         for name, (mixer, block) in _attention_blocks(model).items()

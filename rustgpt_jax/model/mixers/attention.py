@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_on
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
 from rustgpt_jax.model.intermediates import Probe
@@ -166,7 +166,7 @@ def attention_spec(
         n_kv_heads=n_kv_heads,
         head_width=key_width,
         value_width=config.head_width,
-        softcap=is_on(config.attn_logit_softcap),
+        softcap=is_enabled(config.attn_logit_softcap),
         bias=get_position_encoding(config).bias is not None,
         sinks=config.attention_sinks,
         dropout=dropout,
