@@ -6,9 +6,9 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from rustgpt_jax.jax_internals import is_out_of_memory_message
+
 MOST_CHARACTERS = 560
-# Substrings of XLA and C++ error messages about failed allocations.
-OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "bad_alloc")
 
 
 class UserError(Exception):
@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and is_out_of_memory_message(str(error))
 
 
 def _on_one_line(text: str) -> str:

@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning.collectives import collectives, summary
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.sharding.sharding_plan import on_devices
+from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, gradient, to_traced_scalars
 
@@ -75,21 +75,21 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
     """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
     (static, hparams), batches = partition(config), batches_of(config)
     hparams = to_traced_scalars(hparams)
-    placement = on_devices(config.mesh, devices)
+    placement = plan_for_devices(config.mesh, devices)
     rows = config.training.batch_size
     # What lies on one device of this process is whole.
     take = whole if placement.mesh else jax.device_get
     with placement.active():
-        here = placement.rows(rows, config.model.context_length)
+        here = placement.local_rows(rows, config.model.context_length)
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
         state = compiled_init_state(static, hparams)
         first = take(state.params)
         shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
-        one = placement.share(jax.tree.map(lambda leaf: leaf[0], batches), rows)
+        one = placement.shard_batch(jax.tree.map(lambda leaf: leaf[0], batches), rows)
         key = jax.random.key(1)
         gradients = jax.jit(lambda params, batch: gradient(params, batch, combine(static, hparams), key)[0])
         found = take(gradients(state.params, one))
-        arguments = placement.share(batches, rows), np.int32(STEPS), hparams, np.int32(0)
+        arguments = placement.shard_batch(batches, rows), np.int32(STEPS), hparams, np.int32(0)
         compiled = compiled_train_steps.lower(static, state, *arguments).compile()
         state, metrics = compiled(state, *arguments)
         if folder is not None:
@@ -135,12 +135,12 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
     for name, onto in {"one device": {}, "tensor 2": {"tensor": 2}, "fsdp 4": {"fsdp": 4}}.items():
         if not onto and jax.process_count() > 1:
             continue
-        other = on_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
+        other = plan_for_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
         with other.active(), Checkpoints(folder, config) as checkpoints:
             like = jax.eval_shape(
                 lambda: compiled_init_state(partition(config)[0], to_traced_scalars(partition(config)[1]))
             )
-            restored[name] = same_bits(whole(checkpoints.restore(other.like(like))), here["last"])
+            restored[name] = same_bits(whole(checkpoints.restore(other.abstract(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),
         "losses": [alone["losses"].tolist(), here["losses"].tolist()],

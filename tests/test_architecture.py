@@ -14,7 +14,7 @@ PACKAGE = "rustgpt_jax"
 
 # From the bottom up: a package imports only from the packages before it.
 LAYERS = (
-    *("errors", "atomic_io", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
+    *("jax_internals", "errors", "atomic_io", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
     *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
     *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
 )

@@ -30,7 +30,7 @@ from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionInputs, Attenti
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import product_flops
-from rustgpt_jax.sharding.mesh import make_mesh
+from rustgpt_jax.sharding.sharding_plan import make_mesh
 from rustgpt_jax.training.config_checks import validate_components
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

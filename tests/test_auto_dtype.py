@@ -8,8 +8,8 @@ from test_cli import TINY, launch
 from configs import base
 from rustgpt_jax.config.schema import FIELDS
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.sharding import auto_dtype
-from rustgpt_jax.sharding.auto_dtype import settle, suited
+from rustgpt_jax.sharding import hardware_specs
+from rustgpt_jax.sharding.hardware_specs import preferred_dtypes, resolve_auto_dtype
 from rustgpt_jax.workdir.run_dir import load_config
 
 FACTORS = {"model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"}
@@ -30,16 +30,16 @@ AUTO = "--config.model.dtype=auto"
 def test_each_device_has_what_it_multiplies_fast(
     platform: str, processor: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auto_dtype, "_processor", lambda: processor)
-    assert suited(platform) == expected
+    monkeypatch.setattr(hardware_specs, "_processor", lambda: processor)
+    assert preferred_dtypes(platform) == expected
 
 
 def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_dtype, "_processor", lambda: "avx512_bf16")
+    monkeypatch.setattr(hardware_specs, "_processor", lambda: "avx512_bf16")
     tree = base.get_config()
     origins = dict.fromkeys(FIELDS, "base") | {"model.matmul_dtype": "command line", "model.dtype": "mine.py"}
     tree.model.dtype = "auto"
-    settle(tree, origins, "cpu")
+    resolve_auto_dtype(tree, origins, "cpu")
     model = resolve(tree).model
     assert (model.dtype, model.matmul_dtype, model.logits_dtype) == ("float32", None, "bfloat16")
     changed = {path for path, origin in origins.items() if origin == "auto, for a cpu"}

@@ -10,7 +10,7 @@ from rustgpt_jax.cache_dir import LIMIT, MOST_BYTES, cache_limit
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding import compilation_cache
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.tokenizers import train_tokenizer
 
 
@@ -71,7 +71,7 @@ def test_programs_that_cannot_be_kept_are_said_once(
     jax.config.update("jax_compilation_cache_dir", None)
     with monkeypatch.context() as patch:
         patch.setattr(jax.config, "update", changed.__setitem__)
-        keep_compiled_programs()
+        enable_compilation_cache()
     jax.config.update("jax_compilation_cache_dir", before)
     said = capsys.readouterr().err
     assert "so compiled programs are not kept. RUSTGPT_JAX_CACHE=DIR moves the cache.\n" in said

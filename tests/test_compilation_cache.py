@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rustgpt_jax.sharding.compilation_cache import SECONDS_TO_WRITE, tidy
+from rustgpt_jax.sharding.compilation_cache import SECONDS_TO_WRITE, evict_entries
 
 OLD = 10 * SECONDS_TO_WRITE
 
@@ -35,7 +35,7 @@ def test_what_is_not_whole_is_deleted(tmp_path: Path) -> None:
     entry(tmp_path, "empty", b"")
     entry(tmp_path, "another", b"\x28\xb5\x2f\xfd compressed in another way")
     entry(tmp_path, "begun", whole[:-1], age=0)
-    tidy(tmp_path, 10**9)
+    evict_entries(tmp_path, 10**9)
     assert names(tmp_path) == ["another", "begun", "whole"]
 
 
@@ -43,23 +43,23 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     for age in range(10):
         entry(tmp_path, str(age), zlib.compress(os.urandom(1000)), OLD + age)
     size = (tmp_path / "0-cache").stat().st_size
-    tidy(tmp_path, 4 * size + 50)
+    evict_entries(tmp_path, 4 * size + 50)
     assert names(tmp_path) == ["0", "1", "2", "3"]
-    tidy(tmp_path, 0)
+    evict_entries(tmp_path, 0)
     assert names(tmp_path) == []
 
 
 def test_a_folder_that_is_not_there_or_is_not_ours_is_left_alone(tmp_path: Path) -> None:
-    tidy(tmp_path / "none", 0)
+    evict_entries(tmp_path / "none", 0)
     (tmp_path / "other").write_text("mine")
-    tidy(tmp_path, 0)
+    evict_entries(tmp_path, 0)
     assert (tmp_path / "other").read_text() == "mine"
 
 
 PROGRAM = """
 import jax, sys
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
-keep_compiled_programs()
+from rustgpt_jax.sharding.compilation_cache import (enable_compilation_cache)
+enable_compilation_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
 print(float(jax.jit(lambda x: (x * 3).sum())(jax.numpy.arange(7.0))), len(hits))

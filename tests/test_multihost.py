@@ -17,8 +17,14 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.distributed import failure_propagation
-from rustgpt_jax.distributed.failure_propagation import LOST, MISTAKE, Watchdog, is_loss
-from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, detected, join, local_devices_of_process
+from rustgpt_jax.distributed.failure_propagation import EXIT_PEER_LOST, EXIT_USER_ERROR, Watchdog, is_peer_lost
+from rustgpt_jax.distributed.multihost import (
+    LaggedAllReduceMax,
+    all_agree,
+    detect_cluster,
+    initialize,
+    local_device_ids,
+)
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
@@ -179,7 +185,7 @@ def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
         # JAX was faster: it ends a process that has lost the first one, by its own words.
         assert "another task died" in printed
     else:
-        assert other.returncode == LOST, printed
+        assert other.returncode == EXIT_PEER_LOST, printed
         assert "Another process of the run is gone" in printed and "goes on from the last checkpoint" in printed
     assert "Traceback" not in printed
     train(run, 2).ends(0, 0)
@@ -193,14 +199,14 @@ def test_where_one_hangs_the_others_lose_patience(train: Callable[..., Job], tmp
     two.waits_for_step(12)
     two.processes[1].send_signal(signal.SIGSTOP)
     printed = two.processes[0].communicate(timeout=120)[0]
-    assert two.processes[0].returncode == LOST, printed
+    assert two.processes[0].returncode == EXIT_PEER_LOST, printed
     assert "Another process of the run has been silent for 40 s." in printed
 
 
 @pytest.mark.slow
 def test_what_one_process_finds_wrong_all_say(train: Callable[..., Job], tmp_path: Path) -> None:
     printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").ends(2, 2)
-    assert all("config.mesh has fsdp 3 = 3 places, and there are 2 devices" in text for text in printed)
+    assert all("config.mesh has fsdp 3 = 3 devices, but there are 2 devices" in text for text in printed)
     assert not (tmp_path / "run").exists()
 
 
@@ -210,7 +216,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], 
     train(run, 1, "--config.training.steps=2").ends(0)
     # Held by another trainer: only process 0 asks for the folder's lock.
     with lock(run):
-        printed = train(run, 2, "--config.training.steps=2").ends(MISTAKE, MISTAKE)
+        printed = train(run, 2, "--config.training.steps=2").ends(EXIT_USER_ERROR, EXIT_USER_ERROR)
     assert "error: " in printed[0] and "error in process 0: " in printed[1]
     assert all("is in use" in text for text in printed), printed
     # Texts that only one of them finds where it is.
@@ -219,7 +225,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], 
     (tmp_path / "here" / "text.txt").write_text("A text. " * 500)
     files = ("--config.data.corpus=files", "--config.data.paths=('text.txt',)", "--config.data.split=tail")
     two = train(tmp_path / "other", 2, *files, places=(tmp_path / "here", tmp_path / "nowhere"))
-    printed = two.ends(MISTAKE, MISTAKE)
+    printed = two.ends(EXIT_USER_ERROR, EXIT_USER_ERROR)
     assert "error in process 1: " in printed[0] and all("text.txt" in text for text in printed), printed
     assert not list((tmp_path / "other").glob("checkpoints/*"))
 
@@ -241,7 +247,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], 
     ],
 )
 def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster: str | None) -> None:
-    assert detected(environment) == cluster
+    assert detect_cluster(environment) == cluster
 
 
 @pytest.mark.parametrize(
@@ -259,7 +265,7 @@ def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster
 def test_a_process_that_has_its_node_alone_has_all_its_devices(
     environment: dict[str, str], devices: list[int] | None
 ) -> None:
-    assert local_devices_of_process(environment) == devices
+    assert local_device_ids(environment) == devices
 
 
 @pytest.mark.parametrize(
@@ -274,35 +280,35 @@ def test_half_of_what_processes_need_is_refused(
     coordinator: str | None, count: int | None, index: int | None, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        join(coordinator, count, index, 10)
+        initialize(coordinator, count, index, 10)
 
 
 def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
-    votes = LaggedMax(math.inf)
-    assert [votes.largest(value) for value in (0.0, 3.0)] == [0.0, 3.0]
+    votes = LaggedAllReduceMax(math.inf)
+    assert [votes.update(value) for value in (0.0, 3.0)] == [0.0, 3.0]
     assert all_agree(True) and not all_agree(False)
     with Watchdog(0.01, "") as patience:
         time.sleep(0.1)
-        patience.beat()
+        patience.heartbeat()
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(failure_propagation.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(failure_propagation, "end_for_loss", lambda what, hint: ended.append(f"{what} {hint}"))
-    with Watchdog(0.2, "ReplayedStep.") as patience:
+    monkeypatch.setattr(failure_propagation, "exit_after_peer_loss", lambda what, hint: ended.append(f"{what} {hint}"))
+    with Watchdog(0.2, "Again.") as patience:
         for _ in range(4):
             time.sleep(0.1)
-            patience.beat()
+            patience.heartbeat()
         assert not ended
         time.sleep(0.5)
         assert ended[0] == "Another process of the run has been silent for 0 s. Again."
 
 
 def test_errors_that_tell_of_a_loss_are_known() -> None:
-    assert is_loss(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
-    assert not is_loss(ValueError("shapes do not match"))
-    assert not is_loss(UserError("The connection is bad."))
+    assert is_peer_lost(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert not is_peer_lost(ValueError("shapes do not match"))
+    assert not is_peer_lost(UserError("The connection is bad."))
     wrapped = UserError("The checkpoint cannot be written.")
     wrapped.__cause__ = ValueError("UNKNOWN: Gloo AllGather failed")
-    assert is_loss(wrapped)
+    assert is_peer_lost(wrapped)

@@ -9,7 +9,7 @@ from test_loop import assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.config.schema import partition
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.sharding_plan import check_memories
+from rustgpt_jax.sharding.sharding_plan import check_host_offload
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
 
@@ -45,6 +45,6 @@ def test_devices_that_cannot_reach_the_host_are_refused(monkeypatch: pytest.Monk
             return []
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    with pytest.raises(UserError, match="a small one cannot compute from the host's memory"):
-        check_memories(tiny(**{"optimizer.offload_state": True}))
-    check_memories(tiny())
+    with pytest.raises(UserError, match="a small one has no access to host memory"):
+        check_host_offload(tiny(**{"optimizer.offload_state": True}))
+    check_host_offload(tiny())

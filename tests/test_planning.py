@@ -31,8 +31,7 @@ from rustgpt_jax.planning.estimate import (
 )
 from rustgpt_jax.planning.report import print_plan, show, show_changes, with_vocabulary_size
 from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
-from rustgpt_jax.sharding.mesh import axis_sizes
-from rustgpt_jax.sharding.sharding_plan import ShardingPlan, check_shares
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes, check_batch_shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,7 +175,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
         for change in of_kind:
             changed = change.of(config)
             assert changed != config
-            check_shares(changed, 32, n_devices)
+            check_batch_shards(changed, 32, n_devices)
             assert math.prod(axis_sizes(changed.mesh, n_devices).values()) == n_devices
         assert len(set(map(str, of_kind))) == len(of_kind)
 
@@ -252,8 +251,8 @@ def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> N
     ("knobs", "chip", "devices", "sentence"),
     [
         ({}, "h101", 8, "--chip: there is no 'h101'. Did you mean 'h100'?"),
-        ({}, "h100", 3, "config.training.batch_size=4 in 1 parts cannot be shared equally by 3 devices"),
-        ({"mesh.data": 2}, "h100", 8, "config.mesh has data 2 = 2 places, and there are 8 devices"),
+        ({}, "h100", 3, "config.training.batch_size=4 in 1 parts cannot be divided equally among 3 devices"),
+        ({"mesh.data": 2}, "h100", 8, "config.mesh has data 2 = 2 devices, but there are 8 devices"),
         ({"model.norm": "rmsnrm"}, "h100", 8, "Did you mean 'rmsnorm'?"),
     ],
 )

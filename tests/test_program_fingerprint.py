@@ -17,9 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rustgpt_jax.workdir import program_fingerprint
 from rustgpt_jax.workdir.program_fingerprint import (
+    call_and_fingerprint,
     enable_autotune_cache,
     load_autotuning,
-    observed,
     save_autotune_cache,
 )
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -86,10 +86,10 @@ def test_a_program_has_the_same_name_wherever_the_code_stands(tmp_path: Path) ->
 
 def test_a_name_is_of_the_program_and_not_of_its_arguments() -> None:
     function = jax.jit(scaled)
-    _, first = observed(function, np.ones(3), np.float32(2))
-    _, other_numbers = observed(function, np.zeros(3), np.float32(3))
-    _, other_shape = observed(function, np.ones(4), np.float32(2))
-    _, other_code = observed(jax.jit(lambda x, by: jnp.cos(x) * by), np.ones(3), np.float32(2))
+    _, first = call_and_fingerprint(function, np.ones(3), np.float32(2))
+    _, other_numbers = call_and_fingerprint(function, np.zeros(3), np.float32(3))
+    _, other_shape = call_and_fingerprint(function, np.ones(4), np.float32(2))
+    _, other_code = call_and_fingerprint(jax.jit(lambda x, by: jnp.cos(x) * by), np.ones(3), np.float32(2))
     assert first.stablehlo == other_numbers.stablehlo
     assert len({first.stablehlo, other_shape.stablehlo, other_code.stablehlo}) == 3
 
@@ -102,7 +102,7 @@ def test_what_is_observed_is_called_once_and_compiled_once() -> None:
         return x * x
 
     function = jax.jit(squared)
-    result, _ = observed(function, np.float32(3))
+    result, _ = call_and_fingerprint(function, np.float32(3))
     assert result == 9
     assert function(np.float32(4)) == 16
     assert len(traced) == 1
@@ -111,7 +111,7 @@ def test_what_is_observed_is_called_once_and_compiled_once() -> None:
 def test_the_key_is_that_of_the_cache(cached: Path) -> None:
     for _ in range(2):
         # A fresh function has to be compiled again; the second time it is in the cache.
-        _, program = observed(jax.jit(lambda x: scaled(x, x) + 1), np.ones(7))
+        _, program = call_and_fingerprint(jax.jit(lambda x: scaled(x, x) + 1), np.ones(7))
         assert program.cache_key is not None
         assert (cached / f"{program.cache_key}-cache").exists()
         jax.clear_caches()
@@ -122,14 +122,14 @@ def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
-        assert observed(jax.jit(lambda x: x + 17), np.ones(3))[1].cache_key is None
+        assert call_and_fingerprint(jax.jit(lambda x: x + 17), np.ones(3))[1].cache_key is None
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_a_program_compiled_before_keeps_its_key(cached: Path) -> None:
     function = jax.jit(scaled)
-    first, second = (observed(function, np.ones(5), np.float32(2))[1] for _ in range(2))
+    first, second = (call_and_fingerprint(function, np.ones(5), np.float32(2))[1] for _ in range(2))
     assert first == second and first.cache_key is not None
 
 
@@ -137,7 +137,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
     found: dict[int, program_fingerprint.Program] = {}
 
     def observe(size: int) -> None:
-        found[size] = observed(jax.jit(scaled), np.ones(size), np.float32(size))[1]
+        found[size] = call_and_fingerprint(jax.jit(scaled), np.ones(size), np.float32(size))[1]
 
     threads = [threading.Thread(target=observe, args=(size,)) for size in range(20, 26)]
     for thread in threads:
@@ -148,7 +148,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
     jax.clear_caches()
     program_fingerprint._keys.clear()
     for size in found:
-        alone[size] = observed(jax.jit(scaled), np.ones(size), np.float32(size))[1]
+        alone[size] = call_and_fingerprint(jax.jit(scaled), np.ones(size), np.float32(size))[1]
     assert found == alone and len({program.cache_key for program in found.values()}) == 6
 
 
@@ -162,7 +162,7 @@ def test_nobody_else_hears_of_it(cached: Path) -> None:
     handler = Handler()
     logging.getLogger().addHandler(handler)
     try:
-        observed(jax.jit(lambda x: x * 19), np.ones(3))
+        call_and_fingerprint(jax.jit(lambda x: x * 19), np.ones(3))
     finally:
         logging.getLogger().removeHandler(handler)
     assert heard == []

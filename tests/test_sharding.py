@@ -26,9 +26,8 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.sharding.mesh import axis_sizes, min_devices
-from rustgpt_jax.sharding.partition_rules import RULES, placed, share
-from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.sharding.partition_rules import RULES, partition_spec_for, shard_fraction
+from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, min_devices
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.train_step import init_state, to_traced_scalars
 
@@ -183,7 +182,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
     used = set()
     for name, model in models().items():
         for path, leaf in by_path(parameter_shapes(model)).items():
-            rule = placed(path, leaf.shape, MESH).rule
+            rule = partition_spec_for(path, leaf.shape, MESH).rule
             assert rule is not None, (name, path)
             used.add(rule)
     assert used == set(range(len(RULES))), [RULES[index] for index in set(range(len(RULES))) - used]
@@ -193,7 +192,11 @@ def test_every_matrix_is_cut() -> None:
     for name, model in models().items():
         for path, leaf in by_path(parameter_shapes(model)).items():
             if re.search(r"kernel$|table$|(gate|up|down)$", path) and "convolution" not in path:
-                assert share(leaf.shape, placed(path, leaf.shape, MESH).spec, MESH) < 1, (name, path, leaf.shape)
+                assert shard_fraction(leaf.shape, partition_spec_for(path, leaf.shape, MESH).spec, MESH) < 1, (
+                    name,
+                    path,
+                    leaf.shape,
+                )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -205,18 +208,18 @@ def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)
         if own and leaf.shape == params[own].shape:
-            assert placed(path, leaf.shape, MESH) == placed(own, leaf.shape, MESH), path
+            assert partition_spec_for(path, leaf.shape, MESH) == partition_spec_for(own, leaf.shape, MESH), path
 
 
 def test_a_parameter_of_ones_own_is_cut_where_it_is_longest() -> None:
-    assert placed("blocks/0/mixer/my_own", (2, 6, 8), MESH).spec == PartitionSpec(None, None, "fsdp")
-    assert placed("blocks/0/mixer/my_own", (2, 6, 7), MESH).spec == PartitionSpec(None, "fsdp", None)
-    assert placed("blocks/0/mixer/my_own", (3, 5, 7), MESH).spec == PartitionSpec(None, None, None)
-    assert placed("my_scale", (8,), MESH).spec == PartitionSpec(None)
+    assert partition_spec_for("blocks/0/mixer/my_own", (2, 6, 8), MESH).spec == PartitionSpec(None, None, "fsdp")
+    assert partition_spec_for("blocks/0/mixer/my_own", (2, 6, 7), MESH).spec == PartitionSpec(None, "fsdp", None)
+    assert partition_spec_for("blocks/0/mixer/my_own", (3, 5, 7), MESH).spec == PartitionSpec(None, None, None)
+    assert partition_spec_for("my_scale", (8,), MESH).spec == PartitionSpec(None)
 
 
 def test_what_does_not_divide_stays_whole() -> None:
-    assert placed("head/kernel", (6, 61), MESH).spec == PartitionSpec("fsdp", None)
+    assert partition_spec_for("head/kernel", (6, 61), MESH).spec == PartitionSpec("fsdp", None)
     assert partition_spec("BTD", (4, 8, 8), MESH) == PartitionSpec(None, None, None)
     assert partition_spec("BTD", (8, 8, 8), MESH) == PartitionSpec(("data", "fsdp", "expert"), None, None)
 
@@ -238,9 +241,9 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
 @pytest.mark.parametrize(
     ("sizes", "n_devices", "says"),
     [
-        ({"fsdp": 3}, 8, "config.mesh has fsdp 3 = 3 places, and there are 8 devices; they must divide 8."),
-        ({"data": 1, "tensor": 4}, 8, "config.mesh has tensor 4 = 4 places, and there are 8 devices; "),
-        ({"fsdp": 2}, 1, "config.mesh has fsdp 2 = 2 places, and there is 1 device; "),
+        ({"fsdp": 3}, 8, "config.mesh has fsdp 3 = 3 devices, but there are 8 devices; the product must divide 8."),
+        ({"data": 1, "tensor": 4}, 8, "config.mesh has tensor 4 = 4 devices, but there are 8 devices; "),
+        ({"fsdp": 2}, 1, "config.mesh has fsdp 2 = 2 devices, but there is 1 device; "),
         ({"fsdp": -1}, 8, "config.mesh: only one axis may be -1, not both data and fsdp."),
         ({"tensor": 0}, 8, "config.mesh.tensor=0: "),
     ],
@@ -253,12 +256,14 @@ def test_a_mesh_that_cannot_be_is_refused(sizes: dict[str, int], n_devices: int,
 
 def test_shares_that_cannot_be_equal_are_refused() -> None:
     config = small_config(**{"training.batch_size": 12})
-    with pytest.raises(UserError, match="cannot be shared equally by 8 devices; the nearest batch size that can is 16"):
-        check_shares(config, 32, 8)
+    with pytest.raises(
+        UserError, match="cannot be divided equally among 8 devices; the nearest batch size that can is 16"
+    ):
+        check_batch_shards(config, 32, 8)
     config = small_config(**{"training.batch_size": 8, "mesh.context": 3})
-    with pytest.raises(UserError, match=r"config.mesh.context=3: windows of 32 tokens cannot"):
-        check_shares(config, 32, 3)
-    check_shares(small_config(**{"mesh.tensor": 4}), 32, 4)
+    with pytest.raises(UserError, match=r"config.mesh.context=3 does not divide the window of 32 tokens"):
+        check_batch_shards(config, 32, 3)
+    check_batch_shards(small_config(**{"mesh.tensor": 4}), 32, 4)
 
 
 @pytest.mark.slow

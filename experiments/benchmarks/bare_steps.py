@@ -21,7 +21,7 @@ from configs import tiny
 from rustgpt_jax.config.schema import StaticConfig
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.malloc import keep_freed_memory
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.training.run_inputs import RunInputs
@@ -69,6 +69,6 @@ def calls_of(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    keep_compiled_programs()
+    enable_compilation_cache()
     call, _ = bare_steps(Path(sys.argv[1]))
     print(json.dumps(min(call() for _ in range(REPEATS))))

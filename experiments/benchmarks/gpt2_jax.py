@@ -35,7 +35,7 @@ from rustgpt_jax.model.kernels.dispatch import KERNELS
 from rustgpt_jax.model.kernels.types import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.training.train_step import (
     StepArgs,
     compiled_init_state,
@@ -259,5 +259,5 @@ TASKS = {
 }
 
 if __name__ == "__main__":
-    keep_compiled_programs()
+    enable_compilation_cache()
     printed(TASKS)

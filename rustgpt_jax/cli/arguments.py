@@ -199,15 +199,15 @@ def read_tree(
 
     tree, origins = _read_source(args)
     if dict(flatten_tree(tree)).get("model.dtype") == "auto":
-        from rustgpt_jax.distributed.multihost import detected
-        from rustgpt_jax.sharding.auto_dtype import settle
+        from rustgpt_jax.distributed.multihost import detect_cluster
+        from rustgpt_jax.sharding.hardware_specs import resolve_auto_dtype
 
-        if platform is None and (is_remote or detected(os.environ)):
+        if platform is None and (is_remote or detect_cluster(os.environ)):
             raise UserError(
                 "config.model.dtype='auto' depends on the device of this process, but other processes compute: give "
                 "float32 or bfloat16."
             )
-        settle(tree, origins, platform)
+        resolve_auto_dtype(tree, origins, platform)
     return tree, origins
 
 

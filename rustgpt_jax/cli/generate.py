@@ -91,10 +91,10 @@ def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     """Return the LoadedModel of a run, with the overrides of the command line."""
     folder = run_folder(args)
     config, _ = read_config(args)
-    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
     from rustgpt_jax.training.load_model import load
 
-    keep_compiled_programs()
+    enable_compilation_cache()
     n_generated = config.sampling.max_tokens if generates else 0
     trained = load(folder, args.checkpoint, is_oversubscribed=args.allow_oversubscription, n_generated=n_generated)
     return trained.with_config(config)

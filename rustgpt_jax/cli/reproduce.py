@@ -94,10 +94,10 @@ def run_doctor(args: argparse.Namespace) -> int:
 def _use_devices_of(run: Path) -> None:
     """Set up JAX, which must not have started, with the devices and autotuning of a run."""
     from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
-    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
     from rustgpt_jax.workdir.program_fingerprint import load_autotuning
     from rustgpt_jax.workdir.run_dir import RunDir
 
-    keep_compiled_programs()
+    enable_compilation_cache()
     use_devices_of(RunDir(run))
     load_autotuning(RunDir(run))

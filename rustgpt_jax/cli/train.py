@@ -50,10 +50,10 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train a run, or resume it."""
-    from rustgpt_jax.distributed.multihost import detected
+    from rustgpt_jax.distributed.multihost import detect_cluster
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
-    is_distributed = args.num_processes is not None or detected(os.environ) is not None
+    is_distributed = args.num_processes is not None or detect_cluster(os.environ) is not None
     if args.init_from is not None and is_distributed:
         raise UserError("--init_from creates the run folder in a single process; several processes can then resume it.")
     if args.init_from is not None and args.config is None and args.run is None:
@@ -65,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
     if args.launcher != "inline":
         raise UserError(f"--launcher={args.launcher}: train runs inline, or as a job of slurm.")
     from rustgpt_jax.distributed.failure_propagation import propagate_failures
-    from rustgpt_jax.distributed.multihost import is_first, join
-    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.distributed.multihost import initialize, is_process_zero
+    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
     from rustgpt_jax.training.loop import train
     from rustgpt_jax.workdir.program_fingerprint import enable_autotune_cache
     from rustgpt_jax.workdir.run_dir import RunDir
 
-    keep_compiled_programs()
-    join(args.coordinator_address, args.num_processes, args.process_id, args.barrier_timeout)
-    console = PlainTextConsole(quiet=not is_first())
+    enable_compilation_cache()
+    initialize(args.coordinator_address, args.num_processes, args.process_id, args.barrier_timeout)
+    console = PlainTextConsole(quiet=not is_process_zero())
     with propagate_failures():
         enable_autotune_cache(RunDir(folder))
         if args.init_from is not None:

@@ -1,4 +1,4 @@
-"""How the processes of a run end together, where one of them fails, falls silent or is gone."""
+"""Failure propagation: if one process of a run fails, falls silent or is gone, all processes exit."""
 
 import json
 import os
@@ -13,106 +13,110 @@ from typing import Any, NoReturn
 
 import jax
 
-from rustgpt_jax.distributed.multihost import board, is_first
+from rustgpt_jax.distributed.multihost import is_process_zero
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.jax_internals import is_peer_lost_message, kv_store
 
-# "Error in protocol": what a process ends with when it has lost the others. It is the highest of ours, and so what a
-# cluster sees of a job in which one process fails and the others lose it.
-LOST = os.EX_PROTOCOL
-# What a user's mistake ends with, in all processes: to begin again would not mend it.
-MISTAKE = 2
-# Texts in the errors of the libraries through which processes talk.
-SIGNS_OF_LOSS = ("Gloo", "NCCL", "oordination", "eartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "onnection")
+# "Error in protocol": the exit status of a process that has lost the others. It is the highest of ours, so a cluster
+# reports it for a job in which one process fails and the others lose it.
+EXIT_PEER_LOST = os.EX_PROTOCOL
+# The exit status of all processes after a user error, which a restart would not fix.
+EXIT_USER_ERROR = 2
 
-FAILED, HEARD = "rustgpt_jax/failed", "rustgpt_jax/heard"
-LONGEST_HEARING_MS = 10_000
-# Process 0 keeps the board: where it goes first, JAX ends the others by a signal.
-SECONDS_TO_LEAVE = 2.0
+FAILURE_KEY, ACKNOWLEDGED_KEY = "rustgpt_jax/failed", "rustgpt_jax/acknowledged"
+ACKNOWLEDGMENT_TIMEOUT_MS = 10_000
+# Process 0 serves the key-value store: if it exits first, JAX kills the others by a signal.
+SECONDS_TO_EXIT = 2.0
 
 
 @contextmanager
 def propagate_failures() -> Iterator[None]:
-    """A block in which all processes end where one of them fails: each says what went wrong, and in which.
+    """Exit in all processes if the block fails in one; each prints what went wrong, and in which process.
 
-    A user's mistake ends them with status 2, any other failure with LOST. Alone, a process fails as it always does.
+    The exit status is EXIT_USER_ERROR for a UserError, else EXIT_PEER_LOST. A single process raises as usual.
     """
-    notes, over = board(), threading.Event()
-    if notes is None:
+    store, is_over = kv_store(), threading.Event()
+    if store is None:
         yield
         return
-    threading.Thread(target=_listen, args=(notes, over), daemon=True).start()
+    threading.Thread(target=_watch_for_failures, args=(store, is_over), daemon=True).start()
     try:
         yield
     except BaseException as error:
-        report_failure(error, "")
+        exit_after_failure(error, "")
     finally:
-        over.set()
+        is_over.set()
 
 
-def report_failure(error: BaseException, hint: str) -> NoReturn:
-    """End this process at once for an error, which the others are told. `hint` is for one that tells of a loss."""
-    if is_loss(error):
-        end_for_loss(f"Another process of the run is gone ({' '.join(str(error).split())[:160]}).", hint)
+def exit_after_failure(error: BaseException, hint: str) -> NoReturn:
+    """Exit this process at once because of an error, and tell the other processes.
+
+    Args:
+        error: The error.
+        hint: What the user can do if another process is lost.
+    """
+    if is_peer_lost(error):
+        exit_after_peer_loss(f"Another process of the run is gone ({' '.join(str(error).split())[:160]}).", hint)
     if isinstance(error, UserError):
-        sentence, status = str(error), MISTAKE
+        message, status = str(error), EXIT_USER_ERROR
     else:
         traceback.print_exception(error)
-        sentence, status = f"{type(error).__name__}: {error}", LOST
-    _end(f"error: {sentence}", status, lambda: _tell(sentence, status))
+        message, status = f"{type(error).__name__}: {error}", EXIT_PEER_LOST
+    _exit(f"error: {message}", status, lambda: _broadcast_failure(message, status))
 
 
-def _tell(sentence: str, status: int) -> None:
-    """Tell the others why this process ends, unless one has told already, and wait until all know."""
-    notes = board()
-    assert notes is not None, "a process alone tells nobody"
+def _broadcast_failure(message: str, status: int) -> None:
+    """Tell the other processes why this one exits, unless one has failed before, and wait until they know."""
+    store = kv_store()
+    assert store is not None, "a single process has nobody to tell"
     try:
-        notes.key_value_set(FAILED, json.dumps([f"process {jax.process_index()}: {sentence}", status]))
+        store.key_value_set(FAILURE_KEY, json.dumps([f"process {jax.process_index()}: {message}", status]))
     except jax.errors.JaxRuntimeError:
-        _leave(notes)
+        _acknowledge(store)
         return
-    _wait_until_heard(notes, jax.process_index())
+    _wait_for_acknowledgments(store, jax.process_index())
 
 
-def _listen(notes: Any, over: threading.Event) -> None:
-    """Ends this process when another has told that it fails."""
-    while not over.wait(0.5):
+def _watch_for_failures(store: Any, is_over: threading.Event) -> None:
+    """Exit this process if another one reports a failure."""
+    while not is_over.wait(0.5):
         try:
-            sentence, status = json.loads(notes.key_value_try_get(FAILED))
+            message, status = json.loads(store.key_value_try_get(FAILURE_KEY))
         except jax.errors.JaxRuntimeError:
             continue
-        _end(f"error in {sentence}", status, lambda: _leave(notes))
+        _exit(f"error in {message}", status, lambda: _acknowledge(store))
 
 
-def _leave(notes: Any) -> None:
-    """Say that this process knows; the one that keeps the board waits until the others do."""
-    notes.key_value_set(f"{HEARD}/{jax.process_index()}", "", allow_overwrite=True)
-    if is_first():
-        _wait_until_heard(notes, 0)
+def _acknowledge(store: Any) -> None:
+    """Tell that this process knows of the failure. Process 0, which serves the store, waits for the others."""
+    store.key_value_set(f"{ACKNOWLEDGED_KEY}/{jax.process_index()}", "", allow_overwrite=True)
+    if is_process_zero():
+        _wait_for_acknowledgments(store, 0)
 
 
-def _wait_until_heard(notes: Any, own: int) -> None:
-    until = time.monotonic() + LONGEST_HEARING_MS / 1000
+def _wait_for_acknowledgments(store: Any, own_id: int) -> None:
+    deadline = time.monotonic() + ACKNOWLEDGMENT_TIMEOUT_MS / 1000
     for other in range(jax.process_count()):
-        left = until - time.monotonic()
-        if other != own and left > 0:
+        seconds_left = deadline - time.monotonic()
+        if other != own_id and seconds_left > 0:
             try:
-                notes.blocking_key_value_get(f"{HEARD}/{other}", int(1000 * left))
+                store.blocking_key_value_get(f"{ACKNOWLEDGED_KEY}/{other}", int(1000 * seconds_left))
             except jax.errors.JaxRuntimeError:
                 break
-    if is_first():
-        time.sleep(SECONDS_TO_LEAVE)
+    if is_process_zero():
+        time.sleep(SECONDS_TO_EXIT)
 
 
 class Watchdog:
-    """Ends this process, with a sentence, when it has waited too long for others. Use it in a `with` statement.
+    """Context manager that exits this process if it waits for other processes for more than `seconds`.
 
-    An error ends it at once, without what a `with` statement around this one would do: that may wait for the others.
-    Alone, a process waits for nobody, and nothing is done.
+    An error in the block exits at once, without leaving enclosing `with` blocks, which may wait for the others.
+    With a single process it does nothing.
     """
 
     def __init__(self, seconds: float, hint: str) -> None:
         self._seconds, self._hint = seconds, hint
-        self._last, self._over = time.monotonic(), threading.Event()
+        self._last_heartbeat, self._is_over = time.monotonic(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if jax.process_count() > 1:
@@ -122,40 +126,41 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._is_over.set()
         if error is not None and jax.process_count() > 1:
-            report_failure(error, self._hint)
+            exit_after_failure(error, self._hint)
 
-    def beat(self) -> None:
-        """Something was done: the waiting begins anew."""
-        self._last = time.monotonic()
+    def heartbeat(self) -> None:
+        """Reset the timer."""
+        self._last_heartbeat = time.monotonic()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
-                end_for_loss(f"Another process of the run has been silent for {self._seconds:.0f} s.", self._hint)
+        while not self._is_over.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last_heartbeat > self._seconds:
+                message = f"Another process of the run has been silent for {self._seconds:.0f} s."
+                exit_after_peer_loss(message, self._hint)
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an error of a library, or one that it has caused, says that another process is gone."""
+def is_peer_lost(error: BaseException) -> bool:
+    """Return whether an error of a library, or its cause, reports that another process is gone."""
     if error.__cause__ is not None:
-        return is_loss(error.__cause__)
-    return not isinstance(error, UserError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
+        return is_peer_lost(error.__cause__)
+    return not isinstance(error, UserError) and is_peer_lost_message(str(error))
 
 
-def end_for_loss(what: str, hint: str) -> NoReturn:
-    """End this process at once, for no other would take part in an orderly end."""
-    _end(f"process {jax.process_index()}: {what} {hint}", LOST)
+def exit_after_peer_loss(message: str, hint: str) -> NoReturn:
+    """Exit this process at once, because the others can no longer take part in an orderly exit."""
+    _exit(f"process {jax.process_index()}: {message} {hint}", EXIT_PEER_LOST)
 
 
-def _end(sentence: str, status: int, last: Any = None) -> NoReturn:
-    """End the process, from whichever of its threads; of several that want to, the first does."""
-    with _one_end:
+def _exit(message: str, status: int, before_exit: Any = None) -> NoReturn:
+    """Print a message and exit from any thread; if several threads call this, the first one does it."""
+    with _exit_lock:
         sys.stdout.flush()
-        print(sentence, file=sys.stderr, flush=True)
-        if last is not None:
-            last()
+        print(message, file=sys.stderr, flush=True)
+        if before_exit is not None:
+            before_exit()
         os._exit(status)
 
 
-_one_end = threading.Lock()
+_exit_lock = threading.Lock()

@@ -1,10 +1,9 @@
-"""Many processes that train one run: how they find each other, agree, and wait for one another."""
+"""Multi-process runs: initialization, agreement between processes, and barriers."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.jax_internals import kv_store
 
-# Whether a cluster has started this process as one of several that belong together.
+# JAX kills a process whose peer is silent for this much longer than the barrier timeout, without a message to its user.
+EXTRA_HEARTBEAT_SECONDS = 30
+LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 
 
-def detected(environment: Mapping[str, str]) -> str | None:
-    """What has started this process as one of several: Slurm, Open MPI, Kubernetes, a pod of TPUs; or None."""
+def detect_cluster(environment: Mapping[str, str]) -> str | None:
+    """Return the name of the cluster that started this process as one of several, or None."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "Slurm"
     if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -30,8 +32,8 @@ def detected(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def local_devices_of_process(environment: Mapping[str, str]) -> list[int] | None:
-    """The GPUs of a process that a cluster has started as the only one of its node: all; None leaves it to JAX.
+def local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    """Return the GPUs of a process that a cluster started as the only one of its node, or None to leave it to JAX.
 
     JAX would give a process of Slurm or Open MPI one GPU.
     """
@@ -43,41 +45,43 @@ def local_devices_of_process(environment: Mapping[str, str]) -> list[int] | None
     return list(range(count)) or None
 
 
-# JAX ends a process without a word to its user when another is silent for so much longer than the patience.
-SECONDS_TO_SAY_SO = 30
-LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
+def initialize(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, barrier_timeout: int
+) -> None:
+    """Connect to the other processes of the run, if there are any. Call this before JAX is used.
 
+    Args:
+        coordinator_address: HOST:PORT of process 0; None if a cluster provides it.
+        num_processes: The number of processes; None if a cluster provides it.
+        process_id: The number of this process; None if a cluster provides it.
+        barrier_timeout: The seconds after which a process that others wait for is considered lost.
 
-def join(coordinator: str | None, count: int | None, index: int | None, patience: int) -> None:
-    """Meet the other processes, if there are any. To be called before JAX is used.
-
-    `coordinator` is HOST:PORT of process 0, `index` the number of this one of `count`; None where a cluster tells.
-    `patience` is the seconds after which a process that others wait for is given up. Raises UserError if only a part
-    of this is given, or the others cannot be met.
+    Raises:
+        UserError: Only some of the arguments are given, or the other processes are not reachable.
     """
-    given = [value is not None for value in (coordinator, count, index)]
+    given = [value is not None for value in (coordinator_address, num_processes, process_id)]
     if any(given) and not all(given):
         raise UserError("Give all of --coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, or none.")
-    if coordinator is not None and not _is_address(coordinator):
+    if coordinator_address is not None and not _is_address(coordinator_address):
         raise UserError(
-            f"--coordinator_address={coordinator} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
+            f"--coordinator_address={coordinator_address} is not HOST:PORT, such as node1:12345 (ports go to 65535)."
         )
-    if index is not None and count is not None and not 0 <= index < count:
-        raise UserError(f"--process_id={index}: the processes are numbered from 0 to {count - 1}.")
-    if not any(given) and detected(os.environ) is None:
+    if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id={process_id}: the processes are numbered from 0 to {num_processes - 1}.")
+    if not any(given) and detect_cluster(os.environ) is None:
         return
     try:
         jax.distributed.initialize(
-            coordinator,
-            count,
-            index,
-            local_device_ids=local_devices_of_process(os.environ),
-            initialization_timeout=patience,
-            heartbeat_timeout_seconds=patience + SECONDS_TO_SAY_SO,
+            coordinator_address,
+            num_processes,
+            process_id,
+            local_device_ids=local_device_ids(os.environ),
+            initialization_timeout=barrier_timeout,
+            heartbeat_timeout_seconds=barrier_timeout + EXTRA_HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        where = coordinator or f"as {detected(os.environ)} has it"
-        raise UserError(f"The processes cannot meet ({where}): {str(error).splitlines()[0]}") from error
+        where = coordinator_address or f"as configured by {detect_cluster(os.environ)}"
+        raise UserError(f"The processes cannot connect ({where}): {str(error).splitlines()[0]}") from error
 
 
 def _is_address(text: str) -> bool:
@@ -86,65 +90,60 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
 
 
-def is_first() -> bool:
-    """Whether this is process 0, whose records are the run's."""
+def is_process_zero() -> bool:
+    """Return whether this is process 0, which writes the files of the run."""
     return jax.process_index() == 0
 
 
-def board() -> Any | None:
-    """Where processes leave short texts for one another, without taking turns; None for one process alone."""
-    # JAX has no public name for it. It needs no device, and so goes on while the main thread waits for one.
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 @contextmanager
-def process_zero_first(what: str) -> Iterator[None]:
-    """A block that process 0 does before the others begin it, who then find its work in the cache if they share it.
+def process_zero_first(name: str) -> Iterator[None]:
+    """Run a block in process 0 before the others begin it, so that they find its results in a shared cache.
 
-    `what` is another one for each block.
+    Args:
+        name: A name that no other such block of the run has.
     """
-    notes, name = board(), f"rustgpt_jax/done/{what}"
-    if notes is not None and not is_first():
-        notes.blocking_key_value_get(name, LONGEST_WAIT_MS)
+    store, key = kv_store(), f"rustgpt_jax/done/{name}"
+    if store is not None and not is_process_zero():
+        store.blocking_key_value_get(key, LONGEST_WAIT_MS)
     yield
-    if notes is not None and is_first():
-        notes.key_value_set(name, "")
+    if store is not None and is_process_zero():
+        store.key_value_set(key, "")
 
 
-def all_agree(is_so: bool) -> bool:
-    """Whether something is so in every process. All must ask at the same place."""
+def all_agree(is_true: bool) -> bool:
+    """Return whether a condition is true in all processes. A collective: all processes must call it."""
     if jax.process_count() == 1:
-        return is_so
-    return bool(np.all(multihost_utils.process_allgather(np.array(is_so))))
+        return is_true
+    return bool(np.all(multihost_utils.process_allgather(np.array(is_true))))
 
 
-def meet(place: str) -> None:
-    """Return when every process has come to this place."""
+def barrier(name: str) -> None:
+    """Wait until all processes have called this."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(place)
+        multihost_utils.sync_global_devices(name)
 
 
-class LaggedMax:
-    """Finds the largest of a number that each process has, turn by turn, without waiting for the device.
+class LaggedAllReduceMax:
+    """The maximum of a number over all processes, one call late, so that no call waits for the devices.
 
-    With several processes, the answer is that of the turn before: all get the same. The first is `first`. All must take
-    their turns at the same places.
+    A collective: all processes must make the same calls. With one process there is no lag.
     """
 
-    def __init__(self, first: float) -> None:
-        self._result: jax.Array | float = first
+    def __init__(self, initial: float) -> None:
+        self._result: jax.Array | float = initial
         self._mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        self._max = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
-    def largest(self, value: float) -> float:
-        """The largest number that a process said at its last turn; of one process alone, this one."""
+    def update(self, value: float) -> float:
+        """Contribute a number, and return the maximum of the call before; at first, `initial`."""
         if jax.process_count() == 1:
             return value
-        before = float(self._result)
-        here, values = NamedSharding(self._mesh, PartitionSpec("all")), np.full(jax.device_count(), value, np.float32)
+        previous = float(self._result)
+        sharding, values = (
+            NamedSharding(self._mesh, PartitionSpec("all")),
+            np.full(jax.device_count(), value, np.float32),
+        )
         # The devices of the run's own mesh may have another order.
         with jax.set_mesh(self._mesh):
-            self._result = self._largest(jax.make_array_from_callback(values.shape, here, lambda index: values[index]))
-        return before
+            self._result = self._max(jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]))
+        return previous

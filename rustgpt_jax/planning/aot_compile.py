@@ -170,7 +170,7 @@ def compiled_step(config: Config, window: int, placement: ShardingPlan, for_cpu:
 
 def placed_state(config: Config, placement: ShardingPlan) -> State:
     """The state of a run as shapes and types, with the places where its arrays lie."""
-    return placement.like(state_shapes(config))
+    return placement.abstract(state_shapes(config))
 
 
 def _stand_in(config: Config) -> Config:

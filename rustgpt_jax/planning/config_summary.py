@@ -13,7 +13,7 @@ from rustgpt_jax.config.schema import Config, Stage, flatten, partition, stages,
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.train_step import init_state, to_traced_scalars
@@ -27,7 +27,7 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
     """
     validate_components(config)
     for stage in stages(config):
-        check_shares(stage.config, stage.config.data.seq_len or config.model.context_length, jax.device_count())
+        check_batch_shards(stage.config, stage.config.data.seq_len or config.model.context_length, jax.device_count())
     if uses_epochs(config) or not config.model.vocab_size:
         tokenizer = load_or_train_tokenizer(config)
         resolved = resolve_epochs_with(config, tokenizer, cache_folder())

@@ -15,8 +15,7 @@ from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops
 from rustgpt_jax.planning.aot_compile import Compiled, compiled_step, placed_state
 from rustgpt_jax.planning.collectives import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
-from rustgpt_jax.sharding.mesh import axis_sizes
-from rustgpt_jax.sharding.sharding_plan import ShardingPlan
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 
 # How fast a chip could be at best (the roofline, Williams and others 2009): bounds on the time of a step.
 #

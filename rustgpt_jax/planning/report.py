@@ -11,8 +11,7 @@ from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.planning.collectives import summary
 from rustgpt_jax.planning.estimate import RESERVE, Change, Estimate, changes, collective_seconds, estimate
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
-from rustgpt_jax.sharding.mesh import in_words
-from rustgpt_jax.sharding.sharding_plan import check_shares, on_devices
+from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.tracking.progress import waiting
 from rustgpt_jax.training.config_checks import validate_components
@@ -25,7 +24,7 @@ def show(found: Estimate, chip_name: str, console: Console) -> None:
     training = found.config.training
     parts = f" in {training.grad_accum_steps} parts" if training.grad_accum_steps > 1 else ""
     console.print(
-        f"{count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({in_words(found.mesh)}); "
+        f"{count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({describe_mesh(found.mesh)}); "
         f"{training.batch_size} windows of {found.window:,} tokens a step{parts}. What follows is for each device.\n",
         highlight=False,
     )
@@ -152,12 +151,12 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
         raise UserError(f"--chip: there is no {chip_name!r}.{suggestion(chip_name, CHIPS)}")
     validate_components(config)
     config, window = _longest(with_vocabulary_size(config))
-    check_shares(config, window, n_devices)
+    check_batch_shards(config, window, n_devices)
     devices = _virtual_devices(n_devices)
     chip = CHIPS[chip_name]
 
     def estimated(config: Config) -> Estimate:
-        return estimate(config, window, on_devices(config.mesh, devices), chip)
+        return estimate(config, window, plan_for_devices(config.mesh, devices), chip)
 
     with waiting(console, "compiling the step"):
         found = estimated(config)

@@ -16,8 +16,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, changed_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.step_tensors import StepTensor, list_step_tensors
-from rustgpt_jax.sharding.mesh import axis_sizes, in_words
-from rustgpt_jax.sharding.sharding_plan import all_devices, check_shares
+from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
@@ -102,9 +101,9 @@ class RecordedRun:
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
             )
         mesh = self._mesh_here()
-        self._placement = all_devices(mesh)
+        self._placement = plan_for_all_devices(mesh)
         for data in self.inputs.stages:
-            check_shares(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
+            check_batch_shards(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
         self.rewinds = rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()
@@ -118,7 +117,8 @@ class RecordedRun:
             axis_sizes(was, jax.device_count())
         except UserError:
             self._say(
-                f"The run was on another mesh ({in_words(was)}); on these devices, results are close to its, not equal."
+                f"The run was on another mesh ({describe_mesh(was)}); on these devices, "
+                "results are close to its results, not equal."
             )
             return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
         return was
@@ -189,10 +189,10 @@ class RecordedRun:
 
     def saved_state(self, step: int) -> State:
         """The state of the nearest sound checkpoint at or before a step, or else the one that the run began with."""
-        return self._placement.place(self._sound_state(step))
+        return self._placement.shard_state(self._sound_state(step))
 
     def _sound_state(self, step: int) -> State:
-        like = self._placement.like(state_shapes(self.inputs.stages[0].stage.config))
+        like = self._placement.abstract(state_shapes(self.inputs.stages[0].stage.config))
         for saved in self.saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
@@ -243,7 +243,7 @@ class RecordedRun:
             # No step reads what fills up the slots.
             batches += [batches[-1]] * (slots - now)
             stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-            shared = self._placement.share(stacked, stacked.tokens_BT.shape[1])
+            shared = self._placement.shard_batch(stacked, stacked.tokens_BT.shape[1])
             state, metrics = compiled_train_steps(
                 program.static, state, shared, np.int32(now), program.hparams, program.first_step
             )
@@ -260,7 +260,7 @@ class RecordedRun:
         if last is None or last.to < int(state.step):
             return state
         health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
-        return self._placement.place(state._replace(health=health))
+        return self._placement.shard_state(state._replace(health=health))
 
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
@@ -268,7 +268,7 @@ class RecordedRun:
     def look_into(self, state: State) -> StepInternals:
         """Compute the step after a state, with the statistics of all its tensors. The state is not changed."""
         program, batch = self.program_of(int(state.step) + 1), self.batch(state)
-        shared = self._placement.share(batch, len(batch.tokens_BT))
+        shared = self._placement.shard_batch(batch, len(batch.tokens_BT))
         metrics, report = compiled_step_intermediates(
             program.static, state, shared, program.hparams, program.first_step
         )

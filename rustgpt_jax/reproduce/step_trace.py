@@ -29,7 +29,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, named
 from rustgpt_jax.reproduce.step_tensors import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, StepTensor
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--taps", action="store_true")
     given = parser.parse_args()
-    keep_compiled_programs()
+    enable_compilation_cache()
     load_autotuning(RunDir(given.run))
     try:
         found = trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))

@@ -1,4 +1,4 @@
-"""Compiled programs are kept in the user's cache folder, so that the next start need not compile them again."""
+"""JAX's persistent compilation cache in the user's cache folder, limited in size."""
 
 import contextlib
 import errno
@@ -14,15 +14,15 @@ import jax
 
 from rustgpt_jax.cache_dir import REMEDY, cache_folder, cache_limit
 
-# The names of JAX's entries end so.
+# The suffix of JAX's cache entries.
 ENTRY = "-cache"
-# How JAX begins an entry where it has no better compression than that of the standard library.
+# The first byte of an entry that is compressed with zlib, which JAX uses if zstandard is not installed.
 ZLIB = b"\x78"
-# What is younger may still be being written.
+# A younger entry may be incomplete because it is still being written.
 SECONDS_TO_WRITE = 60
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Enable JAX's persistent compilation cache. Call this before anything is compiled.
 
     The cache folder is cleaned up first. JAX recompiles a program whose entry is missing or truncated, so deleting
@@ -34,21 +34,21 @@ def keep_compiled_programs() -> None:
     limit, least_seconds = cache_limit(), 0.0
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "programs"
-        reason = _hindrance(folder)
+        reason = _unwritable_reason(folder)
         if reason:
             print(
-                f"{folder} cannot be written ({reason}), so compiled programs are not kept. {REMEDY}", file=sys.stderr
+                f"{folder} is not writable ({reason}), so compiled programs are not cached. {REMEDY}", file=sys.stderr
             )
             # Otherwise JAX would warn for every program.
             least_seconds = math.inf
         if not reason or folder.is_dir():
             jax.config.update("jax_compilation_cache_dir", str(folder))
-            tidy(folder, limit)
+            evict_entries(folder, limit)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _hindrance(folder: Path) -> str:
+def _unwritable_reason(folder: Path) -> str:
     """Return why a folder, which is created if necessary, is not writable, or ''."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,8 @@ def _hindrance(folder: Path) -> str:
     return "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 
-def tidy(folder: Path, most_bytes: int) -> None:
-    """Delete entries that are not whole, and then those that were not used for longest, until the rest is small enough.
+def evict_entries(folder: Path, most_bytes: int) -> None:
+    """Delete damaged entries, then the least recently used ones, until the rest fits into `most_bytes`.
 
     Each entry is checked once, at the first call after it was written. Other processes may use the folder meanwhile.
     """
@@ -76,7 +76,7 @@ def tidy(folder: Path, most_bytes: int) -> None:
             break
         _delete(file)
         total -= stat.st_size
-    # A folder that cannot be written to serves those who only read.
+    # A read-only folder is fine for reading.
     with contextlib.suppress(OSError):
         marker.touch()
 
@@ -88,7 +88,7 @@ def _entries(folder: Path) -> Iterable[tuple[Path, os.stat_result]]:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether an entry can be unpacked to its end, where that can be told."""
+    """Return whether an entry is complete, as far as its compression tells."""
     try:
         content = file.read_bytes()
         if content.startswith(ZLIB):

@@ -1,4 +1,4 @@
-"""Chips that models are trained on, as their makers' data sheets have them."""
+"""Peak rates of accelerators from data sheets, the devices of this machine, and the precision that suits them."""
 
 import contextlib
 import os
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rustgpt_jax.config.validation import override
 
 GB, GIB = 1e9, 2.0**30
 # FLOP/s.
@@ -22,12 +25,17 @@ T = 1e12
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip at its peak: FLOP/s without sparsity, bytes, and bytes a second in each direction.
+    """Peak rates of a chip: FLOP/s without sparsity, bytes, and bytes per second in each direction.
 
-    kind: what JAX's `device_kind` has in it. 'TPU v5' is a v5p, and the beginning of 'TPU v5 lite', a v5e.
-    float8: peak of float8 products; None where they are no faster than those of bfloat16.
-    links: to the `linked` chips (itself among them) that have fast links to each other, over all its links together.
-    network: to all others, its share of the adapters of its machine.
+    Attributes:
+        kind: A substring of JAX's `device_kind`. 'TPU v5' is a v5p, and the prefix of 'TPU v5 lite', a v5e.
+        bfloat16: FLOP/s of bfloat16 matrix products.
+        float8: FLOP/s of float8 matrix products; None if they are no faster than bfloat16.
+        memory: Bytes of memory.
+        bandwidth: Memory bandwidth.
+        links: Total bandwidth of the fast links to the `linked` chips, which include this one.
+        linked: The number of chips connected by fast links.
+        network: Bandwidth to all other chips, as a share of the network adapters of its host.
     """
 
     kind: str
@@ -40,12 +48,12 @@ class Chip:
     network: float
 
     def flops(self, dtype: str) -> float:
-        """Peak FLOP/s of matrix products of a type. What is wider than bfloat16 is counted as bfloat16 is."""
+        """Return the peak FLOP/s of matrix products of a data type. Types wider than bfloat16 count as bfloat16."""
         return self.float8 or self.bfloat16 if dtype.startswith("float8") else self.bfloat16
 
 
-# Makers give a link's both directions together; here is one of them. GPUs are those of an HGX board of eight with an
-# adapter each; links of TPUs reach all of a pod.
+# Data sheets add up both directions of a link; the numbers here are for one. GPUs are on HGX boards of eight with one
+# network adapter each; TPU links connect all chips of a pod.
 CHIPS = {
     # NVIDIA A100 data sheet (SXM, 80 GB): NVLink 600 GB/s. DGX A100: adapters of 200 Gbit/s.
     "a100": Chip("A100", 312 * T, None, 80 * GB, 2.039e12, 300 * GB, 8, 25 * GB),
@@ -66,15 +74,13 @@ CHIPS = {
 }
 
 
-# The devices of this process: how fast they could be.
-
-# Peak dense bfloat16 FLOP/s, by what JAX calls the chip.
+# Peak dense bfloat16 FLOP/s by device kind.
 PEAK_FLOPS = {chip.kind: chip.bfloat16 for chip in CHIPS.values()}
 
 
 @cache
 def device_peak_flops() -> float:
-    """FLOP/s that one device could do at best: from a data sheet, or else of a float32 matrix product timed once."""
+    """Return the peak FLOP/s of one device: from a data sheet, or else measured with a float32 matrix product."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if name.lower() in kind.lower():
@@ -94,9 +100,8 @@ def _timed_matrix_product(size: int = 1024, repeats: int = 3) -> float:
     return 2 * size**3 / min(seconds)
 
 
-# What a sweep is planned for: the devices here, their free memory and their speed, without starting JAX on a CPU.
+# The devices of this machine, found without initializing JAX on a CPU.
 
-# What Linux says of main memory.
 MEMORY = Path("/proc/meminfo")
 # In a container, the root of the cgroup hierarchy is the process's own cgroup.
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -105,7 +110,7 @@ ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plu
 
 @dataclass(frozen=True)
 class Machine:
-    """So many devices of a platform, each with so many bytes of free memory and FLOP/s at its peak (0: not known)."""
+    """The devices of a machine, each with `memory` free bytes and `flops` peak FLOP/s (0 if unknown)."""
 
     platform: str
     n_devices: int
@@ -114,9 +119,9 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine of this process. On a CPU every core is a device, unless XLA was told otherwise; JAX is not asked."""
+    """Describe this machine. On a CPU every core is a device, unless XLA_FLAGS says otherwise; JAX stays unused."""
     if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
-        n_devices = _told_to_xla() or cores()
+        n_devices = _devices_in_xla_flags() or cores()
         return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)
     return used_machine()
 
@@ -130,29 +135,29 @@ def used_machine() -> Machine:
 
 
 def use_cores_as_devices() -> None:
-    """Make each core of a CPU a device of its own, as `use_cpu_devices` does."""
+    """Make each CPU core a device, as `use_cpu_devices` does."""
     use_cpu_devices(cores())
 
 
 def use_cpu_devices(count: int) -> None:
-    """Make a CPU so many devices. To be called before JAX is used; accelerators, and what XLA was told, stay."""
-    if _told_to_xla() is None:
+    """Split the CPU into this many devices, unless XLA_FLAGS does. Call this before JAX is used."""
+    if _devices_in_xla_flags() is None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _told_to_xla() -> int | None:
-    """The devices that XLA was told to make of a CPU; None if it was not."""
-    told = re.findall(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    return int(told[-1]) if told else None
+def _devices_in_xla_flags() -> int | None:
+    """Return the number of CPU devices that XLA_FLAGS sets, or None."""
+    counts = re.findall(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(counts[-1]) if counts else None
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def device_memory(device: jax.Device) -> int:
-    """Bytes of free memory of a device; on a CPU those that processes could still be given."""
+    """Return the bytes of free memory of a device; on a CPU, those of the host."""
     statistics = device.memory_stats() or {}
     return statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)
 
@@ -186,3 +191,41 @@ def _left_in_address_space() -> int:
         return sys.maxsize
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     return limit - pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# Data types for model.dtype='auto'.
+
+# The names of CPU instructions that multiply bfloat16 numbers.
+MULTIPLIES_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
+# For CPUs with such instructions, where bfloat16 throughout is slower (docs/performance.md).
+ROUNDED_FACTORS = {"model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"}
+
+
+def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None = None) -> None:
+    """Replace model.dtype='auto' by the data types that suit a platform, in a config and its origins.
+
+    Other data types that the user has set are kept.
+
+    Args:
+        tree: A config whose model.dtype is 'auto'; modified in place.
+        origins: The origin of each value; modified in place.
+        platform: cpu, gpu or tpu; None for the default backend of JAX.
+    """
+    platform = platform or jax.default_backend()
+    for path, value in preferred_dtypes(platform).items():
+        if path == "model.dtype" or origins.get(path) == "base":
+            override(tree, path, value)
+            origins[path] = f"auto, for a {platform}"
+
+
+def preferred_dtypes(platform: str) -> dict[str, str]:
+    """Return data types by knob: bfloat16 on accelerators; on CPUs float32, with bfloat16 factors if they are fast."""
+    if platform != "cpu":
+        return {"model.dtype": "bfloat16"}
+    return {"model.dtype": "float32"} | (ROUNDED_FACTORS if MULTIPLIES_BFLOAT16.search(_processor()) else {})
+
+
+def _processor() -> str:
+    """Return /proc/cpuinfo, or '' on systems other than Linux."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""

@@ -1,5 +1,7 @@
-"""The devices of a run, and how its state and its batches lie on them."""
+"""The mesh of a run's devices, and how its state and its batches are sharded over it."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,141 +9,205 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rustgpt_jax.config.schema import Config, MeshConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
 from rustgpt_jax.sharding.hardware_specs import device_peak_flops
-from rustgpt_jax.sharding.mesh import axis_sizes, make_mesh
-from rustgpt_jax.sharding.partition_rules import shardings
+from rustgpt_jax.sharding.partition_rules import infer_shardings
 
-# The letters of the arrays of a batch.
-BATCH = "BT"
+# The mesh of a run: its devices along the axes that the config names.
+
+# Outermost to innermost: neighboring devices, which communicate most, differ in the last axis.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+# The axes of the arrays of a batch, as `partition_spec` takes them.
+BATCH_AXES = "BT"
+
+
+def axis_sizes(config: MeshConfig, n_devices: int) -> dict[str, int]:
+    """Return the size of each mesh axis.
+
+    Raises:
+        UserError: The axes do not match the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    zero = next((axis for axis, size in sizes.items() if size == 0), None)
+    if zero:
+        raise UserError(f"config.mesh.{zero}=0: an axis has 1 device or more; -1 takes all remaining devices.")
+    flexible = [axis for axis, size in sizes.items() if size == -1]
+    product = math.prod(size for size in sizes.values() if size > 0)
+    if len(flexible) > 1:
+        raise UserError(f"config.mesh: only one axis may be -1, not both {flexible[0]} and {flexible[1]}.")
+    described = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
+    if n_devices % product or (not flexible and n_devices != product):
+        remedy = (
+            f"the product must divide {n_devices}" if flexible else "config.mesh.data=-1 takes all remaining devices"
+        )
+        are = "is 1 device" if n_devices == 1 else f"are {n_devices} devices"
+        raise UserError(f"config.mesh has {described} = {product} devices, but there {are}; {remedy}.")
+    return sizes | dict.fromkeys(flexible, n_devices // product)
+
+
+def min_devices(config: MeshConfig) -> int:
+    """Return the smallest number of devices that a mesh can have."""
+    return math.prod(abs(getattr(config, axis)) for axis in AXES)
+
+
+def is_flexible(config: MeshConfig) -> bool:
+    """Return whether an axis of a mesh takes all remaining devices."""
+    return any(getattr(config, axis) == -1 for axis in AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Create the mesh of some devices.
+
+    Raises:
+        UserError: As for `axis_sizes`.
+    """
+    sizes = axis_sizes(config, len(devices))
+    # Not `jax.make_mesh`, which refuses GPUs of several hosts.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    # Axis type Auto: the compiler propagates the sharding of some arrays to all others.
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def describe_mesh(mesh: MeshConfig | dict[str, int]) -> str:
+    """Format the axes of a mesh that have more than one device: 'fsdp 4 x tensor 2'."""
+    sizes = mesh if isinstance(mesh, dict) else dataclasses.asdict(mesh)
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """The mesh of a run. None is one device, the default one of the thread: nothing is moved, nothing is laid out."""
+    """How a run uses its devices. Without a mesh, it uses the default device of the thread."""
 
     mesh: Mesh | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of the axes of the mesh; {} for one device."""
+        """The sizes of the mesh axes; {} without a mesh."""
         return dict(self.mesh.shape) if self.mesh else {}
 
     @property
     def n_devices(self) -> int:
-        """The devices of the run, those of other processes among them."""
+        """The number of devices of all processes."""
         return self.mesh.size if self.mesh else 1
 
     def active(self) -> AbstractContextManager[Any]:
-        """A `with` block in which compiled functions lay their arrays out on the mesh."""
+        """Return a context manager in which compiled functions shard their arrays over the mesh."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
-    def like(self, tree: Any) -> Any:
-        """The shapes and types of a state, with the places where its arrays lie."""
+    def abstract(self, tree: Any) -> Any:
+        """Return the shapes, data types and shardings of a state."""
         if self.mesh is None:
             return tree
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
-            shardings(tree, self.mesh),
+            infer_shardings(tree, self.mesh),
         )
 
-    def place(self, state: Any) -> Any:
-        """A state, whole in this process or already on the mesh, with its arrays where they belong."""
+    def shard_state(self, state: Any) -> Any:
+        """Shard a state that is complete in this process or already on the mesh."""
         if self.mesh is None:
-            # Bound to where they are, as those of a checkpoint: the program of a resumed run is that of its start.
+            # Committed to its device, like a restored state: a resumed run then has the same program.
             return jax.tree.map(lambda leaf: jax.device_put(leaf, getattr(leaf, "sharding", None)), state)
-        return jax.device_put(state, shardings(state, self.mesh))
+        return jax.device_put(state, infer_shardings(state, self.mesh))
 
-    def repeated(self, tree: Any) -> Any:
-        """Arrays of the host, whole on every device."""
+    def replicate(self, tree: Any) -> Any:
+        """Copy host arrays to every device."""
         return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec()))
 
-    def rows(self, batch_size: int, window: int) -> np.ndarray:
-        """The rows of a batch that lie on devices of this process."""
+    def local_rows(self, batch_size: int, window: int) -> np.ndarray:
+        """Return the indices of the batch rows that belong to devices of this process."""
         if self.mesh is None:
             return np.arange(batch_size)
         shape = batch_size, window
         indices = self.batch_sharding(shape).addressable_devices_indices_map(shape).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None]))
 
-    def share(self, batches: Any, batch_size: int) -> Any:
-        """Batches with their rows and their tokens cut over the mesh; any axes before these stay whole.
+    def shard_batch(self, batches: Any, batch_size: int) -> Any:
+        """Shard the last two axes of batches, rows and tokens, over the mesh.
 
-        `batches` has the rows of this process, which are `rows`; `batch_size` is how many all processes have together.
-        Those on devices are those of all processes already.
+        Args:
+            batches: Host arrays with the rows of this process, `local_rows`, or device arrays with all rows.
+            batch_size: The number of rows of all processes.
         """
         if self.mesh is None:
             return batches
 
-        def shared(leaf: np.ndarray | jax.Array) -> jax.Array:
+        def shard(leaf: np.ndarray | jax.Array) -> jax.Array:
             if isinstance(leaf, jax.Array):
                 return jax.device_put(leaf, self.batch_sharding(leaf.shape))
             *lead, _, window = leaf.shape
-            here = self.rows(batch_size, window)
+            local = self.local_rows(batch_size, window)
             shape = (*lead, batch_size, window)
 
-            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            def get_part(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                wanted = np.searchsorted(here, np.arange(batch_size)[index[-2]])
-                return leaf[..., wanted, index[-1]]
+                rows = np.searchsorted(local, np.arange(batch_size)[index[-2]])
+                return leaf[..., rows, index[-1]]
 
-            return jax.make_array_from_callback(shape, self.batch_sharding(shape), part)
+            return jax.make_array_from_callback(shape, self.batch_sharding(shape), get_part)
 
-        return jax.tree.map(shared, batches)
+        return jax.tree.map(shard, batches)
 
     def batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """How an array of batches lies on the mesh."""
+        """Return the sharding of an array of a batch."""
         assert self.mesh is not None
-        lead = (None,) * (len(shape) - len(BATCH))
-        cut = partition_spec(BATCH, shape[len(lead) :], self.sizes)
-        return NamedSharding(self.mesh, PartitionSpec(*lead, *cut))
+        lead = (None,) * (len(shape) - len(BATCH_AXES))
+        spec = partition_spec(BATCH_AXES, shape[len(lead) :], self.sizes)
+        return NamedSharding(self.mesh, PartitionSpec(*lead, *spec))
 
     def peak_flops(self) -> float:
-        """FLOP/s that the devices could do at best."""
+        """Return the peak FLOP/s of all devices."""
         return device_peak_flops() * self.n_devices
 
 
-def all_devices(config: MeshConfig) -> ShardingPlan:
-    """A run on all devices of all processes. Raises UserError if its mesh does not hold just these."""
-    return on_devices(config, jax.devices())
+def plan_for_all_devices(config: MeshConfig) -> ShardingPlan:
+    """Use all devices of all processes. Raises UserError as `axis_sizes` does."""
+    return plan_for_devices(config, jax.devices())
 
 
-def over_local_devices() -> ShardingPlan:
-    """All devices of this process, each with a part of every array: for reading what one could not hold."""
-    return on_devices(MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1), jax.local_devices())
+def plan_for_local_devices() -> ShardingPlan:
+    """Shard every array over all devices of this process, to load what one device could not hold."""
+    return plan_for_devices(MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1), jax.local_devices())
 
 
-def on_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> ShardingPlan:
-    """A run on some devices. Raises UserError if its mesh does not hold just these."""
+def plan_for_devices(config: MeshConfig, devices: Sequence[jax.Device]) -> ShardingPlan:
+    """Use the given devices. Raises UserError as `axis_sizes` does."""
     axis_sizes(config, len(devices))
     return ShardingPlan(make_mesh(config, devices) if len(devices) > 1 else None)
 
 
-def check_memories(config: Config) -> None:
-    """Raises UserError if the devices cannot reach the memory that the config would use."""
+def check_host_offload(config: Config) -> None:
+    """Check that the devices can use host memory, if the config offloads the optimizer state.
+
+    Raises:
+        UserError: They cannot.
+    """
     device = jax.local_devices()[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if config.optimizer.offload_state and "pinned_host" not in kinds:
-        raise UserError(
-            f"config.optimizer.offload_state=True: {device.device_kind} cannot compute from the host's memory."
-        )
+        raise UserError(f"config.optimizer.offload_state=True: {device.device_kind} has no access to host memory.")
 
 
-def check_shares(config: Config, window: int, n_devices: int) -> None:
-    """Raises UserError if so many devices cannot form the mesh, or cannot have equal shares of a batch."""
+def check_batch_shards(config: Config, window: int, n_devices: int) -> None:
+    """Check that the devices form the mesh of a config and get equal shards of a batch.
+
+    Raises:
+        UserError: They do not.
+    """
     sizes, training = axis_sizes(config.mesh, n_devices), config.training
-    n_shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    if training.batch_size // training.grad_accum_steps % n_shares:
-        least = training.grad_accum_steps * n_shares
+    n_shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if training.batch_size // training.grad_accum_steps % n_shards:
+        least = training.grad_accum_steps * n_shards
         nearest = max(1, round(training.batch_size / least)) * least
         raise UserError(
-            f"config.training.batch_size={training.batch_size} in {training.grad_accum_steps} parts cannot be shared "
-            f"equally by {n_shares} devices; the nearest batch size that can is {nearest}."
+            f"config.training.batch_size={training.batch_size} in {training.grad_accum_steps} parts cannot be divided "
+            f"equally among {n_shards} devices; the nearest batch size that can is {nearest}."
         )
     if window % sizes["context"]:
-        raise UserError(f"config.mesh.context={sizes['context']}: windows of {window} tokens cannot be cut so.")
+        raise UserError(f"config.mesh.context={sizes['context']} does not divide the window of {window} tokens.")

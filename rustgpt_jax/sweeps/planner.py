@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import Config, MeshConfig, StaticConfig, partitio
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.sharding.mesh import in_words, is_open, min_devices
+from rustgpt_jax.sharding.sharding_plan import describe_mesh, is_flexible, min_devices
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.trials import Trial
 from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
@@ -151,15 +151,15 @@ def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None
     needed = min_devices(mesh)
     if needed > machine.n_devices:
         raise UserError(
-            f"config.mesh: a trial on {in_words(mesh)} needs {needed} devices; there are {machine.n_devices}."
+            f"config.mesh: a trial on {describe_mesh(mesh)} needs {needed} devices; there are {machine.n_devices}."
         )
     chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
     if shape_class.whole.optimizer.offload_state and chosen != "solo":
         raise UserError(f"config.optimizer.offload_state is for trials that run alone: --mode=solo, not {chosen}.")
     if needed > 1:
-        reason += f"; each on {needed} devices ({in_words(mesh)})"
+        reason += f"; each on {needed} devices ({describe_mesh(mesh)})"
     if chosen == "solo":
-        return Plan(shape_class, chosen, 1, reason, None if is_open(mesh) else needed)
+        return Plan(shape_class, chosen, 1, reason, None if is_flexible(mesh) else needed)
     share = math.ceil(n_trials / (machine.n_devices // needed))
     if width is not None:
         return Plan(shape_class, chosen, min(width, share), reason, needed)

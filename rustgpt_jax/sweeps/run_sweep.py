@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, this_machine, use_cores_as_devices
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
@@ -124,7 +124,7 @@ def run_sweep(
     """
     check_settings(command.settings)
     use_cores_as_devices()
-    keep_compiled_programs()
+    enable_compilation_cache()
     if isinstance(spec, SuccessiveHalving | TPE):
         search.check_validation(trials)
     if isinstance(spec, SuccessiveHalving):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.registry import choose
 from rustgpt_jax.sharding.hardware_specs import Machine, cores, this_machine
-from rustgpt_jax.sharding.mesh import min_devices
+from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers import LAUNCHERS

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from rustgpt_jax.errors import is_out_of_memory
-from rustgpt_jax.sharding.sharding_plan import on_devices
+from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
@@ -83,7 +83,7 @@ class Worker:
         folder = self._folder.trial(trial)
         try:
             inputs = self._shelf.inputs(load_config(folder.path))
-            plan = on_devices(inputs.config.mesh, self._devices[: chunk.devices])
+            plan = plan_for_devices(inputs.config.mesh, self._devices[: chunk.devices])
             inputs.check(folder, plan.n_devices)
             run = held.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
         except RunLocked:
@@ -135,10 +135,10 @@ def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
 def main(sweep: str, code: str) -> None:
     """Work through the chunks of standard input on the devices of this process, until it ends."""
     from rustgpt_jax.malloc import keep_freed_memory
-    from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 
     keep_freed_memory()
-    keep_compiled_programs()
+    enable_compilation_cache()
     folder = SweepDir(Path(sweep))
     told: list[str] = []
     arrived, is_alone = threading.Semaphore(0), threading.Event()

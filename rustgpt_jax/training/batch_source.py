@@ -117,7 +117,7 @@ class FileBatchSource:
     """Batches read from the token store, ahead of their steps, by a thread."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
-        rows = placement.rows(data.stage.config.training.batch_size, data.seq_len)
+        rows = placement.local_rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
     def take(self, count: int, slots: int) -> Batch:
@@ -141,7 +141,7 @@ class DeviceBatchSource:
         steps = range(self._step, self._step + count)
         places = WindowOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
         self._step += count
-        sent = self._placement.repeated(jax.tree.map(np.int32, places))
+        sent = self._placement.replicate(jax.tree.map(np.int32, places))
         shape = (*places.starts_B.shape, self._window)
         sharding = None if self._placement.mesh is None else self._placement.batch_sharding(shape)
         return read_windows(self._stream, sent, window=self._window, sharding=sharding)
@@ -157,7 +157,7 @@ def _cached_stream(store: Path, placement: ShardingPlan, device: jax.Device) -> 
     `device` tells placements on one device apart, which is that of the thread.
     """
     del device
-    return placement.repeated(make_device_stream(open_store(store).split("train")))
+    return placement.replicate(make_device_stream(open_store(store).split("train")))
 
 
 def _stacked(parts: list[tuple[np.ndarray, ...]], slots: int) -> list[np.ndarray]:

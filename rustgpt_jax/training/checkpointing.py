@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
-from rustgpt_jax.distributed.failure_propagation import is_loss
-from rustgpt_jax.distributed.multihost import all_agree, is_first, meet
+from rustgpt_jax.distributed.failure_propagation import is_peer_lost
+from rustgpt_jax.distributed.multihost import all_agree, barrier, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.pytrees import by_path
@@ -122,7 +122,7 @@ class Checkpoints:
                 if is_regular and not self._is_regular(step):
                     self._make_regular(step)
             else:
-                if is_first():
+                if is_process_zero():
                     _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
                 about = _metadata(state, step, self._config, is_regular)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
@@ -131,7 +131,7 @@ class Checkpoints:
                 self._regular[step] = is_regular
             if is_best:
                 self._best = [step, *[other for other in self._candidates("best") if other != step][:1]]
-                if is_first():
+                if is_process_zero():
                     write_atomically(self._best_file, json.dumps(self._best))
             self._delete_old(step)
 
@@ -139,7 +139,7 @@ class Checkpoints:
         """Mark a checkpoint that was saved because of a stop as one that exists regardless of it."""
         self._manager.wait_until_finished()
         self._regular[step] = True
-        if is_first():
+        if is_process_zero():
             folder = self._folder / str(step)
             write_atomically(folder / METADATA, json.dumps(read_metadata(self._folder, step) | {"is_regular": True}))
             _write_checksums(folder)
@@ -151,7 +151,7 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         # Orbax calls this before it gives the one that is being written its name.
-        if is_first():
+        if is_process_zero():
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
             _write_checksums(temporary)
 
@@ -201,12 +201,12 @@ class Checkpoints:
     def quarantine(self, step: int) -> Path:
         """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
         aside = self._folder / f"{step}.damaged"
-        if is_first():
+        if is_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
         with _translate_io_errors(self._folder):
-            if is_first():
+            if is_process_zero():
                 (self._folder / str(step)).rename(aside)
-            meet("a damaged checkpoint is set aside")
+            barrier("a damaged checkpoint is set aside")
             self._manager.reload()
         return aside
 
@@ -280,7 +280,7 @@ class Checkpoints:
                     state = self._manager.restore(step, args=args)["state"]
             # Orbax, TensorStore and what they call raise errors of many kinds.
             except Exception as error:
-                if is_loss(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                if is_peer_lost(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 raise CorruptCheckpoint(_reason(error)) from error
         found = fingerprints(state)

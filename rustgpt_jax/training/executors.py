@@ -23,7 +23,7 @@ from rustgpt_jax.training.train_step import (
 )
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
-from rustgpt_jax.workdir.program_fingerprint import observed
+from rustgpt_jax.workdir.program_fingerprint import call_and_fingerprint
 
 
 class Executor(Protocol):
@@ -44,7 +44,7 @@ class SingleRunExecutor:
 
     def __init__(self, run: Trainer) -> None:
         self._plan, self._static = run.plan, run.program.static
-        self._state = offload_opt_state(self._static, self._plan.place(run.state()))
+        self._state = offload_opt_state(self._static, self._plan.shard_state(run.state()))
 
     def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
         """`count` steps of the run."""
@@ -63,7 +63,7 @@ class SingleRunExecutor:
     def put(self, index: int, state: State) -> None:
         """Give the run another state."""
         del index
-        self._state = offload_opt_state(self._static, self._plan.place(state))
+        self._state = offload_opt_state(self._static, self._plan.shard_state(state))
 
 
 class PopulationExecutor:
@@ -75,7 +75,7 @@ class PopulationExecutor:
     def __init__(self, mode: str, runs: Sequence[Trainer], n_slots: int) -> None:
         states = [run.state() for run in runs]
         self._mode, self._plan = mode, runs[0].plan
-        self._states_P = self._plan.place(stack(states + [states[0]] * (n_slots - len(states))))
+        self._states_P = self._plan.shard_state(stack(states + [states[0]] * (n_slots - len(states))))
         self._n_lanes = n_slots
 
     def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
@@ -120,7 +120,7 @@ def _call(runs: Sequence[Trainer], function: Any, *arguments: Any) -> Any:
     if key in _programs:
         result = function(*arguments)
     else:
-        result, _programs[key] = observed(function, *arguments)
+        result, _programs[key] = call_and_fingerprint(function, *arguments)
     for run in unnamed:
         run.name_program(_programs[key])
     return result
@@ -137,7 +137,7 @@ def _device_put(next_call_args: StepArgs, plan: ShardingPlan, batch_size: int) -
     """Orders on their way to the devices, which nothing waits for. On a mesh, what is no batch goes with the call."""
     if plan.mesh is None:
         return jax.device_put(next_call_args)
-    return next_call_args._replace(batches=plan.share(next_call_args.batches, batch_size))
+    return next_call_args._replace(batches=plan.shard_batch(next_call_args.batches, batch_size))
 
 
 def _stack_args(next_call_args: list[StepArgs]) -> StepArgs:

@@ -15,7 +15,7 @@ from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.hardware_specs import used_machine
-from rustgpt_jax.sharding.sharding_plan import over_local_devices
+from rustgpt_jax.sharding.sharding_plan import plan_for_local_devices
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.memory_estimate import check_inference_memory
@@ -70,7 +70,7 @@ def load(
     config = fill_vocab_size(stored, tokenizer)
     check_inference_memory(config, used_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
-        shapes = over_local_devices().like(parameter_shapes(config.model))
+        shapes = plan_for_local_devices().abstract(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0
     else:
         params, step = _restored(run, stored, config, which, says)
@@ -86,7 +86,9 @@ def _restored(
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
 
     static, hparams = partition(config)
-    like = over_local_devices().like(jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams))))
+    like = plan_for_local_devices().abstract(
+        jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
+    )
     with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
         state = checkpoints.restore(like, which, on_skipped)
         return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)

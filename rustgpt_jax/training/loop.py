@@ -17,14 +17,13 @@ from rustgpt_jax.data.preprocess import (
     Resolved,
     resolve_epochs_with,
 )
-from rustgpt_jax.distributed.failure_propagation import MISTAKE, Watchdog
-from rustgpt_jax.distributed.multihost import LaggedMax, is_first, process_zero_first
+from rustgpt_jax.distributed.failure_propagation import EXIT_USER_ERROR, Watchdog
+from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, is_process_zero, process_zero_first
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
 from rustgpt_jax.sharding.hardware_specs import used_machine
-from rustgpt_jax.sharding.mesh import in_words
-from rustgpt_jax.sharding.sharding_plan import all_devices, check_memories
+from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tracking.formatting import count as formatted
 from rustgpt_jax.tracking.formatting import duration
@@ -84,8 +83,8 @@ def train(
     origins = {**origins, **resolved.origins}
     for sentence in (*resolved.sentences, *sentences):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    plan = all_devices(config.mesh)
-    check_memories(config)
+    plan = plan_for_all_devices(config.mesh)
+    check_host_offload(config)
     check_training_memory(config, used_machine(), plan.sizes, is_oversubscribed)
     again = "The same command goes on from the last checkpoint."
     with _writable_run_dir(path, config, origins) as folder:
@@ -107,7 +106,7 @@ def train(
 
 def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
     """The folder that this process writes to."""
-    return nullcontext(path) if is_first() else shadow(path, config, origins)
+    return nullcontext(path) if is_process_zero() else shadow(path, config, origins)
 
 
 def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Codec | None]:
@@ -163,7 +162,7 @@ def _run_to_end(
             profile.ends(profile.steps.stop)
         run.finish()
     if run.diverged_at is not None:
-        return MISTAKE
+        return EXIT_USER_ERROR
     if not run.is_over:
         again = "The same command goes on from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
@@ -187,11 +186,11 @@ def _trace(profile: Profile, run: Trainer, progress: Progress) -> None:
 
 def _make_stop_check(stop: StopRequest, barrier_timeout: Watchdog) -> Callable[[], bool]:
     """Asks, turn by turn, whether a process of the run has been told to stop: all hear of it at the same turn."""
-    votes = LaggedMax(0)
+    votes = LaggedAllReduceMax(0)
 
     def is_stopped() -> bool:
-        barrier_timeout.beat()
-        number = int(votes.largest(stop.signal_number))
+        barrier_timeout.heartbeat()
+        number = int(votes.update(stop.signal_number))
         if number:
             stop.signal_name = signal.Signals(number).name
         return number > 0
@@ -259,5 +258,5 @@ def _headline(run: Trainer, path: Path) -> str:
     parameters = formatted(total_size(parameter_shapes(run.inputs.full_config.model)))
     begin = f"from step {run.step}" if run.step else "from the start"
     devices = f"{run.plan.n_devices} x {jax.devices()[0].device_kind}"
-    mesh = f" ({in_words(run.plan.sizes)})" if run.plan.n_devices > 1 else ""
+    mesh = f" ({describe_mesh(run.plan.sizes)})" if run.plan.n_devices > 1 else ""
     return f"{path}: {parameters} parameters, {run.inputs.total_steps} steps {begin}, on {devices}{mesh}"

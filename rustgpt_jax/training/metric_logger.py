@@ -173,8 +173,8 @@ class Recorder:
         bytes_per_token = self.data.store.split("valid").bytes_per_token
         training = self.data.stage.config.training
         batch_size = training.batch_size
-        rows = self.plan.rows(batch_size, self.data.seq_len)
-        batches = (self.plan.share(batch, batch_size) for batch in self.data.validation_batches(rows))
+        rows = self.plan.local_rows(batch_size, self.data.seq_len)
+        batches = (self.plan.shard_batch(batch, batch_size) for batch in self.data.validation_batches(rows))
         params = state.params
         if self._optimizer.name in EVAL_PARAMS:
             opt_state = fetch_opt_state(self._static, state.opt_state)

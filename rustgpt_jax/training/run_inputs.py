@@ -30,7 +30,7 @@ from rustgpt_jax.data.preprocess import (
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.tracking.progress import counting
@@ -84,7 +84,7 @@ class RunInputs:
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
             _check_prompts(self.full_config, self.tokenizer, role)
         for data in self.stages:
-            check_shares(data.stage.config, data.seq_len, n_devices)
+            check_batch_shards(data.stage.config, data.seq_len, n_devices)
         changed = changed_data(run.data_file, self.stages)
         if changed:
             again = "give back the old text, or choose another --run folder"

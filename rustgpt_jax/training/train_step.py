@@ -16,7 +16,7 @@ from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums,
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
-from rustgpt_jax.sharding.partition_rules import constrained
+from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
 
@@ -125,7 +125,7 @@ def init_state_from_params(static: StaticConfig, hparams: Hyperparams, params: t
     """The state at step 0 with parameters that are there already."""
     config = combine(static, hparams)
     state = State(params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
-    return offload_opt_state(static, constrained(state))
+    return offload_opt_state(static, constrain(state))
 
 
 def offload_opt_state(static: StaticConfig, state: State) -> State:
@@ -202,7 +202,7 @@ def _train_step(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     measured = _hook_point_slots(config, batch) if with_intermediates else None
     gradients, sums, inside = gradient(state.params, batch, config, key, measured)
-    gradients = constrained(gradients)
+    gradients = constrain(gradients)
     norm = optax.tree.norm(gradients)
     clipped = gradients
     if is_enabled(config.optimizer.clip_norm):
@@ -228,7 +228,7 @@ def _train_step(
         faults=health.faults,
         signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
     )
-    state = offload_opt_state(static, constrained(State(params, opt_state, state.step + 1, health)))
+    state = offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, health)))
     if inside is None:
         return state, metrics, None
     # Microbatches from the first axis to the last but one.

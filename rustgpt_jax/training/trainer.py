@@ -12,7 +12,7 @@ import numpy as np
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import StaticConfig, affects_result, partition, stages
 from rustgpt_jax.data.preprocess import StageData, record_data
-from rustgpt_jax.distributed.multihost import LaggedMax, all_agree, is_first
+from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, all_agree, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
@@ -67,7 +67,7 @@ class Trainer:
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._named = dict[StaticConfig, float](), set[int]()
         self._journal = Journal(self.folder.journal_file)
-        self._pace = LaggedMax(math.inf)
+        self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
         # The step whose evaluation was stopped and has not been done since.
@@ -203,7 +203,7 @@ class Trainer:
         return None if all_agree(not is_stopped) else self.step
 
     def _like(self) -> State:
-        return self.plan.like(state_shapes(stages(self.inputs.full_config)[0].config))
+        return self.plan.abstract(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
         """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
@@ -271,7 +271,7 @@ class Trainer:
         events += [mark for mark in self.break_steps if mark > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
         # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
-        seconds = self._pace.largest(self._seconds_per_step.get(self.program.static, math.inf))
+        seconds = self._pace.update(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
     def next_call_args(self, count: int) -> StepArgs:
@@ -340,7 +340,7 @@ class Trainer:
         if not self.folder.config_file.exists():
             raise NotWritableError(f"{self.folder.config_file} was deleted while the run was being trained.")
         # Files written by another process of the run may become visible here with a delay.
-        if is_first() and self.diverged_at is None and self.step not in self.checkpoints.written():
+        if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.written():
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
@@ -388,7 +388,7 @@ def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) ->
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(static, to_traced_scalars(hparams))
-    params = read_parameters(folder.parameters_file, plan.like(parameter_shapes(inputs.full_config.model)))
+    params = read_parameters(folder.parameters_file, plan.abstract(parameter_shapes(inputs.full_config.model)))
     return compiled_init_state_from_params(static, to_traced_scalars(hparams), params)
 
 

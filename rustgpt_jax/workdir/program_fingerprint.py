@@ -1,76 +1,54 @@
-"""What a run computes, by name: the fingerprint of a compiled program, its key in JAX's cache, a GPU's choices for it.
+"""Fingerprints of compiled programs, and the autotuning cache of a run.
 
-XLA chooses between kernels for a GPU by timing them, so that two compilations of one program may give other bits. The
-choices of a run are kept in its folder, and with them it is compiled the same again.
+XLA selects GPU kernels by timing them, so two compilations of one program may give different bits. A run keeps these
+selections in its folder; with them it is compiled in the same way again.
 """
 
 import hashlib
-import logging
 import os
 import re
-import threading
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.cache_dir import cache_folder
+from rustgpt_jax.jax_internals import record_cache_keys
 from rustgpt_jax.workdir.environment import DRIVER
 from rustgpt_jax.workdir.run_dir import RunDir
 
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to=", "--xla_gpu_load_autotune_results_from="
-# Where JAX says which key of its cache it looks for, and found or not.
-COMPILER = logging.getLogger("jax._src.compiler")
-SAID = re.compile(r"with key '?(?P<key>\w+-[0-9a-f]+)")
-NAMED = re.compile(r"^module @(?P<name>\w+)", re.MULTILINE)
+MODULE_NAME = re.compile(r"^module @(?P<name>\w+)", re.MULTILINE)
 
-# The keys that this process has seen, by their programs: it compiles each once.
+# The cache keys of the programs that this process has compiled, by the hash of the program.
 _keys: dict[str, str] = {}
-# The keys that JAX has named on this thread since the last look.
-_said = threading.local()
 
 
 class Program(NamedTuple):
     """SHA-256 of a program's StableHLO, without names of files and lines, and its key in JAX's persistent cache.
 
-    The key is None where that cache is turned off, or where JAX does not say it.
+    The key is None if that cache is turned off.
     """
 
     stablehlo: str
     cache_key: str | None
 
 
-def observed(function: Any, *arguments: Any) -> tuple[Any, Program]:
-    """Call a jitted function for the first time. Its result, and the program that was run.
+def call_and_fingerprint(function: Any, *arguments: Any) -> tuple[Any, Program]:
+    """Call a jitted function for the first time, and fingerprint its program. It is traced once.
 
-    It is lowered here, and the call compiles what was lowered: nothing is traced twice.
+    Returns:
+        The function's result, and its program.
     """
     lowered = function.lower(*arguments).as_text()
     stablehlo = hashlib.sha256(lowered.encode()).hexdigest()
-    _listen()
-    _said.keys = []
-    result = function(*arguments)
-    module = NAMED.search(lowered)
-    own = [key for key in _said.keys if module and key.startswith(f"{module['name']}-")]
-    if own:
-        _keys[stablehlo] = own[-1]
+    with record_cache_keys() as keys:
+        result = function(*arguments)
+    module = MODULE_NAME.search(lowered)
+    own_keys = [key for key in keys if module and key.startswith(f"{module['name']}-")]
+    if own_keys:
+        _keys[stablehlo] = own_keys[-1]
     return result, Program(stablehlo, _keys.get(stablehlo))
-
-
-@cache
-def _listen() -> None:
-    """Hear from now on what JAX's compiler says of the keys of its cache. Its log shows no more than before."""
-    shown = COMPILER.getEffectiveLevel()
-
-    def hear(record: logging.LogRecord) -> bool:
-        match = SAID.search(record.getMessage())
-        if match:
-            _said.keys = [*getattr(_said, "keys", []), match["key"]]
-        return record.levelno >= shown
-
-    COMPILER.addFilter(hear)
-    COMPILER.setLevel(logging.DEBUG)
 
 
 # What a GPU's compiler chose.

@@ -16,7 +16,7 @@ from rustgpt_jax.config.schema import FIELDS, Config, combine, config_hash, part
 from rustgpt_jax.config.validation import TREES, override, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.sharding.sharding_plan import check_shares
+from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.training.train_step import to_traced_scalars
@@ -48,7 +48,7 @@ def use(config: Config) -> Config | None:
     """What a verb does with a config before it compiles anything; the config as it is written and read again."""
     validate_components(config)
     for stage in stages(config):
-        check_shares(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
+        check_batch_shards(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
         static, hparams = partition(stage.config)
         to_traced_scalars(hparams)
         whole = combine(static, hparams)

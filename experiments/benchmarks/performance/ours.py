@@ -38,7 +38,7 @@ from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compiled_step
-from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # Event of JAX for each program that its compiler makes, or that it finds among those that are kept.
@@ -226,5 +226,5 @@ TASKS = {
 
 if __name__ == "__main__":
     keep_freed_memory()
-    keep_compiled_programs()
+    enable_compilation_cache()
     serve(TASKS)

@@ -196,12 +196,12 @@ class Job:
         with StopRequest() as stop:
             import jax
 
-            from rustgpt_jax.sharding.compilation_cache import keep_compiled_programs
+            from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
             from rustgpt_jax.sweeps.asset_cache import AssetCache
             from rustgpt_jax.sweeps.sweep_dir import SweepDir
             from rustgpt_jax.sweeps.worker import Worker
 
-            keep_compiled_programs()
+            enable_compilation_cache()
             folder = SweepDir(Path(self._folder))
             shelf = AssetCache(folder.tokenizers)
             Worker(folder, shelf, jax.local_devices(), self._code, lambda: bool(stop)).work(chunk)
