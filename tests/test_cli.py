@@ -85,7 +85,7 @@ MISTAKES = {
         ["--config.training.batch_size=9", "--config.training.grad_accum_steps=2"],
         "batch_size=9 is not a multiple",
     ),
-    "stage": (["--config.stages.one.training.steps=3"], "there is no stage 'one'"),
+    "stage": (["--config.stages.one.training.steps=3"], "unknown stage 'one'"),
     "optimizer": (
         ["--config.optimizer.name=adamww"],
         "config.optimizer.name: there is no 'adamww'. Did you mean 'adamw'?",

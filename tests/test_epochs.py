@@ -12,7 +12,7 @@ from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
-from rustgpt_jax.config.validation import resolve
+from rustgpt_jax.config.validation import override_all, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import begin_from
 from rustgpt_jax.planning.config_summary import print_config_summary
@@ -25,7 +25,7 @@ from rustgpt_jax.sweeps.run_sweep import preview
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
 from rustgpt_jax.sweeps.trials import expand, in_words
-from rustgpt_jax.workdir.config_files import read_recipe
+from rustgpt_jax.workdir.config_files import load_config_file
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -141,7 +141,9 @@ def test_trials_have_the_steps_that_their_epochs_are() -> None:
 
 
 def recipe(*overrides: tuple[str, str]) -> Any:
-    return read_recipe(str(BASE), BASE, overrides)[0]
+    tree, _ = load_config_file(str(BASE), BASE)
+    override_all(tree, parse_all(overrides))
+    return tree
 
 
 REFUSED = [

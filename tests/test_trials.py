@@ -111,7 +111,7 @@ WRONG = {
     ),
     "combination": ([{"model.n_heads": 5}], "The trial model.n_heads=5 is invalid: config.model.d_model=32 is not"),
     "no such choice": ([{"model.remat": "ful"}], "config.model.remat: there is no 'ful'. Did you mean 'full'?"),
-    "no such stage": ([{"stages.one.seed": 1}], "config.stages: there is no stage 'one'"),
+    "no such stage": ([{"stages.one.seed": 1}], "config.stages: unknown stage 'one'"),
     "the same twice": ([{"seed": 1}, {"seed": 1}], f"{SAME}seed=1 and seed=1"),
     "the same in other words": ([{RATE: 1e-3}, {RATE: 0.001}], f"{SAME}{RATE}=0.001 and {RATE}=0.001"),
     "whole and real": ([{RATE: 1}, {RATE: 1.0}], f"{SAME}{RATE}=1 and {RATE}=1.0"),
@@ -175,7 +175,7 @@ WRONG_SPACES = {
     "one option out of range": ({"model.dropout": choice(0.1, 7.0)}, "config.model.dropout must be at most"),
     "an end out of range": ({"model.dropout": uniform(0.1, 3.0)}, "config.model.dropout must be at most"),
     "parts of whole numbers": ({"model.n_layers": uniform(1, 3)}, "config.model.n_layers takes a whole number"),
-    "no such stage": ({f"stages.one.{RATE}": uniform(0, 1)}, "there is no stage 'one'"),
+    "no such stage": ({f"stages.one.{RATE}": uniform(0, 1)}, "unknown stage 'one'"),
     "no point": ({"model.n_heads": choice(5, 7)}, "is not divisible by config.model.n_heads=7"),
 }
 

@@ -345,7 +345,7 @@ def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
         ("model.n_layer", "config.model.n_layers?"),
         ("model", "group"),
         ("stages", "config.stages"),
-        ("stages.on.training.steps", "there is no stage 'on'. Did you mean 'one'?"),
+        ("stages.on.training.steps", "unknown stage 'on'. Did you mean 'one'?"),
         ("stages.one.training.step", "config.stages.one.training.steps?"),
         ("stages.one", "config.stages.one"),
     ],

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,21 +59,10 @@ class VerbParser(argparse_flags.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments of the verb into a namespace, and return it with the arguments that are unknown."""
-        flags, positionals, overrides = self._normalize(args)
-        namespace, unknown = super().parse_known_args([*flags, *positionals], namespace)
-        namespace.flags, namespace.overrides = flags, overrides
-        return namespace, unknown
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with a sentence."""
-        fail(message)
-
-    def _normalize(self, words: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, str]]]:
-        """Return the flags as argparse expects them, the positional arguments, and the overrides."""
         flags: list[str] = []
         positionals: list[str] = []
         overrides: list[tuple[str, str]] = []
-        rest = iter(words)
+        rest = iter(args)
         for word in rest:
             if word == "--":
                 positionals += [word, *rest]
@@ -83,10 +72,17 @@ class VerbParser(argparse_flags.ArgumentParser):
                 path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
                 overrides.append((path, text if equals else next(rest, "")))
             else:
-                flags.append(self._normalize_flag(word, rest))
-        return flags, positionals, overrides
+                flags.append(self._normalize(word, rest))
+        namespace, unknown = super().parse_known_args([*flags, *positionals], namespace)
+        namespace.flags, namespace.overrides = flags, overrides
+        return namespace, unknown
 
-    def _normalize_flag(self, word: str, rest: Iterator[str]) -> str:
+    def error(self, message: str) -> NoReturn:
+        """End the process with a sentence."""
+        fail(message)
+
+    def _normalize(self, word: str, rest: Iterator[str]) -> str:
+        """Return a flag as argparse expects it, with its value if that is the next argument."""
         name, equals, value = word.partition("=")
         name = name if name in self.takes_value else f"--{name.lstrip('-')}"
         if name not in self.takes_value:
@@ -182,7 +178,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.run)
 
 
-def read_tree(
+def read_config(
     args: argparse.Namespace, platform: str | None = None, is_remote: bool = False
 ) -> tuple[Any, dict[str, str]]:
     """Read the config file, or the config of the run, with the overrides of the command line.
@@ -195,9 +191,22 @@ def read_tree(
     Returns:
         The config as a ConfigDict, and the origin of each value.
     """
-    from rustgpt_jax.config.validation import flatten_tree
+    from rustgpt_jax.config.validation import flatten_tree, override_all, parse_all
+    from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
 
-    tree, origins = _read_source(args)
+    if getattr(args, "config", None) is not None:
+        tree, origins = load_config_file(args.config, BASE)
+    elif getattr(args, "init_from", None) is not None:
+        from rustgpt_jax.interop.warm_start import run_and_step
+
+        tree, origins = load_run_config(run_and_step(args.init_from)[0])
+    elif args.run is not None:
+        tree, origins = load_run_config(Path(args.run))
+    else:
+        raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
+    values = parse_all(args.overrides)
+    override_all(tree, values)
+    origins |= dict.fromkeys(values, COMMAND_LINE)
     if dict(flatten_tree(tree)).get("model.dtype") == "auto":
         from rustgpt_jax.distributed.multihost import detect_cluster
         from rustgpt_jax.sharding.hardware_specs import resolve_auto_dtype
@@ -209,31 +218,3 @@ def read_tree(
             )
         resolve_auto_dtype(tree, origins, platform)
     return tree, origins
-
-
-def _read_source(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:
-    from rustgpt_jax.workdir.config_files import read_recipe, recipe_of_run
-
-    if getattr(args, "config", None) is not None:
-        return read_recipe(args.config, BASE, args.overrides)
-    if getattr(args, "init_from", None) is not None:
-        from rustgpt_jax.interop.warm_start import run_and_step
-
-        return recipe_of_run(run_and_step(args.init_from)[0], args.overrides)
-    if args.run is None:
-        raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
-    return recipe_of_run(Path(args.run), args.overrides)
-
-
-def read_config(
-    args: argparse.Namespace, platform: str | None = None, is_remote: bool = False
-) -> tuple[Any, dict[str, str]]:
-    """Read and validate the config that the command line describes, as `read_tree` does.
-
-    Returns:
-        The Config, and the origin of each value.
-    """
-    from rustgpt_jax.config.validation import resolve
-
-    tree, origins = read_tree(args, platform, is_remote)
-    return resolve(tree), origins

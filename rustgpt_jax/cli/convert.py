@@ -9,7 +9,7 @@ from rustgpt_jax.cli.arguments import (
     add_checkpoint_argument,
     add_config_argument,
     add_run_argument,
-    read_tree,
+    read_config,
 )
 from rustgpt_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def run_import(args: argparse.Namespace) -> int:
     if args.source is None or args.run is None:
         raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
     args.config = args.config or str(BASE)
-    tree, origins = read_tree(args)
+    tree, origins = read_config(args)
     from rustgpt_jax.interop.convert import import_run
 
     import_run(Path(args.source), Path(args.run), tree, origins, print)

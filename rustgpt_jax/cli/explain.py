@@ -23,7 +23,10 @@ def run_explain(args: argparse.Namespace) -> int:
     """Print each knob with its value and origin, parameter shapes, FLOPs and memory."""
     if args.config is not None and args.run is not None:
         raise UserError("explain takes either --config or a run.")
-    config, origins = read_config(args)
+    from rustgpt_jax.config.validation import resolve
+
+    tree, origins = read_config(args)
+    config = resolve(tree)
     from rustgpt_jax.planning.config_summary import print_config_summary
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
@@ -44,8 +47,10 @@ def run_plan(args: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 if the step does not fit.
     """
+    from rustgpt_jax.config.validation import resolve
+
     # All known chips are accelerators, whose automatic dtype is the same.
-    config, _ = read_config(args, platform="tpu")
+    config = resolve(read_config(args, platform="tpu")[0])
     if args.devices is None:
         raise UserError("For how many chips? Give --devices=N.")
     if args.chip is None:

@@ -90,7 +90,9 @@ def run_chat(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     """Return the LoadedModel of a run, with the overrides of the command line."""
     folder = run_folder(args)
-    config, _ = read_config(args)
+    from rustgpt_jax.config.validation import resolve
+
+    config = resolve(read_config(args)[0])
     from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
     from rustgpt_jax.training.load_model import load
 

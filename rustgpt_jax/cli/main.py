@@ -311,10 +311,11 @@ def _check_folders(args: argparse.Namespace) -> None:
 
 def _describe_out_of_memory(args: argparse.Namespace) -> str:
     """Return the error message for a failed allocation."""
+    from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.training.memory_estimate import out_of_memory_message
 
     try:
-        return out_of_memory_message(read_config(args)[0])
+        return out_of_memory_message(resolve(read_config(args)[0]))
     # The config may be missing, or there may not be enough memory left to compute the sizes.
     except Exception:
         return out_of_memory_message(None)

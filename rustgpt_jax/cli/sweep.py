@@ -12,7 +12,7 @@ from rustgpt_jax.cli.arguments import (
     add_oversubscription_argument,
     add_run_argument,
     add_slurm_argument,
-    read_tree,
+    read_config,
     whole_number,
 )
 from rustgpt_jax.errors import UserError
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import expand, feasible_points
     from rustgpt_jax.tracking.formatting import PlainTextConsole
-    from rustgpt_jax.workdir.config_files import sweep_function
+    from rustgpt_jax.workdir.config_files import load_sweep_function
 
     if args.config is None:
         raise UserError("Which sweep? Give --config=FILE, a config that defines sweep().")
-    tree, origins = read_tree(args, is_remote=args.launcher == "slurm")
-    function = sweep_function(args.config, args.sweep)
+    tree, origins = read_config(args, is_remote=args.launcher == "slurm")
+    function = load_sweep_function(args.config, args.sweep)
     spec, fixed = _call(args.config, function), [path for path, _ in args.overrides]
     if isinstance(spec, TPE):
         trials = feasible_points(tree, spec, fixed)

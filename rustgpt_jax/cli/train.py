@@ -50,6 +50,7 @@ def add_arguments(parser: VerbParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train a run, or resume it."""
+    from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.distributed.multihost import detect_cluster
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--init_from creates the run folder in a single process; several processes can then resume it.")
     if args.init_from is not None and args.config is None and args.run is None:
         raise UserError("Which folder? Give --run=DIR, the folder of the new run.")
-    config, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
+    tree, origins = read_config(args, is_remote=is_distributed or args.launcher == "slurm")
+    config = resolve(tree)
     folder = Path(args.run or Path("runs") / Path(args.config).stem)
     if args.launcher == "slurm":
         return _submit(args, folder, config)

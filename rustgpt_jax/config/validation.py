@@ -1,4 +1,4 @@
-"""The door: nested mappings and `--config.x.y=text` in, a checked `Config` out, or one clear sentence."""
+"""Parses and validates configs; raises UserError with one sentence on invalid input."""
 
 import ast
 import contextlib
@@ -28,10 +28,11 @@ TREES = (Mapping, ConfigDict)
 
 
 def resolve(tree: Tree) -> Config:
-    """Read a nested mapping (a ConfigDict, or a dict from JSON) into a checked Config.
+    """Convert a nested mapping, such as a ConfigDict or a dict from JSON, into a validated Config.
 
-    Raises UserError for a missing or unknown key, a wrong type, a value out of range, or a combination that
-    cannot work.
+    Raises:
+        UserError: A key is missing or unknown, a value has a wrong type or is out of range, or a combination of values
+            cannot work.
     """
     tree = dict(tree.items())
     listed_stages = tree.pop("stages", ())
@@ -43,7 +44,7 @@ def resolve(tree: Tree) -> Config:
         if path not in given:
             raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
     values = {path: validate_value(path, value, f"config.{path}") for path, value in given.items()}
-    config = _build(Config, {**schema.unflatten(values), "stages": _resolve_stages(listed_stages)})
+    config = _build(Config, values | {"stages": _resolve_stages(listed_stages)})
     _check_epochs(config)
     for stage in schema.stages(config):
         check_combinations(stage.config)
@@ -62,7 +63,7 @@ def _check_epochs(config: Config) -> None:
 
 
 def flatten_tree(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The (dotted path, value) pairs of a nested mapping, each field of the schema taken whole."""
+    """Yield the (dotted path, value) pairs of a nested mapping. A field of the schema is never entered."""
     for name, value in tree.items():
         path = prefix + str(name)
         if path.count(".") > DEEPEST:
@@ -100,33 +101,47 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
     return tuple(result)
 
 
-def _build(cls: type, values: Mapping[str, Any]) -> Any:
+def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass from values by dotted path."""
     hints = typing.get_type_hints(cls)
-    fields = {name: _build(hints[name], value) if isinstance(value, dict) else value for name, value in values.items()}
-    return cls(**fields)
+    paths = {name: prefix + name for name in hints}
+    return cls(
+        **{
+            name: values[path] if path in values else _build(hints[name], values, path + ".")
+            for name, path in paths.items()
+        }
+    )
 
 
 def override(tree: Any, path: str, value: Any) -> None:
-    """Set the value at a dotted path of a ConfigDict in place. `stages.NAME.path` reaches into a stage.
+    """Set the value at a dotted path of a ConfigDict in place. `stages.NAME.path` sets it for one stage.
 
-    Raises UserError, with the nearest valid path, for one that the config does not have.
+    Raises:
+        UserError: The path or the stage is unknown.
     """
     where, knob = _in_stage(path)
     if where != "config":
         name = where.rsplit(".", 1)[-1]
         named = {stage["name"]: stage for stage in tree["stages"]}
         if name not in named:
-            raise UserError(f"config.stages: there is no stage {name!r}.{suggestion(name, named)}")
+            raise UserError(f"config.stages: unknown stage {name!r}.{suggestion(name, named)}")
         tree = named[name]
     if knob not in FIELDS:
         raise UserError(unknown_key_message(knob, where))
-    _place(tree, knob, value)
+    *groups, name = knob.split(".")
+    for group in groups:
+        if group not in tree:
+            tree[group] = {}
+        tree = tree[group]
+    with tree.ignore_type() if isinstance(tree, ConfigDict) else contextlib.nullcontext():
+        tree[name] = value
 
 
 def override_all(tree: Any, values: Mapping[str, Any]) -> None:
-    """Set the values at some dotted paths of a ConfigDict in place.
+    """Set the values at several dotted paths of a ConfigDict in place.
 
-    Raises UserError as `override` does, and for a number of steps where a number of epochs decides.
+    Raises:
+        UserError: A path or a stage is unknown, or a number of steps is given where a number of epochs is set.
     """
     for path, value in values.items():
         override(tree, path, value)
@@ -138,8 +153,8 @@ def override_all(tree: Any, values: Mapping[str, Any]) -> None:
         epochs = dict(flatten_tree(node)).get(schema.EPOCHS)
         if epochs is not None:
             raise UserError(
-                f"{where}.{knob}={value} cannot go with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
-                f"(with --{where}.{schema.EPOCHS}=None the steps decide)."
+                f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
+                f"(--{where}.{schema.EPOCHS}=None makes the steps decide)."
             )
 
 
@@ -161,16 +176,6 @@ def _in_stage(path: str) -> tuple[str, str]:
         _, name, knob = path.split(".", 2)
         return f"config.stages.{name}", knob
     return "config", path
-
-
-def _place(node: Any, path: str, value: Any) -> None:
-    *groups, name = path.split(".")
-    for group in groups:
-        if group not in node:
-            node[group] = {}
-        node = node[group]
-    with node.ignore_type() if isinstance(node, ConfigDict) else contextlib.nullcontext():
-        node[name] = value
 
 
 def parse(path: str, text: str) -> Any:

@@ -1,8 +1,8 @@
-"""Where a config comes from: a Python file with get_config(), or a run; and the sweeps that a file defines."""
+"""Loads configs and sweeps from Python files, and configs from run folders."""
 
 import os
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,44 +10,37 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rustgpt_jax.config.schema import FIELDS, to_dict
-from rustgpt_jax.config.validation import flatten_tree, override_all, parse_all
+from rustgpt_jax.config.validation import flatten_tree
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.workdir.run_dir import is_special, load_config, load_origins
 
-# A config, and where each of its values came from.
-Recipe = tuple[Any, dict[str, str]]
-# Knobs and their values as they are written on a command line, in the order given.
-Overrides = Sequence[tuple[str, str]]
+# A config as a ConfigDict, and the origin of each of its values.
+TreeAndOrigins = tuple[Any, dict[str, str]]
 # The origin of a value set on the command line.
 COMMAND_LINE = "command line"
 
 
-def read_recipe(file: str, base: Path, overrides: Overrides) -> Recipe:
-    """The config of a file, whose other values come from the file `base`, with the command line's overrides.
+def load_config_file(file: str, base: Path) -> TreeAndOrigins:
+    """Load the config of a Python file. The origin of a value that equals the one in the file `base` is "base".
 
-    Raises UserError for a file that is not there or fails, and for a knob or a value that cannot be.
+    Raises:
+        UserError: The file does not exist or fails, or it does not define a config.
     """
     tree = _load(file)
     defaults, given = dict(flatten_tree(_load(str(base)))), dict(flatten_tree(tree))
-    origins = {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
-    return _overridden(tree, origins, overrides)
+    return tree, {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
 
 
-def recipe_of_run(path: Path, overrides: Overrides) -> Recipe:
-    """The config of a run with the command line's overrides. Raises UserError as `load_config` does."""
-    return _overridden(ConfigDict(to_dict(load_config(path))), load_origins(path), overrides)
+def load_run_config(path: Path) -> TreeAndOrigins:
+    """Load the config of a run. Raises UserError as `load_config` does."""
+    return ConfigDict(to_dict(load_config(path))), load_origins(path)
 
 
-def _overridden(tree: Any, origins: dict[str, str], overrides: Overrides) -> Recipe:
-    values = parse_all(overrides)
-    override_all(tree, values)
-    return tree, origins | dict.fromkeys(values, COMMAND_LINE)
+def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
+    """Return a sweep of a config file: its function sweep() if the name is 'sweep', else sweep_NAME().
 
-
-def sweep_function(file: str, name: str) -> Callable[[], Any]:
-    """A sweep that a config file defines: its function sweep() for 'sweep', else sweep_NAME().
-
-    Raises UserError if there is none of that name.
+    Raises:
+        UserError: The file does not define it.
     """
     functions = {key: value for key, value in _namespace(file).items() if key.split("_")[0] == "sweep"}
     names = [key.removeprefix("sweep_") for key, value in functions.items() if callable(value)]
@@ -62,13 +55,13 @@ def sweep_function(file: str, name: str) -> Callable[[], Any]:
 
 @cache
 def _namespace(file: str) -> dict[str, Any]:
-    """What a config file defines."""
+    """Return the names that a config file defines."""
     path = Path(file)
     if is_special(path):
         raise UserError(f"{file} cannot be read as a config: it is a pipe, a device or a socket, not a file.")
     if not path.is_file():
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
-        raise UserError(f"There is no config file {file}.{suggestion(file, beside)}")
+        raise UserError(f"The config file {file} does not exist.{suggestion(file, beside)}")
     try:
         if not os.access(path, os.R_OK):
             raise UserError(f"{file} cannot be read: Permission denied.")
