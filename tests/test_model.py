@@ -161,7 +161,7 @@ def tolerance(model: ModelConfig) -> dict[str, float]:
     return {"rtol": 5e-5, "atol": 5e-5} if model.dtype == "float32" else {"rtol": 0.05, "atol": 0.1}
 
 
-# The same model in NumPy, with float64 and loops, from the papers and the comments in configs/base.py.
+# The same model in NumPy, with float64 and loops, from the papers and the documentation in config/schema.py.
 
 
 def reference_norm(x: np.ndarray, params: dict[str, np.ndarray], model: ModelConfig) -> np.ndarray:

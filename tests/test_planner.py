@@ -31,7 +31,7 @@ from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scal
 # Which trials share a program.
 
 # Another value for each knob, to be tried from a config in which each of them can stand.
-SWITCHES = [path for path in FIELDS if get_field(path).metadata.get("static_if_zero")]
+SWITCHES = [path for path in FIELDS if get_field(path).metadata["static_if_zero"]]
 BEFORE = dict.fromkeys(SWITCHES, 0.1)
 OTHER: dict[str, Any] = {
     "seed": 1,
@@ -164,7 +164,7 @@ PROGRAM_GROUPS = ("model", "optimizer", "schedule", "training", "mesh")
 
 def selects_a_program(path: str) -> bool:
     """Whether another value of a knob needs another compiled program."""
-    is_number = "number" in get_field(path).metadata
+    is_number = get_field(path).metadata["traced"]
     return path == "data.seq_len" or (path.split(".")[0] in PROGRAM_GROUPS and not is_number)
 
 

@@ -144,9 +144,9 @@ DESCRIPTION = "Train and study GPT language models. A run is a pure function of 
 EPILOG = """\
 `python launch.py VERB --help` lists the flags of a verb. RUN is a run folder, such as runs/rustgpt.
 
---config.x.y=VALUE overrides a value of the config, such as --config.optimizer.learning_rate=3e-4; configs/base.py
-documents them all. --config.stages.NAME.x.y=VALUE overrides it for one stage. A list takes one item per flag, commas
-included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted Python list
+--config.x.y=VALUE overrides a value of the config, such as --config.optimizer.learning_rate=3e-4;
+rustgpt_jax/config/schema.py documents them all. --config.stages.NAME.x.y=VALUE overrides it for one stage. A list takes
+one item per flag, commas included (--config.data.paths=a.txt --config.data.paths=b.txt), or a quoted Python list
 ("--config.logging.sample_prompts=['Hi, you', 'Once']"); only component names may be separated by commas.
 
 Quick start:  python launch.py train --config=configs/rustgpt.py

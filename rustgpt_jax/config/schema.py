@@ -1,12 +1,11 @@
-"""What a run is: frozen dataclasses with the type, range and kind of every knob.
+"""The config of a run: frozen dataclasses that declare every knob once.
 
-`configs/base.py` gives each knob its value and its meaning; no default stands here. A config is read
-into these classes by `resolve`, and divided by `partition` into
+A field gives its knob's type, default, documentation and valid range, and whether it is static or traced. Everything
+else that lists knobs (configs/base.py, validation, `explain`, conformance checks, tests) reads them from here.
+A config has two halves, which `partition` separates and `combine` puts together again:
 
-    structure   what selects a compiled program: shapes, names of parts, switches (hashable)
-    numbers     what a compiled program takes as arguments: seed, learning rate, dropout, ... (a flat dict)
-
-`combine` puts numbers (floats outside `jit`, tracers inside) back into their places in a structure.
+    StaticConfig   selects a compiled program: shapes, component names, switches (hashable)
+    hparams        arguments of that program: seed, learning rate, dropout, ... (a flat dict by dotted path)
 """
 
 import dataclasses
@@ -20,117 +19,359 @@ from typing import Any, NamedTuple
 from rustgpt_jax.errors import UserError, suggestion
 
 
-def static_field(low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field that is structure, with its inclusive range or its valid values."""
-    return dataclasses.field(metadata={"low": low, "high": high, "choices": choices})
+def _field(default: Any, doc: str, **metadata: Any) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "traced": False, "static_if_zero": False, **metadata}
+    )
 
 
-def pattern() -> Any:
-    """A field that names parts, repeated over the layers. One name alone is a pattern of one."""
-    return dataclasses.field(metadata={"pattern": True})
+def static_field(
+    default: Any, doc: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    """A static knob, which selects a compiled program.
+
+    Args:
+        default: Its default value.
+        doc: What it means, for people who set it.
+        low: The smallest valid value.
+        high: The largest valid value.
+        choices: The valid values of a string; all strings if empty.
+    """
+    return _field(default, doc, low=low, high=high, choices=choices)
 
 
-def traced_field(low: float | None = None, high: float | None = None, static_if_zero: bool = False) -> Any:
-    """A field that a compiled program takes as an argument. With `static_if_zero`, 0 is structure: the part is gone."""
-    return dataclasses.field(metadata={"low": low, "high": high, "number": True, "static_if_zero": static_if_zero})
+def pattern_field(default: tuple[str, ...], doc: str) -> Any:
+    """A static knob that names components in a pattern repeated over the layers. A single name is a pattern of one."""
+    return _field(default, doc, pattern=True)
+
+
+def traced_field(
+    default: float, doc: str, low: float | None = None, high: float | None = None, static_if_zero: bool = False
+) -> Any:
+    """A traced knob, which is an argument of compiled programs, so that another value compiles nothing new.
+
+    Args:
+        default: Its default value.
+        doc: What it means, for people who set it.
+        low: The smallest valid value.
+        high: The largest valid value.
+        static_if_zero: Whether 0 is static: it removes from the program what the knob scales.
+    """
+    return _field(default, doc, low=low, high=high, traced=True, static_if_zero=static_if_zero)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    name: str = static_field()
+    name: str = static_field(
+        "bpe",
+        "word: words and punctuation; char: characters; byte: UTF-8 bytes; bpe: byte pairs learned from the corpus.",
+    )
     # For a larger vocabulary the BPE trainer would reserve more memory than any machine has.
-    vocab_size: int | None = static_field(low=1, high=2**22)
+    vocab_size: int | None = static_field(
+        1024,
+        "The most tokens to learn, special ones included. None: as many as the corpus has (word and char only).",
+        low=1,
+        high=2**22,
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, and which of it is learned."""
 
-    corpus: str = static_field()
-    paths: tuple[str, ...] = static_field()
-    max_documents: int | None = static_field(low=1)
-    split: str = static_field(choices=("document", "tail"))
-    valid_fraction: float = static_field(low=0.0, high=0.9)
-    loss_mask: str = static_field(choices=("all", "assistant"))
-    seq_len: int | None = static_field(low=2)
+    corpus: str = static_field(
+        "facts",
+        "facts, chat: bundled with the package; python_stdlib: the running Python's own source; files: any text.",
+    )
+    paths: tuple[str, ...] = static_field(
+        (),
+        "`files` only: paths or globs of .txt (or other plain text), .json (a list of strings), .jsonl or .ndjson "
+        "(one text or list of messages per line), and .csv or .tsv (the column `text`). On the command line, pass "
+        "one path per flag or a Python list.",
+    )
+    max_documents: int | None = static_field(None, "Read no more than this many documents. None: all.", low=1)
+    split: str = static_field(
+        "document",
+        "document: each document goes to training or validation by its hash, so added files move no other. tail: "
+        "the end of the whole text is validation (for one long document).",
+        choices=("document", "tail"),
+    )
+    valid_fraction: float = static_field(0.1, "The share of the corpus kept for validation.", low=0.0, high=0.9)
+    loss_mask: str = static_field(
+        "all",
+        "all: learn every token; assistant: in dialogues, only the assistant's words.",
+        choices=("all", "assistant"),
+    )
+    seq_len: int | None = static_field(None, "Tokens in a training window. None: model.context_length.", low=2)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The parts and shapes of the model."""
 
-    vocab_size: int | None = static_field(low=1)
-    context_length: int = static_field(low=2)
-    n_layers: int = static_field(low=1)
-    d_model: int = static_field(low=1)
-    n_heads: int = static_field(low=1)
-    n_kv_heads: int | None = static_field(low=1)
-    head_dim: int | None = static_field(low=1)
-    d_ff: int | None = static_field(low=1)
-    mixers: tuple[str, ...] = pattern()
-    feedforwards: tuple[str, ...] = pattern()
-    positions: tuple[str, ...] = pattern()
-    norm: str = static_field()
-    norm_placement: str = static_field(choices=("pre", "post", "output", "sandwich"))
-    norm_eps: float = traced_field(low=0.0)
-    bias: bool = static_field()
-    qkv_bias: bool | None = static_field()
-    attention_output_bias: bool | None = static_field()
-    feedforward_bias: bool | None = static_field()
-    norm_bias: bool | None = static_field()
-    tie_embeddings: bool = static_field()
-    scale_embeddings: bool = static_field()
-    embedding_scale: float | None = static_field(low=0.0)
-    final_logit_softcap: float = traced_field(low=0.0, static_if_zero=True)
-    qk_norm: str = static_field(choices=("none", "head", "projection"))
-    attention_scale: float | None = static_field(low=0.0)
-    attention_scale_by_layer: bool = static_field()
-    attn_logit_softcap: float = traced_field(low=0.0, static_if_zero=True)
-    attention_sinks: bool = static_field()
-    attention_kernel: str = static_field(
-        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax")
+    vocab_size: int | None = static_field(None, "Rows of the embedding table. None: the tokenizer's vocabulary.", low=1)
+    context_length: int = static_field(
+        128, "The most tokens that the model attends to, and the size of a learned position table.", low=2
     )
-    local_window: int = static_field(low=1)
-    kv_lora_rank: int | None = static_field(low=1)
-    q_lora_rank: int | None = static_field(low=1)
-    qk_rope_head_dim: int | None = static_field(low=2)
-    conv_width: int = static_field(low=1)
-    recurrent_width: int | None = static_field(low=1)
-    recurrent_blocks: int | None = static_field(low=1)
-    scale_first_token: bool = static_field()
-    rope_theta: float = traced_field(low=1.0)
-    local_rope_theta: float = traced_field(low=1.0)
-    rope_fraction: float = static_field(low=0.0, high=1.0)
-    rope_scaling: str = static_field()
-    rope_factor: float = traced_field(low=1.0)
-    rope_original_context: int | None = static_field(low=1)
-    rope_beta_slow: float = traced_field(low=0.0)
-    rope_beta_fast: float = traced_field(low=0.0)
-    rope_attention_factor: float | None = static_field(low=0.0)
-    rope_truncate: bool = static_field()
-    rope_short_factors: tuple[float, ...] = static_field()
-    rope_long_factors: tuple[float, ...] = static_field()
-    n_experts: int = static_field(low=1)
-    experts_per_token: int = static_field(low=1)
-    d_expert: int | None = static_field(low=1)
-    expert_activation: str = static_field(choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"))
-    capacity_factor: float = static_field(low=0.0)
-    norm_topk_prob: bool = static_field()
-    load_balance_loss_weight: float = traced_field(low=0.0, static_if_zero=True)
-    router_z_loss: float = traced_field(low=0.0, static_if_zero=True)
-    extra: tuple[tuple[str, float], ...] = static_field()
-    dropout: float = traced_field(low=0.0, high=0.99, static_if_zero=True)
-    init_std: float = traced_field(low=0.0)
-    dtype: str = static_field(choices=("float32", "bfloat16"))
-    mixer_dtype: str | None = static_field(choices=("float32", "bfloat16"))
-    feedforward_dtype: str | None = static_field(choices=("float32", "bfloat16"))
-    logits_dtype: str | None = static_field(choices=("float32", "bfloat16"))
-    matmul_dtype: str | None = static_field(choices=("bfloat16", "float8"))
-    save_residuals: bool | None = static_field()
-    scan_layers: bool = static_field()
-    remat: str = static_field(choices=("none", "dots", "dots_no_batch", "full", "offload"))
+    n_layers: int = static_field(4, "Blocks, one after another.", low=1)
+    d_model: int = static_field(128, "Width of the residual stream.", low=1)
+    n_heads: int = static_field(4, "Query heads of attention.", low=1)
+    n_kv_heads: int | None = static_field(
+        None,
+        "Key/value heads, each shared by n_heads / n_kv_heads query heads (arXiv 2305.13245). None: n_heads.",
+        low=1,
+    )
+    head_dim: int | None = static_field(None, "Channels of a head. None: d_model / n_heads.", low=1)
+    d_ff: int | None = static_field(
+        None,
+        "Hidden width of the feed-forward. None: 4 d_model, or where it is gated 8/3 d_model (up to a multiple of 8).",
+        low=1,
+    )
+    mixers: tuple[str, ...] = pattern_field(
+        ("attention",),
+        "Three patterns, each repeated over the layers. A name is one of a table, or the import path of a part of "
+        "your own, such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention; "
+        "rg_lru and deltanet, which are recurrent and need no positions.",
+    )
+    feedforwards: tuple[str, ...] = pattern_field(
+        ("swiglu",),
+        "gelu (tanh approximation), gelu_exact, relu, relu_squared; gated: swiglu, geglu, geglu_exact, reglu, "
+        "relu_squared_glu; or a mixture of experts: moe.",
+    )
+    positions: tuple[str, ...] = pattern_field(
+        ("rope",),
+        "learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: "
+        "the same with local_rope_theta; alibi: scores fall with distance (arXiv 2108.12409); none.",
+    )
+    norm: str = static_field("rmsnorm", "layernorm, rmsnorm, or zero_centered_rmsnorm, which multiplies by 1 + scale.")
+    norm_placement: str = static_field(
+        "pre",
+        "pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each sum (arXiv "
+        "1706.03762). output: on what each sublayer adds, and at the end (arXiv 2501.00656); sandwich: pre and "
+        "output (2105.13290).",
+        choices=("pre", "post", "output", "sandwich"),
+    )
+    norm_eps: float = traced_field(1e-6, "Added to the variance or mean square that a norm divides by.", low=0.0)
+    bias: bool = static_field(False, "Bias vectors in linear layers and layer norms.")
+    qkv_bias: bool | None = static_field(
+        None, "Whether the query, key and value projections have biases. None: same as `bias`."
+    )
+    attention_output_bias: bool | None = static_field(
+        None, "Whether the output projection of attention has a bias. None: same as `bias`."
+    )
+    feedforward_bias: bool | None = static_field(
+        None, "Whether the linear layers of feed-forwards have biases (moe has none). None: same as `bias`."
+    )
+    norm_bias: bool | None = static_field(None, "Whether layer norms have biases. None: same as `bias`.")
+    tie_embeddings: bool = static_field(
+        True, "Use the embedding table, transposed, as the output layer (arXiv 1608.05859)."
+    )
+    scale_embeddings: bool = static_field(False, "Multiply embeddings by embedding_scale (arXiv 1706.03762).")
+    embedding_scale: float | None = static_field(None, "The embedding multiplier. None: sqrt(d_model).", low=0.0)
+    final_logit_softcap: float = traced_field(
+        0.0,
+        "Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    qk_norm: str = static_field(
+        "none",
+        "Normalise queries and keys, by the model's norm: head, in each head (arXiv 2010.04245); projection, all "
+        "heads of a token at once; none.",
+        choices=("none", "head", "projection"),
+    )
+    attention_scale: float | None = static_field(
+        None,
+        "What scores are multiplied by. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in "
+        "latent_attention.",
+        low=0.0,
+    )
+    attention_scale_by_layer: bool = static_field(
+        False,
+        "Also divide attention scores by the layer number, counted from 1 (GPT-2's "
+        "scale_attn_by_inverse_layer_idx). Used by attention and local_attention.",
+    )
+    attn_logit_softcap: float = traced_field(
+        0.0, "Keep scores between plus and minus this, by tanh. 0: not in the program.", low=0.0, static_if_zero=True
+    )
+    attention_sinks: bool = static_field(
+        False, "A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453)."
+    )
+    attention_kernel: str = static_field(
+        "auto",
+        "What computes attention; all give the same but for rounding, and tokens from a cache are always served "
+        "by plain. auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 "
+        "tokens, else as portable; portable: blockwise from 2048 tokens on, else plain; plain: all scores in "
+        "memory; triangular: of each quarter of the row those with the tokens before its end; blockwise: those of "
+        "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
+        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"),
+    )
+    local_window: int = static_field(64, "Tokens that local_attention sees, itself included.", low=1)
+    kv_lora_rank: int | None = static_field(
+        None,
+        "latent_attention (arXiv 2405.04434): width of the latent that keys and values are made from. None: 4 "
+        "head_dim.",
+        low=1,
+    )
+    q_lora_rank: int | None = static_field(
+        None, "Width of the latent that queries are made from. None: queries are made from the input itself.", low=1
+    )
+    qk_rope_head_dim: int | None = static_field(
+        None,
+        "Width of the key that all heads share and that has the position. None: half of head_dim, up to an even "
+        "number.",
+        low=2,
+    )
+    conv_width: int = static_field(4, "rg_lru and deltanet: tokens that their short convolution sees.", low=1)
+    recurrent_width: int | None = static_field(None, "rg_lru: channels of the state. None: d_model.", low=1)
+    recurrent_blocks: int | None = static_field(
+        None,
+        "rg_lru: number of channel blocks in the gates; each gate reads only its own block, as in Griffin. None: "
+        "gates read all channels.",
+        low=1,
+    )
+    scale_first_token: bool = static_field(
+        True,
+        "rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), like every other token (arXiv "
+        "2402.19427). False: do not scale it (RecurrentGemma).",
+    )
+    rope_theta: float = traced_field(10000.0, "The slowest wavelength of RoPE is about 2 pi times this.", low=1.0)
+    local_rope_theta: float = traced_field(
+        10000.0, "The same for the positions local_rope, which have no scaling.", low=1.0
+    )
+    rope_fraction: float = static_field(
+        1.0, "The share of a head's channels that RoPE rotates, the first ones.", low=0.0, high=1.0
+    )
+    rope_scaling: str = static_field(
+        "none",
+        "Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn "
+        "(2309.00071), longrope (2402.13753).",
+    )
+    rope_factor: float = traced_field(1.0, "How many times longer.", low=1.0)
+    rope_original_context: int | None = static_field(
+        None, "llama3, yarn and longrope: the context length before scaling.", low=1
+    )
+    rope_beta_slow: float = traced_field(
+        1.0,
+        "llama3 and yarn: channels with fewer turns in that context are slowed by the whole factor "
+        "(low_freq_factor of llama3, beta_slow of yarn).",
+        low=0.0,
+    )
+    rope_beta_fast: float = traced_field(
+        4.0, "Channels with more turns in it are not slowed (high_freq_factor of llama3, beta_fast of yarn).", low=0.0
+    )
+    rope_attention_factor: float | None = static_field(
+        None,
+        "Multiplier for queries and keys. None: the default of the scaling method, which is 0.1 ln(rope_factor) + "
+        "1 for yarn, sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, and 1 otherwise.",
+        low=0.0,
+    )
+    rope_truncate: bool = static_field(True, "yarn: round the bounds of the interpolated channel range to integers.")
+    rope_short_factors: tuple[float, ...] = static_field(
+        (), "longrope: divisors of the frequency of each pair of channels, for contexts up to rope_original_context."
+    )
+    rope_long_factors: tuple[float, ...] = static_field(
+        (), "longrope: the same divisors for a context_length above rope_original_context."
+    )
+    n_experts: int = static_field(8, "moe: experts in a layer.", low=1)
+    experts_per_token: int = static_field(2, "Experts that each token goes to.", low=1)
+    d_expert: int | None = static_field(None, "Hidden width of an expert. None: that of swiglu.", low=1)
+    expert_activation: str = static_field(
+        "silu",
+        "Activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
+        choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"),
+    )
+    capacity_factor: float = static_field(
+        0.0,
+        "Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that "
+        "finds none is not fed, so it depends on those before it, and decoding, with places for all, is not what "
+        "training was. 0: a place for every token (dropless).",
+        low=0.0,
+    )
+    norm_topk_prob: bool = static_field(
+        True,
+        "Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use the "
+        "softmax over all experts (Switch). With one expert per token this must be False, since a constant weight "
+        "of 1 does not train the router.",
+    )
+    load_balance_loss_weight: float = traced_field(
+        0.01,
+        "Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share of "
+        "tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token for "
+        "balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
+        "instead). 0 removes the loss from the program.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    router_z_loss: float = traced_field(
+        0.0,
+        "Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    extra: tuple[tuple[str, float], ...] = static_field(
+        (), 'Knobs of parts of your own as pairs of a name and a number: (("decay", 0.9),). They are structure.'
+    )
+    dropout: float = traced_field(
+        0.0,
+        "Probability of dropping an activation in training. 0: no dropout in the program at all.",
+        low=0.0,
+        high=0.99,
+        static_if_zero=True,
+    )
+    init_std: float = traced_field(
+        0.02,
+        "Standard deviation of initial weights; projections into the residual stream are divided by sqrt(2 n_layers).",
+        low=0.0,
+    )
+    dtype: str = static_field(
+        "float32",
+        "Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are "
+        "float32. To launch.py, auto is what suits its device, and what the run's config says then: bfloat16 on "
+        "GPUs and TPUs; on CPUs float32, with matmul_dtype and logits_dtype bfloat16 where the processor "
+        "multiplies so.",
+        choices=("float32", "bfloat16"),
+    )
+    mixer_dtype: str | None = static_field(
+        None,
+        "The same for what mixers compute, and keep in their caches; the residual stream stays in dtype. None: dtype.",
+        choices=("float32", "bfloat16"),
+    )
+    feedforward_dtype: str | None = static_field(
+        None, "The same for what feed-forwards compute. None: dtype.", choices=("float32", "bfloat16")
+    )
+    logits_dtype: str | None = static_field(
+        None,
+        "The same for the product that gives the logits, which are float32 themselves. None: dtype.",
+        choices=("float32", "bfloat16"),
+    )
+    matmul_dtype: str | None = static_field(
+        None,
+        "Type that the operands of linear layers in blocks are rounded to, in the backward pass too; sums and "
+        "results keep the dtype of the layer. float8 has a scale for each tensor (arXiv 2209.05433) and is fast "
+        "from the H100 on; its scales are computed from all tokens of a call, so a token depends slightly on "
+        "later tokens and on other rows. None: dtype.",
+        choices=("bfloat16", "float8"),
+    )
+    save_residuals: bool | None = static_field(
+        None,
+        "Materialize what the gradients of linear layers and activations are computed from (the slope of an "
+        "activation, a transposed operand) instead of letting the compiler recompute it. Results differ by "
+        "rounding only. None: True on CPUs, where it is faster, else False.",
+    )
+    scan_layers: bool = static_field(
+        True,
+        "True: compile one block and run it in a loop; False: compile every layer, slower to start, faster if small.",
+    )
+    remat: str = static_field(
+        "none",
+        "What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix "
+        "products; dots_no_batch, all but products with weights, so attention too; full, each block. offload is "
+        "dots_no_batch with what it keeps moved to the memory of the host.",
+        choices=("none", "dots", "dots_no_batch", "full", "offload"),
+    )
 
     @property
     def period(self) -> int:
@@ -195,90 +436,219 @@ class ModelConfig:
 class OptimizerConfig:
     """How a gradient becomes an update."""
 
-    name: str = static_field()
-    learning_rate: float = traced_field(low=0.0)
-    b1: float = traced_field(low=0.0, high=0.999999)
-    b2: float = traced_field(low=0.0, high=0.999999)
-    eps: float = traced_field(low=1e-30)
-    momentum: float = traced_field(low=0.0, high=1.0)
-    muon_learning_rate: float = traced_field(low=0.0)
-    weight_decay: float = traced_field(low=0.0)
-    weight_decay_groups: tuple[tuple[str, float], ...] = static_field()
-    clip_norm: float = traced_field(low=0.0, static_if_zero=True)
-    offload_state: bool = static_field()
-    state_dtype: str = static_field(choices=("float32", "bfloat16"))
+    name: str = static_field(
+        "adamw",
+        "adamw, adam (decay as an L2 gradient), sgd, lion, muon or schedule_free (AdamW evaluated at its average; "
+        "meant for the schedule constant).",
+    )
+    learning_rate: float = traced_field(
+        1e-3, "The highest learning rate; the schedule multiplies it by a factor from 0 to 1.", low=0.0
+    )
+    b1: float = traced_field(
+        0.9,
+        "Decay rate of the first moment of adam, adamw and lion, and of what muon leaves to adamw; for "
+        "schedule_free, which keeps none, the share of the average in the point that gradients are taken at: "
+        "above 0.",
+        low=0.0,
+        high=0.999999,
+    )
+    b2: float = traced_field(
+        0.99, "Decay rate of their second moment; for lion, of the momentum that is kept.", low=0.0, high=0.999999
+    )
+    eps: float = traced_field(
+        1e-8, "Added to the root of the second moment that adam, adamw and schedule_free divide by.", low=1e-30
+    )
+    momentum: float = traced_field(0.95, "Momentum of sgd and muon.", low=0.0, high=1.0)
+    muon_learning_rate: float = traced_field(
+        0.02,
+        "muon only: the learning rate of the matrices inside the blocks; all else learns at learning_rate.",
+        low=0.0,
+    )
+    weight_decay: float = traced_field(
+        0.1,
+        "Decoupled weight decay, multiplied by the learning rate and by the factor of the parameter's group.",
+        low=0.0,
+    )
+    weight_decay_groups: tuple[tuple[str, float], ...] = static_field(
+        ((r"norm|bias|decay|sinks", 0.0), (r".*", 1.0)),
+        "(regular expression, factor): the first expression found in a parameter's path decides. All must be matched.",
+    )
+    clip_norm: float = traced_field(
+        1.0,
+        "Scale gradients so that their global norm is at most this. 0: no clipping in the program at all.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    offload_state: bool = static_field(
+        False,
+        "Keep what the optimizer keeps in the memory of the host, and bring it to the device for each update: "
+        "slower, for models that would not fit.",
+    )
+    state_dtype: str = static_field(
+        "float32",
+        "Type in which momentum and first moments are kept, and z of schedule_free: float32 or bfloat16. Second "
+        "moments are float32 always: they change by 1 - b2 of themselves a step, which bfloat16 would round away. "
+        "So it does with steps of z below 1/256 of a parameter: for schedule_free, keep float32 where learning "
+        "rates are small.",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How the learning rate changes over the steps."""
 
-    name: str = static_field()
-    warmup_steps: int = traced_field(low=0)
-    decay_frac: float = traced_field(low=0.0, high=1.0)
-    final_lr_frac: float = traced_field(low=0.0, high=1.0)
+    name: str = static_field(
+        "cosine", "constant, linear, cosine or wsd (warm up, stay, decay); each after a linear warm-up."
+    )
+    warmup_steps: int = traced_field(20, "Steps in which the rate rises linearly from 0.", low=0)
+    decay_frac: float = traced_field(
+        0.2, "wsd only: the share of the steps, at the end, in which the rate falls linearly.", low=0.0, high=1.0
+    )
+    final_lr_frac: float = traced_field(
+        0.1, "The factor that linear, cosine and wsd have come down to when the steps are over.", low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How many steps, on how much text each."""
 
-    steps: int = traced_field(low=1)
+    steps: int = traced_field(200, "Optimizer steps.", low=1)
     # Not None: decides instead of `steps`, until data.prepare.resolve_epochs has replaced it by steps.
-    epochs: float | None = static_field(low=1e-9)
-    batch_size: int = static_field(low=1)
-    grad_accum_steps: int = static_field(low=1)
+    epochs: float | None = static_field(
+        None,
+        "Passes over the training text, such as 3 or 0.5, instead of a number of steps; the run records its "
+        "steps. None: training.steps decides.",
+        low=1e-09,
+    )
+    batch_size: int = static_field(16, "Windows in a step, over all devices and accumulation parts.", low=1)
+    grad_accum_steps: int = static_field(
+        1,
+        "Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole "
+        "batch, but for the load balance of moe, which each part has for itself.",
+        low=1,
+    )
     # Memory use grows with this number, since each call has a slot for every step.
-    steps_per_jit_call: int = static_field(low=1, high=2**16)
-    z_loss: float = traced_field(low=0.0, static_if_zero=True)
-    loss_chunk_size: int | None = static_field(low=1)
+    steps_per_jit_call: int = static_field(
+        10, "Optimizer steps in one call of the compiled program. The results do not depend on it.", low=1, high=2**16
+    )
+    z_loss: float = traced_field(
+        0.0,
+        "Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    loss_chunk_size: int | None = static_field(
+        None,
+        "Tokens of each window whose logits exist at a time; the backward pass computes them again. None: all at once.",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How many devices each kind of parallelism has; -1 stands for all that are left. No result depends on it."""
 
-    data: int = static_field(low=-1)
-    fsdp: int = static_field(low=-1)
-    expert: int = static_field(low=-1)
-    context: int = static_field(low=-1)
-    tensor: int = static_field(low=-1)
+    data: int = static_field(-1, "Each has a share of the batch, and the whole state.", low=-1)
+    fsdp: int = static_field(
+        1,
+        "Each has a share of the batch, and of the parameters, which are gathered layer by layer (arXiv 1910.02054).",
+        low=-1,
+    )
+    expert: int = static_field(
+        1, "Each has a share of the batch, and some of the experts of each layer (arXiv 2006.16668).", low=-1
+    )
+    context: int = static_field(1, "Each has a stretch of every window of text.", low=-1)
+    tensor: int = static_field(
+        1, "Each has a share of the heads, of the hidden channels and of the vocabulary (arXiv 1909.08053).", low=-1
+    )
 
 
 @dataclass(frozen=True)
 class FaultsConfig:
     """What becomes of a run when a step goes wrong."""
 
-    nonfinite_policy: str = static_field(choices=("stop", "skip", "rewind"))
-    max_skipped: int = static_field(low=0)
+    nonfinite_policy: str = static_field(
+        "stop",
+        "A step whose loss, gradient or update is not finite changes no parameter. Then: stop; skip, which goes "
+        "on with the next batch; or rewind: back to the last regular checkpoint, and on with the batches after "
+        "the bad one.",
+        choices=("stop", "skip", "rewind"),
+    )
+    max_skipped: int = static_field(10, "How many such steps skip and rewind forgive a run; one more stops it.", low=0)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """What a run writes, and when."""
 
-    log_every: int = static_field(low=1)
-    eval_every: int = static_field(low=1)
-    eval_batches: int | None = static_field(low=1)
-    checkpoint_every: int = static_field(low=1)
-    sample_prompts: tuple[str, ...] = static_field()
+    log_every: int = static_field(10, "Steps between lines of training metrics.", low=1)
+    eval_every: int = static_field(100, "Steps between evaluations, which also write samples.", low=1)
+    eval_batches: int | None = static_field(
+        None, "Batches of the validation split in an evaluation. None: all of it.", low=1
+    )
+    checkpoint_every: int = static_field(100, "Steps between checkpoints.", low=1)
+    sample_prompts: tuple[str, ...] = static_field(
+        (),
+        "Prompts that each evaluation continues as samples; for dialogue data, questions to answer. On the "
+        "command line, pass one text per flag or a Python list.",
+    )
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How text is drawn from the model."""
 
-    seed: int = static_field(low=0, high=2**32 - 1)
-    max_tokens: int = static_field(low=1)
-    temperature: float = static_field(low=0.0)
-    top_k: int = static_field(low=0)
-    top_p: float = static_field(low=0.0, high=1.0)
-    min_p: float = static_field(low=0.0, high=1.0)
-    repetition_penalty: float = static_field(low=1.0)
-    past_context: str = static_field(choices=("stop", "slide"))
-    history_turns: int | None = static_field(low=0)
-    weight_dtype: str | None = static_field(choices=("bfloat16", "int8"))
-    matmul_impl: str = static_field(choices=("plain", "native"))
+    seed: int = static_field(
+        0,
+        "Generated text is a function of the parameters, the prompt, the knobs below and this number.",
+        low=0,
+        high=2**32 - 1,
+    )
+    max_tokens: int = static_field(128, "The most tokens to generate.", low=1)
+    temperature: float = static_field(
+        0.8, "0: always the likeliest token (greedy); 1: the model's own distribution.", low=0.0
+    )
+    top_k: int = static_field(0, "Keep only the k likeliest tokens. 0: all.", low=0)
+    top_p: float = static_field(
+        0.95,
+        "Keep the likeliest tokens whose probabilities reach this sum (arXiv 1904.09751). 1: all.",
+        low=0.0,
+        high=1.0,
+    )
+    min_p: float = static_field(
+        0.0,
+        "Keep the tokens at least this fraction as likely as the likeliest (arXiv 2407.01082). 0: all.",
+        low=0.0,
+        high=1.0,
+    )
+    repetition_penalty: float = static_field(
+        1.0, "Divide the logits of tokens seen so far by this (arXiv 1909.05858). 1: no penalty.", low=1.0
+    )
+    past_context: str = static_field(
+        "stop",
+        "Behavior when a text fills the model's context: end it (stop), or continue from the last half of the "
+        "context (slide).",
+        choices=("stop", "slide"),
+    )
+    history_turns: int | None = static_field(
+        None, "Earlier exchanges that a question in a chat comes with. None: as many as the context holds.", low=0
+    )
+    weight_dtype: str | None = static_field(
+        None,
+        "Type in which the weights of linear layers are read, token by token: bfloat16, or int8 with a scale for "
+        "each output. It is narrower for speed, and changes what is drawn. None: that in which the model "
+        "multiplies.",
+        choices=("bfloat16", "int8"),
+    )
+    matmul_impl: str = static_field(
+        "plain",
+        "What multiplies the few rows of a token on a CPU; all give the same but for rounding. plain: XLA; "
+        "native: code in C++, faster, which is compiled on its first use, and replaced by plain where there is no "
+        "compiler.",
+        choices=("plain", "native"),
+    )
 
 
 @dataclass(frozen=True)
@@ -291,20 +661,27 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. The meaning of each knob stands in configs/base.py."""
+    """The config of a run."""
 
-    seed: int = traced_field(low=0, high=2**32 - 1)
-    tokenizer: TokenizerConfig = static_field()
-    data: DataConfig = static_field()
-    model: ModelConfig = static_field()
-    optimizer: OptimizerConfig = static_field()
-    schedule: ScheduleConfig = static_field()
-    training: TrainingConfig = static_field()
-    mesh: MeshConfig = static_field()
-    faults: FaultsConfig = static_field()
-    logging: LoggingConfig = static_field()
-    sampling: SamplingConfig = static_field()
-    stages: tuple[StageConfig, ...] = static_field()
+    seed: int = traced_field(
+        0, "Initial parameters, data order and dropout all follow from this one number.", low=0, high=2**32 - 1
+    )
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    faults: FaultsConfig = FaultsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    stages: tuple[StageConfig, ...] = static_field(
+        (),
+        "Stages run one after another on the same parameters and optimizer state, each with the knobs in which it "
+        'differs: ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the '
+        "knobs above.",
+    )
 
 
 # The program of a run: the groups that its compiled steps depend on.
@@ -312,7 +689,7 @@ class Config:
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """What selects a compiled training program. Its number fields hold TRACED, or 0 where a part is switched off."""
+    """What selects a compiled training program. Traced fields hold TRACED, or 0 where that is static."""
 
     seed: Any
     model: ModelConfig
@@ -325,7 +702,7 @@ TRACED = "traced"
 
 
 def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
-    """Divide a config into the structure of its program and the numbers that the program takes as arguments."""
+    """Separate a config into what selects its program and the arguments of that program, by dotted path."""
     hparams: dict[str, float] = {}
 
     def strip(node: Any, prefix: str) -> Any:
@@ -334,7 +711,7 @@ def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
             path, value = prefix + field.name, getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 changes[field.name] = strip(value, path + ".")
-            elif _is_number(path) and not (get_field(path).metadata["static_if_zero"] and value == 0):
+            elif is_traced(path) and not (get_field(path).metadata["static_if_zero"] and value == 0):
                 changes[field.name], hparams[path] = TRACED, value
         return dataclasses.replace(node, **changes)
 
@@ -343,7 +720,7 @@ def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
 
 
 def combine(static: StaticConfig, hparams: Mapping[str, Any]) -> StaticConfig:
-    """The inverse of `partition`: every TRACED in `static` replaced by the number (or tracer) of its path."""
+    """The inverse of `partition`: replace every TRACED by the value (or tracer) of its path in `hparams`."""
 
     def fill(node: Any, prefix: str) -> Any:
         changes: dict[str, Any] = {}
@@ -359,13 +736,15 @@ def combine(static: StaticConfig, hparams: Mapping[str, Any]) -> StaticConfig:
 
 
 def is_enabled(value: Any) -> bool:
-    """Whether a part whose number is `value` exists in the program: all but a Python zero (a tracer is always on)."""
+    """Return whether the program has what this value scales: False for a Python zero only, never for a tracer."""
     return not (isinstance(value, (int, float)) and value == 0)
 
 
 def for_inference(model: ModelConfig) -> ModelConfig:
-    """A model as it is read: numbers that only training reads are 0, so that models that differ in these alone run the
-    same program; and attention is computed as suits the device here, not the one that trained it.
+    """Return a model config for inference.
+
+    Knobs that only training reads are 0, so that models that differ in these alone share a program, and the attention
+    kernel is chosen for the current device instead of the one that trained the model.
     """
     return dataclasses.replace(
         model,
@@ -397,24 +776,30 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {
 
 
 def get_field(path: str) -> dataclasses.Field[Any]:
-    """The dataclass field at a dotted path such as 'optimizer.learning_rate'."""
+    """Return the dataclass field at a dotted path such as 'optimizer.learning_rate'."""
     return FIELDS[path]
 
 
-def _is_number(path: str) -> bool:
-    return bool(get_field(path).metadata.get("number"))
+def is_traced(path: str) -> bool:
+    """Return whether the knob at a dotted path is an argument of compiled programs."""
+    return bool(get_field(path).metadata["traced"])
 
 
 def get_path(config: Any, path: str) -> Any:
-    """The value at a dotted path of a config."""
+    """Return the value at a dotted path of a config."""
     for name in path.split("."):
         config = getattr(config, name)
     return config
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every knob of a config but its stages, by dotted path, in the order of the classes above."""
+    """Return every knob of a config except its stages by dotted path, in the order of the classes above."""
     return {path: get_path(config, path) for path in FIELDS}
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of every knob in nested dicts."""
+    return dataclasses.asdict(Config())
 
 
 # Stages.
@@ -516,22 +901,22 @@ def replace_paths(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def may_differ_by_stage(path: str) -> bool:
-    """A stage has its own data, steps and numbers; parameters and optimizer state must keep their shapes."""
-    return path.startswith("data.") or path in ("schedule.name", EPOCHS) or (_is_number(path) and path != "seed")
+    """Return whether a stage may set a knob: data, steps and traced knobs, but nothing that shapes the state."""
+    return path.startswith("data.") or path in ("schedule.name", EPOCHS) or (is_traced(path) and path != "seed")
 
 
 # Written form.
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """A config as plain dicts, lists and scalars, ready for JSON; `resolve` reads it back."""
+    """Return a config as dicts, lists and scalars, ready for JSON. `resolve` reads it back."""
     plain = dataclasses.asdict(config)
     plain["stages"] = [{"name": stage.name, **unflatten(dict(stage.overrides))} for stage in config.stages]
     return json.loads(json.dumps(plain))
 
 
 def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths turned into nested dicts."""
+    """Return nested dicts for values by dotted path."""
     tree: dict[str, Any] = {}
     for path, value in values.items():
         *groups, name = path.split(".")
@@ -552,12 +937,12 @@ def may_change(path: str) -> bool:
 
 
 def affects_result(path: str) -> bool:
-    """Whether a knob says what a run computes, and not only where."""
+    """Return whether a knob changes what a run computes, and not only where."""
     return not path.startswith("mesh.")
 
 
 def config_hash(config: Config) -> str:
-    """The name of a config, but for its mesh: 16 hex digits of the SHA-256 of its canonical JSON."""
+    """Return the hash of a config without its mesh: 16 hex digits of the SHA-256 of its canonical JSON."""
     plain = to_dict(config)
     del plain["mesh"]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -565,7 +950,7 @@ def config_hash(config: Config) -> str:
 
 
 def diff(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """The knobs in which two configs differ, by dotted path."""
+    """Return the values of knobs in which two configs differ, by dotted path."""
     left, right = flatten(first), flatten(second)
     changed = {path: (left[path], right[path]) for path in FIELDS if left[path] != right[path]}
     if first.stages != second.stages:

@@ -42,7 +42,7 @@ def resolve(tree: Tree) -> Config:
             raise UserError(unknown_key_message(path))
     for path in FIELDS:
         if path not in given:
-            raise UserError(f"config.{path} has no value. configs/base.py names every knob; begin a recipe from it.")
+            raise UserError(f"config.{path} has no value. Recipes start from configs/base.py, which has every knob.")
     values = {path: validate_value(path, value, f"config.{path}") for path, value in given.items()}
     config = _build(Config, values | {"stages": _resolve_stages(listed_stages)})
     _check_epochs(config)

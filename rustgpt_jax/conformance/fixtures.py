@@ -315,7 +315,7 @@ def numbers_of(config: Any) -> dict[str, Any]:
     return {
         field.name: np.float32(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if field.metadata.get("number") and not (field.metadata["static_if_zero"] and getattr(config, field.name) == 0)
+        if field.metadata["traced"] and not (field.metadata["static_if_zero"] and getattr(config, field.name) == 0)
     }
 
 
