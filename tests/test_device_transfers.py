@@ -1,6 +1,6 @@
 """The loop around the steps: it waits for no device, and brings nothing to one that it was not told to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,19 @@ STEPS: dict[str, Any] = {
 
 
 def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advance, guarded = executors.SingleRunExecutor.advance, list[int]()
+    run_steps, guarded = executors.SingleRunExecutor.run_steps, list[int]()
 
-    def advance_guarded(solo: executors.SingleRunExecutor, runs: Sequence[Trainer | None], count: int) -> None:
-        (run,) = runs
-        assert run is not None
+    def run_guarded(
+        executor: executors.SingleRunExecutor, active: Mapping[int, Trainer], n_steps: int
+    ) -> Callable[[int], Metrics]:
+        (run,) = active.values()
         # The first call compiles its program, with constants that are brought to the device once.
         if run.step:
             guarded.append(run.step)
         with jax.transfer_guard("disallow" if run.step else "allow"):
-            advance(solo, runs, count)
+            return run_steps(executor, active, n_steps)
 
-    monkeypatch.setattr(executors.SingleRunExecutor, "advance", advance_guarded)
+    monkeypatch.setattr(executors.SingleRunExecutor, "run_steps", run_guarded)
     train(tmp_path / "run", **STEPS)
     assert len(guarded) >= 3 and guarded[-1] < 8
 

@@ -26,7 +26,7 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter
-from rustgpt_jax.training import metric_logger
+from rustgpt_jax.training import hooks
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
 from rustgpt_jax.training.trainer import Trainer
@@ -164,7 +164,7 @@ def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, num
 def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
     counts: list[int] = []
-    trained, speed = metric_logger.Recorder.on_call, metric_logger.Recorder._speed
+    trained, speed = hooks.LogMetrics.on_call, hooks.LogMetrics._speed
 
     def noted(self: Any, pending: Any) -> None:
         counts.append(pending.n_steps)
@@ -173,16 +173,16 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
     def slow(self: Any, count: int) -> dict[str, float]:
         values = speed(self, count)
         if values:
-            self.seconds_per_step[self._structure] = 2.0
+            self.seconds_per_step[self._static] = 2.0
         return values
 
     config = tiny(**{"logging.eval_every": 10, "logging.checkpoint_every": 10})
-    monkeypatch.setattr(metric_logger.Recorder, "on_call", noted)
+    monkeypatch.setattr(hooks.LogMetrics, "on_call", noted)
     assert train(config, tmp_path / "quick")[0]
     # Until the speed is known, the steps go one by one.
     assert counts == [1, 1, 1, 3, 3, 1]
     counts.clear()
-    monkeypatch.setattr(metric_logger.Recorder, "_speed", slow)
+    monkeypatch.setattr(hooks.LogMetrics, "_speed", slow)
     assert train(config, tmp_path / "slow")[0]
     assert counts == [1, 1, 1, 2, 2, 2, 1]
     assert_same_bits(stored_state(config, tmp_path / "slow"), stored_state(config, tmp_path / "quick"))

@@ -31,7 +31,7 @@ from rustgpt_jax.reproduce.metadata_diff import data_differences
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training import executors, loop, metric_logger
+from rustgpt_jax.training import executors, hooks, loop
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
@@ -285,7 +285,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
     # A kill after a part of the evaluation was written.
     with monkeypatch.context() as patch:
-        patch.setattr(metric_logger, "generate_text", killed)
+        patch.setattr(hooks, "generate_text", killed)
         train(config, broken)
     assert train(config, broken)[0]
     assert "is complete" in train(config, broken)[1]
@@ -388,7 +388,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: list[Interruption]
 ) -> None:
     config = tiny(**EVERY_TWO)
-    monkeypatch.setattr(metric_logger, "evaluate", scripted(tmp_path, {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}))
+    monkeypatch.setattr(hooks, "evaluate", scripted(tmp_path, {2: 3.0, 4: 2.0, 6: math.nan, 8: 2.5, 10: 4.0}))
     for interruption in interruptions:
         train(config, tmp_path, interruption)
     assert train(config, tmp_path)[0]
@@ -396,7 +396,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     assert best.step == 4
     # The state of step 4 itself: of the same run, cut off there.
     other = tmp_path / "other"
-    monkeypatch.setattr(metric_logger, "evaluate", lambda *_: {})
+    monkeypatch.setattr(hooks, "evaluate", lambda *_: {})
     train(config, other, Interruption(4, is_kill=False))
     assert_same_bits(best, stored_state(config, other))
 
@@ -404,7 +404,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
 def test_the_best_checkpoint_is_that_of_the_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
     config = tiny(**EVERY_TWO, stages=halves)
-    monkeypatch.setattr(metric_logger, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
+    monkeypatch.setattr(hooks, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
     assert train(config, tmp_path)[0]
     assert stored_state(config, tmp_path, "best").step == 8
 

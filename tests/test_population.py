@@ -15,7 +15,8 @@ from rustgpt_jax.config.schema import Config
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.executors import PopulationExecutor, run_training_loop
+from rustgpt_jax.training.executors import PopulationExecutor
+from rustgpt_jax.training.loop import run_training_loop
 from rustgpt_jax.training.run_inputs import prepare_inputs
 from rustgpt_jax.training.train_step import MODES
 from rustgpt_jax.training.trainer import Trainer

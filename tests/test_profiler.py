@@ -13,7 +13,7 @@ from test_loop import assert_same_bits, metrics, stored_state, tiny
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.progress import StartupTimer
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.profiler import parse_span
+from rustgpt_jax.training.hooks import parse_span
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

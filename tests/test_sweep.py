@@ -37,8 +37,8 @@ from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, expand
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import executors
+from rustgpt_jax.training.hooks import Evaluate
 from rustgpt_jax.training.load_model import load
-from rustgpt_jax.training.metric_logger import Recorder
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.workdir.run_dir import load_config
 
@@ -167,22 +167,22 @@ def test_a_stopped_sweep_goes_on_and_its_trials_do_so_alone(
 # Failures.
 
 
-def faulty(seed: int, step: int) -> Callable[..., None]:
+def faulty(seed: int, step: int) -> Callable[..., bool]:
     """An `evaluate` that fails in the trial of a seed from a step on."""
 
-    def evaluate(recorder: Recorder, state: Any, at: int) -> None:
-        if recorder.config.seed == seed and at >= step:
+    def evaluate(hook: Evaluate, state: Any, at: int, is_stopped: Callable[[], bool]) -> bool:
+        if hook.config.seed == seed and at >= step:
             raise OSError("no space\nleft")
-        return whole(recorder, state, at)
+        return whole(hook, state, at, is_stopped)
 
-    whole = Recorder.evaluate
+    whole = Evaluate.evaluate
     return evaluate
 
 
 def test_a_trial_that_fails_leaves_its_neighbours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = expand(tiny_tree(), seeds(4))
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "evaluate", faulty(seed=2, step=8))
+        patch.setattr(Evaluate, "evaluate", faulty(seed=2, step=8))
         assert run(tmp_path / "faulty", trials).failed() == {trials[2].id}
     (failed,) = events(tmp_path / "faulty", "failed")
     assert (failed["trial"], failed["error"]) == (trials[2].id, "no space left")

@@ -15,7 +15,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path, path_name
-from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
+from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
     Hyperparams,
     State,

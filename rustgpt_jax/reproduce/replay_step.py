@@ -7,7 +7,7 @@ from typing import Any
 
 from rustgpt_jax.reproduce.compare_metrics import TIMED, missing_record
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, StepInternals, named
-from rustgpt_jax.training.metric_logger import MUST_BE_FINITE
+from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import running_code
 from rustgpt_jax.workdir.environment import environment, flat
 from rustgpt_jax.workdir.event_log import launches

@@ -1,7 +1,6 @@
-"""How runs are advanced: one alone, on all its devices, or many by one program. The loop is the same."""
+"""Executors hold the states of one run, or of a population, and call the compiled program that advances them."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -25,94 +24,93 @@ from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import call_and_fingerprint
 
+ReadMetrics = Callable[[int], Metrics]
+
 
 class Executor(Protocol):
-    """Holds the states of some runs and advances them."""
+    """Holds the states of runs and advances them by calls of a compiled program."""
 
-    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
-        """`count` steps of each run that is not None; these have one structure."""
+    def run_steps(self, active: Mapping[int, Trainer], n_steps: int) -> ReadMetrics:
+        """Start `n_steps` steps of each active run, by index. All of them have the same static config.
 
-    def state(self, index: int) -> State:
-        """The state of a run."""
+        Returns:
+            A function that waits for the metrics of a run, by index, and returns them.
+        """
 
-    def put(self, index: int, state: State) -> None:
-        """Give a run another state."""
+    def get_state(self, index: int) -> State:
+        """Return the state of a run."""
+
+    def set_state(self, index: int, state: State) -> None:
+        """Replace the state of a run."""
 
 
 class SingleRunExecutor:
-    """One run, each call a program of its own."""
+    """Advances one run, on all devices of its mesh."""
 
-    def __init__(self, run: Trainer) -> None:
-        self._plan, self._static = run.plan, run.program.static
-        self._state = offload_opt_state(self._static, self._plan.shard_state(run.state()))
+    def __init__(self, trainer: Trainer) -> None:
+        self._plan, self._static = trainer.plan, trainer.program.static
+        self._state: State
+        self.set_state(0, trainer.state())
 
-    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
-        """`count` steps of the run."""
-        (run,) = runs
-        assert run is not None
-        next_call_args = _device_put(run.next_call_args(count), run.plan, run.batch_size)
-        began = time.perf_counter()
-        self._state, metrics = _call([run], compiled_train_steps, run.program.static, self._state, *next_call_args)
-        run.on_steps_done(count, lambda: jax.device_get(metrics), time.perf_counter() - began)
+    def run_steps(self, active: Mapping[int, Trainer], n_steps: int) -> ReadMetrics:
+        """Start `n_steps` steps of the run."""
+        (trainer,) = active.values()
+        args = _device_put(trainer.next_call_args(n_steps), self._plan, trainer.batch_size)
+        self._state, metrics = _call([trainer], compiled_train_steps, trainer.program.static, self._state, *args)
+        return lambda _: jax.device_get(metrics)
 
-    def state(self, index: int) -> State:
-        """The state of the run."""
+    def get_state(self, index: int) -> State:
+        """Return the state of the run."""
         del index
         return self._state
 
-    def put(self, index: int, state: State) -> None:
-        """Give the run another state."""
+    def set_state(self, index: int, state: State) -> None:
+        """Replace the state of the run."""
         del index
         self._state = offload_opt_state(self._static, self._plan.shard_state(state))
 
 
 class PopulationExecutor:
-    """Many runs in one program, in a mode of `population.MODES`. Lanes beyond the runs stay idle.
+    """Advances many runs with one program, in one of `train_step.MODES`.
 
-    A program is made for a number of lanes: with the same number, it serves fewer runs too.
+    A program is compiled for a number of slots; it serves fewer runs too, with idle slots.
     """
 
-    def __init__(self, mode: str, runs: Sequence[Trainer], n_slots: int) -> None:
-        states = [run.state() for run in runs]
-        self._mode, self._plan = mode, runs[0].plan
+    def __init__(self, mode: str, trainers: Sequence[Trainer], n_slots: int) -> None:
+        states = [trainer.state() for trainer in trainers]
+        self._mode, self._plan, self._n_slots = mode, trainers[0].plan, n_slots
         self._states_P = self._plan.shard_state(stack(states + [states[0]] * (n_slots - len(states))))
-        self._n_lanes = n_slots
 
-    def advance(self, runs: Sequence[Trainer | None], count: int) -> None:
-        """`count` steps of each run that is not None, in one call."""
-        next_call_args = {index: run.next_call_args(count) for index, run in enumerate(runs) if run is not None}
-        static = next(run.program.static for run in runs if run is not None)
-        idle = next(iter(next_call_args.values()))._replace(count=np.int32(0))
-        args_P = _stack_args([next_call_args.get(index, idle) for index in range(self._n_lanes)])
+    def run_steps(self, active: Mapping[int, Trainer], n_steps: int) -> ReadMetrics:
+        """Start `n_steps` steps of each active run. The other slots do nothing."""
+        args = {index: trainer.next_call_args(n_steps) for index, trainer in active.items()}
+        static = next(iter(active.values())).program.static
+        idle = next(iter(args.values()))._replace(count=np.int32(0))
+        args_P = _stack_args([args.get(index, idle) for index in range(self._n_slots)])
         args_P = _device_put(args_P, self._plan, args_P.batches.tokens_BT.shape[-2])
-        began = time.perf_counter()
-        members = [run for run in runs if run is not None]
         self._states_P, metrics_P = _call(
-            members, compiled_population_steps, self._mode, static, self._states_P, args_P
+            active.values(), compiled_population_steps, self._mode, static, self._states_P, args_P
         )
-        seconds = time.perf_counter() - began
         read = cache(lambda: jax.device_get(metrics_P))
-        for index, run in enumerate(runs):
-            if run is not None:
-                run.on_steps_done(count, _reader(read, index), seconds)
+        return lambda index: jax.tree.map(lambda column: column[index], read())
 
-    def state(self, index: int) -> State:
-        """The state of a run, apart from the others'."""
+    def get_state(self, index: int) -> State:
+        """Return the state of a run, sliced out of those of the population."""
         return compiled_get_member(self._states_P, np.int32(index))
 
-    def put(self, index: int, state: State) -> None:
-        """Give a run another state."""
-        # From the host: a state that is bound to a device would take the others there.
+    def set_state(self, index: int, state: State) -> None:
+        """Replace the state of a run."""
+        # From the host: a state committed to one device would move the others there.
         self._states_P = compiled_set_member(self._states_P, jax.device_get(state), np.int32(index))
 
 
-# The programs that this process has run, by what selects them.
+# The compiled programs that this process has called, by `_cache_key` of their arguments.
 _programs: dict[Any, NamedProgram] = {}
 
 
-def _call(runs: Sequence[Trainer], function: Any, *arguments: Any) -> Any:
-    """Call a compiled function; the journals of runs that call it for the first time are told what it is."""
-    unnamed = [run for run in runs if run.is_unnamed]
+def _call(trainers: Iterable[Trainer], function: Any, *arguments: Any) -> Any:
+    """Call a compiled function, and record the program in the journal of each run that calls it for the first time."""
+    unnamed = [trainer for trainer in trainers if trainer.is_unnamed]
     if not unnamed:
         return function(*arguments)
     leaves, tree = jax.tree.flatten(arguments)
@@ -121,70 +119,31 @@ def _call(runs: Sequence[Trainer], function: Any, *arguments: Any) -> Any:
         result = function(*arguments)
     else:
         result, _programs[key] = call_and_fingerprint(function, *arguments)
-    for run in unnamed:
-        run.name_program(_programs[key])
+    for trainer in unnamed:
+        trainer.name_program(_programs[key])
     return result
 
 
 def _cache_key(argument: Any) -> Any:
-    """What of an argument selects the program: all of a structure; shape, type and place of an array."""
+    """Return what selects the program of an argument: shape, dtype and sharding of an array; anything else as it is."""
     if not hasattr(argument, "shape"):
         return argument
     return argument.shape, argument.dtype, getattr(argument, "sharding", None)
 
 
-def _device_put(next_call_args: StepArgs, plan: ShardingPlan, batch_size: int) -> StepArgs:
-    """Orders on their way to the devices, which nothing waits for. On a mesh, what is no batch goes with the call."""
+def _device_put(args: StepArgs, plan: ShardingPlan, batch_size: int) -> StepArgs:
+    """Start the transfer to the devices. On a mesh, only batches are transferred before the call."""
     if plan.mesh is None:
-        return jax.device_put(next_call_args)
-    return next_call_args._replace(batches=plan.shard_batch(next_call_args.batches, batch_size))
+        return jax.device_put(args)
+    return args._replace(batches=plan.shard_batch(args.batches, batch_size))
 
 
-def _stack_args(next_call_args: list[StepArgs]) -> StepArgs:
-    """Orders with a first axis P; batches are stacked where they are."""
-    batches, *others = zip(*next_call_args, strict=True)
+def _stack_args(args: list[StepArgs]) -> StepArgs:
+    """Stack arguments along a new first axis P. Batches are stacked where they are, on the devices or the host."""
+    batches, *others = zip(*args, strict=True)
     on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
     return StepArgs(compiled_stack(batches) if on_devices else _stack_on_host(batches), *map(_stack_on_host, others))
 
 
 def _stack_on_host(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def _reader(read: Callable[[], Metrics], index: int) -> Callable[[], Metrics]:
-    return lambda: jax.tree.map(lambda column: column[index], read())
-
-
-def run_training_loop(
-    runs: Sequence[Trainer],
-    executor: Executor,
-    is_stopped: Callable[[], bool],
-    between_calls: Callable[[], object] = lambda: None,
-) -> None:
-    """Advance runs to their ends, or until a stop is requested; then save them all.
-
-    Args:
-        runs: The runs.
-        lanes: The states of the runs.
-        is_stopped: Whether a stop is requested; called between calls and between the batches of an evaluation.
-        between_calls: Called before each call and after the last one.
-    """
-    for index, resumed in enumerate(runs):
-        if resumed.owes_evaluation:
-            resumed.record(executor.state(index), is_stopped)
-    while True:
-        between_calls()
-        if is_stopped() or all(run.is_over for run in runs):
-            break
-        static = next(run.program.static for run in runs if not run.is_over)
-        active = [None if run.is_over or run.program.static != static else run for run in runs]
-        count = min(run.steps_to_event() for run in active if run)
-        executor.advance(active, count)
-        for index, run in enumerate(active):
-            if run and run.has_event:
-                run.record(executor.state(index), is_stopped)
-            if run and run.needs_rewind:
-                executor.put(index, run.rewind())
-    for index, run in enumerate(runs):
-        if not run.is_over:
-            run.stop(executor.state(index))

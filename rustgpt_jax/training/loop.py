@@ -3,8 +3,9 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,17 +31,71 @@ from rustgpt_jax.tracking.formatting import duration
 from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.tracking.progress import Progress, StartupTimer, counting
 from rustgpt_jax.training.config_checks import resolve_change, validate_components
-from rustgpt_jax.training.executors import SingleRunExecutor, run_training_loop
+from rustgpt_jax.training.executors import Executor, SingleRunExecutor
+from rustgpt_jax.training.hooks import Profile, parse_span
 from rustgpt_jax.training.memory_estimate import check_training_memory
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.profiler import Profile, parse_span
 from rustgpt_jax.training.run_inputs import _tokenizer, prepare_inputs
+from rustgpt_jax.training.train_step import State
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code
 from rustgpt_jax.workdir.run_dir import RunDir, shadow
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
+
+
+def run_training_loop(
+    trainers: Sequence[Trainer],
+    executor: Executor,
+    is_stopped: Callable[[], bool],
+    before_call: Callable[[], object] = lambda: None,
+) -> None:
+    """Train runs to their ends, or until a stop is requested; then save them all.
+
+    Args:
+        trainers: The runs, all on the same devices.
+        executor: The states of the runs.
+        is_stopped: Returns whether a stop is requested; called between calls and between the batches of an evaluation.
+        before_call: Called before each call of the compiled program, and after the last one.
+    """
+    for index, trainer in enumerate(trainers):
+        if trainer.owes_evaluation:
+            _run_hooks(trainer, executor.get_state(index), is_stopped)
+    while True:
+        before_call()
+        if is_stopped() or all(trainer.is_over for trainer in trainers):
+            break
+        active = _next_active(trainers)
+        n_steps = min(trainer.steps_to_event() for trainer in active.values())
+        began = time.perf_counter()
+        read_metrics = executor.run_steps(active, n_steps)
+        seconds = time.perf_counter() - began
+        for index, trainer in active.items():
+            trainer.on_steps_done(n_steps, partial(read_metrics, index), seconds)
+        for index, trainer in active.items():
+            if trainer.has_event:
+                _run_hooks(trainer, executor.get_state(index), is_stopped)
+            if trainer.needs_rewind:
+                executor.set_state(index, trainer.rewind())
+    for index, trainer in enumerate(trainers):
+        if not trainer.is_over:
+            trainer.stop(executor.get_state(index))
+
+
+def _next_active(trainers: Sequence[Trainer]) -> dict[int, Trainer]:
+    """Return the runs to advance by the next call, by index: those that need the same program as the first one."""
+    unfinished = {index: trainer for index, trainer in enumerate(trainers) if not trainer.is_over}
+    static = next(iter(unfinished.values())).program.static
+    return {index: trainer for index, trainer in unfinished.items() if trainer.program.static == static}
+
+
+def _run_hooks(trainer: Trainer, state: State, is_stopped: Callable[[], bool]) -> None:
+    event = trainer.new_event(state, is_stopped)
+    for hook in trainer.hooks:
+        if not hook(event):
+            break
+    trainer.on_event_done(event)
 
 
 def train(

@@ -20,8 +20,17 @@ from rustgpt_jax.tokenizers import save_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, keep_until
 from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
+from rustgpt_jax.training.hooks import (
+    Evaluate,
+    Hook,
+    LogMetrics,
+    NonFiniteStep,
+    PendingMetrics,
+    ProgressSink,
+    SaveCheckpoint,
+    StepEvent,
+)
 from rustgpt_jax.training.memory_estimate import state_shapes
-from rustgpt_jax.training.metric_logger import EvaluationStopped, NonFiniteStep, Pending, ProgressSink, Recorder
 from rustgpt_jax.training.run_inputs import RunInputs, StageProgram
 from rustgpt_jax.training.train_step import (
     Metrics,
@@ -62,7 +71,7 @@ class Trainer:
         # Steps at which a call ends, so that something can be done between two.
         self.break_steps: Sequence[int] = ()
         self._origins, self._resources = origins, ExitStack()
-        self._recorder: Recorder | None = None
+        self._hooks: tuple[LogMetrics, Evaluate, SaveCheckpoint] | None = None
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._named = dict[StaticConfig, float](), set[int]()
@@ -127,26 +136,26 @@ class Trainer:
         return self.step == self._stopped_evaluation
 
     @property
-    def _fault(self) -> NonFiniteStep | None:
-        return self._recorder.fault if self._recorder else None
+    def _nonfinite_step(self) -> NonFiniteStep | None:
+        return self._hooks[0].nonfinite_step if self._hooks else None
 
     @property
     def n_skipped(self) -> int:
         """The steps that went wrong, up to the one at which training ended; 0 if it did not."""
-        return self._fault.n_skipped if self._fault else 0
+        return self._nonfinite_step.n_skipped if self._nonfinite_step else 0
 
     @property
     def needs_rewind(self) -> bool:
         """Whether a step went wrong that is to be undone."""
         faults = self.inputs.config.faults
-        if self._fault is None or faults.nonfinite_policy != "rewind":
+        if self._nonfinite_step is None or faults.nonfinite_policy != "rewind":
             return False
-        return self._fault.n_skipped <= faults.max_skipped
+        return self._nonfinite_step.n_skipped <= faults.max_skipped
 
     @property
     def diverged_at(self) -> int | None:
         """The step at which training ended, its loss or gradient not finite, if there was one."""
-        return self._fault.step if self._fault and not self.needs_rewind else None
+        return self._nonfinite_step.step if self._nonfinite_step and not self.needs_rewind else None
 
     @property
     def stage(self) -> StageData:
@@ -225,8 +234,8 @@ class Trainer:
 
     def _go_back(self) -> NonFiniteStep:
         """Forget what was done after the last regular checkpoint before the step that went wrong."""
-        assert self._fault is not None
-        fault, self._recorder = self._fault, None
+        assert self._nonfinite_step is not None
+        fault, self._hooks = self._nonfinite_step, None
         self.checkpoints.wait()
         self.step = self.checkpoints.last_scheduled(fault.step - 1) or 0
         self._skipped += fault.step - self.step
@@ -281,51 +290,59 @@ class Trainer:
         batches = self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
         return StepArgs(batches, np.int32(count), self.program.hparams, self.program.first_step)
 
-    def on_steps_done(self, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
-        """Take note of a call that took `seconds` to return; its metrics are read later."""
-        recorder = self._open_recorder()
-        recorder.on_first_call(self.program.static, seconds)
-        recorder.on_call(Pending(self.step, count, read_metrics))
-        self.step += count
+    def on_steps_done(self, n_steps: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
+        """Advance the position after a call was started.
+
+        Args:
+            n_steps: The number of steps of the call.
+            read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call.
+            seconds: How long the call took to return.
+        """
+        log, _, _ = self._open_hooks()
+        log.on_first_call(self.program.static, seconds)
+        log.on_call(PendingMetrics(self.step, n_steps, read_metrics))
+        self.step += n_steps
 
     @property
     def has_event(self) -> bool:
-        """Whether there is something to be done with the state after the step just made."""
-        last_step = self._open_recorder().data.stage.last_step
-        return self._evaluates or self._saves or self.step in (last_step, self.end_step)
+        """Whether a hook is due after the last step."""
+        log, evaluate, save = self._open_hooks()
+        is_at_end = self.step in (log.data.stage.last_step, self.end_step)
+        return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
 
-    def catch_up(self) -> None:
-        """Wait for the steps that were begun, and write their metrics."""
-        if self._recorder is not None:
-            self._recorder.flush()
+    @property
+    def hooks(self) -> Sequence[Hook]:
+        """The hooks of the stage of the last step, in the order in which they run."""
+        return self._open_hooks()
 
-    def record(self, state: State, is_stopped: Callable[[], bool]) -> None:
-        """Evaluate and save the state after the step just made, where that is due.
+    def new_event(self, state: State, is_stopped: Callable[[], bool]) -> StepEvent:
+        """Return the event to call the hooks with after the last step."""
+        return StepEvent(self.step, state, is_stopped, self.owes_evaluation)
 
-        If `is_stopped` returns True during the evaluation, the evaluation is given up, and done again on resume.
-        """
-        recorder = self._open_recorder()
-        recorder.flush()
-        if recorder.fault is not None:
-            return
-        try:
-            is_best = (self._evaluates or self.owes_evaluation) and recorder.evaluate(state, self.step, is_stopped)
-        except EvaluationStopped:
-            if not self.owes_evaluation:
+    def on_event_done(self, event: StepEvent) -> None:
+        """Record that all hooks have run, or that an evaluation was stopped and has to be repeated on resume."""
+        data = self._open_hooks()[0].data
+        if event.is_evaluation_stopped:
+            if not event.owes_evaluation:
                 self._journal.append("evaluation", step=self.step, is_done=False)
                 self._stopped_evaluation = self.step
             return
-        if self._saves or is_best or self.step == self.end_step:
-            self.checkpoints.save(state, self.step, is_best, is_regular=self._saves or is_best)
-        if self.step == recorder.data.stage.end_step:
+        if self._nonfinite_step:
+            return
+        if self.step == data.stage.end_step:
             self._skipped = 0
-        if self.step == recorder.data.stage.last_step:
+        if self.step == data.stage.last_step:
             self._close_source()
-            self._recorder = self._recorder if self.step >= self.end_step else None
-        if self.owes_evaluation:
+            self._hooks = self._hooks if self.step >= self.end_step else None
+        if event.owes_evaluation:
             # Only after the checkpoint is marked as the best.
             self._journal.append("evaluation", step=self.step, is_done=True)
             self._stopped_evaluation = None
+
+    def catch_up(self) -> None:
+        """Wait for all steps that were started, and write their metrics."""
+        if self._hooks is not None:
+            self._hooks[0].flush()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -344,38 +361,22 @@ class Trainer:
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
-        """Save the state after the last step made, so that the run can go on from there."""
-        if self._recorder:
-            self._recorder.flush()
+        """Save the state after the last step, so that the run can be resumed from there."""
+        self.catch_up()
         if self.needs_rewind:
             self._go_back()
         elif self.diverged_at is None:
-            self.checkpoints.save(state, self.step, is_regular=self.owes_evaluation and self._saves)
+            is_scheduled = self.owes_evaluation and self._open_hooks()[2].is_due(self.step)
+            self.checkpoints.save(state, self.step, is_regular=is_scheduled)
 
-    @property
-    def _evaluates(self) -> bool:
-        stage = self._open_recorder().data.stage
-        return self.step % stage.config.logging.eval_every == 0 or self.step == stage.end_step
-
-    @property
-    def _saves(self) -> bool:
-        stage = self._open_recorder().data.stage
-        return self.step % stage.config.logging.checkpoint_every == 0 or self.step == stage.end_step
-
-    def _open_recorder(self) -> Recorder:
-        if self._recorder is None:
-            assert self._writer is not None, "begin() opens the records"
-            self._recorder = Recorder(
-                self.stage,
-                self.folder,
-                self.inputs.tokenizer,
-                self._writer,
-                self._progress,
-                self.plan,
-                self._seconds_per_step,
-                self.inputs.compares_after(self.stage),
-            )
-        return self._recorder
+    def _open_hooks(self) -> tuple[LogMetrics, Evaluate, SaveCheckpoint]:
+        if self._hooks is None:
+            assert self._writer is not None, "begin() opens the metrics file"
+            data, compares_after = self.stage, self.inputs.compares_after(self.stage)
+            log = LogMetrics(data, self._writer, self._progress, self.plan, self._seconds_per_step)
+            evaluate = Evaluate(data, self.folder, self.inputs.tokenizer, log, compares_after)
+            self._hooks = log, evaluate, SaveCheckpoint(data, self.checkpoints, self.end_step)
+        return self._hooks
 
     def _close_source(self) -> None:
         if self._batch_source is not None:

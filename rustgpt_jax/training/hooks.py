@@ -1,0 +1,363 @@
+"""Hooks of the training loop: log metrics, evaluate, save checkpoints, and trace steps with the profiler."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rustgpt_jax.config.schema import Config, StaticConfig, partition
+from rustgpt_jax.data.preprocess import StageData
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.inference.decode_params import weight_layout
+from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
+from rustgpt_jax.model.flops import training_flops_per_token
+from rustgpt_jax.model.transformer import Params
+from rustgpt_jax.sharding.sharding_plan import ShardingPlan
+from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tracking.formatting import duration
+from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
+from rustgpt_jax.training.checkpointing import Checkpoints
+from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
+from rustgpt_jax.training.train_step import Metrics, State, fetch_opt_state
+from rustgpt_jax.workdir.run_dir import RunDir
+
+# A step with one of these metrics not finite is skipped or undone, as in `train_step`.
+MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
+
+compiled_eval_params = jax.jit(get_eval_params, static_argnums=0)
+
+
+class PendingMetrics(NamedTuple):
+    """Metrics of steps that the device may still be computing.
+
+    Attributes:
+        first_step: The number of steps before these.
+        n_steps: The number of steps.
+        read: Waits for the metrics and returns them as NumPy arrays with at least `n_steps` elements.
+    """
+
+    first_step: int
+    n_steps: int
+    read: Callable[[], Metrics]
+
+
+class NonFiniteStep(NamedTuple):
+    """A step whose loss, gradient or update is not finite, and the number of such steps of the run so far."""
+
+    step: int
+    n_skipped: int
+
+
+class EvaluationStopped(Exception):
+    """Raised to end an evaluation after a request to stop."""
+
+
+class ProgressSink(Protocol):
+    """Shows the progress of a run to the user."""
+
+    def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
+        """Show the metrics of a step."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show that `done` of the `total` batches of an evaluation are done."""
+
+    def message(self, text: str) -> None:
+        """Print a message."""
+
+
+@dataclass
+class StepEvent:
+    """The state after a step, passed to the hooks one after another.
+
+    Attributes:
+        step: The step, counted from 1.
+        state: The state after the step.
+        is_stopped: Returns whether a stop is requested.
+        owes_evaluation: Whether an earlier evaluation after this step was stopped, so that it has to be repeated.
+        is_best: Whether this state has the lowest validation loss of the stage. Set by `Evaluate`.
+        is_evaluation_stopped: Whether the evaluation was stopped. Set by `Evaluate`.
+    """
+
+    step: int
+    state: State
+    is_stopped: Callable[[], bool]
+    owes_evaluation: bool = False
+    is_best: bool = False
+    is_evaluation_stopped: bool = False
+
+
+class Hook(Protocol):
+    """Acts on the state after a step at which something is due."""
+
+    def __call__(self, event: StepEvent) -> bool:
+        """Run the hook. Returns False to skip the hooks after it."""
+
+
+@dataclass
+class LogMetrics:
+    """Writes the metrics of the steps of a stage and finds steps that are not finite.
+
+    Metrics are read one call late, so that the device never waits for the host. After a step that is not finite, unless
+    it is to be skipped, nothing more is written, and `nonfinite_step` is set.
+    """
+
+    data: StageData
+    writer: MetricsWriter
+    progress: ProgressSink
+    plan: ShardingPlan
+    seconds_per_step: dict[StaticConfig, float]
+    pending: PendingMetrics | None = None
+    nonfinite_step: NonFiniteStep | None = None
+
+    def __post_init__(self) -> None:
+        self._flops_per_token = training_flops_per_token(self.data.stage.config.model, self.data.seq_len)
+        self._peak_flops = self.plan.peak_flops()
+        self._static = partition(self.data.stage.config)[0]
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Start timing the next call now."""
+        # None if it is unknown when the device began the call.
+        self._clock: float | None = time.perf_counter()
+
+    def __call__(self, event: StepEvent) -> bool:
+        """Write all metrics up to the step. Returns False if a step is not finite."""
+        del event
+        self.flush()
+        return self.nonfinite_step is None
+
+    def on_first_call(self, static: StaticConfig, seconds: float) -> None:
+        """Report how long the first call of each program took to return, which is its tracing and compilation."""
+        if static not in self.seconds_per_step:
+            self.seconds_per_step[static] = math.inf
+            self.progress.message(f"compiled the training step in {duration(seconds)}")
+            # The device may have finished some of the steps by now.
+            self._clock = None
+
+    def on_call(self, pending: PendingMetrics) -> None:
+        """Queue the metrics of a call that was just started, and write those of the call before."""
+        self.flush()
+        self.pending = pending
+
+    def flush(self) -> None:
+        """Wait for the queued metrics and write them."""
+        pending, self.pending = self.pending, None
+        if pending is None or self.nonfinite_step is not None:
+            return
+        metrics = pending.read()
+        columns = {**metrics._asdict(), **metrics.signals}
+        del columns["signals"]
+        speed = self._speed(pending.n_steps)
+        for index in range(pending.n_steps):
+            step = pending.first_step + index + 1
+            values = {f"train/{name}": column[index].item() for name, column in columns.items()} | speed
+            is_bad = not all(math.isfinite(values[f"train/{name}"]) for name in MUST_BE_FINITE)
+            if is_bad and not self._is_skipped(values["train/faults"]):
+                self.nonfinite_step = NonFiniteStep(step, values["train/faults"])
+            if self._is_logged(step) or is_bad:
+                self.writer.write(step, {"stage": self.data.stage.name, **values})
+            if index == pending.n_steps - 1 or self.nonfinite_step:
+                self.progress.update(step, values, self.data.stage.name)
+            if self.nonfinite_step:
+                return
+
+    def _is_skipped(self, n_skipped: int) -> bool:
+        faults = self.data.stage.config.faults
+        return faults.nonfinite_policy == "skip" and n_skipped <= faults.max_skipped
+
+    def _is_logged(self, step: int) -> bool:
+        return self.data.stage.is_logged(step)
+
+    def _speed(self, count: int) -> dict[str, float]:
+        now, began = time.perf_counter(), self._clock
+        self._clock = now
+        if began is None:
+            return {}
+        self.seconds_per_step[self._static] = (now - began) / count
+        tokens = count * self.data.stage.config.training.batch_size * self.data.seq_len
+        tokens_per_second = tokens / (now - began)
+        return {
+            "train/tokens_per_second": tokens_per_second,
+            "train/flops_share": tokens_per_second * self._flops_per_token / self._peak_flops,
+        }
+
+
+@dataclass
+class Evaluate:
+    """Evaluates on the validation split of a stage and writes samples.
+
+    Validation losses up to the step `compares_after` are of other batches and do not count for the best loss.
+    """
+
+    data: StageData
+    run: RunDir
+    tokenizer: Codec
+    log: LogMetrics
+    compares_after: int = 0
+
+    def __post_init__(self) -> None:
+        # Losses of other stages are of other texts.
+        stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
+        begin = max(stage.first_step, self.compares_after)
+        own = (line for line in lines if begin < line["step"] <= stage.end_step)
+        self._best_loss = min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
+
+    @property
+    def config(self) -> Config:
+        """The config of the stage."""
+        return self.data.stage.config
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to evaluate after a step."""
+        return step % self.config.logging.eval_every == 0 or step == self.data.stage.end_step
+
+    def __call__(self, event: StepEvent) -> bool:
+        """Evaluate if it is due. Returns False if the evaluation was stopped; then nothing of it has been written."""
+        if not (self.is_due(event.step) or event.owes_evaluation):
+            return True
+        try:
+            event.is_best = self.evaluate(event.state, event.step, event.is_stopped)
+        except EvaluationStopped:
+            event.is_evaluation_stopped = True
+        return not event.is_evaluation_stopped
+
+    def evaluate(self, state: State, step: int, is_stopped: Callable[[], bool]) -> bool:
+        """Evaluate a state and write samples.
+
+        Args:
+            state: The state after the step.
+            step: The step.
+            is_stopped: Called before each batch.
+
+        Returns:
+            Whether the loss is the lowest of the stage so far.
+
+        Raises:
+            EvaluationStopped: `is_stopped` returned True. Nothing of the evaluation has been written.
+        """
+        params = self._eval_params(state)
+        values = self._losses(params, is_stopped)
+        is_best = values.get("valid/loss", np.inf) < self._best_loss
+        if values:
+            self.log.writer.write(step, {"stage": self.data.stage.name, **values})
+            self.log.progress.message(
+                f"step {step}  {self.data.stage.name}  validation loss {values['valid/loss']:.4f}"
+                f"  perplexity {values['valid/perplexity']:.2f}  {values['valid/bits_per_byte']:.3f} bits per byte"
+            )
+        if is_best:
+            self._best_loss = values["valid/loss"]
+        self._write_samples(params, step)
+        self.log.restart_clock()
+        return is_best
+
+    def _eval_params(self, state: State) -> Params:
+        # The static half of the config, so that no value of a hyperparameter compiles anything.
+        static = partition(self.config)[0]
+        if static.optimizer.name not in EVAL_PARAMS:
+            return state.params
+        opt_state = fetch_opt_state(static, state.opt_state)
+        return compiled_eval_params(static.optimizer, state.params, opt_state)
+
+    def _losses(self, params: Params, is_stopped: Callable[[], bool]) -> dict[str, float]:
+        training, plan, n_batches = self.config.training, self.log.plan, self.data.n_validation_batches
+
+        def on_batch(done: int) -> None:
+            self.log.progress.evaluating(done, n_batches)
+            if is_stopped():
+                raise EvaluationStopped
+
+        rows = plan.local_rows(training.batch_size, self.data.seq_len)
+        values = evaluate(
+            params,
+            self.config.model,
+            (plan.shard_batch(batch, training.batch_size) for batch in self.data.validation_batches(rows)),
+            self.data.store.split("valid").bytes_per_token,
+            training.loss_chunk_size,
+            training.grad_accum_steps,
+            on_batch,
+        )
+        self.log.progress.evaluating(n_batches, n_batches)
+        return values
+
+    def _write_samples(self, params: Params, step: int) -> None:
+        prompts = self.config.logging.sample_prompts
+        if not prompts:
+            return
+        author = TextGenerator(params, self.config.model, self.tokenizer, self.data.is_dialogue)
+        author = author.with_weight_layout(weight_layout(self.config.sampling))
+        texts = generate_text(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
+        with open(self.run.samples_file, "a", encoding="utf-8") as file:
+            for prompt, text in zip(prompts, texts, strict=True):
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+                self.log.progress.message(f"  {prompt} | {text}")
+
+
+@dataclass(frozen=True)
+class SaveCheckpoint:
+    """Saves the state where a checkpoint is due, at the best validation loss, and at the last step."""
+
+    data: StageData
+    checkpoints: Checkpoints
+    last_step: int
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is scheduled after a step."""
+        return step % self.data.stage.config.logging.checkpoint_every == 0 or step == self.data.stage.end_step
+
+    def __call__(self, event: StepEvent) -> bool:
+        """Start saving the state if it is due."""
+        is_scheduled = self.is_due(event.step) or event.is_best
+        if is_scheduled or event.step == self.last_step:
+            self.checkpoints.save(event.state, event.step, event.is_best, is_scheduled)
+        return True
+
+
+# `--profile=START:STOP`
+
+
+class Span(NamedTuple):
+    """The steps after `start`, up to `stop`."""
+
+    start: int
+    stop: int
+
+
+def parse_span(text: str, total_steps: int) -> Span:
+    """START:STOP as a span of a run of so many steps. Raises UserError if it is none."""
+    start, colon, stop = text.partition(":")
+    if not colon or not (start.isdecimal() and stop.isdecimal()):
+        raise UserError(f"--profile={text}: give the steps as START:STOP, such as --profile=10:15.")
+    if not int(start) < int(stop) <= total_steps:
+        raise UserError(f"--profile={text}: the run has steps up to {total_steps}, and START lies before STOP.")
+    return Span(int(start), int(stop))
+
+
+class Profile:
+    """Traces a span of steps into a folder. The device is to be done with the steps before when it is called."""
+
+    def __init__(self, steps: Span, folder: Path) -> None:
+        self.steps, self.folder = steps, folder
+        self._is_on = False
+
+    def begins(self, step: int) -> bool:
+        """Start the trace if it begins at this step. Whether it did."""
+        if self._is_on or step != self.steps.start:
+            return False
+        jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+        self._is_on = True
+        return True
+
+    def ends(self, step: int) -> bool:
+        """Write the trace if it ends at this step. Whether it did."""
+        if not self._is_on or step != self.steps.stop:
+            return False
+        jax.profiler.stop_trace()
+        self._is_on = False
+        return True
