@@ -186,7 +186,7 @@ def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
         assert "another task died" in printed
     else:
         assert other.returncode == EXIT_PEER_LOST, printed
-        assert "Another process of the run is gone" in printed and "goes on from the last checkpoint" in printed
+        assert "Another process of the run is gone" in printed and "continues from the last checkpoint" in printed
     assert "Traceback" not in printed
     train(run, 2).ends(0, 0)
     assert lines(run)[-1]["step"] == STEPS

@@ -66,7 +66,7 @@ def test_laps_add_up_and_are_told_once() -> None:
     [
         ("5", "give the steps as START:STOP"),
         ("a:b", "give the steps as START:STOP"),
-        ("5:5", "START lies before STOP"),
+        ("5:5", "START has to be less than STOP"),
         ("5:11", "the run has steps up to 10"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How many questions of a corpus a model answers word for word."""
+"""Exact-match accuracy of a model on the questions of a dialogue corpus."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +17,19 @@ def right_answers(
     sampling: SamplingConfig,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[int, int]:
-    """How many of the assistant's turns the model, asked greedily, gives word for word, and of how many.
+    """Count the assistant messages that the model reproduces exactly with greedy decoding.
 
-    Each is asked for after all true turns before it. Right means the same text after the tokenizer's own round trip.
-    Turns that the context has no room for count as not given. `progress` is called before each batch with the number
-    of questions that have been answered, and how many there are.
+    Each message is generated after all true messages before it. It is right if its text equals the true one after a
+    round trip through the tokenizer. Messages whose prompt does not fit the context count as wrong.
+
+    Args:
+        writer: The model.
+        documents: The dialogues.
+        sampling: The sampling config; temperature, penalty and length are overridden.
+        progress: Called before each batch with the number of answered questions and the total.
+
+    Returns:
+        The number of right messages and the total.
     """
     exchanges = [exchange for document in documents for exchange in _exchanges(document)]
     exchanges.sort(key=lambda exchange: sum(len(turn.text) for turn in exchange[0]))

@@ -1,4 +1,4 @@
-"""What training minimises: the mean cross-entropy of the next token over the tokens to be learned."""
+"""Training loss: the mean cross-entropy of the next token over the tokens with loss weight."""
 
 from functools import partial
 from typing import NamedTuple
@@ -14,9 +14,13 @@ from rustgpt_jax.model.block_inputs import AUX_LOSS, LayerMetrics
 
 
 class LossSums(NamedTuple):
-    """Sums over learned tokens, in nats. Sums add up over parts of a batch, and over batches; means do not.
+    """Weighted sums over tokens, in nats. Unlike means, sums can be added over microbatches and batches.
 
-    signals: what the blocks report of a part of a batch, times the weight of the part.
+    Attributes:
+        loss: Sum of the cross-entropy.
+        squared_normalizer: Sum of the squared log normalizer, for z-loss.
+        weight: Sum of the weights, that is the number of tokens with loss.
+        signals: Metrics of the blocks, times `weight`.
     """
 
     loss: jax.Array
@@ -32,9 +36,15 @@ def loss_sums(
     dropout_key: jax.Array | None = None,
     loss_chunk_size: int | None = None,
 ) -> LossSums:
-    """The summed cross-entropy, squared log normaliser and weight of the learned tokens of a batch.
+    """Compute the loss sums of a batch.
 
-    loss_chunk_size: tokens of each row whose logits exist at a time, in the backward pass too; None for all.
+    Args:
+        params: The parameters.
+        batch: The batch.
+        model: The config of the model.
+        dropout_key: The key for dropout, None for no dropout.
+        loss_chunk_size: The number of tokens per row whose logits are in memory at a time, in the backward pass too;
+            None for all.
     """
     hidden_BTD, _, signals = transformer.hidden_states(
         params,
@@ -57,14 +67,14 @@ def _chunked_sums(
     model: ModelConfig,
     chunk: int,
 ) -> LossSums:
-    """The sums of a batch from the logits of one chunk of all rows after another."""
+    """Compute the sums of a batch one chunk of logits at a time."""
     length = hidden_BTD.shape[1]
     chunk = min(chunk, length)
 
     def chunks(x: jax.Array) -> jax.Array:
-        """(B, T, ...) as (chunks, B, chunk, ...), with zeros, which have no weight, after the last token.
+        """Reshape (B, T, ...) to (chunks, B, chunk, ...), padded with zeros, which have no weight.
 
-        A chunk has tokens from all over the window, so that what is cut over devices along T stays so.
+        A chunk has tokens from all over the window, which preserves a sharding along T.
         """
         padded = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
@@ -82,7 +92,7 @@ def _chunked_sums(
 
 
 def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetrics) -> tuple[LossSums, jax.Array]:
-    """The sums of a batch from its logits, and the loss of each token."""
+    """Return the sums of a batch given its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
@@ -97,9 +107,9 @@ def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetric
 
 
 def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | float) -> jax.Array:
-    """Sums over a part of a batch as that part's share of the batch's mean loss.
+    """Return the contribution of a microbatch to the mean loss of its batch.
 
-    z-loss is in it (arXiv 2204.02311), and the auxiliary loss of the blocks, which each part of a batch has for itself.
+    It includes the z-loss (arXiv 2204.02311) and the auxiliary loss of the blocks for this microbatch.
     """
     loss = sums.loss
     if AUX_LOSS in sums.signals:
@@ -110,7 +120,7 @@ def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | floa
 
 
 def split_microbatches(batch: Batch, n_parts: int) -> Batch:
-    """A batch as equal parts along a new first axis, of each of which every device has a share."""
+    """Split a batch into microbatches along a new first axis, each sharded over all devices."""
     return jax.tree.map(lambda leaf: shard_activations(leaf.reshape(n_parts, -1, leaf.shape[1]), "PBT"), batch)
 
 
@@ -118,7 +128,7 @@ def split_microbatches(batch: Batch, n_parts: int) -> Batch:
 def eval_loss_sums(
     params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk_size: int | None = None, n_parts: int = 1
 ) -> LossSums:
-    """The sums of a batch without its gradient, `n_parts` of it one after another: it needs less memory than a step."""
+    """Compute the sums of a batch, `n_parts` microbatches one after another, to need no more memory than a step."""
     if n_parts == 1:
         return loss_sums(params, batch, model, None, loss_chunk_size)
     sums_P = jax.lax.map(

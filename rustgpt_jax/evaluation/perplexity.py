@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity and bits per byte."""
+"""Loss, perplexity and bits per byte on held-out text."""
 
 import math
 import time
@@ -29,19 +29,27 @@ def evaluate(
     n_parts: int = 1,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Mean loss in nats a token, perplexity, and bits per byte over the learned tokens of some batches.
+    """Evaluate a model on batches.
 
-    Bits per byte divide the loss in bits by the bytes of text that a learned token stands for on average in the whole
-    split, which makes tokenizers comparable. A word tokenizer loses spacing and unknown words: its value says what its
-    tokens cost, not what the text would. Empty if there are no batches.
+    Bits per byte are comparable between tokenizers: the loss in bits divided by the average number of bytes of text per
+    token. A word tokenizer loses spacing and unknown words, so that its value is about its tokens, not the whole text.
 
-    loss_chunk_size, n_parts: as those of `eval_loss_sums`, for what memory allows.
-    progress: Called before each batch with the number of batches whose sums are known. If it raises an exception, the
-    evaluation ends.
+    Args:
+        params: The parameters.
+        model: The config of the model.
+        batches: The batches.
+        bytes_per_token: The average number of bytes per token with loss in the whole split.
+        loss_chunk_size: As for `loss_sums`.
+        n_parts: The number of microbatches of a batch.
+        progress: Called before each batch with the number of batches whose sums are known. If it raises an exception,
+            the evaluation ends.
+
+    Returns:
+        Mean loss in nats per token, perplexity and bits per byte; empty if there are no batches.
     """
     model = for_inference(model)
     losses, weights, pending = array("d"), array("d"), deque[LossSums]()
-    # The first batch is read at once, because nothing is known of the time that one takes.
+    # Wait for the first batch at once, because the time of a batch is unknown.
     limit, start = 1, time.monotonic()
     for batch in batches:
         if progress is not None:

@@ -1,6 +1,6 @@
-"""Where the batches of a run come from: a token stream in the memory of its devices, if it fits, or files.
+"""Batches of a run: read from a token stream in device memory if it fits, else from files.
 
-Both give the same numbers to the same program, so which of them it is changes no bit of a run.
+Both sources produce identical batches, so the choice does not change the results of a run.
 """
 
 from functools import lru_cache, partial
@@ -20,14 +20,18 @@ from rustgpt_jax.model.kernels.types import default_device
 from rustgpt_jax.sharding.hardware_specs import device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
-# A token stream in the memory of a device, where batches are read from it: all that is sent are windows' places.
-
+# Marks of a token: it is a target with loss; a document begins there.
 LOSS_MASK, DOC_START = np.uint8(1), np.uint8(2)
 
 
 class DeviceTokenStream(NamedTuple):
-    """N tokens, as they are stored, and what is to be known of each: LEARNED where it is a target to be learned, BEGINS
-    where a document begins, or does so once the end of the stream is its beginning again."""
+    """A token stream in device memory. Batches are gathered from it, so that only window offsets are transferred.
+
+    Attributes:
+        tokens_N: The N tokens in their stored dtype.
+        marks_N: LOSS_MASK if the token is a target with loss, plus DOC_START if a document begins there.
+        end_id: The id of the end-of-document token.
+    """
 
     tokens_N: Any
     marks_N: Any  # uint8
@@ -35,12 +39,12 @@ class DeviceTokenStream(NamedTuple):
 
 
 def n_bytes(stream: TokenStream) -> int:
-    """The bytes of a stream that is resident."""
+    """Return the number of bytes that a stream takes in device memory."""
     return stream.n_tokens * (stream.token_shards[0].itemsize + LOSS_MASK.itemsize)
 
 
 def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
-    """A stream as it is to be brought to a device, in the memory of the host. It must have less than 2**30 tokens."""
+    """Build the device form of a stream, in host memory. It must have fewer than MAX_TOKENS tokens."""
     marks_N = np.where(stream.weights(0, stream.n_tokens), LOSS_MASK, np.uint8(0))
     marks_N[[*stream.offsets, -1]] |= DOC_START
     return DeviceTokenStream(np.concatenate(stream.token_shards), marks_N, np.int32(stream.end_id))
@@ -50,9 +54,13 @@ def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
 def read_windows(
     stream: DeviceTokenStream, places: WindowOffsets, *, window: int, sharding: Sharding | None = None
 ) -> Batch:
-    """The windows of T = `window` tokens at int32 places, as `pipeline.Windows.read` gives them, laid out so.
+    """Read the windows at some offsets, as `pipeline.Windows.read` does.
 
-    Places may have any axes before B, which the batch then has too.
+    Args:
+        stream: The token stream.
+        places: int32 offsets, with any number of axes before B, which the batch has too.
+        window: The number of tokens T of a window.
+        sharding: The sharding of the batch, if any.
     """
     read = partial(_read_window, stream, jnp.arange(window + 1))
     for _ in places.starts_B.shape:
@@ -62,7 +70,7 @@ def read_windows(
 
 
 def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
-    """One window, without the axis of rows."""
+    """Read one window, without the axis of rows."""
     last = stream.tokens_N.shape[0] - 1
     around_S = start + within_S
     # The last token of the stream is also its first, so its second token follows.
@@ -85,59 +93,59 @@ def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Arra
     )
 
 
-# A stream fits that takes no more of the free memory of a device, and whose places are int32 twice around it. So many
-# streams stay there for later runs.
+# Maximum share of device memory and number of tokens (so that twice the length fits int32) of a stream on the device,
+# and the number of streams to keep there for later runs.
 MAX_MEMORY_SHARE = 1 / 32
 MAX_TOKENS = 2**30
 CACHED_STREAMS = 4
 
 
 class BatchSource(Protocol):
-    """The batches of a stage of a run, from some step on."""
+    """The batches of a stage of a run, from one step on."""
 
     def take(self, count: int, slots: int) -> Batch:
-        """Those of the next `count` steps, stacked to `slots`; no step reads what fills these up."""
+        """Return the batches of the next `count` steps, stacked and padded to `slots`; the padding is never used."""
 
     def close(self) -> None:
-        """There is nothing more to take."""
+        """Release resources."""
 
 
 def make_batch_source(data: StageData, placement: ShardingPlan, step: int) -> BatchSource:
-    """The batches of a stage from a step on: those rows of each that lie on devices of this process."""
+    """Return the source of the batches of a stage from a step on, with the rows of this process."""
     stream = data.store.split("train")
     device = default_device() if placement.mesh is None else placement.mesh.local_devices[0]
     fits = n_bytes(stream) <= MAX_MEMORY_SHARE * device_memory(device) and stream.n_tokens < MAX_TOKENS
-    # Each of several processes reads its own rows.
+    # With several processes, each reads its own rows from files.
     if fits and jax.process_count() == 1:
         return DeviceBatchSource(data, placement, step, _cached_stream(data.store.path, placement, device))
     return FileBatchSource(data, placement, step)
 
 
 class FileBatchSource:
-    """Batches read from the token store, ahead of their steps, by a thread."""
+    """Batches read from the token store by a background thread."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
         rows = placement.local_rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
     def take(self, count: int, slots: int) -> Batch:
-        """As `Source.take`, in the memory of the host."""
+        """As `BatchSource.take`, in host memory."""
         return Batch(*_stacked([next(self._batches) for _ in range(count)], slots))
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._batches.close()
 
 
 class DeviceBatchSource:
-    """Batches read from a stream in the memory of the devices, which are sent where the windows are."""
+    """Batches gathered on the devices from a token stream there."""
 
     def __init__(self, data: StageData, placement: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
         self._batches, self._step, self._window = data.training_batches(), step, data.seq_len
         self._placement, self._stream = placement, stream
 
     def take(self, count: int, slots: int) -> Batch:
-        """As `Source.take`, on the devices."""
+        """As `BatchSource.take`, on the devices."""
         steps = range(self._step, self._step + count)
         places = WindowOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
         self._step += count
@@ -147,14 +155,14 @@ class DeviceBatchSource:
         return read_windows(self._stream, sent, window=self._window, sharding=sharding)
 
     def close(self) -> None:
-        """Others may still read from the stream."""
+        """Do nothing: the stream may be used by other runs."""
 
 
 @lru_cache(CACHED_STREAMS)
 def _cached_stream(store: Path, placement: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
-    """The training stream of a store, on devices. What lies in the folder of a store never changes.
+    """Return the training stream of a store on the devices; the files of a store never change.
 
-    `device` tells placements on one device apart, which is that of the thread.
+    `device` is part of the cache key: plans for one device do not name it.
     """
     del device
     return placement.replicate(make_device_stream(open_store(store).split("train")))

@@ -1,8 +1,7 @@
-"""Checkpoints through Orbax: written in the background, whole or not at all; the last ones and the best are kept.
+"""Checkpoints with Orbax: written atomically in the background; the most recent ones and the best are kept.
 
-Beside its state, a checkpoint has a record: the config, and the shape, type and fingerprint of each array; and the
-SHA-256 of each of its files. What is read back is held against them, so that nothing is ever left out, made up, cast,
-or taken from a damaged file.
+A checkpoint stores, beside the state, its config, the shape, dtype and fingerprint of each array, and the SHA-256 of
+each file. All of them are verified on restore, so that no array is missing, cast, or read from a damaged file.
 """
 
 import errno
@@ -31,29 +30,29 @@ from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import in_words, is_step_name
 
 N_RECENT = 2
-# Sealing reads all of it again: a large one takes long.
+# Computing the checksums reads all files again, which takes long for a large checkpoint.
 MAX_SAVE_SECONDS = 6 * 3600
 CHECKSUMS = "sha256.json"
-# Orbax writes the time in it when all else is done; nothing is read from it.
+# Orbax writes the time to it last; nothing is read from it.
 NOT_HASHED = "_CHECKPOINT_METADATA"
 MAX_REASON_CHARS = 160
 # The metadata of a checkpoint, in the folder of its step.
 METADATA = "about/metadata"
-# What the operating system says, in the long texts of libraries.
+# Messages of the operating system to look for in the long errors of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
-# Orbax numbers its operations with one counter: two threads that begin one at once wait for each other's files.
+# Orbax numbers its operations with a global counter: two that start concurrently wait for each other's files.
 _orbax_lock = threading.Lock()
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint that cannot be read, or that is not what was saved."""
+    """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
     """The checkpoints of one run, in folders named by step. Use it as a context manager; only one process may write.
 
-    Keeps the most recent checkpoints, the best one, and the last regular one, which exists at that step regardless of
+    Keeps the most recent checkpoints, the best one, and the last scheduled one, which exists at that step regardless of
     interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is valid until
     the new one is written. `earlier` are earlier configs of the run, with which older checkpoints were saved.
     """
@@ -62,15 +61,15 @@ class Checkpoints:
         self._folder, self._config = folder.absolute(), config
         self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
         self._best_file = self._folder / "best"
-        # Orbax deletes nothing by itself: it does not know which is the best.
+        # We delete old checkpoints ourselves: Orbax does not know which one is the best.
         sealing = ocp.AsyncOptions(post_finalization_callback=self._write_checksums, timeout_secs=MAX_SAVE_SECONDS)
-        # A reader leaves alone what a writer has begun.
+        # A reader must not delete what a writer has started.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
         )
         with _translate_io_errors(self._folder, "written" if is_writer else "read"), _orbax_lock:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
-        # Kept here and not read again, so that all processes of a run delete the same ones.
+        # Cached, so that all processes of a run delete the same checkpoints.
         self._best = _named_steps(self._best_file)
         self._regular: dict[int, bool] = {}
 
@@ -81,7 +80,7 @@ class Checkpoints:
         try:
             self.wait()
         except UserError:
-            # What went wrong first is what the user is told.
+            # Report the first error.
             if kind is None:
                 raise
         finally:
@@ -89,15 +88,15 @@ class Checkpoints:
                 self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, in order."""
+        """Return the steps of all checkpoints in order."""
         return sorted(self._manager.all_steps())
 
     def written(self) -> list[int]:
-        """The steps of those that are whole on the disk, without one that is being written or could not be."""
+        """Return the steps of the checkpoints that are completely on disk."""
         return sorted(int(path.name) for path in self._folder.glob("*") if is_step_name(path.name) and path.is_dir())
 
     def step(self, which: str = "last") -> int | None:
-        """The step of the `last` or the `best` checkpoint, or None."""
+        """Return the step of the `last` or the `best` checkpoint, or None."""
         return next(iter(self._candidates(which)), None)
 
     def _candidates(self, which: str) -> list[int]:
@@ -113,7 +112,7 @@ class Checkpoints:
         An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
 
         Raises:
-            RunDirNotWritable: This checkpoint or the previous one cannot be written.
+            NotWritableError: This checkpoint or the previous one cannot be written.
         """
         with _translate_io_errors(self._folder):
             if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
@@ -145,12 +144,12 @@ class Checkpoints:
             _write_checksums(folder)
 
     def wait(self) -> None:
-        """Return when all that was saved is on the disk. Raises RunDirNotWritable if it cannot be written."""
+        """Wait until all checkpoints are on disk. Raises NotWritableError if one cannot be written."""
         with _translate_io_errors(self._folder):
             self._manager.wait_until_finished()
 
     def _write_checksums(self) -> None:
-        # Orbax calls this before it gives the one that is being written its name.
+        # Orbax calls this before it renames the finished temporary folder.
         if is_process_zero():
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
             _write_checksums(temporary)
@@ -167,7 +166,7 @@ class Checkpoints:
             # The file that names the best checkpoint is damaged, so any of them may be the best.
             return
         steps, best = self.steps(), self._candidates("best")
-        # What is being saved now may never be finished: the best one before it holds until then.
+        # The checkpoint being saved may never be finished: the previous best is valid until then.
         needed = {
             *(best[:2] if best[:1] == [saving] else best[:1]),
             *steps[-N_RECENT:],
@@ -181,7 +180,7 @@ class Checkpoints:
             self._manager.delete(step)
 
     def last_scheduled(self, step: int) -> int | None:
-        """The last regular checkpoint at or before a step, or None."""
+        """Return the step of the last scheduled checkpoint at or before a step, or None."""
         return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
 
     def _is_regular(self, step: int) -> bool:
@@ -199,7 +198,7 @@ class Checkpoints:
                 self._delete(each)
 
     def quarantine(self, step: int) -> Path:
-        """Give a damaged checkpoint another name, by which it is none any more. Returns where it is."""
+        """Rename a damaged checkpoint so that it is ignored. Returns its new path."""
         aside = self._folder / f"{step}.damaged"
         if is_process_zero():
             shutil.rmtree(aside, ignore_errors=True)
@@ -213,13 +212,16 @@ class Checkpoints:
     # Reading.
 
     def restore(self, like: Any, which: str = "last", on_skipped: Callable[[int, str], object] | None = None) -> State:
-        """The newest sound checkpoint, on the shapes and types of `like` (arrays or their shapes).
+        """Restore the newest valid checkpoint.
 
-        Its arrays lie where those of `like` do, whatever the devices that they were saved from; all on one device, if
-        these have no place.
-        `which` is `last`, `best`, or a step, for which there is no other.
-        `on_skipped` is told the step of each newer one that is damaged, and what is wrong with it. Raises UserError if
-        none is sound, and if one is of another config or has other arrays.
+        Args:
+            like: Arrays or their shapes, with the expected shapes and dtypes, and the shardings to restore to, whatever
+                devices they were saved from. Without shardings, all arrays are put on one device.
+            which: 'last', 'best', or a step, for which there is no fallback.
+            on_skipped: Called with the step of each damaged newer checkpoint and what is wrong with it.
+
+        Raises:
+            UserError: No checkpoint is valid, or one belongs to another config or has other arrays.
         """
         candidates = self._candidates(which)
         what = {"last": "checkpoint", "best": "best checkpoint"}.get(which, f"checkpoint of step {which}")
@@ -267,7 +269,7 @@ class Checkpoints:
             _verify_checksums(self._folder / str(step))
             about = read_metadata(self._folder, step)
         self._check(about, layout(like), f"{self._folder}/{step}")
-        # Not where they were when they were saved: that may have been a device that this process does not have.
+        # Not the device they were saved from, which this process may not have.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
@@ -278,7 +280,7 @@ class Checkpoints:
                 with _orbax_lock:
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                     state = self._manager.restore(step, args=args)["state"]
-            # Orbax, TensorStore and what they call raise errors of many kinds.
+            # Orbax, TensorStore and their dependencies raise many types of errors.
             except Exception as error:
                 if is_peer_lost(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise
@@ -303,7 +305,7 @@ class Checkpoints:
 
 @contextmanager
 def _agree_on_corruption() -> Iterator[None]:
-    """Raises CorruptCheckpoint in every process of a run if one of them finds the checkpoint so."""
+    """Raise CorruptCheckpoint in every process of a run if one of them does."""
     damage: CorruptCheckpoint | None = None
     try:
         yield
@@ -315,20 +317,20 @@ def _agree_on_corruption() -> Iterator[None]:
 
 @contextmanager
 def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
-    """Says in a sentence what keeps Orbax from writing: a full disk, a folder that may not be written to or read."""
+    """Turn errors of Orbax into a NotWritableError with a readable reason, such as a full disk."""
     try:
         yield
     except UserError:
         raise
-    # Errors of the threads of Orbax and TensorStore are of many kinds.
+    # The threads of Orbax and TensorStore raise many types of errors.
     except Exception as error:
         raise NotWritableError(f"{folder}: the checkpoint cannot be {what}: {_reason(error)}.") from error
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:
-    """Raises an OSError if a checkpoint cannot be written now: once begun, Orbax's threads wait for one another."""
+    """Raise an OSError if a checkpoint cannot be written: once started, Orbax would hang."""
     probe = folder / ".probe"
-    # A kill may have left it.
+    # It may be left over from a killed process.
     probe.mkdir(exist_ok=True)
     probe.rmdir()
     free = shutil.disk_usage(folder).free
@@ -338,7 +340,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of a library, or what the operating system says in it."""
+    """Return the message of the operating system in an error of a library, else the first line of the error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) or type(error).__name__
@@ -412,18 +414,18 @@ def _is_table(value: Any) -> bool:
 
 
 def _write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of each file of a finished checkpoint into it, before it gets its name."""
+    """Write the SHA-256 of each file of a finished checkpoint into its temporary folder."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_HASHED, CHECKSUMS)]
     sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
     write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
 def _verify_checksums(folder: Path) -> None:
-    """Raises CorruptCheckpoint, naming the first file, if the files of a checkpoint are not those that were written."""
+    """Raise CorruptCheckpoint, naming the file, if a file of a checkpoint is not what was written."""
     sums = _read_json(folder / CHECKSUMS, CHECKSUMS)
     if not _is_table(sums) or METADATA not in sums:
         raise CorruptCheckpoint(f"{CHECKSUMS} does not have the sums of the files of a checkpoint")
-    # The processes of a run share the work.
+    # The processes of a run divide the files among them.
     for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
             raise CorruptCheckpoint(f"{name} is missing")
@@ -441,5 +443,5 @@ def _sha256(file: Path) -> str:
 
 
 def layout(tree: Any) -> dict[str, str]:
-    """Shape and type of each array of a tree by its path: {'params/embedding/table': 'float32[65, 128]'}."""
+    """Return the dtype and shape of each array of a tree: {'params/embedding/table': 'float32[65, 128]'}."""
     return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in by_path(tree).items()}

@@ -1,4 +1,4 @@
-"""A trained model, read back from its run folder."""
+"""Loads a trained model from its run folder."""
 
 import dataclasses
 import sys
@@ -36,16 +36,22 @@ class LoadedModel:
     writer: TextGenerator
 
     def with_config(self, config: Config) -> "LoadedModel":
-        """The same model with other knobs for sampling and data. Raises UserError for a knob of the model itself."""
+        """Return the same model with another config for sampling and data.
+
+        Raises:
+            UserError: A knob of the model or tokenizer differs.
+        """
         config = fill_vocab_size(config, self.writer.tokenizer)
         for knob, (trained, asked) in diff(self.config, config).items():
             if knob.startswith(("model.", "tokenizer.")):
-                raise UserError(f"config.{knob}={asked!r}: the model was trained with {trained!r}, and is what it is.")
+                raise UserError(
+                    f"config.{knob}={asked!r}: the model was trained with {trained!r}, which cannot be changed."
+                )
         return dataclasses.replace(self, config=config)
 
 
 def print_warning(text: str) -> None:
-    """Print a text where errors go, so that it is no part of what a verb answers."""
+    """Print to stderr."""
     print(text, file=sys.stderr)
 
 
@@ -80,7 +86,7 @@ def load(
 def _restored(
     run: RunDir, stored: Config, config: Config, which: str, says: Callable[[str], object]
 ) -> tuple[Params, int]:
-    """The parameters to evaluate at a checkpoint, and its step."""
+    """Restore the parameters for evaluation from a checkpoint, and its step."""
 
     def on_skipped(step: int, reason: str) -> None:
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
@@ -95,7 +101,7 @@ def _restored(
 
 
 def _is_dialogue(run: RunDir, tokenizer: Codec) -> bool:
-    """Whether the model has learned dialogues: elsewhere, to judge by its chat template, or here."""
+    """Return whether the model was trained on dialogues, here or (if it has a chat template) before import."""
     if tokenizer.dialect is not None and tokenizer.dialect.chat_template is not None:
         return True
     recorded = read_record(run.data_file) if run.data_file.exists() else []

@@ -1,4 +1,4 @@
-"""Training as a whole: from a config to a finished run, with all its effects in their order."""
+"""The training loop, and training as a whole: from a config to a finished run."""
 
 import math
 import signal
@@ -117,7 +117,7 @@ def train(
         path: The folder of the run.
         origins: The origin of each knob's value, by dotted path.
         console: The console to print to.
-        patience: Seconds to wait for other processes before exiting.
+        barrier_timeout: Seconds to wait for other processes before exiting.
         profile: Steps to trace into the folder, START:STOP.
         is_oversubscribed: Whether to start a run that cannot fit the memory.
         extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
@@ -131,7 +131,7 @@ def train(
     """
     startup_timer = StartupTimer("Python and packages")
     validate_components(config)
-    # As it is now: it may be edited while the data are prepared.
+    # Read the code now: it may be edited while the data are prepared.
     record_code()
     resolved, tokenizer = _resolve_epochs(config, RunDir(path).tokenizer_file, console)
     config, earlier, sentences = resolve_change(path, resolved.config, extends)
@@ -141,7 +141,7 @@ def train(
     plan = plan_for_all_devices(config.mesh)
     check_host_offload(config)
     check_training_memory(config, used_machine(), plan.sizes, is_oversubscribed)
-    again = "The same command goes on from the last checkpoint."
+    remedy = "The same command continues from the last checkpoint."
     with _writable_run_dir(path, config, origins) as folder:
         with process_zero_first("data"):
             inputs = prepare_inputs(config, RunDir(folder).tokenizer_file, console, earlier, tokenizer)
@@ -151,16 +151,16 @@ def train(
         startup_timer.lap("the data")
         traced = None if profile is None else Profile(parse_span(profile, inputs.total_steps), path / "profile")
         with Trainer(inputs, folder, origins, plan) as run:
-            # It ends before the run is closed, which would wait for processes that are gone.
-            with Watchdog(barrier_timeout, again) as waiting:
-                status = _run_to_end(run, path, console, waiting, startup_timer, traced)
+            # The watchdog ends before the run is closed, which waits for other processes.
+            with Watchdog(barrier_timeout, remedy) as watchdog:
+                status = _run_to_end(run, path, console, watchdog, startup_timer, traced)
             if run.diverged_at is not None:
                 raise UserError(_divergence_message(run, path))
             return status
 
 
 def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
-    """The folder that this process writes to."""
+    """Return the folder that this process writes to."""
     return nullcontext(path) if is_process_zero() else shadow(path, config, origins)
 
 
@@ -186,7 +186,7 @@ def _run_to_end(
     run: Trainer,
     path: Path,
     console: Console,
-    barrier_timeout: Watchdog,
+    watchdog: Watchdog,
     startup_timer: StartupTimer,
     profile: Profile | None,
 ) -> int:
@@ -205,21 +205,21 @@ def _run_to_end(
         startup_timer.lap("the first state")
         first_step = run.step
 
-        def between_calls() -> None:
-            if run.step > first_step and (told := startup_timer.finish("compiling")):
-                progress.message(f"The first step began after {told}.")
+        def before_call() -> None:
+            if run.step > first_step and (phases := startup_timer.finish("compiling")):
+                progress.message(f"The first step began after {phases}.")
             if profile is not None:
                 _trace(profile, run, progress)
 
-        run_training_loop([run], executor, _make_stop_check(stop, barrier_timeout), between_calls)
+        run_training_loop([run], executor, _make_stop_check(stop, watchdog), before_call)
         if profile is not None:
-            # Where the run was stopped before.
+            # Training may have been stopped before the end of the span.
             profile.ends(profile.steps.stop)
         run.finish()
     if run.diverged_at is not None:
         return EXIT_USER_ERROR
     if not run.is_over:
-        again = "The same command goes on from there."
+        again = "The same command continues from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
         return stop.exit_status
     took = duration(time.perf_counter() - began)
@@ -228,7 +228,7 @@ def _run_to_end(
 
 
 def _trace(profile: Profile, run: Trainer, progress: Progress) -> None:
-    """Begin or end the trace of a run where it stands, with nothing left to be done of the steps before."""
+    """Start or stop the profiler at the current step, after all earlier steps are done."""
     run.break_steps = profile.steps
     if run.step not in profile.steps:
         return
@@ -239,12 +239,12 @@ def _trace(profile: Profile, run: Trainer, progress: Progress) -> None:
         progress.message(f"The trace is in {profile.folder}; docs/performance.md says how to read it.")
 
 
-def _make_stop_check(stop: StopRequest, barrier_timeout: Watchdog) -> Callable[[], bool]:
-    """Asks, turn by turn, whether a process of the run has been told to stop: all hear of it at the same turn."""
+def _make_stop_check(stop: StopRequest, watchdog: Watchdog) -> Callable[[], bool]:
+    """Return a function that tells whether any process was asked to stop, with the same answer in all of them."""
     votes = LaggedAllReduceMax(0)
 
     def is_stopped() -> bool:
-        barrier_timeout.heartbeat()
+        watchdog.heartbeat()
         number = int(votes.update(stop.signal_number))
         if number:
             stop.signal_name = signal.Signals(number).name
@@ -265,7 +265,7 @@ def _divergence_message(run: Trainer, path: Path) -> str:
 
 @contextmanager
 def _translate_io_errors(run: Trainer) -> Iterator[None]:
-    """Says in a sentence that files can no longer be written, or read, and what is left of the run."""
+    """Turn I/O errors into a UserError that names the last complete checkpoint."""
     try:
         yield
     except (OSError, NotWritableError) as error:
@@ -279,7 +279,7 @@ def _translate_io_errors(run: Trainer) -> Iterator[None]:
 
 
 def _compile_time_warnings(run: Trainer) -> list[str]:
-    """Return a warning if so many blocks are compiled separately that compilation takes long."""
+    """Return a warning if many blocks are compiled separately, which takes long."""
     model = run.inputs.full_config.model
     repeats, left = divmod(model.n_layers, model.period)
     n_blocks = model.n_layers if not model.scan_layers else left + (model.period if repeats else 0)
@@ -292,7 +292,7 @@ def _compile_time_warnings(run: Trainer) -> list[str]:
 
 
 def _attention_messages(run: Trainer) -> list[str]:
-    """What computes attention, if it is not the plain form alone. Raises UserError if it does not compute the same."""
+    """Check the attention kernels against the plain form, and return messages about those that are used."""
     findings = [
         finding
         for data in {data.seq_len: data for data in run.inputs.stages}.values()

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, counted from shapes alone, before anything is compiled."""
+"""Estimates the memory of a training step from shapes alone, before anything is compiled."""
 
 import dataclasses
 import math
@@ -47,34 +47,34 @@ MODEL = ("parameters", "optimizer state", "gradients")
 
 
 def state_shapes(config: Config) -> Shapes:
-    """The state of a run (parameters, optimizer state, step) as shapes and types."""
+    """Return the state of a run as shapes and dtypes."""
     static, hparams = partition(config)
     return jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams)))
 
 
 def batch_shapes(rows: int, window: int) -> Batch:
-    """A batch as shapes and types."""
+    """Return a batch as shapes and dtypes."""
     types = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     return Batch(*(jax.ShapeDtypeStruct((rows, window), dtype) for dtype in types))
 
 
 def step_bytes(config: Config, window: int) -> int:
-    """Bytes beside the state while a step is computed: the gradients, and what the backward pass reads of the forward.
+    """Return the bytes that a step needs beside the state: the gradients and the residuals of the forward pass.
 
-    These are the residuals that JAX's differentiation keeps; the compiler may keep fewer of them.
+    These are the residuals that JAX's differentiation saves; the compiler may keep fewer of them.
     """
     gradients = total_bytes(parameter_shapes(config.model))
     return gradients + residual_bytes(config, window)
 
 
 def residual_bytes(config: Config, window: int) -> int:
-    """Bytes of what the forward of one part of a batch keeps for its backward, without the parameters.
+    """Return the bytes of the residuals of one microbatch, without the parameters.
 
-    With remat, what one repeat of the pattern of blocks computes anew for its own backward is there too; so are the
-    logits of one chunk.
+    With remat, this includes what the backward pass recomputes for one repeat of the pattern of blocks; with chunked
+    loss, the logits of one chunk.
     """
     model, chunk = config.model, config.training.loss_chunk_size
-    # What is offloaded is not on the device, as if it were computed anew.
+    # Offloaded residuals are not on the device, as if they were recomputed.
     on_device = "full" if model.remat == "offload" else model.remat
     config = replace_paths(config, {"model.remat": on_device})
     kept = _saved_bytes(config, window)
@@ -92,7 +92,7 @@ def _saved_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.grad_accum_steps
     config = replace_paths(config, {"model.save_residuals": False})
     if config.model.attention_kernel != "plain":
-        # As a kernel of a library would, which needs its own device to be traced, it keeps no scores.
+        # Saves no scores, like a library kernel, which cannot be traced without its device.
         config = replace_paths(config, {"model.attention_kernel": "portable"})
 
     def loss(params: Any, batch: Batch) -> jax.Array:
@@ -108,7 +108,7 @@ def _saved_bytes(config: Config, window: int) -> int:
     return max(0, total_bytes(kept) - total_bytes(shapes))
 
 
-# Whether there is enough of it.
+# Checks against the available memory.
 
 
 def check_training_memory(config: Config, machine: Machine, mesh: Mapping[str, int], is_allowed: bool = False) -> None:
@@ -196,11 +196,11 @@ def check_inference_memory(
 
 def out_of_memory_message(config: Config | None) -> str:
     """Return the message for a failed allocation: the largest consumers of memory, and the knobs that help."""
-    said = "There is not enough memory: an allocation failed."
+    failure = "There is not enough memory: an allocation failed."
     if config is None:
-        return f"{said} Use a smaller model or a shorter context, or stop other processes."
+        return f"{failure} Use a smaller model or a shorter context, or stop other processes."
     needs = training_needs(config)
-    return f"{said} A training step of this config needs about {_format_needs(needs)}. {_remedy(needs, config)}"
+    return f"{failure} A training step of this config needs about {_format_needs(needs)}. {_remedy(needs, config)}"
 
 
 def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machine) -> None:
@@ -229,8 +229,8 @@ def _remedy(needs: Mapping[str, float], config: Config) -> str:
     values = ", ".join(f"config.{knob}={value}" for knob, value in found if value)
     more = {
         "activations": "; training.grad_accum_steps, training.loss_chunk_size and model.remat trade time for it",
-        "optimizer state": "; config.mesh.fsdp shares it among devices",
-        "parameters": "; config.mesh.fsdp shares them among devices",
+        "optimizer state": "; config.mesh.fsdp shards it over devices",
+        "parameters": "; config.mesh.fsdp shards them over devices",
     }
     return f"Reduce one of these: {values}{more.get(part, '')}."
 

@@ -1,8 +1,8 @@
-"""Optimizers: what each makes of a gradient, from Optax's transformations.
+"""Optimizers built from Optax transformations.
 
-Each entry of OPTIMIZERS is a function of (config, rate), where `rate` is the schedule's factor at this step, that gives
-an `optax.GradientTransformation`. All numbers may be traced: the transformation is built inside the step. One that is
-to be evaluated elsewhere than where it takes gradients has an entry in EVALUATION_PARAMS too.
+Each entry of OPTIMIZERS is a function of (config, lr_multiplier) that returns an `optax.GradientTransformation`, where
+`lr_multiplier` is the value of the schedule at the step. All numbers may be traced: the transformation is built inside
+the step. An optimizer that evaluates other parameters than it trains has an entry in EVAL_PARAMS too.
 """
 
 import re
@@ -40,13 +40,13 @@ def sgd(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.Grad
 
 
 def lion(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
-    """The sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay (arXiv 2302.06675)."""
     direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=_moment_dtype(config))
     return optax.chain(direction, weight_decay(config), optax.scale(-lr_multiplier * config.learning_rate))
 
 
 def muon(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
-    """Orthogonalised momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
+    """Orthogonalized momentum for the matrices inside the blocks, AdamW for all else (Jordan 2024, arXiv 2502.16982).
 
     Matrices learn at muon_learning_rate, scaled by sqrt(max(1, outputs / inputs)); the rest at learning_rate.
     """
@@ -62,7 +62,7 @@ def muon(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.Gra
 
 
 def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
-    """AdamW with averaging in the place of momentum and of a falling learning rate (arXiv 2405.15682).
+    """Schedule-free AdamW: averaging replaces momentum and learning-rate decay (arXiv 2405.15682).
 
     Gradients and weight decay are taken at the parameters, y = b1 x + (1 - b1) z; z moves by Adam without momentum;
     x, where the model is evaluated, is the mean of all z, weighted by the square of the highest learning rate so far.
@@ -86,12 +86,12 @@ def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> 
 
 
 def averaged_params(params: Any, opt_state: Any) -> Any:
-    """The average x of schedule_free, from its parameters y and its state."""
+    """Return the averaged parameters x of schedule_free, given its parameters y and state."""
     return optax.contrib.schedule_free_eval_params(opt_state, params)
 
 
 def muon_partition(params: Any) -> Any:
-    """Which optimizer each parameter has under muon: what blocks multiply by, stacked, are its matrices.
+    """Label each parameter "muon" or "adamw": muon takes the stacked matrices of the blocks.
 
     These are kernels of three axes, of layers, inputs and outputs, and of four, with experts after the layers.
     Convolutions multiply each channel by itself, and a router chooses more than it multiplies.
@@ -122,12 +122,12 @@ def _adam_direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _moment_dtype(config: OptimizerConfig) -> str | None:
-    """The type of first moments for Optax; None, for float32, is that of the parameters."""
+    """Return the dtype of first moments for Optax; None (for float32) means that of the parameters."""
     return None if config.state_dtype == "float32" else config.state_dtype
 
 
 def weight_decay(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Add weight_decay * factor * parameter, where the factor is that of the first group whose expression is found."""
+    """Add weight_decay * factor * parameter, with the factor of the first group that matches the parameter."""
 
     def update(updates: Any, params: Any) -> Any:
         def decayed(path: Any, update: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -140,13 +140,13 @@ def weight_decay(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
-    """The factor of the first group whose expression is found in a parameter's path. Raises UserError if none is."""
+    """Return the factor of the first group that matches a parameter's path. Raises UserError if none does."""
     for expression, group_factor in groups:
         try:
             found = re.search(expression, name)
         except re.error as error:
             raise UserError(
-                f"config.optimizer.weight_decay_groups: {expression!r} is no expression: {error}."
+                f"config.optimizer.weight_decay_groups: {expression!r} is not a regular expression: {error}."
             ) from None
         if found:
             return group_factor
@@ -156,13 +156,13 @@ def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
 
 
 def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
-    """Raises UserError if some parameter (or shape) of a tree belongs to no group of weight decay."""
+    """Raise UserError if a parameter (or shape) of a tree belongs to no weight decay group."""
     for path in by_path(params):
         decay_factor(path, config.weight_decay_groups)
 
 
 def clip_by_norm(gradients: Any, norm: jax.Array, largest: jax.Array | float) -> Any:
-    """Gradients scaled down so that their global norm, now `norm`, is at most `largest` (arXiv 1211.5063)."""
+    """Scale gradients of global norm `norm` down so that their norm is at most `largest` (arXiv 1211.5063)."""
     scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda gradient: gradient * scale, gradients)
 
@@ -176,15 +176,15 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
     "schedule_free": schedule_free,
 }
 
-# Optimizers whose parameters are not those to evaluate: functions of (params, opt_state) that give these.
+# Optimizers that evaluate other parameters than they train: functions of (params, opt_state) that return them.
 EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
 
 
 def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1.0) -> optax.GradientTransformation:
-    """The optimizer that the config names, at a step whose schedule factor is `rate`."""
+    """Build the optimizer named in the config, with the learning rate scaled by `lr_multiplier`."""
     return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, lr_multiplier)
 
 
 def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
-    """The parameters to evaluate and to write with: those that are trained, unless EVALUATION_PARAMS says otherwise."""
+    """Return the parameters for evaluation and sampling: the trained ones, unless EVAL_PARAMS has others."""
     return EVAL_PARAMS[config.name](params, opt_state) if config.name in EVAL_PARAMS else params

@@ -1,4 +1,4 @@
-"""Stopping politely: the first signal asks training to save and end, a SIGINT after it ends it at once."""
+"""Graceful stops: the first signal asks training to save and end; a SIGINT after it ends the process at once."""
 
 import os
 import signal
@@ -6,18 +6,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# A user sends the first; the others are what a cluster warns a job with before it takes the machine away.
+# SIGINT comes from the user; clusters send the others before they preempt a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_BY_USER = 130
-# "Temporary failure; try again": a job script can have a job that ends with this queued again.
+# "Temporary failure; try again": a job script can requeue a job that ends with this status.
 STOPPED_BY_CLUSTER = os.EX_TEMPFAIL
 
 
 class StopRequest:
-    """Whether someone asked to stop. While its `with` block runs, the signals set `signal_name` instead of killing.
+    """Handles signals as requests to stop. True once a signal arrived; use it as a context manager.
 
-    Python runs signal handlers between its own instructions, so a thread of its own reads the signals as they come: it
-    can end the process while the main thread waits for a long computation.
+    Python runs signal handlers only between bytecode instructions of the main thread. A background thread watches for a
+    second SIGINT, so that it can end the process while the main thread waits for a long computation.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StopRequest:
 
     @property
     def signal_number(self) -> int:
-        """The signal that came first, 0 for none."""
+        """The number of the first signal, 0 for none."""
         return signal.Signals[self.signal_name].value if self.signal_name else 0
 
     def __bool__(self) -> bool:
@@ -54,14 +54,14 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What the process should end with: 0 if nobody asked it to stop."""
+        """The exit status of the process: 0 without a request to stop."""
         if self.signal_name is None:
             return 0
         return STOPPED_BY_USER if self.signal_name == "SIGINT" else STOPPED_BY_CLUSTER
 
 
 def _watch(reading: int) -> None:
-    """End the process at a SIGINT that is not the first signal; return when the pipe is closed."""
+    """End the process at a SIGINT after the first signal; return when the pipe is closed."""
     is_asked = False
     while numbers := os.read(reading, 1):
         if is_asked and numbers[0] == signal.SIGINT:

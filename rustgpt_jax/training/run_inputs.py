@@ -1,4 +1,4 @@
-"""What a run is made of: its config, tokenizer and data, and the programs that its stages run."""
+"""Inputs of a run: its config, tokenizer and data, and the program of each stage."""
 
 import json
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 
 class StageProgram(NamedTuple):
-    """What a stage runs: the structure selects the compiled program, the rest are its arguments."""
+    """The program of a stage: the static config selects the compiled program, the rest are its arguments."""
 
     static: StaticConfig
     hparams: Hyperparams
@@ -62,11 +62,11 @@ class RunInputs:
 
     @property
     def total_steps(self) -> int:
-        """The steps of all stages."""
+        """The total number of steps of all stages."""
         return self.stages[-1].stage.end_step
 
     def compares_after(self, data: StageData) -> int:
-        """Return the step up to which the validation losses before a stage are of other batches than its own."""
+        """Return the last step before a stage whose validation loss was measured on other batches."""
         step = 0
         for each in self.stages[: self.stages.index(data)]:
             if each.stage.config.logging.eval_batches != data.stage.config.logging.eval_batches:
@@ -79,7 +79,15 @@ class RunInputs:
         return [_stage_program(data.stage) for data in self.stages]
 
     def check(self, run: RunDir, n_devices: int) -> None:
-        """Raises UserError, before anything is compiled or written, for what cannot work on so many devices."""
+        """Check the inputs before anything is compiled or written.
+
+        Args:
+            run: The run folder.
+            n_devices: The number of devices to train on.
+
+        Raises:
+            UserError: The inputs cannot work on these devices, or the data differ from those in the run folder.
+        """
         check_decay_groups(parameter_shapes(self.full_config.model), self.full_config.optimizer)
         for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
             _check_prompts(self.full_config, self.tokenizer, role)

@@ -1,7 +1,7 @@
-"""Learning-rate schedules: the factor from 0 to 1 that multiplies the learning rate at each step.
+"""Learning-rate schedules: a multiplier from 0 to 1 of the learning rate at each step.
 
-Each is a pure function of (step, steps, numbers of the schedule), all of which may be traced, so that one compiled
-program serves every length of warm-up and of run.
+Each is a pure function of (step, steps, config of the schedule), all of which may be traced, so that one compiled
+program serves every length of warmup and of training.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
 
 
 def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """1 throughout."""
+    """Constant 1."""
     del steps, schedule
     return jnp.ones_like(step, jnp.float32)
 
 
 def linear(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """From 1 after the warm-up down to final_lr_frac, in a straight line."""
+    """Linear decay from 1 after the warmup to final_lr_frac."""
     return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, schedule.warmup_steps, steps)
 
 
 def cosine(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """From 1 after the warm-up down to final_lr_frac, along half a cosine wave (arXiv 1608.03983)."""
+    """Cosine decay from 1 after the warmup to final_lr_frac (arXiv 1608.03983)."""
     wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, schedule.warmup_steps, steps)))
     return schedule.final_lr_frac + (1.0 - schedule.final_lr_frac) * wave
 
 
 def wsd(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """1 until the last decay_frac of the steps, then a straight line to final_lr_frac (arXiv 2404.06395)."""
+    """Constant 1, then linear decay to final_lr_frac over the last decay_frac of the steps (arXiv 2404.06395)."""
     start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_frac)
     return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, start, steps)
 
@@ -48,6 +48,6 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosin
 
 
 def schedule_multiplier(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
-    """The schedule's factor at `step` (from 0) of a stage of `steps`, after its linear warm-up."""
+    """Return the learning-rate multiplier at `step` (from 0) of a stage of `steps`, with linear warmup."""
     warm = (jnp.asarray(step, jnp.float32) + 1.0) / (jnp.asarray(schedule.warmup_steps, jnp.float32) + 1.0)
     return jnp.minimum(warm, choose(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))

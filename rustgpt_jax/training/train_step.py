@@ -1,4 +1,7 @@
-"""The training step: pure functions of (static, hparams), compiled once for each structure."""
+"""The train step of a run and of a population: pure functions of the state, batch and hyperparameters.
+
+A program is compiled once for each static config.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,22 +23,22 @@ from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
 
-# How a run fares: what a loss is measured by to be called a spike, and what has gone wrong so far.
-
 # A loss this many standard deviations above the mean of those before it is a spike.
 SPIKE_DEVIATIONS = 6.0
-# Steps that the averages look back, and that a stage is given before anything in it is called a spike.
+# Memory of the averages in steps, and the number of steps of a stage before its first possible spike.
 MEMORY_STEPS = 50
 
 
 class LossStats(NamedTuple):
-    """Scalars in the state of a run, so that they are the same however it was interrupted.
+    """Statistics of the loss. They are part of the state, so that interruptions do not change them.
 
-    mean, variance: of the losses of this stage, with a memory of MEMORY_STEPS.
-    seen: finite losses in this stage.
-    spikes: steps of the run whose loss was a spike.
-    faults: steps of the run whose loss or gradient was not finite.
-    skipped: batches of this stage passed over by rewinding. The batch of a step is number step + skipped.
+    Attributes:
+        mean: Mean loss of the stage, over about MEMORY_STEPS steps.
+        variance: Variance of the loss of the stage.
+        seen: Number of finite losses in the stage.
+        spikes: Number of steps of the run whose loss was a spike.
+        faults: Number of steps of the run whose loss, gradient or update was not finite.
+        skipped: Number of batches of the stage skipped by rewinds. The batch of a step is number step + skipped.
     """
 
     mean: jax.Array
@@ -47,7 +50,7 @@ class LossStats(NamedTuple):
 
 
 def init_loss_stats() -> LossStats:
-    """The health of a run that has not begun."""
+    """Return the statistics at step 0."""
     types = LossStats(jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
     return LossStats(*(jnp.zeros((), dtype) for dtype in types))
 
@@ -55,11 +58,11 @@ def init_loss_stats() -> LossStats:
 def update_loss_stats(
     health: LossStats, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
 ) -> LossStats:
-    """The health after a step with this loss, which may be the first or the last of its stage."""
+    """Update the statistics with the loss of a step, which may be the first or the last of its stage."""
     seen = jnp.where(is_first, 0, health.seen)
     above = loss - health.mean
     is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(health.variance))
-    # A plain mean at first, then an exponential one. Of the first loss alone there is no deviation.
+    # A plain mean at first, then an exponential moving average. One loss alone has no variance.
     share = 1.0 / (jnp.minimum(seen, MEMORY_STEPS - 1) + 1).astype(jnp.float32)
     above = jnp.where(seen == 0, 0.0, above)
     mean = jnp.where(seen == 0, loss, health.mean + share * above)
@@ -78,9 +81,9 @@ Hyperparams = dict[str, Any]
 
 
 class State(NamedTuple):
-    """Everything that training changes. The step is the whole position of a run: data and randomness follow from it.
+    """Everything that training changes. The step is the whole position of a run: it determines data and randomness.
 
-    Where a run has been rewound, the batches that it passed over, `health.skipped`, are a part of its position too.
+    After a rewind, the number of skipped batches, `health.skipped`, is part of the position too.
     """
 
     params: transformer.Params
@@ -90,13 +93,17 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells: loss in nats a token (that of tokens alone), learning rate, and so on.
+    """Metrics of one training step.
 
-    gradient_norm: before clipping.
-    update_norm: of what was, or would have been, added to the parameters.
-
-    spikes, faults: how many there have been in the run so far.
-    signals: what the blocks report, each the mean over them.
+    Attributes:
+        loss: Cross-entropy in nats per token, without auxiliary losses.
+        gradient_norm: Global norm of the gradient before clipping.
+        update_norm: Global norm of the update, even if it was skipped.
+        learning_rate: Learning rate of the step.
+        learned_tokens: Number of tokens with loss in the batch.
+        spikes: Number of loss spikes of the run so far.
+        faults: Number of non-finite steps of the run so far.
+        signals: Metrics of the blocks, averaged over them.
     """
 
     loss: jax.Array
@@ -115,28 +122,28 @@ def to_traced_scalars(hparams: dict[str, float]) -> Hyperparams:
 
 
 def init_state(static: StaticConfig, hparams: Hyperparams) -> State:
-    """The state at step 0."""
+    """Return the state at step 0."""
     config = combine(static, hparams)
     params = transformer.init(jax.random.fold_in(jax.random.key(config.seed), 0), config.model)
     return init_state_from_params(static, hparams, params)
 
 
 def init_state_from_params(static: StaticConfig, hparams: Hyperparams, params: transformer.Params) -> State:
-    """The state at step 0 with parameters that are there already."""
+    """Return the state at step 0 with given parameters."""
     config = combine(static, hparams)
     state = State(params, make_optimizer(config.optimizer).init(params), jnp.zeros((), jnp.int32), init_loss_stats())
     return offload_opt_state(static, constrain(state))
 
 
 def offload_opt_state(static: StaticConfig, state: State) -> State:
-    """A state whose parts are in the memory where they stay between steps: with `offload_state`, that of the host."""
+    """Move the optimizer state to host memory if `optimizer.offload_state` is set."""
     if not static.optimizer.offload_state:
         return state
     return state._replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Host))
 
 
 def fetch_opt_state(static: StaticConfig, opt_state: Any) -> Any:
-    """What the optimizer keeps, in the memory of the device."""
+    """Move the optimizer state to device memory."""
     return jax.device_put(opt_state, jax.memory.Space.Device) if static.optimizer.offload_state else opt_state
 
 
@@ -319,9 +326,9 @@ def gradient(
 def train_steps(
     static: StaticConfig, state: State, batches: Batch, count: jax.Array, hparams: Hyperparams, first_step: jax.Array
 ) -> tuple[State, Metrics]:
-    """`count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
+    """Take `count` steps in one call, on the first `count` of the stacked `batches`; metrics are stacked likewise.
 
-    The count is an argument and the loop's body one program, so that a run has the same bits however it is cut up.
+    The count is traced and the loop has one body, so that results do not depend on how many steps a call takes.
     """
     slots = jax.tree.leaves(batches)[0].shape[0]
 
@@ -340,7 +347,7 @@ def train_steps(
 
 
 def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
-    """A zero for each signal of the blocks. A trace of the forward alone names them: that of a step is longer."""
+    """Return a zero for each metric of the blocks. Traces the forward pass only, which is faster."""
     shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).signals)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
@@ -358,7 +365,7 @@ compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
 
 
 class StepArgs(NamedTuple):
-    """What each run of a population is to do in a call: `count` steps, of which 0 leave its state untouched."""
+    """Arguments of a call for one run: `count` steps (0 leaves the state unchanged) on the stacked batches."""
 
     batches: Batch
     count: Any
@@ -367,12 +374,12 @@ class StepArgs(NamedTuple):
 
 
 def map_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
-    """Each run's steps as `train_steps` does them, one run after another."""
+    """Take the steps of each run as `train_steps` does, one run after another."""
     return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, orders_P))
 
 
 def vmap_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
-    """The steps of all runs at once. All counts that are not 0 must be equal."""
+    """Take the steps of all runs at once with `vmap`. All counts that are not 0 must be equal."""
     count, static = jnp.max(orders_P.count), vmappable(static)
 
     def steps(state: State, orders: StepArgs) -> tuple[State, Metrics]:
@@ -390,34 +397,34 @@ MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]
 
 
 def vmappable(static: StaticConfig) -> StaticConfig:
-    """A structure whose steps can be made of many runs at once: libraries' attention kernels cannot."""
+    """Return a static config that supports `vmap`, with portable attention: library kernels cannot be batched."""
     if static.model.attention_kernel != "auto":
         return static
     return replace(static, model=replace(static.model, attention_kernel="portable"))
 
 
 def population_steps(mode: str, static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
-    """Some steps of every run of a population, in one of MODES; metrics are P x slots."""
+    """Take steps of every run of a population, in one of MODES. Metrics have shape (P, slots)."""
     return MODES[mode](static, states_P, orders_P)
 
 
 def get_member(tree_P: Any, index: jax.Array) -> Any:
-    """The arrays of one run out of those of a population."""
+    """Return the arrays of one run of a population."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree_P)
 
 
 def set_member(tree_P: Any, tree: Any, index: jax.Array) -> Any:
-    """The arrays of a population with those of one run replaced."""
+    """Replace the arrays of one run of a population."""
     return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """Trees of equal shapes as one tree with a first axis P, on the host: stacking compiles nothing."""
+    """Stack trees along a new first axis P on the host, which compiles nothing."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
 
 
 def stack_on_devices(trees: Sequence[Any]) -> Any:
-    """As `stack`, of arrays that are on devices."""
+    """Stack trees of arrays on devices along a new first axis P."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 

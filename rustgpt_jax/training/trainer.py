@@ -1,4 +1,4 @@
-"""A run in progress: where it stands, what its next call needs, and what is recorded after it."""
+"""Trainer: the position of a run, the arguments of its next call, its hooks, and its run folder."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -46,16 +46,21 @@ from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import save_autotune_cache
 from rustgpt_jax.workdir.run_dir import RunDir, admit, all_differences, check_links, create, load_config, lock
 
-# A call of the compiled program takes one step, or no longer than about this: a run that is asked to stop soon can.
+# Maximum seconds of a call of several steps, because a call cannot be stopped before it is done.
 MAX_CALL_SECONDS = 5.0
 # Maximum number of files to list in a message.
 MAX_LISTED = 4
 
 
 class Trainer:
-    """A run in its folder, held by this process. Use it in a `with` statement, which makes or reopens the folder.
+    """A run in training. Use it as a context manager, which creates or reopens and locks the run folder.
 
-    `until` is a step at which to pause; None is the end. Raises UserError as `create` and `lock` do.
+    Call `begin` before training and `finish` after it. The state itself is held by an executor.
+
+    Attributes:
+        step: The number of steps done.
+        end_step: The step at which training ends or pauses.
+        break_steps: Further steps at which a call has to end.
     """
 
     def __init__(
@@ -66,9 +71,17 @@ class Trainer:
         plan: ShardingPlan,
         until: int | None = None,
     ) -> None:
+        """Prepare a run; nothing is read or written yet.
+
+        Args:
+            inputs: The config, tokenizer and data.
+            path: The run folder.
+            origins: The origin of each knob's value, by dotted path.
+            plan: The devices and how arrays are sharded over them.
+            until: The step at which to pause, None for the end of training.
+        """
         self.inputs, self.folder, self.plan = inputs, RunDir(path), plan
         self.end_step = inputs.total_steps if until is None else min(until, inputs.total_steps)
-        # Steps at which a call ends, so that something can be done between two.
         self.break_steps: Sequence[int] = ()
         self._origins, self._resources = origins, ExitStack()
         self._hooks: tuple[LogMetrics, Evaluate, SaveCheckpoint] | None = None
@@ -79,7 +92,7 @@ class Trainer:
         self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
-        # The step whose evaluation was stopped and has not been done since.
+        # The step whose evaluation was stopped and has not been repeated yet.
         self._stopped_evaluation: int | None = None
 
     def __enter__(self) -> "Trainer":
@@ -106,7 +119,7 @@ class Trainer:
         try:
             self._resources.__exit__(kind, error, traceback)
         except OSError:
-            # On a full disk, closing a file fails again; what went wrong first is what the user is told.
+            # On a full disk, closing a file fails again; report the first error.
             if error is None:
                 raise
 
@@ -122,17 +135,17 @@ class Trainer:
         if changed:
             self._journal.append("config", step=earlier[-1].until, changes=changed)
 
-    # Where it stands.
+    # Position.
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing more to do: it has reached its end, or diverged."""
+        """Whether training has reached its end or diverged."""
         is_at_end = self.step >= self.end_step and not self.owes_evaluation
         return is_at_end or self.diverged_at is not None
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether the evaluation of the last step was stopped and has to be done before the next step."""
+        """Whether the evaluation after the last step was stopped and has to be repeated before the next step."""
         return self.step == self._stopped_evaluation
 
     @property
@@ -141,12 +154,12 @@ class Trainer:
 
     @property
     def n_skipped(self) -> int:
-        """The steps that went wrong, up to the one at which training ended; 0 if it did not."""
+        """The number of non-finite steps up to the one at which training ended; 0 if it did not."""
         return self._nonfinite_step.n_skipped if self._nonfinite_step else 0
 
     @property
     def needs_rewind(self) -> bool:
-        """Whether a step went wrong that is to be undone."""
+        """Whether a step is not finite and has to be undone."""
         faults = self.inputs.config.faults
         if self._nonfinite_step is None or faults.nonfinite_policy != "rewind":
             return False
@@ -154,22 +167,22 @@ class Trainer:
 
     @property
     def diverged_at(self) -> int | None:
-        """The step at which training ended, its loss or gradient not finite, if there was one."""
+        """The non-finite step at which training ended, None if there is none."""
         return self._nonfinite_step.step if self._nonfinite_step and not self.needs_rewind else None
 
     @property
     def stage(self) -> StageData:
-        """The stage of the next step, or of the last one."""
+        """The stage of the next step, or the last stage at the end of training."""
         return self.inputs.stages[self._stage_index]
 
     @property
     def batch_size(self) -> int:
-        """The rows of the next batch, those of all processes together."""
+        """The number of rows of the next batch over all processes."""
         return self.stage.stage.config.training.batch_size
 
     @property
     def program(self) -> StageProgram:
-        """What the next step runs."""
+        """The program of the next step."""
         return self.inputs.programs[self._stage_index]
 
     @property
@@ -178,13 +191,20 @@ class Trainer:
         next_step = self.step if self.owes_evaluation else self.step + 1
         return next((index for index, data in enumerate(stages) if next_step <= data.stage.last_step), len(stages) - 1)
 
-    # Going on.
+    # Training.
 
     def begin(self, progress: ProgressSink, mode: str = "solo", width: int = 1) -> None:
-        """Read the last sound checkpoint, and open the records, without what was written after it.
+        """Restore the last valid checkpoint, and drop metrics and samples that were written after it.
 
-        The journal is told of this launch: `mode` is how the run trains, alone or with others in a program of so many.
-        If there is nothing more to do, nothing is written. Raises UserError if there are checkpoints, but no sound one.
+        If training is complete already, nothing is written.
+
+        Args:
+            progress: Shows the progress of the run.
+            mode: How the run is trained: 'solo', or a mode of a population. Recorded in the journal.
+            width: The number of runs that the compiled program can train at once. Recorded in the journal.
+
+        Raises:
+            UserError: There are checkpoints, but no valid one.
         """
         self._progress = progress
         damaged: dict[int, str] = {}
@@ -208,21 +228,25 @@ class Trainer:
     def _find_stopped_evaluation(self) -> int | None:
         events = self._journal.events_named("evaluation", {"step": int, "is_done": bool})
         is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
-        # Only the first process has the run's journal.
+        # Only process 0 has the journal of the run.
         return None if all_agree(not is_stopped) else self.step
 
     def _like(self) -> State:
         return self.plan.abstract(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
-        """The state to go on from, once: that of the last sound checkpoint, or the one that the run begins with."""
+        """Return the state to continue from: that of the last valid checkpoint, or the initial one. Call it once."""
         state, self._state = self._state, None
         return load_initial_state(self.inputs, self.folder, self.plan) if state is None else state
 
     def rewind(self) -> State:
-        """Go back to the last regular checkpoint before the step that went wrong, and on with the batches after its.
+        """Go back to the last scheduled checkpoint before the non-finite step, and skip the batches up to that step.
 
-        The state to go on from. Raises UserError if that checkpoint is damaged.
+        Returns:
+            The state to continue from.
+
+        Raises:
+            UserError: The checkpoint is damaged.
         """
         fault = self._go_back()
         try:
@@ -233,7 +257,7 @@ class Trainer:
         return state._replace(health=health)
 
     def _go_back(self) -> NonFiniteStep:
-        """Forget what was done after the last regular checkpoint before the step that went wrong."""
+        """Drop everything after the last scheduled checkpoint before the non-finite step."""
         assert self._nonfinite_step is not None
         fault, self._hooks = self._nonfinite_step, None
         self.checkpoints.wait()
@@ -251,17 +275,17 @@ class Trainer:
 
     @property
     def is_unnamed(self) -> bool:
-        """Whether the journal does not know yet what the next step runs, in this launch."""
+        """Whether the program of the next step has not been recorded in this launch yet."""
         return self._stage_index not in self._named
 
     def name_program(self, program: NamedProgram) -> None:
-        """Tell the journal what the next step runs, and keep what the compiler chose for it."""
+        """Record the program of the next step in the journal, and save the compiler's autotuning results."""
         self._named.add(self._stage_index)
         record_program(self.folder, self.stage.stage.name, program, self.step)
         save_autotune_cache(self.folder)
 
     def _open_records(self) -> None:
-        # An evaluation that was stopped a second time, or killed, may have left some of its lines.
+        # A repeated evaluation that was stopped or killed may have left some of its lines.
         keep_until(self.folder.samples_file, self.step - self.owes_evaluation)
         keep_until(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
         self._writer = MetricsWriter(self.folder.path, self.step)
@@ -273,18 +297,18 @@ class Trainer:
             self._writer = None
 
     def steps_to_event(self) -> int:
-        """How many steps the next call may take: to the next evaluation, checkpoint or mark, and as its slots allow."""
+        """Return the maximum number of steps of the next call: it ends at the next evaluation, checkpoint or break."""
         stage = self.stage.stage
         every = stage.config.logging
         events = [_next_multiple(self.step, every.eval_every), _next_multiple(self.step, every.checkpoint_every)]
-        events += [mark for mark in self.break_steps if mark > self.step]
+        events += [step for step in self.break_steps if step > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
-        # How steps are cut into calls changes no bit. The first ones, of which nobody knows how long, go one by one.
+        # The number of steps per call does not change results. The first calls, of unknown duration, take one step.
         seconds = self._pace.update(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
     def next_call_args(self, count: int) -> StepArgs:
-        """The arguments of the next call, for its next `count` steps, with the rows of the batches of this process."""
+        """Return the arguments of the next call, of `count` steps, with this process's rows of the batches."""
         if self._batch_source is None:
             self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
         batches = self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
@@ -295,7 +319,7 @@ class Trainer:
 
         Args:
             n_steps: The number of steps of the call.
-            read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call.
+            read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call began.
             seconds: How long the call took to return.
         """
         log, _, _ = self._open_hooks()
@@ -348,7 +372,7 @@ class Trainer:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            RunDirNotWritable: It cannot be written, or part of the run folder was deleted in the meantime.
+            NotWritableError: It cannot be written, or part of the run folder was deleted in the meantime.
         """
         self.checkpoints.wait()
         if self._writer is None:
@@ -385,7 +409,7 @@ class Trainer:
 
 
 def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
-    """The state that a run begins with: of the parameters in its folder, or else of those that its seed gives."""
+    """Return the state at step 0: with the parameters in the run folder, if any, else those of the seed."""
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(static, to_traced_scalars(hparams))
@@ -394,5 +418,5 @@ def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) ->
 
 
 def _next_multiple(step: int, every: int) -> int:
-    """The first multiple of `every` after `step`."""
+    """Return the first multiple of `every` after `step`."""
     return (step // every + 1) * every
