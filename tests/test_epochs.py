@@ -141,7 +141,7 @@ def test_trials_have_the_steps_that_their_epochs_are() -> None:
 
 
 def recipe(*overrides: tuple[str, str]) -> Any:
-    tree, _ = load_config_file(str(BASE), BASE)
+    tree, _ = load_config_file(str(BASE))
     override_all(tree, parse_all(overrides))
     return tree
 

@@ -12,8 +12,6 @@ from absl.flags import argparse_flags
 
 from rustgpt_jax.errors import UserError
 
-BASE = Path(__file__).resolve().parents[2] / "configs" / "base.py"
-
 # Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
 LARGEST, MOST_PROCESSES = 10**9 - 1, 2**16
 
@@ -195,7 +193,7 @@ def read_config(
     from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
 
     if getattr(args, "config", None) is not None:
-        tree, origins = load_config_file(args.config, BASE)
+        tree, origins = load_config_file(args.config)
     elif getattr(args, "init_from", None) is not None:
         from rustgpt_jax.interop.warm_start import run_and_step
 

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from rustgpt_jax.cli.arguments import (
-    BASE,
     VerbParser,
     add_checkpoint_argument,
     add_config_argument,
@@ -12,6 +11,8 @@ from rustgpt_jax.cli.arguments import (
     read_config,
 )
 from rustgpt_jax.errors import UserError
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "base.py"
 
 
 def add_import_arguments(parser: VerbParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, to_dict
 from rustgpt_jax.config.validation import flatten_tree
 from rustgpt_jax.errors import UserError, suggestion
@@ -20,14 +21,14 @@ TreeAndOrigins = tuple[Any, dict[str, str]]
 COMMAND_LINE = "command line"
 
 
-def load_config_file(file: str, base: Path) -> TreeAndOrigins:
-    """Load the config of a Python file. The origin of a value that equals the one in the file `base` is "base".
+def load_config_file(file: str) -> TreeAndOrigins:
+    """Load the config of a Python file. The origin of a default value is "base".
 
     Raises:
         UserError: The file does not exist or fails, or it does not define a config.
     """
     tree = _load(file)
-    defaults, given = dict(flatten_tree(_load(str(base)))), dict(flatten_tree(tree))
+    defaults, given = dict(flatten_tree(schema.defaults())), dict(flatten_tree(tree))
     return tree, {path: "base" if given.get(path) == defaults.get(path) else file for path in FIELDS}
 
 
