@@ -334,7 +334,7 @@ def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
         return [line.split() for line in shown.file.getvalue().splitlines() if line.startswith("train")]
 
     ((_, loss, *_),) = told()
-    whole, narrow = told(weights="int8")
+    whole, narrow = told(weight_dtype="int8")
     assert whole[:2] == ["train", loss]
     assert narrow[:4] == ["train,", "weights", "in", "int8"]
     assert float(narrow[4]) == pytest.approx(float(loss), rel=0.01)

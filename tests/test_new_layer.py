@@ -5,11 +5,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from conftest import small_config
 
+from rustgpt_jax.conformance.checks import CHECKS, checks_for
+from rustgpt_jax.conformance.fixtures import LENGTH, random_params, random_tokens, small_model
+from rustgpt_jax.conformance.runner import run_check
+from rustgpt_jax.conformance.targets import subjects
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.inference.generate import generate
+from rustgpt_jax.inference.sampling import Greedy
+from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training.config_checks import validate_components
 
@@ -47,7 +57,11 @@ def test_the_page_has_the_files_and_commands_that_are_tested() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["my_lab.mixers:Retention", pytest.param("my_lab.feedforwards:SiluFeedForward", marks=pytest.mark.long)]
+    "part",
+    [
+        "my_lab.mixers:Retention",
+        pytest.param("feedforwards/my_lab.feedforwards:SiluFeedForward", marks=pytest.mark.long),
+    ],
 )
 def test_the_parts_pass_every_check(part: str, lab: Path) -> None:
     assert ", 0 failed" in run(lab, str(ROOT / "launch.py"), "check", part)
@@ -78,9 +92,9 @@ class NoCache(nn.Module):
     config: object
     def __call__(self, x_BTD, context, cache):
         return x_BTD, cache
-class NoSignals(nn.Module):
+class Plain(nn.Module):
     config: object
-    def __call__(self, x_BTD, context):
+    def __call__(self, x_BTD):
         return x_BTD
 """
 
@@ -88,12 +102,12 @@ class NoSignals(nn.Module):
 @pytest.mark.parametrize(
     ("knob", "part", "said"),
     [
-        ("mixers", "json:loads", "is not a mixer: a Flax module with init_cache"),
+        ("mixers", "json:loads", "is not a mixer: a Flax module with __call__(x, context)"),
         ("mixers", "wrong:NoCache", "is not a mixer"),
-        ("mixers", "wrong:NoSignals", "is not a mixer"),
-        ("feedforwards", "wrong:NoSignals", "gives no signals: let it return (y_BTD, {})"),
-        ("positions", "wrong:NoSignals", "is not a position scheme: a PositionScheme"),
-        ("norm", "wrong:NoSignals", "is not a norm"),
+        ("mixers", "wrong:Plain", "is not a mixer"),
+        ("feedforwards", "wrong:NoCache", "is not a feed-forward: a Flax module with __call__(x)"),
+        ("positions", "wrong:Plain", "is not a position encoding: a PositionEncoding"),
+        ("norm", "wrong:NoCache", "is not a norm"),
         ("mixers", "wrong:Missing", "wrong has no 'Missing'"),
         ("mixers", "nowhere.at.all:X", "there is no module 'nowhere' here"),
         ("mixers", ".wrong:X", "is no import path"),
@@ -109,6 +123,64 @@ def test_a_part_that_is_none_is_answered_in_one_sentence(
         validate_components(config)
         parameter_shapes(config.model)
     assert said in str(caught.value)
+
+
+LIGHT = """
+import flax.linen as nn
+import jax.numpy as jnp
+from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.mixers.kv_cache import causal_mask
+class MeanOfDocument(nn.Module):
+    config: object
+    @nn.compact
+    def __call__(self, x_BTD, context):
+        weights_BTS = causal_mask(context) * 1.0
+        mean_BTD = weights_BTS @ x_BTD / jnp.maximum(weights_BTS.sum(axis=-1, keepdims=True), 1)
+        return Linear(self.config, self.config.d_model, residual=True, name="output")(mean_BTD)
+class Plain(nn.Module):
+    config: object
+    @nn.compact
+    def __call__(self, x_BTD):
+        return Linear(self.config, self.config.d_model, residual=True, name="output")(x_BTD)
+"""
+
+
+def test_a_mixer_without_a_cache_is_recomputed_when_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "light.py").write_text(LIGHT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = small_model(mixers=("light:MeanOfDocument", "attention"), feedforwards="light:Plain", n_layers=3)
+    params, tokens_BT = random_params(model), random_tokens(model)[:2]
+    expected_BTV, _ = transformer.apply(params, tokens_BT, model)
+    cache = transformer.init_cache(model, 2, LENGTH)
+    for start, stop in ((0, 5), (5, 6), (6, LENGTH)):
+        places_BT = np.tile(np.arange(start, stop, dtype=np.int32), (2, 1))
+        found_BTV, cache = transformer.apply(params, tokens_BT[:, start:stop], model, cache, positions_BT=places_BT)
+        np.testing.assert_allclose(found_BTV, expected_BTV[:, start:stop], rtol=1e-5, atol=1e-5)
+    for _ in range(2):
+        drawn = generate(params, [[1, 2, 3]], model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=3)
+    assert len(drawn[0]) == 3
+    warning = "light:MeanOfDocument has no init_cache, so it is recomputed over the whole context"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "checks"),
+    [
+        ("mixers/light:MeanOfDocument", {}, ("shapes", "causality", "padding", "cache", "parameters")),
+        ("feedforwards/light:Plain", {}, ("shapes", "causality")),
+    ],
+)
+def test_the_kit_checks_what_applies_to_a_light_layer(
+    name: str, changes: dict[str, Any], checks: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "light.py").write_text(LIGHT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (subject,) = subjects(name, {"n_layers": 1} | changes)
+    assert ("prefill" in checks_for(subject)) == (not name.startswith("mixers"))
+    outcomes = [run_check(check, CHECKS[check], subject) for check in checks]
+    assert [outcome.note for outcome in outcomes if not outcome.is_ok] == []
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from rustgpt_jax.conformance.masking_checks import cached_is_uncached, require_c
 from rustgpt_jax.conformance.targets import MODEL_KINDS, Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.model.mixers import has_cache
 
 # Check mixers with other numbers of key-value heads than the small model has.
 
@@ -222,5 +223,11 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_for(subject: Subject, only: Sequence[str] = ()) -> dict[str, Check]:
-    """The checks that a part must pass, of those in `only` if there are any."""
-    return {name: check for name, check in CHECKS.items() if subject.kind in check.kinds and (not only or name in only)}
+    """Returns the checks that apply to a component, restricted to those in `only` if there are any.
+
+    `prefill` compares ways to fill a cache, so it does not apply to a mixer without one.
+    """
+    names = [name for name, check in CHECKS.items() if subject.kind in check.kinds and (not only or name in only)]
+    if subject.model is not None and not all(has_cache(mixer) for mixer in subject.model.mixers):
+        names = [name for name in names if name != "prefill"]
+    return {name: CHECKS[name] for name in names}

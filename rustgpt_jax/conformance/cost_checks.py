@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,11 +17,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
-from rustgpt_jax.model.layer_groups import layer_groups
-from rustgpt_jax.model.mixers import MIXERS
-from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.registry import choose
 
 FLOPS_ERROR = 0.05
 # Sizes at which matrix products are nearly all that there is to do.
@@ -52,11 +48,7 @@ USUAL_STD = 0.02
 
 
 def parameters(subject: Subject) -> str:
-    """The parameters that a run plans for are those that it makes, and every one of them matters.
-
-    So are those of each mixer and feed-forward that declares them: `n_parameters(config)`, a static method or one of
-    the class, gives their number for the config of a block. A part of your own need not have it.
-    """
+    """Checks that the parameters a run plans for are the ones `init` makes, and that every one of them is used."""
     model = subject.small_model
     declared = total_size(parameter_shapes(model))
     made = by_path(fixtures.initial_params(model))
@@ -64,14 +56,6 @@ def parameters(subject: Subject) -> str:
     if count != declared:
         raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
     require_used(model)
-    for index, stack in enumerate(layer_groups(model)):
-        for part, names, place in (
-            (MIXERS, stack.block.mixers, "mixer"),
-            (FEEDFORWARDS, stack.block.feedforwards, "feedforward"),
-        ):
-            prefix = f"blocks/{index}/{place}/"
-            own = sum(leaf.size for name, leaf in made.items() if name.startswith(prefix)) // len(stack.layers)
-            _require_declared(choose(part, names[0], f"config.model.{place}s"), names[0], stack.block, own)
     return f"{count} in the small model"
 
 
@@ -89,16 +73,6 @@ def require_used(model: ModelConfig, where: str = "") -> None:
             if len(unused):
                 shown = f"a gradient of 0 in {len(unused)} of {leaf.shape[-1]} channels"
                 raise Broken(f"a part of a parameter {what}", f"the parameter {name}, channel {unused[0]}", shown)
-
-
-def _require_declared(part: Any, name: str, block: ModelConfig, made: int) -> None:
-    """Raises Broken if a part says that it has another number of parameters in a block than are made."""
-    module = part.func if isinstance(part, partial) else part
-    if not hasattr(module, "n_parameters"):
-        return
-    declared = module.n_parameters(block)
-    if declared != made:
-        raise Broken("n_parameters is not the number of parameters", name, f"{declared} declared, {made} made")
 
 
 def flops(subject: Subject) -> str:

@@ -19,9 +19,8 @@ from rustgpt_jax.model.block import Block
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import equations
 from rustgpt_jax.model.layer_groups import layer_groups
-from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.pytrees import by_path, path_name
-from rustgpt_jax.registry import choose
 
 LARGE = 100.0
 # Of the logits in bfloat16, in the median token: what rounding costs in a few layers, several times over.
@@ -198,10 +197,7 @@ def _rounded_along_the_row(block: ModelConfig, params: Any, model: ModelConfig) 
         more = roundings_by_line(many) - roundings_by_line(few)
         line = more.most_common(1)[0][0] if more else line_of(many.path[0])
         yield what + f"{FEW_TOKENS} tokens and {many.depth} in {MANY_TOKENS}", line, model.dtype
-    (mixer,) = block.mixers
-    cached = jax.eval_shape(
-        lambda: choose(MIXERS, mixer, "config.model.mixers").init_cache(block.mixer_config, 1, FEW_TOKENS)
-    )
+    cached = jax.eval_shape(lambda: init_mixer_cache(block, 1, FEW_TOKENS))
     for index, name in enumerate(by_path(cached)):
         reading, outputs = _read(block, params, model, 1, (cached, index))
         after = outputs[1 + index]

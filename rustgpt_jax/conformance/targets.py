@@ -152,12 +152,16 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
 
 
 def component_kind(part: Any, name: str) -> str:
-    """The table that a part would be in, by what it is. Raises UserError for what is no part of a model."""
-    kind = interfaces.component_kind(part)
-    if kind is None:
-        looks = "; ".join(f"{kind} is {look}" for kind, look in interfaces.LOOKS.items())
-        raise UserError(f"check: it is not clear what {name} is: {looks}. Or say which, as in mixers/my_lab:Retention.")
-    return TABLE_OF[kind]
+    """Returns the table that a component belongs to, judged by its interface.
+
+    Raises:
+        UserError: It has the interface of no component of a model.
+    """
+    kinds = interfaces.component_kinds(part)
+    if not kinds:
+        looks = "; ".join(f"{kind} is {look}" for kind, look in interfaces.DESCRIPTIONS.items())
+        raise UserError(f"check: it is not clear what {name} is: {looks}. Or name its table: mixers/my_lab:Retention.")
+    return TABLE_OF[kinds[0]]
 
 
 def import_path(name: str) -> str:

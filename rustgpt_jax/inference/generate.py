@@ -4,6 +4,8 @@ A token depends on the parameters, its row's prompt, the samplers and key, and i
 loop is cut into calls. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
 """
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -17,6 +19,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.sampling import Sampler, draw
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.mixers import has_cache
 from rustgpt_jax.model.mixers.kv_cache import cast_for_decode
 
 SMALLEST_BUCKET = 16
@@ -47,6 +50,16 @@ def bucket(length: int, largest: int) -> int:
     while size < length:
         size *= 2
     return min(size, largest)
+
+
+@functools.cache
+def _warn_recomputation(mixers: tuple[str, ...]) -> None:
+    """Warns on stderr, once per process, that decoding recomputes mixers without a cache."""
+    names = ", ".join(dict.fromkeys(mixers))
+    print(
+        f"Decoding is slow: {names} has no init_cache, so it is recomputed over the whole context for every token.",
+        file=sys.stderr,
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
@@ -154,6 +167,8 @@ def start_generation(
             f"The prompt has {longest} tokens, and the model's context of {model.context_length} "
             "(config.model.context_length) leaves no room for another."
         )
+    if uncached := tuple(name for name in model.mixers if not has_cache(name)):
+        _warn_recomputation(uncached)
     width = bucket(longest, model.context_length)
     padded_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):

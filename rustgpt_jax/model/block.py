@@ -1,15 +1,16 @@
 """One block: a token mixer and a feed-forward, each around the residual stream."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics, dropout
+from rustgpt_jax.model.interfaces import CachedMixer, n_inputs
 from rustgpt_jax.model.intermediates import Probe
-from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import choose
@@ -31,19 +32,18 @@ class Block(nn.Module):
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
         of_mixer, of_feedforward = config.mixer_config, config.feedforward_config
         mixer = choose(MIXERS, mixer_name, "config.model.mixers")(of_mixer, name="mixer")
+        # The inputs of a mixer without a cache are cached instead.
+        apply_mixer = mixer if isinstance(mixer, CachedMixer) else partial(apply_uncached_mixer, mixer)
         feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(
             of_feedforward, name="feedforward"
         )
 
-        mixed_BTD, cache = mixer(self._norm("mixer_norm", x_BTD, BEFORE).astype(of_mixer.dtype), context, cache)
+        mixed_BTD, cache = apply_mixer(self._norm("mixer_norm", x_BTD, BEFORE).astype(of_mixer.dtype), context, cache)
         x_BTD = self._add(x_BTD, mixed_BTD, "mixer", context, site=1)
-        fed = feedforward(self._norm("feedforward_norm", x_BTD, BEFORE).astype(of_feedforward.dtype), context)
-        if not isinstance(fed, tuple):
-            raise UserError(
-                f"config.model.feedforwards={feedforward_name!r} gives no signals: let it return (y_BTD, {{}})."
-            )
-        fed_BTD, signals = fed
-        return self._add(x_BTD, fed_BTD, "feedforward", context, site=2), cache, signals
+        fed_BTD = self._norm("feedforward_norm", x_BTD, BEFORE).astype(of_feedforward.dtype)
+        output = feedforward(fed_BTD) if n_inputs(type(feedforward)) == 1 else feedforward(fed_BTD, context)
+        y_BTD, metrics = output if isinstance(output, tuple) else (output, {})
+        return self._add(x_BTD, y_BTD, "feedforward", context, site=2), cache, metrics
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array, name: str, context: BlockInputs, site: int) -> jax.Array:
         """The residual stream, in its own precision, with the output of a sublayer in it."""

@@ -1,10 +1,14 @@
 """Feed-forward layers: what a block does to each token by itself.
 
-A feed-forward is a Flax leaf made from the config of its block. It has
+A feed-forward is a Flax module made from the config of its block. It has either
 
-    __call__(x_BTD, context)     y_BTD, and its signals: named numbers to be recorded in training, {} for none
+    __call__(x_BTD)              returns y_BTD
 
-The signal AUX_LOSS is added to the loss.
+or
+
+    __call__(x_BTD, context)     returns y_BTD and a dict of scalars to log in training
+
+The scalar AUX_LOSS is added to the loss.
 """
 
 from collections.abc import Callable
@@ -14,7 +18,6 @@ import flax.linen as nn
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
 from rustgpt_jax.model.linear import Linear, default_glu_width
 from rustgpt_jax.model.matmul import ACTIVATIONS, Activation, apply_activation
 from rustgpt_jax.model.moe import MixtureOfExperts
@@ -31,18 +34,11 @@ class FeedForward(nn.Module):
         """The hidden width."""
         return config.d_ff or 4 * config.d_model
 
-    @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
-        """The parameters of a layer: two matrices, and their biases where the model has biases."""
-        width = cls.width(config)
-        return 2 * config.d_model * width + config.has_feedforward_bias * (width + config.d_model)
-
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
-        del context
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = _linear(self.config, self.width(self.config), "up")(x_BTD)
         hidden_BTF = apply_activation(self.activation, up_BTF, self.config)
-        return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF), {}
+        return _linear(self.config, self.config.d_model, "down", residual=True)(hidden_BTF)
 
 
 class GatedFeedForward(nn.Module):
@@ -56,19 +52,12 @@ class GatedFeedForward(nn.Module):
         """The hidden width."""
         return config.d_ff or default_glu_width(config.d_model)
 
-    @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
-        """The parameters of a layer: three matrices, and their biases where the model has biases."""
-        width = cls.width(config)
-        return 3 * config.d_model * width + config.has_feedforward_bias * (2 * width + config.d_model)
-
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
-        del context
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = self.width(self.config)
         gate_BTF = apply_activation(self.activation, _linear(self.config, width, "gate")(x_BTD), self.config)
         up_BTF = _linear(self.config, width, "up")(x_BTD)
-        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF), {}
+        return _linear(self.config, self.config.d_model, "down", residual=True)(gate_BTF * up_BTF)
 
 
 def _linear(config: ModelConfig, features: int, name: str, residual: bool = False) -> Linear:

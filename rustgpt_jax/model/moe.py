@@ -40,11 +40,6 @@ class MixtureOfExperts(nn.Module):
         """The hidden width of an expert."""
         return config.d_expert or config.d_ff or default_glu_width(config.d_model)
 
-    @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
-        """The parameters of a layer: those of the router, and three matrices an expert."""
-        return config.n_experts * config.d_model * (1 + 3 * cls.width(config))
-
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         config = self.config

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import broadcast_channels
-from rustgpt_jax.registry import choose
 
 
 class LayerNorm(nn.Module):
@@ -51,10 +50,3 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "rmsnorm": RMSNorm,
     "zero_centered_rmsnorm": partial(RMSNorm, zero_centered=True),
 }
-
-
-def norm_parameters(config: ModelConfig, channels: int) -> int:
-    """The parameters of the model's norm over some channels: as many as it makes, since any part may be the norm."""
-    norm = choose(NORMS, config.norm, "config.model.norm")(config)
-    made = jax.eval_shape(lambda: norm.init(jax.random.key(0), jnp.zeros((1, channels))))
-    return sum(leaf.size for leaf in jax.tree.leaves(made))

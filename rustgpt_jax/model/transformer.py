@@ -18,7 +18,7 @@ from rustgpt_jax.model.dtypes import softcap
 from rustgpt_jax.model.layer_groups import LayerGroup, layer_groups
 from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.model.matmul import unembed
-from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.registry import choose
@@ -73,8 +73,7 @@ def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool =
     """An empty cache for `batch` rows of at most `length` tokens, stacked over N or in lists, as the parameters are."""
 
     def of_stack(stack: LayerGroup) -> Any:
-        (mixer,) = stack.block.mixers
-        one = choose(MIXERS, mixer, "config.model.mixers").init_cache(stack.block.mixer_config, batch, length)
+        one = init_mixer_cache(stack.block, batch, length)
         if unstacked:
             return [one] * len(stack.layers)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(stack.layers), *leaf.shape)), one)

@@ -47,8 +47,8 @@ def validate_components(config: Config) -> None:
     for knob, (table, kind) in MODEL_COMPONENTS.items():
         named = getattr(model, knob)
         for name in (named,) if isinstance(named, str) else named:
-            if interfaces.component_kind(choose(table, name, f"config.model.{knob}")) != kind:
-                raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.LOOKS[kind]}.")
+            if kind not in interfaces.component_kinds(choose(table, name, f"config.model.{knob}")):
+                raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.DESCRIPTIONS[kind]}.")
     _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
     for stage in stages(config):
         _check_function(CORPORA, stage.config.data.corpus, "config.data.corpus", "config")

@@ -1,9 +1,13 @@
 """Token mixers: how a block moves information between tokens, in training and from a cache, by one forward.
 
-A mixer is a Flax leaf made from the config of its block. It has
+A mixer is a Flax module made from the config of its block. It has either
 
-    init_cache(config, batch, length)     an empty cache, any pytree of arrays whose first axis is B
-    __call__(x_BTD, context, cache)       y_BTD, and the cache with the new tokens in it (None where there was none)
+    __call__(x_BTD, context)              returns y_BTD; decoding recomputes it over the whole context for each token
+
+or
+
+    init_cache(config, batch, length)     returns an empty cache, any pytree of arrays whose first axis is B
+    __call__(x_BTD, context, cache)       returns y_BTD, and the cache with the new tokens in it (None in training)
 
 Without a cache a row may hold several documents (`context.segments_BT`) that do not see each other. With one it holds a
 part of one document, after what is in the cache. Padding comes after the tokens of a row, and changes no cache.
@@ -11,10 +15,19 @@ part of one document, after what is in the cache. Padding comes after the tokens
 
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import CachedMixer, module_class
 from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
+from rustgpt_jax.model.mixers.kv_cache import KVCache, last_position
 from rustgpt_jax.model.mixers.mla import LatentAttention
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
+from rustgpt_jax.registry import choose
 
 MIXERS: dict[str, Any] = {
     "attention": Attention,
@@ -23,3 +36,41 @@ MIXERS: dict[str, Any] = {
     "rg_lru": RecurrentGatedLRU,
     "deltanet": GatedDeltaNet,
 }
+
+
+def has_cache(name: str) -> bool:
+    """Returns whether the mixer named `name` has a cache; others are recomputed when decoding."""
+    return isinstance(module_class(choose(MIXERS, name, "config.model.mixers")), CachedMixer)
+
+
+def init_mixer_cache(config: ModelConfig, batch: int, length: int) -> Any:
+    """Returns an empty cache of the mixer of a block; for a mixer without one, a cache of the mixer's inputs."""
+    (name,) = config.mixers
+    if has_cache(name):
+        return choose(MIXERS, name, "config.model.mixers").init_cache(config.mixer_config, batch, length)
+    return KVCache(jnp.zeros((batch, length, config.d_model), config.mixer_config.dtype))
+
+
+def apply_uncached_mixer(
+    mixer: nn.Module, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
+) -> tuple[jax.Array, KVCache | None]:
+    """Applies a mixer without a cache, recomputing the whole context if there are cached inputs.
+
+    Args:
+        mixer: Bound Flax module with __call__(x_BTD, context).
+        x_BTD: Inputs of the new tokens.
+        context: Positions and documents of the new tokens.
+        cache: The mixer's inputs at earlier positions; None in training.
+
+    Returns:
+        y_BTD of the new tokens, and the cache with their inputs.
+    """
+    if cache is None:
+        return mixer(x_BTD, context), None
+    cache = cache.write(x_BTD.astype(cache.kept.dtype), context)
+    position_S = jnp.arange(cache.slots, dtype=jnp.int32)
+    segments_BS = (position_S[None] <= last_position(context)[:, None]).astype(jnp.int32)
+    positions_BS = jnp.broadcast_to(position_S[None], segments_BS.shape)
+    every = context._replace(positions_BT=positions_BS, segments_BT=segments_BS)
+    y_BSD = mixer(cache.kept.astype(x_BTD.dtype), every)
+    return jnp.take_along_axis(y_BSD, context.positions_BT[..., None], axis=1, mode="clip"), cache

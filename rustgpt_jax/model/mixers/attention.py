@@ -14,8 +14,8 @@ from rustgpt_jax.model.kernels.dispatch import KERNELS, device_for, select_kerne
 from rustgpt_jax.model.kernels.portable import dot_product_attention, softmax_weights
 from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Bias, Device
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.kv_cache import AttentionContext, KVCache, cached_window, causal_window
-from rustgpt_jax.model.norms import NORMS, norm_parameters
+from rustgpt_jax.model.mixers.kv_cache import AttentionContext, KVCache, update_kv_cache
+from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
 from rustgpt_jax.registry import choose
 
@@ -49,17 +49,6 @@ class Attention(nn.Module):
     ) -> AttentionInputs:
         """What a kernel computes for a layer from queries, keys and values."""
         return attention_inputs(config, arrays, context, cls.window(config), sinks_H)
-
-    @staticmethod
-    def n_parameters(config: ModelConfig) -> int:
-        """The parameters of a layer: the projections, norms of queries and keys, and sinks."""
-        width, has_bias = config.n_heads * config.head_width, config.has_qkv_bias
-        kv_width = (config.n_kv_heads or config.n_heads) * config.head_width
-        projections = (config.d_model + has_bias) * (width + 2 * kv_width)
-        projections += (width + config.has_attention_output_bias) * config.d_model
-        normalized = {"none": (), "head": (config.head_width,) * 2, "projection": (width, kv_width)}[config.qk_norm]
-        norms = sum(norm_parameters(config, channels) for channels in normalized)
-        return projections + norms + config.n_heads * config.attention_sinks
 
     @nn.compact
     def __call__(
@@ -99,7 +88,7 @@ class Attention(nn.Module):
         kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=cached))
         if kernel == "plain":
             by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
-            seen, cache = window_of(cache, by_heads, context, self.window(config))
+            seen, cache = update_kv_cache(cache, by_heads, context, self.window(config))
             weights = partial(attention_weights, seen=seen, sinks_H=sinks_H, context=context, config=config)
             k_BKSC, v_BKSC = seen.keys
             mixed_BTKGC = dot_product_attention(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
@@ -122,13 +111,6 @@ def get_position_encoding(config: ModelConfig) -> PositionEncoding:
     """How the block of `config` learns positions."""
     (name,) = config.positions
     return choose(POSITIONS, name, "config.model.positions")
-
-
-def window_of(
-    cache: KVCache | None, new: tuple[jax.Array, ...], context: BlockInputs, window: int | None
-) -> tuple[AttentionContext, KVCache | None]:
-    """The keys that the tokens of a call see, `new` among them, and the cache after it."""
-    return (causal_window(new, context, window), None) if cache is None else cached_window(cache, new, context, window)
 
 
 def attention_weights(

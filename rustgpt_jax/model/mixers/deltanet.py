@@ -12,7 +12,7 @@ from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
-from rustgpt_jax.model.norms import NORMS, norm_parameters
+from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import choose
 
 # The gated delta rule over many tokens at once, by matrix products.
@@ -114,15 +114,6 @@ class GatedDeltaNet(nn.Module):
         n_heads, channels = config.n_heads, config.head_width
         history = ShortConvolution.init_history(config, batch, n_heads * channels)
         return DeltaCache(_no_state(config, batch), dict.fromkeys(STREAMS, history))
-
-    @staticmethod
-    def n_parameters(config: ModelConfig) -> int:
-        """The parameters of a layer: streams with their convolutions, forgetting and writing, norm, gate and output."""
-        width, bias, d_model = config.n_heads * config.head_width, config.bias, config.d_model
-        streams = len(STREAMS) * (d_model + config.has_qkv_bias + config.conv_width + bias) * width
-        forget_and_write = (d_model + 2) * config.n_heads + (d_model + bias) * config.n_heads
-        gate_and_output = (d_model + bias) * width + (width + bias) * d_model
-        return streams + forget_and_write + norm_parameters(config, config.head_width) + gate_and_output
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import to_float32
-from rustgpt_jax.model.kernels.types import current_device
+from rustgpt_jax.model.kernels.types import attention_mask, current_device
 
 
 class KVCache(NamedTuple):
@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
 
     def write(self, new: Any, context: BlockInputs) -> "KVCache":
         """The ring with the tokens of a call in their slots: the last ones, where there are more than slots."""
-        is_new_BT = context.positions_BT > _last_position(context)[:, None] - self.slots
+        is_new_BT = context.positions_BT > last_position(context)[:, None] - self.slots
         stays_BT = (context.segments_BT > 0) & is_new_BT
         # No slot has the number `slots`: what is written there is dropped.
         slots_BT = jnp.where(stays_BT, context.positions_BT % self.slots, self.slots)
@@ -62,35 +62,33 @@ class AttentionContext(NamedTuple):
     visible_BTS: jax.Array
 
 
-def causal_window(new: Any, context: BlockInputs, window: int | None = None) -> AttentionContext:
-    """A token sees itself and the earlier tokens of its own document, of the last `window` positions."""
+def causal_mask(context: BlockInputs, window: int | None = None) -> jax.Array:
+    """Returns mask_BTS: a token sees itself and the earlier tokens of its document, within the last `window`."""
     order_T = jnp.arange(context.segments_BT.shape[1])
-    earlier_TS = order_T[:, None] >= order_T[None, :]
-    same_BTS = context.segments_BT[:, :, None] == context.segments_BT[:, None, :]
-    return AttentionContext(
-        new, context.positions_BT, earlier_TS[None] & same_BTS & _near(context, context.positions_BT, window)
-    )
+    return attention_mask(context, order_T, context, order_T, window)
 
 
-def cached_window(
-    ring: KVCache, new: Any, context: BlockInputs, window: int | None = None
-) -> tuple[AttentionContext, KVCache]:
-    """A token sees the cached tokens and those of this call up to its own position, of the last `window` positions.
+def update_kv_cache(
+    ring: KVCache | None, new: Any, context: BlockInputs, window: int | None = None
+) -> tuple[AttentionContext, KVCache | None]:
+    """Returns the keys that the tokens of a call attend to, and the cache with the new tokens in it.
 
-    The ring is returned with the new tokens in it.
+    A token sees the cached tokens and those of this call up to its own position, within the last `window` positions.
+    Without a cache, it sees the earlier tokens of its own document.
     """
+    if ring is None:
+        return AttentionContext(new, context.positions_BT, causal_mask(context, window)), None
     after = ring.write(new, context)
     if window is None or context.positions_BT.shape[1] == 1:
         # What the new tokens take the place of, no query of this call sees.
-        positions_BS = after.positions(_last_position(context))
+        positions_BS = after.positions(last_position(context))
         visible_BTS = _up_to(context, positions_BS) & _near(context, positions_BS, window)
         return AttentionContext(after.kept, positions_BS, visible_BTS), after
     before_BS = ring.positions(context.positions_BT[:, 0] - 1)
     old_BTS = _up_to(context, before_BS) & _near(context, before_BS, window)
-    own = causal_window(new, context, window)
     keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], _tokens_axis(kept)), ring.kept, new)
-    positions_BS = jnp.concatenate([before_BS, own.positions_BS], axis=1)
-    return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, own.visible_BTS], axis=2)), after
+    positions_BS = jnp.concatenate([before_BS, context.positions_BT], axis=1)
+    return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, causal_mask(context, window)], axis=2)), after
 
 
 def _tokens_axis(x: jax.Array) -> int:
@@ -107,8 +105,11 @@ def _with_tokens(kept: jax.Array, now: jax.Array, slots_BT: jax.Array) -> jax.Ar
     return _with_tokens(flat, now.reshape(len(flat), *now.shape[2:]), slots_BT).reshape(kept.shape)
 
 
-def _last_position(context: BlockInputs) -> jax.Array:
-    """Of the tokens in each row. A row of padding has that of its first place, so that it sees something."""
+def last_position(context: BlockInputs) -> jax.Array:
+    """Returns the position of the last token in each row (B,).
+
+    For a row of padding it is that of the row's first place, so that a softmax over the row is finite.
+    """
     is_token_BT = context.segments_BT > 0
     return jnp.max(jnp.where(is_token_BT, context.positions_BT, context.positions_BT[:, :1]), axis=1)
 

@@ -16,10 +16,9 @@ from rustgpt_jax.model.mixers.attention import (
     attention_spec,
     attention_weights,
     get_position_encoding,
-    window_of,
 )
-from rustgpt_jax.model.mixers.kv_cache import KVCache
-from rustgpt_jax.model.norms import NORMS, norm_parameters
+from rustgpt_jax.model.mixers.kv_cache import KVCache, update_kv_cache
+from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import choose
 
 
@@ -61,18 +60,6 @@ class LatentAttention(nn.Module):
         """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
         return attention_inputs(config, arrays, context, None, sinks_H)
 
-    @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
-        """The parameters of a layer: those of queries, of the latent and the shared key, of keys and values, sinks."""
-        (kv_lora_rank, shared_width), width = cls.widths(config), config.n_heads * config.head_width
-        source, has_bias = config.q_lora_rank or config.d_model, config.has_qkv_bias
-        latents = (kv_lora_rank, *([config.q_lora_rank] if config.q_lora_rank else ()))
-        made = sum((config.d_model + has_bias) * each + norm_parameters(config, each) for each in latents)
-        queries = (source + has_bias) * (width + config.n_heads * shared_width)
-        keys_and_values = (config.d_model + has_bias) * shared_width + 2 * kv_lora_rank * width
-        output = (width + config.has_attention_output_bias) * config.d_model
-        return made + queries + keys_and_values + output + config.n_heads * config.attention_sinks
-
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
@@ -101,7 +88,7 @@ class LatentAttention(nn.Module):
         device = device_for(config.attention_kernel, is_plain)
         request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
         kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=is_plain))
-        seen, cache = window_of(cache, (latent("latent", kv_lora_rank), shared_BTE), context, None)
+        seen, cache = update_kv_cache(cache, (latent("latent", kv_lora_rank), shared_BTE), context, None)
         latent_BSR, shared_BSE = seen.keys
 
         key_RHC = HeadKernel(config, name="key")(kv_lora_rank)

@@ -50,14 +50,6 @@ class RecurrentGatedLRU(nn.Module):
         state_BR = jnp.zeros((batch, cls.width(config)), jnp.promote_types(config.dtype, jnp.float32))
         return RecurrentCache(state_BR, ShortConvolution.init_history(config, batch, cls.width(config)))
 
-    @classmethod
-    def n_parameters(cls, config: ModelConfig) -> int:
-        """The parameters of a layer: two projections in and one back, a convolution, two gates and the decay rates."""
-        width, bias = cls.width(config), config.bias
-        projections = 2 * (config.d_model + bias) * width + (width + bias) * config.d_model
-        gate = (width // (config.recurrent_blocks or 1) + bias) * width
-        return projections + (config.conv_width + bias) * width + 2 * gate + width
-
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, context: BlockInputs, cache: RecurrentCache | None
