@@ -92,8 +92,9 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
         for name, own in (("mixer", stack.block.mixer_config), ("feedforward", stack.block.feedforward_config)):
             # There is one result per `__call__` in the class hierarchy; a subclass's result follows that of
             # `super().__call__`.
-            result, *_ = kept["intermediates"][name]["__call__"][-1]
-            _require_type(result, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
+            result = kept["intermediates"][name]["__call__"][-1]
+            y_part = result[0] if isinstance(result, tuple) else result
+            _require_type(y_part, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
         _require_type(y, x.shape, model.dtype, f"the output of block {index}", where)
         for name, signal in signals.items():
             _require_type(signal, (), "float32", f"the signal {name} of block {index}", where)
