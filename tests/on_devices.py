@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.planning.collectives import collectives, summary
+from rustgpt_jax.planning.hlo import collectives, summary
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.training.checkpointing import Checkpoints

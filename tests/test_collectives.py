@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rustgpt_jax.planning.aot_compile import product_flops, product_traffic, warnings_in
-from rustgpt_jax.planning.collectives import Collective, Sum, _groups, collectives, summary
-from rustgpt_jax.planning.hlo import read
+from rustgpt_jax.planning.hlo import Collective, Sum, _groups, collectives, read, summary
 
 ROOT = Path(__file__).parent.parent
 MESH = {"data": 4, "tensor": 2}

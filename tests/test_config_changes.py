@@ -13,9 +13,9 @@ from test_loop import Interruption, assert_same_bits, contents, metrics, stored_
 from rustgpt_jax.config.schema import Config, Earlier, may_change, stages_in_turn
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
-from rustgpt_jax.reproduce.metadata_diff import config_differences
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay_step import replay_one_step
+from rustgpt_jax.reproduce.run_diff import config_differences
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import Change, resolve_change
 from rustgpt_jax.training.load_model import load

@@ -44,9 +44,8 @@ from rustgpt_jax.reproduce.interventions import (
     flags,
     possible_interventions,
 )
-from rustgpt_jax.reproduce.recorded_run import HISTORY, History, RecordedRun
+from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, UPDATE, History, RecordedRun, StepTensor
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, is_fault, replay_one_step
-from rustgpt_jax.reproduce.step_tensors import ACTIVATION, PARAMETER, UPDATE, StepTensor
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars

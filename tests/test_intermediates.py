@@ -27,7 +27,7 @@ from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS, attention
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.reproduce.step_tensors import (
+from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     KINDS,

@@ -27,8 +27,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.convert import export_run
 from rustgpt_jax.interop.gguf import export_gguf
-from rustgpt_jax.reproduce.metadata_diff import data_differences
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
+from rustgpt_jax.reproduce.run_diff import data_differences
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import executors, hooks, loop

@@ -19,7 +19,6 @@ from rich.console import Console
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compiled_step
-from rustgpt_jax.planning.collectives import Collective
 from rustgpt_jax.planning.estimate import (
     Estimate,
     Seconds,
@@ -29,6 +28,7 @@ from rustgpt_jax.planning.estimate import (
     step_seconds,
     utilization,
 )
+from rustgpt_jax.planning.hlo import Collective
 from rustgpt_jax.planning.report import print_plan, show, show_changes, with_vocabulary_size
 from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes, check_batch_shards

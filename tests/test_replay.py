@@ -21,11 +21,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce import recorded_run as pasts
 from rustgpt_jax.reproduce.anomaly_detection import suspect
-from rustgpt_jax.reproduce.html_report import short
-from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, start_of
-from rustgpt_jax.reproduce.replay import replay
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, start_of
+from rustgpt_jax.reproduce.replay import replay, short
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
-from rustgpt_jax.reproduce.step_tensors import StepTensor
 from rustgpt_jax.reproduce.step_trace import trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop

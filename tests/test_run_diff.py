@@ -16,8 +16,7 @@ from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import run_diff
 from rustgpt_jax.reproduce import run_diff as diffs
-from rustgpt_jax.reproduce.metadata_diff import sections
-from rustgpt_jax.reproduce.run_diff import Origin, diff
+from rustgpt_jax.reproduce.run_diff import Origin, diff, sections
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
 from rustgpt_jax.workdir.event_log import Journal
 from rustgpt_jax.workdir.run_dir import RunDir, create

@@ -28,8 +28,7 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers.inline import Launch
-from rustgpt_jax.sweeps.launchers.subprocesses import MOST_DEATHS, processes
+from rustgpt_jax.sweeps.launchers.local import MOST_DEATHS, Launch, processes
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, open_sweep

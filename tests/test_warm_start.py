@@ -13,7 +13,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.reproduce.metadata_diff import config_differences
+from rustgpt_jax.reproduce.run_diff import config_differences
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config

@@ -26,8 +26,7 @@ import jax
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
-from rustgpt_jax.planning.collectives import Collective, collectives
-from rustgpt_jax.planning.hlo import Instruction, Program, arrays, lengths
+from rustgpt_jax.planning.hlo import Collective, Instruction, Program, arrays, collectives, lengths
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import State, to_traced_scalars, train_step

@@ -13,7 +13,7 @@ import jax
 from rustgpt_jax.config.schema import Config, replace_paths
 from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import Compiled, compiled_step, placed_state
-from rustgpt_jax.planning.collectives import Collective
+from rustgpt_jax.planning.hlo import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from rustgpt_jax.config.schema import Config, Stage, replace_paths, stages
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.planning.collectives import summary
 from rustgpt_jax.planning.estimate import RESERVE, Change, Estimate, changes, collective_seconds, estimate
+from rustgpt_jax.planning.hlo import summary
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
 from rustgpt_jax.tracking.formatting import byte_size, count

@@ -21,17 +21,19 @@ from rustgpt_jax.reproduce.interventions import (
     flags,
     possible_interventions,
 )
-from rustgpt_jax.reproduce.recorded_run import History, RecordedRun, StepInternals
-from rustgpt_jax.reproduce.replay import write_page
-from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
-from rustgpt_jax.reproduce.step_tensors import (
+from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
     PARAMETER,
     PARAMETER_GRADIENT,
     UPDATE,
+    History,
+    RecordedRun,
+    StepInternals,
     StepTensor,
 )
+from rustgpt_jax.reproduce.replay import write_page
+from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report.labels import format_value
 from rustgpt_jax.tokenizers import Codec, decode
 from rustgpt_jax.tracking.formatting import printable

@@ -15,7 +15,7 @@ from rustgpt_jax.reproduce.compare_metrics import (
     in_a_sentence,
     missing_record,
 )
-from rustgpt_jax.reproduce.metadata_diff import say, say_section, sections
+from rustgpt_jax.reproduce.run_diff import say, say_section, sections
 from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, own_code
 from rustgpt_jax.tracking.metric_writer import last_step
 from rustgpt_jax.workdir.event_log import Journal, Launch, first_launch, launches

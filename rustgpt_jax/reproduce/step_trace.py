@@ -27,8 +27,14 @@ from rich.console import Console
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.reproduce.recorded_run import RecordedRun, named
-from rustgpt_jax.reproduce.step_tensors import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, StepTensor
+from rustgpt_jax.reproduce.recorded_run import (
+    ACTIVATION,
+    ACTIVATION_GRADIENT,
+    PARAMETER_GRADIENT,
+    RecordedRun,
+    StepTensor,
+    named,
+)
 from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.tracking.formatting import PlainTextConsole
 from rustgpt_jax.training.train_step import State

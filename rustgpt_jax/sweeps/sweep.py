@@ -18,8 +18,7 @@ from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
-from rustgpt_jax.sweeps.launchers.inline import Launch
-from rustgpt_jax.sweeps.launchers.subprocesses import visible_gpus
+from rustgpt_jax.sweeps.launchers.local import Launch, visible_gpus
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled

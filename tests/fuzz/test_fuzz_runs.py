@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.data.preprocess import read_record
 from rustgpt_jax.reproduce.compare_metrics import compare_records
-from rustgpt_jax.reproduce.metadata_diff import data_differences
 from rustgpt_jax.reproduce.recorded_run import rewinds
+from rustgpt_jax.reproduce.run_diff import data_differences
 from rustgpt_jax.tracking.metric_writer import (
     MetricsWriter,
     keep_until,

@@ -6,9 +6,8 @@ through, or a stop was asked for. What became of the trials stands in the ledger
 
 from collections.abc import Callable, Sequence
 
-from rustgpt_jax.sweeps.launchers.inline import Launch, inline
+from rustgpt_jax.sweeps.launchers.local import Launch, inline, processes
 from rustgpt_jax.sweeps.launchers.slurm import slurm
-from rustgpt_jax.sweeps.launchers.subprocesses import processes
 from rustgpt_jax.sweeps.planner import Chunk
 
 Launcher = Callable[[Launch, Sequence[Chunk]], None]

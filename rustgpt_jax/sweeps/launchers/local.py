@@ -1,4 +1,4 @@
-"""In processes of this machine: one for each core or GPU, which nothing but its own trials can bring down."""
+"""In this process: a thread for each device, or for each group of them, takes one chunk after another."""
 
 import json
 import os
@@ -9,14 +9,73 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from rustgpt_jax.sweeps.launchers.inline import Launch
+import jax
+
+from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger
+from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
+from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.workdir.run_dir import check_links
+
+# What every launcher is told.
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch of a sweep: its folder, the copy of the code that jobs run, how many workers, and when to stop.
+
+    `slurm_options` are options of Slurm such as {'partition': 'gpu', 'time': '60'}.
+    """
+
+    folder: SweepDir
+    shelf: AssetCache
+    code: Path
+    n_workers: int
+    slurm_options: dict[str, str]
+    is_stopped: Callable[[], bool]
+
+
+def inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
+    """Run chunks on the devices of this process, at the same time on groups of as many devices as a chunk needs."""
+    devices = jax.local_devices()
+    for needed in dict.fromkeys(chunk.devices for chunk in chunks):
+        size = needed or len(devices)
+        groups = [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
+        _run(launch, groups, [chunk for chunk in chunks if chunk.devices == needed])
+
+
+def _run(launch: Launch, groups: Sequence[Sequence[jax.Device]], chunks: Sequence[Chunk]) -> None:
+    waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+    for chunk in chunks:
+        waiting.put(chunk)
+    errors: list[BaseException] = []
+
+    def take(devices: Sequence[jax.Device]) -> None:
+        worker = Worker(launch.folder, launch.shelf, devices, launch.code.name, launch.is_stopped)
+        try:
+            with jax.default_device(devices[0]):
+                while not launch.is_stopped() and not waiting.empty():
+                    worker.work(waiting.get_nowait())
+        except queue.Empty:
+            return
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=take, args=(devices,)) for devices in groups[: len(chunks)]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+# In processes of this machine: one for each core or GPU, which nothing but its own trials can bring down.
 
 # A chunk whose process has died so often is given up.
 MOST_DEATHS = 3
