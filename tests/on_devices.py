@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.planning.hlo import collectives, summary
+from rustgpt_jax.planning.hlo import find_collectives, summarize_collectives
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
@@ -130,7 +130,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
     """What a case shows, beside the same model on one device."""
     config = config_of(knobs, mesh)
     alone, here = run_alone(tuple(knobs.items())), run(config, jax.devices(), folder)
-    found = collectives(here["text"], 8)
+    found = find_collectives(here["text"], 8)
     restored = {}
     for name, onto in {"one device": {}, "tensor 2": {"tensor": 2}, "fsdp 4": {"fsdp": 4}}.items():
         if not onto and jax.process_count() > 1:
@@ -147,7 +147,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
         "gradients": difference(alone["gradients"], here["gradients"]),
         "collectives": {
             f"{kind} {' '.join(axes)}": [each.count, each.received]
-            for (kind, axes), each in summary(found, here["sizes"]).items()
+            for (kind, axes), each in summarize_collectives(found, here["sizes"]).items()
         },
         "largest_gather": max([each.received for each in found if each.kind == "all-gather"], default=0.0),
         "shards": {

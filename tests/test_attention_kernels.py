@@ -29,7 +29,7 @@ from rustgpt_jax.model.kernels.portable import blockwise, reference_attention, t
 from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionInputs, AttentionSpec, Device
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
-from rustgpt_jax.planning.aot_compile import product_flops
+from rustgpt_jax.planning.aot_compile import count_matmul_flops
 from rustgpt_jax.sharding.sharding_plan import make_mesh
 from rustgpt_jax.training.config_checks import validate_components
 
@@ -172,7 +172,7 @@ def test_triangular_has_products_of_the_keys_that_are_seen_alone(window: int | N
 
     def flops(attend: Callable[[AttentionInputs], jax.Array]) -> float:
         compiled = jax.jit(lambda q, k, v: attend(task._replace(q_BTHC=q, k_BSKC=k, v_BSKC=v))).lower(*task[:3])
-        return product_flops(hlo.read(compiled.compile().as_text()))
+        return count_matmul_flops(hlo.parse_hlo(compiled.compile().as_text()))
 
     assert flops(triangular) / flops(reference_attention) == pytest.approx(expected, rel=1e-6)
 

@@ -19,7 +19,7 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data import datasets
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference import chat as chat_module
-from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, in_words
+from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, describe_sampling
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers.messages import Turn
@@ -505,7 +505,7 @@ def test_chat_needs_no_readline_and_no_history_file(
     ],
 )
 def test_sampling_in_words(changes: dict[str, float], words: str) -> None:
-    assert in_words(replace(CONFIG.sampling, **changes)) == words
+    assert describe_sampling(replace(CONFIG.sampling, **changes)) == words
 
 
 def test_a_line_of_json_is_one_line() -> None:

@@ -13,8 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from rustgpt_jax.planning.aot_compile import product_flops, product_traffic, warnings_in
-from rustgpt_jax.planning.hlo import Collective, Sum, _groups, collectives, read, summary
+from rustgpt_jax.planning.aot_compile import count_matmul_flops, count_matmul_traffic, find_warnings
+from rustgpt_jax.planning.hlo import (
+    Collective,
+    CollectiveTotal,
+    _groups,
+    find_collectives,
+    parse_hlo,
+    summarize_collectives,
+)
 
 ROOT = Path(__file__).parent.parent
 MESH = {"data": 4, "tensor": 2}
@@ -70,9 +77,9 @@ programs = {
                       at(), ((2, 64, 4), f32, at())),
     "half": text(lambda a: a.sum(), at(), ((8, 4), f32, at(("tensor", "data")))),
 }
-from rustgpt_jax.planning.aot_compile import heard
+from rustgpt_jax.planning.aot_compile import capture_compiler_log
 cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
-with heard() as warnings:
+with capture_compiler_log() as warnings:
     rows, others = NamedSharding(cube, P(("a", "b", "c"))), NamedSharding(cube, P("b", "a"))
     text(jnp.sin, others, ((16, 32), f32, rows))
 json.dump([programs, warnings], sys.stdout)
@@ -116,13 +123,13 @@ KNOWN: dict[str, list[tuple[str, str, tuple[str, ...], int, float]]] = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_collectives_of_known_programs(programs: dict[str, str], name: str) -> None:
-    found = collectives(programs[name], 8)
+    found = find_collectives(programs[name], 8)
     shown = [(each.kind, each.dtype, each.axes(MESH), each.times, each.total) for each in found]
     assert shown == KNOWN[name]
 
 
 def test_several_arrays_in_one_collective_count_together(programs: dict[str, str]) -> None:
-    total = summary(collectives(programs["tree"], 8), MESH)["all-reduce", ("tensor",)]
+    total = summarize_collectives(find_collectives(programs["tree"], 8), MESH)["all-reduce", ("tensor",)]
     assert total.received == 2 * (4 * 16 + 16 + 4 * 16) * 4 / 2
 
 
@@ -133,15 +140,15 @@ def test_summary_adds_up_by_kind_and_axes() -> None:
         Collective("all-gather", "bf16", 1.0, pairs, 2, ""),
         Collective("all-gather", "f32", 100.0, whole, 1, ""),
     ]
-    assert list(summary(found, MESH).items()) == [
-        (("all-gather", ("data", "tensor")), Sum(1, 100.0)),
-        (("all-gather", ("tensor",)), Sum(5, 32.0)),
+    assert list(summarize_collectives(found, MESH).items()) == [
+        (("all-gather", ("data", "tensor")), CollectiveTotal(1, 100.0)),
+        (("all-gather", ("tensor",)), CollectiveTotal(5, 32.0)),
     ]
 
 
 def test_products_count_as_often_as_their_loop_turns(programs: dict[str, str]) -> None:
     def flops(name: str) -> float:
-        return product_flops(read(programs[name]))
+        return count_matmul_flops(parse_hlo(programs[name]))
 
     assert flops("contracted") == 2 * 16 * 64 * 32 / 2
     assert flops("local") == 2 * 16 * 64 * 32 / 8
@@ -163,11 +170,11 @@ def test_traffic_of_products(programs: dict[str, str]) -> None:
 def test_scores_of_attention_are_not_moved(programs: dict[str, str]) -> None:
     # q, k and v of 2 x 64 x 4, scores of 2 x 64 x 64, and the mixture of values.
     assert moved_by(programs["attention"]) == 4 * 4 * (2 * 64 * 4)
-    assert product_flops(read(programs["attention"])) == 2 * 2 * (2 * 64 * 64 * 4)
+    assert count_matmul_flops(parse_hlo(programs["attention"])) == 2 * 2 * (2 * 64 * 64 * 4)
 
 
 def moved_by(text: str) -> float:
-    return product_traffic(read(text))
+    return count_matmul_traffic(parse_hlo(text))
 
 
 # The ways in which groups are written.
@@ -247,7 +254,7 @@ ENTRY %main (x: f32[4], y: bf16[8,2]) -> f32[16] {
 
 
 def test_asynchronous_collectives_count_once() -> None:
-    found = {each.kind: (each.dtype, each.group_size, each.total) for each in collectives(ASYNCHRONOUS, 8)}
+    found = {each.kind: (each.dtype, each.group_size, each.total) for each in find_collectives(ASYNCHRONOUS, 8)}
     assert found == {
         "all-gather": ("f32", 4, 16 * 4 * 3 / 4),
         "all-reduce": ("bf16", 8, 2 * 16 * 2 * 7 / 8),
@@ -258,7 +265,7 @@ def test_asynchronous_collectives_count_once() -> None:
 
 def test_collectives_of_one_device_are_none() -> None:
     text = ASYNCHRONOUS.replace("[2,4]<=[8]", "[8,1]<=[8]").replace("[1,8]<=[8]", "[8,1]<=[8]")
-    assert {each.kind for each in collectives(text, 8)} == {"all-reduce", "collective-permute"}
+    assert {each.kind for each in find_collectives(text, 8)} == {"all-reduce", "collective-permute"}
 
 
 # Warnings.
@@ -276,4 +283,4 @@ I1122 10:39:35.960690    4208 spmd_partitioner.cc:631] as it should be
 E1122 10:39:35.960690    4208 slow_operation_alarm.cc:73] Compiling takes long
 W1122 10:39:36.960690    4208 spmd_partitioner.cc:630] [SPMD] Involuntary full rematerialization.
 """
-    assert warnings_in(log) == ["[SPMD] Involuntary full rematerialization."]
+    assert find_warnings(log) == ["[SPMD] Involuntary full rematerialization."]

@@ -15,7 +15,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay_step import replay_one_step
-from rustgpt_jax.reproduce.run_diff import config_differences
+from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import Change, resolve_change
 from rustgpt_jax.training.load_model import load
@@ -86,7 +86,7 @@ def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Pa
         assert not train(load_config(again.path), again.path, Interruption(steps, is_kill=steps == 3))[0]
     assert train(load_config(again.path), again.path)[0]
     found = compare_records(changed, again.path)
-    assert found.parting is None and found.last_step == 16
+    assert found.first_difference is None and found.last_step == 16
     assert compare_samples(changed, again.path, 16)[1] is None
     arrays = compare_checkpoints(RunDir(changed), again)
     assert arrays.step == 16 and not arrays.unequal
@@ -113,7 +113,7 @@ def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) 
 
 def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), tmp_path / "straight")[0]
-    (found,) = config_differences(RunDir(changed), RunDir(tmp_path / "straight"))
+    (found,) = diff_configs(RunDir(changed), RunDir(tmp_path / "straight"))
     assert found.name == "config was changed" and found.second == "never" and "10]" in found.first
 
 

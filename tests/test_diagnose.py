@@ -23,25 +23,25 @@ from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.reproduce import anomaly_detection, diagnose
-from rustgpt_jax.reproduce.anomaly_detection import DivergenceThreshold, Suspect, spike, suspect
+from rustgpt_jax.reproduce.anomaly_detection import Anomaly, DivergenceThreshold, find_anomaly, find_spike
 from rustgpt_jax.reproduce.diagnose import (
-    Trial,
+    InterventionTrial,
     View,
-    advice,
-    diagnosis,
-    doctor,
-    earlier,
-    first_bad,
-    odd_rows,
-    of_first_bad,
-    try_remedies,
+    describe_anomaly,
+    describe_earlier_intervention,
+    describe_first_nonfinite,
+    diagnose_run,
+    find_outlier_rows,
+    first_nonfinite,
+    format_advice,
+    try_interventions,
 )
 from rustgpt_jax.reproduce.interventions import (
     CONTROL,
     Intervention,
     InterventionResult,
-    fitted,
-    flags,
+    fit_state,
+    format_flags,
     possible_interventions,
 )
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, UPDATE, History, RecordedRun, StepTensor
@@ -99,9 +99,9 @@ def history(lines: list[dict[str, Any]]) -> History:
     return History(np.array([line["step"] for line in lines], int), *columns)
 
 
-def found_in(past: Any) -> Suspect:
+def found_in(past: Any) -> Anomaly:
     """The step that is looked at, where there is one."""
-    found = suspect(past, None)
+    found = find_anomaly(past, None)
     assert found is not None
     return found
 
@@ -117,9 +117,9 @@ def test_a_spike_is_found_among_ordinary_losses_and_nothing_where_there_is_none(
     lines = [line(10 * index, float(loss)) for index, loss in enumerate(losses)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anomaly_detection, "BLOCK_LINES", block)
-        assert spike(history(lines)) is None
+        assert find_spike(history(lines)) is None
         lines[place]["train/loss"] += 5.0
-        assert spike(history(lines)) == 10 * place
+        assert find_spike(history(lines)) == 10 * place
 
 
 def test_the_search_for_a_spike_takes_little_more_memory_than_the_losses() -> None:
@@ -128,7 +128,7 @@ def test_the_search_for_a_spike_takes_little_more_memory_than_the_losses() -> No
     every = History(steps, losses, losses, losses, losses)
     tracemalloc.start()
     try:
-        assert spike(every) is None
+        assert find_spike(every) is None
         assert every.until(2**18) is every
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -169,41 +169,45 @@ def tensor(name: str, nonfinite: int = 0, kind: str = ACTIVATION, layer: int | N
 
 def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:
     rows = [tensor("embedding/table", kind=PARAMETER), tensor("mixer/key"), tensor("mixer/scores", 5), tensor("x", 64)]
-    assert first_bad(rows) == rows[2]
-    sentence = of_first_bad(rows)
+    assert first_nonfinite(rows) == rows[2]
+    sentence = describe_first_nonfinite(rows)
     assert sentence.startswith("The first tensor that is not finite is the activation mixer/scores (layer 2): 5 of 64")
     assert "Before it comes the activation mixer/key (layer 2), whose largest magnitude is 3e+19." in sentence
     large = tensor("layers/2/w", kind=UPDATE)._replace(largest=1e30)
-    sentence = of_first_bad([*rows[:2], large])
+    sentence = describe_first_nonfinite([*rows[:2], large])
     assert sentence.startswith("Every tensor of the step is finite, but the sum of their squares is not")
     assert sentence.endswith("1e+30, in the update of the parameter layers/2/w (layer 2).")
-    assert "Before it every parameter is finite." in of_first_bad([rows[0], rows[2]])
-    assert "It was so before the step began." in of_first_bad([tensor("layers/2/w", 1, kind=PARAMETER), *rows])
-    assert "Before it the forward is finite" not in of_first_bad([rows[0], tensor("layers/2/w", 1, kind=UPDATE)])
+    assert "Before it every parameter is finite." in describe_first_nonfinite([rows[0], rows[2]])
+    assert "It was so before the step began." in describe_first_nonfinite(
+        [tensor("layers/2/w", 1, kind=PARAMETER), *rows]
+    )
+    assert "Before it the forward is finite" not in describe_first_nonfinite(
+        [rows[0], tensor("layers/2/w", 1, kind=UPDATE)]
+    )
 
 
 def test_what_grew_most_is_named_against_a_calm_step() -> None:
     calm = [tensor("a"), tensor("b"), tensor("c")]
     now = [calm[0]._replace(largest=6e19), calm[1]._replace(largest=3e22), calm[2]]
-    (sentence,) = diagnose.of_growth(now, calm, 7)
+    (sentence,) = diagnose.describe_growth(now, calm, 7)
     assert sentence.startswith("The activation that grew most since step 7 is b:") and "1e+03 times" in sentence
 
 
 @given(st.integers(0, 2**32 - 1))
 def test_odd_rows_are_those_that_are_not_finite_or_else_far_above_the_others(seed: int) -> None:
     losses = np.random.default_rng(seed).permutation(np.linspace(2.8, 3.2, 16))
-    assert odd_rows(losses) == []
+    assert find_outlier_rows(losses) == []
     losses[[4, 9]] = 8.0, 12.0
-    assert odd_rows(losses) == [9, 4]
+    assert find_outlier_rows(losses) == [9, 4]
     losses[[1, 7]] = math.nan, math.inf
-    assert odd_rows(losses) == [1, 7]
+    assert find_outlier_rows(losses) == [1, 7]
 
 
 # Which remedies.
 
 
 def hindered(config: Config) -> dict[str, str | None]:
-    return {remedy.name: remedy.hindrance for remedy in possible_interventions(config, calm_norm=0.63)}
+    return {remedy.name: remedy.unavailable_reason for remedy in possible_interventions(config, calm_norm=0.63)}
 
 
 def test_remedies_that_cannot_be_tried_say_why() -> None:
@@ -229,7 +233,8 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
     assert "no layer of the model has queries" in other["QK-norm"]
     assert "on already" in hindered(small_config(**{"model.qk_norm": "head"}))["QK-norm"]
     assert "latent_attention" in hindered(small_config(**{"model.mixers": "latent_attention"}))["QK-norm"]
-    unknown = {remedy.name: remedy.hindrance for remedy in possible_interventions(small_config(), calm_norm=0.0)}
+    interventions = possible_interventions(small_config(), calm_norm=0.0)
+    unknown = {remedy.name: remedy.unavailable_reason for remedy in interventions}
     assert "no gradient norm is known" in unknown["tighter clipping"]
 
 
@@ -237,11 +242,11 @@ def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them()
     stages = ({"name": "a", "optimizer": {"learning_rate": 0.5}}, {"name": "b"})
     config = small_config(stages=stages, **{"optimizer.name": "muon"})
     half = Intervention("half", (("optimizer.learning_rate", 0.25), ("model.qk_norm", "head")))
-    assert list(flags(half, config, "a")) == [
+    assert list(format_flags(half, config, "a")) == [
         "--config.stages.a.optimizer.learning_rate=0.25",
         "--config.model.qk_norm=head",
     ]
-    assert list(flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
+    assert list(format_flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
     rates = config.optimizer.learning_rate, config.optimizer.muon_learning_rate
     for remedy, times in zip(possible_interventions(config, 1.0)[1:4], (2, 10, 100), strict=True):
         assert tuple(times * rate for rate in dict(remedy.knobs).values()) == pytest.approx(rates)
@@ -255,7 +260,7 @@ def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     )
     state = state._replace(step=jax.numpy.int32(7))
     other, hparams = partition(replace_paths(config, {"model.qk_norm": "head"}))
-    found, kept = by_path(fitted(state, other, to_traced_scalars(hparams))), by_path(state)
+    found, kept = by_path(fit_state(state, other, to_traced_scalars(hparams))), by_path(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)
     assert all(np.array_equal(found[path], kept[path]) for path in kept)
@@ -282,7 +287,7 @@ def test_the_fates_are_told_as_they_are() -> None:
     config = small_config()
 
     def told(*fates: InterventionResult) -> str:
-        return "\n".join(advice(trial_of(*fates), config, "train"))
+        return "\n".join(format_advice(trial_of(*fates), config, "train"))
 
     assert told(control, good, better, bad).startswith("Survived: b, a. Of these, b has the lowest loss at step 9.")
     assert told(control, good) == "Survived: a. Begin again with\n    --config.optimizer.learning_rate=0.1"
@@ -292,17 +297,19 @@ def test_the_fates_are_told_as_they_are() -> None:
     assert told(fate(CONTROL, 2, 2), good).startswith("With nothing changed")
 
 
-def trial_of(*fates: InterventionResult) -> Trial:
-    return Trial(4, 9, [each.remedy for each in fates], list(fates), DivergenceThreshold(8.0, "as is known"))
+def trial_of(*fates: InterventionResult) -> InterventionTrial:
+    return InterventionTrial(
+        4, 9, [each.remedy for each in fates], list(fates), DivergenceThreshold(8.0, "as is known")
+    )
 
 
 def test_a_run_that_was_lost_before_is_told_where() -> None:
     view, trial = View(6, DivergenceThreshold(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
-    sentence, command = earlier(trial, view, 6, Path("my runs/a"))
+    sentence, command = describe_earlier_intervention(trial, view, 6, Path("my runs/a"))
     assert "at step 5." in sentence and command == "    python launch.py doctor 'my runs/a' --step=5"
-    assert "at step 6." in earlier(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
-    assert earlier(trial, replace(view, step=5), 5, Path("a")) == []
-    assert earlier(trial_of(fate(CONTROL, 2, 2, 2)), view, 6, Path("a")) == []
+    assert "at step 6." in describe_earlier_intervention(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
+    assert describe_earlier_intervention(trial, replace(view, step=5), 5, Path("a")) == []
+    assert describe_earlier_intervention(trial_of(fate(CONTROL, 2, 2, 2)), view, 6, Path("a")) == []
 
 
 class Recorded:
@@ -369,14 +376,14 @@ def test_the_first_loss_that_is_too_high_is_looked_at() -> None:
     assert (found.step, found.is_fault) == (26, False) and found.why.endswith("above 8.7, 1.5 times the first loss")
     # Made again elsewhere, it may not be found again.
     assert found_in(Recorded(recorded, [5.8] * 30)).step == 30
-    assert suspect(Recorded([5.8, 6.2, 8.6, 5.3]), None) is None  # type: ignore[arg-type]
+    assert find_anomaly(Recorded([5.8, 6.2, 8.6, 5.3]), None) is None  # type: ignore[arg-type]
 
 
 def test_without_a_record_it_is_said_that_there_is_none() -> None:
     run: Any = Recorded([])
     with pytest.raises(UserError, match=r"no record of its training \(metrics.jsonl\).* Give --step=K"):
-        suspect(run, None)
-    asked = suspect(run, 3)
+        find_anomaly(run, None)
+    asked = find_anomaly(run, 3)
     assert asked is not None and asked.step == 3
 
 
@@ -425,7 +432,7 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         assert (found.step, found.is_fault) == (BAD_STEP, True)
         again, inside = replay_one_step(past, found.step, has_taps=True)
         assert inside is not None and not again.is_finite and again.unequal == []
-        first, rows = diagnosis(past, found, again, inside)[1:]
+        first, rows = describe_anomaly(past, found, again, inside)[1:]
         elements = 4 * 16  # of one place in each of 4 rows
         assert f"the activation layers/1/feedforward (layer 1): {elements} of {4 * 16 * 16:,} elements" in first
         assert "Before it comes the activation layers/1/feedforward/inner (layer 1)" in first
@@ -433,11 +440,11 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         view = View.of(past, again)
         assert view is not None and view.step == BAD_STEP and 0 < view.calm_norm < math.inf
         with pytest.raises(UserError, match="has no step 13"):
-            suspect(past, 13)
+            find_anomaly(past, 13)
         # A sound step that is recorded as a fault lays the blame elsewhere.
         sound, calm = replay_one_step(past, 3, has_taps=True)
-        assert calm is not None and "Every tensor" in of_first_bad(calm.tensors)
-        (sentence,) = diagnosis(past, found, sound, calm)
+        assert calm is not None and "Every tensor" in describe_first_nonfinite(calm.tensors)
+        (sentence,) = describe_anomaly(past, found, sound, calm)
         assert sentence.startswith("Made again, the step is sound") and "the machine" in sentence
 
 
@@ -448,7 +455,7 @@ def test_a_record_in_which_nothing_stands_out_is_told_so(bombed: Path) -> None:
         "".join(text for text in metrics.read_text().splitlines(True) if f'"step": {BAD_STEP},' not in text)
     )
     console = quiet()
-    doctor(bombed, None, console)
+    diagnose_run(bombed, None, console)
     assert f"{bombed} is healthy: every recorded loss" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -468,7 +475,7 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
         assert view is not None and view.step < again.step
         ceiling = view.too_high.above
         assert record[view.step - 2]["train/loss"] <= ceiling < record[view.step - 1]["train/loss"]
-        trial = try_remedies(past, view)
+        trial = try_interventions(past, view)
     died = {fate.remedy.name: trial.first_bad_step(fate) for fate in trial.fates}
     assert died[CONTROL] == view.step
     assert {name for name, at in died.items() if at is None} == {
@@ -477,7 +484,7 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
         "tighter clipping",
     }
 
-    doctor(path, None, console)
+    diagnose_run(path, None, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     (flag,) = (word for word in shlex.split(said) if word.startswith("--config."))
     knob, value = flag.removeprefix("--config.").split("=")

@@ -21,10 +21,10 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay_step import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.run_sweep import preview
+from rustgpt_jax.sweeps.run_sweep import print_preview
 from rustgpt_jax.sweeps.search import check_rungs
 from rustgpt_jax.sweeps.search_space import SuccessiveHalving
-from rustgpt_jax.sweeps.trials import expand, in_words
+from rustgpt_jax.sweeps.trials import describe_overrides, make_trials
 from rustgpt_jax.workdir.config_files import load_config_file
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
@@ -103,7 +103,7 @@ def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path
     assert metrics(path) == metrics(tmp_path / "steps")
     # Its folder needs no epochs: `rerun` trains the recorded config, and `replay` makes single steps again.
     assert train(load_config(path), tmp_path / "again")[0]
-    assert compare_records(path, tmp_path / "again").parting is None
+    assert compare_records(path, tmp_path / "again").first_difference is None
     assert not compare_checkpoints(RunDir(path), RunDir(tmp_path / "again")).unequal
     with RecordedRun(path, Console(file=StringIO())) as past:
         assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (1, 5, n_steps))
@@ -123,18 +123,20 @@ def test_a_run_with_the_parameters_of_another_has_steps_too(tmp_path: Path) -> N
 
 def test_trials_have_the_steps_that_their_epochs_are() -> None:
     tree = small_tree(**(TINY | FEW))
-    trials = expand(tree, [{"training.epochs": epochs, "seed": 1} for epochs in (0.5, 1.0)])
+    trials = make_trials(tree, [{"training.epochs": epochs, "seed": 1} for epochs in (0.5, 1.0)])
     counts = [settled(by_epochs(epochs)).training.steps for epochs in (0.5, 1.0)]
-    plain = expand(tree, [{"training.steps": steps, "seed": 1} for steps in counts])
+    plain = make_trials(tree, [{"training.steps": steps, "seed": 1} for steps in counts])
     assert [(each.id, each.overrides, each.config) for each in trials] == [
         (each.id, each.overrides, each.config) for each in plain
     ]
     console = Console(file=StringIO(), width=200)
-    preview(trials, AssetCache(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
+    print_preview(trials, AssetCache(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
     assert f"training.steps={counts[1]}" in console.file.getvalue()  # type: ignore[attr-defined]
     # Of the config, not of the trial: the steps follow from what is swept.
-    swept = expand(small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.seq_len": 8}, {"data.seq_len": 16}])
-    assert [in_words(each.overrides) for each in swept] == ["data.seq_len=8", "data.seq_len=16"]
+    swept = make_trials(
+        small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.seq_len": 8}, {"data.seq_len": 16}]
+    )
+    assert [describe_overrides(each.overrides) for each in swept] == ["data.seq_len=8", "data.seq_len=16"]
     assert swept[0].config.training.steps > swept[1].config.training.steps == counts[1]
     with pytest.raises(UserError, match="is not before the end of training at step"):
         check_rungs(SuccessiveHalving(({},), (counts[1] + 4 - counts[1] % 4,), 0.5), trials[1:])
@@ -164,9 +166,9 @@ def test_what_cannot_be_is_refused(overrides: list[tuple[str, str]], words: str)
 def test_steps_and_epochs_are_not_set_both() -> None:
     tree = small_tree(**TINY)
     with pytest.raises(UserError, match="give one of them"):
-        expand(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
+        make_trials(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
     with pytest.raises(UserError, match="leave one of them out"):
-        expand(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
+        make_trials(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
     listed = ({"name": "one", "training": {"steps": 5}},)
     with pytest.raises(UserError, match=r"decides nothing, .* give config.stages.one.training.epochs"):
         tiny(stages=listed, **{"training.epochs": 1.0})

@@ -103,7 +103,7 @@ LAUNCH |= {"environment": {"machine": {"cores": 1}}, "mode": "solo", "width": 1,
 LINES = {
     "launch": (LAUNCH, launches),
     "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, programs),
-    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, recorded_run.rewinds),
+    "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, recorded_run.read_rewinds),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
-from rustgpt_jax.sweeps.trials import expand, feasible_points
+from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
 from rustgpt_jax.training.config_checks import validate_components
 
 ROOT = Path(__file__).parent.parent
@@ -35,11 +35,11 @@ def test_every_sweep_expands_to_trials_that_can_run(name: str) -> None:
         spec = function()
         match spec:
             case SuccessiveHalving():
-                trials = expand(module.get_config(), spec.trials)
+                trials = make_trials(module.get_config(), spec.trials)
             case TPE():
-                trials = feasible_points(module.get_config(), spec)
+                trials = sample_feasible_points(module.get_config(), spec)
             case _:
-                trials = expand(module.get_config(), spec)
+                trials = make_trials(module.get_config(), spec)
         for trial in trials:
             validate_components(trial.config)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rustgpt_jax.sweeps import live_table as boards
 from rustgpt_jax.sweeps.live_table import LiveTable
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
-from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.trials import Trial, make_trials
 
 STEPS = 100
 RATE = "optimizer.learning_rate"
@@ -35,7 +35,7 @@ class Scene:
     def __init__(self, path: Path, n_trials: int = 10) -> None:
         tree = small_tree(**{"training.steps": STEPS})
         overrides = [{RATE: 1e-3 * number, "seed": number} for number in range(1, n_trials + 1)]
-        self.trials: list[Trial] = expand(tree, overrides)
+        self.trials: list[Trial] = make_trials(tree, overrides)
         self.ids = [trial.id for trial in self.trials]
         self.folder = SweepDir(path)
         self.ledger = Ledger(self.folder.ledger_file)

@@ -28,7 +28,7 @@ from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.interop.convert import export_run
 from rustgpt_jax.interop.gguf import export_gguf
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
-from rustgpt_jax.reproduce.run_diff import data_differences
+from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import executors, hooks, loop
@@ -503,7 +503,7 @@ def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loade
 def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Path, content: str) -> None:
     run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     run.data_file.write_text(content)
-    for use in (lambda: load(run.path), lambda: train(tiny(), run.path), lambda: data_differences(run, run)):
+    for use in (lambda: load(run.path), lambda: train(tiny(), run.path), lambda: diff_data(run, run)):
         if content == "[]":
             continue
         with pytest.raises(UserError, match=r"data.json is damaged"):

@@ -18,7 +18,7 @@ from rustgpt_jax.errors import UserError, is_out_of_memory
 from rustgpt_jax.sharding import hardware_specs as machines
 from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, used_machine
 from rustgpt_jax.sweeps import run_sweep as sweep_command
-from rustgpt_jax.sweeps.trials import expand
+from rustgpt_jax.sweeps.trials import make_trials
 from rustgpt_jax.training import loop, memory_estimate
 from rustgpt_jax.training.memory_estimate import (
     check_inference_memory,
@@ -123,7 +123,7 @@ def test_train_refuses_before_it_makes_a_folder(tmp_path: Path) -> None:
 def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
     from conftest import small_tree
 
-    trials = expand(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
+    trials = make_trials(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
     with pytest.raises(UserError, match="The trial model.d_model=1000000 is invalid: A training step needs at least"):
         sweep_command._check_memory(trials)
 

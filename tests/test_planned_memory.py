@@ -16,7 +16,7 @@ import numpy as np
 from conftest import small_config
 from rustgpt_jax.config.schema import partition
 from rustgpt_jax.sharding.sharding_plan import (ShardingPlan)
-from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import to_traced_scalars, compiled_init_state, train_step
 
@@ -27,7 +27,7 @@ LARGE = {"model.n_layers": 8, "model.d_model": 512, "model.n_heads": 8, "model.v
          "model.context_length": 256, "training.batch_size": 8, "schedule.warmup_steps": 0}
 config = small_config(**LARGE | json.loads(sys.argv[1]))
 window, rows = config.model.context_length, config.training.batch_size
-predicted = compiled_step(config, window, ShardingPlan(), for_cpu=True).peak
+predicted = compile_step(config, window, ShardingPlan(), for_cpu=True).peak
 static, hparams = partition(config)
 hparams = to_traced_scalars(hparams)
 step = jax.jit(train_step, static_argnums=0, donate_argnums=1)

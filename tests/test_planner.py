@@ -22,9 +22,18 @@ from rustgpt_jax.model.flops import total_bytes
 from rustgpt_jax.sharding.hardware_specs import Machine, cores, free_memory
 from rustgpt_jax.sweeps import planner
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.planner import Chunk, Cost, Plan, ShapeClass, class_key, cost, plan, shape_classes
-from rustgpt_jax.sweeps.run_sweep import preview
-from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.planner import (
+    Chunk,
+    Cost,
+    Plan,
+    ShapeClass,
+    class_key,
+    estimate_cost,
+    group_by_shape,
+    make_plan,
+)
+from rustgpt_jax.sweeps.run_sweep import print_preview
+from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes, step_bytes
 from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars
 
@@ -193,7 +202,7 @@ def test_stages_are_part_of_the_program() -> None:
     def key(**overrides: Any) -> Any:
         stages = ({"name": "pretrain"}, {"name": "instruct"})
         tree = small_tree(stages=stages)
-        (trial,) = expand(tree, [{path.replace("__", "."): value for path, value in overrides.items()}])
+        (trial,) = make_trials(tree, [{path.replace("__", "."): value for path, value in overrides.items()}])
         return class_key(trial.config)
 
     alone, both = class_key(small_config()), key()
@@ -207,8 +216,8 @@ def test_the_tokenizer_fills_in_the_vocabulary() -> None:
     tree = small_tree(**{"model.vocab_size": None, "tokenizer.vocab_size": None, "tokenizer.name": "byte"})
     knobs: list[dict[str, Any]] = [{}, {"seed": 1}, {"tokenizer.name": "char"}, {"tokenizer.name": "char", "seed": 1}]
     knobs += [{"data.max_documents": 9}, {"tokenizer.name": "char", "data.max_documents": 9}]
-    trials = expand(tree, knobs)
-    classes = shape_classes(trials, AssetCache())
+    trials = make_trials(tree, knobs)
+    classes = group_by_shape(trials, AssetCache())
     # Bytes are bytes in every text; the characters of a few documents are fewer than those of all.
     members = [[trials.index(trial) for trial in each.trials] for each in classes]
     assert members == [[0, 1, 4], [2, 3], [5]]
@@ -225,7 +234,7 @@ class Dictionary(AssetCache):
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-GRID = expand(
+GRID = make_trials(
     small_tree(**{"model.vocab_size": None}),
     (
         {"seed": seed, "model.d_model": width, "model.vocab_size": size}
@@ -240,8 +249,8 @@ COST = Cost(parameters=10, state_bytes=100, working_bytes=50, step_flops=1e6, to
 @hypothesis.settings(max_examples=25)
 def test_classes_divide_the_trials_in_their_order(trials: list[Trial]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "cost", lambda whole: COST)
-        classes = shape_classes(trials, Dictionary())
+        patch.setattr(planner, "estimate_cost", lambda whole: COST)
+        classes = group_by_shape(trials, Dictionary())
     by_hand: dict[Any, list[Trial]] = {}
     for trial in trials:
         model = trial.config.model
@@ -312,7 +321,7 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_mode_suits_the_machine(name: str) -> None:
     machine, n_trials, cost, asked, mode, width, reason = CHOICES[name]
-    made = plan(a_class(n_trials, cost), machine, asked)
+    made = make_plan(a_class(n_trials, cost), machine, asked)
     assert (made.mode, made.width) == (mode, width)
     assert reason in made.reason
     # A limit is spoken of only where it limits.
@@ -324,16 +333,16 @@ def test_the_mode_suits_the_machine(name: str) -> None:
 @pytest.mark.parametrize("mode", ["auto", "fused", "exact"])
 def test_a_width_by_hand_is_taken_as_it_is(mode: str) -> None:
     for width in (1, 3, 6):
-        made = plan(a_class(6), TINY_GPU, mode, width)
+        made = make_plan(a_class(6), TINY_GPU, mode, width)
         assert made.width == width and "at a time" not in made.reason
     # Lanes without a trial would be of no use, and a device without one neither.
-    assert plan(a_class(6), CPU, mode, 8).width == 3
-    assert plan(a_class(6), CPU, "solo", 8).width == 1
+    assert make_plan(a_class(6), CPU, mode, 8).width == 3
+    assert make_plan(a_class(6), CPU, "solo", 8).width == 1
 
 
 def test_a_wrong_mode_is_answered() -> None:
     with pytest.raises(UserError, match="--mode: there is no 'fuse'. Did you mean 'fused'?"):
-        plan(a_class(2), CPU, "fuse")
+        make_plan(a_class(2), CPU, "fuse")
 
 
 @given(
@@ -359,7 +368,7 @@ def test_as_many_lanes_as_are_of_use_and_fit(
     # Three quarters of a whole number are exact, so nothing here is decided by rounding.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner, "MEMORY_SHARE", 0.75)
-        made = plan(a_class(n_trials, cost), Machine(platform, n_devices, memory, 4e14), mode)
+        made = make_plan(a_class(n_trials, cost), Machine(platform, n_devices, memory, 4e14), mode)
 
     def of_use(width: int) -> bool:
         share = math.ceil(n_trials / n_devices)
@@ -384,7 +393,7 @@ def test_this_machine_has_cores_and_memory() -> None:
 
 def test_a_cost_is_summed_over_the_stages() -> None:
     def at(**changes: Any) -> Cost:
-        return cost(small_config(**changes))
+        return estimate_cost(small_config(**changes))
 
     one = at()
     assert one.tokens == 8 * 4 * 32 and one.total_flops == 8 * one.step_flops
@@ -447,9 +456,9 @@ def test_memory_grows_with_what_is_kept() -> None:
 @pytest.mark.parametrize("width", [60, 100, 160])
 def test_a_preview_shows_every_trial_and_the_totals(width: int) -> None:
     knobs = [{"seed": seed, "model.d_model": size} for size in (16, 32) for seed in (1, 2, 3)]
-    trials = expand(small_tree(), knobs)
+    trials = make_trials(small_tree(), knobs)
     console = Console(file=io.StringIO(), width=width)
-    preview(trials, Dictionary(), CPU, "auto", None, console)
+    print_preview(trials, Dictionary(), CPU, "auto", None, console)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     lines = shown.splitlines()

@@ -18,18 +18,18 @@ from rich.console import Console
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.planning.estimate import (
     Estimate,
-    Seconds,
-    changes,
-    collective_seconds,
+    StepTime,
+    compute_collective_time,
+    compute_step_time,
+    compute_utilization,
     estimate,
-    step_seconds,
-    utilization,
+    list_suggestions,
 )
 from rustgpt_jax.planning.hlo import Collective
-from rustgpt_jax.planning.report import print_plan, show, show_changes, with_vocabulary_size
+from rustgpt_jax.planning.report import print_estimate, print_plan, print_suggestions, set_vocab_size
 from rustgpt_jax.sharding.hardware_specs import CHIPS, PEAK_FLOPS, Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes, check_batch_shards
 
@@ -85,21 +85,21 @@ def collective(received: float, *groups: tuple[int, ...], kind: str = "all-gathe
     ],
 )
 def test_seconds_of_collectives(found: Collective, seconds: float) -> None:
-    assert collective_seconds(found, CHIP) == seconds
+    assert compute_collective_time(found, CHIP) == seconds
 
 
 @given(some.floats(0, 1e6), some.floats(0, 1e6), some.floats(0, 1e6))
 def test_bounds_enclose_each_other(flops: float, traffic: float, received: float) -> None:
-    seconds = step_seconds(CHIP, "bfloat16", flops, traffic, [collective(received, (0, 1))])
-    assert seconds == Seconds(flops / 100, traffic / 10, received / 8)
+    seconds = compute_step_time(CHIP, "bfloat16", flops, traffic, [collective(received, (0, 1))])
+    assert seconds == StepTime(flops / 100, traffic / 10, received / 8)
     assert max(seconds.compute, seconds.memory) <= seconds.overlapped <= seconds.exposed
     assert seconds.exposed <= 2 * seconds.overlapped
     assert getattr(seconds, seconds.limit) == seconds.overlapped
 
 
 def test_utilization_is_all_at_the_peak() -> None:
-    assert utilization(CHIP, "bfloat16", 50.0, 0.5) == 1.0
-    assert utilization(CHIP, "float8", 50.0, 0.5) == 0.5
+    assert compute_utilization(CHIP, "bfloat16", 50.0, 0.5) == 1.0
+    assert compute_utilization(CHIP, "float8", 50.0, 0.5) == 0.5
 
 
 # One device.
@@ -130,7 +130,7 @@ def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) ->
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
     # Blockwise attention makes its scores again in the backward pass.
     config = small_config(**WIDE, **{"model.attention_kernel": "plain"})
-    plain = compiled_step(config, 128, ShardingPlan())
+    plain = compile_step(config, 128, ShardingPlan())
     assert plain.flops == pytest.approx(found.model_flops, rel=0.02)
     assert plain.flops < found.compiled.flops < 1.3 * plain.flops
     assert plain.counted_once < 0.6 * plain.flops
@@ -147,16 +147,16 @@ def test_remat_takes_less_memory_and_more_flops(found: Estimate) -> None:
 def test_bfloat16_takes_less_memory(found: Estimate) -> None:
     """As on an accelerator: the program for this CPU takes no less of it than in float32, for it widens."""
     narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
-    assert compiled_step(narrow, 128, ShardingPlan()).working < 0.75 * found.compiled.working
+    assert compile_step(narrow, 128, ShardingPlan()).working < 0.75 * found.compiled.working
 
 
 def test_a_vocabulary_is_needed() -> None:
-    assert with_vocabulary_size(small_config()).model.vocab_size == 61
+    assert set_vocab_size(small_config()).model.vocab_size == 61
     of_tokenizer = small_config(**{"model.vocab_size": None, "tokenizer.vocab_size": 300})
-    assert with_vocabulary_size(of_tokenizer).model.vocab_size == 300
+    assert set_vocab_size(of_tokenizer).model.vocab_size == 300
     nothing = {"model.vocab_size": None, "tokenizer.vocab_size": None, "tokenizer.name": "char"}
     with pytest.raises(UserError, match="--config.model.vocab_size=N"):
-        with_vocabulary_size(small_config(**nothing))
+        set_vocab_size(small_config(**nothing))
 
 
 # Changes.
@@ -171,7 +171,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
     knobs["model.remat"] = data.draw(some.sampled_from(["none", "full"]))
     shares = n_devices // tensor // context
     config = small_config(**knobs, **{"training.batch_size": rows * shares, "model.n_heads": 8})
-    for of_kind in changes(config, 32, n_devices):
+    for of_kind in list_suggestions(config, 32, n_devices):
         for change in of_kind:
             changed = change.of(config)
             assert changed != config
@@ -182,7 +182,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
 
 def test_changes_of_a_config() -> None:
     config = small_config(**{"training.batch_size": 32, "model.n_heads": 4, "data.seq_len": None})
-    assert [[str(change) for change in of_kind] for of_kind in changes(config, 1024, 8)] == [
+    assert [[str(change) for change in of_kind] for of_kind in list_suggestions(config, 1024, 8)] == [
         ["--config.training.grad_accum_steps=2", "--config.training.grad_accum_steps=4"],
         ["--config.model.remat=full"],
         ["--config.training.loss_chunk_size=512"],
@@ -196,7 +196,7 @@ def test_changes_of_a_config() -> None:
 
 def shown(*estimates: Estimate) -> str:
     console = Console(file=io.StringIO(), width=150)
-    show(estimates[0], "h100", console)
+    print_estimate(estimates[0], "h100", console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -209,10 +209,10 @@ def test_what_fits_is_said_to_fit(found: Estimate) -> None:
 
 def test_where_no_change_helps_that_is_said(found: Estimate) -> None:
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6))
-    (change,) = list(changes(found.config, 128, 1))[1]
+    (change,) = list(list_suggestions(found.config, 128, 1))[1]
     console = Console(file=io.StringIO(), width=150)
-    show_changes([(change, small)], small.room, console)
-    show_changes([(change, found)], found.room, console)
+    print_suggestions([(change, small)], small.room, console)
+    print_suggestions([(change, found)], found.room, console)
     none, one = console.file.getvalue().split("None of these alone makes it fit")  # type: ignore[attr-defined]
     assert "--config.model.remat=full" in none and " no " in none
     assert " yes " in one

@@ -20,11 +20,11 @@ from rustgpt_jax.config.schema import Config, Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.reproduce import recorded_run as pasts
-from rustgpt_jax.reproduce.anomaly_detection import suspect
-from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, start_of
-from rustgpt_jax.reproduce.replay import replay, short
+from rustgpt_jax.reproduce.anomaly_detection import find_anomaly
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, describe_start
+from rustgpt_jax.reproduce.replay import format_short, replay
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
-from rustgpt_jax.reproduce.step_trace import trace
+from rustgpt_jax.reproduce.step_trace import write_trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.workdir.event_log import Journal, launches
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
         before = past.nearest(nearest - 1)
     assert replay(own, STEPS, False, console)
     assert f"The checkpoint of step {nearest} is damaged" in said(console)
-    assert f"made again from {start_of(before)}\n" in said(console)
+    assert f"replayed from {describe_start(before)}\n" in said(console)
 
 
 def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
         for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
             again, _ = replay_one_step(past, step, has_taps=False)
             assert again.unequal == [] and again.is_finite, step
-        found = suspect(past, None)
+        found = find_anomaly(past, None)
         assert found is not None and found.rewind == past.rewinds[-1] and found.is_fault
         past.go_before(past.rewinds[-1])
         again, inside = replay_one_step(past, found.step, has_taps=True)
@@ -362,7 +362,7 @@ def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> Non
 
 
 def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> None:
-    found = json.loads(json.dumps(trace(run, 5, 7, True, quiet()), allow_nan=False))
+    found = json.loads(json.dumps(write_trace(run, 5, 7, True, quiet()), allow_nan=False))
     steps = found["steps"]
     assert [step["step"] for step in steps] == [5, 6, 7]
     for first, second in zip(steps, steps[1:], strict=False):
@@ -378,9 +378,9 @@ def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> Non
         assert {"params/embedding/table", "step"} <= set(step["before"])
     with RecordedRun(run, quiet()) as past:
         assert fingerprints(past.state_at(7)) == steps[-1]["after"]
-    again = trace(run, 6, 6, True, quiet())["steps"]
+    again = write_trace(run, 6, 6, True, quiet())["steps"]
     assert json.loads(json.dumps(again)) == [steps[1]]
-    assert "activations" not in trace(run, 6, 6, False, quiet())["steps"][0]
+    assert "activations" not in write_trace(run, 6, 6, False, quiet())["steps"][0]
 
 
 def test_the_command_of_a_trace_answers_mistakes_in_a_sentence(run: Path, tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_tensor_has_a_root_mean_square_of_what_is_finite_and_numbers_are_short
         "activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint=""
     )
     assert tensor.rms == 3.0 and tensor._replace(nonfinite=5).rms == 0.0
-    assert [short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]
+    assert [format_short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]
 
 
 def test_where_the_folder_of_a_run_cannot_be_written_the_page_is_elsewhere(

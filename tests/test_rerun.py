@@ -31,7 +31,7 @@ from rustgpt_jax.reproduce.compare_metrics import (
     compare_records,
     compare_samples,
 )
-from rustgpt_jax.reproduce.snapshot_runner import Ended, SnapshotCode
+from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.environment import environment
 from rustgpt_jax.workdir.event_log import Journal, launches
@@ -185,7 +185,7 @@ def test_a_stopped_rerun_ends_as_its_training_did(
     number: signal.Signals, twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = copied(twice, tmp_path)
-    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(75, number))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(75, number))
     console = Console(file=StringIO(), width=200)
     assert reruns.rerun(run.path, None, console) == 75
     assert f"Stopped by {number.name}. The same command goes on" in console.file.getvalue()
@@ -203,7 +203,7 @@ def test_a_run_that_ended_early_is_said_to_have(
     twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = copied(twice, tmp_path)
-    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(0, None))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(0, None))
     assert "went to step" not in rerun(run.path)[1]
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     run.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
@@ -277,9 +277,9 @@ def test_a_trace_that_is_stopped_leaves_nothing_behind(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(128 + signal.SIGTERM, signal.SIGTERM))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(128 + signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        run_diff.trace(RunDir(twice[0] / "run"), 1, 1, False)
+        run_diff.trace_steps(RunDir(twice[0] / "run"), 1, 1, False)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -436,17 +436,18 @@ def test_the_first_value_that_was_changed_is_found(lines: list[dict[str, Any]], 
         other = [{**line, "train/tokens_per_second": 0.5} for line in lines]
         first = record(folder, "first", lines)
         same = compare_records(first, record(folder, "same", other))
-        assert same.parting is None and same.last_step == same.agreed == len(lines)
+        assert same.first_difference is None and same.last_step == same.agreed == len(lines)
         places = data.draw(some.lists(some.integers(0, len(lines) - 1), min_size=1, max_size=3))
         for place in places:
             other[place] = {**other[place], "train/loss": 77.0}
         found = compare_records(first, record(folder, "second", other))
         step = min(places) + 1
-        assert found.parting is not None
-        assert (found.parting.step, found.parting.name, found.parting.second) == (step, "train/loss", 77.0)
+        difference = found.first_difference
+        assert difference is not None
+        assert (difference.step, difference.name, difference.second) == (step, "train/loss", 77.0)
         assert found.agreed == step - 1
         # However much is the same within a tolerance, 77 is not.
-        assert compare_records(first, folder / "second", 0.5).parting is not None
+        assert compare_records(first, folder / "second", 0.5).first_difference is not None
 
 
 def test_a_step_that_only_one_has_differs(tmp_path: Path) -> None:
@@ -455,7 +456,7 @@ def test_a_step_that_only_one_has_differs(tmp_path: Path) -> None:
     second = record(tmp_path, "second", lines)
     kept = [line for line in RunDir(second).metrics_file.read_text().splitlines() if '"step": 3' not in line]
     RunDir(second).metrics_file.write_text("\n".join(kept) + "\n")
-    assert compare_records(first, second).parting == FirstDifference(3, "train/loss", 2.0, ABSENT)
+    assert compare_records(first, second).first_difference == FirstDifference(3, "train/loss", 2.0, ABSENT)
     # What the other has not come to yet does not.
     shorter = record(tmp_path, "shorter", lines[:2])
     assert compare_records(first, shorter)[:1] + compare_records(first, shorter)[3:] == (2, None)

@@ -16,7 +16,7 @@ from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import run_diff
 from rustgpt_jax.reproduce import run_diff as diffs
-from rustgpt_jax.reproduce.run_diff import Origin, diff, sections
+from rustgpt_jax.reproduce.run_diff import Origin, compare_metadata, diff
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
 from rustgpt_jax.workdir.event_log import Journal
 from rustgpt_jax.workdir.run_dir import RunDir, create
@@ -67,7 +67,9 @@ def first(tmp_path: Path) -> RunDir:
 def different(first: RunDir, second: RunDir) -> dict[str, list[str]]:
     """The names of what differs, by section."""
     return {
-        each.kind: [found.name for found in each.differences] for each in sections(first, second) if each.differences
+        each.kind: [found.name for found in each.differences]
+        for each in compare_metadata(first, second)
+        if each.differences
     }
 
 
@@ -211,7 +213,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
                 del step["activations"], step["gradients"]
         return steps
 
-    monkeypatch.setattr(run_diff, "trace", trace)
+    monkeypatch.setattr(run_diff, "trace_steps", trace)
     second = RunDir(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
         assert run_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
@@ -222,7 +224,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
 def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> None:
     both = {"config": {"optimizer.weight_decay": 0.3, "model.dropout": 0.5, "data.max_documents": 7}}
     second = made_by_hand(tmp_path / "second", **both, environment={"packages": {"flax": "0.13", "optax": "9"}})
-    found = sections(first, second)
+    found = compare_metadata(first, second)
 
     def likely(part: str) -> list[str]:
         return [each.name for each in diffs._likely(Origin(1, part, "x"), found)]
@@ -283,7 +285,7 @@ def with_another_seed(folder: Path) -> None:
 
 
 def with_another_mask(folder: Path) -> None:
-    window = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "window.py"
+    window = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "kv_cache.py"
     before = window.read_text()
     # A token sees the one after it.
     window.write_text(before.replace("order_T[:, None] >= ", "order_T[:, None] + 1 >= "))

@@ -55,10 +55,10 @@ from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
-from rustgpt_jax.sweeps.search import check_rungs, decode_params, run_successive_halving, run_tpe, study_name
-from rustgpt_jax.sweeps.sweep import Settings, folders
+from rustgpt_jax.sweeps.search import check_rungs, decode_params, hash_study, run_successive_halving, run_tpe
+from rustgpt_jax.sweeps.sweep import SweepOptions, folders
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
-from rustgpt_jax.sweeps.trials import Trial, expand, feasible_points
+from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
 from rustgpt_jax.training import executors
 from rustgpt_jax.workdir.run_dir import RunLocked, load_config, lock
 
@@ -119,7 +119,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
     monkeypatch.setattr(Ledger, "append_all", ticks.around(Ledger.append_all))
     monkeypatch.setattr(JournalFileBackend, "append_logs", ticks.around(JournalFileBackend.append_logs))
     monkeypatch.setattr(folders, "save_code_snapshot", lambda folder: folder.code)
-    monkeypatch.setattr(planner, "cost", lambda whole: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
+    monkeypatch.setattr(planner, "estimate_cost", lambda whole: planner.Cost(1, 1, 1, 1.0, 1.0, 1))
     return ticks
 
 
@@ -177,7 +177,7 @@ def fates(trials: list[Trial], loss: Loss, rungs: Sequence[int], keep: float) ->
 
 @pytest.mark.parametrize("seed", range(6))
 def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks], seed: int, tmp_path: Path) -> None:
-    trials = expand(tiny_tree(), seeds(11))
+    trials = make_trials(tiny_tree(), seeds(11))
     keep, rungs = (1 / 3, (4, 8)) if seed % 2 else (0.5, (4,))
     search = successive_halving(seeds(11), rungs, keep)
 
@@ -200,7 +200,7 @@ def test_halving_keeps_the_best_at_each_rung(by_formula: Callable[[Loss], Ticks]
 @pytest.mark.long
 def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = values("optimizer.learning_rate", 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e30)
-    trials = expand(tiny_tree(), rates)
+    trials = make_trials(tiny_tree(), rates)
     run(tmp_path / "plain", trials)
     search = successive_halving(rates, rungs=(4, 8), keep=1 / 2)
     calls = 0
@@ -263,20 +263,20 @@ def test_a_rung_without_an_evaluation_is_refused_before_anything_is_written(
     monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
     monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
     tree, search = tiny_tree(**changes), successive_halving(seeds(2), rungs)
-    command = commands.Command(ABOUT, Settings(), dry_run=False)
+    command = commands.Command(ABOUT, SweepOptions(), dry_run=False)
     with pytest.raises(UserError, match=message):
         commands.run_sweep(
-            tree, search, expand(tree, seeds(2)), [], tmp_path / "sweep", command, Console(file=StringIO())
+            tree, search, make_trials(tree, seeds(2)), [], tmp_path / "sweep", command, Console(file=StringIO())
         )
     assert not (tmp_path / "sweep").exists()
 
 
 def test_rungs_at_evaluations_are_taken() -> None:
-    check_rungs(successive_halving(seeds(2), (4, 8)), expand(tiny_tree(), seeds(2)))
+    check_rungs(successive_halving(seeds(2), (4, 8)), make_trials(tiny_tree(), seeds(2)))
 
 
 def test_other_rungs_let_pruned_trials_go_on(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
-    trials, loss = expand(tiny_tree(), seeds(11)), random_loss(3)
+    trials, loss = make_trials(tiny_tree(), seeds(11)), random_loss(3)
     by_formula(loss)
     finished = set[str]()
     for rungs, keep in (((4,), 1 / 4), ((8,), 1 / 2), ((4, 8), 1 / 2)):
@@ -318,8 +318,8 @@ def test_an_edited_config_is_never_pooled_with_the_one_before(
     by_formula: Callable[[Loss], Ticks], tmp_path: Path
 ) -> None:
     by_formula(bowl)
-    old = expand(tiny_tree(), seeds(3))
-    new = expand(tiny_tree(**{"training.steps": 24}), seeds(2))
+    old = make_trials(tiny_tree(), seeds(3))
+    new = make_trials(tiny_tree(**{"training.steps": 24}), seeds(2))
     for trials, removed in ((old, []), (new, old), (old, new)):
         run_all(tmp_path, trials)
         read = read_results(tmp_path)
@@ -341,7 +341,7 @@ def test_an_edited_config_is_never_pooled_with_the_one_before(
 
 def test_a_deleted_trial_is_missing_until_it_is_run_again(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
     by_formula(bowl)
-    trials = expand(tiny_tree(), [*values("optimizer.learning_rate", 1e-3, 1e-2, 6e-2)])
+    trials = make_trials(tiny_tree(), [*values("optimizer.learning_rate", 1e-3, 1e-2, 6e-2)])
     run_all(tmp_path, trials)
     whole = table(tmp_path)
     for trial, before in zip(trials, ("finished", "finished", "diverged"), strict=True):
@@ -400,7 +400,7 @@ def searched(path: Path, search: TPE, tree: Any = None) -> None:
 def study(path: Path, search: TPE, tree: Any = None) -> list[tuple[dict[str, Any], list[float] | None, str]]:
     """What was suggested and told: point, values and state, in the order of the suggestions."""
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(SweepDir(path).study_file)))
-    trials = optuna.load_study(study_name=study_name(search, tree or tiny_tree()), storage=storage).trials
+    trials = optuna.load_study(study_name=hash_study(search, tree or tiny_tree()), storage=storage).trials
     return [(decode_params(search, each.params), each.values, each.state.name) for each in trials]
 
 
@@ -423,7 +423,7 @@ def test_points_are_told_as_they_ended(by_formula: Callable[[Loss], Ticks], tmp_
     found = study(tmp_path, search)
     assert len(found) == 13 == len(events(tmp_path, "planned"))
     for point, told, state in found:
-        (trial,) = expand(tiny_tree(), [point])
+        (trial,) = make_trials(tiny_tree(), [point])
         loss = bowl(trial.config, 12)
         assert (told, state) == ((None, "PRUNED") if math.isnan(loss) else ([loss], "COMPLETE"))
     assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
@@ -446,7 +446,7 @@ def test_a_point_is_told_the_mean_over_its_seeds(by_formula: Callable[[Loss], Ti
     found = study(tmp_path, search)
     assert len(found) == 8 and len(events(tmp_path, "planned")) == 24
     for point, told, _ in found:
-        configs = [trial.config for trial in expand(tiny_tree(), product([point], values("seed", 0, 3, 7)))]
+        configs = [trial.config for trial in make_trials(tiny_tree(), product([point], values("seed", 0, 3, 7)))]
         mean = np.mean([loss(config, 12) for config in configs])
         assert told is None if math.isnan(mean) else told == pytest.approx([mean])
     assert {state for _, _, state in found} == {"PRUNED", "COMPLETE"}
@@ -564,9 +564,9 @@ def test_a_dry_run_counts_the_trials_of_a_search(tmp_path: Path, monkeypatch: py
     }
     for said, spec in specs.items():
         is_halving = isinstance(spec, SuccessiveHalving)
-        trials = expand(tiny_tree(), spec.trials) if is_halving else feasible_points(tiny_tree(), spec)
+        trials = make_trials(tiny_tree(), spec.trials) if is_halving else sample_feasible_points(tiny_tree(), spec)
         console = Console(file=StringIO(), width=200)
-        command = commands.Command(ABOUT, Settings(), dry_run=True)
+        command = commands.Command(ABOUT, SweepOptions(), dry_run=True)
         assert commands.run_sweep(tiny_tree(), spec, trials, [], tmp_path / "sweep", command, console) == 0
         text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
         assert said in text and "Nothing was run." in text
@@ -607,7 +607,7 @@ def test_an_edited_config_is_another_study(by_formula: Callable[[Loss], Ticks], 
 
 def test_what_a_study_depends_on() -> None:
     def name(tree: Any = None, n_trials: int = 4, batch: int = 2, space: Any = SPACE, **more: Any) -> str:
-        return study_name(tree_parzen(n_trials, space, batch=batch, **more), tree or tiny_tree())
+        return hash_study(tree_parzen(n_trials, space, batch=batch, **more), tree or tiny_tree())
 
     same = [name(), name(n_trials=9, batch=3), name(tiny_tree(**{"optimizer.weight_decay": 0.25, "mesh.data": 1}))]
     other = [name(tiny_tree(**changes)) for changes in OTHER_CONFIGS.values()]

@@ -22,7 +22,7 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.rerun import rerun
 from rustgpt_jax.reproduce.run_diff import diff
-from rustgpt_jax.reproduce.snapshot_runner import Ended, SnapshotCode, own_code
+from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode, load_snapshot_code
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
@@ -85,7 +85,7 @@ def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"with your permissions: it differs in rustgpt_jax/__init__.py.*--trust"):
         rerun(hostile.path, None, console)
     assert not (tmp_path / "was_run").exists() and not (tmp_path / "hostile.rerun").exists()
-    monkeypatch.setattr(SnapshotCode, "run", lambda *_: Ended(0, None))
+    monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(0, None))
     rerun(hostile.path, None, console, is_trusted=True)
     assert (
         "--trust: " in console.file.getvalue()
@@ -96,10 +96,10 @@ def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
 def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    with own_code(run, first_launch(run)) as code:
+    with load_snapshot_code(run, first_launch(run)) as code:
         assert code.whose == f"The code of {run.path} is the code installed here."
     spoil_code(run, name, "evil = 1\n")
-    with pytest.raises(UserError, match="is not the code installed here"), own_code(run, first_launch(run)):
+    with pytest.raises(UserError, match="is not the code installed here"), load_snapshot_code(run, first_launch(run)):
         pass
 
 
@@ -197,7 +197,7 @@ def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, 
     (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
     event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
     run.journal_file.write_text(json.dumps(event) + "\n")
-    with own_code(run, first_launch(run)) as code:
+    with load_snapshot_code(run, first_launch(run)) as code:
         assert not {"NCCL_NET_PLUGIN", "PYTHONSTARTUP"} & code._variables().keys()
 
 

@@ -16,11 +16,11 @@ from rustgpt_jax.sweeps.report.stats import (
     Comparison,
     Interval,
     Shares,
+    compare_paired,
     compare_with_best,
-    decompose,
-    lr_sensitivity,
+    compute_lr_sensitivity,
+    decompose_variance,
     mean_interval,
-    paired,
     smallest_p_values,
 )
 
@@ -73,7 +73,7 @@ def test_a_comparison_is_the_t_test_on_the_differences(pairs: list[tuple[float, 
     order.shuffle(seeds)
     a = {seed: pairs[seed][0] for seed in seeds} | {100: 1.0, 102: math.nan, 103: 1.0}
     b = {seed: pairs[seed][1] for seed in reversed(seeds)} | {101: 1.0, 102: 1.0, 103: math.inf}
-    found = paired(a, b)
+    found = compare_paired(a, b)
     assert found is not None
     oracle = stats.ttest_1samp(differences, 0)
     low, high = oracle.confidence_interval(0.95)
@@ -84,7 +84,7 @@ def test_a_comparison_is_the_t_test_on_the_differences(pairs: list[tuple[float, 
         rtol=1e-6,
         atol=1e-12,
     )
-    turned = paired(b, a)
+    turned = compare_paired(b, a)
     assert turned == Comparison(-found.difference, -found.high, -found.low, found.p_value, found.n_pairs)
 
 
@@ -94,7 +94,7 @@ def test_pairing_sees_a_small_difference_under_the_noise_of_seeds_and_p_values_o
     for _ in range(500):
         luck = rng.normal(0, 1, 5)
         a, b = (dict(enumerate((luck + rng.normal(0, 0.01, 5)).tolist())) for _ in "ab")
-        nothing, better = paired(a, b), paired({seed: loss - 0.05 for seed, loss in a.items()}, b)
+        nothing, better = compare_paired(a, b), compare_paired({seed: loss - 0.05 for seed, loss in a.items()}, b)
         assert nothing is not None and better is not None
         assert better.p_value < 0.05
         assert better.high < 0
@@ -108,20 +108,20 @@ def test_equal_differences_have_the_p_value_of_the_sign_flip_test() -> None:
         b = {seed: loss + 0.1 for seed, loss in a.items()}
         # Equal but for rounding.
         assert len({a[seed] - b[seed] for seed in a}) > 1
-        found = paired(a, b)
+        found = compare_paired(a, b)
         assert found is not None
         flips = [abs(sum(signs)) >= n for signs in itertools.product((-1, 1), repeat=n)]
         assert found.p_value == np.mean(flips)
         assert found.difference == pytest.approx(-0.1)
         assert math.isnan(found.low) and math.isnan(found.high)
-        same = paired(a, dict(a))
+        same = compare_paired(a, dict(a))
         assert repr(same) == repr(Comparison(0.0, math.nan, math.nan, 1.0, n))
 
 
 def test_no_comparison_without_two_pairs() -> None:
-    assert paired({}, {}) is None
-    assert paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None
-    assert paired({0: 1.0, 1: 2.0}, {0: 1.5, 1: math.nan}) is None
+    assert compare_paired({}, {}) is None
+    assert compare_paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 2.0}) is None
+    assert compare_paired({0: 1.0, 1: 2.0}, {0: 1.5, 1: math.nan}) is None
 
 
 # Comparisons with the best setting.
@@ -134,9 +134,9 @@ def ordered_by_mean(losses: np.ndarray) -> list[dict[int, float]]:
 
 def test_two_settings_are_compared_by_the_paired_test_alone() -> None:
     settings = ordered_by_mean(np.random.default_rng(0).normal(size=(2, 4)))
-    assert compare_with_best(settings) == [paired(settings[1], settings[0])]
+    assert compare_with_best(settings) == [compare_paired(settings[1], settings[0])]
     one_seed = {0: 3.0}
-    assert compare_with_best([*settings, one_seed]) == [paired(settings[1], settings[0]), None]
+    assert compare_with_best([*settings, one_seed]) == [compare_paired(settings[1], settings[0]), None]
     assert compare_with_best(settings[:1]) == []
 
 
@@ -166,7 +166,7 @@ def test_intervals_and_p_values_agree_and_units_and_seeds_do_not_matter(
     found = compare_with_best(settings)
     moved = compare_with_best(ordered_by_mean(scale * (losses + rng.normal(size=n_seeds))))
     for comparison, other, setting in zip(found, moved, settings[1:], strict=True):
-        alone = paired(setting, settings[0])
+        alone = compare_paired(setting, settings[0])
         assert comparison is not None and other is not None and alone is not None
         assert (comparison.p_value < 0.05) == (not comparison.low <= 0 <= comparison.high)
         assert comparison.p_value > alone.p_value and comparison.high > alone.high
@@ -210,7 +210,7 @@ def test_sensitivity_over_evenly_spaced_rates_is_the_published_mean(
     capped = [min(loss, 5.0) if math.isfinite(loss) else 5.0 for loss in losses]
     oracle = sum(loss - min(capped) for loss in capped) / len(capped)
     table = dict(reversed(list(zip(rates, losses, strict=True))))
-    assert lr_sensitivity(table, 5.0) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
+    assert compute_lr_sensitivity(table, 5.0) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
 
 
 @given(st.lists(st.floats(-6, 0), min_size=3, max_size=8, unique=True))
@@ -224,12 +224,12 @@ def test_sensitivity_over_uneven_rates_is_the_trapezoid_rule_with_longer_ends(ex
     area = np.trapezoid(capped, places) + capped[0] * first + capped[-1] * last
     oracle = area / (places[-1] - places[0] + first + last)
     table = dict(zip((10.0 ** places[::-1]).tolist(), losses[::-1].tolist(), strict=True))
-    assert lr_sensitivity(table, 6.0) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
+    assert compute_lr_sensitivity(table, 6.0) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
 
 
 def test_sensitivity_does_not_depend_on_where_the_sweep_is_dense() -> None:
     def measured(exponents: np.ndarray) -> float:
-        return lr_sensitivity({10.0**place: 1 + abs(place + 3) for place in exponents.tolist()}, 9.0)
+        return compute_lr_sensitivity({10.0**place: 1 + abs(place + 3) for place in exponents.tolist()}, 9.0)
 
     even = measured(np.linspace(-5, -1, 201))
     dense = measured(np.concatenate([np.linspace(-5, -3, 1000)[:-1], np.linspace(-3, -1, 100)]))
@@ -238,11 +238,11 @@ def test_sensitivity_does_not_depend_on_where_the_sweep_is_dense() -> None:
 
 
 def test_sensitivity_of_a_sweep_without_an_answer() -> None:
-    assert lr_sensitivity({1e-3: 2.0}, 5.0) == 0.0
-    assert lr_sensitivity({1e-3: 2.0, 1e-2: math.nan}, 5.0) == pytest.approx(1.5)
+    assert compute_lr_sensitivity({1e-3: 2.0}, 5.0) == 0.0
+    assert compute_lr_sensitivity({1e-3: 2.0, 1e-2: math.nan}, 5.0) == pytest.approx(1.5)
     for table in ({}, {1e-3: math.nan, 1e-2: math.inf}, {1e-3: 6.0, 1e-2: 5.0}, {0.0: 2.0, 1e-2: 3.0}):
-        assert math.isnan(lr_sensitivity(table, 5.0))
-    assert math.isnan(lr_sensitivity({1e-3: 2.0, 1e-2: 3.0}, math.nan))
+        assert math.isnan(compute_lr_sensitivity(table, 5.0))
+    assert math.isnan(compute_lr_sensitivity({1e-3: 2.0, 1e-2: 3.0}, math.nan))
 
 
 # Shares of variance.
@@ -272,7 +272,7 @@ def test_balanced_designs_have_the_shares_of_the_analysis_of_variance(sizes: lis
     columns = list(zip(*list(itertools.product(*map(range, sizes))) * n, strict=True))
     losses = 3.0 * np.array(columns[0]) * columns[1] + np.array(columns[-1]) + rng.normal(size=len(columns[0]))
     knobs = {"a": columns[0], "b": [f"part {level}" for level in columns[1]], "c": [2.0**x for x in columns[-1]]}
-    found = decompose(dict(list(knobs.items())[: len(sizes)]), losses.tolist())
+    found = decompose_variance(dict(list(knobs.items())[: len(sizes)]), losses.tolist())
     oracle = brute_shares(columns, losses, pairs=bool(found.pairs))
     assert found.pairs or len(losses) <= 8
     assert [*found.knobs.values(), *found.pairs.values(), found.rest] == pytest.approx(oracle, rel=1e-6, abs=1e-9)
@@ -281,13 +281,15 @@ def test_balanced_designs_have_the_shares_of_the_analysis_of_variance(sizes: lis
 def test_equal_effects_have_equal_shares() -> None:
     a, b, c = zip(*itertools.product((0, 1), repeat=3), strict=True)
     losses = (np.array(a) + b + c).tolist()
-    found = decompose({"a": a, "b": b, "c": c}, losses)
+    found = decompose_variance({"a": a, "b": b, "c": c}, losses)
     assert found.knobs == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
     assert found.rest == pytest.approx(0, abs=1e-9) and found.pairs == {}
     # With a trial missing, and with a seed that does nothing.
-    rest = decompose({"a": a[1:], "b": b[1:], "c": c[1:]}, losses[1:])
+    rest = decompose_variance({"a": a[1:], "b": b[1:], "c": c[1:]}, losses[1:])
     assert rest.knobs == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, abs=1e-9)
-    seeds = decompose({"a": a * 2, "b": b * 2, "c": c * 2, "seed": ["0"] * 8 + ["1"] * 8}, losses * 2, ["seed"])
+    seeds = decompose_variance(
+        {"a": a * 2, "b": b * 2, "c": c * 2, "seed": ["0"] * 8 + ["1"] * 8}, losses * 2, ["seed"]
+    )
     assert [*seeds.knobs.values()] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=1e-9)
     assert set(seeds.pairs) == {("a", "b"), ("a", "c"), ("b", "c")}
 
@@ -304,7 +306,7 @@ def synthetic(rng: np.random.Generator, n: int) -> tuple[dict[str, list[Any]], n
 @pytest.mark.parametrize(("n", "sweeps", "tolerance"), [(4000, 1, 0.03), (40, 100, 0.04)])
 def test_known_shares_are_found_in_random_designs(n: int, sweeps: int, tolerance: float) -> None:
     rng = np.random.default_rng(n)
-    found = [decompose(knobs, losses.tolist()) for knobs, losses in (synthetic(rng, n) for _ in range(sweeps))]
+    found = [decompose_variance(knobs, losses.tolist()) for knobs, losses in (synthetic(rng, n) for _ in range(sweeps))]
     shares = np.array([[*shares.knobs.values(), *shares.pairs.values(), shares.rest] for shares in found])
     np.testing.assert_allclose(shares.sum(1), 1)
     assert shares.mean(0) == pytest.approx([0.5, 0.2, 0.0, 0.2, 0.0, 0.0, 0.1], abs=tolerance)
@@ -316,7 +318,7 @@ def test_smooth_effects_of_continuous_knobs_are_found() -> None:
     first, second = 3 * (rate + 2.5) ** 2, decay**3 / 20
     product = 0.8 * (rate + 2.5) * (decay + 2.5)
     noise = rng.normal(0, 0.3, 300)
-    found = decompose(
+    found = decompose_variance(
         {"rate": (10**rate).tolist(), "decay": decay.tolist()}, (first + second + product + noise).tolist()
     )
     parts = np.array([np.var(first), np.var(second), np.var(product), np.var(noise)])
@@ -330,7 +332,7 @@ def test_noise_is_explained_by_nothing(n: int) -> None:
     found = []
     for _ in range(100):
         knobs = {"rate": rng.uniform(size=n).tolist(), "part": [str(level) for level in rng.integers(0, 3, n)]}
-        found.append(decompose(knobs, rng.normal(size=n).tolist()))
+        found.append(decompose_variance(knobs, rng.normal(size=n).tolist()))
     # Shares cut off at 0 keep a small mean; the median has none.
     assert np.median([list(shares.knobs.values()) for shares in found], axis=0).max() < 0.1
     assert np.mean([shares.rest for shares in found]) > 1 - 2.2 / math.sqrt(n)
@@ -341,8 +343,8 @@ def test_shares_add_up_and_units_do_not_matter(n: int, seed: int, scale: float, 
     rng = np.random.default_rng(seed)
     rates, losses = rng.uniform(1e-4, 1e-1, n), rng.normal(size=n)
     knobs = {"rate": rates.tolist(), "part": [str(level) for level in rng.integers(0, 3, n)], "same": [1] * n}
-    found = decompose(knobs, losses.tolist())
-    moved = decompose(knobs | {"rate": np.log(rates).tolist()}, (scale * losses + shift).tolist())
+    found = decompose_variance(knobs, losses.tolist())
+    moved = decompose_variance(knobs | {"rate": np.log(rates).tolist()}, (scale * losses + shift).tolist())
     for one, other in ((found.knobs, moved.knobs), (found.pairs, moved.pairs)):
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5, atol=1e-6)
     shares = np.array([*found.knobs.values(), *found.pairs.values(), found.rest])
@@ -353,7 +355,7 @@ def test_shares_add_up_and_units_do_not_matter(n: int, seed: int, scale: float, 
 def test_knobs_that_vary_together_share_what_they_explain() -> None:
     a = [0, 0, 1, 1, 2, 2] * 3
     losses = np.array(a) + np.random.default_rng(0).normal(0, 0.1, 18)
-    found = decompose({"a": a, "b": [f"part {level}" for level in a]}, losses.tolist())
+    found = decompose_variance({"a": a, "b": [f"part {level}" for level in a]}, losses.tolist())
     assert found.knobs["a"] == pytest.approx(found.knobs["b"]) and found.knobs["a"] > 0.45
     assert found.pairs == {}
 
@@ -361,13 +363,15 @@ def test_knobs_that_vary_together_share_what_they_explain() -> None:
 def test_diverged_trials_explain_nothing() -> None:
     knobs, losses = synthetic(np.random.default_rng(5), 40)
     diverged = {knob: [*column, column[0], column[1]] for knob, column in knobs.items()}
-    assert decompose(diverged, [*losses.tolist(), math.nan, math.inf]) == decompose(knobs, losses.tolist())
+    assert decompose_variance(diverged, [*losses.tolist(), math.nan, math.inf]) == decompose_variance(
+        knobs, losses.tolist()
+    )
 
 
 def test_values_of_any_kind_are_levels() -> None:
     losses = [1.0, 1.1, 2.0, 2.1]
     for column in ([None, None, 64, 64], [["a"], ["a"], ["b"], ["b"]], [True, True, False, False], [{}, {}, 1, 1]):
-        assert decompose({"knob": column}, losses).knobs["knob"] > 0.9
+        assert decompose_variance({"knob": column}, losses).knobs["knob"] > 0.9
 
 
 def test_what_the_trials_cannot_tell_is_nan() -> None:
@@ -377,20 +381,20 @@ def test_what_the_trials_cannot_tell_is_nan() -> None:
         ([1, 1, 2], [math.nan, math.nan, 1.0]),
         ([], []),
     ):
-        assert math.isnan(decompose({"knob": column}, losses).knobs["knob"])
-    assert decompose({}, [1, 2]).knobs == {}
+        assert math.isnan(decompose_variance({"knob": column}, losses).knobs["knob"])
+    assert decompose_variance({}, [1, 2]).knobs == {}
     # One trial a cell: interactions are not told from noise.
-    assert decompose({"a": [0, 0, 1, 1], "b": [0, 1, 0, 1]}, [1, 2, 3, 5]).pairs == {}
+    assert decompose_variance({"a": [0, 0, 1, 1], "b": [0, 1, 0, 1]}, [1, 2, 3, 5]).pairs == {}
     # A word of its own in every trial says nothing; the knobs beside it do.
-    words = decompose({"word": list("abcdef"), "a": [0, 0, 0, 1, 1, 1]}, [1, 1, 1, 2, 2, 2]).knobs
+    words = decompose_variance({"word": list("abcdef"), "a": [0, 0, 0, 1, 1, 1]}, [1, 1, 1, 2, 2, 2]).knobs
     assert math.isnan(words["word"]) and words["a"] == pytest.approx(1)
 
 
 def test_equal_losses_have_nothing_to_explain() -> None:
-    found = decompose({"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}, [0.1] * 8)
+    found = decompose_variance({"a": [0, 0, 1, 1] * 2, "b": [0, 1, 0, 1] * 2}, [0.1] * 8)
     assert found == Shares({"a": 0.0, "b": 0.0}, {}, 1.0)
 
 
 def test_columns_that_do_not_fit_the_losses_are_refused() -> None:
     with pytest.raises(ValueError):
-        decompose({"a": [0, 0, 1]}, [1.0, 2.0])
+        decompose_variance({"a": [0, 0, 1]}, [1.0, 2.0])

@@ -28,12 +28,12 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers.local import MOST_DEATHS, Launch, processes
+from rustgpt_jax.sweeps.launchers.local import MOST_DEATHS, Launch, run_in_subprocesses
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, open_sweep
+from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
-from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import executors
 from rustgpt_jax.training.hooks import Evaluate
@@ -60,7 +60,7 @@ TINY = {
 RATES = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
 ABOUT = SweepInfo("tiny.py", "sweep", {})
 # One program serves all tests of this process.
-IN_PAIRS = Settings(width=2)
+IN_PAIRS = SweepOptions(width=2)
 
 
 def tiny_tree(**changes: Any) -> ConfigDict:
@@ -71,13 +71,13 @@ def tiny_tree(**changes: Any) -> ConfigDict:
 
 
 @contextmanager
-def opened(path: Path, settings: Settings = IN_PAIRS) -> Iterator[Sweep]:
+def opened(path: Path, settings: SweepOptions = IN_PAIRS) -> Iterator[Sweep]:
     """A sweep in a folder, silent."""
     with open_sweep(path, ABOUT, settings, AssetCache(), Console(file=StringIO())) as sweep:
         yield sweep
 
 
-def run(path: Path, trials: list[Trial], settings: Settings = IN_PAIRS) -> Sweep:
+def run(path: Path, trials: list[Trial], settings: SweepOptions = IN_PAIRS) -> Sweep:
     """Run trials to their ends, as the command line does."""
     with opened(path, settings) as sweep:
         sweep.add(trials)
@@ -111,7 +111,7 @@ def assert_same_runs(trials: Iterable[Trial], path: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trials() -> list[Trial]:
-    return expand(tiny_tree(), RATES)
+    return make_trials(tiny_tree(), RATES)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def faulty(seed: int, step: int) -> Callable[..., bool]:
 
 
 def test_a_trial_that_fails_leaves_its_neighbours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = expand(tiny_tree(), seeds(4))
+    trials = make_trials(tiny_tree(), seeds(4))
     with monkeypatch.context() as patch:
         patch.setattr(Evaluate, "evaluate", faulty(seed=2, step=8))
         assert run(tmp_path / "faulty", trials).failed() == {trials[2].id}
@@ -220,7 +220,7 @@ def test_text_that_changed_fails_a_trial(tmp_path: Path) -> None:
     text.write_text("To be, or not to be, that is the question:\n" * 40)
     on_file = {"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"}
     tree, overrides = tiny_tree(**on_file), values("training.steps", 4, 8)
-    first, second = expand(tree, overrides)
+    first, second = make_trials(tree, overrides)
     run(tmp_path / "sweep", [first])
     # The second trial has begun with the old text too.
     known = trial_path(tmp_path / "sweep", first) / "data.json"
@@ -234,7 +234,7 @@ def test_text_that_changed_fails_a_trial(tmp_path: Path) -> None:
 
 
 def test_a_diverged_trial_is_marked_and_not_run_again(straight: Path, trials: list[Trial], tmp_path: Path) -> None:
-    wild = expand(tiny_tree(), values("optimizer.learning_rate", 1e-3, 1e30, 1e-2))
+    wild = make_trials(tiny_tree(), values("optimizer.learning_rate", 1e-3, 1e30, 1e-2))
     sweep = run(tmp_path / "wild", wild)
     assert sweep.failed() == set()
     (diverged,) = events(tmp_path / "wild", "diverged")
@@ -264,7 +264,7 @@ def survivors() -> Counter[str]:
 
 
 def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) -> None:
-    trials = expand(tiny_tree(), seeds(6))
+    trials = make_trials(tiny_tree(), seeds(6))
     with opened(tmp_path / "sweep") as sweep:
         sweep.add(trials)
         shelf = AssetCache(sweep.folder.tokenizers)
@@ -281,7 +281,7 @@ def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) ->
 def test_a_shape_class_compiles_one_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     structures = values("model.d_ff", 20, 28, 36)
     numbers = values("optimizer.learning_rate", 1e-3, 3e-3, 1e-2)
-    trials = expand(tiny_tree(**{"training.steps": 4}), product(structures, numbers))
+    trials = make_trials(tiny_tree(**{"training.steps": 4}), product(structures, numbers))
     # Not `jax.log_compiles()`, which is for one thread: trials run on threads of their own.
     jax.config.update("jax_log_compiles", True)
     try:
@@ -630,7 +630,7 @@ def run_stand_ins(path: Path, trials: list[str], pause: float = 0.0) -> Ledger:
     ledger = Ledger(path / "ledger.jsonl")
     ledger.append_all([(trial, "planned", {"overrides": {}}) for trial in trials])
     launch = Launch(SweepDir(path), AssetCache(), path / "code", 1, {}, lambda: bool(time.sleep(pause)))
-    processes(launch, [Chunk((trial,), "exact", 1) for trial in trials])
+    run_in_subprocesses(launch, [Chunk((trial,), "exact", 1) for trial in trials])
     return ledger
 
 
@@ -655,7 +655,7 @@ def test_a_process_that_dies_idle_is_started_anew(tmp_path: Path) -> None:
 
 
 def test_a_process_is_replaced_after_so_many_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[processes.__module__], "TRIALS_PER_PROCESS", 2)
+    monkeypatch.setattr(sys.modules[run_in_subprocesses.__module__], "TRIALS_PER_PROCESS", 2)
     ledger = run_stand_ins(tmp_path, [f"good {number}" for number in range(5)])
     assert [state["event"] for state in ledger.states().values()] == ["finished"] * 5
     # Each process writes one line.

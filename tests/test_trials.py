@@ -20,7 +20,14 @@ from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.hardware_specs import ACCELERATOR_PLUGINS
 from rustgpt_jax.sweeps import choice, tree_parzen, uniform
-from rustgpt_jax.sweeps.trials import ID_DIGITS, Trial, expand, feasible_points, in_words, trial
+from rustgpt_jax.sweeps.trials import (
+    ID_DIGITS,
+    Trial,
+    describe_overrides,
+    make_trial,
+    make_trials,
+    sample_feasible_points,
+)
 
 ROOT = Path(__file__).parent.parent
 RATE = "optimizer.learning_rate"
@@ -45,7 +52,7 @@ KNOBS = {
 @given(some.fixed_dictionaries({}, optional=KNOBS))
 @settings(max_examples=20)
 def test_a_trial_is_the_config_with_its_overrides_and_is_named_after_it(overrides: dict[str, Any]) -> None:
-    made = trial(TREE, overrides)
+    made = make_trial(TREE, overrides)
     by_hand = small_tree(**overrides)
     assert made.config == resolve(by_hand)
     assert made.id == config_hash(resolve(by_hand))[:8] and len(made.id) == ID_DIGITS == 8
@@ -60,7 +67,7 @@ def test_the_base_is_left_as_it_was(sweep: list[dict[str, Any]]) -> None:
     tree = copy.deepcopy(TWO_STAGES)
     before, swept = resolve(tree), copy.deepcopy(sweep)
     for overrides in sweep:
-        trial(tree, overrides | {"stages.instruct.optimizer.b1": 0.5})
+        make_trial(tree, overrides | {"stages.instruct.optimizer.b1": 0.5})
     assert resolve(tree) == before
     assert sweep == swept
 
@@ -70,27 +77,27 @@ def test_the_base_is_left_as_it_was(sweep: list[dict[str, Any]]) -> None:
 def test_trials_come_in_their_order_and_equal_ones_are_refused(rates: list[float]) -> None:
     sweep = [{RATE: rate} for rate in rates]
     if len(set(rates)) == len(rates):
-        trials = expand(TREE, iter(sweep))
+        trials = make_trials(TREE, iter(sweep))
         assert [each.config.optimizer.learning_rate for each in trials] == rates
         assert len({each.id for each in trials}) == len(rates)
     else:
         with pytest.raises(UserError, match="Two trials are the same config"):
-            expand(TREE, sweep)
+            make_trials(TREE, sweep)
 
 
 def test_an_override_reaches_into_a_stage() -> None:
-    (made,) = expand(TWO_STAGES, [{f"stages.instruct.{RATE}": 0.5, "stages.pretrain.training.steps": 3}])
+    (made,) = make_trials(TWO_STAGES, [{f"stages.instruct.{RATE}": 0.5, "stages.pretrain.training.steps": 3}])
     rates = {stage.name: get_path(stage.config, RATE) for stage in stages(made.config)}
     steps = {stage.name: stage.config.training.steps for stage in stages(made.config)}
     assert rates == {"pretrain": resolve(TREE).optimizer.learning_rate, "instruct": 0.5}
     assert steps == {"pretrain": 3, "instruct": 8}
-    assert in_words(made.overrides) == f"stages.instruct.{RATE}=0.5, stages.pretrain.training.steps=3"
+    assert describe_overrides(made.overrides) == f"stages.instruct.{RATE}=0.5, stages.pretrain.training.steps=3"
 
 
 def test_overrides_survive_json() -> None:
     overrides = {RATE: 0.1 + 0.2, "logging.sample_prompts": ("a", "b"), "data.seq_len": None, "model.bias": False}
-    again = json.loads(json.dumps(trial(TREE, overrides).overrides))
-    assert trial(TREE, again).id == trial(TREE, overrides).id
+    again = json.loads(json.dumps(make_trial(TREE, overrides).overrides))
+    assert make_trial(TREE, again).id == make_trial(TREE, overrides).id
 
 
 # Mistakes: a sweep, and what is said of it.
@@ -130,7 +137,7 @@ def test_a_mistake_names_the_trial(name: str) -> None:
     override(tree, "model.bias", True)
     before = resolve(tree)
     with pytest.raises(UserError) as error:
-        expand(tree, sweep)
+        make_trials(tree, sweep)
     assert said in str(error.value)
     assert str(error.value).endswith((".", "?")) and "\n" not in str(error.value)
     assert resolve(tree) == before
@@ -138,18 +145,18 @@ def test_a_mistake_names_the_trial(name: str) -> None:
 
 def test_a_wrong_knob_of_a_stage_is_named_with_its_stage() -> None:
     with pytest.raises(UserError, match="config.stages.instruct.optimizer.learning_rate?") as error:
-        expand(TWO_STAGES, [{"stages.instruct.optimizer.learning_rat": 1}])
+        make_trials(TWO_STAGES, [{"stages.instruct.optimizer.learning_rat": 1}])
     assert "The trial stages.instruct.optimizer.learning_rat=1 is invalid" in str(error.value)
     with pytest.raises(UserError, match="must be the same in the whole run"):
-        expand(TWO_STAGES, [{"stages.instruct.model.d_model": 8}])
+        make_trials(TWO_STAGES, [{"stages.instruct.model.d_model": 8}])
 
 
 def test_a_knob_is_swept_or_given_by_hand() -> None:
     stage = f"stages.instruct.{RATE}"
-    assert len(expand(TWO_STAGES, [{RATE: 1.0}, {RATE: 2.0}], fixed=["seed", stage])) == 2
+    assert len(make_trials(TWO_STAGES, [{RATE: 1.0}, {RATE: 2.0}], fixed=["seed", stage])) == 2
     for path in RATE, stage:
         with pytest.raises(UserError, match=f"config.{path} is given on the command line and swept too"):
-            expand(TWO_STAGES, [{"seed": 1}, {path: 1.0}], fixed=["seed.x", path])
+            make_trials(TWO_STAGES, [{"seed": 1}, {path: 1.0}], fixed=["seed.x", path])
 
 
 # Points of a search.
@@ -160,9 +167,9 @@ def test_points_that_stand_for_a_search_resolve_though_its_middle_does_not() -> 
     assert heads["model.d_model"].at(0.5) % heads["model.n_heads"].at(0.5) == 0
     odd = {"model.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
     with pytest.raises(UserError):
-        trial(TREE, tree_parzen(4, odd).middle)
+        make_trial(TREE, tree_parzen(4, odd).middle)
     for space, left_out in ((heads, set()), (odd, {7})):
-        found = feasible_points(TREE, tree_parzen(4, space, seeds=(5,)))
+        found = sample_feasible_points(TREE, tree_parzen(4, space, seeds=(5,)))
         assert len({each.id for each in found}) > 1
         assert {each.config.seed for each in found} == {5}
         for path, each in space.items():
@@ -184,16 +191,16 @@ WRONG_SPACES = {
 def test_a_space_without_a_point_or_with_a_wrong_value_is_refused(name: str) -> None:
     space, said = WRONG_SPACES[name]
     with pytest.raises(UserError, match=re.escape(said)):
-        feasible_points(TREE, tree_parzen(4, space))
+        sample_feasible_points(TREE, tree_parzen(4, space))
 
 
 def test_a_knob_is_searched_or_given_by_hand() -> None:
     with pytest.raises(UserError, match=f"config.{RATE} is given on the command line and swept too"):
-        feasible_points(TREE, tree_parzen(4, {RATE: uniform(0, 1)}), fixed=[RATE])
+        sample_feasible_points(TREE, tree_parzen(4, {RATE: uniform(0, 1)}), fixed=[RATE])
 
 
 def test_trials_are_compared_as_objects() -> None:
-    first, second = trial(TREE, {}), trial(TREE, {})
+    first, second = make_trial(TREE, {}), make_trial(TREE, {})
     assert isinstance(first, Trial) and first != second and first.id == second.id
 
 

@@ -13,7 +13,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.reproduce.run_diff import config_differences
+from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
@@ -164,7 +164,7 @@ def test_a_run_of_more_layers_takes_those_that_are_there(source: Path, tmp_path:
 def test_diff_names_what_runs_began_with(source: Path, tmp_path: Path) -> None:
     begin(str(source), tmp_path / "new")
     begin(f"{source}@best", tmp_path / "best")
-    (found,) = config_differences(RunDir(tmp_path / "new"), RunDir(tmp_path / "best"))
+    (found,) = diff_configs(RunDir(tmp_path / "new"), RunDir(tmp_path / "best"))
     assert (found.name, found.first) == ("init_from", f"{source} at step 10")
-    assert config_differences(RunDir(source), RunDir(tmp_path / "new"))[0].first == "nothing"
-    assert not config_differences(RunDir(tmp_path / "new"), RunDir(tmp_path / "new"))
+    assert diff_configs(RunDir(source), RunDir(tmp_path / "new"))[0].first == "nothing"
+    assert not diff_configs(RunDir(tmp_path / "new"), RunDir(tmp_path / "new"))

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from configs import shakespeare_char, tiny
 from rustgpt_jax.sweeps import Overrides, product, seeds, values
-from rustgpt_jax.sweeps.trials import Trial, expand
+from rustgpt_jax.sweeps.trials import Trial, make_trials
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent.parent
@@ -96,7 +96,7 @@ class Bench:
 
     def __init__(self, name: str, config: ConfigDict, out: Path) -> None:
         self.out, self.config, self.file = out, config, out / f"{name}.py"
-        self.trials: list[Trial] = expand(config, sweep())
+        self.trials: list[Trial] = make_trials(config, sweep())
         out.mkdir(parents=True)
         write_config(config, self.file)
         # The first one makes the token store and fills the cache that is called warm.

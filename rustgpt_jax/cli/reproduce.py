@@ -1,4 +1,4 @@
-"""The verbs that reproduce and compare runs: `replay`, `rerun`, `diff` and `doctor`."""
+"""The verbs that reproduce and compare runs: `replay`, `rerun`, `diff` and `diagnose_run`."""
 
 import argparse
 from pathlib import Path
@@ -73,7 +73,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def add_doctor_arguments(parser: VerbParser) -> None:
-    """Add the arguments of `doctor`."""
+    """Add the arguments of `diagnose_run`."""
     add_run_argument(parser)
     parser.add_argument(
         "--step", metavar="K", type=whole_number(1), help="The step that went wrong. Default: the first anomaly."
@@ -84,10 +84,10 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Diagnose a step of a run that went wrong."""
     folder = run_folder(args)
     _use_devices_of(folder)
-    from rustgpt_jax.reproduce.diagnose import doctor
+    from rustgpt_jax.reproduce.diagnose import diagnose_run
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
-    doctor(folder, args.step, PlainTextConsole())
+    diagnose_run(folder, args.step, PlainTextConsole())
     return 0
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: VerbParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run a sweep, or resume it, and write its report."""
     from rustgpt_jax.sweeps.search_space import TPE, SuccessiveHalving
-    from rustgpt_jax.sweeps.trials import expand, feasible_points
+    from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
     from rustgpt_jax.tracking.formatting import PlainTextConsole
     from rustgpt_jax.workdir.config_files import load_sweep_function
 
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
     function = load_sweep_function(args.config, args.sweep)
     spec, fixed = _call(args.config, function), [path for path, _ in args.overrides]
     if isinstance(spec, TPE):
-        trials = feasible_points(tree, spec, fixed)
+        trials = sample_feasible_points(tree, spec, fixed)
     else:
-        trials = expand(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
+        trials = make_trials(tree, spec.trials if isinstance(spec, SuccessiveHalving) else spec, fixed)
     from rustgpt_jax.sweeps.run_sweep import Command, run_sweep
-    from rustgpt_jax.sweeps.sweep import Settings, SweepInfo
+    from rustgpt_jax.sweeps.sweep import SweepInfo, SweepOptions
 
-    settings = Settings(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))
+    settings = SweepOptions(args.launcher, args.mode, args.width, args.workers, dict(args.slurm))
     info = SweepInfo(args.config, function.__name__, origins)
     command = Command(info, settings, args.dry_run, args.allow_oversubscription)
     name = "_".join([Path(args.config).stem, *function.__name__.split("_", 1)[1:]])

@@ -234,14 +234,14 @@ def chat(writer: TextGenerator, sampling: SamplingConfig, console: Console, titl
         return
     session.show(f"{title}, {count(total_size(writer.params))} parameters\n", "bold")
     session.show(
-        f"It {'answers' if writer.is_dialogue else 'continues'} what you write: {in_words(sampling)}.\n", "dim"
+        f"It {'answers' if writer.is_dialogue else 'continues'} what you write: {describe_sampling(sampling)}.\n", "dim"
     )
     session.show("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n\n", "dim")
     with _line_editing(cache_folder() / "chat_history"):
         session.run(_typed_line)
 
 
-def in_words(sampling: SamplingConfig) -> str:
+def describe_sampling(sampling: SamplingConfig) -> str:
     """How replies are drawn: what the samplers do, the most tokens, and the seed."""
     greedy = is_greedy(sampling)
     way = "the likeliest token each time" if greedy else f"temperature {sampling.temperature:g}"

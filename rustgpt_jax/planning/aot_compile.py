@@ -6,7 +6,7 @@ what one for accelerators does not, it is kept from it:
 - It computes products of bfloat16 in float32, so that its copies of weights and activations have twice the size. So
   float16 stands in for bfloat16: of the same size, and left as it is with the pass that widens it switched off.
 - It adds up gradients whole where an accelerator scatters their sums. So sums are not combined into one, and one of
-  which only a slice is used is read as a reduce-scatter (see `collectives`).
+  which only a slice is used is read as a reduce-scatter (see `find_collectives`).
 - Kernels of attention that never hold all scores are those of accelerators; blockwise attention, which holds a block of
   them, stands in for these.
 - Gradients from arrays that are kept for it (see `model.save_residuals`) are faster with this compiler alone.
@@ -26,7 +26,7 @@ import jax
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
-from rustgpt_jax.planning.hlo import Collective, Instruction, Program, arrays, collectives, lengths
+from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
 from rustgpt_jax.training.train_step import State, to_traced_scalars, train_step
@@ -39,12 +39,12 @@ from rustgpt_jax.training.train_step import State, to_traced_scalars, train_step
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
-def product_flops(program: Program) -> float:
+def count_matmul_flops(program: HloProgram) -> float:
     """2 m n k for each matrix product that a device computes."""
     return sum(times * _flops(product, shapes) for times, product, shapes in _products(program))
 
 
-def product_traffic(program: Program) -> float:
+def count_matmul_traffic(program: HloProgram) -> float:
     """Bytes of what matrix products read and write.
 
     The largest array of a product with batch axes is left out: these are the products of attention, and its scores,
@@ -57,7 +57,7 @@ def product_traffic(program: Program) -> float:
     return total
 
 
-def _products(program: Program) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
+def _products(program: HloProgram) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
     """Each matrix product, how often it runs, and the shapes of what stands beside it."""
     times = program.times()
     for name, body in program.computations.items():
@@ -66,14 +66,14 @@ def _products(program: Program) -> Iterator[tuple[int, Instruction, dict[str, st
 
 
 def _flops(product: Instruction, shapes: dict[str, str]) -> float:
-    left = lengths(shapes[product.operands[0]])
+    left = parse_lengths(shapes[product.operands[0]])
     found = _CONTRACTED.search(product.attributes)
     contracted = [int(axis) for axis in found[1].split(",") if axis] if found else []
-    return 2.0 * math.prod(lengths(product.shape)) * math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(parse_lengths(product.shape)) * math.prod(left[axis] for axis in contracted)
 
 
 def _bytes(shape: str) -> int:
-    return sum(size for _, size in arrays(shape))
+    return sum(size for _, size in parse_arrays(shape))
 
 
 # What the compiler warns of, such as arrays that it can lay out as asked only by gathering them whole.
@@ -84,7 +84,7 @@ _APOLOGY = " As the last resort"
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
+def capture_compiler_log() -> Iterator[list[str]]:
     """A `with` block whose warnings are in the list afterwards.
 
     The compiler is not Python and writes to the process's standard error stream, which nobody else hears meanwhile.
@@ -99,10 +99,10 @@ def heard() -> Iterator[list[str]]:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            warnings += warnings_in(file.read().decode(errors="replace"))
+            warnings += find_warnings(file.read().decode(errors="replace"))
 
 
-def warnings_in(log: str) -> list[str]:
+def find_warnings(log: str) -> list[str]:
     """The warnings and errors in a log, each once, but for those of a slow machine."""
     found = (_LOGGED.match(line) for line in log.splitlines())
     told = (line[2].split(_APOLOGY)[0] for line in found if line and line[1] != "slow_operation_alarm.cc")
@@ -139,35 +139,35 @@ class Compiled:
         return self.arguments + self.results - self.shared + self.working
 
 
-def compiled_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> Compiled:
+def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> Compiled:
     """One training step on windows of so many tokens, its state and batch laid out as a run would lay them out.
 
     for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
     """
     static, hparams = partition(config if for_cpu else _stand_in(config))
-    state = placed_state(config, placement)
+    state = build_sharded_state(config, placement)
     batch = _placed(batch_shapes(config.training.batch_size, window), placement)
-    with placement.active(), heard() as warnings:
+    with placement.active(), capture_compiler_log() as warnings:
         jitted = jax.jit(train_step, static_argnums=0, donate_argnums=1)
         lowered = jitted.lower(static, state, batch, to_traced_scalars(hparams))
         compiled = lowered.compile(compiler_options={} if for_cpu else OPTIONS)
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"
-    program = hlo.read(text)
+    program = hlo.parse_hlo(text)
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes,
         shared=memory.alias_size_in_bytes,
         working=memory.temp_size_in_bytes,
-        flops=product_flops(program),
-        traffic=product_traffic(program) + memory.argument_size_in_bytes + memory.output_size_in_bytes,
+        flops=count_matmul_flops(program),
+        traffic=count_matmul_traffic(program) + memory.argument_size_in_bytes + memory.output_size_in_bytes,
         counted_once=cost["flops"],
-        collectives=tuple(collectives(text, placement.n_devices)),
+        collectives=tuple(find_collectives(text, placement.n_devices)),
         warnings=tuple(warnings),
     )
 
 
-def placed_state(config: Config, placement: ShardingPlan) -> State:
+def build_sharded_state(config: Config, placement: ShardingPlan) -> State:
     """The state of a run as shapes and types, with the places where its arrays lie."""
     return placement.abstract(state_shapes(config))
 

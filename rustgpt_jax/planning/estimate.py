@@ -12,7 +12,7 @@ import jax
 
 from rustgpt_jax.config.schema import Config, replace_paths
 from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import Compiled, compiled_step, placed_state
+from rustgpt_jax.planning.aot_compile import Compiled, build_sharded_state, compile_step
 from rustgpt_jax.planning.hlo import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
@@ -23,7 +23,7 @@ from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 
 
 @dataclass(frozen=True)
-class Seconds:
+class StepTime:
     """What each part of a step takes on a device: matrix products, memory traffic, collectives."""
 
     compute: float
@@ -47,14 +47,14 @@ class Seconds:
         return max(parts, key=lambda name: parts[name])
 
 
-def step_seconds(chip: Chip, dtype: str, flops: float, traffic: float, found: Iterable[Collective]) -> Seconds:
+def compute_step_time(chip: Chip, dtype: str, flops: float, traffic: float, found: Iterable[Collective]) -> StepTime:
     """The parts of a step: FLOPs of matrix products of a type, bytes to and from memory, and collectives, a device."""
-    return Seconds(
-        flops / chip.flops(dtype), traffic / chip.bandwidth, sum(collective_seconds(each, chip) for each in found)
+    return StepTime(
+        flops / chip.flops(dtype), traffic / chip.bandwidth, sum(compute_collective_time(each, chip) for each in found)
     )
 
 
-def collective_seconds(each: Collective, chip: Chip) -> float:
+def compute_collective_time(each: Collective, chip: Chip) -> float:
     """Seconds that a collective takes in all its runs, at full bandwidth and without latency.
 
     Devices are numbered node by node, `chip.linked` to each. A group with members on several nodes is as fast as the
@@ -70,7 +70,7 @@ def collective_seconds(each: Collective, chip: Chip) -> float:
     return max(fast, each.total / (members * chip.network))
 
 
-def utilization(chip: Chip, dtype: str, model_flops: float, seconds: float) -> float:
+def compute_utilization(chip: Chip, dtype: str, model_flops: float, seconds: float) -> float:
     """Model FLOPs utilisation (arXiv 2204.02311, appendix B): FLOPs that a model needs, of those that the chip has.
 
     model_flops: of a step on a device, without recomputation.
@@ -118,7 +118,7 @@ class Estimate:
     memory: Memory
     compiled: Compiled
     model_flops: float
-    seconds: Seconds
+    seconds: StepTime
 
     @property
     def room(self) -> float:
@@ -132,12 +132,12 @@ class Estimate:
 
     def utilization(self, seconds: float) -> float:
         """Model FLOPs utilisation of a step that takes so long."""
-        return utilization(self.chip, _dtype(self.config), self.model_flops, seconds)
+        return compute_utilization(self.chip, _dtype(self.config), self.model_flops, seconds)
 
 
 def estimate(config: Config, window: int, placement: ShardingPlan, chip: Chip) -> Estimate:
     """What a step of a config needs, by compiling it."""
-    compiled = compiled_step(config, window, placement)
+    compiled = compile_step(config, window, placement)
     tokens = config.training.batch_size * window / placement.n_devices
     return Estimate(
         config=config,
@@ -149,20 +149,20 @@ def estimate(config: Config, window: int, placement: ShardingPlan, chip: Chip) -
         memory=_memory(config, placement, compiled),
         compiled=compiled,
         model_flops=tokens * training_flops_per_token(config.model, window),
-        seconds=step_seconds(chip, _dtype(config), compiled.flops, compiled.traffic, compiled.collectives),
+        seconds=compute_step_time(chip, _dtype(config), compiled.flops, compiled.traffic, compiled.collectives),
     )
 
 
 def _memory(config: Config, placement: ShardingPlan, compiled: Compiled) -> Memory:
-    state = placed_state(config, placement)
-    parameters, optimizer = bytes_on_device(state.params), bytes_on_device(state.opt_state)
-    batch = max(0, compiled.arguments - bytes_on_device(state))
+    state = build_sharded_state(config, placement)
+    parameters, optimizer = count_bytes_on_device(state.params), count_bytes_on_device(state.opt_state)
+    batch = max(0, compiled.arguments - count_bytes_on_device(state))
     gradients = min(parameters, compiled.working)
     rest = compiled.peak - parameters - optimizer - batch - gradients
     return Memory(parameters, optimizer, batch, gradients, max(0, rest))
 
 
-def bytes_on_device(tree: Any) -> int:
+def count_bytes_on_device(tree: Any) -> int:
     """Bytes that one device holds of a tree of placed shapes."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
@@ -182,7 +182,7 @@ LOSS_CHUNK = 512
 MOST_TENSOR = 8
 
 
-class Change(NamedTuple):
+class Suggestion(NamedTuple):
     """Knobs of a config and their other values."""
 
     knobs: dict[str, int | str]
@@ -195,32 +195,34 @@ class Change(NamedTuple):
         return " ".join(f"--config.{path}={value}" for path, value in self.knobs.items())
 
 
-def changes(config: Config, window: int, n_devices: int) -> Iterator[list[Change]]:
+def list_suggestions(config: Config, window: int, n_devices: int) -> Iterator[list[Suggestion]]:
     """Changes of each kind, from the smallest to the largest, but for those that the config has made already."""
     sizes = axis_sizes(config.mesh, n_devices)
     shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     yield _accumulation(config, shares)
-    yield [Change({"model.remat": "full"})] if config.model.remat in ("none", "dots", "dots_no_batch") else []
+    yield [Suggestion({"model.remat": "full"})] if config.model.remat in ("none", "dots", "dots_no_batch") else []
     chunk = config.training.loss_chunk_size or window
-    yield [Change({"training.loss_chunk_size": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
-    yield [Change({"mesh.data": data, "mesh.fsdp": fsdp}) for data, fsdp in _moved(sizes["data"], sizes["fsdp"])]
+    yield [Suggestion({"training.loss_chunk_size": LOSS_CHUNK})] if chunk > LOSS_CHUNK else []
+    yield [Suggestion({"mesh.data": data, "mesh.fsdp": fsdp}) for data, fsdp in _moved(sizes["data"], sizes["fsdp"])]
     yield _tensor(config, sizes)
 
 
-def _accumulation(config: Config, shares: int) -> list[Change]:
+def _accumulation(config: Config, shares: int) -> list[Suggestion]:
     training = config.training
     rows = training.batch_size // training.grad_accum_steps // shares
-    return [Change({"training.grad_accum_steps": factor * training.grad_accum_steps}) for factor in _doublings(rows)]
+    return [
+        Suggestion({"training.grad_accum_steps": factor * training.grad_accum_steps}) for factor in _doublings(rows)
+    ]
 
 
-def _tensor(config: Config, sizes: dict[str, int]) -> list[Change]:
+def _tensor(config: Config, sizes: dict[str, int]) -> list[Suggestion]:
     """More devices along tensor, taken from data, or where there is none from fsdp."""
     giver = "data" if sizes["data"] > 1 else "fsdp"
     heads = config.model.n_kv_heads or config.model.n_heads
     found = []
     for left, tensor in _moved(sizes[giver], sizes["tensor"]):
         if tensor <= MOST_TENSOR and heads % tensor == 0:
-            found.append(Change({f"mesh.{giver}": left, "mesh.tensor": tensor}))
+            found.append(Suggestion({f"mesh.{giver}": left, "mesh.tensor": tensor}))
     return found
 
 

@@ -57,7 +57,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Program:
+class HloProgram:
     """Instructions by the name of their computation; `entry` is the one that runs first."""
 
     computations: dict[str, tuple[Instruction, ...]]
@@ -79,7 +79,7 @@ class Program:
         return times
 
 
-def read(text: str) -> Program:
+def parse_hlo(text: str) -> HloProgram:
     """A program from its text."""
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, body = "", "", list[Instruction]()
@@ -91,7 +91,7 @@ def read(text: str) -> Program:
             computations[name] = tuple(body)
         elif found := _INSTRUCTION.match(line):
             body.append(_instruction(found[1], found[2]))
-    return Program(computations, entry)
+    return HloProgram(computations, entry)
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -111,19 +111,19 @@ def _cut(text: str) -> tuple[str, str]:
     raise ValueError(f"no closing parenthesis: {text[:80]}")
 
 
-def arrays(shape: str) -> list[tuple[str, int]]:
+def parse_arrays(shape: str) -> list[tuple[str, int]]:
     """The element type and bytes of each array of a shape."""
-    found = ((each[1], math.prod(lengths(each[0]))) for each in _ARRAY.finditer(shape))
+    found = ((each[1], math.prod(parse_lengths(each[0]))) for each in _ARRAY.finditer(shape))
     return [(kind, math.ceil(size * bits / 8)) for kind, size in found if (bits := _bits(kind))]
 
 
-def lengths(shape: str) -> tuple[int, ...]:
+def parse_lengths(shape: str) -> tuple[int, ...]:
     """The lengths of the axes of an array's shape."""
     found = _ARRAY.search(shape)
     return tuple(int(length.removeprefix("<=")) for length in found[2].split(",") if length) if found else ()
 
 
-def elements(shape: str) -> list[str]:
+def parse_elements(shape: str) -> list[str]:
     """The elements of a tuple's shape, one level down."""
     inner, found, depth, start = shape[1:-1], list[str](), 0, 0
     for place, letter in enumerate(inner):
@@ -199,16 +199,16 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Sum:
+class CollectiveTotal:
     """Collectives of one kind over the same axes: how many run, and the bytes that a device receives in all."""
 
     count: int
     received: float
 
 
-def collectives(text: str, n_devices: int) -> list[Collective]:
+def find_collectives(text: str, n_devices: int) -> list[Collective]:
     """The collectives of a compiled program, from its HLO, in the order of the text, but for those of one device."""
-    program = read(text)
+    program = parse_hlo(text)
     times = program.times()
     found = [
         _collective(each, times[name], n_devices, _is_scattered(each, name, program))
@@ -219,14 +219,16 @@ def collectives(text: str, n_devices: int) -> list[Collective]:
     return [each for each in found if each.group_size > 1]
 
 
-def summary(found: Iterable[Collective], mesh: Mapping[str, int]) -> dict[tuple[str, tuple[str, ...]], Sum]:
+def summarize_collectives(
+    found: Iterable[Collective], mesh: Mapping[str, int]
+) -> dict[tuple[str, tuple[str, ...]], CollectiveTotal]:
     """The collectives by their kind and the axes of a mesh that they run over, the most bytes first."""
     counts, received = Counter[tuple[str, tuple[str, ...]]](), Counter[tuple[str, tuple[str, ...]]]()
     for each in found:
         key = each.kind, each.axes(mesh)
         counts[key] += each.times
         received[key] += each.total  # type: ignore[assignment]
-    return {key: Sum(counts[key], received[key]) for key, _ in received.most_common()}
+    return {key: CollectiveTotal(counts[key], received[key]) for key, _ in received.most_common()}
 
 
 def _collective(each: Instruction, times: int, n_devices: int, is_scattered: bool) -> Collective:
@@ -234,7 +236,7 @@ def _collective(each: Instruction, times: int, n_devices: int, is_scattered: boo
     groups = _groups(each.attributes, n_devices)
     # What starts an all-gather or a permute has its operand beside its result.
     has_operand = each.opcode in ("all-gather-start", "collective-permute-start")
-    sized = arrays(elements(each.shape)[1] if has_operand else each.shape)
+    sized = parse_arrays(parse_elements(each.shape)[1] if has_operand else each.shape)
     dtype = max(sized, key=lambda array: array[1])[0] if sized else ""
     result = sum(size for _, size in sized)
     if "_promoted" in each.attributes and dtype == "f32":
@@ -259,7 +261,7 @@ def _received(kind: str, result: float, size: int) -> float:
             return result
 
 
-def _is_scattered(each: Instruction, name: str, program: Program) -> bool:
+def _is_scattered(each: Instruction, name: str, program: HloProgram) -> bool:
     """Whether nothing of an all-reduce is used but a slice of it, of which accelerators make a reduce-scatter."""
     if each.opcode != "all-reduce" or each.shape.startswith("("):
         return False
@@ -267,7 +269,7 @@ def _is_scattered(each: Instruction, name: str, program: Program) -> bool:
     return bool(users) and all(_slices(user, user.operands.index(each.name), program) for user in users)
 
 
-def _slices(user: Instruction, place: int, program: Program) -> bool:
+def _slices(user: Instruction, place: int, program: HloProgram) -> bool:
     if user.opcode == "dynamic-slice":
         return place == 0
     if user.opcode != "fusion":

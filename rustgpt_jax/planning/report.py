@@ -8,8 +8,15 @@ from rich.table import Table
 
 from rustgpt_jax.config.schema import Config, Stage, replace_paths, stages
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.planning.estimate import RESERVE, Change, Estimate, changes, collective_seconds, estimate
-from rustgpt_jax.planning.hlo import summary
+from rustgpt_jax.planning.estimate import (
+    RESERVE,
+    Estimate,
+    Suggestion,
+    compute_collective_time,
+    estimate,
+    list_suggestions,
+)
+from rustgpt_jax.planning.hlo import summarize_collectives
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
 from rustgpt_jax.tracking.formatting import byte_size, count
@@ -19,7 +26,7 @@ from rustgpt_jax.training.config_checks import validate_components
 MOST_WARNINGS = 5
 
 
-def show(found: Estimate, chip_name: str, console: Console) -> None:
+def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
     """Print what a step needs of each device, and the compiler's warnings."""
     training = found.config.training
     parts = f" in {training.grad_accum_steps} parts" if training.grad_accum_steps > 1 else ""
@@ -36,7 +43,7 @@ def show(found: Estimate, chip_name: str, console: Console) -> None:
         console.print(f"and {more} warnings more", style="yellow", highlight=False)
 
 
-def show_changes(tried: Sequence[tuple[Change, Estimate]], room: float, console: Console) -> None:
+def print_suggestions(tried: Sequence[tuple[Suggestion, Estimate]], room: float, console: Console) -> None:
     """Print what each change of a step that does not fit would do, and which would make it fit."""
     if not tried:
         console.print("There is no single change to try: give more devices.", highlight=False)
@@ -101,9 +108,9 @@ def _work(found: Estimate) -> Table:
 
 def _collectives(found: Estimate) -> Table:
     table = _table("\nCollectives", "kind", "over", "runs", "received", "takes")
-    for (kind, axes), total in summary(found.compiled.collectives, found.mesh).items():
+    for (kind, axes), total in summarize_collectives(found.compiled.collectives, found.mesh).items():
         same = (each for each in found.compiled.collectives if (each.kind, each.axes(found.mesh)) == (kind, axes))
-        seconds = sum(collective_seconds(each, found.chip) for each in same)
+        seconds = sum(compute_collective_time(each, found.chip) for each in same)
         table.add_row(kind, " and ".join(axes), f"{total.count:,}", byte_size(total.received), _time(seconds))
     return table
 
@@ -150,7 +157,7 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     if chip_name not in CHIPS:
         raise UserError(f"--chip: there is no {chip_name!r}.{suggestion(chip_name, CHIPS)}")
     validate_components(config)
-    config, window = _longest(with_vocabulary_size(config))
+    config, window = _longest(set_vocab_size(config))
     check_batch_shards(config, window, n_devices)
     devices = _virtual_devices(n_devices)
     chip = CHIPS[chip_name]
@@ -160,15 +167,15 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
 
     with waiting(console, "compiling the step"):
         found = estimated(config)
-    show(found, chip_name, console)
+    print_estimate(found, chip_name, console)
     if not found.fits:
         with waiting(console, "looking for a change that makes it fit"):
             tried = list(_tried(found, estimated))
-        show_changes(tried, found.room, console)
+        print_suggestions(tried, found.room, console)
     return found.fits
 
 
-def with_vocabulary_size(config: Config) -> Config:
+def set_vocab_size(config: Config) -> Config:
     """The config with the vocabulary that it names, for the model or for the tokenizer. Raises UserError for none."""
     size = config.model.vocab_size or config.tokenizer.vocab_size
     if size is None:
@@ -203,9 +210,9 @@ def _virtual_devices(count: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def _tried(found: Estimate, estimated: Callable[[Config], Estimate]) -> Iterator[tuple[Change, Estimate]]:
+def _tried(found: Estimate, estimated: Callable[[Config], Estimate]) -> Iterator[tuple[Suggestion, Estimate]]:
     """Changes of each kind, up to the first that fits."""
-    for of_kind in changes(found.config, found.window, found.n_devices):
+    for of_kind in list_suggestions(found.config, found.window, found.n_devices):
         for change in of_kind:
             changed = estimated(change.of(found.config))
             yield change, changed

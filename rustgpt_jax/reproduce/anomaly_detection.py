@@ -17,7 +17,7 @@ LOSSES_BEFORE = 20
 BLOCK_LINES = 2**15
 
 
-class Suspect(NamedTuple):
+class Anomaly(NamedTuple):
     """A step, what is wrong with it in words, and whether that is something that is not finite.
 
     rewind: how the run went back from it.
@@ -37,7 +37,7 @@ class DivergenceThreshold(NamedTuple):
     since: int = 1
 
 
-def lost_above(past: RecordedRun, history: History) -> DivergenceThreshold:
+def compute_divergence_threshold(past: RecordedRun, history: History) -> DivergenceThreshold:
     """The loss above which a run is lost, to judge by its vocabulary and its first recorded loss."""
     n_tokens = vocab_size(past.inputs.full_config.model)
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
@@ -47,7 +47,7 @@ def lost_above(past: RecordedRun, history: History) -> DivergenceThreshold:
     return DivergenceThreshold(LOST_FACTOR * math.log(n_tokens), meaning)
 
 
-def suspect(past: RecordedRun, step: int | None) -> Suspect | None:
+def find_anomaly(past: RecordedRun, step: int | None) -> Anomaly | None:
     """Return the step to examine: the given step, the first fault, the first loss that is too high, or a spike.
 
     If the run was rewound after faults, returns the last fault. Among spikes, returns the last one that was counted, or
@@ -64,7 +64,7 @@ def suspect(past: RecordedRun, step: int | None) -> Suspect | None:
         columns = {"loss": faults.loss, "gradient": faults.gradient_norm}
         what = next((what for what, column in columns.items() if not math.isfinite(column[0])), "update")
         others = f", the first of {len(faults.steps)} such steps" if len(faults.steps) > 1 else ""
-        return Suspect(int(faults.steps[0]), f"its {what} is not finite{others}", True)
+        return Anomaly(int(faults.steps[0]), f"its {what} is not finite{others}", True)
     if past.rewinds:
         return _undone(past.rewinds[-1])
     if not len(history.steps):
@@ -72,31 +72,31 @@ def suspect(past: RecordedRun, step: int | None) -> Suspect | None:
             f"{past.folder.path} has no record of its training (metrics.jsonl), so which step went wrong is not known. "
             "Give --step=K to look at a step."
         )
-    rule = lost_above(past, history)
+    rule = compute_divergence_threshold(past, history)
     lost = np.flatnonzero(history.loss > rule.above)
     if len(lost):
         before = int(history.steps[lost[0] - 1]) if lost[0] else 0
         found = _first_above(past, before, int(history.steps[lost[0]]), rule.above)
-        return Suspect(found, f"its loss is the first above {rule.above:.3g}, {rule.meaning}", False)
+        return Anomaly(found, f"its loss is the first above {rule.above:.3g}, {rule.meaning}", False)
     counted = np.flatnonzero(np.diff(history.spikes) > 0)
     if len(counted):
         return _within(past, *map(int, history.steps[counted[-1] : counted[-1] + 2]))
-    largest = spike(history)
-    return None if largest is None else Suspect(largest, "its loss is the largest spike of the record", False)
+    largest = find_spike(history)
+    return None if largest is None else Anomaly(largest, "its loss is the largest spike of the record", False)
 
 
-def _asked_for(past: RecordedRun, history: History, step: int) -> Suspect:
+def _asked_for(past: RecordedRun, history: History, step: int) -> Anomaly:
     past.check(step)
     undone = next((rewind for rewind in past.rewinds[::-1] if rewind.step == step), None)
     if undone is not None:
         return _undone(undone)
     is_finite = history.is_finite[history.steps == step]
-    return Suspect(step, "you asked for it", bool(len(is_finite)) and not is_finite[-1])
+    return Anomaly(step, "you asked for it", bool(len(is_finite)) and not is_finite[-1])
 
 
-def _undone(rewind: Rewind) -> Suspect:
+def _undone(rewind: Rewind) -> Anomaly:
     why = f"its loss, gradient or update was not finite, and the run went back from it to step {rewind.to}"
-    return Suspect(rewind.step, why, True, rewind)
+    return Anomaly(rewind.step, why, True, rewind)
 
 
 def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> int:
@@ -108,7 +108,7 @@ def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> 
     return next((step for step, metrics in zip(steps, every, strict=True) if metrics.loss > ceiling), after)
 
 
-def _within(past: RecordedRun, before: int, after: int) -> Suspect:
+def _within(past: RecordedRun, before: int, after: int) -> Anomaly:
     """The step after `before` and up to `after` in which the count of spikes rose last: they are made again."""
     state = past.state_at(before)
     count = int(state.health.spikes)
@@ -116,10 +116,10 @@ def _within(past: RecordedRun, before: int, after: int) -> Suspect:
     counts = [count, *(int(metrics.spikes) for metrics in every)]
     rises = [index for index in range(len(every)) if counts[index + 1] > counts[index]]
     index = rises[-1] if rises else max(range(len(every)), key=lambda index: float(every[index].loss))
-    return Suspect(before + index + 1, "its loss is a spike", False)
+    return Anomaly(before + index + 1, "its loss is a spike", False)
 
 
-def spike(history: History) -> int | None:
+def find_spike(history: History) -> int | None:
     """Return the recorded step whose loss stands out most from earlier losses, or None.
 
     The measure is the distance above the highest earlier loss, relative to the range of earlier losses.

@@ -34,12 +34,12 @@ class FirstDifference(NamedTuple):
     second: Any
 
 
-def in_a_sentence(parting: FirstDifference) -> str:
+def format_first_difference(found: FirstDifference) -> str:
     """Where two records part, in words."""
-    return f"Step {parting.step:,} is the first that differs: {parting.name} is {parting.first} and {parting.second}."
+    return f"Step {found.step:,} is the first that differs: {found.name} is {found.first} and {found.second}."
 
 
-class Comparison(NamedTuple):
+class MetricComparison(NamedTuple):
     """What two records have in common: the last step of both, how many values were compared, where they part.
 
     `agreed` is the last step before that at which both have a value; 0 if there is none.
@@ -48,12 +48,12 @@ class Comparison(NamedTuple):
     last_step: int
     n_values: int
     agreed: int
-    parting: FirstDifference | None
+    first_difference: FirstDifference | None
 
 
 def compare_records(
     first: Path, second: Path, tolerance: float = 0.0, names: Container[str] | None = None
-) -> Comparison:
+) -> MetricComparison:
     """Compare the metrics of two runs over the steps that both have.
 
     Clock-dependent metrics are ignored, and so are metrics not in `names` if it is given. Values match if they are
@@ -78,9 +78,9 @@ def compare_records(
                 continue
             n_values += name != "stage"
             if not _is_equal(here, there, tolerance):
-                return Comparison(last, n_values, agreed, FirstDifference(step, name, here, there))
+                return MetricComparison(last, n_values, agreed, FirstDifference(step, name, here, there))
         agreed = step
-    return Comparison(last, n_values, max(agreed, beginning.last_step), None)
+    return MetricComparison(last, n_values, max(agreed, beginning.last_step), None)
 
 
 class _Beginning(NamedTuple):
@@ -157,7 +157,7 @@ def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, Fir
     return len(both[0]), None
 
 
-def missing_record(run: RunDir, stage: Stage, step: int) -> str:
+def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
     """Explain why metrics.jsonl ends before a logged step of a stage; '' if it does not."""
     if not run.metrics_file.exists():
         return "is missing"
@@ -168,7 +168,7 @@ def missing_record(run: RunDir, stage: Stage, step: int) -> str:
     return ""
 
 
-class Arrays(NamedTuple):
+class ArrayComparison(NamedTuple):
     """The checkpoints of two runs after `step`, the last that both have: how many arrays, and which are not the same.
 
     Without such a step there are no arrays.
@@ -179,7 +179,7 @@ class Arrays(NamedTuple):
     unequal: list[str]
 
 
-def compare_checkpoints(first: RunDir, second: RunDir) -> Arrays:
+def compare_checkpoints(first: RunDir, second: RunDir) -> ArrayComparison:
     """Hold the last checkpoints that two runs both have against each other, by their fingerprints."""
     for step in sorted({*first.saved_steps} & {*second.saved_steps}, reverse=True):
         try:
@@ -187,8 +187,8 @@ def compare_checkpoints(first: RunDir, second: RunDir) -> Arrays:
         except CorruptCheckpoint:
             continue
         names = dict.fromkeys([*left, *right])
-        return Arrays(step, len(names), [name for name in names if left.get(name) != right.get(name)])
-    return Arrays(0, 0, [])
+        return ArrayComparison(step, len(names), [name for name in names if left.get(name) != right.get(name)])
+    return ArrayComparison(0, 0, [])
 
 
 def _is_equal(left: Any, right: Any, tolerance: float) -> bool:

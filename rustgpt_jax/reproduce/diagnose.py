@@ -1,4 +1,4 @@
-"""`doctor`: the step that went wrong is made again, its first bad tensor named, and remedies are tried before it."""
+"""The verb `doctor`: find the step at which a run went wrong, and try changes that would have prevented it."""
 
 import shlex
 from collections.abc import Sequence
@@ -12,14 +12,21 @@ from rich.table import Table
 
 from rustgpt_jax.config.schema import Config
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.reproduce.anomaly_detection import LOSS, NORM, DivergenceThreshold, Suspect, lost_above, suspect
+from rustgpt_jax.reproduce.anomaly_detection import (
+    LOSS,
+    NORM,
+    Anomaly,
+    DivergenceThreshold,
+    compute_divergence_threshold,
+    find_anomaly,
+)
 from rustgpt_jax.reproduce.interventions import (
     CONTROL,
     Intervention,
     InterventionResult,
-    fates,
-    flags,
+    format_flags,
     possible_interventions,
+    run_interventions,
 )
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
@@ -58,28 +65,28 @@ WHAT = {
 }
 
 
-def first_bad(tensors: Sequence[StepTensor]) -> StepTensor | None:
+def first_nonfinite(tensors: Sequence[StepTensor]) -> StepTensor | None:
     """The first tensor, in the order in which they are made, with an element that is not finite."""
     return next((tensor for tensor in tensors if tensor.nonfinite), None)
 
 
-def called(tensor: StepTensor) -> str:
+def describe_tensor(tensor: StepTensor) -> str:
     """A tensor in words: its kind, its name and its layer."""
     layer = "" if tensor.layer is None else f" (layer {tensor.layer})"
     return f"{WHAT[tensor.kind]} {tensor.name}{layer}"
 
 
-def of_first_bad(tensors: Sequence[StepTensor]) -> str:
+def describe_first_nonfinite(tensors: Sequence[StepTensor]) -> str:
     """A sentence about the first tensor that is not finite and the one that was made before it."""
-    bad = first_bad(tensors)
+    bad = first_nonfinite(tensors)
     if bad is None:
         most = max(tensors, key=lambda tensor: tensor.largest)
         return (
             "Every tensor of the step is finite, but the sum of their squares is not: "
-            f"the largest magnitude is {most.largest:.3g}, in {called(most)}."
+            f"the largest magnitude is {most.largest:.3g}, in {describe_tensor(most)}."
         )
     count = f"{bad.nonfinite:,} of {bad.size:,} elements"
-    sentence = f"The first tensor that is not finite is {called(bad)}: {count}."
+    sentence = f"The first tensor that is not finite is {describe_tensor(bad)}: {count}."
     if bad.kind == PARAMETER:
         return f"{sentence} It was so before the step began."
     before = tensors[tensors.index(bad) - 1]
@@ -87,7 +94,7 @@ def of_first_bad(tensors: Sequence[StepTensor]) -> str:
     if before.kind != bad.kind:
         known = kinds.get(before.kind, "the forward is finite")
         return f"{sentence} Before it {known}."
-    return f"{sentence} Before it comes {called(before)}, whose largest magnitude is {before.largest:.3g}."
+    return f"{sentence} Before it comes {describe_tensor(before)}, whose largest magnitude is {before.largest:.3g}."
 
 
 class Growth(NamedTuple):
@@ -98,18 +105,18 @@ class Growth(NamedTuple):
     times: float
 
 
-def growths(tensors: Sequence[StepTensor], calm: Sequence[StepTensor]) -> list[Growth]:
+def compute_growths(tensors: Sequence[StepTensor], calm: Sequence[StepTensor]) -> list[Growth]:
     """What grew against a calm step, most first."""
     pairs = zip(tensors, calm, strict=True)
     grown = [Growth(now, then, now.largest / then.largest) for now, then in pairs if then.largest > 0]
     return sorted(grown, key=lambda growth: -growth.times)
 
 
-def of_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], calm_step: int) -> list[str]:
+def describe_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], calm_step: int) -> list[str]:
     """Sentences about the activation and the gradient that grew most against a calm step."""
     sentences: list[str] = []
     for kind in (ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT):
-        most = next(iter(growth for growth in growths(tensors, calm) if growth.tensor.kind == kind), None)
+        most = next(iter(growth for growth in compute_growths(tensors, calm) if growth.tensor.kind == kind), None)
         if most is not None:
             sentences.append(
                 f"The {kind} that grew most since step {calm_step} is {most.tensor.name}: its largest magnitude is "
@@ -118,14 +125,14 @@ def of_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], calm_st
     return sentences
 
 
-def row_losses(inside: StepInternals) -> np.ndarray:
+def compute_row_losses(inside: StepInternals) -> np.ndarray:
     """The mean loss over the learned tokens of each row of the batch; 0 for a row without any."""
     losses_BT, weights_BT = np.asarray(inside.report.losses_BT), np.asarray(inside.report.weights_BT)
     learned_BT = np.where(weights_BT > 0, losses_BT * weights_BT, 0)
     return learned_BT.sum(axis=1) / np.maximum(weights_BT.sum(axis=1), 1)
 
 
-def odd_rows(losses_B: np.ndarray) -> list[int]:
+def find_outlier_rows(losses_B: np.ndarray) -> list[int]:
     """The rows whose loss is not finite, or else those whose loss is far above the others', worst first."""
     broken = np.flatnonzero(~np.isfinite(losses_B))
     if len(broken):
@@ -136,10 +143,10 @@ def odd_rows(losses_B: np.ndarray) -> list[int]:
     return odd[np.argsort(-losses_B[odd])].tolist()
 
 
-def of_batch(inside: StepInternals, tokenizer: Codec) -> str:
+def describe_batch(inside: StepInternals, tokenizer: Codec) -> str:
     """A sentence about the rows of a batch that stand out, with the beginning of the worst."""
-    losses_B = row_losses(inside)
-    rows, n_rows = odd_rows(losses_B), len(losses_B)
+    losses_B = compute_row_losses(inside)
+    rows, n_rows = find_outlier_rows(losses_B), len(losses_B)
     if not rows:
         span = f"from {losses_B.min():.3g} to {losses_B.max():.3g}"
         return f"No row of the batch stands out: the losses of its {n_rows} rows are {span}."
@@ -164,7 +171,7 @@ SPIKE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Trial:
+class InterventionTrial:
     """Remedies tried over the steps `first` to `last`, the fate of each that could be, and what loss was too high."""
 
     first: int
@@ -188,13 +195,13 @@ class Trial:
         return sorted(alive, key=lambda fate: float(fate.losses[-1]))
 
 
-def doctor(path: Path, step: int | None, console: Console) -> None:
+def diagnose_run(path: Path, step: int | None, console: Console) -> None:
     """Diagnose a run at a given step or at its worst step, and suggest remedies.
 
     Writes RUN/replay/step_K.html. If nothing stands out in the record, prints that the run is healthy.
 
     Raises:
-        UserError: As for `RecordedRun` and `suspect`.
+        UserError: As for `RecordedRun` and `find_anomaly`.
     """
 
     def say(text: str) -> None:
@@ -204,7 +211,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
 
     with RecordedRun(path, console) as past:
         with waiting(console, "looking for the step that went wrong"):
-            found = suspect(past, step)
+            found = find_anomaly(past, step)
         if found is None:
             say(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
             say("To look at a step all the same, give --step=K.")
@@ -215,7 +222,7 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
         with waiting(console, f"making step {found.step} again and measuring its tensors"):
             again, inside = replay_one_step(past, found.step, has_taps=True)
             assert inside is not None
-            sentences = diagnosis(past, found, again, inside)
+            sentences = describe_anomaly(past, found, again, inside)
         for sentence in (again.verdict, *sentences):
             say(sentence)
         say(f"Each tensor of the step: {write_page(path, again, inside.tensors)}")
@@ -224,16 +231,16 @@ def doctor(path: Path, step: int | None, console: Console) -> None:
             say("Its loss stands out from none that was recorded before it: there is nothing to be remedied.")
             return
         with waiting(console, "trying remedies, all in one program"):
-            trial = try_remedies(past, view)
-        for sentence in earlier(trial, view, again.step, path):
+            trial = try_interventions(past, view)
+        for sentence in describe_earlier_intervention(trial, view, again.step, path):
             say(sentence)
         say(_heading(trial))
         _print(trial, console)
-        for sentence in advice(trial, past.config, past.data_of(view.step).stage.name):
+        for sentence in format_advice(trial, past.config, past.data_of(view.step).stage.name):
             say(sentence)
 
 
-def diagnosis(past: RecordedRun, found: Suspect, again: ReplayedStep, inside: StepInternals) -> list[str]:
+def describe_anomaly(past: RecordedRun, found: Anomaly, again: ReplayedStep, inside: StepInternals) -> list[str]:
     """What the step tells of its own fault."""
     loss, norm = again.metrics[LOSS], again.metrics[NORM]
     if found.is_fault and again.is_finite:
@@ -243,13 +250,13 @@ def diagnosis(past: RecordedRun, found: Suspect, again: ReplayedStep, inside: St
         ]
     sentences = [f"Its loss is {loss:.4g}, its gradient norm {norm:.4g}."]
     if not again.is_finite:
-        sentences.append(of_first_bad(inside.tensors))
+        sentences.append(describe_first_nonfinite(inside.tensors))
     else:
         calm_step = max(past.data_of(found.step).stage.first_step + 1, found.step - CALM_BEFORE)
         if calm_step < found.step:
             calm = past.look_into(past.state_at(calm_step - 1))
-            sentences += of_growth(inside.tensors, calm.tensors, calm_step)
-    return [*sentences, of_batch(inside, past.inputs.tokenizer)]
+            sentences += describe_growth(inside.tensors, calm.tensors, calm_step)
+    return [*sentences, describe_batch(inside, past.inputs.tokenizer)]
 
 
 @dataclass(frozen=True)
@@ -268,7 +275,7 @@ class View:
     def of(past: RecordedRun, again: ReplayedStep) -> "View | None":
         """The view of a step from what was recorded before it; None if its loss is finite and not above those."""
         history = past.history().until(again.step - 1)
-        rule, loss = lost_above(past, past.history()), again.metrics[LOSS]
+        rule, loss = compute_divergence_threshold(past, past.history()), again.metrics[LOSS]
         is_sound = history.is_finite & (history.loss <= rule.above)
         sound = history.where(is_sound)
         calm = History(*(column[-CALM_RECORDS:] for column in sound))
@@ -289,7 +296,7 @@ class View:
         )
 
 
-def try_remedies(past: RecordedRun, view: View) -> Trial:
+def try_interventions(past: RecordedRun, view: View) -> InterventionTrial:
     """Every remedy from a state before the step, on the batches that the run read, to some steps after it."""
     stage, program = past.data_of(view.step).stage, past.program_of(view.step)
     first, last = _first_step(past, view.step, stage.first_step), min(view.step + AFTER, stage.end_step)
@@ -297,8 +304,8 @@ def try_remedies(past: RecordedRun, view: View) -> Trial:
     batches = past.batches(state, last - first + 1)
     tried = possible_interventions(stage.config, view.calm_norm)
     stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-    found = fates(tried, stage.config, state, stacked, program.first_step)
-    return Trial(first, last, tried, found, view.too_high)
+    found = run_interventions(tried, stage.config, state, stacked, program.first_step)
+    return InterventionTrial(first, last, tried, found, view.too_high)
 
 
 def _first_step(past: RecordedRun, step: int, begin: int) -> int:
@@ -307,7 +314,7 @@ def _first_step(past: RecordedRun, step: int, begin: int) -> int:
     return max(nearest, step - MOST_BEFORE) + 1
 
 
-def earlier(trial: Trial, view: View, step: int, path: Path) -> list[str]:
+def describe_earlier_intervention(trial: InterventionTrial, view: View, step: int, path: Path) -> list[str]:
     """Where the run was lost before the step that was looked at, if it was."""
     control = next((trial.first_bad_step(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
     lost_at = min(view.step, control or view.step)
@@ -317,7 +324,7 @@ def earlier(trial: Trial, view: View, step: int, path: Path) -> list[str]:
     return [f"The run was lost before, at step {lost_at}. To look at that:", command]
 
 
-def advice(trial: Trial, config: Config, stage: str) -> list[str]:
+def format_advice(trial: InterventionTrial, config: Config, stage: str) -> list[str]:
     """What to do, in sentences."""
     survivors = trial.survivors()
     helpful = [fate.remedy for fate in survivors if fate.remedy.name != CONTROL]
@@ -338,11 +345,11 @@ def advice(trial: Trial, config: Config, stage: str) -> list[str]:
     return [
         *sentences,
         f"Survived: {lowest if len(helpful) > 1 else best}. Begin again with",
-        f"    {' '.join(flags(helpful[0], config, stage))}",
+        f"    {' '.join(format_flags(helpful[0], config, stage))}",
     ]
 
 
-def _heading(trial: Trial) -> str:
+def _heading(trial: InterventionTrial) -> str:
     rule = trial.too_high
     since = f" from step {rule.since} on" if rule.since > trial.first else ""
     return (
@@ -351,7 +358,7 @@ def _heading(trial: Trial) -> str:
     )
 
 
-def _print(trial: Trial, console: Console) -> None:
+def _print(trial: InterventionTrial, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for head, justify in (("remedy", "left"), ("knobs", "left"), ("", "left"), ("last loss", "right")):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
@@ -360,10 +367,10 @@ def _print(trial: Trial, console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _row(remedy: Intervention, trial: Trial) -> Sequence[str]:
+def _row(remedy: Intervention, trial: InterventionTrial) -> Sequence[str]:
     fate = trial.fate_of(remedy)
     if fate is None:
-        return remedy.name, "", f"not tried: {remedy.hindrance}", ""
+        return remedy.name, "", f"not tried: {remedy.unavailable_reason}", ""
     died = trial.first_bad_step(fate)
     knobs = ", ".join(f"{path.split('.', 1)[1]}={format_value(value)}" for path, value in remedy.knobs)
     index = -1 if died is None else died - trial.first

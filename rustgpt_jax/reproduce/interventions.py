@@ -40,7 +40,7 @@ class Intervention:
 
     name: str
     knobs: tuple[tuple[str, Any], ...] = ()
-    hindrance: str | None = None
+    unavailable_reason: str | None = None
 
 
 class InterventionResult(NamedTuple):
@@ -83,29 +83,29 @@ def _tighter_clipping(config: Config, calm_norm: float) -> Intervention:
     largest = _rounded(CLIPPED_SHARE * calm_norm)
     name = "tighter clipping"
     if not largest > 0:
-        return Intervention(name, hindrance="no gradient norm is known from before")
+        return Intervention(name, unavailable_reason="no gradient norm is known from before")
     if 0 < config.optimizer.clip_norm <= largest:
-        return Intervention(name, hindrance=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
+        return Intervention(name, unavailable_reason=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
     return Intervention(name, (("optimizer.clip_norm", largest),))
 
 
 def _qk_norm(config: Config) -> Intervention:
     name = "QK-norm"
     if config.model.qk_norm != "none":
-        return Intervention(name, hindrance="it is on already")
+        return Intervention(name, unavailable_reason="it is on already")
     knobs = (("model.qk_norm", "head"),)
     try:
         changed = resolve(to_dict(replace_paths(config, dict(knobs))))
     except UserError as error:
-        return Intervention(name, hindrance=str(error).rstrip("."))
+        return Intervention(name, unavailable_reason=str(error).rstrip("."))
     if by_path(parameter_shapes(changed.model)).keys() == by_path(parameter_shapes(config.model)).keys():
-        return Intervention(name, hindrance="no layer of the model has queries and keys that it could normalise")
+        return Intervention(name, unavailable_reason="no layer of the model has queries and keys to normalize")
     return Intervention(name, knobs)
 
 
 def _z_loss(config: Config) -> Intervention:
     if config.training.z_loss > 0:
-        return Intervention("z-loss", hindrance=f"it is on already, with {config.training.z_loss:g}")
+        return Intervention("z-loss", unavailable_reason=f"it is on already, with {config.training.z_loss:g}")
     return Intervention("z-loss", (("training.z_loss", Z_LOSS),))
 
 
@@ -119,7 +119,7 @@ def _float32(config: Config) -> Intervention:
     }
     changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
     if all(getattr(config.model, knob) in (None, "float32") for knob in wide):
-        return Intervention("float32", hindrance="in float32 already")
+        return Intervention("float32", unavailable_reason="in float32 already")
     return Intervention("float32", tuple(changes.items()))
 
 
@@ -138,23 +138,23 @@ class Lane(NamedTuple):
     hparams: Hyperparams
 
 
-def fates(
+def run_interventions(
     tried: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
 ) -> list[InterventionResult]:
-    """How each remedy that has no hindrance fares over the steps of some stacked batches, from a state of the run."""
+    """Run each available intervention from a state of the run over stacked batches, and return its losses."""
     groups: dict[StaticConfig, list[tuple[Intervention, Hyperparams]]] = {}
     for remedy in tried:
-        if remedy.hindrance is None:
+        if remedy.unavailable_reason is None:
             static, hparams = partition(replace_paths(config, dict(remedy.knobs)))
             groups.setdefault(static, []).append((remedy, to_traced_scalars(hparams)))
     lanes = [
         Lane(
-            fitted(state, static, members[0][1]),
+            fit_state(state, static, members[0][1]),
             jax.tree.map(lambda *values: np.stack(values), *(hparams for _, hparams in members)),
         )
         for static, members in groups.items()
     ]
-    curves = jax.device_get(compiled_curves(tuple(groups), lanes, batches_S, first_step))
+    curves = jax.device_get(compiled_compute_curves(tuple(groups), lanes, batches_S, first_step))
     found = {
         remedy: InterventionResult(remedy, losses_PS[row], is_finite_PS[row])
         for members, (losses_PS, is_finite_PS) in zip(groups.values(), curves, strict=True)
@@ -163,7 +163,7 @@ def fates(
     return [found[remedy] for remedy in tried if remedy in found]
 
 
-def curves(
+def compute_curves(
     statics: tuple[StaticConfig, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Losses, and whether all is finite, P x S, of each lane: those of equal structure at once, others in turn."""
@@ -182,10 +182,10 @@ def curves(
     ]
 
 
-compiled_curves = jax.jit(curves, static_argnums=0)
+compiled_compute_curves = jax.jit(compute_curves, static_argnums=0)
 
 
-def fitted(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
+def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
     """A state for another structure: what it has by the same path and shape is kept, what is new begins as it does."""
     kept = by_path(state)
     fresh = compiled_init_state(static, hparams)
@@ -197,7 +197,7 @@ def fitted(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
     return jax.tree_util.tree_map_with_path(fit, fresh)
 
 
-def flags(remedy: Intervention, config: Config, stage: str) -> Iterator[str]:
+def format_flags(remedy: Intervention, config: Config, stage: str) -> Iterator[str]:
     """What to write on the command line for a remedy: of the whole run, or of the stage that sets the knob itself."""
     own = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
     for path, value in remedy.knobs:

@@ -216,7 +216,7 @@ class RecordedRun:
         self._placement = plan_for_all_devices(mesh)
         for data in self.inputs.stages:
             check_batch_shards(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
-        self.rewinds = rewinds(self.folder)
+        self.rewinds = read_rewinds(self.folder)
         self._last_saved = self.total_steps
         self._resources = ExitStack()
         self._checkpoints: Checkpoints | None = None
@@ -317,7 +317,7 @@ class RecordedRun:
         """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""
         missing = step - int(state.step)
         if missing > FAR:
-            self._say(f"{missing:,} steps are made again first, from {start_of(int(state.step))} on.")
+            self._say(f"{missing:,} steps are made again first, from {describe_start(int(state.step))} on.")
         with counting(self._console, "steps made again") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
@@ -391,19 +391,19 @@ class RecordedRun:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def rewinds(folder: RunDir) -> list[Rewind]:
+def read_rewinds(folder: RunDir) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
     names = Rewind._fields
     events = Journal(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
 
 
-def start_of(step: int) -> str:
+def describe_start(step: int) -> str:
     """What a state after a step is read from, in words."""
     return f"the checkpoint of step {step}" if step else "the start"
 
 
-def named(metrics: Metrics) -> dict[str, float]:
+def to_metric_dict(metrics: Metrics) -> dict[str, float]:
     """The metrics of a step by the names that metrics.jsonl has for them."""
     values = {**metrics._asdict(), **metrics.signals}
     del values["signals"]

@@ -22,7 +22,7 @@ from rustgpt_jax.reproduce.recorded_run import (
     UPDATE,
     RecordedRun,
     StepTensor,
-    start_of,
+    describe_start,
 )
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report.plot_style import css, shade
@@ -57,7 +57,7 @@ def write_page(path: Path, again: ReplayedStep, tensors: Sequence[StepTensor]) -
 
     The page goes to the run folder, or to a new temporary folder if that is not writable.
     """
-    name, content = f"step_{again.step}.html", page(again, tensors)
+    name, content = f"step_{again.step}.html", render_page(again, tensors)
     try:
         (path / "replay").mkdir(exist_ok=True)
         write_atomically(path / "replay" / name, content)
@@ -70,7 +70,8 @@ def write_page(path: Path, again: ReplayedStep, tensors: Sequence[StepTensor]) -
 
 def _print(again: ReplayedStep, path: Path, console: Console) -> None:
     console.print(
-        f"step {again.step} of {path} (stage {printable(again.stage)}), made again from {start_of(again.from_step)}",
+        f"step {again.step} of {path} (stage {printable(again.stage)}), "
+        f"replayed from {describe_start(again.from_step)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -117,7 +118,7 @@ Value = Callable[[StepTensor], float]
 
 
 @dataclass(frozen=True)
-class Span:
+class ValueRange:
     """The smallest and the largest positive value of a map."""
 
     low: float
@@ -131,11 +132,11 @@ class Span:
         return 1.0 - math.log(value / self.low) / width if width > 0 else 0.5
 
 
-def heat_map(title: str, caption: str, tensors: Sequence[StepTensor], value: Value) -> str:
+def render_heat_map(title: str, caption: str, tensors: Sequence[StepTensor], value: Value) -> str:
     """A figure with a cell for each tensor. Those outside of the layers stand in a line of their own above."""
     values = [value(tensor) for tensor in tensors]
     positive = [each for each in values if each > 0 and math.isfinite(each)]
-    span = Span(min(positive, default=1.0), max(positive, default=1.0))
+    span = ValueRange(min(positive, default=1.0), max(positive, default=1.0))
     inside = [tensor for tensor in tensors if tensor.layer is not None]
     columns = _columns(inside)
     layers = sorted({tensor.layer for tensor in inside if tensor.layer is not None})
@@ -166,7 +167,7 @@ def _columns(tensors: Sequence[StepTensor]) -> list[str]:
     return sorted(places, key=lambda site: fmean(places[site]))
 
 
-def _outside(tensors: Sequence[StepTensor], value: Value, span: Span) -> str:
+def _outside(tensors: Sequence[StepTensor], value: Value, span: ValueRange) -> str:
     outside = [tensor for tensor in tensors if tensor.layer is None]
     if not outside:
         return ""
@@ -174,11 +175,11 @@ def _outside(tensors: Sequence[StepTensor], value: Value, span: Span) -> str:
     return f'<table class="heat numbered outside"><tbody><tr>{cells}</tr></tbody></table>'
 
 
-def _cell(tensor: StepTensor, value: float, span: Span, n_columns: int) -> str:
-    tip = f'data-tip="{escape(tip_text(tensor))}"'
+def _cell(tensor: StepTensor, value: float, span: ValueRange, n_columns: int) -> str:
+    tip = f'data-tip="{escape(format_tooltip(tensor))}"'
     if tensor.nonfinite or not math.isfinite(value):
         return f'<td class="bad" {tip}>{tensor.nonfinite:,}</td>'
-    text = short(value) if n_columns <= MOST_COLUMNS_WITH_NUMBERS else ""
+    text = format_short(value) if n_columns <= MOST_COLUMNS_WITH_NUMBERS else ""
     if value <= 0:
         return f'<td class="none" {tip}>{text}</td>'
     share = span.share(value)
@@ -186,7 +187,7 @@ def _cell(tensor: StepTensor, value: float, span: Span, n_columns: int) -> str:
     return f'<td class="{kind}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
 
 
-def tip_text(tensor: StepTensor) -> str:
+def format_tooltip(tensor: StepTensor) -> str:
     """All numbers of a tensor, a line each."""
     return (
         f"{tensor.name}\n{tensor.kind}\nroot mean square {tensor.rms:.4g}\nnorm {tensor.norm:.4g}\n"
@@ -194,16 +195,16 @@ def tip_text(tensor: StepTensor) -> str:
     )
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     """A number in two significant digits, without the zeros of an exponent: 0.12, 3.4e-5, 1.2e4."""
     mantissa, e, exponent = f"{value:.2g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
-def _key(span: Span) -> str:
+def _key(span: ValueRange) -> str:
     band = '<i class="band" style="background:var(--loss-band)"></i>'
     return (
-        f'<div class="key"><span>{short(span.high)}{band}{short(span.low)}</span>'
+        f'<div class="key"><span>{format_short(span.high)}{band}{format_short(span.low)}</span>'
         '<span><i class="red"></i>not finite, how many</span></div>'
     )
 
@@ -211,7 +212,7 @@ def _key(span: Span) -> str:
 PARTS = Path(__file__).parent / "assets"
 
 
-def page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
+def render_page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
     """The HTML of a step that was looked into."""
     title = f"{escape(again.run)}, step {again.step}"
     style = (REPORT_ASSETS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
@@ -232,7 +233,7 @@ def _head(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
     first = f"The first tensor that is not finite: the {bad[0].kind} {bad[0].name}." if bad else "All is finite."
     return (
         f'<header><p class="name">{escape(again.run)}, stage {escape(again.stage)}</p>'
-        f"<h1>Step {again.step:,}, made again from {start}</h1>"
+        f"<h1>Step {again.step:,}, replayed from {start}</h1>"
         f'<div class="best"><div class="loss">{metrics["train/loss"]:.4f}</div><div><p class="setting">'
         f"gradient norm {metrics['train/gradient_norm']:.4g}, learning rate {metrics['train/learning_rate']:.3g}</p>"
         f'<p class="unit">Training loss, nats a token. {escape(again.verdict)}</p></div></div>'
@@ -247,25 +248,25 @@ def _figures(tensors: Sequence[StepTensor]) -> str:
     before = {tensor.name: tensor.rms for tensor in of(PARAMETER)}
     shown = "Each cell is a tensor, coloured by the logarithm of its"
     maps = [
-        heat_map(
+        render_heat_map(
             "Activations",
             f"{shown} root mean square. Sites stand in the order in which they are computed, from left to right.",
             of(ACTIVATION),
             lambda tensor: tensor.rms,
         ),
-        heat_map(
+        render_heat_map(
             "Gradients of the activations",
             f"{shown} root mean square: how much the loss depends on it. They are computed from right to left.",
             of(ACTIVATION_GRADIENT)[::-1],
             lambda tensor: tensor.rms,
         ),
-        heat_map(
+        render_heat_map(
             "Gradients of the parameters",
             f"{shown} root mean square, before clipping.",
             of(PARAMETER_GRADIENT)[::-1],
             lambda tensor: tensor.rms,
         ),
-        heat_map(
+        render_heat_map(
             "Updates of the parameters",
             f"{shown} root mean square as a share of that of the parameter before the step.",
             of(UPDATE)[::-1],
@@ -281,7 +282,7 @@ def _table(tensors: Sequence[StepTensor]) -> str:
     head = "".join(f'<th class="{style}">{name}</th>' for name, style in zip(heads, styles, strict=True))
     rows = []
     for tensor in sorted(tensors, key=lambda tensor: KINDS.index(tensor.kind)):
-        numbers = (short(tensor.rms), f"{tensor.norm:.4g}", f"{tensor.largest:.4g}")
+        numbers = (format_short(tensor.rms), f"{tensor.norm:.4g}", f"{tensor.largest:.4g}")
         counts = (f"{tensor.nonfinite:,}", f"{tensor.size:,}", f"<code>{tensor.fingerprint}</code>")
         cells = (tensor.kind, escape(tensor.name), *numbers, *counts)
         line = "".join(f'<td class="{style}">{cell}</td>' for cell, style in zip(cells, styles, strict=True))

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rustgpt_jax.reproduce.compare_metrics import TIMED, missing_record
-from rustgpt_jax.reproduce.recorded_run import RecordedRun, StepInternals, named
+from rustgpt_jax.reproduce.compare_metrics import TIMED, describe_missing_record
+from rustgpt_jax.reproduce.recorded_run import RecordedRun, StepInternals, to_metric_dict
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import running_code
 from rustgpt_jax.workdir.environment import environment, flat
@@ -98,7 +98,7 @@ def replay_one_step(past: RecordedRun, step: int, has_taps: bool) -> tuple[Repla
     inside = past.look_into(state) if has_taps else None
     _, (metrics,) = past.train(state, 1)
     run, stage, record = past.folder.path.resolve().name, past.data_of(step).stage, past.record(step)
-    missing = "" if record is not None else missing_record(past.folder, stage, step)
+    missing = "" if record is not None else describe_missing_record(past.folder, stage, step)
     if record is None and not missing and stage.is_logged(step):
         missing = f"has no line of step {step}"
     again = ReplayedStep(
@@ -106,7 +106,7 @@ def replay_one_step(past: RecordedRun, step: int, has_taps: bool) -> tuple[Repla
         step=step,
         stage=stage.name,
         from_step=from_step,
-        metrics=named(metrics),
+        metrics=to_metric_dict(metrics),
         record=record,
         reasons=_reasons(past, step),
         missing=missing,

@@ -12,11 +12,11 @@ from rustgpt_jax.reproduce.compare_metrics import (
     compare_checkpoints,
     compare_records,
     compare_samples,
-    in_a_sentence,
-    missing_record,
+    describe_missing_record,
+    format_first_difference,
 )
-from rustgpt_jax.reproduce.run_diff import say, say_section, sections
-from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, own_code
+from rustgpt_jax.reproduce.run_diff import compare_metadata, print_line, print_section
+from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, load_snapshot_code
 from rustgpt_jax.tracking.metric_writer import last_step
 from rustgpt_jax.workdir.event_log import Journal, Launch, first_launch, launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
@@ -50,8 +50,8 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
     beside = path if path.name else path.absolute()
     run, again = RunDir(path), RunDir(to or beside.with_name(f"{beside.name}.rerun"))
     launch = _first_launch(run, console)
-    with own_code(run, launch, is_trusted) as code:
-        say(console, code.whose)
+    with load_snapshot_code(run, launch, is_trusted) as code:
+        print_line(console, code.whose)
         _prepare(run, again, launch)
         status = _train(run, again, code, console)
     if status:
@@ -63,10 +63,14 @@ def _first_launch(run: RunDir, console: Console) -> Launch:
     every, first = launches(run), first_launch(run)
     codes = list(dict.fromkeys(launch.code for launch in every))
     if len(codes) > 1:
-        say(console, f"{run.path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}.")
+        print_line(
+            console, f"{run.path} was trained by {len(codes)} versions of the code; this is the first, {codes[0]}."
+        )
     if first.left_out:
         files = ", ".join(first.left_out[:MOST_NAMED]) + (", ..." if len(first.left_out) > MOST_NAMED else "")
-        say(console, f"Beside the code of {run.path}, but not kept with it and not there for its rerun: {files}.")
+        print_line(
+            console, f"Beside the code of {run.path}, but not kept with it and not there for its rerun: {files}."
+        )
     return first
 
 
@@ -97,7 +101,7 @@ def _train(run: RunDir, again: RunDir, code: SnapshotCode, console: Console) -> 
     arguments = [str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"]
     status, stopped_by = code.run(arguments)
     if stopped_by is not None and status:
-        say(console, f"Stopped by {stopped_by.name}. The same command goes on from there.")
+        print_line(console, f"Stopped by {stopped_by.name}. The same command goes on from there.")
         return status
     reached = _reached(again)
     # A run that diverged ends with another status than 0, as the first one did.
@@ -118,7 +122,9 @@ def _say_if_early(run: RunDir, reached: int, console: Console) -> None:
         return
     if reached < total_steps:
         to = f"step {reached:,} of {total_steps:,}"
-        say(console, f"{run.path} went to {to}. Its rerun is not stopped there; what both have made is compared.")
+        print_line(
+            console, f"{run.path} went to {to}. Its rerun is not stopped there; what both have made is compared."
+        )
 
 
 # Comparing.
@@ -130,17 +136,21 @@ def _compared(run: RunDir, again: RunDir, launch: Launch, console: Console) -> b
         return _compared_roughly(run, again, console)
     found, arrays = compare_records(run.path, again.path), compare_checkpoints(run, again)
     n_texts, text = compare_samples(run.path, again.path, found.last_step)
-    parting = min(filter(None, (found.parting, text)), key=lambda each: each.step, default=None)
-    if parting is not None:
-        say(console, f"bit-identical for {min(found.agreed, parting.step - 1):,} steps. {in_a_sentence(parting)}")
+    first_difference = min(filter(None, (found.first_difference, text)), key=lambda each: each.step, default=None)
+    if first_difference is not None:
+        print_line(
+            console,
+            f"bit-identical for {min(found.agreed, first_difference.step - 1):,} steps. "
+            f"{format_first_difference(first_difference)}",
+        )
     else:
         counts = f"{found.n_values:,} values and {n_texts:,} texts"
-        say(console, f"bit-identical for {found.last_step:,} steps: {counts} of the record")
+        print_line(console, f"bit-identical for {found.last_step:,} steps: {counts} of the record")
     if arrays.n_arrays:
         same = f"{arrays.n_arrays - len(arrays.unequal)} of {arrays.n_arrays} arrays are the same"
         first = f"; the first that is not: {arrays.unequal[0]}" if arrays.unequal else ""
-        say(console, f"After step {arrays.step:,} {same}{first}.")
-    is_identical = parting is None and not arrays.unequal and found.last_step > 0
+        print_line(console, f"After step {arrays.step:,} {same}{first}.")
+    is_identical = first_difference is None and not arrays.unequal and found.last_step > 0
     is_recorded = _has_its_record(run, console)
     if not is_identical:
         _say_sections(run, again, console)
@@ -157,33 +167,38 @@ def _has_its_record(run: RunDir, console: Console) -> bool:
         return True
     saved = min(max(run.saved_steps, default=0), every[-1].end_step)
     stage = next((stage for stage in every if saved <= stage.last_step), every[-1])
-    missing = missing_record(run, stage, saved) if saved else ""
+    missing = describe_missing_record(run, stage, saved) if saved else ""
     if missing:
-        say(console, f"Later steps cannot be compared: {run.metrics_file} {missing}.")
+        print_line(console, f"Later steps cannot be compared: {run.metrics_file} {missing}.")
     return not missing
 
 
 def _read_the_same(run: RunDir, again: RunDir, console: Console) -> bool:
     """Return whether two runs with the same results read the same data; print the differences if not."""
-    section = next(section for section in sections(run, again) if section.kind == "data")
+    section = next(section for section in compare_metadata(run, again) if section.kind == "data")
     if section.differences:
-        say(console, "The data are not the same, although no step read what differs:")
-        say_section(section, console)
+        print_line(console, "The data are not the same, although no step read what differs:")
+        print_section(section, console)
     return not section.differences
 
 
 def _compared_roughly(run: RunDir, again: RunDir, console: Console) -> bool:
     found = compare_records(run.path, again.path, FUSED_TOLERANCE)
-    say(console, f"{run.path} was trained together with others, its sums taken in another order: no bits are compared.")
-    if found.parting is None:
+    print_line(
+        console, f"{run.path} was trained together with others, its sums taken in another order: no bits are compared."
+    )
+    if found.first_difference is None:
         counts = f"{found.n_values:,} values of the record"
-        say(console, f"within {FUSED_TOLERANCE:g} for {found.last_step:,} steps: {counts}")
+        print_line(console, f"within {FUSED_TOLERANCE:g} for {found.last_step:,} steps: {counts}")
         return found.last_step > 0
-    say(console, f"within {FUSED_TOLERANCE:g} for {found.agreed:,} steps. {in_a_sentence(found.parting)}")
+    print_line(
+        console,
+        f"within {FUSED_TOLERANCE:g} for {found.agreed:,} steps. {format_first_difference(found.first_difference)}",
+    )
     _say_sections(run, again, console)
     return False
 
 
 def _say_sections(run: RunDir, again: RunDir, console: Console) -> None:
-    for section in sections(run, again):
-        say_section(section, console)
+    for section in compare_metadata(run, again):
+        print_section(section, console)

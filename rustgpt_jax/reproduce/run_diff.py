@@ -15,8 +15,8 @@ from rich.text import Text
 
 from rustgpt_jax.data.preprocess import read_record
 from rustgpt_jax.errors import UserError, shown
-from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records, in_a_sentence
-from rustgpt_jax.reproduce.snapshot_runner import own_code
+from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records, format_first_difference
+from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
 from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.code_snapshot import CODE, read_code
@@ -53,14 +53,14 @@ class Section(NamedTuple):
     missing: str = ""
 
 
-def sections(first: RunDir, second: RunDir) -> list[Section]:
+def compare_metadata(first: RunDir, second: RunDir) -> list[Section]:
     """What two runs differ in, in the order in which one thing leads to the next."""
     kinds = {
-        "config": config_differences,
-        "code": code_differences,
-        "environment": environment_differences,
-        "data": data_differences,
-        "program": program_differences,
+        "config": diff_configs,
+        "code": diff_code,
+        "environment": diff_environments,
+        "data": diff_data,
+        "program": diff_programs,
     }
     found = []
     for kind, differences in kinds.items():
@@ -71,7 +71,7 @@ def sections(first: RunDir, second: RunDir) -> list[Section]:
     return found
 
 
-def config_differences(first: RunDir, second: RunDir) -> list[Difference]:
+def diff_configs(first: RunDir, second: RunDir) -> list[Difference]:
     """The knobs in which two configs differ, as they were recorded, those of stages too."""
     left, right = _knobs(first), _knobs(second)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name, OWN) != right.get(name, OWN)]
@@ -106,7 +106,7 @@ def _knobs(run: RunDir) -> dict[str, Any]:
     return knobs
 
 
-def code_differences(first: RunDir, second: RunDir) -> list[Difference]:
+def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
     """The files of the code that the first launches ran which are not the same."""
     both = [first_launch(run) for run in (first, second)]
     if both[0].code == both[1].code:
@@ -137,7 +137,7 @@ def _meaning(source: bytes) -> str | bytes:
     return ast.dump(tree)
 
 
-def environment_differences(first: RunDir, second: RunDir) -> list[Difference]:
+def diff_environments(first: RunDir, second: RunDir) -> list[Difference]:
     """Versions, devices and settings that were not the same at the first launches, and how they trained."""
     both = [first_launch(run) for run in (first, second)]
     left, right = (
@@ -149,7 +149,7 @@ def environment_differences(first: RunDir, second: RunDir) -> list[Difference]:
     return _unequal(left, right)
 
 
-def data_differences(first: RunDir, second: RunDir) -> list[Difference]:
+def diff_data(first: RunDir, second: RunDir) -> list[Difference]:
     """The stages whose text is not the same, with the files that make it so where they are known, or whose tokens."""
     left, right = ({stage["stage"]: stage for stage in read_record(run.data_file)} for run in (first, second))
     common = [name for name in left if name in right]
@@ -180,7 +180,7 @@ def _relative(files: Mapping[str, str]) -> dict[str, str]:
     return {os.path.relpath(name, folder): digest for name, digest in files.items()}
 
 
-def program_differences(first: RunDir, second: RunDir) -> list[Difference]:
+def diff_programs(first: RunDir, second: RunDir) -> list[Difference]:
     """The stages whose compiled programs are not the same, by the SHA-256 of their StableHLO."""
     both = [programs(run) for run in (first, second)]
     for run, found in zip((first, second), both, strict=True):
@@ -213,18 +213,18 @@ def _unequal(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[Differen
 MOST_SHOWN, MOST_LINES, MOST_LINES_OF_ALL = 12, 12, 48
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print a line as it is, but for what a terminal would take for a command."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
-def say_section(section: Section, console: Console) -> None:
+def print_section(section: Section, console: Console) -> None:
     """Print a section."""
     for line in _lines(section):
-        say(console, line)
+        print_line(console, line)
 
 
-def in_a_line(difference: Difference) -> str:
+def format_difference(difference: Difference) -> str:
     """A difference as 'name: one -> other', a changed file of the code by its name."""
     if difference.patch and ABSENT not in (difference.first, difference.second):
         return difference.name
@@ -242,7 +242,7 @@ def _lines(section: Section) -> Iterator[str]:
     left = MOST_LINES_OF_ALL
     for difference in section.differences[:MOST_SHOWN]:
         patch = difference.patch if difference.matters else ()
-        yield f"  {in_a_line(difference)}{'' if difference.matters else ' (only comments and docstrings)'}"
+        yield f"  {format_difference(difference)}{'' if difference.matters else ' (only comments and docstrings)'}"
         yield from (f"    {line}" for line in patch[: min(left, MOST_LINES)])
         if len(patch) > min(left, MOST_LINES):
             yield f"    ... {len(patch) - min(left, MOST_LINES)} more lines"
@@ -271,14 +271,14 @@ class Origin(NamedTuple):
     name: str
 
 
-def trace(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
+def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
     """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
 
     Raises:
         UserError: This is impossible, or the code may not be run.
         KeyboardInterrupt: A signal requests a stop.
     """
-    with own_code(run, first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
+    with load_snapshot_code(run, first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"
         arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
         with open(log, "wb") as errors:
@@ -312,7 +312,7 @@ def find_origin(first: RunDir, second: RunDir, agreed: int, parted: int, is_trus
 def _first_between(
     first: RunDir, second: RunDir, is_trusted: bool, begin: int, last: int, has_taps: bool
 ) -> Origin | None:
-    left, right = (trace(run, begin, last, has_taps, is_trusted) for run in (first, second))
+    left, right = (trace_steps(run, begin, last, has_taps, is_trusted) for run in (first, second))
     return _first_unequal(left, right)
 
 
@@ -390,10 +390,10 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
         if not RunDir(path).config_file.exists():
             load_config(path)  # Which says what is there instead.
     runs = RunDir(first), RunDir(second)
-    say(console, f"{first} -> {second}")
-    found = sections(*runs)
+    print_line(console, f"{first} -> {second}")
+    found = compare_metadata(*runs)
     for section in found:
-        say_section(section, console)
+        print_section(section, console)
     is_same = _compare_steps(*runs, found, console, is_trusted)
     return is_same and not any(section.differences or section.missing for section in found)
 
@@ -401,32 +401,35 @@ def diff(first: Path, second: Path, console: Console, is_trusted: bool = False) 
 def _compare_steps(first: RunDir, second: RunDir, found: list[Section], console: Console, is_trusted: bool) -> bool:
     losses = compare_records(first.path, second.path, names=LOSSES)
     every, arrays = compare_records(first.path, second.path), compare_checkpoints(first, second)
-    if losses.parting:
-        say(console, f"losses: {in_a_sentence(losses.parting)}")
+    if losses.first_difference:
+        print_line(console, f"losses: {format_first_difference(losses.first_difference)}")
     else:
-        say(console, f"losses: the same for {losses.last_step:,} steps")
-    if every.parting is None and not arrays.unequal:
+        print_line(console, f"losses: the same for {losses.last_step:,} steps")
+    if every.first_difference is None and not arrays.unequal:
         if arrays.n_arrays:
-            say(console, f"checkpoints: after step {arrays.step:,} all {arrays.n_arrays} arrays are the same")
+            print_line(console, f"checkpoints: after step {arrays.step:,} all {arrays.n_arrays} arrays are the same")
         else:
-            say(console, "checkpoints: not compared, since there is no valid checkpoint of the same step in both")
+            print_line(
+                console, "checkpoints: not compared, since there is no valid checkpoint of the same step in both"
+            )
         return True
-    agreed, parted = (every.agreed, every.parting.step) if every.parting else (every.last_step, arrays.step)
+    first_difference = every.first_difference
+    agreed, parted = (every.agreed, first_difference.step) if first_difference else (every.last_step, arrays.step)
     try:
         origin = find_origin(first, second, min(agreed, parted), parted, is_trusted)
     except UserError as error:
-        say(console, f"first tensor: not found. {error}")
-        say(console, _sentence(None, _likely(None, found)))
+        print_line(console, f"first tensor: not found. {error}")
+        print_line(console, _sentence(None, _likely(None, found)))
         return False
     if origin is None:
         steps = f"steps {max(agreed, 1):,} to {parted:,}"
-        say(
+        print_line(
             console,
             f"first tensor: none. Made again here, {steps} are the same in both: the cause is not in their code.",
         )
     else:
-        say(console, f"first tensor: step {origin.step:,}, {OF_PART[origin.part].words}: {origin.name}")
-    say(console, _sentence(origin, _likely(origin, found)))
+        print_line(console, f"first tensor: step {origin.step:,}, {OF_PART[origin.part].words}: {origin.name}")
+    print_line(console, _sentence(origin, _likely(origin, found)))
     return False
 
 
@@ -469,7 +472,7 @@ def _in_stage(knob: str) -> str:
 
 
 def _sentence(origin: Origin | None, likely: list[Difference]) -> str:
-    shown = "; ".join(in_a_line(difference) for difference in likely[:MOST_CAUSES])
+    shown = "; ".join(format_difference(difference) for difference in likely[:MOST_CAUSES])
     rest = f"; and {len(likely) - MOST_CAUSES} more" if len(likely) > MOST_CAUSES else ""
     cause = f"{shown}{rest}" if likely else "nothing that was recorded"
     if origin is None:

@@ -35,7 +35,7 @@ def use_devices_of(run: RunDir) -> None:
         use_cpu_devices(launch.devices)
 
 
-class Ended(NamedTuple):
+class FinishedProcess(NamedTuple):
     """How a process ended: its status, as a shell would have it, and the first signal that was passed on to it."""
 
     status: int
@@ -49,7 +49,7 @@ class SnapshotCode(NamedTuple):
     launch: Launch
     whose: str = ""
 
-    def run(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> Ended:
+    def run(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> FinishedProcess:
         """Run Python with this code before all other, on as many cores and devices as the launch had, in its place.
 
         Signals that ask this process to stop go to that one, and end it: this one lives on to clean up.
@@ -60,7 +60,7 @@ class SnapshotCode(NamedTuple):
             # child.wait() would miss a signal that arrives just before it blocks.
             while (status := child.poll()) is None:
                 time.sleep(SECONDS_BETWEEN_POLLS)
-        return Ended(status if status >= 0 else KILLED_BY - status, signals.first)
+        return FinishedProcess(status if status >= 0 else KILLED_BY - status, signals.first)
 
     def _start(self, arguments: Sequence[str], errors: IO[bytes] | None) -> "subprocess.Popen[bytes]":
         # Paths of the config may be relative to where the run was launched.
@@ -135,7 +135,7 @@ def _passing_on() -> Iterator[_Signals]:
 
 
 @contextmanager
-def own_code(run: RunDir, launch: Launch, is_trusted: bool = False) -> Iterator[SnapshotCode]:
+def load_snapshot_code(run: RunDir, launch: Launch, is_trusted: bool = False) -> Iterator[SnapshotCode]:
     """Unpack the code of a launch for the duration of a `with` block.
 
     Args:

@@ -33,7 +33,7 @@ from rustgpt_jax.reproduce.recorded_run import (
     PARAMETER_GRADIENT,
     RecordedRun,
     StepTensor,
-    named,
+    to_metric_dict,
 )
 from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.tracking.formatting import PlainTextConsole
@@ -42,7 +42,7 @@ from rustgpt_jax.workdir.program_fingerprint import load_autotuning
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
-def trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> dict[str, Any]:
+def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> dict[str, Any]:
     """The trace of the steps `first` to `last` of a run. Raises UserError for steps that it does not have."""
     with RecordedRun(path, console) as past:
         past.check(first)
@@ -52,7 +52,7 @@ def trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -
             inside = _inside(past, state) if has_taps else {}
             before, batch = fingerprints(state), fingerprints(past.batch(state)._asdict())
             state, (metrics,) = past.train(state, 1)
-            values = {name: _number(value) for name, value in named(metrics).items()}
+            values = {name: _number(value) for name, value in to_metric_dict(metrics).items()}
             after = fingerprints(state)
             steps.append({"step": step, "batch": batch, "before": before, "metrics": values, **inside, "after": after})
         return {"steps": steps}
@@ -95,7 +95,7 @@ def main() -> int:
     enable_compilation_cache()
     load_autotuning(RunDir(given.run))
     try:
-        found = trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))
+        found = write_trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))
         write_atomically(given.out, json.dumps(found) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ What an experiment's `sweep()` needs stands here:
 
 from rustgpt_jax.sweeps.search_space import (
     TPE,
-    Choice,
+    Categorical,
     Distribution,
     Integers,
     LogIntegers,
@@ -39,7 +39,7 @@ from rustgpt_jax.sweeps.search_space import (
 )
 
 __all__ = [
-    "Choice",
+    "Categorical",
     "Distribution",
     "Integers",
     "LogIntegers",

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir
-from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.formatting import duration, printable
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
@@ -105,7 +105,7 @@ class LiveTable:
     def _line(self, name: str, event: Event) -> str:
         what = event["event"] + (f" ({event['error']})" if "error" in event else "")
         loss = f"  loss {self._losses[name]:.4f}" if name in self._losses else ""
-        return f"{name} {what}{loss}  {in_words(self._trials[name].overrides)}  [{self._summary()}]"
+        return f"{name} {what}{loss}  {describe_overrides(self._trials[name].overrides)}  [{self._summary()}]"
 
     def _summary(self) -> str:
         states = [event["event"] for event in self._states().values()]
@@ -159,5 +159,5 @@ class LiveTable:
         total = stages(trial.config)[-1].end_step
         bar = Text(what) if what else ProgressBar(total=total, completed=step, width=16)
         loss = f"{self._losses[name]:.4f}" if name in self._losses else ""
-        knobs = Text(printable(in_words(trial.overrides)), no_wrap=True, overflow="ellipsis")
+        knobs = Text(printable(describe_overrides(trial.overrides)), no_wrap=True, overflow="ellipsis")
         return name, bar, f"{step}/{total}", loss, knobs

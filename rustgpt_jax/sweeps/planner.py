@@ -99,7 +99,7 @@ class Plan:
         return [Chunk(part, self.mode, self.width, until, self.devices) for part in kept if part]
 
 
-def shape_classes(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass]:
+def group_by_shape(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass]:
     """The trials by structure, in the order in which each class is met first."""
     members: dict[ClassKey, list[Trial]] = {}
     wholes: dict[ClassKey, Config] = {}
@@ -108,7 +108,7 @@ def shape_classes(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass
         key = class_key(whole)
         members.setdefault(key, []).append(trial)
         wholes.setdefault(key, whole)
-    return [ShapeClass(tuple(members[key]), wholes[key], cost(wholes[key])) for key in members]
+    return [ShapeClass(tuple(members[key]), wholes[key], estimate_cost(wholes[key])) for key in members]
 
 
 def class_key(whole: Config) -> ClassKey:
@@ -116,7 +116,7 @@ def class_key(whole: Config) -> ClassKey:
     return tuple((partition(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
 
 
-def cost(whole: Config) -> Cost:
+def estimate_cost(whole: Config) -> Cost:
     """The cost of a trial, from shapes alone."""
     configs = [stage.config for stage in stages(whole)]
     step_tokens = [config.training.batch_size * _window(config) for config in configs]
@@ -139,7 +139,7 @@ def _window(config: Config) -> int:
     return config.data.seq_len or config.model.context_length
 
 
-def plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
+def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
     """How a class runs on a machine, in the mode asked for or, for `auto`, in the one that suits it.
 
     The trials are shared among the devices, or among groups of them where the mesh of a trial needs several.

@@ -13,11 +13,11 @@ from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, this_machine, use_cores_as_devices
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.planner import Plan, plan, shape_classes
+from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.report.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, Search, SuccessiveHalving
-from rustgpt_jax.sweeps.sweep import Settings, Sweep, SweepInfo, check, check_settings, open_sweep
-from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
+from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.tracking.progress import counting, waiting
 from rustgpt_jax.training.config_checks import validate_components
@@ -26,7 +26,7 @@ from rustgpt_jax.training.memory_estimate import check_training_memory
 # What a sweep would do, before it does anything: its trials, shape classes, memory and cost.
 
 
-def preview(
+def print_preview(
     trials: Sequence[Trial],
     shelf: AssetCache,
     machine: Machine,
@@ -44,9 +44,9 @@ def preview(
     """
     is_open = isinstance(search, TPE)
     plans, errors = [], []
-    for each in shape_classes(trials, shelf):
+    for each in group_by_shape(trials, shelf):
         try:
-            plans.append(plan(each, machine, mode, width))
+            plans.append(make_plan(each, machine, mode, width))
         except UserError as error:
             errors.append(error)
     # A search skips points that cannot run here.
@@ -82,7 +82,7 @@ def _trials(plans: Sequence[Plan], title: str) -> Table:
     table = _table(title, "trial", "class", "knobs")
     for number, each in enumerate(plans, start=1):
         for trial in each.shape_class.trials:
-            table.add_row(trial.id, str(number), in_words(trial.overrides))
+            table.add_row(trial.id, str(number), describe_overrides(trial.overrides))
     return table
 
 
@@ -107,7 +107,7 @@ class Command:
     """What the command line says of a sweep."""
 
     about: SweepInfo
-    settings: Settings
+    settings: SweepOptions
     dry_run: bool
     is_oversubscribed: bool = False
 
@@ -122,7 +122,7 @@ def run_sweep(
     Returns:
         The exit status: 1 if trials failed, or that of a stop if it was stopped.
     """
-    check_settings(command.settings)
+    check_options(command.settings)
     use_cores_as_devices()
     enable_compilation_cache()
     if isinstance(spec, SuccessiveHalving | TPE):
@@ -136,10 +136,12 @@ def run_sweep(
         if isinstance(spec, TPE):
             _check_points(trials, shelf)
         else:
-            check(trials, shelf)
+            check_trials(trials, shelf)
     if command.dry_run:
         search_only = spec if isinstance(spec, SuccessiveHalving | TPE) else None
-        preview(trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only)
+        print_preview(
+            trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only
+        )
         return 0
     with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
         match spec:
@@ -167,7 +169,7 @@ def _check_points(points: Sequence[Trial], shelf: AssetCache) -> None:
         validate_components(each.config)
     for each in points:
         try:
-            return check([each], shelf)
+            return check_trials([each], shelf)
         except UserError as error:
             errors.append(error)
     raise errors[0]
@@ -190,7 +192,7 @@ def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
         try:
             check_training_memory(trial.config, machine, mesh)
         except UserError as error:
-            errors.append(UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}"))
+            errors.append(UserError(f"The trial {describe_overrides(trial.overrides)} is invalid: {error}"))
     if errors and not (is_search and len(errors) < len(trials)):
         raise errors[0]
 

@@ -18,7 +18,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.search_space import (
     TPE,
-    Choice,
+    Categorical,
     Distribution,
     Integers,
     LogIntegers,
@@ -29,7 +29,7 @@ from rustgpt_jax.sweeps.search_space import (
 )
 from rustgpt_jax.sweeps.sweep import Sweep
 from rustgpt_jax.sweeps.sweep_dir import DONE
-from rustgpt_jax.sweeps.trials import Trial, expand, trial
+from rustgpt_jax.sweeps.trials import Trial, make_trial, make_trials
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.run_dir import check_links, lock
@@ -99,7 +99,7 @@ def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
     return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
 
 
-def check_all_parts(trials: Iterable[Trial]) -> None:
+def check_components(trials: Iterable[Trial]) -> None:
     """Check that all parts that trials name exist.
 
     Raises:
@@ -115,7 +115,7 @@ def run_tpe(
     tree: Any,
     fixed: Iterable[str],
     shelf: AssetCache | None = None,
-    check: Callable[[Sequence[Trial]], None] = check_all_parts,
+    check: Callable[[Sequence[Trial]], None] = check_components,
 ) -> list[str]:
     """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
 
@@ -170,7 +170,7 @@ def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    file, name = sweep.folder.study_file, study_name(search, tree)
+    file, name = sweep.folder.study_file, hash_study(search, tree)
     check_links([file])
     # Optuna's reader raises arbitrary errors for a damaged file.
     try:
@@ -218,7 +218,7 @@ def _as_told(trials: Sequence[Any]) -> list[Any]:
     ]
 
 
-def study_name(search: TPE, tree: Any) -> str:
+def hash_study(search: TPE, tree: Any) -> str:
     """Return the name of a search's study, a hash of everything that its losses depend on.
 
     This covers the config without the searched knobs, the search space, and the seeds. The number of trials and the
@@ -311,7 +311,7 @@ def _optuna(distribution: Distribution) -> Any:
     import optuna
 
     match distribution:
-        case Choice(options):
+        case Categorical(options):
             # Use indices: options may be tuples, which JSON would turn into lists.
             return optuna.distributions.CategoricalDistribution(range(len(options)))
         case Integers(low, high):
@@ -327,7 +327,7 @@ def _optuna(distribution: Distribution) -> Any:
 def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
     """Return the overrides for Optuna's parameters, with option indices replaced by the options."""
     return {
-        path: distribution.options[params[path]] if isinstance(distribution, Choice) else params[path]
+        path: distribution.options[params[path]] if isinstance(distribution, Categorical) else params[path]
         for path, distribution in search.space
     }
 
@@ -336,8 +336,8 @@ def _trials_of(asked: Any, search: TPE, tree: Any, fixed: tuple[str, ...], shelf
     """The trials that one suggestion is tried with: one, or one for each seed."""
     overrides = decode_params(search, asked.params)
     if not search.seeds:
-        return expand(tree, [overrides], fixed, lambda: shelf)
-    return [trial(tree, {**overrides, "seed": seed}, lambda: shelf) for seed in search.seeds]
+        return make_trials(tree, [overrides], fixed, lambda: shelf)
+    return [make_trial(tree, {**overrides, "seed": seed}, lambda: shelf) for seed in search.seeds]
 
 
 def _final_loss(sweep: Sweep, each: Trial) -> float:

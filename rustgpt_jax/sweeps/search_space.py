@@ -123,7 +123,7 @@ class LogIntegers:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Categorical:
     """One of the options, equally likely. A search takes them to be without order."""
 
     options: tuple[Any, ...]
@@ -133,7 +133,7 @@ class Choice:
         return self.options[min(math.floor(u * len(self.options)), len(self.options) - 1)]
 
 
-Distribution = Uniform | LogUniform | Integers | LogIntegers | Choice
+Distribution = Uniform | LogUniform | Integers | LogIntegers | Categorical
 Space = Mapping[str, Distribution]
 
 
@@ -164,11 +164,11 @@ def log_integers(low: int, high: int) -> LogIntegers:
     return LogIntegers(int(low), int(high))
 
 
-def choice(*options: Any) -> Choice:
+def choice(*options: Any) -> Categorical:
     """One of some values of any kind. Raises UserError for no values, or several given as one."""
     if not options:
         raise UserError("choice: there is no option to choose from.")
-    return Choice(tuple(_plain("choice(...)", option) for option in options))
+    return Categorical(tuple(_plain("choice(...)", option) for option in options))
 
 
 def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:

@@ -20,9 +20,9 @@ from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.launchers import LAUNCHERS
 from rustgpt_jax.sweeps.launchers.local import Launch, visible_gpus
 from rustgpt_jax.sweeps.live_table import LiveTable
-from rustgpt_jax.sweeps.planner import MODES, Plan, plan, shape_classes
+from rustgpt_jax.sweeps.planner import MODES, Plan, group_by_shape, make_plan
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
-from rustgpt_jax.sweeps.trials import Trial, in_words
+from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.workdir.run_dir import create as create_run
@@ -35,7 +35,7 @@ UNSEEN_CPU = Machine("cpu", 1, 2e9, 0.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class SweepOptions:
     """How to run a sweep, as the command line says. None: chosen automatically."""
 
     launcher: str = "inline"
@@ -70,7 +70,7 @@ class Sweep:
         self,
         folder: SweepDir,
         about: SweepInfo,
-        settings: Settings,
+        settings: SweepOptions,
         shelf: AssetCache,
         board: LiveTable,
         stop: StopRequest,
@@ -113,7 +113,7 @@ class Sweep:
         Raises:
             UserError: A trial cannot run.
         """
-        check(trials, self.shelf)
+        check_trials(trials, self.shelf)
         self._planned(trials)
 
     def add(self, trials: Sequence[Trial]) -> None:
@@ -133,7 +133,7 @@ class Sweep:
         if new := [trial for trial in trials if trial.id in deleted or trial.id not in planned]:
             self.ledger.append_all([(trial.id, "planned", {"overrides": trial.overrides}) for trial in new])
         self._listed |= dict.fromkeys(trial.id for trial in trials)
-        folders.write_about(self.folder, {**self._record, "trials": list(self._listed)})
+        folders.write_sweep_info(self.folder, {**self._record, "trials": list(self._listed)})
         self._board.add(trials)
 
     def _has_folder(self, trial: Trial) -> bool:
@@ -156,9 +156,11 @@ class Sweep:
         several = next((trial for trial in trials if min_devices(trial.config.mesh) > 1), None)
         if several and settings.launcher == "processes":
             raise UserError(
-                f"--launcher=processes gives a trial one device: {in_words(several.overrides)} needs several."
+                f"--launcher=processes gives a trial one device: {describe_overrides(several.overrides)} needs several."
             )
-        return [plan(each, self._machine, settings.mode, settings.width) for each in shape_classes(trials, self.shelf)]
+        return [
+            make_plan(each, self._machine, settings.mode, settings.width) for each in group_by_shape(trials, self.shelf)
+        ]
 
     def _plans(self, trials: Sequence[Trial], until: int | None) -> list[Plan]:
         plans = self._planned(trials)
@@ -190,24 +192,24 @@ class Sweep:
 
 @contextlib.contextmanager
 def open_sweep(
-    path: Path, about: SweepInfo, settings: Settings, shelf: AssetCache, console: Console
+    path: Path, about: SweepInfo, settings: SweepOptions, shelf: AssetCache, console: Console
 ) -> Iterator[Sweep]:
     """Begin a sweep in a folder, or go on with it, with a table of its trials on the console."""
     command = shlex.join(["python", *sys.argv])
     record = {"name": about.name, "command": command, "config_file": about.config_file, "sweep": about.sweep}
     record |= {"mode": settings.mode, "launcher": settings.launcher}
-    folder = folders.create(path, record)
+    folder = folders.create_sweep_dir(path, record)
     with StopRequest() as stop, LiveTable(console, folder) as board:
         yield Sweep(folder, about, settings, shelf, board, stop, record)
 
 
-def check_settings(settings: Settings) -> None:
+def check_options(settings: SweepOptions) -> None:
     """Raises UserError for a launcher or a mode that there is not."""
     choose(LAUNCHERS, settings.launcher, "--launcher")
     choose(dict.fromkeys(MODES), settings.mode, "--mode")
 
 
-def check(trials: Iterable[Trial], shelf: AssetCache) -> None:
+def check_trials(trials: Iterable[Trial], shelf: AssetCache) -> None:
     """Raises UserError, before anything is written, for parts that there are not, and for text that will not do."""
     nowhere = SweepDir(Path("none"))
     for trial in trials:
@@ -215,4 +217,4 @@ def check(trials: Iterable[Trial], shelf: AssetCache) -> None:
             validate_components(trial.config)
             shelf.inputs(trial.config).check(nowhere.trial(trial.id), min_devices(trial.config.mesh))
         except UserError as error:
-            raise UserError(f"The trial {in_words(trial.overrides)} is invalid: {error}") from error
+            raise UserError(f"The trial {describe_overrides(trial.overrides)} is invalid: {error}") from error

@@ -67,14 +67,14 @@ class SweepDir:
         return self.path / ".lock"
 
 
-def create(path: Path, about: dict[str, Any]) -> SweepDir:
+def create_sweep_dir(path: Path, about: dict[str, Any]) -> SweepDir:
     """Make the folder of a sweep, or go on with the one there. `about` has at least its name and its config file.
 
     Raises UserError if the folder holds another sweep, a run, or other files.
     """
     folder = SweepDir(path)
     if folder.about_file.exists():
-        stored = read_about(path)
+        stored = read_sweep_info(path)
         for key in ("config_file", "sweep"):
             if stored.get(key) != about[key]:
                 raise UserError(
@@ -92,11 +92,11 @@ def create(path: Path, about: dict[str, Any]) -> SweepDir:
     # Another launch may have begun the same sweep in this moment.
     if used and not folder.about_file.exists():
         raise UserError(f"{path} holds files but no sweep (no sweep.json); choose another --run folder.")
-    write_about(folder, about)
+    write_sweep_info(folder, about)
     return folder
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_sweep_info(path: Path) -> dict[str, Any]:
     """What sweep.json says. Raises UserError if the folder is not one of a sweep."""
     file = SweepDir(path).about_file
     if not file.exists():
@@ -132,7 +132,7 @@ def _wrong_field(about: Any) -> str | None:
     return None
 
 
-def write_about(folder: SweepDir, about: dict[str, Any]) -> None:
+def write_sweep_info(folder: SweepDir, about: dict[str, Any]) -> None:
     """Record the sweep as of this launch in sweep.json.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, uses_epochs
 from rustgpt_jax.config.validation import check_value, override_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.search_space import TPE, Choice, Distribution, Overrides, sample
+from rustgpt_jax.sweeps.search_space import TPE, Categorical, Distribution, Overrides, sample
 
 if TYPE_CHECKING:
     from rustgpt_jax.sweeps.asset_cache import AssetCache
@@ -38,7 +38,7 @@ def _new_shelf() -> "AssetCache":
     return AssetCache()
 
 
-def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"] = _new_shelf) -> Trial:
+def make_trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"] = _new_shelf) -> Trial:
     """The trial that differs from a config (a ConfigDict, left as it is) in these knobs.
 
     Where epochs are among the knobs, the trial has the steps that they come to instead; `shelf` gives the data that
@@ -52,14 +52,14 @@ def trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"] = _
         if uses_epochs(config):
             config, steps, *_ = shelf().resolve_epochs(config)
     except UserError as error:
-        raise UserError(f"The trial {in_words(overrides)} is invalid: {error}") from error
+        raise UserError(f"The trial {describe_overrides(overrides)} is invalid: {error}") from error
     own = {path: value for path, value in overrides.items() if not path.endswith(EPOCHS)}
     if len(own) < len(overrides):
         own |= steps
     return Trial(config_hash(config)[:ID_DIGITS], own, config)
 
 
-def expand(
+def make_trials(
     tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = (), shelf: Callable[[], "AssetCache"] = _new_shelf
 ) -> list[Trial]:
     """All trials of a sweep over a config, in their order.
@@ -77,9 +77,9 @@ def expand(
         for path in overrides:
             if not isinstance(path, str):
                 raise UserError(f"A sweep names each knob by its dotted path, such as 'seed', not {path!r}.")
-        added = trial(tree, dict(overrides), shelf)
+        added = make_trial(tree, dict(overrides), shelf)
         if added.id in by_id:
-            first, second = in_words(by_id[added.id].overrides), in_words(added.overrides)
+            first, second = describe_overrides(by_id[added.id].overrides), describe_overrides(added.overrides)
             raise UserError(f"Two trials are the same config: {first} and {second}. Leave one of them out.")
         by_id[added.id] = added
         trials.append(added)
@@ -100,7 +100,7 @@ def _check_fixed(overrides: Iterable[str], fixed: Iterable[str]) -> None:
             )
 
 
-def feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[Trial]:
+def sample_feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[Trial]:
     """Return points of a search that resolve, covering each option of each choice, to validate a config with.
 
     The first is the middle of the space if it resolves. Options without such a point are omitted, just as a search
@@ -115,17 +115,19 @@ def feasible_points(tree: Any, search: TPE, fixed: Iterable[str] = ()) -> list[T
             check_value(path, value)
     shelf = functools.cache(_new_shelf)
     points = [search.middle, *sample(N_PROBES, dict(search.space))]
-    options = [(path, option) for path, each in search.space if isinstance(each, Choice) for option in each.options]
+    options = [
+        (path, option) for path, each in search.space if isinstance(each, Categorical) for option in each.options
+    ]
     seed = {"seed": search.seeds[0]} if search.seeds else {}
     found = [_first(tree, ({**point, **seed, path: option} for point in points), shelf) for path, option in options]
     first = _first(tree, ({**point, **seed} for point in points), shelf) or next(filter(None, found), None)
     # Report the reason for the middle point.
-    first = first or trial(tree, search.middle, shelf)
+    first = first or make_trial(tree, search.middle, shelf)
     return [first, *(each for each in found if each is not None and each.id != first.id)]
 
 
 def _examples(distribution: Distribution) -> list[Any]:
-    if isinstance(distribution, Choice):
+    if isinstance(distribution, Categorical):
         return list(distribution.options)
     return [distribution.at(place) for place in PLACES]
 
@@ -134,10 +136,10 @@ def _first(tree: Any, points: Iterable[Overrides], shelf: Callable[[], "AssetCac
     """Return the first point that resolves."""
     for point in points:
         with suppress(UserError):
-            return trial(tree, point, shelf)
+            return make_trial(tree, point, shelf)
     return None
 
 
-def in_words(overrides: Overrides) -> str:
+def describe_overrides(overrides: Overrides) -> str:
     """Overrides as a person would write them: 'optimizer.learning_rate=0.001, seed=1'."""
     return ", ".join(f"{path}={value}" for path, value in overrides.items()) or "of the config as it is"

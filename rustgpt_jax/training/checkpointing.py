@@ -27,7 +27,7 @@ from rustgpt_jax.fingerprints import fingerprints
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tracking.formatting import byte_size
 from rustgpt_jax.training.train_step import State
-from rustgpt_jax.workdir.run_dir import in_words, is_step_name
+from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 
 N_RECENT = 2
 # Computing the checksums reads all files again, which takes long for a large checkpoint.
@@ -293,7 +293,8 @@ class Checkpoints:
 
     def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
         if about["config_hash"] not in self._hashes:
-            raise UserError(f"{where} is a checkpoint of another config: {in_words(about['config'], self._config)}.")
+            changes = describe_differences(about["config"], self._config)
+            raise UserError(f"{where} is a checkpoint of another config: {changes}.")
         stored = about["layout"]
         for path in sorted(stored.keys() | wanted.keys()):
             if stored.get(path) != wanted.get(path):

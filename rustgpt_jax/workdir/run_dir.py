@@ -156,7 +156,7 @@ def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     """
     if RunDir(path).config_file.exists():
         stored = load_config(path)
-        changed = in_words(to_dict(stored), config)
+        changed = describe_differences(to_dict(stored), config)
         if changed and stored not in [each.config for each in earlier[-1:]]:
             raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
 
@@ -363,7 +363,7 @@ def _runs_beside(path: Path) -> list[str]:
     return [file.parent.name for file in path.parent.glob("*/config.json")]
 
 
-def in_words(stored: Mapping[str, Any], wanted: Config) -> str:
+def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
     """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
     try:
         differing = all_differences(resolve(stored), wanted)

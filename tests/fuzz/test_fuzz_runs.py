@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.data.preprocess import read_record
 from rustgpt_jax.reproduce.compare_metrics import compare_records
-from rustgpt_jax.reproduce.recorded_run import rewinds
-from rustgpt_jax.reproduce.run_diff import data_differences
+from rustgpt_jax.reproduce.recorded_run import read_rewinds
+from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tracking.metric_writer import (
     MetricsWriter,
     keep_until,
@@ -108,7 +108,7 @@ def test_metrics_with_edits_are_read_in_part_and_compared(
                 np.testing.assert_array_equal(column, np.array(values[name], float))
             assert [columns.stage_names[index] for index in columns.stages] == [row.get("stage", "") for row in own]
             every = answer(lambda: compare_records(folder / "one", folder / "copy"))
-            assert every is None or every.parting is None
+            assert every is None or every.first_difference is None
         answer(lambda: compare_records(folder / "one", folder / "other"))
 
 
@@ -173,8 +173,8 @@ def test_records_of_data_and_of_a_beginning_with_edits(
         write(run.import_file, beginning)
         answer(lambda: read_record(run.data_file))
         answer(lambda: read_beginning(run))
-        if answer(lambda: data_differences(run, run)) is not None:
-            assert not data_differences(run, run)
+        if answer(lambda: diff_data(run, run)) is not None:
+            assert not diff_data(run, run)
 
 
 @cases(150)
@@ -183,7 +183,7 @@ def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes |
     with place.case() as folder:
         run = RunDir(folder / "run")
         write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
-        for read in (launches, programs, rewinds):
+        for read in (launches, programs, read_rewinds):
             answer(lambda read=read: read(run))  # type: ignore[misc]
 
 

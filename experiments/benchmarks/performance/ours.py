@@ -37,7 +37,7 @@ from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import compiled_step
+from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
@@ -117,7 +117,7 @@ def cost(shape: str) -> Prepared:
     flops = training_flops_per_token(config.model, window) * SHAPES[shape].tokens
     # XLA counts the body of a loop once.
     unrolled = training_config(shape, {"model.scan_layers": False})
-    step = compiled_step(unrolled, window, ShardingPlan(), for_cpu=True)
+    step = compile_step(unrolled, window, ShardingPlan(), for_cpu=True)
     return only_said(
         {
             "parameters": total_size(parameter_shapes(config.model)),

@@ -40,7 +40,7 @@ class Launch:
     is_stopped: Callable[[], bool]
 
 
-def inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
+def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
     """Run chunks on the devices of this process, at the same time on groups of as many devices as a chunk needs."""
     devices = jax.local_devices()
     for needed in dict.fromkeys(chunk.devices for chunk in chunks):
@@ -84,7 +84,7 @@ TRIALS_PER_PROCESS = 500
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
-def processes(launch: Launch, chunks: Sequence[Chunk]) -> None:
+def run_in_subprocesses(launch: Launch, chunks: Sequence[Chunk]) -> None:
     """Run chunks in `n_workers` processes. A process that dies is started anew with its chunk, which goes on."""
     waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
     for chunk in chunks:

@@ -42,7 +42,7 @@ MOST_DEATHS = 3
 MOST_IN_ARRAY = 1000
 
 
-def slurm(launch: Launch, chunks: Sequence[Chunk]) -> None:
+def run_on_slurm(launch: Launch, chunks: Sequence[Chunk]) -> None:
     """Submit chunks that no job is waiting for or running, and wait until all jobs have ended.
 
     A chunk whose job is ended by somebody else is submitted again; if that happens MOST_DEATHS times on end and it

@@ -35,8 +35,8 @@ from rustgpt_jax.sweeps.report.stats import (
     Interval,
     Shares,
     compare_with_best,
-    decompose,
-    lr_sensitivity,
+    compute_lr_sensitivity,
+    decompose_variance,
     mean_interval,
 )
 
@@ -105,7 +105,7 @@ def variance_shares(results: Results) -> Shares:
 
 @lru_cache(maxsize=8)
 def _decompose(paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], losses: tuple[float, ...]) -> Shares:
-    return decompose(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
+    return decompose_variance(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
 
 
 def knob_shares(results: Results) -> dict[str, float]:
@@ -190,7 +190,7 @@ def _sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[flo
     initial = [trial.initial_loss for trial in ended if trial.initial_loss is not None]
     if set(losses) != rates or not initial:
         return math.nan
-    return lr_sensitivity(losses, sum(initial) / len(initial))
+    return compute_lr_sensitivity(losses, sum(initial) / len(initial))
 
 
 def describe_comparison(best: RankedSetting, other: RankedSetting) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.config.schema import Config, affects_result, config_hash, flatten, stages
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_about
+from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_sweep_info
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config
 
@@ -153,7 +153,7 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: The folder holds no sweep or cannot be read.
     """
-    about = read_about(folder)
+    about = read_sweep_info(folder)
     ledger = Ledger(SweepDir(folder).ledger_file)
     records = {name: _read_trial(SweepDir(folder).trial(name), *known) for name, known in _planned(ledger).items()}
     current = [records[name] for name in about.get("trials", records) if name in records]

@@ -1,7 +1,7 @@
 """What the numbers of a sweep can and cannot tell: intervals, paired comparisons, sensitivities, shares of variance.
 
 A loss that is not finite belongs to a trial that diverged and so has no loss: it is left out everywhere, and `n` or
-`n_pairs` says how many were counted, but for `lr_sensitivity`, which counts it as the loss at initialisation.
+`n_pairs` says how many were counted, but for `compute_lr_sensitivity`, which counts it as the loss at initialisation.
 What the numbers cannot tell is nan.
 """
 
@@ -72,7 +72,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired(a: Mapping[Any, float], b: Mapping[Any, float], confidence: float = 0.95) -> Comparison | None:
+def compare_paired(a: Mapping[Any, float], b: Mapping[Any, float], confidence: float = 0.95) -> Comparison | None:
     """Compare losses by seed, a - b (below 0 where a is better), over the seeds at which both are finite.
 
     A paired t-test; None if fewer than two seeds are left. Where all differences are equal there is no spread to
@@ -115,7 +115,7 @@ def compare_with_best(
         For each setting but the first, its comparison with the first, or None if they share fewer than two seeds.
     """
     finite = [{seed: loss for seed, loss in setting.items() if math.isfinite(loss)} for setting in losses]
-    compared = [paired(setting, finite[0]) for setting in finite[1:]]
+    compared = [compare_paired(setting, finite[0]) for setting in finite[1:]]
     if sum(comparison is not None for comparison in compared) < 2:
         return compared
     seeds = sorted({seed for setting in finite for seed in setting}, key=str)
@@ -127,7 +127,7 @@ def compare_with_best(
     adjusted: list[Comparison | None] = []
     for setting, comparison in zip(finite[1:], compared, strict=True):
         # The p-value and the interval are consistent: both compare the unadjusted p-value with the threshold.
-        wider = paired(setting, finite[0], 1 - threshold)
+        wider = compare_paired(setting, finite[0], 1 - threshold)
         if comparison is None or wider is None:
             adjusted.append(None)
             continue
@@ -177,7 +177,7 @@ def _smallest_p_values(losses: np.ndarray, present: np.ndarray, n_candidates: in
     return smallest
 
 
-def lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -> float:
+def compute_lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -> float:
     """How far the loss lies above the best one, in the mean over the learning rates of a sweep (arXiv 2309.14322).
 
     The mean of min(loss, initial_loss) - best loss, where a loss that is not finite counts as the initial one. A rate
@@ -194,7 +194,7 @@ def lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -
     return float(np.average(capped - capped.min(), weights=widths))
 
 
-def decompose(
+def decompose_variance(
     knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float], without_interactions: Collection[str] = ()
 ) -> Shares:
     """Decompose the variance of the losses into knobs, pairs of knobs, and noise.
