@@ -18,11 +18,9 @@ from broken_mixers import MISTAKES_OF_LONG_ROWS
 from broken_parts import MISTAKES, Mistake
 from rich.console import Console
 
-from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.conformance import long_row_checks, rounding_checks
 from rustgpt_jax.conformance.checks import CHECKS, checks_for
 from rustgpt_jax.conformance.fixtures import (
-    SMALL,
     Broken,
     require_close,
     require_finite,
@@ -376,10 +374,6 @@ def test_a_file_is_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_
     (subject,) = subjects(f"{path}:Own")
     assert subject.title == ("norms/norms1:Own" if is_absolute else "norms/lab0.norms0:Own")
     assert subject.model is not None and subject.model.norm == subject.name
-
-
-def test_the_small_model_says_every_knob() -> None:
-    assert set(SMALL) == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 # Roundings in a traced program.

@@ -16,21 +16,16 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
-from rustgpt_jax.interop.config_mapping import UNSAID, computation, disagreements
+from rustgpt_jax.interop.config_mapping import computation, disagreements
 from rustgpt_jax.interop.import_hf import import_parameters, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
-from rustgpt_jax.model.presets import FAMILIES
+from rustgpt_jax.model.presets import FAMILIES, NOT_IN_LOGITS, SIZES
 from rustgpt_jax.workdir.params_io import read_parameters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GOLDEN = Path(__file__).parent / "golden"
-SIZES = {
-    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
-    *("local_window", "n_experts", "experts_per_token", "d_expert", "conv_width", "recurrent_width"),
-    "recurrent_blocks",
-}
 
 
 def with_knobs(knobs: dict[str, Any]) -> ModelConfig:
@@ -42,21 +37,21 @@ def with_knobs(knobs: dict[str, Any]) -> ModelConfig:
 # Presets.
 
 
-def test_every_preset_says_the_same_knobs_and_leaves_only_sizes_and_training() -> None:
+def test_every_preset_sets_all_knobs_but_sizes_and_those_not_in_logits() -> None:
     (said,) = {frozenset(knobs) for knobs in FAMILIES.values()}
     every = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert said | SIZES | set(UNSAID) == every
-    assert not (said & SIZES or said & set(UNSAID))
+    assert said | SIZES | NOT_IN_LOGITS == every
+    assert not (said & SIZES or said & NOT_IN_LOGITS)
 
 
-def test_every_knob_is_either_part_of_the_computation_or_listed_as_none() -> None:
-    parts = {
-        "mixers": ("local_attention", "rg_lru"),
+def test_every_knob_is_part_of_the_computation_or_not_in_logits() -> None:
+    parts: dict[str, Any] = {
+        "mixers": ("local_attention", "latent_attention", "rg_lru"),
         "feedforwards": ("swiglu", "moe"),
         "positions": ("rope", "local_rope"),
     }
-    model = dataclasses.replace(small(parts), rope_scaling="yarn", rope_original_context=16)
-    assert set(computation(model)) | set(UNSAID) == {field.name for field in dataclasses.fields(ModelConfig)}
+    model = dataclasses.replace(small(parts | {"n_layers": 3}), rope_scaling="yarn", rope_original_context=16)
+    assert set(computation(model)) | NOT_IN_LOGITS == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 def small(knobs: dict[str, Any]) -> ModelConfig:

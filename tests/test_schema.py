@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,36 @@ def test_every_field_has_documentation_and_a_valid_default(path: str) -> None:
     assert len(field.metadata["doc"]) > 4
     assert validate_value(path, field.default, path) == field.default == get_path(Config(), path)
     assert field.metadata["traced"] or not field.metadata["static_if_zero"]
+
+
+NEW_KNOB = """
+import dataclasses
+from configs import base, tiny
+from rustgpt_jax.config.validation import override, parse, resolve
+from rustgpt_jax.conformance.fixtures import small_model
+from rustgpt_jax.interop.config_mapping import disagreements
+from rustgpt_jax.model.presets import FAMILIES
+
+assert base.get_config().model.shininess == 3
+tree = tiny.get_config()
+override(tree, "model.shininess", parse("model.shininess", "7"))
+model = resolve(tree).model
+assert model.shininess == 7
+assert small_model(shininess=8).shininess == 8
+assert all(knobs["shininess"] == 3 for knobs in FAMILIES.values())
+assert disagreements(model, dataclasses.replace(model, shininess=4)) == {"shininess": (7, 4)}
+"""
+
+
+def test_a_new_knob_is_declared_in_one_place(tmp_path: Path) -> None:
+    root = CONFIGS.parent
+    for name in ("rustgpt_jax", "configs"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "rustgpt_jax" / "config" / "schema.py"
+    first = "class ModelConfig:\n"
+    before, after = file.read_text().split(first)
+    file.write_text(f'{before}{first}    shininess: int = static_field(3, "How shiny it is.", low=1)\n{after}')
+    subprocess.run([sys.executable, "-c", NEW_KNOB], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, check=True)
 
 
 @pytest.mark.parametrize("name", RECIPES)

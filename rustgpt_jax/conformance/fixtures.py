@@ -17,84 +17,41 @@ from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import AUX_LOSS
 
-# The small model that parts are checked in: an explicit value for every knob, so that nothing hangs on a recipe.
+# The small model that components are checked in: the defaults of the schema except for these knobs.
 
 LENGTH = 12  # tokens in a row
 ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
 # What the checks need: a token of its own for each place in LENGTH rows and one more, and a position for each place.
 LEAST = {"vocab_size": LENGTH * LENGTH + 1, "context_length": LENGTH}
 
-SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {
     "vocab_size": 151,
     "context_length": 64,
     "n_layers": 2,
     "d_model": 32,
-    "n_heads": 4,
     "n_kv_heads": 2,
     "head_dim": 8,
     "d_ff": 48,
-    "mixers": ("attention",),
-    "feedforwards": ("swiglu",),
-    "positions": ("rope",),
-    "norm": "rmsnorm",
-    "norm_placement": "pre",
     "norm_eps": 1e-5,
     "bias": True,
-    "qkv_bias": None,
-    "attention_output_bias": None,
-    "feedforward_bias": None,
-    "norm_bias": None,
     "tie_embeddings": False,
-    "scale_embeddings": False,
-    "embedding_scale": None,
-    "final_logit_softcap": 0.0,
-    "qk_norm": "none",
-    "attention_scale": None,
-    "attention_scale_by_layer": False,
-    "attn_logit_softcap": 0.0,
-    "attention_sinks": False,
-    "attention_kernel": "auto",
-    # Shorter than a row, so that what leaves the window is seen to leave it.
+    # Shorter than a row, so that tokens leave the window.
     "local_window": 5,
     "kv_lora_rank": 16,
-    "q_lora_rank": None,
     "qk_rope_head_dim": 4,
     "conv_width": 3,
     "recurrent_width": 24,
-    "recurrent_blocks": None,
-    "scale_first_token": True,
     "rope_theta": 100.0,
     "local_rope_theta": 50.0,
-    "rope_fraction": 1.0,
-    "rope_scaling": "none",
     "rope_factor": 2.0,
     "rope_original_context": 32,
-    "rope_beta_slow": 1.0,
-    "rope_beta_fast": 4.0,
-    "rope_attention_factor": None,
-    "rope_truncate": True,
     "rope_short_factors": (1.0, 1.5, 2.0, 2.5),
     "rope_long_factors": (1.0, 2.0, 3.0, 4.0),
     "n_experts": 4,
-    "experts_per_token": 2,
     "d_expert": 24,
-    "expert_activation": "silu",
-    "capacity_factor": 0.0,
-    "norm_topk_prob": True,
-    "load_balance_loss_weight": 0.01,
     "router_z_loss": 0.001,
-    "extra": (),
-    "dropout": 0.0,
-    # Of order d_model^-1/2: what a layer gives is as large as what it gets, and every weight matters.
+    # Of order d_model^-1/2, so that the output of a layer is as large as its input, and every weight matters.
     "init_std": 0.2,
-    "dtype": "float32",
-    "mixer_dtype": None,
-    "feedforward_dtype": None,
-    "logits_dtype": None,
-    "matmul_dtype": None,
-    "save_residuals": None,
-    "scan_layers": True,
-    "remat": "none",
 }
 
 

@@ -4,6 +4,7 @@ A correspondence reads some keys into knobs and writes them back. What a family 
 comes out as another value on writing: whoever writes a config.json reads it again and compares.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,23 +16,22 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.interop.hf_config import Settings
 from rustgpt_jax.model.linear import default_glu_width
 from rustgpt_jax.model.positions import longrope_factors
+from rustgpt_jax.model.presets import NOT_IN_LOGITS
 
-# What a model computes, whatever words its config says it in.
+# What a model computes, however its config expresses it.
 
-# Knobs that never change the logits, and those of mixers that no Hugging Face architecture here has.
-UNSAID = (
-    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "scan_layers", "remat", "attention_kernel"),
-    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype", "save_residuals"),
-    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "extra"),
+# Knobs that only some components read.
+READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
+    ({"local_attention"}, ("local_window",)),
+    ({"latent_attention"}, ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")),
+    ({"rg_lru"}, ("bias", "scale_first_token", "recurrent_width", "recurrent_blocks")),
+    ({"rg_lru", "deltanet"}, ("conv_width",)),
+    ({"moe"}, ("n_experts", "experts_per_token", "d_expert", "expert_activation", "norm_topk_prob", "capacity_factor")),
+    ({"rope", "local_rope"}, ("rope_fraction",)),
+    ({"local_rope"}, ("local_rope_theta",)),
 )
 
 GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
-
-PLAIN = (
-    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "norm", "norm_placement", "norm_eps"),
-    *("tie_embeddings", "scale_embeddings", "final_logit_softcap", "qk_norm", "attn_logit_softcap"),
-    *("attention_sinks", "attention_scale_by_layer"),
-)
 
 
 def over_layers(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
@@ -62,59 +62,51 @@ def attention_scale(model: ModelConfig) -> float:
 
 
 def computation(model: ModelConfig) -> dict[str, Any]:
-    """The knobs that decide the logits, with None and patterns written out, without those that nothing reads."""
-    names = {
+    """Return the knobs that decide the logits, with None and patterns expanded, without those that nothing reads."""
+    patterns = {
         knob: over_layers(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
     }
-    said: dict[str, Any] = {knob: getattr(model, knob) for knob in PLAIN} | names
-    said["n_kv_heads"] = model.n_kv_heads or model.n_heads
-    said["head_dim"] = model.head_width
-    said["qkv_bias"] = model.has_qkv_bias
-    said["attention_output_bias"] = model.has_attention_output_bias
-    said["norm_bias"] = model.has_norm_bias and model.norm == "layernorm"
-    said["embedding_scale"] = (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1.0
-    said["attention_scale"] = attention_scale(model)
-    if "local_attention" in names["mixers"]:
-        said["local_window"] = model.local_window
-    if set(names["feedforwards"]) - {"moe"}:
-        said["d_ff"] = dense_width(model)
-        said["feedforward_bias"] = model.has_feedforward_bias
-    if "moe" in names["feedforwards"]:
-        said |= {
-            knob: getattr(model, knob)
-            for knob in (*("n_experts", "experts_per_token", "expert_activation", "norm_topk_prob", "capacity_factor"),)
-        }
-        said["d_expert"] = expert_width(model)
-    if "rg_lru" in names["mixers"]:
-        said |= {knob: getattr(model, knob) for knob in ("bias", "conv_width", "scale_first_token")}
-        said["recurrent_width"] = model.recurrent_width or model.d_model
-        said["recurrent_blocks"] = model.recurrent_blocks or 1
-    if {"rope", "local_rope"} & set(names["positions"]):
-        said["rope_fraction"] = model.rope_fraction
-    if "local_rope" in names["positions"]:
-        said["local_rope_theta"] = model.local_rope_theta
-    if "rope" in names["positions"]:
-        said |= _rope(model)
-    return said
+    knobs = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    knobs |= patterns | {
+        "n_kv_heads": model.n_kv_heads or model.n_heads,
+        "head_dim": model.head_width,
+        "qkv_bias": model.has_qkv_bias,
+        "attention_output_bias": model.has_attention_output_bias,
+        "feedforward_bias": model.has_feedforward_bias,
+        "norm_bias": model.has_norm_bias and model.norm == "layernorm",
+        "embedding_scale": (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1.0,
+        "attention_scale": attention_scale(model),
+        "d_ff": dense_width(model),
+        "d_expert": expert_width(model),
+        "recurrent_width": model.recurrent_width or model.d_model,
+        "recurrent_blocks": model.recurrent_blocks or 1,
+    }
+    components = {name for names in patterns.values() for name in names}
+    unread = {knob for readers, names in READ_ONLY_BY if not readers & components for knob in names}
+    if not set(patterns["feedforwards"]) - {"moe"}:
+        unread |= {"d_ff", "feedforward_bias"}
+    rope = _rope(model) if "rope" in components else {}
+    unread |= {knob for knob in knobs if knob.startswith("rope_") and knob != "rope_fraction"} - rope.keys()
+    return {knob: value for knob, value in (knobs | rope).items() if knob not in unread | NOT_IN_LOGITS}
 
 
 def _rope(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
-    said: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    knobs: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     if scaling in ("linear", "llama3", "yarn"):
-        said["rope_factor"] = model.rope_factor
+        knobs["rope_factor"] = model.rope_factor
     if scaling in ("llama3", "yarn"):
         turns = ("rope_original_context", "rope_beta_slow", "rope_beta_fast")
-        said |= {knob: getattr(model, knob) for knob in turns}
-    said["rope_truncate"] = model.rope_truncate or scaling != "yarn"
+        knobs |= {knob: getattr(model, knob) for knob in turns}
+    knobs["rope_truncate"] = model.rope_truncate or scaling != "yarn"
     # Compare only the factors in use.
     factors = longrope_factors(model) if scaling == "longrope" else ()
-    said["rope_short_factors"] = said["rope_long_factors"] = factors
+    knobs["rope_short_factors"] = knobs["rope_long_factors"] = factors
     usual = 0.1 * math.log(model.rope_factor) + 1 if scaling == "yarn" else 1.0
     if scaling == "longrope" and model.rope_original_context is not None:
         usual = math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_context))
-    said["rope_attention_factor"] = usual if model.rope_attention_factor is None else model.rope_attention_factor
-    return said
+    knobs["rope_attention_factor"] = usual if model.rope_attention_factor is None else model.rope_attention_factor
+    return knobs
 
 
 def disagreements(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:

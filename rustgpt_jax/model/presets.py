@@ -1,15 +1,32 @@
-"""Families of models, as presets of the same parts: the knobs that make the family, whatever the size.
+"""Model families as presets of the same components: the knobs that make the family, whatever the size.
 
-A recipe begins with `config.model.update(FAMILIES["qwen3"])`. Depth, widths, heads, experts, vocabulary, context and
-the window of local_attention are left to it. Constants are those of the released models.
+A recipe starts with `config.model.update(FAMILIES["qwen3"])`. Presets leave the knobs in SIZES and NOT_IN_LOGITS to the
+recipe and set all others. Constants are those of the released models.
 """
 
+import dataclasses
 from typing import Any
+
+from rustgpt_jax.config.schema import ModelConfig
 
 Knobs = dict[str, Any]
 
-# What most families since Llama have in common; every preset says all of these knobs.
+# Depth, widths, numbers of heads and experts, vocabulary, context.
+SIZES = {
+    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
+    *("local_window", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "n_experts", "experts_per_token", "d_expert"),
+    *("conv_width", "recurrent_width", "recurrent_blocks"),
+}
+# Knobs that change logits by rounding only, or not at all; and `extra`, which no component of this package reads.
+NOT_IN_LOGITS = {
+    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "scan_layers", "remat", "attention_kernel"),
+    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype", "save_residuals", "extra"),
+}
+
+# What most families since Llama have in common.
 _USUAL: Knobs = {
+    name: value for name, value in dataclasses.asdict(ModelConfig()).items() if name not in SIZES | NOT_IN_LOGITS
+} | {
     "mixers": ("attention",),
     "feedforwards": ("swiglu",),
     "positions": ("rope",),
@@ -17,35 +34,9 @@ _USUAL: Knobs = {
     "norm_placement": "pre",
     "norm_eps": 1e-6,
     "bias": False,
-    "qkv_bias": None,
-    "attention_output_bias": None,
-    "feedforward_bias": None,
-    "norm_bias": None,
     "tie_embeddings": False,
-    "scale_embeddings": False,
-    "embedding_scale": None,
-    "final_logit_softcap": 0.0,
-    "qk_norm": "none",
-    "attention_scale": None,
-    "attention_scale_by_layer": False,
-    "scale_first_token": True,
-    "attn_logit_softcap": 0.0,
-    "attention_sinks": False,
     "rope_theta": 1e4,
-    "local_rope_theta": 1e4,
-    "rope_fraction": 1.0,
-    "rope_scaling": "none",
-    "rope_factor": 1.0,
-    "rope_original_context": None,
-    "rope_beta_slow": 1.0,
-    "rope_beta_fast": 4.0,
-    "rope_attention_factor": None,
-    "rope_truncate": True,
-    "rope_short_factors": (),
-    "rope_long_factors": (),
-    "capacity_factor": 0.0,
     "norm_topk_prob": True,
-    "expert_activation": "silu",
 }
 
 _GEMMA: Knobs = _USUAL | {
