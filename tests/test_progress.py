@@ -41,7 +41,7 @@ def last_frame(width: int, values: dict[str, float], stage: str = "pretrain", st
         clock.now = 10.0
         progress.update(step, values, stage)
     frames = re.split(r"\r|\n|\x1b\[[0-9;?]*[a-zA-Z]", screen.file.getvalue())
-    return [frame for frame in frames if frame.strip()][-1]
+    return next((frame for frame in reversed(frames) if frame.strip()), "")
 
 
 def test_a_plain_line_says_all() -> None:
@@ -115,7 +115,7 @@ def test_a_message_cannot_command_the_terminal() -> None:
 
 def test_a_wide_terminal_has_the_bar_and_everything() -> None:
     frame = last_frame(140, VALUES)
-    assert re.fullmatch(r"pretrain  ━+ +200/2000  loss 2.3141  30m00s left  41,200 tokens/s  12% of peak *", frame)
+    assert re.fullmatch(r"━+ +pretrain  200/2000  loss 2.3141  30m00s left  41,200 tokens/s  12% of peak *", frame)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 10, 20, 40, 60, 79, 80, 100, 200])
@@ -124,13 +124,13 @@ def test_the_bar_fits_on_one_line(width: int, stage: str) -> None:
     frame = last_frame(width, VALUES, stage)
     assert len(frame) <= width
     if width >= 60:
-        assert "200/2000" in frame and frame.startswith(stage.replace("\x1b", "\ufffd"))
+        assert "200/2000" in frame and stage.replace("\x1b", "\ufffd") in frame
 
 
 def test_narrow_terminals_lose_the_least_first() -> None:
-    assert "━" in last_frame(80, VALUES) and "tokens/s" in last_frame(80, VALUES)
-    assert "tokens/s" not in last_frame(60, VALUES) and "left" in last_frame(60, VALUES)
-    assert last_frame(40, VALUES).split() == ["pretrain", "200/2000", "loss", "2.3141"]
+    assert "12% of peak" in last_frame(100, VALUES) and "━" in last_frame(100, VALUES)
+    assert "peak" not in last_frame(60, VALUES) and "left" in last_frame(60, VALUES)
+    assert last_frame(40, VALUES).split()[:4] == ["pretrain", "200/2000", "loss", "2.3141"]
 
 
 def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar on a terminal, plain lines anywhere else."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import time
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
 from rustgpt_jax.tracking.formatting import duration, printable
@@ -22,18 +20,15 @@ from rustgpt_jax.tracking.formatting import duration, printable
 SECONDS_BETWEEN_LINES = 5.0
 # Long enough to average over evaluations, short enough to notice a stage with another speed.
 UPDATES_IN_PACE = 50
-WIDEST_BAR, NARROWEST_BAR = 40, 8
-GAP = 2
 
-# What a plain line shows, in this order, and what stands beside the bar, where the last have to go first.
-ORDER_IN_LINE = ("step", "stage", "loss", "speed", "share", "left")
-ORDER_OF_WORTH = ("stage", "step", "evaluation", "loss", "left", "speed", "share")
-WORTH_MORE_THAN_BAR = 4
+# What a plain line shows, and what is shown beside the bar, where a narrow terminal cuts off the last.
+LINE_ORDER = ("step", "stage", "loss", "speed", "share", "left")
+BAR_ORDER = ("stage", "step", "evaluation", "loss", "left", "speed", "share")
 
 
 @dataclass(frozen=True)
 class _Status:
-    """The latest update. Replaced as a whole, for the thread that draws reads it."""
+    """The latest update. Replaced as a whole, because the thread that draws reads it."""
 
     step: int
     stage: str
@@ -43,9 +38,12 @@ class _Status:
 
 
 class Progress:
-    """Shows how far training is. Use it in a `with` statement.
+    """Shows the progress of training. Use it in a `with` statement.
 
-    `clock` gives seconds from any fixed moment.
+    Args:
+        console: Where to show it: a bar on a terminal, a line every few seconds elsewhere.
+        total_steps: The number of steps of the run.
+        clock: Returns seconds since any fixed time.
     """
 
     def __init__(self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,36 +56,42 @@ class Progress:
         self._printed: _Status | None = None
         self._evaluation = ""
         self._evaluation_printed: float | None = None
-        self._live: Live | None = None
+        self._bar: RichProgress | None = None
         if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(console=console, get_renderable=self._draw)
+            self._bar = RichProgress(BarColumn(), _StatusColumn(self._describe), console=console)
+            self._task = self._bar.add_task("", total=total_steps)
 
     def __enter__(self) -> "Progress":
-        if self._live:
-            self._live.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live:
-            self._live.stop()
+        if self._bar:
+            self._bar.stop()
         elif self._status is not self._printed:
             self._print_line()
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Show that `step` steps of the run are done.
 
-        Of `values`, 'train/loss', 'train/tokens_per_second' and 'train/flops_share' (of the peak, 0 to 1) are shown.
+        Args:
+            step: The number of steps that are done.
+            values: Metrics. 'train/loss', 'train/tokens_per_second' and 'train/flops_share' (0 to 1) are shown.
+            stage: The name of the current stage.
         """
         now = self._clock()
         self._recent.append((now, step))
         self._status = _Status(step, stage, values, now, self._seconds_left())
-        if not self._live and self._line_is_due():
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+        elif self._is_line_due():
             self._print_line()
 
     def evaluating(self, done: int, total: int) -> None:
-        """Show that `done` of the `total` batches of an evaluation are done; no longer once all are."""
+        """Show that `done` of the `total` batches of an evaluation are done, until all are."""
         now = self._clock()
         if done == total:
             self._evaluation, self._evaluation_printed = "", None
@@ -95,22 +99,22 @@ class Progress:
         self._evaluation = f"evaluating, batch {done:,} of {total:,}"
         if self._evaluation_printed is None:
             self._evaluation_printed = now
-        elif not self._live and now - self._evaluation_printed >= SECONDS_BETWEEN_LINES:
+        elif not self._bar and now - self._evaluation_printed >= SECONDS_BETWEEN_LINES:
             self._evaluation_printed = now
             self.message(self._evaluation)
 
     def message(self, text: str) -> None:
-        """Print a text, as it is, above the progress bar."""
+        """Print a text without interpreting markup, above the progress bar."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
     def _seconds_left(self) -> float | None:
-        # From update to update: what came before the first one was mostly compilation.
+        # Count from the first update on: the time before it was mostly compilation.
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
         if last_step <= first_step:
             return None
         return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
 
-    def _line_is_due(self) -> bool:
+    def _is_line_due(self) -> bool:
         status, printed = self._status, self._printed
         if status is None or printed is None or status.stage != printed.stage or status.step >= self._total_steps:
             return True
@@ -119,25 +123,31 @@ class Progress:
     def _print_line(self) -> None:
         if self._status:
             parts = _parts(self._status, self._status.seconds_left, self._total_steps)
-            self.message("step " + "  ".join(parts[name] for name in ORDER_IN_LINE if name in parts))
+            self.message("step " + "  ".join(parts[name] for name in LINE_ORDER if name in parts))
         self._printed = self._status
 
-    def _draw(self) -> RenderableType:
+    def _describe(self) -> str:
         status = self._status
-        if status is None and self._evaluation:
-            return Text(self._evaluation, "dim")
         if status is None:
-            return Text(f"waiting for the first step, {duration(int(self._clock() - self._started))}", "dim")
+            return self._evaluation or f"waiting for the first step, {duration(int(self._clock() - self._started))}"
         left = status.seconds_left
         if left is not None:
             left = max(0.0, left - (self._clock() - status.time))
         parts = _parts(status, left, self._total_steps)
         if self._evaluation:
             parts["evaluation"] = self._evaluation
-        texts = [parts[name].strip() for name in ORDER_OF_WORTH if name in parts]
-        bar = ProgressBar(total=self._total_steps, completed=status.step)
-        # A full last column makes some terminals wrap.
-        return _one_line(texts, bar, self._console.width - 1)
+        return "  ".join(parts[name].strip() for name in BAR_ORDER if name in parts)
+
+
+class _StatusColumn(ProgressColumn):
+    """A column on one line whose text is computed each time the bar is drawn."""
+
+    def __init__(self, get_text: Callable[[], str]) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
+        self._get_text = get_text
+
+    def render(self, task: Task) -> Text:
+        return Text(self._get_text(), no_wrap=True, overflow="ellipsis")
 
 
 def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dict[str, str]:
@@ -154,28 +164,9 @@ def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dic
     return parts
 
 
-def _one_line(texts: list[str], bar: ProgressBar, width: int) -> RenderableType:
-    """The first of `texts`, the bar and as many of the others as `width` columns hold."""
-    cells = [Text(text, "bold" if place == 0 else "", no_wrap=True) for place, text in enumerate(texts)]
-    while len(cells) > 1 and _width(cells) + (GAP + NARROWEST_BAR) * (len(cells) > WORTH_MORE_THAN_BAR) > width:
-        cells.pop()
-    cells[0].truncate(width, overflow="ellipsis")
-    columns: list[RenderableType] = list(cells)
-    bar.width = min(WIDEST_BAR, width - _width(cells) - GAP)
-    if bar.width >= NARROWEST_BAR:
-        columns.insert(1, bar)
-    line = Table.grid(padding=(0, GAP, 0, 0))
-    line.add_row(*columns)
-    return line
-
-
-def _width(cells: list[Text]) -> int:
-    return sum(cell.cell_len for cell in cells) + GAP * (len(cells) - 1)
-
-
 @contextmanager
 def waiting(console: Console, what: str) -> Iterator[None]:
-    """Show on a terminal that something is being made."""
+    """Show on a terminal that some work is in progress."""
     with console.status(Text(what)) if console.is_terminal else nullcontext():
         yield
 
@@ -209,11 +200,8 @@ class _Lines:
             self._console.print(f"{self._what}: {done:,}{share}", highlight=False, soft_wrap=True)
 
 
-# Where the seconds before the first step of a run went.
-
-
 class StartupTimer:
-    """Names for the stretches of time since this process began."""
+    """Measures what the time before the first step of a run was spent on."""
 
     def __init__(self, first: str) -> None:
         self._laps = [(first, _age())]
@@ -221,13 +209,13 @@ class StartupTimer:
         self._is_over = False
 
     def lap(self, name: str) -> None:
-        """What was done since the last lap."""
+        """Name the time since the last lap."""
         now = time.perf_counter()
         self._laps.append((name, now - self._last))
         self._last = now
 
     def finish(self, name: str) -> str | None:
-        """The last lap, and all of them: '3.1s: Python and packages 1.2s, the data 0.4s'. None from then on."""
+        """End the last lap and return all: '3.1s: Python and packages 1.2s, the data 0.4s'; None the second time."""
         if self._is_over:
             return None
         self._is_over = True
@@ -237,9 +225,9 @@ class StartupTimer:
 
 
 def _age() -> float:
-    """Seconds since this process was started; since now where the system does not tell."""
+    """Return the seconds since this process started, or 0 if they are unknown."""
     try:
-        # The name of the program, in parentheses, may have spaces in it.
+        # The name of the program, in parentheses, may contain spaces.
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
