@@ -129,16 +129,16 @@ def test_an_array_that_differs_is_named(
     twice: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, again = copied(twice, tmp_path)
-    stored_about, paths = compare_metrics.stored_about, []
+    read_metadata, paths = compare_metrics.read_metadata, []
 
     def about(folder: Path, step: int) -> dict[str, Any]:
-        stored = stored_about(folder, step)
+        stored = read_metadata(folder, step)
         if folder == again.checkpoints:
             paths.append(list(stored["fingerprints"])[3])
             stored["fingerprints"][paths[0]] = "0" * 16
         return stored
 
-    monkeypatch.setattr(compare_metrics, "stored_about", about)
+    monkeypatch.setattr(compare_metrics, "read_metadata", about)
     is_same, said = rerun(run.path)
     assert not is_same
     assert f"arrays are the same; the first that is not: {paths[0]}." in said
@@ -391,8 +391,10 @@ def test_a_rerun_needs_nothing_but_the_folder(tmp_path: Path) -> None:
     code = tmp_path / "code"
     copy_code(code)
     # Code of its own, a corpus by a relative path.
-    step = code / "rustgpt_jax" / "training" / "step.py"
-    step.write_text(step.read_text().replace("loss=sums.loss /", "loss=2 * sums.loss /"))
+    step = code / "rustgpt_jax" / "training" / "train_step.py"
+    before = step.read_text()
+    step.write_text(before.replace("loss = sums.loss /", "loss = 2 * sums.loss /"))
+    assert step.read_text() != before
     corpus = {"data.corpus": "files", "data.paths": ["small.txt"], "data.split": "tail"}
     train_elsewhere(text.parent / "run", code, **corpus, **{"logging.sample_prompts": ["A"], "sampling.max_tokens": 2})
     shutil.rmtree(code)

@@ -285,11 +285,11 @@ def with_another_seed(folder: Path) -> None:
 
 
 def with_another_mask(folder: Path) -> None:
-    window = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "kv_cache.py"
-    before = window.read_text()
+    kv_cache = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "kv_cache.py"
+    before = kv_cache.read_text()
     # A token sees the one after it.
-    window.write_text(before.replace("order_T[:, None] >= ", "order_T[:, None] + 1 >= "))
-    assert window.read_text() != before
+    kv_cache.write_text(before.replace("attention_mask(context, order_T,", "attention_mask(context, order_T + 1,"))
+    assert kv_cache.read_text() != before
     train_elsewhere(folder / "other", folder / "code", **CORPUS)
 
 
