@@ -22,10 +22,18 @@ from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
-from rustgpt_jax.model.kernels import accelerator, dispatch, verify
+from rustgpt_jax.model.kernels import accelerator, attention, verify
 from rustgpt_jax.model.kernels.accelerator import cudnn
-from rustgpt_jax.model.kernels.dispatch import KERNELS, LONG, SHORT, KernelChoice, select_kernel
-from rustgpt_jax.model.kernels.portable import blockwise, reference_attention, triangular
+from rustgpt_jax.model.kernels.attention import (
+    KERNELS,
+    LONG,
+    SHORT,
+    KernelChoice,
+    blockwise,
+    reference_attention,
+    select_kernel,
+    triangular,
+)
 from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionInputs, AttentionSpec, Device
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
@@ -589,7 +597,7 @@ def of_other_groups(task: AttentionInputs) -> jax.Array:
 def test_a_wrong_kernel_is_found_before_training(
     broken: Callable[[AttentionInputs], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch.KERNELS, "blockwise", dispatch.BLOCKWISE._replace(attend=broken))
+    monkeypatch.setitem(attention.KERNELS, "blockwise", attention.BLOCKWISE._replace(attend=broken))
     model = model_config(mixers="local_attention", n_kv_heads=2, dtype=dtype, attention_kernel="blockwise")
     with pytest.raises(
         UserError, match=r"Attention by blockwise \(local_attention\) is wrong on this device: it differs"

@@ -129,7 +129,7 @@ LIGHT = """
 import flax.linen as nn
 import jax.numpy as jnp
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.kv_cache import causal_mask
+from rustgpt_jax.model.kv_cache import causal_mask
 class MeanOfDocument(nn.Module):
     config: object
     @nn.compact

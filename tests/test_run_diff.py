@@ -25,7 +25,7 @@ VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
 FILES = {"a.txt": "1", "b.txt": "2"}
 DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits": {}, "files": FILES, "n_dialogues": 0}
-CODE = {"rustgpt_jax/model/mixers/kv_cache.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
+CODE = {"rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
 
 
 def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
@@ -119,12 +119,12 @@ def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunDir) -> None:
 def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunDir) -> None:
     other = {
         "launch.py": '"""Words."""\n\n# More words.\nprint()\n',
-        "rustgpt_jax/model/mixers/kv_cache.py": "def visible(q, s):\n    return q > s\n",
+        "rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q > s\n",
     }
     second = made_by_hand(tmp_path / "second", code=other)
     _, lines = said_of(first.path, second.path)
     place = lines.index("code:")
-    assert lines[place + 1] == "  rustgpt_jax/model/mixers/kv_cache.py"
+    assert lines[place + 1] == "  rustgpt_jax/model/kv_cache.py"
     assert "    -    return q >= s" in lines and "    +    return q > s" in lines
     assert "  launch.py (only comments and docstrings)" in lines
 
@@ -316,7 +316,7 @@ def with_another_file(folder: Path) -> None:
         pytest.param(
             with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: ", marks=pytest.mark.long
         ),
-        (with_another_mask, "code", "rustgpt_jax/model/mixers/kv_cache.py", "not the same activations: "),
+        (with_another_mask, "code", "rustgpt_jax/model/kv_cache.py", "not the same activations: "),
         (with_another_package, "environment", "packages.flax: ", ""),
         pytest.param(
             with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: ", marks=pytest.mark.long

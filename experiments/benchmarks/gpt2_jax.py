@@ -31,7 +31,7 @@ from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
-from rustgpt_jax.model.kernels.dispatch import KERNELS
+from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
 from rustgpt_jax.model.kernels.types import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
@@ -79,7 +79,7 @@ def cost(model: ModelConfig) -> dict[str, float]:
 def checks(size: str) -> list[dict[str, Any]]:
     """How far each kernel's attention, values and gradients, is from the reference in float32; or why it refuses."""
     block = config_of(size).model.block(0)
-    request = Attention.request(block, block.context_length, current_device(), False)
+    request = Attention.attention_spec(block, block.context_length, is_cached=False, has_dropout=False)
     found: list[dict[str, Any]] = []
     for name, kernel in KERNELS.items():
         row: dict[str, Any] = {"size": size, "kernel": name, "dtype": block.dtype}
@@ -110,7 +110,7 @@ def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
     )
     context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)
-    return Attention.task(block, (queries, keys, values), context, None), cotangent_BTHC
+    return attention_inputs(block, (queries, keys, values), context, None, None), cotangent_BTHC
 
 
 def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.sampling import Sampler, draw
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
+from rustgpt_jax.model.kv_cache import cast_for_decode
 from rustgpt_jax.model.mixers import has_cache
-from rustgpt_jax.model.mixers.kv_cache import cast_for_decode
 
 SMALLEST_BUCKET = 16
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Kernel, current_device, whole_mask
+from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Kernel, current_device
+from rustgpt_jax.model.kv_cache import causal_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,7 +28,7 @@ def call_sharded_kernel(name: str, attend: Attend, task: AttentionInputs) -> jax
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
     arrays = (task.q_BTHC, task.k_BSKC, task.v_BSKC)
-    mask_BTS = _forbid_vmap(name, whole_mask(task), *arrays)
+    mask_BTS = _forbid_vmap(name, causal_mask(task.context, task.window), *arrays)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return grouped(*arrays, mask_BTS)

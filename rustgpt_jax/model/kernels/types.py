@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from rustgpt_jax.model.block_inputs import BlockInputs
 
@@ -62,6 +61,7 @@ class AttentionSpec(NamedTuple):
     sinks: bool
     dropout: bool
     cached: bool
+    window: int | None = None
 
 
 class AttentionInputs(NamedTuple):
@@ -96,20 +96,3 @@ class Kernel(NamedTuple):
 
     attend: Callable[[AttentionInputs], jax.Array]
     unsupported_reason: Callable[[AttentionSpec], str | None]
-
-
-def attention_mask(
-    queries: BlockInputs, order_T: jax.Array, keys: BlockInputs, order_S: jax.Array, window: int | None
-) -> jax.Array:
-    """visible_BTS: which tokens see which, from their places in a row and what a context says of them."""
-    earlier_TS = order_T[:, None] >= order_S[None, :]
-    visible_BTS = earlier_TS[None] & (queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :])
-    if window is None:
-        return visible_BTS
-    return visible_BTS & (keys.positions_BT[:, None, :] > queries.positions_BT[:, :, None] - window)
-
-
-def whole_mask(task: AttentionInputs) -> jax.Array:
-    """visible_BTS of a whole task."""
-    order_T = jnp.arange(task.q_BTHC.shape[1])
-    return attention_mask(task.context, order_T, task.context, order_T, task.window)

@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import to_float32
-from rustgpt_jax.model.kernels.dispatch import KERNELS, KernelChoice, select_kernel
+from rustgpt_jax.model.kernels.attention import KERNELS, KernelChoice, attention_inputs, select_kernel
 from rustgpt_jax.model.kernels.types import AttentionInputs, Device, current_device
 from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS
@@ -52,7 +52,10 @@ def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[s
     """
     dropout = is_enabled(model.dropout)
     return {
-        name: select_kernel(model.attention_kernel, mixer.request(block, length, device, dropout))
+        name: select_kernel(
+            model.attention_kernel,
+            mixer.attention_spec(block, length, is_cached=False, has_dropout=dropout, device=device),
+        )
         for name, (mixer, block) in _attention_blocks(model).items()
     }
 
@@ -114,7 +117,7 @@ def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
     for stack in layer_groups(model):
         (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
         mixer = choose(MIXERS, mixer_name, "config.model.mixers")
-        if hasattr(mixer, "request"):
+        if hasattr(mixer, "attention_spec"):
             found[mixer_name, position] = (mixer, stack.block.mixer_config)
     schemes = {mixer: sum(name == mixer for name, _ in found) for mixer, _ in found}
     return {
@@ -138,7 +141,7 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionI
         head_dim=block.head_width,
         local_window=min(block.local_window, length // 4 + 1),
     )
-    asked = mixer.request(block, length, current_device(), False)
+    asked = mixer.attention_spec(block, length, is_cached=False, has_dropout=False)
     rng = np.random.default_rng(0)
 
     def random(heads: int, channels: int) -> jax.Array:
@@ -153,4 +156,4 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionI
     queries, keys = random(asked.n_heads, asked.head_width), random(asked.n_kv_heads, asked.head_width)
     values = random(asked.n_kv_heads, asked.value_width)
     cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], random(asked.n_heads, asked.value_width), 0)
-    return mixer.task(block, (queries, keys, values), context, sinks_H), cotangent_BTHC
+    return attention_inputs(block, (queries, keys, values), context, asked.window, sinks_H), cotangent_BTHC

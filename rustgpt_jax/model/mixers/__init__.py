@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.interfaces import CachedMixer, module_class
+from rustgpt_jax.model.kv_cache import KVCache, last_position
 from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
-from rustgpt_jax.model.mixers.kv_cache import KVCache, last_position
 from rustgpt_jax.model.mixers.mla import LatentAttention
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
 from rustgpt_jax.registry import choose

@@ -1,22 +1,20 @@
 """Causal softmax attention, over all earlier tokens or over a sliding window of them."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.config.schema import ModelConfig, is_enabled
+from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import BlockInputs, dropout
-from rustgpt_jax.model.intermediates import Probe
-from rustgpt_jax.model.kernels.dispatch import KERNELS, device_for, select_kernel
-from rustgpt_jax.model.kernels.portable import dot_product_attention, softmax_weights
-from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Bias, Device
+from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.kernels.attention import attention, attention_spec, get_position_encoding
+from rustgpt_jax.model.kernels.types import AttentionSpec
+from rustgpt_jax.model.kv_cache import KVCache
 from rustgpt_jax.model.linear import Linear
-from rustgpt_jax.model.mixers.kv_cache import AttentionContext, KVCache, update_kv_cache
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
 from rustgpt_jax.registry import choose
 
 
@@ -39,16 +37,11 @@ class Attention(nn.Module):
         return KVCache((empty, empty))
 
     @classmethod
-    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> AttentionSpec:
-        """What a layer asks of a kernel for rows of `length` tokens without a cache."""
-        return attention_spec(config, config.n_kv_heads or config.n_heads, config.head_width, length, device, dropout)
-
-    @classmethod
-    def task(
-        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: BlockInputs, sinks_H: jax.Array | None
-    ) -> AttentionInputs:
-        """What a kernel computes for a layer from queries, keys and values."""
-        return attention_inputs(config, arrays, context, cls.window(config), sinks_H)
+    def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
+        """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
+        n_kv_heads, window = config.n_kv_heads or config.n_heads, cls.window(config)
+        spec = partial(attention_spec, config, n_kv_heads=n_kv_heads, key_width=config.head_width, window=window)
+        return spec(length=length, **call)
 
     @nn.compact
     def __call__(
@@ -82,18 +75,10 @@ class Attention(nn.Module):
             q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
         k_BTKC, v_BTKC = (shard_activations(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
-        cached = cache is not None or self.is_initializing()
-        device = device_for(config.attention_kernel, cached)
-        request = self.request(config, length, device, context.dropout_key is not None)
-        kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=cached))
-        if kernel == "plain":
-            by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
-            seen, cache = update_kv_cache(cache, by_heads, context, self.window(config))
-            weights = partial(attention_weights, seen=seen, sinks_H=sinks_H, context=context, config=config)
-            k_BKSC, v_BKSC = seen.keys
-            mixed_BTKGC = dot_product_attention(q_BTHC, k_BKSC, v_BKSC, attention_scale(config, channels), weights)
-        else:
-            mixed_BTKGC = KERNELS[kernel].attend(self.task(config, (q_BTHC, k_BTKC, v_BTKC), context, sinks_H))
+        is_cached = cache is not None or self.is_initializing()
+        has_dropout = context.dropout_key is not None
+        spec = self.attention_spec(config, length, is_cached=is_cached, has_dropout=has_dropout)
+        mixed_BTKGC, cache = attention(q_BTHC, k_BTKC, v_BTKC, spec, config, context, cache, sinks_H)
         output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
         return output(mixed_BTKGC.reshape(batch, length, n_heads * channels)), cache
 
@@ -105,67 +90,3 @@ class LocalAttention(Attention):
     def window(cls, config: ModelConfig) -> int | None:
         """The tokens that a token sees, itself included."""
         return config.local_window
-
-
-def get_position_encoding(config: ModelConfig) -> PositionEncoding:
-    """How the block of `config` learns positions."""
-    (name,) = config.positions
-    return choose(POSITIONS, name, "config.model.positions")
-
-
-def attention_weights(
-    scores_BHTS: jax.Array, seen: AttentionContext, sinks_H: jax.Array | None, context: BlockInputs, config: ModelConfig
-) -> jax.Array:
-    """Scaled scores through soft-cap, bias of distance, mask, softmax (with sinks, where there are any) and dropout."""
-    scores_BHTS = Probe(name="scores")(scores_BHTS)
-    positions = (context.positions_BT, seen.positions_BS)
-    att_BHTS = softmax_weights(
-        scores_BHTS, seen.visible_BTS, positions, config.attn_logit_softcap, positional_bias(config), sinks_H
-    )
-    return dropout(att_BHTS, config.dropout, context, site=0)
-
-
-def positional_bias(config: ModelConfig) -> Bias | None:
-    """What the position scheme of the block adds to scores, as a function of the positions of queries and keys."""
-    bias = get_position_encoding(config).bias
-    return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
-
-
-def attention_scale(config: ModelConfig, channels: int) -> float:
-    """What scores of queries and keys of so many channels are multiplied by."""
-    return channels**-0.5 if config.attention_scale is None else config.attention_scale
-
-
-def attention_spec(
-    config: ModelConfig, n_kv_heads: int, key_width: int, length: int, device: Device, dropout: bool
-) -> AttentionSpec:
-    """What a block asks of a kernel, without a cache. `key_width`: the channels of queries and keys."""
-    return AttentionSpec(
-        device=device,
-        dtype=config.dtype,
-        length=length,
-        n_heads=config.n_heads,
-        n_kv_heads=n_kv_heads,
-        head_width=key_width,
-        value_width=config.head_width,
-        softcap=is_enabled(config.attn_logit_softcap),
-        bias=get_position_encoding(config).bias is not None,
-        sinks=config.attention_sinks,
-        dropout=dropout,
-        cached=False,
-    )
-
-
-def attention_inputs(
-    config: ModelConfig,
-    arrays: tuple[jax.Array, ...],
-    context: BlockInputs,
-    window: int | None,
-    sinks_H: jax.Array | None,
-) -> AttentionInputs:
-    """What a kernel computes for a block from queries, keys and values, each B x T x heads x channels."""
-    q_BTHC, k_BSKC, v_BSKC = arrays
-    scale = attention_scale(config, q_BTHC.shape[-1])
-    return AttentionInputs(
-        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attn_logit_softcap, positional_bias(config), sinks_H
-    )

@@ -1,5 +1,8 @@
 """Attention whose keys and values are made from one narrow latent a token, which is all that the cache keeps."""
 
+from functools import partial
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,17 +10,16 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import accum_dtype
-from rustgpt_jax.model.kernels.dispatch import KERNELS, device_for, select_kernel
-from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Device
-from rustgpt_jax.model.linear import Linear, normal_init
-from rustgpt_jax.model.mixers.attention import (
-    attention_inputs,
+from rustgpt_jax.model.kernels.attention import (
+    attention,
     attention_scale,
     attention_spec,
     attention_weights,
     get_position_encoding,
 )
-from rustgpt_jax.model.mixers.kv_cache import KVCache, update_kv_cache
+from rustgpt_jax.model.kernels.types import AttentionSpec
+from rustgpt_jax.model.kv_cache import KVCache, update_kv_cache
+from rustgpt_jax.model.linear import Linear, normal_init
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import choose
 
@@ -48,17 +50,11 @@ class LatentAttention(nn.Module):
         return KVCache(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
 
     @classmethod
-    def request(cls, config: ModelConfig, length: int, device: Device, dropout: bool) -> AttentionSpec:
-        """What a layer asks of a kernel for rows of `length` tokens without a cache."""
+    def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
+        """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
         key_width = config.head_width + cls.widths(config)[1]
-        return attention_spec(config, config.n_heads, key_width, length, device, dropout)
-
-    @classmethod
-    def task(
-        cls, config: ModelConfig, arrays: tuple[jax.Array, ...], context: BlockInputs, sinks_H: jax.Array | None
-    ) -> AttentionInputs:
-        """What a kernel computes for a layer from whole queries and keys, C + E wide, and values."""
-        return attention_inputs(config, arrays, context, None, sinks_H)
+        spec = partial(attention_spec, config, n_kv_heads=config.n_heads, key_width=key_width, window=None)
+        return spec(length=length, **call)
 
     @nn.compact
     def __call__(
@@ -83,39 +79,32 @@ class LatentAttention(nn.Module):
         query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
         q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
         shared_BTE = turned(linear("shared_key", shared_width)[:, :, None])[:, :, 0]
-        is_cached = cache is not None
-        is_plain = is_cached or self.is_initializing()
-        device = device_for(config.attention_kernel, is_plain)
-        request = self.request(config, x_BTD.shape[1], device, context.dropout_key is not None)
-        kernel, _ = select_kernel(config.attention_kernel, request._replace(cached=is_plain))
-        seen, cache = update_kv_cache(cache, (latent("latent", kv_lora_rank), shared_BTE), context, None)
-        latent_BSR, shared_BSE = seen.keys
-
+        latent_BTR = latent("latent", kv_lora_rank)
         key_RHC = HeadKernel(config, name="key")(kv_lora_rank)
         value_RHC = HeadKernel(config, name="value")(kv_lora_rank)
         sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
 
-        def weights(scores_BHTS: jax.Array) -> jax.Array:
+        if cache is None:
+            shared_BTHE = jnp.broadcast_to(shared_BTE[:, :, None], q_BTHE.shape)
+            q_BTHX = jnp.concatenate([q_BTHC, q_BTHE], axis=-1)
+            k_BTHX = jnp.concatenate([jnp.einsum("BTR,RHC->BTHC", latent_BTR, key_RHC), shared_BTHE], axis=-1)
+            v_BTHC = jnp.einsum("BTR,RHC->BTHC", latent_BTR, value_RHC)
+            is_cached, has_dropout = self.is_initializing(), context.dropout_key is not None
+            spec = self.attention_spec(config, x_BTD.shape[1], is_cached=is_cached, has_dropout=has_dropout)
+            mixed, _ = attention(q_BTHX, k_BTHX, v_BTHC, spec, config, context, None, sinks_H)
+        else:
+            # Keys and values are not computed: the matrices that make them are applied to queries and to the mean.
+            attended, cache = update_kv_cache(cache, (latent_BTR, shared_BTE), context)
+            latent_BSR, shared_BSE = attended.keys
+            q_BTHR = jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC)
+            scores_BHTS = _scores("BTHR,BSR->BHTS", q_BTHR, latent_BSR)
             scores_BHTS = scores_BHTS + _scores("BTHE,BSE->BHTS", q_BTHE, shared_BSE)
             scale = attention_scale(config, channels + shared_width)
-            return attention_weights(scale * scores_BHTS, seen, sinks_H, context, config).astype(latent_BSR.dtype)
-
-        def made(kernel_RHC: jax.Array) -> jax.Array:
-            return jnp.einsum("BSR,RHC->BSHC", latent_BSR, kernel_RHC)
-
-        if is_cached:
-            att_BHTS = weights(_scores("BTHR,BSR->BHTS", jnp.einsum("BTHC,RHC->BTHR", q_BTHC, key_RHC), latent_BSR))
-            mixed_BTHC = jnp.einsum("BTHR,RHC->BTHC", jnp.einsum("BHTS,BSR->BTHR", att_BHTS, latent_BSR), value_RHC)
-        elif kernel == "plain":
-            att_BHTS = weights(_scores("BTHC,BSHC->BHTS", q_BTHC, made(key_RHC)))
-            mixed_BTHC = jnp.einsum("BHTS,BSHC->BTHC", att_BHTS, made(value_RHC))
-        else:
-            shared_BSHE = jnp.broadcast_to(shared_BSE[:, :, None], q_BTHE.shape)
-            queries, keys = ((q_BTHC, q_BTHE), (made(key_RHC), shared_BSHE))
-            arrays = (*(jnp.concatenate(parts, axis=-1) for parts in (queries, keys)), made(value_RHC))
-            mixed_BTHC = KERNELS[kernel].attend(self.task(config, arrays, context, sinks_H))
+            att_BHTS = attention_weights(scale * scores_BHTS, attended, sinks_H, context, config)
+            mixed_BTHR = jnp.einsum("BHTS,BSR->BTHR", att_BHTS.astype(latent_BSR.dtype), latent_BSR)
+            mixed = jnp.einsum("BTHR,RHC->BTHC", mixed_BTHR, value_RHC)
         output = Linear(config, config.d_model, residual=True, has_bias=config.has_attention_output_bias, name="output")
-        return output(mixed_BTHC.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
+        return output(mixed.reshape(*x_BTD.shape[:2], n_heads * channels)), cache
 
 
 class HeadKernel(nn.Module):

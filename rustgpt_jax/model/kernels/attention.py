@@ -1,0 +1,370 @@
+"""Softmax attention: the kernels, the table of them, and the choice between them.
+
+A kernel is a function of `AttentionInputs` that returns mixed_BTKGC, and one that says why it does not support an
+`AttentionSpec`. All kernels compute what `reference_attention` does, up to rounding; it alone supports every spec,
+reads caches, and has all scores in memory at once, so that they are a hook point.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rustgpt_jax.config.schema import ModelConfig, is_enabled
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.dtypes import accum_dtype, softcap
+from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
+from rustgpt_jax.model.kernels.types import (
+    ANY_DEVICE,
+    AttentionInputs,
+    AttentionSpec,
+    Bias,
+    Device,
+    Kernel,
+    current_device,
+)
+from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
+from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
+from rustgpt_jax.registry import choose
+
+
+def dot_product_attention(
+    q_BTHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    scale: float,
+    weights: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns mixed_BTKGC, the values averaged with att_BHTS = weights(scores_BHTS)."""
+    batch, length, n_heads, channels = q_BTHC.shape
+    n_kv_heads = k_BKSC.shape[1]
+    q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
+    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k_BKSC, preferred_element_type=accum_dtype(q_BTKGC, k_BKSC))
+    scores_BHTS = scale * scores_BKGTS.reshape(batch, n_heads, *scores_BKGTS.shape[3:])
+    att_BHTS = weights(scores_BHTS).astype(v_BKSC.dtype)
+    # In the order of its factors: in another, XLA on CPUs would put the values into another order too.
+    mixed_BKGTC = jax.lax.dot_general(att_BHTS.reshape(scores_BKGTS.shape), v_BKSC, (((4,), (2,)), ((0, 1), (0, 1))))
+    return jnp.moveaxis(mixed_BKGTC, 3, 1)
+
+
+def softmax_weights(
+    scores_BHTS: jax.Array,
+    mask_BTS: jax.Array,
+    positions: tuple[jax.Array, jax.Array],
+    cap: Any,
+    bias: Bias | None,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
+    """Applies soft-cap, positional bias, mask and softmax (with attention sinks) to scaled scores."""
+    if is_enabled(cap):
+        scores_BHTS = softcap(scores_BHTS, cap)
+    if bias:
+        scores_BHTS = scores_BHTS + bias(*positions)
+    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf)
+    if sinks_H is not None:
+        sinks_BHT1 = jnp.broadcast_to(sinks_H[None, :, None, None], (*scores_BHTS.shape[:3], 1))
+        scores_BHTS = jnp.concatenate([scores_BHTS, sinks_BHT1.astype(scores_BHTS.dtype)], axis=-1)
+    return jax.nn.softmax(scores_BHTS, axis=-1)[..., : mask_BTS.shape[-1]]
+
+
+def reference_attention(task: AttentionInputs) -> jax.Array:
+    """Computes attention with all scores in memory: the reference for other kernels."""
+    positions = (task.context.positions_BT, task.context.positions_BT)
+    mask_BTS = causal_mask(task.context, task.window)
+
+    def weights(scores_BHTS: jax.Array) -> jax.Array:
+        return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+
+    by_heads = (jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2))
+    return dot_product_attention(task.q_BTHC, *by_heads, task.scale, weights)
+
+
+PLAIN = Kernel(reference_attention, lambda request: None)
+
+
+# Attention of one block of queries after another, in plain XLA: on every device, and never all scores at once.
+
+# Queries in a block: enough to keep the units for matrix products busy.
+BLOCK = 512
+
+
+def blockwise(task: AttentionInputs, block: int = BLOCK) -> jax.Array:
+    """Computes attention for one block of queries at a time; the backward pass recomputes the scores.
+
+    Memory holds the scores of one block: B x H x block x S numbers, where S is the row, or block + window. With
+    config.model.remat=dots, which saves all matrix products, it holds those of all blocks.
+    """
+    batch, length = task.q_BTHC.shape[:2]
+    n_blocks = -(-length // block)
+    block = -(-length // n_blocks)
+    n_keys = length if task.window is None else min(length, block + task.window - 1)
+
+    def blocks(x_BT: jax.Array) -> jax.Array:
+        """Splits x along T into blocks, as the first axis; the last block is padded with copies of the last token."""
+        filled = jnp.pad(x_BT, [(0, 0), (0, n_blocks * block - length), *[(0, 0)] * (x_BT.ndim - 2)], mode="edge")
+        return jnp.moveaxis(filled.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def attend(index: jax.Array, q_BTHC: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        order_T = jnp.minimum(index * block + jnp.arange(block), length - 1)
+        first = jnp.clip((index + 1) * block - n_keys, 0, length - n_keys)
+
+        def near(x_BS: jax.Array) -> jax.Array:
+            return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
+
+        keys = BlockInputs(near(task.context.positions_BT), near(task.context.segments_BT))
+        order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
+        mask_BTS = attention_mask(BlockInputs(positions_BT, segments_BT), order_T, keys, order_S, task.window)
+        positions = (positions_BT, keys.positions_BT)
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+
+        by_heads = (jnp.swapaxes(near(task.k_BSKC), 1, 2), jnp.swapaxes(near(task.v_BSKC), 1, 2))
+        return dot_product_attention(q_BTHC, *by_heads, task.scale, weights)
+
+    queries = (task.q_BTHC, task.context.positions_BT, task.context.segments_BT)
+    mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
+
+
+def portable_unsupported_reason(request: AttentionSpec) -> str | None:
+    """Returns why blockwise and triangular attention do not support a spec; None if they do."""
+    if request.cached:
+        return "it reads no cache"
+    return "it has no dropout of attention" if request.dropout else None
+
+
+BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
+
+
+# Attention of a few blocks of queries, each with no more keys than it can see: about half of all products.
+#
+# The blocks are written out one after another, and what the backward pass reads is kept: the fastest form on CPUs.
+
+# More blocks leave out more keys, and make more and smaller products.
+N_BLOCKS = 4
+
+
+def triangular(task: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
+    """Computes attention for a few blocks of queries, each with only the keys that it can attend to."""
+    length = task.q_BTHC.shape[1]
+    k_BKSC, v_BKSC = jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2)
+
+    def attend(start: int, stop: int) -> jax.Array:
+        first = 0 if task.window is None else max(0, start + 1 - task.window)
+        queries, keys = _part(task.context, start, stop), _part(task.context, first, stop)
+        mask_BTS = attention_mask(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), task.window)
+        positions = (queries.positions_BT, keys.positions_BT)
+
+        def weights(scores_BHTS: jax.Array) -> jax.Array:
+            return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+
+        near = (k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop])
+        return dot_product_attention(task.q_BTHC[:, start:stop], *near, task.scale, weights)
+
+    block = -(-length // n_blocks)
+    starts = range(0, length, block)
+    return jnp.concatenate([attend(start, min(start + block, length)) for start in starts], axis=1)
+
+
+def _part(context: BlockInputs, start: int, stop: int) -> BlockInputs:
+    return BlockInputs(context.positions_BT[:, start:stop], context.segments_BT[:, start:stop])
+
+
+TRIANGULAR = Kernel(triangular, portable_unsupported_reason)
+
+
+KERNELS: dict[str, Kernel] = {
+    "plain": PLAIN,
+    "triangular": TRIANGULAR,
+    "blockwise": BLOCKWISE,
+    "cudnn": CUDNN,
+    "tokamax": TOKAMAX,
+}
+# From this length on, the scores of one head of one row take 16 MiB in float32 and dominate memory traffic.
+LONG = 2048
+# Below this length, a CPU computes all scores as fast as only the unmasked ones.
+SHORT = 128
+# The kernel that auto tries first, by platform, and the row lengths for which it does.
+FASTEST = {
+    "cpu": ("triangular", range(SHORT, LONG)),
+    "gpu": ("cudnn", range(sys.maxsize)),
+    "tpu": ("tokamax", range(sys.maxsize)),
+}
+# These are the same on every device.
+EVERYWHERE = ("plain", "portable", "triangular", "blockwise")
+
+
+class KernelChoice(NamedTuple):
+    """A kernel by its name in KERNELS, and the reason for the choice, as a clause that follows 'because'."""
+
+    kernel: str
+    reason: str
+
+
+def device_for(name: str, cached: bool) -> Device:
+    """Returns the device to choose a kernel for; ANY_DEVICE, without initializing JAX, if the choice is the same."""
+    return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
+
+
+def select_kernel(name: str, request: AttentionSpec) -> KernelChoice:
+    """Returns the kernel for a spec.
+
+    Args:
+        name: config.model.attention_kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
+            like `portable`, blockwise for long rows and plain for others. Cached tokens always use plain.
+        request: The spec.
+
+    Raises:
+        UserError: The config names a kernel that does not support the spec.
+    """
+    if request.cached:
+        return KernelChoice("plain", "tokens are cached")
+    if name not in ("auto", "portable"):
+        if (reason := KERNELS[name].unsupported_reason(request)) is not None:
+            raise UserError(
+                f"config.model.attention_kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
+            )
+        return KernelChoice(name, "the config names it")
+    refusals = []
+    fastest, lengths = FASTEST.get(request.device.platform or "", ("", range(0)))
+    if name == "auto" and request.length in lengths:
+        if (reason := KERNELS[fastest].unsupported_reason(request)) is None:
+            return KernelChoice(fastest, f"this is a {request.device.platform}")
+        refusals.append(f"{fastest} cannot be used: {reason}")
+    if request.length >= LONG:
+        if (reason := BLOCKWISE.unsupported_reason(request)) is None:
+            return KernelChoice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
+        refusals.append(f"blockwise cannot be used: {reason}")
+    return KernelChoice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")
+
+
+def attention(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    spec: AttentionSpec,
+    config: ModelConfig,
+    context: BlockInputs,
+    cache: KVCache | None = None,
+    sinks_H: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Causal attention of a layer by the kernel that config.model.attention_kernel selects.
+
+    Args:
+        q_BTHC: Queries. Head h reads the keys and values of head h // (H / K).
+        k_BTKC: Keys.
+        v_BTKC: Values.
+        spec: From `attention_spec`.
+        config: Config of the block.
+        context: Positions and documents of the tokens, and the dropout key.
+        cache: Earlier keys and values; None in training.
+        sinks_H: Logits of attention sinks.
+
+    Returns:
+        mixed_BTKGC, the values averaged by attention, and the cache with the new keys and values.
+    """
+    kernel = select_kernel(config.attention_kernel, spec).kernel
+    if kernel != "plain":
+        inputs = attention_inputs(config, (q_BTHC, k_BTKC, v_BTKC), context, spec.window, sinks_H)
+        return KERNELS[kernel].attend(inputs), cache
+    by_heads = (jnp.swapaxes(k_BTKC, 1, 2), jnp.swapaxes(v_BTKC, 1, 2))
+    attended, cache = update_kv_cache(cache, by_heads, context, spec.window)
+    weights = partial(attention_weights, attended=attended, sinks_H=sinks_H, context=context, config=config)
+    scale = attention_scale(config, q_BTHC.shape[-1])
+    k_BKSC, v_BKSC = attended.keys
+    return dot_product_attention(q_BTHC, k_BKSC, v_BKSC, scale, weights), cache
+
+
+def get_position_encoding(config: ModelConfig) -> PositionEncoding:
+    """Returns the position encoding of a block."""
+    (name,) = config.positions
+    return choose(POSITIONS, name, "config.model.positions")
+
+
+def attention_weights(
+    scores_BHTS: jax.Array,
+    attended: AttentionContext,
+    sinks_H: jax.Array | None,
+    context: BlockInputs,
+    config: ModelConfig,
+) -> jax.Array:
+    """Turns scaled scores into attention weights with dropout; the scores are a hook point."""
+    scores_BHTS = Probe(name="scores")(scores_BHTS)
+    positions = (context.positions_BT, attended.positions_BS)
+    att_BHTS = softmax_weights(
+        scores_BHTS, attended.mask_BTS, positions, config.attn_logit_softcap, positional_bias(config), sinks_H
+    )
+    return dropout(att_BHTS, config.dropout, context, site=0)
+
+
+def positional_bias(config: ModelConfig) -> Bias | None:
+    """Returns the function of query and key positions that a block adds to scores, or None."""
+    bias = get_position_encoding(config).bias
+    return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
+
+
+def attention_scale(config: ModelConfig, channels: int) -> float:
+    """Returns the factor of scores for queries and keys with this number of channels."""
+    return channels**-0.5 if config.attention_scale is None else config.attention_scale
+
+
+def attention_spec(
+    config: ModelConfig,
+    *,
+    n_kv_heads: int,
+    key_width: int,
+    window: int | None,
+    length: int,
+    is_cached: bool,
+    has_dropout: bool,
+    device: Device | None = None,
+) -> AttentionSpec:
+    """Returns the spec of a block's attention.
+
+    Args:
+        config: Config of the block.
+        n_kv_heads: Number of key/value heads.
+        key_width: Channels of queries and keys.
+        window: Number of tokens that a token attends to, itself included; None for all.
+        length: Tokens in a row.
+        is_cached: Whether keys come from a cache. Initialization counts as cached, for it needs no fast kernel.
+        has_dropout: Whether attention weights are dropped.
+        device: The device that runs the program; None for the default device.
+    """
+    return AttentionSpec(
+        device=device or device_for(config.attention_kernel, is_cached),
+        dtype=config.dtype,
+        length=length,
+        n_heads=config.n_heads,
+        n_kv_heads=n_kv_heads,
+        head_width=key_width,
+        value_width=config.head_width,
+        softcap=is_enabled(config.attn_logit_softcap),
+        bias=get_position_encoding(config).bias is not None,
+        sinks=config.attention_sinks,
+        dropout=has_dropout,
+        cached=is_cached,
+        window=window,
+    )
+
+
+def attention_inputs(
+    config: ModelConfig,
+    arrays: tuple[jax.Array, ...],
+    context: BlockInputs,
+    window: int | None,
+    sinks_H: jax.Array | None,
+) -> AttentionInputs:
+    """Returns a kernel's inputs for a block, from queries, keys and values, each B x T x heads x channels."""
+    q_BTHC, k_BSKC, v_BSKC = arrays
+    scale = attention_scale(config, q_BTHC.shape[-1])
+    return AttentionInputs(
+        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attn_logit_softcap, positional_bias(config), sinks_H
+    )
