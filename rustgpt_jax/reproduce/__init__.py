@@ -1,1 +1,1 @@
-"""What a run did, done again: one of its steps with the same bits, looked into, and tried with other numbers."""
+"""Reproduce a run: replay a step, rerun the whole run, compare two runs, and diagnose a failed one."""

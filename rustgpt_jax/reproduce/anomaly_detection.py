@@ -1,4 +1,4 @@
-"""Which step of a run went wrong, to judge by its record: not finite, or else its loss too high, or else a spike."""
+"""Find the step at which a run went wrong from its record: a non-finite value, a diverged loss, or a loss spike."""
 
 import math
 from typing import NamedTuple
@@ -18,7 +18,7 @@ BLOCK_LINES = 2**15
 
 
 class Anomaly(NamedTuple):
-    """A step, what is wrong with it in words, and whether that is something that is not finite.
+    """A step at which a run went wrong, a description, and whether a value is not finite.
 
     rewind: how the run went back from it.
     """
@@ -30,7 +30,7 @@ class Anomaly(NamedTuple):
 
 
 class DivergenceThreshold(NamedTuple):
-    """Above which loss, and from step `since` on, a loss is too high, and what that loss is in words."""
+    """The loss above which a run counts as diverged from step `since` on, and a description of it."""
 
     above: float
     meaning: str
@@ -38,7 +38,7 @@ class DivergenceThreshold(NamedTuple):
 
 
 def compute_divergence_threshold(past: RecordedRun, history: History) -> DivergenceThreshold:
-    """The loss above which a run is lost, to judge by its vocabulary and its first recorded loss."""
+    """Return the loss above which a run has diverged, from its vocabulary size and its first recorded loss."""
     n_tokens = vocab_size(past.inputs.full_config.model)
     first = next((float(loss) for loss in history.loss[:1] if math.isfinite(loss)), 0.0)
     if first > math.log(n_tokens):
@@ -100,7 +100,7 @@ def _undone(rewind: Rewind) -> Anomaly:
 
 
 def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> int:
-    """The first step after `before` and up to `after` whose loss is above a ceiling: they are made again."""
+    """Replay the steps after `before` up to `after`, and return the first whose loss is above a ceiling."""
     if after - before == 1:
         return after
     _, every = past.train(past.state_at(before), after - before)
@@ -109,7 +109,7 @@ def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> 
 
 
 def _within(past: RecordedRun, before: int, after: int) -> Anomaly:
-    """The step after `before` and up to `after` in which the count of spikes rose last: they are made again."""
+    """Replay the steps after `before` up to `after`, and return the last at which the spike count rose."""
     state = past.state_at(before)
     count = int(state.health.spikes)
     _, every = past.train(state, after - before)

@@ -1,4 +1,4 @@
-"""What two runs have recorded, held against each other: metrics and texts step by step, and checkpoints."""
+"""Compare the recorded metrics, generated texts and checkpoints of two runs."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ABSENT = "nothing"
 
 
 class FirstDifference(NamedTuple):
-    """Where two records part: the first step at which a value is not the same, its name and the two values."""
+    """The first step at which a value of two records differs, its name and the two values."""
 
     step: int
     name: str
@@ -35,12 +35,12 @@ class FirstDifference(NamedTuple):
 
 
 def format_first_difference(found: FirstDifference) -> str:
-    """Where two records part, in words."""
+    """Describe the first difference of two records."""
     return f"Step {found.step:,} is the first that differs: {found.name} is {found.first} and {found.second}."
 
 
 class MetricComparison(NamedTuple):
-    """What two records have in common: the last step of both, how many values were compared, where they part.
+    """The common part of two records: the last step, the number of compared values, and the first difference.
 
     `agreed` is the last step before that at which both have a value; 0 if there is none.
     """
@@ -169,7 +169,7 @@ def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
 
 
 class ArrayComparison(NamedTuple):
-    """The checkpoints of two runs after `step`, the last that both have: how many arrays, and which are not the same.
+    """The last checkpoint that two runs have in common: its step, its number of arrays, and those that differ.
 
     Without such a step there are no arrays.
     """
@@ -180,7 +180,7 @@ class ArrayComparison(NamedTuple):
 
 
 def compare_checkpoints(first: RunDir, second: RunDir) -> ArrayComparison:
-    """Hold the last checkpoints that two runs both have against each other, by their fingerprints."""
+    """Compare the last checkpoints that two runs have in common, by their fingerprints."""
     for step in sorted({*first.saved_steps} & {*second.saved_steps}, reverse=True):
         try:
             left, right = (read_metadata(run.checkpoints, step)["fingerprints"] for run in (first, second))

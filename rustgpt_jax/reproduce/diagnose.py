@@ -66,18 +66,18 @@ WHAT = {
 
 
 def first_nonfinite(tensors: Sequence[StepTensor]) -> StepTensor | None:
-    """The first tensor, in the order in which they are made, with an element that is not finite."""
+    """Return the first tensor in order of computation with a non-finite element."""
     return next((tensor for tensor in tensors if tensor.nonfinite), None)
 
 
 def describe_tensor(tensor: StepTensor) -> str:
-    """A tensor in words: its kind, its name and its layer."""
+    """Describe a tensor by its kind, name and layer."""
     layer = "" if tensor.layer is None else f" (layer {tensor.layer})"
     return f"{WHAT[tensor.kind]} {tensor.name}{layer}"
 
 
 def describe_first_nonfinite(tensors: Sequence[StepTensor]) -> str:
-    """A sentence about the first tensor that is not finite and the one that was made before it."""
+    """Describe the first non-finite tensor and the one computed before it."""
     bad = first_nonfinite(tensors)
     if bad is None:
         most = max(tensors, key=lambda tensor: tensor.largest)
@@ -98,7 +98,7 @@ def describe_first_nonfinite(tensors: Sequence[StepTensor]) -> str:
 
 
 class Growth(NamedTuple):
-    """A tensor in a bad step, and how many times its largest magnitude is that of a calm step."""
+    """A tensor of a bad step, and the ratio of its largest magnitude to that in a normal step."""
 
     tensor: StepTensor
     calm: StepTensor
@@ -106,14 +106,14 @@ class Growth(NamedTuple):
 
 
 def compute_growths(tensors: Sequence[StepTensor], calm: Sequence[StepTensor]) -> list[Growth]:
-    """What grew against a calm step, most first."""
+    """Return the growth of each tensor relative to a normal step, largest first."""
     pairs = zip(tensors, calm, strict=True)
     grown = [Growth(now, then, now.largest / then.largest) for now, then in pairs if then.largest > 0]
     return sorted(grown, key=lambda growth: -growth.times)
 
 
 def describe_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], calm_step: int) -> list[str]:
-    """Sentences about the activation and the gradient that grew most against a calm step."""
+    """Describe the activation and the gradient that grew most relative to a normal step."""
     sentences: list[str] = []
     for kind in (ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT):
         most = next(iter(growth for growth in compute_growths(tensors, calm) if growth.tensor.kind == kind), None)
@@ -126,14 +126,14 @@ def describe_growth(tensors: Sequence[StepTensor], calm: Sequence[StepTensor], c
 
 
 def compute_row_losses(inside: StepInternals) -> np.ndarray:
-    """The mean loss over the learned tokens of each row of the batch; 0 for a row without any."""
+    """Return the mean loss over the loss tokens of each row of the batch; 0 for a row without any."""
     losses_BT, weights_BT = np.asarray(inside.report.losses_BT), np.asarray(inside.report.weights_BT)
     learned_BT = np.where(weights_BT > 0, losses_BT * weights_BT, 0)
     return learned_BT.sum(axis=1) / np.maximum(weights_BT.sum(axis=1), 1)
 
 
 def find_outlier_rows(losses_B: np.ndarray) -> list[int]:
-    """The rows whose loss is not finite, or else those whose loss is far above the others', worst first."""
+    """Return the rows with a non-finite loss, or else those far above the others, worst first."""
     broken = np.flatnonzero(~np.isfinite(losses_B))
     if len(broken):
         return broken.tolist()
@@ -144,7 +144,7 @@ def find_outlier_rows(losses_B: np.ndarray) -> list[int]:
 
 
 def describe_batch(inside: StepInternals, tokenizer: Codec) -> str:
-    """A sentence about the rows of a batch that stand out, with the beginning of the worst."""
+    """Describe the outlier rows of a batch, with the beginning of the worst one."""
     losses_B = compute_row_losses(inside)
     rows, n_rows = find_outlier_rows(losses_B), len(losses_B)
     if not rows:
@@ -172,7 +172,7 @@ SPIKE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class InterventionTrial:
-    """Remedies tried over the steps `first` to `last`, the fate of each that could be, and what loss was too high."""
+    """Interventions tried over the steps `first` to `last`, their results, and the divergence threshold."""
 
     first: int
     last: int
@@ -181,16 +181,16 @@ class InterventionTrial:
     too_high: DivergenceThreshold
 
     def first_bad_step(self, fate: InterventionResult) -> int | None:
-        """The step at which a run would have ended with a remedy, None if it came through."""
+        """Return the step at which the run fails despite an intervention, or None if it survives."""
         index = fate.first_bad_step(self.too_high.above, max(0, self.too_high.since - self.first))
         return None if index is None else self.first + index
 
     def fate_of(self, remedy: Intervention) -> InterventionResult | None:
-        """The fate of a remedy, None if it could not be tried."""
+        """Return the result of an intervention, or None if it was unavailable."""
         return next((fate for fate in self.fates if fate.remedy == remedy), None)
 
     def survivors(self) -> list[InterventionResult]:
-        """Those that came through, the lowest loss at the end first."""
+        """Return the results of interventions that survived, lowest final loss first."""
         alive = [fate for fate in self.fates if self.first_bad_step(fate) is None]
         return sorted(alive, key=lambda fate: float(fate.losses[-1]))
 
@@ -241,7 +241,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
 
 
 def describe_anomaly(past: RecordedRun, found: Anomaly, again: ReplayedStep, inside: StepInternals) -> list[str]:
-    """What the step tells of its own fault."""
+    """Describe what the tensors and the batch of a bad step show about its cause."""
     loss, norm = again.metrics[LOSS], again.metrics[NORM]
     if found.is_fault and again.is_finite:
         return [
@@ -297,7 +297,7 @@ class View:
 
 
 def try_interventions(past: RecordedRun, view: View) -> InterventionTrial:
-    """Every remedy from a state before the step, on the batches that the run read, to some steps after it."""
+    """Try every intervention from a state before the bad step on the run's batches, until some steps after it."""
     stage, program = past.data_of(view.step).stage, past.program_of(view.step)
     first, last = _first_step(past, view.step, stage.first_step), min(view.step + AFTER, stage.end_step)
     state = past.state_at(first - 1)
@@ -309,13 +309,13 @@ def try_interventions(past: RecordedRun, view: View) -> InterventionTrial:
 
 
 def _first_step(past: RecordedRun, step: int, begin: int) -> int:
-    """The first step that is tried: after a checkpoint that lies far enough before the bad one, but not too far."""
+    """Return the first step to try: after a checkpoint far enough before the bad step, but not too far."""
     nearest = max(begin, past.nearest(max(begin, step - LEAST_BEFORE)))
     return max(nearest, step - MOST_BEFORE) + 1
 
 
 def describe_earlier_intervention(trial: InterventionTrial, view: View, step: int, path: Path) -> list[str]:
-    """Where the run was lost before the step that was looked at, if it was."""
+    """Say at which earlier step the run had already diverged, if it had."""
     control = next((trial.first_bad_step(fate) for fate in trial.fates if fate.remedy.name == CONTROL), None)
     lost_at = min(view.step, control or view.step)
     if lost_at == step:
@@ -325,7 +325,7 @@ def describe_earlier_intervention(trial: InterventionTrial, view: View, step: in
 
 
 def format_advice(trial: InterventionTrial, config: Config, stage: str) -> list[str]:
-    """What to do, in sentences."""
+    """Return recommendations as sentences."""
     survivors = trial.survivors()
     helpful = [fate.remedy for fate in survivors if fate.remedy.name != CONTROL]
     sentences: list[str] = []

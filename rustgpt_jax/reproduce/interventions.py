@@ -1,4 +1,4 @@
-"""Remedies for a run that went wrong: other knobs, tried from a state before the fault, all in one compiled program."""
+"""Interventions for a failed run: changed knobs, tried from a state before the failure in one compiled program."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ CONTROL = "as it was"
 
 @dataclass(frozen=True)
 class Intervention:
-    """Some knobs and their values, or why they cannot be tried."""
+    """Changed knobs, or the reason why they are unavailable."""
 
     name: str
     knobs: tuple[tuple[str, Any], ...] = ()
@@ -44,7 +44,7 @@ class Intervention:
 
 
 class InterventionResult(NamedTuple):
-    """How a run fares with a remedy, step by step: its losses, and whether loss, gradient and update are finite."""
+    """The result of an intervention by step: losses, and whether loss, gradient and update are finite."""
 
     remedy: Intervention
     losses: np.ndarray
@@ -124,7 +124,7 @@ def _float32(config: Config) -> Intervention:
 
 
 def _rounded(value: float) -> float:
-    """A positive number in one significant digit."""
+    """Round a positive number to one significant digit."""
     return float(f"{value:.0e}") if value > 0 and math.isfinite(value) else 0.0
 
 
@@ -132,7 +132,7 @@ def _rounded(value: float) -> float:
 
 
 class Lane(NamedTuple):
-    """Remedies that differ in numbers alone, run side by side from one state; numbers have a first axis of them."""
+    """Interventions that share a program: they start from one state, and `hparams` has a leading axis for them."""
 
     state: State
     hparams: Hyperparams
@@ -166,7 +166,7 @@ def run_interventions(
 def compute_curves(
     statics: tuple[StaticConfig, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Losses, and whether all is finite, P x S, of each lane: those of equal structure at once, others in turn."""
+    """Return the losses and whether all is finite (P x S) for each lane; members of a lane are vmapped."""
 
     def steps(static: StaticConfig, state: State, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
         def body(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
@@ -186,7 +186,7 @@ compiled_compute_curves = jax.jit(compute_curves, static_argnums=0)
 
 
 def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
-    """A state for another structure: what it has by the same path and shape is kept, what is new begins as it does."""
+    """Convert a state to another static config: keep leaves with the same path and shape, initialize the others."""
     kept = by_path(state)
     fresh = compiled_init_state(static, hparams)
 
@@ -198,7 +198,7 @@ def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State
 
 
 def format_flags(remedy: Intervention, config: Config, stage: str) -> Iterator[str]:
-    """What to write on the command line for a remedy: of the whole run, or of the stage that sets the knob itself."""
+    """Yield the command-line flags of an intervention, for the stage if that overrides the knob itself."""
     own = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
     for path, value in remedy.knobs:
         where = f"stages.{stage}.{path}" if path in own else path

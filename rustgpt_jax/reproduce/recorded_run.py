@@ -1,4 +1,4 @@
-"""A run that is only read: its state after any step, and its steps again with the same bits."""
+"""Read-only view of a recorded run: its state after any step, and bit-exact recomputation of its steps."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -159,7 +159,7 @@ class StepInternals(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A fault that a run went back from: its step, the step that it went on from, and what its state counted then."""
+    """A failure that a run rewound from: its step, the step it continued from, and the state's counters then."""
 
     step: int
     to: int
@@ -196,7 +196,7 @@ class History(NamedTuple):
 
 
 class RecordedRun:
-    """A run as its folder has it. Nothing is written there, and no lock is taken. Use it in a `with` statement.
+    """A read-only view of a recorded run, which takes no lock. Use it in a `with` statement.
 
     Step K of a run, from 1, is the one whose record has "step": K; it takes the state after step K - 1.
     Raises UserError if the folder has no run, or the text that it read is not there any more.
@@ -222,7 +222,7 @@ class RecordedRun:
         self._checkpoints: Checkpoints | None = None
 
     def _mesh_here(self) -> MeshConfig:
-        """The mesh of the last launch; where there are other devices, one that shares the batches among them."""
+        """Return the mesh of the last launch, or a data-parallel one if the devices differ."""
         last = launches(self.folder)[-1:]
         was = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
         try:
@@ -260,14 +260,14 @@ class RecordedRun:
         return self.inputs.stages[self._stage_index(step)]
 
     def program_of(self, step: int) -> StageProgram:
-        """What a step runs."""
+        """Return the program of a step."""
         return self.inputs.programs[self._stage_index(step)]
 
     def _stage_index(self, step: int) -> int:
         return next(index for index, data in enumerate(self.inputs.stages) if step <= data.stage.last_step)
 
     def record(self, step: int) -> dict[str, Any] | None:
-        """What metrics.jsonl has of the training of a step, None if it was not logged."""
+        """Return the logged training metrics of a step, or None if it was not logged."""
         found = None
         for line in iter_metrics(self.folder.path, containing=str(step).encode()):
             if line["step"] == step and "train/loss" in line and step <= self._last_saved:
@@ -275,28 +275,28 @@ class RecordedRun:
         return found
 
     def history(self) -> History:
-        """What metrics.jsonl has of the training."""
+        """Return the logged training metrics."""
         steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
         return History(steps, *(values[name] for name in HISTORY)).until(self._last_saved)
 
     def go_before(self, rewind: Rewind) -> None:
-        """See the run as it was when it had not gone back from a fault yet: nothing that was written later counts."""
+        """View the run as it was before it rewound from a failure, without anything written later."""
         self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
         self._last_saved = rewind.to
 
     # Doing it again.
 
     def saved_steps(self) -> list[int]:
-        """The steps after which there is a checkpoint, and 0."""
+        """Return the steps with a checkpoint, and 0."""
         steps = self._checkpoints.steps() if self._checkpoints else []
         return [0, *(step for step in steps if step <= self._last_saved)]
 
     def nearest(self, step: int) -> int:
-        """The last step, at or before this one, after which there is a checkpoint; 0 for the start."""
+        """Return the last step with a checkpoint at or before this one; 0 for the start."""
         return max(saved for saved in self.saved_steps() if saved <= step)
 
     def state_at(self, step: int) -> State:
-        """The state after a step: that of the nearest sound checkpoint at or before it, advanced by what is missing."""
+        """Return the state after a step: the nearest valid checkpoint, advanced by the missing steps."""
         return self.advanced(self.saved_state(step), step)
 
     def saved_state(self, step: int) -> State:
@@ -322,7 +322,7 @@ class RecordedRun:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
     def batch(self, state: State) -> Batch:
-        """The batch of the step after a state."""
+        """Return the batch of the step after a state."""
         return self.batches(state, 1)[0]
 
     def batches(self, state: State, count: int) -> list[Batch]:
@@ -399,12 +399,12 @@ def read_rewinds(folder: RunDir) -> list[Rewind]:
 
 
 def describe_start(step: int) -> str:
-    """What a state after a step is read from, in words."""
+    """Describe what the state after a step is restored from."""
     return f"the checkpoint of step {step}" if step else "the start"
 
 
 def to_metric_dict(metrics: Metrics) -> dict[str, float]:
-    """The metrics of a step by the names that metrics.jsonl has for them."""
+    """Return the metrics of a step under their names in metrics.jsonl."""
     values = {**metrics._asdict(), **metrics.signals}
     del values["signals"]
     return {f"train/{name}": value.item() for name, value in values.items()}

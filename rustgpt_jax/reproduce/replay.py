@@ -1,4 +1,4 @@
-"""`replay`: a step of a run made again with the same bits, held against its record, and looked into."""
+"""The verb `replay`: recompute a step bit for bit, compare it with its record, and show its tensors."""
 
 import math
 import tempfile
@@ -88,7 +88,7 @@ def _print(again: ReplayedStep, path: Path, console: Console) -> None:
 
 
 def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
-    """A table with a row for each site: of all layers the one with the largest magnitude, forward and backward."""
+    """Print a table with a row per hook point: the layer with the largest magnitude, forward and backward."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("site", no_wrap=True)
     for head in ("largest", "layer", "norm", "not finite", "gradient", "layer", "norm", "not finite"):
@@ -119,13 +119,13 @@ Value = Callable[[StepTensor], float]
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The smallest and the largest positive value of a map."""
+    """The smallest and the largest positive value of a heat map."""
 
     low: float
     high: float
 
     def share(self, value: float) -> float:
-        """Where a value stands between them by its logarithm, 0 for the largest."""
+        """Return the position of a value on a logarithmic scale, 0 for the largest."""
         if value <= 0:
             return 1.0
         width = math.log(self.high / self.low)
@@ -133,7 +133,7 @@ class ValueRange:
 
 
 def render_heat_map(title: str, caption: str, tensors: Sequence[StepTensor], value: Value) -> str:
-    """A figure with a cell for each tensor. Those outside of the layers stand in a line of their own above."""
+    """Render a figure with a cell per tensor; those outside of the layers are in a separate row."""
     values = [value(tensor) for tensor in tensors]
     positive = [each for each in values if each > 0 and math.isfinite(each)]
     span = ValueRange(min(positive, default=1.0), max(positive, default=1.0))
@@ -188,7 +188,7 @@ def _cell(tensor: StepTensor, value: float, span: ValueRange, n_columns: int) ->
 
 
 def format_tooltip(tensor: StepTensor) -> str:
-    """All numbers of a tensor, a line each."""
+    """Format the statistics of a tensor, one per line."""
     return (
         f"{tensor.name}\n{tensor.kind}\nroot mean square {tensor.rms:.4g}\nnorm {tensor.norm:.4g}\n"
         f"largest magnitude {tensor.largest:.4g}\nnot finite {tensor.nonfinite:,} of {tensor.size:,}"
@@ -196,7 +196,7 @@ def format_tooltip(tensor: StepTensor) -> str:
 
 
 def format_short(value: float) -> str:
-    """A number in two significant digits, without the zeros of an exponent: 0.12, 3.4e-5, 1.2e4."""
+    """Format a number with two significant digits and a short exponent: 0.12, 3.4e-5, 1.2e4."""
     mantissa, e, exponent = f"{value:.2g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
@@ -213,7 +213,7 @@ PARTS = Path(__file__).parent / "assets"
 
 
 def render_page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
-    """The HTML of a step that was looked into."""
+    """Render the HTML page of a replayed step."""
     title = f"{escape(again.run)}, step {again.step}"
     style = (REPORT_ASSETS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
     body = f"{_head(again, tensors)}{_figures(tensors)}{_table(tensors)}"

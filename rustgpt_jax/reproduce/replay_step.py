@@ -1,4 +1,4 @@
-"""A step of a run made again, held against what the run recorded of it."""
+"""Recompute a step of a run and compare it with its record."""
 
 import math
 from collections.abc import Mapping
@@ -41,13 +41,13 @@ class ReplayedStep:
 
     @property
     def recorded(self) -> dict[str, float]:
-        """The recorded metrics that a config decides."""
+        """Return the recorded metrics that are a function of the config."""
         record = self.record or {}
         return {name: value for name, value in record.items() if name.startswith("train/") and name not in TIMED}
 
     @property
     def unequal(self) -> list[str]:
-        """The recorded metrics that are not the same now, bit for bit."""
+        """Return the recorded metrics that are not bit-identical now."""
         return [name for name, value in self.recorded.items() if not _same(value, self.metrics.get(name))]
 
     @property
@@ -67,7 +67,7 @@ class ReplayedStep:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether it is what was recorded."""
+        """Say in a sentence whether the step matches its record."""
         if self.missing:
             return f"There is nothing to compare this with: metrics.jsonl {self.missing}."
         if self.record is None:

@@ -1,4 +1,4 @@
-"""A run again, from its folder alone: by the code that it keeps, into a new folder; then both are compared."""
+"""The verb `rerun`: rerun a run from its folder with its saved code, and compare both."""
 
 import hashlib
 import shutil
@@ -78,7 +78,7 @@ def _first_launch(run: RunDir, console: Console) -> Launch:
 
 
 def _prepare(run: RunDir, again: RunDir, launch: Launch) -> None:
-    """Make the new run's folder with all that a run begins with, or see that it is there already."""
+    """Create the folder of the new run, or check that it exists already."""
     about = {"code": launch.code, "config": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     if again.path.exists() and not again.path.is_dir():
         raise UserError(f"{again.path} is a file, and the folder of the rerun cannot be there; choose another.")
@@ -95,7 +95,7 @@ def _prepare(run: RunDir, again: RunDir, launch: Launch) -> None:
 
 
 def _train(run: RunDir, again: RunDir, code: SnapshotCode, console: Console) -> int:
-    """Train the new run by the old code. The exit status: 0 if it came to its end, rather than being stopped."""
+    """Train the new run with the old code and return the exit status, 0 if it finished."""
     wanted = _reached(run)
     _say_if_early(run, wanted, console)
     arguments = [str(code.folder / "launch.py"), "train", f"--run={again.path.absolute()}"]
@@ -131,7 +131,7 @@ def _say_if_early(run: RunDir, reached: int, console: Console) -> None:
 
 
 def _compared(run: RunDir, again: RunDir, launch: Launch, console: Console) -> bool:
-    """Say how far the two runs are the same, and if they are not, what differs in what they were made of."""
+    """Print how far two runs are identical and, if they are not, what differs in their inputs."""
     if launch.mode == "fused":
         return _compared_roughly(run, again, console)
     found, arrays = compare_records(run.path, again.path), compare_checkpoints(run, again)

@@ -1,4 +1,4 @@
-"""Two runs held against each other: what they were made of, where their losses part, and which tensor was the first."""
+"""The verb `diff`: compare the inputs of two runs, their losses, and find the first tensor that differs."""
 
 import ast
 import difflib
@@ -32,7 +32,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Difference(NamedTuple):
-    """One thing in which two runs differ: what it is called, and what it is in the first and in the second.
+    """One difference of two runs: its name, and its value in the first and in the second.
 
     `patch` are the lines of a unified diff, for a file of the code. `matters` is whether it can change a run: a comment
     does not.
@@ -54,7 +54,7 @@ class Section(NamedTuple):
 
 
 def compare_metadata(first: RunDir, second: RunDir) -> list[Section]:
-    """What two runs differ in, in the order in which one thing leads to the next."""
+    """Return the differences of two runs, causes before effects."""
     kinds = {
         "config": diff_configs,
         "code": diff_code,
@@ -72,7 +72,7 @@ def compare_metadata(first: RunDir, second: RunDir) -> list[Section]:
 
 
 def diff_configs(first: RunDir, second: RunDir) -> list[Difference]:
-    """The knobs in which two configs differ, as they were recorded, those of stages too."""
+    """Return the knobs in which two recorded configs differ, including those of stages."""
     left, right = _knobs(first), _knobs(second)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name, OWN) != right.get(name, OWN)]
     found = [Difference(f"config.{name}", left.get(name, OWN), right.get(name, OWN)) for name in names]
@@ -107,7 +107,7 @@ def _knobs(run: RunDir) -> dict[str, Any]:
 
 
 def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
-    """The files of the code that the first launches ran which are not the same."""
+    """Return the files in which the code of the first launches differs."""
     both = [first_launch(run) for run in (first, second)]
     if both[0].code == both[1].code:
         return []
@@ -126,7 +126,7 @@ def _of_file(name: str, left: bytes | None, right: bytes | None) -> Difference:
 
 
 def _meaning(source: bytes) -> str | bytes:
-    """A module without its comments, docstrings and line breaks; as it is, where it is no Python of this version."""
+    """Return a module without comments, docstrings and line breaks, or unchanged if it cannot be parsed."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -138,7 +138,7 @@ def _meaning(source: bytes) -> str | bytes:
 
 
 def diff_environments(first: RunDir, second: RunDir) -> list[Difference]:
-    """Versions, devices and settings that were not the same at the first launches, and how they trained."""
+    """Return differences of versions, devices, settings and training mode at the first launches."""
     both = [first_launch(run) for run in (first, second)]
     left, right = (
         flat(launch.environment)
@@ -181,7 +181,7 @@ def _relative(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def diff_programs(first: RunDir, second: RunDir) -> list[Difference]:
-    """The stages whose compiled programs are not the same, by the SHA-256 of their StableHLO."""
+    """Return the stages whose compiled programs differ, by the SHA-256 of their StableHLO."""
     both = [programs(run) for run in (first, second)]
     for run, found in zip((first, second), both, strict=True):
         if not found:
@@ -214,7 +214,7 @@ MOST_SHOWN, MOST_LINES, MOST_LINES_OF_ALL = 12, 12, 48
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line as it is, but for what a terminal would take for a command."""
+    """Print a line without interpreting markup or control characters."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 
@@ -225,7 +225,7 @@ def print_section(section: Section, console: Console) -> None:
 
 
 def format_difference(difference: Difference) -> str:
-    """A difference as 'name: one -> other', a changed file of the code by its name."""
+    """Format a difference as 'name: one -> other'; a changed file by its name."""
     if difference.patch and ABSENT not in (difference.first, difference.second):
         return difference.name
     return f"{difference.name}: {_said(difference.first)} -> {_said(difference.second)}"
@@ -264,7 +264,7 @@ Trace = dict[int, dict[str, Any]]
 
 
 class Origin(NamedTuple):
-    """The first tensor in which two runs differ: its step, the part of the step, its name there."""
+    """The first tensor in which two runs differ: its step, the part of the step, and its name."""
 
     step: int
     part: str
@@ -292,7 +292,7 @@ def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: 
 
 
 def find_origin(first: RunDir, second: RunDir, agreed: int, parted: int, is_trusted: bool = False) -> Origin | None:
-    """The first tensor in which two runs differ, whose records agree up to one step and part at another.
+    """Find the first tensor in which two runs differ, between the last equal step and the first different one.
 
     Raises UserError if either cannot be made again.
     """
@@ -327,7 +327,7 @@ def _first_unequal(left: Trace, right: Trace) -> Origin | None:
 
 
 def _tensors(step: dict[str, Any], part: str) -> Iterator[tuple[str, Any]]:
-    """The tensors of a part of a step by their names, each by what tells it apart."""
+    """Return the tensors of a part of a step by name, each with its fingerprint."""
     if part == "loss":
         yield "train/loss", step["metrics"]["train/loss"]
     elif part in ("activations", "gradients"):
@@ -341,7 +341,7 @@ MOST_CAUSES = 3
 
 
 class Causes(NamedTuple):
-    """What a part of a step depends on: knobs, files of the code and packages, by the beginnings of their names."""
+    """What a part of a step depends on: prefixes of knobs, code files and packages."""
 
     words: str
     knobs: tuple[str, ...]

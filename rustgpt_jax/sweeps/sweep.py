@@ -1,4 +1,4 @@
-"""A sweep as a whole: plan its trials, have them run, look again until all are done, and report."""
+"""Run a sweep: plan its trials, launch them, and repeat until all are done."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ UNSEEN_CPU = Machine("cpu", 1, 2e9, 0.0)
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How to run a sweep, as the command line says. None: chosen automatically."""
+    """How to run a sweep; None means chosen automatically."""
 
     launcher: str = "inline"
     mode: str = "auto"
@@ -204,13 +204,13 @@ def open_sweep(
 
 
 def check_options(settings: SweepOptions) -> None:
-    """Raises UserError for a launcher or a mode that there is not."""
+    """Raise UserError if the launcher or the mode is unknown."""
     choose(LAUNCHERS, settings.launcher, "--launcher")
     choose(dict.fromkeys(MODES), settings.mode, "--mode")
 
 
 def check_trials(trials: Iterable[Trial], shelf: AssetCache) -> None:
-    """Raises UserError, before anything is written, for parts that there are not, and for text that will not do."""
+    """Raise UserError, before anything is written, for unknown components and unsuitable text."""
     nowhere = SweepDir(Path("none"))
     for trial in trials:
         try:

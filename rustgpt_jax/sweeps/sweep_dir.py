@@ -1,4 +1,4 @@
-"""A sweep on disk: what lies where in its folder."""
+"""The folder of a sweep: its files and its ledger of events."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ class SweepDir:
 
     @property
     def ledger_file(self) -> Path:
-        """What was planned, began, ended and failed, one JSON object a line; never rewritten."""
+        """The append-only log of planned, started, ended and failed trials, one JSON object per line."""
         return self.path / "ledger.jsonl"
 
     @property
@@ -58,17 +58,17 @@ class SweepDir:
 
     @property
     def jobs(self) -> Path:
-        """What submitit keeps of the jobs of a cluster: scripts, logs, results."""
+        """The folder of submitit's scripts, logs and results."""
         return self.path / "jobs"
 
     @property
     def lock_file(self) -> Path:
-        """Held by the launcher that leads a search."""
+        """The lock of the launcher that leads a search."""
         return self.path / ".lock"
 
 
 def create_sweep_dir(path: Path, about: dict[str, Any]) -> SweepDir:
-    """Make the folder of a sweep, or go on with the one there. `about` has at least its name and its config file.
+    """Create or reopen the folder of a sweep. `about` has at least its name and its config file.
 
     Raises UserError if the folder holds another sweep, a run, or other files.
     """
@@ -97,7 +97,7 @@ def create_sweep_dir(path: Path, about: dict[str, Any]) -> SweepDir:
 
 
 def read_sweep_info(path: Path) -> dict[str, Any]:
-    """What sweep.json says. Raises UserError if the folder is not one of a sweep."""
+    """Read sweep.json. Raises UserError if the folder is not a sweep."""
     file = SweepDir(path).about_file
     if not file.exists():
         raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
@@ -182,7 +182,7 @@ class Ledger:
         self._done, self._done_end = set[str](), 0
 
     def append(self, trial: str, event: str, **details: Any) -> None:
-        """Write one event, which is on the disk on return."""
+        """Write one event; it is on disk on return."""
         self.append_all([(trial, event, details)])
 
     def append_all(self, events: Iterable[tuple[str, str, dict[str, Any]]]) -> None:

@@ -1,4 +1,4 @@
-"""The trials of a sweep: each a whole config with a name of its own, checked before anything runs."""
+"""The trials of a sweep, each a complete config that is validated before anything runs."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ PLACES = (0.0, 0.3, 0.5, 0.7, 0.999)
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A run of a sweep. Its id is the beginning of its config's hash, so equal configs are one trial everywhere."""
+    """A run of a sweep. Its ID is a prefix of its config hash, so equal configs are the same trial."""
 
     id: str
     overrides: Overrides
@@ -39,7 +39,7 @@ def _new_shelf() -> "AssetCache":
 
 
 def make_trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"] = _new_shelf) -> Trial:
-    """The trial that differs from a config (a ConfigDict, left as it is) in these knobs.
+    """Make the trial that overrides some knobs of a ConfigDict, which is not modified.
 
     Where epochs are among the knobs, the trial has the steps that they come to instead; `shelf` gives the data that
     tell. Raises UserError for a knob that the config does not have, a value out of range, and whatever `resolve`
@@ -62,7 +62,7 @@ def make_trial(tree: Any, overrides: Overrides, shelf: Callable[[], "AssetCache"
 def make_trials(
     tree: Any, sweep: Iterable[Overrides], fixed: Iterable[str] = (), shelf: Callable[[], "AssetCache"] = _new_shelf
 ) -> list[Trial]:
-    """All trials of a sweep over a config, in their order.
+    """Make all trials of a sweep over a config, in order.
 
     `fixed` are knobs that were set by hand and so must not be swept. `shelf` gives what trials share. Raises
     UserError for what cannot run, for two trials that are the same config, and for a sweep without trials.
@@ -141,5 +141,5 @@ def _first(tree: Any, points: Iterable[Overrides], shelf: Callable[[], "AssetCac
 
 
 def describe_overrides(overrides: Overrides) -> str:
-    """Overrides as a person would write them: 'optimizer.learning_rate=0.001, seed=1'."""
+    """Format overrides for people: 'optimizer.learning_rate=0.001, seed=1'."""
     return ", ".join(f"{path}={value}" for path, value in overrides.items()) or "of the config as it is"

@@ -1,4 +1,4 @@
-"""Who trains: a worker takes a chunk, holds its trials that nobody else holds, runs them, and says what became of them.
+"""Worker loop: claim the trials of a chunk, train them, and record their outcomes.
 
 Workers in other processes are told their chunks on standard input, one JSON object a line, and answer each with a line
 on standard output. Where the input ends, whoever told them is gone: they save and end.
@@ -31,16 +31,16 @@ from rustgpt_jax.workdir.run_dir import RunLocked, load_config, load_origins
 
 
 class _Quiet:
-    """Trials say nothing while they train; their files do."""
+    """A progress display that shows nothing."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def evaluating(self, done: int, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Worker:
@@ -59,7 +59,7 @@ class Worker:
         self._identity = {"host": socket.gethostname(), "process": os.getpid(), "code": code}
 
     def work(self, chunk: Chunk) -> None:
-        """Run those trials of a chunk that are not done and that no other worker holds.
+        """Run the trials of a chunk that are neither done nor held by another worker.
 
         If something fails that is not the user's asking to stop, each trial is run alone in the same program, so that
         only the one that causes it is marked as failed.
@@ -78,7 +78,7 @@ class Worker:
             self.work(dataclasses.replace(chunk, trials=(trial,)))
 
     def _claim(self, trial: str, chunk: Chunk, held: ExitStack) -> Trainer | None:
-        """Hold a trial, unless it is done, another worker holds it, or it cannot be run."""
+        """Lock a trial, unless it is done, held by another worker, or not runnable."""
         if self._is_stopped() or self._ledger.is_done(trial):
             return None
         folder = self._folder.trial(trial)

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 1.23M parameters, 4.5 GB, 2m03s."""
+"""Human-readable numbers: 1.23M parameters, 4.5 GB, 2m03s."""
 
 import re
 from typing import Any

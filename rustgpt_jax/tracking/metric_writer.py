@@ -92,7 +92,7 @@ class MetricsWriter:
         return _open_tensorboard(self._run.tensorboard, self._resume_step)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append one line, which is on its way to the disk on return. Strings, such as the stage, are not plotted."""
+        """Append one line and flush it to the operating system. Strings, such as the stage, are not plotted."""
         line = {"step": step} | {name: _to_json(value) for name, value in values.items()}
         self.check()
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -194,7 +194,7 @@ def last_step(folder: Path) -> int:
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
-    """The latest values of a run that is being written, whichever lines they stand in; none if there are none yet."""
+    """Return the latest value of each metric of a running run; empty if there are none yet."""
     file = RunDir(folder).metrics_file
     if not file.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The picture of a run: loss over steps, drawn from metrics.jsonl alone."""
+"""Loss plot of a run, drawn from metrics.jsonl."""
 
 import io
 import math
@@ -60,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Label:
-    """What stands at the right end of a curve: a text at its last value, and a remark under it."""
+    """The label at the right end of a curve: a text at its last value, and a remark below it."""
 
     value: float
     text: str
@@ -163,7 +163,7 @@ def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
 
 
 def _drawable(name: Any) -> str:
-    """A name without halves of surrogate pairs, which stand for bytes of a file's name that are not UTF-8."""
+    """Return a name without surrogates, which represent bytes of a file name that are not UTF-8."""
     return str(name).encode(errors="replace").decode()
 
 

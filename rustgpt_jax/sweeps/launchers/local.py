@@ -1,4 +1,4 @@
-"""In this process: a thread for each device, or for each group of them, takes one chunk after another."""
+"""Launchers on this machine: threads of this process, or subprocesses."""
 
 import json
 import os
@@ -125,7 +125,7 @@ class _Process:
         self._end()
 
     def run(self, chunk: Chunk) -> None:
-        """Have a chunk run, by as many processes as it takes."""
+        """Run a chunk, restarting the process if it dies."""
         for _ in range(MOST_DEATHS):
             if self._answers(chunk):
                 self._n_trials += len(chunk.trials)
@@ -184,7 +184,7 @@ class _Process:
         return {"CUDA_VISIBLE_DEVICES": gpus[self._place % len(gpus)]} if gpus else {}
 
     def _end(self) -> int:
-        """Let the process save and end: the end of its input asks for that. Its exit status."""
+        """Close the input of the process so that it saves and ends, and return its exit status."""
         process, self._process, self._n_trials = self._process, None, 0
         if process is None:
             return 0

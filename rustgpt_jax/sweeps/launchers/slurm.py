@@ -1,4 +1,4 @@
-"""On a cluster: a Slurm job for each chunk, submitted through submitit as an array.
+"""Slurm launcher: one job per chunk, submitted through submitit as an array.
 
 A job that is preempted or comes to its time limit saves its trials, asks to be put back in the queue, and goes on from
 there. Jobs run the copy of the code taken at launch. The ledger, not submitit, tells what became of the trials.
@@ -212,7 +212,7 @@ class Job:
 
 
 def _requeue() -> None:
-    """Put this job back in the queue, unless Slurm is ending it already: then it is cancelled, or requeued by Slurm."""
+    """Requeue this job, unless Slurm is ending it already."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -265,7 +265,7 @@ def job_script(run: Path, command: Sequence[str], options: Mapping[str, str], fo
 
 
 def submit(script: str) -> str:
-    """Give a script to Slurm. The number of the job. Raises UserError if there is no Slurm, or if it refuses."""
+    """Submit a script to Slurm and return the job number. Raises UserError if Slurm is missing or refuses."""
     if shutil.which("sbatch") is None:
         raise UserError("--launcher=slurm: there is no sbatch here; submit from a machine of the cluster.")
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
