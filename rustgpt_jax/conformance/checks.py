@@ -54,8 +54,10 @@ def _shapes(model: ModelConfig) -> Any:
 
 @dataclass(frozen=True)
 class Check:
-    """A function of a subject that gives what it measured and raises Broken; the tables that it is for; and the usual
-    cause of its failure."""
+    """A check: a function of a target that returns what it measured, or raises Broken.
+
+    `cause` is the usual cause of a failure.
+    """
 
     function: Callable[[Subject], str]
     kinds: Sequence[str]

@@ -76,8 +76,9 @@ def require_used(model: ModelConfig, where: str = "") -> None:
 
 
 def flops(subject: Subject) -> str:
-    """The FLOPs that runs declare, those of matrix products, are nearly all that XLA counts, which counts loops once;
-    and layers in a loop are declared to cost what they cost without one.
+    """Compare the declared FLOPs, those of matrix products, with what XLA counts.
+
+    XLA counts the body of a loop once. Layers in a loop must be declared to cost what they cost without one.
     """
     model = dataclasses.replace(subject.small_model, **LARGE, n_kv_heads=2, n_layers=subject.small_model.period)
     declared = WINDOW * forward_flops_per_token(model, WINDOW, loops_once=True)

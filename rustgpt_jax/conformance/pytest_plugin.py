@@ -1,4 +1,4 @@
-"""The checks as tests of a project that has parts of its own:
+"""Pytest plugin: the checks as tests of another project's components.
 
     @pytest.mark.conforms("my_lab.mixers:Retention")
     def test_retention(conformance_check):

@@ -1,0 +1,1 @@
+"""Datasets, token stores, and batches as a function of the step."""

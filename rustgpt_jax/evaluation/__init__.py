@@ -1,0 +1,1 @@
+"""Loss, perplexity, and exact-match accuracy."""

@@ -106,7 +106,8 @@ def decode_steps(
     """Draw up to `count` more tokens for each row that is not done, in one loop on the device.
 
     Args:
-        params, model: the transformer.
+        params: The parameters of the model.
+        model: The config of the model.
         generation: from `prefill`, or from an earlier call.
         count: the most tokens to draw now.
         samplers: applied in order to the logits of each token.

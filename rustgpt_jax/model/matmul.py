@@ -42,7 +42,7 @@ def scaled(x: jax.Array, dtype: Any) -> Scaled:
 
 
 def fp8_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs)."""
+    """X W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs)."""
     return _product(x, to_float32(kernel))
 
 
@@ -142,7 +142,7 @@ _activation_with_vjp.defvjp(_activated, _activated_back)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul_with_custom_vjp(x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool, inputs: int = 0) -> jax.Array:
-    """x W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs).
+    """X W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs).
 
     operands: the type of what is multiplied, forward and backward; sums are float32 at least. is_kept: a factor of
     the gradient of the kernel is transposed in memory before it is multiplied. inputs: 1 for a kernel that is
@@ -199,7 +199,7 @@ matmul_with_custom_vjp.defvjp(_multiplied, _multiplied_back)
 
 
 def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) -> jax.Array:
-    """x W with the shape (..., outputs), in the model's dtype, from a float32 kernel (inputs, outputs)."""
+    """X W with the shape (..., outputs), in the model's dtype, from a float32 kernel (inputs, outputs)."""
     x = x.astype(config.dtype)
     if isinstance(kernel, PackedWeight):
         return kernel.product(x)

@@ -165,8 +165,11 @@ def alibi(query_positions_BT: jax.Array, key_positions_BS: jax.Array, config: Mo
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """The slopes of ALiBi: 2^(-8/n), 2^(-16/n), ... for the powers of two n; for others those of the power below them,
-    then every other one of twice that power."""
+    """Return the slopes of ALiBi (heads,), one for each head.
+
+    For n a power of two, they are 2^(-8/n), 2^(-16/n), and so on. For other numbers of heads, they are those of the
+    power of two below, then every other one of twice that power.
+    """
     power = 1 << (heads.bit_length() - 1)
     of_power = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
     of_twice = 2.0 ** (-4.0 / power * np.arange(1, 2 * power + 1, 2))

@@ -25,7 +25,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+        """X W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
 
 
 @pytree(meta=["kernel"])
@@ -50,7 +50,7 @@ class RowMajorWeight(PackedWeight):
         return self.values.reshape(self.values.shape[::-1])
 
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+        """X W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
         x_BI = x.reshape(-1, x.shape[-1])
         if self.values.dtype == jnp.bfloat16:
             x_BI = x_BI.astype(jnp.bfloat16)
@@ -73,13 +73,13 @@ class UpcastWeight(PackedWeight):
     operands: str
 
     def product(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """x W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
+        """X W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
         operand = x.astype(jnp.bfloat16) if self.operands == "bfloat16" else x
         return (to_float32(operand) @ self.values).astype(dtype or x.dtype)
 
 
 def matrix_product(x_BI: jax.Array, values_OI: jax.Array) -> jax.Array:
-    """x W in float32 at least."""
+    """X W in float32 at least."""
     return jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=accum_dtype(x_BI))
 
 
@@ -90,8 +90,12 @@ def to_row_major(weights: jax.Array, dtype: Any, kernel: str) -> RowMajorWeight:
 
 
 def quantize_int8(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 values_OI and scales_O, so that a matrix (inputs, outputs) is about values_OI^T scales_O: symmetric, each
-    output by itself, its largest weight exact. No weight is off by more than half a scale.
+    """Quantize a matrix (inputs, outputs) symmetrically to int8, with one scale per output.
+
+    The largest weight of each output is exact, and no weight is off by more than half a scale.
+
+    Returns:
+        values_OI and scales_O, such that the matrix is about values_OI^T scales_O.
     """
     weights_OI = to_float32(weights).T
     largest_O = jnp.max(jnp.abs(weights_OI), axis=1)

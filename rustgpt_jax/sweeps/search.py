@@ -1,5 +1,6 @@
-"""Searches: trials that depend on what earlier ones found. What was found stands in run folders and in a journal, so a
-search that is killed at any moment goes on as if nothing had happened.
+"""Searches: trials that depend on the results of earlier ones.
+
+The results are in run folders and in a journal, so a search that is killed at any moment can be continued exactly.
 """
 
 import dataclasses

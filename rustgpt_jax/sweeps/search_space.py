@@ -172,7 +172,7 @@ def choice(*options: Any) -> Categorical:
 
 
 def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:
-    """n independent random points of a space: the same for the same seed, and the first k are those of n = k.
+    """N independent random points of a space: the same for the same seed, and the first k are those of n = k.
 
     A knob's values do not depend on which other knobs the space has. Raises UserError if n < 1 or seed < 0, or for a
     space that is empty or holds something else than distributions.
@@ -187,7 +187,7 @@ def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:
 
 
 def sobol(n: int, space: Space, seed: int = 0) -> list[Overrides]:
-    """n points of a scrambled Sobol sequence, which fill a space more evenly than random ones (Owen, 1998).
+    """N points of a scrambled Sobol sequence, which fill a space more evenly than random ones (Owen, 1998).
 
     The same for the same seed, and the first k are those of n = k; a power of two is spread best. Raises UserError
     as `sample` does.

@@ -1,0 +1,1 @@
+"""The training step, optimizers, checkpoints, and the loop over them."""

@@ -176,10 +176,10 @@ def train_step(
     not change.
 
     Args:
-        structure: The static half of the config.
+        static: The static half of the config.
         state: The state before the step.
         batch: The batch of all microbatches.
-        numbers: The traced half of the config.
+        hparams: The traced half of the config.
         first_step: The first step of the stage, from which its learning-rate schedule counts.
 
     Returns:

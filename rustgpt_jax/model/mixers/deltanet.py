@@ -96,7 +96,9 @@ class DeltaCache(NamedTuple):
 
 
 class GatedDeltaNet(nn.Module):
-    """Gated DeltaNet (arXiv 2412.06464): in each head, with q and k of length 1 after a short convolution and SiLU,
+    """Gated DeltaNet (arXiv 2412.06464).
+
+    In each head, with q and k of length 1 after a short convolution and SiLU,
 
         S_t = e^(g_t) S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T,    o_t = S_t q_t / sqrt(C)
         b_t = sigmoid(W_b x_t),    g_t = -e^A softplus(W_g x_t + d)
@@ -155,7 +157,7 @@ class GatedDeltaNet(nn.Module):
 
 
 def l2_normalize(x: jax.Array, epsilon: Any) -> jax.Array:
-    """x divided by its length along the last axis."""
+    """X divided by its length along the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
