@@ -62,16 +62,17 @@ def traced_field(
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """The tokenizer."""
 
     name: str = static_field(
         "bpe",
-        "word: words and punctuation; char: characters; byte: UTF-8 bytes; bpe: byte pairs learned from the corpus.",
+        "word: words and punctuation; char: characters; byte: UTF-8 bytes; bpe: byte-pair encoding learned from "
+        "the corpus.",
     )
     # For a larger vocabulary the BPE trainer would reserve more memory than any machine has.
     vocab_size: int | None = static_field(
         1024,
-        "The most tokens to learn, special ones included. None: as many as the corpus has (word and char only).",
+        "Largest number of tokens to learn, including special tokens. None: all of the corpus (word and char only).",
         low=1,
         high=2**22,
     )
@@ -79,7 +80,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and which of it is learned."""
+    """Text sources, their split, and training sequences."""
 
     corpus: str = static_field(
         "facts",
@@ -91,31 +92,33 @@ class DataConfig:
         "(one text or list of messages per line), and .csv or .tsv (the column `text`). On the command line, pass "
         "one path per flag or a Python list.",
     )
-    max_documents: int | None = static_field(None, "Read no more than this many documents. None: all.", low=1)
+    max_documents: int | None = static_field(None, "Read at most this many documents. None: all.", low=1)
     split: str = static_field(
         "document",
-        "document: each document goes to training or validation by its hash, so added files move no other. tail: "
-        "the end of the whole text is validation (for one long document).",
+        "document: a hash of each document assigns it to training or validation, so adding files moves no other "
+        "document. tail: the end of the whole text is validation (for a single long document).",
         choices=("document", "tail"),
     )
-    valid_fraction: float = static_field(0.1, "The share of the corpus kept for validation.", low=0.0, high=0.9)
+    valid_fraction: float = static_field(0.1, "Fraction of the corpus held out for validation.", low=0.0, high=0.9)
     loss_mask: str = static_field(
         "all",
-        "all: learn every token; assistant: in dialogues, only the assistant's words.",
+        "Tokens that count in the loss. all: every token; assistant: in dialogues, only tokens of the assistant.",
         choices=("all", "assistant"),
     )
-    seq_len: int | None = static_field(None, "Tokens in a training window. None: model.context_length.", low=2)
+    seq_len: int | None = static_field(None, "Tokens in a training sequence. None: model.context_length.", low=2)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The parts and shapes of the model."""
+    """Components and shapes of the model."""
 
-    vocab_size: int | None = static_field(None, "Rows of the embedding table. None: the tokenizer's vocabulary.", low=1)
-    context_length: int = static_field(
-        128, "The most tokens that the model attends to, and the size of a learned position table.", low=2
+    vocab_size: int | None = static_field(
+        None, "Rows of the embedding table. None: the vocabulary size of the tokenizer.", low=1
     )
-    n_layers: int = static_field(4, "Blocks, one after another.", low=1)
+    context_length: int = static_field(
+        128, "Largest number of tokens that the model attends to, and the size of a learned position table.", low=2
+    )
+    n_layers: int = static_field(4, "Number of blocks.", low=1)
     d_model: int = static_field(128, "Width of the residual stream.", low=1)
     n_heads: int = static_field(4, "Query heads of attention.", low=1)
     n_kv_heads: int | None = static_field(
@@ -126,35 +129,37 @@ class ModelConfig:
     head_dim: int | None = static_field(None, "Channels of a head. None: d_model / n_heads.", low=1)
     d_ff: int | None = static_field(
         None,
-        "Hidden width of the feed-forward. None: 4 d_model, or where it is gated 8/3 d_model (up to a multiple of 8).",
+        "Hidden width of the feed-forward. None: 4 d_model, or for gated ones 8/3 d_model (rounded up to a "
+        "multiple of 8).",
         low=1,
     )
     mixers: tuple[str, ...] = pattern_field(
         ("attention",),
-        "Three patterns, each repeated over the layers. A name is one of a table, or the import path of a part of "
-        "your own, such as my_lab.mixers:Retention. Token mixers: attention, local_attention, latent_attention; "
-        "rg_lru and deltanet, which are recurrent and need no positions.",
+        "Token mixers, a pattern repeated over the layers (as are feedforwards and positions): attention, "
+        "local_attention, latent_attention; rg_lru and deltanet, which are recurrent and need no positions; or "
+        "the import path of your own component, such as my_lab.mixers:Retention.",
     )
     feedforwards: tuple[str, ...] = pattern_field(
         ("swiglu",),
-        "gelu (tanh approximation), gelu_exact, relu, relu_squared; gated: swiglu, geglu, geglu_exact, reglu, "
-        "relu_squared_glu; or a mixture of experts: moe.",
+        "Feed-forwards, a pattern: gelu (tanh approximation), gelu_exact, relu, relu_squared; gated: swiglu, "
+        "geglu, geglu_exact, reglu, relu_squared_glu; or a mixture of experts: moe.",
     )
     positions: tuple[str, ...] = pattern_field(
         ("rope",),
-        "learned: a table added to the embeddings; rope: rotated queries and keys (arXiv 2104.09864); local_rope: "
-        "the same with local_rope_theta; alibi: scores fall with distance (arXiv 2108.12409); none.",
+        "Position encodings, a pattern. learned: a table added to the embeddings; rope: rotated queries and keys "
+        "(arXiv 2104.09864); local_rope: RoPE with local_rope_theta; alibi: scores that fall with distance (arXiv "
+        "2108.12409); none.",
     )
     norm: str = static_field("rmsnorm", "layernorm, rmsnorm, or zero_centered_rmsnorm, which multiplies by 1 + scale.")
     norm_placement: str = static_field(
         "pre",
-        "pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each sum (arXiv "
-        "1706.03762). output: on what each sublayer adds, and at the end (arXiv 2501.00656); sandwich: pre and "
-        "output (2105.13290).",
+        "pre: norms before each sublayer and at the end (arXiv 2002.04745); post: after each residual sum (arXiv "
+        "1706.03762); output: on the output of each sublayer, and at the end (arXiv 2501.00656); sandwich: pre "
+        "and output (arXiv 2105.13290).",
         choices=("pre", "post", "output", "sandwich"),
     )
     norm_eps: float = traced_field(1e-6, "Added to the variance or mean square that a norm divides by.", low=0.0)
-    bias: bool = static_field(False, "Bias vectors in linear layers and layer norms.")
+    bias: bool = static_field(False, "Use bias vectors in linear layers and layer norms.")
     qkv_bias: bool | None = static_field(
         None, "Whether the query, key and value projections have biases. None: same as `bias`."
     )
@@ -172,19 +177,19 @@ class ModelConfig:
     embedding_scale: float | None = static_field(None, "The embedding multiplier. None: sqrt(d_model).", low=0.0)
     final_logit_softcap: float = traced_field(
         0.0,
-        "Keep logits between plus and minus this, by tanh (arXiv 2408.00118). 0: not in the program.",
+        "Bound logits to plus and minus this value by tanh (arXiv 2408.00118). 0: no bound.",
         low=0.0,
         static_if_zero=True,
     )
     qk_norm: str = static_field(
         "none",
-        "Normalise queries and keys, by the model's norm: head, in each head (arXiv 2010.04245); projection, all "
-        "heads of a token at once; none.",
+        "Normalize queries and keys by the model's norm. head: each head (arXiv 2010.04245); projection: all "
+        "heads of a token together; none.",
         choices=("none", "head", "projection"),
     )
     attention_scale: float | None = static_field(
         None,
-        "What scores are multiplied by. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in "
+        "Multiplier of attention scores. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in "
         "latent_attention.",
         low=0.0,
     )
@@ -194,37 +199,39 @@ class ModelConfig:
         "scale_attn_by_inverse_layer_idx). Used by attention and local_attention.",
     )
     attn_logit_softcap: float = traced_field(
-        0.0, "Keep scores between plus and minus this, by tanh. 0: not in the program.", low=0.0, static_if_zero=True
+        0.0, "Bound attention scores to plus and minus this value by tanh. 0: no bound.", low=0.0, static_if_zero=True
     )
     attention_sinks: bool = static_field(
-        False, "A learned logit in each head that takes part of the attention and gives nothing (arXiv 2309.17453)."
+        False, "Add a learned logit to the softmax of each head that contributes no value (arXiv 2309.17453)."
     )
     attention_kernel: str = static_field(
         "auto",
-        "What computes attention; all give the same but for rounding, and tokens from a cache are always served "
-        "by plain. auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 "
-        "tokens, else as portable; portable: blockwise from 2048 tokens on, else plain; plain: all scores in "
-        "memory; triangular: of each quarter of the row those with the tokens before its end; blockwise: those of "
+        "Attention implementation; results differ by rounding only, and decoding with a cache always uses plain. "
+        "auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, "
+        "else as portable; portable: blockwise from 2048 tokens, else plain; plain: all scores in memory; "
+        "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
         "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
         choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"),
     )
-    local_window: int = static_field(64, "Tokens that local_attention sees, itself included.", low=1)
+    local_window: int = static_field(64, "Tokens that a query of local_attention sees, including itself.", low=1)
     kv_lora_rank: int | None = static_field(
         None,
-        "latent_attention (arXiv 2405.04434): width of the latent that keys and values are made from. None: 4 "
-        "head_dim.",
+        "latent_attention (arXiv 2405.04434): width of the latent from which keys and values are projected. None: "
+        "4 head_dim.",
         low=1,
     )
     q_lora_rank: int | None = static_field(
-        None, "Width of the latent that queries are made from. None: queries are made from the input itself.", low=1
+        None,
+        "latent_attention: width of the latent from which queries are projected. None: no latent for queries.",
+        low=1,
     )
     qk_rope_head_dim: int | None = static_field(
         None,
-        "Width of the key that all heads share and that has the position. None: half of head_dim, up to an even "
-        "number.",
+        "latent_attention: width of the rotated key that all heads share. None: half of head_dim, rounded up to "
+        "an even number.",
         low=2,
     )
-    conv_width: int = static_field(4, "rg_lru and deltanet: tokens that their short convolution sees.", low=1)
+    conv_width: int = static_field(4, "rg_lru and deltanet: width in tokens of their short convolution.", low=1)
     recurrent_width: int | None = static_field(None, "rg_lru: channels of the state. None: d_model.", low=1)
     recurrent_blocks: int | None = static_field(
         None,
@@ -237,30 +244,35 @@ class ModelConfig:
         "rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), like every other token (arXiv "
         "2402.19427). False: do not scale it (RecurrentGemma).",
     )
-    rope_theta: float = traced_field(10000.0, "The slowest wavelength of RoPE is about 2 pi times this.", low=1.0)
+    rope_theta: float = traced_field(
+        10000.0, "Base of the RoPE frequencies: the slowest wavelength is about 2 pi times this.", low=1.0
+    )
     local_rope_theta: float = traced_field(
-        10000.0, "The same for the positions local_rope, which have no scaling.", low=1.0
+        10000.0, "Base of the RoPE frequencies of local_rope, which is not scaled.", low=1.0
     )
     rope_fraction: float = static_field(
-        1.0, "The share of a head's channels that RoPE rotates, the first ones.", low=0.0, high=1.0
+        1.0, "Fraction of the channels of a head that RoPE rotates, starting with the first.", low=0.0, high=1.0
     )
     rope_scaling: str = static_field(
         "none",
-        "Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn "
-        "(2309.00071), longrope (2402.13753).",
+        "Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (arXiv "
+        "2309.00071), longrope (arXiv 2402.13753).",
     )
-    rope_factor: float = traced_field(1.0, "How many times longer.", low=1.0)
+    rope_factor: float = traced_field(1.0, "Factor by which the context is extended.", low=1.0)
     rope_original_context: int | None = static_field(
         None, "llama3, yarn and longrope: the context length before scaling.", low=1
     )
     rope_beta_slow: float = traced_field(
         1.0,
-        "llama3 and yarn: channels with fewer turns in that context are slowed by the whole factor "
-        "(low_freq_factor of llama3, beta_slow of yarn).",
+        "llama3 (low_freq_factor) and yarn (beta_slow): channels with fewer turns in the original context are "
+        "slowed by the whole factor.",
         low=0.0,
     )
     rope_beta_fast: float = traced_field(
-        4.0, "Channels with more turns in it are not slowed (high_freq_factor of llama3, beta_fast of yarn).", low=0.0
+        4.0,
+        "llama3 (high_freq_factor) and yarn (beta_fast): channels with more turns in the original context are not "
+        "slowed.",
+        low=0.0,
     )
     rope_attention_factor: float | None = static_field(
         None,
@@ -273,50 +285,50 @@ class ModelConfig:
         (), "longrope: divisors of the frequency of each pair of channels, for contexts up to rope_original_context."
     )
     rope_long_factors: tuple[float, ...] = static_field(
-        (), "longrope: the same divisors for a context_length above rope_original_context."
+        (), "longrope: like rope_short_factors, for a context_length above rope_original_context."
     )
-    n_experts: int = static_field(8, "moe: experts in a layer.", low=1)
-    experts_per_token: int = static_field(2, "Experts that each token goes to.", low=1)
-    d_expert: int | None = static_field(None, "Hidden width of an expert. None: that of swiglu.", low=1)
+    n_experts: int = static_field(8, "moe: number of experts in a layer.", low=1)
+    experts_per_token: int = static_field(2, "moe: number of experts that each token is routed to.", low=1)
+    d_expert: int | None = static_field(None, "moe: hidden width of an expert. None: that of swiglu.", low=1)
     expert_activation: str = static_field(
         "silu",
-        "Activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
+        "moe: activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
         choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"),
     )
     capacity_factor: float = static_field(
         0.0,
-        "Places that an expert has, as a multiple of the tokens of a row that it gets on average; a token that "
-        "finds none is not fed, so it depends on those before it, and decoding, with places for all, is not what "
-        "training was. 0: a place for every token (dropless).",
+        "moe: tokens that an expert takes per row, as a multiple of the average; further tokens are dropped. A "
+        "token then depends on those before it, and decoding, which drops none, differs from training. 0: "
+        "dropless.",
         low=0.0,
     )
     norm_topk_prob: bool = static_field(
         True,
-        "Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use the "
-        "softmax over all experts (Switch). With one expert per token this must be False, since a constant weight "
-        "of 1 does not train the router.",
+        "moe: divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use "
+        "the softmax over all experts (Switch). With one expert per token this must be False, since a constant "
+        "weight of 1 does not train the router.",
     )
     load_balance_loss_weight: float = traced_field(
         0.01,
-        "Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share of "
-        "tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token for "
-        "balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
-        "instead). 0 removes the loss from the program.",
+        "moe: coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share "
+        "of tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token "
+        "for balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
+        "instead). 0: no such loss.",
         low=0.0,
         static_if_zero=True,
     )
     router_z_loss: float = traced_field(
         0.0,
-        "Weight in the loss of the squared log of the router's softmax normaliser (arXiv 2202.08906). 0: not there.",
+        "moe: coefficient of the squared log of the router's softmax normalizer (arXiv 2202.08906). 0: no such loss.",
         low=0.0,
         static_if_zero=True,
     )
     extra: tuple[tuple[str, float], ...] = static_field(
-        (), 'Knobs of parts of your own as pairs of a name and a number: (("decay", 0.9),). They are structure.'
+        (), 'Static knobs of your own components as (name, number) pairs: (("decay", 0.9),).'
     )
     dropout: float = traced_field(
         0.0,
-        "Probability of dropping an activation in training. 0: no dropout in the program at all.",
+        "Probability of dropping an activation in training. 0: no dropout.",
         low=0.0,
         high=0.99,
         static_if_zero=True,
@@ -328,23 +340,22 @@ class ModelConfig:
     )
     dtype: str = static_field(
         "float32",
-        "Precision of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are "
-        "float32. To launch.py, auto is what suits its device, and what the run's config says then: bfloat16 on "
-        "GPUs and TPUs; on CPUs float32, with matmul_dtype and logits_dtype bfloat16 where the processor "
-        "multiplies so.",
+        "Type of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32. "
+        "On the command line, auto chooses for the device: bfloat16 on GPUs and TPUs; on CPUs float32, with "
+        "bfloat16 as matmul_dtype and logits_dtype if the processor has instructions for it.",
         choices=("float32", "bfloat16"),
     )
     mixer_dtype: str | None = static_field(
         None,
-        "The same for what mixers compute, and keep in their caches; the residual stream stays in dtype. None: dtype.",
+        "Type in which mixers compute and keep their caches; the residual stream stays in dtype. None: dtype.",
         choices=("float32", "bfloat16"),
     )
     feedforward_dtype: str | None = static_field(
-        None, "The same for what feed-forwards compute. None: dtype.", choices=("float32", "bfloat16")
+        None, "Type in which feed-forwards compute. None: dtype.", choices=("float32", "bfloat16")
     )
     logits_dtype: str | None = static_field(
         None,
-        "The same for the product that gives the logits, which are float32 themselves. None: dtype.",
+        "Type of the operands of the unembedding; logits are float32. None: dtype.",
         choices=("float32", "bfloat16"),
     )
     matmul_dtype: str | None = static_field(
@@ -367,31 +378,31 @@ class ModelConfig:
     )
     remat: str = static_field(
         "none",
-        "What the backward pass recomputes to save memory, from the least to the most: none; dots, all but matrix "
-        "products; dots_no_batch, all but products with weights, so attention too; full, each block. offload is "
-        "dots_no_batch with what it keeps moved to the memory of the host.",
+        "What the backward pass recomputes to save memory, from least to most. none; dots: all but matrix "
+        "products; dots_no_batch: all but products with weights, so attention too; full: each block. offload is "
+        "dots_no_batch with saved activations in host memory.",
         choices=("none", "dots", "dots_no_batch", "full", "offload"),
     )
 
     @property
     def period(self) -> int:
-        """Blocks after which the patterns of mixers, feed-forwards and positions are all at their beginning again."""
+        """Blocks after which the patterns of mixers, feed-forwards and positions all repeat."""
         return math.lcm(len(self.mixers), len(self.feedforwards), len(self.positions))
 
     def block(self, layer: int) -> "ModelConfig":
-        """What the block of a layer sees: this config with each pattern reduced to the one part that the layer has."""
+        """Config of the block of a layer: each pattern reduced to the component of that layer."""
         names = (self.mixers, self.feedforwards, self.positions)
         mixer, feedforward, position = (pattern[layer % len(pattern)] for pattern in names)
         return dataclasses.replace(self, mixers=(mixer,), feedforwards=(feedforward,), positions=(position,))
 
     @property
     def mixer_config(self) -> "ModelConfig":
-        """What the mixer of a block sees: this config in the mixers' own precision."""
+        """Config of the mixer of a block, with the dtype of mixers."""
         return dataclasses.replace(self, dtype=self.mixer_dtype or self.dtype)
 
     @property
     def feedforward_config(self) -> "ModelConfig":
-        """What the feed-forward of a block sees: this config in the feed-forwards' own precision."""
+        """Config of the feed-forward of a block, with the dtype of feed-forwards."""
         return dataclasses.replace(self, dtype=self.feedforward_dtype or self.dtype)
 
     @property
@@ -434,7 +445,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How a gradient becomes an update."""
+    """The optimizer."""
 
     name: str = static_field(
         "adamw",
@@ -442,18 +453,20 @@ class OptimizerConfig:
         "meant for the schedule constant).",
     )
     learning_rate: float = traced_field(
-        1e-3, "The highest learning rate; the schedule multiplies it by a factor from 0 to 1.", low=0.0
+        1e-3, "Peak learning rate, which the schedule multiplies by a factor from 0 to 1.", low=0.0
     )
     b1: float = traced_field(
         0.9,
-        "Decay rate of the first moment of adam, adamw and lion, and of what muon leaves to adamw; for "
-        "schedule_free, which keeps none, the share of the average in the point that gradients are taken at: "
-        "above 0.",
+        "Decay rate of the first moment of adam, adamw and lion, and of adamw within muon. schedule_free: the "
+        "weight of the average in the point where gradients are computed, above 0.",
         low=0.0,
         high=0.999999,
     )
     b2: float = traced_field(
-        0.99, "Decay rate of their second moment; for lion, of the momentum that is kept.", low=0.0, high=0.999999
+        0.99,
+        "Decay rate of the second moment of adam, adamw and schedule_free; for lion, of the momentum.",
+        low=0.0,
+        high=0.999999,
     )
     eps: float = traced_field(
         1e-8, "Added to the root of the second moment that adam, adamw and schedule_free divide by.", low=1e-30
@@ -461,7 +474,7 @@ class OptimizerConfig:
     momentum: float = traced_field(0.95, "Momentum of sgd and muon.", low=0.0, high=1.0)
     muon_learning_rate: float = traced_field(
         0.02,
-        "muon only: the learning rate of the matrices inside the blocks; all else learns at learning_rate.",
+        "muon: learning rate of the matrices inside the blocks; all other parameters use learning_rate.",
         low=0.0,
     )
     weight_decay: float = traced_field(
@@ -471,155 +484,156 @@ class OptimizerConfig:
     )
     weight_decay_groups: tuple[tuple[str, float], ...] = static_field(
         ((r"norm|bias|decay|sinks", 0.0), (r".*", 1.0)),
-        "(regular expression, factor): the first expression found in a parameter's path decides. All must be matched.",
+        "(regular expression, factor) pairs: the first expression found in the path of a parameter gives its "
+        "factor. Every parameter must match one.",
     )
     clip_norm: float = traced_field(
         1.0,
-        "Scale gradients so that their global norm is at most this. 0: no clipping in the program at all.",
+        "Scale gradients so that their global norm is at most this. 0: no clipping.",
         low=0.0,
         static_if_zero=True,
     )
     offload_state: bool = static_field(
         False,
-        "Keep what the optimizer keeps in the memory of the host, and bring it to the device for each update: "
-        "slower, for models that would not fit.",
+        "Keep optimizer state in host memory and move it to the device for each update: slower, for models that "
+        "would not fit otherwise.",
     )
     state_dtype: str = static_field(
         "float32",
-        "Type in which momentum and first moments are kept, and z of schedule_free: float32 or bfloat16. Second "
-        "moments are float32 always: they change by 1 - b2 of themselves a step, which bfloat16 would round away. "
-        "So it does with steps of z below 1/256 of a parameter: for schedule_free, keep float32 where learning "
-        "rates are small.",
+        "Type of momentum and first moments, and of z in schedule_free: float32 or bfloat16. Second moments are "
+        "always float32: they change by a fraction 1 - b2 per step, which bfloat16 would round away. It also "
+        "rounds away steps of z below 1/256 of a parameter: for schedule_free, keep float32 if learning rates are "
+        "small.",
         choices=("float32", "bfloat16"),
     )
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate changes over the steps."""
+    """The learning-rate schedule."""
 
     name: str = static_field(
-        "cosine", "constant, linear, cosine or wsd (warm up, stay, decay); each after a linear warm-up."
+        "cosine", "constant, linear, cosine or wsd (warmup, stable, decay); each after a linear warmup."
     )
-    warmup_steps: int = traced_field(20, "Steps in which the rate rises linearly from 0.", low=0)
+    warmup_steps: int = traced_field(20, "Steps in which the learning rate rises linearly from 0.", low=0)
     decay_frac: float = traced_field(
-        0.2, "wsd only: the share of the steps, at the end, in which the rate falls linearly.", low=0.0, high=1.0
+        0.2, "wsd: fraction of the steps, at the end, in which the learning rate falls linearly.", low=0.0, high=1.0
     )
     final_lr_frac: float = traced_field(
-        0.1, "The factor that linear, cosine and wsd have come down to when the steps are over.", low=0.0, high=1.0
+        0.1, "Factor of the learning rate at the end of linear, cosine and wsd.", low=0.0, high=1.0
     )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How many steps, on how much text each."""
+    """Number and size of training steps."""
 
     steps: int = traced_field(200, "Optimizer steps.", low=1)
-    # Not None: decides instead of `steps`, until data.prepare.resolve_epochs has replaced it by steps.
+    # Takes precedence over `steps` until data.preprocess.resolve_epochs has replaced it by steps.
     epochs: float | None = static_field(
         None,
-        "Passes over the training text, such as 3 or 0.5, instead of a number of steps; the run records its "
-        "steps. None: training.steps decides.",
+        "Passes over the training text, such as 3 or 0.5; the run records the steps they amount to. None: "
+        "training.steps decides.",
         low=1e-09,
     )
-    batch_size: int = static_field(16, "Windows in a step, over all devices and accumulation parts.", low=1)
+    batch_size: int = static_field(16, "Sequences in a step, over all devices and microbatches.", low=1)
     grad_accum_steps: int = static_field(
         1,
-        "Parts that a batch is run in, one after another, to save memory; the gradient is that of the whole "
-        "batch, but for the load balance of moe, which each part has for itself.",
+        "Microbatches that a batch is run in, one after another, to save memory. The gradient is that of the "
+        "whole batch, except for the load balance of moe, which is computed per microbatch.",
         low=1,
     )
     # Memory use grows with this number, since each call has a slot for every step.
     steps_per_jit_call: int = static_field(
-        10, "Optimizer steps in one call of the compiled program. The results do not depend on it.", low=1, high=2**16
+        10, "Optimizer steps in one call of the compiled program. Results do not depend on it.", low=1, high=2**16
     )
     z_loss: float = traced_field(
         0.0,
-        "Weight of the squared log of the softmax normaliser in the loss (arXiv 2204.02311). 0: not in the program.",
+        "Coefficient of the squared log of the softmax normalizer in the loss (arXiv 2204.02311). 0: no such loss.",
         low=0.0,
         static_if_zero=True,
     )
     loss_chunk_size: int | None = static_field(
         None,
-        "Tokens of each window whose logits exist at a time; the backward pass computes them again. None: all at once.",
+        "Tokens of each sequence whose logits are computed at a time; the backward pass recomputes them. None: "
+        "all at once.",
         low=1,
     )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each kind of parallelism has; -1 stands for all that are left. No result depends on it."""
+    """Devices per mesh axis; -1 for one axis: all remaining devices.
 
-    data: int = static_field(-1, "Each has a share of the batch, and the whole state.", low=-1)
+    Results do not depend on the mesh, and a run may resume with another one.
+    """
+
+    data: int = static_field(-1, "Devices that split the batch and replicate the state.", low=-1)
     fsdp: int = static_field(
         1,
-        "Each has a share of the batch, and of the parameters, which are gathered layer by layer (arXiv 1910.02054).",
+        "Devices that split the batch and the parameters, which are gathered layer by layer (arXiv 1910.02054).",
         low=-1,
     )
     expert: int = static_field(
-        1, "Each has a share of the batch, and some of the experts of each layer (arXiv 2006.16668).", low=-1
+        1, "Devices that split the batch and the experts of each layer (arXiv 2006.16668).", low=-1
     )
-    context: int = static_field(1, "Each has a stretch of every window of text.", low=-1)
+    context: int = static_field(1, "Devices that split every sequence.", low=-1)
     tensor: int = static_field(
-        1, "Each has a share of the heads, of the hidden channels and of the vocabulary (arXiv 1909.08053).", low=-1
+        1, "Devices that split heads, hidden channels and the vocabulary (arXiv 1909.08053).", low=-1
     )
 
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """What becomes of a run when a step goes wrong."""
+    """Handling of non-finite steps."""
 
     nonfinite_policy: str = static_field(
         "stop",
-        "A step whose loss, gradient or update is not finite changes no parameter. Then: stop; skip, which goes "
-        "on with the next batch; or rewind: back to the last regular checkpoint, and on with the batches after "
-        "the bad one.",
+        "A step whose loss, gradient or update is not finite changes no parameter. Then stop; skip: continue with "
+        "the next batch; or rewind: restore the last scheduled checkpoint and continue with the batches after the "
+        "bad one.",
         choices=("stop", "skip", "rewind"),
     )
-    max_skipped: int = static_field(10, "How many such steps skip and rewind forgive a run; one more stops it.", low=0)
+    max_skipped: int = static_field(10, "Number of non-finite steps after which skip and rewind stop the run.", low=0)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a run writes, and when."""
+    """Intervals of metrics, evaluations, samples and checkpoints."""
 
     log_every: int = static_field(10, "Steps between lines of training metrics.", low=1)
     eval_every: int = static_field(100, "Steps between evaluations, which also write samples.", low=1)
-    eval_batches: int | None = static_field(
-        None, "Batches of the validation split in an evaluation. None: all of it.", low=1
-    )
+    eval_batches: int | None = static_field(None, "Validation batches in an evaluation. None: all.", low=1)
     checkpoint_every: int = static_field(100, "Steps between checkpoints.", low=1)
     sample_prompts: tuple[str, ...] = static_field(
         (),
-        "Prompts that each evaluation continues as samples; for dialogue data, questions to answer. On the "
-        "command line, pass one text per flag or a Python list.",
+        "Prompts that each evaluation continues; for dialogue data, questions to answer. On the command line, "
+        "pass one text per flag or a Python list.",
     )
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How text is drawn from the model."""
+    """Text generation."""
 
     seed: int = static_field(
         0,
-        "Generated text is a function of the parameters, the prompt, the knobs below and this number.",
+        "Seed of generated text, which is a function of the parameters, the prompt, the sampling knobs and this seed.",
         low=0,
         high=2**32 - 1,
     )
-    max_tokens: int = static_field(128, "The most tokens to generate.", low=1)
-    temperature: float = static_field(
-        0.8, "0: always the likeliest token (greedy); 1: the model's own distribution.", low=0.0
-    )
-    top_k: int = static_field(0, "Keep only the k likeliest tokens. 0: all.", low=0)
+    max_tokens: int = static_field(128, "Largest number of tokens to generate.", low=1)
+    temperature: float = static_field(0.8, "0: greedy; 1: the model's own distribution.", low=0.0)
+    top_k: int = static_field(0, "Keep only the k most likely tokens. 0: all.", low=0)
     top_p: float = static_field(
         0.95,
-        "Keep the likeliest tokens whose probabilities reach this sum (arXiv 1904.09751). 1: all.",
+        "Keep the most likely tokens whose probabilities reach this sum (arXiv 1904.09751). 1: all.",
         low=0.0,
         high=1.0,
     )
     min_p: float = static_field(
         0.0,
-        "Keep the tokens at least this fraction as likely as the likeliest (arXiv 2407.01082). 0: all.",
+        "Keep tokens at least this fraction as likely as the most likely one (arXiv 2407.01082). 0: all.",
         low=0.0,
         high=1.0,
     )
@@ -628,32 +642,29 @@ class SamplingConfig:
     )
     past_context: str = static_field(
         "stop",
-        "Behavior when a text fills the model's context: end it (stop), or continue from the last half of the "
-        "context (slide).",
+        "What to do when a text fills the context: stop, or slide: continue from the last half of the context.",
         choices=("stop", "slide"),
     )
     history_turns: int | None = static_field(
-        None, "Earlier exchanges that a question in a chat comes with. None: as many as the context holds.", low=0
+        None, "Earlier exchanges included with a question in a chat. None: as many as the context holds.", low=0
     )
     weight_dtype: str | None = static_field(
         None,
-        "Type in which the weights of linear layers are read, token by token: bfloat16, or int8 with a scale for "
-        "each output. It is narrower for speed, and changes what is drawn. None: that in which the model "
-        "multiplies.",
+        "Type that the weights of linear layers are rounded to for decoding: bfloat16, or int8 with a scale per "
+        "output channel. Faster, but changes what is generated. None: no rounding beyond that of the model.",
         choices=("bfloat16", "int8"),
     )
     matmul_impl: str = static_field(
         "plain",
-        "What multiplies the few rows of a token on a CPU; all give the same but for rounding. plain: XLA; "
-        "native: code in C++, faster, which is compiled on its first use, and replaced by plain where there is no "
-        "compiler.",
+        "Matrix-vector products on CPUs; results differ by rounding only. plain: XLA; native: C++, faster, "
+        "compiled on first use, and replaced by plain if there is no compiler.",
         choices=("plain", "native"),
     )
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of a run: a name, and the knobs in which it differs from the run's config."""
+    """One stage of a run: a name, and the knobs it overrides."""
 
     name: str
     overrides: tuple[tuple[str, Any], ...]
@@ -663,9 +674,7 @@ class StageConfig:
 class Config:
     """The config of a run."""
 
-    seed: int = traced_field(
-        0, "Initial parameters, data order and dropout all follow from this one number.", low=0, high=2**32 - 1
-    )
+    seed: int = traced_field(0, "Determines initial parameters, data order and dropout.", low=0, high=2**32 - 1)
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -678,9 +687,8 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     stages: tuple[StageConfig, ...] = static_field(
         (),
-        "Stages run one after another on the same parameters and optimizer state, each with the knobs in which it "
-        'differs: ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage with the '
-        "knobs above.",
+        "Stages run one after another on the same parameters and optimizer state; each lists the knobs it "
+        'changes: ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage.',
     )
 
 

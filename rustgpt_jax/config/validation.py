@@ -16,13 +16,13 @@ from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, Config
 from rustgpt_jax.errors import UserError, shown, suggestion
 
-# What the types of programs hold: int32 for what is counted, float32 for all other numbers.
+# Ranges of the types of traced values: int32 for counts, float32 for all other numbers.
 LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
 
 # Deeper than any path of the schema, and well below Python's recursion limit.
 DEEPEST = 20
 
-# A Mapping, or a ConfigDict, which has the methods of one without being one.
+# A Mapping, or a ConfigDict, which has its methods but does not subclass it.
 Tree = Any
 TREES = (Mapping, ConfigDict)
 
@@ -52,7 +52,7 @@ def resolve(tree: Tree) -> Config:
 
 
 def _check_epochs(config: Config) -> None:
-    """Refuse epochs of the whole run where each stage has steps or epochs of its own."""
+    """Check that epochs of the run apply to some stage, one without its own steps or epochs."""
     own = [dict(stage.overrides) for stage in config.stages]
     if own and config.training.epochs is not None and all({schema.STEPS, schema.EPOCHS} & {*each} for each in own):
         first = f"config.stages.{config.stages[0].name}.{schema.EPOCHS}"
@@ -171,7 +171,7 @@ def check_value(path: str, value: Any) -> None:
 
 
 def _in_stage(path: str) -> tuple[str, str]:
-    """Where a knob is and its path there: ('config.stages.NAME', 'x.y') for stages.NAME.x.y, else ('config', path)."""
+    """Split stages.NAME.x.y into ('config.stages.NAME', 'x.y'); any other path gives ('config', path)."""
     if path.startswith("stages.") and path.count(".") > 1:
         _, name, knob = path.split(".", 2)
         return f"config.stages.{name}", knob
@@ -234,7 +234,11 @@ def parse_all(overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def validate_value(path: str, value: Any, where: str) -> Any:
-    """`value` converted to the type of the field at `path` and held against its range, or a UserError."""
+    """Convert a value to the type of the field at `path` and check its range.
+
+    Raises:
+        UserError: The value has a wrong type or is out of range; the message starts with `where`.
+    """
     field = FIELDS[path]
     if field.metadata.get("pattern") and isinstance(value, str):
         value = (value,)
@@ -274,14 +278,14 @@ def _check_text(value: Any, where: str) -> None:
 
 
 def _numbers(value: Any) -> list[int | float]:
-    """The numbers in a value of a knob: itself, or those of a list of pairs."""
+    """Return the numbers in the value of a knob: the value itself, or those nested in a tuple."""
     if isinstance(value, tuple):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) else []
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`, or a TypeError."""
+    """Convert `value` to the type `hint`, or raise TypeError."""
     if value is None and _allows_none(hint):
         return None
     wanted = _without_none(hint)
@@ -324,7 +328,7 @@ def _describe(hint: Any) -> str:
 
 
 def unknown_key_message(path: str, where: str = "config") -> str:
-    """The sentence for a path that no config has: the nearest path, by its whole or by its last name."""
+    """Return the error message for an unknown path, with the most similar valid path."""
     group = [valid for valid in FIELDS if valid.startswith(path + ".")]
     if group:
         return f"{where}.{path} is a group of knobs, such as {where}.{group[0]}."
@@ -341,7 +345,11 @@ PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions
 
 
 def check_model(model: schema.ModelConfig) -> None:
-    """Refuse knobs of a model that cannot go together. Raises UserError."""
+    """Check combinations of model knobs.
+
+    Raises:
+        UserError: Some knobs are incompatible.
+    """
     heads = model.n_heads
     if model.head_dim is None and model.d_model % heads:
         start = min(heads, model.d_model)
@@ -385,7 +393,11 @@ def check_model(model: schema.ModelConfig) -> None:
 
 
 def check_combinations(config: Config) -> None:
-    """Refuse knobs that cannot go together. Raises UserError."""
+    """Check combinations of knobs.
+
+    Raises:
+        UserError: Some knobs are incompatible.
+    """
     model, training = config.model, config.training
     check_model(model)
     window = config.data.seq_len
