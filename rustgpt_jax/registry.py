@@ -33,7 +33,7 @@ def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
     if ":" in name:
         return imported(name, what)
     if name not in table:
-        raise UserError(f"{what}: there is no {name!r}.{suggestion(name, table)}")
+        raise UserError(f"{what}: unknown {name!r}.{suggestion(name, table)}")
     return table[name]
 
 

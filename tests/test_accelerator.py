@@ -348,7 +348,7 @@ def test_a_cpu_is_no_accelerator(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words, sentence in (
         (["--sizes=124m"], "error: This needs an accelerator, and JAX finds only a CPU here; --smoke tries it"),
-        (["--only=training,decodnig"], "error: --only: there is no 'decodnig'. Did you mean 'decoding'?"),
+        (["--only=training,decodnig"], "error: --only: unknown 'decodnig'. Did you mean 'decoding'?"),
         (["--smoke", "--add"], "error: --add: there is no"),
     ):
         done = command(out, *words)

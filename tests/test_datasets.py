@@ -55,7 +55,7 @@ def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> N
 
 
 def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="config.data.corpus: there is no 'fact'. Did you mean 'facts'"):
+    with pytest.raises(UserError, match="config.data.corpus: unknown 'fact'. Did you mean 'facts'"):
         datasets.documents(config("fact"))
 
 
@@ -139,7 +139,10 @@ MISTAKES = {
     "late.jsonl": (b'{"text": "one"}\n{"text": "caf\xe9"}', "not UTF-8 at byte 29 (0xe9)"),
     "neither.jsonl": (b'{"text": "one"}\n{"body": "two"}', "line 2: expected an object with a string `text`"),
     "list.jsonl": (b'["one"]', "line 1: expected an object"),
-    "role.jsonl": (b'{"messages": [{"role": "asistant", "content": "x"}]}', "no role 'asistant'. Did you mean 'assist"),
+    "role.jsonl": (
+        b'{"messages": [{"role": "asistant", "content": "x"}]}',
+        "unknown role 'asistant'. Did you mean 'assist",
+    ),
     "content.jsonl": (b'{"messages": [{"role": "user", "content": null}]}', "line 1: a message is an object with"),
     "surrogate.jsonl": (
         b'{"text": "a"}\n{"text": "\\ud800"}',

@@ -291,7 +291,7 @@ def test_a_parameter_that_no_group_matches_is_named() -> None:
 
 
 def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="config.optimizer.name: there is no 'adamww'. Did you mean 'adamw'?"):
+    with pytest.raises(UserError, match="config.optimizer.name: unknown 'adamww'. Did you mean 'adamw'?"):
         make_optimizer(knobs(name="adamww"))
 
 

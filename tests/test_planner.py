@@ -341,7 +341,7 @@ def test_a_width_by_hand_is_taken_as_it_is(mode: str) -> None:
 
 
 def test_a_wrong_mode_is_answered() -> None:
-    with pytest.raises(UserError, match="--mode: there is no 'fuse'. Did you mean 'fused'?"):
+    with pytest.raises(UserError, match="--mode: unknown 'fuse'. Did you mean 'fused'?"):
         make_plan(a_class(2), CPU, "fuse")
 
 

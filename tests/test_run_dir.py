@@ -145,7 +145,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_stored_config_with_a_wrong_knob_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"config": {"sead": 1}}')
-    with pytest.raises(UserError, match=r"config.json: config.sead: there is no such knob.*config.seed"):
+    with pytest.raises(UserError, match=r"config.json: config.sead: unknown field.*config.seed"):
         load_config(tmp_path)
 
 

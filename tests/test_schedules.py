@@ -114,5 +114,5 @@ def test_constants_give_what_traced_numbers_give(name: str) -> None:
 
 
 def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="config.schedule.name: there is no 'cosin'. Did you mean 'cosine'?"):
+    with pytest.raises(UserError, match="config.schedule.name: unknown 'cosin'. Did you mean 'cosine'?"):
         schedule_multiplier(np.int32(0), 10, knobs("cosin"))

@@ -288,7 +288,7 @@ def test_bpe_needs_a_vocabulary_size() -> None:
 
 
 def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="config.tokenizer.name: there is no 'bep'. Did you mean 'bpe'"):
+    with pytest.raises(UserError, match="config.tokenizer.name: unknown 'bep'. Did you mean 'bpe'"):
         tokenizers.train_tokenizer(TokenizerConfig("bep", 300), TEXTS)
 
 

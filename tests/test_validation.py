@@ -41,7 +41,7 @@ def stage(name: Any = "one", **groups: Any) -> dict[str, Any]:
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     # Keys.
-    ({"model.n_layer": 3}, ["config.model.n_layer:", "no such knob", "config.model.n_layers?"]),
+    ({"model.n_layer": 3}, ["config.model.n_layer:", "unknown field", "config.model.n_layers?"]),
     ({"learning_rate": 1.0}, ["config.learning_rate:", "config.optimizer.learning_rate?"]),
     ({"optimiser.learning_rate": 1.0}, ["config.optimiser.learning_rate:", "config.optimizer.learning_rate?"]),
     ({"model.qqq": 1}, ["config.model.qqq:", "launch.py explain"]),
@@ -84,7 +84,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
         {"optimizer.weight_decay_groups": [["norm", -1e39]]},
         ["config.optimizer.weight_decay_groups must be at most 3.4e+38, not -1e+39"],
     ),
-    ({"data.split": "documents"}, ["config.data.split: there is no 'documents'", "'document'?", "document, tail"]),
+    ({"data.split": "documents"}, ["config.data.split: unknown 'documents'", "'document'?", "document, tail"]),
     ({"model.dtype": "float16"}, ["config.model.dtype", "bfloat16, float32"]),
     # Combinations.
     ({"model.n_heads": 5}, ["model.d_model=32", "model.n_heads=5", "is 4", "head_dim"]),
@@ -290,7 +290,7 @@ def test_text_is_read_by_the_type_of_its_field(path: str, text: str, value: Any)
         ("seed", "-" * 100_000 + "1", "config.seed takes a whole number"),
         ("model.n_layer", "2", "config.model.n_layers?"),
         ("stages.one.training.step", "2", "training.steps?"),
-        ("stages.one", "2", "no such knob"),
+        ("stages.one", "2", "unknown field"),
     ],
     ids=lambda value: value[:30],
 )

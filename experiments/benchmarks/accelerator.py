@@ -317,7 +317,7 @@ def known(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str
     """The names that a flag gives. Raises UserError for one that there is not."""
     for name in names:
         if name not in every:
-            raise UserError(f"--{flag}: there is no {name!r}.{suggestion(name, every)}")
+            raise UserError(f"--{flag}: unknown {name!r}.{suggestion(name, every)}")
     return names
 
 

@@ -251,7 +251,7 @@ def validate_value(path: str, value: Any, where: str) -> Any:
     if value is None:
         return value
     if choices and value not in choices:
-        raise UserError(f"{where}: there is no {shown(value)}.{suggestion(value, choices)}")
+        raise UserError(f"{where}: unknown {shown(value)}.{suggestion(value, choices)}")
     for number in _numbers(value):
         if low is not None and number < low:
             raise UserError(f"{where} must be at least {low:.10g}, not {shown(number)}.")
@@ -338,7 +338,7 @@ def unknown_key_message(path: str, where: str = "config") -> str:
     near = difflib.get_close_matches(path, FIELDS, n=1, cutoff=0.7)
     near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1)]
     hint = f" Did you mean {where}.{near[0]}?" if near else " `launch.py explain` lists every knob."
-    return f"{where}.{path}: there is no such knob.{hint}"
+    return f"{where}.{path}: unknown field.{hint}"
 
 
 PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}

@@ -126,7 +126,7 @@ def check_components(
     """
     for name in only:
         if name not in CHECKS:
-            raise UserError(f"check: there is no check {name!r}.{suggestion(name, CHECKS)}")
+            raise UserError(f"check: unknown check {name!r}.{suggestion(name, CHECKS)}")
     # Once JAX has started it is too late: the check of eight devices then has a process of its own.
     with contextlib.suppress(RuntimeError):
         use_eight_cpu_devices()
@@ -135,7 +135,7 @@ def check_components(
     scope = Scope.EXHAUSTIVE if is_exhaustive else Scope.QUICK
     parts = [dataclasses.replace(part, scope=scope) for part in parts if checks_for(part, only)]
     if not parts:
-        raise UserError(f"check: {', '.join(only)} is no check for {', '.join(names)}.")
+        raise UserError(f"check: {', '.join(only)} does not apply to {', '.join(names)}.")
     outcomes = run_checks(parts, only, console)
     broken = [outcome for outcome in outcomes if not outcome.is_ok]
     console.print(table_of(outcomes))

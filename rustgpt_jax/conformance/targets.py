@@ -114,7 +114,7 @@ def subjects(name: str | None = None, changes: Mapping[str, Any] | None = None) 
     kinds = [kind for kind, table in TABLES.items() if name in table]
     if not kinds:
         known = {*TABLES, *(entry for table in TABLES.values() for entry in table)}
-        raise UserError(f"check: there is no part {name!r}.{suggestion(name, known)} Tables: {', '.join(TABLES)}.")
+        raise UserError(f"check: unknown part {name!r}.{suggestion(name, known)} Tables: {', '.join(TABLES)}.")
     if len(kinds) > 1:
         raise UserError(f"check: {name!r} is in more than one table; say {' or '.join(f'{k}/{name}' for k in kinds)}.")
     return [subject(kinds[0], name, changes)]

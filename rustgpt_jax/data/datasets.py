@@ -231,7 +231,7 @@ def _turn(where: str, message: Any) -> Turn:
         raise UserError(f"{where}: a message is an object with the strings `role` and `content`, not {message!r:.60}.")
     role = message["role"]
     if role not in ROLES:
-        raise UserError(f"{where}: there is no role {role!r}.{suggestion(role, ROLES)}")
+        raise UserError(f"{where}: unknown role {role!r}.{suggestion(role, ROLES)}")
     return Turn(role, message["content"])
 
 

@@ -94,7 +94,7 @@ def rope_knobs(
     where = f"{settings.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
     if not isinstance(kind, str) or kind not in types:
-        raise UserError(f"{where}: there is no type {kind!r} here.{suggestion(str(kind), types)}")
+        raise UserError(f"{where}: unknown type {kind!r}.{suggestion(str(kind), types)}")
     kind = types[kind]
     given: Keys = {}
     for key, value in stored.items():

@@ -155,7 +155,7 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     devices, and for a config whose vocabulary only a tokenizer would tell.
     """
     if chip_name not in CHIPS:
-        raise UserError(f"--chip: there is no {chip_name!r}.{suggestion(chip_name, CHIPS)}")
+        raise UserError(f"--chip: unknown {chip_name!r}.{suggestion(chip_name, CHIPS)}")
     validate_components(config)
     config, window = _longest(set_vocab_size(config))
     check_batch_shards(config, window, n_devices)

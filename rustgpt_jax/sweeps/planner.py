@@ -146,7 +146,7 @@ def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int |
     Raises UserError for a mode that there is not, and for a mesh that needs more devices than there are.
     """
     if mode not in MODES:
-        raise UserError(f"--mode: there is no {mode!r}.{suggestion(mode, MODES)}")
+        raise UserError(f"--mode: unknown {mode!r}.{suggestion(mode, MODES)}")
     n_trials, mesh = len(shape_class.trials), shape_class.whole.mesh
     needed = min_devices(mesh)
     if needed > machine.n_devices:
