@@ -146,7 +146,7 @@ def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monke
         monkeypatch.setattr(pasts, "FAR", far)
         console = quiet()
         replay(own, 9, False, console)
-        assert ("8 steps are made again first, from the start on." in said(console)) == is_said
+        assert ("8 steps are recomputed first, from the start on." in said(console)) == is_said
     made: list[int] = []
     with RecordedRun(own, quiet()) as past:
         past.train(past.saved_state(0), 8, made.append)

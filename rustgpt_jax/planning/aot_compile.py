@@ -1,4 +1,4 @@
-"""The training step of a config, compiled ahead of time for devices that need not be there, from shapes alone.
+"""Compile the training step of a config ahead of time, for devices that need not exist.
 
 It is compiled by the compiler of CPUs, for as many virtual ones as there would be devices. Where that compiler would do
 what one for accelerators does not, it is kept from it:
@@ -40,12 +40,12 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 def count_matmul_flops(program: HloProgram) -> float:
-    """2 m n k for each matrix product that a device computes."""
+    """Count the FLOPs of the matrix products of a device: 2 m n k for each."""
     return sum(times * _flops(product, shapes) for times, product, shapes in _products(program))
 
 
 def count_matmul_traffic(program: HloProgram) -> float:
-    """Bytes of what matrix products read and write.
+    """Count the bytes that matrix products read and write.
 
     The largest array of a product with batch axes is left out: these are the products of attention, and its scores,
     which a fused kernel never writes.
@@ -58,7 +58,7 @@ def count_matmul_traffic(program: HloProgram) -> float:
 
 
 def _products(program: HloProgram) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
-    """Each matrix product, how often it runs, and the shapes of what stands beside it."""
+    """Yield each matrix product, how often it runs, and the shapes of its operands and result."""
     times = program.times()
     for name, body in program.computations.items():
         shapes = {each.name: each.shape for each in body}
@@ -85,7 +85,7 @@ _APOLOGY = " As the last resort"
 
 @contextlib.contextmanager
 def capture_compiler_log() -> Iterator[list[str]]:
-    """A `with` block whose warnings are in the list afterwards.
+    """Collect the compiler's warnings of a `with` block in a list.
 
     The compiler is not Python and writes to the process's standard error stream, which nobody else hears meanwhile.
     """
@@ -103,7 +103,7 @@ def capture_compiler_log() -> Iterator[list[str]]:
 
 
 def find_warnings(log: str) -> list[str]:
-    """The warnings and errors in a log, each once, but for those of a slow machine."""
+    """Return the distinct warnings and errors in a log, except those about a slow machine."""
     found = (_LOGGED.match(line) for line in log.splitlines())
     told = (line[2].split(_APOLOGY)[0] for line in found if line and line[1] != "slow_operation_alarm.cc")
     return list(dict.fromkeys(told))
@@ -115,7 +115,7 @@ OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """What is known of a step from its compiled program, for one device: bytes, FLOPs, collectives, warnings.
+    """Bytes, FLOPs, collectives and warnings of a compiled step, for one device.
 
     arguments, results, shared: bytes of what goes in, what comes out, and what of these is the same memory.
     working: bytes of everything else that the step holds at its fullest.
@@ -135,12 +135,12 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Bytes in use when the step holds most."""
+        """Peak memory of the step in bytes."""
         return self.arguments + self.results - self.shared + self.working
 
 
 def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> Compiled:
-    """One training step on windows of so many tokens, its state and batch laid out as a run would lay them out.
+    """Compile one training step on sequences of `window` tokens, sharded as in a run.
 
     for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
     """
@@ -168,12 +168,12 @@ def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: 
 
 
 def build_sharded_state(config: Config, placement: ShardingPlan) -> State:
-    """The state of a run as shapes and types, with the places where its arrays lie."""
+    """Build the state of a run as shapes and dtypes with shardings."""
     return placement.abstract(state_shapes(config))
 
 
 def _stand_in(config: Config) -> Config:
-    """The config with float16 for bfloat16, gradients as JAX derives them, and an attention kernel of every device."""
+    """Replace bfloat16 by float16, custom gradients by JAX's, and the attention kernel by a portable one."""
     values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
     values["model.save_residuals"] = False
     if config.model.attention_kernel != "plain":

@@ -1,4 +1,4 @@
-"""What a training step needs of each chip: memory by what it is for, and bounds on its time."""
+"""Estimate the memory of a training step per chip by purpose, and bounds on its time."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
 
 @dataclass(frozen=True)
 class StepTime:
-    """What each part of a step takes on a device: matrix products, memory traffic, collectives."""
+    """Seconds of the parts of a step on a device: matrix products, memory traffic, collectives."""
 
     compute: float
     memory: float
@@ -32,12 +32,12 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
-        """A step in which everything goes on at the same time: as long as its longest part."""
+        """Seconds of a step whose parts overlap fully."""
         return max(self.compute, self.memory, self.collectives)
 
     @property
     def exposed(self) -> float:
-        """A step that waits for each collective."""
+        """Seconds of a step that waits for each collective."""
         return max(self.compute, self.memory) + self.collectives
 
     @property
@@ -48,14 +48,14 @@ class StepTime:
 
 
 def compute_step_time(chip: Chip, dtype: str, flops: float, traffic: float, found: Iterable[Collective]) -> StepTime:
-    """The parts of a step: FLOPs of matrix products of a type, bytes to and from memory, and collectives, a device."""
+    """Compute the time of the parts of a step per device, from FLOPs, memory traffic in bytes, and collectives."""
     return StepTime(
         flops / chip.flops(dtype), traffic / chip.bandwidth, sum(compute_collective_time(each, chip) for each in found)
     )
 
 
 def compute_collective_time(each: Collective, chip: Chip) -> float:
-    """Seconds that a collective takes in all its runs, at full bandwidth and without latency.
+    """Compute the seconds of all runs of a collective, at full bandwidth and without latency.
 
     Devices are numbered node by node, `chip.linked` to each. A group with members on several nodes is as fast as the
     network lets it be: its members on a node receive together, each by its own adapter, what the node lacks.
@@ -71,7 +71,7 @@ def compute_collective_time(each: Collective, chip: Chip) -> float:
 
 
 def compute_utilization(chip: Chip, dtype: str, model_flops: float, seconds: float) -> float:
-    """Model FLOPs utilisation (arXiv 2204.02311, appendix B): FLOPs that a model needs, of those that the chip has.
+    """Compute the model FLOPs utilization (arXiv 2204.02311, appendix B).
 
     model_flops: of a step on a device, without recomputation.
     """
@@ -84,7 +84,7 @@ RESERVE = 0.1
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device when its step holds most.
+    """Bytes on a device at the peak of its step.
 
     Parameters, optimizer state and batch are there all the time, and their sizes known. Of what the compiler needs
     beside them, gradients take as much as parameters do; the rest are activations, and copies that the step makes.
@@ -104,7 +104,7 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A step of a config on chips: what it needs of each of them.
+    """The estimated resources of a step of a config, per chip.
 
     model_flops: what the model needs, without recomputation; the compiled step's own are in `compiled`.
     """
@@ -122,21 +122,21 @@ class Estimate:
 
     @property
     def room(self) -> float:
-        """Bytes that a chip has for a step."""
+        """Bytes that a chip has available for a step."""
         return (1 - RESERVE) * self.chip.memory
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has the memory."""
+        """Whether the step fits in the memory of a chip."""
         return self.memory.peak <= self.room
 
     def utilization(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step that takes so long."""
+        """Return the model FLOPs utilization of a step of this duration."""
         return compute_utilization(self.chip, _dtype(self.config), self.model_flops, seconds)
 
 
 def estimate(config: Config, window: int, placement: ShardingPlan, chip: Chip) -> Estimate:
-    """What a step of a config needs, by compiling it."""
+    """Estimate the resources of a step of a config by compiling it."""
     compiled = compile_step(config, window, placement)
     tokens = config.training.batch_size * window / placement.n_devices
     return Estimate(
@@ -163,7 +163,7 @@ def _memory(config: Config, placement: ShardingPlan, compiled: Compiled) -> Memo
 
 
 def count_bytes_on_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of placed shapes."""
+    """Count the bytes of a tree of sharded shapes that one device holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -171,7 +171,7 @@ def count_bytes_on_device(tree: Any) -> int:
 
 
 def _dtype(config: Config) -> str:
-    """The type of most matrix products."""
+    """Return the dtype of most matrix products."""
     return config.model.matmul_dtype or config.model.dtype
 
 
@@ -183,12 +183,12 @@ MOST_TENSOR = 8
 
 
 class Suggestion(NamedTuple):
-    """Knobs of a config and their other values."""
+    """Changed knobs of a config."""
 
     knobs: dict[str, int | str]
 
     def of(self, config: Config) -> Config:
-        """The config with the change."""
+        """Return the config with the change."""
         return replace_paths(config, self.knobs)
 
     def __str__(self) -> str:
@@ -196,7 +196,7 @@ class Suggestion(NamedTuple):
 
 
 def list_suggestions(config: Config, window: int, n_devices: int) -> Iterator[list[Suggestion]]:
-    """Changes of each kind, from the smallest to the largest, but for those that the config has made already."""
+    """Yield the changes of each kind, smallest first, except those that the config already has."""
     sizes = axis_sizes(config.mesh, n_devices)
     shares = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     yield _accumulation(config, shares)
@@ -216,7 +216,7 @@ def _accumulation(config: Config, shares: int) -> list[Suggestion]:
 
 
 def _tensor(config: Config, sizes: dict[str, int]) -> list[Suggestion]:
-    """More devices along tensor, taken from data, or where there is none from fsdp."""
+    """Suggest more devices along tensor, taken from data, or from fsdp if data is 1."""
     giver = "data" if sizes["data"] > 1 else "fsdp"
     heads = config.model.n_kv_heads or config.model.n_heads
     found = []
@@ -227,11 +227,11 @@ def _tensor(config: Config, sizes: dict[str, int]) -> list[Suggestion]:
 
 
 def _moved(giver: int, taker: int) -> list[tuple[int, int]]:
-    """Devices of one axis given to another, twice as many at a time."""
+    """Return the axis sizes after moving devices from one axis to another, by powers of two."""
     return [(giver // factor, taker * factor) for factor in _doublings(giver)]
 
 
 def _doublings(most: int) -> list[int]:
-    """2, 4, 8, .. as long as they divide a number."""
+    """Return the powers of two that divide a number, from 2 on."""
     powers = (2**power for power in range(1, most.bit_length()))
     return list(takewhile(lambda factor: most % factor == 0, powers))

@@ -1,4 +1,4 @@
-"""The text of a compiled program, read: its computations, their instructions, and how often each computation runs.
+"""Parser of HLO text: computations, their instructions and collectives, and how often each computation runs.
 
 The text is XLA's HLO (openxla.org/xla/operation_semantics), as `compiled.as_text()` gives it.
 """
@@ -38,7 +38,7 @@ class Instruction:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The instructions that it reads."""
+        """Return the names of the instructions that it reads."""
         return tuple(_NAME.findall(self.arguments))
 
     @property
@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """How often a loop turns; None where the compiler does not know it."""
+        """Return the trip count of a loop, or None if it is unknown."""
         found = _TRIPS.search(self.attributes)
         return int(found[1]) if found else None
 
@@ -64,7 +64,7 @@ class HloProgram:
     entry: str
 
     def times(self) -> Counter[str]:
-        """How often each computation runs when the program runs once.
+        """Return how often each computation runs per run of the program.
 
         A loop of unknown length counts once; so does each branch of a choice.
         """
@@ -80,7 +80,7 @@ class HloProgram:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """A program from its text."""
+    """Parse a program from its HLO text."""
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, body = "", "", list[Instruction]()
     for line in text.splitlines():
@@ -102,7 +102,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis, cut after the one that closes it."""
+    """Split a text that begins with a parenthesis after the matching one."""
     depth = 0
     for end, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -112,19 +112,19 @@ def _cut(text: str) -> tuple[str, str]:
 
 
 def parse_arrays(shape: str) -> list[tuple[str, int]]:
-    """The element type and bytes of each array of a shape."""
+    """Return the element type and bytes of each array of a shape."""
     found = ((each[1], math.prod(parse_lengths(each[0]))) for each in _ARRAY.finditer(shape))
     return [(kind, math.ceil(size * bits / 8)) for kind, size in found if (bits := _bits(kind))]
 
 
 def parse_lengths(shape: str) -> tuple[int, ...]:
-    """The lengths of the axes of an array's shape."""
+    """Return the axis lengths of an array's shape."""
     found = _ARRAY.search(shape)
     return tuple(int(length.removeprefix("<=")) for length in found[2].split(",") if length) if found else ()
 
 
 def parse_elements(shape: str) -> list[str]:
-    """The elements of a tuple's shape, one level down."""
+    """Return the element shapes of a tuple shape."""
     inner, found, depth, start = shape[1:-1], list[str](), 0, 0
     for place, letter in enumerate(inner):
         depth += (letter in "([{") - (letter in ")]}")
@@ -180,12 +180,12 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """The devices of a group."""
+        """The number of devices in a group."""
         return max(map(len, self.groups), default=1)
 
     @property
     def total(self) -> float:
-        """Bytes that a device receives in one run of the program."""
+        """Bytes that a device receives per run of the program."""
         return self.times * self.received
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -200,14 +200,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class CollectiveTotal:
-    """Collectives of one kind over the same axes: how many run, and the bytes that a device receives in all."""
+    """The number of collectives of one kind over the same axes, and the total bytes that a device receives."""
 
     count: int
     received: float
 
 
 def find_collectives(text: str, n_devices: int) -> list[Collective]:
-    """The collectives of a compiled program, from its HLO, in the order of the text, but for those of one device."""
+    """Return the collectives over more than one device in a program's HLO, in the order of the text."""
     program = parse_hlo(text)
     times = program.times()
     found = [
@@ -222,7 +222,7 @@ def find_collectives(text: str, n_devices: int) -> list[Collective]:
 def summarize_collectives(
     found: Iterable[Collective], mesh: Mapping[str, int]
 ) -> dict[tuple[str, tuple[str, ...]], CollectiveTotal]:
-    """The collectives by their kind and the axes of a mesh that they run over, the most bytes first."""
+    """Group collectives by kind and mesh axes, most bytes first."""
     counts, received = Counter[tuple[str, tuple[str, ...]]](), Counter[tuple[str, tuple[str, ...]]]()
     for each in found:
         key = each.kind, each.axes(mesh)
@@ -262,7 +262,7 @@ def _received(kind: str, result: float, size: int) -> float:
 
 
 def _is_scattered(each: Instruction, name: str, program: HloProgram) -> bool:
-    """Whether nothing of an all-reduce is used but a slice of it, of which accelerators make a reduce-scatter."""
+    """Whether only a slice of an all-reduce is used, which accelerators turn into a reduce-scatter."""
     if each.opcode != "all-reduce" or each.shape.startswith("("):
         return False
     users = [user for user in program.computations[name] if each.name in user.operands]
@@ -282,7 +282,7 @@ def _slices(user: Instruction, place: int, program: HloProgram) -> bool:
 
 
 def _groups(attributes: str, n_devices: int) -> Groups:
-    """The groups of devices that the attributes of a collective name."""
+    """Parse the device groups from the attributes of a collective."""
     if found := _MESH.search(attributes):
         return _rows(_of_mesh(*found.groups()))
     if found := _TILED.search(attributes):

@@ -1,4 +1,4 @@
-"""A plan as tables: memory, time and collectives of each device, and changes that would make a step fit."""
+"""Tables of memory, time and collectives per device, and of changes that make a step fit."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +27,7 @@ MOST_WARNINGS = 5
 
 
 def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
-    """Print what a step needs of each device, and the compiler's warnings."""
+    """Print the resources of a step per device, and the compiler's warnings."""
     training = found.config.training
     parts = f" in {training.grad_accum_steps} parts" if training.grad_accum_steps > 1 else ""
     console.print(
@@ -44,7 +44,7 @@ def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
 
 
 def print_suggestions(tried: Sequence[tuple[Suggestion, Estimate]], room: float, console: Console) -> None:
-    """Print what each change of a step that does not fit would do, and which would make it fit."""
+    """Print the effect of each change of a step that does not fit, and which make it fit."""
     if not tried:
         console.print("There is no single change to try: give more devices.", highlight=False)
         return
@@ -148,7 +148,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def print_plan(config: Config, chip_name: str, n_devices: int, console: Console) -> bool:
-    """Print what a step of a config needs of each of so many chips. Whether it fits, as it is.
+    """Print the resources of a step of a config per chip, and return whether it fits.
 
     Nothing of the model is allocated, no data are read, and JAX, which must not have been used, gets as many virtual
     devices. Raises UserError for a chip that there is not, for a mesh or a batch that does not suit the number of
@@ -176,7 +176,7 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
 
 
 def set_vocab_size(config: Config) -> Config:
-    """The config with the vocabulary that it names, for the model or for the tokenizer. Raises UserError for none."""
+    """Set the vocabulary size of the model or else of the tokenizer. Raises UserError if neither is set."""
     size = config.model.vocab_size or config.tokenizer.vocab_size
     if size is None:
         raise UserError(
@@ -187,7 +187,7 @@ def set_vocab_size(config: Config) -> Config:
 
 
 def _longest(config: Config) -> tuple[Config, int]:
-    """The stage with the longest windows, and how long they are."""
+    """Return the config of the stage with the longest sequences, and their length."""
 
     def window(stage: Stage) -> int:
         return stage.config.data.seq_len or stage.config.model.context_length
@@ -211,7 +211,7 @@ def _virtual_devices(count: int) -> list[jax.Device]:
 
 
 def _tried(found: Estimate, estimated: Callable[[Config], Estimate]) -> Iterator[tuple[Suggestion, Estimate]]:
-    """Changes of each kind, up to the first that fits."""
+    """Try the changes of each kind, up to the first that fits."""
     for of_kind in list_suggestions(found.config, found.window, found.n_devices):
         for change in of_kind:
             changed = estimated(change.of(found.config))

@@ -210,7 +210,7 @@ class RecordedRun:
         changed = changed_data(self.folder.data_file, self.inputs.stages)
         if changed:
             raise UserError(
-                f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be made again."
+                f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be recomputed."
             )
         mesh = self._mesh_here()
         self._placement = plan_for_all_devices(mesh)
@@ -317,8 +317,8 @@ class RecordedRun:
         """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""
         missing = step - int(state.step)
         if missing > FAR:
-            self._say(f"{missing:,} steps are made again first, from {describe_start(int(state.step))} on.")
-        with counting(self._console, "steps made again") as progress:
+            self._say(f"{missing:,} steps are recomputed first, from {describe_start(int(state.step))} on.")
+        with counting(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
     def batch(self, state: State) -> Batch:

@@ -90,7 +90,7 @@ def is_fault(metrics: Mapping[str, Any]) -> bool:
 
 
 def replay_one_step(past: RecordedRun, step: int, has_taps: bool) -> tuple[ReplayedStep, StepInternals | None]:
-    """A step of a run made again, and with taps, what it looks like from inside. Raises UserError for no step of it."""
+    """Recompute a step of a run, with its intermediates if `has_taps`. Raises UserError for an unknown step."""
     past.check(step)
     state = past.saved_state(step - 1)
     from_step = int(state.step)

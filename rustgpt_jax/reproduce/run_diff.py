@@ -287,7 +287,7 @@ def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: 
             raise KeyboardInterrupt
         if status or not out.exists():
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
-            raise UserError(f"The steps of {run.path} cannot be made again: {lines[-1].removeprefix('error: ')}")
+            raise UserError(f"The steps of {run.path} cannot be recomputed: {lines[-1].removeprefix('error: ')}")
         return {step["step"]: step for step in json.loads(out.read_bytes())["steps"]}
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: many runs from one config, each said by the knobs in which it differs.
+"""Sweeps: many runs from one config, each described by its overrides.
 
 What an experiment's `sweep()` needs stands here:
 

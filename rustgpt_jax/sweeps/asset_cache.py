@@ -1,4 +1,4 @@
-"""Tokenizers and token stores, each made once for all trials that share them."""
+"""Cache of tokenizers and token stores that trials share."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from rustgpt_jax.training.run_inputs import RunInputs
 
 
 class AssetCache:
-    """Makes what trials read. With a folder, tokenizers are kept there for other processes too.
+    """Builds the tokenizers and data of trials, each once. With a folder, other processes share the tokenizers.
 
     One thread at a time makes something.
     """
@@ -34,7 +34,7 @@ class AssetCache:
         self._stores: dict[tuple[str, str], Store] = {}
 
     def tokenizer(self, config: Config) -> Codec:
-        """The tokenizer of a trial. Raises UserError for a corpus that cannot be read."""
+        """Return the tokenizer of a trial. Raises UserError if the corpus cannot be read."""
         key = _tokenizer_key(config)
         if key not in self._tokenizers:
             file = self._folder / f"{key}.json" if self._folder else None
@@ -44,24 +44,24 @@ class AssetCache:
         return self._tokenizers[key]
 
     def keep_in(self, folder: Path) -> None:
-        """Keep the tokenizers in a folder; those that are there already are the ones that trials began with."""
+        """Save the tokenizers in a folder, except those that are there already."""
         self._folder = folder
         for key, tokenizer in self._tokenizers.items():
             if not (folder / f"{key}.json").exists():
                 save_tokenizer(tokenizer, folder / f"{key}.json")
 
     def whole(self, config: Config) -> Config:
-        """The config with its vocabulary filled in. Raises UserError if the model has too few rows for it."""
+        """Fill in the vocabulary size of a config. Raises UserError if the model's is too small."""
         with self._turn:
             return fill_vocab_size(config, self.tokenizer(config))
 
     def resolve_epochs(self, config: Config) -> Resolved:
-        """The config with steps in place of epochs. Raises UserError for text that will not do."""
+        """Convert epochs to steps in a config. Raises UserError if the text is unsuitable."""
         with self._turn:
             return resolve_epochs(config, lambda stage: self._stage_data(stage, config))
 
     def inputs(self, config: Config) -> RunInputs:
-        """All that a trial is made of. Raises UserError for less text than one batch."""
+        """Return the inputs of a trial. Raises UserError if the text is shorter than one batch."""
         with self._turn:
             whole = self.whole(config)
             data = [self._stage_data(stage, config) for stage in stages(whole)]
@@ -75,7 +75,7 @@ class AssetCache:
 
 
 def _tokenizer_key(config: Config) -> str:
-    """A name for what a tokenizer depends on: its own knobs and the text of all stages."""
+    """Return a hash of what a tokenizer depends on: its knobs and the text of all stages."""
     corpora = [asdict(data) for data in dict.fromkeys(stage.config.data for stage in stages(config))]
     text = json.dumps([asdict(config.tokenizer), corpora], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

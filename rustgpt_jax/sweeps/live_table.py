@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: one live table on a terminal, a line for each trial that ends anywhere else.
+"""Progress of a sweep: a live table on a terminal, a line per ended trial elsewhere.
 
 All of it is read from the sweep's folder, so it is the same wherever the trials run.
 """
@@ -27,7 +27,7 @@ ENDED = ("finished", "diverged", "failed", "pruned")
 
 
 class LiveTable:
-    """Shows the trials of a sweep until its `with` block ends. `clock` gives seconds from any fixed moment."""
+    """Shows the trials of a sweep until its `with` block ends. `clock` returns seconds since any fixed time."""
 
     def __init__(self, console: Console, folder: SweepDir, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._folder, self._clock = console, folder, clock
@@ -45,7 +45,7 @@ class LiveTable:
         self._live = Live(console=console, get_renderable=self.table, refresh_per_second=4) if is_live else None
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Show these trials too. Those that have ended already are not told again."""
+        """Add trials. Those that have ended already are not reported again."""
         with self._turn:
             new = {trial.id: trial for trial in trials if trial.id not in self._trials}
             self._trials |= new
@@ -80,7 +80,7 @@ class LiveTable:
             self._look()
 
     def _look(self) -> None:
-        """Read how far each trial is, and tell of those that have ended since the last look."""
+        """Read the progress of each trial, and report those that have ended since the last call."""
         with self._turn:
             for name, event in self._states().items():
                 # A trial that failed may begin once more.
@@ -134,7 +134,7 @@ class LiveTable:
         )
 
     def table(self) -> RenderableType:
-        """The running trials, the best so far, and how far the sweep is."""
+        """Return a table of the running trials, the best one, and the progress of the sweep."""
         with self._turn:
             states = self._states()
             finished = [name for name, event in states.items() if event["event"] == "finished"]

@@ -1,4 +1,4 @@
-"""From trials to programs: which trials share one, how many run in it at once, in which mode, and why.
+"""Assign trials to programs: which share one, how many run at once, and in which mode.
 
 Trials of equal structure form a shape class: one compiled program serves them all. Nothing here needs a device.
 """
@@ -32,7 +32,7 @@ ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a trial of a class needs: bytes of its state, bytes while a step is computed, FLOPs of a step and of all."""
+    """The cost of a trial: bytes of its state and of a step's intermediates, and FLOPs of a step and of all steps."""
 
     parameters: int
     state_bytes: int
@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class ShapeClass:
-    """Trials that one compiled program serves. `whole` is the config of the first, with its vocabulary."""
+    """Trials that share one compiled program. `whole` is the config of the first, with its vocabulary size."""
 
     trials: tuple[Trial, ...]
     whole: Config
@@ -65,7 +65,7 @@ class Chunk:
     devices: int | None = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The chunk as JSON has it."""
+        """Return the chunk as a value for JSON."""
         return asdict(self)
 
     @staticmethod
@@ -76,7 +76,7 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How one shape class runs."""
+    """The execution plan of one shape class."""
 
     shape_class: ShapeClass
     mode: str
@@ -100,7 +100,7 @@ class Plan:
 
 
 def group_by_shape(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass]:
-    """The trials by structure, in the order in which each class is met first."""
+    """Group trials by static config, in the order of first occurrence."""
     members: dict[ClassKey, list[Trial]] = {}
     wholes: dict[ClassKey, Config] = {}
     for trial in trials:
@@ -112,12 +112,12 @@ def group_by_shape(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClas
 
 
 def class_key(whole: Config) -> ClassKey:
-    """What selects a trial's programs: the structure and the window of each stage, and the mesh."""
+    """Return what selects a trial's programs: static config and sequence length of each stage, and the mesh."""
     return tuple((partition(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
 
 
 def estimate_cost(whole: Config) -> Cost:
-    """The cost of a trial, from shapes alone."""
+    """Estimate the cost of a trial from shapes."""
     configs = [stage.config for stage in stages(whole)]
     step_tokens = [config.training.batch_size * _window(config) for config in configs]
     step_flops = [
@@ -140,7 +140,7 @@ def _window(config: Config) -> int:
 
 
 def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
-    """How a class runs on a machine, in the mode asked for or, for `auto`, in the one that suits it.
+    """Plan how a class runs on a machine, in the given mode or, for `auto`, in the best one.
 
     The trials are shared among the devices, or among groups of them where the mesh of a trial needs several.
     Raises UserError for a mode that there is not, and for a mesh that needs more devices than there are.
@@ -186,7 +186,7 @@ def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
 
 
 def _most(cost: Cost, machine: Machine, mode: str) -> tuple[int, str]:
-    """The most trials that may run in one program, and what sets the limit."""
+    """Return the maximum number of trials per program, and the reason for the limit."""
     # States are there twice while the program turns one into the next.
     if mode == "fused":
         fitting = int(MEMORY_SHARE * machine.memory / (2 * cost.state_bytes + cost.working_bytes))

@@ -104,7 +104,7 @@ Spec = Sequence[Overrides] | SuccessiveHalving | TPE
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line says of a sweep."""
+    """The arguments of the `sweep` command."""
 
     about: SweepInfo
     settings: SweepOptions

@@ -42,14 +42,14 @@ MOST_SKIPPED_A_TRIAL = 20
 
 
 def check_validation(trials: Sequence[Trial]) -> None:
-    """Raises UserError for a trial that measures no validation loss, by which a search compares."""
+    """Raise UserError if a trial has no validation loss for a search to compare."""
     for each in trials:
         if not all(stage.config.data.valid_fraction for stage in stages(each.config)):
             raise UserError("A search compares validation losses, and config.data.valid_fraction=0 has none.")
 
 
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
-    """Raises UserError for a rung at which some trial is not evaluated: trials are compared at equal steps only."""
+    """Raise UserError for a rung at which some trial is not evaluated."""
     for each, rung in itertools.product(trials, search.rungs):
         every, parts = each.config.logging.eval_every, stages(each.config)
         if rung >= parts[-1].end_step:
@@ -95,13 +95,13 @@ def _survivors(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: 
 
 
 def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
-    """The validation loss of a trial at a step, infinite if it never came there."""
+    """Return the validation loss of a trial at a step, infinite if it did not reach it."""
     lines = read_metrics(sweep.folder.trial(each.id).path)
     return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
 
 
 def check_components(trials: Iterable[Trial]) -> None:
-    """Check that all parts that trials name exist.
+    """Check that all components of the trials exist.
 
     Raises:
         UserError: A part does not exist.
@@ -237,7 +237,7 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 class _NoLock:
-    """What Optuna takes for a lock."""
+    """A no-op lock for Optuna."""
 
     def acquire(self) -> bool:
         return True
@@ -261,7 +261,7 @@ def _ask(
     trials_of: Callable[[Any], list[Trial]],
     check: Callable[[Sequence[Trial]], None],
 ) -> None:
-    """Ask until the batch is whole, or all trials of the search have been asked for.
+    """Ask for suggestions until the batch or the search is complete.
 
     Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
     a search is killed, it goes on with the same suggestions.
@@ -334,7 +334,7 @@ def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
 
 
 def _trials_of(asked: Any, search: TPE, tree: Any, fixed: tuple[str, ...], shelf: AssetCache) -> list[Trial]:
-    """The trials that one suggestion is tried with: one, or one for each seed."""
+    """Return the trials of a suggestion: one, or one per seed."""
     overrides = decode_params(search, asked.params)
     if not search.seeds:
         return make_trials(tree, [overrides], fixed, lambda: shelf)

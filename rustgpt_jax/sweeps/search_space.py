@@ -76,7 +76,7 @@ class Uniform:
     high: float
 
     def at(self, u: float) -> float:
-        """The value below which lies a share u of the distribution."""
+        """Return the u-quantile of the distribution."""
         span = self.high - self.low
         value = round(self.low + u * span, DIGITS - math.floor(math.log10(span)))
         return min(max(value, self.low), self.high)
@@ -90,7 +90,7 @@ class LogUniform:
     high: float
 
     def at(self, u: float) -> float:
-        """The value below which lies a share u of the distribution."""
+        """Return the u-quantile of the distribution."""
         exact = math.exp(_between(math.log(self.low), math.log(self.high), u))
         narrowness = min(1.0, (self.high - self.low) / self.low)
         value = float(f"{exact:.{DIGITS - math.floor(math.log10(narrowness))}g}")
@@ -105,7 +105,7 @@ class Integers:
     high: int
 
     def at(self, u: float) -> int:
-        """The whole number below which lies a share of at most u of the distribution."""
+        """Return the u-quantile of the distribution."""
         return min(self.low + math.floor(u * (self.high - self.low + 1)), self.high)
 
 
@@ -117,7 +117,7 @@ class LogIntegers:
     high: int
 
     def at(self, u: float) -> int:
-        """The whole number below which lies a share of at most u of the distribution."""
+        """Return the u-quantile of the distribution."""
         exact = math.exp(_between(math.log(self.low - 0.5), math.log(self.high + 0.5), u))
         return min(max(math.floor(exact + 0.5), self.low), self.high)
 
@@ -129,7 +129,7 @@ class Categorical:
     options: tuple[Any, ...]
 
     def at(self, u: float) -> Any:
-        """The option below which lies a share of at most u of the distribution."""
+        """Return the u-quantile of the distribution over the options."""
         return self.options[min(math.floor(u * len(self.options)), len(self.options) - 1)]
 
 
@@ -210,7 +210,7 @@ def sobol(n: int, space: Space, seed: int = 0) -> list[Overrides]:
 
 @dataclass(frozen=True)
 class SuccessiveHalving:
-    """Trials that start together; at each rung, a number of steps, the best `keep` of those left go on.
+    """Trials that start together; at each rung (a step), the best fraction `keep` of the rest continues.
 
     Jamieson and Talwalkar, arXiv 1502.07943.
     """
@@ -222,7 +222,7 @@ class SuccessiveHalving:
 
 @dataclass(frozen=True)
 class TPE:
-    """Points of a space, proposed `batch` at a time from the results of earlier ones by a tree of Parzen estimators.
+    """Points of a space, proposed in batches by a tree-structured Parzen estimator.
 
     Each of the `n_trials` points is one trial, or one for each of `seeds`, over which its result is the mean.
     Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011.
