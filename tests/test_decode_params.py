@@ -20,8 +20,8 @@ from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding, weig
 from rustgpt_jax.inference.generate import decode_steps, generate, start_generation, stop_tokens
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
+from rustgpt_jax.model.block import linear_layers
 from rustgpt_jax.model.flops import total_bytes
-from rustgpt_jax.model.matrices import linear_layers
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS

@@ -20,10 +20,9 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.fingerprints import fingerprint, fingerprints
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
-from rustgpt_jax.model.block import Block
+from rustgpt_jax.model.block import Block, layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS, attention
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS

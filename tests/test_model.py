@@ -15,9 +15,9 @@ from scipy import stats
 from rustgpt_jax.config.schema import ModelConfig, combine, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops, transformer
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
 from rustgpt_jax.model.kv_cache import KVCache
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import Attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

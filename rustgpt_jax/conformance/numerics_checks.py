@@ -15,10 +15,9 @@ from rustgpt_jax.conformance.long_row_checks import Case, influence, layout, lon
 from rustgpt_jax.conformance.rounding_checks import DATA, EXACT, Reading, Traced, line_of, roundings_by_line
 from rustgpt_jax.conformance.targets import Scope, Subject
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block import Block
+from rustgpt_jax.model.block import Block, layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import equations
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.pytrees import by_path, path_name
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
 
 

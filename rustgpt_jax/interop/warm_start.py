@@ -15,7 +15,7 @@ from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.model.layer_groups import layer_groups
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.formatting import count

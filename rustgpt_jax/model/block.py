@@ -1,15 +1,17 @@
 """One block: a token mixer and a feed-forward, each around the residual stream."""
 
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics, dropout
 from rustgpt_jax.model.interfaces import CachedMixer, n_inputs
 from rustgpt_jax.model.intermediates import Probe
+from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
@@ -55,3 +57,54 @@ class Block(nn.Module):
         if self.config.norm_placement not in placements:
             return x_BTD
         return choose(NORMS, self.config.norm, "config.model.norm")(self.config, name=name)(x_BTD)
+
+
+# Layers with the same kind of block share one program, and their parameters are stacked.
+
+
+class LayerGroup(NamedTuple):
+    """Layers with the same block.
+
+    Attributes:
+        block: Config of the block.
+        layers: Indices of the layers in the model.
+    """
+
+    block: ModelConfig
+    layers: range
+
+
+def layer_groups(model: ModelConfig) -> tuple[LayerGroup, ...]:
+    """Returns the groups of a model, ordered by their first layer; parameters and caches have the indices as keys.
+
+    There is one group for each block of the pattern, with a layer for each whole repeat. If the number of layers is no
+    multiple of the pattern's length, each remaining layer is a group of its own.
+    """
+    whole = model.n_layers - model.n_layers % model.period
+    repeated = (range(first, whole, model.period) for first in range(min(whole, model.period)))
+    left = (range(layer, layer + 1) for layer in range(whole, model.n_layers))
+    return tuple(LayerGroup(model.block(layers.start), layers) for layers in (*repeated, *left))
+
+
+# The kernels of linear layers in a block, found by tracing.
+
+
+@cache
+def linear_layers(block: ModelConfig) -> dict[str, ModelConfig]:
+    """Returns the paths of the kernels of linear layers in a block, each with the config of its layer."""
+    found: dict[str, ModelConfig] = {}
+
+    def note(call: Any, given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if isinstance(module, Linear) and context.method_name == "__call__":
+            found["/".join((*module.path, "kernel"))] = module.config
+        return call(*given, **named)
+
+    def forward() -> Any:
+        context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+        x_BTD = jnp.zeros((1, 1, block.d_model), block.dtype)
+        return Block(block).init(jax.random.key(0), x_BTD, context, None)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(forward)
+    return found

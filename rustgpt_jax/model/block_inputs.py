@@ -1,4 +1,4 @@
-"""What a block knows of its tokens besides their activations."""
+"""Inputs of a block besides the activations."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 LayerMetrics = dict[str, jax.Array]
 
-# The signal that is added to the loss.
+# The metric that is added to the loss.
 AUX_LOSS = "auxiliary_loss"
 
 

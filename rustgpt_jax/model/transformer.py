@@ -12,10 +12,9 @@ from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block import Block
+from rustgpt_jax.model.block import Block, LayerGroup, layer_groups
 from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics, dropout
 from rustgpt_jax.model.dtypes import softcap
-from rustgpt_jax.model.layer_groups import LayerGroup, layer_groups
 from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.model.matmul import unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
@@ -37,8 +36,8 @@ REMAT_POLICIES = {
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
-    """Initial float32 parameters. Those of the blocks are stacked: their first axis is N, the layers of a stack."""
-    # No value depends on it, and so no device is asked what suits it.
+    """Returns initial float32 parameters. Those of blocks are stacked over N, the layers of a group."""
+    # Parameters do not depend on it, and resolving it would initialize the device.
     model = dataclasses.replace(model, save_residuals=False)
     context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
     x_BTD = jnp.zeros((1, 1, model.d_model), model.dtype)
@@ -65,12 +64,12 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
 
 
 def is_unrolled(blocks: Params) -> bool:
-    """Whether a stack is a list of layers, each with arrays of its own, and not one of arrays with a first axis N."""
+    """Returns whether the layers of a group are a list of trees instead of arrays stacked over N."""
     return any(isinstance(of_stack, list) for of_stack in blocks.values())
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool = False) -> Cache:
-    """An empty cache for `batch` rows of at most `length` tokens, stacked over N or in lists, as the parameters are."""
+    """Returns an empty cache for `batch` rows of `length` tokens, stacked over N, or in lists if `unstacked`."""
 
     def of_stack(stack: LayerGroup) -> Any:
         one = init_mixer_cache(stack.block, batch, length)
@@ -314,13 +313,13 @@ def _reduce_metrics(metrics: dict[str, LayerMetrics]) -> LayerMetrics:
 
 
 def vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding table. A model is complete only once its tokenizer is known."""
+    """Returns the number of rows of the embedding table, which is set from the tokenizer."""
     assert model.vocab_size is not None, "config.model.vocab_size is set from the tokenizer before a model is made"
     return model.vocab_size
 
 
 def _positions_embedding(model: ModelConfig) -> Any:
-    """The leaf that adds positions to the embeddings, if the model has one."""
+    """Returns the module that adds positions to the embeddings, or None."""
     schemes = (choose(POSITIONS, name, "config.model.positions") for name in model.positions)
     embed = next((scheme.embed for scheme in schemes if scheme.embed is not None), None)
     return None if embed is None else embed(model)

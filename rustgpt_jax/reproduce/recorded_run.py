@@ -17,8 +17,8 @@ from rustgpt_jax.data.preprocess import StageData, changed_data
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint
 from rustgpt_jax.model import intermediates, transformer
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.hook_points import hook_points
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns

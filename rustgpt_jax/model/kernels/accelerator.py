@@ -1,4 +1,4 @@
-"""What calls of a library's kernels have in common: they take a mask, and JAX can neither batch nor cut them."""
+"""Kernels of libraries. They take an explicit mask, and support neither vmap nor automatic partitioning."""
 
 import importlib
 from collections.abc import Callable
@@ -17,29 +17,30 @@ from rustgpt_jax.model.kv_cache import causal_mask
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def call_sharded_kernel(name: str, attend: Attend, task: AttentionInputs) -> jax.Array:
-    """mixed_BTKGC of a task, where there is a mesh on each device for its own rows and heads.
+def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> jax.Array:
+    """Calls a library's kernel; on a mesh, each device calls it for its own rows and heads.
 
-    Raises UserError once the program is batched by `jax.vmap`.
+    Raises:
+        UserError: The program is batched by `jax.vmap`.
     """
 
     def grouped(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
         mixed_BTHC = attend(q_BTHC, k_BSKC, v_BSKC, mask_BTS)
         return mixed_BTHC.reshape(*mixed_BTHC.shape[:2], k_BSKC.shape[2], -1, mixed_BTHC.shape[-1])
 
-    arrays = (task.q_BTHC, task.k_BSKC, task.v_BSKC)
-    mask_BTS = _forbid_vmap(name, causal_mask(task.context, task.window), *arrays)
+    arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
+    mask_BTS = _forbid_vmap(name, causal_mask(inputs.context, inputs.window), *arrays)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return grouped(*arrays, mask_BTS)
-    rows, _, heads, _ = partition_spec("B.K.", task.k_BSKC.shape, dict(mesh.shape))
+    rows, _, heads, _ = partition_spec("B.K.", inputs.k_BSKC.shape, dict(mesh.shape))
     cut = PartitionSpec(rows, None, heads)
     in_specs = (cut, cut, cut, PartitionSpec(rows))
     return jax.shard_map(grouped, in_specs=in_specs, out_specs=cut, check_vma=False)(*arrays, mask_BTS)
 
 
 def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """The mask as it is. Raises UserError once the program is batched over it or any of the arrays.
+    """Returns the mask, and raises UserError if the program is batched over it or any of the arrays.
 
     JAX's rule for batching a call of cuDNN takes a mask for one with a mask for each head, and splash attention takes
     one mask at a time.
@@ -67,8 +68,8 @@ def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Arra
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
-def cudnn(task: AttentionInputs) -> jax.Array:
-    """mixed_BTKGC of a task."""
+def cudnn(inputs: AttentionInputs) -> jax.Array:
+    """Returns mixed_BTKGC."""
 
     def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
         # Causal is said beside the mask, for what lies after a token to be skipped. A window is in the mask alone:
@@ -78,31 +79,31 @@ def cudnn(task: AttentionInputs) -> jax.Array:
             k_BSKC,
             v_BSKC,
             mask=mask_BTS[:, None],
-            scale=task.scale,
+            scale=inputs.scale,
             is_causal=True,
             implementation="cudnn",
         )
 
-    return call_sharded_kernel("cudnn", attend, task)
+    return call_sharded_kernel("cudnn", attend, inputs)
 
 
-def cudnn_unsupported_reason(request: AttentionSpec) -> str | None:
-    """Why cuDNN cannot serve a request; None if it can."""
-    platform, capability = request.device
+def cudnn_unsupported_reason(spec: AttentionSpec) -> str | None:
+    """Returns why cuDNN does not support a spec; None if it does."""
+    platform, capability = spec.device
     widest = 128 if capability and capability < HOPPER else 256
     reasons = {
         f"it needs an NVIDIA GPU, and this is a {platform}": platform not in (None, "gpu"),
         "it needs a GPU of compute capability 8.0 or more": capability is not None and capability < AMPERE,
-        "it reads no cache": request.cached,
-        f"it computes in bfloat16, not in {request.dtype}": request.dtype != "bfloat16",
-        "it has no soft-cap of scores": request.softcap,
-        "it is given no bias of distances": request.bias,
-        "it has no learned sinks": request.sinks,
-        "it is given no dropout of attention": request.dropout,
-        "its keys and values are equally wide": request.head_width != request.value_width,
-        f"its heads have 8, 16, .. {widest} channels, not {request.head_width}": request.head_width % 8 != 0
-        or request.head_width > widest,
-        f"it needs an even number of tokens, not {request.length}": request.length % 2 != 0,
+        "it reads no cache": spec.cached,
+        f"it computes in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
+        "it has no soft-cap of scores": spec.softcap,
+        "it is given no bias of distances": spec.bias,
+        "it has no learned sinks": spec.sinks,
+        "it is given no dropout of attention": spec.dropout,
+        "its keys and values are equally wide": spec.head_width != spec.value_width,
+        f"its heads have 8, 16, .. {widest} channels, not {spec.head_width}": spec.head_width % 8 != 0
+        or spec.head_width > widest,
+        f"it needs an even number of tokens, not {spec.length}": spec.length % 2 != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -121,8 +122,8 @@ IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}
 LANES = 128
 
 
-def tokamax(task: AttentionInputs) -> jax.Array:
-    """mixed_BTKGC of a task."""
+def tokamax(inputs: AttentionInputs) -> jax.Array:
+    """Returns mixed_BTKGC."""
     library = importlib.import_module("tokamax")
     if not flags.FLAGS.is_parsed():  # It would read the command line of whatever program this is.
         flags.FLAGS.mark_as_parsed()
@@ -132,32 +133,32 @@ def tokamax(task: AttentionInputs) -> jax.Array:
     def rows(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
         masks = mask_BTS[:, None]
         return library.dot_product_attention(
-            q_BTHC, k_BSKC, v_BSKC, mask=masks, scale=task.scale, implementation=implementation
+            q_BTHC, k_BSKC, v_BSKC, mask=masks, scale=inputs.scale, implementation=implementation
         )
 
     def row_by_row(*arrays: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: rows(*(x[None] for x in row))[0], arrays)
 
-    return call_sharded_kernel("tokamax", rows if platform == "gpu" else row_by_row, task)
+    return call_sharded_kernel("tokamax", rows if platform == "gpu" else row_by_row, inputs)
 
 
-def tokamax_unsupported_reason(request: AttentionSpec) -> str | None:
-    """Why tokamax cannot serve a request; None if it can."""
-    platform = request.device.platform
+def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
+    """Returns why tokamax does not support a spec; None if it does."""
+    platform = spec.device.platform
     reasons = {
         f"it has flash attention for TPUs and NVIDIA GPUs, and this is a {platform}": platform is not None
         and platform not in IMPLEMENTATIONS,
         "it is not installed: pip install 'rustgpt_jax[kernels]'": platform is not None
         and find_spec("tokamax") is None,
-        "it reads no cache": request.cached,
-        f"it is used in bfloat16, not in {request.dtype}": request.dtype != "bfloat16",
+        "it reads no cache": spec.cached,
+        f"it is used in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
         # Here the cap is an argument of the program, so that one program serves every cap.
-        "its soft-cap is a constant of the program": request.softcap,
-        "it is given no bias of distances": request.bias,
-        "it has no learned sinks": request.sinks,
-        "it is given no dropout of attention": request.dropout,
-        "its keys and values are equally wide": request.head_width != request.value_width,
-        f"it needs a multiple of {LANES} tokens, not {request.length}": request.length % LANES != 0,
+        "its soft-cap is a constant of the program": spec.softcap,
+        "it is given no bias of distances": spec.bias,
+        "it has no learned sinks": spec.sinks,
+        "it is given no dropout of attention": spec.dropout,
+        "its keys and values are equally wide": spec.head_width != spec.value_width,
+        f"it needs a multiple of {LANES} tokens, not {spec.length}": spec.length % LANES != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

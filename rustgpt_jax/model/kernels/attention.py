@@ -72,19 +72,19 @@ def softmax_weights(
     return jax.nn.softmax(scores_BHTS, axis=-1)[..., : mask_BTS.shape[-1]]
 
 
-def reference_attention(task: AttentionInputs) -> jax.Array:
+def reference_attention(inputs: AttentionInputs) -> jax.Array:
     """Computes attention with all scores in memory: the reference for other kernels."""
-    positions = (task.context.positions_BT, task.context.positions_BT)
-    mask_BTS = causal_mask(task.context, task.window)
+    positions = (inputs.context.positions_BT, inputs.context.positions_BT)
+    mask_BTS = causal_mask(inputs.context, inputs.window)
 
     def weights(scores_BHTS: jax.Array) -> jax.Array:
-        return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+        return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
 
-    by_heads = (jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2))
-    return dot_product_attention(task.q_BTHC, *by_heads, task.scale, weights)
+    by_heads = (jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2))
+    return dot_product_attention(inputs.q_BTHC, *by_heads, inputs.scale, weights)
 
 
-PLAIN = Kernel(reference_attention, lambda request: None)
+PLAIN = Kernel(reference_attention, lambda spec: None)
 
 
 # Attention of one block of queries after another, in plain XLA: on every device, and never all scores at once.
@@ -93,16 +93,16 @@ PLAIN = Kernel(reference_attention, lambda request: None)
 BLOCK = 512
 
 
-def blockwise(task: AttentionInputs, block: int = BLOCK) -> jax.Array:
+def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
     """Computes attention for one block of queries at a time; the backward pass recomputes the scores.
 
     Memory holds the scores of one block: B x H x block x S numbers, where S is the row, or block + window. With
     config.model.remat=dots, which saves all matrix products, it holds those of all blocks.
     """
-    batch, length = task.q_BTHC.shape[:2]
+    batch, length = inputs.q_BTHC.shape[:2]
     n_blocks = -(-length // block)
     block = -(-length // n_blocks)
-    n_keys = length if task.window is None else min(length, block + task.window - 1)
+    n_keys = length if inputs.window is None else min(length, block + inputs.window - 1)
 
     def blocks(x_BT: jax.Array) -> jax.Array:
         """Splits x along T into blocks, as the first axis; the last block is padded with copies of the last token."""
@@ -117,27 +117,27 @@ def blockwise(task: AttentionInputs, block: int = BLOCK) -> jax.Array:
         def near(x_BS: jax.Array) -> jax.Array:
             return x_BS if n_keys == length else jax.lax.dynamic_slice_in_dim(x_BS, first, n_keys, axis=1)
 
-        keys = BlockInputs(near(task.context.positions_BT), near(task.context.segments_BT))
+        keys = BlockInputs(near(inputs.context.positions_BT), near(inputs.context.segments_BT))
         order_S = jnp.arange(length) if n_keys == length else first + jnp.arange(n_keys)
-        mask_BTS = attention_mask(BlockInputs(positions_BT, segments_BT), order_T, keys, order_S, task.window)
+        mask_BTS = attention_mask(BlockInputs(positions_BT, segments_BT), order_T, keys, order_S, inputs.window)
         positions = (positions_BT, keys.positions_BT)
 
         def weights(scores_BHTS: jax.Array) -> jax.Array:
-            return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+            return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
 
-        by_heads = (jnp.swapaxes(near(task.k_BSKC), 1, 2), jnp.swapaxes(near(task.v_BSKC), 1, 2))
-        return dot_product_attention(q_BTHC, *by_heads, task.scale, weights)
+        by_heads = (jnp.swapaxes(near(inputs.k_BSKC), 1, 2), jnp.swapaxes(near(inputs.v_BSKC), 1, 2))
+        return dot_product_attention(q_BTHC, *by_heads, inputs.scale, weights)
 
-    queries = (task.q_BTHC, task.context.positions_BT, task.context.segments_BT)
+    queries = (inputs.q_BTHC, inputs.context.positions_BT, inputs.context.segments_BT)
     mixed = jax.lax.map(lambda each: attend(*each), (jnp.arange(n_blocks), *map(blocks, queries)))
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, n_blocks * block, *mixed.shape[3:])[:, :length]
 
 
-def portable_unsupported_reason(request: AttentionSpec) -> str | None:
+def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
     """Returns why blockwise and triangular attention do not support a spec; None if they do."""
-    if request.cached:
+    if spec.cached:
         return "it reads no cache"
-    return "it has no dropout of attention" if request.dropout else None
+    return "it has no dropout of attention" if spec.dropout else None
 
 
 BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
@@ -151,22 +151,22 @@ BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)
 N_BLOCKS = 4
 
 
-def triangular(task: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
+def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
     """Computes attention for a few blocks of queries, each with only the keys that it can attend to."""
-    length = task.q_BTHC.shape[1]
-    k_BKSC, v_BKSC = jnp.swapaxes(task.k_BSKC, 1, 2), jnp.swapaxes(task.v_BSKC, 1, 2)
+    length = inputs.q_BTHC.shape[1]
+    k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
 
     def attend(start: int, stop: int) -> jax.Array:
-        first = 0 if task.window is None else max(0, start + 1 - task.window)
-        queries, keys = _part(task.context, start, stop), _part(task.context, first, stop)
-        mask_BTS = attention_mask(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), task.window)
+        first = 0 if inputs.window is None else max(0, start + 1 - inputs.window)
+        queries, keys = _part(inputs.context, start, stop), _part(inputs.context, first, stop)
+        mask_BTS = attention_mask(queries, jnp.arange(start, stop), keys, jnp.arange(first, stop), inputs.window)
         positions = (queries.positions_BT, keys.positions_BT)
 
         def weights(scores_BHTS: jax.Array) -> jax.Array:
-            return softmax_weights(scores_BHTS, mask_BTS, positions, task.softcap, task.bias, task.sinks_H)
+            return softmax_weights(scores_BHTS, mask_BTS, positions, inputs.softcap, inputs.bias, inputs.sinks_H)
 
         near = (k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop])
-        return dot_product_attention(task.q_BTHC[:, start:stop], *near, task.scale, weights)
+        return dot_product_attention(inputs.q_BTHC[:, start:stop], *near, inputs.scale, weights)
 
     block = -(-length // n_blocks)
     starts = range(0, length, block)
@@ -213,33 +213,33 @@ def device_for(name: str, cached: bool) -> Device:
     return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
 
 
-def select_kernel(name: str, request: AttentionSpec) -> KernelChoice:
+def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
     """Returns the kernel for a spec.
 
     Args:
         name: config.model.attention_kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
             like `portable`, blockwise for long rows and plain for others. Cached tokens always use plain.
-        request: The spec.
+        spec: The spec.
 
     Raises:
         UserError: The config names a kernel that does not support the spec.
     """
-    if request.cached:
+    if spec.cached:
         return KernelChoice("plain", "tokens are cached")
     if name not in ("auto", "portable"):
-        if (reason := KERNELS[name].unsupported_reason(request)) is not None:
+        if (reason := KERNELS[name].unsupported_reason(spec)) is not None:
             raise UserError(
                 f"config.model.attention_kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
             )
         return KernelChoice(name, "the config names it")
     refusals = []
-    fastest, lengths = FASTEST.get(request.device.platform or "", ("", range(0)))
-    if name == "auto" and request.length in lengths:
-        if (reason := KERNELS[fastest].unsupported_reason(request)) is None:
-            return KernelChoice(fastest, f"this is a {request.device.platform}")
+    fastest, lengths = FASTEST.get(spec.device.platform or "", ("", range(0)))
+    if name == "auto" and spec.length in lengths:
+        if (reason := KERNELS[fastest].unsupported_reason(spec)) is None:
+            return KernelChoice(fastest, f"this is a {spec.device.platform}")
         refusals.append(f"{fastest} cannot be used: {reason}")
-    if request.length >= LONG:
-        if (reason := BLOCKWISE.unsupported_reason(request)) is None:
+    if spec.length >= LONG:
+        if (reason := BLOCKWISE.unsupported_reason(spec)) is None:
             return KernelChoice("blockwise", "; ".join([*refusals, f"rows have {LONG} tokens or more"]))
         refusals.append(f"blockwise cannot be used: {reason}")
     return KernelChoice("plain", "; ".join(refusals) or f"rows have less than {LONG} tokens")

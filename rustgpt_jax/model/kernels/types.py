@@ -1,4 +1,4 @@
-"""What is asked of an attention kernel: as far as it is known before tracing, and the arrays themselves."""
+"""Interface of attention kernels: the static spec, the arrays, and the device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +11,11 @@ Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Device(NamedTuple):
-    """Where a program is to run.
+    """The device that runs a program.
 
-    platform: cpu, gpu (NVIDIA's), rocm (AMD's) or tpu; None for any that is fit. capability: the compute capability of
-    an NVIDIA GPU, (9, 0) for an H100; None where it is not known.
+    Attributes:
+        platform: cpu, gpu (NVIDIA), rocm (AMD) or tpu; None for any device that supports the program.
+        capability: Compute capability of an NVIDIA GPU, such as (9, 0) for an H100; None if unknown.
     """
 
     platform: str | None
@@ -25,7 +26,7 @@ ANY_DEVICE = Device(None)
 
 
 def default_device() -> jax.Device:
-    """The device that programs of this thread run on, if nothing else is said."""
+    """Returns the default device of this thread."""
     default = jax.config.values["jax_default_device"]
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]
@@ -33,7 +34,7 @@ def default_device() -> jax.Device:
 
 
 def current_device() -> Device:
-    """What the default device is, as far as kernels ask."""
+    """Returns the platform and compute capability of the default device."""
     default = default_device()
     if default.platform != "gpu":
         return Device(default.platform)
@@ -42,11 +43,22 @@ def current_device() -> Device:
 
 
 class AttentionSpec(NamedTuple):
-    """All that decides whether a kernel can serve attention.
+    """Static properties of a layer's attention, which decide the kernels that support it.
 
-    length: T, the tokens of a row. n_heads, n_kv_heads: H and K. head_width, value_width: channels of queries and keys,
-    and of values. softcap, bias, sinks, dropout: whether scores are bounded, depend on distances, compete with learned
-    logits, or are dropped. cached: whether keys come from a cache.
+    Attributes:
+        device: Device that runs the program.
+        dtype: Dtype of activations.
+        length: T, tokens in a row.
+        n_heads: H.
+        n_kv_heads: K.
+        head_width: Channels of queries and keys.
+        value_width: Channels of values.
+        softcap: Whether scores are soft-capped.
+        bias: Whether a positional bias is added to scores.
+        sinks: Whether there are learned attention sinks.
+        dropout: Whether attention weights are dropped.
+        cached: Whether keys come from a cache.
+        window: Number of tokens that a token attends to, itself included; None for all.
     """
 
     device: Device
@@ -65,12 +77,18 @@ class AttentionSpec(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What a kernel computes from. Query head h reads the keys and values of head h // G, where G is H / K.
+    """Inputs of a kernel. Query head h reads the keys and values of head h // G, where G is H / K.
 
-    context: positions and documents of the tokens, which are queries and keys alike. A token sees itself and the
-    earlier tokens of its own document: all, or the last `window`. Scores are multiplied by `scale`, then bounded by
-    `softcap` (0: not at all), then `bias`, a function of the positions of queries and of keys, is added. `sinks_H` are
-    the logits of sinks.
+    Attributes:
+        q_BTHC: Queries.
+        k_BSKC: Keys.
+        v_BSKC: Values.
+        context: Positions and documents of the tokens, which are both queries and keys.
+        window: A token attends to this many tokens of its document, itself included; None for all earlier ones.
+        scale: Factor of the scores.
+        softcap: Soft-cap of the scaled scores; 0 for none.
+        bias: Function of query and key positions, added to the capped scores.
+        sinks_H: Logits of attention sinks.
     """
 
     q_BTHC: jax.Array
@@ -87,11 +105,9 @@ class AttentionInputs(NamedTuple):
 class Kernel(NamedTuple):
     """An implementation of attention.
 
-    attend: mixed_BTKGC of a task. unsupported_reason: why it cannot serve a request, as a clause that follows
-    'because'; None if it can.
-
-    `mixed_BTKGC` are the values that each query takes on average: heads h = k G + g in groups of G, in the type of the
-    values.
+    Attributes:
+        attend: Returns mixed_BTKGC, the values averaged for each query, in the dtype of the values; head h is k G + g.
+        unsupported_reason: Returns why it does not support a spec, as a clause that follows 'because', or None.
     """
 
     attend: Callable[[AttentionInputs], jax.Array]

@@ -13,11 +13,11 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.kernels.attention import KERNELS, KernelChoice, attention_inputs, select_kernel
 from rustgpt_jax.model.kernels.types import AttentionInputs, Device, current_device
-from rustgpt_jax.model.layer_groups import layer_groups
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.registry import choose
 
@@ -71,7 +71,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
         difference = None
         if choice.kernel != "plain":
             mixer, block = blocks[name]
-            difference = largest_difference(choice.kernel, *_small_task(mixer, block, length))
+            difference = largest_difference(choice.kernel, *_small_inputs(mixer, block, length))
             if not difference <= TOLERANCES[block.dtype]:
                 raise UserError(
                     f"Attention by {choice.kernel} ({name}) is wrong on this device: it differs from the reference by "
@@ -82,19 +82,19 @@ def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
     return findings
 
 
-def largest_difference(kernel: str, task: AttentionInputs, cotangent_BTHC: jax.Array) -> float:
+def largest_difference(kernel: str, inputs: AttentionInputs, cotangent_BTHC: jax.Array) -> float:
     """How far the values and gradients of a kernel are from those of `plain` in float32, for a cotangent of the values.
 
     Of each array, the largest difference as a share of the largest magnitude; of these the largest, NaN if one is NaN.
     Values of padding do not count.
     """
-    arrays = (task.q_BTHC, task.k_BSKC, task.v_BSKC)
-    is_token_BT11 = (task.context.segments_BT > 0)[:, :, None, None]
+    arrays = (inputs.q_BTHC, inputs.k_BSKC, inputs.v_BSKC)
+    is_token_BT11 = (inputs.context.segments_BT > 0)[:, :, None, None]
 
     def computed(name: str, arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> list[np.ndarray]:
         def attend(*arrays: jax.Array) -> jax.Array:
             q_BTHC, k_BSKC, v_BSKC = arrays
-            mixed = KERNELS[name].attend(task._replace(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC))
+            mixed = KERNELS[name].attend(inputs._replace(q_BTHC=q_BTHC, k_BSKC=k_BSKC, v_BSKC=v_BSKC))
             return jnp.where(is_token_BT11, mixed.reshape(cotangent_BTHC.shape), 0)
 
         def both(arrays: tuple[jax.Array, ...], cotangent_BTHC: jax.Array) -> tuple[jax.Array, ...]:
@@ -125,7 +125,7 @@ def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
     }
 
 
-def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionInputs, jax.Array]:
+def _small_inputs(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionInputs, jax.Array]:
     """Random arrays as a block of a model has them, and a cotangent of what a kernel gives for them.
 
     A row is one document, the other has two and padding, whose cotangent is 0. A window is short, so that tokens leave
@@ -141,7 +141,7 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionI
         head_dim=block.head_width,
         local_window=min(block.local_window, length // 4 + 1),
     )
-    asked = mixer.attention_spec(block, length, is_cached=False, has_dropout=False)
+    spec = mixer.attention_spec(block, length, is_cached=False, has_dropout=False)
     rng = np.random.default_rng(0)
 
     def random(heads: int, channels: int) -> jax.Array:
@@ -152,8 +152,8 @@ def _small_task(mixer: Any, block: ModelConfig, length: int) -> tuple[AttentionI
     segments_BT[1, first:end], segments_BT[1, end:] = 2, 0
     positions_BT[1, first:] -= first
     context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
-    sinks_H = jnp.asarray(rng.standard_normal(asked.n_heads), jnp.float32) if asked.sinks else None
-    queries, keys = random(asked.n_heads, asked.head_width), random(asked.n_kv_heads, asked.head_width)
-    values = random(asked.n_kv_heads, asked.value_width)
-    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], random(asked.n_heads, asked.value_width), 0)
-    return attention_inputs(block, (queries, keys, values), context, asked.window, sinks_H), cotangent_BTHC
+    sinks_H = jnp.asarray(rng.standard_normal(spec.n_heads), jnp.float32) if spec.sinks else None
+    queries, keys = random(spec.n_heads, spec.head_width), random(spec.n_kv_heads, spec.head_width)
+    values = random(spec.n_kv_heads, spec.value_width)
+    cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], random(spec.n_heads, spec.value_width), 0)
+    return attention_inputs(block, (queries, keys, values), context, spec.window, sinks_H), cotangent_BTHC

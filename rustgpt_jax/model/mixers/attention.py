@@ -25,13 +25,13 @@ class Attention(nn.Module):
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:
-        """The tokens that a token sees, itself included; None for all."""
+        """Returns the number of tokens that a token attends to, itself included; None for all."""
         del config
         return None
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
-        """Room for the keys and values of `length` tokens a row, or of the window where that is less."""
+        """Returns an empty cache for `length` tokens per row, or for the window if that is shorter."""
         slots = min(length, cls.window(config) or length)
         empty = jnp.zeros((batch, config.n_kv_heads or config.n_heads, slots, config.head_width), config.dtype)
         return KVCache((empty, empty))
@@ -88,5 +88,5 @@ class LocalAttention(Attention):
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:
-        """The tokens that a token sees, itself included."""
+        """Returns the number of tokens that a token attends to, itself included."""
         return config.local_window

@@ -1,4 +1,4 @@
-"""Attention whose keys and values are made from one narrow latent a token, which is all that the cache keeps."""
+"""Latent attention: keys and values are computed from a low-rank latent of each token, which is what is cached."""
 
 from functools import partial
 from typing import Any
@@ -40,13 +40,13 @@ class LatentAttention(nn.Module):
 
     @staticmethod
     def widths(config: ModelConfig) -> tuple[int, int]:
-        """R and E, the channels of the latent and of the shared key."""
+        """Returns R and E, the channels of the latent and of the shared key."""
         half_to_even = 2 * -(-config.head_width // 4)
         return config.kv_lora_rank or 4 * config.head_width, config.qk_rope_head_dim or half_to_even
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
-        """Room for the latents and shared keys of `length` tokens a row."""
+        """Returns an empty cache for the latents and shared keys of `length` tokens per row."""
         return KVCache(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
 
     @classmethod
