@@ -1,7 +1,8 @@
-"""launch.py as people run it: whole processes, one clear sentence for each mistake, and signals."""
+"""The command line: help, spellings of flags, one sentence for each mistake, whole runs, and signals."""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -530,3 +531,19 @@ def test_overrides_are_kept_in_order_in_any_position() -> None:
     args = parse_args(["launch.py", *words])
     assert args.overrides == [("seed", "1"), ("a.b", "x=y"), ("stages.one.seed", "2")]
     assert (args.verb, args.config) == ("explain", "f.py")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_shows_its_flags_and_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_args(["launch.py", verb, "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"Example:  python launch.py {verb} {VERBS[verb].example}" in shown
+    assert "--module_path DIR" in shown and "%" not in shown
+    assert ("Default: last." in " ".join(shown.split())) == ("--checkpoint" in shown)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_a_verb_is_valid(verb: str) -> None:
+    assert parse_args(["launch.py", verb, *shlex.split(VERBS[verb].example)]).verb == verb
