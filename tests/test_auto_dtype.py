@@ -64,5 +64,5 @@ def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("others", ["--launcher=slurm", "--num_processes=2"])
 def test_a_device_elsewhere_is_not_asked(others: str, tmp_path: Path) -> None:
     refused = launch("train", TINY, AUTO, others, cwd=tmp_path, code=2)
-    assert "config.model.dtype='auto' asks the device of this process" in refused.stderr
+    assert "config.model.dtype='auto' depends on the device of this process" in refused.stderr
     assert list(tmp_path.iterdir()) == []
