@@ -17,7 +17,7 @@ from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import TextGenerator, _stable_prefix
 from rustgpt_jax.interop.architectures import architecture_of
-from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
+from rustgpt_jax.interop.gguf import SPLITS, gguf_vocabulary
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, write_codec
 from rustgpt_jax.tokenizers import (
     ChatFormat,
@@ -568,9 +568,9 @@ def merging(**changes: Any) -> Codec:
 
 
 def test_a_byte_level_bpe_is_described() -> None:
-    found = vocabulary_of(merging())
+    found = gguf_vocabulary(merging())
     assert (found.model, found.pre, found.merges, found.adds_bos, found.bos_id) == ("gpt2", "gpt-2", ["a b"], True, 0)
-    assert not vocabulary_of(merging(post_processor=None)).adds_bos
+    assert not gguf_vocabulary(merging(post_processor=None)).adds_bos
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -597,35 +597,35 @@ TWO = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 2 + [{"Sequence": {"id":
 )  # fmt: skip
 def test_what_llama_cpp_would_do_otherwise_is_not_described(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        vocabulary_of(merging(**changes))
+        gguf_vocabulary(merging(**changes))
 
 
 def test_the_bpe_of_sentencepiece_is_described_if_all_its_merges_are_there() -> None:
-    found = vocabulary_of(llama_2())
+    found = gguf_vocabulary(llama_2())
     assert (found.model, found.adds_blank, found.adds_bos, found.bos_id) == ("llama", True, True, 0)
     assert found.scores == {"▁a": 0.0}
     written = json.loads(llama_2().tokenizer.to_str())
     written["model"]["merges"] = []
     with pytest.raises(UserError, match="whenever the result is a token"):
-        vocabulary_of(Codec(Tokenizer.from_str(json.dumps(written)), llama_2().dialect))
+        gguf_vocabulary(Codec(Tokenizer.from_str(json.dumps(written)), llama_2().dialect))
 
 
 def test_merges_are_left_out_only_where_llama_cpp_leaves_them_out() -> None:
     split = {"type": "Split", "pattern": {"Regex": next(iter(SPLITS))}, "behavior": "Isolated", "invert": False}
     cut = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
-    assert vocabulary_of(merging(pre_tokenizer=cut)).pre == "llama-bpe"
+    assert gguf_vocabulary(merging(pre_tokenizer=cut)).pre == "llama-bpe"
     # No merge makes this token.
     unmade = {"pre_tokenizer": cut, "model__vocab": merging().tokenizer.get_vocab() | {"zzz": 261}}
-    assert vocabulary_of(merging(**unmade)).pre == "dbrx"
-    assert vocabulary_of(merging(**unmade, model__ignore_merges=True)).pre == "llama-bpe"
+    assert gguf_vocabulary(merging(**unmade)).pre == "dbrx"
+    assert gguf_vocabulary(merging(**unmade, model__ignore_merges=True)).pre == "llama-bpe"
     with pytest.raises(UserError, match="ignore_merges"):
-        vocabulary_of(merging(model__vocab=unmade["model__vocab"], model__ignore_merges=True))
+        gguf_vocabulary(merging(model__vocab=unmade["model__vocab"], model__ignore_merges=True))
 
 
 @pytest.mark.parametrize("kind", ["unigram", "word", "char", "byte"])
 def test_tokenizers_that_llama_cpp_has_not_are_not_described(kind: str) -> None:
     with pytest.raises(UserError, match=r"llama\.cpp"):
-        vocabulary_of(continued(kind))
+        gguf_vocabulary(continued(kind))
 
 
 # Beside transformers.

@@ -14,7 +14,7 @@ from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_stat
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import override_all, parse_all, resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.warm_start import begin_from
+from rustgpt_jax.interop.warm_start import create_warm_started_run
 from rustgpt_jax.planning.config_summary import print_config_summary
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
@@ -116,7 +116,7 @@ def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path
 def test_a_run_with_the_parameters_of_another_has_steps_too(tmp_path: Path) -> None:
     assert train(by_epochs(None, **{"training.steps": 3}), tmp_path / "source")[0]
     said = list[str]()
-    begun, _ = begin_from(str(tmp_path / "source"), tmp_path / "new", by_epochs(2), {}, said.append)
+    begun, _ = create_warm_started_run(str(tmp_path / "source"), tmp_path / "new", by_epochs(2), {}, said.append)
     assert begun == load_config(tmp_path / "new") == settled(by_epochs(2))
     assert any("config.training.epochs=2" in sentence for sentence in said)
 

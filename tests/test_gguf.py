@@ -13,8 +13,7 @@ from small_runs import train
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.gguf import FORMS, export_gguf, form_of, write_gguf
-from rustgpt_jax.interop.gguf_vocabulary import vocabulary_of
+from rustgpt_jax.interop.gguf import GGUF_ARCHITECTURES, export_gguf, gguf_architecture, gguf_vocabulary, write_gguf
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES
@@ -115,7 +114,7 @@ def test_the_vocabulary_of_a_byte_level_bpe(tmp_path: Path) -> None:
     assert len(tokens) == len(kinds) == size + 8
     assert tokens[:size] == [tokenizer.id_to_token(index) for index in range(size)]
     assert kinds[tokenizer.end_id] == gguf.TokenType.CONTROL and kinds[-1] == gguf.TokenType.UNUSED
-    assert value(file, "tokenizer.ggml.merges") == vocabulary_of(tokenizer).merges
+    assert value(file, "tokenizer.ggml.merges") == gguf_vocabulary(tokenizer).merges
     assert value(file, "tokenizer.ggml.eos_token_id") == tokenizer.token_to_id(END)
 
 
@@ -123,7 +122,7 @@ def test_the_vocabulary_of_a_byte_level_bpe(tmp_path: Path) -> None:
 def test_other_tokenizers_are_left_out(kind: str, tmp_path: Path) -> None:
     tokenizer, file = codec(kind, None if kind != "byte" else 260), tmp_path / "model.gguf"
     with pytest.raises(UserError, match="llama.cpp"):
-        vocabulary_of(tokenizer)
+        gguf_vocabulary(tokenizer)
     model = model_of("gpt2", vocab_size=tokenizer.get_vocab_size())
     write_gguf(random_params(model), model, file, tokenizer=tokenizer)
     assert value(file, "tokenizer.ggml.model") == "no_vocab"
@@ -143,7 +142,7 @@ def test_a_model_that_cannot_be_said_is_refused(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        form_of(model_of(name, **changes))
+        gguf_architecture(model_of(name, **changes))
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +162,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_form_has_a_model() -> None:
-    assert {form.name for form in FORMS.values()} == set(KNOBS)
+    assert {form.name for form in GGUF_ARCHITECTURES.values()} == set(KNOBS)
 
 
 def test_a_run_goes_out_as_a_file(tmp_path: Path) -> None:

@@ -23,11 +23,14 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop import convert
-from rustgpt_jax.interop.architectures import ARCHITECTURES, WITHOUT_EFFECT
-from rustgpt_jax.interop.config_mapping import disagreements, over_layers, shortest_pattern
-from rustgpt_jax.interop.export_hf import export_model
-from rustgpt_jax.interop.hf_config import Settings
-from rustgpt_jax.interop.import_hf import import_parameters, read_folder, read_model
+from rustgpt_jax.interop.architectures import ARCHITECTURES, IGNORED_KEYS
+from rustgpt_jax.interop.config_mapping import (
+    HFConfigReader,
+    expand_pattern,
+    model_config_differences,
+    shortest_pattern,
+)
+from rustgpt_jax.interop.hf_checkpoint import export_model, import_parameters, read_folder, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.presets import FAMILIES
@@ -89,7 +92,7 @@ def test_logits_are_those_of_transformers(name: str, torch: Any, tmp_path: Path)
     import transformers
 
     architecture = export_model(params, model, tmp_path / "back")
-    assert architecture.differences(model) == {}
+    assert architecture.roundtrip_differences(model) == {}
     back, found = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -171,13 +174,13 @@ def test_every_field_of_transformers_config_is_read_or_has_no_effect(name: str, 
     # Some keys are read only where others ask for them.
     for more in ({}, {"use_sliding_window": True, "sliding_window": 7, "layer_types": None}):
         config = Recorded(values | {key: value for key, value in more.items() if key in values or key == "layer_types"})
-        settings = Settings(Path("config.json"), config, architecture.defaults)
-        for correspondence in architecture.correspondences:
+        settings = HFConfigReader(Path("config.json"), config, architecture.defaults)
+        for correspondence in architecture.mappings:
             correspondence.read(settings)
         asked |= config.asked
     asked |= architecture.hf_config(model_config(FAMILIES[architecture.family] | {"vocab_size": 97})).keys()
     fields = set(values) | {field.name for field in dataclasses.fields(type(theirs))}
-    assert fields - asked - set(architecture.aliases) - set(WITHOUT_EFFECT) == set()
+    assert fields - asked - set(architecture.aliases) - set(IGNORED_KEYS) == set()
     # Computed from block_types, not stored.
     aliases = {alias: key for alias, key in theirs.attribute_map.items() if key != "layers_block_type"}
     assert aliases == architecture.aliases
@@ -218,7 +221,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     import_parameters(GOLDEN / name, file, model, architecture)
     export_model(open_parameters(file), model, first, architecture=architecture.name, special_tokens=tokens)
     knobs, architecture, tokens = read_model(first)
-    assert disagreements(model_config(knobs), model) == {}
+    assert model_config_differences(model_config(knobs), model) == {}
     import_parameters(first, file, model_config(knobs), architecture)
     model = model_config(knobs)
     export_model(open_parameters(file), model, second, architecture=architecture.name, special_tokens=tokens)
@@ -239,7 +242,7 @@ def test_parameters_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     export_model(params, model, tmp_path / "there", shard_bytes=4000)
     assert len(list((tmp_path / "there").glob("*.safetensors"))) > 2
     again, read = imported(tmp_path / "there", tmp_path / "parameters.safetensors")
-    assert disagreements(model, again) == {}
+    assert model_config_differences(model, again) == {}
     jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
@@ -362,10 +365,10 @@ def test_float64_weights_are_rounded_to_float32(tmp_path: Path) -> None:
 def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
     for layers in range(1, 12):
         for pattern in ("a", "aab", "abab", "aaaaab", "abcd"):
-            names = over_layers(pattern, layers)
+            names = expand_pattern(pattern, layers)
             shortest = shortest_pattern(names)
-            assert over_layers(shortest, layers) == names
-            assert all(over_layers(names[:period], layers) != names for period in range(1, len(shortest)))
+            assert expand_pattern(shortest, layers) == names
+            assert all(expand_pattern(names[:period], layers) != names for period in range(1, len(shortest)))
 
 
 # What cannot be said.
@@ -462,7 +465,7 @@ def test_longrope_is_read_for_texts_within_the_context_before() -> None:
     model = dataclasses.replace(model_config(knobs), context_length=64)
     written = architecture.hf_config(model)["rope_scaling"]
     assert written["short_factor"] == written["long_factor"] == [4.0] * pairs
-    assert architecture.differences(model) == {}
+    assert architecture.roundtrip_differences(model) == {}
 
 
 ROPES = [
@@ -685,8 +688,8 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from experiments.benchmarks.family_logits import model_config
-from rustgpt_jax.interop.export_hf import export_model
-from rustgpt_jax.interop.import_hf import read_model, import_parameters
+from rustgpt_jax.interop.hf_checkpoint import export_model
+from rustgpt_jax.interop.hf_checkpoint import read_model, import_parameters
 from rustgpt_jax.workdir.params_io import open_parameters, read_parameters
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes
 

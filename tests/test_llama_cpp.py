@@ -23,9 +23,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.inference.text_generator import TextGenerator
-from rustgpt_jax.interop.export_hf import export_model
-from rustgpt_jax.interop.gguf import write_gguf
-from rustgpt_jax.interop.gguf_vocabulary import SPLITS, vocabulary_of
+from rustgpt_jax.interop.gguf import SPLITS, gguf_vocabulary, write_gguf
+from rustgpt_jax.interop.hf_checkpoint import export_model
 from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, write_codec
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import ChatFormat, Codec, encode_prompt, train_tokenizer
@@ -190,7 +189,7 @@ def random_texts() -> list[str]:
 
 def test_the_same_text_is_the_same_tokens_everywhere(everywhere: Any) -> None:
     name, writer, folder, llama = everywhere
-    assert vocabulary_of(writer.tokenizer).pre == TOKENIZERS[name][1]
+    assert gguf_vocabulary(writer.tokenizer).pre == TOKENIZERS[name][1]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in (*TEXTS[:-1], *random_texts()):
         expected = encode_prompt(writer.tokenizer, [Turn("text", text)])
@@ -246,7 +245,7 @@ def test_a_dialogue_is_asked_as_the_template_says(everywhere: Any) -> None:
     expected = rendered(dialect, turns, is_asking=True, special_tokens=writer.tokenizer.special_tokens)
     asked = llama.ask("/apply-template", messages=messages)["prompt"]
     ids = llama.ask("/tokenize", content=asked, add_special=True, parse_special=True)["tokens"]
-    if vocabulary_of(writer.tokenizer).adds_bos:
+    if gguf_vocabulary(writer.tokenizer).adds_bos:
         assert ids == encode_prompt(writer.tokenizer, turns)
     else:
         assert asked == expected
@@ -256,7 +255,7 @@ def test_a_dialogue_is_asked_as_the_template_says(everywhere: Any) -> None:
 def test_tokenizers_that_llama_cpp_has_not_go_on_alike_in_transformers(kind: str, tmp_path: Path) -> None:
     codec = train_tokenizer(TokenizerConfig(kind, None if kind != "byte" else 260), CORPUS)
     with pytest.raises(UserError, match="llama.cpp"):
-        vocabulary_of(codec)
+        gguf_vocabulary(codec)
     model = model_of(codec)
     writer = TextGenerator(random_params(model), model, codec, False)
     export_model(writer.params, model, tmp_path / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))

@@ -16,8 +16,8 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.architectures import ARCHITECTURES, architecture_of
-from rustgpt_jax.interop.config_mapping import computation, disagreements
-from rustgpt_jax.interop.import_hf import import_parameters, read_model
+from rustgpt_jax.interop.config_mapping import canonical_config, model_config_differences
+from rustgpt_jax.interop.hf_checkpoint import import_parameters, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES, NOT_IN_LOGITS, SIZES
@@ -51,7 +51,7 @@ def test_every_knob_is_part_of_the_computation_or_not_in_logits() -> None:
         "positions": ("rope", "local_rope"),
     }
     model = dataclasses.replace(small(parts | {"n_layers": 3}), rope_scaling="yarn", rope_original_context=16)
-    assert set(computation(model)) | NOT_IN_LOGITS == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(canonical_config(model)) | NOT_IN_LOGITS == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
 def small(knobs: dict[str, Any]) -> ModelConfig:
@@ -69,7 +69,7 @@ def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
     model = small(FAMILIES[name] | more)
     family_of = {architecture.family: architecture for architecture in ARCHITECTURES.values()}
     architecture = family_of[name.replace("llama3", "llama2")]
-    assert architecture.differences(model) == {}
+    assert architecture.roundtrip_differences(model) == {}
     assert total_size(parameter_shapes(model)) > 0
 
 
@@ -204,9 +204,9 @@ def test_a_preset_is_what_the_released_model_says_of_itself(name: str) -> None:
     model = with_knobs(architecture.knobs(config, Path("config.json")))
     # RecurrentGemma multiplies embeddings by the root of d_model in bfloat16: the one number that depends on the size.
     rounded = {"embedding_scale": (50.5, 2560**0.5)} if name == "recurrent_gemma" else {}
-    assert disagreements(model, dataclasses.replace(model, **FAMILIES[name])) == rounded
+    assert model_config_differences(model, dataclasses.replace(model, **FAMILIES[name])) == rounded
     assert total_size(parameter_shapes(model)) == parameters
-    assert architecture.differences(model) == {}
+    assert architecture.roundtrip_differences(model) == {}
 
 
 def test_all_families_are_published_and_golden() -> None:

@@ -94,7 +94,7 @@ import dataclasses
 from configs import base, tiny
 from rustgpt_jax.config.validation import override, parse, resolve
 from rustgpt_jax.conformance.fixtures import small_model
-from rustgpt_jax.interop.config_mapping import disagreements
+from rustgpt_jax.interop.config_mapping import model_config_differences
 from rustgpt_jax.model.presets import FAMILIES
 
 assert base.get_config().model.shininess == 3
@@ -104,7 +104,7 @@ model = resolve(tree).model
 assert model.shininess == 7
 assert small_model(shininess=8).shininess == 8
 assert all(knobs["shininess"] == 3 for knobs in FAMILIES.values())
-assert disagreements(model, dataclasses.replace(model, shininess=4)) == {"shininess": (7, 4)}
+assert model_config_differences(model, dataclasses.replace(model, shininess=4)) == {"shininess": (7, 4)}
 """
 
 

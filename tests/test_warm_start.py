@@ -10,7 +10,7 @@ from test_loop import VOCABULARY, stored_state, tiny, train
 
 from rustgpt_jax.data.preprocess import load_or_train_tokenizer
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.warm_start import _choose, _joined, _layers_of, begin_from
+from rustgpt_jax.interop.warm_start import _choose, _initial_array, _layers_of, create_warm_started_run
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.reproduce.run_diff import diff_configs
@@ -30,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(source: str, path: Path, **changes: Any) -> str:
     said: list[str] = []
-    begin_from(source, path, tiny(**changes), dict.fromkeys(changes, COMMAND_LINE), said.append)
+    create_warm_started_run(source, path, tiny(**changes), dict.fromkeys(changes, COMMAND_LINE), said.append)
     return "\n".join(said)
 
 
@@ -110,7 +110,7 @@ def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_pat
     other = {"tokenizer.name": "char", "tokenizer.vocab_size": None, "model.vocab_size": None}
     config = tiny(**other, **{"data.corpus": "files", "data.paths": (str(text),), "data.split": "tail"})
     said: list[str] = []
-    begun = begin_from(str(source), tmp_path / "new", config, {}, said.append)
+    begun = create_warm_started_run(str(source), tmp_path / "new", config, {}, said.append)
     assert begun.config.tokenizer == load_config(source).tokenizer
     assert begun.origins == dict.fromkeys(
         ("tokenizer.name", "tokenizer.vocab_size", "model.vocab_size"), f"init_from {source}"
@@ -119,7 +119,7 @@ def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_pat
     table = "embedding/table"
     np.testing.assert_array_equal(parameters(tmp_path / "new")[table], parameters(source)[table])
     # The same command goes on, also where the source is gone, and trains.
-    assert begin_from(str(source), tmp_path / "new", config, {}, said.append).config == begun.config
+    assert create_warm_started_run(str(source), tmp_path / "new", config, {}, said.append).config == begun.config
     assert train(begun.config, tmp_path / "new")[0]
     assert load(tmp_path / "new").writer.tokenizer.written == load(source).writer.tokenizer.written
 
@@ -134,7 +134,7 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
     )
     given, fresh = (_layers_of(arrays, model) for arrays, model in zip((small, large), models, strict=True))
     chosen = _choose(given, fresh, is_same_tokenizer=True)
-    grown = {name: _joined(name, leaf, fresh, given, chosen) for name, leaf in large.items()}
+    grown = {name: _initial_array(name, leaf, fresh, given, chosen) for name, leaf in large.items()}
     names = [name.removeprefix("blocks/0/") for name in small if name.startswith("blocks/0/")]
     assert len(names) > 5
     for name in names:
@@ -149,7 +149,10 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
     chosen = _choose(_layers_of(grown, models[1]), given, is_same_tokenizer=True)
     assert not chosen.partly and not chosen.from_seed
     assert chosen.left["blocks/0/mixer/query/kernel"] == "layer 6: not in this model"
-    back = {name: _joined(name, 0 * leaf, given, _layers_of(grown, models[1]), chosen) for name, leaf in small.items()}
+    back = {
+        name: _initial_array(name, 0 * leaf, given, _layers_of(grown, models[1]), chosen)
+        for name, leaf in small.items()
+    }
     assert all(back[name].tobytes() == small[name].tobytes() for name in small)
 
 

@@ -223,7 +223,7 @@ def largest_difference(case: dict[str, Any], folder: Path) -> float:
     import torch
 
     from rustgpt_jax.interop.convert import difference
-    from rustgpt_jax.interop.import_hf import import_parameters, read_model
+    from rustgpt_jax.interop.hf_checkpoint import import_parameters, read_model
     from rustgpt_jax.model.flops import parameter_shapes
     from rustgpt_jax.workdir.params_io import read_parameters
 

@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     with propagate_failures():
         enable_autotune_cache(RunDir(folder))
         if args.init_from is not None:
-            from rustgpt_jax.interop.warm_start import begin_from
+            from rustgpt_jax.interop.warm_start import create_warm_started_run
 
-            config, origins = begin_from(args.init_from, folder, config, origins, console.print)
+            config, origins = create_warm_started_run(args.init_from, folder, config, origins, console.print)
         status = train(
             config,
             folder,

@@ -8,36 +8,36 @@ from typing import Any
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, shown, suggestion
-from rustgpt_jax.interop import config_mapping as says
+from rustgpt_jax.interop import config_mapping as mapping
 from rustgpt_jax.interop.config_mapping import (
     FULL,
     SLIDING,
+    HFConfigReader,
     KeyMapping,
     dense_width,
-    disagreements,
-    joined_keys,
-    joined_knobs,
+    model_config_differences,
+    read_all,
+    write_all,
 )
-from rustgpt_jax.interop.hf_config import Settings
 from rustgpt_jax.interop.param_mapping import (
-    AT_ONCE,
     DENSE,
+    FUSED_EXPERTS,
     GPT2,
     MIXTRAL,
-    ONE_BY_ONE,
     OUTPUT_NORMS,
+    PER_EXPERT,
     PHI3,
     RECURRENT_GEMMA,
     STABLELM,
-    Rules,
+    TensorRules,
 )
 from rustgpt_jax.interop.rope_config import global_and_local_rope, rope
 from rustgpt_jax.model.presets import FAMILIES
 
 # Keys that change what is computed or stored, and that no architecture here has.
-FOREIGN_KEYS = ("quantization_config", "adapter_config")
+UNSUPPORTED_KEYS = ("quantization_config", "adapter_config")
 # Config fields of `transformers` that do not affect logits: training, other heads, output options, names.
-WITHOUT_EFFECT = (
+IGNORED_KEYS = (
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type", "problem_type"),
     *("transformers_version", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
@@ -56,7 +56,7 @@ WITHOUT_EFFECT = (
 )
 # Keys that count what is gone through one by one, long before it is known whether the tensors are there.
 COUNTING_KEYS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
-MOST_COUNTED = 4096
+MAX_COUNT = 4096
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Architecture:
     Attributes:
         name, model_type: As in config.json.
         family: The preset with the knobs that config.json does not set.
-        correspondences: Mappings between config.json keys and knobs.
+        mappings: Mappings between config.json keys and knobs.
         defaults: Values of optional config.json keys, as in the config class of `transformers`.
         rules: The tensors to read and write.
         other_rules: Tensors of alternative layouts, which are only read.
@@ -78,10 +78,10 @@ class Architecture:
     name: str
     model_type: str
     family: str
-    correspondences: tuple[KeyMapping, ...]
+    mappings: tuple[KeyMapping, ...]
     defaults: Mapping[str, Any]
-    rules: Rules
-    other_rules: tuple[Rules, ...] = ()
+    rules: TensorRules
+    other_rules: tuple[TensorRules, ...] = ()
     prefix: str = "model."
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -94,16 +94,16 @@ class Architecture:
         Raises:
             UserError: A key cannot be represented; the message names it.
         """
-        settings = Settings(file, self._without_aliases(config, file), self.defaults, warn)
-        for key in FOREIGN_KEYS:
+        reader = HFConfigReader(file, self._without_aliases(config, file), self.defaults, warn)
+        for key in UNSUPPORTED_KEYS:
             if config.get(key):
                 raise UserError(f"{file}: {key} is not read here; only models stored as plain numbers are.")
         if config.get("is_causal") is False:
             raise UserError(f"{file}: is_causal is false, and every token sees only earlier ones here.")
         for key in COUNTING_KEYS:
-            if isinstance(config.get(key), int | float) and config[key] > MOST_COUNTED:
-                raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MOST_COUNTED} are read.")
-        knobs = FAMILIES[self.family] | joined_knobs(self.correspondences, settings)
+            if isinstance(config.get(key), int | float) and config[key] > MAX_COUNT:
+                raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MAX_COUNT} are read.")
+        knobs = FAMILIES[self.family] | read_all(self.mappings, reader)
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
     def _without_aliases(self, config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
@@ -122,37 +122,37 @@ class Architecture:
         return values
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
-        """The config.json that comes nearest to a model; whether it says the same, `differences` tells."""
+        """The config.json that comes nearest to a model; whether it mapping the same, `differences` tells."""
         names = {"architectures": [self.name], "model_type": self.model_type}
-        return names | joined_keys(self.correspondences, model)
+        return names | write_all(self.mappings, model)
 
-    def differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    def roundtrip_differences(self, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
         """The knobs in which a model differs from what its config.json would be read as: none if it can be said.
 
         Raises UserError for one that could not be read at all.
         """
         there = self.knobs(self.hf_config(model), Path("config.json"))
-        return disagreements(model, replace(model, **there))
+        return model_config_differences(model, replace(model, **there))
 
 
 # Keys.
 
-NORM_EPSILON = says.same("rms_norm_eps", "norm_eps")
+NORM_EPSILON = mapping.direct("rms_norm_eps", "norm_eps")
 SIZES = (
-    says.same("vocab_size", "vocab_size"),
-    says.same("max_position_embeddings", "context_length"),
-    says.same("num_hidden_layers", "n_layers"),
-    says.same("hidden_size", "d_model"),
-    says.same("num_attention_heads", "n_heads"),
-    says.same("num_key_value_heads", "n_kv_heads", lambda model: model.n_kv_heads or model.n_heads),
-    says.same("head_dim", "head_dim", lambda model: model.head_width),
+    mapping.direct("vocab_size", "vocab_size"),
+    mapping.direct("max_position_embeddings", "context_length"),
+    mapping.direct("num_hidden_layers", "n_layers"),
+    mapping.direct("hidden_size", "d_model"),
+    mapping.direct("num_attention_heads", "n_heads"),
+    mapping.direct("num_key_value_heads", "n_kv_heads", lambda model: model.n_kv_heads or model.n_heads),
+    mapping.direct("head_dim", "head_dim", lambda model: model.head_width),
     NORM_EPSILON,
-    says.same("tie_word_embeddings", "tie_embeddings"),
+    mapping.direct("tie_word_embeddings", "tie_embeddings"),
 )
-WIDTH = says.same("intermediate_size", "d_ff", dense_width)
-GATED = (*SIZES, WIDTH, says.activation("hidden_act", says.GATED))
-ATTENTION_BIAS = says.attention_bias("attention_bias")
-MLP_BIAS = says.feedforward_bias("mlp_bias")
+WIDTH = mapping.direct("intermediate_size", "d_ff", dense_width)
+GATED = (*SIZES, WIDTH, mapping.activation("hidden_act", mapping.GATED))
+ATTENTION_BIAS = mapping.attention_bias("attention_bias")
+MLP_BIAS = mapping.feedforward_bias("mlp_bias")
 
 ROPE_DEFAULTS = dict.fromkeys(
     ("rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -186,25 +186,25 @@ GEMMA = (
     *SIZES,
     WIDTH,
     ATTENTION_BIAS,
-    says.whole_heads(),
-    says.activation("hidden_activation", says.GATED),
-    says.query_scale("query_pre_attn_scalar"),
-    says.softcap("final_logit_softcapping", "final_logit_softcap"),
-    says.always("use_bidirectional_attention", False, None),
+    mapping.divisible_heads(),
+    mapping.activation("hidden_activation", mapping.GATED),
+    mapping.query_pre_attn_scalar("query_pre_attn_scalar"),
+    mapping.softcap("final_logit_softcapping", "final_logit_softcap"),
+    mapping.constant("use_bidirectional_attention", False, None),
 )
 
 
-def _every_other(settings: Settings, layer: int) -> str:
+def _every_other(reader: HFConfigReader, layer: int) -> str:
     return FULL if layer % 2 else SLIDING
 
 
-def _all_but_every_sixth(settings: Settings, layer: int) -> str:
-    return SLIDING if (layer + 1) % settings.whole("sliding_window_pattern") else FULL
+def _all_but_every_sixth(reader: HFConfigReader, layer: int) -> str:
+    return SLIDING if (layer + 1) % reader.positive_int("sliding_window_pattern") else FULL
 
 
-def _without_positions(settings: Settings, layer: int) -> str:
-    has_window = settings.flag("use_sliding_window") and settings["sliding_window"] is not None
-    positions = says.layers_without_positions().read(settings)["positions"]
+def _without_positions(reader: HFConfigReader, layer: int) -> str:
+    has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
+    positions = mapping.no_rope_layers().read(reader)["positions"]
     return SLIDING if has_window and positions[layer % len(positions)] == "none" else FULL
 
 
@@ -213,7 +213,7 @@ _EVERY = (
         name="LlamaForCausalLM",
         model_type="llama",
         family="llama2",
-        correspondences=(*GATED, says.whole_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
+        mappings=(*GATED, mapping.divisible_heads(), ATTENTION_BIAS, MLP_BIAS, rope()),
         defaults=USUAL_DEFAULTS,
         rules=DENSE,
     ),
@@ -221,20 +221,20 @@ _EVERY = (
         name="GPT2LMHeadModel",
         model_type="gpt2",
         family="gpt2",
-        correspondences=(
-            says.same("vocab_size", "vocab_size"),
-            says.same("n_positions", "context_length"),
-            says.same("n_layer", "n_layers"),
-            says.same("n_embd", "d_model"),
-            says.same("n_head", "n_heads"),
-            says.same("n_inner", "d_ff", dense_width),
-            says.same("layer_norm_epsilon", "norm_eps"),
-            says.same("tie_word_embeddings", "tie_embeddings"),
-            says.activation("activation_function", says.NOT_GATED),
-            says.scaled_or_not("scale_attn_weights"),
-            says.same("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer"),
-            says.always("add_cross_attention", False),
-            KeyMapping(lambda settings: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
+        mappings=(
+            mapping.direct("vocab_size", "vocab_size"),
+            mapping.direct("n_positions", "context_length"),
+            mapping.direct("n_layer", "n_layers"),
+            mapping.direct("n_embd", "d_model"),
+            mapping.direct("n_head", "n_heads"),
+            mapping.direct("n_inner", "d_ff", dense_width),
+            mapping.direct("layer_norm_epsilon", "norm_eps"),
+            mapping.direct("tie_word_embeddings", "tie_embeddings"),
+            mapping.activation("activation_function", mapping.NOT_GATED),
+            mapping.scale_attn_weights("scale_attn_weights"),
+            mapping.direct("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer"),
+            mapping.constant("add_cross_attention", False),
+            KeyMapping(lambda reader: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
         ),
         defaults={
             "n_inner": None,
@@ -260,7 +260,7 @@ _EVERY = (
         name="MistralForCausalLM",
         model_type="mistral",
         family="mistral",
-        correspondences=(*GATED, says.window_everywhere(), rope()),
+        mappings=(*GATED, mapping.sliding_window_in_all_layers(), rope()),
         defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
         rules=DENSE,
     ),
@@ -268,7 +268,7 @@ _EVERY = (
         name="Qwen2ForCausalLM",
         model_type="qwen2",
         family="qwen2",
-        correspondences=(*GATED, says.window_after_first_layers(), rope()),
+        mappings=(*GATED, mapping.sliding_window_after_first_layers(), rope()),
         defaults=QWEN_DEFAULTS,
         rules=DENSE,
     ),
@@ -276,7 +276,7 @@ _EVERY = (
         name="Qwen3ForCausalLM",
         model_type="qwen3",
         family="qwen3",
-        correspondences=(*GATED, ATTENTION_BIAS, says.window_after_first_layers(), rope()),
+        mappings=(*GATED, ATTENTION_BIAS, mapping.sliding_window_after_first_layers(), rope()),
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
         rules=DENSE,
     ),
@@ -284,10 +284,10 @@ _EVERY = (
         name="Gemma2ForCausalLM",
         model_type="gemma2",
         family="gemma2",
-        correspondences=(
+        mappings=(
             *GEMMA,
-            says.softcap("attn_logit_softcapping", "attn_logit_softcap"),
-            says.window_by_layer(_every_other),
+            mapping.softcap("attn_logit_softcapping", "attn_logit_softcap"),
+            mapping.layer_types(_every_other),
             rope(),
         ),
         defaults=GEMMA_DEFAULTS | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
@@ -297,11 +297,11 @@ _EVERY = (
         name="Gemma3ForCausalLM",
         model_type="gemma3_text",
         family="gemma3",
-        correspondences=(
+        mappings=(
             *GEMMA,
             # transformers reads it and does not use it.
-            says.always("attn_logit_softcapping", None),
-            says.local_layers_turn_faster(_all_but_every_sixth),
+            mapping.constant("attn_logit_softcapping", None),
+            mapping.layer_types_with_local_rope(_all_but_every_sixth),
             global_and_local_rope(),
         ),
         defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
@@ -311,15 +311,15 @@ _EVERY = (
         name="RecurrentGemmaForCausalLM",
         model_type="recurrent_gemma",
         family="recurrent_gemma",
-        correspondences=(
+        mappings=(
             *SIZES,
-            says.halved_width("intermediate_size"),
-            says.whole_heads(),
-            says.activation("hidden_activation", {"gelu": says.GATED["gelu"]}),
-            says.softcap("logits_soft_cap", "final_logit_softcap"),
-            says.same("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
-            says.recurrent_and_local(),
-            says.rounded_embedding_scale(),
+            mapping.doubled_mlp_width("intermediate_size"),
+            mapping.divisible_heads(),
+            mapping.activation("hidden_activation", {"gelu": mapping.GATED["gelu"]}),
+            mapping.softcap("logits_soft_cap", "final_logit_softcap"),
+            mapping.direct("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            mapping.block_types(),
+            mapping.rounded_embedding_scale(),
             rope(has_fraction=True, types={"default": "default"}),
         ),
         defaults=USUAL_DEFAULTS
@@ -342,12 +342,12 @@ _EVERY = (
         name="StableLmForCausalLM",
         model_type="stablelm",
         family="stablelm",
-        correspondences=(
-            *(says.same("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED),
-            says.whole_heads(),
-            says.same("use_qkv_bias", "qkv_bias", lambda model: model.has_qkv_bias),
-            says.always("qk_layernorm", False),
-            says.always("use_parallel_residual", False),
+        mappings=(
+            *(mapping.direct("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED),
+            mapping.divisible_heads(),
+            mapping.direct("use_qkv_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            mapping.constant("qk_layernorm", False),
+            mapping.constant("use_parallel_residual", False),
             rope(has_fraction=True),
         ),
         defaults=USUAL_DEFAULTS
@@ -365,16 +365,16 @@ _EVERY = (
         name="Phi3ForCausalLM",
         model_type="phi3",
         family="phi3",
-        correspondences=(
+        mappings=(
             *GATED,
-            says.whole_heads(),
-            says.window_everywhere(),
+            mapping.divisible_heads(),
+            mapping.sliding_window_in_all_layers(),
             # Older files use other names for longrope.
             rope(
                 has_fraction=True, types={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}
             ),
             KeyMapping(
-                lambda settings: {},
+                lambda reader: {},
                 lambda model: {"original_max_position_embeddings": model.rope_original_context or model.context_length},
             ),
         ),
@@ -385,7 +385,7 @@ _EVERY = (
         name="Olmo2ForCausalLM",
         model_type="olmo2",
         family="olmo2",
-        correspondences=(*GATED, ATTENTION_BIAS, rope()),
+        mappings=(*GATED, ATTENTION_BIAS, rope()),
         defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5},
         rules=OUTPUT_NORMS,
     ),
@@ -393,12 +393,12 @@ _EVERY = (
         name="SmolLM3ForCausalLM",
         model_type="smollm3",
         family="smollm3",
-        correspondences=(
+        mappings=(
             *GATED,
             ATTENTION_BIAS,
             MLP_BIAS,
-            says.layers_without_positions(),
-            says.window_by_layer_if(_without_positions),
+            mapping.no_rope_layers(),
+            mapping.layer_types_with_switch(_without_positions),
             rope(),
         ),
         defaults=USUAL_DEFAULTS
@@ -415,28 +415,28 @@ _EVERY = (
         name="MixtralForCausalLM",
         model_type="mixtral",
         family="mixtral",
-        correspondences=(
+        mappings=(
             *SIZES,
-            says.expert_activation("hidden_act"),
-            says.experts_everywhere(),
-            says.window_everywhere(),
+            mapping.expert_activation("hidden_act"),
+            mapping.moe_in_all_layers(),
+            mapping.sliding_window_in_all_layers(),
             rope(),
         ),
         defaults=USUAL_DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         rules=MIXTRAL,
-        other_rules=(AT_ONCE,),
+        other_rules=(FUSED_EXPERTS,),
         aliases={"num_experts": "num_local_experts"},
     ),
     Architecture(
         name="Qwen3MoeForCausalLM",
         model_type="qwen3_moe",
         family="qwen3_moe",
-        correspondences=(
+        mappings=(
             *SIZES,
             ATTENTION_BIAS,
-            says.expert_activation("hidden_act"),
-            says.experts_in_some_layers("hidden_act"),
-            says.window_everywhere("use_sliding_window"),
+            mapping.expert_activation("hidden_act"),
+            mapping.moe_in_some_layers("hidden_act"),
+            mapping.sliding_window_in_all_layers("use_sliding_window"),
             rope(),
         ),
         defaults=USUAL_DEFAULTS
@@ -447,8 +447,8 @@ _EVERY = (
             "mlp_only_layers": None,
             "norm_topk_prob": False,
         },
-        rules=ONE_BY_ONE,
-        other_rules=(AT_ONCE,),
+        rules=PER_EXPERT,
+        other_rules=(FUSED_EXPERTS,),
         # transformers 5 writes num_local_experts; published models use num_experts.
         aliases={"num_experts": "num_local_experts"},
     ),
@@ -484,7 +484,7 @@ def architecture_for(model: ModelConfig) -> Architecture:
     nearest: tuple[int, str, str] | None = None
     for architecture in _EVERY:
         try:
-            differing = architecture.differences(model)
+            differing = architecture.roundtrip_differences(model)
         except UserError:
             continue
         if not differing:

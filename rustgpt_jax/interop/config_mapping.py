@@ -5,18 +5,87 @@ comes out as another value on writing: whoever writes a config.json reads it aga
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.interop.hf_config import Settings
+from rustgpt_jax.config.validation import validate_value
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.linear import default_glu_width
 from rustgpt_jax.model.positions import longrope_factors
 from rustgpt_jax.model.presets import NOT_IN_LOGITS
+
+# The config.json of a Hugging Face model, read strictly.
+
+
+@dataclass(frozen=True)
+class HFConfigReader:
+    """The values of a config.json, the defaults of `transformers` for missing keys, and a callback for warnings."""
+
+    file: Path
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    warn: Callable[[str], object] = lambda text: None
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key, or its default. Raises UserError for one that has neither."""
+        if key in self.values:
+            return self.values[key]
+        if key in self.defaults:
+            return self.defaults[key]
+        raise UserError(f"{self.file} has no {key!r}.")
+
+    def parse(self, key: str, knob: str) -> Any:
+        """The value of a key, in the type and range of a knob of the model. Raises UserError for another."""
+        return validate_value(f"model.{knob}", self[key], f"{self.file}: {key}")
+
+    def positive_int(self, key: str) -> int:
+        """The value of a key that counts something, 1 or more. Raises UserError for another."""
+        return self.parse(key, "n_layers")
+
+    def non_negative_int(self, key: str) -> int:
+        """The value of a key that counts something, 0 included. Raises UserError for another."""
+        return 0 if self[key] == 0 else self.positive_int(key)
+
+    def boolean(self, key: str) -> bool:
+        """The value of a key that is true or false; null is false. Raises UserError for another."""
+        return self[key] is not None and self.parse(key, "bias")
+
+    def optional_list(self, key: str) -> list[Any] | None:
+        """The value of a key that is a list or null. Raises UserError for another."""
+        value = self[key]
+        if not isinstance(value, list | tuple | None):
+            raise UserError(f"{self.file}: {key} takes a list, not {value!r}.")
+        return None if value is None else list(value)
+
+    def unsupported(self, key: str, why: str) -> UserError:
+        """Return the error for an unsupported value."""
+        return UserError(f"{self.file}: {key}={self[key]!r} is not supported: {why}.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: The file is missing or does not contain a JSON object.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not JSON.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object.")
+    return values
+
 
 # What a model computes, however its config expresses it.
 
@@ -34,13 +103,13 @@ READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
 GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 
-def over_layers(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
+def expand_pattern(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
     """A pattern written out for every layer."""
     return tuple(pattern[layer % len(pattern)] for layer in range(layers))
 
 
 def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives these names: the inverse of `over_layers`."""
+    """The shortest pattern that, repeated, gives these names: the inverse of `expand_pattern`."""
     period = next(p for p in range(1, len(names) + 1) if all(name == names[i % p] for i, name in enumerate(names)))
     return tuple(names[:period])
 
@@ -56,15 +125,15 @@ def expert_width(model: ModelConfig) -> int:
     return model.d_expert or model.d_ff or default_glu_width(model.d_model)
 
 
-def attention_scale(model: ModelConfig) -> float:
+def effective_attention_scale(model: ModelConfig) -> float:
     """What scores are multiplied by."""
     return model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
 
 
-def computation(model: ModelConfig) -> dict[str, Any]:
+def canonical_config(model: ModelConfig) -> dict[str, Any]:
     """Return the knobs that decide the logits, with None and patterns expanded, without those that nothing reads."""
     patterns = {
-        knob: over_layers(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
+        knob: expand_pattern(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
     }
     knobs = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     knobs |= patterns | {
@@ -75,7 +144,7 @@ def computation(model: ModelConfig) -> dict[str, Any]:
         "feedforward_bias": model.has_feedforward_bias,
         "norm_bias": model.has_norm_bias and model.norm == "layernorm",
         "embedding_scale": (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1.0,
-        "attention_scale": attention_scale(model),
+        "attention_scale": effective_attention_scale(model),
         "d_ff": dense_width(model),
         "d_expert": expert_width(model),
         "recurrent_width": model.recurrent_width or model.d_model,
@@ -109,9 +178,9 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
     return knobs
 
 
-def disagreements(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def model_config_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The knobs in which two models compute something else, with the value of each; None where it has none."""
-    one, two = computation(first), computation(second)
+    one, two = canonical_config(first), canonical_config(second)
     pairs = {knob: (one.get(knob), two.get(knob)) for knob in one | two}
     return {knob: pair for knob, pair in pairs.items() if not _equal(*pair)}
 
@@ -129,24 +198,24 @@ Keys = dict[str, Any]
 class KeyMapping(NamedTuple):
     """read: the knobs that a config.json says; write: the keys that say the knobs of a model."""
 
-    read: Callable[[Settings], Knobs]
+    read: Callable[[HFConfigReader], Knobs]
     write: Callable[[ModelConfig], Keys]
 
 
-def same(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> KeyMapping:
+def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> KeyMapping:
     """A key with the meaning of a knob; `of` gives the value that is written where that is not the knob's own."""
     return KeyMapping(
-        lambda settings: {knob: settings.knob(key, knob)},
+        lambda reader: {knob: reader.parse(key, knob)},
         lambda model: {key: getattr(model, knob) if of is None else of(model)},
     )
 
 
-def always(key: str, *values: Any) -> KeyMapping:
+def constant(key: str, *values: Any) -> KeyMapping:
     """A key that has one of these values in everything that can be read; the first one is written."""
 
-    def read(settings: Settings) -> Knobs:
-        if settings[key] not in values:
-            raise settings.refuse(key, f"it must be {' or '.join(map(repr, values))}")
+    def read(reader: HFConfigReader) -> Knobs:
+        if reader[key] not in values:
+            raise reader.unsupported(key, f"it must be {' or '.join(map(repr, values))}")
         return {}
 
     return KeyMapping(read, lambda model: {key: values[0]})
@@ -178,12 +247,12 @@ NOT_GATED = {name: name for name in ("gelu", "gelu_exact", "relu", "relu_squared
 def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
     """Map the activation of feed-forwards; `feedforwards` maps activations to parts."""
 
-    def read(settings: Settings) -> Knobs:
-        return {"feedforwards": (feedforwards[_activation(settings, key, feedforwards)],)}
+    def read(reader: HFConfigReader) -> Knobs:
+        return {"feedforwards": (feedforwards[_activation(reader, key, feedforwards)],)}
 
     def write(model: ModelConfig) -> Keys:
         of_part = {part: name for name, part in feedforwards.items()}
-        return {key: _written_activation(of_part.get(model.feedforwards[0], next(iter(feedforwards))))}
+        return {key: _hf_activation_name(of_part.get(model.feedforwards[0], next(iter(feedforwards))))}
 
     return KeyMapping(read, write)
 
@@ -191,28 +260,28 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
 def expert_activation(key: str) -> KeyMapping:
     """Map the activation of experts."""
     return KeyMapping(
-        lambda settings: {"feedforwards": ("moe",), "expert_activation": _activation(settings, key, GATED)},
-        lambda model: {key: _written_activation(model.expert_activation)},
+        lambda reader: {"feedforwards": ("moe",), "expert_activation": _activation(reader, key, GATED)},
+        lambda model: {key: _hf_activation_name(model.expert_activation)},
     )
 
 
-def _activation(settings: Settings, key: str, known: Mapping[str, str]) -> str:
-    name = settings[key]
+def _activation(reader: HFConfigReader, key: str, known: Mapping[str, str]) -> str:
+    name = reader[key]
     names = [there for there, here in ACTIVATIONS.items() if here in known]
     if not isinstance(name, str) or name not in names:
-        raise settings.refuse(key, f"the known ones are {', '.join(names)}")
+        raise reader.unsupported(key, f"the known ones are {', '.join(names)}")
     return ACTIVATIONS[name]
 
 
-def _written_activation(name: str) -> str:
+def _hf_activation_name(name: str) -> str:
     return next(there for there, here in ACTIVATIONS.items() if here == name)
 
 
 def attention_bias(key: str) -> KeyMapping:
     """Map biases in the four projections of attention."""
 
-    def read(settings: Settings) -> Knobs:
-        return dict.fromkeys(("qkv_bias", "attention_output_bias"), settings.knob(key, "bias"))
+    def read(reader: HFConfigReader) -> Knobs:
+        return dict.fromkeys(("qkv_bias", "attention_output_bias"), reader.parse(key, "bias"))
 
     return KeyMapping(read, lambda model: {key: model.has_qkv_bias})
 
@@ -220,7 +289,7 @@ def attention_bias(key: str) -> KeyMapping:
 def feedforward_bias(key: str) -> KeyMapping:
     """Map biases in the linear layers of feed-forwards."""
     return KeyMapping(
-        lambda settings: {"feedforward_bias": settings.knob(key, "bias")},
+        lambda reader: {"feedforward_bias": reader.parse(key, "bias")},
         lambda model: {key: model.has_feedforward_bias},
     )
 
@@ -228,41 +297,41 @@ def feedforward_bias(key: str) -> KeyMapping:
 def softcap(key: str, knob: str) -> KeyMapping:
     """A bound by tanh, null there and 0 here for none."""
     return KeyMapping(
-        lambda settings: {knob: 0.0 if settings[key] is None else settings.knob(key, knob)},
+        lambda reader: {knob: 0.0 if reader[key] is None else reader.parse(key, knob)},
         lambda model: {key: getattr(model, knob) or None},
     )
 
 
-def query_scale(key: str) -> KeyMapping:
+def query_pre_attn_scalar(key: str) -> KeyMapping:
     """The number whose root scores are divided by."""
 
-    def read(settings: Settings) -> Knobs:
-        value = settings.knob(key, "attention_scale")
+    def read(reader: HFConfigReader) -> Knobs:
+        value = reader.parse(key, "attention_scale")
         if not value:
-            raise settings.refuse(key, "scores are divided by its root")
+            raise reader.unsupported(key, "scores are divided by its root")
         return {"attention_scale": value**-0.5}
 
     def write(model: ModelConfig) -> Keys:
-        scale = attention_scale(model)
+        scale = effective_attention_scale(model)
         return {key: round(scale**-2) if scale else None}
 
     return KeyMapping(read, write)
 
 
-def scaled_or_not(key: str) -> KeyMapping:
+def scale_attn_weights(key: str) -> KeyMapping:
     """Whether scores are multiplied by head_dim^-1/2, or by nothing (GPT-2)."""
     return KeyMapping(
-        lambda settings: {"attention_scale": None if settings.knob(key, "bias") else 1.0},
-        lambda model: {key: attention_scale(model) != 1.0},
+        lambda reader: {"attention_scale": None if reader.parse(key, "bias") else 1.0},
+        lambda model: {key: effective_attention_scale(model) != 1.0},
     )
 
 
-def whole_heads() -> KeyMapping:
+def divisible_heads() -> KeyMapping:
     """Heads that divide d_model, which some config classes insist on even where head_dim is given."""
 
-    def read(settings: Settings) -> Knobs:
-        if settings.whole("hidden_size") % settings.whole("num_attention_heads"):
-            raise settings.refuse("hidden_size", "it must be a multiple of num_attention_heads")
+    def read(reader: HFConfigReader) -> Knobs:
+        if reader.positive_int("hidden_size") % reader.positive_int("num_attention_heads"):
+            raise reader.unsupported("hidden_size", "it must be a multiple of num_attention_heads")
         return {}
 
     return KeyMapping(read, lambda model: {})
@@ -271,16 +340,16 @@ def whole_heads() -> KeyMapping:
 # Which layers see how far.
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-LayerType = Callable[[Settings, int], str]
+LayerType = Callable[[HFConfigReader, int], str]
 
 
-def window_everywhere(switch: str | None = None) -> KeyMapping:
+def sliding_window_in_all_layers(switch: str | None = None) -> KeyMapping:
     """A sliding window in all layers, or null (Mistral); with a `switch` only where that is true."""
 
-    def read(settings: Settings) -> Knobs:
-        if settings["sliding_window"] is None or (switch is not None and not settings.flag(switch)):
+    def read(reader: HFConfigReader) -> Knobs:
+        if reader["sliding_window"] is None or (switch is not None and not reader.boolean(switch)):
             return {"mixers": ("attention",)}
-        return {"mixers": ("local_attention",), "local_window": settings.knob("sliding_window", "local_window")}
+        return {"mixers": ("local_attention",), "local_window": reader.parse("sliding_window", "local_window")}
 
     def write(model: ModelConfig) -> Keys:
         is_local = model.mixers[0] == "local_attention"
@@ -290,146 +359,146 @@ def window_everywhere(switch: str | None = None) -> KeyMapping:
     return KeyMapping(read, write)
 
 
-def window_by_layer(usual: LayerType) -> KeyMapping:
-    """layer_types, a name for each layer, or what `usual` says of a layer where there are none."""
+def layer_types(default: LayerType) -> KeyMapping:
+    """layer_types, a name for each layer, or what `default` says of a layer where there are none."""
 
-    def read(settings: Settings) -> Knobs:
-        return _mixers(settings, _layer_types(settings, usual))
+    def read(reader: HFConfigReader) -> Knobs:
+        return _mixers(reader, _layer_types(reader, default))
 
     def write(model: ModelConfig) -> Keys:
-        return {"layer_types": _names(model), "sliding_window": _window(model)}
+        return {"layer_types": _layer_types_of(model), "sliding_window": _window(model)}
 
     return KeyMapping(read, write)
 
 
-def window_by_layer_if(usual: LayerType) -> KeyMapping:
+def layer_types_with_switch(default: LayerType) -> KeyMapping:
     """The same, where a sliding window has a switch of its own, use_sliding_window (Qwen2, Qwen3, SmolLM3)."""
 
-    def read(settings: Settings) -> Knobs:
-        types = _layer_types(settings, usual)
-        if SLIDING in types and not settings.flag("use_sliding_window"):
-            raise settings.refuse("layer_types", "use_sliding_window is not true")
-        return _mixers(settings, types)
+    def read(reader: HFConfigReader) -> Knobs:
+        types = _layer_types(reader, default)
+        if SLIDING in types and not reader.boolean("use_sliding_window"):
+            raise reader.unsupported("layer_types", "use_sliding_window is not true")
+        return _mixers(reader, types)
 
     def write(model: ModelConfig) -> Keys:
-        types = _names(model)
+        types = _layer_types_of(model)
         return {"layer_types": types, "sliding_window": _window(model), "use_sliding_window": SLIDING in types}
 
     return KeyMapping(read, write)
 
 
-def window_after_first_layers() -> KeyMapping:
+def sliding_window_after_first_layers() -> KeyMapping:
     """The first max_window_layers see all, the others a window (Qwen2); layer_types says so too, and goes first."""
 
-    def usual(settings: Settings, layer: int) -> str:
-        has_window = settings.flag("use_sliding_window") and settings["sliding_window"] is not None
-        return SLIDING if has_window and layer >= settings.count("max_window_layers") else FULL
+    def default(reader: HFConfigReader, layer: int) -> str:
+        has_window = reader.boolean("use_sliding_window") and reader["sliding_window"] is not None
+        return SLIDING if has_window and layer >= reader.non_negative_int("max_window_layers") else FULL
 
-    by_layer = window_by_layer_if(usual)
+    by_layer = layer_types_with_switch(default)
 
     def write(model: ModelConfig) -> Keys:
-        types = _names(model)
+        types = _layer_types_of(model)
         first = types.index(SLIDING) if SLIDING in types else len(types)
         return by_layer.write(model) | {"max_window_layers": first}
 
     return KeyMapping(by_layer.read, write)
 
 
-def local_layers_turn_faster(usual: LayerType) -> KeyMapping:
+def layer_types_with_local_rope(default: LayerType) -> KeyMapping:
     """layer_types, where local layers have RoPE with a base of its own (Gemma 3)."""
-    by_layer = window_by_layer(usual)
+    by_layer = layer_types(default)
 
-    def read(settings: Settings) -> Knobs:
-        types = _layer_types(settings, usual)
+    def read(reader: HFConfigReader) -> Knobs:
+        types = _layer_types(reader, default)
         positions = shortest_pattern(["local_rope" if kind == SLIDING else "rope" for kind in types])
-        return by_layer.read(settings) | {"positions": positions}
+        return by_layer.read(reader) | {"positions": positions}
 
     return KeyMapping(read, by_layer.write)
 
 
-def layers_without_positions() -> KeyMapping:
+def no_rope_layers() -> KeyMapping:
     """no_rope_layers: 1 where a layer has RoPE and 0 where it has no positions (SmolLM3)."""
 
-    def read(settings: Settings) -> Knobs:
-        layers, every = settings.whole("num_hidden_layers"), settings.whole("no_rope_layer_interval")
-        has_rope = settings.entries("no_rope_layers")
+    def read(reader: HFConfigReader) -> Knobs:
+        layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("no_rope_layer_interval")
+        has_rope = reader.optional_list("no_rope_layers")
         if has_rope is None:
             has_rope = [(layer + 1) % every != 0 for layer in range(layers)]
         if len(has_rope) < layers:
-            raise settings.refuse("no_rope_layers", f"there are {layers} layers")
+            raise reader.unsupported("no_rope_layers", f"there are {layers} layers")
         return {"positions": shortest_pattern(["rope" if has else "none" for has in has_rope[:layers]])}
 
     def write(model: ModelConfig) -> Keys:
-        positions = over_layers(model.positions, model.n_layers)
+        positions = expand_pattern(model.positions, model.n_layers)
         return {"no_rope_layers": [int(name == "rope") for name in positions]}
 
     return KeyMapping(read, write)
 
 
-def _layer_types(settings: Settings, usual: LayerType) -> list[str]:
-    layers = settings.whole("num_hidden_layers")
-    types = settings.entries("layer_types")
+def _layer_types(reader: HFConfigReader, default: LayerType) -> list[str]:
+    layers = reader.positive_int("num_hidden_layers")
+    types = reader.optional_list("layer_types")
     if types is None:
-        return [usual(settings, layer) for layer in range(layers)]
+        return [default(reader, layer) for layer in range(layers)]
     if len(types) != layers or not all(kind in (FULL, SLIDING) for kind in types):
-        raise settings.refuse("layer_types", f"it must name {FULL} or {SLIDING} for each of {layers} layers")
+        raise reader.unsupported("layer_types", f"it must name {FULL} or {SLIDING} for each of {layers} layers")
     return types
 
 
-def _mixers(settings: Settings, types: Sequence[str]) -> Knobs:
+def _mixers(reader: HFConfigReader, types: Sequence[str]) -> Knobs:
     mixers = shortest_pattern(["local_attention" if kind == SLIDING else "attention" for kind in types])
     if SLIDING not in types:
         return {"mixers": mixers}
-    if settings["sliding_window"] is None:
-        raise settings.refuse("sliding_window", f"some layers are {SLIDING}")
-    return {"mixers": mixers, "local_window": settings.knob("sliding_window", "local_window")}
+    if reader["sliding_window"] is None:
+        raise reader.unsupported("sliding_window", f"some layers are {SLIDING}")
+    return {"mixers": mixers, "local_window": reader.parse("sliding_window", "local_window")}
 
 
-def _names(model: ModelConfig) -> list[str]:
-    mixers = over_layers(model.mixers, model.n_layers)
+def _layer_types_of(model: ModelConfig) -> list[str]:
+    mixers = expand_pattern(model.mixers, model.n_layers)
     return [SLIDING if name == "local_attention" else FULL for name in mixers]
 
 
 def _window(model: ModelConfig) -> int | None:
-    return model.local_window if SLIDING in _names(model) else None
+    return model.local_window if SLIDING in _layer_types_of(model) else None
 
 
-def recurrent_and_local() -> KeyMapping:
+def block_types() -> KeyMapping:
     """Map block_types, a pattern of recurrent and local attention layers (RecurrentGemma)."""
     names = {"recurrent": "rg_lru", "attention": "local_attention"}
     reads = (
-        same("attention_window_size", "local_window"),
-        same("conv1d_width", "conv_width"),
-        same("num_attention_heads", "recurrent_blocks", lambda model: model.n_heads),
+        direct("attention_window_size", "local_window"),
+        direct("conv1d_width", "conv_width"),
+        direct("num_attention_heads", "recurrent_blocks", lambda model: model.n_heads),
     )
 
-    def read(settings: Settings) -> Knobs:
-        layers, types = settings.whole("num_hidden_layers"), settings.entries("block_types")
+    def read(reader: HFConfigReader) -> Knobs:
+        layers, types = reader.positive_int("num_hidden_layers"), reader.optional_list("block_types")
         if not types or not all(isinstance(kind, str) and kind in names for kind in types):
-            raise settings.refuse("block_types", f"it must be a list of {' and '.join(names)}")
-        mixers = over_layers([names[kind] for kind in types], layers)
-        width = settings.whole("hidden_size" if settings["lru_width"] is None else "lru_width")
-        if width % settings.whole("num_attention_heads"):
-            raise settings.refuse("lru_width", "it must be a multiple of num_attention_heads")
-        return joined_knobs(reads, settings) | {"mixers": shortest_pattern(mixers), "recurrent_width": width}
+            raise reader.unsupported("block_types", f"it must be a list of {' and '.join(names)}")
+        mixers = expand_pattern([names[kind] for kind in types], layers)
+        width = reader.positive_int("hidden_size" if reader["lru_width"] is None else "lru_width")
+        if width % reader.positive_int("num_attention_heads"):
+            raise reader.unsupported("lru_width", "it must be a multiple of num_attention_heads")
+        return read_all(reads, reader) | {"mixers": shortest_pattern(mixers), "recurrent_width": width}
 
     def write(model: ModelConfig) -> Keys:
         types = {here: there for there, here in names.items()}
-        return joined_keys(reads, model) | {
-            "block_types": [types.get(name, "attention") for name in over_layers(model.mixers, model.n_layers)],
+        return write_all(reads, model) | {
+            "block_types": [types.get(name, "attention") for name in expand_pattern(model.mixers, model.n_layers)],
             "lru_width": model.recurrent_width or model.d_model,
         }
 
     return KeyMapping(read, write)
 
 
-def halved_width(key: str) -> KeyMapping:
+def doubled_mlp_width(key: str) -> KeyMapping:
     """Map a key that holds twice the hidden width of feed-forwards (RecurrentGemma)."""
 
-    def read(settings: Settings) -> Knobs:
-        if settings.whole(key) < 2:
-            raise settings.refuse(key, "it is twice the hidden width of a feed-forward")
-        return {"d_ff": settings.whole(key) // 2}
+    def read(reader: HFConfigReader) -> Knobs:
+        if reader.positive_int(key) < 2:
+            raise reader.unsupported(key, "it is twice the hidden width of a feed-forward")
+        return {"d_ff": reader.positive_int(key) // 2}
 
     return KeyMapping(read, lambda model: {key: 2 * dense_width(model)})
 
@@ -437,8 +506,8 @@ def halved_width(key: str) -> KeyMapping:
 def rounded_embedding_scale() -> KeyMapping:
     """Map embeddings multiplied by sqrt(hidden_size) rounded to bfloat16 (RecurrentGemma)."""
 
-    def read(settings: Settings) -> Knobs:
-        root = np.float32(settings.whole("hidden_size") ** 0.5)
+    def read(reader: HFConfigReader) -> Knobs:
+        root = np.float32(reader.positive_int("hidden_size") ** 0.5)
         return {"scale_embeddings": True, "embedding_scale": float(root.astype(ml_dtypes.bfloat16))}
 
     return KeyMapping(read, lambda model: {})
@@ -447,42 +516,42 @@ def rounded_embedding_scale() -> KeyMapping:
 # Experts.
 
 
-def experts_everywhere() -> KeyMapping:
+def moe_in_all_layers() -> KeyMapping:
     """Experts of width intermediate_size in every layer, with weights that add up to 1 (Mixtral)."""
     reads = (
-        same("num_local_experts", "n_experts"),
-        same("num_experts_per_tok", "experts_per_token"),
-        same("intermediate_size", "d_ff", expert_width),
+        direct("num_local_experts", "n_experts"),
+        direct("num_experts_per_tok", "experts_per_token"),
+        direct("intermediate_size", "d_ff", expert_width),
     )
 
-    def read(settings: Settings) -> Knobs:
-        return joined_knobs(reads, settings) | {"d_expert": None}
+    def read(reader: HFConfigReader) -> Knobs:
+        return read_all(reads, reader) | {"d_expert": None}
 
-    return KeyMapping(read, lambda model: joined_keys(reads, model))
+    return KeyMapping(read, lambda model: write_all(reads, model))
 
 
-def experts_in_some_layers(activation: str) -> KeyMapping:
+def moe_in_some_layers(activation: str) -> KeyMapping:
     """Experts in every decoder_sparse_step-th layer but mlp_only_layers, which are dense (Qwen3-MoE)."""
     reads = (
-        same("num_experts_per_tok", "experts_per_token"),
-        same("moe_intermediate_size", "d_expert", expert_width),
-        same("intermediate_size", "d_ff", dense_width),
-        same("norm_topk_prob", "norm_topk_prob"),
+        direct("num_experts_per_tok", "experts_per_token"),
+        direct("moe_intermediate_size", "d_expert", expert_width),
+        direct("intermediate_size", "d_ff", dense_width),
+        direct("norm_topk_prob", "norm_topk_prob"),
     )
 
-    def read(settings: Settings) -> Knobs:
-        layers, every = settings.whole("num_hidden_layers"), settings.whole("decoder_sparse_step")
-        dense = settings.entries("mlp_only_layers") or ()
-        plain = GATED[_activation(settings, activation, GATED)]
+    def read(reader: HFConfigReader) -> Knobs:
+        layers, every = reader.positive_int("num_hidden_layers"), reader.positive_int("decoder_sparse_step")
+        dense = reader.optional_list("mlp_only_layers") or ()
+        plain = GATED[_activation(reader, activation, GATED)]
         names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
-        return joined_knobs(reads, settings) | {
+        return read_all(reads, reader) | {
             "feedforwards": shortest_pattern(names),
-            "n_experts": settings.knob("num_local_experts", "n_experts"),
+            "n_experts": reader.parse("num_local_experts", "n_experts"),
         }
 
     def write(model: ModelConfig) -> Keys:
-        names = over_layers(model.feedforwards, model.n_layers)
-        return joined_keys(reads, model) | {
+        names = expand_pattern(model.feedforwards, model.n_layers)
+        return write_all(reads, model) | {
             "num_experts": model.n_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, name in enumerate(names) if name != "moe"],
@@ -491,11 +560,11 @@ def experts_in_some_layers(activation: str) -> KeyMapping:
     return KeyMapping(read, write)
 
 
-def joined_knobs(parts: Sequence[KeyMapping], settings: Settings) -> Knobs:
+def read_all(parts: Sequence[KeyMapping], reader: HFConfigReader) -> Knobs:
     """The knobs of several correspondences."""
-    return {knob: value for part in parts for knob, value in part.read(settings).items()}
+    return {knob: value for part in parts for knob, value in part.read(reader).items()}
 
 
-def joined_keys(parts: Sequence[KeyMapping], model: ModelConfig) -> Keys:
+def write_all(parts: Sequence[KeyMapping], model: ModelConfig) -> Keys:
     """The keys of several correspondences."""
     return {key: value for part in parts for key, value in part.write(model).items()}

@@ -15,10 +15,9 @@ from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.export_hf import export_model
-from rustgpt_jax.interop.hf_config import read_json
+from rustgpt_jax.interop.config_mapping import read_json
+from rustgpt_jax.interop.hf_checkpoint import export_model, import_parameters, read_model
 from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
-from rustgpt_jax.interop.import_hf import import_parameters, read_model
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
@@ -124,35 +123,35 @@ TOLERANCE = 1e-3
 # Tokens in a training window of an imported model, unless its recipe says otherwise.
 WINDOW = 256
 
-Says = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], says: Says) -> None:
+def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], log: Log) -> None:
     """Make a run of a Hugging Face folder: its model and tokenizer, with the other knobs of a config `tree`.
 
     The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
     here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
     """
-    described, codec = read_model(source, says), read_codec(source, says)
+    described, codec = read_model(source, log), read_codec(source, log)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
     if uses_epochs(config):
         raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
     model, name = fill_vocab_size(config, codec).model, described.architecture.name
     shapes = parameter_shapes(model)
-    says(f"{source}: {name}, {count(total_size(shapes))} parameters")
-    with atomic_folder(path) as hidden:
-        run = create(hidden, config, origins)
+    log(f"{source}: {name}, {count(total_size(shapes))} parameters")
+    with atomic_folder(path) as temporary:
+        run = create(temporary, config, origins)
         save_tokenizer(codec, run.tokenizer_file)
         import_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
         about["tokenizer"] = tokenizer_hash(load_tokenizer(run.tokenizer_file))
         run.import_file.write_text(json.dumps(about, indent=2) + "\n")
-        says(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
-    says(f"{path}: a run at step 0")
+        log(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
+    log(f"{path}: a run at step 0")
 
 
-def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Says) -> None:
+def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log) -> None:
     """Write a run as a folder that `transformers` loads: config, tensors, tokenizer, chat template.
 
     `dtype` None: the type that an imported model came in as long as it is not trained on, then float32. The folder
@@ -169,11 +168,11 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
         params, is_dialogue = trained.writer.params, trained.writer.is_dialogue
     about = _import_record(run.import_file) if run.import_file.exists() else {}
 
-    def finish(hidden: Path) -> None:
-        write_codec(codec, hidden, whole.model.context_length, is_dialogue)
+    def finish(temporary: Path) -> None:
+        write_codec(codec, temporary, whole.model.context_length, is_dialogue)
         shapes = parameter_shapes(whole.model)
         read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
-        says(_compared(hidden, read, whole.model, dtype))
+        log(_compared(temporary, read, whole.model, dtype))
 
     special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_ids(codec)
     architecture = export_model(
@@ -185,7 +184,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, says: Sa
         special_tokens=special_tokens,
         finish=finish,
     )
-    says(f"{folder}: {architecture.name}")
+    log(f"{folder}: {architecture.name}")
 
 
 def _known_tokens(special_tokens: Mapping[str, Any], codec: Codec) -> dict[str, Any]:

@@ -5,12 +5,15 @@ tensors and the position table in float32, as llama.cpp requires. The tokenizer 
 llama.cpp supports them; otherwise the exported model takes token ids.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
 from rustgpt_jax.config.schema import ModelConfig
@@ -18,15 +21,235 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggestion
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
-from rustgpt_jax.interop.gguf_vocabulary import chat_template_of, token_rows, vocabulary_of
-from rustgpt_jax.interop.hf_tokenizer_io import special_ids
-from rustgpt_jax.interop.param_mapping import Rule, Rules, Tensor, tensors
+from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, special_ids
+from rustgpt_jax.interop.param_mapping import TensorPlan, TensorRule, TensorRules, plan_tensors
 from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tokenizers.chat_template import rendered
+from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
+
+# Tokenizers in llama.cpp's format: byte-level BPE and SentencePiece BPE.
+#
+# A tokenizer is converted only if llama.cpp produces the same tokens for the same text.
+
+BLANK = "▁"
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+
+_WORDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+# llama.cpp's names of the pre-tokenizer patterns, and whether it then looks up a whole piece in the vocabulary before
+# merging (`ignore_merges`).
+SPLITS: dict[str, dict[str, bool]] = {
+    rf"{_LETTERS}|\p{{N}}{{1,3}}|{_WORDS}": {"llama-bpe": True, "dbrx": False},
+    rf"{_LETTERS}|\p{{N}}|{_WORDS}": {"qwen2": False},
+}
+GPT2_SPLIT = {"gpt-2": False}
+DIGITS_SPLIT = {"smollm": False}
+
+
+@dataclass(frozen=True)
+class GGUFVocabulary:
+    """A tokenizer in terms of GGUF fields.
+
+    Attributes:
+        model: 'gpt2' for byte-level BPE, 'llama' for SentencePiece BPE.
+        pre: llama.cpp's name of the pre-tokenizer.
+        merges: Merges of a 'gpt2' tokenizer, in order of priority.
+        scores: Token scores of a 'llama' tokenizer; higher scores are merged first.
+        adds_blank: Whether a space is prepended to texts.
+        adds_bos: Whether the token bos_id is prepended to texts.
+    """
+
+    model: str
+    pre: str
+    merges: list[str]
+    scores: Mapping[str, float]
+    adds_blank: bool
+    adds_bos: bool
+    bos_id: int
+
+
+def gguf_vocabulary(codec: Codec) -> GGUFVocabulary:
+    """Convert a tokenizer for llama.cpp.
+
+    Raises:
+        UserError: llama.cpp would tokenize differently; the message says how.
+    """
+    written = json.loads(codec.tokenizer.to_str())
+    if written["model"]["type"] != "BPE" or written["model"].get("dropout"):
+        raise UserError(f"llama.cpp has no tokenizers of the kind {written['model']['type']} as they are here")
+    opening, _ = codec.opening_and_closing
+    if len(opening) > 1:
+        raise UserError("llama.cpp puts at most one token before a text")
+    bos_id = opening[0] if opening else special_ids(codec).get("bos_token_id", codec.end_id)
+    is_byte_level = (written["decoder"] or {}).get("type") == "ByteLevel"
+    describe = _byte_level if is_byte_level else _sentencepiece
+    return describe(written, adds_bos=bool(opening), bos_id=bos_id)
+
+
+def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
+    """Yield each row of the token table and its type, a gguf.TokenType."""
+    written = json.loads(codec.tokenizer.to_str())
+    added = {token["content"]: token["special"] for token in written["added_tokens"]}
+    unknown, has_bytes = written["model"].get("unk_token"), written["model"].get("byte_fallback")
+    taken = codec.tokenizer.get_vocab()
+    for index in range(size):
+        token = codec.id_to_token(index)
+        if token is None:
+            name = f"<unused{index}>"
+            while name in taken:
+                name = f"<{name}>"
+            yield name, kinds.UNUSED
+        elif token == unknown:
+            yield token, kinds.UNKNOWN
+        elif token in added:
+            yield token, kinds.CONTROL if added[token] else kinds.USER_DEFINED
+        else:
+            yield token, kinds.BYTE if has_bytes and token in BYTE_TOKENS else kinds.NORMAL
+
+
+def gguf_chat_template(codec: Codec, vocabulary: GGUFVocabulary, is_dialogue: bool) -> str | None:
+    """Return the chat template for llama.cpp, or None if the model has none.
+
+    Raises:
+        UserError: llama.cpp would tokenize the template's dialogues differently.
+    """
+    dialect = codec.dialect or own_dialect(is_dialogue)
+    if dialect.chat_template is None:
+        return None
+    tokens = codec.tokenizer.get_added_tokens_decoder().values()
+    stripping = next((token.content for token in tokens if token.lstrip or token.rstrip), None)
+    if stripping is not None:
+        raise UserError(f"llama.cpp keeps the blanks beside {stripping}, which the tokenizer leaves out")
+    if "bos_token" in dialect.chat_template and "bos_token" not in dialect.named:
+        raise UserError("the chat template writes a bos_token that the tokenizer does not name")
+    bos = codec.id_to_token(vocabulary.bos_id) or ""
+    try:
+        asked = rendered(dialect, [Turn("user", "?")], is_asking=True, special_tokens=codec.special_tokens)
+    except UserError:
+        return dialect.chat_template
+    if vocabulary.adds_bos and not asked.startswith(bos):
+        raise UserError(f"llama.cpp puts {bos} before every dialogue, and the chat template does not")
+    return dialect.chat_template
+
+
+# Byte-level BPE.
+
+
+def _byte_level(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
+    model = written["model"]
+    if written["normalizer"] is not None:
+        raise UserError(f"llama.cpp does not change text as the normalizer {written['normalizer']['type']} does")
+    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
+        raise UserError("llama.cpp has no byte-level BPE with prefixes, suffixes or a fallback to bytes")
+    if not set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys():
+        raise UserError("the tokenizer has no token for some of the 256 bytes")
+    _require_plain_added_tokens(written)
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    if not merges:
+        raise UserError("llama.cpp takes no BPE without merges")
+    names = _splits(written["pre_tokenizer"])
+    ignores = bool(model.get("ignore_merges"))
+    # Both settings are equivalent if every token can be built by merges from its own characters.
+    agree = _makes_every_token(written, merges)
+    pre = next((name for name, there in names.items() if agree or there == ignores), None)
+    if pre is None:
+        raise UserError("llama.cpp merges within words of the vocabulary, and the tokenizer does not (ignore_merges)")
+    return GGUFVocabulary("gpt2", pre, [" ".join(pair) for pair in merges], {}, False, adds_bos, bos_id)
+
+
+def _splits(pre_tokenizer: Mapping[str, Any] | None) -> dict[str, bool]:
+    """Return the entry of SPLITS that matches a pre-tokenizer.
+
+    Raises:
+        UserError: llama.cpp does not support the pre-tokenizer.
+    """
+    parts = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *first, last = [dict(part) for part in parts] or [{}]
+    if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
+        if last["use_regex"] and not first:
+            return GPT2_SPLIT
+        if last["use_regex"] and first == [{"type": "Digits", "individual_digits": True}]:
+            return DIGITS_SPLIT
+        if not last["use_regex"] and len(first) == 1 and first[0]["type"] == "Split":
+            split, pattern = first[0], first[0]["pattern"].get("Regex")
+            if split["behavior"] == "Isolated" and not split["invert"] and pattern in SPLITS:
+                return SPLITS[pattern]
+    raise UserError("how the tokenizer cuts text before its merges is none of the ways known in llama.cpp")
+
+
+def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> bool:
+    """Return whether every token can be built by merges from its own characters."""
+    vocabulary = written["model"]["vocab"]
+    added = {token["content"] for token in written["added_tokens"]}
+    bare = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
+    tokens = [token for token in vocabulary if token not in added]
+    encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
+    return all(each.ids == [vocabulary[token]] for token, each in zip(tokens, encoded, strict=True))
+
+
+def _require_plain_added_tokens(written: Mapping[str, Any]) -> None:
+    """Check that added tokens that may occur in text are matched literally.
+
+    Raises:
+        UserError: An added token is matched in another way.
+    """
+    for token in written["added_tokens"]:
+        special = ("lstrip", "rstrip", "single_word")
+        if not token["special"] and (
+            any(token[key] for key in special) or token["normalized"] and written["normalizer"]
+        ):
+            raise UserError(f"llama.cpp does not find the token {token['content']} in a text as the tokenizer does")
+
+
+# SentencePiece's BPE.
+
+
+def _sentencepiece(written: Mapping[str, Any], adds_bos: bool, bos_id: int) -> GGUFVocabulary:
+    model = written["model"]
+    vocabulary = model["vocab"]
+    if not model.get("byte_fallback") or not set(BYTE_TOKENS) <= vocabulary.keys():
+        raise UserError("llama.cpp has no BPE of characters without a fallback to bytes")
+    if model.get("ignore_merges") or any(not token["special"] for token in written["added_tokens"]):
+        raise UserError("llama.cpp's SentencePiece has neither ignore_merges nor added tokens that are not special")
+    adds_blank = _adds_blank(written)
+    groups = [(whole, list(of)) for whole, of in groupby(model["merges"], key="".join)]
+    scores = {whole: float(-rank) for rank, (whole, _) in enumerate(groups)}
+    merges = {tuple(pair) for _, of in groups for pair in of}
+    added = {token["content"] for token in written["added_tokens"]}
+    if len(scores) < len(groups) or not all(
+        (token[:cut], token[cut:]) in merges
+        for token in vocabulary.keys() - added
+        for cut in range(1, len(token))
+        if all(len(part) == 1 or part in vocabulary for part in (token[:cut], token[cut:]))
+    ):
+        raise UserError("llama.cpp merges two tokens whenever the result is a token, and the tokenizer does not")
+    return GGUFVocabulary("llama", "default", [], scores, adds_blank, adds_bos, bos_id)
+
+
+def _adds_blank(written: Mapping[str, Any]) -> bool:
+    """Return whether a space is prepended to texts.
+
+    Raises:
+        UserError: Spaces are handled differently than in SentencePiece.
+    """
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    metaspace = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": False}
+    normalizer, pre_tokenizer = written["normalizer"], written["pre_tokenizer"]
+    if normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, replace]}:
+        has_blank = True
+    elif normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}) or pre_tokenizer == metaspace:
+        has_blank = False
+    else:
+        has_blank = None
+    if has_blank is None or None not in (normalizer, pre_tokenizer):
+        raise UserError("llama.cpp writes blanks otherwise than the tokenizer")
+    return has_blank
+
 
 # What a type is called in a file.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
@@ -38,18 +261,18 @@ POSITIONS = "position_embd.weight"
 LAYER = "blk.{layer}."
 
 
-def _linear(path: str, name: str) -> Rules:
-    return {f"{path}/kernel": Rule(f"{name}.weight", True), f"{path}/bias": Rule(f"{name}.bias")}
+def _linear(path: str, name: str) -> TensorRules:
+    return {f"{path}/kernel": TensorRule(f"{name}.weight", True), f"{path}/bias": TensorRule(f"{name}.bias")}
 
 
-def _norm(path: str, name: str) -> Rules:
-    return {f"{path}/scale": Rule(f"{name}.weight"), f"{path}/bias": Rule(f"{name}.bias")}
+def _norm(path: str, name: str) -> TensorRules:
+    return {f"{path}/scale": TensorRule(f"{name}.weight"), f"{path}/bias": TensorRule(f"{name}.bias")}
 
 
-EVERYWHERE: Rules = {
-    "embedding/table": Rule("token_embd.weight"),
+COMMON: TensorRules = {
+    "embedding/table": TensorRule("token_embd.weight"),
     **_norm("norm", "output_norm"),
-    "head/kernel": Rule("output.weight", True),
+    "head/kernel": TensorRule("output.weight", True),
     **_norm("mixer_norm", LAYER + "attn_norm"),
     **_norm("feedforward_norm", LAYER + "ffn_norm"),
     **_linear("mixer/output", LAYER + "attn_output"),
@@ -57,15 +280,15 @@ EVERYWHERE: Rules = {
     **_linear("feedforward/down", LAYER + "ffn_down"),
 }
 # Queries, keys and values come from one product.
-GPT2: Rules = {
-    **EVERYWHERE,
-    "positions/table": Rule(POSITIONS),
+GPT2: TensorRules = {
+    **COMMON,
+    "positions/table": TensorRule(POSITIONS),
     **_linear("mixer/query", LAYER + "attn_qkv"),
     **_linear("mixer/key", LAYER + "attn_qkv"),
     **_linear("mixer/value", LAYER + "attn_qkv"),
 }
-GATED: Rules = {
-    **EVERYWHERE,
+GATED: TensorRules = {
+    **COMMON,
     **_linear("mixer/query", LAYER + "attn_q"),
     **_linear("mixer/key", LAYER + "attn_k"),
     **_linear("mixer/value", LAYER + "attn_v"),
@@ -76,7 +299,7 @@ GATED: Rules = {
 
 
 @dataclass(frozen=True)
-class Form:
+class GGUFArchitecture:
     """How one architecture of llama.cpp says a model.
 
     name: in the file. rules: the tensors. fixed: knobs that must have these values, for nothing in the file says them.
@@ -84,7 +307,7 @@ class Form:
     """
 
     name: str
-    rules: Rules
+    rules: TensorRules
     fixed: Mapping[str, Any]
     interleaved: tuple[str, ...] = ()
 
@@ -92,14 +315,14 @@ class Form:
 UNSTRETCHED = {"rope_scaling": "none", "rope_fraction": 1.0, "feedforwards": ("swiglu",)}
 NO_BIASES = dict.fromkeys(("has_qkv_bias", "has_attention_output_bias", "has_feedforward_bias"), False)
 # By the architecture of `transformers` that says the same model.
-FORMS = {
-    "GPT2LMHeadModel": Form("gpt2", GPT2, {"feedforwards": ("gelu",), "attention_scale_by_layer": False}),
-    "LlamaForCausalLM": Form("llama", GATED, UNSTRETCHED | NO_BIASES, ("attn_q.", "attn_k.")),
-    "Qwen3ForCausalLM": Form("qwen3", GATED, UNSTRETCHED | NO_BIASES),
+GGUF_ARCHITECTURES = {
+    "GPT2LMHeadModel": GGUFArchitecture("gpt2", GPT2, {"feedforwards": ("gelu",), "attention_scale_by_layer": False}),
+    "LlamaForCausalLM": GGUFArchitecture("llama", GATED, UNSTRETCHED | NO_BIASES, ("attn_q.", "attn_k.")),
+    "Qwen3ForCausalLM": GGUFArchitecture("qwen3", GATED, UNSTRETCHED | NO_BIASES),
 }
 
 
-def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Callable[[str], None]) -> None:
+def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Callable[[str], None]) -> None:
     """Write a run as a GGUF file, in float32 unless `dtype` says otherwise. The file appears when it is complete.
 
     Raises UserError for a run without parameters, a file that already exists, and as `write_gguf` does.
@@ -113,7 +336,7 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, says: Cal
     name = write_gguf(
         trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
     )
-    says(f"{file}: {name}{_left_out(codec, is_dialogue)}")
+    log(f"{file}: {name}{_omissions(codec, is_dialogue)}")
 
 
 def write_gguf(
@@ -141,36 +364,36 @@ def write_gguf(
     Raises:
         UserError: The `gguf` package is missing, llama.cpp has no matching architecture, or the file is not writable.
     """
-    gguf = _package()
-    form = form_of(model)
+    gguf = _import_gguf()
+    form = gguf_architecture(model)
     if dtype not in TYPES:
         raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
-    plan, leaves = tensors(form.rules, model), by_path(params)
-    kinds = {tensor.name: gguf.GGMLQuantizationType[_type_of(tensor, dtype)] for tensor in plan.values()}
+    plan, leaves = plan_tensors(form.rules, model), by_path(params)
+    kinds = {tensor.name: gguf.GGMLQuantizationType[_storage_type(tensor, dtype)] for tensor in plan.values()}
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         writer = gguf.GGUFWriter(temporary, form.name)
-        for name, argument in _settings(form, model, dtype, gguf).items():
+        for name, argument in _metadata(form, model, dtype, gguf).items():
             getattr(writer, f"add_{name}")(argument)
         _add_vocabulary(writer, model, tokenizer, is_dialogue, gguf)
         for tensor in plan.values():
-            _announce(writer, tensor, kinds[tensor.name], gguf)
+            _add_tensor_info(writer, tensor, kinds[tensor.name], gguf)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in plan.values():
-            writer.write_tensor_data(gguf.quants.quantize(_numbers(tensor, leaves, model, form), kinds[tensor.name]))
+            writer.write_tensor_data(gguf.quants.quantize(_values(tensor, leaves, model, form), kinds[tensor.name]))
         writer.close()
     return form.name
 
 
-def form_of(model: ModelConfig) -> Form:
+def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
     """How llama.cpp says a model. Raises UserError with what it cannot say."""
     architecture = architecture_for(model).name
-    if architecture not in FORMS:
-        raise UserError(f"GGUF is not written for {architecture} here.{suggestion(architecture, FORMS)}")
-    form = FORMS[architecture]
+    if architecture not in GGUF_ARCHITECTURES:
+        raise UserError(f"GGUF is not written for {architecture} here.{suggestion(architecture, GGUF_ARCHITECTURES)}")
+    form = GGUF_ARCHITECTURES[architecture]
     for knob, there in form.fixed.items():
         here = getattr(model, knob)
         if here != there:
@@ -179,20 +402,20 @@ def form_of(model: ModelConfig) -> Form:
     return form
 
 
-def _left_out(codec: Codec, is_dialogue: bool) -> str:
+def _omissions(codec: Codec, is_dialogue: bool) -> str:
     """Describe the parts of the tokenizer that the file lacks, and why."""
     try:
-        described = vocabulary_of(codec)
+        described = gguf_vocabulary(codec)
     except UserError as error:
         return f", without a tokenizer ({error}): it is to be fed with token ids"
     try:
-        chat_template_of(codec, described, is_dialogue)
+        gguf_chat_template(codec, described, is_dialogue)
     except UserError as error:
         return f", without its chat template: {error}"
     return ""
 
 
-def _package() -> Any:
+def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
@@ -202,7 +425,7 @@ def _package() -> Any:
     return gguf
 
 
-def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
+def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any) -> dict[str, Any]:
     """What the file says of the model, by the names of the writer's methods."""
     values = {
         "context_length": model.context_length,
@@ -229,7 +452,7 @@ def _settings(form: Form, model: ModelConfig, dtype: str, gguf: Any) -> dict[str
 def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is_dialogue: bool, gguf: Any) -> None:
     """Add the tokens and the chat template, as far as llama.cpp produces the same tokens for the same text."""
     try:
-        described = None if tokenizer is None else vocabulary_of(tokenizer)
+        described = None if tokenizer is None else gguf_vocabulary(tokenizer)
     except UserError:
         described = None
     if tokenizer is None or described is None:
@@ -259,14 +482,14 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is
     # A prompt must not end with an end token.
     writer.add_add_eos_token(False)
     try:
-        template = chat_template_of(tokenizer, described, is_dialogue)
+        template = gguf_chat_template(tokenizer, described, is_dialogue)
     except UserError:
         return
     if template is not None:
         writer.add_chat_template(template)
 
 
-def _type_of(tensor: Tensor, dtype: str) -> str:
+def _storage_type(tensor: TensorPlan, dtype: str) -> str:
     if len(tensor.shape) == 1 or tensor.name == POSITIONS:
         return TYPES["float32"]
     if dtype == "int8" and tensor.shape[-1] % BLOCK:
@@ -274,7 +497,7 @@ def _type_of(tensor: Tensor, dtype: str) -> str:
     return TYPES[dtype]
 
 
-def _announce(writer: Any, tensor: Tensor, kind: Any, gguf: Any) -> None:
+def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> None:
     """Say what a tensor will be; its numbers follow when all are announced."""
     native = {"F32": np.float32, "F16": np.float16}.get(kind.name)
     if native is not None:
@@ -285,7 +508,7 @@ def _announce(writer: Any, tensor: Tensor, kind: Any, gguf: Any) -> None:
     writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
 
 
-def _numbers(tensor: Tensor, leaves: Mapping[str, Any], model: ModelConfig, form: Form) -> np.ndarray:
+def _values(tensor: TensorPlan, leaves: Mapping[str, Any], model: ModelConfig, form: GGUFArchitecture) -> np.ndarray:
     """A tensor as llama.cpp wants it: a linear layer has a row for each output."""
     columns = [np.asarray(leaves[slot.path])[slot.place].astype(np.float32) for slot in tensor.slots]
     whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)

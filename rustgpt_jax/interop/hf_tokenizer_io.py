@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.interop.hf_config import read_json
+from rustgpt_jax.interop.config_mapping import read_json
 from rustgpt_jax.tokenizers import END, SYSTEM, USER, ChatFormat, Codec, load_tokenizer, save_tokenizer
 from rustgpt_jax.tokenizers.chat_template import turn_end
 
@@ -23,7 +23,7 @@ OWN_TEMPLATE = (
 )
 
 
-def read_codec(source: Path, says: Callable[[str], object] = lambda _: None) -> Codec:
+def read_codec(source: Path, log: Callable[[str], object] = lambda _: None) -> Codec:
     """Load the tokenizer of a folder with its dialect; `says` is called for ids of end tokens that are not in it.
 
     Raises:
@@ -34,10 +34,10 @@ def read_codec(source: Path, says: Callable[[str], object] = lambda _: None) -> 
     if not file.exists():
         raise UserError(f"{source} has no {TOKENIZER}; `transformers` writes one by AutoTokenizer...save_pretrained.")
     codec = load_tokenizer(file)
-    return Codec(codec.tokenizer, _read_dialect(source, codec, says))
+    return Codec(codec.tokenizer, _read_dialect(source, codec, log))
 
 
-def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> ChatFormat:
+def _read_dialect(source: Path, codec: Codec, log: Callable[[str], object]) -> ChatFormat:
     files = {name: _optional(source / name) for name in (SPECIAL, SETTINGS, MODEL, GENERATION)}
     named = _named_tokens(files[SPECIAL]) | _named_tokens(files[SETTINGS])
     stops = _named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)
@@ -50,7 +50,7 @@ def _read_dialect(source: Path, codec: Codec, says: Callable[[str], object]) -> 
         missing = f"{source}: neither {SETTINGS} nor {MODEL} says which token ends a text (eos_token)."
         raise UserError(unknown[0] if unknown else missing)
     for sentence in unknown:
-        says(f"{sentence} It is left out.")
+        log(f"{sentence} It is left out.")
     named["eos_token"] = stops[0]
     try:
         dialect = ChatFormat(stops[0], tuple(dict.fromkeys(stops)), _template(source, files[SETTINGS]), named)

@@ -7,8 +7,7 @@ from typing import Any
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.interop.config_mapping import FULL, SLIDING, KeyMapping, Keys, Knobs
-from rustgpt_jax.interop.hf_config import Settings
+from rustgpt_jax.interop.config_mapping import FULL, SLIDING, HFConfigReader, KeyMapping, Keys, Knobs
 from rustgpt_jax.model.positions import longrope_factors
 
 # What rope_type is called here, and the keys beside it.
@@ -54,8 +53,8 @@ def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> K
     `types` maps each rope_type of the architecture to the scaling type that it means.
     """
 
-    def read(settings: Settings) -> Knobs:
-        return rope_knobs(settings, _stored(settings), settings["rope_theta"], has_fraction, types)
+    def read(reader: HFConfigReader) -> Knobs:
+        return rope_knobs(reader, _stored(reader), reader["rope_theta"], has_fraction, types)
 
     def write(model: ModelConfig) -> Keys:
         fraction: Keys = {"partial_rotary_factor": model.rope_fraction} if has_fraction else {}
@@ -67,20 +66,20 @@ def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> K
 def global_and_local_rope() -> KeyMapping:
     """A RoPE for global layers and one, unscaled, for local ones (Gemma 3)."""
 
-    def read(settings: Settings) -> Knobs:
-        stored = _mapping(settings, settings["rope_parameters"])
-        of_global = _mapping(settings, stored.get(FULL)) | _mapping(settings, settings["rope_scaling"])
-        of_local = _mapping(settings, stored.get(SLIDING))
-        local = rope_knobs(settings, of_local, settings["rope_local_base_freq"])
+    def read(reader: HFConfigReader) -> Knobs:
+        stored = _mapping(reader, reader["rope_parameters"])
+        of_global = _mapping(reader, stored.get(FULL)) | _mapping(reader, reader["rope_scaling"])
+        of_local = _mapping(reader, stored.get(SLIDING))
+        local = rope_knobs(reader, of_local, reader["rope_local_base_freq"])
         if local["rope_scaling"] != "none":
-            raise settings.refuse("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
-        return rope_knobs(settings, of_global, settings["rope_theta"]) | {"local_rope_theta": local["rope_theta"]}
+            raise reader.unsupported("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
+        return rope_knobs(reader, of_global, reader["rope_theta"]) | {"local_rope_theta": local["rope_theta"]}
 
     return KeyMapping(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_theta})
 
 
 def rope_knobs(
-    settings: Settings,
+    reader: HFConfigReader,
     stored: Mapping[str, Any],
     base: Any,
     has_fraction: bool = False,
@@ -91,7 +90,7 @@ def rope_knobs(
     Raises:
         UserError: The type is unknown, or a key is missing or has the wrong type; the message names it.
     """
-    where = f"{settings.file}: RoPE"
+    where = f"{reader.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
     if not isinstance(kind, str) or kind not in types:
         raise UserError(f"{where}: unknown type {kind!r}.{suggestion(str(kind), types)}")
@@ -101,26 +100,26 @@ def rope_knobs(
         if value is None:
             continue
         if key not in OTHER_KEYS and key not in KEYS[kind] and (kind, key) != ("dynamic", "factor"):
-            settings.warn(f"{where} of the type {kind!r}: the key {key!r} computes nothing and is ignored.")
+            reader.warn(f"{where} of the type {kind!r}: the key {key!r} computes nothing and is ignored.")
             continue
         if key not in NO_NUMBERS and not isinstance(value, int | float):
             raise UserError(f"{where}: {key} takes a number, not {value!r}.")
         given[key] = value
-    fraction = stored.get("partial_rotary_factor", settings["partial_rotary_factor"])
+    fraction = stored.get("partial_rotary_factor", reader["partial_rotary_factor"])
     if not has_fraction and fraction not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
     knobs: Knobs = {"rope_theta": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
     if has_fraction:
         knobs["rope_fraction"] = 1.0 if fraction is None else fraction
     if kind in ("llama3", "yarn", "longrope"):
-        given["original_max_position_embeddings"] = _original_context(settings, given)
+        given["original_max_position_embeddings"] = _original_context(reader, given)
     if kind == "yarn":
-        given = _yarn(settings, given)
+        given = _yarn(reader, given)
     if kind == "longrope":
-        given, longer = _longrope(settings, given)
+        given, longer = _longrope(reader, given)
         knobs |= longer
     if kind == "dynamic":
-        settings.warn(
+        reader.warn(
             f"{where} of the type 'dynamic' scales nothing within max_position_embeddings, which is the context here; "
             "with a longer config.model.context_length it is not scaled either."
         )
@@ -149,32 +148,32 @@ def rope_keys(model: ModelConfig) -> Keys:
     return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
 
 
-def _stored(settings: Settings) -> dict[str, Any]:
-    stored = _mapping(settings, settings["rope_scaling"]) or _mapping(settings, settings["rope_parameters"])
+def _stored(reader: HFConfigReader) -> dict[str, Any]:
+    stored = _mapping(reader, reader["rope_scaling"]) or _mapping(reader, reader["rope_parameters"])
     nested = [key for key, value in stored.items() if isinstance(value, Mapping)]
     if nested:
-        raise UserError(f"{settings.file}: a RoPE of their own for {' and '.join(nested)} cannot be said here.")
+        raise UserError(f"{reader.file}: a RoPE of their own for {' and '.join(nested)} cannot be said here.")
     return stored
 
 
-def _mapping(settings: Settings, stored: Any) -> dict[str, Any]:
+def _mapping(reader: HFConfigReader, stored: Any) -> dict[str, Any]:
     if not isinstance(stored, Mapping | None):
-        raise UserError(f"{settings.file}: the parameters of RoPE are no JSON object but {stored!r}.")
+        raise UserError(f"{reader.file}: the parameters of RoPE are no JSON object but {stored!r}.")
     return dict(stored or {})
 
 
-def _original_context(settings: Settings, given: Mapping[str, Any]) -> float:
-    if settings["original_max_position_embeddings"] is not None:
-        return settings.whole("original_max_position_embeddings")
-    return given.get("original_max_position_embeddings") or settings.whole("max_position_embeddings")
+def _original_context(reader: HFConfigReader, given: Mapping[str, Any]) -> float:
+    if reader["original_max_position_embeddings"] is not None:
+        return reader.positive_int("original_max_position_embeddings")
+    return given.get("original_max_position_embeddings") or reader.positive_int("max_position_embeddings")
 
 
-def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+def _yarn(reader: HFConfigReader, given: dict[str, Any]) -> dict[str, Any]:
     """The keys of yarn with what transformers takes for those that are not there."""
     usual = {
         "beta_slow": 1.0,
         "beta_fast": 32.0,
-        "factor": settings.whole("max_position_embeddings") / given["original_max_position_embeddings"],
+        "factor": reader.positive_int("max_position_embeddings") / given["original_max_position_embeddings"],
     }
     whole = usual | given
     one, other = given.get("mscale"), given.get("mscale_all_dim")
@@ -183,18 +182,18 @@ def _yarn(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _longrope(settings: Settings, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
+def _longrope(reader: HFConfigReader, given: dict[str, Any]) -> tuple[dict[str, Any], Knobs]:
     """Return the longrope keys with the defaults of transformers, and the context length that they apply to.
 
     `transformers` switches frequencies for texts longer than the original context. Here a model uses the same
     frequencies for all texts: those for texts within the original context.
     """
-    original, longest = given["original_max_position_embeddings"], settings.whole("max_position_embeddings")
+    original, longest = given["original_max_position_embeddings"], reader.positive_int("max_position_embeddings")
     whole = {"factor": max(1.0, longest / original)} | given
     if longest <= original or given.get("short_factor") == given.get("long_factor"):
         return whole, {}
-    settings.warn(
-        f"{settings.file}: longrope is read with its short factors, for a context of {original} tokens; the long "
+    reader.warn(
+        f"{reader.file}: longrope is read with its short factors, for a context of {original} tokens; the long "
         f"ones are used where training goes on with a longer config.model.context_length, up to {longest}."
     )
     return whole, {"context_length": original}

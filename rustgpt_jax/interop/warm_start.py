@@ -27,11 +27,11 @@ from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
 
 # Their rows, or columns, stand for tokens.
-OF_TOKENS = ("embedding/", "head/")
-MOST_NAMED = 6
+TOKEN_PARAMS = ("embedding/", "head/")
+MAX_NAMES = 6
 TOKENIZER_KNOBS = tuple(knob for knob in FIELDS if knob.startswith("tokenizer."))
 
-Says = Callable[[str], object]
+Log = Callable[[str], object]
 
 
 class WarmStartReport(NamedTuple):
@@ -46,14 +46,14 @@ class WarmStartReport(NamedTuple):
     left: dict[str, str]
 
 
-class Begun(NamedTuple):
+class WarmStart(NamedTuple):
     """The config of a run initialized from another run, and the origin of each of its values."""
 
     config: Config
     origins: dict[str, str]
 
 
-def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, str], says: Says) -> Begun:
+def create_warm_started_run(source: str, path: Path, config: Config, origins: Mapping[str, str], log: Log) -> WarmStart:
     """Create a run folder at step 0 with all matching parameters of another run.
 
     The tokenizer is taken from the source too, unless the command line sets a knob of `config.tokenizer`; then a new
@@ -64,7 +64,7 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
         path: The folder of the new run.
         config: The config of the new run. If the source's tokenizer is used, its tokenizer knobs are replaced.
         origins: The origin of each value of the config.
-        says: Called with messages about what was loaded.
+        log: Called with messages about what was loaded.
 
     Raises:
         UserError: The folder was created from something else, the run or step does not exist, or no parameter matches.
@@ -72,21 +72,23 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     run, is_asked = RunDir(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
     if run.config_file.exists():
         began = read_beginning(run).get("source")
-        if began is None or _same(began) != _same(source):
+        if began is None or _resolve_source(began) != _resolve_source(source):
             how = f"with the parameters of {began}" if began else "otherwise"
             raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
         return (
-            Begun(config, dict(origins)) if is_asked else _with_tokenizer_of(load_config(path), config, origins, began)
+            WarmStart(config, dict(origins))
+            if is_asked
+            else _with_tokenizer_of(load_config(path), config, origins, began)
         )
     place, which = run_and_step(source)
     there = load(place, which)
-    begun = Begun(config, dict(origins))
+    begun = WarmStart(config, dict(origins))
     if not is_asked:
         begun = _with_tokenizer_of(load_config(place), config, origins, source)
     keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
     own = there.writer.tokenizer if keeps else load_or_train_tokenizer(begun.config)
     resolved = resolve_epochs_with(begun.config, own, cache_folder())
-    begun = Begun(resolved.config, {**begun.origins, **resolved.origins})
+    begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
     static, hparams = partition(stages(whole)[0].config)
     fresh = by_path(compiled_init_state(static, to_traced_scalars(hparams)).params)
@@ -95,32 +97,34 @@ def begin_from(source: str, path: Path, config: Config, origins: Mapping[str, st
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
     chosen = _choose(source_layers, layers, is_same_tokenizer)
     if not chosen.taken and not chosen.partly:
-        raise UserError(f"No parameter of {source} fits the model of this config: {_named(chosen.from_seed)}.")
-    params = {name: _joined(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
-    with atomic_folder(path) as hidden:
-        new = create(hidden, begun.config, begun.origins)
+        raise UserError(f"No parameter of {source} fits the model of this config: {_format_reasons(chosen.from_seed)}.")
+    params = {name: _initial_array(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
+    with atomic_folder(path) as temporary:
+        new = create(temporary, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
         write_parameters(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
         about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
         about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for sentence in resolved.sentences:
-        says(sentence)
-    for sentence in _told(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
-        says(sentence)
+        log(sentence)
+    for sentence in _describe(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
+        log(sentence)
     return begun
 
 
-def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> Begun:
+def _with_tokenizer_of(there: Config, config: Config, origins: Mapping[str, str], source: str) -> WarmStart:
     """Return a config with another config's tokenizer knobs, and its vocabulary size unless the config sets one."""
     model = config.model
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=there.model.vocab_size)
     result = dataclasses.replace(config, tokenizer=there.tokenizer, model=model)
-    return Begun(result, dict(origins) | dict.fromkeys(diff(config, result), f"init_from {source}"))
+    return WarmStart(result, dict(origins) | dict.fromkeys(diff(config, result), f"init_from {source}"))
 
 
-def _told(chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool) -> Iterator[str]:
+def _describe(
+    chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_same_tokenizer: bool
+) -> Iterator[str]:
     n_taken = sum(params[name].size for name in chosen.taken)
     n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
     n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
@@ -134,8 +138,8 @@ def _told(chosen: WarmStartReport, source: str, params: Mapping[str, Any], is_sa
             "untrained. Without these knobs the run keeps the tokenizer of its source."
         )
     if chosen.from_seed:
-        yield f"  from the seed: {_named(chosen.from_seed)}"
-    left = f"{_named(chosen.left)}; " if chosen.left else ""
+        yield f"  from the seed: {_format_reasons(chosen.from_seed)}"
+    left = f"{_format_reasons(chosen.left)}; " if chosen.left else ""
     yield f"  left there: {left}the optimizer's state; the step"
 
 
@@ -145,7 +149,7 @@ def run_and_step(source: str) -> tuple[Path, str]:
     return (Path(place), which) if at and not Path(source).exists() else (Path(source), "last")
 
 
-def _same(source: str) -> tuple[Path, str]:
+def _resolve_source(source: str) -> tuple[Path, str]:
     """What a source names, however it is written."""
     place, which = run_and_step(source)
     return place.resolve(), which
@@ -177,7 +181,7 @@ def _layers_of(arrays: Mapping[str, Any], model: ModelConfig) -> Layers:
 
 
 def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> WarmStartReport:
-    hindrances = {key: _hindrance(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
+    hindrances = {key: _mismatch(layer, given.get(key), is_same_tokenizer) for key, layer in wanted.items()}
     result = WarmStartReport([], {}, {}, {})
     for name, keys in _by_stack(wanted).items():
         fitting, reasons = [key for key in keys if not hindrances[key]], [hindrances[key] for key in keys]
@@ -194,14 +198,14 @@ def _choose(given: Layers, wanted: Layers, is_same_tokenizer: bool) -> WarmStart
     return result
 
 
-def _hindrance(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
+def _mismatch(wanted: Layer, given: Layer | None, is_same_tokenizer: bool) -> str:
     """Return the reason why a parameter cannot be loaded, or ''."""
     if given is None:
         return "not there"
     if given.array.shape != wanted.array.shape:
         shapes = (" x ".join(map(str, layer.array.shape)) or "a number" for layer in (given, wanted))
         return "{} there and {} here".format(*shapes)
-    if wanted.name.startswith(OF_TOKENS) and not is_same_tokenizer:
+    if wanted.name.startswith(TOKEN_PARAMS) and not is_same_tokenizer:
         return "its tokens are of another tokenizer"
     return ""
 
@@ -220,7 +224,7 @@ def _of_layers(reason: str, keys: Sequence[tuple[str, int | None]], some: Sequen
     return f"layer{'s' if len(some) > 1 else ''} {', '.join(str(layer) for _, layer in some)}: {reason}"
 
 
-def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: WarmStartReport) -> Any:
+def _initial_array(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: WarmStartReport) -> Any:
     """Return the initial array of the new model with the loaded layers replaced."""
     if name not in chosen.taken and name not in chosen.partly:
         return fresh
@@ -231,9 +235,9 @@ def _joined(name: str, fresh: Any, wanted: Layers, given: Layers, chosen: WarmSt
     return array
 
 
-def _named(reasons: Mapping[str, str]) -> str:
+def _format_reasons(reasons: Mapping[str, str]) -> str:
     shown = [f"{name} ({reason})" for name, reason in reasons.items()]
-    return ", ".join(shown[:MOST_NAMED]) + (f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else "")
+    return ", ".join(shown[:MAX_NAMES]) + (f" and {len(shown) - MAX_NAMES} more" if len(shown) > MAX_NAMES else "")
 
 
 def _tensor(name: str, leaf: Any) -> NewTensor:

@@ -16,7 +16,7 @@ from test_fuzz_tokenizers import BESIDE, FOREIGN
 
 from configs import base
 from rustgpt_jax.interop import convert
-from rustgpt_jax.interop.import_hf import read_folder, read_model
+from rustgpt_jax.interop.hf_checkpoint import read_folder, read_model
 from rustgpt_jax.pytrees import nested
 from rustgpt_jax.workdir.params_io import (
     NewTensor,

@@ -32,8 +32,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.decode_params import for_decoding, weight_layout
 from rustgpt_jax.inference.generate import Generation, decode_steps, start_generation, stop_tokens
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.interop.export_hf import export_model
 from rustgpt_jax.interop.gguf import write_gguf
+from rustgpt_jax.interop.hf_checkpoint import export_model
 from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token

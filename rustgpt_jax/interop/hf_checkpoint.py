@@ -1,19 +1,38 @@
 """From a Hugging Face folder to the parameters of a run."""
 
+import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
+from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError, suggestion
-from rustgpt_jax.interop.architectures import Architecture, architecture_of
-from rustgpt_jax.interop.hf_config import read_json
-from rustgpt_jax.interop.param_mapping import Piece, Rules, Tensor, pieces, shapes_by_path, tensors
-from rustgpt_jax.workdir.params_io import CHUNK_BYTES, NewTensor, StoredTensor, open_safetensors, write_parameters
+from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for, architecture_of
+from rustgpt_jax.interop.config_mapping import read_json
+from rustgpt_jax.interop.param_mapping import (
+    ParamSlice,
+    TensorPlan,
+    TensorRules,
+    TensorSlice,
+    plan_tensors,
+    shapes_by_path,
+    slices_by_param,
+)
+from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.workdir.params_io import (
+    CHUNK_BYTES,
+    NewTensor,
+    StoredTensor,
+    open_safetensors,
+    write_parameters,
+    write_safetensors,
+)
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,13 +125,15 @@ def import_parameters(source: Path, file: Path, model: ModelConfig, architecture
     stored = _with_table(read_folder(source), model, architecture)
     plan = matching_tensors(source, stored, model, architecture)
     shapes = shapes_by_path(model)
-    filled = pieces(plan.values())
+    filled = slices_by_param(plan.values())
     write_parameters(file, [_parameter(path, shapes[path], filled[path], stored) for path in shapes])
 
 
-def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
+def matching_tensors(
+    source: Path, stored: Stored, model: ModelConfig, architecture: Architecture
+) -> dict[str, TensorPlan]:
     """The tensors of the model as they are named in this folder. Raises UserError unless they are exactly these."""
-    forms = [tensors(rules, model) for rules in _forms(architecture)]
+    forms = [plan_tensors(rules, model) for rules in _layouts(architecture)]
     wanted = max(forms, key=lambda form: len(form.keys() & stored.keys()))
     for name, tensor in wanted.items():
         if name not in stored:
@@ -122,7 +143,7 @@ def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architect
                 f"{stored[name].file}: {name} has the shape {stored[name].shape}; {CONFIG} asks for {tensor.shape}."
             )
         _ = stored[name].dtype
-    head, table = stored.get(HEAD), _table(wanted, stored)
+    head, table = stored.get(HEAD), _embedding_table(wanted, stored)
     for name in stored:
         if name in wanted or any(re.search(pattern, name) for pattern in architecture.ignored):
             continue
@@ -138,20 +159,20 @@ def matching_tensors(source: Path, stored: Stored, model: ModelConfig, architect
 
 def _with_table(stored: Stored, model: ModelConfig, architecture: Architecture) -> Stored:
     """Return the tensors of a folder. If a tied model stores only its head, use it as the embedding table too."""
-    names = {rules["embedding/table"].name for rules in _forms(architecture)}
+    names = {rules["embedding/table"].name for rules in _layouts(architecture)}
     if not model.tie_embeddings or HEAD not in stored or names & stored.keys():
         return stored
     return {architecture.rules["embedding/table"].name: stored[HEAD], **stored}
 
 
-def _forms(architecture: Architecture) -> Iterator[Rules]:
+def _layouts(architecture: Architecture) -> Iterator[TensorRules]:
     """The rules of an architecture, then those of its other forms, each with and without the prefix."""
     for rules in (architecture.rules, *architecture.other_rules):
         yield rules
         yield {path: rule._replace(name=rule.name.removeprefix(architecture.prefix)) for path, rule in rules.items()}
 
 
-def _table(wanted: Mapping[str, Tensor], stored: Stored) -> StoredTensor:
+def _embedding_table(wanted: Mapping[str, TensorPlan], stored: Stored) -> StoredTensor:
     name = next(name for name, tensor in wanted.items() if tensor.slots[0].path == "embedding/table")
     return stored[name]
 
@@ -170,9 +191,121 @@ def _check_tied(head: StoredTensor, table: StoredTensor) -> None:
         )
 
 
-def _parameter(path: str, shape: tuple[int, ...], parts: list[Piece], stored: Stored) -> NewTensor:
+def _parameter(path: str, shape: tuple[int, ...], parts: list[TensorSlice], stored: Stored) -> NewTensor:
     dtype = np.result_type(*{stored[piece.tensor.name].dtype for piece in parts})
     if dtype == np.float64:
         # Models are computed in float32 at most; the values are rounded when they are written.
         dtype = np.dtype(np.float32)
-    return NewTensor(path, dtype, shape, lambda: (piece.of(stored[piece.tensor.name].read()) for piece in parts))
+    return NewTensor(path, dtype, shape, lambda: (piece.take(stored[piece.tensor.name].read()) for piece in parts))
+
+
+# From the parameters of a model to a Hugging Face folder.
+
+TYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+SHARD_BYTES = 5_000_000_000
+
+Tree = Any
+
+
+def export_model(
+    params: Tree,
+    model: ModelConfig,
+    folder: Path,
+    *,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    special_tokens: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] | None = None,
+) -> Architecture:
+    """Write a model as a folder that `transformers` loads, a tensor at a time, and say as which architecture.
+
+    Args:
+        params: the tree of parameters: arrays, or the tensors of `open_parameters`, which are read as they are needed.
+        model: what the parameters belong to.
+        folder: must not exist yet, or be empty; it appears when it is complete, and not at all if anything fails.
+        architecture: a name in ARCHITECTURES; None for the first that can say the model.
+        dtype: float32, bfloat16 or float16; None for the type that each parameter has.
+        special_tokens: bos_token_id, eos_token_id, pad_token_id; null where they are not given.
+        shard_bytes: the most bytes of tensors in one file.
+        finish: writes what else belongs in the folder, before it appears.
+
+    Raises UserError for a model that no architecture can say, or a folder that cannot be written.
+    """
+    chosen = architecture_for(model) if architecture is None else _named_architecture(architecture, model)
+    if dtype is not None and dtype not in TYPES:
+        raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
+    leaves = by_path(params, is_leaf=lambda leaf: isinstance(leaf, StoredTensor))
+    new = [_new_tensor(tensor, leaves, dtype) for tensor in plan_tensors(chosen.rules, model).values()]
+    config = chosen.hf_config(model) | dict.fromkeys(TOKEN_KEYS) | dict(special_tokens or {})
+    # transformers 4 and 5 both read this name.
+    config["torch_dtype"] = dtype or TYPE_NAMES[np.dtype(leaves["embedding/table"].dtype)]
+    with atomic_folder(folder) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_folder(temporary, new, shard_bytes)
+        if finish is not None:
+            finish(temporary)
+    return chosen
+
+
+def _named_architecture(name: str, model: ModelConfig) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise UserError(f"The architecture {name!r} is not known.{suggestion(name, ARCHITECTURES)}")
+    for knob, (here, there) in ARCHITECTURES[name].roundtrip_differences(model).items():
+        raise UserError(f"{name} cannot say config.model.{knob}={here!r}; it would be read as {there!r}.")
+    return ARCHITECTURES[name]
+
+
+def _new_tensor(tensor: TensorPlan, leaves: Mapping[str, Any], dtype: str | None) -> NewTensor:
+    """A tensor of the folder, whose numbers are taken from the parameters when they are written."""
+
+    def parts() -> Iterator[np.ndarray]:
+        yield tensor.to_stored([_read_slice(slot, leaves) for slot in tensor.slots])
+
+    own = np.result_type(*{np.dtype(leaves[slot.path].dtype) for slot in tensor.slots})
+    return NewTensor(tensor.name, own if dtype is None else TYPES[dtype], tensor.shape, parts)
+
+
+def _read_slice(slot: ParamSlice, leaves: Mapping[str, Any]) -> np.ndarray:
+    """A part of a parameter, read from its file, or a view of it where it is in memory."""
+    leaf = leaves[slot.path]
+    return leaf[slot.place] if isinstance(leaf, StoredTensor) else np.asarray(leaf)[slot.place]
+
+
+def write_folder(folder: Path, plan_tensors: Sequence[NewTensor], shard_bytes: int) -> None:
+    """Write a model as model.safetensors, or, where it is larger than `shard_bytes`, as several files and their index.
+
+    Raises UserError as `write_safetensors` does.
+    """
+    shards = _shards(plan_tensors, shard_bytes)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, shards[0], metadata)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard, metadata)
+        places |= {tensor.name: name for tensor in shard}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in plan_tensors)},
+        "weight_map": dict(sorted(places.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(plan_tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
+    shards: list[list[NewTensor]] = [[]]
+    size = 0
+    for tensor in plan_tensors:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
