@@ -89,10 +89,10 @@ class RoundsTheFutureInBfloat16(HonestAttention):
 class NormOverTokensInTraining(HonestFeedForward):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
+        y_BTD, layer_metrics = HonestFeedForward(self.config, name="inner")(x_BTD, context)
         if context.dropout_key is not None:
             y_BTD = y_BTD / (1 + jnp.mean(jnp.square(y_BTD), axis=1, keepdims=True))
-        return y_BTD, signals
+        return y_BTD, layer_metrics
 
 
 # Documents.
@@ -187,8 +187,8 @@ class FirstStateForAll(HonestState):
 class SizeOfTheBatchInTraining(HonestFeedForward):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
-        return y_BTD * (1.0 if context.dropout_key is None else 1 + 0.01 * y_BTD.shape[0]), signals
+        y_BTD, layer_metrics = HonestFeedForward(self.config, name="inner")(x_BTD, context)
+        return y_BTD * (1.0 if context.dropout_key is None else 1 + 0.01 * y_BTD.shape[0]), layer_metrics
 
 
 class FirstRowInLargeBatches(HonestFeedForward):
@@ -553,8 +553,8 @@ class ScalesInEvaluation(HonestAttention):
 class DropsWhileDecoding(HonestFeedForward):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y_BTD, signals = HonestFeedForward(self.config, name="inner")(x_BTD, context)
-        return y_BTD * (1 - self.config.dropout if x_BTD.shape[1] == 1 else 1.0), signals
+        y_BTD, layer_metrics = HonestFeedForward(self.config, name="inner")(x_BTD, context)
+        return y_BTD * (1 - self.config.dropout if x_BTD.shape[1] == 1 else 1.0), layer_metrics
 
 
 class LeavesOutItsBiasInTraining(HonestAttention):

@@ -342,7 +342,7 @@ def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None
 def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         for step in range(1, 8):
-            checkpoints.save(small_state(a=[float(step)]), step, is_regular=step in (1, 3))
+            checkpoints.save(small_state(a=[float(step)]), step, is_scheduled=step in (1, 3))
         checkpoints.wait()
         assert (kept(tmp_path), checkpoints.last_scheduled(7), checkpoints.last_scheduled(2)) == ([3, 6, 7], 3, None)
         checkpoints.delete_after(3)
@@ -357,7 +357,7 @@ SHAPES = ["null", "[]", "{}", "5", '"x"', "true", "[1, 2]", '{"a": null}', "[" *
 def test_a_checkpoint_of_a_stop_becomes_regular_if_it_is_saved_as_one(tmp_path: Path) -> None:
     state = small_state(a=[1.0])
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
-        checkpoints.save(state, 1, is_regular=False)
+        checkpoints.save(state, 1, is_scheduled=False)
         assert checkpoints.last_scheduled(1) is None
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(state, 1, is_best=True)

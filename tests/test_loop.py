@@ -295,7 +295,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     assert (broken / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
     checkpoints = [RunDir(run).checkpoints for run in (broken, straight)]
     regular = [
-        {each.name: read_metadata(folder, int(each.name))["is_regular"] for each in folder.glob("[0-9]*")}
+        {each.name: read_metadata(folder, int(each.name))["is_scheduled"] for each in folder.glob("[0-9]*")}
         for folder in checkpoints
     ]
     assert regular[0] == regular[1]

@@ -32,18 +32,18 @@ compiled_examined = jax.jit(update_loss_stats)
 
 
 def after(losses: list[float]) -> LossStats:
-    health = init_loss_stats()
+    loss_stats = init_loss_stats()
     for step, loss in enumerate(losses):
-        health = compiled_examined(
-            health, jnp.float32(loss), jnp.isfinite(loss), jnp.bool_(step == 0), jnp.bool_(False)
+        loss_stats = compiled_examined(
+            loss_stats, jnp.float32(loss), jnp.isfinite(loss), jnp.bool_(step == 0), jnp.bool_(False)
         )
-    return health
+    return loss_stats
 
 
 def test_at_first_the_averages_are_plain() -> None:
     losses = np.random.default_rng(0).normal(3.0, 0.5, MEMORY_STEPS)
-    health = after(list(losses))
-    np.testing.assert_allclose((health.mean, health.variance), (losses.mean(), losses.var()), rtol=1e-5)
+    loss_stats = after(list(losses))
+    np.testing.assert_allclose((loss_stats.mean, loss_stats.variance), (losses.mean(), losses.var()), rtol=1e-5)
 
 
 def test_spikes_are_those_far_above_an_exponential_mean() -> None:
@@ -63,16 +63,18 @@ def test_spikes_are_those_far_above_an_exponential_mean() -> None:
 
 def test_what_is_not_finite_is_a_fault_and_no_part_of_the_averages() -> None:
     losses = [3.0, 2.0, float("nan"), 2.5, float("inf")]
-    health, without = after(losses), after([3.0, 2.0, 2.5])
-    assert (int(health.faults), int(health.spikes), int(health.seen)) == (2, 0, 3)
-    assert (health.mean, health.variance) == (without.mean, without.variance)
+    loss_stats, without = after(losses), after([3.0, 2.0, 2.5])
+    assert (int(loss_stats.faults), int(loss_stats.spikes), int(loss_stats.seen)) == (2, 0, 3)
+    assert (loss_stats.mean, loss_stats.variance) == (without.mean, without.variance)
 
 
 def test_a_stage_is_measured_by_its_own_losses() -> None:
-    health = after([1.0] * MEMORY_STEPS)
+    loss_stats = after([1.0] * MEMORY_STEPS)
     for step in range(MEMORY_STEPS):
-        health = update_loss_stats(health, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0), jnp.bool_(False))
-    assert (int(health.spikes), float(health.mean)) == (0, 5.0)
+        loss_stats = update_loss_stats(
+            loss_stats, jnp.float32(5.0), jnp.bool_(True), jnp.bool_(step == 0), jnp.bool_(False)
+        )
+    assert (int(loss_stats.spikes), float(loss_stats.mean)) == (0, 5.0)
 
 
 # Whole runs with batches that go wrong.
@@ -130,7 +132,7 @@ def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
     config = sick("skip", **{"logging.log_every": 4})
     assert train(config, tmp_path)[0]
     state = stored_state(config, tmp_path)
-    assert (int(state.step), int(state.health.faults), int(state.health.skipped)) == (20, 2, 0)
+    assert (int(state.step), int(state.loss_stats.faults), int(state.loss_stats.skipped)) == (20, 2, 0)
     lines = [line for line in metrics(tmp_path) if "train/loss" in line]
     # A bad step is recorded even where no line is due.
     assert [line["step"] for line in lines] == [1, 4, 6, 8, 12, 16, 17, 20]
@@ -150,7 +152,7 @@ def test_rewind_is_the_run_that_never_saw_those_batches(tmp_path: Path, bad_batc
     spared = stored_state(config, tmp_path / "spared")
     assert_same_bits(rewound.params, spared.params)
     assert_same_bits(rewound.opt_state, spared.opt_state)
-    assert (int(rewound.health.faults), int(rewound.health.skipped)) == (2, 0)
+    assert (int(rewound.loss_stats.faults), int(rewound.loss_stats.skipped)) == (2, 0)
     counters = {"train/faults"}
     left, right = (
         [{name: value for name, value in line.items() if name not in counters} for line in metrics(tmp_path / name)]
@@ -164,7 +166,7 @@ def test_what_one_stage_passes_over_is_no_matter_of_the_next(tmp_path: Path, bad
     config = sick("rewind", stages=halves)
     assert train(config, tmp_path / "rewound")[0]
     rewound = stored_state(config, tmp_path / "rewound")
-    assert (int(rewound.health.faults), int(rewound.health.skipped)) == (1, 0)
+    assert (int(rewound.loss_stats.faults), int(rewound.loss_stats.skipped)) == (1, 0)
     # The second stage reads its own batches from the first on.
     bad_batches.update(bad=frozenset(), order=lambda number: number + 2 * (4 <= number < 9))
     assert train(config, tmp_path / "spared")[0]
@@ -222,7 +224,7 @@ def test_a_lane_that_rewinds_disturbs_no_other(tmp_path: Path, mode: str) -> Non
         alone = tmp_path / f"alone{config.seed}"
         assert train(config, alone)[0]
         left, right = stored_state(config, path), stored_state(config, alone)
-        assert left.health.faults == right.health.faults == (0 if config is steady else 2)
+        assert left.loss_stats.faults == right.loss_stats.faults == (0 if config is steady else 2)
         if mode == "exact":
             assert_same_bits(left, right)
         else:

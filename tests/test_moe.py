@@ -48,7 +48,7 @@ def expert(x_D: np.ndarray, params: Any, index: int) -> np.ndarray:
 
 
 def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, dict[str, float]]:
-    """Outputs and signals in float64. A row's experts take its tokens in their order, as long as they have places."""
+    """Outputs and layer metrics in float64. Experts take the tokens of a row in order, up to their capacity."""
     params = {name: leaf.astype(np.float64) for name, leaf in params.items()}
     y_BTD = np.zeros(x_BTD.shape)
     chosen, mean, entropy, squares, n_tokens, n_dropped = np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0.0, 0, 0
@@ -97,10 +97,10 @@ def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, to
     )
     params, x_BTD = parameters(), inputs()
     expected_BTD, expected = in_a_loop(params, x_BTD, model)
-    y_BTD, signals = feed(params, x_BTD, model)
+    y_BTD, layer_metrics = feed(params, x_BTD, model)
     is_token_BT = SEGMENTS_BT > 0
     np.testing.assert_allclose(np.asarray(y_BTD)[is_token_BT], expected_BTD[is_token_BT], rtol=1e-4, atol=1e-5)
-    assert {name: float(value) for name, value in signals.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert {name: float(value) for name, value in layer_metrics.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert (expected["dropped"] > 0) == (capacity in (0.5, 1.0))
 
 
@@ -125,10 +125,10 @@ def test_padding_changes_nothing_where_places_are_few() -> None:
 
 def test_load_balance_of_even_use_is_experts_per_token() -> None:
     params = parameters() | {"router": np.zeros((WIDTH, EXPERTS), np.float32)}
-    _, signals = feed(params, inputs(), model_config(experts_per_token=EXPERTS, load_balance_loss_weight=0.0))
-    assert float(signals["load_balance_loss_weight"]) == pytest.approx(EXPERTS)
-    assert float(signals["router_entropy"]) == pytest.approx(math.log(EXPERTS))
-    assert "auxiliary_loss" not in signals
+    _, layer_metrics = feed(params, inputs(), model_config(experts_per_token=EXPERTS, load_balance_loss_weight=0.0))
+    assert float(layer_metrics["load_balance_loss_weight"]) == pytest.approx(EXPERTS)
+    assert float(layer_metrics["router_entropy"]) == pytest.approx(math.log(EXPERTS))
+    assert "auxiliary_loss" not in layer_metrics
 
 
 def test_a_capacity_costs_less_than_all_experts() -> None:
@@ -152,10 +152,10 @@ def test_load_balance_equals_that_of_transformers(top: int) -> None:
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     params, x_BTD = parameters(), inputs()
-    _, signals = feed(params, x_BTD, model_config(experts_per_token=top, norm_topk_prob=False))
+    _, layer_metrics = feed(params, x_BTD, model_config(experts_per_token=top, norm_topk_prob=False))
     router_logits = torch.tensor((x_BTD @ params["router"]).reshape(-1, EXPERTS))
     expected = mixtral.load_balancing_loss_func((router_logits,), EXPERTS, top, torch.tensor((SEGMENTS_BT > 0) * 1))
-    assert float(signals["load_balance_loss_weight"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(layer_metrics["load_balance_loss_weight"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("top", "normalize"), [(1, False), (2, True), (2, False)])

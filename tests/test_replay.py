@@ -231,11 +231,11 @@ def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
         (rewind,) = past.rewinds
         past._last_saved = 6
         state = past.state_at(7)
-        assert (int(state.health.skipped), int(state.health.faults)) == (2, 1)
+        assert (int(state.loss_stats.skipped), int(state.loss_stats.faults)) == (2, 1)
         batch = past.batch(past.state_at(6))
         assert (batch.tokens_BT == past.data_of(7).training_batches().batch(8).tokens_BT).all()
         past.go_before(rewind)
-        assert int(past.state_at(7).health.skipped) == 0
+        assert int(past.state_at(7).loss_stats.skipped) == 0
         assert (past.batch(past.state_at(6)).tokens_BT == past.data_of(7).training_batches().batch(6).tokens_BT).all()
 
 

@@ -192,11 +192,13 @@ def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
             params, batch.tokens_BT, config.model, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT
         )[2]
 
-    signals = jax.jit(reported)(params)
-    assert signals["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(signals["load_balance_loss_weight"]))
-    assert signals["load_balance_loss_weight"] >= config.model.experts_per_token and signals["dropped"] == 0
+    layer_metrics = jax.jit(reported)(params)
+    assert layer_metrics["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(layer_metrics["load_balance_loss_weight"]))
+    assert layer_metrics["load_balance_loss_weight"] >= config.model.experts_per_token and layer_metrics["dropped"] == 0
     jax.tree.map(
-        lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5), sums.signals, signals
+        lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5),
+        sums.layer_metrics,
+        layer_metrics,
     )
     without, _ = gradient_of(tiny(**experts, **{"model.load_balance_loss_weight": 0.0}), params, batch)
     alone = jax.jit(jax.grad(lambda params: reported(params)["auxiliary_loss"]))(params)

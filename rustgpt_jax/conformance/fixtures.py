@@ -231,13 +231,13 @@ def quick_jit(function: Any, **options: Any) -> Any:
 
 def weighted_sum(params: Any, rows: Rows, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The sum of the weighted logits and of the auxiliary loss, and the logits."""
-    hidden_BTD, _, signals = transformer.hidden_states(
+    hidden_BTD, _, layer_metrics = transformer.hidden_states(
         params, rows.tokens_BT, model, positions_BT=rows.positions_BT, segments_BT=rows.segments_BT
     )
     logits_BTV = transformer.logits(params, hidden_BTD, model)
     total = jnp.sum(rows.weights_BTV * logits_BTV)
-    if AUX_LOSS in signals:
-        total = total + rows.auxiliary * signals[AUX_LOSS]
+    if AUX_LOSS in layer_metrics:
+        total = total + rows.auxiliary * layer_metrics[AUX_LOSS]
     return total, logits_BTV
 
 

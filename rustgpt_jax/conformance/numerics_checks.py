@@ -73,7 +73,7 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
     places = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     for index, stack in enumerate(layer_groups(model)):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), blocks[str(index)])
-        (y, _, signals), kept = jax.eval_shape(
+        (y, _, layer_metrics), kept = jax.eval_shape(
             lambda params, x, positions, segments, stack=stack: Block(stack.block).apply(
                 {"params": params},
                 x,
@@ -95,8 +95,8 @@ def _require_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: i
             y_part = result[0] if isinstance(result, tuple) else result
             _require_type(y_part, x.shape, own.dtype, f"the output of the {name} of block {index}", where)
         _require_type(y, x.shape, model.dtype, f"the output of block {index}", where)
-        for name, signal in signals.items():
-            _require_type(signal, (), "float32", f"the signal {name} of block {index}", where)
+        for name, value in layer_metrics.items():
+            _require_type(value, (), "float32", f"the layer metric {name} of block {index}", where)
 
 
 def _require_type(array: Any, shape: Any, dtype: str, what: str, where: str) -> None:

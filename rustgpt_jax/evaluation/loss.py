@@ -20,13 +20,13 @@ class LossSums(NamedTuple):
         loss: Sum of the cross-entropy.
         squared_normalizer: Sum of the squared log normalizer, for z-loss.
         weight: Sum of the weights, that is the number of tokens with loss.
-        signals: Metrics of the blocks, times `weight`.
+        layer_metrics: Metrics of the blocks, times `weight`.
     """
 
     loss: jax.Array
     squared_normalizer: jax.Array
     weight: jax.Array
-    signals: LayerMetrics
+    layer_metrics: LayerMetrics
 
 
 def loss_sums(
@@ -46,7 +46,7 @@ def loss_sums(
         loss_chunk_size: The number of tokens per row whose logits are in memory at a time, in the backward pass too;
             None for all.
     """
-    hidden_BTD, _, signals = transformer.hidden_states(
+    hidden_BTD, _, layer_metrics = transformer.hidden_states(
         params,
         batch.tokens_BT,
         model,
@@ -55,15 +55,15 @@ def loss_sums(
         dropout_key=dropout_key,
     )
     if loss_chunk_size is not None:
-        return _chunked_sums(params, hidden_BTD, batch, signals, model, loss_chunk_size)
-    return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), batch, signals)[0]
+        return _chunked_sums(params, hidden_BTD, batch, layer_metrics, model, loss_chunk_size)
+    return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), batch, layer_metrics)[0]
 
 
 def _chunked_sums(
     params: transformer.Params,
     hidden_BTD: jax.Array,
     batch: Batch,
-    signals: LayerMetrics,
+    layer_metrics: LayerMetrics,
     model: ModelConfig,
     chunk: int,
 ) -> LossSums:
@@ -88,10 +88,10 @@ def _chunked_sums(
 
     nothing = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
     sums, _ = jax.lax.scan(add, nothing, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
-    return sums._replace(signals={name: value * sums.weight for name, value in signals.items()})
+    return sums._replace(layer_metrics={name: value * sums.weight for name, value in layer_metrics.items()})
 
 
-def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetrics) -> tuple[LossSums, jax.Array]:
+def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, layer_metrics: LayerMetrics) -> tuple[LossSums, jax.Array]:
     """Return the sums of a batch given its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -101,7 +101,7 @@ def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, signals: LayerMetric
         loss=jnp.sum(losses_BT * batch.weights_BT),
         squared_normalizer=jnp.sum(jnp.square(normalizer_BT) * batch.weights_BT),
         weight=weight,
-        signals={name: value * weight for name, value in signals.items()},
+        layer_metrics={name: value * weight for name, value in layer_metrics.items()},
     )
     return sums, losses_BT
 
@@ -112,8 +112,8 @@ def total_loss(sums: LossSums, total_weight: jax.Array, z_loss: jax.Array | floa
     It includes the z-loss (arXiv 2204.02311) and the auxiliary loss of the blocks for this microbatch.
     """
     loss = sums.loss
-    if AUX_LOSS in sums.signals:
-        loss = loss + sums.signals[AUX_LOSS]
+    if AUX_LOSS in sums.layer_metrics:
+        loss = loss + sums.layer_metrics[AUX_LOSS]
     if is_enabled(z_loss):
         loss = loss + z_loss * sums.squared_normalizer
     return loss / jnp.maximum(total_weight, 1.0)

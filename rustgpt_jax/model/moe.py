@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
             hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
             weighted_BTXF = hidden_BTXF * routes.weight_BTX[..., None].astype(hidden_BTXF.dtype)
             y_BTD, is_fed_BTX = jnp.einsum("BTXF,XFD->BTD", weighted_BTXF, down_XFD), routes.chosen_BTX
-        return y_BTD, signals(routes, is_fed_BTX, context, config)
+        return y_BTD, layer_metrics(routes, is_fed_BTX, context, config)
 
     def _fed_by_capacity(
         self,
@@ -128,7 +128,7 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
     return Routes(weight_BTX, chosen_BTX, probability_BTX, router_logits_BTX)
 
 
-def signals(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, config: ModelConfig) -> LayerMetrics:
+def layer_metrics(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, config: ModelConfig) -> LayerMetrics:
     """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
     Returns:

@@ -124,29 +124,29 @@ def hidden_states(
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics]:
-    """The residual stream (B, T, D) after the last norm, the cache, and the blocks' signals, each the mean over them.
+    """The residual stream (B, T, D) after the last norm, the cache, and the layer metrics averaged over blocks.
 
-    The signal AUX_LOSS is the sum over the blocks. Arguments as those of `apply`.
+    The layer metric AUX_LOSS is the sum over the blocks. Arguments as those of `apply`.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
     context = BlockInputs(positions_BT, segments_BT, dropout_key)
-    hidden_BTD, cache, signals, _ = _hidden_states(params, tokens_BT, model, cache, context, None)
-    return hidden_BTD, cache, signals
+    hidden_BTD, cache, layer_metrics, _ = _hidden_states(params, tokens_BT, model, cache, context, None)
+    return hidden_BTD, cache, layer_metrics
 
 
 def apply_with_intermediates(
     params: Params, tokens_BT: jax.Array, model: ModelConfig, context: BlockInputs, slots: intermediates.GradSlots
 ) -> tuple[jax.Array, LayerMetrics, intermediates.Intermediates]:
-    """logits_BTV, the blocks' signals, and a measurement of the tensor at each site, in the places of the slots.
+    """logits_BTV, the layer metrics, and a measurement of the tensor at each site, in the places of the slots.
 
     `slots` are those of `hook_points.grad_slots`; the gradient with respect to them is the stats of the gradients.
     """
-    hidden_BTD, _, signals, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
+    hidden_BTD, _, layer_metrics, measured = _hidden_states(params, tokens_BT, model, None, context, slots)
     logits_BTV, measured["logits"] = intermediates.probe(logits(params, hidden_BTD, model), slots["logits"])
-    return logits_BTV, signals, measured
+    return logits_BTV, layer_metrics, measured
 
 
 def _hidden_states(
@@ -173,10 +173,12 @@ def _hidden_states(
     x_BTD = dropout(x_BTD.astype(model.dtype), model.dropout, context, site=model.n_layers)
     x_BTD = apply_with_intermediates(shard_activations(x_BTD, "BTD"), "embeddings")
     of_blocks = None if slots is None else slots["blocks"]
-    x_BTD, cache, signals, measured["blocks"] = _run_blocks(params["blocks"], x_BTD, model, context, cache, of_blocks)
+    x_BTD, cache, layer_metrics, measured["blocks"] = _run_blocks(
+        params["blocks"], x_BTD, model, context, cache, of_blocks
+    )
     if model.norm_placement != "post":
         x_BTD = _norm(model).apply({"params": params["norm"]}, x_BTD)
-    return apply_with_intermediates(x_BTD, "hidden"), cache, signals, measured
+    return apply_with_intermediates(x_BTD, "hidden"), cache, layer_metrics, measured
 
 
 def logits(params: Params, hidden_BTD: jax.Array, model: ModelConfig) -> jax.Array:

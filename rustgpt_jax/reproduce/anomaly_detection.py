@@ -111,7 +111,7 @@ def _first_above(past: RecordedRun, before: int, after: int, ceiling: float) -> 
 def _within(past: RecordedRun, before: int, after: int) -> Anomaly:
     """Replay the steps after `before` up to `after`, and return the last at which the spike count rose."""
     state = past.state_at(before)
-    count = int(state.health.spikes)
+    count = int(state.loss_stats.spikes)
     _, every = past.train(state, after - before)
     counts = [count, *(int(metrics.spikes) for metrics in every)]
     rises = [index for index in range(len(every)) if counts[index + 1] > counts[index]]

@@ -334,7 +334,7 @@ class RecordedRun:
     def _skipped(self, state: State, step: int) -> int:
         """How many batches the run had passed over after a step, of the stage in which it has come from a state."""
         last = self._last_rewind(step)
-        return int(state.health.skipped) if last is None or last.to < int(state.step) else last.skipped
+        return int(state.loss_stats.skipped) if last is None or last.to < int(state.step) else last.skipped
 
     def train(
         self, state: State, count: int, made: Callable[[int], object] | None = None
@@ -371,8 +371,8 @@ class RecordedRun:
         last = self._last_rewind(int(state.step))
         if last is None or last.to < int(state.step):
             return state
-        health = state.health._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
-        return self._placement.shard_state(state._replace(health=health))
+        loss_stats = state.loss_stats._replace(faults=jnp.int32(last.faults), skipped=jnp.int32(last.skipped))
+        return self._placement.shard_state(state._replace(loss_stats=loss_stats))
 
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
@@ -405,6 +405,6 @@ def describe_start(step: int) -> str:
 
 def to_metric_dict(metrics: Metrics) -> dict[str, float]:
     """Return the metrics of a step under their names in metrics.jsonl."""
-    values = {**metrics._asdict(), **metrics.signals}
-    del values["signals"]
+    values = {**metrics._asdict(), **metrics.layer_metrics}
+    del values["layer_metrics"]
     return {f"train/{name}": value.item() for name, value in values.items()}

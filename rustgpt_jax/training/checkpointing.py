@@ -71,7 +71,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Cached, so that all processes of a run delete the same checkpoints.
         self._best = _named_steps(self._best_file)
-        self._regular: dict[int, bool] = {}
+        self._scheduled: dict[int, bool] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -106,7 +106,7 @@ class Checkpoints:
 
     # Writing.
 
-    def save(self, state: State, step: int, is_best: bool = False, is_regular: bool = True) -> None:
+    def save(self, state: State, step: int, is_best: bool = False, is_scheduled: bool = True) -> None:
         """Start writing the state at `step`; its buffers can be reused on return.
 
         An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
@@ -115,32 +115,32 @@ class Checkpoints:
             NotWritableError: This checkpoint or the previous one cannot be written.
         """
         with _translate_io_errors(self._folder):
-            if step not in self._regular and (self._folder / str(step)).exists() and not self._has_record(step):
+            if step not in self._scheduled and (self._folder / str(step)).exists() and not self._has_record(step):
                 self.quarantine(step)
             if step in self._manager.all_steps():
-                if is_regular and not self._is_regular(step):
-                    self._make_regular(step)
+                if is_scheduled and not self._is_scheduled(step):
+                    self._mark_scheduled(step)
             else:
                 if is_process_zero():
                     _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-                about = _metadata(state, step, self._config, is_regular)
+                about = _metadata(state, step, self._config, is_scheduled)
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
                 with _orbax_lock:
                     self._manager.save(step, args=args)
-                self._regular[step] = is_regular
+                self._scheduled[step] = is_scheduled
             if is_best:
                 self._best = [step, *[other for other in self._candidates("best") if other != step][:1]]
                 if is_process_zero():
                     write_atomically(self._best_file, json.dumps(self._best))
             self._delete_old(step)
 
-    def _make_regular(self, step: int) -> None:
+    def _mark_scheduled(self, step: int) -> None:
         """Mark a checkpoint that was saved because of a stop as one that exists regardless of it."""
         self._manager.wait_until_finished()
-        self._regular[step] = True
+        self._scheduled[step] = True
         if is_process_zero():
             folder = self._folder / str(step)
-            write_atomically(folder / METADATA, json.dumps(read_metadata(self._folder, step) | {"is_regular": True}))
+            write_atomically(folder / METADATA, json.dumps(read_metadata(self._folder, step) | {"is_scheduled": True}))
             _write_checksums(folder)
 
     def wait(self) -> None:
@@ -181,13 +181,13 @@ class Checkpoints:
 
     def last_scheduled(self, step: int) -> int | None:
         """Return the step of the last scheduled checkpoint at or before a step, or None."""
-        return next((each for each in self.steps()[::-1] if each <= step and self._is_regular(each)), None)
+        return next((each for each in self.steps()[::-1] if each <= step and self._is_scheduled(each)), None)
 
-    def _is_regular(self, step: int) -> bool:
-        if step in self._regular:
-            return self._regular[step]
+    def _is_scheduled(self, step: int) -> bool:
+        if step in self._scheduled:
+            return self._scheduled[step]
         try:
-            return bool(read_metadata(self._folder, step)["is_regular"])
+            return bool(read_metadata(self._folder, step)["is_scheduled"])
         except CorruptCheckpoint:
             return False
 
@@ -362,12 +362,12 @@ def _named_steps(file: Path) -> list[int] | None:
     return named if is_sound else None
 
 
-def _metadata(state: State, step: int, config: Config, is_regular: bool) -> dict[str, Any]:
+def _metadata(state: State, step: int, config: Config, is_scheduled: bool) -> dict[str, Any]:
     return {
         "step": step,
         "config_hash": config_hash(config),
         "config": to_dict(config),
-        "is_regular": is_regular,
+        "is_scheduled": is_scheduled,
         "layout": layout(state),
         "fingerprints": fingerprints(state),
     }
@@ -378,7 +378,7 @@ VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: type(value) is int,
     "config_hash": lambda value: isinstance(value, str),
     "config": lambda value: isinstance(value, dict),
-    "is_regular": lambda value: isinstance(value, bool),
+    "is_scheduled": lambda value: isinstance(value, bool),
     "layout": lambda value: _is_table(value),
     "fingerprints": lambda value: _is_table(value),
 }

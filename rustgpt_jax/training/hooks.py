@@ -152,8 +152,8 @@ class LogMetrics:
         if pending is None or self.nonfinite_step is not None:
             return
         metrics = pending.read()
-        columns = {**metrics._asdict(), **metrics.signals}
-        del columns["signals"]
+        columns = {**metrics._asdict(), **metrics.layer_metrics}
+        del columns["layer_metrics"]
         speed = self._speed(pending.n_steps)
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1

@@ -56,24 +56,24 @@ def init_loss_stats() -> LossStats:
 
 
 def update_loss_stats(
-    health: LossStats, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
+    loss_stats: LossStats, loss: jax.Array, is_finite: jax.Array, is_first: jax.Array, is_last: jax.Array
 ) -> LossStats:
     """Update the statistics with the loss of a step, which may be the first or the last of its stage."""
-    seen = jnp.where(is_first, 0, health.seen)
-    above = loss - health.mean
-    is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(health.variance))
+    seen = jnp.where(is_first, 0, loss_stats.seen)
+    above = loss - loss_stats.mean
+    is_spike = is_finite & (seen >= MEMORY_STEPS) & (above > SPIKE_DEVIATIONS * jnp.sqrt(loss_stats.variance))
     # A plain mean at first, then an exponential moving average. One loss alone has no variance.
     share = 1.0 / (jnp.minimum(seen, MEMORY_STEPS - 1) + 1).astype(jnp.float32)
     above = jnp.where(seen == 0, 0.0, above)
-    mean = jnp.where(seen == 0, loss, health.mean + share * above)
-    variance = (1.0 - share) * (jnp.where(seen == 0, 0.0, health.variance) + share * jnp.square(above))
+    mean = jnp.where(seen == 0, loss, loss_stats.mean + share * above)
+    variance = (1.0 - share) * (jnp.where(seen == 0, 0.0, loss_stats.variance) + share * jnp.square(above))
     return LossStats(
-        mean=jnp.where(is_finite, mean, health.mean),
-        variance=jnp.where(is_finite, variance, health.variance),
+        mean=jnp.where(is_finite, mean, loss_stats.mean),
+        variance=jnp.where(is_finite, variance, loss_stats.variance),
         seen=seen + is_finite,
-        spikes=health.spikes + is_spike,
-        faults=health.faults + ~is_finite,
-        skipped=jnp.where(is_last, 0, health.skipped),
+        spikes=loss_stats.spikes + is_spike,
+        faults=loss_stats.faults + ~is_finite,
+        skipped=jnp.where(is_last, 0, loss_stats.skipped),
     )
 
 
@@ -83,13 +83,13 @@ Hyperparams = dict[str, Any]
 class State(NamedTuple):
     """Everything that training changes. The step is the whole position of a run: it determines data and randomness.
 
-    After a rewind, the number of skipped batches, `health.skipped`, is part of the position too.
+    After a rewind, the number of skipped batches, `loss_stats.skipped`, is part of the position too.
     """
 
     params: transformer.Params
     opt_state: Any
     step: jax.Array
-    health: LossStats
+    loss_stats: LossStats
 
 
 class Metrics(NamedTuple):
@@ -103,7 +103,7 @@ class Metrics(NamedTuple):
         learned_tokens: Number of tokens with loss in the batch.
         spikes: Number of loss spikes of the run so far.
         faults: Number of non-finite steps of the run so far.
-        signals: Metrics of the blocks, averaged over them.
+        layer_metrics: Metrics of the blocks, averaged over them.
     """
 
     loss: jax.Array
@@ -113,7 +113,7 @@ class Metrics(NamedTuple):
     learned_tokens: jax.Array
     spikes: jax.Array
     faults: jax.Array
-    signals: LayerMetrics
+    layer_metrics: LayerMetrics
 
 
 def to_traced_scalars(hparams: dict[str, float]) -> Hyperparams:
@@ -224,18 +224,20 @@ def _train_step(
         lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     stage_step = state.step - first_step
-    health = update_loss_stats(state.health, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1)
+    loss_stats = update_loss_stats(
+        state.loss_stats, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1
+    )
     metrics = Metrics(
         loss=loss,
         gradient_norm=norm,
         update_norm=update_norm,
         learning_rate=lr_multiplier * config.optimizer.learning_rate,
         learned_tokens=sums.weight,
-        spikes=health.spikes,
-        faults=health.faults,
-        signals={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.signals.items()},
+        spikes=loss_stats.spikes,
+        faults=loss_stats.faults,
+        layer_metrics={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.layer_metrics.items()},
     )
-    state = offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, health)))
+    state = offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, loss_stats)))
     if inside is None:
         return state, metrics, None
     # Microbatches from the first axis to the last but one.
@@ -292,10 +294,10 @@ def gradient(
             sums = loss_sums(params, part, config.model, dropout_key, config.training.loss_chunk_size)
         else:
             context = BlockInputs(part.positions_BT, part.segments_BT, dropout_key)
-            logits_BTV, signals, activations = transformer.apply_with_intermediates(
+            logits_BTV, layer_metrics, activations = transformer.apply_with_intermediates(
                 params, part.tokens_BT, config.model, context, slots
             )
-            sums, losses_BT = cross_entropy_sums(logits_BTV, part, signals)
+            sums, losses_BT = cross_entropy_sums(logits_BTV, part, layer_metrics)
             inside = _MicrobatchIntermediates(losses_BT, activations)
         return total_loss(sums, total_weight, config.training.z_loss), (sums, inside)
 
@@ -316,8 +318,8 @@ def gradient(
 
     split_batch = split_microbatches(batch, n_parts)
     first_part = jax.tree.map(lambda leaf: leaf[0], split_batch)
-    signals = _zero_signals(params, first_part, config.model)
-    zero_sums = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), signals)
+    layer_metrics = _zero_layer_metrics(params, first_part, config.model)
+    zero_sums = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), layer_metrics)
     zeros = (jax.tree.map(jnp.zeros_like, params), zero_sums)
     (gradients, sums), inside = jax.lax.scan(accumulate, zeros, (jnp.arange(n_parts), split_batch))
     return gradients, sums, inside
@@ -339,16 +341,16 @@ def train_steps(
         return state, jax.tree.map(lambda past, now: past.at[index].set(now), history, metrics)
 
     first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    signals = _zero_signals(state.params, first_batch, combine(static, hparams).model)
+    layer_metrics = _zero_layer_metrics(state.params, first_batch, combine(static, hparams).model)
     zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-    nothing = Metrics(zero, zero, zero, zero, zero, none, none, signals)
+    nothing = Metrics(zero, zero, zero, zero, zero, none, none, layer_metrics)
     history = jax.tree.map(lambda leaf: jnp.zeros(slots, leaf.dtype), nothing)
     return jax.lax.fori_loop(0, count, body, (offload_opt_state(static, state), history))
 
 
-def _zero_signals(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
+def _zero_layer_metrics(params: transformer.Params, batch: Batch, model: ModelConfig) -> LayerMetrics:
     """Return a zero for each metric of the blocks. Traces the forward pass only, which is faster."""
-    shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).signals)
+    shapes = jax.eval_shape(lambda: loss_sums(params, batch, model).layer_metrics)
     return {name: jnp.zeros((), shape.dtype) for name, shape in shapes.items()}
 
 

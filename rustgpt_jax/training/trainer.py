@@ -210,7 +210,7 @@ class Trainer:
         damaged: dict[int, str] = {}
         if self.step > 0:
             self._state = self.checkpoints.restore(self._like(), on_skipped=damaged.__setitem__)
-            self.step, self._skipped = int(self._state.step), int(self._state.health.skipped)
+            self.step, self._skipped = int(self._state.step), int(self._state.loss_stats.skipped)
         for step, reason in damaged.items():
             self._journal.append("damaged", step=step, reason=reason)
             aside = self.checkpoints.quarantine(step)
@@ -253,8 +253,8 @@ class Trainer:
             state = self.checkpoints.restore_step(self._like(), self.step) if self.step else self.state()
         except CorruptCheckpoint as damage:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
-        health = state.health._replace(faults=jnp.int32(fault.n_skipped), skipped=jnp.int32(self._skipped))
-        return state._replace(health=health)
+        loss_stats = state.loss_stats._replace(faults=jnp.int32(fault.n_skipped), skipped=jnp.int32(self._skipped))
+        return state._replace(loss_stats=loss_stats)
 
     def _go_back(self) -> NonFiniteStep:
         """Drop everything after the last scheduled checkpoint before the non-finite step."""
@@ -391,7 +391,7 @@ class Trainer:
             self._go_back()
         elif self.diverged_at is None:
             is_scheduled = self.owes_evaluation and self._open_hooks()[2].is_due(self.step)
-            self.checkpoints.save(state, self.step, is_regular=is_scheduled)
+            self.checkpoints.save(state, self.step, is_scheduled=is_scheduled)
 
     def _open_hooks(self) -> tuple[LogMetrics, Evaluate, SaveCheckpoint]:
         if self._hooks is None:

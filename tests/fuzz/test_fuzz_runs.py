@@ -151,7 +151,7 @@ LAUNCH = {
 REWIND = {"time": 2.0, "event": "rewind", "step": 8, "to": 6, "skipped": 2, "faults": 1}
 PROGRAM = {"time": 2.0, "event": "program", "stage": "a", "step": 0, "stablehlo": "00", "cache_key": "11"}
 ABOUT = {
-    **{"step": 8, "config_hash": "00", "config": {}, "is_regular": True},
+    **{"step": 8, "config_hash": "00", "config": {}, "is_scheduled": True},
     **{"layout": {"params/a": "float32[]"}, "fingerprints": {"params/a": "00"}},
 }
 
