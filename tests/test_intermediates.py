@@ -23,7 +23,8 @@ from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block, layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
-from rustgpt_jax.model.mixers import MIXERS, attention
+from rustgpt_jax.model.kernels import attention
+from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.reproduce.recorded_run import (
