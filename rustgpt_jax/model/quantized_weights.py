@@ -64,7 +64,7 @@ class RowMajorWeight(PackedWeight):
 @pytree(meta=["operands"])
 @dataclass(frozen=True)
 class UpcastWeight(PackedWeight):
-    """A matrix with the values of a narrower type, `operands`, in float32, which gives what OutputByOutput gives.
+    """A matrix with the values of a narrower type, `operands`, in float32, with the results of RowMajorWeight.
 
     It is for XLA on CPUs, which multiplies few rows by narrow weights many times slower.
     """

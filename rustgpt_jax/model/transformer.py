@@ -93,8 +93,8 @@ def apply(
     """logits_BTV (float32) for the token after each token, and the cache with the new tokens in it.
 
     Args:
-        params: from `init`, or these in the form for decoding (inference/decode_params.py): blocks in lists,
-            weights `Stored`.
+        params: from `init`, or those for decoding (inference/decode_params.py): blocks in lists,
+            weights `PackedWeight`.
         tokens_BT: token ids.
         model: what `params` were made from.
         cache: None to see `tokens_BT` alone; else they follow the cached tokens and are written at their positions.
