@@ -35,7 +35,7 @@ class HFConfigReader:
     warn: Callable[[str], object] = lambda text: None
 
     def __getitem__(self, key: str) -> Any:
-        """The value of a key, or its default. Raises UserError for one that has neither."""
+        """Return the value of a key or its default. Raises UserError if it has neither."""
         if key in self.values:
             return self.values[key]
         if key in self.defaults:
@@ -43,23 +43,23 @@ class HFConfigReader:
         raise UserError(f"{self.file} has no {key!r}.")
 
     def parse(self, key: str, knob: str) -> Any:
-        """The value of a key, in the type and range of a knob of the model. Raises UserError for another."""
+        """Parse a value with the type and range of a ModelConfig field. Raises UserError if it is invalid."""
         return validate_value(f"model.{knob}", self[key], f"{self.file}: {key}")
 
     def positive_int(self, key: str) -> int:
-        """The value of a key that counts something, 1 or more. Raises UserError for another."""
+        """Parse an integer of 1 or more. Raises UserError if the value is invalid."""
         return self.parse(key, "n_layers")
 
     def non_negative_int(self, key: str) -> int:
-        """The value of a key that counts something, 0 included. Raises UserError for another."""
+        """Parse an integer of 0 or more. Raises UserError if the value is invalid."""
         return 0 if self[key] == 0 else self.positive_int(key)
 
     def boolean(self, key: str) -> bool:
-        """The value of a key that is true or false; null is false. Raises UserError for another."""
+        """Parse true or false; null is false. Raises UserError if the value is invalid."""
         return self[key] is not None and self.parse(key, "bias")
 
     def optional_list(self, key: str) -> list[Any] | None:
-        """The value of a key that is a list or null. Raises UserError for another."""
+        """Parse a list or null. Raises UserError if the value is invalid."""
         value = self[key]
         if not isinstance(value, list | tuple | None):
             raise UserError(f"{self.file}: {key} takes a list, not {value!r}.")
@@ -104,29 +104,29 @@ GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
 
 
 def expand_pattern(pattern: Sequence[str], layers: int) -> tuple[str, ...]:
-    """A pattern written out for every layer."""
+    """Repeat a pattern to one entry per layer."""
     return tuple(pattern[layer % len(pattern)] for layer in range(layers))
 
 
 def shortest_pattern(names: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives these names: the inverse of `expand_pattern`."""
+    """Return the shortest pattern that repeats to these names, the inverse of `expand_pattern`."""
     period = next(p for p in range(1, len(names) + 1) if all(name == names[i % p] for i, name in enumerate(names)))
     return tuple(names[:period])
 
 
 def dense_width(model: ModelConfig) -> int:
-    """The hidden width of feed-forwards that are no mixture of experts."""
+    """Return the hidden width of dense feed-forwards."""
     is_gated = (GATED_KINDS | {"moe"}) & set(model.feedforwards)
     return model.d_ff or (default_glu_width(model.d_model) if is_gated else 4 * model.d_model)
 
 
 def expert_width(model: ModelConfig) -> int:
-    """The hidden width of an expert."""
+    """Return the hidden width of an expert."""
     return model.d_expert or model.d_ff or default_glu_width(model.d_model)
 
 
 def effective_attention_scale(model: ModelConfig) -> float:
-    """What scores are multiplied by."""
+    """Return the factor that attention scores are multiplied by."""
     return model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
 
 
@@ -179,7 +179,7 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """The knobs in which two models compute something else, with the value of each; None where it has none."""
+    """Return the knobs that make two models compute different logits, with both values (None if unused)."""
     one, two = canonical_config(first), canonical_config(second)
     pairs = {knob: (one.get(knob), two.get(knob)) for knob in one | two}
     return {knob: pair for knob, pair in pairs.items() if not _equal(*pair)}
@@ -196,14 +196,14 @@ Keys = dict[str, Any]
 
 
 class KeyMapping(NamedTuple):
-    """read: the knobs that a config.json says; write: the keys that say the knobs of a model."""
+    """A bidirectional mapping: `read` gives knobs of a config.json, `write` gives the keys of a model."""
 
     read: Callable[[HFConfigReader], Knobs]
     write: Callable[[ModelConfig], Keys]
 
 
 def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) -> KeyMapping:
-    """A key with the meaning of a knob; `of` gives the value that is written where that is not the knob's own."""
+    """Map a key to a knob; `of` computes the written value if it differs from the knob's."""
     return KeyMapping(
         lambda reader: {knob: reader.parse(key, knob)},
         lambda model: {key: getattr(model, knob) if of is None else of(model)},
@@ -211,7 +211,7 @@ def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) 
 
 
 def constant(key: str, *values: Any) -> KeyMapping:
-    """A key that has one of these values in everything that can be read; the first one is written."""
+    """Require a key to have one of these values; the first one is written."""
 
     def read(reader: HFConfigReader) -> Knobs:
         if reader[key] not in values:
@@ -344,7 +344,7 @@ LayerType = Callable[[HFConfigReader, int], str]
 
 
 def sliding_window_in_all_layers(switch: str | None = None) -> KeyMapping:
-    """A sliding window in all layers, or null (Mistral); with a `switch` only where that is true."""
+    """Map a sliding window in all layers, or null (Mistral); with a `switch`, only if that key is true."""
 
     def read(reader: HFConfigReader) -> Knobs:
         if reader["sliding_window"] is None or (switch is not None and not reader.boolean(switch)):
@@ -561,10 +561,10 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
 
 
 def read_all(parts: Sequence[KeyMapping], reader: HFConfigReader) -> Knobs:
-    """The knobs of several correspondences."""
+    """Read several mappings into one dict of knobs."""
     return {knob: value for part in parts for knob, value in part.read(reader).items()}
 
 
 def write_all(parts: Sequence[KeyMapping], model: ModelConfig) -> Keys:
-    """The keys of several correspondences."""
+    """Write several mappings into one dict of keys."""
     return {key: value for part in parts for key, value in part.write(model).items()}
