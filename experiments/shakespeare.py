@@ -22,10 +22,6 @@ from rich.table import Table
 from configs import shakespeare_char, shakespeare_char_modern
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data", None, "The text file.", required=True)
-flags.DEFINE_string("out", "runs/shakespeare", "The folder for the runs.")
-flags.DEFINE_multi_integer("seeds", [0, 1, 2], "The seeds of each recipe.")
-
 RECIPES = {"nanoGPT": shakespeare_char, "modern": shakespeare_char_modern}
 
 
@@ -63,4 +59,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Only here: flags are global, and importing this module must not change those of another program.
+    flags.DEFINE_string("data", None, "The text file.", required=True)
+    flags.DEFINE_string("out", "runs/shakespeare", "The folder for the runs.")
+    flags.DEFINE_multi_integer("seeds", [0, 1, 2], "The seeds of each recipe.")
     app.run(main)

@@ -74,7 +74,7 @@ def test_programs_that_cannot_be_kept_are_said_once(
         enable_compilation_cache()
     jax.config.update("jax_compilation_cache_dir", before)
     said = capsys.readouterr().err
-    assert "so compiled programs are not kept. RUSTGPT_JAX_CACHE=DIR moves the cache.\n" in said
+    assert "so compiled programs are not cached. RUSTGPT_JAX_CACHE=DIR moves the cache.\n" in said
     assert ("Permission denied" if is_there else "Not a directory") in said and said.count("\n") == 1
     # What is there is read; JAX does not try to write, which would warn at every program.
     assert ("jax_compilation_cache_dir" in changed) == is_there
