@@ -403,7 +403,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 from rich.console import Console
 from test_loop import tiny
-from rustgpt_jax.inference.text_generator import write
+from rustgpt_jax.inference.text_generator import generate_text
 from rustgpt_jax.training import load_model, loop
 steps, texts, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 
@@ -429,7 +429,7 @@ settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
 model = load_model.load(path)
 for text in range(texts):
-    write(model.writer, [model.writer.prompt(f"{{text}}")], model.config.sampling)
+    generate_text(model.writer, [model.writer.prompt(f"{{text}}")], model.config.sampling)
     if text == texts // 4:
         before = resident()
 print((resident() - before) / 2**20)

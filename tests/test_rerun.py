@@ -351,7 +351,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 sys.path[:0] = ["tests"]
-from rustgpt_jax.workdir.run_dir import RunFolder
+from rustgpt_jax.workdir.run_dir import RunDir
 path = Path(sys.argv[2])
 if sys.argv[1] == "train":
     from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
@@ -361,7 +361,7 @@ if sys.argv[1] == "train":
 else:
     from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
     from rustgpt_jax.reproduce.replay import replay
-    use_devices_of(RunFolder(path))
+    use_devices_of(RunDir(path))
     sys.exit(not replay(path, 5, False, Console()))
 """
 

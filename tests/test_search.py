@@ -261,7 +261,7 @@ def test_a_rung_without_an_evaluation_is_refused_before_anything_is_written(
 ) -> None:
     # Both are for a process that has not used JAX yet.
     monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
     tree, search = tiny_tree(**changes), successive_halving(seeds(2), rungs)
     command = commands.Command(ABOUT, SweepOptions(), dry_run=False)
     with pytest.raises(UserError, match=message):
@@ -554,7 +554,7 @@ def test_a_search_of_hardly_any_points_ends_with_a_sentence(
 def test_a_dry_run_counts_the_trials_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both are for a process that has not used JAX yet.
     monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
     # The middle of this space, 20 channels for 4 heads, resolves; 24 channels for 5 do not.
     specs = {
         "A search of 12 trials (12 points, 4 points at a time)": tree_parzen(12, HEADS, batch=4),
