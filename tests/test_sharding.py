@@ -273,5 +273,5 @@ def test_train_says_what_is_wrong_with_a_mesh_and_makes_no_folder(tmp_path: Path
     command += ["--config.mesh.fsdp=3", f"--run={tmp_path / 'run'}"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "they must divide 8." in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "the product must divide 8." in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

@@ -322,7 +322,7 @@ class Cluster:
     def run(self) -> list[str]:
         """Launch a chunk of one trial; the events of the ledger after that."""
         launch = Launch(self.folder, AssetCache(), Path("code"), 1, {}, lambda: False)
-        LAUNCHER.slurm(launch, [Chunk(("one",), "exact", 1)])
+        LAUNCHER.run_on_slurm(launch, [Chunk(("one",), "exact", 1)])
         assert self._looks == []
         return [event["event"] for event in self.ledger.events()[1:]]
 
