@@ -285,7 +285,7 @@ def with_another_seed(folder: Path) -> None:
 
 
 def with_another_mask(folder: Path) -> None:
-    kv_cache = folder / "code" / "rustgpt_jax" / "model" / "mixers" / "kv_cache.py"
+    kv_cache = folder / "code" / "rustgpt_jax" / "model" / "kv_cache.py"
     before = kv_cache.read_text()
     # A token sees the one after it.
     kv_cache.write_text(before.replace("attention_mask(context, order_T,", "attention_mask(context, order_T + 1,"))
