@@ -190,4 +190,4 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(
 
     monkeypatch.setattr("os.listdir", refuse)
     with pytest.raises(UserError, match=r"checkpoints cannot be read: Permission denied"):
-        run.saved_steps  # noqa: B018
+        run.saved_steps  # noqa: B018 (reading the property raises)

@@ -1,4 +1,4 @@
-"""What the verbs share: the parser, flags that several verbs read, and the config that the command line describes."""
+"""Shared command-line code: the parser, common flags, and reading the config."""
 
 import argparse
 import itertools

@@ -30,7 +30,7 @@ def add_arguments(parser: VerbParser) -> None:
         "--mode",
         metavar="auto|fused|exact|solo",
         default="auto",
-        help="How trials of one shape class run: together by vmap, one after another in one program, or one by one.",
+        help="How trials of equal shapes run: fused (vmap), exact (sequentially in one program), or solo (one by one).",
     )
     parser.add_argument(
         "--width",

@@ -539,7 +539,7 @@ class TrainingConfig:
     batch_size: int = static_field(16, "Sequences in a step, over all devices and microbatches.", low=1)
     grad_accum_steps: int = static_field(
         1,
-        "Microbatches that a batch is run in, one after another, to save memory. The gradient is that of the "
+        "Number of microbatches per batch, processed sequentially to save memory. The gradient is that of the "
         "whole batch, except for the load balance of moe, which is computed per microbatch.",
         low=1,
     )
@@ -687,7 +687,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     stages: tuple[StageConfig, ...] = static_field(
         (),
-        "Stages run one after another on the same parameters and optimizer state; each lists the knobs it "
+        "Stages run in order on the same parameters and optimizer state; each lists the fields it "
         'changes: ({"name": "pretrain", "data": {...}}, {"name": "instruct", ...}). Empty: one stage.',
     )
 
@@ -697,7 +697,7 @@ class Config:
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """What selects a compiled training program. Traced fields hold TRACED, or 0 where that is static."""
+    """Static half of a config, which selects a compiled program. Traced fields hold TRACED, or 0 if 0 is static."""
 
     seed: Any
     model: ModelConfig

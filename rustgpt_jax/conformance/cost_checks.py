@@ -42,7 +42,7 @@ SEEDS = 3
 # sublayers make each of these as large as what they are added to.
 LEAST_SCALE, MOST_SCALE = 0.5, 4.0
 LOSS_ERROR = 0.1
-# Of the largest gradient, what rounding gives where there is none.
+# Gradients below this fraction of the largest one count as rounding error.
 ROUNDING = 1e-5
 USUAL_STD = 0.02
 

@@ -21,7 +21,7 @@ from rustgpt_jax.model.block_inputs import AUX_LOSS
 
 LENGTH = 12  # tokens in a row
 ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
-# What the checks need: a token of its own for each place in LENGTH rows and one more, and a position for each place.
+# The checks need a distinct token for every position of LENGTH rows, one spare token, and LENGTH positions.
 LEAST = {"vocab_size": LENGTH * LENGTH + 1, "context_length": LENGTH}
 
 SMALL: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {
@@ -169,7 +169,7 @@ def require_finite(array: Any, what: str, axes: Sequence[str]) -> None:
 
 
 def crash(error: BaseException) -> str:
-    """An exception in a line: the first line of what it says, and the last place outside the libraries."""
+    """Format an exception as one line: the first line of its message and the last frame outside libraries."""
     lines = str(error).strip().splitlines() or ["no message"]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     last = frames[-1] if frames else None

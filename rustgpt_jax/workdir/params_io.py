@@ -100,6 +100,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     except SafetensorError as error:
         raise UserError(f"{file} is damaged or truncated: {error}.") from error
+    # A safe_open handle is no mapping: it has keys() but cannot be iterated.
     slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     return {
         name: StoredTensor(file, name, each.get_dtype(), tuple(each.get_shape()), handle)

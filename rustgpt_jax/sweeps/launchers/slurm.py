@@ -132,7 +132,7 @@ class _Watch:
 
 def _check_cluster() -> None:
     try:
-        import submitit  # noqa: F401 (only whether it is there)
+        import submitit  # noqa: F401 (imported only to check that it is installed)
     except ModuleNotFoundError:
         raise UserError("--launcher=slurm needs submitit: python -m pip install 'rustgpt_jax[slurm]'.") from None
     missing = [name for name in COMMANDS if shutil.which(name) is None]
