@@ -124,7 +124,7 @@ def test_explain_shows_values_and_origins_as_they_stand() -> None:
 
 
 def test_the_report_of_a_sweep_shows_its_name_and_values_as_they_stand(tmp_path: Path) -> None:
-    from rustgpt_jax.sweeps.report.report import report
+    from rustgpt_jax.sweeps.report import report
 
     trials = grid(**{"logging.sample_prompts": ([HOSTILE], ["[/b]"]), "seed": (0, 1)})
     folder = write_sweep(tmp_path / "sweep[b]", trials)

@@ -51,12 +51,12 @@ from rustgpt_jax.sweeps import (
     values,
 )
 from rustgpt_jax.sweeps import run_sweep as commands
-from rustgpt_jax.sweeps.launchers import LAUNCHERS, Launch
+from rustgpt_jax.sweeps.launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
 from rustgpt_jax.sweeps.search import check_rungs, decode_params, hash_study, run_successive_halving, run_tpe
-from rustgpt_jax.sweeps.sweep import SweepOptions, folders
+from rustgpt_jax.sweeps.sweep import LAUNCHERS, SweepOptions, folders
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
 from rustgpt_jax.training import executors

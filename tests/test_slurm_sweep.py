@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers.local import Launch
+from rustgpt_jax.sweeps.launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import EVENTS, Event, Ledger, SweepDir
 
 ROOT = Path(__file__).parent.parent
 # The package has the function under the same name.
-LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.launchers.slurm")
+LAUNCHER = importlib.import_module("rustgpt_jax.sweeps.slurm")
 # Generous: a loaded machine of two slow cores takes minutes for what an idle one does in seconds.
 PATIENCE_SECONDS = 300.0
 Environment = dict[str, str]

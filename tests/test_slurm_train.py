@@ -12,7 +12,7 @@ import pytest
 from test_loop import metrics
 from test_slurm_cluster import output_of, state, submit, wait_for
 
-from rustgpt_jax.sweeps.launchers.slurm import job_script
+from rustgpt_jax.sweeps.slurm import job_script
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")

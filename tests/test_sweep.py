@@ -28,9 +28,9 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers.local import MOST_DEATHS, Launch, run_in_subprocesses
+from rustgpt_jax.sweeps.launchers import MOST_DEATHS, Launch, run_in_subprocesses
 from rustgpt_jax.sweeps.planner import Chunk
-from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials

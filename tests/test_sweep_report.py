@@ -24,12 +24,11 @@ from scipy import stats
 from synthetic_sweep import INITIAL_LOSS, RATES, grid, loss_of, status_of, trial_id, two_optimizers, write_sweep
 
 from rustgpt_jax.errors import UserError
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.analysis import compute_sensitivities, describe_comparison, rank_settings
 from rustgpt_jax.sweeps.report.figures import downsample
-from rustgpt_jax.sweeps.report.labels import format_rerun_command, format_value, knob_names
 from rustgpt_jax.sweeps.report.plot_style import TRIAL_PREFIX, KnobColors, css, scale_of, set_loss_axis
-from rustgpt_jax.sweeps.report.report import report
-from rustgpt_jax.sweeps.report.results import read_results
+from rustgpt_jax.sweeps.report.results import format_rerun_command, format_value, knob_names, read_results
 from rustgpt_jax.sweeps.report.stats import compare_with_best
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -156,9 +155,7 @@ def test_without_a_finished_trial_there_is_a_csv_and_an_error(tmp_path: Path) ->
 
 
 def test_reading_a_sweep_starts_no_jax() -> None:
-    code = (
-        "import sys, rustgpt_jax.sweeps.report.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
-    )
+    code = "import sys, rustgpt_jax.sweeps.report; print([name for name in ('jax', 'flax') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 

@@ -26,7 +26,7 @@ from synthetic_sweep import (
 )
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import Results, group_by_setting, read_results, write_csv
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.workdir.run_dir import create

@@ -101,7 +101,7 @@ def run_report(args: argparse.Namespace) -> int:
     """Report the results of a sweep."""
     if args.run is None:
         raise UserError("Which sweep? Give its folder, which `sweep` wrote, such as runs/learning_rate.")
-    from rustgpt_jax.sweeps.report.report import report
+    from rustgpt_jax.sweeps.report import report
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     console = PlainTextConsole()

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
     """Submit the run to Slurm."""
     from rustgpt_jax.config.schema import uses_epochs
-    from rustgpt_jax.sweeps.launchers.slurm import job_script, submit
+    from rustgpt_jax.sweeps.slurm import job_script, submit
     from rustgpt_jax.training.config_checks import resolve_change, validate_components
 
     # The job converts epochs into steps.

@@ -219,7 +219,7 @@ CHECKS: dict[str, Check] = {
         "The order of files in a folder, a clock, or randomness decides.",
     ),
     "launcher_interface": Check(
-        component_checks.launcher_interface, ("launchers",), "Arguments of another name; see sweeps/launchers."
+        component_checks.launcher_interface, ("launchers",), "Arguments of another name; see sweeps/sweep.py."
     ),
 }
 

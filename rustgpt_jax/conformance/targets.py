@@ -22,7 +22,7 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.registry import choose
-from rustgpt_jax.sweeps.launchers import LAUNCHERS
+from rustgpt_jax.sweeps.sweep import LAUNCHERS
 from rustgpt_jax.tokenizers import TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.schedules import SCHEDULES

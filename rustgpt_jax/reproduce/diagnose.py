@@ -41,7 +41,7 @@ from rustgpt_jax.reproduce.recorded_run import (
 )
 from rustgpt_jax.reproduce.replay import write_page
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
-from rustgpt_jax.sweeps.report.labels import format_value
+from rustgpt_jax.sweeps.report.results import format_value
 from rustgpt_jax.tokenizers import Codec, decode
 from rustgpt_jax.tracking.formatting import printable
 from rustgpt_jax.tracking.progress import waiting

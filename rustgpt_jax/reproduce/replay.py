@@ -25,8 +25,8 @@ from rustgpt_jax.reproduce.recorded_run import (
     describe_start,
 )
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
+from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.sweeps.report.plot_style import css, shade
-from rustgpt_jax.sweeps.report.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.tracking.formatting import printable
 
 

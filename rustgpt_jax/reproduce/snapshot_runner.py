@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
-from rustgpt_jax.sweeps.launchers.local import visible_gpus
+from rustgpt_jax.sweeps.launchers import visible_gpus
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import checked_code, not_installed, write_code
 from rustgpt_jax.workdir.environment import as_variables

@@ -14,7 +14,7 @@ from rustgpt_jax.sharding.hardware_specs import Machine, this_machine, use_cores
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
-from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, Search, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides

@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,19 @@ from rustgpt_jax.sharding.hardware_specs import Machine, cores, this_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers import LAUNCHERS
-from rustgpt_jax.sweeps.launchers.local import Launch, visible_gpus
+from rustgpt_jax.sweeps.launchers import Launch, run_in_subprocesses, run_inline, visible_gpus
 from rustgpt_jax.sweeps.live_table import LiveTable
-from rustgpt_jax.sweeps.planner import MODES, Plan, group_by_shape, make_plan
+from rustgpt_jax.sweeps.planner import MODES, Chunk, Plan, group_by_shape, make_plan
+from rustgpt_jax.sweeps.slurm import run_on_slurm
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.workdir.run_dir import create as create_run
 
+# A launcher returns when all chunks have been worked through, or a stop was requested; outcomes are in the ledger.
+Launcher = Callable[[Launch, Sequence[Chunk]], None]
+LAUNCHERS: dict[str, Launcher] = {"inline": run_inline, "processes": run_in_subprocesses, "slurm": run_on_slurm}
 SECONDS_BETWEEN_LOOKS = 2.0
 JOBS_AT_ONCE = 8
 # What workers elsewhere are planned for, since nobody can look: a small GPU, or a core with its share of memory.

@@ -22,7 +22,7 @@ from synthetic_sweep import grid, trial_id, write_sweep
 
 from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.report.report import report
+from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 

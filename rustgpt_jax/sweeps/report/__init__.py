@@ -1,1 +1,329 @@
-"""How a sweep is read: its results, honest statistics, figures, a table for the terminal and a page for the browser."""
+"""The report of a sweep: a table in the terminal, results.csv, and report.html, a single file without dependencies."""
+
+import ast
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from rustgpt_jax.atomic_io import write_atomically
+from rustgpt_jax.errors import UserError
+from rustgpt_jax.sweeps.report.analysis import (
+    RankedSetting,
+    describe_comparisons,
+    describe_interval,
+    list_notes,
+    list_omitted,
+    losses_in_view,
+    rank_settings,
+)
+from rustgpt_jax.sweeps.report.results import (
+    FAILED,
+    FINISHED,
+    METRICS,
+    MISSING,
+    Results,
+    Setting,
+    TrialResult,
+    describe_setting,
+    format_loss,
+    format_p_value,
+    format_rerun_command,
+    format_value,
+    group_by_setting,
+    knob_names,
+    read_results,
+    write_csv,
+)
+from rustgpt_jax.tracking.formatting import printable
+
+if TYPE_CHECKING:
+    from rustgpt_jax.sweeps.report.plot_style import Picture
+
+MAX_ROWS, MAX_ERRORS = 20, 5
+
+ASSETS = Path(__file__).parent / "assets"
+# Size of a strip of dots in the table, in pixels, and the fraction of it beyond the visible losses for intervals.
+STRIP_WIDTH, STRIP_HEIGHT, STRIP_MARGIN = 170.0, 26.0, 6.0
+INTERVALS_BEYOND = 0.3
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Print the results of a sweep, write results.csv and report.html to its folder, and return the latter's path.
+
+    Raises:
+        UserError: The folder holds no sweep, or no trial has finished yet; the CSV is written even then.
+    """
+    results = read_results(folder)
+    write_csv(results, folder / "results.csv")
+    counts = ", ".join(f"{number} {status}" for status, number in results.counts.items())
+    if not results.finished:
+        reasons = [f" {trial.error}" for trial in results.trials if trial.status == MISSING][:1]
+        raise UserError(f"{folder} has no finished trial yet ({counts or 'none is planned'}).{''.join(reasons)}")
+    ranked = rank_settings(results)
+    title = f"{results.name}: {METRICS[results.metric]}, best settings first"
+    console.print(title, style="bold", highlight=False, markup=False)
+    console.print(_terminal_table(results, ranked))
+    for line in _terminal_lines(results, ranked, counts):
+        console.print(printable(line), highlight=False, markup=False)
+    target = folder / "report.html"
+    write_atomically(target, render_page(results).encode(errors="backslashreplace"))
+    return target
+
+
+def _terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Table:
+    names = knob_names(results.swept)
+    table = Table(box=None, pad_edge=False)
+    for path in results.knobs:
+        table.add_column(names[path])
+    for column in ("mean", "95% interval", "n", "diverged"):
+        table.add_column(column, justify="right")
+    for row in ranked[:MAX_ROWS]:
+        interval = row.interval
+        bounds = f"{format_loss(interval.low)} to {format_loss(interval.high)}" if math.isfinite(interval.low) else "-"
+        knobs = [format_value(row.setting.knobs[path]) for path in results.knobs]
+        diverged = str(row.setting.n_diverged or "")
+        table.add_row(*knobs, format_loss(interval.mean), bounds, str(interval.n), diverged)
+    return table
+
+
+def _terminal_lines(results: Results, ranked: tuple[RankedSetting, ...], counts: str) -> list[str]:
+    n_hidden = len(group_by_setting(results)) - min(len(ranked), MAX_ROWS)
+    lines = [f"{n_hidden} more settings are in results.csv."] if n_hidden else []
+    lines += describe_comparisons(results, ranked)
+    lines += [f"Of {len(results.trials)} planned: {counts}.", *list_omitted(results)]
+    failed = [trial for trial in results.trials if trial.status == FAILED]
+    lines += [f"failed: {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed[:MAX_ERRORS]]
+    return lines + ([f"{len(failed) - MAX_ERRORS} more failed."] if len(failed) > MAX_ERRORS else [])
+
+
+def render_page(results: Results) -> str:
+    """Render the HTML page of a sweep with at least one finished trial."""
+    from rustgpt_jax.sweeps.report.figures import plot_all
+    from rustgpt_jax.sweeps.report.plot_style import css
+
+    ranked = rank_settings(results)
+    tooltips = json.dumps({trial.id: _tooltip(results, trial) for trial in results.trials}).replace("<", "\\u003c")
+    figures = "".join(_figure(number, picture) for number, picture in enumerate(plot_all(results), start=1))
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    body = (
+        f"{_header(results, ranked)}"
+        f"<section><h2>Settings</h2>{_table_legend(results, ranked)}{_settings_table(results, ranked)}</section>"
+        f'<section><h2>Figures</h2><div class="figures">{figures}</div></section>'
+        f"{_section('Comparisons', describe_comparisons(results, ranked))}"
+        f"{_section('Notes', list_notes(results, ranked), _original_command(results))}"
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(results.name)}</title><link rel=icon href=data:,>"
+        f"<style>{css()}{style}</style></head><body><main>{body}</main>"
+        f'<div id="tip"></div><script type="application/json" id="trials">{tooltips}</script>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def read_question(config_file: Path) -> str | None:
+    """Return the first paragraph of a Python file's docstring, None if the file or its docstring does not exist."""
+    try:
+        text = ast.get_docstring(ast.parse(config_file.read_text(encoding="utf-8")))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return " ".join(text.split("\n\n")[0].split()) if text else None
+
+
+def _header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+    best = ranked[0]
+    question, name = read_question(Path(results.config_file)), escape(results.name)
+    heading = f'<p class="name">{name}</p><h1>{escape(question)}</h1>' if question else f"<h1>{name}</h1>"
+    first = next(trial for trial in best.setting.trials if trial.final_loss is not None)
+    trials = "1 trial" if len(results.trials) == 1 else f"{len(results.trials)} trials"
+    counts = ", ".join(f"<b>{number}</b> {status}" for status, number in results.counts.items())
+    return (
+        f"<header>{heading}"
+        f'<div class="best"><div class="loss">{format_loss(best.interval.mean)}</div>'
+        f'<div><p class="setting">{escape(describe_setting(best.setting.knobs))}</p>'
+        f'<p class="unit">The lowest {METRICS[results.metric]}: {describe_interval(best.interval)}.</p></div></div>'
+        f"{_command(format_rerun_command(results, first.overrides))}"
+        f'<p class="counts">{trials}: {counts}.</p></header>'
+    )
+
+
+def _table_legend(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+    is_clipped = any(trial.final_loss > losses_in_view(results)[1] for trial in results.finished)  # type: ignore[operator]
+    parts = [f"Each dot is a trial{', an arrow one beyond the axis' if is_clipped else ''}"]
+    if any(row.interval.n > 1 for row in ranked):
+        parts.append("bars are 95% t intervals of a setting's mean over seeds")
+    if any(row.comparison for row in ranked):
+        parts.append(
+            "p-values and 95% intervals (±) of the difference from the best setting are paired by seed, hold for all "
+            "settings at once, and account for selecting the best"
+        )
+    n_settings = len(group_by_setting(results))
+    number = f"{n_settings} settings, best first. " if n_settings > 1 else ""
+    return f'<p class="soft small">{number}{"; ".join(parts)}.</p>'
+
+
+def _original_command(results: Results) -> str:
+    return f'<p class="soft">The sweep was started with</p>{_command(results.command)}'
+
+
+def _command(command: str) -> str:
+    # A browser may break lines after a hyphen.
+    words = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+    return f'<div class="command"><pre>{words}</pre><button type="button">Copy</button></div>'
+
+
+def _tooltip(results: Results, trial: TrialResult) -> str:
+    names = knob_names(results.swept)
+    knobs = [f"{names[path]}: {format_value(trial.knobs[path])}" for path in results.swept]
+    metric = METRICS[results.metric]
+    if trial.final_loss is not None:
+        end = f"{metric.name}: {format_loss(trial.final_loss)} {metric.unit}"
+    else:
+        of_total = f" of {trial.total_steps:,}" if trial.total_steps else ""
+        end = f"{trial.status} at step {trial.step:,}{of_total}"
+    return "\n".join([f"trial {trial.id}", *knobs, end])
+
+
+def _figure(number: int, picture: "Picture") -> str:
+    return (
+        f'<figure class="{"wide" if picture.is_wide else "narrow"}"><h3>{escape(picture.title)}</h3>'
+        f"<div class=plot>{picture.svg}</div>"
+        f"<figcaption><b>Figure {number}.</b> {escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _section(title: str, sentences: list[str], rest: str = "") -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<section><h2>{title}</h2><ul>{items}</ul>{rest}</section>" if sentences else ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the settings table.
+
+    Attributes:
+        head: The HTML of its head.
+        style: The CSS class of its cells.
+        cell: Returns the HTML of a ranked setting's cell.
+        unranked: Returns the HTML of the cell of a setting without a finished trial.
+    """
+
+    head: str
+    style: str
+    cell: Callable[[RankedSetting], str]
+    unranked: Callable[[Setting], str] = lambda setting: ""
+
+
+def _settings_table(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+    """Render the ranked settings, then those without a finished trial."""
+    columns = _columns(results, ranked)
+    heads = "".join(f'<th class="{column.style}">{column.head}</th>' for column in columns)
+    rows = [_row("first" if row is ranked[0] else "", columns, [c.cell(row) for c in columns]) for row in ranked]
+    rest = [setting for setting in group_by_setting(results) if not setting.losses]
+    rows += [_row("rest", columns, [column.unranked(setting) for column in columns]) for setting in rest]
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="table">{table}</div>'
+
+
+def _row(style: str, columns: list[Column], cells: list[str]) -> str:
+    html = "".join(f"<td class={column.style!r}>{cell}</td>" for column, cell in zip(columns, cells, strict=True))
+    return f'<tr class="{style}">{html}</tr>'
+
+
+def _columns(results: Results, ranked: tuple[RankedSetting, ...]) -> list[Column]:
+    names, best = knob_names(results.swept), ranked[0]
+    number_of = {id(row): number for number, row in enumerate(ranked, start=1)}
+    limits = _strip_limits(results, ranked)
+    has_seeds = any(len(setting.trials) > 1 for setting in group_by_setting(results))
+
+    columns = [Column("", "number", lambda row: str(number_of[id(row)]))]
+    columns += [_knob_column(path, names[path]) for path in results.knobs]
+    columns.append(Column(str(METRICS[results.metric]), "strip", lambda row: _strip(row, limits)))
+    columns.append(Column("mean" if has_seeds else "loss", "number", lambda row: format_loss(row.interval.mean)))
+    if has_seeds:
+        columns.append(Column("seeds", "number", lambda row: str(row.interval.n)))
+    if len(ranked) > 1:
+        columns.append(Column("above the best", "number", lambda row: _format_difference(row, best)))
+    if any(row.comparison for row in ranked):
+        columns.append(Column("p", "number", lambda row: "" if row is best else _format_p_cell(row)))
+    if any(trial.status != FINISHED for trial in results.trials):
+        columns.append(Column("not finished", "", lambda row: _unfinished(row.setting), _unfinished))
+    return columns
+
+
+def _knob_column(path: str, name: str) -> Column:
+    def cell(setting: Setting) -> str:
+        return escape(format_value(setting.knobs[path]))
+
+    return Column(f'<span title="{escape(path)}">{escape(name)}</span>', "", lambda row: cell(row.setting), cell)
+
+
+def _format_difference(row: RankedSetting, best: RankedSetting) -> str:
+    if row is best:
+        return ""
+    if row.comparison is None:
+        return format_loss(row.interval.mean - best.interval.mean)
+    half = row.comparison.high - row.comparison.difference
+    return format_loss(row.comparison.difference) + (f" ± {format_loss(half)}" if math.isfinite(half) else "")
+
+
+def _format_p_cell(row: RankedSetting) -> str:
+    if row.comparison is None:
+        return "one seed" if row.interval.n == 1 else "–"
+    return escape(format_p_value(row.comparison.p_value).removeprefix("p ").removeprefix("= "))
+
+
+def _unfinished(setting: Setting) -> str:
+    return "".join(
+        f'<span class="chip {trial.status}" data-trial="{trial.id}">{trial.status}</span>'
+        for trial in setting.trials
+        if trial.status != FINISHED
+    )
+
+
+def _strip_limits(results: Results, ranked: tuple[RankedSetting, ...]) -> tuple[float, float]:
+    """Return the range of the strips: the visible losses, and intervals that extend slightly beyond them."""
+    low, high = losses_in_view(results)
+    intervals = [row.interval for row in ranked if row.interval.mean <= high]
+    bounds = [bound for interval in intervals for bound in (interval.low, interval.high) if math.isfinite(bound)]
+    room = INTERVALS_BEYOND * (high - low)
+    return max(min(low, *bounds, low), low - room), min(max(high, *bounds, high), high + room)
+
+
+def _strip(row: RankedSetting, limits: tuple[float, float]) -> str:
+    """Draw a dot for each seed and a bar for the confidence interval of their mean, on an axis shared by all rows.
+
+    Seeds outside the axis are drawn as arrows at the end of the strip, as is the end of a clipped bar.
+    """
+    low, high = limits
+    middle, first, last = STRIP_HEIGHT / 2, STRIP_MARGIN / 2, STRIP_WIDTH - STRIP_MARGIN / 2
+
+    def to_pixels(loss: float) -> float:
+        return STRIP_MARGIN + (STRIP_WIDTH - 2 * STRIP_MARGIN) * (loss - low) / ((high - low) or 1.0)
+
+    def arrow(is_right: bool) -> str:
+        start, tip = (STRIP_WIDTH - 2, 7) if is_right else (2, -7)
+        return f'<path class="beyond" d="M{start} {middle - 5}v10l{tip} -5z"'
+
+    parts = [f'<path d="M0 {middle}H{STRIP_WIDTH}" style="stroke:var(--grid)"/>']
+    if math.isfinite(row.interval.low):
+        bounds = to_pixels(row.interval.low), to_pixels(row.interval.high)
+        start, end = (min(max(bound, first), last) for bound in bounds)
+        box = f'x="{start:.1f}" y="{middle - 3}" width="{end - start:.1f}" height="6"'
+        parts.append(f'<rect {box} style="fill:var(--hue0);opacity:.22"/>')
+        clipped = [False] * (bounds[0] < first) + [True] * (bounds[1] > last)
+        parts += [f'{arrow(is_right)} style="fill:var(--hue0);opacity:.4"/>' for is_right in clipped]
+    for trial in row.setting.trials:
+        if trial.final_loss is not None:
+            at, style = to_pixels(trial.final_loss), f'data-trial="{trial.id}" style="fill:var(--hue0)"'
+            dot = f'<circle cx="{at:.1f}" cy="{middle}" r="3.6"' if first <= at <= last else arrow(at > last)
+            parts.append(f"{dot} {style}/>")
+    return f'<svg viewBox="0 0 {STRIP_WIDTH:g} {STRIP_HEIGHT:g}">{"".join(parts)}</svg>'

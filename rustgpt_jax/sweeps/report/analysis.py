@@ -6,18 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rustgpt_jax.sweeps.report.labels import (
-    METRICS,
-    describe_setting,
-    format_loss,
-    format_p_value,
-    format_value,
-    knob_names,
-)
 from rustgpt_jax.sweeps.report.results import (
     BITS_PER_BYTE,
     DIVERGED,
     FAILED,
+    METRICS,
     MISSING,
     PRUNED,
     SEED,
@@ -25,8 +18,13 @@ from rustgpt_jax.sweeps.report.results import (
     Results,
     Setting,
     TrialResult,
+    describe_setting,
+    format_loss,
+    format_p_value,
+    format_value,
     group_by_setting,
     is_number,
+    knob_names,
     to_key,
 )
 from rustgpt_jax.sweeps.report.stats import (

@@ -17,7 +17,6 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from rustgpt_jax.sweeps.report import analysis
-from rustgpt_jax.sweeps.report.labels import METRICS, describe_setting, format_loss, format_value, knob_names
 from rustgpt_jax.sweeps.report.plot_style import (
     N_HUES,
     NARROW,
@@ -43,6 +42,7 @@ from rustgpt_jax.sweeps.report.results import (
     BITS_PER_BYTE,
     DIVERGED,
     FAILED,
+    METRICS,
     PRUNED,
     RUNNING,
     SEED,
@@ -51,6 +51,10 @@ from rustgpt_jax.sweeps.report.results import (
     Curve,
     Results,
     TrialResult,
+    describe_setting,
+    format_loss,
+    format_value,
+    knob_names,
     to_key,
     validation_metric,
 )

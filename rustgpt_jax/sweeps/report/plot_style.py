@@ -24,8 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from rustgpt_jax.sweeps.report.labels import format_value
-from rustgpt_jax.sweeps.report.results import is_number, to_key
+from rustgpt_jax.sweeps.report.results import format_value, is_number, to_key
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

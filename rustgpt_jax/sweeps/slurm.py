@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sweeps.launchers.local import Launch
+from rustgpt_jax.sweeps.launchers import Launch
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import Ledger, is_settled
 
