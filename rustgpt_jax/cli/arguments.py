@@ -1,10 +1,9 @@
 """Shared command-line code: the parser, common flags, and reading the config."""
 
 import argparse
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,30 +14,22 @@ from rustgpt_jax.errors import UserError
 # Upper bounds for numeric flags; no realistic step, number of seconds or process count exceeds them.
 LARGEST, MOST_PROCESSES = 10**9 - 1, 2**16
 
-# The values that absl accepts for a boolean flag.
-SWITCH_VALUES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
-
-def fail(sentence: str) -> NoReturn:
-    """Print an error and end the process with exit status 2."""
+def fail(message: str) -> NoReturn:
+    """Print an error message and end the process with exit status 2."""
     sys.stdout.flush()
-    print(f"error: {UserError(sentence)}", file=sys.stderr, flush=True)
+    print(f"error: {UserError(message)}", file=sys.stderr, flush=True)
     # Not sys.exit: after a failed write, library threads wait for it, and their exit handlers print tracebacks.
     os._exit(2)
 
 
 class VerbParser(argparse_flags.ArgumentParser):
-    """Parser of one verb's arguments, with absl's spellings of flags.
-
-    A flag may begin with one dash or two, and be followed by `=VALUE` or by its value as the next argument. A boolean
-    flag is `--x`, `--nox` or `--x=true`. Flags and positional arguments may be mixed in any order. Overrides,
-    `--config.x.y=VALUE`, are collected in `overrides`, for they are checked by the schema.
-    """
+    """Parser of one verb's flags and positional arguments. `parse_args` brings flags into the form it expects."""
 
     def __init__(self, **kwargs: Any) -> None:
         # Whether each flag takes a value.
         self.takes_value: dict[str, bool] = {}
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         """Add an argument. The default value is appended to the help text of a flag."""
@@ -55,47 +46,36 @@ class VerbParser(argparse_flags.ArgumentParser):
         self.add_argument(f"--{name}", action="store_true", help=help)
         self.add_argument(f"--no{name}", dest=name, action="store_false", default=False, help=argparse.SUPPRESS)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments of the verb into a namespace, and return it with the arguments that are unknown."""
-        flags: list[str] = []
-        positionals: list[str] = []
-        overrides: list[tuple[str, str]] = []
-        rest = iter(args)
-        for word in rest:
-            if word == "--":
-                positionals += [word, *rest]
-            elif not word.startswith("-"):
-                positionals.append(word)
-            elif word.lstrip("-").startswith("config."):
-                path, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
-                overrides.append((path, text if equals else next(rest, "")))
-            else:
-                flags.append(self._normalize(word, rest))
-        namespace, unknown = super().parse_known_args([*flags, *positionals], namespace)
-        namespace.flags, namespace.overrides = flags, overrides
-        return namespace, unknown
+    def add_run(self, help: str = "The run folder, such as runs/rustgpt.") -> None:
+        """Add RUN, which may also be given as --run=RUN."""
+        self.add_argument("run", metavar="RUN", nargs="?", action=_StoreRun, default=argparse.SUPPRESS, help=help)
+        self.add_argument("--run", metavar="RUN", action=_StoreRun, help=argparse.SUPPRESS)
+
+    def add_config(self) -> None:
+        """Add --config."""
+        self.add_argument("--config", metavar="FILE", help="A Python file that defines get_config().")
+
+    def add_checkpoint(self) -> None:
+        """Add --checkpoint."""
+        help = "The checkpoint to load: the last, the one of the lowest validation loss, or the one of a step."
+        self.add_argument("--checkpoint", metavar="last|best|STEP", type=_checkpoint, default="last", help=help)
+
+    def add_allow_oversubscription(self) -> None:
+        """Add --allow_oversubscription."""
+        self.add_switch("allow_oversubscription", "Run even if the model cannot fit in memory.")
+
+    def add_slurm(self) -> None:
+        """Add --slurm, which may be repeated."""
+        help = "A Slurm option, such as partition=gpu. May be repeated."
+        self.add_argument("--slurm", metavar="KEY=VALUE", type=_key_value, action="append", default=[], help=help)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with a sentence."""
+        """End the process with an error message."""
         fail(message)
-
-    def _normalize(self, word: str, rest: Iterator[str]) -> str:
-        """Return a flag as argparse expects it, with its value if that is the next argument."""
-        name, equals, value = word.partition("=")
-        name = name if name in self.takes_value else f"--{name.lstrip('-')}"
-        if name not in self.takes_value:
-            return word
-        if not self.takes_value[name]:
-            is_on = SWITCH_VALUES.get(value.lower()) if equals else None
-            return word if equals and is_on is None else f"--no{name[2:]}" if is_on is False else name
-        if not equals:
-            following = list(itertools.islice(rest, 1))
-            return f"{name}={following[0]}" if following else name
-        return f"{name}={value}"
 
 
 def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
-    """Return the type of a flag whose value is a whole number from `low` to `high`."""
+    """Return an argparse type for whole numbers from `low` to `high`."""
 
     def parse(text: str) -> int:
         number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(high)) else -1
@@ -106,8 +86,7 @@ def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
     return parse
 
 
-def key_value(text: str) -> tuple[str, str]:
-    """Parse KEY=VALUE."""
+def _key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as partition=gpu.")
@@ -124,49 +103,9 @@ class _StoreRun(argparse.Action):
     """Stores the run folder, given as a positional argument or by --run."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Store the folder."""
         if option_string is None and namespace.run is not None:
             parser.error(f"Which run: {values} or --run={namespace.run}? Give one of them.")
         namespace.run = values
-
-
-def add_run_argument(parser: VerbParser, help: str = "The run folder, such as runs/rustgpt.") -> None:
-    """Add RUN, which may also be given as --run=RUN."""
-    parser.add_argument("run", metavar="RUN", nargs="?", action=_StoreRun, default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--run", metavar="RUN", action=_StoreRun, help=argparse.SUPPRESS)
-
-
-def add_config_argument(parser: VerbParser) -> None:
-    """Add --config."""
-    parser.add_argument("--config", metavar="FILE", help="A Python file that defines get_config().")
-
-
-def add_checkpoint_argument(parser: VerbParser) -> None:
-    """Add --checkpoint."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="last|best|STEP",
-        type=_checkpoint,
-        default="last",
-        help="The checkpoint to load: the last, the one of the lowest validation loss, or the one of a step.",
-    )
-
-
-def add_oversubscription_argument(parser: VerbParser) -> None:
-    """Add --allow_oversubscription."""
-    parser.add_switch("allow_oversubscription", "Run even if the model cannot fit in memory.")
-
-
-def add_slurm_argument(parser: VerbParser) -> None:
-    """Add --slurm."""
-    parser.add_argument(
-        "--slurm",
-        metavar="KEY=VALUE",
-        type=key_value,
-        action="append",
-        default=[],
-        help="A Slurm option, such as partition=gpu. May be repeated.",
-    )
 
 
 def run_folder(args: argparse.Namespace) -> Path:

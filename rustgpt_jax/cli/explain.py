@@ -2,25 +2,18 @@
 
 import argparse
 
-from rustgpt_jax.cli.arguments import (
-    MOST_PROCESSES,
-    VerbParser,
-    add_config_argument,
-    add_run_argument,
-    read_config,
-    whole_number,
-)
+from rustgpt_jax.cli.arguments import MOST_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
 def add_explain_arguments(parser: VerbParser) -> None:
     """Add the arguments of `explain`."""
-    add_config_argument(parser)
-    add_run_argument(parser)
+    parser.add_config()
+    parser.add_run()
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Print each knob with its value and origin, parameter shapes, FLOPs and memory."""
+    """Show a config: values and their origins, shapes, FLOPs and memory."""
     if args.config is not None and args.run is not None:
         raise UserError("explain takes either --config or a run.")
     from rustgpt_jax.config.validation import resolve
@@ -42,7 +35,7 @@ def add_plan_arguments(parser: VerbParser) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Print what a step needs of each chip.
+    """Estimate whether a config fits accelerators that are not here, and how fast it is.
 
     Returns:
         The exit status: 1 if the step does not fit.
@@ -63,13 +56,8 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def add_check_arguments(parser: VerbParser) -> None:
     """Add the arguments of `check`."""
-    parser.add_argument(
-        "components",
-        metavar="COMPONENT",
-        nargs="*",
-        help="A registered component, such as mixers/attention, or one of your own, such as my_lab.mixers:Retention. "
-        "Default: all that are registered.",
-    )
+    help = "A registered component, such as mixers/attention, or an import path, such as my_lab.mixers:Retention. "
+    parser.add_argument("components", metavar="COMPONENT", nargs="*", help=f"{help}Default: all registered ones.")
     parser.add_argument(
         "--only",
         metavar="CHECK,...",
@@ -81,7 +69,7 @@ def add_check_arguments(parser: VerbParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Check layers, optimizers, tokenizers and other components."""
+    """Check that a layer, an optimizer or another component is correct."""
     from rustgpt_jax.config.validation import parse_all
     from rustgpt_jax.conformance.runner import check_components
     from rustgpt_jax.tracking.formatting import PlainTextConsole

@@ -1,4 +1,4 @@
-"""The command line: `python launch.py VERB [flags]`.
+"""Command line: `python launch.py VERB [flags]`.
 
 JAX is imported by the `run` functions of the verbs that need it, so that help and usage errors are immediate.
 """
@@ -13,13 +13,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 from absl.flags import argparse_flags
 
 from rustgpt_jax.cache_dir import cache_limit
-from rustgpt_jax.cli import convert, explain, generate, reproduce, sweep, train
+from rustgpt_jax.cli import explain, models, reproduce, sweep, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggestion
 from rustgpt_jax.malloc import keep_freed_memory
@@ -27,19 +27,20 @@ from rustgpt_jax.malloc import keep_freed_memory
 # Imports and tracing create many objects that stay, so the garbage collector need not look for them often.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)
 
+# The values that absl accepts for a boolean flag.
+SWITCH_VALUES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
 
 class Verb(NamedTuple):
     """A verb of the command line.
 
     Attributes:
-        summary: One line of help.
         add_arguments: Adds the verb's arguments to its parser.
-        run: Runs the verb and returns the exit status.
+        run: Runs the verb and returns the exit status. The first line of its docstring is the verb's help.
         example: What may follow `python launch.py VERB`.
         reads_overrides: Whether the verb reads `--config.x.y=VALUE`.
     """
 
-    summary: str
     add_arguments: Callable[[VerbParser], None]
     run: Callable[[argparse.Namespace], int]
     example: str
@@ -48,95 +49,31 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb(
-        "train a run, or resume it from its last checkpoint",
-        train.add_arguments,
-        train.run,
-        "--config=configs/rustgpt.py --config.optimizer.learning_rate=3e-4",
+        train.add_arguments, train.run_train, "--config=configs/rustgpt.py --config.optimizer.learning_rate=3e-4"
     ),
-    "sweep": Verb(
-        "run the trials of a sweep that are not done, and report",
-        sweep.add_arguments,
-        sweep.run,
-        "--config=experiments/learning_rate.py --dry_run",
-    ),
-    "report": Verb(
-        "summarize a sweep: a table, results.csv and report.html",
-        sweep.add_report_arguments,
-        sweep.run_report,
-        "runs/learning_rate",
-        reads_overrides=False,
-    ),
-    "explain": Verb(
-        "show a config: values and their origins, shapes, FLOPs and memory",
-        explain.add_explain_arguments,
-        explain.run_explain,
-        "--config=configs/rustgpt.py",
-    ),
+    "sweep": Verb(sweep.add_arguments, sweep.run_sweep, "--config=experiments/learning_rate.py --dry_run"),
+    "report": Verb(sweep.add_report_arguments, sweep.run_report, "runs/learning_rate", reads_overrides=False),
+    "explain": Verb(explain.add_explain_arguments, explain.run_explain, "--config=configs/rustgpt.py"),
     "plan": Verb(
-        "estimate whether a config fits accelerators that are not here, and how fast it is",
-        explain.add_plan_arguments,
-        explain.run_plan,
-        "--config=configs/llama3_8b.py --devices=64 --chip=h100",
+        explain.add_plan_arguments, explain.run_plan, "--config=configs/llama3_8b.py --devices=64 --chip=h100"
     ),
-    "evaluate": Verb(
-        "measure loss, perplexity and bits per byte, and accuracy on dialogues",
-        generate.add_arguments,
-        generate.run_evaluate,
-        "runs/rustgpt --checkpoint=best",
-    ),
+    "evaluate": Verb(models.add_arguments, models.run_evaluate, "runs/rustgpt --checkpoint=best"),
     "generate": Verb(
-        "continue texts, or answer questions",
-        generate.add_generate_arguments,
-        generate.run_generate,
+        models.add_generate_arguments,
+        models.run_generate,
         "runs/rustgpt --prompt='Why is the sky blue?' --num_samples=3",
     ),
-    "chat": Verb("chat with a model", generate.add_arguments, generate.run_chat, "runs/rustgpt"),
+    "chat": Verb(models.add_arguments, models.run_chat, "runs/rustgpt"),
     "replay": Verb(
-        "compute one step again, bit for bit, and show what every layer did",
-        reproduce.add_replay_arguments,
-        reproduce.run_replay,
-        "runs/rustgpt --step=300 --taps",
-        reads_overrides=False,
+        reproduce.add_replay_arguments, reproduce.run_replay, "runs/rustgpt --step=300 --taps", reads_overrides=False
     ),
-    "rerun": Verb(
-        "train a run again from its folder alone, and compare",
-        reproduce.add_rerun_arguments,
-        reproduce.run_rerun,
-        "runs/rustgpt",
-        reads_overrides=False,
-    ),
-    "diff": Verb(
-        "show where two runs differ, down to the first tensor",
-        reproduce.add_diff_arguments,
-        reproduce.run_diff,
-        "runs/a runs/b",
-        reads_overrides=False,
-    ),
-    "doctor": Verb(
-        "find out why a step went wrong, and what would have prevented it",
-        reproduce.add_doctor_arguments,
-        reproduce.run_doctor,
-        "runs/rustgpt",
-        reads_overrides=False,
-    ),
-    "check": Verb(
-        "check that a layer, an optimizer or another component is correct",
-        explain.add_check_arguments,
-        explain.run_check,
-        "mixers/attention",
-    ),
-    "import": Verb(
-        "create a run from a Hugging Face model",
-        convert.add_import_arguments,
-        convert.run_import,
-        "--from=DIR --run=runs/llama",
-    ),
+    "rerun": Verb(reproduce.add_rerun_arguments, reproduce.run_rerun, "runs/rustgpt", reads_overrides=False),
+    "diff": Verb(reproduce.add_diff_arguments, reproduce.run_diff, "runs/a runs/b", reads_overrides=False),
+    "doctor": Verb(reproduce.add_doctor_arguments, reproduce.run_doctor, "runs/rustgpt", reads_overrides=False),
+    "check": Verb(explain.add_check_arguments, explain.run_check, "mixers/attention"),
+    "import": Verb(models.add_import_arguments, models.run_import, "--from=DIR --run=runs/llama"),
     "export": Verb(
-        "write a run as a Hugging Face model, or for llama.cpp",
-        convert.add_export_arguments,
-        convert.run_export,
-        "runs/rustgpt --to=rustgpt.gguf",
-        reads_overrides=False,
+        models.add_export_arguments, models.run_export, "runs/rustgpt --to=rustgpt.gguf", reads_overrides=False
     ),
 }
 
@@ -167,80 +104,94 @@ def _build_parsers() -> tuple[argparse_flags.ArgumentParser, dict[str, VerbParse
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=VerbParser)
     parsers = {}
     for name, verb in VERBS.items():
+        summary = (verb.run.__doc__ or "").partition("\n")[0]
         example = f"Example:  python launch.py {name} {verb.example}"
-        parsers[name] = own = verbs.add_parser(
+        parsers[name] = verb_parser = verbs.add_parser(
             name,
             prog=f"launch.py {name}",
-            help=verb.summary,
-            description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+            help=f"{summary[:1].lower()}{summary[1:].rstrip('.')}",
+            description=summary,
             epilog=f"{OVERRIDES}\n\n{example}" if verb.reads_overrides else example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        verb.add_arguments(own)
-        own.add_argument(
-            "--module_path",
-            metavar="DIR",
-            action="append",
-            default=[],
-            help="A folder to search for components named by an import path. May be repeated.",
-        )
+        verb.add_arguments(verb_parser)
+        help = "A folder to search for components named by an import path. May be repeated."
+        verb_parser.add_argument("--module_path", metavar="DIR", action="append", default=[], help=help)
     return parser, parsers
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line.
+    """Parse a command line, with absl's spellings of flags.
+
+    A flag may begin with one dash or two, and be followed by `=VALUE` or by its value as the next argument. A boolean
+    flag is `--x`, `--nox` or `--x=true`. The verb, flags and other arguments may be mixed in any order.
 
     Args:
         argv: The program and its arguments.
 
     Returns:
         The values of the verb's arguments, with `verb`, its name; `flags`, the flags given; and `overrides`, the
-        (path, text) pairs of `--config.path=text`.
+        (path, text) pairs of `--config.path=text`, which the schema checks.
     """
-    words = list(argv[1:])
+    parser, parsers = _build_parsers()
+    takes_value = {flag: takes for verb_parser in parsers.values() for flag, takes in verb_parser.takes_value.items()}
+    flags: list[str] = []
+    positionals: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    _check_words(argv[1:])
+    words = iter(argv[1:])
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.lstrip("-")
+        if word == "--":
+            positionals += [word, *words]
+        elif not word.startswith("-"):
+            positionals.append(word)
+        elif name.startswith("config."):
+            overrides.append((name.removeprefix("config."), value if equals else next(words, "")))
+        else:
+            flag = flag if flag in takes_value else f"--{name}"
+            if takes_value.get(flag) and not equals:
+                following = next(words, None)
+                flags.append(flag if following is None else f"{flag}={following}")
+            elif takes_value.get(flag) is False and value.lower() in SWITCH_VALUES:
+                flags.append(flag if SWITCH_VALUES[value.lower()] else f"--no{name}")
+            else:
+                flags.append(f"{flag}{equals}{value}" if flag in takes_value else word)
+    if len(argv) == 1:
+        parser.print_help()
+        parser.exit()
+    if positionals and positionals[0] not in parsers:
+        fail(f"Unknown verb {positionals[0]!r}.{suggestion(positionals[0], parsers)}")
+    args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
+    if args.verb is None:
+        fail("Which verb? `python launch.py --help` lists them.")
+    if unknown:
+        _reject_argument(args.verb, unknown[0], parsers)
+    if overrides and not VERBS[args.verb].reads_overrides:
+        fail(f"{args.verb} does not read --config.{overrides[0][0]}: the config is that of the run.")
+    args.flags, args.overrides = flags, overrides
+    return args
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """End the process if an argument is not UTF-8, or names a file with flags."""
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             fail(f"The argument {ascii(word)[1:-1]} is not UTF-8.")
         if word.startswith("-") and word.lstrip("-").partition("=")[0] in ("flagfile", "undefok"):
             # Absl's --flagfile would read any file.
             fail(f"Unknown flag {word.partition('=')[0]}: give the flags themselves.")
-    parser, parsers = _build_parsers()
-    if not words:
-        parser.print_help()
-        parser.exit()
-    position = _verb_position(words, parsers)
-    if position < len(words):
-        verb = words.pop(position)
-        if verb not in parsers:
-            fail(f"Unknown verb {verb!r}.{suggestion(verb, parsers)}")
-        words.insert(0, verb)
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        _refuse(args.verb, unknown[0], parsers)
-    if args.overrides and not VERBS[args.verb].reads_overrides:
-        fail(f"{args.verb} does not read --config.{args.overrides[0][0]}: the config is that of the run.")
-    return args
 
 
-def _verb_position(words: Sequence[str], parsers: dict[str, VerbParser]) -> int:
-    """Return the index of the verb; flags may precede it."""
-    index = 0
-    while index < len(words) and words[index].startswith("-"):
-        word = words[index].lstrip("-")
-        is_flag_of_value = any(each.takes_value.get(f"--{word}") for each in parsers.values())
-        index += 1 + (is_flag_of_value or (word.startswith("config.") and "=" not in word))
-    return index
-
-
-def _refuse(verb: str, word: str, parsers: dict[str, VerbParser]) -> None:
+def _reject_argument(verb: str, word: str, parsers: dict[str, VerbParser]) -> NoReturn:
     """End the process because a verb does not take an argument."""
     name = word.lstrip("-").partition("=")[0]
     if not word.startswith("-"):
         fail(f"{verb} does not take the argument {word!r}; flags begin with --.")
-    readers = [each for each, own in parsers.items() if f"--{name}" in own.takes_value]
+    readers = [other for other, parser in parsers.items() if f"--{name}" in parser.takes_value]
     if readers:
         fail(f"{verb} does not read --{name}; verbs that do: {', '.join(readers)}.")
-    known = {flag.removeprefix("--") for own in parsers.values() for flag in own.takes_value if flag[:2] == "--"}
+    known = {flag.removeprefix("--") for parser in parsers.values() for flag in parser.takes_value if flag[:2] == "--"}
     near = difflib.get_close_matches(name, known, n=1)
     fail(f"Unknown flag --{name}." + (f" Did you mean --{near[0]}?" if near else f" See `launch.py {verb} --help`."))
 
@@ -251,18 +202,25 @@ def main(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names and texts in damaged folders may not be valid Unicode.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if hasattr(args, "allow_oversubscription") and _is_address_space_limited():
+    if hasattr(args, "allow_oversubscription") and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        # The address space is limited, for example by `ulimit -v`.
         status = _run_in_child(args)
         if status is not None:
             return status
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
+    from rustgpt_jax.workdir.run_dir import check_files
+
     # Libraries also raise the errors that they log.
     logging.set_verbosity(logging.FATAL)
     try:
         # Validate once here, rather than in each process that is started.
         cache_limit()
-        _check_folders(args)
+        given = vars(args)
+        initial = (given.get("init_from") or "").partition("@")[0]
+        for folder in [given.get("run"), given.get("source"), initial, *given.get("runs", ())]:
+            if folder:
+                check_files(Path(folder))
         return VERBS[args.verb].run(args)
     except UserError as error:
         fail(str(error))
@@ -298,17 +256,6 @@ def _extend_module_path(args: argparse.Namespace) -> None:
     sys.path += folders
 
 
-def _check_folders(args: argparse.Namespace) -> None:
-    """Refuse folders containing files that cannot be read to the end, such as pipes."""
-    from rustgpt_jax.workdir.run_dir import check_files
-
-    given = vars(args)
-    initial = (given.get("init_from") or "").partition("@")[0]
-    for folder in [given.get("run"), given.get("source"), initial, *given.get("runs", ())]:
-        if folder:
-            check_files(Path(folder))
-
-
 def _describe_out_of_memory(args: argparse.Namespace) -> str:
     """Return the error message for a failed allocation."""
     from rustgpt_jax.config.validation import resolve
@@ -319,11 +266,6 @@ def _describe_out_of_memory(args: argparse.Namespace) -> str:
     # The config may be missing, or there may not be enough memory left to compute the sizes.
     except Exception:
         return out_of_memory_message(None)
-
-
-def _is_address_space_limited() -> bool:
-    """Return whether the address space is limited, for example by `ulimit -v`."""
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def _run_in_child(args: argparse.Namespace) -> int | None:

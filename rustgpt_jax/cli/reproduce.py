@@ -1,9 +1,9 @@
-"""The verbs that reproduce and compare runs: `replay`, `rerun`, `diff` and `diagnose_run`."""
+"""The verbs that reproduce and compare runs: `replay`, `rerun`, `diff` and `doctor`."""
 
 import argparse
 from pathlib import Path
 
-from rustgpt_jax.cli.arguments import VerbParser, add_run_argument, run_folder, whole_number
+from rustgpt_jax.cli.arguments import VerbParser, run_folder, whole_number
 from rustgpt_jax.errors import UserError
 
 TRUST = "Run the code snapshot in the run folder, whoever wrote it (docs/security.md)."
@@ -11,13 +11,13 @@ TRUST = "Run the code snapshot in the run folder, whoever wrote it (docs/securit
 
 def add_replay_arguments(parser: VerbParser) -> None:
     """Add the arguments of `replay`."""
-    add_run_argument(parser)
+    parser.add_run()
     parser.add_argument("--step", metavar="K", type=whole_number(1), help="The step to replay.")
     parser.add_switch("taps", "Measure the activations and gradients of every layer.")
 
 
 def run_replay(args: argparse.Namespace) -> int:
-    """Replay one step of a run.
+    """Compute one step again, bit for bit, and show what every layer did.
 
     Returns:
         The exit status: 1 if the step differs from the recorded one.
@@ -25,7 +25,7 @@ def run_replay(args: argparse.Namespace) -> int:
     if args.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
     folder = run_folder(args)
-    _use_devices_of(folder)
+    _set_up_jax(folder)
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
@@ -34,16 +34,16 @@ def run_replay(args: argparse.Namespace) -> int:
 
 def add_rerun_arguments(parser: VerbParser) -> None:
     """Add the arguments of `rerun`."""
-    add_run_argument(parser)
+    parser.add_run()
     parser.add_argument("--to", metavar="DIR", help="The folder of the new run. Default: beside the run.")
     parser.add_switch("trust", TRUST)
 
 
 def run_rerun(args: argparse.Namespace) -> int:
-    """Train a whole run again, and compare.
+    """Train a run again from its folder alone, and compare.
 
     Returns:
-        The exit status: 1 if the runs differ, or that of a stop.
+        The exit status: 1 if the runs differ, or that of the training if a signal stopped it.
     """
     from rustgpt_jax.reproduce.rerun import rerun
     from rustgpt_jax.tracking.formatting import PlainTextConsole
@@ -58,7 +58,7 @@ def add_diff_arguments(parser: VerbParser) -> None:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    """Print the differences between two runs.
+    """Show where two runs differ, down to the first tensor.
 
     Returns:
         The exit status: 1 if they differ.
@@ -73,17 +73,17 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def add_doctor_arguments(parser: VerbParser) -> None:
-    """Add the arguments of `diagnose_run`."""
-    add_run_argument(parser)
+    """Add the arguments of `doctor`."""
+    parser.add_run()
     parser.add_argument(
         "--step", metavar="K", type=whole_number(1), help="The step that went wrong. Default: the first anomaly."
     )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Diagnose a step of a run that went wrong."""
+    """Find out why a step went wrong, and what would have prevented it."""
     folder = run_folder(args)
-    _use_devices_of(folder)
+    _set_up_jax(folder)
     from rustgpt_jax.reproduce.diagnose import diagnose_run
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
@@ -91,8 +91,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _use_devices_of(run: Path) -> None:
-    """Set up JAX, which must not have started, with the devices and autotuning of a run."""
+def _set_up_jax(run: Path) -> None:
+    """Set up JAX with the devices and autotuning results of a run. Call this before JAX is used."""
     from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
     from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
     from rustgpt_jax.workdir.program_fingerprint import load_autotuning

@@ -6,21 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.cli.arguments import (
-    MOST_PROCESSES,
-    VerbParser,
-    add_config_argument,
-    add_oversubscription_argument,
-    add_slurm_argument,
-    read_config,
-    whole_number,
-)
+from rustgpt_jax.cli.arguments import MOST_PROCESSES, VerbParser, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the flags of `train`."""
-    add_config_argument(parser)
+    parser.add_config()
     parser.add_argument("--run", metavar="DIR", help="The run folder. Default: runs/NAME, by the config file's name.")
     parser.add_argument(
         "--init_from",
@@ -29,27 +21,20 @@ def add_arguments(parser: VerbParser) -> None:
     )
     parser.add_switch("extend", "Allow more steps than the run's learning-rate schedule was designed for.")
     parser.add_argument("--profile", metavar="START:STOP", help="Trace the steps after START, up to STOP.")
-    add_oversubscription_argument(parser)
+    parser.add_allow_oversubscription()
     parser.add_argument("--launcher", metavar="inline|slurm", default="inline", help="Where to train.")
-    add_slurm_argument(parser)
+    parser.add_slurm()
     parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="Process 0, when several train one run.")
-    parser.add_argument(
-        "--num_processes", metavar="N", type=whole_number(1, MOST_PROCESSES), help="How many processes."
-    )
-    parser.add_argument(
-        "--process_id", metavar="I", type=whole_number(0, MOST_PROCESSES), help="The number of this process, from 0."
-    )
-    parser.add_argument(
-        "--barrier_timeout",
-        metavar="SECONDS",
-        type=whole_number(1),
-        default=600,
-        help="End the process if the others are silent for this long.",
-    )
+    count = whole_number(1, MOST_PROCESSES)
+    parser.add_argument("--num_processes", metavar="N", type=count, help="The number of processes.")
+    number = whole_number(0, MOST_PROCESSES)
+    parser.add_argument("--process_id", metavar="I", type=number, help="The number of this process, from 0.")
+    help = "End the process if the others are silent for this long."
+    parser.add_argument("--barrier_timeout", metavar="SECONDS", type=whole_number(1), default=600, help=help)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train a run, or resume it."""
+def run_train(args: argparse.Namespace) -> int:
+    """Train a run, or resume it from its last checkpoint."""
     from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.distributed.multihost import detect_cluster
     from rustgpt_jax.tracking.formatting import PlainTextConsole
@@ -82,16 +67,8 @@ def run(args: argparse.Namespace) -> int:
             from rustgpt_jax.interop.warm_start import create_warm_started_run
 
             config, origins = create_warm_started_run(args.init_from, folder, config, origins, console.print)
-        status = train(
-            config,
-            folder,
-            origins,
-            console,
-            args.barrier_timeout,
-            args.profile,
-            args.allow_oversubscription,
-            args.extend,
-        )
+        options = args.barrier_timeout, args.profile, args.allow_oversubscription, args.extend
+        status = train(config, folder, origins, console, *options)
     if status == 0:
         console.print(f"Talk to it:  python launch.py chat {folder}", highlight=False)
     return status

@@ -1,4 +1,4 @@
-"""The verbs that load a trained model: `evaluate`, `generate` and `chat`."""
+"""The verbs that read a model: `evaluate`, `generate`, `chat`, `import` and `export`."""
 
 import argparse
 import dataclasses
@@ -6,45 +6,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.cli.arguments import (
-    VerbParser,
-    add_checkpoint_argument,
-    add_oversubscription_argument,
-    add_run_argument,
-    read_config,
-    run_folder,
-    whole_number,
-)
+from rustgpt_jax.cli.arguments import VerbParser, read_config, run_folder, whole_number
+from rustgpt_jax.errors import UserError
 
 
 def add_arguments(parser: VerbParser) -> None:
     """Add the arguments of `evaluate` and `chat`."""
-    add_run_argument(parser)
-    add_checkpoint_argument(parser)
-    add_oversubscription_argument(parser)
+    parser.add_run()
+    parser.add_checkpoint()
+    parser.add_allow_oversubscription()
 
 
 def add_generate_arguments(parser: VerbParser) -> None:
     """Add the arguments of `generate`."""
     add_arguments(parser)
-    parser.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="A text to continue, or a question to answer. May be repeated.",
-    )
-    parser.add_argument(
-        "--num_samples",
-        metavar="N",
-        type=whole_number(1),
-        default=1,
-        help="Texts per prompt, with consecutive seeds from config.sampling.seed on.",
-    )
+    help = "A text to continue, or a question to answer. May be repeated."
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=help)
+    help = "Texts per prompt, with consecutive seeds from config.sampling.seed on."
+    parser.add_argument("--num_samples", metavar="N", type=whole_number(1), default=1, help=help)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Print the losses of a trained model."""
+    """Measure loss, perplexity and bits per byte, and accuracy on dialogues."""
     trained = _load(args, generates=False)
     from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.tracking.formatting import PlainTextConsole
@@ -54,7 +37,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Print generated text for each prompt."""
+    """Continue texts, or answer questions."""
     trained = _load(args)
     from rustgpt_jax.inference.decode_params import weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
@@ -77,13 +60,58 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """Chat with a trained model."""
+    """Chat with a model."""
     trained = _load(args)
     from rustgpt_jax.inference.chat import chat
     from rustgpt_jax.tracking.formatting import PlainTextConsole
 
     title = f"{Path(args.run).resolve().name} at step {trained.step:,}"
     chat(trained.writer, trained.config.sampling, PlainTextConsole(), title)
+    return 0
+
+
+def add_import_arguments(parser: VerbParser) -> None:
+    """Add the flags of `import`."""
+    parser.add_argument("--from", dest="source", metavar="DIR", help="A folder with a Hugging Face model.")
+    parser.add_argument("--run", metavar="DIR", help="The folder of the new run.")
+    parser.add_config()
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Create a run from a Hugging Face model."""
+    if args.source is None or args.run is None:
+        raise UserError("Which model, and where to? Give --from=DIR, a Hugging Face folder, and --run=DIR, a new run.")
+    args.config = args.config or str(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+    tree, origins = read_config(args)
+    from rustgpt_jax.interop.convert import import_run
+
+    import_run(Path(args.source), Path(args.run), tree, origins, print)
+    return 0
+
+
+def add_export_arguments(parser: VerbParser) -> None:
+    """Add the arguments of `export`."""
+    parser.add_run()
+    parser.add_argument(
+        "--to", metavar="DIR|FILE.gguf", help="The folder to write, which transformers loads, or a .gguf file."
+    )
+    parser.add_checkpoint()
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="Another dtype than that of the parameters; int8 for a .gguf file only.",
+    )
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write a run as a Hugging Face model, or for llama.cpp."""
+    if args.run is None or args.to is None:
+        raise UserError("Which run, and where to? Give the run, and --to=DIR, a new folder.")
+    from rustgpt_jax.interop.convert import export_run
+    from rustgpt_jax.interop.gguf import export_gguf
+
+    export = export_gguf if Path(args.to).suffix == ".gguf" else export_run
+    export(Path(args.run), Path(args.to), args.checkpoint, args.dtype, print)
     return 0
 
 
