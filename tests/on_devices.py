@@ -20,7 +20,7 @@ from rustgpt_jax.planning.hlo import find_collectives, summarize_collectives
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
-from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, gradient, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, gradient
 
 STEPS = 20
 BASE = {
@@ -74,7 +74,6 @@ def whole(tree: Any) -> Any:
 def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -> dict[str, Any]:
     """Initial parameters, the gradient of the first batch, the losses of all steps, and the compiled program."""
     (static, hparams), batches = partition(config), batches_of(config)
-    hparams = to_traced_scalars(hparams)
     placement = plan_for_devices(config.mesh, devices)
     rows = config.training.batch_size
     # What lies on one device of this process is whole.
@@ -137,9 +136,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
             continue
         other = plan_for_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
         with other.active(), Checkpoints(folder, config) as checkpoints:
-            like = jax.eval_shape(
-                lambda: compiled_init_state(partition(config)[0], to_traced_scalars(partition(config)[1]))
-            )
+            like = jax.eval_shape(lambda: compiled_init_state(*partition(config)))
             restored[name] = same_bits(whole(checkpoints.restore(other.abstract(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),

@@ -23,7 +23,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference
 from rustgpt_jax.sharding.hardware_specs import CHIPS
-from rustgpt_jax.training.train_step import compiled_train_steps, init_state_from_params, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_train_steps, init_state_from_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -263,8 +263,7 @@ def test_the_pytorch_model_learns_the_same() -> None:
         **{"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 3.0, "schedule.warmup_steps": 0},
         **{"training.steps_per_jit_call": n_steps},
     )
-    static, hparams = partition(config)
-    arguments = to_traced_scalars(hparams)
+    static, arguments = partition(config)
     params, batches = random_params(config.model), synthetic(config, (n_steps, 2))
     state, zero = init_state_from_params(static, arguments, params), np.zeros((), np.int32)
     ours = compiled_train_steps(static, state, batches, np.int32(n_steps), arguments, zero)[1].loss

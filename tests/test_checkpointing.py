@@ -22,7 +22,7 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.training import checkpointing as checkpoints_module
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, layout
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
-from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats, to_traced_scalars
+from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats
 
 CONFIG = small_config()
 
@@ -81,7 +81,7 @@ def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
 def test_the_layout_is_that_of_a_real_run() -> None:
     config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
     static, hparams = partition(config)
-    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
+    like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
     assert layout(like) == layout(state_of("muon"))
     assert layout(like)["params/embedding/table"] == "float32[61, 8]"
     assert layout(like)["step"] == "int32[]"

@@ -66,13 +66,13 @@ def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monk
 def test_a_state_is_given_to_the_steps_and_comes_back_in_its_memory() -> None:
     from rustgpt_jax.config.schema import partition
     from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-    from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars
+    from rustgpt_jax.training.train_step import compiled_train_steps
 
     config = run_config()
     static, hparams = partition(config)
     state = state_shapes(config)
     batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), batch_shapes(4, 16))
-    arguments = static, state, batches, jax.ShapeDtypeStruct((), "int32"), to_traced_scalars(hparams)
+    arguments = static, state, batches, jax.ShapeDtypeStruct((), "int32"), hparams
     program = compiled_train_steps.lower(*arguments, jax.ShapeDtypeStruct((), "int32")).compile()
     bytes_of_state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert program.memory_analysis().alias_size_in_bytes >= bytes_of_state

@@ -48,7 +48,7 @@ from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, U
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, is_fault, replay_one_step
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.training.train_step import init_state_from_params, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state_from_params
 from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -255,12 +255,10 @@ def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them()
 def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     config = config_of()
     static, hparams = partition(config)
-    state = init_state_from_params(
-        static, to_traced_scalars(hparams), jax.tree.map(jax.numpy.asarray, random_params(config.model))
-    )
+    state = init_state_from_params(static, hparams, jax.tree.map(jax.numpy.asarray, random_params(config.model)))
     state = state._replace(step=jax.numpy.int32(7))
     other, hparams = partition(replace_paths(config, {"model.qk_norm": "head"}))
-    found, kept = by_path(fit_state(state, other, to_traced_scalars(hparams))), by_path(state)
+    found, kept = by_path(fit_state(state, other, hparams)), by_path(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)
     assert all(np.array_equal(found[path], kept[path]) for path in kept)

@@ -19,7 +19,7 @@ from rustgpt_jax.model import matmul, transformer
 from rustgpt_jax.model.flops import inner_programs, parameter_shapes, total_size
 from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, make_optimizer
-from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -238,8 +238,7 @@ def test_remat_finds_the_same_scales() -> None:
 
 def test_training_in_8_bits_lowers_the_loss() -> None:
     config = tiny(**{"model.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
-    static, hparams = partition(config)
-    arguments = to_traced_scalars(hparams)
+    static, arguments = partition(config)
     state = compiled_init_state(static, arguments)
     batches = jax.tree.map(lambda leaf: np.stack([leaf] * 20), batch_of())
     _, metrics = compiled_train_steps(static, state, batches, np.int32(20), arguments, np.int32(0))

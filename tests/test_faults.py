@@ -28,7 +28,7 @@ from rustgpt_jax.tokenizers import load_tokenizer
 from rustgpt_jax.tracking.metric_writer import MetricsWriter
 from rustgpt_jax.training import hooks
 from rustgpt_jax.training.checkpointing import Checkpoints
-from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import State, compiled_init_state
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
@@ -86,7 +86,7 @@ def saved_state(run: Path, which: str = "last") -> State:
     """The state in a checkpoint of a run of configs/tiny.py."""
     config, tokenizer = load_config(run), load_tokenizer(RunDir(run).tokenizer_file)
     static, hparams = partition(fill_vocab_size(config, tokenizer))
-    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
+    like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
     with Checkpoints(RunDir(run).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 

@@ -42,7 +42,6 @@ from rustgpt_jax.training.train_step import (
     compiled_step_intermediates,
     init_state_from_params,
     step_intermediates,
-    to_traced_scalars,
     train_step,
 )
 
@@ -279,8 +278,7 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
 def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
     """The program, a state at step 5, a batch, and the config."""
     config = small_config(**(SMALL | {"model.n_layers": 2, "training.batch_size": 4} | changes))
-    static, hparams = partition(config)
-    program = static, to_traced_scalars(hparams)
+    program = partition(config)
     params = jax.tree.map(jnp.asarray, random_params(config.model))
     return program, init_state_from_params(*program, params)._replace(step=jnp.int32(5)), batch(4), config
 

@@ -35,7 +35,7 @@ from rustgpt_jax.training import executors, hooks, loop
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.training.train_step import State, compiled_init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import State, compiled_init_state
 from rustgpt_jax.workdir.run_dir import RunDir, lock
 
 VOCABULARY = 300
@@ -125,7 +125,7 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
 
 def stored_state(config: Config, path: Path, which: str = "last") -> State:
     static, hparams = partition(config)
-    like = jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
+    like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
     with Checkpoints(RunDir(path).checkpoints, config) as checkpoints:
         return checkpoints.restore(like, which)
 

@@ -14,7 +14,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model.flops import equations, parameter_shapes
 from rustgpt_jax.training.memory_estimate import batch_shapes
-from rustgpt_jax.training.train_step import gradient, to_traced_scalars
+from rustgpt_jax.training.train_step import gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -138,7 +138,7 @@ def test_a_step_takes_the_chunks_of_its_config() -> None:
         static, hparams = partition(config)
 
         def of(params: Any, batch: Batch) -> Any:
-            return gradient(params, batch, combine(static, to_traced_scalars(hparams)), jax.random.key(0))[:2]
+            return gradient(params, batch, combine(static, hparams), jax.random.key(0))[:2]
 
         assert largest(jax.make_jaxpr(of)(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH))) == max(
             ROWS // 2 * (chunk or LENGTH) * VOCABULARY, 16 * VOCABULARY

@@ -11,7 +11,7 @@ from rustgpt_jax.config.schema import partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import check_host_offload
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_init_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +23,7 @@ def kinds(tree: Any) -> set[str | None]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
     static, hparams = partition(tiny(**{"optimizer.offload_state": True, "optimizer.name": name}))
-    state = compiled_init_state(static, to_traced_scalars(hparams))
+    state = compiled_init_state(static, hparams)
     assert kinds(state.opt_state) == {"pinned_host"}
     assert kinds(state.params) == {"device"}
 

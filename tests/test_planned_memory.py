@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import partition
 from rustgpt_jax.sharding.sharding_plan import (ShardingPlan)
 from rustgpt_jax.planning.aot_compile import compile_step
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import to_traced_scalars, compiled_init_state, train_step
+from rustgpt_jax.training.train_step import compiled_init_state, train_step
 
 def status(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -29,7 +29,6 @@ config = small_config(**LARGE | json.loads(sys.argv[1]))
 window, rows = config.model.context_length, config.training.batch_size
 predicted = compile_step(config, window, ShardingPlan(), for_cpu=True).peak
 static, hparams = partition(config)
-hparams = to_traced_scalars(hparams)
 step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
 step = step.lower(static, state_shapes(config), batch_shapes(rows, window), hparams).compile()
 start = compiled_init_state.lower(static, hparams).compile()

@@ -35,7 +35,7 @@ from rustgpt_jax.sweeps.planner import (
 from rustgpt_jax.sweeps.run_sweep import print_preview
 from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.training.memory_estimate import batch_shapes, residual_bytes, state_shapes, step_bytes
-from rustgpt_jax.training.train_step import compiled_train_steps, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_train_steps
 
 # Which trials share a program.
 
@@ -428,7 +428,7 @@ def test_memory_is_estimated_within_a_factor_of_two(name: str) -> None:
         batch_shapes(config.training.batch_size, window),
     )
     state, whole = state_shapes(config), jax.ShapeDtypeStruct((), jnp.int32)
-    program = compiled_train_steps.lower(static, state, batches, whole, to_traced_scalars(hparams), whole).compile()
+    program = compiled_train_steps.lower(static, state, batches, whole, hparams, whole).compile()
     needed = program.memory_analysis()
     assert needed is not None
     assert 0.5 < step_bytes(config, window) / needed.temp_size_in_bytes < 2

@@ -35,7 +35,6 @@ from conftest import small_config
 from rustgpt_jax.config.schema import partition
 from rustgpt_jax.training import train_step as step
 static, hparams = partition(small_config())
-hparams = step.to_traced_scalars(hparams)
 types = {"weights_BT": "float32"}
 batch = step.Batch(*(jax.ShapeDtypeStruct((4, 32), types.get(name, "int32")) for name in step.Batch._fields))
 state = jax.eval_shape(lambda: step.init_state(static, hparams))

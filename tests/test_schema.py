@@ -187,9 +187,11 @@ def test_combine_is_the_inverse_of_partition() -> None:
     static, hparams = partition(config)
     hash(static)
     assert sorted(hparams) == sorted(NUMBERS)
-    assert combine(static, hparams) == schema.StaticConfig(
-        config.seed, config.model, config.optimizer, config.schedule, config.training
-    )
+    combined = combine(static, hparams)
+    assert partition(dataclasses.replace(config, **vars(combined))) == (static, hparams)
+    for path in IN_STATIC_CONFIG:
+        value = get_path(config, path)
+        assert get_path(combined, path) == (np.float32(value) if path in NUMBERS else value)
 
 
 @pytest.mark.parametrize("path", IN_STATIC_CONFIG)
@@ -201,7 +203,7 @@ def test_traced_fields_are_in_hparams_and_all_others_in_the_static_config(path: 
     if path in NUMBERS:
         assert (changed_static, hash(changed_static)) == (static, hash(static))
         assert get_path(static, path) == TRACED
-        assert changed_hparams == hparams | {path: value}
+        assert changed_hparams == hparams | {path: np.float32(value)}
     else:
         assert changed_static != static
         assert get_path(changed_static, path) == value
@@ -220,7 +222,7 @@ def test_zero_is_static_for_fields_that_say_so_and_traced_elsewhere(path: str) -
     off, hparams = partition(replace_paths(config, {path: 0}))
     assert (path in hparams) != (path in SWITCHES)
     assert (off != partition(config)[0]) == (path in SWITCHES)
-    assert not is_enabled(get_path(combine(off, hparams), path))
+    assert is_enabled(get_path(combine(off, hparams), path)) == (path not in SWITCHES)
 
 
 def test_hparams_are_tracers_in_a_compiled_program_and_a_tracer_is_always_enabled() -> None:

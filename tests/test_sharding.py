@@ -29,7 +29,7 @@ from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.partition_rules import RULES, partition_spec_for, shard_fraction
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, min_devices
 from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.train_step import init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state
 
 MESH = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
 
@@ -203,7 +203,7 @@ def test_every_matrix_is_cut() -> None:
 def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
     static, hparams = partition(config)
-    leaves = by_path(jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams))))
+    leaves = by_path(jax.eval_shape(lambda: init_state(static, hparams)))
     params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)

@@ -11,21 +11,19 @@ import optax
 import pytest
 from conftest import small_config
 
-from rustgpt_jax.config.schema import FIELDS, Config, StaticConfig, combine, partition
+from rustgpt_jax.config.schema import FIELDS, Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation import perplexity
 from rustgpt_jax.evaluation.loss import LossSums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import (
-    Hyperparams,
     Metrics,
     State,
     compiled_init_state,
     compiled_train_steps,
     gradient,
     init_loss_stats,
-    to_traced_scalars,
 )
 
 TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}
@@ -63,21 +61,16 @@ def stacked(config: Config, first: int, count: int, slots: int) -> Batch:
     return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
 
 
-def program_of(config: Config) -> tuple[StaticConfig, Hyperparams]:
-    static, hparams = partition(config)
-    return static, to_traced_scalars(hparams)
-
-
 def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
     """Initial parameters of all tiny models: their structures differ in what changes no shape."""
-    return jax.device_get(compiled_init_state(*program_of(tiny(seed=seed, **{"model.init_std": init_std}))).params)
+    return jax.device_get(compiled_init_state(*partition(tiny(seed=seed, **{"model.init_std": init_std}))).params)
 
 
 def run(
     config: Config, cuts: list[int], slots: int = SLOTS, same_batch: bool = False, first_step: int = 0
 ) -> tuple[State, Metrics]:
     """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
-    static, hparams = program_of(config)
+    static, hparams = partition(config)
     params = parameters()
     state = State(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())
     done, history = 0, []
@@ -99,7 +92,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny()
-    static, hparams = program_of(config)
+    static, hparams = partition(config)
     state = compiled_init_state(static, hparams)
     batches = stacked(config, 0, SLOTS, SLOTS)
     # What is not compiled cannot run: without its caches, JAX says the name of everything that does.
@@ -115,18 +108,15 @@ def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_no_number_compiles_anything_new() -> None:
     run(tiny(**ALL_ON), [1])
-    compiled_init_state(*program_of(tiny(**ALL_ON)))
+    compiled_init_state(*partition(tiny(**ALL_ON)))
     before = compiled_init_state._cache_size(), compiled_train_steps._cache_size()
     _, hparams = partition(tiny(**ALL_ON))
     assert len(hparams) > 15
     for path, value in hparams.items():
-        other = tiny(
-            **(
-                ALL_ON
-                | {path: value + 1 if FIELDS[path].type is int else max(value * 0.5, FIELDS[path].metadata["low"])}
-            )
-        )
-        compiled_init_state(*program_of(other))
+        field = FIELDS[path]
+        changed = int(value) + 1 if field.type is int else max(float(value) * 0.5, field.metadata["low"])
+        other = tiny(**(ALL_ON | {path: changed}))
+        compiled_init_state(*partition(other))
         run(other, [2])
         assert (compiled_init_state._cache_size(), compiled_train_steps._cache_size()) == before, path
 
@@ -162,7 +152,7 @@ compiled_gradient = jax.jit(
 
 
 def gradient_of(config: Config, params: Any, batch: Batch) -> tuple[Any, LossSums]:
-    static, hparams = program_of(config)
+    static, hparams = partition(config)
     return compiled_gradient(static, params, batch, hparams, jax.random.key(0))
 
 
@@ -184,7 +174,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
     experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.n_experts": 3}
     config, batch = tiny(**experts, **{"model.load_balance_loss_weight": 0.7}), batch_of(tiny())
-    params = compiled_init_state(*program_of(config)).params
+    params = compiled_init_state(*partition(config)).params
     gradient, sums = gradient_of(config, params, batch)
 
     def reported(params: Any) -> Any:
@@ -283,7 +273,7 @@ def test_a_z_loss_is_minimised_but_not_reported() -> None:
 
 def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
-    static, hparams = program_of(config)
+    static, hparams = partition(config)
     state = State(parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
     batches = stacked(config, 0, SLOTS, SLOTS)
     batches = batches._replace(weights_BT=np.zeros_like(batches.weights_BT))
@@ -341,7 +331,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
     # The same window in both parts.
     batch = jax.tree.map(lambda leaf: leaf[[1, 1]], batch_of(tiny()))
     _, sums = gradient_of(config, parameters(), batch)
-    static, hparams = program_of(config)
+    static, hparams = partition(config)
 
     @jax.jit
     def alone(key: jax.Array) -> LossSums:

@@ -42,7 +42,6 @@ from rustgpt_jax.training.train_step import (
     compiled_population_steps,
     compiled_train_steps,
     stack,
-    to_traced_scalars,
 )
 from rustgpt_jax.workdir.environment import environment
 
@@ -132,8 +131,7 @@ def training(size: str, batch: int, knobs: dict[str, Any], repeats: int) -> dict
 
 def trainer(config: Config) -> Callable[[], jax.Array]:
     """A function that goes on training for the steps of a call, and gives their losses."""
-    static, hparams = partition(config)
-    arguments = to_traced_scalars(hparams)
+    static, arguments = partition(config)
     steps = np.int32(config.training.steps_per_jit_call)
     batches = jax.device_put(synthetic(config, (int(steps), config.training.batch_size)))
     state = jax.block_until_ready(compiled_init_state(static, arguments))
@@ -192,7 +190,7 @@ def small_trials(trials: int, knobs: dict[str, Any], repeats: int) -> dict[str, 
     config = replace_paths(resolve(tree), knobs)
     static, hparams = partition(config)
     each = [
-        to_traced_scalars(hparams | {"seed": index, "optimizer.learning_rate": 1e-3 * (1 + index % 4)})
+        hparams | {"seed": np.uint32(index), "optimizer.learning_rate": np.float32(1e-3 * (1 + index % 4))}
         for index in range(trials)
     ]
     steps, zero = config.training.steps_per_jit_call, np.zeros((), np.int32)

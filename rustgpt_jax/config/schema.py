@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rustgpt_jax.errors import UserError, suggestion
 
 
@@ -708,10 +710,15 @@ class StaticConfig:
 
 TRACED = "traced"
 
+Hyperparams = dict[str, Any]
 
-def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
-    """Separate a config into what selects its program and the arguments of that program, by dotted path."""
-    hparams: dict[str, float] = {}
+
+def partition(config: Config) -> tuple[StaticConfig, Hyperparams]:
+    """Separate a config into what selects its program and the arguments of that program, by dotted path.
+
+    The arguments are NumPy scalars of fixed types, so that no value of a number compiles anything new.
+    """
+    hparams: Hyperparams = {}
 
     def strip(node: Any, prefix: str) -> Any:
         changes: dict[str, Any] = {}
@@ -720,7 +727,8 @@ def partition(config: Config) -> tuple[StaticConfig, dict[str, float]]:
             if dataclasses.is_dataclass(value):
                 changes[field.name] = strip(value, path + ".")
             elif is_traced(path) and not (get_field(path).metadata["static_if_zero"] and value == 0):
-                changes[field.name], hparams[path] = TRACED, value
+                changes[field.name] = TRACED
+                hparams[path] = np.uint32(value) if path == "seed" else np.float32(value)
         return dataclasses.replace(node, **changes)
 
     whole = StaticConfig(config.seed, config.model, config.optimizer, config.schedule, config.training)

@@ -21,7 +21,7 @@ from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.formatting import count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
-from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
@@ -91,7 +91,7 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
     begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
     static, hparams = partition(stages(whole)[0].config)
-    fresh = by_path(compiled_init_state(static, to_traced_scalars(hparams)).params)
+    fresh = by_path(compiled_init_state(static, hparams).params)
     given = by_path(there.writer.params)
     is_same_tokenizer = own.written == there.writer.tokenizer.written
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)

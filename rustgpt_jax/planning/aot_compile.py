@@ -29,7 +29,7 @@ from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import State, to_traced_scalars, train_step
+from rustgpt_jax.training.train_step import State, train_step
 
 # What a compiled program does on one device at least: FLOPs of its matrix products, and bytes that they move.
 #
@@ -149,7 +149,7 @@ def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: 
     batch = _placed(batch_shapes(config.training.batch_size, window), placement)
     with placement.active(), capture_compiler_log() as warnings:
         jitted = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        lowered = jitted.lower(static, state, batch, to_traced_scalars(hparams))
+        lowered = jitted.lower(static, state, batch, hparams)
         compiled = lowered.compile(compiler_options={} if for_cpu else OPTIONS)
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"

@@ -16,7 +16,7 @@ from rustgpt_jax.pytrees import by_path
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.tracking.formatting import byte_size, count
 from rustgpt_jax.training.config_checks import validate_components
-from rustgpt_jax.training.train_step import init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state
 
 
 def print_config_summary(config: Config, origins: Mapping[str, str], console: Console) -> None:
@@ -83,7 +83,7 @@ def _costs(config: Config) -> Table:
     shapes = parameter_shapes(config.model)
     parameters = total_bytes(shapes)
     static, hparams = partition(config)
-    state = jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams)))
+    state = jax.eval_shape(lambda: init_state(static, hparams))
     optimizer = total_bytes(state.opt_state)
     table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
     table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, StaticConfig, partition, replace_paths, to_dict
+from rustgpt_jax.config.schema import Config, Hyperparams, StaticConfig, partition, replace_paths, to_dict
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
@@ -17,10 +17,8 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import by_path, path_name
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
-    Hyperparams,
     State,
     compiled_init_state,
-    to_traced_scalars,
     train_step,
     vmappable,
 )
@@ -146,7 +144,7 @@ def run_interventions(
     for remedy in tried:
         if remedy.unavailable_reason is None:
             static, hparams = partition(replace_paths(config, dict(remedy.knobs)))
-            groups.setdefault(static, []).append((remedy, to_traced_scalars(hparams)))
+            groups.setdefault(static, []).append((remedy, hparams))
     lanes = [
         Lane(
             fit_state(state, static, members[0][1]),

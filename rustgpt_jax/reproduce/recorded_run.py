@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rustgpt_jax.config.schema import MeshConfig, StaticConfig, combine
+from rustgpt_jax.config.schema import Hyperparams, MeshConfig, StaticConfig, combine
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, changed_data
 from rustgpt_jax.errors import UserError
@@ -27,7 +27,6 @@ from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs
 from rustgpt_jax.training.train_step import (
-    Hyperparams,
     Metrics,
     State,
     StepIntermediates,

@@ -21,7 +21,7 @@ from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 from rustgpt_jax.training.optimizers import get_eval_params
 from rustgpt_jax.training.run_inputs import run_tokenizer
-from rustgpt_jax.training.train_step import compiled_init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
@@ -92,9 +92,7 @@ def _restored(
         says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
 
     static, hparams = partition(config)
-    like = plan_for_local_devices().abstract(
-        jax.eval_shape(lambda: compiled_init_state(static, to_traced_scalars(hparams)))
-    )
+    like = plan_for_local_devices().abstract(jax.eval_shape(lambda: compiled_init_state(static, hparams)))
     with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
         state = checkpoints.restore(like, which, on_skipped)
         return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)

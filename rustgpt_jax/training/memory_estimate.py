@@ -16,7 +16,7 @@ from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.tracking.formatting import byte_size
-from rustgpt_jax.training.train_step import init_state, to_traced_scalars
+from rustgpt_jax.training.train_step import init_state
 
 # Maximum number of layers to trace; needs of deeper models are extrapolated.
 MAX_TRACED_LAYERS = 64
@@ -49,7 +49,7 @@ MODEL = ("parameters", "optimizer state", "gradients")
 def state_shapes(config: Config) -> Shapes:
     """Return the state of a run as shapes and dtypes."""
     static, hparams = partition(config)
-    return jax.eval_shape(lambda: init_state(static, to_traced_scalars(hparams)))
+    return jax.eval_shape(lambda: init_state(static, hparams))
 
 
 def batch_shapes(rows: int, window: int) -> Batch:

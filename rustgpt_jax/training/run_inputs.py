@@ -13,6 +13,7 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import (
     Config,
     Earlier,
+    Hyperparams,
     Stage,
     StaticConfig,
     partition,
@@ -35,7 +36,6 @@ from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
 from rustgpt_jax.tracking.progress import counting
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.train_step import Hyperparams, to_traced_scalars
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
@@ -140,7 +140,7 @@ def read_beginning(run: RunDir) -> dict[str, Any]:
 
 def _stage_program(stage: Stage) -> StageProgram:
     static, hparams = partition(stage.config)
-    return StageProgram(static, to_traced_scalars(hparams), np.int32(stage.first_step))
+    return StageProgram(static, hparams, np.int32(stage.first_step))
 
 
 def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:

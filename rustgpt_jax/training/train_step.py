@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rustgpt_jax.config.schema import ModelConfig, StaticConfig, combine, is_enabled
+from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import intermediates, transformer
@@ -77,9 +77,6 @@ def update_loss_stats(
     )
 
 
-Hyperparams = dict[str, Any]
-
-
 class State(NamedTuple):
     """Everything that training changes. The step is the whole position of a run: it determines data and randomness.
 
@@ -114,11 +111,6 @@ class Metrics(NamedTuple):
     spikes: jax.Array
     faults: jax.Array
     layer_metrics: LayerMetrics
-
-
-def to_traced_scalars(hparams: dict[str, float]) -> Hyperparams:
-    """Numbers as scalars of fixed types, so that no value of a number can compile anything new."""
-    return {path: np.uint32(value) if path == "seed" else np.float32(value) for path, value in hparams.items()}
 
 
 def init_state(static: StaticConfig, hparams: Hyperparams) -> State:

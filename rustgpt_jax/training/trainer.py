@@ -38,7 +38,6 @@ from rustgpt_jax.training.train_step import (
     StepArgs,
     compiled_init_state,
     compiled_init_state_from_params,
-    to_traced_scalars,
 )
 from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
@@ -412,9 +411,9 @@ def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) ->
     """Return the state at step 0: with the parameters in the run folder, if any, else those of the seed."""
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
-        return compiled_init_state(static, to_traced_scalars(hparams))
+        return compiled_init_state(static, hparams)
     params = read_parameters(folder.parameters_file, plan.abstract(parameter_shapes(inputs.full_config.model)))
-    return compiled_init_state_from_params(static, to_traced_scalars(hparams), params)
+    return compiled_init_state_from_params(static, hparams, params)
 
 
 def _next_multiple(step: int, every: int) -> int:

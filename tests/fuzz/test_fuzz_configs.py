@@ -1,5 +1,6 @@
 """Configs with random edits: resolved, named, divided and given shapes, or refused in a sentence."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -19,7 +20,6 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.optimizers import check_decay_groups
-from rustgpt_jax.training.train_step import to_traced_scalars
 from rustgpt_jax.workdir.run_dir import check, load_config, load_origins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,10 +49,8 @@ def use(config: Config) -> Config | None:
     validate_components(config)
     for stage in stages(config):
         check_batch_shards(stage.config, stage.config.data.seq_len or stage.config.model.context_length, 2)
-        static, hparams = partition(stage.config)
-        to_traced_scalars(hparams)
-        whole = combine(static, hparams)
-        assert all(getattr(whole, name) == getattr(stage.config, name) for name in ("model", "optimizer", "training"))
+        combined = combine(*partition(stage.config))
+        assert partition(dataclasses.replace(stage.config, **vars(combined))) == partition(stage.config)
     model = config.model
     if model.n_layers < MOST_LAYERS or model.period < MOST_LAYERS:
         sized = replace_paths(config, {"model.vocab_size": model.vocab_size or 300})
