@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from rustgpt_jax.errors import UserError, shown
+from rustgpt_jax.errors import UserError, short_repr
 
 FOLDER, LIMIT = "RUSTGPT_JAX_CACHE", "RUSTGPT_JAX_CACHE_BYTES"
 # Remedy shown to the user when the folder is not writable.
@@ -35,6 +35,6 @@ def cache_limit() -> int:
         return MOST_BYTES
     match = SIZE.fullmatch(text)
     if match is None:
-        raise UserError(f"{LIMIT}={shown(text)} is not a size; use a value such as 4G, 500M or 4294967296.")
+        raise UserError(f"{LIMIT}={short_repr(text)} is not a size; use a value such as 4G, 500M or 4294967296.")
     number, unit = match.groups()
     return int(float(number) * 1024 ** (" kmgt".index((unit or " ").lower())))

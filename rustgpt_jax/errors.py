@@ -56,12 +56,12 @@ class _Repr(reprlib.Repr):
             return "a number of thousands of digits"
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Any value as it would be written in Python, cut short where it is long or deep."""
     return _Repr().repr(value)
 
 
-def suggestion(name: str, valid: Iterable[str]) -> str:
+def suggest_names(name: str, valid: Iterable[str]) -> str:
     """What to say after a wrong name: the nearest valid one if there is one, and all of them if they are few."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)

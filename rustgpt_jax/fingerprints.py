@@ -6,21 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 
 # Odd numbers without pattern, for two hashes of each element.
 SALTS = (0x9E3779B9, 0x85EBCA6B)
 
 
-def digest(array: jax.Array) -> tuple[jax.Array, ...]:
+def hash_array(array: jax.Array) -> tuple[jax.Array, ...]:
     """Two numbers of 32 bits: for each salt the sum of a hash of each element with its place.
 
     A change of one element alone always changes both.
     """
-    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hashes(array))
+    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array))
 
 
-def hashes(array: jax.Array) -> tuple[jax.Array, ...]:
+def hash_elements(array: jax.Array) -> tuple[jax.Array, ...]:
     """For each salt the hash of each word of an array (an element is one word, or two where it has 64 bits)."""
     words, places = _words(array), jnp.zeros((), jnp.uint32)
     for axis, length in enumerate(words.shape):
@@ -49,14 +49,14 @@ def _mixed(words: jax.Array) -> jax.Array:
 # of one element, or of many of them by chance, changes it; who wants to deceive can.
 
 
-def fingerprints(tree: Any) -> dict[str, str]:
+def fingerprint_tree(tree: Any) -> dict[str, str]:
     """16 hex digits for each array of a tree, by its path: {'params/embedding/table': '5d41402abc4b2a76'}."""
-    leaves = by_path(tree)
+    leaves = flatten_paths(tree)
     digests = jax.device_get(_digests(list(leaves.values())))
-    return {path: fingerprint(*of_array) for path, of_array in zip(leaves, digests, strict=True)}
+    return {path: format_fingerprint(*of_array) for path, of_array in zip(leaves, digests, strict=True)}
 
 
-def fingerprint(first: int, second: int) -> str:
+def format_fingerprint(first: int, second: int) -> str:
     """The two numbers of a digest as 16 hex digits."""
     return f"{first:08x}{second:08x}"
 
@@ -64,4 +64,4 @@ def fingerprint(first: int, second: int) -> str:
 @jax.jit
 def _digests(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
     # Some may be in the memory of the host.
-    return [digest(jax.device_put(jnp.asarray(array), jax.memory.Space.Device)) for array in arrays]
+    return [hash_array(jax.device_put(jnp.asarray(array), jax.memory.Space.Device)) for array in arrays]

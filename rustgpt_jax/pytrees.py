@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 
-def pytree(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
+def pytree_dataclass(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
     """Decorate a dataclass so that it is a pytree: the fields in `meta` belong to its structure, the others are leaves.
 
     `jax.tree_util.register_dataclass` will not do: structures that it makes are equal where only the classes differ
@@ -42,18 +42,18 @@ def pytree(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
 # Names of the leaves of a tree: 'blocks/0/mixer/query/kernel'.
 
 
-def path_name(path: Any) -> str:
+def format_path(path: Any) -> str:
     """A key path of JAX as one string."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def flatten_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of a tree by their names, in the order of the tree."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+    return {format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of dictionaries whose leaves `by_path` gives by these names."""
+def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dictionaries whose leaves `flatten_paths` gives by these names."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *groups, name = path.split("/")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 
 Part = TypeVar("Part")
 
@@ -25,15 +25,15 @@ JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _named_by_files: dict[str, Path] = {}
 
 
-def choose(table: Mapping[str, Part], name: str, what: str) -> Part:
+def lookup(table: Mapping[str, Part], name: str, what: str) -> Part:
     """The part that `table` holds under `name`, or that stands at the import path `name`.
 
     Raises UserError naming the valid names and the nearest one.
     """
     if ":" in name:
-        return imported(name, what)
+        return import_object(name, what)
     if name not in table:
-        raise UserError(f"{what}: unknown {name!r}.{suggestion(name, table)}")
+        raise UserError(f"{what}: unknown {name!r}.{suggest_names(name, table)}")
     return table[name]
 
 
@@ -47,13 +47,13 @@ def note_import_paths(text: str, file: Path) -> None:
         file: The path of the file, for the announcement.
     """
     for string in JSON_STRING.findall(text):
-        # Everything that `imported` would import a module for, whether or not the name is valid there.
+        # Everything that `import_object` would import a module for, whether or not the name is valid there.
         module, colon, _ = json.loads(string).partition(":")
         if colon and all(name.isidentifier() for name in module.split(".")):
             _named_by_files.setdefault(module, file)
 
 
-def imported(path: str, what: str) -> Any:
+def import_object(path: str, what: str) -> Any:
     """What stands at an import path, 'package.module:name'. Raises UserError for a module or a name that is not there.
 
     A mistake inside the module keeps its traceback.
@@ -70,7 +70,7 @@ def imported(path: str, what: str) -> Any:
         raise UserError(f"{what}={path!r}: there is no module {error.name!r} here. {looked}") from None
     if not hasattr(module, name):
         names = [known for known in vars(module) if not known.startswith("_")]
-        raise UserError(f"{what}={path!r}: {module.__name__} has no {name!r}.{suggestion(name, names)}")
+        raise UserError(f"{what}={path!r}: {module.__name__} has no {name!r}.{suggest_names(name, names)}")
     return getattr(module, name)
 
 

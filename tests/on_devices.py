@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from rustgpt_jax.config.schema import Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning.hlo import find_collectives, summarize_collectives
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import plan_for_devices
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps, gradient
@@ -83,7 +83,7 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
         state = compiled_init_state(static, hparams)
         first = take(state.params)
-        shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in by_path(state).items()}
+        shards = {path: leaf.addressable_shards[0].data.shape for path, leaf in flatten_paths(state).items()}
         one = placement.shard_batch(jax.tree.map(lambda leaf: leaf[0], batches), rows)
         key = jax.random.key(1)
         gradients = jax.jit(lambda params, batch: gradient(params, batch, combine(static, hparams), key)[0])
@@ -113,7 +113,7 @@ def run_alone(knobs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 
 def difference(left: Any, right: Any) -> dict[str, float]:
     """The largest difference in each array of two trees, as a share of the largest value."""
-    left, right = by_path(left), by_path(right)
+    left, right = flatten_paths(left), flatten_paths(right)
     return {
         path: float(np.max(np.abs(left[path] - right[path])) / max(np.max(np.abs(left[path])), 1e-6)) for path in left
     }
@@ -148,7 +148,7 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
         },
         "largest_gather": max([each.received for each in found if each.kind == "all-gather"], default=0.0),
         "shards": {
-            path: [list(leaf.shape), list(here["shards"][path])] for path, leaf in by_path(here["last"]).items()
+            path: [list(leaf.shape), list(here["shards"][path])] for path, leaf in flatten_paths(here["last"]).items()
         },
         "restored": restored,
     }

@@ -22,12 +22,12 @@ from rustgpt_jax.workdir import code_snapshot
 from rustgpt_jax.workdir.code_snapshot import (
     code_files,
     code_hash,
-    own_modules,
+    hash_running_code,
     read_code,
     record_code,
-    running_code,
     save_code_snapshot,
-    unpack,
+    unpack_code,
+    user_modules,
 )
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -89,7 +89,7 @@ def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     run = run_folder(tmp_path / "run")
     about = save_code_snapshot(run)
-    unpack(run.code / f"{about['code']}.zip", tmp_path / "copy")
+    unpack_code(run.code / f"{about['code']}.zip", tmp_path / "copy")
     there = {name: file for name, file in contents(ROOT).items() if name.split("/")[0] in code_snapshot.CODE}
     assert contents(tmp_path / "copy") == {name: file for name, file in there.items() if "__pycache__" not in name}
     assert about["left_out"] == []
@@ -170,7 +170,7 @@ def test_what_is_edited_while_data_is_prepared_is_not_what_runs(code: Path, tmp_
     run = run_folder(tmp_path / "run")
     about = save_code_snapshot(run)
     assert read_code(run.code / f"{about['code']}.zip") == FILES
-    assert running_code(run) == about["code"]
+    assert hash_running_code(run) == about["code"]
 
 
 def test_ones_own_modules_are_kept_but_no_data_beside_them(
@@ -214,7 +214,7 @@ def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
 
 
 def test_what_is_installed_is_not_ones_own() -> None:
-    assert own_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
+    assert user_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
 
 
 # Unpacking.
@@ -226,7 +226,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
         archive.writestr("launch.py", b"")
         archive.writestr(name, b"evil")
     with pytest.raises(UserError, match="not in the folder"):
-        unpack(tmp_path / "evil.zip", tmp_path / "inside" / "folder")
+        unpack_code(tmp_path / "evil.zip", tmp_path / "inside" / "folder")
     assert not (tmp_path / "inside").exists()
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_archive_is_never_unpacked_as_something_else(
     flipped = whole_bytes[:at] + bytes([whole_bytes[at] ^ 0x55]) + whole_bytes[at + 1 :]
     archive.write_bytes(whole_bytes[:at] if damage == "cut" else flipped)
     try:
-        unpack(archive, folder / "copy")
+        unpack_code(archive, folder / "copy")
     except UserError:
         assert not (folder / "copy").exists()
     else:
@@ -255,7 +255,7 @@ def test_a_damaged_archive_is_never_unpacked_as_something_else(
 
 def test_an_archive_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone.zip cannot be read: No such file"):
-        unpack(tmp_path / "gone.zip", tmp_path)
+        unpack_code(tmp_path / "gone.zip", tmp_path)
 
 
 # Git.
@@ -415,7 +415,7 @@ def test_what_git_ignores_or_does_not_track_is_not_kept(repository: Path, tmp_pa
     assert kept_names(run, about) == FILES.keys() | {"configs/new.py"}
     left_out = ["configs/link.py", "configs/local_paths.py", "configs/notes.txt", "experiments/people.csv"]
     assert about["left_out"] == left_out
-    assert running_code(run) == about["code"]
+    assert hash_running_code(run) == about["code"]
 
 
 def test_of_a_package_that_is_ignored_its_modules_are_kept(

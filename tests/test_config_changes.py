@@ -19,8 +19,8 @@ from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import Change, resolve_change
 from rustgpt_jax.training.load_model import load
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, load_earlier
+from rustgpt_jax.workdir.event_log import EventLog
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config, load_earlier
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,7 +70,7 @@ def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is
     assert all(straight[line["step"]] == line["train/loss"] for line in metrics(changed) if "train/loss" in line)
     texts = [json.loads(line) for line in (changed / "samples.jsonl").read_text().splitlines()]
     assert {text["prompt"] for text in texts if text["step"] > first} == {"B"}
-    events = [event for event in Journal(RunDir(changed).journal_file).events() if event["event"] == "config"]
+    events = [event for event in EventLog(RunDir(changed).journal_file).events() if event["event"] == "config"]
     assert [event["step"] for event in events] == [first, 10]
     assert events[0]["changes"]["logging.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
     assert load(changed).step == 16
@@ -152,7 +152,7 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
 
     def lengthened(steps: int) -> Change:
         change = resolve_change(run, tiny(**{"schedule.name": "cosine", "training.steps": steps}), extends=True)
-        create(run, change.config, {}, change.earlier)
+        create_run_dir(run, change.config, {}, change.earlier)
         return change
 
     lengthened(16)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce import anomaly_detection, diagnose
 from rustgpt_jax.reproduce.anomaly_detection import Anomaly, DivergenceThreshold, find_anomaly, find_spike
 from rustgpt_jax.reproduce.diagnose import (
@@ -258,7 +258,7 @@ def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     state = init_state_from_params(static, hparams, jax.tree.map(jax.numpy.asarray, random_params(config.model)))
     state = state._replace(step=jax.numpy.int32(7))
     other, hparams = partition(replace_paths(config, {"model.qk_norm": "head"}))
-    found, kept = by_path(fit_state(state, other, hparams)), by_path(state)
+    found, kept = flatten_paths(fit_state(state, other, hparams)), flatten_paths(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)
     assert all(np.array_equal(found[path], kept[path]) for path in kept)

@@ -17,7 +17,7 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul, transformer
 from rustgpt_jax.model.flops import inner_programs, parameter_shapes, total_size
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.training.optimizers import OPTIMIZERS, get_eval_params, make_optimizer
 from rustgpt_jax.training.train_step import compiled_init_state, compiled_train_steps
 
@@ -263,7 +263,7 @@ def stacked_params(seed: int = 0) -> Any:
 
 
 def types_of(tree: Any) -> dict[str, str]:
-    return {path: str(leaf.dtype) for path, leaf in by_path(tree).items()}
+    return {path: str(leaf.dtype) for path, leaf in flatten_paths(tree).items()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

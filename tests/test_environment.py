@@ -18,14 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rustgpt_jax.workdir import environment as environments
-from rustgpt_jax.workdir.environment import as_variables, environment, flat, packages, variables
+from rustgpt_jax.workdir.environment import (
+    collect_environment,
+    environment_variables,
+    filter_variables,
+    flatten_environment,
+    installed_packages,
+)
 
 ROOT = Path(__file__).parent.parent
 SECRET = "swordfish"
 
 
 def test_it_says_what_a_run_runs_in() -> None:
-    values = flat(json.loads(json.dumps(environment())))
+    values = flatten_environment(json.loads(json.dumps(collect_environment())))
     assert values["python.version"] == platform.python_version()
     assert values["packages.jax"] == metadata.version("jax") == jax.__version__
     assert values["packages.numpy"] == metadata.version("numpy")
@@ -38,9 +44,9 @@ def test_it_says_what_a_run_runs_in() -> None:
 
 
 def test_it_costs_a_run_nothing() -> None:
-    environment()
+    collect_environment()
     began = time.perf_counter()
-    environment()
+    collect_environment()
     assert time.perf_counter() - began < 0.05
 
 
@@ -48,10 +54,10 @@ def test_it_does_not_tell_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_SECRET_FILE", "JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/home/{SECRET} --xla_gpu_autotune_level=0")
-    text = json.dumps(environment())
+    text = json.dumps(collect_environment())
     assert SECRET not in text and socket.gethostname() not in text
     assert str(Path.home()) + "/" not in text and str(ROOT) not in text
-    assert environment()["variables"]["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+    assert collect_environment()["variables"]["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
 
 
 NAMES = some.sampled_from(["JAX_", "XLA_", "NVIDIA_", "CUDA_", "NCCL_", "TPU_", ""]).flatmap(
@@ -65,7 +71,7 @@ def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
     others = {"HOME": "a", "JAX_PASSPHRASE": "b", "NVIDIA_NGC_CRED": "c", "CUDA_API_AUTH": "d", "JAX_API_TOKEN": "e"}
     listed = {name: values[name] for name in environments.VARIABLES if name in values}
     without_flags = {name: value for name, value in listed.items() if name not in environments.OF_FLAGS}
-    assert variables(values | others) == without_flags
+    assert filter_variables(values | others) == without_flags
 
 
 @pytest.mark.parametrize(
@@ -83,9 +89,11 @@ def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
 )
 def test_flags_that_name_files_are_neither_recorded_nor_given_to_another_process(flags: str, kept: str) -> None:
     """XLA runs programs that it finds in the folders that some flags name."""
-    assert variables({"XLA_FLAGS": flags}).get("XLA_FLAGS", "") == kept
-    recorded = json.loads(json.dumps(environment())) | {"variables": {"XLA_FLAGS": flags, "LD_PRELOAD": "evil.so"}}
-    given = as_variables(recorded, n_devices=1)
+    assert filter_variables({"XLA_FLAGS": flags}).get("XLA_FLAGS", "") == kept
+    recorded = json.loads(json.dumps(collect_environment())) | {
+        "variables": {"XLA_FLAGS": flags, "LD_PRELOAD": "evil.so"}
+    }
+    given = environment_variables(recorded, n_devices=1)
     assert given.get("XLA_FLAGS", "") == kept and "LD_PRELOAD" not in given
 
 
@@ -95,22 +103,22 @@ def test_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pyte
         about.parent.mkdir(parents=True)
         about.write_text(f"Metadata-Version: 2.1\nName: numpy\nVersion: {version}\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
-    packages.cache_clear()
+    installed_packages.cache_clear()
     try:
-        assert packages()["numpy"] == "9.9"
+        assert installed_packages()["numpy"] == "9.9"
     finally:
-        packages.cache_clear()
+        installed_packages.cache_clear()
 
 
 REPORT = """
 import json
-from rustgpt_jax.workdir.environment import environment
-print(json.dumps(environment()))
+from rustgpt_jax.workdir.environment import collect_environment
+print(json.dumps(collect_environment()))
 """
 
 
 def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = json.loads(json.dumps(environment()))
+    wanted = json.loads(json.dumps(collect_environment()))
     wanted["settings"] |= {
         "jax_enable_x64": True,
         "jax_default_matmul_precision": "highest",
@@ -122,7 +130,7 @@ def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.Monk
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
-    given = as_variables(wanted, n_devices=2)
+    given = environment_variables(wanted, n_devices=2)
     assert given["JAX_COMPILATION_CACHE_DIR"] == "somewhere"
     shown = subprocess.run([sys.executable, "-c", REPORT], env=given, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
@@ -132,6 +140,6 @@ def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.Monk
     assert found["devices"]["count"] == 2
     assert not {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"} & found["variables"].keys()
     wanted["devices"]["backend"] = "gpu"
-    assert "JAX_NUM_CPU_DEVICES" not in as_variables(wanted, n_devices=2)
+    assert "JAX_NUM_CPU_DEVICES" not in environment_variables(wanted, n_devices=2)
     assert found["variables"]["OMP_NUM_THREADS"] == "1"
     assert "JAX_DEBUG_NANS" not in found["variables"] and "JAX_ENABLE_X64" not in found["variables"]

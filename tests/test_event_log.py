@@ -15,8 +15,8 @@ from hypothesis import strategies as some
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import recorded_run
-from rustgpt_jax.workdir.event_log import Journal, launches, programs
-from rustgpt_jax.workdir.run_dir import RunDir, lock
+from rustgpt_jax.workdir.event_log import EventLog, load_launches, load_programs
+from rustgpt_jax.workdir.run_dir import RunDir, lock_run_dir
 
 VALUES = some.dictionaries(
     some.sampled_from(["step", "code", "text", "environment"]),
@@ -43,7 +43,7 @@ def bare(event: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "journal.jsonl"
-        journal, written = Journal(file), []
+        journal, written = EventLog(file), []
         for happening in happenings:
             match happening:
                 case ("append", (name, values)):
@@ -55,12 +55,12 @@ def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> N
                         half.write(line[: int(share * (len(line) - 1))])
                 case _:
                     assert [bare(event) for event in journal.events()] == written
-        for reader in (journal, Journal(file)):
+        for reader in (journal, EventLog(file)):
             assert [bare(event) for event in reader.events()] == written
 
 
 def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
-    journal, before = Journal(tmp_path / "journal.jsonl"), time.time()
+    journal, before = EventLog(tmp_path / "journal.jsonl"), time.time()
     journal.append("launch", step=3)
     (event,) = journal.events()
     assert before <= event["time"] <= time.time()
@@ -68,7 +68,7 @@ def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
 
 
 def test_many_threads_lose_no_line(tmp_path: Path) -> None:
-    journals = [Journal(tmp_path / "journal.jsonl") for _ in range(4)]
+    journals = [EventLog(tmp_path / "journal.jsonl") for _ in range(4)]
 
     def write(number: int) -> None:
         for step in range(20):
@@ -86,14 +86,14 @@ def test_many_threads_lose_no_line(tmp_path: Path) -> None:
 
 def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nowhere/journal.jsonl cannot be written: No such file or directory"):
-        Journal(tmp_path / "nowhere" / "journal.jsonl").append("launch")
+        EventLog(tmp_path / "nowhere" / "journal.jsonl").append("launch")
     # A disk with room for half of it.
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[: len(text) // 2]))
         with pytest.raises(UserError, match="journal.jsonl cannot be written: No space left on device"):
-            Journal(tmp_path / "journal.jsonl").append("launch", step=1)
-    journal = Journal(tmp_path / "journal.jsonl")
+            EventLog(tmp_path / "journal.jsonl").append("launch", step=1)
+    journal = EventLog(tmp_path / "journal.jsonl")
     journal.append("launch", step=2)
     assert [event["step"] for event in journal.events()] == [2]
 
@@ -101,8 +101,8 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "code": "c", "git": None}
 LAUNCH |= {"environment": {"machine": {"cores": 1}}, "mode": "solo", "width": 1, "devices": 1}
 LINES = {
-    "launch": (LAUNCH, launches),
-    "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, programs),
+    "launch": (LAUNCH, load_launches),
+    "program": ({"stage": "train", "stablehlo": "s", "cache_key": None}, load_programs),
     "rewind": ({"step": 3, "to": 1, "skipped": 2, "faults": 1}, recorded_run.read_rewinds),
 }
 
@@ -112,9 +112,9 @@ LINES = {
 )
 def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
-    Journal(run.journal_file).append(event, **values)
+    EventLog(run.journal_file).append(event, **values)
     assert len(read(run)) == 1
-    Journal(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
+    EventLog(run.journal_file).append(event, **{name: value for name, value in values.items() if name != missing})
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{missing}' is missing"):
         read(run)
 
@@ -122,7 +122,7 @@ def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tm
 @pytest.mark.parametrize(("event", "name"), [(event, name) for event, (values, _) in LINES.items() for name in values])
 def test_a_value_of_another_type_in_an_event_is_a_damage_that_is_named(event: str, name: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
-    Journal(run.journal_file).append(event, **(values | {name: 1.5}))
+    EventLog(run.journal_file).append(event, **(values | {name: 1.5}))
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' is of another type"):
         read(run)
 
@@ -134,8 +134,8 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     for name in ("journal.jsonl", ".lock"):
         (tmp_path / name).symlink_to(mine)
     with pytest.raises(UserError, match="cannot be written"):
-        Journal(tmp_path / "journal.jsonl").append("launch")
-    with pytest.raises(UserError, match="cannot be locked"), lock(tmp_path):
+        EventLog(tmp_path / "journal.jsonl").append("launch")
+    with pytest.raises(UserError, match="cannot be locked"), lock_run_dir(tmp_path):
         pass
     assert mine.read_text() == "precious"
 
@@ -144,8 +144,8 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 def test_others_may_do_what_the_umask_says(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
-        Journal(tmp_path / "journal.jsonl").append("launch")
-        with lock(tmp_path):
+        EventLog(tmp_path / "journal.jsonl").append("launch")
+        with lock_run_dir(tmp_path):
             pass
     finally:
         os.umask(before)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree
 
 TYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.int8, np.uint8]
 
 
 def one(array: np.ndarray | jax.Array) -> str:
-    return fingerprints({"x": array})["x"]
+    return fingerprint_tree({"x": array})["x"]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -42,7 +42,7 @@ def test_zeros_of_other_sizes_and_signs_are_told_apart() -> None:
 
 
 def test_paths_name_the_arrays_and_scalars_have_one_too() -> None:
-    found = fingerprints({"a": {"b": jnp.ones((2, 3))}, "step": jnp.int32(7), "on": np.array([True, False])})
+    found = fingerprint_tree({"a": {"b": jnp.ones((2, 3))}, "step": jnp.int32(7), "on": np.array([True, False])})
     assert list(found) == ["a/b", "on", "step"]
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in found.values())
 
@@ -65,11 +65,11 @@ def test_it_is_that_of_the_written_definition() -> None:
 def test_sharding_changes_nothing() -> None:
     code = """
 import jax, numpy as np
-from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 values = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32)
 placed = [jax.device_put(values, jax.NamedSharding(mesh, spec)) for spec in (jax.P(), jax.P("data"))]
-print(len({fingerprints({"x": array})["x"] for array in [values, *placed]}))
+print(len({fingerprint_tree({"x": array})["x"] for array in [values, *placed]}))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

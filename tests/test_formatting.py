@@ -17,7 +17,7 @@ from synthetic_sweep import grid, write_sweep
 from test_architecture import MODULES, TREES
 
 from rustgpt_jax.tracking.formatting import PlainTextConsole
-from rustgpt_jax.tracking.progress import counting, waiting
+from rustgpt_jax.tracking.progress import show_progress, show_spinner
 
 HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"
 
@@ -53,9 +53,9 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_what_is_waited_for_is_shown_as_it_stands(is_terminal: bool) -> None:
     def show(console: Console) -> None:
-        with waiting(console, HOSTILE):
+        with show_spinner(console, HOSTILE):
             pass
-        with counting(console, HOSTILE) as progress:
+        with show_progress(console, HOSTILE) as progress:
             progress(1, 2)
 
     assert (HOSTILE in shown(show, force_terminal=is_terminal)) == is_terminal

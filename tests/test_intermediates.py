@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import ModelConfig, partition
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.fingerprints import fingerprint, fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree, format_fingerprint
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block, layer_groups
@@ -84,7 +84,7 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
     assert read.nonfinite == wide.size - finite.size
     np.testing.assert_allclose(read.largest, np.max(np.abs(finite), initial=0), rtol=1e-6)
     np.testing.assert_allclose(read.norm, np.sqrt(np.sum(finite**2)), rtol=1e-5)
-    assert fingerprint(*map(int, read.digest)) == fingerprints({"x": x})["x"]
+    assert format_fingerprint(*map(int, read.digest)) == fingerprint_tree({"x": x})["x"]
 
 
 compiled_measured = jax.jit(intermediates.tensor_stats)
@@ -334,7 +334,7 @@ def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]
         for row, layer in enumerate(stack.layers):
             array = state.params["blocks"][str(index)]["mixer"]["query"]["kernel"][row]
             tensor = named[f"layers/{layer}/mixer/query/kernel"]
-            assert (tensor.fingerprint, tensor.size) == (fingerprints({"x": array})["x"], array.size)
+            assert (tensor.fingerprint, tensor.size) == (fingerprint_tree({"x": array})["x"], array.size)
 
 
 def test_parts_of_a_batch_are_measured_as_one() -> None:

@@ -36,7 +36,7 @@ from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.train_step import State, compiled_init_state
-from rustgpt_jax.workdir.run_dir import RunDir, lock
+from rustgpt_jax.workdir.run_dir import RunDir, lock_run_dir
 
 VOCABULARY = 300
 TINY = {
@@ -325,7 +325,7 @@ def test_another_config_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 def test_a_second_trainer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     config = tiny(**{"training.steps": 6})
     assert not train(config, tmp_path, Interruption(1, is_kill=False))[0]
-    with lock(tmp_path):
+    with lock_run_dir(tmp_path):
         before = contents(tmp_path)
         with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* is training in it"):
             train(config, tmp_path)

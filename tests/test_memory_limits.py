@@ -16,7 +16,7 @@ from small_runs import ROOT, run_config
 
 from rustgpt_jax.errors import UserError, is_out_of_memory
 from rustgpt_jax.sharding import hardware_specs as machines
-from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, used_machine
+from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, query_machine
 from rustgpt_jax.sweeps import run_sweep as sweep_command
 from rustgpt_jax.sweeps.trials import make_trials
 from rustgpt_jax.training import loop, memory_estimate
@@ -153,7 +153,7 @@ def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pyt
     assert 0.5 * before < free_memory() < 2 * before
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
     assert free_memory() == 0
-    assert used_machine().platform == "cpu"
+    assert query_machine().platform == "cpu"
 
 
 # What fails all the same.

@@ -20,10 +20,10 @@ from rustgpt_jax.tracking import metric_writer
 from rustgpt_jax.tracking.metric_writer import (
     MetricsWriter,
     iter_metrics,
-    keep_until,
     last_step,
     read_columns,
     read_metrics,
+    truncate_after,
 )
 
 
@@ -165,9 +165,9 @@ def test_a_file_is_read_the_same_however_it_is_cut_into_blocks(
         columns = read_columns(tmp_path, "train/loss", ("valid/loss",))
         assert columns.steps.tolist() == list(range(1, 10)) and columns.values["valid/loss"].sum() == 0
         assert columns.stage_names == ["a", "b"] and columns.stages.tolist() == [0] * 5 + [1] * 4
-        keep_until(file, 5)
+        truncate_after(file, 5)
         assert read_metrics(tmp_path) == rows[:6]
-        keep_until(file, 0)
+        truncate_after(file, 0)
         assert file.read_bytes() == b"" and last_step(tmp_path) == 0
 
 
@@ -211,13 +211,13 @@ import resource, sys
 from pathlib import Path
 from rustgpt_jax.reproduce.compare_metrics import compare_records
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.tracking.metric_writer import keep_until, last_step, read_columns
+from rustgpt_jax.tracking.metric_writer import truncate_after, last_step, read_columns
 one, other = Path(sys.argv[1]) / "one", Path(sys.argv[1]) / "other"
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert compare_records(one, other).n_values == 3_000_000
 assert len(read_columns(one, "train/loss", ("train/gradient_norm", "train/spikes")).steps) == 1_000_000
 draw_loss_curves(one)
-keep_until(one / "metrics.jsonl", 999_000)
+truncate_after(one / "metrics.jsonl", 999_000)
 assert last_step(one) == 999_000
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """

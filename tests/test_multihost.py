@@ -28,7 +28,7 @@ from rustgpt_jax.distributed.multihost import (
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
-from rustgpt_jax.workdir.run_dir import lock
+from rustgpt_jax.workdir.run_dir import lock_run_dir
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")
 SECONDS = 300
@@ -215,7 +215,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], 
     run = tmp_path / "run"
     train(run, 1, "--config.training.steps=2").ends(0)
     # Held by another trainer: only process 0 asks for the folder's lock.
-    with lock(run):
+    with lock_run_dir(run):
         printed = train(run, 2, "--config.training.steps=2").ends(EXIT_USER_ERROR, EXIT_USER_ERROR)
     assert "error: " in printed[0] and "error in process 0: " in printed[1]
     assert all("is in use" in text for text in printed), printed

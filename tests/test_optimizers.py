@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import OptimizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.training.optimizers import (
     EVAL_PARAMS,
     OPTIMIZERS,
@@ -241,7 +241,7 @@ def followed(oracle: Direction, path: Any, start: np.ndarray, steps: int, layer:
 
 
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    yield from by_path(tree).items()
+    yield from flatten_paths(tree).items()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

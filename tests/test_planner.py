@@ -19,7 +19,7 @@ from rich.console import Console
 from rustgpt_jax.config.schema import FIELDS, Config, get_field, partition, stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import total_bytes
-from rustgpt_jax.sharding.hardware_specs import Machine, cores, free_memory
+from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, free_memory
 from rustgpt_jax.sweeps import planner
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import (
@@ -384,7 +384,7 @@ def test_as_many_lanes_as_are_of_use_and_fit(
 
 
 def test_this_machine_has_cores_and_memory() -> None:
-    assert cores() >= 1
+    assert count_cores() >= 1
     assert 2**20 < free_memory() < 2**50
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from rustgpt_jax.tracking import progress
-from rustgpt_jax.tracking.formatting import byte_size, count, duration
+from rustgpt_jax.tracking.formatting import format_bytes, format_count, format_duration
 from rustgpt_jax.tracking.progress import Progress
 
 VALUES = {"train/loss": 2.31407, "train/tokens_per_second": 41200.4, "train/flops_share": 0.123}
@@ -136,7 +136,7 @@ def test_narrow_terminals_lose_the_least_first() -> None:
 def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out, seconds = io.StringIO(), iter([0.0, 1.0, 5.0, 9.0, 11.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
-    with progress.counting(Console(file=out, width=20), "characters encoded") as count_up:
+    with progress.show_progress(Console(file=out, width=20), "characters encoded") as count_up:
         for done in (10, 1000, 2000, 3000):
             count_up(done, 4000)
     assert out.getvalue() == "characters encoded: 1,000 of 4,000 (25%)\ncharacters encoded: 3,000 of 4,000 (75%)\n"
@@ -147,12 +147,12 @@ def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypa
     [(0, "0"), (999, "999"), (1000, "1K"), (1_234_567, "1.23M"), (999_600, "1M"), (8.03e9, "8.03B"), (5e15, "5e+15")],
 )
 def test_counts(number: float, text: str) -> None:
-    assert count(number) == text
+    assert format_count(number) == text
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (512, "512 B"), (4.5e9, "4.5 GB"), (80e12, "80 TB")])
 def test_byte_sizes(number: float, text: str) -> None:
-    assert byte_size(number) == text
+    assert format_bytes(number) == text
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_byte_sizes(number: float, text: str) -> None:
     ],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_long_evaluation_shows_how_far_it_is() -> None:

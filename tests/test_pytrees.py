@@ -11,17 +11,17 @@ import numpy as np
 
 import rustgpt_jax
 from rustgpt_jax.inference.sampling import SAMPLERS, Greedy
-from rustgpt_jax.pytrees import pytree
+from rustgpt_jax.pytrees import pytree_dataclass
 
 
-@pytree(meta=["power"])
+@pytree_dataclass(meta=["power"])
 @dataclasses.dataclass(frozen=True)
 class Scale:
     number: Any
     power: int
 
 
-@pytree(meta=["power"])
+@pytree_dataclass(meta=["power"])
 @dataclasses.dataclass(frozen=True)
 class Shift:
     number: Any

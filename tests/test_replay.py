@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rustgpt_jax.config.schema import Config, Stage
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.reproduce import recorded_run as pasts
 from rustgpt_jax.reproduce.anomaly_detection import find_anomaly
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, describe_start
@@ -27,7 +27,7 @@ from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.reproduce.step_trace import write_trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
-from rustgpt_jax.workdir.event_log import Journal, launches
+from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -120,10 +120,10 @@ def test_every_step_has_its_recorded_bits(run: Path) -> None:
 def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
     with RecordedRun(run, quiet()) as past:
         last = past.saved_steps()[-1]
-        saved = fingerprints(past.state_at(last))
+        saved = fingerprint_tree(past.state_at(last))
         past.go_before(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
         assert past.saved_steps() == [0]
-        assert fingerprints(past.state_at(last)) == saved
+        assert fingerprint_tree(past.state_at(last)) == saved
 
 
 def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
@@ -206,7 +206,7 @@ def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
 
 def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> None:
     file = RunDir(own).journal_file
-    code = launches(RunDir(own))[0].code
+    code = load_launches(RunDir(own))[0].code
     file.write_text(file.read_text().replace(f'"code": "{code}"', '"code": "0123456789ab"'))
     with RecordedRun(own, quiet()) as past:
         assert replay_one_step(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
@@ -216,7 +216,7 @@ def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> 
 
 
 def test_a_fused_launch_is_a_reason(own: Path) -> None:
-    journal = Journal(RunDir(own).journal_file)
+    journal = EventLog(RunDir(own).journal_file)
     launch = next(event for event in journal.events() if event["event"] == "launch")
     journal.append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
     with RecordedRun(own, quiet()) as past:
@@ -226,7 +226,7 @@ def test_a_fused_launch_is_a_reason(own: Path) -> None:
 
 def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
     """After a rewind from step 8 to step 6 the run reads the batches after step 8's."""
-    Journal(RunDir(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
+    EventLog(RunDir(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
     with RecordedRun(own, quiet()) as past:
         (rewind,) = past.rewinds
         past._last_saved = 6
@@ -241,7 +241,7 @@ def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
 
 def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_back(own: Path) -> None:
     """It went back from step 9 to 8, from 10 to 6, and then from 8 to 7."""
-    journal = Journal(RunDir(own).journal_file)
+    journal = EventLog(RunDir(own).journal_file)
     for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
     with RecordedRun(own, quiet()) as past:
@@ -377,7 +377,7 @@ def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> Non
         assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
     with RecordedRun(run, quiet()) as past:
-        assert fingerprints(past.state_at(7)) == steps[-1]["after"]
+        assert fingerprint_tree(past.state_at(7)) == steps[-1]["after"]
     again = write_trace(run, 6, 6, True, quiet())["steps"]
     assert json.loads(json.dumps(again)) == [steps[1]]
     assert "activations" not in write_trace(run, 6, 6, False, quiet())["steps"][0]

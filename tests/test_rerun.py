@@ -33,8 +33,8 @@ from rustgpt_jax.reproduce.compare_metrics import (
 )
 from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode
 from rustgpt_jax.training.preemption import SIGNALS
-from rustgpt_jax.workdir.environment import environment
-from rustgpt_jax.workdir.event_log import Journal, launches
+from rustgpt_jax.workdir.environment import collect_environment
+from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -77,8 +77,8 @@ def test_a_rerun_has_the_bits_of_the_run(twice: tuple[Path, str]) -> None:
     for name in ("config.json", "tokenizer.json", "data.json"):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
     # By its own code, in another process.
-    assert launches(second)[0].code == launches(first)[0].code
-    assert launches(second)[0].argv[0] not in (launches(first)[0].argv[0], str(ROOT / "launch.py"))
+    assert load_launches(second)[0].code == load_launches(first)[0].code
+    assert load_launches(second)[0].argv[0] not in (load_launches(first)[0].argv[0], str(ROOT / "launch.py"))
 
 
 def test_a_complete_rerun_is_compared_again_and_not_run_again(twice: tuple[Path, str], tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_a_run_that_was_trained_with_others_is_compared_roughly(twice: tuple[Pat
 @pytest.mark.usefixtures("no_training")
 def test_of_several_codes_the_first_is_taken(twice: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = copied(twice, tmp_path)
-    event = {**Journal(run.journal_file).events()[0], "code": "0123456789ab"}
+    event = {**EventLog(run.journal_file).events()[0], "code": "0123456789ab"}
     del event["time"]
-    Journal(run.journal_file).append_all([event])
+    EventLog(run.journal_file).append_all([event])
     _, said = rerun(run.path)
-    assert f"was trained by 2 versions of the code; this is the first, {launches(run)[0].code}." in said
+    assert f"was trained by 2 versions of the code; this is the first, {load_launches(run)[0].code}." in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
@@ -225,7 +225,7 @@ time.sleep(60)
 
 
 def own_child() -> SnapshotCode:
-    return SnapshotCode(ROOT, SimpleNamespace(cwd="/", devices=1, environment=environment()))  # type: ignore[arg-type]
+    return SnapshotCode(ROOT, SimpleNamespace(cwd="/", devices=1, environment=collect_environment()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -375,10 +375,10 @@ def test_a_run_over_several_devices_of_a_cpu_is_made_again_over_as_many(tmp_path
         variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert launches(RunDir(tmp_path / "run"))[0].devices == 2
+    assert load_launches(RunDir(tmp_path / "run"))[0].devices == 2
     is_same, said = rerun(tmp_path / "run")
     assert is_same and "bit-identical for 6 steps" in said, said
-    again = launches(RunDir(tmp_path / "run.rerun"))[0]
+    again = load_launches(RunDir(tmp_path / "run.rerun"))[0]
     assert again.devices == again.environment["devices"]["count"] == 2
     assert again.mesh == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 

@@ -18,8 +18,8 @@ from rustgpt_jax.reproduce import run_diff
 from rustgpt_jax.reproduce import run_diff as diffs
 from rustgpt_jax.reproduce.run_diff import Origin, compare_metadata, diff
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
-from rustgpt_jax.workdir.event_log import Journal
-from rustgpt_jax.workdir.run_dir import RunDir, create
+from rustgpt_jax.workdir.event_log import EventLog
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir
 
 VALUES = {"python": {"version": "3.11"}, "packages": {"jax": "0.10.2", "flax": "0.12"}, "machine": {"cores": 2}}
 LAUNCH = {"step": 0, "argv": [], "cwd": "/", "git": None, "mode": "solo", "width": 1, "devices": 1}
@@ -40,7 +40,7 @@ def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, 
 
 def made_by_hand(path: Path, **changes: Any) -> RunDir:
     """A run folder with a record of everything. In `changes`: config, code, environment, data, launch, programs."""
-    run = create(path, replace_paths(run_config(), changes.get("config", {})), {})
+    run = create_run_dir(path, replace_paths(run_config(), changes.get("config", {})), {})
     code = path / "files"
     for name, content in (CODE | changes.get("code", {})).items():
         (code / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def made_by_hand(path: Path, **changes: Any) -> RunDir:
     environment = json.loads(json.dumps(VALUES))
     for group, values in changes.get("environment", {}).items():
         environment[group] |= values
-    journal = Journal(run.journal_file)
+    journal = EventLog(run.journal_file)
     journal.append("launch", **(LAUNCH | changes.get("launch", {})), code=name, environment=environment)
     for stage, stablehlo in changes.get("programs", {"train": "ef" * 32}).items():
         journal.append("program", stage=stage, step=0, stablehlo=stablehlo, cache_key=None)

@@ -15,7 +15,7 @@ from configs import base
 from rustgpt_jax.config.schema import Config, config_hash, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config, lock
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config, lock_run_dir
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def with_stages(*stages: dict) -> Config:
 
 def test_a_config_comes_back_equal(tmp_path: Path) -> None:
     config = with_stages({"name": "pretrain"}, {"name": "instruct", "optimizer": {"learning_rate": 3e-4}})
-    run = create(tmp_path / "runs" / "a", config, {"seed": "configs/base.py"})
+    run = create_run_dir(tmp_path / "runs" / "a", config, {"seed": "configs/base.py"})
     assert load_config(run.path) == config
     stored = json.loads(run.config_file.read_text())
     assert stored["hash"] == config_hash(config)
@@ -39,15 +39,15 @@ def test_a_config_comes_back_equal(tmp_path: Path) -> None:
 
 
 def test_the_same_config_is_welcome_back_and_nothing_is_rewritten(tmp_path: Path, config: Config) -> None:
-    before = create(tmp_path, config, {"seed": "first"}).config_file.read_bytes()
-    assert create(tmp_path, config, {"seed": "second"}).config_file.read_bytes() == before
+    before = create_run_dir(tmp_path, config, {"seed": "first"}).config_file.read_bytes()
+    assert create_run_dir(tmp_path, config, {"seed": "second"}).config_file.read_bytes() == before
 
 
 def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) -> None:
-    create(tmp_path, config, {})
+    create_run_dir(tmp_path, config, {})
     other = replace_paths(config, {"training.steps": 400, "optimizer.name": "lion"})
     with pytest.raises(UserError) as refusal:
-        create(tmp_path, other, {})
+        create_run_dir(tmp_path, other, {})
     text = str(refusal.value)
     assert "training.steps is 200 there and 400 here" in text
     assert "optimizer.name is 'adamw' there and 'lion' here" in text
@@ -57,7 +57,7 @@ def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) 
 
 
 def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> None:
-    create(tmp_path, config, {})
+    create_run_dir(tmp_path, config, {})
     model = dataclasses.replace(
         config.model,
         n_layers=8,
@@ -70,7 +70,7 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> No
         qk_norm="head",
     )
     with pytest.raises(UserError, match="; and 2 more. Choose"):
-        create(
+        create_run_dir(
             tmp_path,
             dataclasses.replace(config, model=model, seed=1, data=dataclasses.replace(config.data, seq_len=9)),
             {},
@@ -86,30 +86,32 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> No
     ],
 )
 def test_stages_are_compared_knob_by_knob(tmp_path: Path, stages: tuple[dict, ...], said: str) -> None:
-    create(tmp_path, with_stages({"name": "one", "training": {"steps": 5}, "schedule": {"warmup_steps": 1}}), {})
+    create_run_dir(
+        tmp_path, with_stages({"name": "one", "training": {"steps": 5}, "schedule": {"warmup_steps": 1}}), {}
+    )
     other = tuple({**stage, "schedule": {"warmup_steps": 1}} for stage in stages)
     with pytest.raises(UserError, match=said):
-        create(tmp_path, with_stages(*other), {})
+        create_run_dir(tmp_path, with_stages(*other), {})
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, config: Config) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds files but no run"):
-        create(tmp_path, config, {})
+        create_run_dir(tmp_path, config, {})
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_leftovers_of_a_crash_do_not_make_a_folder_used(tmp_path: Path, config: Config) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.123").touch()
-    assert load_config(create(tmp_path, config, {}).path) == config
+    assert load_config(create_run_dir(tmp_path, config, {}).path) == config
 
 
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_file_in_place_of_the_folder(tmp_path: Path, config: Config, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made: there is a file in its place"):
-        create(tmp_path / place, config, {})
+        create_run_dir(tmp_path / place, config, {})
 
 
 def test_a_read_only_disk(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +120,11 @@ def test_a_read_only_disk(tmp_path: Path, config: Config, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match="Read-only file system"):
-        create(tmp_path / "run", config, {})
+        create_run_dir(tmp_path / "run", config, {})
 
 
 def test_a_misspelt_run_is_met_with_the_nearest(tmp_path: Path, config: Config) -> None:
-    create(tmp_path / "shakespeare", config, {})
+    create_run_dir(tmp_path / "shakespeare", config, {})
     (tmp_path / "shakespear_notes").mkdir()
     with pytest.raises(UserError, match="There is no run .*shakespare. Did you mean 'shakespeare'"):
         load_config(tmp_path / "shakespare")
@@ -151,27 +153,27 @@ def test_a_stored_config_with_a_wrong_knob_is_named_with_its_file(tmp_path: Path
 
 def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match=f"process {os.getpid()} on .* is training in it")
-    with lock(tmp_path), refused, lock(tmp_path):
+    with lock_run_dir(tmp_path), refused, lock_run_dir(tmp_path):
         pass
-    with lock(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
 
 
 def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from rustgpt_jax.workdir.run_dir import lock\n"
-        "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from rustgpt_jax.workdir.run_dir import lock_run_dir\n"
+        "with lock_run_dir(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
     ) as trainer:
         assert trainer.stdout is not None and trainer.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=f"process {trainer.pid} "), lock(tmp_path):
+        with pytest.raises(UserError, match=f"process {trainer.pid} "), lock_run_dir(tmp_path):
             pass
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
-        with lock(tmp_path):
+        with lock_run_dir(tmp_path):
             pass
 
 

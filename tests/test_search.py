@@ -60,7 +60,7 @@ from rustgpt_jax.sweeps.sweep import LAUNCHERS, SweepOptions, folders
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
 from rustgpt_jax.training import executors
-from rustgpt_jax.workdir.run_dir import RunLocked, load_config, lock
+from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, lock_run_dir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -643,7 +643,7 @@ def test_a_stopped_search_tells_nothing(
 
 def test_one_launch_at_a_time_leads_a_search(by_formula: Callable[[Loss], Ticks], tmp_path: Path) -> None:
     by_formula(bowl)
-    with lock(tmp_path), pytest.raises(RunLocked):
+    with lock_run_dir(tmp_path), pytest.raises(RunLockedError):
         searched(tmp_path, tree_parzen(2, SPACE))
     assert events(tmp_path) == []
 

@@ -26,7 +26,7 @@ from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode,
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
-from rustgpt_jax.workdir.event_log import Journal, archive_of, first_launch
+from rustgpt_jax.workdir.event_log import EventLog, code_archive, load_first_launch
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -
 
 def spoil_code(run: RunDir, name: str, code: str) -> Path:
     """Put other code into a run's archive, as somebody would who knows how it is named. Its file."""
-    archive = archive_of(run, first_launch(run))
+    archive = code_archive(run, load_first_launch(run))
     contents = read_code(archive) | {name: code.encode()}
     folder = run.path / "made"
     for each, content in contents.items():
@@ -96,10 +96,13 @@ def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
 def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    with load_snapshot_code(run, first_launch(run)) as code:
+    with load_snapshot_code(run, load_first_launch(run)) as code:
         assert code.whose == f"The code of {run.path} is the code installed here."
     spoil_code(run, name, "evil = 1\n")
-    with pytest.raises(UserError, match="is not the code installed here"), load_snapshot_code(run, first_launch(run)):
+    with (
+        pytest.raises(UserError, match="is not the code installed here"),
+        load_snapshot_code(run, load_first_launch(run)),
+    ):
         pass
 
 
@@ -165,7 +168,7 @@ def test_a_name_that_no_part_can_have_is_not_imported_either(
     (tmp_path / f"{path.partition(':')[0]}.py").write_text("open('was_imported', 'w').close()\n")
     registry.note_import_paths(json.dumps({"mixers": ["attention", path]}), tmp_path / "config.json")
     with pytest.raises(UserError, match="there is no module"):
-        registry.imported(path, "config.model.mixers")
+        registry.import_object(path, "config.model.mixers")
     assert not (tmp_path / "was_imported").exists()
 
 
@@ -194,10 +197,10 @@ def test_a_folder_to_search_that_is_not_there_is_refused(tmp_path: Path) -> None
 
 def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
+    (event,) = (each for each in EventLog(run.journal_file).events() if each["event"] == "launch")
     event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
     run.journal_file.write_text(json.dumps(event) + "\n")
-    with load_snapshot_code(run, first_launch(run)) as code:
+    with load_snapshot_code(run, load_first_launch(run)) as code:
         assert not {"NCCL_NET_PLUGIN", "PYTHONSTARTUP"} & code._variables().keys()
 
 
@@ -215,11 +218,11 @@ def test_a_launch_that_no_process_can_be_started_as_is_damage(
     group: str | None, name: str, value: Any, trained: Path, tmp_path: Path
 ) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
-    (event,) = (each for each in Journal(run.journal_file).events() if each["event"] == "launch")
+    (event,) = (each for each in EventLog(run.journal_file).events() if each["event"] == "launch")
     (event if group is None else event["environment"][group])[name] = value
     run.journal_file.write_text(json.dumps(event) + "\n")
     with pytest.raises(UserError, match="damaged: a launch does not say on what machine"):
-        first_launch(run)
+        load_first_launch(run)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "journal.jsonl"])

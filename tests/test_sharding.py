@@ -25,7 +25,7 @@ from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.partition_rules import RULES, partition_spec_for, shard_fraction
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, min_devices
 from rustgpt_jax.training.optimizers import OPTIMIZERS
@@ -181,7 +181,7 @@ def models() -> dict[str, Any]:
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
     used = set()
     for name, model in models().items():
-        for path, leaf in by_path(parameter_shapes(model)).items():
+        for path, leaf in flatten_paths(parameter_shapes(model)).items():
             rule = partition_spec_for(path, leaf.shape, MESH).rule
             assert rule is not None, (name, path)
             used.add(rule)
@@ -190,7 +190,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
 
 def test_every_matrix_is_cut() -> None:
     for name, model in models().items():
-        for path, leaf in by_path(parameter_shapes(model)).items():
+        for path, leaf in flatten_paths(parameter_shapes(model)).items():
             if re.search(r"kernel$|table$|(gate|up|down)$", path) and "convolution" not in path:
                 assert shard_fraction(leaf.shape, partition_spec_for(path, leaf.shape, MESH).spec, MESH) < 1, (
                     name,
@@ -203,7 +203,7 @@ def test_every_matrix_is_cut() -> None:
 def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
     static, hparams = partition(config)
-    leaves = by_path(jax.eval_shape(lambda: init_state(static, hparams)))
+    leaves = flatten_paths(jax.eval_shape(lambda: init_state(static, hparams)))
     params = {path.removeprefix("params/"): leaf for path, leaf in leaves.items() if path.startswith("params/")}
     for path, leaf in leaves.items():
         own = next((name for name in params if path.endswith(name)), None)

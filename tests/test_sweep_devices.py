@@ -11,7 +11,7 @@ from conftest import SMALL
 from test_loop import TINY
 
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.event_log import launches
+from rustgpt_jax.workdir.event_log import load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 LAUNCH = str(Path(__file__).parent.parent / "launch.py")
@@ -68,7 +68,7 @@ def test_trials_have_their_own_devices_and_the_bits_of_runs_alone(
     trials = sorted((tmp_path / "sweep" / "trials").iterdir())
     assert len(trials) == 3
     for trial in trials:
-        (launch,) = launches(RunDir(trial))
+        (launch,) = load_launches(RunDir(trial))
         assert launch.devices == per_trial
         assert launch.mesh.get("fsdp", 1) == per_trial
     rate = load_config(trials[1]).optimizer.learning_rate

@@ -29,7 +29,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import Results, group_by_setting, read_results, write_csv
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.run_dir import create
+from rustgpt_jax.workdir.run_dir import create_run_dir
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def create_config(folder: Path, overrides: dict[str, Any], **changes: Any) -> No
     run = folder / "trials" / trial_id(overrides)
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").unlink()
-    create(run, small_config(**overrides | changes), {})
+    create_run_dir(run, small_config(**overrides | changes), {})
     (run / "metrics.jsonl").write_text(text)
 
 

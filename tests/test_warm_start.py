@@ -12,11 +12,11 @@ from rustgpt_jax.data.preprocess import load_or_train_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import _choose, _initial_array, _layers_of, create_warm_started_run
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,7 +35,7 @@ def begin(source: str, path: Path, **changes: Any) -> str:
 
 
 def parameters(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in by_path(load(path).writer.params).items()}
+    return {name: np.asarray(leaf) for name, leaf in flatten_paths(load(path).writer.params).items()}
 
 
 def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, tmp_path: Path) -> None:
@@ -48,14 +48,14 @@ def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, t
     still = {"optimizer.learning_rate": 0.0, "schedule.warmup_steps": 0}
     begin(str(source), tmp_path / "still", **still)
     assert train(tiny(**still), tmp_path / "still")[0]
-    after = by_path(stored_state(tiny(**still), tmp_path / "still").params)
+    after = flatten_paths(stored_state(tiny(**still), tmp_path / "still").params)
     assert all(np.asarray(after[name]).tobytes() == given[name].tobytes() for name in given)
 
 
 def test_what_does_not_fit_is_what_the_seed_gives(source: Path, tmp_path: Path) -> None:
     changes = {"model.qk_norm": "head", "model.d_ff": 24, "model.tie_embeddings": False}
     said = begin(f"{source}@10", tmp_path / "new", **changes)
-    create(tmp_path / "fresh", tiny(**changes), {})
+    create_run_dir(tmp_path / "fresh", tiny(**changes), {})
     taken, given = parameters(tmp_path / "new"), parameters(source)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
     assert set(about["taken"]) | set(about["from_seed"]) == set(taken)
@@ -129,7 +129,7 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
     models = [tiny(**{"model.mixers": ("attention", "local_attention"), "model.n_layers": n}).model for n in (5, 8)]
     generator = np.random.default_rng(0)
     small, large = (
-        {name: generator.normal(size=leaf.shape) for name, leaf in by_path(parameter_shapes(model)).items()}
+        {name: generator.normal(size=leaf.shape) for name, leaf in flatten_paths(parameter_shapes(model)).items()}
         for model in models
     )
     given, fresh = (_layers_of(arrays, model) for arrays, model in zip((small, large), models, strict=True))

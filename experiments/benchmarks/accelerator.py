@@ -63,7 +63,7 @@ from experiments.benchmarks.best_batch import (
     measured,
     tree_of,
 )
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
 SECTIONS = ("checks", "training", "torch", "decoding", "sweep")
@@ -317,7 +317,7 @@ def known(flag: str, names: Sequence[str], every: Sequence[str]) -> Sequence[str
     """The names that a flag gives. Raises UserError for one that there is not."""
     for name in names:
         if name not in every:
-            raise UserError(f"--{flag}: unknown {name!r}.{suggestion(name, every)}")
+            raise UserError(f"--{flag}: unknown {name!r}.{suggest_names(name, every)}")
     return names
 
 

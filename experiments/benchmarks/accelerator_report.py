@@ -23,7 +23,7 @@ from rich.text import Text
 
 from configs import gpt2_124m
 from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
-from rustgpt_jax.tracking.formatting import byte_size, count
+from rustgpt_jax.tracking.formatting import format_bytes, format_count
 
 Row = dict[str, Any]
 UNKNOWN = "-"
@@ -171,7 +171,7 @@ Sheets = dict[str, list[Cells]]
 
 def sheets(results: Row) -> Sheets:
     """All tables that have rows, by their titles."""
-    size_of = {size: count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
+    size_of = {size: format_count(cost["parameters"]) for size, cost in results["machine"]["costs"].items()}
     every = {
         "Attention kernels: the largest difference from plain attention in float32, of its largest value": [
             _check(row) for row in results["checks"]
@@ -226,8 +226,8 @@ def _decoding(results: Row, row: Row) -> Cells:
         "layers": "scanned" if row["scan_layers"] else "unrolled",
         "ms a token": milliseconds(row["seconds"]),
         "tokens/s": f"{row['batch'] / np.median(row['seconds']):,.0f}",
-        "parameters": byte_size(row["parameter_bytes"]),
-        "cache": byte_size(row["cache_bytes"]),
+        "parameters": format_bytes(row["parameter_bytes"]),
+        "cache": format_bytes(row["cache_bytes"]),
         "of bandwidth": percent(decoding_share(results, row)),
         "peak memory": memory(row["memory"]),
     }
@@ -266,7 +266,7 @@ def times(ratio: float | None) -> str:
 
 def memory(n_bytes: int | None) -> str:
     """Bytes as 12.3 GB."""
-    return UNKNOWN if n_bytes is None else byte_size(n_bytes)
+    return UNKNOWN if n_bytes is None else format_bytes(n_bytes)
 
 
 def milliseconds(seconds: Sequence[float]) -> str:

@@ -43,7 +43,7 @@ from rustgpt_jax.training.train_step import (
     compiled_train_steps,
     stack,
 )
-from rustgpt_jax.workdir.environment import environment
+from rustgpt_jax.workdir.environment import collect_environment
 
 WARM_UP = 2
 
@@ -60,7 +60,7 @@ def machine(sizes: list[str]) -> dict[str, Any]:
         "platform": device.platform,
         "kind": device.device_kind,
         "memory": (device.memory_stats() or {}).get("bytes_limit"),
-        "environment": environment(),
+        "environment": collect_environment(),
         "costs": {size: cost(config_of(size).model) for size in sizes},
     }
 

@@ -36,7 +36,7 @@ from experiments.benchmarks.accelerator_report import show_sheets
 from experiments.benchmarks.best_batch import Failure, tree_of
 from experiments.benchmarks.performance import decoding, page, startup, training
 from experiments.benchmarks.performance.bench import FULL, TINY, Bench, Row, about
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 
 FLAGS = flags.FLAGS
 # Of the 16 `train` processes of a sweep's alternatives, how many are run.
@@ -113,7 +113,7 @@ def known(names: list[str], every: Any, saying: str) -> None:
     """Raises UserError for a name that there is not."""
     for name in names:
         if name not in every:
-            raise UserError(f"{saying} {name!r}.{suggestion(name, every)}")
+            raise UserError(f"{saying} {name!r}.{suggest_names(name, every)}")
 
 
 def main(argv: list[str]) -> int:

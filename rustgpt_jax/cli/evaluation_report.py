@@ -11,8 +11,8 @@ from rustgpt_jax.evaluation.exact_match import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.inference.decode_params import weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator
-from rustgpt_jax.sharding.hardware_specs import used_machine
-from rustgpt_jax.tracking.progress import counting
+from rustgpt_jax.sharding.hardware_specs import query_machine
+from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.load_model import LoadedModel
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 
@@ -24,7 +24,7 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
     """
     for config in (stage.config for stage in stages(trained.config)):
         rows = config.training.batch_size // config.training.grad_accum_steps
-        check_inference_memory(config, used_machine(), rows, is_oversubscribed)
+        check_inference_memory(config, query_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
     reader = trained.writer.with_weight_layout(weight_layout(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
@@ -49,7 +49,7 @@ def _predictions(writer: TextGenerator, data: StageData, console: Console) -> li
     stream = data.store.split("valid")
     training = data.stage.config.training
     total = data.n_validation_batches
-    with counting(console, "batches evaluated") as progress:
+    with show_progress(console, "batches evaluated") as progress:
         values = evaluate(
             writer.params,
             writer.model,
@@ -70,6 +70,6 @@ def _answers(writer: TextGenerator, sampling: SamplingConfig, data: StageData, c
     sides: dict[str, list] = {"train": [], "valid": []}
     for side, document in divide(documents(config), config, n_characters):
         sides[side].append(document)
-    with counting(console, "questions answered") as progress:
+    with show_progress(console, "questions answered") as progress:
         counts = [right_answers(writer, side, sampling, progress) for side in sides.values()]
     return [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in counts]

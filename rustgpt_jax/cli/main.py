@@ -21,7 +21,7 @@ from absl.flags import argparse_flags
 from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.cli import explain, models, reproduce, sweep, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
-from rustgpt_jax.errors import UserError, is_out_of_memory, suggestion
+from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
 from rustgpt_jax.malloc import keep_freed_memory
 
 # Imports and tracing create many objects that stay, so the garbage collector need not look for them often.
@@ -161,7 +161,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         parser.exit()
     if positionals and positionals[0] not in parsers:
-        fail(f"Unknown verb {positionals[0]!r}.{suggestion(positionals[0], parsers)}")
+        fail(f"Unknown verb {positionals[0]!r}.{suggest_names(positionals[0], parsers)}")
     args, unknown = parser.parse_known_args([*positionals[:1], *flags, *positionals[1:]])
     if args.verb is None:
         fail("Which verb? `python launch.py --help` lists them.")
@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
             return status
     keep_freed_memory()
     gc.set_threshold(*OBJECTS_BETWEEN_COLLECTIONS)
-    from rustgpt_jax.workdir.run_dir import check_files
+    from rustgpt_jax.workdir.run_dir import check_no_special_files
 
     # Libraries also raise the errors that they log.
     logging.set_verbosity(logging.FATAL)
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> int:
         initial = (given.get("init_from") or "").partition("@")[0]
         for folder in [given.get("run"), given.get("source"), initial, *given.get("runs", ())]:
             if folder:
-                check_files(Path(folder))
+                check_no_special_files(Path(folder))
         return VERBS[args.verb].run(args)
     except UserError as error:
         fail(str(error))

@@ -41,7 +41,7 @@ def run_generate(args: argparse.Namespace) -> int:
     trained = _load(args)
     from rustgpt_jax.inference.decode_params import weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
-    from rustgpt_jax.tracking.formatting import printable
+    from rustgpt_jax.tracking.formatting import replace_control_characters
 
     sampling = trained.config.sampling
     writer = trained.writer.with_weight_layout(weight_layout(sampling))
@@ -52,7 +52,7 @@ def run_generate(args: argparse.Namespace) -> int:
             notes = list[str]()
             print(prompt, end="\n" if writer.is_dialogue else "")
             for piece in stream_text(writer, writer.prompt(prompt), drawn, notes.append):
-                print(printable(piece), end="", flush=True)
+                print(replace_control_characters(piece), end="", flush=True)
             print("\n", flush=True)
             for note in notes:
                 print(note, file=sys.stderr)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 
 
 def _field(default: Any, doc: str, **metadata: Any) -> Any:
@@ -441,7 +441,7 @@ class ModelConfig:
         """The value of a knob in `extra`, for components outside this package. Raises UserError if it is not set."""
         values = dict(self.extra)
         if name not in values:
-            raise UserError(f"config.model.extra has no {name!r}.{suggestion(name, values)}")
+            raise UserError(f"config.model.extra has no {name!r}.{suggest_names(name, values)}")
         return values[name]
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, Config
-from rustgpt_jax.errors import UserError, shown, suggestion
+from rustgpt_jax.errors import UserError, short_repr, suggest_names
 
 # Ranges of the types of traced values: int32 for counts, float32 for all other numbers.
 LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 3.4e38
@@ -124,7 +124,7 @@ def override(tree: Any, path: str, value: Any) -> None:
         name = where.rsplit(".", 1)[-1]
         named = {stage["name"]: stage for stage in tree["stages"]}
         if name not in named:
-            raise UserError(f"config.stages: unknown stage {name!r}.{suggestion(name, named)}")
+            raise UserError(f"config.stages: unknown stage {name!r}.{suggest_names(name, named)}")
         tree = named[name]
     if knob not in FIELDS:
         raise UserError(unknown_key_message(knob, where))
@@ -153,7 +153,7 @@ def override_all(tree: Any, values: Mapping[str, Any]) -> None:
         epochs = dict(flatten_tree(node)).get(schema.EPOCHS)
         if epochs is not None:
             raise UserError(
-                f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={shown(epochs)}: give one of them "
+                f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={short_repr(epochs)}: give one of them "
                 f"(--{where}.{schema.EPOCHS}=None makes the steps decide)."
             )
 
@@ -245,19 +245,19 @@ def validate_value(path: str, value: Any, where: str) -> Any:
     try:
         value = _convert(field.type, value)
     except TypeError:
-        raise UserError(f"{where} takes {_describe(field.type)}, not {shown(value)}.") from None
+        raise UserError(f"{where} takes {_describe(field.type)}, not {short_repr(value)}.") from None
     _check_text(value, where)
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
     if value is None:
         return value
     if choices and value not in choices:
-        raise UserError(f"{where}: unknown {shown(value)}.{suggestion(value, choices)}")
+        raise UserError(f"{where}: unknown {short_repr(value)}.{suggest_names(value, choices)}")
     for number in _numbers(value):
         if low is not None and number < low:
-            raise UserError(f"{where} must be at least {low:.10g}, not {shown(number)}.")
+            raise UserError(f"{where} must be at least {low:.10g}, not {short_repr(number)}.")
         highest = high if high is not None else LARGEST_COUNT if isinstance(number, int) else LARGEST_NUMBER
         if abs(number) > highest:
-            raise UserError(f"{where} must be at most {highest:.10g}, not {shown(number)}.")
+            raise UserError(f"{where} must be at most {highest:.10g}, not {short_repr(number)}.")
     return value
 
 
@@ -274,7 +274,7 @@ def _check_text(value: Any, where: str) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: {shown(value)} has half of a surrogate pair, so it is not text.") from None
+            raise UserError(f"{where}: {short_repr(value)} has half of a surrogate pair, so it is not text.") from None
 
 
 def _numbers(value: Any) -> list[int | float]:

@@ -17,7 +17,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 
 FLOPS_ERROR = 0.05
 # Sizes at which matrix products are nearly all that there is to do.
@@ -51,7 +51,7 @@ def parameters(subject: Subject) -> str:
     """Checks that the parameters a run plans for are the ones `init` makes, and that every one of them is used."""
     model = subject.small_model
     declared = total_size(parameter_shapes(model))
-    made = by_path(fixtures.initial_params(model))
+    made = flatten_paths(fixtures.initial_params(model))
     count = sum(leaf.size for leaf in made.values())
     if count != declared:
         raise Broken("more or fewer parameters are made than declared", "init", f"{count} made, {declared} declared")
@@ -62,7 +62,7 @@ def parameters(subject: Subject) -> str:
 def require_used(model: ModelConfig, where: str = "") -> None:
     """Raise Broken if a parameter, or all weights of a mixer's output channel, have zero gradient."""
     what = f"is never used {where}".rstrip()
-    gradient = by_path(fixtures.ordinary(model).gradient)
+    gradient = flatten_paths(fixtures.ordinary(model).gradient)
     # A gradient that is 0 but for rounding, such as that of a bias of keys without positions, may be 0 in places.
     noise = ROUNDING * max(float(np.abs(leaf).max()) for leaf in gradient.values())
     for name, leaf in gradient.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import check_model, validate_value
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import AUX_LOSS
 
@@ -63,7 +63,7 @@ def small_model(**changes: Any) -> ModelConfig:
     """
     for name in changes:
         if name not in SMALL:
-            raise UserError(f"check: a model has no knob {name!r}.{suggestion(name, SMALL)}")
+            raise UserError(f"check: a model has no knob {name!r}.{suggest_names(name, SMALL)}")
     values = {
         name: validate_value(f"model.{name}", value, f"config.model.{name}")
         for name, value in {**SMALL, **changes}.items()

@@ -37,7 +37,7 @@ from rustgpt_jax.conformance.long_row_checks import (
 )
 from rustgpt_jax.conformance.targets import Scope, Subject
 from rustgpt_jax.model import transformer
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 
 CLOSE = 1e-4
 CLOSE_IN_BFLOAT16 = 0.02
@@ -283,7 +283,7 @@ def padding(subject: Subject) -> str:
 
     first = padded(5, 0.0)
     require_finite(first.logits_BTV, "a logit is not finite where there is padding", ROWS_OF_LOGITS)
-    for name, leaf in by_path(first.gradient).items():
+    for name, leaf in flatten_paths(first.gradient).items():
         require_finite(leaf, f"the gradient of {name} is not finite where there is padding", ())
     require_same_bits(
         padded(6, 0.0).logits_BTV, first.logits_BTV, "an output changes with padding", ROWS_OF_LOGITS, is_token_BT
@@ -337,8 +337,8 @@ def cached_is_uncached(subject: Subject) -> str:
 
 def _require_same_shapes(before: Any, after: Any) -> None:
     require_same_tree(after, before, "the cache")
-    for name, leaf in by_path(before).items():
-        back = by_path(after)[name]
+    for name, leaf in flatten_paths(before).items():
+        back = flatten_paths(after)[name]
         if (leaf.shape, leaf.dtype) != (back.shape, back.dtype):
             raise Broken(
                 "the cache comes back with another shape or type",
@@ -348,8 +348,8 @@ def _require_same_shapes(before: Any, after: Any) -> None:
 
 
 def _require_unchanged_rows(before: Any, after: Any, is_padding_B: np.ndarray) -> None:
-    for name, leaf in by_path(before).items():
-        by_row, by_row_after = (np.moveaxis(tree, 1, 0) for tree in (leaf, by_path(after)[name]))
+    for name, leaf in flatten_paths(before).items():
+        by_row, by_row_after = (np.moveaxis(tree, 1, 0) for tree in (leaf, flatten_paths(after)[name]))
         what = f"padding changes the cache {name}"
         require_same_bits(by_row_after, by_row, what, ("row", "layer"), is_padding_B)
 

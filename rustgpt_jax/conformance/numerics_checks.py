@@ -19,7 +19,7 @@ from rustgpt_jax.model.block import Block, layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import equations
 from rustgpt_jax.model.mixers import init_mixer_cache
-from rustgpt_jax.pytrees import by_path, path_name
+from rustgpt_jax.pytrees import flatten_paths, format_path
 
 LARGE = 100.0
 # Of the logits in bfloat16, in the median token: what rounding costs in a few layers, several times over.
@@ -49,7 +49,7 @@ def shapes(subject: Subject) -> str:
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(subject.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
-        for name, leaf in by_path(params).items():
+        for name, leaf in flatten_paths(params).items():
             _require_type(leaf, leaf.shape, "float32", f"the parameter {name}", f"a {dtype} model")
         for batch, length in ((1, 1), (3, LENGTH - 1)):
             where = f"{batch} x {length} tokens of a {dtype} model"
@@ -110,8 +110,8 @@ def _require_type(array: Any, shape: Any, dtype: str, what: str, where: str) -> 
 
 def _require_same_tree(before: Any, after: Any, where: str) -> None:
     require_same_tree(after, before, f"the cache of {where}")
-    found = by_path(after)
-    for name, leaf in by_path(before).items():
+    found = flatten_paths(after)
+    for name, leaf in flatten_paths(before).items():
         _require_type(found[name], leaf.shape, str(leaf.dtype), f"the cache {name}", where)
 
 
@@ -126,7 +126,7 @@ def finite(subject: Subject) -> str:
             result = fixtures.run(params, rows, model)
             where = f"{kind} activations in {dtype}"
             require_finite(result.logits_BTV, f"a logit is not finite with {where}", ROWS_OF_LOGITS)
-            for name, leaf in by_path(result.gradient).items():
+            for name, leaf in flatten_paths(result.gradient).items():
                 require_finite(leaf, f"the gradient of {name} is not finite with {where}", ())
             worst = max(worst, float(np.abs(result.logits_BTV).max()))
     return f"largest logit {worst:.2g}"
@@ -198,7 +198,7 @@ def _rounded_along_the_row(block: ModelConfig, params: Any, model: ModelConfig) 
         line = more.most_common(1)[0][0] if more else line_of(many.path[0])
         yield what + f"{FEW_TOKENS} tokens and {many.depth} in {MANY_TOKENS}", line, model.dtype
     cached = jax.eval_shape(lambda: init_mixer_cache(block, 1, FEW_TOKENS))
-    for index, name in enumerate(by_path(cached)):
+    for index, name in enumerate(flatten_paths(cached)):
         reading, outputs = _read(block, params, model, 1, (cached, index))
         after = outputs[1 + index]
         for suspect in after.suspects:
@@ -277,7 +277,7 @@ def _require_gradients(small: ModelConfig, length: int) -> float:
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(np.float64), fixtures.random_params(small))
         rows = rows._replace(weights_BTV=rows.weights_BTV.astype(np.float64), auxiliary=np.float64(1.0))
-        gradient = by_path(fixtures.run(params, rows, model).gradient)
+        gradient = flatten_paths(fixtures.run(params, rows, model).gradient)
         # What is smaller is rounding: some gradients would be 0 without it.
         noise = 1e-6 * max(float(np.linalg.norm(leaf)) for leaf in gradient.values())
         # A wrong slope in one place makes all that come before it wrong: the one that is most so is shown.
@@ -312,6 +312,6 @@ def _require_gradients(small: ModelConfig, length: int) -> float:
 def _total_at(params: Any, name: str, moved: np.ndarray, rows: fixtures.Rows, model: ModelConfig) -> float:
     """Return the weighted sum with one parameter moved; a forward pass alone would be compiled for this only."""
     there = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf + moved if path_name(path) == name else leaf, params
+        lambda path, leaf: leaf + moved if format_path(path) == name else leaf, params
     )
     return float(fixtures.run(there, rows, model).total)

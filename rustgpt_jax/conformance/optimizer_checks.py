@@ -17,7 +17,7 @@ from rustgpt_jax.conformance.fixtures import (
     require_same_tree,
 )
 from rustgpt_jax.conformance.targets import Subject
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer
 from rustgpt_jax.training.schedules import schedule_multiplier
 
@@ -76,15 +76,15 @@ def optimizer_update(subject: Subject) -> str:
         updates, after, state = jax.device_get(compiled(gradients, params))
         _require_like(updates, params, "an update")
         _require_like(after, state, "the state of the optimizer")
-        for name, leaf in by_path((updates, after)).items():
+        for name, leaf in flatten_paths((updates, after)).items():
             require_finite(leaf, f"{name} is not finite after {kind} gradients", ())
-    return f"{len(by_path(state))} arrays of state"
+    return f"{len(flatten_paths(state))} arrays of state"
 
 
 def _require_like(found: Any, expected: Any, what: str) -> None:
     require_same_tree(found, expected, what)
-    after = by_path(found)
-    for name, leaf in by_path(expected).items():
+    after = flatten_paths(found)
+    for name, leaf in flatten_paths(expected).items():
         there, here = np.asarray(after[name]), np.asarray(leaf)
         if (there.shape, there.dtype) != (here.shape, here.dtype):
             shown = f"{there.dtype}{list(there.shape)} instead of {here.dtype}{list(here.shape)}"
@@ -138,13 +138,13 @@ def optimizer_numbers(subject: Subject) -> str:
     together = jax.device_get(quick_jit(jax.vmap(run, in_axes=(0, None)))(TRIALS, numbers))
     fixed = jax.device_get(quick_jit(lambda: _descent(float(TRIALS[0]), config, FEW_STEPS)[1])())
     worst = 0.0
-    for name, leaf in by_path(fixed).items():
+    for name, leaf in flatten_paths(fixed).items():
         what = f"{name} is another with numbers as arguments than with constants"
-        worst = max(worst, require_close(by_path(alone[0])[name], leaf, CLOSE, what, ()))
+        worst = max(worst, require_close(flatten_paths(alone[0])[name], leaf, CLOSE, what, ()))
     for trial in range(len(TRIALS)):
-        for name, leaf in by_path(alone[trial]).items():
+        for name, leaf in flatten_paths(alone[trial]).items():
             what = f"trial {trial} of vmap is not what it is alone: {name}"
-            worst = max(worst, require_close(by_path(together)[name][trial], leaf, CLOSE, what, ()))
+            worst = max(worst, require_close(flatten_paths(together)[name][trial], leaf, CLOSE, what, ()))
     return f"one program; {len(TRIALS)} trials within {worst:.0e}"
 
 

@@ -16,7 +16,7 @@ from rustgpt_jax.conformance.checks import CHECKS, Check, checks_for
 from rustgpt_jax.conformance.fixtures import Broken, conditions, crash
 from rustgpt_jax.conformance.targets import Scope, Subject, subjects
 from rustgpt_jax.conformance.transform_checks import use_eight_cpu_devices
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def check_components(
     """
     for name in only:
         if name not in CHECKS:
-            raise UserError(f"check: unknown check {name!r}.{suggestion(name, CHECKS)}")
+            raise UserError(f"check: unknown check {name!r}.{suggest_names(name, CHECKS)}")
     # Once JAX has started it is too late: the check of eight devices then has a process of its own.
     with contextlib.suppress(RuntimeError):
         use_eight_cpu_devices()

@@ -13,7 +13,7 @@ from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import TREES
 from rustgpt_jax.conformance.fixtures import small_model
 from rustgpt_jax.data.datasets import CORPORA
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.inference.sampling import SAMPLERS
 from rustgpt_jax.model import interfaces
 from rustgpt_jax.model.mixers import MIXERS
@@ -21,7 +21,7 @@ from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 from rustgpt_jax.sweeps.sweep import LAUNCHERS
 from rustgpt_jax.tokenizers import TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
@@ -110,11 +110,11 @@ def subjects(name: str | None = None, changes: Mapping[str, Any] | None = None) 
         return [subject(kind, rest, changes)]
     if ":" in name:
         path = import_path(name)
-        return [subject(component_kind(choose({}, path, "check"), name), path, changes)]
+        return [subject(component_kind(lookup({}, path, "check"), name), path, changes)]
     kinds = [kind for kind, table in TABLES.items() if name in table]
     if not kinds:
         known = {*TABLES, *(entry for table in TABLES.values() for entry in table)}
-        raise UserError(f"check: unknown part {name!r}.{suggestion(name, known)} Tables: {', '.join(TABLES)}.")
+        raise UserError(f"check: unknown part {name!r}.{suggest_names(name, known)} Tables: {', '.join(TABLES)}.")
     if len(kinds) > 1:
         raise UserError(f"check: {name!r} is in more than one table; say {' or '.join(f'{k}/{name}' for k in kinds)}.")
     return [subject(kinds[0], name, changes)]
@@ -123,7 +123,7 @@ def subjects(name: str | None = None, changes: Mapping[str, Any] | None = None) 
 def subject(kind: str, name: str, changes: Mapping[str, Any] | None = None) -> Subject:
     """The part of a table, by its name or its import path, in its model. Raises UserError for a wrong name."""
     name = import_path(name)
-    part = choose(TABLES[kind], name, f"check {kind}")
+    part = lookup(TABLES[kind], name, f"check {kind}")
     return Subject(kind, name, part, model_of(kind, name, changes or {}) if kind in MODEL_KINDS else None)
 
 
@@ -133,7 +133,7 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
     That of a family has a layer more than its patterns, where these are longer than one: layers may be left over.
     """
     if kind == "families":
-        preset = choose(FAMILIES, name, "check families")
+        preset = lookup(FAMILIES, name, "check families")
         if not isinstance(preset, TREES):
             raise UserError(f"check: families/{name} is no mapping from knobs of a model to their values.")
         model = small_model(**{**preset, **changes})
@@ -145,7 +145,7 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
         value = getattr(model, knob)
         names = (value,) if isinstance(value, str) else value
         for each in names:
-            choose(TABLES[table], each, f"config.model.{knob}")
+            lookup(TABLES[table], each, f"config.model.{knob}")
         if table == kind and name not in names:
             raise UserError(f"check: a model with config.model.{knob}={value!r} does not have {kind}/{name} in it.")
     return model

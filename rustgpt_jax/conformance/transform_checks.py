@@ -26,7 +26,7 @@ from rustgpt_jax.conformance.long_row_checks import (
 )
 from rustgpt_jax.conformance.targets import Subject, subjects
 from rustgpt_jax.model import transformer
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 
 LOGITS_CLOSE = 5e-5
 # A gradient is a sum over all tokens, in which much may cancel.
@@ -42,10 +42,10 @@ def require_close_results(found: fixtures.Result, expected: fixtures.Result, wha
     worst = require_close(
         found.logits_BTV, expected.logits_BTV, LOGITS_CLOSE, f"{what}: the logits differ", ROWS_OF_LOGITS
     )
-    gradients = by_path(found.gradient)
+    gradients = flatten_paths(found.gradient)
     # A gradient that would be 0 but for rounding, as that of a bias of keys, has no size of its own.
     noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
-    for name, leaf in by_path(expected.gradient).items():
+    for name, leaf in flatten_paths(expected.gradient).items():
         gradient = f"{what}: the gradient of {name}"
         worst = max(worst, require_close(gradients[name], leaf, GRADIENTS_CLOSE, gradient, (), least_size=noise))
     return worst
@@ -128,8 +128,8 @@ def vmap_is_loop(subject: Subject) -> str:
     initial = jax.device_get(_compiled_inits()(keys, hparams, model=model))
     worst = 0.0
     for trial in range(TRIALS):
-        alone = by_path(fixtures.initial_params(model, trial))
-        for name, leaf in by_path(initial).items():
+        alone = flatten_paths(fixtures.initial_params(model, trial))
+        for name, leaf in flatten_paths(initial).items():
             what = f"trial {trial} of vmap is not what it is alone: the initial {name}"
             worst = max(worst, require_close(leaf[trial], alone[name], LOGITS_CLOSE, what, ()))
 

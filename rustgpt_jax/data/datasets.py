@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rustgpt_jax.config.schema import DataConfig
-from rustgpt_jax.errors import UserError, shown, suggestion
-from rustgpt_jax.registry import choose
+from rustgpt_jax.errors import UserError, short_repr, suggest_names
+from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers.messages import ROLES, Document, Turn, plain
 
 # Number of characters to encode at a time if only the bytes of a text are needed.
@@ -37,7 +37,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
 
     Raises UserError for an unknown corpus and for a file that cannot be read as what it should be.
     """
-    corpus = choose(CORPORA, config.corpus, "config.data.corpus")(config)
+    corpus = lookup(CORPORA, config.corpus, "config.data.corpus")(config)
     return itertools.islice((_checked(document) for document in corpus if document.text), config.max_documents)
 
 
@@ -231,7 +231,7 @@ def _turn(where: str, message: Any) -> Turn:
         raise UserError(f"{where}: a message is an object with the strings `role` and `content`, not {message!r:.60}.")
     role = message["role"]
     if role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r}.{suggestion(role, ROLES)}")
+        raise UserError(f"{where}: unknown role {role!r}.{suggest_names(role, ROLES)}")
     return Turn(role, message["content"])
 
 
@@ -289,7 +289,8 @@ def _columns(name: str, header: str) -> tuple[str, list[str]]:
         if "text" in columns:
             return delimiter, columns
     raise UserError(
-        f"{name}: no column is called `text`; the first row is {shown(header.strip())}. A table begins with the names "
+        f"{name}: no column is called `text`; the first row is {short_repr(header.strip())}. A table begins "
+        "with the names "
         "of its columns, and the one that is to be read has the name `text`."
     )
 

@@ -18,13 +18,13 @@ from rich.segment import Segment, Segments
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import parse, validate_value
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.inference.decode_params import WeightLayout, weight_layout
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers.messages import Document, Turn
-from rustgpt_jax.tracking.formatting import count, printable
+from rustgpt_jax.tracking.formatting import format_count, replace_control_characters
 
 PROMPT = "> "
 LINES_OF_HISTORY = 1000
@@ -107,7 +107,7 @@ class Session:
             if name in COMMANDS:
                 COMMANDS[name].run(self, text.strip())
             elif name.startswith("/"):
-                raise UserError(f"There is no command {name}.{suggestion(name, COMMANDS)}")
+                raise UserError(f"There is no command {name}.{suggest_names(name, COMMANDS)}")
             elif line.strip():
                 self._reply(Turn("user", line.strip()) if self._writer.is_dialogue else Turn("text", line))
         except UserError as error:
@@ -120,7 +120,9 @@ class Session:
     def show(self, text: str, style: str = "") -> None:
         """Write a text, or a part of one, as it is, but for control characters."""
         # As rich's Text, a part would have its tabs expanded as if a line began with it.
-        self._console.print(Segments([Segment(printable(text), self._console.get_style(style))]), soft_wrap=True)
+        self._console.print(
+            Segments([Segment(replace_control_characters(text), self._console.get_style(style))]), soft_wrap=True
+        )
 
     def _reply(self, said: Turn) -> None:
         context = self._writer.model.context_length
@@ -174,7 +176,7 @@ class Session:
     def _set(self, text: str) -> None:
         name, _, value = (part.strip() for part in text.replace("=", " ", 1).partition(" "))
         if name and name not in KNOBS:
-            raise UserError(f"There is no knob {name!r}.{suggestion(name, KNOBS)}")
+            raise UserError(f"There is no knob {name!r}.{suggest_names(name, KNOBS)}")
         if value:
             path = f"sampling.{name}"
             number = validate_value(path, parse(path, value), f"config.{path}")
@@ -232,7 +234,7 @@ def chat(writer: TextGenerator, sampling: SamplingConfig, console: Console, titl
     if not sys.stdin.isatty():
         session.run(lambda: _piped_line(session))
         return
-    session.show(f"{title}, {count(total_size(writer.params))} parameters\n", "bold")
+    session.show(f"{title}, {format_count(total_size(writer.params))} parameters\n", "bold")
     session.show(
         f"It {'answers' if writer.is_dialogue else 'continues'} what you write: {describe_sampling(sampling)}.\n", "dim"
     )

@@ -15,7 +15,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import layer_groups, linear_layers
 from rustgpt_jax.model.quantized_weights import UpcastWeight, round_weights, to_row_major
 from rustgpt_jax.native import matvec
-from rustgpt_jax.pytrees import path_name
+from rustgpt_jax.pytrees import format_path
 
 
 class WeightLayout(NamedTuple):
@@ -60,7 +60,7 @@ def _rounded(params: transformer.Params, *, model: ModelConfig, weights: str) ->
         layers = linear_layers(stack)
         narrow = jax.vmap(partial(round_weights, dtype=weights))
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: narrow(leaf) if path_name(path) in layers else leaf, of_stack
+            lambda path, leaf: narrow(leaf) if format_path(path) in layers else leaf, of_stack
         )
 
     blocks = {
@@ -91,7 +91,7 @@ def _layer(params: transformer.Params, block: ModelConfig, layout: WeightLayout)
     layers = linear_layers(block)
 
     def with_layout(path: Any, leaf: jax.Array) -> Any:
-        layer = layers.get(path_name(path))
+        layer = layers.get(format_path(path))
         if layer is None:
             return leaf
         if layer.matmul_dtype == "float8":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.pytrees import pytree
+from rustgpt_jax.pytrees import pytree_dataclass
 
 
 class Sampler(Protocol):
@@ -22,7 +22,7 @@ class Sampler(Protocol):
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array: ...
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class Greedy:
     """Leave only the likeliest token (the first of equals)."""
@@ -34,7 +34,7 @@ class Greedy:
         return jnp.where(is_best_BV, 0.0, -jnp.inf)
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class Temperature:
     """Divide the logits: below 1 sharpens the distribution, above 1 flattens it."""
@@ -46,7 +46,7 @@ class Temperature:
         return logits_BV / self.temperature
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class TopK:
     """Keep the k likeliest tokens, and any equal to the last of them."""
@@ -61,7 +61,7 @@ class TopK:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class TopP:
     """Keep the fewest likeliest tokens whose probabilities sum to at least p: nucleus sampling (arXiv 1904.09751)."""
@@ -78,7 +78,7 @@ class TopP:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class MinP:
     """Keep the tokens at least p times as likely as the likeliest (arXiv 2407.01082)."""
@@ -91,7 +91,7 @@ class MinP:
         return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
-@pytree()
+@pytree_dataclass()
 @dataclass(frozen=True)
 class RepetitionPenalty:
     """Make the tokens seen so far less likely: positive logits divided, negative ones multiplied (arXiv 1909.05858)."""

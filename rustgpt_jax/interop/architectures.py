@@ -7,7 +7,7 @@ from typing import Any
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import validate_value
-from rustgpt_jax.errors import UserError, shown, suggestion
+from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.interop import config_mapping as mapping
 from rustgpt_jax.interop.config_mapping import (
     FULL,
@@ -102,7 +102,7 @@ class Architecture:
             raise UserError(f"{file}: is_causal is false, and every token sees only earlier ones here.")
         for key in COUNTING_KEYS:
             if isinstance(config.get(key), int | float) and config[key] > MAX_COUNT:
-                raise UserError(f"{file}: {key} is {shown(config[key])}; at most {MAX_COUNT} are read.")
+                raise UserError(f"{file}: {key} is {short_repr(config[key])}; at most {MAX_COUNT} are read.")
         knobs = FAMILIES[self.family] | read_all(self.mappings, reader)
         return {knob: validate_value(f"model.{knob}", value, f"{file}: {knob}") for knob, value in knobs.items()}
 
@@ -472,10 +472,10 @@ def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
     if not named:
         raise UserError(
             f'{file} names no architecture, such as "architectures": ["LlamaForCausalLM"], and its model_type '
-            f"{model_type!r} is not known.{suggestion(str(model_type), [each.model_type for each in _EVERY])}"
+            f"{model_type!r} is not known.{suggest_names(str(model_type), [each.model_type for each in _EVERY])}"
         )
     if named[0] not in ARCHITECTURES:
-        raise UserError(f"{file}: the architecture {named[0]!r} is not known.{suggestion(named[0], ARCHITECTURES)}")
+        raise UserError(f"{file}: the architecture {named[0]!r} is not known.{suggest_names(named[0], ARCHITECTURES)}")
     return ARCHITECTURES[named[0]]
 
 

@@ -21,14 +21,14 @@ from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_c
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.pytrees import nested
+from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.sharding.hardware_specs import free_memory
 from rustgpt_jax.tokenizers import IMPORTED, Codec, load_tokenizer, save_tokenizer
-from rustgpt_jax.tracking.formatting import count
+from rustgpt_jax.tracking.formatting import format_count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
 # The same tokens through `transformers` and through the model here: how far are the logits apart?
 
@@ -139,9 +139,9 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
         raise UserError(f"config.{EPOCHS}: import reads no text to count it; give it to train, with the run's folder.")
     model, name = fill_vocab_size(config, codec).model, described.architecture.name
     shapes = parameter_shapes(model)
-    log(f"{source}: {name}, {count(total_size(shapes))} parameters")
+    log(f"{source}: {name}, {format_count(total_size(shapes))} parameters")
     with atomic_folder(path) as temporary:
-        run = create(temporary, config, origins)
+        run = create_run_dir(temporary, config, origins)
         save_tokenizer(codec, run.tokenizer_file)
         import_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
@@ -162,7 +162,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     whole = fill_vocab_size(load_config(path), codec)
     is_dialogue = False
     if run.is_untrained:
-        params: Any = nested(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
+        params: Any = unflatten_paths(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
     else:
         trained = load(path, which)
         params, is_dialogue = trained.writer.params, trained.writer.is_dialogue

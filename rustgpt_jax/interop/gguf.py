@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.data.preprocess import fill_vocab_size
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
 from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, special_ids
 from rustgpt_jax.interop.param_mapping import TensorPlan, TensorRule, TensorRules, plan_tensors
 from rustgpt_jax.model.transformer import Params, vocab_size
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.tokenizers.chat_template import rendered
 from rustgpt_jax.tokenizers.messages import Turn
@@ -367,8 +367,8 @@ def write_gguf(
     gguf = _import_gguf()
     form = gguf_architecture(model)
     if dtype not in TYPES:
-        raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
-    plan, leaves = plan_tensors(form.rules, model), by_path(params)
+        raise UserError(f"There is no type {dtype!r} to export in.{suggest_names(dtype, TYPES)}")
+    plan, leaves = plan_tensors(form.rules, model), flatten_paths(params)
     kinds = {tensor.name: gguf.GGMLQuantizationType[_storage_type(tensor, dtype)] for tensor in plan.values()}
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +392,9 @@ def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
     """How llama.cpp says a model. Raises UserError with what it cannot say."""
     architecture = architecture_for(model).name
     if architecture not in GGUF_ARCHITECTURES:
-        raise UserError(f"GGUF is not written for {architecture} here.{suggestion(architecture, GGUF_ARCHITECTURES)}")
+        raise UserError(
+            f"GGUF is not written for {architecture} here.{suggest_names(architecture, GGUF_ARCHITECTURES)}"
+        )
     form = GGUF_ARCHITECTURES[architecture]
     for knob, there in form.fixed.items():
         here = getattr(model, knob)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import ARCHITECTURES, Architecture, architecture_for, architecture_of
 from rustgpt_jax.interop.config_mapping import read_json
 from rustgpt_jax.interop.param_mapping import (
@@ -24,7 +24,7 @@ from rustgpt_jax.interop.param_mapping import (
     shapes_by_path,
     slices_by_param,
 )
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.workdir.params_io import (
     CHUNK_BYTES,
     NewTensor,
@@ -152,7 +152,7 @@ def matching_tensors(
             continue
         raise UserError(
             f"{stored[name].file} has a tensor {name}, which {architecture.name} with this {CONFIG} has not."
-            f"{suggestion(name, wanted)}"
+            f"{suggest_names(name, wanted)}"
         )
     return wanted
 
@@ -239,8 +239,8 @@ def export_model(
     """
     chosen = architecture_for(model) if architecture is None else _named_architecture(architecture, model)
     if dtype is not None and dtype not in TYPES:
-        raise UserError(f"There is no type {dtype!r} to export in.{suggestion(dtype, TYPES)}")
-    leaves = by_path(params, is_leaf=lambda leaf: isinstance(leaf, StoredTensor))
+        raise UserError(f"There is no type {dtype!r} to export in.{suggest_names(dtype, TYPES)}")
+    leaves = flatten_paths(params, is_leaf=lambda leaf: isinstance(leaf, StoredTensor))
     new = [_new_tensor(tensor, leaves, dtype) for tensor in plan_tensors(chosen.rules, model).values()]
     config = chosen.hf_config(model) | dict.fromkeys(TOKEN_KEYS) | dict(special_tokens or {})
     # transformers 4 and 5 both read this name.
@@ -255,7 +255,7 @@ def export_model(
 
 def _named_architecture(name: str, model: ModelConfig) -> Architecture:
     if name not in ARCHITECTURES:
-        raise UserError(f"The architecture {name!r} is not known.{suggestion(name, ARCHITECTURES)}")
+        raise UserError(f"The architecture {name!r} is not known.{suggest_names(name, ARCHITECTURES)}")
     for knob, (here, there) in ARCHITECTURES[name].roundtrip_differences(model).items():
         raise UserError(f"{name} cannot say config.model.{knob}={here!r}; it would be read as {there!r}.")
     return ARCHITECTURES[name]

@@ -13,7 +13,7 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 
 
 class TensorRule(NamedTuple):
@@ -88,7 +88,7 @@ class TensorSlice(NamedTuple):
 
 def shapes_by_path(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters by path, such as blocks/0/mixer/query/kernel."""
-    return {path: tuple(leaf.shape) for path, leaf in by_path(parameter_shapes(model)).items()}
+    return {path: tuple(leaf.shape) for path, leaf in flatten_paths(parameter_shapes(model)).items()}
 
 
 def plan_tensors(rules: TensorRules, model: ModelConfig) -> dict[str, TensorPlan]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.config.validation import validate_value
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.config_mapping import FULL, SLIDING, HFConfigReader, KeyMapping, Keys, Knobs
 from rustgpt_jax.model.positions import longrope_factors
 
@@ -93,7 +93,7 @@ def rope_knobs(
     where = f"{reader.file}: RoPE"
     kind = stored.get("rope_type") or stored.get("type") or "default"
     if not isinstance(kind, str) or kind not in types:
-        raise UserError(f"{where}: unknown type {kind!r}.{suggestion(str(kind), types)}")
+        raise UserError(f"{where}: unknown type {kind!r}.{suggest_names(str(kind), types)}")
     kind = types[kind]
     given: Keys = {}
     for key, value in stored.items():

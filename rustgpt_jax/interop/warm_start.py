@@ -14,17 +14,17 @@ from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partiti
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.model.block import layer_groups
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
-from rustgpt_jax.tracking.formatting import count
+from rustgpt_jax.tracking.formatting import format_count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
-from rustgpt_jax.workdir.run_dir import RunDir, create, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
 # Their rows, or columns, stand for tokens.
 TOKEN_PARAMS = ("embedding/", "head/")
@@ -91,8 +91,8 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
     begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
     static, hparams = partition(stages(whole)[0].config)
-    fresh = by_path(compiled_init_state(static, hparams).params)
-    given = by_path(there.writer.params)
+    fresh = flatten_paths(compiled_init_state(static, hparams).params)
+    given = flatten_paths(there.writer.params)
     is_same_tokenizer = own.written == there.writer.tokenizer.written
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
     chosen = _choose(source_layers, layers, is_same_tokenizer)
@@ -100,11 +100,11 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
         raise UserError(f"No parameter of {source} fits the model of this config: {_format_reasons(chosen.from_seed)}.")
     params = {name: _initial_array(name, leaf, layers, source_layers, chosen) for name, leaf in fresh.items()}
     with atomic_folder(path) as temporary:
-        new = create(temporary, begun.config, begun.origins)
+        new = create_run_dir(temporary, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
         write_parameters(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
         about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
-        about["fingerprints"] = fingerprints({name: params[name] for name in (*chosen.taken, *chosen.partly)})
+        about["fingerprints"] = fingerprint_tree({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for sentence in resolved.sentences:
         log(sentence)
@@ -129,7 +129,8 @@ def _describe(
     n_taken += sum(params[name][0].size * len(layers) for name, layers in chosen.partly.items())
     n_all, n_arrays = sum(leaf.size for leaf in params.values()), len(chosen.taken) + len(chosen.partly)
     yield (
-        f"{source}: took {n_arrays} of {len(params)} arrays of parameters ({count(n_taken)} of {count(n_all)})"
+        f"{source}: took {n_arrays} of {len(params)} arrays of parameters "
+        f"({format_count(n_taken)} of {format_count(n_all)})"
         f"{', and the tokenizer' if is_same_tokenizer else ''}"
     )
     if not is_same_tokenizer:

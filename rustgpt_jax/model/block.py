@@ -15,7 +15,7 @@ from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 # Where norms stand around a sublayer f, by config.norm_placement.
 BEFORE = ("pre", "sandwich")  # f(norm(x))
@@ -33,10 +33,10 @@ class Block(nn.Module):
         config = self.config
         (mixer_name,), (feedforward_name,) = config.mixers, config.feedforwards
         of_mixer, of_feedforward = config.mixer_config, config.feedforward_config
-        mixer = choose(MIXERS, mixer_name, "config.model.mixers")(of_mixer, name="mixer")
+        mixer = lookup(MIXERS, mixer_name, "config.model.mixers")(of_mixer, name="mixer")
         # The inputs of a mixer without a cache are cached instead.
         apply_mixer = mixer if isinstance(mixer, CachedMixer) else partial(apply_uncached_mixer, mixer)
-        feedforward = choose(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(
+        feedforward = lookup(FEEDFORWARDS, feedforward_name, "config.model.feedforwards")(
             of_feedforward, name="feedforward"
         )
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
     def _norm(self, name: str, x_BTD: jax.Array, placements: tuple[str, ...]) -> jax.Array:
         if self.config.norm_placement not in placements:
             return x_BTD
-        return choose(NORMS, self.config.norm, "config.model.norm")(self.config, name=name)(x_BTD)
+        return lookup(NORMS, self.config.norm, "config.model.norm")(self.config, name=name)(x_BTD)
 
 
 # Layers with the same kind of block share one program, and their parameters are stacked.

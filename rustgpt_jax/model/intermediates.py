@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.fingerprints import hashes
+from rustgpt_jax.fingerprints import hash_elements
 from rustgpt_jax.model.dtypes import to_float32
 
 # The numbers of a measurement, as `tensor_stats` has them.
@@ -57,7 +57,7 @@ def tensor_stats(x: jax.Array) -> jax.Array:
     finite = jnp.isfinite(x)
     magnitudes = jnp.where(finite, jnp.abs(to_float32(x)), 0)
     squares = [jnp.square(magnitudes * scale) for scale in _SCALES]
-    largest, nonfinite, *sums = _reduced(magnitudes, (~finite).astype(jnp.float32), *squares, *hashes(x))
+    largest, nonfinite, *sums = _reduced(magnitudes, (~finite).astype(jnp.float32), *squares, *hash_elements(x))
     norms = [jnp.sqrt(total) / scale for total, scale in zip(sums, _SCALES, strict=False)]
     norm = jnp.select([largest < _SMALL, largest > 1 / _SMALL], norms[1:], norms[0])
     # Bits that were read as a float could be those of a NaN, which arithmetic changes: small whole numbers are safe.

@@ -15,7 +15,7 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import normal_init
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 # RoPE for contexts longer than those that a model was trained with: which channels turn how much more slowly.
 
@@ -129,7 +129,7 @@ def apply_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) 
 
     C counts the channels that are rotated, the first `rope_fraction` of the head; the rest stay as they are.
     """
-    rope = choose(ROPE_SCALINGS, config.rope_scaling, "config.model.rope_scaling")(
+    rope = lookup(ROPE_SCALINGS, config.rope_scaling, "config.model.rope_scaling")(
         _frequencies(x_BTHC, config.rope_theta, config.rope_fraction), config
     )
     return _turned(x_BTHC, positions_BT, rope)

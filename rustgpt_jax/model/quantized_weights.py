@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.native import matvec
-from rustgpt_jax.pytrees import pytree
+from rustgpt_jax.pytrees import pytree_dataclass
 
 # The most rows of x for which the native kernel is faster than XLA.
 MOST_NATIVE_ROWS = 8
@@ -28,7 +28,7 @@ class PackedWeight(ABC):
         """X W with the shape (..., outputs), in `dtype` or else in the type of x (..., inputs)."""
 
 
-@pytree(meta=["kernel"])
+@pytree_dataclass(meta=["kernel"])
 @dataclass(frozen=True)
 class RowMajorWeight(PackedWeight):
     """A matrix in the order in which a product with few rows reads it: all weights of one output, then of the next.
@@ -61,7 +61,7 @@ class RowMajorWeight(PackedWeight):
         return y_BO.reshape(*x.shape[:-1], y_BO.shape[-1]).astype(dtype or x.dtype)
 
 
-@pytree(meta=["operands"])
+@pytree_dataclass(meta=["operands"])
 @dataclass(frozen=True)
 class UpcastWeight(PackedWeight):
     """A matrix with the values of a narrower type, `operands`, in float32, with the results of RowMajorWeight.

@@ -20,7 +20,7 @@ from rustgpt_jax.model.matmul import unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -322,10 +322,10 @@ def vocab_size(model: ModelConfig) -> int:
 
 def _positions_embedding(model: ModelConfig) -> Any:
     """Returns the module that adds positions to the embeddings, or None."""
-    schemes = (choose(POSITIONS, name, "config.model.positions") for name in model.positions)
+    schemes = (lookup(POSITIONS, name, "config.model.positions") for name in model.positions)
     embed = next((scheme.embed for scheme in schemes if scheme.embed is not None), None)
     return None if embed is None else embed(model)
 
 
 def _norm(model: ModelConfig) -> Any:
-    return choose(NORMS, model.norm, "config.model.norm")(model)
+    return lookup(NORMS, model.norm, "config.model.norm")(model)

@@ -114,7 +114,7 @@ OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
+class CompiledStep:
     """Bytes, FLOPs, collectives and warnings of a compiled step, for one device.
 
     arguments, results, shared: bytes of what goes in, what comes out, and what of these is the same memory.
@@ -139,7 +139,7 @@ class Compiled:
         return self.arguments + self.results - self.shared + self.working
 
 
-def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> Compiled:
+def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> CompiledStep:
     """Compile one training step on sequences of `window` tokens, sharded as in a run.
 
     for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
@@ -154,7 +154,7 @@ def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: 
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
     assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"
     program = hlo.parse_hlo(text)
-    return Compiled(
+    return CompiledStep(
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes,
         shared=memory.alias_size_in_bytes,

@@ -12,9 +12,9 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import Config, Stage, flatten, partition, stages, uses_epochs
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
-from rustgpt_jax.tracking.formatting import byte_size, count
+from rustgpt_jax.tracking.formatting import format_bytes, format_count
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.train_step import init_state
 
@@ -71,7 +71,7 @@ def _parameters(config: Config) -> Table:
     table = _table(
         "\nParameters (blocks are stacked: the first axis counts repeats of the pattern)", "path", "shape", "size"
     )
-    for path, leaf in by_path(parameter_shapes(config.model)).items():
+    for path, leaf in flatten_paths(parameter_shapes(config.model)).items():
         shape = " x ".join(map(str, leaf.shape))
         table.add_row(path, shape, f"{total_size(leaf):,}")
     table.add_row("all", "", f"{total_size(parameter_shapes(config.model)):,}", style="bold")
@@ -85,8 +85,8 @@ def _costs(config: Config) -> Table:
     static, hparams = partition(config)
     state = jax.eval_shape(lambda: init_state(static, hparams))
     optimizer = total_bytes(state.opt_state)
-    table.add_row("parameters", count(total_size(shapes)), byte_size(parameters))
-    table.add_row("memory of training", byte_size(2 * parameters + optimizer), _memory(parameters, optimizer))
+    table.add_row("parameters", format_count(total_size(shapes)), format_bytes(parameters))
+    table.add_row("memory of training", format_bytes(2 * parameters + optimizer), _memory(parameters, optimizer))
     for stage in stages(config):
         table.add_row(*_stage_costs(stage))
     table.add_row("token stores and compiled programs", "kept in", str(cache_folder()))
@@ -95,7 +95,7 @@ def _costs(config: Config) -> Table:
 
 def _memory(parameters: int, optimizer: int) -> str:
     parts = {"parameters": parameters, "gradients": parameters, "optimizer": optimizer}
-    return ", ".join(f"{name} {byte_size(size)}" for name, size in parts.items()) + "; activations come on top"
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items()) + "; activations come on top"
 
 
 def _stage_costs(stage: Stage) -> tuple[str, str, str]:
@@ -105,7 +105,8 @@ def _stage_costs(stage: Stage) -> tuple[str, str, str]:
     tokens = config.training.steps * config.training.batch_size * window
     return (
         f"stage {stage.name}",
-        f"{count(3 * forward)} FLOPs a token",
-        f"forward {count(forward)}; {config.training.steps} steps of {config.training.batch_size} x {window} tokens, "
-        f"{count(tokens)} in all, {count(3 * forward * tokens)} FLOPs",
+        f"{format_count(3 * forward)} FLOPs a token",
+        f"forward {format_count(forward)}; "
+        f"{config.training.steps} steps of {config.training.batch_size} x {window} tokens"
+        f", {format_count(tokens)} in all, {format_count(3 * forward * tokens)} FLOPs",
     )

@@ -12,7 +12,7 @@ import jax
 
 from rustgpt_jax.config.schema import Config, replace_paths
 from rustgpt_jax.model.flops import parameter_shapes, total_size, training_flops_per_token
-from rustgpt_jax.planning.aot_compile import Compiled, build_sharded_state, compile_step
+from rustgpt_jax.planning.aot_compile import CompiledStep, build_sharded_state, compile_step
 from rustgpt_jax.planning.hlo import Collective
 from rustgpt_jax.sharding.hardware_specs import Chip
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan, axis_sizes
@@ -116,7 +116,7 @@ class Estimate:
     chip: Chip
     n_parameters: int
     memory: Memory
-    compiled: Compiled
+    compiled: CompiledStep
     model_flops: float
     seconds: StepTime
 
@@ -153,7 +153,7 @@ def estimate(config: Config, window: int, placement: ShardingPlan, chip: Chip) -
     )
 
 
-def _memory(config: Config, placement: ShardingPlan, compiled: Compiled) -> Memory:
+def _memory(config: Config, placement: ShardingPlan, compiled: CompiledStep) -> Memory:
     state = build_sharded_state(config, placement)
     parameters, optimizer = count_bytes_on_device(state.params), count_bytes_on_device(state.opt_state)
     batch = max(0, compiled.arguments - count_bytes_on_device(state))

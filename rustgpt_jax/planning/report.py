@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.config.schema import Config, Stage, replace_paths, stages
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.planning.estimate import (
     RESERVE,
     Estimate,
@@ -19,8 +19,8 @@ from rustgpt_jax.planning.estimate import (
 from rustgpt_jax.planning.hlo import summarize_collectives
 from rustgpt_jax.sharding.hardware_specs import CHIPS, use_cpu_devices
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards, describe_mesh, plan_for_devices
-from rustgpt_jax.tracking.formatting import byte_size, count
-from rustgpt_jax.tracking.progress import waiting
+from rustgpt_jax.tracking.formatting import format_bytes, format_count
+from rustgpt_jax.tracking.progress import show_spinner
 from rustgpt_jax.training.config_checks import validate_components
 
 MOST_WARNINGS = 5
@@ -31,8 +31,8 @@ def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
     training = found.config.training
     parts = f" in {training.grad_accum_steps} parts" if training.grad_accum_steps > 1 else ""
     console.print(
-        f"{count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({describe_mesh(found.mesh)}); "
-        f"{training.batch_size} windows of {found.window:,} tokens a step{parts}. What follows is for each device.\n",
+        f"{format_count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({describe_mesh(found.mesh)})"
+        f"; {training.batch_size} windows of {found.window:,} tokens a step{parts}. What follows is for each device.\n",
         highlight=False,
     )
     console.print(_memory(found), _work(found), *([_collectives(found)] if found.compiled.collectives else []))
@@ -52,7 +52,7 @@ def print_suggestions(tried: Sequence[tuple[Suggestion, Estimate]], room: float,
     for change, found in tried:
         table.add_row(
             str(change),
-            byte_size(found.memory.peak),
+            format_bytes(found.memory.peak),
             "yes" if found.fits else "no",
             _bounds(found),
             style="bold" if found.fits else "",
@@ -61,8 +61,8 @@ def print_suggestions(tried: Sequence[tuple[Suggestion, Estimate]], room: float,
     if not any(found.fits for _, found in tried):
         least = min(found.memory.peak for _, found in tried)
         console.print(
-            f"None of these alone makes it fit: the least takes {byte_size(least)} of {byte_size(room)}. Take several "
-            "together, or more devices.",
+            f"None of these alone makes it fit: the least takes {format_bytes(least)} of {format_bytes(room)}. Take "
+            "several together, or more devices.",
             highlight=False,
         )
 
@@ -78,10 +78,10 @@ def _memory(found: Estimate) -> Table:
         "activations, and copies in the step": (memory.activations, "what the compiler needs beside these"),
     }
     for what, (size, origin) in rows.items():
-        table.add_row(what, byte_size(size), origin)
-    table.add_row("at its fullest", byte_size(memory.peak), "the compiled step", style="bold")
-    reserve = f"of {byte_size(found.chip.memory)}; {RESERVE:.0%} is kept for driver, collectives and gaps"
-    table.add_row("there is", byte_size(found.room), reserve)
+        table.add_row(what, format_bytes(size), origin)
+    table.add_row("at its fullest", format_bytes(memory.peak), "the compiled step", style="bold")
+    reserve = f"of {format_bytes(found.chip.memory)}; {RESERVE:.0%} is kept for driver, collectives and gaps"
+    table.add_row("there is", format_bytes(found.room), reserve)
     return table
 
 
@@ -91,18 +91,23 @@ def _work(found: Estimate) -> Table:
     again = compiled.flops / found.model_flops if found.model_flops else 1.0
     table.add_row(
         "matrix products",
-        f"{count(compiled.flops)} FLOPs",
+        f"{format_count(compiled.flops)} FLOPs",
         _time(seconds.compute),
-        f"{again:.2f} times the model's own {count(found.model_flops)}, with what is computed again or twice "
-        f"(XLA, loops once: {count(compiled.counted_once)})",
+        f"{again:.2f} times the model's own {format_count(found.model_flops)}, with what is computed again or twice "
+        f"(XLA, loops once: {format_count(compiled.counted_once)})",
     )
     table.add_row(
-        "memory", byte_size(compiled.traffic), _time(seconds.memory), f"at least, at {byte_size(chip.bandwidth)}/s"
+        "memory",
+        format_bytes(compiled.traffic),
+        _time(seconds.memory),
+        f"at least, at {format_bytes(chip.bandwidth)}/s",
     )
     received = sum(each.total for each in compiled.collectives)
     if received:
-        links = f"links of {byte_size(chip.links)}/s to {chip.linked} chips, network of {byte_size(chip.network)}/s"
-        table.add_row("collectives", byte_size(received), _time(seconds.collectives), links)
+        links = (
+            f"links of {format_bytes(chip.links)}/s to {chip.linked} chips, network of {format_bytes(chip.network)}/s"
+        )
+        table.add_row("collectives", format_bytes(received), _time(seconds.collectives), links)
     return table
 
 
@@ -111,7 +116,7 @@ def _collectives(found: Estimate) -> Table:
     for (kind, axes), total in summarize_collectives(found.compiled.collectives, found.mesh).items():
         same = (each for each in found.compiled.collectives if (each.kind, each.axes(found.mesh)) == (kind, axes))
         seconds = sum(compute_collective_time(each, found.chip) for each in same)
-        table.add_row(kind, " and ".join(axes), f"{total.count:,}", byte_size(total.received), _time(seconds))
+        table.add_row(kind, " and ".join(axes), f"{total.count:,}", format_bytes(total.received), _time(seconds))
     return table
 
 
@@ -155,7 +160,7 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     devices, and for a config whose vocabulary only a tokenizer would tell.
     """
     if chip_name not in CHIPS:
-        raise UserError(f"--chip: unknown {chip_name!r}.{suggestion(chip_name, CHIPS)}")
+        raise UserError(f"--chip: unknown {chip_name!r}.{suggest_names(chip_name, CHIPS)}")
     validate_components(config)
     config, window = _longest(set_vocab_size(config))
     check_batch_shards(config, window, n_devices)
@@ -165,11 +170,11 @@ def print_plan(config: Config, chip_name: str, n_devices: int, console: Console)
     def estimated(config: Config) -> Estimate:
         return estimate(config, window, plan_for_devices(config.mesh, devices), chip)
 
-    with waiting(console, "compiling the step"):
+    with show_spinner(console, "compiling the step"):
         found = estimated(config)
     print_estimate(found, chip_name, console)
     if not found.fits:
-        with waiting(console, "looking for a change that makes it fit"):
+        with show_spinner(console, "looking for a change that makes it fit"):
             tried = list(_tried(found, estimated))
         print_suggestions(tried, found.room, console)
     return found.fits

@@ -43,8 +43,8 @@ from rustgpt_jax.reproduce.replay import write_page
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report.results import format_value
 from rustgpt_jax.tokenizers import Codec, decode
-from rustgpt_jax.tracking.formatting import printable
-from rustgpt_jax.tracking.progress import waiting
+from rustgpt_jax.tracking.formatting import replace_control_characters
+from rustgpt_jax.tracking.progress import show_spinner
 
 # What a step tells of its own fault: the tensor where it began, and the rows of the batch that stand out.
 
@@ -207,10 +207,10 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
     def say(text: str) -> None:
         # What is to be copied must not be broken in two.
         is_command = text.startswith(" ")
-        console.print(printable(text), highlight=False, soft_wrap=is_command, markup=False)
+        console.print(replace_control_characters(text), highlight=False, soft_wrap=is_command, markup=False)
 
     with RecordedRun(path, console) as past:
-        with waiting(console, "looking for the step that went wrong"):
+        with show_spinner(console, "looking for the step that went wrong"):
             found = find_anomaly(past, step)
         if found is None:
             say(f"{path} is healthy: every recorded loss and gradient is finite, and no loss stands out.")
@@ -219,7 +219,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
         if found.rewind is not None:
             past.go_before(found.rewind)
         say(f"Step {found.step} of {path} is looked at, because {found.why}.")
-        with waiting(console, f"making step {found.step} again and measuring its tensors"):
+        with show_spinner(console, f"making step {found.step} again and measuring its tensors"):
             again, inside = replay_one_step(past, found.step, has_taps=True)
             assert inside is not None
             sentences = describe_anomaly(past, found, again, inside)
@@ -230,7 +230,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
         if view is None:
             say("Its loss stands out from none that was recorded before it: there is nothing to be remedied.")
             return
-        with waiting(console, "trying remedies, all in one program"):
+        with show_spinner(console, "trying remedies, all in one program"):
             trial = try_interventions(past, view)
         for sentence in describe_earlier_intervention(trial, view, again.step, path):
             say(sentence)

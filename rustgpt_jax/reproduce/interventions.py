@@ -14,7 +14,7 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.pytrees import by_path, path_name
+from rustgpt_jax.pytrees import flatten_paths, format_path
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
     State,
@@ -96,7 +96,7 @@ def _qk_norm(config: Config) -> Intervention:
         changed = resolve(to_dict(replace_paths(config, dict(knobs))))
     except UserError as error:
         return Intervention(name, unavailable_reason=str(error).rstrip("."))
-    if by_path(parameter_shapes(changed.model)).keys() == by_path(parameter_shapes(config.model)).keys():
+    if flatten_paths(parameter_shapes(changed.model)).keys() == flatten_paths(parameter_shapes(config.model)).keys():
         return Intervention(name, unavailable_reason="no layer of the model has queries and keys to normalize")
     return Intervention(name, knobs)
 
@@ -185,11 +185,11 @@ compiled_compute_curves = jax.jit(compute_curves, static_argnums=0)
 
 def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
     """Convert a state to another static config: keep leaves with the same path and shape, initialize the others."""
-    kept = by_path(state)
+    kept = flatten_paths(state)
     fresh = compiled_init_state(static, hparams)
 
     def fit(path: Any, leaf: jax.Array) -> jax.Array:
-        old = kept.get(path_name(path))
+        old = kept.get(format_path(path))
         return leaf if old is None or jnp.shape(old) != leaf.shape else old
 
     return jax.tree_util.tree_map_with_path(fit, fresh)

@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from rustgpt_jax.config.schema import Hyperparams, MeshConfig, StaticConfig, combine
+from rustgpt_jax.config.schema import MeshConfig, StaticConfig, combine
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, changed_data
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprint
+from rustgpt_jax.fingerprints import format_fingerprint
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.hook_points import hook_points
-from rustgpt_jax.pytrees import by_path
+from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
-from rustgpt_jax.tracking.progress import counting
+from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs
 from rustgpt_jax.training.train_step import (
+    Hyperparams,
     Metrics,
     State,
     StepIntermediates,
@@ -34,7 +35,7 @@ from rustgpt_jax.training.train_step import (
     compiled_train_steps,
 )
 from rustgpt_jax.training.trainer import load_initial_state
-from rustgpt_jax.workdir.event_log import Journal, launches
+from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
 # Statistics of every tensor of a training step, in the order in which the step computes them.
@@ -105,7 +106,7 @@ def list_step_tensors(
 def _of_params(kind: str, tree: transformer.Params, layers: list[range], places: dict[str, int]) -> list[StepTensor]:
     """List the parameters, or a tree like them, in the order of the first hook points that need them."""
     found: list[StepTensor] = []
-    for path, array in by_path(tree).items():
+    for path, array in flatten_paths(tree).items():
         if not path.startswith("blocks/"):
             (measurement,) = jax.device_get(compiled_measured_N(array[None]))
             found.append(_tensor(kind, path, None, path, array.size, measurement[None]))
@@ -140,7 +141,7 @@ def _tensor(kind: str, name: str, layer: int | None, site: str, size: int, parts
     norm = float(np.sqrt(np.sum(np.square(read.norm.astype(np.float64)))))
     nonfinite = round(float(np.sum(read.nonfinite, dtype=np.float64)))
     return StepTensor(
-        kind, name, layer, site, norm, float(np.max(read.largest)), nonfinite, size, fingerprint(first, second)
+        kind, name, layer, site, norm, float(np.max(read.largest)), nonfinite, size, format_fingerprint(first, second)
     )
 
 
@@ -222,7 +223,7 @@ class RecordedRun:
 
     def _mesh_here(self) -> MeshConfig:
         """Return the mesh of the last launch, or a data-parallel one if the devices differ."""
-        last = launches(self.folder)[-1:]
+        last = load_launches(self.folder)[-1:]
         was = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
         try:
             axis_sizes(was, jax.device_count())
@@ -317,7 +318,7 @@ class RecordedRun:
         missing = step - int(state.step)
         if missing > FAR:
             self._say(f"{missing:,} steps are recomputed first, from {describe_start(int(state.step))} on.")
-        with counting(self._console, "steps recomputed") as progress:
+        with show_progress(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
     def batch(self, state: State) -> Batch:
@@ -393,7 +394,7 @@ class RecordedRun:
 def read_rewinds(folder: RunDir) -> list[Rewind]:
     """The rewinds of a run. One that was done again, after a kill, is one."""
     names = Rewind._fields
-    events = Journal(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
+    events = EventLog(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
 
 

@@ -27,7 +27,7 @@ from rustgpt_jax.reproduce.recorded_run import (
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.sweeps.report.plot_style import css, shade
-from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.tracking.formatting import replace_control_characters
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
@@ -70,7 +70,7 @@ def write_page(path: Path, again: ReplayedStep, tensors: Sequence[StepTensor]) -
 
 def _print(again: ReplayedStep, path: Path, console: Console) -> None:
     console.print(
-        f"step {again.step} of {path} (stage {printable(again.stage)}), "
+        f"step {again.step} of {path} (stage {replace_control_characters(again.stage)}), "
         f"replayed from {describe_start(again.from_step)}",
         highlight=False,
         soft_wrap=True,

@@ -8,9 +8,9 @@ from typing import Any
 from rustgpt_jax.reproduce.compare_metrics import TIMED, describe_missing_record
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, StepInternals, to_metric_dict
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
-from rustgpt_jax.workdir.code_snapshot import running_code
-from rustgpt_jax.workdir.environment import environment, flat
-from rustgpt_jax.workdir.event_log import launches
+from rustgpt_jax.workdir.code_snapshot import hash_running_code
+from rustgpt_jax.workdir.environment import collect_environment, flatten_environment
+from rustgpt_jax.workdir.event_log import load_launches
 
 MOST_CHANGES_NAMED = 4
 # What of an environment may change bits.
@@ -122,16 +122,16 @@ def _same(recorded: float, now: float | None) -> bool:
 
 
 def _reasons(past: RecordedRun, step: int) -> tuple[str, ...]:
-    launch = next((launch for launch in launches(past.folder)[::-1] if launch.step < step), None)
+    launch = next((launch for launch in load_launches(past.folder)[::-1] if launch.step < step), None)
     if launch is None:
         return ("it was made by other code or elsewhere, of which there is no record",)
     found: list[str] = []
-    code = running_code(past.folder)
+    code = hash_running_code(past.folder)
     if launch.code != code:
         found.append(f"the code was {launch.code} and is {code}")
     if launch.mode == "fused":
         found.append(f"it was trained fused with {launch.width - 1} others, whose sums are taken in another order")
-    there, here = flat(launch.environment), flat(environment())
+    there, here = flatten_environment(launch.environment), flatten_environment(collect_environment())
     changed = [name for name in there | here if name.startswith(MATTERS) and there.get(name) != here.get(name)]
     found += [f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
     return tuple(found)

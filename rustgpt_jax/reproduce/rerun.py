@@ -18,7 +18,7 @@ from rustgpt_jax.reproduce.compare_metrics import (
 from rustgpt_jax.reproduce.run_diff import compare_metadata, print_line, print_section
 from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, load_snapshot_code
 from rustgpt_jax.tracking.metric_writer import last_step
-from rustgpt_jax.workdir.event_log import Journal, Launch, first_launch, launches
+from rustgpt_jax.workdir.event_log import EventLog, Launch, load_first_launch, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages
 
 # A population in `fused` mode takes sums in another order than a run alone.
@@ -60,7 +60,7 @@ def rerun(path: Path, to: Path | None, console: Console, is_trusted: bool = Fals
 
 
 def _first_launch(run: RunDir, console: Console) -> Launch:
-    every, first = launches(run), first_launch(run)
+    every, first = load_launches(run), load_first_launch(run)
     codes = list(dict.fromkeys(launch.code for launch in every))
     if len(codes) > 1:
         print_line(
@@ -83,7 +83,7 @@ def _prepare(run: RunDir, again: RunDir, launch: Launch) -> None:
     if again.path.exists() and not again.path.is_dir():
         raise UserError(f"{again.path} is a file, and the folder of the rerun cannot be there; choose another.")
     if again.path.exists() and any(again.path.iterdir()):
-        began = [event for event in Journal(again.journal_file).events() if event["event"] == "rerun"]
+        began = [event for event in EventLog(again.journal_file).events() if event["event"] == "rerun"]
         if not began or {name: began[0].get(name) for name in about} != about:
             raise UserError(f"{again.path} holds something else than a rerun of {run.path}; choose another folder.")
         return
@@ -91,7 +91,7 @@ def _prepare(run: RunDir, again: RunDir, launch: Launch) -> None:
         for name in BEGINNING:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, hidden / name)
-        Journal(RunDir(hidden).journal_file).append("rerun", of=str(run.path), **about)
+        EventLog(RunDir(hidden).journal_file).append("rerun", of=str(run.path), **about)
 
 
 def _train(run: RunDir, again: RunDir, code: SnapshotCode, console: Console) -> int:

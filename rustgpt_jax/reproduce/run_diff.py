@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.text import Text
 
 from rustgpt_jax.data.preprocess import read_record
-from rustgpt_jax.errors import UserError, shown
+from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records, format_first_difference
 from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
-from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.tracking.formatting import replace_control_characters
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.code_snapshot import CODE, read_code
-from rustgpt_jax.workdir.environment import flat
-from rustgpt_jax.workdir.event_log import archive_of, first_launch, programs
+from rustgpt_jax.workdir.environment import flatten_environment
+from rustgpt_jax.workdir.event_log import code_archive, load_first_launch, load_programs
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 # In what two runs differ before a step is made: config, code, environment, data, programs.
@@ -100,18 +100,20 @@ def _knobs(run: RunDir) -> dict[str, Any]:
     # As JSON, not as a Config: another version of the code may have other knobs.
     tree = dict(_json(run, run.config_file.name)["config"])
     own_stages = tree.pop("stages", [])
-    knobs = flat(tree) | {"stages": [stage["name"] for stage in own_stages]}
+    knobs = flatten_environment(tree) | {"stages": [stage["name"] for stage in own_stages]}
     for stage in own_stages:
-        knobs |= flat({name: value for name, value in stage.items() if name != "name"}, f"stages.{stage['name']}.")
+        knobs |= flatten_environment(
+            {name: value for name, value in stage.items() if name != "name"}, f"stages.{stage['name']}."
+        )
     return knobs
 
 
 def diff_code(first: RunDir, second: RunDir) -> list[Difference]:
     """Return the files in which the code of the first launches differs."""
-    both = [first_launch(run) for run in (first, second)]
+    both = [load_first_launch(run) for run in (first, second)]
     if both[0].code == both[1].code:
         return []
-    left, right = (read_code(archive_of(run, launch)) for run, launch in zip((first, second), both, strict=True))
+    left, right = (read_code(code_archive(run, launch)) for run, launch in zip((first, second), both, strict=True))
     names = sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
     found = [_of_file(name, left.get(name), right.get(name)) for name in names]
     return sorted(found, key=lambda difference: not difference.matters)
@@ -139,9 +141,9 @@ def _meaning(source: bytes) -> str | bytes:
 
 def diff_environments(first: RunDir, second: RunDir) -> list[Difference]:
     """Return differences of versions, devices, settings and training mode at the first launches."""
-    both = [first_launch(run) for run in (first, second)]
+    both = [load_first_launch(run) for run in (first, second)]
     left, right = (
-        flat(launch.environment)
+        flatten_environment(launch.environment)
         | {"launch.mode": launch.mode, "launch.devices": launch.devices}
         | {f"launch.mesh.{axis}": size for axis, size in launch.mesh.items()}
         for launch in both
@@ -182,11 +184,11 @@ def _relative(files: Mapping[str, str]) -> dict[str, str]:
 
 def diff_programs(first: RunDir, second: RunDir) -> list[Difference]:
     """Return the stages whose compiled programs differ, by the SHA-256 of their StableHLO."""
-    both = [programs(run) for run in (first, second)]
+    both = [load_programs(run) for run in (first, second)]
     for run, found in zip((first, second), both, strict=True):
         if not found:
             raise UserError(f"{run.path} has no record of its programs.")
-    modes = [(launch.mode, launch.width) for launch in map(first_launch, (first, second))]
+    modes = [(launch.mode, launch.width) for launch in map(load_first_launch, (first, second))]
     if modes[0] != modes[1]:
         raise UserError(f"They trained in other modes, {' and '.join(f'{mode} of {width}' for mode, width in modes)}.")
     left, right = ({stage: program.stablehlo[:HASH_DIGITS] for stage, program in found.items()} for found in both)
@@ -215,7 +217,7 @@ MOST_SHOWN, MOST_LINES, MOST_LINES_OF_ALL = 12, 12, 48
 
 def print_line(console: Console, text: str) -> None:
     """Print a line without interpreting markup or control characters."""
-    console.print(Text(printable(text)), soft_wrap=True)
+    console.print(Text(replace_control_characters(text)), soft_wrap=True)
 
 
 def print_section(section: Section, console: Console) -> None:
@@ -252,7 +254,7 @@ def _lines(section: Section) -> Iterator[str]:
 
 
 def _said(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else short_repr(value)
 
 
 # Where two runs part inside a step: both are made again by their own code, and held against each other by tensor.
@@ -278,7 +280,7 @@ def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: 
         UserError: This is impossible, or the code may not be run.
         KeyboardInterrupt: A signal requests a stop.
     """
-    with load_snapshot_code(run, first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
+    with load_snapshot_code(run, load_first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "trace.json", Path(folder) / "log"
         arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
         with open(log, "wb") as errors:
@@ -472,9 +474,9 @@ def _in_stage(knob: str) -> str:
 
 
 def _sentence(origin: Origin | None, likely: list[Difference]) -> str:
-    shown = "; ".join(format_difference(difference) for difference in likely[:MOST_CAUSES])
+    listed = "; ".join(format_difference(difference) for difference in likely[:MOST_CAUSES])
     rest = f"; and {len(likely) - MOST_CAUSES} more" if len(likely) > MOST_CAUSES else ""
-    cause = f"{shown}{rest}" if likely else "nothing that was recorded"
+    cause = f"{listed}{rest}" if likely else "nothing that was recorded"
     if origin is None:
         return f"likely cause: {cause}"
     parts = list(OF_PART)

@@ -17,9 +17,9 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
 from rustgpt_jax.sweeps.launchers import visible_gpus
 from rustgpt_jax.training.preemption import SIGNALS
-from rustgpt_jax.workdir.code_snapshot import checked_code, not_installed, write_code
-from rustgpt_jax.workdir.environment import as_variables
-from rustgpt_jax.workdir.event_log import Launch, archive_of, launches
+from rustgpt_jax.workdir.code_snapshot import list_differing_files, read_verified_code, write_code
+from rustgpt_jax.workdir.environment import environment_variables
+from rustgpt_jax.workdir.event_log import Launch, code_archive, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # What a shell says of a process that a signal ended.
@@ -31,7 +31,7 @@ MOST_NAMED = 4
 
 def use_devices_of(run: RunDir) -> None:
     """Make a CPU as many devices as the last launch of a run had, if there was one. To be called before JAX is used."""
-    for launch in launches(run)[-1:]:
+    for launch in load_launches(run)[-1:]:
         use_cpu_devices(launch.devices)
 
 
@@ -85,7 +85,7 @@ class SnapshotCode(NamedTuple):
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
         gpus = visible_gpus()
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.launch.devices])} if gpus else {}
-        return as_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path} | seen
+        return environment_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path} | seen
 
 
 class _Signals:
@@ -146,11 +146,11 @@ def load_snapshot_code(run: RunDir, launch: Launch, is_trusted: bool = False) ->
     Raises:
         UserError: The code is missing, damaged, or neither installed here nor trusted.
     """
-    archive = archive_of(run, launch)
+    archive = code_archive(run, launch)
     if not archive.exists():
         raise UserError(f"{run.path} does not have the code that it was made with: there is no {archive}.")
-    contents = checked_code(archive)
-    others = not_installed(contents)
+    contents = read_verified_code(archive)
+    others = list_differing_files(contents)
     more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
     named = ", ".join(others[:MOST_NAMED]) + more
     if others and not is_trusted:

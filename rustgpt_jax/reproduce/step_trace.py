@@ -26,7 +26,7 @@ from rich.console import Console
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprints
+from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
@@ -50,10 +50,10 @@ def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Cons
         state, steps = past.state_at(first - 1), []
         for step in range(first, last + 1):
             inside = _inside(past, state) if has_taps else {}
-            before, batch = fingerprints(state), fingerprints(past.batch(state)._asdict())
+            before, batch = fingerprint_tree(state), fingerprint_tree(past.batch(state)._asdict())
             state, (metrics,) = past.train(state, 1)
             values = {name: _number(value) for name, value in to_metric_dict(metrics).items()}
-            after = fingerprints(state)
+            after = fingerprint_tree(state)
             steps.append({"step": step, "batch": batch, "before": before, "metrics": values, **inside, "after": after})
         return {"steps": steps}
 

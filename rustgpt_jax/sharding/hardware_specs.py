@@ -118,25 +118,25 @@ class Machine:
     flops: float
 
 
-def this_machine() -> Machine:
+def detect_machine() -> Machine:
     """Describe this machine. On a CPU every core is a device, unless XLA_FLAGS says otherwise; JAX stays unused."""
     if not any(find_spec(plugin) for plugin in ACCELERATOR_PLUGINS) or jax.default_backend() == "cpu":
-        n_devices = _devices_in_xla_flags() or cores()
+        n_devices = _devices_in_xla_flags() or count_cores()
         return Machine("cpu", n_devices, free_memory() / n_devices, 0.0)
-    return used_machine()
+    return query_machine()
 
 
-def used_machine() -> Machine:
+def query_machine() -> Machine:
     """Return the devices of this process and their memory, initializing JAX. CPU devices share main memory."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return Machine("cpu", len(devices), free_memory() / len(devices), 0.0)
-    return Machine(devices[0].platform, len(devices), device_memory(devices[0]), device_peak_flops())
+    return Machine(devices[0].platform, len(devices), free_device_memory(devices[0]), device_peak_flops())
 
 
 def use_cores_as_devices() -> None:
     """Make each CPU core a device, as `use_cpu_devices` does."""
-    use_cpu_devices(cores())
+    use_cpu_devices(count_cores())
 
 
 def use_cpu_devices(count: int) -> None:
@@ -151,12 +151,12 @@ def _devices_in_xla_flags() -> int | None:
     return int(counts[-1]) if counts else None
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def device_memory(device: jax.Device) -> int:
+def free_device_memory(device: jax.Device) -> int:
     """Return the bytes of free memory of a device; on a CPU, those of the host."""
     statistics = device.memory_stats() or {}
     return statistics.get("bytes_limit", free_memory()) - statistics.get("bytes_in_use", 0)

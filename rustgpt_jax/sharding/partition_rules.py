@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rustgpt_jax.pytrees import path_name
+from rustgpt_jax.pytrees import format_path
 
 Axes = tuple[str | None, ...]
 
@@ -75,7 +75,9 @@ def _divisible(axes: Axes, shape: tuple[int, ...], mesh: dict[str, int]) -> Part
 def infer_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Return the shardings of the arrays or shapes of a tree, such as parameters or a train state."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition_spec_for(path_name(path), leaf.shape, dict(mesh.shape)).spec),
+        lambda path, leaf: NamedSharding(
+            mesh, partition_spec_for(format_path(path), leaf.shape, dict(mesh.shape)).spec
+        ),
         tree,
     )
 
@@ -87,7 +89,7 @@ def constrain(tree: Any) -> Any:
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(
-            leaf, partition_spec_for(path_name(path), leaf.shape, dict(mesh.shape)).spec
+            leaf, partition_spec_for(format_path(path), leaf.shape, dict(mesh.shape)).spec
         ),
         tree,
     )

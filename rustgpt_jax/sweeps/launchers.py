@@ -20,7 +20,7 @@ from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
 from rustgpt_jax.sweeps.worker import Worker
-from rustgpt_jax.workdir.run_dir import check_links
+from rustgpt_jax.workdir.run_dir import check_no_symlinks
 
 # What every launcher is told.
 
@@ -162,7 +162,7 @@ class _Process:
 
     def _start(self) -> "subprocess.Popen[str]":
         self._log.parent.mkdir(exist_ok=True)
-        check_links([self._log])
+        check_no_symlinks([self._log])
         code = self._launch.code
         command = [sys.executable, "-P", "-m", "rustgpt_jax.sweeps.worker", str(self._launch.folder.path), code.name]
         path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))

@@ -18,7 +18,7 @@ from rich.text import Text
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.formatting import duration, printable
+from rustgpt_jax.tracking.formatting import format_duration, replace_control_characters
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -73,7 +73,7 @@ class LiveTable:
 
     def message(self, text: str) -> None:
         """Print a text above the table."""
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(replace_control_characters(text)), soft_wrap=True)
 
     def _watch(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
@@ -119,7 +119,7 @@ class LiveTable:
             parts.append(f"{3600 * done / elapsed / average:,.0f} trials/hour")
             left = self._steps_left()
             if left > 0:
-                parts.append(f"{duration(round(left * elapsed / done))} left")
+                parts.append(f"{format_duration(round(left * elapsed / done))} left")
         return ", ".join(parts)
 
     def _total_steps(self) -> int:
@@ -159,5 +159,5 @@ class LiveTable:
         total = stages(trial.config)[-1].end_step
         bar = Text(what) if what else ProgressBar(total=total, completed=step, width=16)
         loss = f"{self._losses[name]:.4f}" if name in self._losses else ""
-        knobs = Text(printable(describe_overrides(trial.overrides)), no_wrap=True, overflow="ellipsis")
+        knobs = Text(replace_control_characters(describe_overrides(trial.overrides)), no_wrap=True, overflow="ellipsis")
         return name, bar, f"{step}/{total}", loss, knobs

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rustgpt_jax.config.schema import Config, MeshConfig, StaticConfig, partition, stages
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sharding.sharding_plan import describe_mesh, is_flexible, min_devices
@@ -146,7 +146,7 @@ def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int |
     Raises UserError for a mode that there is not, and for a mesh that needs more devices than there are.
     """
     if mode not in MODES:
-        raise UserError(f"--mode: unknown {mode!r}.{suggestion(mode, MODES)}")
+        raise UserError(f"--mode: unknown {mode!r}.{suggest_names(mode, MODES)}")
     n_trials, mesh = len(shape_class.trials), shape_class.whole.mesh
     needed = min_devices(mesh)
     if needed > machine.n_devices:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
-from rustgpt_jax.sharding.hardware_specs import Machine, this_machine, use_cores_as_devices
+from rustgpt_jax.sharding.hardware_specs import Machine, detect_machine, use_cores_as_devices
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
@@ -18,8 +18,8 @@ from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, Search, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.formatting import byte_size, count
-from rustgpt_jax.tracking.progress import counting, waiting
+from rustgpt_jax.tracking.formatting import format_bytes, format_count
+from rustgpt_jax.tracking.progress import show_progress, show_spinner
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.memory_estimate import check_training_memory
 
@@ -57,7 +57,7 @@ def print_preview(
     tokens = sum(len(each.shape_class.trials) * each.shape_class.cost.tokens for each in plans)
     flops = sum(len(each.shape_class.trials) * each.shape_class.cost.total_flops for each in plans)
     programs = f"{len(plans)} {'program' if len(plans) == 1 else 'programs'} to compile"
-    total = f"{len(trials)} trials, {programs}, {count(tokens)} tokens, {count(flops)} FLOPs"
+    total = f"{len(trials)} trials, {programs}, {format_count(tokens)} tokens, {format_count(flops)} FLOPs"
     if isinstance(search, SuccessiveHalving):
         total += " if none of them is pruned"
     if isinstance(search, TPE):
@@ -65,8 +65,8 @@ def print_preview(
         points = f"{search.n_trials} points" + f" with {len(search.seeds)} seeds each" * bool(search.seeds)
         total = (
             f"A search of {search.n_runs} trials ({points}, {search.batch} points at a time). If all are as the first "
-            f"of these examples: {count(search.n_runs * cost.tokens)} tokens, "
-            f"{count(search.n_runs * cost.total_flops)} FLOPs"
+            f"of these examples: {format_count(search.n_runs * cost.tokens)} tokens, "
+            f"{format_count(search.n_runs * cost.total_flops)} FLOPs"
         )
     console.print(f"\n{total}. Nothing was run.", highlight=False)
 
@@ -92,9 +92,15 @@ def _classes(plans: Sequence[Plan]) -> Table:
     for number, each in enumerate(plans, start=1):
         cost, n_trials = each.shape_class.cost, len(each.shape_class.trials)
         lanes = f"{each.mode} x {each.width}" if each.width > 1 else each.mode
-        memory = byte_size(each.memory)
+        memory = format_bytes(each.memory)
         table.add_row(
-            str(number), str(n_trials), count(cost.parameters), memory, count(cost.total_flops), lanes, each.reason
+            str(number),
+            str(n_trials),
+            format_count(cost.parameters),
+            memory,
+            format_count(cost.total_flops),
+            lanes,
+            each.reason,
         )
     return table
 
@@ -131,7 +137,7 @@ def run_sweep(
         search.check_rungs(spec, trials)
     if not (command.dry_run or command.is_oversubscribed or command.settings.launcher == "slurm"):
         _check_memory(trials, isinstance(spec, TPE))
-    with counting(console, "characters read and encoded") as progress, waiting(console, "reading the data"):
+    with show_progress(console, "characters read and encoded") as progress, show_spinner(console, "reading the data"):
         shelf = AssetCache(progress=progress)
         if isinstance(spec, TPE):
             _check_points(trials, shelf)
@@ -140,7 +146,7 @@ def run_sweep(
     if command.dry_run:
         search_only = spec if isinstance(spec, SuccessiveHalving | TPE) else None
         print_preview(
-            trials, shelf, this_machine(), command.settings.mode, command.settings.width, console, search_only
+            trials, shelf, detect_machine(), command.settings.mode, command.settings.width, console, search_only
         )
         return 0
     with open_sweep(path, command.about, command.settings, shelf, console) as sweep:
@@ -183,7 +189,7 @@ def _check_memory(trials: Sequence[Trial], is_search: bool = False) -> None:
     Raises:
         UserError: A trial does not fit.
     """
-    machine = this_machine()
+    machine = detect_machine()
     if machine.platform == "cpu":
         machine = replace(machine, n_devices=1, memory=machine.n_devices * machine.memory)
     errors = []

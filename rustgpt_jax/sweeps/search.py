@@ -33,7 +33,7 @@ from rustgpt_jax.sweeps.sweep_dir import DONE
 from rustgpt_jax.sweeps.trials import Trial, make_trial, make_trials
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.config_checks import validate_components
-from rustgpt_jax.workdir.run_dir import check_links, lock
+from rustgpt_jax.workdir.run_dir import check_no_symlinks, lock_run_dir
 
 VALID_LOSS = "valid/loss"
 # The key of the reason for skipping a suggestion, in its user attributes.
@@ -69,7 +69,7 @@ def run_successive_halving(sweep: Sweep, search: SuccessiveHalving, trials: Sequ
     The survivors are packed together anew, and begin where they stood.
     """
     alive = list(trials)
-    with lock(sweep.folder.path):
+    with lock_run_dir(sweep.folder.path):
         sweep.add(trials)
         for number, rung in enumerate(search.rungs, start=1):
             sweep.run(alive, until=rung)
@@ -141,7 +141,7 @@ def run_tpe(
         UserError: Too many suggestions were skipped.
     """
     trials_of = partial(_trials_of, search=search, tree=tree, fixed=tuple(fixed), shelf=shelf or AssetCache())
-    with lock(sweep.folder.path):
+    with lock_run_dir(sweep.folder.path):
         study = _study(sweep, search, tree)
         told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
         # Rerun trials that failed or whose folders were deleted; the results told earlier remain.
@@ -172,7 +172,7 @@ def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file, name = sweep.folder.study_file, hash_study(search, tree)
-    check_links([file])
+    check_no_symlinks([file])
     # Optuna's reader raises arbitrary errors for a damaged file.
     try:
         _drop_torn_line(file)

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.registry import choose
-from rustgpt_jax.sharding.hardware_specs import Machine, cores, this_machine
+from rustgpt_jax.registry import lookup
+from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine
 from rustgpt_jax.sharding.sharding_plan import min_devices
 from rustgpt_jax.sweeps import sweep_dir as folders
 from rustgpt_jax.sweeps.asset_cache import AssetCache
@@ -25,7 +25,7 @@ from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir, is_settled
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.training.preemption import StopRequest
-from rustgpt_jax.workdir.run_dir import create as create_run
+from rustgpt_jax.workdir.run_dir import create_run_dir as create_run
 
 # A launcher returns when all chunks have been worked through, or a stop was requested; outcomes are in the ledger.
 Launcher = Callable[[Launch, Sequence[Chunk]], None]
@@ -94,7 +94,7 @@ class Sweep:
     @property
     def n_workers(self) -> int:
         """Worker processes or jobs at a time."""
-        here = JOBS_AT_ONCE if self._settings.launcher == "slurm" else len(visible_gpus()) or cores()
+        here = JOBS_AT_ONCE if self._settings.launcher == "slurm" else len(visible_gpus()) or count_cores()
         return self._settings.n_workers or here
 
     def message(self, text: str) -> None:
@@ -103,7 +103,7 @@ class Sweep:
 
     def _machine_of_workers(self) -> Machine:
         if self._settings.launcher == "inline":
-            return this_machine()
+            return detect_machine()
         options = self._settings.slurm_options or {}
         asks_for_gpus = any("gpu" in f"{key}={value}" for key, value in options.items() if key != "partition")
         has_gpus = asks_for_gpus if self._settings.launcher == "slurm" else bool(visible_gpus())
@@ -148,7 +148,7 @@ class Sweep:
         Trials that another launch holds are waited for, and taken over if it is gone.
         """
         plans = self._plans(trials, until)
-        launcher = choose(LAUNCHERS, self._settings.launcher, "--launcher")
+        launcher = lookup(LAUNCHERS, self._settings.launcher, "--launcher")
         while not self.stop and (waiting := self.unsettled(trials, until)):
             launcher(self._launch, [chunk for each in plans for chunk in each.chunks(waiting, until)])
             if not self.stop and self.unsettled(trials, until) == waiting:
@@ -208,8 +208,8 @@ def open_sweep(
 
 def check_options(settings: SweepOptions) -> None:
     """Raise UserError if the launcher or the mode is unknown."""
-    choose(LAUNCHERS, settings.launcher, "--launcher")
-    choose(dict.fromkeys(MODES), settings.mode, "--mode")
+    lookup(LAUNCHERS, settings.launcher, "--launcher")
+    lookup(dict.fromkeys(MODES), settings.mode, "--mode")
 
 
 def check_trials(trials: Iterable[Trial], shelf: AssetCache) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rustgpt_jax.atomic_io import publish_folder, temporary_path, write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash, code_sources, record_code, write_git_state
-from rustgpt_jax.workdir.event_log import Event, Journal
+from rustgpt_jax.workdir.event_log import Event, EventLog
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
@@ -176,7 +176,7 @@ class Ledger:
     """Appends to a ledger and reads it. Many processes and threads may do so at once."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._journal = file, Journal(file)
+        self._file, self._journal = file, EventLog(file)
         self._turn = threading.Lock()
         self._events, self._events_end, self._n_damaged = list[Event](), 0, 0
         self._done, self._done_end = set[str](), 0

@@ -27,7 +27,7 @@ from rustgpt_jax.training.loop import run_training_loop
 from rustgpt_jax.training.memory_estimate import out_of_memory_message
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.trainer import Trainer
-from rustgpt_jax.workdir.run_dir import RunLocked, load_config, load_origins
+from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, load_origins
 
 
 class _Quiet:
@@ -87,7 +87,7 @@ class Worker:
             plan = plan_for_devices(inputs.config.mesh, self._devices[: chunk.devices])
             inputs.check(folder, plan.n_devices)
             run = held.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
-        except RunLocked:
+        except RunLockedError:
             return None
         except Exception as error:
             self._failed(trial, error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.errors import UserError, shown
+from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.tokenizers.messages import Turn
 
 # Limits of one rendering of a chat template: CPU seconds, output characters, and bytes of memory.
@@ -38,7 +38,7 @@ class ChatFormat:
     def __post_init__(self) -> None:
         for text in (self.end, *self.stops, self.chat_template or "", *self.named, *self.named.values()):
             if not isinstance(text, str):
-                raise TypeError(f"{shown(text)} is no text")
+                raise TypeError(f"{short_repr(text)} is no text")
             # Half of a surrogate pair, which JSON can say, is none either.
             text.encode()
 

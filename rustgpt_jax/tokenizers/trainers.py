@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from rustgpt_jax.config.schema import TokenizerConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers.tokenizer import SPECIAL_TOKENS, UNKNOWN, Codec
 
 # What config.tokenizer.name says in a run whose tokenizer came with its model.
@@ -24,7 +24,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Codec:
             "config.tokenizer.name='imported': this tokenizer stands in the folder of a run that `launch.py import` "
             "made; it is not trained. Choose another for a new run."
         )
-    return Codec(choose(TOKENIZERS, config.name, "config.tokenizer.name")(texts, config.vocab_size))
+    return Codec(lookup(TOKENIZERS, config.name, "config.tokenizer.name")(texts, config.vocab_size))
 
 
 def _train_word(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:

@@ -13,17 +13,17 @@ _BYTE_UNITS = (" B", " kB", " MB", " GB", " TB", " PB")
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     """A number of things in three significant digits: 999, 1.23M (10^6), 8.03B (10^9), 2.52e+20."""
     return _scaled(number, _COUNT_UNITS) if number < 1e15 else f"{number:.3g}"
 
 
-def byte_size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """A number of bytes in three significant digits and decimal units: 512 B, 4.5 GB (10^9 bytes)."""
     return _scaled(number, _BYTE_UNITS)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time span by its two largest units: 0.4s, 45s, 2m03s, 5h07m, 3d04h."""
     if seconds < 9.95:
         return f"{round(seconds, 1):g}s"
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
 
 
-def printable(text: str) -> str:
+def replace_control_characters(text: str) -> str:
     """A text with U+FFFD for each control character but tabs and line breaks."""
     return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
 
@@ -62,4 +62,4 @@ class PlainTextConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Convert a string, such as an argument of `print` or a table cell, to literal text."""
-        return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
+        return super().render_str(replace_control_characters(text), **{**options, "markup": False, "emoji": False})

@@ -54,7 +54,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._run, self._resume_step = RunDir(folder), resume_step
         folder.mkdir(parents=True, exist_ok=True)
-        keep_until(self._run.metrics_file, resume_step)
+        truncate_after(self._run.metrics_file, resume_step)
         self._file = open(self._run.metrics_file, "a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
@@ -208,7 +208,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return merged
 
 
-def keep_until(file: Path, last_step: int, keeps_evaluation: bool = True) -> None:
+def truncate_after(file: Path, last_step: int, keeps_evaluation: bool = True) -> None:
     """Truncate a JSON Lines file after the last line with a step up to `last_step`; empty it if that is 0.
 
     Args:

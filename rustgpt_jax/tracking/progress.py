@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from rustgpt_jax.tracking.formatting import duration, printable
+from rustgpt_jax.tracking.formatting import format_duration, replace_control_characters
 
 SECONDS_BETWEEN_LINES = 5.0
 # Long enough to average over evaluations, short enough to notice a stage with another speed.
@@ -105,7 +105,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a text without interpreting markup, above the progress bar."""
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(replace_control_characters(text)), soft_wrap=True)
 
     def _seconds_left(self) -> float | None:
         # Count from the first update on: the time before it was mostly compilation.
@@ -129,7 +129,9 @@ class Progress:
     def _describe(self) -> str:
         status = self._status
         if status is None:
-            return self._evaluation or f"waiting for the first step, {duration(int(self._clock() - self._started))}"
+            return (
+                self._evaluation or f"waiting for the first step, {format_duration(int(self._clock() - self._started))}"
+            )
         left = status.seconds_left
         if left is not None:
             left = max(0.0, left - (self._clock() - status.time))
@@ -152,7 +154,10 @@ class _StatusColumn(ProgressColumn):
 
 def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dict[str, str]:
     values = status.values
-    parts = {"step": f"{status.step:>{len(str(total_steps))}}/{total_steps}", "stage": printable(status.stage)}
+    parts = {
+        "step": f"{status.step:>{len(str(total_steps))}}/{total_steps}",
+        "stage": replace_control_characters(status.stage),
+    }
     if "train/loss" in values:
         parts["loss"] = f"loss {values['train/loss']:.4f}"
     if "train/tokens_per_second" in values:
@@ -160,19 +165,19 @@ def _parts(status: _Status, seconds_left: float | None, total_steps: int) -> dic
     if "train/flops_share" in values:
         parts["share"] = f"{values['train/flops_share']:.0%} of peak"
     if seconds_left is not None and status.step < total_steps:
-        parts["left"] = f"{duration(round(seconds_left))} left"
+        parts["left"] = f"{format_duration(round(seconds_left))} left"
     return parts
 
 
 @contextmanager
-def waiting(console: Console, what: str) -> Iterator[None]:
+def show_spinner(console: Console, what: str) -> Iterator[None]:
     """Show on a terminal that some work is in progress."""
     with console.status(Text(what)) if console.is_terminal else nullcontext():
         yield
 
 
 @contextmanager
-def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+def show_progress(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show progress; yields a callback that takes the number of items done and the total.
 
     On a terminal this is a progress bar. Elsewhere a line is printed every few seconds, and nothing for shorter work.
@@ -221,7 +226,8 @@ class StartupTimer:
         self._is_over = True
         self.lap(name)
         total = sum(seconds for _, seconds in self._laps)
-        return f"{duration(total)}: {', '.join(f'{name} {duration(seconds)}' for name, seconds in self._laps)}"
+        laps = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in self._laps)
+        return f"{format_duration(total)}: {laps}"
 
 
 def _age() -> float:

@@ -17,7 +17,7 @@ from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.data.token_shards import TokenStream
 from rustgpt_jax.data.token_store import open_store
 from rustgpt_jax.model.kernels.types import default_device
-from rustgpt_jax.sharding.hardware_specs import device_memory
+from rustgpt_jax.sharding.hardware_specs import free_device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # Marks of a token: it is a target with loss; a document begins there.
@@ -114,7 +114,7 @@ def make_batch_source(data: StageData, placement: ShardingPlan, step: int) -> Ba
     """Return the source of the batches of a stage from a step on, with the rows of this process."""
     stream = data.store.split("train")
     device = default_device() if placement.mesh is None else placement.mesh.local_devices[0]
-    fits = n_bytes(stream) <= MAX_MEMORY_SHARE * device_memory(device) and stream.n_tokens < MAX_TOKENS
+    fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
     # With several processes, each reads its own rows from files.
     if fits and jax.process_count() == 1:
         return DeviceBatchSource(data, placement, step, _cached_stream(data.store.path, placement, device))

@@ -23,9 +23,9 @@ from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
 from rustgpt_jax.distributed.failure_propagation import is_peer_lost
 from rustgpt_jax.distributed.multihost import all_agree, barrier, is_process_zero
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.fingerprints import fingerprints
-from rustgpt_jax.pytrees import by_path
-from rustgpt_jax.tracking.formatting import byte_size
+from rustgpt_jax.fingerprints import fingerprint_tree
+from rustgpt_jax.pytrees import flatten_paths
+from rustgpt_jax.tracking.formatting import format_bytes
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 
@@ -285,7 +285,7 @@ class Checkpoints:
                 if is_peer_lost(error) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 raise CorruptCheckpoint(_reason(error)) from error
-        found = fingerprints(state)
+        found = fingerprint_tree(state)
         changed = [path for path in sorted(found) if about["fingerprints"].get(path) != found[path]]
         if changed:
             raise CorruptCheckpoint(f"{changed[0]} is not what was saved")
@@ -336,7 +336,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     probe.rmdir()
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        needs = f"it takes up to {byte_size(n_bytes)}, and {byte_size(free)} are free"
+        needs = f"it takes up to {format_bytes(n_bytes)}, and {format_bytes(free)} are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
 
 
@@ -369,7 +369,7 @@ def _metadata(state: State, step: int, config: Config, is_scheduled: bool) -> di
         "config": to_dict(config),
         "is_scheduled": is_scheduled,
         "layout": layout(state),
-        "fingerprints": fingerprints(state),
+        "fingerprints": fingerprint_tree(state),
     }
 
 
@@ -445,4 +445,4 @@ def _sha256(file: Path) -> str:
 
 def layout(tree: Any) -> dict[str, str]:
     """Return the dtype and shape of each array of a tree: {'params/embedding/table': 'float32[65, 128]'}."""
-    return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in by_path(tree).items()}
+    return {path: f"{leaf.dtype}{json.dumps(leaf.shape)}" for path, leaf in flatten_paths(tree).items()}

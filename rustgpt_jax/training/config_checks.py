@@ -18,11 +18,11 @@ from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS
 from rustgpt_jax.training.schedules import SCHEDULES, schedule_multiplier
-from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config, load_earlier
+from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config, load_earlier
 
 # Knobs that name components of the model: their registry and interface.
 MODEL_COMPONENTS: dict[str, tuple[Mapping[str, Any], str]] = {
@@ -47,7 +47,7 @@ def validate_components(config: Config) -> None:
     for knob, (table, kind) in MODEL_COMPONENTS.items():
         named = getattr(model, knob)
         for name in (named,) if isinstance(named, str) else named:
-            if kind not in interfaces.component_kinds(choose(table, name, f"config.model.{knob}")):
+            if kind not in interfaces.component_kinds(lookup(table, name, f"config.model.{knob}")):
                 raise UserError(f"config.model.{knob}={name!r} is not {kind}: {interfaces.DESCRIPTIONS[kind]}.")
     _check_function(OPTIMIZERS, config.optimizer.name, "config.optimizer.name", "config", "rate")
     for stage in stages(config):
@@ -60,7 +60,7 @@ def validate_components(config: Config) -> None:
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:
     """Check that a component exists and can be called with these arguments."""
-    part = choose(table, name, knob)
+    part = lookup(table, name, knob)
     try:
         inspect.signature(part).bind(*arguments)
     except (TypeError, ValueError):  # Not callable, another signature, or a built-in without one.
@@ -99,7 +99,7 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
             raise UserError(f"--extend: there is no run {path} to extend.")
         return Change(config)
     stored, earlier = load_config(path), load_earlier(path)
-    changed = {knob: values for knob, values in all_differences(stored, config).items() if affects_result(knob)}
+    changed = {knob: values for knob, values in diff_configs(stored, config).items() if affects_result(knob)}
     fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
     if fixed:
         shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())

@@ -21,7 +21,7 @@ from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.tracking.formatting import duration
+from rustgpt_jax.tracking.formatting import format_duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
@@ -137,7 +137,7 @@ class LogMetrics:
         """Report how long the first call of each program took to return, which is its tracing and compilation."""
         if static not in self.seconds_per_step:
             self.seconds_per_step[static] = math.inf
-            self.progress.message(f"compiled the training step in {duration(seconds)}")
+            self.progress.message(f"compiled the training step in {format_duration(seconds)}")
             # The device may have finished some of the steps by now.
             self._clock = None
 

@@ -14,7 +14,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.sharding.hardware_specs import used_machine
+from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import plan_for_local_devices
 from rustgpt_jax.tokenizers import Codec
 from rustgpt_jax.training.checkpointing import Checkpoints
@@ -74,7 +74,7 @@ def load(
         raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
     tokenizer = run_tokenizer(run)
     config = fill_vocab_size(stored, tokenizer)
-    check_inference_memory(config, used_machine(), 0, is_oversubscribed, n_generated)
+    check_inference_memory(config, query_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
         shapes = plan_for_local_devices().abstract(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0

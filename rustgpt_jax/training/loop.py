@@ -23,13 +23,13 @@ from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, is_process_zer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
-from rustgpt_jax.sharding.hardware_specs import used_machine
+from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.tracking.formatting import count as formatted
-from rustgpt_jax.tracking.formatting import duration
+from rustgpt_jax.tracking.formatting import format_count as formatted
+from rustgpt_jax.tracking.formatting import format_duration
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.tracking.progress import Progress, StartupTimer, counting
+from rustgpt_jax.tracking.progress import Progress, StartupTimer, show_progress
 from rustgpt_jax.training.config_checks import resolve_change, validate_components
 from rustgpt_jax.training.executors import Executor, SingleRunExecutor
 from rustgpt_jax.training.hooks import Profile, parse_span
@@ -39,7 +39,7 @@ from rustgpt_jax.training.run_inputs import _tokenizer, prepare_inputs
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code
-from rustgpt_jax.workdir.run_dir import RunDir, shadow
+from rustgpt_jax.workdir.run_dir import RunDir, scratch_run_dir
 
 # With at least this many separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
@@ -140,13 +140,13 @@ def train(
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     plan = plan_for_all_devices(config.mesh)
     check_host_offload(config)
-    check_training_memory(config, used_machine(), plan.sizes, is_oversubscribed)
+    check_training_memory(config, query_machine(), plan.sizes, is_oversubscribed)
     remedy = "The same command continues from the last checkpoint."
     with _writable_run_dir(path, config, origins) as folder:
         with process_zero_first("data"):
             inputs = prepare_inputs(config, RunDir(folder).tokenizer_file, console, earlier, tokenizer)
         # Check again with the vocabulary size.
-        check_training_memory(inputs.full_config, used_machine(), plan.sizes, is_oversubscribed)
+        check_training_memory(inputs.full_config, query_machine(), plan.sizes, is_oversubscribed)
         inputs.check(RunDir(folder), plan.n_devices)
         startup_timer.lap("the data")
         traced = None if profile is None else Profile(parse_span(profile, inputs.total_steps), path / "profile")
@@ -161,7 +161,7 @@ def train(
 
 def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
     """Return the folder that this process writes to."""
-    return nullcontext(path) if is_process_zero() else shadow(path, config, origins)
+    return nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins)
 
 
 def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Codec | None]:
@@ -178,7 +178,7 @@ def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> t
             "`launch.py explain` tells how many it is."
         )
     tokenizer = _tokenizer(config, tokenizer_file, console)
-    with counting(console, "characters encoded") as progress:
+    with show_progress(console, "characters encoded") as progress:
         return resolve_epochs_with(config, tokenizer, cache_folder(), progress), tokenizer
 
 
@@ -222,7 +222,7 @@ def _run_to_end(
         again = "The same command continues from there."
         console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
         return stop.exit_status
-    took = duration(time.perf_counter() - began)
+    took = format_duration(time.perf_counter() - began)
     console.print(f"Done in {took}. {_draw_curves(run)}", highlight=False, soft_wrap=True)
     return 0
 

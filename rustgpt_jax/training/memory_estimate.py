@@ -15,7 +15,7 @@ from rustgpt_jax.evaluation.loss import loss_sums, total_loss
 from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.tracking.formatting import byte_size
+from rustgpt_jax.tracking.formatting import format_bytes
 from rustgpt_jax.training.train_step import init_state
 
 # Maximum number of layers to trace; needs of deeper models are extrapolated.
@@ -206,7 +206,7 @@ def out_of_memory_message(config: Config | None) -> str:
 def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machine) -> None:
     needed = sum(needs.values())
     if needed > machine.memory:
-        sizes = f"at least {byte_size(needed)} of memory, and {byte_size(machine.memory)} are available"
+        sizes = f"at least {format_bytes(needed)} of memory, and {format_bytes(machine.memory)} are available"
         device = f" on each of {machine.n_devices} devices" if machine.n_devices > 1 else ""
         raise UserError(
             f"{what} needs {sizes}{device}: {_format_needs(needs)}. {_remedy(needs, config)} "
@@ -216,7 +216,7 @@ def _check(what: str, needs: Mapping[str, float], config: Config, machine: Machi
 
 def _format_needs(needs: Mapping[str, float]) -> str:
     largest = sorted(needs.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{byte_size(size)} for {name}" for name, size in largest if size)
+    return ", ".join(f"{format_bytes(size)} for {name}" for name, size in largest if size)
 
 
 def _remedy(needs: Mapping[str, float], config: Config) -> str:

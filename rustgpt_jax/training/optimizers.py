@@ -15,8 +15,8 @@ import optax
 
 from rustgpt_jax.config.schema import OptimizerConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.pytrees import by_path, path_name
-from rustgpt_jax.registry import choose
+from rustgpt_jax.pytrees import flatten_paths, format_path
+from rustgpt_jax.registry import lookup
 
 
 def adamw(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
@@ -98,7 +98,7 @@ def muon_partition(params: Any) -> Any:
     """
 
     def label(path: Any, parameter: jax.Array) -> str:
-        name = path_name(path)
+        name = format_path(path)
         is_matrix = name.startswith("blocks/") and parameter.ndim >= 3 and not re.search("convolution|router", name)
         return "muon" if is_matrix else "adamw"
 
@@ -131,7 +131,7 @@ def weight_decay(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def update(updates: Any, params: Any) -> Any:
         def decayed(path: Any, update: jax.Array, parameter: jax.Array) -> jax.Array:
-            group_factor = decay_factor(path_name(path), config.weight_decay_groups)
+            group_factor = decay_factor(format_path(path), config.weight_decay_groups)
             return update if group_factor == 0 else update + config.weight_decay * group_factor * parameter
 
         return jax.tree_util.tree_map_with_path(decayed, updates, params)
@@ -157,7 +157,7 @@ def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
 
 def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
     """Raise UserError if a parameter (or shape) of a tree belongs to no weight decay group."""
-    for path in by_path(params):
+    for path in flatten_paths(params):
         decay_factor(path, config.weight_decay_groups)
 
 
@@ -182,7 +182,7 @@ EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_p
 
 def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1.0) -> optax.GradientTransformation:
     """Build the optimizer named in the config, with the learning rate scaled by `lr_multiplier`."""
-    return choose(OPTIMIZERS, config.name, "config.optimizer.name")(config, lr_multiplier)
+    return lookup(OPTIMIZERS, config.name, "config.optimizer.name")(config, lr_multiplier)
 
 
 def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:

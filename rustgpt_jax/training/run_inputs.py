@@ -34,7 +34,7 @@ from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
 from rustgpt_jax.tokenizers.messages import Turn
-from rustgpt_jax.tracking.progress import counting
+from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -156,7 +156,7 @@ def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
 def _tokenizer(config: Config, file: Path, console: Console) -> Codec:
     if file.exists():
         return run_tokenizer(RunDir(file.parent))
-    with counting(console, "characters read to train the tokenizer") as progress:
+    with show_progress(console, "characters read to train the tokenizer") as progress:
         return load_or_train_tokenizer(config, progress=progress)
 
 
@@ -182,7 +182,7 @@ def prepare_inputs(
     if tokenizer is None:
         tokenizer = _tokenizer(config, tokenizer_file, console)
     full_config = fill_vocab_size(config, tokenizer)
-    with counting(console, "characters encoded") as progress:
+    with show_progress(console, "characters encoded") as progress:
         prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(full_config)]
     stores = {data.stage.name: data.store for data in prepared}
     before = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ScheduleConfig
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 Scalar = jax.Array | float
 Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
@@ -50,4 +50,4 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosin
 def schedule_multiplier(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
     """Return the learning-rate multiplier at `step` (from 0) of a stage of `steps`, with linear warmup."""
     warm = (jnp.asarray(step, jnp.float32) + 1.0) / (jnp.asarray(schedule.warmup_steps, jnp.float32) + 1.0)
-    return jnp.minimum(warm, choose(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))
+    return jnp.minimum(warm, lookup(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))

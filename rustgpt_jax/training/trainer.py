@@ -17,7 +17,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import save_tokenizer
-from rustgpt_jax.tracking.metric_writer import MetricsWriter, keep_until
+from rustgpt_jax.tracking.metric_writer import MetricsWriter, truncate_after
 from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.hooks import (
@@ -39,11 +39,19 @@ from rustgpt_jax.training.train_step import (
     compiled_init_state,
     compiled_init_state_from_params,
 )
-from rustgpt_jax.workdir.event_log import Journal, record_launch, record_program
+from rustgpt_jax.workdir.event_log import EventLog, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
 from rustgpt_jax.workdir.program_fingerprint import save_autotune_cache
-from rustgpt_jax.workdir.run_dir import RunDir, admit, all_differences, check_links, create, load_config, lock
+from rustgpt_jax.workdir.run_dir import (
+    RunDir,
+    check_no_symlinks,
+    create_run_dir,
+    diff_configs,
+    load_config,
+    lock_run_dir,
+    prepare_run_dir,
+)
 
 # Maximum seconds of a call of several steps, because a call cannot be stopped before it is done.
 MAX_CALL_SECONDS = 5.0
@@ -87,7 +95,7 @@ class Trainer:
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._named = dict[StaticConfig, float](), set[int]()
-        self._journal = Journal(self.folder.journal_file)
+        self._journal = EventLog(self.folder.journal_file)
         self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
@@ -98,9 +106,9 @@ class Trainer:
         with self._resources:
             self._resources.enter_context(self.plan.active())
             earlier = self.inputs.earlier
-            admit(self.folder.path, self.inputs.config, earlier)
-            check_links((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
-            self._resources.enter_context(lock(self.folder.path))
+            prepare_run_dir(self.folder.path, self.inputs.config, earlier)
+            check_no_symlinks((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
+            self._resources.enter_context(lock_run_dir(self.folder.path))
             self._record_config()
             save_tokenizer(self.inputs.tokenizer, self.folder.tokenizer_file)
             by_name = {data.stage.name: data for data in self.inputs.stages}
@@ -126,11 +134,11 @@ class Trainer:
         """Write the config to the folder, and any change of it to the journal."""
         path, config, earlier = self.folder.path, self.inputs.config, self.inputs.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
-        differing = all_differences(before, config) if earlier and before != config else {}
+        differing = diff_configs(before, config) if earlier and before != config else {}
         changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
         if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
             raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
-        create(path, config, self._origins, earlier)
+        create_run_dir(path, config, self._origins, earlier)
         if changed:
             self._journal.append("config", step=earlier[-1].until, changes=changed)
 
@@ -285,8 +293,8 @@ class Trainer:
 
     def _open_records(self) -> None:
         # A repeated evaluation that was stopped or killed may have left some of its lines.
-        keep_until(self.folder.samples_file, self.step - self.owes_evaluation)
-        keep_until(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
+        truncate_after(self.folder.samples_file, self.step - self.owes_evaluation)
+        truncate_after(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
         self._writer = MetricsWriter(self.folder.path, self.step)
 
     def _close(self) -> None:

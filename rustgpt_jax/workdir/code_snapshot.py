@@ -99,17 +99,17 @@ def record_code() -> None:
         _contents(source)
 
 
-def running_code(run: RunDir) -> str:
+def hash_running_code(run: RunDir) -> str:
     """The hash of the code that is running, with a run's parts, as `save_code_snapshot` would record it."""
     return _packed(_sources_of(run))[0]
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack_code(archive: Path, folder: Path) -> None:
     """Write the files of an archive into a folder. Raises UserError if it is damaged, or would write elsewhere."""
-    write_code(checked_code(archive), folder)
+    write_code(read_verified_code(archive), folder)
 
 
-def checked_code(archive: Path) -> dict[str, bytes]:
+def read_verified_code(archive: Path) -> dict[str, bytes]:
     """Read the files of an archive like `read_code`, and verify them against the hash in the archive's name.
 
     Raises:
@@ -128,7 +128,7 @@ def checked_code(archive: Path) -> dict[str, bytes]:
 
 
 def write_code(contents: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files of an archive, as returned by `checked_code`, into a folder."""
+    """Write the files of an archive, as returned by `read_verified_code`, into a folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -155,7 +155,7 @@ def read_code(archive: Path) -> dict[str, bytes]:
         raise UserError(f"{archive} is damaged: {error}.") from error
 
 
-def not_installed(contents: Mapping[str, bytes]) -> list[str]:
+def list_differing_files(contents: Mapping[str, bytes]) -> list[str]:
     """Return the files of an archive that differ from what would be imported here, without importing anything."""
     places = {top: _place(top) for top in {PurePosixPath(name).parts[0] for name in contents}}
 
@@ -188,7 +188,7 @@ def code_sources(parts: Iterable[str] = ()) -> list[Path]:
     sources = (_source(sys.modules[name]) for name in parts if name in sys.modules)
     folders = {source.parent for source in sources if source is not None}
     own = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
-    return [root / name for name in CODE] + own_modules({root, Path.cwd()} | own)
+    return [root / name for name in CODE] + user_modules({root, Path.cwd()} | own)
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
@@ -210,7 +210,7 @@ def code_hash(files: Mapping[str, Path]) -> str:
     return _digest((name, file.read_bytes()) for name, file in files.items())
 
 
-def own_modules(folders: set[Path]) -> list[Path]:
+def user_modules(folders: set[Path]) -> list[Path]:
     """The modules and packages in some folders that this process has imported, such as one's own parts, but for ours.
 
     What was installed is not one's own.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rustgpt_jax.config import schema
 from rustgpt_jax.config.schema import FIELDS, to_dict
 from rustgpt_jax.config.validation import flatten_tree
-from rustgpt_jax.errors import UserError, suggestion
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.workdir.run_dir import is_special, load_config, load_origins
 
 # A config as a ConfigDict, and the origin of each of its values.
@@ -50,7 +50,7 @@ def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
             f"{file} has no sweep(): a function that yields overrides, as experiments/learning_rate.py has."
         )
     if name not in names:
-        raise UserError(f"--sweep: {file} has no sweep {name!r}.{suggestion(name, names)}")
+        raise UserError(f"--sweep: {file} has no sweep {name!r}.{suggest_names(name, names)}")
     return functions["sweep" if name == "sweep" else f"sweep_{name}"]
 
 
@@ -62,7 +62,7 @@ def _namespace(file: str) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read as a config: it is a pipe, a device or a socket, not a file.")
     if not path.is_file():
         beside = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")]
-        raise UserError(f"The config file {file} does not exist.{suggestion(file, beside)}")
+        raise UserError(f"The config file {file} does not exist.{suggest_names(file, beside)}")
     try:
         if not os.access(path, os.R_OK):
             raise UserError(f"{file} cannot be read: Permission denied.")

@@ -87,27 +87,27 @@ OURS = "rustgpt_jax"
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def environment() -> dict[str, Any]:
+def collect_environment() -> dict[str, Any]:
     """Versions, devices and settings of this process, ready for JSON. JAX is started if it is not yet."""
     return {
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
-        "packages": packages(),
+        "packages": installed_packages(),
         "machine": _machine(),
         "devices": _devices(),
         "settings": _settings(),
-        "variables": variables(os.environ),
+        "variables": filter_variables(os.environ),
     }
 
 
-def flat(environment: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_environment(environment: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """An environment with a name for each value: {'packages.jax': '0.10.2', ...}."""
     values: dict[str, Any] = {}
     for name, value in environment.items():
-        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        values |= flatten_environment(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return values
 
 
-def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, str]:
+def environment_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, str]:
     """The variables that give a process the settings of an environment; those of this process that it lacks are gone.
 
     A CPU is so many devices; others are those that this process may see.
@@ -119,10 +119,10 @@ def as_variables(environment: Mapping[str, Any], n_devices: int) -> dict[str, st
     }
     recorded = {name: value for name, value in environment.get("variables", {}).items() if name not in OF_THIS_MACHINE}
     devices = {CPU_DEVICES: str(n_devices)} if environment.get("devices", {}).get("backend") == "cpu" else {}
-    return stays | settings | variables(recorded) | devices
+    return stays | settings | filter_variables(recorded) | devices
 
 
-def variables(values: Mapping[str, str]) -> dict[str, str]:
+def filter_variables(values: Mapping[str, str]) -> dict[str, str]:
     """The variables that are recorded, in order. What they say of settings and devices is recorded with these."""
     kept = {name: values[name] for name in VARIABLES if name in values}
     kept |= {name: _flags(kept[name]) for name in OF_FLAGS if name in kept}
@@ -136,7 +136,7 @@ def _flags(text: str) -> str:
 
 
 @cache
-def packages() -> dict[str, str]:
+def installed_packages() -> dict[str, str]:
     """The version of each installed package but ours, whose code each run keeps.
 
     One that is installed from its sources, to be edited, says so.

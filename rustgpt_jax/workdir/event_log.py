@@ -17,14 +17,14 @@ from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.code_snapshot import save_code_snapshot
-from rustgpt_jax.workdir.environment import environment
+from rustgpt_jax.workdir.environment import collect_environment
 from rustgpt_jax.workdir.program_fingerprint import Program
 from rustgpt_jax.workdir.run_dir import RunDir
 
 Event = dict[str, Any]
 
 
-class Journal:
+class EventLog:
     """Appends to a file of events and reads it. Many processes and threads may do so at once."""
 
     def __init__(self, file: Path) -> None:
@@ -161,13 +161,13 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
         UserError: The folder is not writable.
     """
     code = save_code_snapshot(run)
-    Journal(run.journal_file).append(
+    EventLog(run.journal_file).append(
         "launch",
         step=step,
         argv=sys.argv,
         cwd=os.getcwd(),
         **code,
-        environment=environment(),
+        environment=collect_environment(),
         mode=mode,
         width=width,
         devices=devices,
@@ -178,12 +178,12 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
 
 def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
     """Write into the journal which program a stage runs from a step on."""
-    Journal(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
+    EventLog(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
 
 
-def launches(run: RunDir) -> list[Launch]:
+def load_launches(run: RunDir) -> list[Launch]:
     """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
-    events = Journal(run.journal_file).events_named("launch", RECORDED)
+    events = EventLog(run.journal_file).events_named("launch", RECORDED)
     names = [each.name for each in fields(Launch)]
     found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
     for launch in found:
@@ -203,22 +203,22 @@ def _is_environment(environment: Mapping[str, Any]) -> bool:
     return type(cores) is int and cores >= 1 and all(isinstance(value, str) for value in variables.values())
 
 
-def first_launch(run: RunDir) -> Launch:
+def load_first_launch(run: RunDir) -> Launch:
     """The launch that a run began with. Raises UserError for a run that does not have it."""
-    every = launches(run)
+    every = load_launches(run)
     if not every:
         raise UserError(f"{run.path} has no record of its launches: no journal.jsonl with one.")
     return every[0]
 
 
-def programs(run: RunDir) -> dict[str, Program]:
+def load_programs(run: RunDir) -> dict[str, Program]:
     """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
     found: dict[str, Program] = {}
-    for event in Journal(run.journal_file).events_named("program", PROGRAM):
+    for event in EventLog(run.journal_file).events_named("program", PROGRAM):
         found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
     return found
 
 
-def archive_of(run: RunDir, launch: Launch) -> Path:
+def code_archive(run: RunDir, launch: Launch) -> Path:
     """The archive of the code of a launch."""
     return run.code / f"{launch.code}.zip"

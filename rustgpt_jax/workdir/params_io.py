@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from rustgpt_jax.atomic_io import atomic_file
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.pytrees import by_path, nested
+from rustgpt_jax.pytrees import flatten_paths, unflatten_paths
 
 Tree = Any
 
@@ -114,7 +114,7 @@ def open_parameters(file: Path) -> Tree:
     Raises:
         UserError: The file is missing, damaged or truncated.
     """
-    return nested(open_safetensors(file))
+    return unflatten_paths(open_safetensors(file))
 
 
 def read_parameters(file: Path, shapes: Tree) -> Tree:
@@ -128,11 +128,11 @@ def read_parameters(file: Path, shapes: Tree) -> Tree:
     Raises:
         UserError: A parameter is missing, unexpected or of another shape, or the file is damaged.
     """
-    stored, wanted = matching_parameters(file, shapes), by_path(shapes)
+    stored, wanted = matching_parameters(file, shapes), flatten_paths(shapes)
     # Largest first, so that the copy on the host is small when most of the parameters are in memory.
     order = sorted(stored, key=lambda path: -np.prod(stored[path].shape))
     loaded = {path: _to_jax(_read_float32(stored[path]), wanted[path].sharding) for path in order}
-    return nested({path: loaded[path] for path in stored})
+    return unflatten_paths({path: loaded[path] for path in stored})
 
 
 def matching_parameters(file: Path, shapes: Tree) -> dict[str, StoredTensor]:
@@ -148,7 +148,7 @@ def matching_parameters(file: Path, shapes: Tree) -> dict[str, StoredTensor]:
     Raises:
         UserError: As for `read_parameters`.
     """
-    stored, wanted = open_safetensors(file), by_path(shapes)
+    stored, wanted = open_safetensors(file), flatten_paths(shapes)
     for path in sorted(wanted.keys() - stored.keys()):
         raise UserError(f"{file} has no parameter {path}, which the model of this run needs.")
     for path in sorted(stored.keys() - wanted.keys()):

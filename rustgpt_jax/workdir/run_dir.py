@@ -28,7 +28,7 @@ from rustgpt_jax.config.schema import (
     uses_epochs,
 )
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.errors import UserError, shown, suggestion
+from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.registry import note_import_paths
 
 MOST_DIFFERENCES_SHOWN = 8
@@ -36,7 +36,7 @@ MOST_DIFFERENCES_SHOWN = 8
 Stages = tuple[StageConfig, ...]
 
 
-class RunLocked(UserError):
+class RunLockedError(UserError):
     """Another process trains in a run folder."""
 
 
@@ -143,7 +143,7 @@ def is_step_name(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
-def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+def check_same_config(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     """Check that a folder, which may not exist, does not hold a run with another config. Writes nothing.
 
     Args:
@@ -161,19 +161,19 @@ def check(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
             raise UserError(f"{path} holds a run with another config: {changed}. Choose another --run folder.")
 
 
-def admit(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
+def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
     """Make a folder, if it is not there. Raises UserError if it is not free for a run, or for one with this config."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         used = any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
-    check(path, config, earlier)
+    check_same_config(path, config, earlier)
     if used and not RunDir(path).config_file.exists():
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
 
 
-def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunDir:
+def create_run_dir(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequence[Earlier] = ()) -> RunDir:
     """Create a run folder and record its config, or check that the existing run has the same config.
 
     Args:
@@ -188,7 +188,7 @@ def create(path: Path, config: Config, origins: Mapping[str, str], earlier: Sequ
     run = RunDir(path)
     if uses_epochs(config):
         raise ValueError("A run has a number of steps; resolve_epochs finds it for a number of epochs.")
-    admit(path, config, earlier)
+    prepare_run_dir(path, config, earlier)
     if run.config_file.exists() and (not earlier or load_earlier(path) == tuple(earlier)):
         return run
     record: dict[str, Any] = {"config": to_dict(config), "origins": dict(origins), "hash": config_hash(config)}
@@ -209,7 +209,7 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def check_files(path: Path) -> None:
+def check_no_special_files(path: Path) -> None:
     """Check that a path, or the folder tree below it, contains no pipe, device or socket.
 
     Raises:
@@ -226,7 +226,7 @@ def load_config(path: Path) -> Config:
     """The config of the run in a folder. Raises UserError if there is no folder, no run in it, or no valid config."""
     file = RunDir(path).config_file
     if not path.exists():
-        raise UserError(f"There is no run {path}.{suggestion(path.name, _runs_beside(path))}")
+        raise UserError(f"There is no run {path}.{suggest_names(path.name, _runs_beside(path))}")
     if not path.is_dir():
         raise UserError(f"{path} is a file, not the folder of a run.")
     if not file.exists():
@@ -286,7 +286,7 @@ def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
     if config_hash(config) != recorded:
         raise UserError(
             f"{file} was changed after the run began: its config has the hash {config_hash(config)}, and "
-            f"{shown(recorded)} is recorded. Put it back; another config is another run."
+            f"{short_repr(recorded)} is recorded. Put it back; another config is another run."
         )
     return config
 
@@ -301,7 +301,7 @@ def load_origins(path: Path) -> dict[str, str]:
     return origins
 
 
-def check_links(files: Iterable[Path]) -> None:
+def check_no_symlinks(files: Iterable[Path]) -> None:
     """Check that files which are appended to or truncated are not symbolic links.
 
     In a folder from an untrusted source, a link may point to a file that must not be modified.
@@ -318,7 +318,7 @@ def check_links(files: Iterable[Path]) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock_run_dir(path: Path) -> Iterator[None]:
     """Hold a run folder for this process alone. Raises InUse, naming the holder, if another process trains in it.
 
     The operating system lets go of the lock when the process ends, however it ends.
@@ -346,7 +346,9 @@ def _acquire(file: TextIO, path: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another process"
-        raise RunLocked(f"{path} is in use: {holder} is training in it. Choose another --run folder or wait.") from None
+        raise RunLockedError(
+            f"{path} is in use: {holder} is training in it. Choose another --run folder or wait."
+        ) from None
     except OSError as error:
         # Some cluster file systems have no locks; training there must still be possible.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
@@ -366,17 +368,17 @@ def _runs_beside(path: Path) -> list[str]:
 def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
     """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
     try:
-        differing = all_differences(resolve(stored), wanted)
+        differing = diff_configs(resolve(stored), wanted)
         changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
     except UserError as error:
         return f"one that this version does not know ({error})"
-    shown = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
-    if len(shown) > MOST_DIFFERENCES_SHOWN:
-        shown[MOST_DIFFERENCES_SHOWN:] = [f"and {len(shown) - MOST_DIFFERENCES_SHOWN} more"]
-    return "; ".join(shown)
+    listed = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
+    if len(listed) > MOST_DIFFERENCES_SHOWN:
+        listed[MOST_DIFFERENCES_SHOWN:] = [f"and {len(listed) - MOST_DIFFERENCES_SHOWN} more"]
+    return "; ".join(listed)
 
 
-def all_differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+def diff_configs(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
     """The knobs in which two configs differ, those of their stages by 'stages.NAME.path'."""
     changed = diff(first, second)
     if "stages" in changed:
@@ -401,14 +403,14 @@ def _stage_knobs(stages: Stages) -> dict[str, Any]:
 
 
 @contextmanager
-def shadow(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[Path]:
+def scratch_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[Path]:
     """A folder that begins as the run's, is thrown away in the end, and shares nothing with it but the checkpoints.
 
-    Raises UserError as `create` does.
+    Raises UserError as `create_run_dir` does.
     """
     with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
         real, own = RunDir(path.absolute()), RunDir(Path(made) / path.absolute().name)
-        create(own.path, config, origins)
+        create_run_dir(own.path, config, origins)
         for file in (real.metrics_file, real.data_file, real.tokenizer_file):
             if file.exists():
                 shutil.copyfile(file, own.path / file.name)

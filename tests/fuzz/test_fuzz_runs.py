@@ -21,16 +21,16 @@ from rustgpt_jax.reproduce.recorded_run import read_rewinds
 from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tracking.metric_writer import (
     MetricsWriter,
-    keep_until,
     last_metrics,
     last_step,
     read_columns,
     read_metrics,
+    truncate_after,
 )
 from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
 from rustgpt_jax.training.run_inputs import read_beginning
-from rustgpt_jax.workdir.event_log import launches, programs
+from rustgpt_jax.workdir.event_log import load_launches, load_programs
 from rustgpt_jax.workdir.run_dir import RunDir
 
 assert _fonts.fontManager and _summary
@@ -79,7 +79,7 @@ def test_metrics_with_edits(place: Place, data: bytes | None, resumed: int) -> N
         rows = answer(lambda: read_metrics(folder))
         last = answer(lambda: last_metrics(folder))
         assert rows is None or data is None or last is not None
-        answer(lambda: keep_until(folder / "metrics.jsonl", resumed))
+        answer(lambda: truncate_after(folder / "metrics.jsonl", resumed))
         if rows is not None:
             places = [place for place, row in enumerate(rows, start=1) if resumed and row["step"] <= resumed]
             kept = rows[: max(places, default=0)]
@@ -183,7 +183,7 @@ def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes |
     with place.case() as folder:
         run = RunDir(folder / "run")
         write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
-        for read in (launches, programs, read_rewinds):
+        for read in (load_launches, load_programs, read_rewinds):
             answer(lambda read=read: read(run))  # type: ignore[misc]
 
 

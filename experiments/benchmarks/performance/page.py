@@ -31,7 +31,7 @@ from experiments.benchmarks.best_batch import ROOT, tree_of
 from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, goals, megabytes, ratio
 from experiments.benchmarks.performance.models import SHAPES
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.formatting import byte_size, count
+from rustgpt_jax.tracking.formatting import format_bytes, format_count
 
 Row = dict[str, Any]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.json"
@@ -72,7 +72,7 @@ def lines(part: str, results: Row) -> Iterator[str]:
 def about(row: Row) -> list[str]:
     """What a part was measured on, when, and by which command."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    machine = f"{row['processor']} ({' '.join(row['features'])}), {row['cores']} cores, {byte_size(row['memory'])}"
+    machine = f"{row['processor']} ({' '.join(row['features'])}), {row['cores']} cores, {format_bytes(row['memory'])}"
     return [f"{row['date']}: `{row['command']}`", machine, versions]
 
 
@@ -153,7 +153,7 @@ def _step(title: str, name: str, seconds: list[float], part: Row) -> Cells:
 def _cost(shape: str, row: Row) -> Cells:
     return {
         "model": shape,
-        "parameters": count(row["parameters"]),
+        "parameters": format_count(row["parameters"]),
         "counted from shapes": f"{row['flops']:.4g}",
         "products of the compiled program": f"{row['of the program'] / row['flops']:.3f} times that",
         "XLA's cost analysis": f"{row['of XLA'] / row['flops']:.3f} times that",

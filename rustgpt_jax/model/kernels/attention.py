@@ -30,7 +30,7 @@ from rustgpt_jax.model.kernels.types import (
 )
 from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
 from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 
 def dot_product_attention(
@@ -285,7 +285,7 @@ def attention(
 def get_position_encoding(config: ModelConfig) -> PositionEncoding:
     """Returns the position encoding of a block."""
     (name,) = config.positions
-    return choose(POSITIONS, name, "config.model.positions")
+    return lookup(POSITIONS, name, "config.model.positions")
 
 
 def attention_weights(

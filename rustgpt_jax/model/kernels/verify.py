@@ -19,7 +19,7 @@ from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.kernels.attention import KERNELS, KernelChoice, attention_inputs, select_kernel
 from rustgpt_jax.model.kernels.types import AttentionInputs, Device, current_device
 from rustgpt_jax.model.mixers import MIXERS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 # Tokens of a row in a check, at most: more than one block of every kernel, and a multiple of what any of them needs.
 MOST_TOKENS = 640
@@ -116,7 +116,7 @@ def _attention_blocks(model: ModelConfig) -> dict[str, tuple[Any, ModelConfig]]:
     found: dict[tuple[str, str], tuple[Any, ModelConfig]] = {}
     for stack in layer_groups(model):
         (mixer_name,), (position,) = stack.block.mixers, stack.block.positions
-        mixer = choose(MIXERS, mixer_name, "config.model.mixers")
+        mixer = lookup(MIXERS, mixer_name, "config.model.mixers")
         if hasattr(mixer, "attention_spec"):
             found[mixer_name, position] = (mixer, stack.block.mixer_config)
     schemes = {mixer: sum(name == mixer for name, _ in found) for mixer, _ in found}

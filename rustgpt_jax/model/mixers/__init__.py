@@ -27,7 +27,7 @@ from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
 from rustgpt_jax.model.mixers.mla import LatentAttention
 from rustgpt_jax.model.mixers.rg_lru import RecurrentGatedLRU
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 MIXERS: dict[str, Any] = {
     "attention": Attention,
@@ -40,14 +40,14 @@ MIXERS: dict[str, Any] = {
 
 def has_cache(name: str) -> bool:
     """Returns whether the mixer named `name` has a cache; others are recomputed when decoding."""
-    return isinstance(module_class(choose(MIXERS, name, "config.model.mixers")), CachedMixer)
+    return isinstance(module_class(lookup(MIXERS, name, "config.model.mixers")), CachedMixer)
 
 
 def init_mixer_cache(config: ModelConfig, batch: int, length: int) -> Any:
     """Returns an empty cache of the mixer of a block; for a mixer without one, a cache of the mixer's inputs."""
     (name,) = config.mixers
     if has_cache(name):
-        return choose(MIXERS, name, "config.model.mixers").init_cache(config.mixer_config, batch, length)
+        return lookup(MIXERS, name, "config.model.mixers").init_cache(config.mixer_config, batch, length)
     return KVCache(jnp.zeros((batch, length, config.d_model), config.mixer_config.dtype))
 
 

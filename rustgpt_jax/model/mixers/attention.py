@@ -15,7 +15,7 @@ from rustgpt_jax.model.kernels.types import AttentionSpec
 from rustgpt_jax.model.kv_cache import KVCache
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 
 class Attention(nn.Module):
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         def normalized(x: jax.Array, name: str, where: str) -> jax.Array:
             if config.qk_norm != where:
                 return x
-            return choose(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
+            return lookup(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
         # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
         q_BTHC = shard_activations(heads("query", n_heads), "BTHC")

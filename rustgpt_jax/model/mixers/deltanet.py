@@ -13,7 +13,7 @@ from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 # The gated delta rule over many tokens at once, by matrix products.
 
@@ -149,7 +149,7 @@ class GatedDeltaNet(nn.Module):
             document_numbers(context),
             _no_state(config, batch) if cache is None else cache.state_BHCE,
         )
-        norm = choose(NORMS, config.norm, "config.model.norm")(config, name="output_norm")
+        norm = lookup(NORMS, config.norm, "config.model.norm")(config, name="output_norm")
         gate_BTR = jax.nn.silu(Linear(config, n_heads * channels, name="gate")(x_BTD))
         y_BTR = norm(o_BTHE).astype(gate_BTR.dtype).reshape(gate_BTR.shape) * gate_BTR
         y_BTD = Linear(config, config.d_model, residual=True, name="output")(y_BTR)

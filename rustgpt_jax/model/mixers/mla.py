@@ -21,7 +21,7 @@ from rustgpt_jax.model.kernels.types import AttentionSpec
 from rustgpt_jax.model.kv_cache import KVCache, update_kv_cache
 from rustgpt_jax.model.linear import Linear, normal_init
 from rustgpt_jax.model.norms import NORMS
-from rustgpt_jax.registry import choose
+from rustgpt_jax.registry import lookup
 
 
 class LatentAttention(nn.Module):
@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
             return Linear(config, features, has_bias=config.has_qkv_bias, name=name)(x_BTD)
 
         def latent(name: str, features: int) -> jax.Array:
-            norm = choose(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
+            norm = lookup(NORMS, config.norm, "config.model.norm")(config, name=f"{name}_norm")
             return norm(linear(name, features))
 
         def turned(x_BTHE: jax.Array) -> jax.Array:

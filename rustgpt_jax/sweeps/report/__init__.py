@@ -41,7 +41,7 @@ from rustgpt_jax.sweeps.report.results import (
     read_results,
     write_csv,
 )
-from rustgpt_jax.tracking.formatting import printable
+from rustgpt_jax.tracking.formatting import replace_control_characters
 
 if TYPE_CHECKING:
     from rustgpt_jax.sweeps.report.plot_style import Picture
@@ -71,7 +71,7 @@ def report(folder: Path, console: Console) -> Path:
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(_terminal_table(results, ranked))
     for line in _terminal_lines(results, ranked, counts):
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(replace_control_characters(line), highlight=False, markup=False)
     target = folder / "report.html"
     write_atomically(target, render_page(results).encode(errors="backslashreplace"))
     return target

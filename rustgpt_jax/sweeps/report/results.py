@@ -21,7 +21,7 @@ from rustgpt_jax.config.schema import FIELDS, Config, affects_result, config_has
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir, read_sweep_info
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.workdir.run_dir import RunDir, all_differences, load_config
+from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config
 
 SEED = "seed"
 TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE = "train/loss", "valid/loss", "valid/bits_per_byte"
@@ -280,7 +280,7 @@ def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
     paths = dict.fromkeys(path for record in records for path in record.overrides)
     configs = [record.config for record in records if record.config is not None]
     for config in configs[1:]:
-        changed = all_differences(configs[0], config)
+        changed = diff_configs(configs[0], config)
         paths |= dict.fromkeys(path for path in changed if affects_result(path) and path != "stages")
     values: dict[str, Any] = {}
     for path in (*paths, *(() if SEED in paths else (SEED,))):
