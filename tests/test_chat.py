@@ -19,7 +19,7 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data import datasets
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference import chat as chat_module
-from rustgpt_jax.inference.chat import COMMANDS, KNOBS, Conversation, Session, chat, completions, describe_sampling
+from rustgpt_jax.inference.chat import COMMANDS, SETTINGS, Conversation, Session, chat, completions, describe_sampling
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers.messages import Turn
@@ -136,7 +136,7 @@ def dialogue(*texts: str) -> Conversation:
 
 def test_a_prompt_is_all_that_was_said() -> None:
     prompt, n_forgotten = dialogue("a", "b").prompt(Turn("user", "c"), DIALOGUES, 16)
-    assert prompt == DIALOGUES.conversation([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+    assert prompt == DIALOGUES.encode_messages([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
     assert n_forgotten == 0
 
 
@@ -144,8 +144,8 @@ def test_a_prompt_is_all_that_was_said() -> None:
 def test_the_oldest_exchanges_make_room_for_the_reply_and_no_more_than_must(room: int) -> None:
     said = dialogue(*"abcdefghij" * 6)
     prompt, n_forgotten = said.prompt(Turn("user", "?"), DIALOGUES, room)
-    assert prompt == DIALOGUES.conversation([*said.turns[n_forgotten:], Turn("user", "?")])
-    one_more = DIALOGUES.conversation([*said.turns[n_forgotten - 2 :], Turn("user", "?")])
+    assert prompt == DIALOGUES.encode_messages([*said.messages[n_forgotten:], Turn("user", "?")])
+    one_more = DIALOGUES.encode_messages([*said.messages[n_forgotten - 2 :], Turn("user", "?")])
     assert n_forgotten % 2 == 0
     assert len(prompt) <= CONTEXT - room < len(one_more)
 
@@ -153,14 +153,14 @@ def test_the_oldest_exchanges_make_room_for_the_reply_and_no_more_than_must(room
 def test_a_long_question_is_asked_alone_as_long_as_one_token_is_left() -> None:
     # Around it stand END, USER and ASSISTANT.
     longest = "x" * (CONTEXT - 4)
-    assert dialogue("a", "b").prompt(Turn("user", longest), DIALOGUES, 16) == (DIALOGUES.prompt(longest), 2)
-    with pytest.raises(UserError, match=r"takes 64 tokens, the model's context holds 64"):
+    assert dialogue("a", "b").prompt(Turn("user", longest), DIALOGUES, 16) == (DIALOGUES.encode_prompt(longest), 2)
+    with pytest.raises(UserError, match=r"takes 64 tokens, and the model's context holds 64"):
         Conversation().prompt(Turn("user", longest + "x"), DIALOGUES, 16)
 
 
 def test_plain_text_is_continued_by_itself() -> None:
     said = Conversation((Turn("text", "before"),))
-    assert said.prompt(Turn("text", "now"), TEXTS, 16) == (TEXTS.prompt("now"), 0)
+    assert said.prompt(Turn("text", "now"), TEXTS, 16) == (TEXTS.encode_prompt("now"), 0)
 
 
 def test_replies_of_a_conversation_and_of_neighbouring_seeds_have_seeds_of_their_own() -> None:
@@ -174,7 +174,7 @@ def test_replies_of_a_conversation_and_of_neighbouring_seeds_have_seeds_of_their
 
 
 def test_the_first_reply_is_that_of_generate() -> None:
-    [expected] = generate_text(DIALOGUES, [DIALOGUES.prompt("?")], CONFIG.sampling)
+    [expected] = generate_text(DIALOGUES, [DIALOGUES.encode_prompt("?")], CONFIG.sampling)
     session = Held()
     session.respond("?")
     assert session.conversation == dialogue("?", expected)
@@ -186,7 +186,7 @@ def test_the_same_seed_and_questions_give_the_same_conversation() -> None:
     assert session.after("/reset", "?", "?").endswith(first)
     assert not session.after("/seed 1", "?", "?").endswith(first)
     assert session.after("/seed 0", "?", "?").endswith(first)
-    _, one, _, other = session.conversation.turns
+    _, one, _, other = session.conversation.messages
     assert one != other
 
 
@@ -194,7 +194,7 @@ def test_each_reply_reads_all_that_was_said(script: Script) -> None:
     asked = script("b")
     session = Held()
     session.after("a", "c")
-    assert asked[1].prompt == DIALOGUES.conversation([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+    assert asked[1].prompt == DIALOGUES.encode_messages([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
     assert asked[1].sampling != asked[0].sampling == CONFIG.sampling
 
 
@@ -202,16 +202,16 @@ def test_forgetting_is_said_once(script: Script) -> None:
     script("a reply of some length.")
     session = Held()
     questions = ["Why is that?"] * 4
-    assert session.after(*questions).count("forgotten from now on") == 1
-    assert len(session.conversation.turns) == 8, "what is forgotten can still be saved"
-    assert "forgotten" not in session.after("Why?")
-    assert session.after("/reset", *questions).count("forgotten from now on") == 1
+    assert session.after(*questions).count("from now on the oldest messages") == 1
+    assert len(session.conversation.messages) == 8, "what is forgotten can still be saved"
+    assert "oldest messages" not in session.after("Why?")
+    assert session.after("/reset", *questions).count("from now on the oldest messages") == 1
 
 
 def test_a_question_that_does_not_fit_is_answered_with_a_sentence() -> None:
     session = Held()
     said = session.after("x" * 100)
-    assert said == "That takes 103 tokens, the model's context holds 64: write less at a time.\n"
+    assert said == "The message takes 103 tokens, and the model's context holds 64: shorten it.\n"
     assert session.conversation == Conversation()
 
 
@@ -219,7 +219,7 @@ def test_texts_are_shown_and_kept_whole(script: Script) -> None:
     script("\tup", " a time")
     session = Held(TEXTS)
     assert session.after("  Once ") == "  Once \tup a time\n\n"
-    assert session.conversation.turns == (Turn("text", "  Once \tup a time"),)
+    assert session.conversation.messages == (Turn("text", "  Once \tup a time"),)
 
 
 def test_nothing_asked_is_nothing_answered() -> None:
@@ -229,7 +229,7 @@ def test_nothing_asked_is_nothing_answered() -> None:
 def test_an_empty_reply_does_not_count(script: Script) -> None:
     script()
     session = Held()
-    assert "Nothing was written" in session.after("Hi")
+    assert "The model wrote nothing" in session.after("Hi")
     assert session.conversation == Conversation()
 
 
@@ -265,7 +265,7 @@ def test_help_names_every_command() -> None:
 
 def test_an_unknown_command_is_answered_with_the_nearest() -> None:
     session = Held()
-    assert "There is no command /sve. Did you mean '/save'?" in session.after("/sve talk")
+    assert "Unknown command /sve. Did you mean '/save'?" in session.after("/sve talk")
     assert session.conversation == Conversation()
 
 
@@ -279,7 +279,7 @@ def test_seed_shows_and_sets() -> None:
     session = Held()
     assert session.after("/seed") == "seed 0\n"
     session.conversation = dialogue("a", "b")
-    assert session.after("/seed 7") == "seed 7\nThe conversation begins anew.\n"
+    assert session.after("/seed 7") == "seed 7\nStarted a new conversation.\n"
     assert session.sampling.seed == 7
     assert session.conversation == Conversation()
     assert session.after("/seed x") == "config.sampling.seed takes a whole number, not 'x'.\n"
@@ -300,7 +300,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("knob", sorted(set(KNOBS) - {"seed"}))
+@pytest.mark.parametrize("knob", sorted(set(SETTINGS) - {"seed"}))
 @pytest.mark.parametrize("form", ["/set {} {}", "/set {}={}", "/set  {}  =  {} "])
 def test_set_changes_each_knob(knob: str, form: str, script: Script) -> None:
     asked = script("ok")
@@ -314,14 +314,14 @@ def test_set_changes_each_knob(knob: str, form: str, script: Script) -> None:
 
 def test_set_alone_shows_the_knobs() -> None:
     session = Held()
-    assert session.after("/set") == "".join(f"{knob} {getattr(CONFIG.sampling, knob)}\n" for knob in KNOBS)
+    assert session.after("/set") == "".join(f"{knob} {getattr(CONFIG.sampling, knob)}\n" for knob in SETTINGS)
     assert session.after("/set top_k") == "top_k 0\n"
 
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("/set temprature 1", "There is no knob 'temprature'. Did you mean 'temperature'?"),
+        ("/set temprature 1", "Unknown setting 'temprature'. Did you mean 'temperature'?"),
         ("/set temperature hot", "config.sampling.temperature takes a number, not 'hot'."),
         ("/set top_p 2", "config.sampling.top_p must be at most 1, not 2."),
         ("/set top_k 1.5", "config.sampling.top_k takes a whole number, not 1.5."),
@@ -338,9 +338,9 @@ def test_a_saved_dialogue_is_read_by_the_corpus(tmp_path: Path, script: Script) 
     script("It rains.\x1b\n")
     session = Held()
     shown = session.after("Wie ist es, schön?", "Why?", f"/save {tmp_path}/my talk")
-    assert shown.endswith(f"Saved to {tmp_path / 'my talk.jsonl'}, which the corpus `files` reads.\n")
+    assert shown.endswith(f"Saved to {tmp_path / 'my talk.jsonl'}, which the corpus `files` can read.\n")
     [document] = datasets.documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
-    assert document.turns == session.conversation.turns
+    assert document.turns == session.conversation.messages
     assert len(document.turns) == 4
 
 
@@ -366,10 +366,10 @@ def test_saving_never_harms(tmp_path: Path) -> None:
     assert session.after("/save talk") == "There is nothing to save yet.\n"
     session.conversation = dialogue("a", "b")
     assert "Save to which file?" in session.after("/save")
-    assert session.after(f"/save {kept}") == f"{kept} cannot be written (File exists).\n"
+    assert session.after(f"/save {kept}") == f"Cannot write {kept} (File exists).\n"
     assert "(No such file or directory)" in session.after(f"/save {tmp_path}/no/talk.jsonl")
-    assert "cannot be written" in session.after("/save .")
-    assert "cannot be written" in session.after("/save ~nobody/\0")
+    assert "Cannot write" in session.after("/save .")
+    assert "Cannot write" in session.after("/save ~nobody/\0")
     assert kept.read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.jsonl"]
 
@@ -405,7 +405,7 @@ def test_an_interrupt_before_the_first_word_leaves_no_turn(script: Script) -> No
     session = Held()
     session.run(lines_then(["Why?"]))
     assert session.conversation == Conversation()
-    assert "Nothing was written" in session.screen.text
+    assert "The model wrote nothing" in session.screen.text
 
 
 def test_two_interrupts_in_a_row_leave(script: Script) -> None:
@@ -413,7 +413,7 @@ def test_two_interrupts_in_a_row_leave(script: Script) -> None:
     session = Held()
     session.run(lines_then([KeyboardInterrupt, "a", KeyboardInterrupt, "b", KeyboardInterrupt, KeyboardInterrupt, "c"]))
     assert session.conversation == dialogue("a", "ok", "b", "ok")
-    assert session.screen.text.count("Ctrl-C again or Ctrl-D leaves.") == 3
+    assert session.screen.text.count("Press Ctrl-C again or Ctrl-D to leave.") == 3
 
 
 def test_an_interrupt_anywhere_else_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_an_interrupt_anywhere_else_is_no_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Conversation, "prompt", interrupted)
     session = Held()
     session.run(lines_then(["Hi", "/seed"]))
-    assert session.screen.text == "\nCtrl-C again or Ctrl-D leaves.\nseed 0\n"
+    assert session.screen.text == "\nPress Ctrl-C again or Ctrl-D to leave.\nseed 0\n"
 
 
 def test_a_pipe_gives_questions_and_replies(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
@@ -519,5 +519,5 @@ def test_a_question_comes_with_no_more_exchanges_than_the_memory_allows(memory: 
     turns = tuple(Turn(role, "a") for _ in range(3) for role in ("user", "assistant"))
     question = Turn("user", "b")
     tokens, n_forgotten = Conversation(turns).prompt(question, DIALOGUES, 8, memory)
-    assert tokens == DIALOGUES.conversation([*turns[6 - 2 * kept :], question])
+    assert tokens == DIALOGUES.encode_messages([*turns[6 - 2 * kept :], question])
     assert n_forgotten == 0

@@ -421,8 +421,8 @@ def test_a_continuation_is_what_the_tokens_add_to_the_text(kind: str) -> None:
             assert before + decode_after(codec, prompt, drawn) == whole
         # What is shown as the tokens come is never taken back.
         for count in range(len(drawn)):
-            assert writer.written(prompt, drawn).startswith(_stable_prefix(writer, prompt, drawn[:count]))
-    assert TextGenerator(None, None, codec, is_dialogue=True).written(ids[:3], ids[3:]) == decode(codec, ids[3:])
+            assert writer.decode(prompt, drawn).startswith(_stable_prefix(writer, prompt, drawn[:count]))
+    assert TextGenerator(None, None, codec, is_dialogue=True).decode(ids[:3], ids[3:]) == decode(codec, ids[3:])
 
 
 # Files.

@@ -80,9 +80,9 @@ def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
     there, here = load(native), load(back.path)
     assert here.step == 0 and back.is_untrained
     jax.tree.map(np.testing.assert_array_equal, there.writer.params, here.writer.params)
-    assert there.writer.stops == here.writer.stops and here.writer.is_dialogue
-    prompts = [there.writer.prompt("Why is the sky blue?"), there.writer.prompt("Hello!")]
-    assert [here.writer.prompt("Why is the sky blue?"), here.writer.prompt("Hello!")] == prompts
+    assert there.writer.stop_ids == here.writer.stop_ids and here.writer.is_dialogue
+    prompts = [there.writer.encode_prompt("Why is the sky blue?"), there.writer.encode_prompt("Hello!")]
+    assert [here.writer.encode_prompt("Why is the sky blue?"), here.writer.encode_prompt("Hello!")] == prompts
     assert generate_text(there.writer, prompts, there.config.sampling) == generate_text(
         here.writer, prompts, there.config.sampling
     )

@@ -16,8 +16,8 @@ from small_runs import train
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding, weight_layout
-from rustgpt_jax.inference.generate import decode_steps, generate, start_generation, stop_tokens
+from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
+from rustgpt_jax.inference.generate import decode_steps, generate, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import linear_layers
@@ -92,7 +92,7 @@ def read_in_two_calls(params: Any, tokens_BT: jax.Array, model: ModelConfig) -> 
 def assert_same(asked: ModelConfig) -> None:
     params = random_params(asked)
     assert not transformer.is_unrolled(params["blocks"])
-    decode_params = for_decoding(params, asked, PLAIN)
+    decode_params = to_decode_params(params, asked, PLAIN)
     assert transformer.is_unrolled(decode_params["blocks"])
     compiled = jax.jit(read_in_two_calls, static_argnums=2)
     *trained, cache = compiled(params, TOKENS_BT, asked)
@@ -125,16 +125,14 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
 )
 def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
     asked = model(**changes)
-    decode_params = for_decoding(random_params(asked), asked, PLAIN)
+    decode_params = to_decode_params(random_params(asked), asked, PLAIN)
     kernels = {name: decode_params["blocks"]["0"][1][name] for name in ("mixer", "feedforward")}
     types = {
         "mixer": kernels["mixer"]["query"]["kernel"],
         "feedforward": kernels["feedforward"]["down"]["kernel"],
         "head": decode_params["head"]["kernel"],
     }
-    found = {
-        name: kernel.operands if isinstance(kernel, UpcastWeight) else kernel.dtype for name, kernel in types.items()
-    }
+    found = {name: getattr(kernel, "operand_dtype", None) or kernel.dtype for name, kernel in types.items()}
     wanted = dict.fromkeys(types, changes.get("dtype", "float32"))
     if "mixer_dtype" in changes:
         wanted["mixer"] = "bfloat16"
@@ -150,7 +148,7 @@ def test_a_model_in_bfloat16_is_read_as_it_was_trained() -> None:
     asked = model(dtype="bfloat16", tie_embeddings=False)
     params = random_params(asked)
     trained, _ = forward(params, TOKENS_BT, asked)
-    decoded, _ = forward(for_decoding(params, asked, PLAIN), TOKENS_BT, asked)
+    decoded, _ = forward(to_decode_params(params, asked, PLAIN), TOKENS_BT, asked)
     exact, _ = forward(params, TOKENS_BT, dataclasses.replace(asked, dtype="float32"))
     assert np.abs(decoded - exact).max() < 1.5 * np.abs(trained - exact).max()
 
@@ -172,7 +170,7 @@ def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
         prompts = [[1, 2, 3], [7], [5] * 17]
         return generate(params, prompts, asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
-    assert drawn(for_decoding(params, asked, PLAIN)) == drawn(params)
+    assert drawn(to_decode_params(params, asked, PLAIN)) == drawn(params)
 
 
 # Programs.
@@ -186,7 +184,7 @@ def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
     def kept(params: Any) -> list[jax.Array]:
         return jax.tree.leaves(start_generation(params, [[1, 2, 3]], asked, 4).cache)
 
-    trained, wide = kept(params), kept(for_decoding(params, asked, PLAIN))
+    trained, wide = kept(params), kept(to_decode_params(params, asked, PLAIN))
     assert {str(each.dtype) for each in trained} == {"bfloat16"} and {str(each.dtype) for each in wide} == {"float32"}
     assert all(np.array_equal(each, np.asarray(each).astype(jnp.bfloat16).astype(np.float32)) for each in wide)
 
@@ -196,7 +194,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
     generation = start_generation(params, [[1, 2, 3]] * rows, asked, 200)
     jax.config.update("jax_disable_most_optimizations", False)
     lowered = decode_steps.lower(
-        params, generation, np.int32(3), (Greedy(),), jax.random.key(0), stop_tokens([]), model=asked
+        params, generation, np.int32(3), (Greedy(),), jax.random.key(0), pad_stop_ids([]), model=asked
     )
     return lowered.compile()
 
@@ -205,7 +203,7 @@ def program(params: Any, asked: ModelConfig, rows: int) -> Any:
 def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
     asked = model(context_length=256, scan_layers=True, d_model=64)
     params = random_params(asked)
-    decode_params = for_decoding(params, asked, PLAIN)
+    decode_params = to_decode_params(params, asked, PLAIN)
     # The keys of all layers, or of one.
     of_stacked, of_layer = f"f32[2,{rows},4,256,16]", f"f32[{rows},4,256,16]"
 
@@ -223,7 +221,7 @@ def test_the_loop_copies_neither_caches_nor_weights(rows: int) -> None:
 
 def test_new_lengths_compile_nothing() -> None:
     asked = model()
-    decode_params = for_decoding(random_params(asked), asked, PLAIN)
+    decode_params = to_decode_params(random_params(asked), asked, PLAIN)
 
     def drawn(prompt: list[int], max_tokens: int) -> None:
         generate(decode_params, [prompt], asked, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=max_tokens)
@@ -271,9 +269,9 @@ def test_products_with_stored_weights_are_those_with_rounded_ones(
     assert jax.tree.leaves(stored)[0].shape == shape
     by = x.astype(jnp.bfloat16).astype(np.float64) if dtype == "bfloat16" else x.astype(np.float64)
     expected = by @ np.asarray(round_weights(weights, dtype), np.float64)
-    np.testing.assert_allclose(stored.product(x), expected, rtol=1e-5, atol=1e-5)
-    assert stored.product(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    assert stored.product(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
+    np.testing.assert_allclose(stored.matmul(x), expected, rtol=1e-5, atol=1e-5)
+    assert stored.matmul(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert stored.matmul(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
@@ -290,7 +288,7 @@ def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -
     head = {"kernel": np.asarray(round_weights(params["embedding"]["table"].T, weights))}
     # In float32, which rounds no activations.
     by_definition, _ = forward(params | {"blocks": blocks, "head": head}, TOKENS_BT, asked)
-    found, _ = forward(for_decoding(params, asked, WeightLayout(weights, "plain", "cpu")), TOKENS_BT, asked)
+    found, _ = forward(to_decode_params(params, asked, WeightLayout(weights, "plain", "cpu")), TOKENS_BT, asked)
     exact, _ = forward(params, TOKENS_BT, asked)
     lost = np.abs(by_definition - exact).max()
     assert lost > 1e-3
@@ -300,27 +298,27 @@ def test_a_model_with_narrower_weights_is_that_with_rounded_ones(weights: str) -
 def test_on_several_devices_weights_are_rounded_where_they_lie() -> None:
     asked = model()
     params = jax.tree.map(jnp.asarray, random_params(asked))
-    on_one, _ = forward(for_decoding(params, asked, INT8), TOKENS_BT, asked)
+    on_one, _ = forward(to_decode_params(params, asked, INT8), TOKENS_BT, asked)
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))):
-        assert for_decoding(params, asked, PLAIN) is params
-        narrow = for_decoding(params, asked, INT8)
+        assert to_decode_params(params, asked, PLAIN) is params
+        narrow = to_decode_params(params, asked, INT8)
         assert not transformer.is_unrolled(narrow["blocks"])
         on_mesh, _ = forward(narrow, TOKENS_BT, asked)
     np.testing.assert_allclose(on_mesh, on_one, rtol=0, atol=2e-5)
 
 
 def test_the_form_is_what_the_config_asks_for() -> None:
-    assert weight_layout(small_config().sampling) == PLAIN
-    assert weight_layout(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
-    decode_params = for_decoding(random_params(model()), model(), INT8)
+    assert select_weight_layout(small_config().sampling) == PLAIN
+    assert select_weight_layout(small_config(**{"sampling.weight_dtype": "int8"}).sampling) == INT8
+    decode_params = to_decode_params(random_params(model()), model(), INT8)
     kernel = decode_params["blocks"]["0"][0]["mixer"]["query"]["kernel"]
     assert isinstance(kernel, UpcastWeight)
-    assert (kernel.values.dtype, kernel.operands) == (np.float32, "int8")
+    assert (kernel.values.dtype, kernel.operand_dtype) == (np.float32, "int8")
     for platform, kept in (("cpu", "native"), ("gpu", "plain")):
-        decode_params = for_decoding(random_params(model()), model(), WeightLayout("int8", kept, platform))
+        decode_params = to_decode_params(random_params(model()), model(), WeightLayout("int8", kept, platform))
         kernel = decode_params["blocks"]["0"][0]["mixer"]["query"]["kernel"]
         assert isinstance(kernel, RowMajorWeight)
-        assert (kernel.values.dtype, kernel.kernel) == (np.int8, kept)
+        assert (kernel.values.dtype, kernel.matmul_impl) == (np.int8, kept)
 
 
 def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:

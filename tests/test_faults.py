@@ -429,7 +429,7 @@ settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
 model = load_model.load(path)
 for text in range(texts):
-    generate_text(model.writer, [model.writer.prompt(f"{{text}}")], model.config.sampling)
+    generate_text(model.writer, [model.writer.encode_prompt(f"{{text}}")], model.config.sampling)
     if text == texts // 4:
         before = resident()
 print((resident() - before) / 2**20)

@@ -14,16 +14,16 @@ from tokenizers import Tokenizer
 from rustgpt_jax.config.schema import ModelConfig, SamplingConfig, TokenizerConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import (
-    bucket,
     decode_steps,
     generate,
     generated_tokens,
+    pad_stop_ids,
     prefill,
+    round_to_bucket,
     start_generation,
-    stop_tokens,
     stream_tokens,
 )
-from rustgpt_jax.inference.sampling import from_config
+from rustgpt_jax.inference.sampling import make_samplers
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, stream_text
 from rustgpt_jax.model import transformer
 from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
@@ -50,8 +50,8 @@ MODELS: dict[str, ModelConfig] = {
 MODEL = MODELS["rope"]
 PARAMS = {name: random_params(model, seed=3) for name, model in MODELS.items()}
 PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in (3, 1, 14, 9)]
-GREEDY = from_config(small_config(**{"sampling.temperature": 0.0}).sampling)
-WARM = from_config(small_config(**{"sampling.temperature": 1.5, "sampling.top_p": 0.9}).sampling)
+GREEDY = make_samplers(small_config(**{"sampling.temperature": 0.0}).sampling)
+WARM = make_samplers(small_config(**{"sampling.temperature": 1.5, "sampling.top_p": 0.9}).sampling)
 
 
 def drawn(
@@ -59,7 +59,7 @@ def drawn(
     samplers: Any = WARM,
     seed: int = 0,
     max_tokens: int = 12,
-    stops: Sequence[int] = (),
+    stop_ids: Sequence[int] = (),
     name: str = "rope",
 ) -> list[list[int]]:
     return generate(
@@ -69,7 +69,7 @@ def drawn(
         samplers=samplers,
         key=jax.random.key(seed),
         max_tokens=max_tokens,
-        stops=stops,
+        stop_ids=stop_ids,
     )
 
 
@@ -118,21 +118,21 @@ def naive_slide(prompt: Sequence[int], max_tokens: int, name: str) -> list[int]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_text_may_slide_past_the_context(name: str) -> None:
     prompts = [PROMPTS[0], [5] * (CONTEXT - 1), [*range(61)]]
-    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": 70, "slides": True}
+    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": 70, "slide": True}
     expected = [naive_slide(prompt, 70, name) for prompt in prompts]
     assert generate(PARAMS[name], prompts, MODELS[name], **options) == expected
 
 
 def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None:
-    options: dict[str, Any] = {"samplers": WARM, "key": jax.random.key(3), "max_tokens": 90, "slides": True}
+    options: dict[str, Any] = {"samplers": WARM, "key": jax.random.key(3), "max_tokens": 90, "slide": True}
     together = generate(PARAMS["rope"], PROMPTS, MODEL, **options)
     alone = generate(PARAMS["rope"], PROMPTS[:1], MODEL, **options)[0]
     assert alone == together[0] and len(alone) == 90
-    stops = [alone[80]]
-    end = alone.index(stops[0])
-    stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stops=stops)
+    stop_ids = [alone[80]]
+    end = alone.index(stop_ids[0])
+    stopped = generate(PARAMS["rope"], PROMPTS, MODEL, **options, stop_ids=stop_ids)
     assert stopped[0] == alone[:end]
-    looks = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stops=stops, tokens_per_look=8))
+    looks = list(stream_tokens(PARAMS["rope"], PROMPTS[0], MODEL, **options, stop_ids=stop_ids, tokens_per_call=8))
     assert looks[-1] == (alone[:end], "stop")
     assert all(ending is None and alone[: len(tokens)] == tokens for tokens, ending in looks[:-1])
     # Tokens after the context was read anew are not drawn with the keys of those before.
@@ -140,17 +140,17 @@ def test_a_sliding_text_is_the_same_alone_in_pieces_and_until_it_stops() -> None
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "slides", "ending"), [(5, False, "max_tokens"), (99, False, "context"), (99, True, "max_tokens")]
+    ("max_tokens", "slide", "ending"), [(5, False, "max_tokens"), (99, False, "context"), (99, True, "max_tokens")]
 )
-def test_what_ended_a_text_is_said(max_tokens: int, slides: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slides else "stop")
+def test_what_ended_a_text_is_said(max_tokens: int, slide: bool, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = text_sampling(max_tokens=max_tokens, past_context="slide" if slide else "stop")
     _, found = writer("byte")
     said = list[str]()
-    prompt = found.prompt("rain")
-    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slides": slides}
-    looks = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_look=8)
+    prompt = found.encode_prompt("rain")
+    options: dict[str, Any] = {"samplers": GREEDY, "key": jax.random.key(0), "max_tokens": max_tokens, "slide": slide}
+    looks = stream_tokens(TEXT_PARAMS, prompt, TEXT_MODEL, **options, tokens_per_call=8)
     assert [last for _, last in looks][-1] == ending
-    monkeypatch.setattr(TextGenerator, "stops", [])
+    monkeypatch.setattr(TextGenerator, "stop_ids", [])
     text = "".join(stream_text(found, prompt, sampling, said.append))
     assert text == generate_text(found, [prompt], sampling)[0]
     assert len(said) == (ending == "context")
@@ -173,13 +173,13 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(samplers: Any) -> None:
 @given(st.lists(st.integers(0, 13), max_size=6))
 @settings(max_examples=15)
 def test_cutting_the_loop_into_calls_changes_nothing(counts: list[int]) -> None:
-    expected = drawn(stops=[17])
+    expected = drawn(stop_ids=[17])
     generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     left = 12
     for count in [*counts, 12]:
         count = min(count, left)
         generation = decode_steps(
-            PARAMS["rope"], generation, np.int32(count), WARM, jax.random.key(0), stop_tokens([17]), model=MODEL
+            PARAMS["rope"], generation, np.int32(count), WARM, jax.random.key(0), pad_stop_ids([17]), model=MODEL
         )
         left -= count
     assert generated_tokens(generation, [len(prompt) for prompt in PROMPTS], [17]) == expected
@@ -194,7 +194,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
 
 
 def test_tokens_of_the_prompt_count_as_seen() -> None:
-    penalty = from_config(small_config(**{"sampling.temperature": 0.0, "sampling.repetition_penalty": 1e6}).sampling)
+    penalty = make_samplers(small_config(**{"sampling.temperature": 0.0, "sampling.repetition_penalty": 1e6}).sampling)
     for prompt, tokens in zip(PROMPTS, drawn(samplers=penalty), strict=True):
         assert len({*prompt, *tokens}) == len({*prompt}) + len(tokens)
 
@@ -202,11 +202,11 @@ def test_tokens_of_the_prompt_count_as_seen() -> None:
 @pytest.mark.parametrize("n_stops", [1, 8, 9, 61])
 def test_a_stop_token_ends_its_row_and_is_left_out(n_stops: int) -> None:
     free = drawn()
-    stops = [free[0][5], *[token for token in range(61) if token not in {*free[0]}]][:n_stops]
+    stop_ids = [free[0][5], *[token for token in range(61) if token not in {*free[0]}]][:n_stops]
     if n_stops == 61:
-        stops = list(range(61))
-    ends = [next((place for place, token in enumerate(tokens) if token in stops), 12) for tokens in free]
-    assert drawn(stops=stops) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
+        stop_ids = list(range(61))
+    ends = [next((place for place, token in enumerate(tokens) if token in stop_ids), 12) for tokens in free]
+    assert drawn(stop_ids=stop_ids) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
     assert ends[0] <= 5
 
 
@@ -217,7 +217,7 @@ def test_no_more_tokens_than_asked() -> None:
 def test_the_text_is_kept_whole() -> None:
     generation = start_generation(PARAMS["rope"], PROMPTS, MODEL, 12)
     generation = decode_steps(
-        PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), stop_tokens([]), model=MODEL
+        PARAMS["rope"], generation, np.int32(12), GREEDY, jax.random.key(0), pad_stop_ids([]), model=MODEL
     )
     for row, prompt in enumerate(PROMPTS):
         text = [*prompt, *naive(prompt, 12)]
@@ -240,9 +240,9 @@ def programs() -> tuple[int, int]:
         {"max_tokens": 18},
         {"max_tokens": 4},
         {"seed": 9},
-        {"stops": [3]},
-        {"stops": [1, 2, 3, 4]},
-        {"samplers": from_config(small_config(**{"sampling.temperature": 0.1, "sampling.top_p": 0.2}).sampling)},
+        {"stop_ids": [3]},
+        {"stop_ids": [1, 2, 3, 4]},
+        {"samplers": make_samplers(small_config(**{"sampling.temperature": 0.1, "sampling.top_p": 0.2}).sampling)},
     ],
     ids=lambda changes: str(*changes),
 )
@@ -263,7 +263,7 @@ def test_another_bucket_is_another_program() -> None:
 @given(st.integers(1, 10_000), st.integers(2, 10_000))
 def test_buckets_hold_what_they_must_and_are_few(length: int, largest: int) -> None:
     length = min(length, largest)
-    size = bucket(length, largest)
+    size = round_to_bucket(length, largest)
     assert length <= size <= largest
     assert size in (largest, 16) or (size < 2 * length and size & (size - 1) == 0)
 
@@ -307,7 +307,7 @@ def text_sampling(**changes: Any) -> SamplingConfig:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_text_that_comes_in_pieces_is_the_text(name: str) -> None:
     _, found = writer(name)
-    prompt = found.prompt(TEXTS[1][:4])
+    prompt = found.encode_prompt(TEXTS[1][:4])
     for seed in range(10):
         sampling = text_sampling(seed=seed)
         pieces = list(stream_text(found, prompt, sampling))
@@ -319,8 +319,8 @@ def test_a_dialogue_is_asked_and_a_text_is_continued() -> None:
     tokenizer, teller = writer("word")
     _, answerer = writer("word", is_dialogue=True)
     word = tokenizer.token_to_id("rain")
-    names = [tokenizer.id_to_token(token) for token in answerer.prompt("rain")]
-    assert teller.prompt("rain") == [teller.stops[0], word]
+    names = [tokenizer.id_to_token(token) for token in answerer.encode_prompt("rain")]
+    assert teller.encode_prompt("rain") == [teller.stop_ids[0], word]
     assert names == ["<|endoftext|>", "<|user|>", "rain", "<|assistant|>"]
-    assert answerer.prompt("rain") == answerer.conversation([Turn("user", "rain")])
-    assert [tokenizer.id_to_token(token) for token in teller.stops] == ["<|endoftext|>", "<|user|>", "<|system|>"]
+    assert answerer.encode_prompt("rain") == answerer.encode_messages([Turn("user", "rain")])
+    assert [tokenizer.id_to_token(token) for token in teller.stop_ids] == ["<|endoftext|>", "<|user|>", "<|system|>"]

@@ -200,13 +200,13 @@ def test_the_same_text_is_the_same_tokens_everywhere(everywhere: Any) -> None:
 @pytest.mark.parametrize("text", ["The cat", "x = 10"])
 def test_the_same_text_is_continued_with_the_same_tokens(text: str, everywhere: Any) -> None:
     _, writer, folder, llama = everywhere
-    prompt = writer.prompt(text)
+    prompt = writer.encode_prompt(text)
     drawn = continued(writer, prompt)
     theirs, text_there = continued_by_transformers(folder, text)
     assert without_stop(theirs, writer) == [*prompt, *drawn]
     answer = llama.ask("/completion", prompt=text, n_predict=12, temperature=0, return_tokens=True)
     assert without_stop(answer["tokens"], writer) == drawn
-    ours = text + writer.written(prompt, drawn)
+    ours = text + writer.decode(prompt, drawn)
     assert ours == text_there
     if "\N{REPLACEMENT CHARACTER}" not in ours:
         assert text + answer["content"] == ours
@@ -220,12 +220,12 @@ def continued(writer: TextGenerator, prompt: list[int]) -> list[int]:
         samplers=(Greedy(),),
         key=jax.random.key(0),
         max_tokens=12,
-        stops=writer.stops,
+        stop_ids=writer.stop_ids,
     )[0]
 
 
 def without_stop(ids: list[int], writer: TextGenerator) -> list[int]:
-    return ids[:-1] if ids[-1] in writer.stops else ids
+    return ids[:-1] if ids[-1] in writer.stop_ids else ids
 
 
 def continued_by_transformers(folder: Path, text: str) -> tuple[list[int], str]:
@@ -261,8 +261,8 @@ def test_tokenizers_that_llama_cpp_has_not_go_on_alike_in_transformers(kind: str
     export_model(writer.params, model, tmp_path / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (*TEXTS[:-1], *random_texts()):
-        assert theirs(text)["input_ids"] == writer.prompt(text)
+        assert theirs(text)["input_ids"] == writer.encode_prompt(text)
     for text in ("The cat", "x = 1"):
-        prompt = writer.prompt(text)
+        prompt = writer.encode_prompt(text)
         drawn = continued(writer, prompt)
         assert without_stop(continued_by_transformers(tmp_path / "hf", text)[0], writer) == [*prompt, *drawn]

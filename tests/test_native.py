@@ -15,10 +15,10 @@ import pytest
 from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import for_inference
-from rustgpt_jax.inference.decode_params import WeightLayout, for_decoding, weight_layout
+from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.model.quantized_weights import MOST_NATIVE_ROWS, to_row_major
+from rustgpt_jax.model.quantized_weights import MAX_NATIVE_ROWS, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.native.matvec import BuildError, build_library
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 def has_compiler() -> bool:
     try:
-        matvec._compiler()
+        matvec._find_compiler()
     except BuildError:
         return False
     return True
@@ -55,7 +55,7 @@ def libraries(cache: Path) -> list[Path]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", matvec.TYPES)
+@pytest.mark.parametrize("dtype", matvec.DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 19])
 def test_products_are_right(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
@@ -120,12 +120,12 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", matvec.TYPES)
-@pytest.mark.parametrize("rows", [1, MOST_NATIVE_ROWS, MOST_NATIVE_ROWS + 1])
+@pytest.mark.parametrize("dtype", matvec.DTYPES)
+@pytest.mark.parametrize("rows", [1, MAX_NATIVE_ROWS, MAX_NATIVE_ROWS + 1])
 def test_stored_weights_give_the_same_with_every_kernel(dtype: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     weights, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 30), (rows, 70)))
-    native, plain = (to_row_major(weights, dtype, kernel).product(x) for kernel in ("native", "plain"))
+    native, plain = (to_row_major(weights, dtype, kernel).matmul(x) for kernel in ("native", "plain"))
     np.testing.assert_allclose(native, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_tokens_are_those_of_the_plain_path(dtype: str, weights: str | None) -> 
     params = random_params(model)
 
     def drawn(kernel: str) -> list[list[int]]:
-        decode_params = for_decoding(params, model, WeightLayout(weights, kernel, "cpu"))
+        decode_params = to_decode_params(params, model, WeightLayout(weights, kernel, "cpu"))
         prompts = [[1, 2, 3], [7]]
         return generate(decode_params, prompts, model, samplers=(Greedy(),), key=jax.random.key(0), max_tokens=10)
 
@@ -206,10 +206,10 @@ def broken(path: Path, script: str) -> str:
 
 
 BROKEN = {
-    "missing": ("", "there is no C++ compiler (no-such-compiler)"),
+    "missing": ("", "no C++ compiler was found (no-such-compiler)"),
     "failing": ("echo 'x.cc:1: error: no such header' >&2; exit 1", "failed: x.cc:1: error: no such header"),
-    "silent": ("exit 1", "failed: it gives no reason"),
-    "writing nothing": ("exit 0", "failed: it gives no reason"),
+    "silent": ("exit 1", "failed: no error message"),
+    "writing nothing": ("exit 0", "failed: no error message"),
 }
 
 
@@ -220,7 +220,7 @@ def test_without_a_working_compiler_the_plain_path_is_taken_and_that_is_said_onc
     script, said = BROKEN[name]
     monkeypatch.setenv("CXX", broken(tmp_path / "compiler", script) if script else "no-such-compiler")
     sampling = small_config(**{"sampling.matmul_impl": "native"}).sampling
-    assert weight_layout(sampling) == weight_layout(sampling) == WeightLayout(None, "plain", "cpu")
+    assert select_weight_layout(sampling) == select_weight_layout(sampling) == WeightLayout(None, "plain", "cpu")
     shown = capsys.readouterr().err
     assert shown.startswith("The native kernel is not used, because ")
     assert shown.count("\n") == 1
@@ -247,7 +247,7 @@ def test_a_file_in_the_place_of_the_folder_is_no_reason_to_fail(
 
 def test_it_is_not_asked_for_unless_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matvec, "ffi_target", lambda: pytest.fail("the kernel was asked for"))
-    assert weight_layout(small_config().sampling).kernel == "plain"
+    assert select_weight_layout(small_config().sampling).matmul_impl == "plain"
 
 
 # In the cache of compiled programs.

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from rustgpt_jax.config.schema import SamplingConfig
-from rustgpt_jax.inference.sampling import SAMPLERS, Greedy, draw, from_config
+from rustgpt_jax.inference.sampling import SAMPLERS, Greedy, make_samplers, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -115,7 +115,7 @@ def expected_through(numbers: dict[str, float], logits_BV: np.ndarray, seen_BV: 
 @given(data=st.data(), logits_BV=some_logits, seen_BV=some_seen)
 def test_each_sampler_is_its_brute_force_self(name: str, data: Any, logits_BV: np.ndarray, seen_BV: np.ndarray) -> None:
     number = data.draw(EXPECTED[name][1])
-    found = through(from_config(sampling(**{name: number})), logits_BV, seen_BV)
+    found = through(make_samplers(sampling(**{name: number})), logits_BV, seen_BV)
     np.testing.assert_allclose(found, expected_through({name: number}, logits_BV, seen_BV), rtol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_samplers_are_applied_in_the_documented_order(
     numbers: dict[str, float], logits_BV: np.ndarray, seen_BV: np.ndarray
 ) -> None:
     assume(all(numbers[name] != NEUTRAL[name] for name in ORDER))
-    found = through(from_config(sampling(**numbers)), logits_BV, seen_BV)
+    found = through(make_samplers(sampling(**numbers)), logits_BV, seen_BV)
     np.testing.assert_allclose(found, expected_through(numbers, logits_BV, seen_BV), rtol=1e-5)
 
 
@@ -138,7 +138,7 @@ def test_samplers_are_applied_in_the_documented_order(
 def test_no_sampler_but_the_penalty_changes_which_tokens_are_likelier(
     logits_BV: np.ndarray, seen_BV: np.ndarray, temperature: float
 ) -> None:
-    samplers = from_config(sampling(temperature=temperature, top_k=4, top_p=0.7, min_p=0.05))
+    samplers = make_samplers(sampling(temperature=temperature, top_k=4, top_p=0.7, min_p=0.05))
     left_BV = np.asarray(through(samplers, logits_BV, seen_BV))
     for logits_V, left_V in zip(logits_BV, left_BV, strict=True):
         order = np.argsort(logits_V, kind="stable")
@@ -149,7 +149,7 @@ def test_no_sampler_but_the_penalty_changes_which_tokens_are_likelier(
 @pytest.mark.parametrize("top_k", [VOCABULARY, 10**6, 10**12])
 def test_more_than_all_tokens_are_all_tokens(top_k: int) -> None:
     logits_BV = np.arange(2.0 * VOCABULARY, dtype=np.float32).reshape(2, VOCABULARY)
-    np.testing.assert_array_equal(through(from_config(sampling(top_k=top_k)), logits_BV, logits_BV > 0), logits_BV)
+    np.testing.assert_array_equal(through(make_samplers(sampling(top_k=top_k)), logits_BV, logits_BV > 0), logits_BV)
 
 
 def test_a_number_is_an_argument_of_the_compiled_program() -> None:
@@ -158,7 +158,7 @@ def test_a_number_is_an_argument_of_the_compiled_program() -> None:
     through.clear_cache()
     for temperature in (0.3, 0.7, 2.0):
         through(
-            from_config(sampling(temperature=temperature, top_p=0.5)),
+            make_samplers(sampling(temperature=temperature, top_p=0.5)),
             np.zeros((2, 9), np.float32),
             np.zeros((2, 9), bool),
         )
@@ -167,7 +167,7 @@ def test_a_number_is_an_argument_of_the_compiled_program() -> None:
 
 # Drawing.
 
-compiled_draw = jax.jit(draw)
+compiled_sample = jax.jit(sample)
 
 
 @settings(max_examples=50)
@@ -181,12 +181,12 @@ def test_a_temperature_near_0_takes_the_likeliest_token_whatever_else_is_asked(
     logits_BV: np.ndarray, seen_BV: np.ndarray, penalty: float, temperature: float
 ) -> None:
     greedy = sampling(temperature=temperature, top_k=3, top_p=0.5, min_p=0.5, repetition_penalty=penalty)
-    chain = from_config(greedy)
+    chain = make_samplers(greedy)
     keys_B = jax.random.split(jax.random.key(0), 2)
     penalized_BV = expected_through({"repetition_penalty": penalty}, logits_BV, seen_BV)
     for logits_V in penalized_BV:
         without_near_ties(logits_V)
-    np.testing.assert_array_equal(compiled_draw(keys_B, logits_BV, seen_BV, chain), penalized_BV.argmax(-1))
+    np.testing.assert_array_equal(compiled_sample(keys_B, logits_BV, seen_BV, chain), penalized_BV.argmax(-1))
     assert isinstance(chain[-1], Greedy)
     assert len(chain) == (1 if penalty == 1 else 2)
 
@@ -205,7 +205,7 @@ def test_draws_have_the_probabilities_that_the_samplers_leave(name: str) -> None
     logits_V = np.random.default_rng(2).normal(0, 1.5, VOCABULARY).astype(np.float32)
     logits_BV, seen_BV = np.tile(logits_V, (count, 1)), np.tile(np.arange(VOCABULARY) % 3 == 0, (count, 1))
     keys_B = jax.random.split(jax.random.key(5), count)
-    drawn_B = compiled_draw(keys_B, logits_BV, seen_BV, from_config(sampling(**CHAINS[name])))
+    drawn_B = compiled_sample(keys_B, logits_BV, seen_BV, make_samplers(sampling(**CHAINS[name])))
     expected_V = probabilities(expected_through(CHAINS[name], logits_BV[:1], seen_BV[:1])[0])
     counts_V = np.bincount(drawn_B, minlength=VOCABULARY)
     possible_V = expected_V > 0
@@ -217,6 +217,6 @@ def test_draws_have_the_probabilities_that_the_samplers_leave(name: str) -> None
 def test_a_row_is_drawn_by_its_own_key_alone() -> None:
     keys_B = jax.random.split(jax.random.key(0), 50)
     zeros_BV = np.zeros((50, VOCABULARY), np.float32)
-    drawn_B = np.asarray(compiled_draw(keys_B, zeros_BV, zeros_BV > 0, ()))
+    drawn_B = np.asarray(compiled_sample(keys_B, zeros_BV, zeros_BV > 0, ()))
     assert len(set(drawn_B.tolist())) == VOCABULARY
-    np.testing.assert_array_equal(compiled_draw(keys_B[::-1], zeros_BV, zeros_BV > 0, ()), drawn_B[::-1])
+    np.testing.assert_array_equal(compiled_sample(keys_B[::-1], zeros_BV, zeros_BV > 0, ()), drawn_B[::-1])

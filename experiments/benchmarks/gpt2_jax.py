@@ -26,7 +26,7 @@ from experiments.benchmarks.best_batch import config_of, printed, tree_of
 from rustgpt_jax.config.schema import Config, ModelConfig, partition, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.inference.generate import decode_steps, start_generation, stop_tokens
+from rustgpt_jax.inference.generate import decode_steps, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
@@ -165,7 +165,7 @@ def decoding(size: str, batch: int, scan_layers: bool, prompt: int, new: int, re
     )
     params = narrowed(jax.random.key(0))
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
-    key, stops = jax.random.key(1), stop_tokens(())
+    key, stops = jax.random.key(1), pad_stop_ids(())
 
     def call(generation: Any) -> jax.Array:
         return decode_steps(params, generation, np.int32(new), (Greedy(),), key, stops, model=model).tokens_BS

@@ -9,7 +9,7 @@ from rustgpt_jax.data.datasets import divide, documents
 from rustgpt_jax.data.preprocess import StageData, changed_data, prepare_stage
 from rustgpt_jax.evaluation.exact_match import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
-from rustgpt_jax.inference.decode_params import weight_layout
+from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.tracking.progress import show_progress
@@ -26,7 +26,7 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
         rows = config.training.batch_size // config.training.grad_accum_steps
         check_inference_memory(config, query_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
-    reader = trained.writer.with_weight_layout(weight_layout(sampling))
+    reader = trained.writer.with_weight_layout(select_weight_layout(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)

@@ -39,19 +39,19 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_generate(args: argparse.Namespace) -> int:
     """Continue texts, or answer questions."""
     trained = _load(args)
-    from rustgpt_jax.inference.decode_params import weight_layout
+    from rustgpt_jax.inference.decode_params import select_weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
     from rustgpt_jax.tracking.formatting import replace_control_characters
 
     sampling = trained.config.sampling
-    writer = trained.writer.with_weight_layout(weight_layout(sampling))
+    writer = trained.writer.with_weight_layout(select_weight_layout(sampling))
     for prompt in args.prompt or [""]:
         for sample in range(args.num_samples):
             # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.
             drawn = dataclasses.replace(sampling, seed=(sampling.seed + sample) % 2**32)
             notes = list[str]()
             print(prompt, end="\n" if writer.is_dialogue else "")
-            for piece in stream_text(writer, writer.prompt(prompt), drawn, notes.append):
+            for piece in stream_text(writer, writer.encode_prompt(prompt), drawn, notes.append):
                 print(replace_control_characters(piece), end="", flush=True)
             print("\n", flush=True)
             for note in notes:

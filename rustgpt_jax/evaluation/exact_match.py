@@ -51,7 +51,7 @@ def _right_in_batch(
     writer: TextGenerator, exchanges: Sequence[tuple[tuple[Turn, ...], str]], sampling: SamplingConfig
 ) -> int:
     wanted = [encode(writer.tokenizer, answer) for _, answer in exchanges]
-    prompts = [writer.conversation(turns) for turns, _ in exchanges]
+    prompts = [writer.encode_messages(turns) for turns, _ in exchanges]
     fits = [len(prompt) < writer.model.context_length for prompt in prompts]
     prompts = [prompt if fit else prompt[:1] for prompt, fit in zip(prompts, fits, strict=True)]
     longest = max(len(tokens) for tokens in wanted) + 1

@@ -1,4 +1,4 @@
-"""A conversation with a trained model: line by line in a terminal, or through a pipe."""
+"""Chat with a trained model, interactively in a terminal or over a pipe."""
 
 import bisect
 import contextlib
@@ -19,7 +19,7 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.config.validation import parse, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
-from rustgpt_jax.inference.decode_params import WeightLayout, weight_layout
+from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
 from rustgpt_jax.model.flops import total_size
@@ -27,64 +27,71 @@ from rustgpt_jax.tokenizers.messages import Document, Turn
 from rustgpt_jax.tracking.formatting import format_count, replace_control_characters
 
 PROMPT = "> "
-LINES_OF_HISTORY = 1000
-KNOBS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+HISTORY_LINES = 1000
+SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said so far, oldest first: a question and a reply in turns, or plain texts with their continuations."""
+    """The messages so far, oldest first: questions and replies, or plain texts with their continuations."""
 
-    turns: tuple[Turn, ...] = ()
+    messages: tuple[Turn, ...] = ()
 
-    def add(self, *turns: Turn) -> "Conversation":
-        """The conversation with more turns at its end."""
-        return Conversation((*self.turns, *turns))
+    def add(self, *messages: Turn) -> "Conversation":
+        """Return the conversation with more messages at its end."""
+        return Conversation((*self.messages, *messages))
 
     def reply_seed(self, seed: int) -> int:
-        """The seed of the next reply. The first is `seed` itself, so that it is the reply of the verb `generate`."""
-        # Multiples of 2^32 over the golden ratio keep the replies of neighbouring seeds apart.
-        return (seed + sum(turn.role != "user" for turn in self.turns) * 0x9E3779B9) % 2**32
+        """Return the seed of the next reply; that of the first is `seed`, so it equals the output of `generate`."""
+        # Multiples of 2^32 / golden ratio keep the replies of adjacent seeds apart.
+        return (seed + sum(message.role != "user" for message in self.messages) * 0x9E3779B9) % 2**32
 
-    def prompt(self, said: Turn, writer: TextGenerator, room: int, memory: int | None = None) -> tuple[list[int], int]:
-        """The tokens to reply to what was `said` now from, and how many of the oldest turns they leave out.
+    def prompt(
+        self, message: Turn, generator: TextGenerator, room: int, history_turns: int | None = None
+    ) -> tuple[list[int], int]:
+        """Return the prompt for replying to `message`, and how many of the oldest messages it omits.
 
-        At most `memory` earlier exchanges are in them, and only as many as leave `room` tokens of the model's context
-        free. Plain text is continued by itself. Raises UserError if what was said leaves no room even alone.
+        Args:
+            message: The new message. Plain text is continued without the earlier messages.
+            generator: The model.
+            room: Number of tokens of the context to leave for the reply by omitting earlier messages.
+            history_turns: Maximum number of earlier question-reply pairs in the prompt; None for no limit.
+
+        Raises:
+            UserError: The message alone fills the context.
         """
-        context = writer.model.context_length
+        context = generator.model.context_length
 
-        def after_latest(exchanges: int) -> list[int]:
-            return writer.conversation([*self.turns[len(self.turns) - 2 * exchanges :], said])
+        def encode_latest(n_pairs: int) -> list[int]:
+            return generator.encode_messages([*self.messages[len(self.messages) - 2 * n_pairs :], message])
 
-        if (alone := len(after_latest(0))) >= context:
-            raise UserError(f"That takes {alone} tokens, the model's context holds {context}: write less at a time.")
-        if said.role == "text":
-            return after_latest(0), 0
-        wanted = min(len(self.turns) // 2, len(self.turns) if memory is None else memory)
-        every = range(1, wanted + 1)
-        kept = bisect.bisect_right(every, context - room, key=lambda exchanges: len(after_latest(exchanges)))
-        return after_latest(kept), 2 * (wanted - kept)
+        if (length := len(encode_latest(0))) >= context:
+            raise UserError(f"The message takes {length} tokens, and the model's context holds {context}: shorten it.")
+        if message.role == "text":
+            return encode_latest(0), 0
+        most = len(self.messages) // 2 if history_turns is None else min(len(self.messages) // 2, history_turns)
+        n_pairs = bisect.bisect_right(range(1, most + 1), context - room, key=lambda n: len(encode_latest(n)))
+        return encode_latest(n_pairs), 2 * (most - n_pairs)
 
     def as_text(self) -> str:
-        """What a file of it holds, for the corpus `files`: a dialogue as a line of JSON, or plain text."""
-        if not Document("", self.turns).is_dialogue:
-            return "\n\n".join(turn.text for turn in self.turns) + "\n"
-        messages = [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        """Return the content of a file for the corpus `files`: one line of JSON for a dialogue, else plain text."""
+        if not Document("", self.messages).is_dialogue:
+            return "\n\n".join(message.text for message in self.messages) + "\n"
+        messages = [{"role": message.role, "content": message.text} for message in self.messages]
         return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
 class Session:
-    """A conversation that is being held, with what its user has set."""
+    """A chat session: the conversation and the settings that its user has changed."""
 
-    def __init__(self, writer: TextGenerator, sampling: SamplingConfig, console: Console) -> None:
+    def __init__(self, generator: TextGenerator, sampling: SamplingConfig, console: Console) -> None:
         self.conversation = Conversation()
         self.sampling = sampling
-        self._writer = writer
-        self._laid_out: tuple[WeightLayout, TextGenerator] | None = None
+        self._generator = generator
+        self._decoder: tuple[WeightLayout, TextGenerator] | None = None
         self._console = console
         self._is_over = False
-        self._has_forgotten = False
+        self._has_warned = False
 
     def run(self, read_line: Callable[[], str]) -> None:
         """Respond to each line until /quit, an EOFError of `read_line`, or two KeyboardInterrupts in a row."""
@@ -98,175 +105,180 @@ class Session:
                 return
             except KeyboardInterrupt:
                 interrupts += 1
-                self.note("" if interrupts == 2 else "\nCtrl-C again or Ctrl-D leaves.")
+                self.note("" if interrupts == 2 else "\nPress Ctrl-C again or Ctrl-D to leave.")
 
     def respond(self, line: str) -> None:
-        """Obey a command, or write a reply. A line that begins with a blank is no command."""
+        """Run a command or write a reply. A line that begins with a space is not a command."""
         name, _, text = line.partition(" ")
         try:
             if name in COMMANDS:
                 COMMANDS[name].run(self, text.strip())
             elif name.startswith("/"):
-                raise UserError(f"There is no command {name}.{suggest_names(name, COMMANDS)}")
+                raise UserError(f"Unknown command {name}.{suggest_names(name, COMMANDS)}")
             elif line.strip():
-                self._reply(Turn("user", line.strip()) if self._writer.is_dialogue else Turn("text", line))
+                self._reply(Turn("user", line.strip()) if self._generator.is_dialogue else Turn("text", line))
         except UserError as error:
             self.show(f"{error}\n", "red")
 
     def note(self, text: str) -> None:
-        """Write a line that is not the model's."""
+        """Print a line that is not the model's."""
         self.show(f"{text}\n", "dim")
 
     def show(self, text: str, style: str = "") -> None:
-        """Write a text, or a part of one, as it is, but for control characters."""
-        # As rich's Text, a part would have its tabs expanded as if a line began with it.
+        """Print text verbatim, except for control characters."""
+        # rich's Text would expand the tabs of each piece as if it began a line.
         self._console.print(
             Segments([Segment(replace_control_characters(text), self._console.get_style(style))]), soft_wrap=True
         )
 
-    def _reply(self, said: Turn) -> None:
-        context = self._writer.model.context_length
+    def _reply(self, message: Turn) -> None:
+        context = self._generator.model.context_length
         room = min(self.sampling.max_tokens, context // 2)
-        prompt, n_forgotten = self.conversation.prompt(said, self._writer, room, self.sampling.history_turns)
-        if n_forgotten and not self._has_forgotten:
-            self._has_forgotten = True
-            self.note(f"(The context of {context} tokens is full: what was said first is forgotten from now on.)")
-        if said.role == "text":
-            self.show(said.text, "bold")
-        reply = self._write(prompt)
+        prompt, n_omitted = self.conversation.prompt(message, self._generator, room, self.sampling.history_turns)
+        if n_omitted and not self._has_warned:
+            self._has_warned = True
+            self.note(f"(The context of {context} tokens is full: from now on the oldest messages are left out.)")
+        if message.role == "text":
+            self.show(message.text, "bold")
+        reply = self._generate(prompt)
         self.show("\n\n")
         if not reply:
-            self.note("(Nothing was written, so the question does not count.)")
-        elif said.role == "text":
-            self.conversation = self.conversation.add(Turn("text", said.text + reply))
+            self.note("(The model wrote nothing, so the message is not kept.)")
+        elif message.role == "text":
+            self.conversation = self.conversation.add(Turn("text", message.text + reply))
         else:
-            self.conversation = self.conversation.add(said, Turn("assistant", reply))
+            self.conversation = self.conversation.add(message, Turn("assistant", reply))
 
-    def _write(self, prompt: Sequence[int]) -> str:
-        """What the model writes, shown as it comes, until it ends or Ctrl-C is pressed."""
+    def _generate(self, prompt: Sequence[int]) -> str:
+        """Generate a reply and print it as it is generated, until it ends or Ctrl-C is pressed."""
+        layout = select_weight_layout(self.sampling)
+        if self._decoder is None or self._decoder[0] != layout:
+            self._decoder = layout, self._generator.with_weight_layout(layout)
         sampling = dataclasses.replace(self.sampling, seed=self.conversation.reply_seed(self.sampling.seed))
-        reply, notes = "", list[str]()
+        reply, warnings = "", list[str]()
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in stream_text(self._fast_writer(), prompt, sampling, notes.append):
+            for piece in stream_text(self._decoder[1], prompt, sampling, warnings.append):
                 reply += piece
                 self.show(piece)
-        for note in notes:
-            self.note(f"\n({note})")
+        for warning in warnings:
+            self.note(f"\n({warning})")
         return reply
 
-    def _fast_writer(self) -> TextGenerator:
-        """The writer with its weights in the form that is asked for now."""
-        asked = weight_layout(self.sampling)
-        if self._laid_out is None or self._laid_out[0] != asked:
-            self._laid_out = asked, self._writer.with_weight_layout(asked)
-        return self._laid_out[1]
-
     def _help(self, _: str) -> None:
-        self.note(f"A line is {'answered' if self._writer.is_dialogue else 'continued'}, or it is a command:")
+        verb = "answers" if self._generator.is_dialogue else "continues"
+        self.note(f"The model {verb} every line that is not one of these commands:")
         for name, command in COMMANDS.items():
-            self.note(f"  {f'{name} {command.argument}':<20} {command.meaning}")
+            self.note(f"  {f'{name} {command.argument}':<20} {command.help}")
 
     def _reset(self, _: str) -> None:
-        self.conversation, self._has_forgotten = Conversation(), False
-        self.note("The conversation begins anew.")
-
-    def _seed(self, text: str) -> None:
-        self._set(f"seed {text}")
+        self.conversation, self._has_warned = Conversation(), False
+        self.note("Started a new conversation.")
 
     def _set(self, text: str) -> None:
         name, _, value = (part.strip() for part in text.replace("=", " ", 1).partition(" "))
-        if name and name not in KNOBS:
-            raise UserError(f"There is no knob {name!r}.{suggest_names(name, KNOBS)}")
+        if name and name not in SETTINGS:
+            raise UserError(f"Unknown setting {name!r}.{suggest_names(name, SETTINGS)}")
         if value:
             path = f"sampling.{name}"
-            number = validate_value(path, parse(path, value), f"config.{path}")
-            self.sampling = dataclasses.replace(self.sampling, **{name: number})
-        for knob in [name] if name else KNOBS:
-            self.note(f"{knob} {getattr(self.sampling, knob)}")
+            parsed = validate_value(path, parse(path, value), f"config.{path}")
+            self.sampling = dataclasses.replace(self.sampling, **{name: parsed})
+        for setting in [name] if name else SETTINGS:
+            self.note(f"{setting} {getattr(self.sampling, setting)}")
         if name == "seed" and value:
             self._reset("")
 
     def _save(self, text: str) -> None:
         if not text:
             raise UserError("Save to which file? For example: /save talk")
-        if not self.conversation.turns:
+        if not self.conversation.messages:
             raise UserError("There is nothing to save yet.")
         try:
             path = Path(os.path.expanduser(text))
-            path = path if path.suffix else path.with_suffix(".jsonl" if self._writer.is_dialogue else ".txt")
+            path = path if path.suffix else path.with_suffix(".jsonl" if self._generator.is_dialogue else ".txt")
             with path.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(self.conversation.as_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{text} cannot be written ({getattr(error, 'strerror', error)}).") from None
-        self.note(f"Saved to {path}, which the corpus `files` reads.")
+            raise UserError(f"Cannot write {text} ({getattr(error, 'strerror', error)}).") from None
+        self.note(f"Saved to {path}, which the corpus `files` can read.")
 
     def _quit(self, _: str) -> None:
         self._is_over = True
 
 
 class Command(NamedTuple):
-    """A line that begins with a slash: what may follow its name, what it does in words, and the doing."""
+    """A chat command.
+
+    Attributes:
+        argument: Placeholder of its argument.
+        help: What it does.
+        run: The method that runs it, given the argument.
+    """
 
     argument: str
-    meaning: str
+    help: str
     run: Callable[[Session, str], None]
 
 
 COMMANDS: dict[str, Command] = {
     "/help": Command("", "list the commands", Session._help),
-    "/reset": Command("", "begin the conversation anew", Session._reset),
-    "/seed": Command("[N]", "begin anew with the seed N; alone, show it", Session._seed),
-    "/set": Command("[KNOB [VALUE]]", "change how replies are drawn; alone, show it", Session._set),
+    "/reset": Command("", "start a new conversation", Session._reset),
+    "/seed": Command(
+        "[N]", "start again with seed N; alone, show the seed", lambda session, text: session._set(f"seed {text}")
+    ),
+    "/set": Command("[SETTING [VALUE]]", "change a sampling setting; alone, show them", Session._set),
     "/save": Command("FILE", "write the conversation to a new file", Session._save),
-    "/quit": Command("", "leave, as Ctrl-D does", Session._quit),
+    "/quit": Command("", "leave, like Ctrl-D", Session._quit),
 }
 
 
-def chat(writer: TextGenerator, sampling: SamplingConfig, console: Console, title: str) -> None:
-    """Hold a conversation over standard input and `console` until the user leaves or the input ends.
+def chat(generator: TextGenerator, sampling: SamplingConfig, console: Console, title: str) -> None:
+    """Chat over standard input and `console` until the user leaves or the input ends.
 
-    In a terminal it begins with `title` and how replies are drawn. Lines from a pipe are shown with their replies.
+    In a terminal, it first prints `title` and the sampling settings. Lines from a pipe are printed with their replies.
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    session = Session(writer, sampling, console)
+    session = Session(generator, sampling, console)
     if not sys.stdin.isatty():
-        session.run(lambda: _piped_line(session))
+        session.run(lambda: _read_piped_line(session))
         return
-    session.show(f"{title}, {format_count(total_size(writer.params))} parameters\n", "bold")
-    session.show(
-        f"It {'answers' if writer.is_dialogue else 'continues'} what you write: {describe_sampling(sampling)}.\n", "dim"
-    )
-    session.show("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n\n", "dim")
+    session.show(f"{title}, {format_count(total_size(generator.params))} parameters\n", "bold")
+    verb = "answers" if generator.is_dialogue else "continues"
+    session.note(f"It {verb} what you write: {describe_sampling(sampling)}.")
+    session.note("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.\n")
     with _line_editing(cache_folder() / "chat_history"):
-        session.run(_typed_line)
+        session.run(_read_typed_line)
 
 
 def describe_sampling(sampling: SamplingConfig) -> str:
-    """How replies are drawn: what the samplers do, the most tokens, and the seed."""
+    """Return the settings of the samplers, the maximum number of tokens, and the seed."""
     greedy = is_greedy(sampling)
-    way = "the likeliest token each time" if greedy else f"temperature {sampling.temperature:g}"
     names = ["repetition_penalty"] if greedy else [name for name in SAMPLERS if name != "temperature"]
     values = [(name, getattr(sampling, name)) for name in names]
-    others = [f"{name} {value:g}" for name, value in values if value != SAMPLERS[name][0]]
-    return ", ".join([way, *others, f"up to {sampling.max_tokens} tokens, seed {sampling.seed}"])
+    return ", ".join(
+        [
+            "the likeliest token each time" if greedy else f"temperature {sampling.temperature:g}",
+            *(f"{name} {value:g}" for name, value in values if value != SAMPLERS[name][0]),
+            f"up to {sampling.max_tokens} tokens, seed {sampling.seed}",
+        ]
+    )
 
 
 def completions(line: str) -> list[str]:
-    """The lines that the beginning of a command may become."""
+    """Return the possible completions of the start of a command."""
     names = [name + " " * bool(command.argument) for name, command in COMMANDS.items()]
-    knobs = [f"/set {knob} " for knob in KNOBS]
-    return [whole for whole in (knobs if line.startswith("/set ") else names) if whole.startswith(line)]
+    settings = [f"/set {setting} " for setting in SETTINGS]
+    return [each for each in (settings if line.startswith("/set ") else names) if each.startswith(line)]
 
 
-def _piped_line(session: Session) -> str:
+def _read_piped_line(session: Session) -> str:
     line = input()
     session.show(f"{PROMPT}{line}\n")
     return line
 
 
-def _typed_line() -> str:
+def _read_typed_line() -> str:
     try:
         return input(PROMPT)
     except EOFError:
@@ -276,7 +288,7 @@ def _typed_line() -> str:
 
 @contextlib.contextmanager
 def _line_editing(history: Path) -> Iterator[None]:
-    """Arrow keys, Tab, and a history that outlives the session, where Python has `readline`."""
+    """Enable line editing, completion and a persistent history, if Python has `readline`."""
     try:
         import readline
     except ImportError:
@@ -284,8 +296,8 @@ def _line_editing(history: Path) -> Iterator[None]:
         return
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
     readline.set_completer_delims("")
-    readline.set_completer(lambda line, place: dict(enumerate(completions(line))).get(place))
-    readline.set_history_length(LINES_OF_HISTORY)
+    readline.set_completer(lambda line, index: dict(enumerate(completions(line))).get(index))
+    readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     try:

@@ -1,8 +1,8 @@
-"""The form of a model's parameters in which they are read fastest, token by token: made once, not for each token.
+"""Parameters prepared for decoding: converted once instead of for every token.
 
-Trained parameters are float32 and stacked over layers. Here each layer has arrays of its own, so that a loop over
-tokens copies none of them; matrices have the type in which they are multiplied, or a narrower one; and their weights
-lie in the order in which few rows read them. Norms, biases and tables of embeddings stay as they are.
+Trained parameters are float32 and stacked over layers. Here each layer has its own arrays, so the loop over tokens
+copies none of them; matrices have the dtype in which they are multiplied, or a narrower one, and the layout that is
+fastest for few rows. Norms, biases and embedding tables are unchanged.
 """
 
 from functools import partial
@@ -19,96 +19,92 @@ from rustgpt_jax.pytrees import format_path
 
 
 class WeightLayout(NamedTuple):
-    """weights, kernel: as in `config.sampling`, the kernel one that is there. platform: where the weights are read."""
+    """Storage of the weight matrices for decoding.
 
-    weights: str | None
-    kernel: str
+    Attributes:
+        dtype: As in `config.sampling.weight_dtype`; None for the dtype in which matrices are multiplied.
+        matmul_impl: As in `config.sampling.matmul_impl`, but only native if the native kernel is available.
+        platform: Platform of the device.
+    """
+
+    dtype: str | None
+    matmul_impl: str
     platform: str
 
 
-def weight_layout(sampling: SamplingConfig) -> WeightLayout:
-    """The form that a config asks for on the device at hand.
+def select_weight_layout(sampling: SamplingConfig) -> WeightLayout:
+    """Return the layout for a config and the default device.
 
-    The first native kernel of a machine is compiled here. Where there can be none, that is said once, on standard
-    error, and the plain one is used.
+    The native kernel is compiled on first use. If that fails, a warning is printed and XLA is used instead.
     """
     platform = jax.default_backend()
     is_native = sampling.matmul_impl == "native" and platform == "cpu" and matvec.ffi_target() is not None
     return WeightLayout(sampling.weight_dtype, "native" if is_native else "plain", platform)
 
 
-def for_decoding(params: transformer.Params, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
-    """Trained parameters in the form for decoding, which `transformer.apply` takes in their place.
+def to_decode_params(params: transformer.Params, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
+    """Return parameters for decoding, which `transformer.apply` accepts in place of the trained ones.
 
-    Parameters that lie on several devices stay where they are, stacked: if the weights are to be narrower, they are
-    rounded so.
+    Parameters sharded over several devices stay stacked and sharded; their values are rounded to the layout's dtype.
     """
-    if not jax.sharding.get_abstract_mesh().empty or any(_is_shared(leaf) for leaf in jax.tree.leaves(params)):
-        return params if layout.weights is None else _rounded(params, model=model, weights=layout.weights)
-    return _for_decoding(params, model=model, layout=layout)
+    is_sharded = any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in jax.tree.leaves(params))
+    if is_sharded or not jax.sharding.get_abstract_mesh().empty:
+        return params if layout.dtype is None else _round_params(params, model=model, dtype=layout.dtype)
+    return _unstack_params(params, model=model, layout=layout)
 
 
-def _is_shared(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def _round_params(params: transformer.Params, *, model: ModelConfig, dtype: str) -> transformer.Params:
+    """Round the matrices of linear layers and the output layer to a dtype; all arrays stay as they were trained."""
+    blocks = {}
+    for index, group in enumerate(layer_groups(model)):
+        kernels = linear_layers(group.block)
 
+        def round_leaf(path: Any, leaf: jax.Array, kernels: Any = kernels) -> jax.Array:
+            return jax.vmap(partial(round_weights, dtype=dtype))(leaf) if format_path(path) in kernels else leaf
 
-@partial(jax.jit, static_argnames=("model", "weights"))
-def _rounded(params: transformer.Params, *, model: ModelConfig, weights: str) -> transformer.Params:
-    """Parameters as they are trained, with the matrices of linear layers, and the head, rounded to narrower weights."""
-
-    def of_stack(stack: ModelConfig, of_stack: transformer.Params) -> transformer.Params:
-        layers = linear_layers(stack)
-        narrow = jax.vmap(partial(round_weights, dtype=weights))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: narrow(leaf) if format_path(path) in layers else leaf, of_stack
-        )
-
-    blocks = {
-        str(index): of_stack(stack.block, params["blocks"][str(index)])
-        for index, stack in enumerate(layer_groups(model))
-    }
-    return params | {"blocks": blocks, "head": {"kernel": round_weights(_head(params, model), weights)}}
+        blocks[str(index)] = jax.tree_util.tree_map_with_path(round_leaf, params["blocks"][str(index)])
+    return params | {"blocks": blocks, "head": {"kernel": round_weights(_head_kernel(params, model), dtype)}}
 
 
 @partial(jax.jit, static_argnames=("model", "layout"))
-def _for_decoding(params: transformer.Params, *, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
+def _unstack_params(params: transformer.Params, *, model: ModelConfig, layout: WeightLayout) -> transformer.Params:
     blocks = {}
-    for index, stack in enumerate(layer_groups(model)):
-        of_stack = params["blocks"][str(index)]
-        rows = [jax.tree.map(lambda leaf, row=row: leaf[row], of_stack) for row in range(len(stack.layers))]
-        blocks[str(index)] = [_layer(row, stack.block, layout) for row in rows]
-    head = {"kernel": _matrix(_head(params, model), model.logits_dtype or model.dtype, layout)}
+    for index, group in enumerate(layer_groups(model)):
+        stacked = params["blocks"][str(index)]
+        layers = [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(len(group.layers))]
+        blocks[str(index)] = [_convert_layer(layer, group.block, layout) for layer in layers]
+    head = {"kernel": _convert_kernel(_head_kernel(params, model), model.logits_dtype or model.dtype, layout)}
     return params | {"blocks": blocks, "head": head}
 
 
-def _head(params: transformer.Params, model: ModelConfig) -> jax.Array:
-    """kernel_DV of the logits."""
+def _head_kernel(params: transformer.Params, model: ModelConfig) -> jax.Array:
+    """Return kernel_DV of the output layer."""
     return params["embedding"]["table"].T if model.tie_embeddings else params["head"]["kernel"]
 
 
-def _layer(params: transformer.Params, block: ModelConfig, layout: WeightLayout) -> transformer.Params:
-    """The parameters of one layer, with the matrices of its linear layers in the form for decoding."""
-    layers = linear_layers(block)
+def _convert_layer(params: transformer.Params, block: ModelConfig, layout: WeightLayout) -> transformer.Params:
+    kernels = linear_layers(block)
 
-    def with_layout(path: Any, leaf: jax.Array) -> Any:
-        layer = layers.get(format_path(path))
-        if layer is None:
+    def convert(path: Any, leaf: jax.Array) -> Any:
+        config = kernels.get(format_path(path))
+        if config is None:
             return leaf
-        if layer.matmul_dtype == "float8":
-            # Its scales are found in float32.
-            return leaf if layout.weights is None else _matrix(leaf, layer.dtype, layout)
-        return _matrix(leaf, layer.matmul_dtype or layer.dtype, layout)
+        if config.matmul_dtype == "float8":
+            # The scale of a float8 matrix is computed from float32 weights.
+            return leaf if layout.dtype is None else _convert_kernel(leaf, config.dtype, layout)
+        return _convert_kernel(leaf, config.matmul_dtype or config.dtype, layout)
 
-    return jax.tree_util.tree_map_with_path(with_layout, params)
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def _matrix(kernel: jax.Array, operands: str, layout: WeightLayout) -> Any:
-    """A kernel (inputs, outputs), otherwise multiplied in the type `operands`, in the form for decoding."""
-    dtype = layout.weights or operands
-    if dtype not in matvec.TYPES:
+def _convert_kernel(kernel: jax.Array, operand_dtype: str, layout: WeightLayout) -> Any:
+    """Convert a kernel (inputs, outputs) that would otherwise be multiplied in `operand_dtype`."""
+    dtype = layout.dtype or operand_dtype
+    if dtype not in matvec.DTYPES:
         return kernel
-    if layout.kernel == "native" or (layout.platform != "cpu" and dtype == "int8"):
-        return to_row_major(kernel, dtype, layout.kernel)
+    if layout.matmul_impl == "native" or (layout.platform != "cpu" and dtype == "int8"):
+        return to_row_major(kernel, dtype, layout.matmul_impl)
     if layout.platform != "cpu" or dtype == "float32":
         return kernel.astype(dtype)
     return UpcastWeight(round_weights(kernel, dtype), dtype)

@@ -1,7 +1,7 @@
-"""Generation as pure functions: prefill a batch of prompts, then draw tokens in one loop on the device.
+"""Token generation as pure functions: prefill a batch of prompts, then sample tokens in one loop on the device.
 
-A token depends on the parameters, its row's prompt, the samplers and key, and its place: not on padding, nor on how the
-loop is cut into calls. Prompts and caches are rounded up to a few lengths, so that new lengths compile nothing new.
+The tokens of a row depend on the parameters, the prompt, the samplers, the key and the row's index, but not on padding
+or on how the loop is split into calls. Lengths of prompts and caches are rounded up, so that few programs are compiled.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.sampling import Sampler, draw
+from rustgpt_jax.inference.sampling import Sampler, sample
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.kv_cache import cast_for_decode
@@ -24,16 +24,19 @@ from rustgpt_jax.model.mixers import has_cache
 
 SMALLEST_BUCKET = 16
 
-# Reason why generation ended: a stop token, the requested number of tokens, or a full context.
-Ending = Literal["stop", "max_tokens", "context"]
+FinishReason = Literal["stop", "max_tokens", "context"]
 
 
-class Generation(NamedTuple):
-    """A batch of texts being written.
+class DecodeState(NamedTuple):
+    """A batch of sequences during generation.
 
-    tokens_BS: prompt and drawn tokens, each at its position. lengths_B: how many they are, a drawn stop token included.
-    logits_BV: for the next token of each row. is_done_B: rows that drew a stop token or have no room left.
-    seen_BV: tokens that a row holds. cache: what `transformer.apply` keeps of the tokens so far.
+    Attributes:
+        tokens_BS: Prompt and generated tokens, each at its position.
+        lengths_B: Number of tokens in each row, a generated stop token included.
+        logits_BV: Logits of the next token.
+        is_done_B: Whether a row has a stop token or no room left.
+        seen_BV: Whether a row contains a token.
+        cache: Cache of `transformer.apply`.
     """
 
     tokens_BS: jax.Array
@@ -44,8 +47,8 @@ class Generation(NamedTuple):
     cache: transformer.Cache
 
 
-def bucket(length: int, largest: int) -> int:
-    """The least of 16, 32, 64, ... that holds `length`, at most `largest`."""
+def round_to_bucket(length: int, largest: int) -> int:
+    """Return the smallest of 16, 32, 64, ... that is at least `length`, but at most `largest`."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 2
@@ -54,7 +57,7 @@ def bucket(length: int, largest: int) -> int:
 
 @functools.cache
 def _warn_recomputation(mixers: tuple[str, ...]) -> None:
-    """Warns on stderr, once per process, that decoding recomputes mixers without a cache."""
+    """Warn on stderr, once per process, that decoding recomputes mixers without a cache."""
     names = ", ".join(dict.fromkeys(mixers))
     print(
         f"Decoding is slow: {names} has no init_cache, so it is recomputed over the whole context for every token.",
@@ -65,8 +68,8 @@ def _warn_recomputation(mixers: tuple[str, ...]) -> None:
 @partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(
     params: transformer.Params, prompts_BT: jax.Array, lengths_B: jax.Array, *, model: ModelConfig, slots: int
-) -> Generation:
-    """Read prompts, padded on the right to one length, into a new cache of `slots` tokens a row."""
+) -> DecodeState:
+    """Process prompts, padded on the right to one length, into a new cache of `slots` tokens per row."""
     batch, length = prompts_BT.shape
     is_token_BT = jnp.arange(length)[None, :] < lengths_B[:, None]
     is_unstacked = transformer.is_unrolled(params["blocks"])
@@ -80,85 +83,86 @@ def prefill(
     )
     last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
     rows_BT = jnp.arange(batch)[:, None]
-    kept_BT = jnp.where(is_token_BT, prompts_BT, transformer.vocab_size(model))
+    tokens_BT = jnp.where(is_token_BT, prompts_BT, transformer.vocab_size(model))
     assert cache is not None
-    return Generation(
+    return DecodeState(
         tokens_BS=jnp.zeros((batch, slots), jnp.int32).at[:, :length].set(prompts_BT),
         lengths_B=lengths_B,
         logits_BV=transformer.logits(params, last_B1D, model)[:, 0],
         is_done_B=lengths_B >= slots,
-        seen_BV=jnp.zeros((batch, transformer.vocab_size(model)), bool).at[rows_BT, kept_BT].set(True, mode="drop"),
+        seen_BV=jnp.zeros((batch, transformer.vocab_size(model)), bool).at[rows_BT, tokens_BT].set(True, mode="drop"),
         cache=cache,
     )
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="generation")
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
 def decode_steps(
     params: transformer.Params,
-    generation: Generation,
+    state: DecodeState,
     count: jax.Array,
     samplers: tuple[Sampler, ...],
     key: jax.Array,
-    stops: jax.Array,
+    stop_ids: jax.Array,
     *,
     model: ModelConfig,
-) -> Generation:
-    """Draw up to `count` more tokens for each row that is not done, in one loop on the device.
+) -> DecodeState:
+    """Generate up to `count` more tokens for each unfinished row, in one loop on the device.
 
     Args:
-        params: The parameters of the model.
-        model: The config of the model.
-        generation: from `prefill`, or from an earlier call.
-        count: the most tokens to draw now.
-        samplers: applied in order to the logits of each token.
-        key: of the whole batch; each row and position has its own from it.
-        stops: tokens (any number of them, -1 is none) after which a row is done.
+        params: Parameters of the model.
+        state: From `prefill` or an earlier call; donated.
+        count: Maximum number of tokens.
+        samplers: Applied in order to the logits of each token.
+        key: Key of the batch, from which each row and position derives its own.
+        stop_ids: Tokens after which a row is done; entries of -1 are ignored.
+        model: Config of the model.
     """
-    batch, slots = generation.tokens_BS.shape
+    batch, slots = state.tokens_BS.shape
     rows_B = jnp.arange(batch)
-    key_of = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))
+    fold_in_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))
 
-    def unfinished(carry: tuple[jax.Array, Generation]) -> jax.Array:
-        drawn, now = carry
-        return (drawn < count) & ~jnp.all(now.is_done_B)
+    def is_unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        n_generated, state = carry
+        return (n_generated < count) & ~jnp.all(state.is_done_B)
 
-    def one_token(carry: tuple[jax.Array, Generation]) -> tuple[jax.Array, Generation]:
-        drawn, now = carry
-        token_B = draw(key_of(rows_B, now.lengths_B), now.logits_BV, now.seen_BV, samplers)
-        slot_B = jnp.where(now.is_done_B, slots, now.lengths_B)
-        lengths_B = now.lengths_B + ~now.is_done_B
-        is_done_B = now.is_done_B | jnp.isin(token_B, stops) | (lengths_B >= slots)
+    def decode_step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        n_generated, state = carry
+        token_B = sample(fold_in_B(rows_B, state.lengths_B), state.logits_BV, state.seen_BV, samplers)
+        slot_B = jnp.where(state.is_done_B, slots, state.lengths_B)
+        lengths_B = state.lengths_B + ~state.is_done_B
+        is_done_B = state.is_done_B | jnp.isin(token_B, stop_ids) | (lengths_B >= slots)
         logits_B1V, cache = transformer.apply(
             params,
             token_B[:, None],
             model,
-            now.cache,
-            positions_BT=now.lengths_B[:, None],
+            state.cache,
+            positions_BT=state.lengths_B[:, None],
             segments_BT=jnp.where(is_done_B, 0, 1)[:, None],
         )
         assert cache is not None
-        return drawn + 1, Generation(
-            tokens_BS=now.tokens_BS.at[rows_B, slot_B].set(token_B, mode="drop"),
+        return n_generated + 1, DecodeState(
+            tokens_BS=state.tokens_BS.at[rows_B, slot_B].set(token_B, mode="drop"),
             lengths_B=lengths_B,
             logits_BV=logits_B1V[:, 0],
             is_done_B=is_done_B,
-            seen_BV=now.seen_BV.at[rows_B, token_B].set(True),
+            seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
             cache=cache,
         )
 
-    after = jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), generation))[1]
-    # Every process of a mesh reads them.
-    return after._replace(
-        tokens_BS=shard_activations(after.tokens_BS, ".."), lengths_B=shard_activations(after.lengths_B, ".")
+    _, state = jax.lax.while_loop(is_unfinished, decode_step, (jnp.zeros((), jnp.int32), state))
+    # Replicated, for every process of a mesh reads them.
+    return state._replace(
+        tokens_BS=shard_activations(state.tokens_BS, ".."), lengths_B=shard_activations(state.lengths_B, ".")
     )
 
 
 def start_generation(
     params: transformer.Params, prompts: Sequence[Sequence[int]], model: ModelConfig, max_tokens: int
-) -> Generation:
-    """Prefill prompts of any lengths, with room for `max_tokens` more each, as far as the context goes.
+) -> DecodeState:
+    """Prefill prompts of any lengths, with room for `max_tokens` more in each row, up to the context length.
 
-    Raises UserError for an empty prompt, or one that leaves no room in the model's context.
+    Raises:
+        UserError: A prompt is empty or leaves no room in the model's context.
     """
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
@@ -170,12 +174,11 @@ def start_generation(
         )
     if uncached := tuple(name for name in model.mixers if not has_cache(name)):
         _warn_recomputation(uncached)
-    width = bucket(longest, model.context_length)
-    padded_BT = np.zeros((len(prompts), width), np.int32)
+    padded_BT = np.zeros((len(prompts), round_to_bucket(longest, model.context_length)), np.int32)
     for row, prompt in enumerate(prompts):
         padded_BT[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    slots = bucket(longest + max_tokens, model.context_length)
+    slots = round_to_bucket(longest + max_tokens, model.context_length)
     return prefill(params, padded_BT, lengths_B, model=model, slots=slots)
 
 
@@ -187,37 +190,35 @@ def generate(
     samplers: tuple[Sampler, ...],
     key: jax.Array,
     max_tokens: int,
-    stops: Sequence[int] = (),
-    slides: bool = False,
+    stop_ids: Sequence[int] = (),
+    slide: bool = False,
 ) -> list[list[int]]:
-    """Return the tokens drawn after each prompt, without the stop token.
+    """Return the tokens generated after each prompt, without the stop token.
 
-    Generation ends when the context is full, unless `slides` is True: then it continues from the last half of the
-    context, which is read again from position 0.
+    Generation ends when the context is full, unless `slide` is True: then it continues from the last half of the
+    context, which is processed again from position 0.
 
     Raises:
         UserError: A prompt is empty or leaves no room in the model's context.
     """
-    windows = [_slid(prompt, model) if slides else list(prompt) for prompt in prompts]
-    drawn: list[list[int]] = [[] for _ in prompts]
-    unfinished, turn = set(range(len(prompts))), 0
+    contexts = [_slide(prompt, model) if slide else list(prompt) for prompt in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    unfinished, n_slides = set(range(len(prompts))), 0
     while unfinished:
-        left = max_tokens - min(len(drawn[row]) for row in unfinished)
-        generation = start_generation(params, windows, model, left)
-        turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
-        generation = decode_steps(
-            params, generation, np.int32(left), samplers, turn_key, stop_tokens(stops), model=model
-        )
-        new = generated_tokens(generation, [len(window) for window in windows], stops)
-        lengths_B = jax.device_get(generation.lengths_B)
+        count = max_tokens - min(len(outputs[row]) for row in unfinished)
+        state = start_generation(params, contexts, model, count)
+        call_key = jax.random.fold_in(key, n_slides) if n_slides else key
+        state = decode_steps(params, state, np.int32(count), samplers, call_key, pad_stop_ids(stop_ids), model=model)
+        new = generated_tokens(state, [len(context) for context in contexts], stop_ids)
+        lengths_B = jax.device_get(state.lengths_B)
         for row in sorted(unfinished):
-            is_stopped = lengths_B[row] > len(windows[row]) + len(new[row])
-            drawn[row] += new[row][: max_tokens - len(drawn[row])]
-            if is_stopped or not slides or len(drawn[row]) == max_tokens:
+            has_stopped = lengths_B[row] > len(contexts[row]) + len(new[row])
+            outputs[row] += new[row][: max_tokens - len(outputs[row])]
+            if has_stopped or not slide or len(outputs[row]) == max_tokens:
                 unfinished.discard(row)
-            windows[row] = _slid([*windows[row], *new[row]], model)
-        turn += 1
-    return drawn
+            contexts[row] = _slide([*contexts[row], *new[row]], model)
+        n_slides += 1
+    return outputs
 
 
 def stream_tokens(
@@ -228,53 +229,56 @@ def stream_tokens(
     samplers: tuple[Sampler, ...],
     key: jax.Array,
     max_tokens: int,
-    stops: Sequence[int] = (),
-    slides: bool = False,
-    tokens_per_look: int,
-) -> Iterator[tuple[list[int], Ending | None]]:
-    """Yield the tokens that `generate` draws after one prompt, all so far each time, and why generation ended."""
-    window, drawn, turn = _slid(prompt, model) if slides else list(prompt), list[int](), 0
+    stop_ids: Sequence[int] = (),
+    slide: bool = False,
+    tokens_per_call: int,
+) -> Iterator[tuple[list[int], FinishReason | None]]:
+    """Yield, after each call of the loop, all tokens that `generate` returns for one prompt so far.
+
+    The second value is the reason why generation ended, None before that.
+    """
+    context, output, n_slides = _slide(prompt, model) if slide else list(prompt), list[int](), 0
     while True:
-        generation = start_generation(params, [window], model, max_tokens - len(drawn))
-        turn_key = key if turn == 0 else jax.random.fold_in(key, turn)
-        room = min(max_tokens - len(drawn), model.context_length - len(window))
+        state = start_generation(params, [context], model, max_tokens - len(output))
+        call_key = jax.random.fold_in(key, n_slides) if n_slides else key
+        room = min(max_tokens - len(output), model.context_length - len(context))
         new: list[int] = []
-        for place in range(0, room, tokens_per_look):
-            count = np.int32(min(tokens_per_look, room - place))
-            generation = decode_steps(params, generation, count, samplers, turn_key, stop_tokens(stops), model=model)
-            new = generated_tokens(generation, [len(window)], stops)[0]
-            ending: Ending | None = None
-            if int(generation.lengths_B[0]) > len(window) + len(new):
-                ending = "stop"
-            elif len(drawn) + len(new) == max_tokens:
-                ending = "max_tokens"
-            elif len(new) == room and not slides:
-                ending = "context"
-            yield [*drawn, *new], ending
-            if ending is not None:
+        for start in range(0, room, tokens_per_call):
+            count = np.int32(min(tokens_per_call, room - start))
+            state = decode_steps(params, state, count, samplers, call_key, pad_stop_ids(stop_ids), model=model)
+            new = generated_tokens(state, [len(context)], stop_ids)[0]
+            reason: FinishReason | None = None
+            if int(state.lengths_B[0]) > len(context) + len(new):
+                reason = "stop"
+            elif len(output) + len(new) == max_tokens:
+                reason = "max_tokens"
+            elif len(new) == room and not slide:
+                reason = "context"
+            yield [*output, *new], reason
+            if reason is not None:
                 return
-        drawn += new
-        window = _slid([*window, *new], model)
-        turn += 1
+        output += new
+        context = _slide([*context, *new], model)
+        n_slides += 1
 
 
-def _slid(window: Sequence[int], model: ModelConfig) -> list[int]:
-    """Return the tokens to continue from: all of them, or the last half if the context is full."""
-    return list(window if len(window) < model.context_length else window[-(model.context_length // 2) :])
+def _slide(tokens: Sequence[int], model: ModelConfig) -> list[int]:
+    """Return the tokens to continue from: all of them, or the last half of the context if it is full."""
+    return list(tokens if len(tokens) < model.context_length else tokens[-(model.context_length // 2) :])
 
 
-def stop_tokens(stops: Sequence[int]) -> np.ndarray:
-    """Stop tokens as an array of one of a few sizes, so that their number compiles nothing new."""
-    padded = np.full(-(-max(len(stops), 1) // 8) * 8, -1, np.int32)
-    padded[: len(stops)] = stops
+def pad_stop_ids(stop_ids: Sequence[int]) -> np.ndarray:
+    """Return stop tokens as an array whose size is a multiple of 8, so that their number rarely causes compilation."""
+    padded = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
+    padded[: len(stop_ids)] = stop_ids
     return padded
 
 
-def generated_tokens(generation: Generation, starts: Sequence[int], stops: Sequence[int]) -> list[list[int]]:
-    """The tokens of each row from its start on, without a final stop token."""
-    tokens_BS, lengths_B = jax.device_get((generation.tokens_BS, generation.lengths_B))
+def generated_tokens(state: DecodeState, starts: Sequence[int], stop_ids: Sequence[int]) -> list[list[int]]:
+    """Return the tokens of each row from its start, without a final stop token."""
+    tokens_BS, lengths_B = jax.device_get((state.tokens_BS, state.lengths_B))
     rows: list[list[int]] = []
     for tokens_S, length, start in zip(tokens_BS, lengths_B, starts, strict=True):
         row = tokens_S[start:length].tolist()
-        rows.append(row[:-1] if row and row[-1] in stops else row)
+        rows.append(row[:-1] if row and row[-1] in stop_ids else row)
     return rows

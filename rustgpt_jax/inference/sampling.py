@@ -1,7 +1,7 @@
-"""Samplers: values that each turn the logits of the next token into others; a tuple of them is a way of sampling.
+"""Samplers, which transform the logits of the next token, and sampling from the result.
 
-A sampler is a frozen dataclass whose number is a leaf, so that changing a number compiles nothing new. A token is ruled
-out by the logit -inf. `draw` applies the samplers in order and draws from what is left.
+A sampler is a frozen dataclass whose setting is a pytree leaf, so a new value does not trigger a recompilation. It
+excludes a token by setting its logit to -inf. Samplers are combined in a tuple and applied in order.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Sampler(Protocol):
 @pytree_dataclass()
 @dataclass(frozen=True)
 class Greedy:
-    """Leave only the likeliest token (the first of equals)."""
+    """Keep only the most likely token (the first one of ties)."""
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
         del seen_BV
@@ -46,49 +46,49 @@ class Temperature:
         return logits_BV / self.temperature
 
 
+def _keep_at_least(logits_BV: jax.Array, threshold_B1: jax.Array) -> jax.Array:
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
 @pytree_dataclass()
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k likeliest tokens, and any equal to the last of them."""
+    """Keep the k most likely tokens, and ties with the last of them."""
 
     k: Any
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
         del seen_BV
-        vocabulary = logits_BV.shape[-1]
-        place = vocabulary - jnp.clip(jnp.asarray(self.k, jnp.int32), 1, vocabulary)
-        least_B1 = jax.lax.dynamic_slice_in_dim(jnp.sort(logits_BV, axis=-1), place, 1, axis=-1)
-        return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        n_tokens = logits_BV.shape[-1]
+        index = n_tokens - jnp.clip(jnp.asarray(self.k, jnp.int32), 1, n_tokens)
+        return _keep_at_least(logits_BV, jax.lax.dynamic_slice_in_dim(jnp.sort(logits_BV, axis=-1), index, 1, axis=-1))
 
 
 @pytree_dataclass()
 @dataclass(frozen=True)
 class TopP:
-    """Keep the fewest likeliest tokens whose probabilities sum to at least p: nucleus sampling (arXiv 1904.09751)."""
+    """Keep the fewest most likely tokens whose probabilities sum to at least p: nucleus sampling (arXiv 1904.09751)."""
 
     p: Any
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
         del seen_BV
-        falling_BV = -jnp.sort(-logits_BV, axis=-1)
-        probabilities_BV = jax.nn.softmax(falling_BV, axis=-1)
-        before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        is_kept_BV = (before_BV < self.p).at[:, 0].set(True)
-        least_B1 = jnp.min(jnp.where(is_kept_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        is_kept_BV = (jnp.cumsum(probs_BV, axis=-1) - probs_BV < self.p).at[:, 0].set(True)
+        return _keep_at_least(logits_BV, jnp.min(jnp.where(is_kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True))
 
 
 @pytree_dataclass()
 @dataclass(frozen=True)
 class MinP:
-    """Keep the tokens at least p times as likely as the likeliest (arXiv 2407.01082)."""
+    """Keep the tokens that are at least p times as likely as the most likely one (arXiv 2407.01082)."""
 
     p: Any
 
     def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
         del seen_BV
-        least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(self.p)
-        return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+        return _keep_at_least(logits_BV, jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(self.p))
 
 
 @pytree_dataclass()
@@ -103,9 +103,10 @@ class RepetitionPenalty:
         return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
-LEAST_TEMPERATURE = 1e-5
+# Dividing logits by a lower temperature would overflow.
+MIN_TEMPERATURE = 1e-5
 
-# In the order in which `from_config` applies them: a name in `config.sampling`, its neutral value, its sampler.
+# Fields of `config.sampling` in the order in which they are applied, with the value that disables each.
 SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
     "repetition_penalty": (1.0, RepetitionPenalty),
     "temperature": (1.0, Temperature),
@@ -115,29 +116,26 @@ SAMPLERS: dict[str, tuple[float, Callable[[Any], Sampler]]] = {
 }
 
 
-def from_config(sampling: SamplingConfig) -> tuple[Sampler, ...]:
-    """Return the samplers configured by `config.sampling`. A temperature of (almost) 0 means greedy decoding."""
-    asked = {
-        name: getattr(sampling, name) for name, (neutral, _) in SAMPLERS.items() if getattr(sampling, name) != neutral
-    }
+def make_samplers(sampling: SamplingConfig) -> tuple[Sampler, ...]:
+    """Return the samplers that a config enables. A temperature of (almost) 0 means greedy decoding."""
     greedy = is_greedy(sampling)
-    if greedy:
-        asked = {name: number for name, number in asked.items() if name == "repetition_penalty"}
-    chain = tuple(SAMPLERS[name][1](np.float32(number)) for name, number in asked.items())
-    return (*chain, Greedy()) if greedy else chain
+    names = ["repetition_penalty"] if greedy else SAMPLERS
+    values = {name: getattr(sampling, name) for name in names}
+    samplers = [SAMPLERS[name][1](np.float32(value)) for name, value in values.items() if value != SAMPLERS[name][0]]
+    return (*samplers, Greedy()) if greedy else tuple(samplers)
 
 
 def is_greedy(sampling: SamplingConfig) -> bool:
-    """Return whether decoding is greedy; dividing logits by a smaller temperature would overflow."""
-    return sampling.temperature < LEAST_TEMPERATURE
+    """Return whether a config asks for greedy decoding."""
+    return sampling.temperature < MIN_TEMPERATURE
 
 
-def draw(keys_B: jax.Array, logits_BV: jax.Array, seen_BV: jax.Array, samplers: tuple[Sampler, ...]) -> jax.Array:
-    """One token for each row, drawn from the logits that the samplers leave, with a key of its own for each row."""
-    is_greedy = bool(samplers) and isinstance(samplers[-1], Greedy)
-    # What Greedy leaves is found without asking it: one reading of the logits, not three.
-    for sampler in samplers[: len(samplers) - is_greedy]:
+def sample(keys_B: jax.Array, logits_BV: jax.Array, seen_BV: jax.Array, samplers: tuple[Sampler, ...]) -> jax.Array:
+    """Return one token per row, sampled with the row's key after applying the samplers to the logits."""
+    greedy = bool(samplers) and isinstance(samplers[-1], Greedy)
+    for sampler in samplers[: len(samplers) - greedy]:
         logits_BV = sampler(logits_BV, seen_BV)
-    if is_greedy:
+    if greedy:
+        # Reads the logits once; sampling from the output of Greedy would read them three times.
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

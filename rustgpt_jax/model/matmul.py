@@ -202,7 +202,7 @@ def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) 
     """X W with the shape (..., outputs), in the model's dtype, from a float32 kernel (inputs, outputs)."""
     x = x.astype(config.dtype)
     if isinstance(kernel, PackedWeight):
-        return kernel.product(x)
+        return kernel.matmul(x)
     if config.matmul_dtype == "float8":
         return fp8_matmul(x, kernel)
     operands, is_kept = config.matmul_dtype or config.dtype, saves_residuals(config)
@@ -219,7 +219,7 @@ def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, letters: s
     operands = config.logits_dtype or config.dtype
     if isinstance(weights, PackedWeight):
         hidden_BTD = hidden_BTD.astype(operands)
-        return weights.product(hidden_BTD, accum_dtype(hidden_BTD))
+        return weights.matmul(hidden_BTD, accum_dtype(hidden_BTD))
     wide, weights, axis = (
         jnp.promote_types(operands, jnp.float32),
         shard_activations(weights, letters),

@@ -1,1 +1,1 @@
-"""Code in C++ that is compiled where it runs, for what XLA does not do fast. Nothing needs it."""
+"""Optional C++ kernels for CPUs, compiled on first use."""

@@ -1,7 +1,7 @@
-// A few rows of numbers times a matrix: y[b][o] = sum over i of w[o][i] x[b][i].
+// Multiplies a few rows by a matrix: y[b][o] = sum over i of w[o][i] x[b][i].
 //
-// Such a product takes as long as the weights take to come from memory, so each weight is read once and in order, is
-// widened to float32 in registers, and is used for up to eight rows there. Sums are float32, in lanes.
+// The time is bounded by reading the weights from memory, so each weight is read once and in order, converted to
+// float32 in registers, and used there for up to eight rows. Sums are accumulated in float32 SIMD lanes.
 
 #include <algorithm>
 #include <atomic>
@@ -35,58 +35,57 @@ constexpr int kSums = 12;
 constexpr int kLanes = 4;
 constexpr int kSums = 12;
 #endif
-// A thread's work at a time is a part of what is its own, but not so small that it is read out of order, nor so large
-// that one thread waits long for the other.
+// A chunk is the unit of work of a thread: large enough that weights are read in order, and small enough that threads
+// finish at about the same time.
 constexpr int64_t kChunksPerThread = 4;
-constexpr int64_t kLeastBytes = 64 * 1024;
-constexpr int64_t kMostBytes = 1024 * 1024;
-// How far ahead weights are asked for: while rows of x are read too, processors do not see by themselves that the
-// weights are read in order.
-constexpr int kAheadBytes = 1024;
+constexpr int64_t kMinChunkBytes = 64 * 1024;
+constexpr int64_t kMaxChunkBytes = 1024 * 1024;
+// Distance of prefetching: with rows of x read in between, processors do not detect that weights are read in order.
+constexpr int kPrefetchBytes = 1024;
 constexpr int kSpins = 2000;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 
 template <typename Vector, typename Number>
-inline Vector Loaded(const Number* from) {
+inline Vector Load(const Number* from) {
   Vector vector;
   std::memcpy(&vector, from, sizeof(Vector));
   return vector;
 }
 
-inline Floats Widened(const float* from) { return Loaded<Floats>(from); }
+inline Floats ToFloats(const float* from) { return Load<Floats>(from); }
 
 #if defined(__AVX512F__)
-inline Floats Widened(const BFloat16* from) {
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(Loaded<__m256i>(from)), 16);
+inline Floats ToFloats(const BFloat16* from) {
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(Load<__m256i>(from)), 16);
 }
 
-inline Floats Widened(const int8_t* from) {
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Loaded<__m128i>(from)));
+inline Floats ToFloats(const int8_t* from) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Load<__m128i>(from)));
 }
 #elif defined(__AVX2__)
-inline Floats Widened(const BFloat16* from) {
-  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(Loaded<__m128i>(from)), 16);
+inline Floats ToFloats(const BFloat16* from) {
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(Load<__m128i>(from)), 16);
 }
 
-inline Floats Widened(const int8_t* from) {
+inline Floats ToFloats(const int8_t* from) {
   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 #else
-inline Floats Widened(const BFloat16* from) {
+inline Floats ToFloats(const BFloat16* from) {
   uint32_t words[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) words[lane] = static_cast<uint32_t>(from[lane].bits) << 16;
-  return Loaded<Floats>(words);
+  return Load<Floats>(words);
 }
 
-inline Floats Widened(const int8_t* from) {
+inline Floats ToFloats(const int8_t* from) {
   Floats floats;
   for (int lane = 0; lane < kLanes; ++lane) floats[lane] = from[lane];
   return floats;
 }
 #endif
 
-// The sum of all lanes, halves upon halves: one after another would take as long as a row's products.
+// The sum of all lanes, as a tree: a sequential sum would take as long as the products of a row.
 inline float Sum(Floats vector) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)vector);
@@ -100,16 +99,16 @@ inline float Sum(Floats vector) {
 #endif
 }
 
-inline float Single(float weight) { return weight; }
-inline float Single(int8_t weight) { return weight; }
-inline float Single(BFloat16 weight) {
+inline float ToFloat(float weight) { return weight; }
+inline float ToFloat(int8_t weight) { return weight; }
+inline float ToFloat(BFloat16 weight) {
   uint32_t word = static_cast<uint32_t>(weight.bits) << 16;
-  return Loaded<float>(&word);
+  return Load<float>(&word);
 }
 
-// `kOutputs` outputs of `kRows` rows, so many `apart`, from `kUnrolled` vectors of weights of each at a time.
+// Computes `kOutputs` outputs, `stride` apart, of `kRows` rows, from `kUnrolled` vectors of weights of each at a time.
 template <typename Weight, int kRows, int kOutputs, int kUnrolled>
-inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t apart) {
+inline void ComputeTile(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t stride) {
   Floats sums[kOutputs][kRows][kUnrolled] = {};
   int64_t i = 0;
   for (; i + kLanes * kUnrolled <= inputs; i += kLanes * kUnrolled) {
@@ -119,12 +118,12 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
       Floats weights[kOutputs];
 #pragma GCC unroll 8
       for (int o = 0; o < kOutputs; ++o) {
-        weights[o] = Widened(w + o * apart * inputs + at);
-        __builtin_prefetch(reinterpret_cast<const char*>(w + o * apart * inputs + at) + kAheadBytes);
+        weights[o] = ToFloats(w + o * stride * inputs + at);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + o * stride * inputs + at) + kPrefetchBytes);
       }
 #pragma GCC unroll 8
       for (int b = 0; b < kRows; ++b) {
-        Floats row = Loaded<Floats>(x + b * inputs + at);
+        Floats row = Load<Floats>(x + b * inputs + at);
 #pragma GCC unroll 8
         for (int o = 0; o < kOutputs; ++o) sums[o][b][u] += weights[o] * row;
       }
@@ -138,55 +137,57 @@ inline void Tile(const Weight* w, const float* x, float* y, int64_t inputs, int6
 #pragma GCC unroll 8
       for (int u = 1; u < kUnrolled; ++u) vector += sums[o][b][u];
       float sum = Sum(vector);
-      for (int64_t j = i; j < inputs; ++j) sum += Single(w[o * apart * inputs + j]) * x[b * inputs + j];
-      y[b * outputs + o * apart] = sum;
+      for (int64_t j = i; j < inputs; ++j) sum += ToFloat(w[o * stride * inputs + j]) * x[b * inputs + j];
+      y[b * outputs + o * stride] = sum;
     }
   }
 }
 
-// Several outputs are made together, whose weights lie far apart: memory delivers more when it is read at several
-// places in order than at one.
+// Computes outputs `from` to `to`, several at a time that are far apart: reading several streams of memory in order is
+// faster than reading one.
 template <typename Weight, int kRows>
-void Span(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t from, int64_t to) {
+void ComputeSpan(const Weight* w, const float* x, float* y, int64_t inputs, int64_t outputs, int64_t from, int64_t to) {
   constexpr int kTogether = kSums / kRows < 4 ? kSums / kRows : 4;
   constexpr int kUnrolled = kRows == 1 ? 2 : 1;
-  int64_t apart = (to - from) / kTogether, alone = from + apart * kTogether;
-  for (int64_t o = from; o < from + apart; ++o) {
-    Tile<Weight, kRows, kTogether, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, apart);
+  int64_t stride = (to - from) / kTogether, rest = from + stride * kTogether;
+  for (int64_t o = from; o < from + stride; ++o) {
+    ComputeTile<Weight, kRows, kTogether, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, stride);
   }
-  for (int64_t o = alone; o < to; ++o) Tile<Weight, kRows, 1, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, 0);
+  for (int64_t o = rest; o < to; ++o) {
+    ComputeTile<Weight, kRows, 1, kUnrolled>(w + o * inputs, x, y + o, inputs, outputs, 0);
+  }
 }
 
-// Outputs `from` to `to` of all rows, eight, four, two or one of them at a time.
+// Computes outputs `from` to `to` of all rows, eight, four, two or one rows at a time.
 template <typename Weight>
-void Outputs(const Weight* w, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs, int64_t from,
-             int64_t to) {
+void ComputeOutputs(const Weight* w, const float* x, float* y, int64_t rows, int64_t inputs, int64_t outputs,
+                    int64_t from, int64_t to) {
   while (rows > 0) {
-    int64_t taken = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-    switch (taken) {
-      case 8: Span<Weight, 8>(w, x, y, inputs, outputs, from, to); break;
-      case 4: Span<Weight, 4>(w, x, y, inputs, outputs, from, to); break;
-      case 2: Span<Weight, 2>(w, x, y, inputs, outputs, from, to); break;
-      default: Span<Weight, 1>(w, x, y, inputs, outputs, from, to);
+    int64_t batch = rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    switch (batch) {
+      case 8: ComputeSpan<Weight, 8>(w, x, y, inputs, outputs, from, to); break;
+      case 4: ComputeSpan<Weight, 4>(w, x, y, inputs, outputs, from, to); break;
+      case 2: ComputeSpan<Weight, 2>(w, x, y, inputs, outputs, from, to); break;
+      default: ComputeSpan<Weight, 1>(w, x, y, inputs, outputs, from, to);
     }
-    rows -= taken;
-    x += taken * inputs;
-    y += taken * outputs;
+    rows -= batch;
+    x += batch * inputs;
+    y += batch * outputs;
   }
 }
 
 struct Progress {
-  std::atomic<int64_t> begun{0};
+  std::atomic<int64_t> started{0};
   std::atomic<int64_t> done{0};
 };
 
-// Does `chunks` pieces of work on this thread and on those of the pool that come to help. Nobody is waited for who has
-// not begun: a thread that comes too late finds nothing left, and touches nothing but the counters, which it shares.
+// Runs `chunks` units of work on this thread and on threads of the pool. Threads that have not started a chunk are not
+// waited for: one that is scheduled too late finds no chunk left, and touches only the counters, which it co-owns.
 template <typename Work>
-void Share(ffi::ThreadPool pool, int64_t chunks, const Work& work) {
+void ParallelFor(ffi::ThreadPool pool, int64_t chunks, const Work& work) {
   auto progress = std::make_shared<Progress>();
   auto help = [progress, chunks, work] {
-    for (int64_t chunk; (chunk = progress->begun.fetch_add(1)) < chunks;) {
+    for (int64_t chunk; (chunk = progress->started.fetch_add(1)) < chunks;) {
       work(chunk);
       progress->done.fetch_add(1, std::memory_order_release);
     }
@@ -201,17 +202,17 @@ void Share(ffi::ThreadPool pool, int64_t chunks, const Work& work) {
 }
 
 template <typename Weight>
-void Product(ffi::ThreadPool pool, const Weight* w, const float* x, float* y, int64_t rows, int64_t inputs,
-             int64_t outputs) {
-  int64_t of_output = inputs * static_cast<int64_t>(sizeof(Weight)) + 1;
-  int64_t bytes = outputs * of_output / (kChunksPerThread * pool.num_threads());
-  bytes = std::clamp(bytes, kLeastBytes, kMostBytes);
-  int64_t of_chunk = bytes / of_output;
-  of_chunk = of_chunk < 8 ? 8 : of_chunk - of_chunk % 8;
-  int64_t chunks = (outputs + of_chunk - 1) / of_chunk;
-  Share(pool, chunks, [=](int64_t chunk) {
-    int64_t from = chunk * of_chunk, to = from + of_chunk < outputs ? from + of_chunk : outputs;
-    Outputs(w, x, y, rows, inputs, outputs, from, to);
+void MatMul(ffi::ThreadPool pool, const Weight* w, const float* x, float* y, int64_t rows, int64_t inputs,
+            int64_t outputs) {
+  int64_t bytes_per_output = inputs * static_cast<int64_t>(sizeof(Weight)) + 1;
+  int64_t bytes = outputs * bytes_per_output / (kChunksPerThread * pool.num_threads());
+  bytes = std::clamp(bytes, kMinChunkBytes, kMaxChunkBytes);
+  int64_t outputs_per_chunk = bytes / bytes_per_output;
+  outputs_per_chunk = outputs_per_chunk < 8 ? 8 : outputs_per_chunk - outputs_per_chunk % 8;
+  int64_t chunks = (outputs + outputs_per_chunk - 1) / outputs_per_chunk;
+  ParallelFor(pool, chunks, [=](int64_t chunk) {
+    int64_t from = chunk * outputs_per_chunk, to = std::min(from + outputs_per_chunk, outputs);
+    ComputeOutputs(w, x, y, rows, inputs, outputs, from, to);
   });
 }
 
@@ -228,13 +229,13 @@ ffi::Error MatVecImpl(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weights, ff
   float* to = y->typed_data();
   switch (weights.element_type()) {
     case ffi::F32:
-      Product(pool, static_cast<const float*>(weights.untyped_data()), from, to, rows, inputs, outputs);
+      MatMul(pool, static_cast<const float*>(weights.untyped_data()), from, to, rows, inputs, outputs);
       return ffi::Error::Success();
     case ffi::BF16:
-      Product(pool, static_cast<const BFloat16*>(weights.untyped_data()), from, to, rows, inputs, outputs);
+      MatMul(pool, static_cast<const BFloat16*>(weights.untyped_data()), from, to, rows, inputs, outputs);
       return ffi::Error::Success();
     case ffi::S8:
-      Product(pool, static_cast<const int8_t*>(weights.untyped_data()), from, to, rows, inputs, outputs);
+      MatMul(pool, static_cast<const int8_t*>(weights.untyped_data()), from, to, rows, inputs, outputs);
       return ffi::Error::Success();
     default:
       return ffi::Error::InvalidArgument("weights are float32, bfloat16 or int8");

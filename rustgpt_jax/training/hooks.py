@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import Config, StaticConfig, partition
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation.perplexity import evaluate
-from rustgpt_jax.inference.decode_params import weight_layout
+from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
@@ -291,8 +291,8 @@ class Evaluate:
         if not prompts:
             return
         author = TextGenerator(params, self.config.model, self.tokenizer, self.data.is_dialogue)
-        author = author.with_weight_layout(weight_layout(self.config.sampling))
-        texts = generate_text(author, [author.prompt(prompt) for prompt in prompts], self.config.sampling)
+        author = author.with_weight_layout(select_weight_layout(self.config.sampling))
+        texts = generate_text(author, [author.encode_prompt(prompt) for prompt in prompts], self.config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")

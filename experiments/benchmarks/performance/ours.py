@@ -29,8 +29,8 @@ from experiments.benchmarks.performance.turns import Reading
 from experiments.benchmarks.performance.workers import Prepared, only_said, serve
 from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.inference.decode_params import for_decoding, weight_layout
-from rustgpt_jax.inference.generate import Generation, decode_steps, start_generation, stop_tokens
+from rustgpt_jax.inference.decode_params import select_weight_layout, to_decode_params
+from rustgpt_jax.inference.generate import DecodeState, decode_steps, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.hf_checkpoint import export_model
@@ -150,16 +150,16 @@ def weights(model: ModelConfig) -> transformer.Params:
 def prepared(size: str, dtype: str, kernel: str) -> tuple[transformer.Params, ModelConfig]:
     """Parameters as they lie for decoding in a type, by plain products or by the native kernel."""
     config = decoding_config(size, dtype, kernel)
-    model, wanted = for_inference(config.model), weight_layout(config.sampling)
-    if wanted.kernel != kernel:
-        raise UserError(f"There is no {kernel} kernel on this machine.")
-    return for_decoding(weights(config.model), model, wanted), model
+    model, wanted = for_inference(config.model), select_weight_layout(config.sampling)
+    if wanted.matmul_impl != kernel:
+        raise UserError(f"The {kernel} kernel is not available on this machine.")
+    return to_decode_params(weights(config.model), model, wanted), model
 
 
 def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: int) -> Prepared:
     """Seconds of a prompt of all rows, and then of a token of all of them, the likeliest each time."""
     params, model = prepared(size, dtype, kernel)
-    key, stops = jax.random.key(1), stop_tokens(())
+    key, stops = jax.random.key(1), pad_stop_ids(())
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
 
     def turn() -> Reading:
@@ -178,7 +178,7 @@ def decoding(size: str, batch: int, dtype: str, kernel: str, prompt: int, new: i
 def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> Prepared:
     """Seconds of each of many decoding steps; programs that were compiled meanwhile, and memory that was taken."""
     params, model = prepared(size, dtype, kernel)
-    key, stops = jax.random.key(1), stop_tokens(())
+    key, stops = jax.random.key(1), pad_stop_ids(())
     compiled = 0
 
     def count(event: str, duration: float, **_: Any) -> None:
@@ -187,7 +187,7 @@ def steadiness(size: str, dtype: str, kernel: str, prompt: int, steps: int) -> P
 
     jax.monitoring.register_event_duration_secs_listener(count)
 
-    def step(generation: Generation) -> tuple[Generation, float]:
+    def step(generation: DecodeState) -> tuple[DecodeState, float]:
         began = time.perf_counter()
         after = decode_steps(params, generation, np.int32(1), (Greedy(),), key, stops, model=model)
         jax.block_until_ready(after.tokens_BS)
