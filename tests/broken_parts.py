@@ -16,8 +16,7 @@ from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import LearnedPositions, PositionEncoding, Rope, apply_rope
-from rustgpt_jax.tokenizers import TOKENIZERS
-from rustgpt_jax.tokenizers.messages import Document, plain
+from rustgpt_jax.tokenizers import TOKENIZERS, Document, plain_document
 
 
 class Mistake(NamedTuple):
@@ -454,7 +453,7 @@ def lower_case(texts: Iterable[str], vocab_size: int | None) -> Tokenizer:
 
 def other_every_time(config: DataConfig) -> Iterator[Document]:
     """A counter is in the text."""
-    yield plain("counter", f"This is text number {next(_calls)}.")
+    yield plain_document("counter", f"This is text number {next(_calls)}.")
 
 
 MISTAKES = (

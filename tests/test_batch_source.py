@@ -13,14 +13,14 @@ from small_runs import copy_code, run_config, train, train_elsewhere
 from test_loop import assert_same_bits, metrics, stored_state
 from test_pipeline import assert_equal, stream_of, streams, windows
 
-from rustgpt_jax.data.pipeline import Batch, WindowOffsets, Windows
-from rustgpt_jax.data.token_shards import TokenStream
+from rustgpt_jax.data.pipeline import Batch, SequenceOffsets, SequenceReader
+from rustgpt_jax.data.token_store import TokenStream
 from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.training import batch_source
 from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_windows
 
 
-def on_device(stream: TokenStream, places: WindowOffsets, window: int) -> Batch:
+def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batch:
     """The windows at places as a device reads them."""
     sent = jax.tree.map(np.int32, places)
     return jax.tree.map(np.asarray, read_windows(make_device_stream(stream), sent, window=window))
@@ -30,13 +30,13 @@ def on_device(stream: TokenStream, places: WindowOffsets, window: int) -> Batch:
 # Each compiles two programs.
 @settings(max_examples=25)
 def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, seed: int) -> None:
-    source, random = Windows(stream, window), np.random.default_rng(seed)
+    source, random = SequenceReader(stream, window), np.random.default_rng(seed)
     # Some beyond the last, which are padding.
     indices = random.integers(0, len(source) + 2, 8)
     places = source.places(indices, random.integers(stream.n_tokens - 1, size=8))
     expected = source.read(places)
     assert_equal(on_device(stream, places, window), expected)
-    halves = on_device(stream, WindowOffsets(*(each.reshape(2, 4) for each in places)), window)
+    halves = on_device(stream, SequenceOffsets(*(each.reshape(2, 4) for each in places)), window)
     assert_equal(Batch(*(leaf.reshape(8, window) for leaf in halves)), expected)
 
 
@@ -45,8 +45,8 @@ def test_ids_of_any_size_are_read() -> None:
     wide = TokenStream(
         (stream.token_shards[0].astype(np.uint32) + 2**17,), (), stream.offsets, stream.end_id, 12, stream.n_tokens
     )
-    places = WindowOffsets(np.array([3, 9]), np.array([5, 4]))
-    assert_equal(on_device(wide, places, 5), Windows(wide, 5).read(places))
+    places = SequenceOffsets(np.array([3, 9]), np.array([5, 4]))
+    assert_equal(on_device(wide, places, 5), SequenceReader(wide, 5).read(places))
 
 
 def test_a_resident_stream_takes_the_bytes_that_are_foretold() -> None:

@@ -22,7 +22,7 @@ from rustgpt_jax.inference import chat as chat_module
 from rustgpt_jax.inference.chat import COMMANDS, SETTINGS, Conversation, Session, chat, completions, describe_sampling
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model import transformer
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import Message
 
 CONTEXT = 64
 
@@ -128,24 +128,24 @@ def lines_then(lines: Iterable[str | type[BaseException]]) -> Callable[[], str]:
 
 def dialogue(*texts: str) -> Conversation:
     roles = ("user", "assistant") * len(texts)
-    return Conversation(tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False)))
+    return Conversation(tuple(Message(role, text) for role, text in zip(roles, texts, strict=False)))
 
 
 # The conversation.
 
 
 def test_a_prompt_is_all_that_was_said() -> None:
-    prompt, n_forgotten = dialogue("a", "b").prompt(Turn("user", "c"), DIALOGUES, 16)
-    assert prompt == DIALOGUES.encode_messages([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+    prompt, n_forgotten = dialogue("a", "b").prompt(Message("user", "c"), DIALOGUES, 16)
+    assert prompt == DIALOGUES.encode_messages([Message("user", "a"), Message("assistant", "b"), Message("user", "c")])
     assert n_forgotten == 0
 
 
 @pytest.mark.parametrize("room", [1, 10, 20, 32])
 def test_the_oldest_exchanges_make_room_for_the_reply_and_no_more_than_must(room: int) -> None:
     said = dialogue(*"abcdefghij" * 6)
-    prompt, n_forgotten = said.prompt(Turn("user", "?"), DIALOGUES, room)
-    assert prompt == DIALOGUES.encode_messages([*said.messages[n_forgotten:], Turn("user", "?")])
-    one_more = DIALOGUES.encode_messages([*said.messages[n_forgotten - 2 :], Turn("user", "?")])
+    prompt, n_forgotten = said.prompt(Message("user", "?"), DIALOGUES, room)
+    assert prompt == DIALOGUES.encode_messages([*said.messages[n_forgotten:], Message("user", "?")])
+    one_more = DIALOGUES.encode_messages([*said.messages[n_forgotten - 2 :], Message("user", "?")])
     assert n_forgotten % 2 == 0
     assert len(prompt) <= CONTEXT - room < len(one_more)
 
@@ -153,14 +153,14 @@ def test_the_oldest_exchanges_make_room_for_the_reply_and_no_more_than_must(room
 def test_a_long_question_is_asked_alone_as_long_as_one_token_is_left() -> None:
     # Around it stand END, USER and ASSISTANT.
     longest = "x" * (CONTEXT - 4)
-    assert dialogue("a", "b").prompt(Turn("user", longest), DIALOGUES, 16) == (DIALOGUES.encode_prompt(longest), 2)
+    assert dialogue("a", "b").prompt(Message("user", longest), DIALOGUES, 16) == (DIALOGUES.encode_prompt(longest), 2)
     with pytest.raises(UserError, match=r"takes 64 tokens, and the model's context holds 64"):
-        Conversation().prompt(Turn("user", longest + "x"), DIALOGUES, 16)
+        Conversation().prompt(Message("user", longest + "x"), DIALOGUES, 16)
 
 
 def test_plain_text_is_continued_by_itself() -> None:
-    said = Conversation((Turn("text", "before"),))
-    assert said.prompt(Turn("text", "now"), TEXTS, 16) == (TEXTS.encode_prompt("now"), 0)
+    said = Conversation((Message("text", "before"),))
+    assert said.prompt(Message("text", "now"), TEXTS, 16) == (TEXTS.encode_prompt("now"), 0)
 
 
 def test_replies_of_a_conversation_and_of_neighbouring_seeds_have_seeds_of_their_own() -> None:
@@ -194,7 +194,9 @@ def test_each_reply_reads_all_that_was_said(script: Script) -> None:
     asked = script("b")
     session = Held()
     session.after("a", "c")
-    assert asked[1].prompt == DIALOGUES.encode_messages([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+    assert asked[1].prompt == DIALOGUES.encode_messages(
+        [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    )
     assert asked[1].sampling != asked[0].sampling == CONFIG.sampling
 
 
@@ -219,7 +221,7 @@ def test_texts_are_shown_and_kept_whole(script: Script) -> None:
     script("\tup", " a time")
     session = Held(TEXTS)
     assert session.after("  Once ") == "  Once \tup a time\n\n"
-    assert session.conversation.messages == (Turn("text", "  Once \tup a time"),)
+    assert session.conversation.messages == (Message("text", "  Once \tup a time"),)
 
 
 def test_nothing_asked_is_nothing_answered() -> None:
@@ -340,8 +342,8 @@ def test_a_saved_dialogue_is_read_by_the_corpus(tmp_path: Path, script: Script) 
     shown = session.after("Wie ist es, schön?", "Why?", f"/save {tmp_path}/my talk")
     assert shown.endswith(f"Saved to {tmp_path / 'my talk.jsonl'}, which the corpus `files` can read.\n")
     [document] = datasets.documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
-    assert document.turns == session.conversation.messages
-    assert len(document.turns) == 4
+    assert document.messages == session.conversation.messages
+    assert len(document.messages) == 4
 
 
 def test_saved_texts_are_plain(tmp_path: Path, script: Script) -> None:
@@ -516,8 +518,8 @@ def test_a_line_of_json_is_one_line() -> None:
 
 @pytest.mark.parametrize(("memory", "kept"), [(None, 3), (0, 0), (1, 1), (9, 3)])
 def test_a_question_comes_with_no_more_exchanges_than_the_memory_allows(memory: int | None, kept: int) -> None:
-    turns = tuple(Turn(role, "a") for _ in range(3) for role in ("user", "assistant"))
-    question = Turn("user", "b")
+    turns = tuple(Message(role, "a") for _ in range(3) for role in ("user", "assistant"))
+    question = Message("user", "b")
     tokens, n_forgotten = Conversation(turns).prompt(question, DIALOGUES, 8, memory)
     assert tokens == DIALOGUES.encode_messages([*turns[6 - 2 * kept :], question])
     assert n_forgotten == 0

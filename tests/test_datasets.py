@@ -20,7 +20,7 @@ from rustgpt_jax.config.validation import parse
 from rustgpt_jax.data import datasets
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers.messages import ROLES, Document, Turn, plain
+from rustgpt_jax.tokenizers import ROLES, Document, Message, plain_document
 
 
 def config(corpus: str = "files", paths: tuple[str, ...] = (), **changes: Any) -> DataConfig:
@@ -51,7 +51,7 @@ def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> N
     assert documents == list(datasets.documents(found))
     assert all(document.text and document.name for document in documents)
     assert len({document.name for document in documents}) == 12
-    assert {turn.role for document in documents for turn in document.turns} <= {"text", *ROLES}
+    assert {turn.role for document in documents for turn in document.messages} <= {"text", *ROLES}
 
 
 def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
@@ -61,7 +61,7 @@ def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
 
 def test_chats_are_dialogues_that_the_assistant_ends() -> None:
     documents = list(datasets.documents(config("chat")))
-    assert all(document.is_dialogue and document.turns[-1].role == "assistant" for document in documents)
+    assert all(document.is_dialogue and document.messages[-1].role == "assistant" for document in documents)
 
 
 def test_the_standard_library_is_there_without_its_tests() -> None:
@@ -114,7 +114,7 @@ def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
     messages = [{"role": role, "content": f"said by {role}"} for role in ROLES]
     path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
     (document,) = datasets.documents(config(paths=(path,)))
-    assert document.turns == tuple(Turn(message["role"], message["content"]) for message in messages)
+    assert document.messages == tuple(Message(message["role"], message["content"]) for message in messages)
     assert document.is_dialogue
 
 
@@ -234,11 +234,11 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
 
 def sides(documents: list[Document], found: DataConfig) -> dict[str, str]:
     n_characters = sum(len(document.text) for document in documents)
-    return {document.text: split for split, document in datasets.divide(documents, found, n_characters)}
+    return {document.text: split for split, document in datasets.assign_splits(documents, found, n_characters)}
 
 
 def test_added_documents_move_no_other() -> None:
-    documents = [plain(f"{index}", f"text {index}") for index in range(500)]
+    documents = [plain_document(f"{index}", f"text {index}") for index in range(500)]
     few, many = (sides(documents[:stop], config(valid_fraction=0.2)) for stop in (250, 500))
     assert many.items() >= few.items()
     assert 70 < list(many.values()).count("valid") < 130
@@ -247,30 +247,30 @@ def test_added_documents_move_no_other() -> None:
 def test_a_documents_side_depends_on_its_content_alone() -> None:
     found = config(valid_fraction=0.5)
     for index in range(50):
-        first, second = plain("here", f"text {index}"), plain("there", f"text {index}")
+        first, second = plain_document("here", f"text {index}"), plain_document("there", f"text {index}")
         assert datasets.is_validation(first, found) == datasets.is_validation(second, found)
 
 
 def test_a_larger_fraction_keeps_what_a_smaller_one_took() -> None:
-    documents = [plain("", f"text {index}") for index in range(300)]
+    documents = [plain_document("", f"text {index}") for index in range(300)]
     taken = [{d for d in documents if datasets.is_validation(d, config(valid_fraction=f))} for f in (0.0, 0.1, 0.4)]
     assert not taken[0]
     assert taken[1] < taken[2]
 
 
-turn_lists = st.lists(st.builds(Turn, st.sampled_from(ROLES), st.text("ab 1\n", max_size=3)), max_size=3).map(tuple)
+turn_lists = st.lists(st.builds(Message, st.sampled_from(ROLES), st.text("ab 1\n", max_size=3)), max_size=3).map(tuple)
 
 
 @given(first=turn_lists, second=turn_lists)
-@example(first=(Turn("user", "auserb"),), second=(Turn("user", "a"), Turn("user", "b")))
-@example(first=(Turn("user", "a"),), second=(Turn("assistant", "a"),))
-def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> None:
+@example(first=(Message("user", "auserb"),), second=(Message("user", "a"), Message("user", "b")))
+@example(first=(Message("user", "a"),), second=(Message("assistant", "a"),))
+def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> None:
     same = datasets.fingerprint(Document("a", first)) == datasets.fingerprint(Document("b", second))
     assert same == (first == second)
 
 
 @given(turns=turn_lists)
-def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tuple[Turn, ...]) -> None:
+def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tuple[Message, ...]) -> None:
     document = Document("a", turns)
     encoded = [(turn.role, turn.text.encode()) for turn in turns]
     whole = b"".join(f"{role} {len(text)}\n".encode() + text for role, text in encoded)
@@ -282,21 +282,28 @@ def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tupl
 def test_half_of_a_surrogate_pair_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "BLOCK_CHARACTERS", 2)
     with pytest.raises(UserError, match=r"surrogate pair \(\\ud800\)"):
-        datasets._checked(plain("odd", "abc\ud800d"))
+        datasets._checked(plain_document("odd", "abc\ud800d"))
 
 
 def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:
     text = "".join(chr(0x4E00 + index) for index in range(10_007))
     found = config(split="tail")
-    parts = list(datasets.divide([plain("novel", text)], found, len(text)))
+    parts = list(datasets.assign_splits([plain_document("novel", text)], found, len(text)))
     border = int(len(text) * 0.9)
-    assert parts == [("train", plain("novel", text[:border])), ("valid", plain("novel", text[border:]))]
+    assert parts == [
+        ("train", plain_document("novel", text[:border])),
+        ("valid", plain_document("novel", text[border:])),
+    ]
 
 
 @given(texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=1), fraction=st.floats(0.0, 0.9))
 def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: float) -> None:
     whole = "".join(texts)
-    parts = list(datasets.divide(map(plain, texts, texts), config(split="tail", valid_fraction=fraction), len(whole)))
+    parts = list(
+        datasets.assign_splits(
+            map(plain_document, texts, texts), config(split="tail", valid_fraction=fraction), len(whole)
+        )
+    )
     train, valid = ("".join(document.text for side, document in parts if side == name) for name in ("train", "valid"))
     assert train + valid == whole
     assert len(train) == int(len(whole) * (1 - fraction))
@@ -304,8 +311,8 @@ def test_the_tail_cuts_plain_text_at_one_character(texts: list[str], fraction: f
 
 
 def test_the_tail_cuts_no_dialogue() -> None:
-    documents = [Document(f"{index}", (Turn("user", "aaaa"), Turn("assistant", "aaaa"))) for index in range(3)]
-    parts = list(datasets.divide(documents, config(split="tail", valid_fraction=0.5), 24))
+    documents = [Document(f"{index}", (Message("user", "aaaa"), Message("assistant", "aaaa"))) for index in range(3)]
+    parts = list(datasets.assign_splits(documents, config(split="tail", valid_fraction=0.5), 24))
     assert parts == [("train", documents[0]), ("train", documents[1]), ("valid", documents[2])]
 
 
@@ -313,7 +320,7 @@ def test_the_tail_cuts_no_dialogue() -> None:
 def test_training_documents_are_those_of_the_training_split(split: str) -> None:
     found = config("facts", split=split)
     everything = list(datasets.documents(found))
-    divided = datasets.divide(everything, found, sum(len(document.text) for document in everything))
+    divided = datasets.assign_splits(everything, found, sum(len(document.text) for document in everything))
     training = list(datasets.tokenizer_documents(found))
     assert training == [document for side, document in divided if side == "train"]
     assert 0.8 < sum(len(d.text) for d in training) / sum(len(d.text) for d in everything) < 0.97

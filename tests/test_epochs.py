@@ -66,8 +66,8 @@ def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_s
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
 def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
-    n_windows = AssetCache().inputs(settled(config)).stages[0].n_windows
-    steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_windows
+    n_sequences = AssetCache().inputs(settled(config)).stages[0].n_sequences
+    steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_sequences
     assert steps - 1 < wanted <= steps
 
 

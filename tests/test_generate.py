@@ -26,8 +26,7 @@ from rustgpt_jax.inference.generate import (
 from rustgpt_jax.inference.sampling import make_samplers
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text, stream_text
 from rustgpt_jax.model import transformer
-from rustgpt_jax.tokenizers import TOKENIZERS, train_tokenizer
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import TOKENIZERS, Message, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -322,5 +321,5 @@ def test_a_dialogue_is_asked_and_a_text_is_continued() -> None:
     names = [tokenizer.id_to_token(token) for token in answerer.encode_prompt("rain")]
     assert teller.encode_prompt("rain") == [teller.stop_ids[0], word]
     assert names == ["<|endoftext|>", "<|user|>", "rain", "<|assistant|>"]
-    assert answerer.encode_prompt("rain") == answerer.encode_messages([Turn("user", "rain")])
+    assert answerer.encode_prompt("rain") == answerer.encode_messages([Message("user", "rain")])
     assert [tokenizer.id_to_token(token) for token in teller.stop_ids] == ["<|endoftext|>", "<|user|>", "<|system|>"]

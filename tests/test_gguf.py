@@ -17,7 +17,7 @@ from rustgpt_jax.interop.gguf import GGUF_ARCHITECTURES, export_gguf, gguf_archi
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.tokenizers import END, Codec, encode, train_tokenizer
+from rustgpt_jax.tokenizers import END, Tokenizer, encode, train_tokenizer
 from rustgpt_jax.training.load_model import load
 
 gguf = pytest.importorskip("gguf")
@@ -46,7 +46,7 @@ def value(file: Path, key: str) -> Any:
     return gguf.GGUFReader(file).fields[key].contents()
 
 
-def codec(kind: str, size: int | None) -> Codec:
+def codec(kind: str, size: int | None) -> Tokenizer:
     config = dataclasses.replace(small_config().tokenizer, name=kind, vocab_size=size)
     return train_tokenizer(config, TEXTS)
 

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_params, small_config
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax.config.schema import TokenizerConfig
 from rustgpt_jax.errors import UserError
@@ -25,11 +26,10 @@ from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.interop.gguf import SPLITS, gguf_vocabulary, write_gguf
 from rustgpt_jax.interop.hf_checkpoint import export_model
-from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, write_codec
+from rustgpt_jax.interop.hf_tokenizer_io import native_chat_format, save_hf_tokenizer
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.tokenizers import ChatFormat, Codec, encode_prompt, train_tokenizer
-from rustgpt_jax.tokenizers.chat_template import rendered
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import ChatFormat, Message, Tokenizer, encode_prompt, train_tokenizer
+from rustgpt_jax.tokenizers.chat_template import apply_chat_template
 
 pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")
@@ -61,7 +61,7 @@ def special_tokens() -> list[AddedToken]:
     return [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
 
 
-def imported(tokenizer: Tokenizer, has_opening: bool) -> Codec:
+def imported(tokenizer: HFTokenizer, has_opening: bool) -> Tokenizer:
     """A tokenizer as one from elsewhere, whose texts begin with <s> where `has_opening` says so."""
     tokenizer.add_special_tokens(special_tokens())
     if has_opening:
@@ -69,11 +69,11 @@ def imported(tokenizer: Tokenizer, has_opening: bool) -> Codec:
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
     named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return Codec(tokenizer, ChatFormat("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
+    return Tokenizer(tokenizer, ChatFormat("</s>", ("</s>", "<|user|>"), TEMPLATE, named))
 
 
-def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -> HFTokenizer:
+    tokenizer = HFTokenizer(models.BPE(ignore_merges=ignore_merges))
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, last])
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,21 +85,21 @@ def byte_level(first: list[Any], use_regex: bool, ignore_merges: bool = False) -
     return tokenizer
 
 
-def unmade(tokenizer: Tokenizer) -> Tokenizer:
+def unmade(tokenizer: HFTokenizer) -> HFTokenizer:
     """The tokenizer with a token that no merge makes."""
     written = json.loads(tokenizer.to_str())
     written["model"]["vocab"]["zzz"] = len(written["model"]["vocab"])
-    return Tokenizer.from_str(json.dumps(written))
+    return HFTokenizer.from_str(json.dumps(written))
 
 
 def split(pattern: str) -> list[Any]:
     return [pre_tokenizers.Split(Regex(pattern), "isolated")]
 
 
-def sentencepiece(has_blank: bool) -> Tokenizer:
+def sentencepiece(has_blank: bool) -> HFTokenizer:
     """BPE like SentencePiece's: every two tokens whose concatenation is a token are merged."""
     replace = normalizers.Replace(" ", "▁")
-    drafted = Tokenizer(models.BPE())
+    drafted = HFTokenizer(models.BPE())
     drafted.normalizer = replace
     drafted.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     learned = [token for token, _ in sorted(drafted.get_vocab().items(), key=lambda item: item[1])]
@@ -111,7 +111,7 @@ def sentencepiece(has_blank: bool) -> Tokenizer:
         for cut in range(len(token) - 1, 0, -1)
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = HFTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * has_blank + [replace])
     strip = [decoders.Strip(" ", 1, 0)] * has_blank
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -121,7 +121,7 @@ def sentencepiece(has_blank: bool) -> Tokenizer:
 
 LLAMA3, QWEN2 = SPLITS
 # How each is made, and the name of its pre-tokenizer in llama.cpp.
-TOKENIZERS: dict[str, tuple[Callable[[], Codec], str]] = {
+TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "trained here": (lambda: train_tokenizer(TokenizerConfig("bpe", 400), CORPUS), "gpt-2"),
     "gpt2": (lambda: imported(byte_level([], True), False), "gpt-2"),
     "digits": (lambda: imported(byte_level([pre_tokenizers.Digits(True)], True), True), "smollm"),
@@ -134,7 +134,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Codec], str]] = {
 
 
 @cache
-def made(name: str) -> Codec:
+def made(name: str) -> Tokenizer:
     return TOKENIZERS[name][0]()
 
 
@@ -161,7 +161,7 @@ class LlamaCpp:
         return self.ask("/tokenize", content=text, add_special=True, parse_special=False, **how)["tokens"]
 
 
-def model_of(codec: Codec) -> Any:
+def model_of(codec: Tokenizer) -> Any:
     # One size for all, so that one program serves them.
     assert codec.get_vocab_size() <= 480
     knobs = FAMILIES["llama2"] | {"vocab_size": 480, "d_model": 64, "n_heads": 2, "d_ff": 64}
@@ -175,7 +175,7 @@ def everywhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     codec, folder = made(request.param), tmp_path_factory.mktemp("model")
     model = model_of(codec)
     params = random_params(model)
-    export_model(params, model, folder / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
+    export_model(params, model, folder / "hf", finish=lambda hidden: save_hf_tokenizer(codec, hidden, 64, False))
     write_gguf(params, model, folder / "model.gguf", tokenizer=codec, is_dialogue=True)
     yield request.param, TextGenerator(params, model, codec, False), folder / "hf", LlamaCpp(folder / "model.gguf")
 
@@ -192,7 +192,7 @@ def test_the_same_text_is_the_same_tokens_everywhere(everywhere: Any) -> None:
     assert gguf_vocabulary(writer.tokenizer).pre == TOKENIZERS[name][1]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in (*TEXTS[:-1], *random_texts()):
-        expected = encode_prompt(writer.tokenizer, [Turn("text", text)])
+        expected = encode_prompt(writer.tokenizer, [Message("text", text)])
         assert theirs(text)["input_ids"] == expected, text
         assert llama.tokens(text) == expected, text
 
@@ -239,10 +239,12 @@ def continued_by_transformers(folder: Path, text: str) -> tuple[list[int], str]:
 
 def test_a_dialogue_is_asked_as_the_template_says(everywhere: Any) -> None:
     _, writer, _, llama = everywhere
-    dialect = writer.tokenizer.dialect or own_dialect(is_dialogue=True)
-    turns = [Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "Oh?")]
+    dialect = writer.tokenizer.chat_format or native_chat_format(is_dialogue=True)
+    turns = [Message("user", "Why?"), Message("assistant", "So."), Message("user", "Oh?")]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    expected = rendered(dialect, turns, is_asking=True, special_tokens=writer.tokenizer.special_tokens)
+    expected = apply_chat_template(
+        dialect, turns, add_generation_prompt=True, special_tokens=writer.tokenizer.special_tokens
+    )
     asked = llama.ask("/apply-template", messages=messages)["prompt"]
     ids = llama.ask("/tokenize", content=asked, add_special=True, parse_special=True)["tokens"]
     if gguf_vocabulary(writer.tokenizer).adds_bos:
@@ -258,7 +260,9 @@ def test_tokenizers_that_llama_cpp_has_not_go_on_alike_in_transformers(kind: str
         gguf_vocabulary(codec)
     model = model_of(codec)
     writer = TextGenerator(random_params(model), model, codec, False)
-    export_model(writer.params, model, tmp_path / "hf", finish=lambda hidden: write_codec(codec, hidden, 64, False))
+    export_model(
+        writer.params, model, tmp_path / "hf", finish=lambda hidden: save_hf_tokenizer(codec, hidden, 64, False)
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (*TEXTS[:-1], *random_texts()):
         assert theirs(text)["input_ids"] == writer.encode_prompt(text)

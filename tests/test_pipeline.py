@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rustgpt_jax.data import pipeline
-from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, eval_batches
-from rustgpt_jax.data.token_shards import TokenStream
+from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, batches, eval_batches
+from rustgpt_jax.data.token_store import TokenStream
 
 
 def stream_of(lengths: list[int], weights: list[bool] | None = None, shard: int = 2**20) -> TokenStream:
@@ -79,7 +79,7 @@ def assert_means(window: Batch, expected: Batch) -> None:
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
 def test_a_window_is_what_it_says(stream: TokenStream, window: int, seed: int) -> None:
-    source = Windows(stream, window)
+    source = SequenceReader(stream, window)
     indices = np.arange(len(source))[::-1]
     turns = np.random.default_rng(seed).integers(stream.n_tokens - 1, size=len(indices))
     together = source.read(source.places(indices, turns))
@@ -101,7 +101,7 @@ def test_the_types_and_shapes_of_a_batch() -> None:
 def test_every_token_is_a_target_once_an_epoch(stream: TokenStream, window: int, batch_size: int, seed: int) -> None:
     source = batches(stream, window, batch_size, seed)
     # As many batches as an epoch has windows are as many epochs as a batch has windows.
-    taken = [source.batch(step) for step in range(len(Windows(stream, window)))]
+    taken = [source.batch(step) for step in range(len(SequenceReader(stream, window)))]
     targets = Counter(token for b in taken for token in b.targets_BT[b.weights_BT > 0].tolist())
     learned = stream.tokens(1, stream.n_tokens)[stream.weights(1, stream.n_tokens)]
     assert targets == Counter({token: count * batch_size for token, count in Counter(learned.tolist()).items()})

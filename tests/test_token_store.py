@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_config
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data import datasets, preprocess, token_store
-from rustgpt_jax.data.token_store import build_store, open_store, require_batch, temporary_folder
+from rustgpt_jax.data.token_store import build_store, check_enough_tokens, open_store, temporary_folder
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import TOKENIZERS, Codec
+from rustgpt_jax.tokenizers import TOKENIZERS, Tokenizer
 
 LINES = [f"The rain fell on day {index}, but it didn't stop." for index in range(40)]
 
 
-def char(texts: list[str] = LINES) -> Tokenizer:
-    return Codec(TOKENIZERS["char"](texts, None))
+def char(texts: list[str] = LINES) -> HFTokenizer:
+    return Tokenizer(TOKENIZERS["char"](texts, None))
 
 
 def config(paths: tuple[str, ...], **changes: Any) -> DataConfig:
@@ -62,15 +62,15 @@ def refuse_to_encode(*arguments: object) -> None:
 @pytest.mark.parametrize("shard_tokens", [7, 2**26])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines: DataConfig, tmp_path: Path) -> None:
-    tokenizer = Codec(TOKENIZERS[name](LINES[:20], 300))
+    tokenizer = Tokenizer(TOKENIZERS[name](LINES[:20], 300))
     built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
     for split in token_store.SPLITS:
-        documents = [d for side, d in datasets.divide(datasets.documents(lines), lines, 0) if side == split]
-        pieces = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
-        expected = [token for piece in pieces for token in piece] + [0]
+        documents = [d for side, d in datasets.assign_splits(datasets.documents(lines), lines, 0) if side == split]
+        split_text = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
+        expected = [token for piece in split_text for token in piece] + [0]
         stream, manifest = built.split(split), built.manifest.splits[split]
         assert stream.tokens(0, len(expected) + 9).tolist() == expected
-        assert stream.offsets.tolist() == np.cumsum([0, *map(len, pieces[:-1])]).tolist()
+        assert stream.offsets.tolist() == np.cumsum([0, *map(len, split_text[:-1])]).tolist()
         assert (stream.n_tokens, stream.n_learned) == (len(expected), len(expected) - 1)
         assert stream.learned_bytes == sum(len(document.text.encode()) for document in documents)
         assert stream.bytes_per_token == stream.learned_bytes / stream.n_learned
@@ -98,7 +98,7 @@ def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_pa
     expected = np.concatenate([*parts, [True]])
     assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
     assert stream.n_learned == expected.sum() - 1
-    assert stream.learned_bytes == sum(len(document.turns[-1].text) for document in documents)
+    assert stream.learned_bytes == sum(len(document.messages[-1].text) for document in documents)
     # Each answer is learned with the END after it, and one character is one token here.
     assert stream.n_learned == stream.learned_bytes + len(documents)
 
@@ -145,7 +145,7 @@ def test_parts_of_a_long_document_do_not_show(name: str, tmp_path: Path, monkeyp
     novel = "\n\n".join([*LINES, "日本の川。" * 30, "x" * 300, " " * 90]) * 2
     (tmp_path / "novel.txt").write_text(novel, encoding="utf-8")
     found = config((str(tmp_path / "novel.txt"),), split="tail")
-    codec = Codec(TOKENIZERS[name](LINES, 300))
+    codec = Tokenizer(TOKENIZERS[name](LINES, 300))
     whole = build_store(found, codec, tmp_path / "whole").manifest
     monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 100)
     assert build_store(found, codec, tmp_path / "parts").manifest == whole
@@ -161,7 +161,7 @@ from rustgpt_jax.data.token_store import build_store
 data, folder = DataConfig("files", (sys.argv[1],), None, "tail", 0.1, "all", None), Path(sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-surveys = {data: preprocess.survey_corpus(data)}
+surveys = {data: preprocess.compute_corpus_stats(data)}
 texts = preprocess._texts(surveys, "word", None)
 build_store(data, preprocess.train_tokenizer(TokenizerConfig("word", None), texts), folder)
 print((peak() - before) / 1024)
@@ -187,8 +187,8 @@ def test_a_store_is_built_once(lines: DataConfig, tmp_path: Path, monkeypatch: p
     assert build_store(dataclasses.replace(lines, seq_len=77), char(), tmp_path / "stores") == first
 
 
-CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, Tokenizer]]] = {
-    "tokenizer": lambda found: (found, Codec(TOKENIZERS["byte"]([], None))),
+CHANGES: dict[str, Callable[[DataConfig], tuple[DataConfig, HFTokenizer]]] = {
+    "tokenizer": lambda found: (found, Tokenizer(TOKENIZERS["byte"]([], None))),
     "valid_fraction": lambda found: (dataclasses.replace(found, valid_fraction=0.3), char()),
     "split": lambda found: (dataclasses.replace(found, split="tail"), char()),
     "loss_mask": lambda found: (dataclasses.replace(found, loss_mask="assistant"), char()),
@@ -263,12 +263,12 @@ KILLED = """
 import os, signal, sys
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.data import token_store
-from rustgpt_jax.tokenizers import TOKENIZERS, Codec
+from rustgpt_jax.tokenizers import TOKENIZERS, Tokenizer
 
 file, folder = sys.argv[1:]
 token_store.BATCH_CHARACTERS = 700
 data = DataConfig("files", (file,), None, "document", 0.25, "all", None)
-tokenizer = Codec(TOKENIZERS["byte"]([], None))
+tokenizer = Tokenizer(TOKENIZERS["byte"]([], None))
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "fcntl.flock", "os.scandir")
 
 def build(moment):
@@ -302,7 +302,7 @@ def test_after_a_kill_at_any_moment_the_store_is_that_of_an_undisturbed_build(
     # There were kills before the store had its name and after, and at last there was none.
     assert len(roots) > 30 and left.count({True}) > 20 and left.count({False}) > 1
 
-    tokenizer = Codec(TOKENIZERS["byte"]([], None))
+    tokenizer = Tokenizer(TOKENIZERS["byte"]([], None))
     undisturbed = build_store(lines, tokenizer, tmp_path / "undisturbed", shard_tokens=300)
     for root in roots:
         built = build_store(lines, tokenizer, root, shard_tokens=300)
@@ -407,11 +407,11 @@ def test_one_document_for_two_splits_is_refused_before_anything_is_learned(
 def test_one_batch_is_required(lines: DataConfig, tmp_path: Path) -> None:
     stream = build_store(lines, char(), tmp_path / "stores").split("train")
     fitting = stream.n_tokens - 1
-    require_batch(stream, fitting, 1)
+    check_enough_tokens(stream, fitting, 1)
     numbers = f"has {stream.n_tokens} tokens and one batch needs {stream.n_tokens + 1}"
     message = f"{numbers}.*batch_size=1 or .*seq_len={fitting + 1}"
     with pytest.raises(UserError, match=message):
-        require_batch(stream, fitting + 1, 1)
+        check_enough_tokens(stream, fitting + 1, 1)
 
 
 def test_a_cache_that_cannot_be_written_is_named(lines: DataConfig, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models
 
 from rustgpt_jax import tokenizers
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
@@ -22,10 +23,12 @@ from rustgpt_jax.tokenizers import (
     TOKENIZERS,
     UNKNOWN,
     USER,
-    Codec,
+    Document,
+    Message,
+    Tokenizer,
     encoding,
+    plain_document,
 )
-from rustgpt_jax.tokenizers.messages import Document, Turn, plain
 
 TEXTS = [
     "The rain falls on the hill. It doesn't stop, does it?",
@@ -38,7 +41,7 @@ LOSSLESS = sorted(TOKENIZERS.keys() - {"word"})
 BYTE_BASED_LEAST = {"char": 260, "byte": 260, "bpe": 260}
 
 
-def train(name: str, texts: list[str], vocab_size: int | None = None) -> Codec:
+def train(name: str, texts: list[str], vocab_size: int | None = None) -> Tokenizer:
     if name == "bpe" and vocab_size is None:
         vocab_size = 300
     return tokenizers.train_tokenizer(TokenizerConfig(name, vocab_size), texts)
@@ -81,7 +84,7 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "PIECE_CHARACTERS", 4)
         patch.setattr(encoding, "CALL_CHARACTERS", 10)
-        ids, _ = tokenizers.encode_document(tokenizer, plain("", text), "all")
+        ids, _ = tokenizers.encode_document(tokenizer, plain_document("", text), "all")
     assert ids.tolist()[1:] == tokenizers.encode(tokenizer, text)
 
 
@@ -89,12 +92,14 @@ def test_long_texts_encode_as_they_would_in_one_piece(name: str, text: str) -> N
 @given(text=any_text | st.text("a1é日 \n\t\r.,'_￭", max_size=40), size=st.integers(1, 9))
 def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, text: str, size: int) -> None:
     codec = TRAINED[name]
-    parts = list(encoding.pieces(text, codec.cuts, size))
+    parts = list(encoding.split_text(text, codec.split_chars, size))
     assert "".join(parts) == text
-    whole = codec.tokenizer.encode(text, add_special_tokens=False).ids
-    assert [token for part in parts for token in codec.tokenizer.encode(part, add_special_tokens=False).ids] == whole
-    cuts = codec.cuts or " \n"
-    learned = [train(name, [*TEXTS, *texts]).written for texts in ([text], encoding.pieces(text, cuts, size))]
+    whole = codec.backend.encode(text, add_special_tokens=False).ids
+    assert [token for part in parts for token in codec.backend.encode(part, add_special_tokens=False).ids] == whole
+    split_chars = codec.split_chars or " \n"
+    learned = [
+        train(name, [*TEXTS, *texts]).serialized for texts in ([text], encoding.split_text(text, split_chars, size))
+    ]
     assert learned[0] == learned[1]
 
 
@@ -102,21 +107,21 @@ def test_parts_of_a_text_are_encoded_and_learned_from_as_the_whole(name: str, te
 def test_a_run_that_byte_pairs_cannot_read_is_refused_at_once(letter: str) -> None:
     text = "a b " + letter * 300_000
     with pytest.raises(UserError, match=r"300,000 characters in a row|300,001 characters in a row"):
-        tokenizers.encode_document(TRAINED["bpe"], plain("long", text), "all")
+        tokenizers.encode_document(TRAINED["bpe"], plain_document("long", text), "all")
     for name in ("byte", "char"):
-        ids, _ = tokenizers.encode_document(TRAINED[name], plain("long", text), "all")
+        ids, _ = tokenizers.encode_document(TRAINED[name], plain_document("long", text), "all")
         assert len(ids) == len(text) + 1
 
 
 def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 4)
-    assert list(encoding.pieces("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
+    assert list(encoding.split_text("one   two three\nfour", " ")) == ["one   two", " three\nfour"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
     texts = [document.text for document in datasets.documents(facts(100))]
-    assert train(name, texts).written == train(name, texts).written
+    assert train(name, texts).serialized == train(name, texts).serialized
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -128,7 +133,7 @@ def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
 @pytest.mark.parametrize(("name", "kept"), [("word", {"b", "a"}), ("char", {"b", "a"})])
 def test_the_most_frequent_are_kept_and_ties_go_by_the_alphabet(name: str, kept: set[str]) -> None:
     reserved = 5 if name == "word" else 260
-    vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).tokenizer.get_vocab()
+    vocabulary = train(name, ["b b c a d"] if name == "word" else ["bbcad"], reserved + 2).backend.get_vocab()
     assert {token for token, index in vocabulary.items() if index >= reserved} == kept
 
 
@@ -143,7 +148,7 @@ def test_a_character_is_one_token_and_a_strange_one_its_bytes() -> None:
 
 
 def test_bpe_merges_what_is_frequent() -> None:
-    assert "Ġrain" in TRAINED["bpe"].tokenizer.get_vocab()
+    assert "Ġrain" in TRAINED["bpe"].backend.get_vocab()
 
 
 def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
@@ -152,7 +157,7 @@ def test_bytes_that_are_not_text_decode_to_replacement_characters() -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_special_tokens_are_not_shown(name: str) -> None:
-    turns = (Turn("user", "The rain fell on"), Turn("assistant", "the hill."))
+    turns = (Message("user", "The rain fell on"), Message("assistant", "the hill."))
     ids, _ = tokenizers.encode_document(TRAINED[name], Document("", turns), "all")
     shown = "The rain fell on the hill." if name == "word" else "The rain fell onthe hill."
     assert tokenizers.decode(TRAINED[name], ids) == shown
@@ -171,14 +176,14 @@ def test_words_and_marks_keep_their_spacing(text: str) -> None:
 @pytest.mark.parametrize("name", ["facts", "chat"])
 def test_words_give_back_every_bundled_text(name: str) -> None:
     config = DataConfig(name, (), None, "document", 0.0, "all", None)
-    texts = [turn.text for document in datasets.documents(config) for turn in document.turns]
+    texts = [turn.text for document in datasets.documents(config) for turn in document.messages]
     tokenizer = train("word", texts)
     assert [tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) for text in texts] == texts
 
 
 def test_words_and_punctuation_marks_are_tokens_of_their_own() -> None:
     text = 'Yes, "it doesn\'t" (3.5 well-known).\nEnd'
-    tokens = train("word", [text]).tokenizer.encode(text).tokens
+    tokens = train("word", [text]).backend.encode(text).tokens
     bare = [token.strip("￭") for token in tokens]
     words = ["Yes", ",", '"', "it", "doesn't", '"', "(", "3", ".", "5", "well", "-", "known", ")", ".", "", "End"]
     assert [token.strip() for token in bare] == words
@@ -199,7 +204,13 @@ def test_unknown_words_are_shown_and_never_dropped() -> None:
     [("all", "111111111111"), ("assistant", "100000011101")],
 )
 def test_weights_of_a_dialogue(loss_mask: str, expected: str) -> None:
-    turns = (Turn("system", "a"), Turn("user", "ab"), Turn("assistant", "ba"), Turn("user", ""), Turn("assistant", "a"))
+    turns = (
+        Message("system", "a"),
+        Message("user", "ab"),
+        Message("assistant", "ba"),
+        Message("user", ""),
+        Message("assistant", "a"),
+    )
     ids, weights = tokenizers.encode_document(TRAINED["char"], Document("", turns), loss_mask)
     tokens = [TRAINED["char"].id_to_token(index) for index in ids]
     system, user, assistant = ROLE_TOKENS.values()
@@ -211,14 +222,14 @@ def test_weights_of_a_dialogue(loss_mask: str, expected: str) -> None:
 @pytest.mark.parametrize("loss_mask", ["all", "assistant"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_plain_text_is_learned_whole(name: str, loss_mask: str) -> None:
-    ids, weights = tokenizers.encode_document(TRAINED[name], plain("", TEXTS[0]), loss_mask)
+    ids, weights = tokenizers.encode_document(TRAINED[name], plain_document("", TEXTS[0]), loss_mask)
     assert ids.tolist() == [0, *tokenizers.encode(TRAINED[name], TEXTS[0])]
     assert weights.all()
 
 
 def test_documents_encoded_together_are_as_they_are_alone() -> None:
-    dialogue = Document("", (Turn("user", "the hill"), Turn("assistant", "the rain")))
-    group = [dialogue, plain("", "The rain"), Document("", ()), dialogue]
+    dialogue = Document("", (Message("user", "the hill"), Message("assistant", "the rain")))
+    group = [dialogue, plain_document("", "The rain"), Document("", ()), dialogue]
     together = tokenizers.encode_documents(TRAINED["bpe"], group, "assistant")
     for document, (ids, weights) in zip(group, together, strict=True):
         alone = tokenizers.encode_document(TRAINED["bpe"], document, "assistant")
@@ -228,13 +239,13 @@ def test_documents_encoded_together_are_as_they_are_alone() -> None:
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        ([Turn("text", "ab")], [END, "a", "b"]),
+        ([Message("text", "ab")], [END, "a", "b"]),
         ([], [END]),
-        ([Turn("user", "a")], [END, USER, "a", ASSISTANT]),
-        ([Turn("user", "a"), Turn("assistant", "b")], [END, USER, "a", ASSISTANT, "b"]),
+        ([Message("user", "a")], [END, USER, "a", ASSISTANT]),
+        ([Message("user", "a"), Message("assistant", "b")], [END, USER, "a", ASSISTANT, "b"]),
     ],
 )
-def test_prompts(turns: list[Turn], expected: list[str]) -> None:
+def test_prompts(turns: list[Message], expected: list[str]) -> None:
     ids = tokenizers.encode_prompt(TRAINED["char"], turns)
     assert [TRAINED["char"].id_to_token(index) for index in ids] == expected
 
@@ -249,7 +260,7 @@ def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
     loaded = tokenizers.load_tokenizer(path)
     text = f"The rain {END} fell {USER} on <0x41> it."
     assert tokenizers.encode(loaded, text) == tokenizers.encode(TRAINED[name], text)
-    assert loaded.written == TRAINED[name].written
+    assert loaded.serialized == TRAINED[name].serialized
     assert os.listdir(path.parent) == ["tokenizer.json"]
 
 
@@ -310,9 +321,9 @@ def test_what_is_no_tokenizer_is_named(data: bytes | None, message: str, tmp_pat
 
 
 def test_a_tokenizer_without_our_special_tokens_is_named() -> None:
-    foreign = Codec(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    foreign = Tokenizer(HFTokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(UserError, match=re.escape(f"no token '{END}'")):
-        tokenizers.encode_document(foreign, plain("", "a"), "all")
+        tokenizers.encode_document(foreign, plain_document("", "a"), "all")
 
 
 def facts(n: int) -> DataConfig:

@@ -71,7 +71,7 @@ def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path:
     begin(str(source), tmp_path / "new", **other)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
     assert about["from_seed"] == {"embedding/table": "its tokens are of another tokenizer"}
-    assert load(tmp_path / "new").writer.tokenizer.written == load_or_train_tokenizer(tiny(**other)).written
+    assert load(tmp_path / "new").writer.tokenizer.serialized == load_or_train_tokenizer(tiny(**other)).serialized
 
 
 def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_pat
     # The same command goes on, also where the source is gone, and trains.
     assert create_warm_started_run(str(source), tmp_path / "new", config, {}, said.append).config == begun.config
     assert train(begun.config, tmp_path / "new")[0]
-    assert load(tmp_path / "new").writer.tokenizer.written == load(source).writer.tokenizer.written
+    assert load(tmp_path / "new").writer.tokenizer.serialized == load(source).writer.tokenizer.serialized
 
 
 def test_stacked_blocks_are_matched_layer_by_layer() -> None:

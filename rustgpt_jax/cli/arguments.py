@@ -134,9 +134,9 @@ def read_config(
     if getattr(args, "config", None) is not None:
         tree, origins = load_config_file(args.config)
     elif getattr(args, "init_from", None) is not None:
-        from rustgpt_jax.interop.warm_start import run_and_step
+        from rustgpt_jax.interop.warm_start import parse_source
 
-        tree, origins = load_run_config(run_and_step(args.init_from)[0])
+        tree, origins = load_run_config(parse_source(args.init_from)[0])
     elif args.run is not None:
         tree, origins = load_run_config(Path(args.run))
     else:

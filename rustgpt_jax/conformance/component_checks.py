@@ -18,7 +18,7 @@ from rustgpt_jax.tokenizers import (
     encode,
     load_tokenizer,
     save_tokenizer,
-    special_id,
+    special_token_id,
     train_tokenizer,
 )
 
@@ -108,7 +108,7 @@ def _logits(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def tokenizer_round_trip(subject: Subject) -> str:
     """Every text comes back from its tokens, and no text has special tokens in it."""
     codec = train_tokenizer(TokenizerConfig(subject.name, VOCAB_SIZE), TEXTS)
-    special = {special_id(codec, token) for token in SPECIAL_TOKENS}
+    special = {special_token_id(codec, token) for token in SPECIAL_TOKENS}
     kept = 0
     for number, text in enumerate(TEXTS):
         ids = encode(codec, text)
@@ -131,9 +131,9 @@ def tokenizer_same(subject: Subject) -> str:
     """The same texts give the same tokenizer, and a saved one is the same when it is loaded."""
     config = TokenizerConfig(subject.name, VOCAB_SIZE)
     first, second = train_tokenizer(config, TEXTS), train_tokenizer(config, TEXTS)
-    if first.written != second.written:
-        place = next(i for i, (a, b) in enumerate(itertools.zip_longest(first.written, second.written)) if a != b)
-        shown = f"{first.written[place : place + 30]!r} and {second.written[place : place + 30]!r}"
+    if first.serialized != second.serialized:
+        place = next(i for i, (a, b) in enumerate(itertools.zip_longest(first.serialized, second.serialized)) if a != b)
+        shown = f"{first.serialized[place : place + 30]!r} and {second.serialized[place : place + 30]!r}"
         raise Broken("the same texts give another tokenizer", f"character {place} of its JSON", shown)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(first, Path(folder) / "tokenizer.json")

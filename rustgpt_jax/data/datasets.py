@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from rustgpt_jax.config.schema import DataConfig
 from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.registry import lookup
-from rustgpt_jax.tokenizers.messages import ROLES, Document, Turn, plain
+from rustgpt_jax.tokenizers import ROLES, Document, Message, plain_document
 
 # Number of characters to encode at a time if only the bytes of a text are needed.
 BLOCK_CHARACTERS = 2**20
@@ -63,7 +63,7 @@ def _encoded(text: str) -> Iterator[bytes]:
 def fingerprint(document: Document) -> bytes:
     """The SHA-256 of a document's roles and texts, whatever its name."""
     digest = hashlib.sha256()
-    for turn in document.turns:
+    for turn in document.messages:
         digest.update(f"{turn.role} {sum(map(len, _encoded(turn.text)))}\n".encode())
         for block in _encoded(turn.text):
             digest.update(block)
@@ -80,7 +80,7 @@ def is_validation_fingerprint(digest: bytes, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
 
 
-def divide(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
+def assign_splits(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
     """Each document with its split, 'train' or 'valid'. `n_characters` is the length of all of `source`.
 
     With split='tail' the first (1 - valid_fraction) of the characters are training. A plain text that straddles the
@@ -99,8 +99,8 @@ def divide(source: Iterable[Document], config: DataConfig, n_characters: int) ->
         elif start + length <= border or document.is_dialogue:
             yield "train", document
         else:
-            yield "train", plain(document.name, document.text[: border - start])
-            yield "valid", plain(document.name, document.text[border - start :])
+            yield "train", plain_document(document.name, document.text[: border - start])
+            yield "valid", plain_document(document.name, document.text[border - start :])
         start += length
 
 
@@ -116,7 +116,7 @@ def tokenizer_documents(config: DataConfig, n_characters: int | None = None) -> 
     """
     if n_characters is None:
         n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
-    return (document for split, document in divide(documents(config), config, n_characters) if split == "train")
+    return (document for split, document in assign_splits(documents(config), config, n_characters) if split == "train")
 
 
 # Files.
@@ -162,7 +162,7 @@ def _decoded(name: str, data: bytes, start: int = 0) -> str:
 
 
 def _read_plain(name: str, file: BinaryIO) -> Iterator[Document]:
-    yield plain(name, _decoded(name, file.read()))
+    yield plain_document(name, _decoded(name, file.read()))
 
 
 def _read_json(name: str, file: BinaryIO) -> Iterator[Document]:
@@ -172,7 +172,7 @@ def _read_json(name: str, file: BinaryIO) -> Iterator[Document]:
     for index, item in enumerate(items):
         if not isinstance(item, str):
             raise UserError(f"{name}: the JSON is not a list of strings: item {index} is {item!r:.60}.")
-        yield plain(f"{name}[{index}]", item)
+        yield plain_document(f"{name}[{index}]", item)
 
 
 def _read_jsonl(name: str, file: BinaryIO) -> Iterator[Document]:
@@ -222,17 +222,17 @@ def _from_object(where: str, item: Any) -> Document:
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
         return Document(where, tuple(_turn(where, message) for message in item["messages"]))
     if isinstance(item, dict) and isinstance(item.get("text"), str):
-        return plain(where, item["text"])
+        return plain_document(where, item["text"])
     raise UserError(f"{where}: expected an object with a string `text` or a list `messages`.")
 
 
-def _turn(where: str, message: Any) -> Turn:
+def _turn(where: str, message: Any) -> Message:
     if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise UserError(f"{where}: a message is an object with the strings `role` and `content`, not {message!r:.60}.")
     role = message["role"]
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}.{suggest_names(role, ROLES)}")
-    return Turn(role, message["content"])
+    return Message(role, message["content"])
 
 
 _DELIMITERS = ",;\t|"
@@ -257,7 +257,7 @@ def _read_table(name: str, file: BinaryIO) -> Iterator[Document]:
                     f"{delimiter!r} separates; a cell with that character in it is written in double quotes."
                 )
             if row:
-                yield plain(where, row[columns.index("text")])
+                yield plain_document(where, row[columns.index("text")])
     except csv.Error as error:
         raise UserError(f"{name}, line {len(header) + rows.line_num}: malformed CSV ({error}).") from None
 
@@ -319,7 +319,7 @@ def _python_stdlib(config: DataConfig) -> Iterator[Document]:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):  # Some files are written wrongly on purpose.
             continue
-        yield plain(path, text)
+        yield plain_document(path, text)
 
 
 def _library() -> Path:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rustgpt_jax.data.token_shards import TokenStream
+from rustgpt_jax.data.token_store import TokenStream
 
 # More than any run makes.
 MOST_STEPS = 2**62
@@ -38,14 +38,14 @@ class Batch(NamedTuple):
     positions_BT: Any  # int32
 
 
-class WindowOffsets(NamedTuple):
+class SequenceOffsets(NamedTuple):
     """Where B windows are read: where in the stream each begins, and how many of its T tokens are no padding."""
 
     starts_B: Any
     real_B: Any
 
 
-class Windows:
+class SequenceReader:
     """The windows of a stream, by random access. The last one is filled up with padding of weight 0."""
 
     def __init__(self, stream: TokenStream, window: int) -> None:
@@ -56,15 +56,15 @@ class Windows:
     def __len__(self) -> int:
         return -(-self.circle // self.window)
 
-    def places(self, indices_B: np.ndarray, turns_B: np.ndarray) -> WindowOffsets:
+    def places(self, indices_B: np.ndarray, turns_B: np.ndarray) -> SequenceOffsets:
         """Where the windows of these indices are, each with the circle turned so that window 0 begins at its turn.
 
         An index of `len(self)` or more gives a window of padding.
         """
         offsets_B = np.asarray(indices_B, np.int64) * self.window
-        return WindowOffsets((offsets_B + turns_B) % self.circle, np.clip(self.circle - offsets_B, 0, self.window))
+        return SequenceOffsets((offsets_B + turns_B) % self.circle, np.clip(self.circle - offsets_B, 0, self.window))
 
-    def read(self, places: WindowOffsets) -> Batch:
+    def read(self, places: SequenceOffsets) -> Batch:
         """The windows at these places as one batch. `resident.read_windows` reads the same on a device."""
         starts_B, real_B = places
         tokens_BS, weights_BS = self._read(starts_B, real_B)
@@ -105,12 +105,12 @@ class Windows:
 class Batches:
     """The training batches of a run. Made by `batches`."""
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, first_step: int, rows: np.ndarray) -> None:
+    def __init__(self, windows: SequenceReader, batch_size: int, seed: int, first_step: int, rows: np.ndarray) -> None:
         self._windows, self._batch_size, self._seed, self._first_step = windows, batch_size, seed, first_step
         self._rows = rows
         self._shuffled = grain.MapDataset.range(len(windows)).seed(seed).shuffle()
 
-    def places(self, step: int) -> WindowOffsets:
+    def places(self, step: int) -> SequenceOffsets:
         """Where the windows of the batch of a step are. Raises IndexError before the first step."""
         if step < self._first_step:
             raise IndexError(f"Step {step} comes before the first step of this data, {self._first_step}.")
@@ -167,7 +167,7 @@ def batches(
     The stream must have at least two tokens. `seed` is from 0 to 2**32 - 1. `rows` are the rows of each batch that are
     wanted: the others are not read. None: all.
     """
-    return Batches(Windows(stream, window), batch_size, seed, first_step, _chosen(rows, batch_size))
+    return Batches(SequenceReader(stream, window), batch_size, seed, first_step, _chosen(rows, batch_size))
 
 
 def eval_batches(
@@ -177,14 +177,14 @@ def eval_batches(
 
     `rows` as in `batches`.
     """
-    windows, rows = Windows(stream, window), _chosen(rows, batch_size)
-    for index in range(n_evaluation_batches(stream, window, batch_size, limit)):
+    windows, rows = SequenceReader(stream, window), _chosen(rows, batch_size)
+    for index in range(n_eval_batches(stream, window, batch_size, limit)):
         yield windows.read(windows.places(index * batch_size + rows, np.zeros(len(rows), np.int64)))
 
 
-def n_evaluation_batches(stream: TokenStream, window: int, batch_size: int, limit: int | None) -> int:
+def n_eval_batches(stream: TokenStream, window: int, batch_size: int, limit: int | None) -> int:
     """Return the number of batches that `eval_batches` yields."""
-    n_batches = -(-len(Windows(stream, window)) // batch_size)
+    n_batches = -(-len(SequenceReader(stream, window)) // batch_size)
     return n_batches if limit is None else min(limit, n_batches)
 
 

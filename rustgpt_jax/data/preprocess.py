@@ -14,11 +14,11 @@ import numpy as np
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.config.validation import check_combinations, validate_value
 from rustgpt_jax.data.datasets import file_digests, tokenizer_documents
-from rustgpt_jax.data.pipeline import Batch, Batches, Windows, batches, eval_batches, n_evaluation_batches
-from rustgpt_jax.data.token_store import Store, Survey, build_store, require_batch, survey_corpus
+from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, batches, eval_batches, n_eval_batches
+from rustgpt_jax.data.token_store import CorpusStats, Store, build_store, check_enough_tokens, compute_corpus_stats
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import Codec, load_tokenizer, pieces, train_tokenizer
-from rustgpt_jax.tokenizers.tokenizer import CUTS_OF_BYTE_PAIRS, CUTS_OF_WORDS
+from rustgpt_jax.tokenizers import Tokenizer, load_tokenizer, split_text, train_tokenizer
+from rustgpt_jax.tokenizers.tokenizer import BPE_SPLIT_CHARS, WORD_SPLIT_CHARS
 
 StoreProgress = Callable[[int, int | None], None]
 
@@ -36,9 +36,9 @@ class StageData:
         return self.stage.config.data.seq_len or self.stage.config.model.context_length
 
     @property
-    def n_windows(self) -> int:
+    def n_sequences(self) -> int:
         """Windows in an epoch of the training text."""
-        return len(Windows(self.store.split("train"), self.seq_len))
+        return len(SequenceReader(self.store.split("train"), self.seq_len))
 
     @property
     def is_dialogue(self) -> bool:
@@ -61,10 +61,12 @@ class StageData:
     def n_validation_batches(self) -> int:
         """The number of batches that an evaluation reads."""
         config, stream = self.stage.config, self.store.split("valid")
-        return n_evaluation_batches(stream, self.seq_len, config.training.batch_size, config.logging.eval_batches)
+        return n_eval_batches(stream, self.seq_len, config.training.batch_size, config.logging.eval_batches)
 
 
-def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: StoreProgress | None = None) -> Codec:
+def load_or_train_tokenizer(
+    config: Config, file: Path | None = None, progress: StoreProgress | None = None
+) -> Tokenizer:
     """Load the tokenizer in `file`, or train one on the training documents of all stages if there is no file.
 
     Args:
@@ -78,25 +80,25 @@ def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: 
     if file is not None and file.exists():
         return load_tokenizer(file)
     corpora = dict.fromkeys(stage.config.data for stage in stages(config))
-    surveys = {data: survey_corpus(data) for data in corpora}
+    surveys = {data: compute_corpus_stats(data) for data in corpora}
     return train_tokenizer(config.tokenizer, _texts(surveys, config.tokenizer.name, progress))
 
 
-def _texts(surveys: dict[DataConfig, Survey], kind: str, progress: StoreProgress | None) -> Iterator[str]:
+def _texts(surveys: dict[DataConfig, CorpusStats], kind: str, progress: StoreProgress | None) -> Iterator[str]:
     """Yield the training text of some corpora, in pieces that give the same tokenizer as the whole text."""
-    cuts = CUTS_OF_BYTE_PAIRS if kind == "bpe" else CUTS_OF_WORDS
+    split_chars = BPE_SPLIT_CHARS if kind == "bpe" else WORD_SPLIT_CHARS
     done, total = 0, sum(survey.n_characters for survey in surveys.values())
     for data, survey in surveys.items():
         for document in tokenizer_documents(data, survey.n_characters):
-            for turn in document.turns:
-                for piece in pieces(turn.text, cuts):
+            for turn in document.messages:
+                for piece in split_text(turn.text, split_chars):
                     yield piece
                     done += len(piece)
                     if progress is not None:
                         progress(done, total)
 
 
-def fill_vocab_size(config: Config, tokenizer: Codec) -> Config:
+def fill_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with model.vocab_size filled in. Raises UserError if the model has too few rows for the tokenizer."""
     needed, given = tokenizer.get_vocab_size(), config.model.vocab_size
     if given is not None and given < needed:
@@ -107,7 +109,7 @@ def fill_vocab_size(config: Config, tokenizer: Codec) -> Config:
 
 def prepare_stage(
     stage: Stage,
-    tokenizer: Codec,
+    tokenizer: Tokenizer,
     cache: Path,
     progress: StoreProgress | None = None,
     store: Store | None = None,
@@ -117,7 +119,7 @@ def prepare_stage(
     Raises UserError for less text than one batch.
     """
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
-    require_batch(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
+    check_enough_tokens(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
     return data
 
 
@@ -152,15 +154,15 @@ def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Res
         epochs, batch_size = stage.config.training.epochs, stage.config.training.batch_size
         if epochs is None:
             continue
-        n_windows = prepare(stage).n_windows
+        n_sequences = prepare(stage).n_sequences
         # As it was written: 0.1 of 30 windows are 3, which the product of floats exceeds.
-        n_steps = math.ceil(Fraction(repr(epochs)) * n_windows / batch_size)
+        n_steps = math.ceil(Fraction(repr(epochs)) * n_sequences / batch_size)
         prefix = f"stages.{stage.name}." if config.stages else ""
         asked = f"config.{prefix}{EPOCHS}={epochs:.10g}"
         found[stage.name] = validate_value(STEPS, n_steps, f"{asked}: config.{prefix}{STEPS}")
         result.steps[prefix + STEPS] = found[stage.name]
         result.origins[prefix + STEPS] = asked
-        per_epoch = f"{n_windows:,} windows an epoch, {batch_size} a step"
+        per_epoch = f"{n_sequences:,} sequences an epoch, {batch_size} a step"
         result.sentences.append(f"{asked}: {n_steps:,} steps ({per_epoch}).")
     if not found:
         return result
@@ -170,14 +172,14 @@ def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Res
     return result._replace(config=whole)
 
 
-def resolve_epochs_with(
-    config: Config, tokenizer: Codec, cache: Path, progress: StoreProgress | None = None
+def resolve_epochs_of_text(
+    config: Config, tokenizer: Tokenizer, cache: Path, progress: StoreProgress | None = None
 ) -> Resolved:
     """`resolve_epochs` with the data of a tokenizer, their stores built under `cache` or found there."""
     return resolve_epochs(config, lambda stage: prepare_stage(stage, tokenizer, cache, progress))
 
 
-def record_data(material: Iterable[StageData]) -> str:
+def data_record(material: Iterable[StageData]) -> str:
     """What a run folder keeps of its data, as JSON: for each stage, counts and hashes of the text and its tokens.
 
     The digests of its `files` say which of them changed; whether the text did, `source` says.
@@ -190,19 +192,19 @@ def _tokens(data: StageData) -> dict[str, Any]:
     return {"stage": data.stage.name, **json.loads(json.dumps(dataclasses.asdict(data.store.manifest)))}
 
 
-def changed_data(record: Path, material: Iterable[StageData]) -> list[str]:
+def changed_stages(record: Path, material: Iterable[StageData]) -> list[str]:
     """The stages whose text or tokens are not those of the record in a file; none if there is no such file yet.
 
-    Raises UserError as `read_record` does.
+    Raises UserError as `read_data_record` does.
     """
     if not record.exists():
         return []
-    recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_record(record)]
+    recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_data_record(record)]
     return [data.stage.name for data in material if _tokens(data) not in recorded]
 
 
-def read_record(record: Path) -> list[dict[str, Any]]:
-    """What `record_data` has written into a file. Raises UserError if it cannot be read or is damaged."""
+def read_data_record(record: Path) -> list[dict[str, Any]]:
+    """What `data_record` has written into a file. Raises UserError if it cannot be read or is damaged."""
     try:
         stages = json.loads(record.read_bytes())
     except OSError as error:

@@ -4,6 +4,7 @@ A store is a folder named by the hash of all that its tokens depend on: the docu
 the split. It appears whole or not at all, and is never changed. manifest.json has its counts and file hashes.
 """
 
+import array
 import dataclasses
 import errno
 import fcntl
@@ -18,14 +19,206 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from rustgpt_jax.atomic_io import publish_folder
 from rustgpt_jax.cache_dir import REMEDY
 from rustgpt_jax.config.schema import DataConfig
-from rustgpt_jax.data.datasets import divide, documents, fingerprint, is_validation_fingerprint
-from rustgpt_jax.data.token_shards import SplitManifest, SplitWriter, StoredFile, TokenStream, read_stream, stored_file
+from rustgpt_jax.data.datasets import assign_splits, documents, fingerprint, is_validation_fingerprint
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tokenizers import UNKNOWN, Codec, encode_documents, pieces
-from rustgpt_jax.tokenizers.messages import Document, plain
+from rustgpt_jax.tokenizers import UNKNOWN, Document, Tokenizer, encode_documents, plain_document, split_text
+
+# One split on disk: a stream of its documents followed by a copy of the first token, cut into shards.
+#
+# Shards are raw little-endian arrays that can be memory-mapped. The start of each document is stored next to them.
+# Weights are stored only if some tokens have zero loss weight.
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store: its name there, its bytes, their SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """The counts and files of one split.
+
+    `n_learned` counts the tokens with weight True, without the first of all, which nothing comes before;
+    `learned_bytes` is the UTF-8 length of the text that they stand for.
+    """
+
+    n_documents: int
+    n_tokens: int
+    n_learned: int
+    n_unknown: int
+    learned_bytes: int
+    tokens: tuple[StoredFile, ...]
+    weights: tuple[StoredFile, ...]
+    offsets: StoredFile
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Every file of the split."""
+        return (*self.tokens, *self.weights, self.offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """The tokens of one split.
+
+    Attributes:
+        token_shards: Arrays of equal length, except that the last may be shorter.
+        weight_shards: Loss weights, cut in the same way; empty if every token is a target.
+        offsets: The index of each document's first token (int64).
+    """
+
+    token_shards: tuple[np.ndarray, ...]
+    weight_shards: tuple[np.ndarray, ...]
+    offsets: np.ndarray
+    end_id: int
+    n_learned: int
+    learned_bytes: int
+
+    @property
+    def n_tokens(self) -> int:
+        """The length of the stream, including the repeated first token."""
+        return sum(map(len, self.token_shards))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per learned token: bits per byte = bits per learned token / this. 0 for an empty stream."""
+        return self.learned_bytes / self.n_learned if self.n_learned else 0.0
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """The ids (int32) from `start` to `stop`, or to the end of the stream where that comes first."""
+        return _read(self.token_shards, start, stop).astype(np.int32)
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        """Whether each token is to be learned (bool), from `start` to `stop` or to the end of the stream."""
+        if not self.weight_shards:
+            return np.ones(max(0, min(stop, self.n_tokens) - start), bool)
+        return _read(self.weight_shards, start, stop).astype(bool)
+
+
+def _read(shards: tuple[np.ndarray, ...], start: int, stop: int) -> np.ndarray:
+    size = len(shards[0]) if shards else 1
+    places = range(start // size, min(-(-stop // size), len(shards)))
+    parts = [shards[place][max(0, start - place * size) : stop - place * size] for place in places]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint16)])
+
+
+def read_stream(folder: Path, manifest: SplitManifest, dtype: str, end_id: int) -> TokenStream:
+    """The stream of a split, memory-mapped."""
+    return TokenStream(
+        token_shards=tuple(_map(folder / file.name, dtype) for file in manifest.tokens),
+        weight_shards=tuple(_map(folder / file.name, "u1") for file in manifest.weights),
+        offsets=np.load(folder / manifest.offsets.name, allow_pickle=False),
+        end_id=end_id,
+        n_learned=manifest.n_learned,
+        learned_bytes=manifest.learned_bytes,
+    )
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    # A plain array over the mapped memory: slicing a np.memmap costs several times as much.
+    return np.asarray(np.memmap(path, dtype, "r"))
+
+
+def stored_file(path: Path) -> StoredFile:
+    """What a manifest says of a file. Reads all of it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return StoredFile(path.name, path.stat().st_size, digest)
+
+
+class SplitWriter:
+    """Writes the files of one split into a folder: `append` each document, `flush` now and then, `close`."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
+        self._offsets_path = folder / f"{name}.offsets.npy"
+        self._tokens = _ShardWriter(folder, f"{name}.tokens", dtype, shard_tokens)
+        self._weights = _ShardWriter(folder, f"{name}.weights", "u1", shard_tokens)
+        self._first: tuple[np.ndarray, np.ndarray] | None = None
+        self._offsets = array.array("q")
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._n_tokens = self._n_weighted = self._n_unknown = self._learned_bytes = 0
+
+    def append(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int, learned_bytes: int) -> None:
+        """Append a document, including its delimiter tokens, or the first piece of a document."""
+        if self._first is None and len(ids):
+            self._first = ids[:1], weights[:1]
+        self._offsets.append(self._n_tokens)
+        self.extend(ids, weights, n_unknown, learned_bytes)
+
+    def extend(self, ids: np.ndarray, weights: np.ndarray, n_unknown: int = 0, learned_bytes: int = 0) -> None:
+        """Append another piece to the latest document."""
+        self._n_unknown += n_unknown
+        self._learned_bytes += learned_bytes
+        self._pending.append((ids, weights))
+        self._n_tokens += len(ids)
+        self._n_weighted += int(weights.sum())
+
+    def flush(self) -> None:
+        """Write what was appended since the last time."""
+        if self._pending:
+            ids, weights = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+            self._tokens.append(ids)
+            self._weights.append(weights)
+            self._pending = []
+
+    def close(self) -> SplitManifest:
+        """Flush the remaining tokens and return a manifest of the split.
+
+        The stream is circular, so its first token is repeated at the end, as the target that follows the last document.
+        """
+        # The first token has no predecessor, so it is a target only in its copy at the end.
+        n_learned = self._n_weighted
+        if self._first is not None:
+            self.extend(*self._first)
+        self.flush()
+        np.save(self._offsets_path, np.array(self._offsets, np.int64))
+        if self._n_weighted == self._n_tokens:
+            self._weights.discard()
+        return SplitManifest(
+            n_documents=len(self._offsets),
+            n_tokens=self._n_tokens,
+            n_learned=n_learned,
+            n_unknown=self._n_unknown,
+            learned_bytes=self._learned_bytes,
+            tokens=tuple(map(stored_file, self._tokens.paths)),
+            weights=tuple(map(stored_file, self._weights.paths)),
+            offsets=stored_file(self._offsets_path),
+        )
+
+
+class _ShardWriter:
+    """Writes one array as files of `shard_tokens` elements each, the last one shorter."""
+
+    def __init__(self, folder: Path, stem: str, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._stem, self._dtype, self._shard_tokens = folder, stem, dtype, shard_tokens
+        self._length = 0
+        self.paths: list[Path] = []
+
+    def append(self, values: np.ndarray) -> None:
+        while len(values):
+            room = -self._length % self._shard_tokens
+            if room == 0:
+                self.paths.append(self._folder / f"{self._stem}.{len(self.paths):05d}.bin")
+                room = self._shard_tokens
+            with self.paths[-1].open("ab") as file:
+                file.write(values[:room].astype(self._dtype).tobytes())
+            self._length += len(values[:room])
+            values = values[room:]
+
+    def discard(self) -> None:
+        for path in self.paths:
+            path.unlink()
+        self.paths = []
+
 
 # Folders that a process fills, holds by a lock while it does, and leaves nothing of, even where it is killed.
 
@@ -163,7 +356,7 @@ def _split_manifest(values: dict[str, Any]) -> SplitManifest:
     return SplitManifest(tokens=tokens, weights=weights, offsets=StoredFile(**values.pop("offsets")), **values)
 
 
-def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
+def check_enough_tokens(stream: TokenStream, window: int, batch_size: int) -> None:
     """Raises UserError when the training stream has less than one batch of windows of `window` tokens."""
     needed = window * batch_size + 1
     if stream.n_tokens < needed:
@@ -177,7 +370,7 @@ def require_batch(stream: TokenStream, window: int, batch_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Survey:
+class CorpusStats:
     """Statistics of a corpus and the SHA-256 of its documents, computed in one pass."""
 
     n_documents: int
@@ -188,7 +381,7 @@ class Survey:
 
 def build_store(
     config: DataConfig,
-    tokenizer: Codec,
+    tokenizer: Tokenizer,
     root: Path,
     progress: Progress | None = None,
     shard_tokens: int = SHARD_TOKENS,
@@ -208,7 +401,7 @@ def build_store(
     Raises:
         UserError: The corpus is empty, a split with a nonzero share gets no document, or `root` is not writable.
     """
-    survey = survey_corpus(config)
+    survey = compute_corpus_stats(config)
     root = Path(root)
     folder = root / _key(config, tokenizer, survey)
     store = _existing(folder)
@@ -223,7 +416,7 @@ def build_store(
         raise UserError(f"{root}: the token store cannot be written ({error.strerror}). {REMEDY}") from error
 
 
-def survey_corpus(config: DataConfig) -> Survey:
+def compute_corpus_stats(config: DataConfig) -> CorpusStats:
     """Compute the statistics of a corpus without encoding it.
 
     Raises:
@@ -241,7 +434,7 @@ def survey_corpus(config: DataConfig) -> Survey:
         raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
     if config.split == "document":
         _require_documents(config, n_documents, {"train": n_documents - n_valid, "valid": n_valid})
-    return Survey(n_documents, n_dialogues, n_characters, digest.hexdigest())
+    return CorpusStats(n_documents, n_dialogues, n_characters, digest.hexdigest())
 
 
 def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
@@ -250,17 +443,17 @@ def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
         yield document
 
 
-def _key(config: DataConfig, tokenizer: Codec, survey: Survey) -> str:
+def _key(config: DataConfig, tokenizer: Tokenizer, survey: CorpusStats) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_mask]
     parts = [FORMAT_VERSION, survey.source, tokenizer_hash(tokenizer), *knobs]
-    if tokenizer.dialect is not None:
+    if tokenizer.chat_format is not None:
         parts.append(DIALECT_VERSION)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def tokenizer_hash(tokenizer: Codec) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of everything that affects a tokenizer's output, which identifies the tokenizer."""
-    return hashlib.sha256(tokenizer.written.encode()).hexdigest()
+    return hashlib.sha256(tokenizer.serialized.encode()).hexdigest()
 
 
 def _existing(folder: Path) -> Store | None:
@@ -279,8 +472,8 @@ def _publish(temporary: Path, folder: Path) -> Store:
 
 def _write_splits(
     config: DataConfig,
-    tokenizer: Codec,
-    survey: Survey,
+    tokenizer: Tokenizer,
+    survey: CorpusStats,
     folder: Path,
     progress: Progress | None,
     shard_tokens: int,
@@ -288,7 +481,9 @@ def _write_splits(
     unknown_id = tokenizer.token_to_id(UNKNOWN)
     writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
-    for batch in _batches(_parts(divide(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)):
+    for batch in _batches(
+        _parts(assign_splits(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)
+    ):
         encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_mask)
         for part, (ids, weights) in zip(batch, encoded, strict=True):
             counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_mask)
@@ -308,7 +503,7 @@ def _write_splits(
     return splits
 
 
-def _dtype(tokenizer: Codec) -> str:
+def _dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
 
 
@@ -320,14 +515,14 @@ class _Part(NamedTuple):
     is_first: bool
 
 
-def _parts(source: Iterable[tuple[str, Document]], tokenizer: Codec) -> Iterator[_Part]:
+def _parts(source: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[_Part]:
     """Yield documents, with long plain texts in pieces, so that only one piece and its tokens are in memory."""
     for split, document in source:
-        if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.dialect is not None:
+        if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.chat_format is not None:
             yield _Part(split, document, is_first=True)
             continue
-        for number, text in enumerate(pieces(document.text, tokenizer.cuts, BATCH_CHARACTERS)):
-            yield _Part(split, plain(document.name, text), number == 0)
+        for number, text in enumerate(split_text(document.text, tokenizer.split_chars, BATCH_CHARACTERS)):
+            yield _Part(split, plain_document(document.name, text), number == 0)
 
 
 def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
@@ -344,7 +539,7 @@ def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 def _learned_bytes(document: Document, loss_mask: str) -> int:
-    return sum(len(turn.text.encode()) for turn in document.turns if loss_mask == "all" or turn.is_learned_as_answer)
+    return sum(len(turn.text.encode()) for turn in document.messages if loss_mask == "all" or turn.is_assistant_target)
 
 
 def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str, int]) -> None:
@@ -357,7 +552,7 @@ def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str,
             )
 
 
-def _write_manifest(folder: Path, tokenizer: Codec, survey: Survey, splits: dict[str, SplitManifest]) -> None:
+def _write_manifest(folder: Path, tokenizer: Tokenizer, survey: CorpusStats, splits: dict[str, SplitManifest]) -> None:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=survey.source,

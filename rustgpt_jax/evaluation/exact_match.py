@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rustgpt_jax.config.schema import SamplingConfig
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
-from rustgpt_jax.tokenizers import decode, encode
-from rustgpt_jax.tokenizers.messages import Document, Turn
+from rustgpt_jax.tokenizers import Document, Message, decode, encode
 
 BATCH = 64
 
@@ -41,14 +40,14 @@ def right_answers(
     return right, len(exchanges)
 
 
-def _exchanges(document: Document) -> Iterator[tuple[tuple[Turn, ...], str]]:
-    for place, turn in enumerate(document.turns):
+def _exchanges(document: Document) -> Iterator[tuple[tuple[Message, ...], str]]:
+    for place, turn in enumerate(document.messages):
         if turn.role == "assistant":
-            yield document.turns[:place], turn.text
+            yield document.messages[:place], turn.text
 
 
 def _right_in_batch(
-    writer: TextGenerator, exchanges: Sequence[tuple[tuple[Turn, ...], str]], sampling: SamplingConfig
+    writer: TextGenerator, exchanges: Sequence[tuple[tuple[Message, ...], str]], sampling: SamplingConfig
 ) -> int:
     wanted = [encode(writer.tokenizer, answer) for _, answer in exchanges]
     prompts = [writer.encode_messages(turns) for turns, _ in exchanges]

@@ -23,7 +23,7 @@ from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layo
 from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
 from rustgpt_jax.model.flops import total_size
-from rustgpt_jax.tokenizers.messages import Document, Turn
+from rustgpt_jax.tokenizers import Document, Message
 from rustgpt_jax.tracking.formatting import format_count, replace_control_characters
 
 PROMPT = "> "
@@ -35,9 +35,9 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 class Conversation:
     """The messages so far, oldest first: questions and replies, or plain texts with their continuations."""
 
-    messages: tuple[Turn, ...] = ()
+    messages: tuple[Message, ...] = ()
 
-    def add(self, *messages: Turn) -> "Conversation":
+    def add(self, *messages: Message) -> "Conversation":
         """Return the conversation with more messages at its end."""
         return Conversation((*self.messages, *messages))
 
@@ -47,7 +47,7 @@ class Conversation:
         return (seed + sum(message.role != "user" for message in self.messages) * 0x9E3779B9) % 2**32
 
     def prompt(
-        self, message: Turn, generator: TextGenerator, room: int, history_turns: int | None = None
+        self, message: Message, generator: TextGenerator, room: int, history_turns: int | None = None
     ) -> tuple[list[int], int]:
         """Return the prompt for replying to `message`, and how many of the oldest messages it omits.
 
@@ -116,7 +116,7 @@ class Session:
             elif name.startswith("/"):
                 raise UserError(f"Unknown command {name}.{suggest_names(name, COMMANDS)}")
             elif line.strip():
-                self._reply(Turn("user", line.strip()) if self._generator.is_dialogue else Turn("text", line))
+                self._reply(Message("user", line.strip()) if self._generator.is_dialogue else Message("text", line))
         except UserError as error:
             self.show(f"{error}\n", "red")
 
@@ -131,7 +131,7 @@ class Session:
             Segments([Segment(replace_control_characters(text), self._console.get_style(style))]), soft_wrap=True
         )
 
-    def _reply(self, message: Turn) -> None:
+    def _reply(self, message: Message) -> None:
         context = self._generator.model.context_length
         room = min(self.sampling.max_tokens, context // 2)
         prompt, n_omitted = self.conversation.prompt(message, self._generator, room, self.sampling.history_turns)
@@ -145,9 +145,9 @@ class Session:
         if not reply:
             self.note("(The model wrote nothing, so the message is not kept.)")
         elif message.role == "text":
-            self.conversation = self.conversation.add(Turn("text", message.text + reply))
+            self.conversation = self.conversation.add(Message("text", message.text + reply))
         else:
-            self.conversation = self.conversation.add(message, Turn("assistant", reply))
+            self.conversation = self.conversation.add(message, Message("assistant", reply))
 
     def _generate(self, prompt: Sequence[int]) -> str:
         """Generate a reply and print it as it is generated, until it ends or Ctrl-C is pressed."""

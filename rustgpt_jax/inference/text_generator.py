@@ -11,8 +11,7 @@ from rustgpt_jax.inference.decode_params import WeightLayout, to_decode_params
 from rustgpt_jax.inference.generate import generate, stream_tokens
 from rustgpt_jax.inference.sampling import make_samplers
 from rustgpt_jax.model.transformer import Params
-from rustgpt_jax.tokenizers import Codec, decode, decode_after, encode_prompt
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import Message, Tokenizer, decode, decode_continuation, encode_prompt
 
 # Tokens generated per call of the compiled loop when text is streamed.
 STREAM_TOKENS_PER_CALL = 8
@@ -30,20 +29,22 @@ class TextGenerator(NamedTuple):
 
     params: Params
     model: ModelConfig
-    tokenizer: Codec
+    tokenizer: Tokenizer
     is_dialogue: bool
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the tokens of a question for a model of dialogues, or of a text to continue."""
-        return self.encode_messages([Turn("user" if self.is_dialogue else "text", text)])
+        return self.encode_messages([Message("user" if self.is_dialogue else "text", text)])
 
-    def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation whose next message is the model's."""
         return encode_prompt(self.tokenizer, messages)
 
     def decode(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """Return the text of the tokens generated after a prompt: a reply, or the continuation of a text."""
-        return decode(self.tokenizer, tokens) if self.is_dialogue else decode_after(self.tokenizer, prompt, tokens)
+        return (
+            decode(self.tokenizer, tokens) if self.is_dialogue else decode_continuation(self.tokenizer, prompt, tokens)
+        )
 
     def with_weight_layout(self, layout: WeightLayout) -> "TextGenerator":
         """Return the same model with its parameters prepared for decoding."""

@@ -17,13 +17,13 @@ from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.config_mapping import read_json
 from rustgpt_jax.interop.hf_checkpoint import export_model, import_parameters, read_model
-from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
+from rustgpt_jax.interop.hf_tokenizer_io import load_hf_tokenizer, save_hf_tokenizer, special_ids
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.sharding.hardware_specs import free_memory
-from rustgpt_jax.tokenizers import IMPORTED, Codec, load_tokenizer, save_tokenizer
+from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tokenizer
 from rustgpt_jax.tracking.formatting import format_count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
@@ -132,7 +132,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
     The run appears when it is complete. Raises UserError for a folder that is not one, a model that cannot be said
     here, tensors that are not those that its config asks for, and logits that are not those of `transformers`.
     """
-    described, codec = read_model(source, log), read_codec(source, log)
+    described, codec = read_model(source, log), load_hf_tokenizer(source, log)
     tree, origins = _with_model(tree, described.knobs, dict(origins), f"import from {source}")
     config = resolve(tree)
     if uses_epochs(config):
@@ -169,7 +169,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     about = _import_record(run.import_file) if run.import_file.exists() else {}
 
     def finish(temporary: Path) -> None:
-        write_codec(codec, temporary, whole.model.context_length, is_dialogue)
+        save_hf_tokenizer(codec, temporary, whole.model.context_length, is_dialogue)
         shapes = parameter_shapes(whole.model)
         read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
         log(_compared(temporary, read, whole.model, dtype))
@@ -187,7 +187,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     log(f"{folder}: {architecture.name}")
 
 
-def _known_tokens(special_tokens: Mapping[str, Any], codec: Codec) -> dict[str, Any]:
+def _known_tokens(special_tokens: Mapping[str, Any], codec: Tokenizer) -> dict[str, Any]:
     """Return the special tokens of an imported config.json whose ids the tokenizer has."""
     size = codec.get_vocab_size()
     return {

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers
 
 from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
 from rustgpt_jax.config.schema import ModelConfig
@@ -21,13 +22,12 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
-from rustgpt_jax.interop.hf_tokenizer_io import own_dialect, special_ids
+from rustgpt_jax.interop.hf_tokenizer_io import native_chat_format, special_ids
 from rustgpt_jax.interop.param_mapping import TensorPlan, TensorRule, TensorRules, plan_tensors
 from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import flatten_paths
-from rustgpt_jax.tokenizers import Codec
-from rustgpt_jax.tokenizers.chat_template import rendered
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import Message, Tokenizer
+from rustgpt_jax.tokenizers.chat_template import apply_chat_template
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
@@ -73,16 +73,16 @@ class GGUFVocabulary:
     bos_id: int
 
 
-def gguf_vocabulary(codec: Codec) -> GGUFVocabulary:
+def gguf_vocabulary(codec: Tokenizer) -> GGUFVocabulary:
     """Convert a tokenizer for llama.cpp.
 
     Raises:
         UserError: llama.cpp would tokenize differently; the message says how.
     """
-    written = json.loads(codec.tokenizer.to_str())
+    written = json.loads(codec.backend.to_str())
     if written["model"]["type"] != "BPE" or written["model"].get("dropout"):
         raise UserError(f"llama.cpp has no tokenizers of the kind {written['model']['type']} as they are here")
-    opening, _ = codec.opening_and_closing
+    opening, _ = codec.prefix_and_suffix_ids
     if len(opening) > 1:
         raise UserError("llama.cpp puts at most one token before a text")
     bos_id = opening[0] if opening else special_ids(codec).get("bos_token_id", codec.end_id)
@@ -91,12 +91,12 @@ def gguf_vocabulary(codec: Codec) -> GGUFVocabulary:
     return describe(written, adds_bos=bool(opening), bos_id=bos_id)
 
 
-def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
+def token_rows(codec: Tokenizer, size: int, kinds: Any) -> Iterator[tuple[str, int]]:
     """Yield each row of the token table and its type, a gguf.TokenType."""
-    written = json.loads(codec.tokenizer.to_str())
+    written = json.loads(codec.backend.to_str())
     added = {token["content"]: token["special"] for token in written["added_tokens"]}
     unknown, has_bytes = written["model"].get("unk_token"), written["model"].get("byte_fallback")
-    taken = codec.tokenizer.get_vocab()
+    taken = codec.backend.get_vocab()
     for index in range(size):
         token = codec.id_to_token(index)
         if token is None:
@@ -112,24 +112,26 @@ def token_rows(codec: Codec, size: int, kinds: Any) -> Iterator[tuple[str, int]]
             yield token, kinds.BYTE if has_bytes and token in BYTE_TOKENS else kinds.NORMAL
 
 
-def gguf_chat_template(codec: Codec, vocabulary: GGUFVocabulary, is_dialogue: bool) -> str | None:
+def gguf_chat_template(codec: Tokenizer, vocabulary: GGUFVocabulary, is_dialogue: bool) -> str | None:
     """Return the chat template for llama.cpp, or None if the model has none.
 
     Raises:
         UserError: llama.cpp would tokenize the template's dialogues differently.
     """
-    dialect = codec.dialect or own_dialect(is_dialogue)
+    dialect = codec.chat_format or native_chat_format(is_dialogue)
     if dialect.chat_template is None:
         return None
-    tokens = codec.tokenizer.get_added_tokens_decoder().values()
+    tokens = codec.backend.get_added_tokens_decoder().values()
     stripping = next((token.content for token in tokens if token.lstrip or token.rstrip), None)
     if stripping is not None:
         raise UserError(f"llama.cpp keeps the blanks beside {stripping}, which the tokenizer leaves out")
-    if "bos_token" in dialect.chat_template and "bos_token" not in dialect.named:
+    if "bos_token" in dialect.chat_template and "bos_token" not in dialect.special_tokens_map:
         raise UserError("the chat template writes a bos_token that the tokenizer does not name")
     bos = codec.id_to_token(vocabulary.bos_id) or ""
     try:
-        asked = rendered(dialect, [Turn("user", "?")], is_asking=True, special_tokens=codec.special_tokens)
+        asked = apply_chat_template(
+            dialect, [Message("user", "?")], add_generation_prompt=True, special_tokens=codec.special_tokens
+        )
     except UserError:
         return dialect.chat_template
     if vocabulary.adds_bos and not asked.startswith(bos):
@@ -186,7 +188,7 @@ def _makes_every_token(written: Mapping[str, Any], merges: Sequence[Sequence[str
     """Return whether every token can be built by merges from its own characters."""
     vocabulary = written["model"]["vocab"]
     added = {token["content"] for token in written["added_tokens"]}
-    bare = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
+    bare = HFTokenizer(models.BPE(vocabulary, [(left, right) for left, right in merges]))
     tokens = [token for token in vocabulary if token not in added]
     encoded = bare.encode_batch_fast(tokens, add_special_tokens=False)
     return all(each.ids == [vocabulary[token]] for token, each in zip(tokens, encoded, strict=True))
@@ -345,7 +347,7 @@ def write_gguf(
     file: Path,
     *,
     dtype: str = "float32",
-    tokenizer: Codec | None = None,
+    tokenizer: Tokenizer | None = None,
     is_dialogue: bool = False,
 ) -> str:
     """Write a model as a GGUF file, one tensor at a time.
@@ -404,7 +406,7 @@ def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
     return form
 
 
-def _omissions(codec: Codec, is_dialogue: bool) -> str:
+def _omissions(codec: Tokenizer, is_dialogue: bool) -> str:
     """Describe the parts of the tokenizer that the file lacks, and why."""
     try:
         described = gguf_vocabulary(codec)
@@ -451,7 +453,7 @@ def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any)
     }
 
 
-def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Codec | None, is_dialogue: bool, gguf: Any) -> None:
+def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None, is_dialogue: bool, gguf: Any) -> None:
     """Add the tokens and the chat template, as far as llama.cpp produces the same tokens for the same text."""
     try:
         described = None if tokenizer is None else gguf_vocabulary(tokenizer)

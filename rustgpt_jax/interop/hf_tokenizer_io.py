@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import processors
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.config_mapping import read_json
-from rustgpt_jax.tokenizers import END, SYSTEM, USER, ChatFormat, Codec, load_tokenizer, save_tokenizer
-from rustgpt_jax.tokenizers.chat_template import turn_end
+from rustgpt_jax.tokenizers import END, SYSTEM, USER, ChatFormat, Tokenizer, load_tokenizer, save_tokenizer
+from rustgpt_jax.tokenizers.chat_template import find_turn_end_token
 
 TOKENIZER, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, GENERATION, MODEL = "chat_template.jinja", "generation_config.json", "config.json"
@@ -23,7 +24,7 @@ OWN_TEMPLATE = (
 )
 
 
-def read_codec(source: Path, log: Callable[[str], object] = lambda _: None) -> Codec:
+def load_hf_tokenizer(source: Path, log: Callable[[str], object] = lambda _: None) -> Tokenizer:
     """Load the tokenizer of a folder with its dialect; `says` is called for ids of end tokens that are not in it.
 
     Raises:
@@ -34,10 +35,10 @@ def read_codec(source: Path, log: Callable[[str], object] = lambda _: None) -> C
     if not file.exists():
         raise UserError(f"{source} has no {TOKENIZER}; `transformers` writes one by AutoTokenizer...save_pretrained.")
     codec = load_tokenizer(file)
-    return Codec(codec.tokenizer, _read_dialect(source, codec, log))
+    return Tokenizer(codec.backend, _read_dialect(source, codec, log))
 
 
-def _read_dialect(source: Path, codec: Codec, log: Callable[[str], object]) -> ChatFormat:
+def _read_dialect(source: Path, codec: Tokenizer, log: Callable[[str], object]) -> ChatFormat:
     files = {name: _optional(source / name) for name in (SPECIAL, SETTINGS, MODEL, GENERATION)}
     named = _named_tokens(files[SPECIAL]) | _named_tokens(files[SETTINGS])
     stops = _named_end(source / SETTINGS, files[SETTINGS], codec) or _named_end(source / SPECIAL, files[SPECIAL], codec)
@@ -57,10 +58,10 @@ def _read_dialect(source: Path, codec: Codec, log: Callable[[str], object]) -> C
     except ValueError as error:
         raise UserError(f"{source}: a special token or the chat template is no text ({error}).") from None
     # A base model may have this token without stopping at it; after training on dialogues it does stop.
-    closing = turn_end(dialect, codec.special_tokens)
-    if closing is None or closing in dialect.stops:
+    closing = find_turn_end_token(dialect, codec.special_tokens)
+    if closing is None or closing in dialect.stop_tokens:
         return dialect
-    return replace(dialect, stops=(*dialect.stops, closing))
+    return replace(dialect, stop_tokens=(*dialect.stop_tokens, closing))
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _named_end(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[str]:
+def _named_end(file: Path, settings: Mapping[str, Any], codec: Tokenizer) -> list[str]:
     """The token that eos_token names, if it names one."""
     token = settings.get("eos_token")
     if token is None:
@@ -92,7 +93,7 @@ def _named_end(file: Path, settings: Mapping[str, Any], codec: Codec) -> list[st
     return [content]
 
 
-def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Codec) -> tuple[list[str], list[str]]:
+def _numbered_ends(file: Path, settings: Mapping[str, Any], codec: Tokenizer) -> tuple[list[str], list[str]]:
     """Return the tokens given by eos_token_id (an id, a list of ids or null), and a message for each unknown id."""
     given = settings.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
@@ -133,15 +134,19 @@ def _is_named_template(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
-def write_codec(codec: Codec, folder: Path, context_length: int, is_dialogue: bool) -> None:
+def save_hf_tokenizer(codec: Tokenizer, folder: Path, context_length: int, is_dialogue: bool) -> None:
     """Write the files from which `transformers` makes the same tokenizer.
 
     One that was trained here gets a chat template if the model has learned dialogues.
     """
-    dialect = codec.dialect or own_dialect(is_dialogue)
-    save_tokenizer(Codec(_exported(codec)), folder / TOKENIZER)
+    dialect = codec.chat_format or native_chat_format(is_dialogue)
+    save_tokenizer(Tokenizer(_exported(codec)), folder / TOKENIZER)
     # The class that takes a tokenizer.json as it is.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **dialect.named}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        **dialect.special_tokens_map,
+    }
     settings["clean_up_tokenization_spaces"] = False
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if dialect.chat_template is not None:
@@ -151,9 +156,9 @@ def write_codec(codec: Codec, folder: Path, context_length: int, is_dialogue: bo
     (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def special_ids(codec: Codec) -> dict[str, int]:
+def special_ids(codec: Tokenizer) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id, as far as the tokenizer has such tokens."""
-    named = (codec.dialect or own_dialect(False)).named
+    named = (codec.chat_format or native_chat_format(False)).special_tokens_map
     ids = {
         f"{name}_id": codec.token_to_id(named[name])
         for name in ("bos_token", "eos_token", "pad_token")
@@ -162,18 +167,18 @@ def special_ids(codec: Codec) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index is not None}
 
 
-def _exported(codec: Codec) -> Tokenizer:
+def _exported(codec: Tokenizer) -> HFTokenizer:
     """Return the tokenizer with a post-processor that adds the tokens that prompts have here."""
-    if codec.dialect is not None:
-        return codec.tokenizer
-    tokenizer = Tokenizer.from_str(codec.tokenizer.to_str())
+    if codec.chat_format is not None:
+        return codec.backend
+    tokenizer = HFTokenizer.from_str(codec.backend.to_str())
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", pair=f"{END} $A $B:1", special_tokens=[(END, codec.end_id)]
     )
     return tokenizer
 
 
-def own_dialect(is_dialogue: bool) -> ChatFormat:
+def native_chat_format(is_dialogue: bool) -> ChatFormat:
     """Return the dialect of tokenizers trained here, in the form used for imported ones."""
     named = {"bos_token": END, "eos_token": END, "pad_token": END}
     return ChatFormat(END, (END, USER, SYSTEM), OWN_TEMPLATE if is_dialogue else None, named)

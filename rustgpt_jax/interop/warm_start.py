@@ -11,7 +11,7 @@ import numpy as np
 from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partition, stages
-from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
+from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
@@ -80,20 +80,20 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
             if is_asked
             else _with_tokenizer_of(load_config(path), config, origins, began)
         )
-    place, which = run_and_step(source)
+    place, which = parse_source(source)
     there = load(place, which)
     begun = WarmStart(config, dict(origins))
     if not is_asked:
         begun = _with_tokenizer_of(load_config(place), config, origins, source)
     keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
     own = there.writer.tokenizer if keeps else load_or_train_tokenizer(begun.config)
-    resolved = resolve_epochs_with(begun.config, own, cache_folder())
+    resolved = resolve_epochs_of_text(begun.config, own, cache_folder())
     begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
     static, hparams = partition(stages(whole)[0].config)
     fresh = flatten_paths(compiled_init_state(static, hparams).params)
     given = flatten_paths(there.writer.params)
-    is_same_tokenizer = own.written == there.writer.tokenizer.written
+    is_same_tokenizer = own.serialized == there.writer.tokenizer.serialized
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
     chosen = _choose(source_layers, layers, is_same_tokenizer)
     if not chosen.taken and not chosen.partly:
@@ -144,7 +144,7 @@ def _describe(
     yield f"  left there: {left}the optimizer's state; the step"
 
 
-def run_and_step(source: str) -> tuple[Path, str]:
+def parse_source(source: str) -> tuple[Path, str]:
     """The folder and the checkpoint that RUN, RUN@STEP or RUN@best names. A folder may have an @ in its own name."""
     place, at, which = source.rpartition("@")
     return (Path(place), which) if at and not Path(source).exists() else (Path(source), "last")
@@ -152,7 +152,7 @@ def run_and_step(source: str) -> tuple[Path, str]:
 
 def _resolve_source(source: str) -> tuple[Path, str]:
     """What a source names, however it is written."""
-    place, which = run_and_step(source)
+    place, which = parse_source(source)
     return place.resolve(), which
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import Config, Stage, flatten, partition, stages, uses_epochs
-from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_with
+from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
@@ -30,7 +30,7 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
         check_batch_shards(stage.config, stage.config.data.seq_len or config.model.context_length, jax.device_count())
     if uses_epochs(config) or not config.model.vocab_size:
         tokenizer = load_or_train_tokenizer(config)
-        resolved = resolve_epochs_with(config, tokenizer, cache_folder())
+        resolved = resolve_epochs_of_text(config, tokenizer, cache_folder())
         config, origins = resolved.config, {**origins, **resolved.origins}
         for sentence in resolved.sentences:
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)

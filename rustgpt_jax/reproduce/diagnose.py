@@ -42,7 +42,7 @@ from rustgpt_jax.reproduce.recorded_run import (
 from rustgpt_jax.reproduce.replay import write_page
 from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report.results import format_value
-from rustgpt_jax.tokenizers import Codec, decode
+from rustgpt_jax.tokenizers import Tokenizer, decode
 from rustgpt_jax.tracking.formatting import replace_control_characters
 from rustgpt_jax.tracking.progress import show_spinner
 
@@ -143,7 +143,7 @@ def find_outlier_rows(losses_B: np.ndarray) -> list[int]:
     return odd[np.argsort(-losses_B[odd])].tolist()
 
 
-def describe_batch(inside: StepInternals, tokenizer: Codec) -> str:
+def describe_batch(inside: StepInternals, tokenizer: Tokenizer) -> str:
     """Describe the outlier rows of a batch, with the beginning of the worst one."""
     losses_B = compute_row_losses(inside)
     rows, n_rows = find_outlier_rows(losses_B), len(losses_B)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from rustgpt_jax.data.preprocess import read_record
+from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records, format_first_difference
 from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
@@ -153,7 +153,7 @@ def diff_environments(first: RunDir, second: RunDir) -> list[Difference]:
 
 def diff_data(first: RunDir, second: RunDir) -> list[Difference]:
     """The stages whose text is not the same, with the files that make it so where they are known, or whose tokens."""
-    left, right = ({stage["stage"]: stage for stage in read_record(run.data_file)} for run in (first, second))
+    left, right = ({stage["stage"]: stage for stage in read_data_record(run.data_file)} for run in (first, second))
     common = [name for name in left if name in right]
     return [difference for name in common for difference in _of_stage(name, left[name], right[name])]
 

@@ -18,7 +18,7 @@ from rustgpt_jax.data.preprocess import (
     resolve_epochs,
 )
 from rustgpt_jax.data.token_store import Store
-from rustgpt_jax.tokenizers import Codec, save_tokenizer
+from rustgpt_jax.tokenizers import Tokenizer, save_tokenizer
 from rustgpt_jax.training.run_inputs import RunInputs
 
 
@@ -30,10 +30,10 @@ class AssetCache:
 
     def __init__(self, folder: Path | None = None, progress: StoreProgress | None = None) -> None:
         self._folder, self._progress, self._turn = folder, progress, threading.RLock()
-        self._tokenizers: dict[str, Codec] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
         self._stores: dict[tuple[str, str], Store] = {}
 
-    def tokenizer(self, config: Config) -> Codec:
+    def tokenizer(self, config: Config) -> Tokenizer:
         """Return the tokenizer of a trial. Raises UserError if the corpus cannot be read."""
         key = _tokenizer_key(config)
         if key not in self._tokenizers:

@@ -1,46 +1,52 @@
-"""Text to token ids and back. A tokenizer is one of Hugging Face's `tokenizers` library, kept in a tokenizer.json."""
+"""Tokenizers, and the encoding of documents and conversations."""
 
-from rustgpt_jax.tokenizers.chat_template import ChatFormat
-from rustgpt_jax.tokenizers.encoding import encode_document, encode_documents, encode_prompt, pieces
+from rustgpt_jax.tokenizers.chat_template import ROLES, ChatFormat, Document, Message, plain_document
+from rustgpt_jax.tokenizers.encoding import encode_document, encode_documents, encode_prompt, split_text
 from rustgpt_jax.tokenizers.tokenizer import (
     ASSISTANT,
     END,
+    IMPORTED,
     ROLE_TOKENS,
     SPECIAL_TOKENS,
     SYSTEM,
+    TOKENIZERS,
     UNKNOWN,
     USER,
-    Codec,
+    Tokenizer,
     decode,
-    decode_after,
+    decode_continuation,
     encode,
     load_tokenizer,
     save_tokenizer,
-    special_id,
+    special_token_id,
+    train_tokenizer,
 )
-from rustgpt_jax.tokenizers.trainers import IMPORTED, TOKENIZERS, train_tokenizer
 
 __all__ = [
     "ASSISTANT",
     "END",
     "IMPORTED",
+    "ROLES",
     "ROLE_TOKENS",
     "SPECIAL_TOKENS",
     "SYSTEM",
     "TOKENIZERS",
     "UNKNOWN",
     "USER",
-    "Codec",
     "ChatFormat",
+    "Document",
+    "Message",
+    "Tokenizer",
     "decode",
-    "decode_after",
+    "decode_continuation",
     "encode",
     "encode_document",
     "encode_documents",
     "encode_prompt",
     "load_tokenizer",
-    "pieces",
+    "plain_document",
     "save_tokenizer",
-    "special_id",
+    "special_token_id",
+    "split_text",
     "train_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""The dialect of a model from elsewhere: which of its tokens mark off documents, and its chat template."""
+"""Documents, the messages they consist of, and the chat templates of imported models."""
 
 import atexit
 import json
@@ -13,84 +13,133 @@ from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.errors import UserError, short_repr
-from rustgpt_jax.tokenizers.messages import Turn
 
-# Limits of one rendering of a chat template: CPU seconds, output characters, and bytes of memory.
-MOST_SECONDS = 5.0
-MOST_CHARACTERS = 2**24
-MOST_BYTES = 2**30
+ROLES = ("system", "user", "assistant")
+
+# Limits of one rendering of a chat template.
+MAX_CPU_SECONDS = 5.0
+MAX_CHARACTERS = 2**24
+MAX_MEMORY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a dialogue, with a role in ROLES, or a plain text, with the role 'text'."""
+
+    role: str
+    text: str
+
+    @property
+    def is_assistant_target(self) -> bool:
+        """Whether its tokens are targets if config.data.loss_mask is 'assistant'."""
+        return self.role in ("text", "assistant")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A plain text (a single message with the role 'text') or a dialogue. The name is its origin, for messages."""
+
+    name: str
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        """The concatenated texts of all messages."""
+        return "".join(message.text for message in self.messages)
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether any message has a role other than 'text'."""
+        return any(message.role != "text" for message in self.messages)
+
+
+def plain_document(name: str, text: str) -> Document:
+    """Return a document of plain text."""
+    return Document(name, (Message("text", text),))
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a model has learned of its special tokens.
+    """The special tokens and chat template of an imported model.
 
-    end: the token that ends a text. stops: tokens that end a text or a reply, `end` among them. chat_template: how a
-    dialogue is written, in Jinja, or None for a model that has learned none. named: special tokens by the names that
-    the template has for them, such as bos_token. Raises TypeError and ValueError for what is no text.
+    Attributes:
+        end_token: The token that ends a text.
+        stop_tokens: Tokens that end a text or a reply, including `end_token`.
+        chat_template: The Jinja template of dialogues; None if the model has none.
+        special_tokens_map: Special tokens by the names that the template uses, such as bos_token.
+
+    Raises:
+        TypeError: A value is not a string.
+        ValueError: A string cannot be encoded in UTF-8, since it contains half of a surrogate pair.
     """
 
-    end: str
-    stops: tuple[str, ...]
+    end_token: str
+    stop_tokens: tuple[str, ...]
     chat_template: str | None
-    named: Mapping[str, str]
+    special_tokens_map: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        for text in (self.end, *self.stops, self.chat_template or "", *self.named, *self.named.values()):
+        named = self.special_tokens_map
+        for text in (self.end_token, *self.stop_tokens, self.chat_template or "", *named, *named.values()):
             if not isinstance(text, str):
-                raise TypeError(f"{short_repr(text)} is no text")
-            # Half of a surrogate pair, which JSON can say, is none either.
+                raise TypeError(f"{short_repr(text)} is not a string")
             text.encode()
 
 
-def rendered(dialect: ChatFormat, turns: Sequence[Turn], *, is_asking: bool, special_tokens: Sequence[str]) -> str:
-    """Render a dialogue with the model's chat template; `is_asking` adds the prompt for an answer.
+def apply_chat_template(
+    chat_format: ChatFormat, messages: Sequence[Message], *, add_generation_prompt: bool, special_tokens: Sequence[str]
+) -> str:
+    """Render a dialogue with the chat template, optionally followed by the prompt for a reply.
 
     Raises:
-        UserError: As for `renderings`.
+        UserError: As for `render_prefixes`.
     """
-    return renderings(dialect, turns, [(len(turns), is_asking)], special_tokens)[0]
+    return render_prefixes(chat_format, messages, [(len(messages), add_generation_prompt)], special_tokens)[0]
 
 
-def renderings(
-    dialect: ChatFormat, turns: Sequence[Turn], wanted: Sequence[tuple[int, bool]], special_tokens: Sequence[str]
+def render_prefixes(
+    chat_format: ChatFormat,
+    messages: Sequence[Message],
+    prefixes: Sequence[tuple[int, bool]],
+    special_tokens: Sequence[str],
 ) -> list[str]:
-    """Render prefixes of a dialogue with the model's chat template.
+    """Render prefixes of a dialogue with the chat template.
 
     Args:
-        dialect: The dialect, which has the template.
-        turns: The dialogue.
-        wanted: For each rendering, the number of turns and whether to add the prompt for an answer.
-        special_tokens: Tokens that no turn may contain.
+        chat_format: The chat format.
+        messages: The dialogue.
+        prefixes: For each prefix, the number of messages and whether to add the prompt for a reply.
+        special_tokens: Tokens that may not occur in messages, because they would be parsed as special tokens.
 
     Raises:
-        UserError: There is no template, the template rejects the dialogue, or a turn contains a special token, which
-            would be parsed as one.
+        UserError: The model has no template, the template rejects the dialogue, or a message contains a special token.
     """
-    if dialect.chat_template is None:
-        raise UserError("The model has no chat template: it continues text, and takes no dialogue.")
-    for turn in turns:
-        found = next((token for token in special_tokens if token in turn.text), None)
+    if chat_format.chat_template is None:
+        raise UserError("The model has no chat template: it continues text but cannot take dialogues.")
+    for message in messages:
+        found = next((token for token in special_tokens if token in message.text), None)
         if found:
             raise UserError(f"The text contains {found}, which is a special token of the model.")
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    fixed = {"tools": None, "documents": None, **dialect.named}
+    entries = [{"role": message.role, "content": message.text} for message in messages]
+    variables = {"tools": None, "documents": None, **chat_format.special_tokens_map}
     return [
-        _RENDERER.render(dialect.chat_template, {"messages": messages[:count], "add_generation_prompt": asks, **fixed})
-        for count, asks in wanted
+        _RENDERER.render(
+            chat_format.chat_template, variables | {"messages": entries[:count], "add_generation_prompt": asks}
+        )
+        for count, asks in prefixes
     ]
 
 
-def turn_end(dialect: ChatFormat, special_tokens: Sequence[str]) -> str | None:
-    """Return the special token that ends assistant turns in the chat template, or None."""
+def find_turn_end_token(chat_format: ChatFormat, special_tokens: Sequence[str]) -> str | None:
+    """Return the special token that ends assistant messages in the chat template, or None."""
     question, answer = "q7e2", "a9d4"
-    turns = (Turn("user", question), Turn("assistant", answer), Turn("user", question))
+    messages = (Message("user", question), Message("assistant", answer), Message("user", question))
     try:
-        text = rendered(dialect, turns, is_asking=False, special_tokens=special_tokens)
+        text = apply_chat_template(chat_format, messages, add_generation_prompt=False, special_tokens=special_tokens)
     except UserError:
         return None
-    after = text.partition(answer)[2].partition(question)[0]
-    found = [(after.index(token), -len(token), token) for token in special_tokens if token in after]
+    between = text.partition(answer)[2].partition(question)[0]
+    found = [(between.index(token), -len(token), token) for token in special_tokens if token in between]
     return min(found)[2] if found else None
 
 
@@ -108,17 +157,16 @@ class _Renderer:
         Raises:
             UserError: The template fails or exceeds the limits.
         """
-        limits = {"seconds": MOST_SECONDS, "characters": MOST_CHARACTERS}
+        limits = {"seconds": MAX_CPU_SECONDS, "characters": MAX_CHARACTERS}
         request = json.dumps({"template": template, "variables": variables, **limits}).encode() + b"\n"
         with self._lock:
-            line = self._ask(request)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"The model's chat template rejects this dialogue: {answer['error']}.")
-        return answer["text"]
+            response = json.loads(self._send(request))
+        if "error" in response:
+            raise UserError(f"The model's chat template rejects this dialogue: {response['error']}.")
+        return response["text"]
 
-    def _ask(self, request: bytes) -> bytes:
-        process = self._running()
+    def _send(self, request: bytes) -> bytes:
+        process = self._start()
         assert process.stdin and process.stdout
         try:
             process.stdin.write(request)
@@ -127,26 +175,24 @@ class _Renderer:
         except BrokenPipeError:
             line = b""
         except BaseException:
-            # A late answer would be taken for that of the next request.
+            # A late response would be taken for that of the next request.
             self.end()
             raise
         if line.endswith(b"\n"):
             return line
         status = process.wait()
         self.end()
-        limit = (
-            f"it runs for more than {MOST_SECONDS:g} s"
-            if status == -signal.SIGPROF
-            else f"its process ended ({status})"
-        )
-        raise UserError(f"The model's chat template rejects this dialogue: {limit}.")
+        reason = f"its process ended ({status})"
+        if status == -signal.SIGPROF:
+            reason = f"it runs for more than {MAX_CPU_SECONDS:g} s"
+        raise UserError(f"The model's chat template rejects this dialogue: {reason}.")
 
-    def _running(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> "subprocess.Popen[bytes]":
         # After a fork, the process belongs to the parent.
         if self._process is None or self._owner != os.getpid():
             script = Path(__file__).with_name("template_worker.py")
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(script), str(MOST_BYTES)],
+                [sys.executable, "-P", str(script), str(MAX_MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """A process that renders untrusted chat templates with limits on time, memory and output.
 
 It runs as a script and imports nothing from the project. Each input line is a JSON request, and each output line is the
-answer. A request that exceeds the time limit terminates the process by SIGPROF.
+response. A request that exceeds the time limit terminates the process by SIGPROF.
 """
 
 import datetime
@@ -60,7 +60,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 @lru_cache(16)
-def _compiled(source: str) -> jinja2.Template:
+def _compile(source: str) -> jinja2.Template:
     # Same environment as in transformers: sandboxed, and block tags leave no blank lines.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
@@ -68,8 +68,8 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals["dict"] = _Dictionary()
     environment.globals["namespace"] = _Namespace
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     return environment.from_string(source)
 
 
@@ -83,25 +83,20 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _rendered(template: str, variables: Mapping[str, Any], characters: int) -> str:
-    pieces: list[str] = []
-    length = 0
-    for piece in _compiled(template).generate(**variables):
-        length += len(piece)
-        if length > characters:
-            raise OverflowError(f"it writes more than {characters} characters")
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-def _answer(request: Mapping[str, Any]) -> str:
+def _respond(request: Mapping[str, Any]) -> str:
     try:
-        text = _rendered(request["template"], request["variables"], request["characters"])
-        return json.dumps({"text": text})
+        chunks: list[str] = []
+        n_characters = 0
+        for chunk in _compile(request["template"]).generate(**request["variables"]):
+            n_characters += len(chunk)
+            if n_characters > request["characters"]:
+                raise OverflowError(f"it writes more than {request['characters']} characters")
+            chunks.append(chunk)
+        return json.dumps({"text": "".join(chunks)})
     except MemoryError:
         return json.dumps({"error": "it needs too much memory"})
     except Exception as error:  # Templates are programs and can raise anything.
@@ -109,7 +104,7 @@ def _answer(request: Mapping[str, Any]) -> str:
 
 
 def main(n_bytes: int) -> None:
-    """Answer requests until the input ends, using at most `n_bytes` of memory."""
+    """Respond to requests until the input ends, using at most `n_bytes` of memory."""
     # Ctrl-C is handled by the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -117,9 +112,9 @@ def main(n_bytes: int) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        answer = _answer(request)
+        response = _respond(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(answer + "\n")
+        sys.stdout.write(response + "\n")
         sys.stdout.flush()
 
 

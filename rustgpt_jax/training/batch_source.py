@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from rustgpt_jax.data.pipeline import Batch, WindowOffsets
+from rustgpt_jax.data.pipeline import Batch, SequenceOffsets
 from rustgpt_jax.data.preprocess import StageData
-from rustgpt_jax.data.token_shards import TokenStream
-from rustgpt_jax.data.token_store import open_store
+from rustgpt_jax.data.token_store import TokenStream, open_store
 from rustgpt_jax.model.kernels.types import default_device
 from rustgpt_jax.sharding.hardware_specs import free_device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
@@ -52,9 +51,9 @@ def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
 
 @partial(jax.jit, static_argnames=("window", "sharding"))
 def read_windows(
-    stream: DeviceTokenStream, places: WindowOffsets, *, window: int, sharding: Sharding | None = None
+    stream: DeviceTokenStream, places: SequenceOffsets, *, window: int, sharding: Sharding | None = None
 ) -> Batch:
-    """Read the windows at some offsets, as `pipeline.Windows.read` does.
+    """Read the windows at some offsets, as `pipeline.SequenceReader.read` does.
 
     Args:
         stream: The token stream.
@@ -147,7 +146,7 @@ class DeviceBatchSource:
     def take(self, count: int, slots: int) -> Batch:
         """As `BatchSource.take`, on the devices."""
         steps = range(self._step, self._step + count)
-        places = WindowOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
+        places = SequenceOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
         self._step += count
         sent = self._placement.replicate(jax.tree.map(np.int32, places))
         shape = (*places.starts_B.shape, self._window)

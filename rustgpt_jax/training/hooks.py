@@ -20,7 +20,7 @@ from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
-from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.tracking.formatting import format_duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
 from rustgpt_jax.training.checkpointing import Checkpoints
@@ -198,7 +198,7 @@ class Evaluate:
 
     data: StageData
     run: RunDir
-    tokenizer: Codec
+    tokenizer: Tokenizer
     log: LogMetrics
     compares_after: int = 0
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 
 from rustgpt_jax.config.schema import Config, diff, partition
-from rustgpt_jax.data.preprocess import fill_vocab_size, read_record
+from rustgpt_jax.data.preprocess import fill_vocab_size, read_data_record
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import plan_for_local_devices
-from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 from rustgpt_jax.training.optimizers import get_eval_params
@@ -98,9 +98,9 @@ def _restored(
         return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)
 
 
-def _is_dialogue(run: RunDir, tokenizer: Codec) -> bool:
+def _is_dialogue(run: RunDir, tokenizer: Tokenizer) -> bool:
     """Return whether the model was trained on dialogues, here or (if it has a chat template) before import."""
-    if tokenizer.dialect is not None and tokenizer.dialect.chat_template is not None:
+    if tokenizer.chat_format is not None and tokenizer.chat_format.chat_template is not None:
         return True
-    recorded = read_record(run.data_file) if run.data_file.exists() else []
+    recorded = read_data_record(run.data_file) if run.data_file.exists() else []
     return any(stage["n_dialogues"] for stage in recorded)

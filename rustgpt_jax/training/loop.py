@@ -16,7 +16,7 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, uses_epochs
 from rustgpt_jax.data.preprocess import (
     Resolved,
-    resolve_epochs_with,
+    resolve_epochs_of_text,
 )
 from rustgpt_jax.distributed.failure_propagation import EXIT_USER_ERROR, Watchdog
 from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, is_process_zero, process_zero_first
@@ -25,7 +25,7 @@ from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh, plan_for_all_devices
-from rustgpt_jax.tokenizers import Codec
+from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.tracking.formatting import format_count as formatted
 from rustgpt_jax.tracking.formatting import format_duration
 from rustgpt_jax.tracking.plots import draw_loss_curves
@@ -164,7 +164,7 @@ def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) ->
     return nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins)
 
 
-def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Codec | None]:
+def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Tokenizer | None]:
     """Replace epochs by steps, and return the tokenizer too if the windows had to be counted.
 
     Raises:
@@ -179,7 +179,7 @@ def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> t
         )
     tokenizer = _tokenizer(config, tokenizer_file, console)
     with show_progress(console, "characters encoded") as progress:
-        return resolve_epochs_with(config, tokenizer, cache_folder(), progress), tokenizer
+        return resolve_epochs_of_text(config, tokenizer, cache_folder(), progress), tokenizer
 
 
 def _run_to_end(

@@ -22,18 +22,17 @@ from rustgpt_jax.config.schema import (
 )
 from rustgpt_jax.data.preprocess import (
     StageData,
-    changed_data,
+    changed_stages,
     fill_vocab_size,
     load_or_train_tokenizer,
     prepare_stage,
-    read_record,
+    read_data_record,
 )
 from rustgpt_jax.data.token_store import tokenizer_hash
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
-from rustgpt_jax.tokenizers import Codec, encode_prompt, load_tokenizer
-from rustgpt_jax.tokenizers.messages import Turn
+from rustgpt_jax.tokenizers import Message, Tokenizer, encode_prompt, load_tokenizer
 from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.workdir.run_dir import RunDir
@@ -56,7 +55,7 @@ class RunInputs:
 
     config: Config
     full_config: Config
-    tokenizer: Codec
+    tokenizer: Tokenizer
     stages: list[StageData]
     earlier: tuple[Earlier, ...] = ()
 
@@ -93,20 +92,20 @@ class RunInputs:
             _check_prompts(self.full_config, self.tokenizer, role)
         for data in self.stages:
             check_batch_shards(data.stage.config, data.seq_len, n_devices)
-        changed = changed_data(run.data_file, self.stages)
+        changed = changed_stages(run.data_file, self.stages)
         if changed:
             again = "give back the old text, or choose another --run folder"
             raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
 
 
-def run_tokenizer(run: RunDir) -> Codec:
+def run_tokenizer(run: RunDir) -> Tokenizer:
     """Load the tokenizer of a run.
 
     Raises:
         UserError: It is missing, damaged, or differs from the one recorded in the folder.
     """
     tokenizer = load_tokenizer(run.tokenizer_file)
-    recorded = [stage["tokenizer"] for stage in read_record(run.data_file)] if run.data_file.exists() else []
+    recorded = [stage["tokenizer"] for stage in read_data_record(run.data_file)] if run.data_file.exists() else []
     began_with = read_beginning(run).get("tokenizer")
     found = tokenizer_hash(tokenizer)
     for digest in [*recorded, *([began_with] if began_with is not None else [])]:
@@ -143,9 +142,9 @@ def _stage_program(stage: Stage) -> StageProgram:
     return StageProgram(static, hparams, np.int32(stage.first_step))
 
 
-def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
+def _check_prompts(config: Config, tokenizer: Tokenizer, role: str) -> None:
     for prompt in config.logging.sample_prompts:
-        length = len(encode_prompt(tokenizer, [Turn(role, prompt)]))
+        length = len(encode_prompt(tokenizer, [Message(role, prompt)]))
         if length >= config.model.context_length:
             raise UserError(
                 f"config.logging.sample_prompts: {prompt!r} takes {length} tokens and leaves no room in "
@@ -153,7 +152,7 @@ def _check_prompts(config: Config, tokenizer: Codec, role: str) -> None:
             )
 
 
-def _tokenizer(config: Config, file: Path, console: Console) -> Codec:
+def _tokenizer(config: Config, file: Path, console: Console) -> Tokenizer:
     if file.exists():
         return run_tokenizer(RunDir(file.parent))
     with show_progress(console, "characters read to train the tokenizer") as progress:
@@ -165,7 +164,7 @@ def prepare_inputs(
     tokenizer_file: Path,
     console: Console,
     earlier: tuple[Earlier, ...] = (),
-    tokenizer: Codec | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> RunInputs:
     """Load or create the inputs of a run. An existing tokenizer of the run folder is kept.
 

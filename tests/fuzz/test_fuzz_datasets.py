@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, stages
 from rustgpt_jax.data.datasets import documents, tokenizer_documents
 from rustgpt_jax.data.pipeline import batches, eval_batches
-from rustgpt_jax.data.preprocess import StageData, changed_data, record_data
-from rustgpt_jax.data.token_store import SPLITS, Store, build_store, open_store, require_batch
-from rustgpt_jax.tokenizers import TOKENIZERS, Codec, train_tokenizer
+from rustgpt_jax.data.preprocess import StageData, changed_stages, data_record
+from rustgpt_jax.data.token_store import SPLITS, Store, build_store, check_enough_tokens, open_store
+from rustgpt_jax.tokenizers import TOKENIZERS, Tokenizer, train_tokenizer
 
 LINES = [f"The rain fell on day {index},\nbut it didn't stop: “naïve” 日本." for index in range(9)]
 MESSAGES = [
@@ -54,7 +54,7 @@ FILES: dict[str, tuple[bytes, Any]] = {
     "a.csv": (table(ROWS), edited(ROWS).map(lambda rows: table(list(rows or ())))),
     "a.tsv": (table(ROWS, "\t"), st.sampled_from(";|, ").map(lambda delimiter: table(ROWS, delimiter))),
 }
-CODECS = {name: Codec(make(LINES, 400)) for name, make in TOKENIZERS.items()}
+CODECS = {name: Tokenizer(make(LINES, 400)) for name, make in TOKENIZERS.items()}
 
 
 def data_config(folder: Path, name: str, **changes: Any) -> DataConfig:
@@ -63,13 +63,13 @@ def data_config(folder: Path, name: str, **changes: Any) -> DataConfig:
     return dataclasses.replace(whole, **changes)
 
 
-def use(config: DataConfig, codec: Codec, stores: Path) -> Store:
+def use(config: DataConfig, codec: Tokenizer, stores: Path) -> Store:
     """The whole way from files to batches."""
     store = build_store(config, codec, stores)
     store.verify()
     for split in SPLITS:
         stream = store.split(split)
-        require_batch(stream, 4, 1)
+        check_enough_tokens(stream, 4, 1)
         tokens = batches(stream, 4, 1, seed=0).batch(0).tokens_BT
         list(eval_batches(stream, 4, 2, limit=2))
         assert tokens.max() < codec.get_vocab_size()
@@ -119,8 +119,8 @@ def test_tokenizers_of_files_with_edits(
         write(folder / name, data)
         config = data_config(folder, name)
 
-        def train() -> Codec:
-            texts = (turn.text for document in tokenizer_documents(config) for turn in document.turns)
+        def train() -> Tokenizer:
+            texts = (turn.text for document in tokenizer_documents(config) for turn in document.messages)
             return train_tokenizer(TokenizerConfig(kind, vocab_size), texts)
 
         answer(train)
@@ -181,10 +181,10 @@ def json_bytes(value: Any) -> bytes:
 @given(st.data())
 def test_the_data_of_a_run(place: Place, built: Store, data: st.DataObject) -> None:
     material = [StageData(stages(small_config())[0], built)]
-    written = record_data(material)
+    written = data_record(material)
     new = data.draw(damaged(written.encode()) | edited(json.loads(written)).map(json_bytes) | st.none())
     with place.case() as folder:
         write(folder / "data.json", new)
-        changed = answer(lambda: changed_data(folder / "data.json", material))
+        changed = answer(lambda: changed_stages(folder / "data.json", material))
         assert changed in (None, [], ["train"])
         assert changed != [] or new in (None, written.encode()) or json.loads(new)

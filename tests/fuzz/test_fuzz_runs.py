@@ -15,7 +15,7 @@ from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rustgpt_jax.data.preprocess import read_record
+from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.reproduce.compare_metrics import compare_records
 from rustgpt_jax.reproduce.recorded_run import read_rewinds
 from rustgpt_jax.reproduce.run_diff import diff_data
@@ -171,7 +171,7 @@ def test_records_of_data_and_of_a_beginning_with_edits(
         run = RunDir(folder / "run")
         write(run.data_file, data)
         write(run.import_file, beginning)
-        answer(lambda: read_record(run.data_file))
+        answer(lambda: read_data_record(run.data_file))
         answer(lambda: read_beginning(run))
         if answer(lambda: diff_data(run, run)) is not None:
             assert not diff_data(run, run)

@@ -10,35 +10,38 @@ from fuzzing import Place, answer, cases, damaged, edited, write
 from fuzzing import place as place
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax.data.preprocess import fill_vocab_size
-from rustgpt_jax.interop.hf_tokenizer_io import read_codec, special_ids, write_codec
+from rustgpt_jax.interop.hf_tokenizer_io import load_hf_tokenizer, save_hf_tokenizer, special_ids
 from rustgpt_jax.tokenizers import (
     TOKENIZERS,
-    Codec,
+    Document,
+    Message,
+    Tokenizer,
     decode,
     encode,
     encode_document,
     encode_prompt,
     load_tokenizer,
+    plain_document,
     save_tokenizer,
 )
-from rustgpt_jax.tokenizers.messages import Document, Turn, plain
 
 TEXTS = ("The rain fell, “naïve”\n\n日本 \x00 <|endoftext|> </s>", "", " a  b\r\n", "👩‍👩‍👧 e\u0301")
 LINES = [f"The rain fell on day {index}." for index in range(9)]
-DIALOGUE = Document("chat", (Turn("user", "Why?"), Turn("assistant", "So."), Turn("user", "Oh?")))
+DIALOGUE = Document("chat", (Message("user", "Why?"), Message("assistant", "So."), Message("user", "Oh?")))
 SPECIAL = ("<unk>", "<s>", "</s>", "[CLS]", "[SEP]")
 TEMPLATE = "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] }}{% endfor %}"
 
 
-def bytes_with_template() -> Tokenizer:
+def bytes_with_template() -> HFTokenizer:
     """As GPT-2 and Llama 3 have them: bytes, a token that opens every text."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIAL, *characters, "Th", "The"]
     merges = [("T", "h"), ("Th", "e")]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    tokenizer = HFTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -47,29 +50,29 @@ def bytes_with_template() -> Tokenizer:
     return tokenizer
 
 
-def llama_2() -> Tokenizer:
+def llama_2() -> HFTokenizer:
     """As Llama 2 has it: ▁ for blanks, unknown characters as bytes."""
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    tokenizer = HFTokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
-def unigram() -> Tokenizer:
+def unigram() -> HFTokenizer:
     """As Gemma and T5 have them: pieces with scores."""
     scores = dict.fromkeys(SPECIAL, 0.0) | {"▁": -2.0, "he": -1.0} | dict.fromkeys("Therainfo.", -3.0)
-    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    tokenizer = HFTokenizer(models.Unigram(list(scores.items()), unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
 
-def bert() -> Tokenizer:
+def bert() -> HFTokenizer:
     """As BERT has it: pieces of words."""
     tokens = [*SPECIAL, "[UNK]", "the", "rain", "##y", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
-    tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer = HFTokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 4), ("[CLS]", 3))
@@ -77,7 +80,7 @@ def bert() -> Tokenizer:
     return tokenizer
 
 
-def with_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+def with_special_tokens(tokenizer: HFTokenizer) -> HFTokenizer:
     """The same tokenizer with its special tokens marked as such."""
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return tokenizer
@@ -96,7 +99,7 @@ BESIDE: dict[str, Any] = {
 }
 
 
-def use(codec: Codec, folder: Path) -> None:
+def use(codec: Tokenizer, folder: Path) -> None:
     """All that a run does with a tokenizer."""
     fill_vocab_size(small_config(**{"model.vocab_size": None}), codec)
     for text in TEXTS:
@@ -105,11 +108,11 @@ def use(codec: Codec, folder: Path) -> None:
         assert isinstance(decode(codec, ids), str)
     decode(codec, [0, codec.get_vocab_size() - 1, codec.get_vocab_size() + 7])
     assert all(isinstance(index, int) for index in (codec.end_id, *codec.stop_ids))
-    for document in (plain("text", TEXTS[0]), DIALOGUE):
+    for document in (plain_document("text", TEXTS[0]), DIALOGUE):
         for loss_mask in ("all", "assistant"):
             ids, weights = encode_document(codec, document, loss_mask)
             assert len(ids) == len(weights)
-    for turns in ([Turn("text", "The")], DIALOGUE.turns):
+    for turns in ([Message("text", "The")], DIALOGUE.messages):
         encode_prompt(codec, turns)
     save_tokenizer(codec, folder / "again" / "tokenizer.json")
     load_tokenizer(folder / "again" / "tokenizer.json")
@@ -130,7 +133,7 @@ def test_a_tokenizer_works(name: str, place: Place) -> None:
         if name in OWN:
             use(load_tokenizer(folder / "tokenizer.json"), folder)
         else:
-            use(read_codec(folder), folder)
+            use(load_hf_tokenizer(folder), folder)
 
 
 @cases(300)
@@ -148,7 +151,7 @@ def test_a_tokenizer_of_another_model_with_edits(place: Place, data: bytes) -> N
         write(folder / "tokenizer.json", data)
         for file, values in BESIDE.items():
             write(folder / file, json.dumps(values).encode())
-        answer(lambda: use(read_codec(folder), folder))
+        answer(lambda: use(load_hf_tokenizer(folder), folder))
 
 
 templates = st.sampled_from(
@@ -190,10 +193,10 @@ def test_what_stands_beside_a_tokenizer_with_edits(place: Place, files: dict[str
                 write(folder / name, as_bytes(value))
 
         def read_and_write() -> None:
-            codec = read_codec(folder)
+            codec = load_hf_tokenizer(folder)
             use(codec, folder)
             special_ids(codec)
             (folder / "export").mkdir()
-            write_codec(codec, folder / "export", 64, is_dialogue=True)
+            save_hf_tokenizer(codec, folder / "export", 64, is_dialogue=True)
 
         answer(read_and_write)
