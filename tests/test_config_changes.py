@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import Config, Earlier, may_change, stages_in_tur
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records, compare_samples
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
-from rustgpt_jax.reproduce.replay_step import replay_one_step
+from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.config_checks import Change, resolve_change

@@ -23,16 +23,21 @@ from rustgpt_jax.config.validation import parse
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce import anomaly_detection, diagnose
-from rustgpt_jax.reproduce.anomaly_detection import Anomaly, DivergenceThreshold, find_anomaly, find_spike
+from rustgpt_jax.reproduce.anomaly_detection import (
+    Anomaly,
+    DivergenceThreshold,
+    Failure,
+    find_anomaly,
+    find_failure,
+    find_spike,
+)
 from rustgpt_jax.reproduce.diagnose import (
     InterventionTrial,
-    View,
     describe_anomaly,
-    describe_earlier_intervention,
+    describe_earlier_failure,
     describe_first_nonfinite,
     diagnose_run,
     find_outlier_rows,
-    first_nonfinite,
     format_advice,
     try_interventions,
 )
@@ -45,7 +50,7 @@ from rustgpt_jax.reproduce.interventions import (
     possible_interventions,
 )
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, UPDATE, History, RecordedRun, StepTensor
-from rustgpt_jax.reproduce.replay_step import ReplayedStep, is_fault, replay_one_step
+from rustgpt_jax.reproduce.replay import ReplayedStep, is_finite, replay_one_step
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.train_step import init_state_from_params
@@ -147,10 +152,7 @@ def test_the_search_for_a_spike_takes_little_more_memory_than_the_losses() -> No
     ],
 )
 def test_a_fault_is_a_loss_a_gradient_or_an_update_that_is_not_finite(changed: dict[str, float], is_bad: bool) -> None:
-    assert is_fault(line(3, 2.0) | changed) == is_bad
-    (again,) = [again_at(3, 2.0)]
-    again.metrics.update(changed)
-    assert again.is_finite != is_bad
+    assert is_finite(line(3, 2.0) | changed) != is_bad
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "update"])
@@ -169,21 +171,18 @@ def tensor(name: str, nonfinite: int = 0, kind: str = ACTIVATION, layer: int | N
 
 def test_the_first_bad_tensor_is_named_with_what_came_before_it() -> None:
     rows = [tensor("embedding/table", kind=PARAMETER), tensor("mixer/key"), tensor("mixer/scores", 5), tensor("x", 64)]
-    assert first_nonfinite(rows) == rows[2]
     sentence = describe_first_nonfinite(rows)
     assert sentence.startswith("The first tensor that is not finite is the activation mixer/scores (layer 2): 5 of 64")
-    assert "Before it comes the activation mixer/key (layer 2), whose largest magnitude is 3e+19." in sentence
+    assert "The one before it is the activation mixer/key (layer 2), whose largest magnitude is 3e+19." in sentence
     large = tensor("layers/2/w", kind=UPDATE)._replace(largest=1e30)
     sentence = describe_first_nonfinite([*rows[:2], large])
     assert sentence.startswith("Every tensor of the step is finite, but the sum of their squares is not")
     assert sentence.endswith("1e+30, in the update of the parameter layers/2/w (layer 2).")
-    assert "Before it every parameter is finite." in describe_first_nonfinite([rows[0], rows[2]])
-    assert "It was so before the step began." in describe_first_nonfinite(
+    assert "Before it, every parameter is finite." in describe_first_nonfinite([rows[0], rows[2]])
+    assert "It was not finite before the step." in describe_first_nonfinite(
         [tensor("layers/2/w", 1, kind=PARAMETER), *rows]
     )
-    assert "Before it the forward is finite" not in describe_first_nonfinite(
-        [rows[0], tensor("layers/2/w", 1, kind=UPDATE)]
-    )
+    assert "the forward pass" not in describe_first_nonfinite([rows[0], tensor("layers/2/w", 1, kind=UPDATE)])
 
 
 def test_what_grew_most_is_named_against_a_calm_step() -> None:
@@ -207,7 +206,7 @@ def test_odd_rows_are_those_that_are_not_finite_or_else_far_above_the_others(see
 
 
 def hindered(config: Config) -> dict[str, str | None]:
-    return {remedy.name: remedy.unavailable_reason for remedy in possible_interventions(config, calm_norm=0.63)}
+    return {remedy.name: remedy.unavailable_reason for remedy in possible_interventions(config, usual_norm=0.63)}
 
 
 def test_remedies_that_cannot_be_tried_say_why() -> None:
@@ -216,8 +215,8 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
     assert [name for name, why in usual.items() if why is None] == [
         CONTROL,
         "half the learning rate",
-        "a tenth of the learning rate",
-        "a hundredth of the learning rate",
+        "learning rate / 10",
+        "learning rate / 100",
         "tighter clipping",
         "QK-norm",
         "z-loss",
@@ -229,13 +228,13 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
         "optimizer.clip_norm": 0.01,
     }
     other = hindered(small_config(**changes))
-    assert other["float32"] is None and "already" in other["z-loss"] and "0.01 already" in other["tighter clipping"]
+    assert other["float32"] is None and "already" in other["z-loss"] and "clipped to 0.01" in other["tighter clipping"]
     assert "no layer of the model has queries" in other["QK-norm"]
-    assert "on already" in hindered(small_config(**{"model.qk_norm": "head"}))["QK-norm"]
+    assert "already enabled" in hindered(small_config(**{"model.qk_norm": "head"}))["QK-norm"]
     assert "latent_attention" in hindered(small_config(**{"model.mixers": "latent_attention"}))["QK-norm"]
-    interventions = possible_interventions(small_config(), calm_norm=0.0)
+    interventions = possible_interventions(small_config(), usual_norm=0.0)
     unknown = {remedy.name: remedy.unavailable_reason for remedy in interventions}
-    assert "no gradient norm is known" in unknown["tighter clipping"]
+    assert "gradient norm is unknown" in unknown["tighter clipping"]
 
 
 def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them() -> None:
@@ -273,14 +272,14 @@ def fate(name: str, *losses: float) -> InterventionResult:
 
 def test_the_fates_are_told_as_they_are() -> None:
     control, good, better, bad = fate(CONTROL, 2, math.nan, 1), fate("a", 2, 3), fate("b", 2, 2.5), fate("c", 2, 9)
-    assert [each.first_bad_step(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.first_bad_step(
+    assert [each.first_bad_index(8.0) for each in (control, good, bad)] == [1, None, 1] and bad.first_bad_index(
         9.0
     ) is None
-    assert bad._replace(is_finite=np.array([False, True])).first_bad_step(math.inf) == 0
+    assert bad._replace(is_finite=np.array([False, True])).first_bad_index(math.inf) == 0
     assert (
-        bad.first_bad_step(8.0, since=1),
-        bad.first_bad_step(8.0, since=2),
-        control.first_bad_step(8.0, since=2),
+        bad.first_bad_index(8.0, start=1),
+        bad.first_bad_index(8.0, start=2),
+        control.first_bad_index(8.0, start=2),
     ) == (1, None, 1)
     config = small_config()
 
@@ -288,26 +287,24 @@ def test_the_fates_are_told_as_they_are() -> None:
         return "\n".join(format_advice(trial_of(*fates), config, "train"))
 
     assert told(control, good, better, bad).startswith("Survived: b, a. Of these, b has the lowest loss at step 9.")
-    assert told(control, good) == "Survived: a. Begin again with\n    --config.optimizer.learning_rate=0.1"
-    assert told(control, bad).startswith(
-        "None of these remedies would have been enough, not even a learning rate of 0.1."
-    )
-    assert told(fate(CONTROL, 2, 2), good).startswith("With nothing changed")
+    assert told(control, good) == "Survived: a. Start again with\n    --config.optimizer.learning_rate=0.1"
+    assert told(control, bad).startswith("No intervention is enough, not even a learning rate of 0.1.")
+    assert told(fate(CONTROL, 2, 2), good).startswith("Without a change")
 
 
 def trial_of(*fates: InterventionResult) -> InterventionTrial:
     return InterventionTrial(
-        4, 9, [each.remedy for each in fates], list(fates), DivergenceThreshold(8.0, "as is known")
+        4, 9, [each.intervention for each in fates], list(fates), DivergenceThreshold(8.0, "as is known")
     )
 
 
 def test_a_run_that_was_lost_before_is_told_where() -> None:
-    view, trial = View(6, DivergenceThreshold(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
-    sentence, command = describe_earlier_intervention(trial, view, 6, Path("my runs/a"))
+    view, trial = Failure(6, DivergenceThreshold(8.0, "as is known"), 1.0), trial_of(fate(CONTROL, 2, math.nan, 1))
+    sentence, command = describe_earlier_failure(trial, view, 6, Path("my runs/a"))
     assert "at step 5." in sentence and command == "    python launch.py doctor 'my runs/a' --step=5"
-    assert "at step 6." in describe_earlier_intervention(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
-    assert describe_earlier_intervention(trial, replace(view, step=5), 5, Path("a")) == []
-    assert describe_earlier_intervention(trial_of(fate(CONTROL, 2, 2, 2)), view, 6, Path("a")) == []
+    assert "at step 6." in describe_earlier_failure(trial_of(fate(CONTROL, 2, 2, 2, 2)), view, 9, Path("a"))[0]
+    assert describe_earlier_failure(trial, replace(view, step=5), 5, Path("a")) == []
+    assert describe_earlier_failure(trial_of(fate(CONTROL, 2, 2, 2)), view, 6, Path("a")) == []
 
 
 class Recorded:
@@ -325,7 +322,7 @@ class Recorded:
     def history(self) -> History:
         return history(self.lines)
 
-    def check(self, step: int) -> None:
+    def check_step(self, step: int) -> None:
         """It has every step."""
 
     def state_at(self, step: int) -> int:
@@ -342,36 +339,36 @@ def again_at(step: int, loss: float, norm: float = 1.0) -> Any:
 def test_a_step_is_seen_as_a_fault_as_a_spike_or_as_sound() -> None:
     calm: Any = Recorded([5.8, 4.0, 3.0, 2.0, 2.1, 1.9, 2.0])
     first_loss = DivergenceThreshold(pytest.approx(8.7), "1.5 times the first loss")  # type: ignore[arg-type]
-    assert View.of(calm, again_at(75, math.nan)) == View(75, first_loss, 1.0)
-    assert View.of(calm, again_at(75, 30.0)) == View(75, first_loss, 1.0)
-    spike = View.of(calm, again_at(75, 4.0))
-    assert spike is not None and (spike.step, spike.too_high.above, spike.too_high.since) == (75, 3.0, 30)
-    assert View.of(calm, again_at(75, 2.05)) is None
+    assert find_failure(calm, again_at(75, math.nan)) == Failure(75, first_loss, 1.0)
+    assert find_failure(calm, again_at(75, 30.0)) == Failure(75, first_loss, 1.0)
+    spike = find_failure(calm, again_at(75, 4.0))
+    assert spike is not None and (spike.step, spike.threshold.loss, spike.threshold.since) == (75, 3.0, 30)
+    assert find_failure(calm, again_at(75, 2.05)) is None
     lost: Any = Recorded([5.7, 4.0, 30.0, 5.0, 20.0, 900.0])
-    view = View.of(lost, again_at(65, 5.6, math.inf))
+    view = find_failure(lost, again_at(65, 5.6, math.inf))
     # The loss of step 30 is too high too, but the run came back from it.
-    assert view is not None and (view.step, view.too_high.since) == (50, 50)
-    assert "ln 300" in view.too_high.meaning and view.too_high.above == pytest.approx(1.5 * math.log(300))
+    assert view is not None and (view.step, view.threshold.since) == (50, 50)
+    assert "ln 300" in view.threshold.meaning and view.threshold.loss == pytest.approx(1.5 * math.log(300))
     # The same from wherever it is seen, with a record or without.
-    assert View.of(lost, again_at(50, 20.0)) == view
+    assert find_failure(lost, again_at(50, 20.0)) == view
     nothing: Any = Recorded([])
-    assert View.of(nothing, again_at(1, 5.0)) is None
-    assert View.of(nothing, again_at(3, 50.0)) == View(3, view.too_high._replace(since=1), 0.0)
+    assert find_failure(nothing, again_at(1, 5.0)) is None
+    assert find_failure(nothing, again_at(3, 50.0)) == Failure(3, view.threshold._replace(since=1), 0.0)
 
 
 def test_the_first_step_that_is_not_finite_is_looked_at() -> None:
     run: Any = Recorded([5.7, 5.6, math.nan, 30.0, math.nan])
     found = found_in(run)
-    assert (found.step, found.is_fault, found.why) == (30, True, "its loss is not finite, the first of 2 such steps")
+    assert (found.step, found.is_fault, found.reason) == (30, True, "its loss is not finite, the first of 2 such steps")
     run.lines[1]["train/update_norm"] = math.inf
-    assert found_in(run).why == "its update is not finite, the first of 3 such steps"
+    assert found_in(run).reason == "its update is not finite, the first of 3 such steps"
 
 
 def test_the_first_loss_that_is_too_high_is_looked_at() -> None:
     recorded = [5.8, 6.2, 14.9, 19.8, 29.1, 14.7, 5.3]
     losses = [5.8] * 24 + [8.6, 8.8, 9.0, 8.5, 11.0, 14.9]
     found = found_in(Recorded(recorded, losses))
-    assert (found.step, found.is_fault) == (26, False) and found.why.endswith("above 8.7, 1.5 times the first loss")
+    assert (found.step, found.is_fault) == (26, False) and found.reason.endswith("above 8.7, 1.5 times the first loss")
     # Made again elsewhere, it may not be found again.
     assert found_in(Recorded(recorded, [5.8] * 30)).step == 30
     assert find_anomaly(Recorded([5.8, 6.2, 8.6, 5.3]), None) is None  # type: ignore[arg-type]
@@ -429,21 +426,21 @@ def test_the_layer_that_broke_is_named(bombed: Path) -> None:
         found = found_in(past)
         assert (found.step, found.is_fault) == (BAD_STEP, True)
         again, inside = replay_one_step(past, found.step, has_taps=True)
-        assert inside is not None and not again.is_finite and again.unequal == []
+        assert inside is not None and not is_finite(again.metrics) and again.unequal == []
         first, rows = describe_anomaly(past, found, again, inside)[1:]
         elements = 4 * 16  # of one place in each of 4 rows
         assert f"the activation layers/1/feedforward (layer 1): {elements} of {4 * 16 * 16:,} elements" in first
-        assert "Before it comes the activation layers/1/feedforward/inner (layer 1)" in first
+        assert "The one before it is the activation layers/1/feedforward/inner (layer 1)" in first
         assert rows.startswith("All 4 rows of the batch")
-        view = View.of(past, again)
-        assert view is not None and view.step == BAD_STEP and 0 < view.calm_norm < math.inf
+        view = find_failure(past, again)
+        assert view is not None and view.step == BAD_STEP and 0 < view.usual_norm < math.inf
         with pytest.raises(UserError, match="has no step 13"):
             find_anomaly(past, 13)
         # A sound step that is recorded as a fault lays the blame elsewhere.
         sound, calm = replay_one_step(past, 3, has_taps=True)
         assert calm is not None and "Every tensor" in describe_first_nonfinite(calm.tensors)
         (sentence,) = describe_anomaly(past, found, sound, calm)
-        assert sentence.startswith("Made again, the step is sound") and "the machine" in sentence
+        assert sentence.startswith("Replayed, the step is finite") and "the machine" in sentence
 
 
 @pytest.mark.slow
@@ -466,19 +463,19 @@ def test_what_the_doctor_says_of_a_remedy_is_what_training_with_it_does(tmp_path
     rarely = {"logging.eval_every": 40, "logging.checkpoint_every": 20, "model.save_residuals": False}
     config, path, console = config_of(**ill, **rarely), tmp_path / "ill", quiet()
     record = train(config, path)
-    assert is_fault(record[-1]) and len(record) < 40
+    assert not is_finite(record[-1]) and len(record) < 40
     with RecordedRun(path, quiet()) as past:
         again, _ = replay_one_step(past, record[-1]["step"], has_taps=False)
-        view = View.of(past, again)
+        view = find_failure(past, again)
         assert view is not None and view.step < again.step
-        ceiling = view.too_high.above
+        ceiling = view.threshold.loss
         assert record[view.step - 2]["train/loss"] <= ceiling < record[view.step - 1]["train/loss"]
         trial = try_interventions(past, view)
-    died = {fate.remedy.name: trial.first_bad_step(fate) for fate in trial.fates}
+    died = {result.intervention.name: trial.first_bad_step(result) for result in trial.results}
     assert died[CONTROL] == view.step
     assert {name for name, at in died.items() if at is None} == {
-        "a tenth of the learning rate",
-        "a hundredth of the learning rate",
+        "learning rate / 10",
+        "learning rate / 100",
         "tighter clipping",
     }
 

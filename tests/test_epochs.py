@@ -18,7 +18,7 @@ from rustgpt_jax.interop.warm_start import create_warm_started_run
 from rustgpt_jax.planning.config_summary import print_config_summary
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
-from rustgpt_jax.reproduce.replay_step import replay_one_step
+from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.sharding.hardware_specs import Machine
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.run_sweep import print_preview

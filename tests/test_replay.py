@@ -22,8 +22,7 @@ from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.reproduce import recorded_run as pasts
 from rustgpt_jax.reproduce.anomaly_detection import find_anomaly
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, describe_start
-from rustgpt_jax.reproduce.replay import format_short, replay
-from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
+from rustgpt_jax.reproduce.replay import ReplayedStep, format_short, is_finite, replay, replay_one_step
 from rustgpt_jax.reproduce.step_trace import write_trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import loop
@@ -121,7 +120,7 @@ def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
     with RecordedRun(run, quiet()) as past:
         last = past.saved_steps()[-1]
         saved = fingerprint_tree(past.state_at(last))
-        past.go_before(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
+        past.undo_rewind(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
         assert past.saved_steps() == [0]
         assert fingerprint_tree(past.state_at(last)) == saved
 
@@ -129,12 +128,12 @@ def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
     console = quiet()
     with RecordedRun(own, console) as past:
-        nearest = past.nearest(STEPS - 1)
+        nearest = max(step for step in past.saved_steps() if step < STEPS)
         assert nearest > 0
     for file in (RunDir(own).checkpoints / str(nearest)).rglob("*"):
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
-        before = past.nearest(nearest - 1)
+        before = max(step for step in past.saved_steps() if step < nearest)
     assert replay(own, STEPS, False, console)
     assert f"The checkpoint of step {nearest} is damaged" in said(console)
     assert f"replayed from {describe_start(before)}\n" in said(console)
@@ -149,7 +148,7 @@ def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monke
         assert ("8 steps are recomputed first, from the start on." in said(console)) == is_said
     made: list[int] = []
     with RecordedRun(own, quiet()) as past:
-        past.train(past.saved_state(0), 8, made.append)
+        past.train(past.restore_nearest(0), 8, made.append)
     assert made == [3, 5, 8]
 
 
@@ -163,7 +162,7 @@ def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own:
     with RecordedRun(own, quiet()) as past:
         again, _ = replay_one_step(past, 2, has_taps=False)
         assert again.unequal == ["train/loss"] and again.reasons == ()
-        assert again.verdict.startswith("Not the recorded bits: loss. The code is that of the run, and so is all")
+        assert again.verdict.startswith("Not bit-identical: loss, although the code and")
         again, _ = replay_one_step(past, 3, has_taps=False)
         assert again.record is None and again.unequal == [] and "has no line of step 3" in again.verdict
         assert not again.is_same
@@ -184,7 +183,7 @@ def test_a_line_that_lacks_a_number_is_no_equal_one(own: Path) -> None:
     rewritten(own, lambda line: {name: value for name, value in line.items() if name != "train/gradient_norm"})
     console = quiet()
     assert not replay(own, 2, False, console)
-    assert "metrics.jsonl lacks numbers of this step: gradient_norm." in said(console)
+    assert "metrics.jsonl lacks values of this step: gradient_norm." in said(console)
 
 
 def test_a_step_that_is_not_recorded_by_config_is_said_to_be_so(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +198,9 @@ def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
     metrics = {"train/loss": 1.0, "train/gradient_norm": math.nan}
     record = {"step": 3, "train/loss": 1.0, "train/gradient_norm": math.nan, "train/tokens_per_second": 3.0}
     same = ReplayedStep("run", 3, "train", 0, metrics, record, ("it was trained fused with 3 others",))
-    assert same.unequal == [] and not same.is_finite
+    assert same.unequal == [] and not is_finite(same.metrics)
     other = ReplayedStep("run", 3, "train", 0, metrics | {"train/loss": 1.1}, record, same.reasons)
-    assert other.verdict == "Not the recorded bits: loss. Perhaps because it was trained fused with 3 others."
+    assert other.verdict == "Not bit-identical: loss. Possible reasons: it was trained fused with 3 others."
 
 
 def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> None:
@@ -212,7 +211,7 @@ def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> 
         assert replay_one_step(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
         file.unlink()
         (reason,) = replay_one_step(past, 2, has_taps=False)[0].reasons
-        assert "of which there is no record" in reason
+        assert "were not recorded" in reason
 
 
 def test_a_fused_launch_is_a_reason(own: Path) -> None:
@@ -229,14 +228,16 @@ def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
     EventLog(RunDir(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
     with RecordedRun(own, quiet()) as past:
         (rewind,) = past.rewinds
-        past._last_saved = 6
+        past._last_visible = 6
         state = past.state_at(7)
         assert (int(state.loss_stats.skipped), int(state.loss_stats.faults)) == (2, 1)
-        batch = past.batch(past.state_at(6))
-        assert (batch.tokens_BT == past.data_of(7).training_batches().batch(8).tokens_BT).all()
-        past.go_before(rewind)
+        (batch,) = past.batches(past.state_at(6), 1)
+        assert (batch.tokens_BT == past.stage_of(7)[0].training_batches().batch(8).tokens_BT).all()
+        past.undo_rewind(rewind)
         assert int(past.state_at(7).loss_stats.skipped) == 0
-        assert (past.batch(past.state_at(6)).tokens_BT == past.data_of(7).training_batches().batch(6).tokens_BT).all()
+        assert (
+            past.batches(past.state_at(6), 1)[0].tokens_BT == past.stage_of(7)[0].training_batches().batch(6).tokens_BT
+        ).all()
 
 
 def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_back(own: Path) -> None:
@@ -245,8 +246,8 @@ def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_b
     for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
     with RecordedRun(own, quiet()) as past:
-        past._last_saved = 6
-        source = past.data_of(7).training_batches()
+        past._last_visible = 6
+        source = past.stage_of(7)[0].training_batches()
 
         def numbers(first: int, count: int) -> list[int]:
             tokens = [batch.tokens_BT.tobytes() for batch in past.batches(past.state_at(first), count)]
@@ -257,7 +258,7 @@ def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_b
         assert numbers(6, 4) == [11, 13, 14, 15]
         one_by_one = [numbers(step, 1)[0] for step in (6, 7, 8, 9)]
         assert numbers(6, 4) == one_by_one
-        past.go_before(past.rewinds[-1])
+        past.undo_rewind(past.rewinds[-1])
         assert numbers(6, 4) == [11, 12, 13, 14]
 
 
@@ -290,15 +291,15 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
     path = tmp_path / "run"
     loop.train(small_config(**(TINY | changes)), path, {}, quiet())
     with RecordedRun(path, quiet()) as past:
-        assert len(past.rewinds) >= 2 and past.record(30) is not None
+        assert len(past.rewinds) >= 2 and past.recorded_metrics(30) is not None
         for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
             again, _ = replay_one_step(past, step, has_taps=False)
-            assert again.unequal == [] and again.is_finite, step
+            assert again.unequal == [] and is_finite(again.metrics), step
         found = find_anomaly(past, None)
         assert found is not None and found.rewind == past.rewinds[-1] and found.is_fault
-        past.go_before(past.rewinds[-1])
+        past.undo_rewind(past.rewinds[-1])
         again, inside = replay_one_step(past, found.step, has_taps=True)
-        assert not again.is_finite and again.record is None and inside is not None
+        assert not is_finite(again.metrics) and again.record is None and inside is not None
         bad = next(tensor for tensor in inside.tensors if tensor.nonfinite)
         assert bad.name == "layers/0/feedforward"
 
@@ -315,7 +316,7 @@ from pathlib import Path
 from rich.console import Console
 sys.path[:0] = ["tests"]
 from conftest import small_config
-from rustgpt_jax.reproduce.replay_step import replay_one_step
+from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.training import loop
 loop.draw_loss_curves = lambda folder: folder
@@ -352,35 +353,32 @@ def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> Non
     assert "bit for bit" in text and "mixer/scores" in text and "replay/step_4.html" in text.replace("\n", "")
     assert all(len(line) <= 100 for line in text.splitlines() if "mixer" in line)
     assert page.count('class="heat') == 8 and "http" not in page
-    assert "layers/1/feedforward/down/kernel" in page and "All is finite." in page
+    assert "layers/1/feedforward/down/kernel" in page and "All tensors are finite." in page
     with RecordedRun(own, quiet()) as past:
-        inside = past.look_into(past.state_at(3))
+        inside = past.step_internals(past.state_at(3))
         norm = next(tensor for tensor in inside.tensors if tensor.name == "layers/1/mixer/scores").norm
         loss = jax.device_get(inside.metrics.loss)
     assert f"norm {norm:.4g}" in page
-    assert loss == pytest.approx(past.record(4)["train/loss"], rel=1e-5)  # type: ignore[index]
+    assert loss == pytest.approx(past.recorded_metrics(4)["train/loss"], rel=1e-5)  # type: ignore[index]
 
 
 def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> None:
-    found = json.loads(json.dumps(write_trace(run, 5, 7, True, quiet()), allow_nan=False))
-    steps = found["steps"]
+    steps = json.loads(json.dumps(write_trace(run, 5, 7, True, quiet()), allow_nan=False))
     assert [step["step"] for step in steps] == [5, 6, 7]
     for first, second in zip(steps, steps[1:], strict=False):
         assert first["after"] == second["before"] != first["before"]
         assert first["batch"]["tokens_BT"] != second["batch"]["tokens_BT"]
     records = {line["step"]: line for line in read_metrics(run) if "train/loss" in line}
     for step in steps:
-        assert step["metrics"]["train/loss"] == records[step["step"]]["train/loss"]
-        sites = [each["site"] for each in step["activations"]]
+        assert step["loss"] == {"train/loss": repr(records[step["step"]]["train/loss"])}
+        sites, backward = list(step["activations"]), list(step["gradients"])
         assert sites[0] == "embeddings" and sites[-1] == "logits" and "layers/1/mixer/query" in sites
-        backward = [each["site"] for each in step["gradients"]]
         assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
     with RecordedRun(run, quiet()) as past:
         assert fingerprint_tree(past.state_at(7)) == steps[-1]["after"]
-    again = write_trace(run, 6, 6, True, quiet())["steps"]
-    assert json.loads(json.dumps(again)) == [steps[1]]
-    assert "activations" not in write_trace(run, 6, 6, False, quiet())["steps"][0]
+    assert json.loads(json.dumps(write_trace(run, 6, 6, True, quiet()))) == [steps[1]]
+    assert write_trace(run, 6, 6, False, quiet())[0]["activations"] == {}
 
 
 def test_the_command_of_a_trace_answers_mistakes_in_a_sentence(run: Path, tmp_path: Path) -> None:
@@ -430,4 +428,4 @@ def test_where_the_folder_of_a_run_cannot_be_written_the_page_is_elsewhere(
     console = Console(file=StringIO(), width=1000)
     assert replay(own, 4, True, console)
     (page,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
-    assert f"Each tensor of the step: {page}" in said(console) and "<html" in page.read_text()
+    assert f"All tensors of the step: {page}" in said(console) and "<html" in page.read_text()

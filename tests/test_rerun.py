@@ -22,7 +22,7 @@ from rich.console import Console
 from small_runs import ROOT, copy_code, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import compare_metrics, run_diff
+from rustgpt_jax.reproduce import compare_metrics, step_trace
 from rustgpt_jax.reproduce import rerun as reruns
 from rustgpt_jax.reproduce.compare_metrics import (
     ABSENT,
@@ -164,7 +164,7 @@ def test_a_run_that_was_trained_with_others_is_compared_roughly(twice: tuple[Pat
     loss = next(json.loads(line)["train/loss"] for line in run.metrics_file.read_text().splitlines())
     edited(run.metrics_file, 1, "train/loss", loss * 1.0005)
     is_same, said = rerun(run.path)
-    assert is_same and "no bits are compared" in said and "within 0.001 for 6 steps" in said, said
+    assert is_same and "bits are not compared" in said and "within 0.001 for 6 steps" in said, said
     edited(run.metrics_file, 1, "train/loss", loss * 1.002)
     is_same, said = rerun(run.path)
     assert not is_same and "Step 1 is the first that differs: train/loss" in said
@@ -188,7 +188,7 @@ def test_a_stopped_rerun_ends_as_its_training_did(
     monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(75, number))
     console = Console(file=StringIO(), width=200)
     assert reruns.rerun(run.path, None, console) == 75
-    assert f"Stopped by {number.name}. The same command goes on" in console.file.getvalue()
+    assert f"Stopped by {number.name}. The same command resumes the rerun" in console.file.getvalue()
 
 
 @pytest.mark.usefixtures("no_training")
@@ -196,7 +196,7 @@ def test_what_was_not_kept_is_said(twice: tuple[Path, str], tmp_path: Path) -> N
     run, _ = copied(twice, tmp_path)
     run.journal_file.write_text(run.journal_file.read_text().replace('"left_out": []', '"left_out": ["lab/w.bin"]'))
     _, said = rerun(run.path)
-    assert "not there for its rerun: lab/w.bin." in said
+    assert "nor in the rerun: lab/w.bin." in said
 
 
 def test_a_run_that_ended_early_is_said_to_have(
@@ -204,11 +204,11 @@ def test_a_run_that_ended_early_is_said_to_have(
 ) -> None:
     run, _ = copied(twice, tmp_path)
     monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(0, None))
-    assert "went to step" not in rerun(run.path)[1]
+    assert "stopped at step" not in rerun(run.path)[1]
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     run.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
     said = rerun(run.path)[1]
-    assert f"{run.path} went to step 4 of 6. Its rerun is not stopped there" in said
+    assert f"{run.path} stopped at step 4 of 6. Its rerun does not stop there" in said
 
 
 # Signals, to a child that ends with the number of the first signal that it knows of.
@@ -279,7 +279,7 @@ def test_a_trace_that_is_stopped_leaves_nothing_behind(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(128 + signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        run_diff.trace_steps(RunDir(twice[0] / "run"), 1, 1, False)
+        step_trace.trace_steps(RunDir(twice[0] / "run"), 1, 1, False)
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -293,13 +293,13 @@ def test_what_cannot_be_run_again_is_said(twice: tuple[Path, str], tmp_path: Pat
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     for used in (tmp_path / "used", run.path):
-        with pytest.raises(UserError, match="holds something else than a rerun"):
+        with pytest.raises(UserError, match="is not empty and not a rerun"):
             rerun(run.path, used)
     with pytest.raises(UserError, match="notes.txt is a file"):
         rerun(run.path, tmp_path / "used" / "notes.txt")
     shutil.rmtree(run.code)
     shutil.rmtree(again.path)
-    with pytest.raises(UserError, match="does not have the code that it was made with"):
+    with pytest.raises(UserError, match="does not have the code that it was trained with"):
         rerun(run.path)
     run.journal_file.unlink()
     with pytest.raises(UserError, match="no record of its launches"):
@@ -481,7 +481,7 @@ def test_a_damaged_file_of_texts_is_named(line: bytes, tmp_path: Path) -> None:
     record(tmp_path, "a", [])
     whole = json.dumps({"step": 1, "prompt": "P", "text": "x"}).encode()
     RunDir(tmp_path / "a").samples_file.write_bytes(whole + b"\n" + line + b"\n")
-    with pytest.raises(UserError, match="samples.jsonl, line 2: it is damaged"):
+    with pytest.raises(UserError, match="samples.jsonl, line 2 is damaged"):
         compare_samples(tmp_path / "a", tmp_path / "a", 2)
 
 
@@ -492,7 +492,7 @@ def test_data_that_no_step_read_differently_are_said_to_differ(twice: tuple[Path
     again.data_file.write_text(json.dumps([stage | {"source": "0" * 64, "files": {}} for stage in stages]))
     is_same, said = rerun(run.path)
     assert not is_same and "bit-identical for 6 steps" in said
-    assert "The data are not the same, although no step read what differs:" in said and "data:\n  stage train: " in said
+    assert "The data differ, but no step read the difference:" in said and "data:\n  stage train: " in said
 
 
 @pytest.mark.usefixtures("no_training")

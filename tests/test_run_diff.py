@@ -14,9 +14,9 @@ from small_runs import copy_code, run_config, train_elsewhere
 
 from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.reproduce import run_diff
-from rustgpt_jax.reproduce import run_diff as diffs
-from rustgpt_jax.reproduce.run_diff import Origin, compare_metadata, diff
+from rustgpt_jax.reproduce import run_diff, step_trace
+from rustgpt_jax.reproduce.run_diff import compare_metadata, diff
+from rustgpt_jax.reproduce.step_trace import TensorDifference
 from rustgpt_jax.workdir.code_snapshot import code_files, code_hash
 from rustgpt_jax.workdir.event_log import EventLog
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir
@@ -105,7 +105,7 @@ def test_programs_of_other_modes_are_not_compared(tmp_path: Path, first: RunDir)
     second = made_by_hand(tmp_path / "second", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
     assert different(first, second) == {"environment": ["launch.mode"]}
     _, lines = said_of(first.path, second.path)
-    assert "program: not compared. They trained in other modes, solo of 1 and exact of 4." in lines
+    assert "program: not compared. The runs were trained in different modes, solo of 1 and exact of 4." in lines
 
 
 def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunDir) -> None:
@@ -159,30 +159,23 @@ def test_what_is_missing_is_said(tmp_path: Path, first: RunDir) -> None:
 # The first tensor, in traces made by hand.
 
 
-def a_step(number: int) -> dict[str, Any]:
+def a_step(number: int) -> dict[str, dict[str, str]]:
     return {
-        "step": number,
         "batch": {"tokens_BT": "a"},
         "before": {"params/x": f"x{number}", "opt_state/m": "b"},
-        "activations": [{"site": "blocks/0/mixer/query", "fingerprint": "c"}, {"site": "logits", "fingerprint": "d"}],
-        "metrics": {"train/loss": 1.0},
-        "gradients": [{"site": "logits", "fingerprint": "e"}, {"site": "params/x", "fingerprint": "f"}],
+        "activations": {"blocks/0/mixer/query": "c", "logits": "d"},
+        "loss": {"train/loss": "1.0"},
+        "gradients": {"logits": "e", "params/x": "f"},
         "after": {"params/x": f"x{number + 1}", "opt_state/m": "g"},
     }
 
 
-def spoiled(step: dict[str, Any], part: str, name: str) -> None:
-    """Change a tensor of a step, and all that is made after it."""
-    parts = ["batch", "before", "activations", "loss", "gradients", "after"]
-    for each in parts[parts.index(part) :]:
-        if each in ("activations", "gradients"):
-            names = [tensor["site"] for tensor in step[each]]
-            for tensor in step[each][names.index(name) if each == part else 0 :]:
-                tensor["fingerprint"] += "!"
-        elif each == "loss":
-            step["metrics"]["train/loss"] += 1
-        else:
-            step[each] |= {path: value + "!" for path, value in step[each].items() if each != part or path == name}
+def spoiled(step: dict[str, dict[str, str]], part: str, name: str) -> None:
+    """Change a tensor of a step, and all that is computed after it."""
+    for each in step_trace.PARTS[step_trace.PARTS.index(part) :]:
+        names = list(step[each])
+        for changed in names[names.index(name) if each == part else 0 :]:
+            step[each][changed] += "!"
 
 
 PLACES = [
@@ -201,7 +194,7 @@ def test_the_first_tensor_is_the_first_that_is_made(
 ) -> None:
     asked = []
 
-    def trace(run: RunDir, begin: int, last: int, has_taps: bool, is_trusted: bool) -> run_diff.Trace:
+    def trace(run: RunDir, begin: int, last: int, has_taps: bool, is_trusted: bool) -> step_trace.Trace:
         asked.append((begin, last, has_taps))
         steps = {number: a_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
@@ -210,15 +203,15 @@ def test_the_first_tensor_is_the_first_that_is_made(
             if run is not first and number > 4:
                 spoiled(step, "before", "params/x")
             if not has_taps:
-                del step["activations"], step["gradients"]
+                step["activations"].clear(), step["gradients"].clear()
         return steps
 
-    monkeypatch.setattr(run_diff, "trace_steps", trace)
+    monkeypatch.setattr(step_trace, "trace_steps", trace)
     second = RunDir(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
-        assert run_diff.find_origin(first, second, agreed, parted) == Origin(4, part, name)
+        assert step_trace.find_first_tensor(first, second, agreed, parted) == TensorDifference(4, part, name)
     # The insides of many steps are not looked at.
-    assert all(last - begin < run_diff.FEW_STEPS for begin, last, has_taps in asked if has_taps)
+    assert all(last - begin < step_trace.FEW_STEPS for begin, last, has_taps in asked if has_taps)
 
 
 def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> None:
@@ -227,7 +220,7 @@ def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> N
     found = compare_metadata(first, second)
 
     def likely(part: str) -> list[str]:
-        return [each.name for each in diffs._likely(Origin(1, part, "x"), found)]
+        return [each.name for each in run_diff._likely_causes(TensorDifference(1, part, "x"), found)]
 
     assert likely("batch") == ["config.data.max_documents"]
     assert likely("activations") == ["config.model.dropout", "packages.flax"]
@@ -240,7 +233,7 @@ def test_without_a_replay_the_likely_cause_is_what_differs(
     def refuse(*_: object) -> None:
         raise UserError("The text is gone.")
 
-    monkeypatch.setattr(diffs, "find_origin", refuse)
+    monkeypatch.setattr(run_diff, "find_first_tensor", refuse)
     second = made_by_hand(tmp_path / "second", config={"seed": 3})
     for run, loss in ((first, 1.0), (second, 2.0)):
         run.metrics_file.write_text(json.dumps({"step": 1, "train/loss": loss}) + "\n")

@@ -97,7 +97,7 @@ def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatc
 def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     with load_snapshot_code(run, load_first_launch(run)) as code:
-        assert code.whose == f"The code of {run.path} is the code installed here."
+        assert code.note == f"The code of {run.path} is the code installed here."
     spoil_code(run, name, "evil = 1\n")
     with (
         pytest.raises(UserError, match="is not the code installed here"),

@@ -15,34 +15,36 @@ from rustgpt_jax.tracking.metric_writer import iter_metrics, last_step
 from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
 from rustgpt_jax.workdir.run_dir import RunDir
 
-# What a clock decides, and no config.
+# Metrics that depend on the clock.
 TIMED = ("train/tokens_per_second", "train/flops_share")
-# Clock-dependent metrics as they appear in a line, and the step at the start of a line.
-OF_A_CLOCK = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
-STEP = re.compile(rb'\{"step": (\d{1,10}), "')
-LINES_AT_A_TIME = 4096
-# What there is where a side has none of something, in words.
+# The clock-dependent metrics and the step, as they appear in a line.
+TIMED_IN_LINE = re.compile(rb', "train/tokens_per_second": [^,}"]+(?:, "train/flops_share": [^,}"]+)?')
+STEP_IN_LINE = re.compile(rb'\{"step": (\d{1,10}), "')
+LINES_PER_BLOCK = 4096
+# Stands for a value that one side lacks.
 ABSENT = "nothing"
 
 
 class FirstDifference(NamedTuple):
-    """The first step at which a value of two records differs, its name and the two values."""
+    """The first step at which two records differ, the name of the value, and the two values."""
 
     step: int
     name: str
     first: Any
     second: Any
 
-
-def format_first_difference(found: FirstDifference) -> str:
-    """Describe the first difference of two records."""
-    return f"Step {found.step:,} is the first that differs: {found.name} is {found.first} and {found.second}."
+    def __str__(self) -> str:
+        return f"Step {self.step:,} is the first that differs: {self.name} is {self.first} and {self.second}."
 
 
 class MetricComparison(NamedTuple):
-    """The common part of two records: the last step, the number of compared values, and the first difference.
+    """The comparison of two records over the steps that both have.
 
-    `agreed` is the last step before that at which both have a value; 0 if there is none.
+    Attributes:
+        last_step: The last step that both have.
+        n_values: The number of compared values.
+        agreed: The last step that both have before the first difference; 0 if there is none.
+        first_difference: The first difference, or None.
     """
 
     last_step: int
@@ -63,32 +65,33 @@ def compare_records(
         UserError: A record is damaged.
     """
     last = min(last_step(first), last_step(second))
-    beginning = _same_beginning(first, second)
-    agreed, n_values = beginning.agreed, beginning.n_values
-    for step, left, right in _in_step(first, second, beginning.offsets):
+    start = _skip_identical_lines(first, second)
+    agreed, n_values = start.agreed, start.n_values
+    for step, left, right in _iter_steps(first, second, start.offsets):
         if step > last:
             break
-        agreed = max(agreed, beginning.last_step if step > beginning.last_step else 0)
+        agreed = max(agreed, start.last_step if step > start.last_step else 0)
         for name in dict.fromkeys([*left, *right]):
             if names is not None and name not in names:
                 continue
-            here, there = left.get(name, ABSENT), right.get(name, ABSENT)
-            # A run that was killed in its last step may have recorded a part of it.
-            if step == last and ABSENT in (here, there):
+            values = left.get(name, ABSENT), right.get(name, ABSENT)
+            # A run that was killed during its last step may have recorded it only in part.
+            if step == last and ABSENT in values:
                 continue
             n_values += name != "stage"
-            if not _is_equal(here, there, tolerance):
-                return MetricComparison(last, n_values, agreed, FirstDifference(step, name, here, there))
+            if not values_match(*values, tolerance):
+                return MetricComparison(last, n_values, agreed, FirstDifference(step, name, *values))
         agreed = step
-    return MetricComparison(last, n_values, max(agreed, beginning.last_step), None)
+    return MetricComparison(last, n_values, max(agreed, start.last_step), None)
 
 
-class _Beginning(NamedTuple):
+class _IdenticalLines(NamedTuple):
     """The common beginning of two records, ignoring clock-dependent values.
 
     Attributes:
         offsets: The byte at which each file continues.
-        last_step, agreed: The last step of the common lines, which may have more lines, and the step before it.
+        last_step: The last step of the common lines, which may have more lines.
+        agreed: The step before it.
         n_values: The number of values compared.
     """
 
@@ -98,32 +101,32 @@ class _Beginning(NamedTuple):
     n_values: int = 0
 
 
-def _same_beginning(first: Path, second: Path) -> _Beginning:
-    """Skip lines that are bytewise identical, without parsing them."""
-    found = _Beginning()
+def _skip_identical_lines(first: Path, second: Path) -> _IdenticalLines:
+    """Compare lines that are bytewise identical without parsing them."""
+    found = _IdenticalLines()
     paths = [RunDir(path).metrics_file for path in (first, second)]
     if not all(path.is_file() for path in paths):
         return found
     with open(paths[0], "rb") as left, open(paths[1], "rb") as right:
         while True:
-            blocks = [b"".join(islice(file, LINES_AT_A_TIME)) for file in (left, right)]
-            text, other = (OF_A_CLOCK.sub(b"", block) for block in blocks)
+            blocks = [b"".join(islice(file, LINES_PER_BLOCK)) for file in (left, right)]
+            text, other = (TIMED_IN_LINE.sub(b"", block) for block in blocks)
             if text != other or not text.endswith(b"\n"):
                 return found
-            steps = [int(match[1]) if (match := STEP.match(line)) else -1 for line in text.splitlines()]
+            steps = [int(match[1]) if (match := STEP_IN_LINE.match(line)) else -1 for line in text.splitlines()]
             if -1 in steps or [found.last_step, *steps] != sorted([found.last_step, *steps]):
                 return found
             agreed = max((step for step in [found.agreed, found.last_step, *steps] if step < steps[-1]), default=0)
             n_values = text.count(b'": ') - text.count(b'"step": ') - text.count(b'"stage": ')
             offsets = (found.offsets[0] + len(blocks[0]), found.offsets[1] + len(blocks[1]))
-            found = _Beginning(offsets, steps[-1], agreed, found.n_values + n_values)
+            found = _IdenticalLines(offsets, steps[-1], agreed, found.n_values + n_values)
 
 
-def _in_step(
+def _iter_steps(
     first: Path, second: Path, offsets: tuple[int, int]
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Yield the steps of two records from the given offsets, with the values of each."""
-    sides = [_steps(path, offset) for path, offset in zip((first, second), offsets, strict=True)]
+    sides = [_iter_values(path, offset) for path, offset in zip((first, second), offsets, strict=True)]
     heads = [next(side, None) for side in sides]
     while any(heads):
         step = min(head[0] for head in heads if head)
@@ -134,27 +137,60 @@ def _in_step(
         ]
 
 
-def _steps(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _iter_values(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the values of each step, merged over its lines, without clock-dependent ones."""
-    before = -1
+    previous = -1
     for step, lines in groupby(iter_metrics(path, offset=offset), key=itemgetter("step")):
-        if step < before:
-            raise UserError(f"{RunDir(path).metrics_file} is damaged: step {step} comes after step {before}.")
-        before, values = step, dict[str, Any]()
+        if step < previous:
+            raise UserError(f"{RunDir(path).metrics_file} is damaged: step {step} comes after step {previous}.")
+        previous, values = step, dict[str, Any]()
         for line in lines:
             values |= line
         yield step, {name: value for name, value in values.items() if name not in (*TIMED, "step")}
 
 
+def values_match(left: Any, right: Any, tolerance: float = 0.0) -> bool:
+    """Return whether two values of a record are equal, both NaN, or within a relative tolerance."""
+    if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
+        return left == right
+    if math.isfinite(left) and math.isfinite(right):
+        return abs(left - right) <= tolerance * max(abs(left), abs(right))
+    return left == right or (math.isnan(left) and math.isnan(right))
+
+
 def compare_samples(first: Path, second: Path, last_step: int) -> tuple[int, FirstDifference | None]:
-    """How many texts two runs wrote up to a step, and where they part. Raises UserError for a file of other things."""
-    both = [[text for text in _samples(path) if text["step"] <= last_step] for path in (first, second)]
-    for here, there in zip_longest(*both, fillvalue={}):
+    """Compare the texts that two runs generated up to a step.
+
+    Returns:
+        The number of texts if all are equal, and the first difference or None.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    left, right = ([text for text in _read_samples(path) if text["step"] <= last_step] for path in (first, second))
+    missing: dict[str, Any] = {}
+    for here, there in zip_longest(left, right, fillvalue=missing):
         if here != there:
-            known = here or there
-            name = f"the text after {known['prompt']!r}"
-            return 0, FirstDifference(known["step"], name, here.get("text", ABSENT), there.get("text", ABSENT))
-    return len(both[0]), None
+            either = here or there
+            name = f"the text after {either['prompt']!r}"
+            return 0, FirstDifference(either["step"], name, here.get("text", ABSENT), there.get("text", ABSENT))
+    return len(left), None
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    file = RunDir(path).samples_file
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    samples = []
+    for number, line in enumerate(lines, start=1):
+        # A kill may have left half a line.
+        if line.endswith(b"\n"):
+            try:
+                samples.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{file}, line {number} is damaged: it is not JSON.") from error
+            if not isinstance(samples[-1], dict) or not samples[-1].keys() >= {"step", "prompt", "text"}:
+                raise UserError(f"{file}, line {number} is damaged: it has no step, prompt and text.")
+    return samples
 
 
 def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
@@ -169,9 +205,12 @@ def describe_missing_record(run: RunDir, stage: Stage, step: int) -> str:
 
 
 class ArrayComparison(NamedTuple):
-    """The last checkpoint that two runs have in common: its step, its number of arrays, and those that differ.
+    """The comparison of the last checkpoints that two runs have in common; no arrays if there are none.
 
-    Without such a step there are no arrays.
+    Attributes:
+        step: The step of the checkpoints.
+        n_arrays: The number of arrays.
+        unequal: The names of the arrays that differ.
     """
 
     step: int
@@ -189,30 +228,3 @@ def compare_checkpoints(first: RunDir, second: RunDir) -> ArrayComparison:
         names = dict.fromkeys([*left, *right])
         return ArrayComparison(step, len(names), [name for name in names if left.get(name) != right.get(name)])
     return ArrayComparison(0, 0, [])
-
-
-def _is_equal(left: Any, right: Any, tolerance: float) -> bool:
-    if isinstance(left, str) or isinstance(right, str):
-        return left == right
-    if math.isfinite(left) and math.isfinite(right):
-        return abs(left - right) <= tolerance * max(abs(left), abs(right))
-    return left == right or (math.isnan(left) and math.isnan(right))
-
-
-def _samples(path: Path) -> list[dict[str, Any]]:
-    file = RunDir(path).samples_file
-    if not file.exists():
-        return []
-    whole = file.read_bytes().splitlines(keepends=True)
-    # A kill may have left half a line.
-    return [_text(line, f"{file}, line {number}") for number, line in enumerate(whole, start=1) if line.endswith(b"\n")]
-
-
-def _text(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: it is damaged, for it is not JSON.") from error
-    if not isinstance(text, dict) or not text.keys() >= {"step", "prompt", "text"}:
-        raise UserError(f"{where}: it is damaged, for it has no step, prompt and text.")
-    return text

@@ -19,17 +19,23 @@ from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.training.train_step import (
     State,
     compiled_init_state,
+    stack,
     train_step,
     vmappable,
 )
 
+CONTROL = "no change"
 Z_LOSS = 1e-4
-# Of the norm that gradients had while all was well.
-CLIPPED_SHARE = 0.1
-# What a learning rate is divided by.
-RATE_DIVISORS = {"half": 2, "a tenth of": 10, "a hundredth of": 100}
-
-CONTROL = "as it was"
+# The clipping norm, relative to the usual gradient norm.
+CLIP_FRACTION = 0.1
+LEARNING_RATE_DIVISORS = {"half the learning rate": 2, "learning rate / 10": 10, "learning rate / 100": 100}
+FLOAT32 = {
+    "dtype": "float32",
+    "mixer_dtype": None,
+    "feedforward_dtype": None,
+    "logits_dtype": None,
+    "matmul_dtype": None,
+}
 
 
 @dataclass(frozen=True)
@@ -44,54 +50,50 @@ class Intervention:
 class InterventionResult(NamedTuple):
     """The result of an intervention by step: losses, and whether loss, gradient and update are finite."""
 
-    remedy: Intervention
+    intervention: Intervention
     losses: np.ndarray
     is_finite: np.ndarray
 
-    def first_bad_step(self, ceiling: float, since: int = 0) -> int | None:
-        """The index of the first step with something that is not finite, or with a loss above `ceiling`.
-
-        The latter counts from the index `since` on.
-        """
-        is_too_high = (self.losses > ceiling) & (np.arange(len(self.losses)) >= since)
-        bad = ~self.is_finite | is_too_high
-        return int(np.argmax(bad)) if bad.any() else None
+    def first_bad_index(self, threshold: float, start: int = 0) -> int | None:
+        """Return the index of the first step that is not finite or, from `start` on, has a loss above `threshold`."""
+        is_too_high = (self.losses > threshold) & (np.arange(len(self.losses)) >= start)
+        is_bad = ~self.is_finite | is_too_high
+        return int(np.argmax(is_bad)) if is_bad.any() else None
 
 
-def possible_interventions(config: Config, calm_norm: float) -> list[Intervention]:
-    """What can be tried with a stage of this config, whose gradients had about the norm `calm_norm`; first nothing."""
-    rates = ["optimizer.learning_rate"]
-    if config.optimizer.name == "muon":
-        rates.append("optimizer.muon_learning_rate")
-    values = {path: getattr(config.optimizer, path.split(".")[1]) for path in rates}
+def possible_interventions(config: Config, usual_norm: float) -> list[Intervention]:
+    """Return the interventions for a stage, the control first, given its usual gradient norm (0 if unknown)."""
+    knobs = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
     return [
         Intervention(CONTROL),
         *(
-            Intervention(f"{share} the learning rate", tuple((path, value / divisor) for path, value in values.items()))
-            for share, divisor in RATE_DIVISORS.items()
+            Intervention(
+                name, tuple((f"optimizer.{knob}", getattr(config.optimizer, knob) / divisor) for knob in knobs)
+            )
+            for name, divisor in LEARNING_RATE_DIVISORS.items()
         ),
-        _tighter_clipping(config, calm_norm),
-        _qk_norm(config),
-        _z_loss(config),
-        _float32(config),
+        _clip_tighter(config, usual_norm),
+        _enable_qk_norm(config),
+        _enable_z_loss(config),
+        _use_float32(config),
     ]
 
 
-def _tighter_clipping(config: Config, calm_norm: float) -> Intervention:
-    largest = _rounded(CLIPPED_SHARE * calm_norm)
-    name = "tighter clipping"
-    if not largest > 0:
-        return Intervention(name, unavailable_reason="no gradient norm is known from before")
-    if 0 < config.optimizer.clip_norm <= largest:
-        return Intervention(name, unavailable_reason=f"gradients are clipped to {config.optimizer.clip_norm:g} already")
-    return Intervention(name, (("optimizer.clip_norm", largest),))
+def _clip_tighter(config: Config, usual_norm: float) -> Intervention:
+    name, clip_norm = "tighter clipping", 0.0
+    if usual_norm > 0 and math.isfinite(usual_norm):
+        clip_norm = float(f"{CLIP_FRACTION * usual_norm:.0e}")
+    if not clip_norm > 0:
+        return Intervention(name, unavailable_reason="the usual gradient norm is unknown")
+    if 0 < config.optimizer.clip_norm <= clip_norm:
+        return Intervention(name, unavailable_reason=f"gradients are already clipped to {config.optimizer.clip_norm:g}")
+    return Intervention(name, (("optimizer.clip_norm", clip_norm),))
 
 
-def _qk_norm(config: Config) -> Intervention:
-    name = "QK-norm"
+def _enable_qk_norm(config: Config) -> Intervention:
+    name, knobs = "QK-norm", (("model.qk_norm", "head"),)
     if config.model.qk_norm != "none":
-        return Intervention(name, unavailable_reason="it is on already")
-    knobs = (("model.qk_norm", "head"),)
+        return Intervention(name, unavailable_reason="already enabled")
     try:
         changed = resolve(to_dict(replace_paths(config, dict(knobs))))
     except UserError as error:
@@ -101,64 +103,46 @@ def _qk_norm(config: Config) -> Intervention:
     return Intervention(name, knobs)
 
 
-def _z_loss(config: Config) -> Intervention:
+def _enable_z_loss(config: Config) -> Intervention:
     if config.training.z_loss > 0:
-        return Intervention("z-loss", unavailable_reason=f"it is on already, with {config.training.z_loss:g}")
+        return Intervention("z-loss", unavailable_reason=f"already enabled, with {config.training.z_loss:g}")
     return Intervention("z-loss", (("training.z_loss", Z_LOSS),))
 
 
-def _float32(config: Config) -> Intervention:
-    wide = {
-        "dtype": "float32",
-        "mixer_dtype": None,
-        "feedforward_dtype": None,
-        "logits_dtype": None,
-        "matmul_dtype": None,
-    }
-    changes = {f"model.{knob}": value for knob, value in wide.items() if getattr(config.model, knob) != value}
-    if all(getattr(config.model, knob) in (None, "float32") for knob in wide):
-        return Intervention("float32", unavailable_reason="in float32 already")
-    return Intervention("float32", tuple(changes.items()))
-
-
-def _rounded(value: float) -> float:
-    """Round a positive number to one significant digit."""
-    return float(f"{value:.0e}") if value > 0 and math.isfinite(value) else 0.0
-
-
-# All at once.
+def _use_float32(config: Config) -> Intervention:
+    if all(getattr(config.model, knob) in (None, "float32") for knob in FLOAT32):
+        return Intervention("float32", unavailable_reason="already in float32")
+    knobs = {f"model.{knob}": value for knob, value in FLOAT32.items() if getattr(config.model, knob) != value}
+    return Intervention("float32", tuple(knobs.items()))
 
 
 class Lane(NamedTuple):
-    """Interventions that share a program: they start from one state, and `hparams` has a leading axis for them."""
+    """Interventions with the same static config: one initial state, and `hparams` with a leading axis P."""
 
     state: State
     hparams: Hyperparams
 
 
 def run_interventions(
-    tried: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
+    interventions: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
 ) -> list[InterventionResult]:
-    """Run each available intervention from a state of the run over stacked batches, and return its losses."""
+    """Run each available intervention from a state of the run over stacked batches."""
     groups: dict[StaticConfig, list[tuple[Intervention, Hyperparams]]] = {}
-    for remedy in tried:
-        if remedy.unavailable_reason is None:
-            static, hparams = partition(replace_paths(config, dict(remedy.knobs)))
-            groups.setdefault(static, []).append((remedy, hparams))
+    for each in interventions:
+        if each.unavailable_reason is None:
+            static, hparams = partition(replace_paths(config, dict(each.knobs)))
+            groups.setdefault(static, []).append((each, hparams))
     lanes = [
-        Lane(
-            fit_state(state, static, members[0][1]),
-            jax.tree.map(lambda *values: np.stack(values), *(hparams for _, hparams in members)),
-        )
+        Lane(fit_state(state, static, members[0][1]), stack([hparams for _, hparams in members]))
         for static, members in groups.items()
     ]
     curves = jax.device_get(compiled_compute_curves(tuple(groups), lanes, batches_S, first_step))
-    found = {
-        remedy: InterventionResult(remedy, losses_PS[row], is_finite_PS[row])
+    results = {
+        each: InterventionResult(each, losses_PS[row], is_finite_PS[row])
         for members, (losses_PS, is_finite_PS) in zip(groups.values(), curves, strict=True)
-        for row, (remedy, _) in enumerate(members)
+        for row, (each, _) in enumerate(members)
     }
-    return [found[remedy] for remedy in tried if remedy in found]
+    return [results[each] for each in interventions if each in results]
 
 
 def compute_curves(
@@ -185,19 +169,18 @@ compiled_compute_curves = jax.jit(compute_curves, static_argnums=0)
 
 def fit_state(state: State, static: StaticConfig, hparams: Hyperparams) -> State:
     """Convert a state to another static config: keep leaves with the same path and shape, initialize the others."""
-    kept = flatten_paths(state)
-    fresh = compiled_init_state(static, hparams)
+    old_leaves = flatten_paths(state)
 
     def fit(path: Any, leaf: jax.Array) -> jax.Array:
-        old = kept.get(format_path(path))
+        old = old_leaves.get(format_path(path))
         return leaf if old is None or jnp.shape(old) != leaf.shape else old
 
-    return jax.tree_util.tree_map_with_path(fit, fresh)
+    return jax.tree_util.tree_map_with_path(fit, compiled_init_state(static, hparams))
 
 
-def format_flags(remedy: Intervention, config: Config, stage: str) -> Iterator[str]:
-    """Yield the command-line flags of an intervention, for the stage if that overrides the knob itself."""
-    own = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
-    for path, value in remedy.knobs:
-        where = f"stages.{stage}.{path}" if path in own else path
-        yield f"--config.{where}={value:g}" if isinstance(value, float) else f"--config.{where}={value}"
+def format_flags(intervention: Intervention, config: Config, stage: str) -> Iterator[str]:
+    """Yield the command-line flags of an intervention: for the stage where that overrides a knob, else for the run."""
+    overridden = {path for each in config.stages if each.name == stage for path, _ in each.overrides}
+    for path, value in intervention.knobs:
+        name = f"stages.{stage}.{path}" if path in overridden else path
+        yield f"--config.{name}={value:g}" if isinstance(value, float) else f"--config.{name}={value}"

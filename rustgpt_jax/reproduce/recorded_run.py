@@ -1,6 +1,6 @@
-"""Read-only view of a recorded run: its state after any step, and bit-exact recomputation of its steps."""
+"""Read-only view of a recorded run: its state after any step, its steps recomputed bit for bit, and their tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.hook_points import hook_points
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
+from rustgpt_jax.tracking.formatting import print_line
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
 from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
@@ -33,28 +34,38 @@ from rustgpt_jax.training.train_step import (
     StepIntermediates,
     compiled_step_intermediates,
     compiled_train_steps,
+    stack,
 )
 from rustgpt_jax.training.trainer import load_initial_state
 from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
-# Statistics of every tensor of a training step, in the order in which the step computes them.
+# Statistics of the tensors of a training step.
 
-ACTIVATION, ACTIVATION_GRADIENT = "activation", "gradient of the activation"
-PARAMETER, PARAMETER_GRADIENT, UPDATE = "parameter", "gradient of the parameter", "update of the parameter"
-# The hook points for which the parameters outside the blocks are needed.
-OUTSIDE = {"embedding": "embeddings", "positions": "embeddings", "norm": "hidden", "head": "logits"}
-# The kinds of tensors in the order in which a step makes them.
+PARAMETER, ACTIVATION, ACTIVATION_GRADIENT = "parameter", "activation", "gradient of the activation"
+PARAMETER_GRADIENT, UPDATE = "gradient of the parameter", "update of the parameter"
+# The kinds of tensors, in the order in which a step computes them.
 KINDS = (PARAMETER, ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, UPDATE)
+# The hook points that use the parameters outside the blocks.
+HOOK_POINT_OF = {"embedding": "embeddings", "positions": "embeddings", "norm": "hidden", "head": "logits"}
 
-# Measures stacked layers. Compiled once per shape, not once per parameter.
-compiled_measured_N = jax.jit(jax.vmap(intermediates.tensor_stats))
+# Measures stacked layers, so it is compiled once per shape and not once per parameter.
+compiled_tensor_stats_N = jax.jit(jax.vmap(intermediates.tensor_stats))
 
 
 class StepTensor(NamedTuple):
-    """Statistics of one tensor. `norm` (root of the sum of squares) and `largest` are over its finite elements.
+    """Statistics of one tensor of a step.
 
-    Names are like 'layers/3/mixer/query' or 'logits', and 'layers/3/mixer/query/kernel' for parameters.
+    Attributes:
+        kind: One of KINDS.
+        name: Such as 'logits' or 'layers/3/mixer/query', or 'layers/3/mixer/query/kernel' for a parameter.
+        layer: The index of its layer; None outside the layers.
+        site: The name without the layer.
+        norm: The root of the sum of squares of the finite elements.
+        largest: The largest magnitude of the finite elements.
+        nonfinite: The number of elements that are not finite.
+        size: The number of elements.
+        fingerprint: A fingerprint of its bits.
     """
 
     kind: str
@@ -69,7 +80,7 @@ class StepTensor(NamedTuple):
 
     @property
     def rms(self) -> float:
-        """The root of the mean square of the finite elements."""
+        """The root mean square of the finite elements."""
         finite = self.size - self.nonfinite
         return self.norm / finite**0.5 if finite > 0 else 0.0
 
@@ -80,72 +91,69 @@ def list_step_tensors(
     """List the tensors of a step from `params`, grouped by KINDS. Gradients are listed from the logits backward."""
     config = combine(*program)
     rows, length = report.weights_BT.shape
-    every = hook_points(config.model, rows // config.training.grad_accum_steps, length)
-    layers = [stack.layers for stack in layer_groups(config.model)]
-    places = {site.name: place for place, site in enumerate(every)}
+    n_microbatches = config.training.grad_accum_steps
+    points = hook_points(config.model, rows // n_microbatches, length)
+    order = {point.name: index for index, point in enumerate(points)}
+    layers = [group.layers for group in layer_groups(config.model)]
 
-    def at_sites(kind: str, measurements: intermediates.Intermediates, order: int) -> list[StepTensor]:
-        measurements, parts = jax.device_get(measurements), config.training.grad_accum_steps
+    def list_activations(kind: str, stats: intermediates.Intermediates) -> list[StepTensor]:
+        stats = jax.device_get(stats)
         return [
-            _tensor(kind, site.name, site.layer, site.site, parts * site.size, site.of(measurements))
-            for site in every[::order]
+            _step_tensor(kind, each.name, each.layer, each.site, n_microbatches * each.size, each.of(stats))
+            for each in points
         ]
 
-    def of_params(kind: str, tree: transformer.Params, order: int) -> list[StepTensor]:
-        return _of_params(kind, tree, layers, places)[::order]
+    def list_params(kind: str, tree: transformer.Params) -> list[StepTensor]:
+        return sorted(_param_tensors(kind, tree, layers), key=lambda tensor: _param_order(tensor.name, order))
 
     return [
-        *of_params(PARAMETER, params, 1),
-        *at_sites(ACTIVATION, report.activations, 1),
-        *at_sites(ACTIVATION_GRADIENT, report.gradients, -1),
-        *of_params(PARAMETER_GRADIENT, report.parameter_gradients, -1),
-        *of_params(UPDATE, report.updates, -1),
+        *list_params(PARAMETER, params),
+        *list_activations(ACTIVATION, report.activations),
+        *list_activations(ACTIVATION_GRADIENT, report.gradients)[::-1],
+        *list_params(PARAMETER_GRADIENT, report.parameter_gradients)[::-1],
+        *list_params(UPDATE, report.updates)[::-1],
     ]
 
 
-def _of_params(kind: str, tree: transformer.Params, layers: list[range], places: dict[str, int]) -> list[StepTensor]:
-    """List the parameters, or a tree like them, in the order of the first hook points that need them."""
-    found: list[StepTensor] = []
+def _param_tensors(kind: str, tree: transformer.Params, layers: list[range]) -> Iterator[StepTensor]:
+    """Yield the tensors of parameters, or of a tree like them, with stacked layers one by one."""
     for path, array in flatten_paths(tree).items():
-        if not path.startswith("blocks/"):
-            (measurement,) = jax.device_get(compiled_measured_N(array[None]))
-            found.append(_tensor(kind, path, None, path, array.size, measurement[None]))
-            continue
-        _, stack, site = path.split("/", 2)
-        for layer, measurement in zip(layers[int(stack)], jax.device_get(compiled_measured_N(array)), strict=True):
-            found.append(_tensor(kind, f"layers/{layer}/{site}", layer, site, array[0].size, measurement[None]))
-    return sorted(found, key=lambda tensor: _place(tensor.name, places))
+        if path.startswith("blocks/"):
+            _, group, site = path.split("/", 2)
+            stats_N = jax.device_get(compiled_tensor_stats_N(array))
+            for layer, stats in zip(layers[int(group)], stats_N, strict=True):
+                yield _step_tensor(kind, f"layers/{layer}/{site}", layer, site, array[0].size, stats[None])
+        else:
+            yield _step_tensor(kind, path, None, path, array.size, jax.device_get(compiled_tensor_stats_N(array[None])))
 
 
-def _place(parameter: str, places: dict[str, int]) -> float:
-    """Return the index of the hook point that a parameter is used for: that of the longest prefix of its path."""
-    parts = parameter.split("/")
-    if parts[0] in OUTSIDE:
-        return places[OUTSIDE[parts[0]]] - 0.5
-    paths = ("/".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-    # If the output of a parameter's module is not a hook point, use the last one inside the module.
-    return next((float(places[path]) for path in paths if path in places), _after(parameter, places))
+def _param_order(name: str, order: dict[str, int]) -> float:
+    """Return the index of the hook point that uses a parameter: the one with the longest prefix of its name."""
+    module, *parts = name.split("/")
+    if module in HOOK_POINT_OF:
+        return order[HOOK_POINT_OF[module]] - 0.5
+    prefixes = ("/".join([module, *parts[:end]]) for end in range(len(parts) - 1, 0, -1))
+    index = next((order[prefix] for prefix in prefixes if prefix in order), None)
+    if index is not None:
+        return index
+    # The output of the parameter's module is not a hook point: use the last one inside the module.
+    inside = [index for point, index in order.items() if point.startswith(f"{name.rsplit('/', 1)[0]}/")]
+    return max(inside, default=len(order)) - 0.5
 
 
-def _after(parameter: str, places: dict[str, int]) -> float:
-    module = parameter.rsplit("/", 1)[0]
-    within = [place for name, place in places.items() if name.startswith(f"{module}/")]
-    return max(within, default=len(places)) - 0.5
-
-
-def _tensor(kind: str, name: str, layer: int | None, site: str, size: int, parts: np.ndarray) -> StepTensor:
-    """Combine the measurements of the microbatches of a tensor."""
-    read = intermediates.unpack_stats(parts)
-    weights = 2 * np.arange(len(parts), dtype=np.uint32) + 1
-    first, second = (int(np.sum(half * weights, dtype=np.uint32)) for half in read.digest)
+def _step_tensor(kind: str, name: str, layer: int | None, site: str, size: int, stats_MN: np.ndarray) -> StepTensor:
+    """Combine the measurements of a tensor over the microbatches."""
+    read = intermediates.unpack_stats(stats_MN)
+    weights = 2 * np.arange(len(stats_MN), dtype=np.uint32) + 1
+    digest = format_fingerprint(*(int(np.sum(half * weights, dtype=np.uint32)) for half in read.digest))
     norm = float(np.sqrt(np.sum(np.square(read.norm.astype(np.float64)))))
     nonfinite = round(float(np.sum(read.nonfinite, dtype=np.float64)))
-    return StepTensor(
-        kind, name, layer, site, norm, float(np.max(read.largest)), nonfinite, size, format_fingerprint(first, second)
-    )
+    return StepTensor(kind, name, layer, site, norm, float(np.max(read.largest)), nonfinite, size, digest)
 
 
-# Steps that have to be made before the one that is wanted, which are worth a word.
+# Recorded runs.
+
+# Replaying more steps than this first is announced.
 FAR = 20
 
 
@@ -159,7 +167,7 @@ class StepInternals(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A failure that a run rewound from: its step, the step it continued from, and the state's counters then."""
+    """A rewind of a run: the failed step, the step it continued from, and the state's counters then."""
 
     step: int
     to: int
@@ -167,11 +175,8 @@ class Rewind(NamedTuple):
     faults: int
 
 
-HISTORY = ("train/loss", "train/gradient_norm", "train/update_norm", "train/spikes")
-
-
 class History(NamedTuple):
-    """Recorded training metrics of a run that show its health, one array per metric."""
+    """Recorded training metrics of a run, one array per metric."""
 
     steps: np.ndarray
     loss: np.ndarray
@@ -185,9 +190,7 @@ class History(NamedTuple):
 
     def where(self, is_kept: np.ndarray) -> "History":
         """Return the lines selected by a boolean array."""
-        if is_kept.all():
-            return self
-        return History(*(column[is_kept] for column in self))
+        return self if is_kept.all() else History(*(column[is_kept] for column in self))
 
     @property
     def is_finite(self) -> np.ndarray:
@@ -195,45 +198,50 @@ class History(NamedTuple):
         return np.isfinite(self.loss) & np.isfinite(self.gradient_norm) & np.isfinite(self.update_norm)
 
 
+HISTORY = tuple(f"train/{name}" for name in History._fields[1:])
+
+
 class RecordedRun:
     """A read-only view of a recorded run, which takes no lock. Use it in a `with` statement.
 
-    Step K of a run, from 1, is the one whose record has "step": K; it takes the state after step K - 1.
-    Raises UserError if the folder has no run, or the text that it read is not there any more.
+    Step K, counted from 1, is the one whose record has "step": K; it starts from the state after step K - 1.
+
+    Raises:
+        UserError: The folder is not a run, or its training text has changed.
     """
 
     def __init__(self, path: Path, console: Console) -> None:
         self.folder, self._console = RunDir(path), console
         self.config = load_config(path)
-        earlier = load_earlier(path)
-        self.inputs = prepare_inputs(self.config, self.folder.tokenizer_file, console, earlier)
+        self.inputs = prepare_inputs(self.config, self.folder.tokenizer_file, console, load_earlier(path))
         changed = changed_stages(self.folder.data_file, self.inputs.stages)
         if changed:
             raise UserError(
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be recomputed."
             )
-        mesh = self._mesh_here()
+        mesh = self._choose_mesh()
         self._placement = plan_for_all_devices(mesh)
         for data in self.inputs.stages:
             check_batch_shards(replace(data.stage.config, mesh=mesh), data.seq_len, self._placement.n_devices)
         self.rewinds = read_rewinds(self.folder)
-        self._last_saved = self.total_steps
+        self._last_visible = self.inputs.total_steps
         self._resources = ExitStack()
         self._checkpoints: Checkpoints | None = None
 
-    def _mesh_here(self) -> MeshConfig:
-        """Return the mesh of the last launch, or a data-parallel one if the devices differ."""
+    def _choose_mesh(self) -> MeshConfig:
+        """Return the mesh of the last launch, or a data-parallel one if that does not fit the devices."""
         last = load_launches(self.folder)[-1:]
-        was = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
+        mesh = MeshConfig(**last[0].mesh) if last and last[0].mesh else self.config.mesh
         try:
-            axis_sizes(was, jax.device_count())
+            axis_sizes(mesh, jax.device_count())
         except UserError:
-            self._say(
-                f"The run was on another mesh ({describe_mesh(was)}); on these devices, "
-                "results are close to its results, not equal."
+            print_line(
+                self._console,
+                f"The run was on another mesh ({describe_mesh(mesh)}); on these devices, "
+                "results are close to its results, not equal.",
             )
             return MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
-        return was
+        return mesh
 
     def __enter__(self) -> "RecordedRun":
         self._resources.enter_context(self._placement.active())
@@ -245,129 +253,114 @@ class RecordedRun:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    @property
-    def total_steps(self) -> int:
-        """The steps of all stages."""
-        return self.inputs.total_steps
+    def check_step(self, step: int) -> None:
+        """Raise UserError if the run does not have a step."""
+        if not 1 <= step <= self.inputs.total_steps:
+            raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.inputs.total_steps}.")
 
-    def check(self, step: int) -> None:
-        """Raises UserError for a step that the run does not have."""
-        if not 1 <= step <= self.total_steps:
-            raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.total_steps}.")
+    def stage_of(self, step: int) -> tuple[StageData, StageProgram]:
+        """Return the data and the program of the stage of a step."""
+        pairs = zip(self.inputs.stages, self.inputs.programs, strict=True)
+        return next((data, program) for data, program in pairs if step <= data.stage.last_step)
 
-    def data_of(self, step: int) -> StageData:
-        """The stage that a step belongs to."""
-        return self.inputs.stages[self._stage_index(step)]
-
-    def program_of(self, step: int) -> StageProgram:
-        """Return the program of a step."""
-        return self.inputs.programs[self._stage_index(step)]
-
-    def _stage_index(self, step: int) -> int:
-        return next(index for index, data in enumerate(self.inputs.stages) if step <= data.stage.last_step)
-
-    def record(self, step: int) -> dict[str, Any] | None:
-        """Return the logged training metrics of a step, or None if it was not logged."""
+    def recorded_metrics(self, step: int) -> dict[str, Any] | None:
+        """Return the training metrics logged at a step, or None if it was not logged."""
         found = None
         for line in iter_metrics(self.folder.path, containing=str(step).encode()):
-            if line["step"] == step and "train/loss" in line and step <= self._last_saved:
+            if line["step"] == step and "train/loss" in line and step <= self._last_visible:
                 found = line
         return found
 
     def history(self) -> History:
         """Return the logged training metrics."""
         steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
-        return History(steps, *(values[name] for name in HISTORY)).until(self._last_saved)
+        return History(steps, *(values[name] for name in HISTORY)).until(self._last_visible)
 
-    def go_before(self, rewind: Rewind) -> None:
-        """View the run as it was before it rewound from a failure, without anything written later."""
+    def undo_rewind(self, rewind: Rewind) -> None:
+        """View the run as it was before a rewind, without anything written later."""
         self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
-        self._last_saved = rewind.to
-
-    # Doing it again.
+        self._last_visible = rewind.to
 
     def saved_steps(self) -> list[int]:
-        """Return the steps with a checkpoint, and 0."""
+        """Return 0, the start, and the steps with a checkpoint."""
         steps = self._checkpoints.steps() if self._checkpoints else []
-        return [0, *(step for step in steps if step <= self._last_saved)]
-
-    def nearest(self, step: int) -> int:
-        """Return the last step with a checkpoint at or before this one; 0 for the start."""
-        return max(saved for saved in self.saved_steps() if saved <= step)
+        return [0, *(step for step in steps if step <= self._last_visible)]
 
     def state_at(self, step: int) -> State:
         """Return the state after a step: the nearest valid checkpoint, advanced by the missing steps."""
-        return self.advanced(self.saved_state(step), step)
+        return self.advance(self.restore_nearest(step), step)
 
-    def saved_state(self, step: int) -> State:
-        """The state of the nearest sound checkpoint at or before a step, or else the one that the run began with."""
-        return self._placement.shard_state(self._sound_state(step))
-
-    def _sound_state(self, step: int) -> State:
+    def restore_nearest(self, step: int) -> State:
+        """Return the state of the last valid checkpoint at or before a step, or else the initial state."""
         like = self._placement.abstract(state_shapes(self.inputs.stages[0].stage.config))
         for saved in self.saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
-                    return self._checkpoints.restore_step(like, saved)
-                except CorruptCheckpoint as damage:
-                    self._say(f"The checkpoint of step {saved} is damaged ({damage}); an earlier one is taken.")
-        return load_initial_state(self.inputs, self.folder, self._placement)
+                    return self._placement.shard_state(self._checkpoints.restore_step(like, saved))
+                except CorruptCheckpoint as error:
+                    print_line(
+                        self._console, f"The checkpoint of step {saved} is damaged ({error}); an earlier one is used."
+                    )
+        return self._placement.shard_state(load_initial_state(self.inputs, self.folder, self._placement))
 
-    def advanced(self, state: State, step: int) -> State:
-        """A state, whose buffers are gone then, advanced to that after a step. If that takes many steps, it is said."""
-        missing = step - int(state.step)
+    def advance(self, state: State, step: int) -> State:
+        """Return the state after a step, computed from an earlier state, whose buffers are donated."""
+        first = int(state.step)
+        missing = step - first
         if missing > FAR:
-            self._say(f"{missing:,} steps are recomputed first, from {describe_start(int(state.step))} on.")
+            print_line(self._console, f"{missing:,} steps are recomputed first, from {describe_start(first)} on.")
         with show_progress(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
-    def batch(self, state: State) -> Batch:
-        """Return the batch of the step after a state."""
-        return self.batches(state, 1)[0]
-
     def batches(self, state: State, count: int) -> list[Batch]:
-        """The batches that the run read in the `count` steps after a state, which are all of one stage."""
+        """Return the batches that the run read in the `count` steps after a state, which must be of one stage."""
         first = int(state.step)
-        source = self.data_of(first + 1).training_batches()
-        return [source.batch(step + self._skipped(state, step)) for step in range(first, first + count)]
-
-    def _skipped(self, state: State, step: int) -> int:
-        """How many batches the run had passed over after a step, of the stage in which it has come from a state."""
-        last = self._last_rewind(step)
-        return int(state.loss_stats.skipped) if last is None or last.to < int(state.step) else last.skipped
+        source = self.stage_of(first + 1)[0].training_batches()
+        indices = []
+        for step in range(first, first + count):
+            last = self._last_rewind(step)
+            n_skipped = int(state.loss_stats.skipped) if last is None or last.to < first else last.skipped
+            indices.append(step + n_skipped)
+        return [source.batch(index) for index in indices]
 
     def train(
-        self, state: State, count: int, made: Callable[[int], object] | None = None
+        self, state: State, count: int, on_progress: Callable[[int], object] | None = None
     ) -> tuple[State, list[Metrics]]:
-        """The state after `count` more steps, and the metrics of each. The buffers of `state` are gone then.
+        """Train for `count` more steps.
 
-        `made` is told how many have been made.
+        Args:
+            state: The state to start from. Its buffers are donated.
+            count: The number of steps.
+            on_progress: Called with the number of completed steps.
+
+        Returns:
+            The last state, and the metrics of each step.
         """
         every: list[Metrics] = []
-        state = self._rewound(state)
+        state = self._apply_rewind(state)
         while len(every) < count:
             step = int(state.step)
-            data, program = self.data_of(step + 1), self.program_of(step + 1)
+            data, program = self.stage_of(step + 1)
             slots = data.stage.config.training.steps_per_jit_call
-            borders = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
-            now = min(slots, min(borders) - step, count - len(every))
-            batches = self.batches(state, now)
-            # No step reads what fills up the slots.
-            batches += [batches[-1]] * (slots - now)
-            stacked = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-            shared = self._placement.shard_batch(stacked, stacked.tokens_BT.shape[1])
+            ends = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
+            n_steps = min(slots, min(ends) - step, count - len(every))
+            batches = self.batches(state, n_steps)
+            # Fill the unused slots, which no step reads.
+            batches += [batches[-1]] * (slots - n_steps)
+            stacked = stack(batches)
+            sharded = self._placement.shard_batch(stacked, stacked.tokens_BT.shape[1])
             state, metrics = compiled_train_steps(
-                program.static, state, shared, np.int32(now), program.hparams, program.first_step
+                program.static, state, sharded, np.int32(n_steps), program.hparams, program.first_step
             )
-            history = jax.device_get(metrics)
-            every += [jax.tree.map(lambda column, index=index: column[index], history) for index in range(now)]
-            state = self._rewound(state)
-            if made is not None:
-                made(len(every))
+            metrics = jax.device_get(metrics)
+            every += [jax.tree.map(lambda column, index=index: column[index], metrics) for index in range(n_steps)]
+            state = self._apply_rewind(state)
+            if on_progress is not None:
+                on_progress(len(every))
         return state, every
 
-    def _rewound(self, state: State) -> State:
-        """The state from which the run went on, which is another where it had come back to this step."""
+    def _apply_rewind(self, state: State) -> State:
+        """Set the counters of a state to those after the last rewind, if the run rewound to its step."""
         last = self._last_rewind(int(state.step))
         if last is None or last.to < int(state.step):
             return state
@@ -377,22 +370,20 @@ class RecordedRun:
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
-    def look_into(self, state: State) -> StepInternals:
+    def step_internals(self, state: State) -> StepInternals:
         """Compute the step after a state, with the statistics of all its tensors. The state is not changed."""
-        program, batch = self.program_of(int(state.step) + 1), self.batch(state)
-        shared = self._placement.shard_batch(batch, len(batch.tokens_BT))
+        _, program = self.stage_of(int(state.step) + 1)
+        (batch,) = self.batches(state, 1)
+        sharded = self._placement.shard_batch(batch, len(batch.tokens_BT))
         metrics, report = compiled_step_intermediates(
-            program.static, state, shared, program.hparams, program.first_step
+            program.static, state, sharded, program.hparams, program.first_step
         )
         tensors = list_step_tensors((program.static, program.hparams), state.params, report)
         return StepInternals(batch, metrics, report, tensors)
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
-
 
 def read_rewinds(folder: RunDir) -> list[Rewind]:
-    """The rewinds of a run. One that was done again, after a kill, is one."""
+    """Read the rewinds of a run. A rewind that was repeated after a kill is listed once."""
     names = Rewind._fields
     events = EventLog(folder.journal_file).events_named("rewind", dict.fromkeys(names, int))
     return [Rewind(*rewind) for rewind in dict.fromkeys(tuple(event[name] for name in names) for event in events)]
@@ -400,7 +391,7 @@ def read_rewinds(folder: RunDir) -> list[Rewind]:
 
 def describe_start(step: int) -> str:
     """Describe what the state after a step is restored from."""
-    return f"the checkpoint of step {step}" if step else "the start"
+    return f"the checkpoint of step {step:,}" if step else "the start"
 
 
 def to_metric_dict(metrics: Metrics) -> dict[str, float]:

@@ -2,17 +2,19 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
+from rustgpt_jax.reproduce.compare_metrics import TIMED, describe_missing_record, values_match
 from rustgpt_jax.reproduce.recorded_run import (
     ACTIVATION,
     ACTIVATION_GRADIENT,
@@ -21,13 +23,92 @@ from rustgpt_jax.reproduce.recorded_run import (
     PARAMETER_GRADIENT,
     UPDATE,
     RecordedRun,
+    StepInternals,
     StepTensor,
     describe_start,
+    to_metric_dict,
 )
-from rustgpt_jax.reproduce.replay_step import ReplayedStep, replay_one_step
 from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.sweeps.report.plot_style import css, shade
-from rustgpt_jax.tracking.formatting import replace_control_characters
+from rustgpt_jax.tracking.formatting import print_line
+from rustgpt_jax.training.hooks import MUST_BE_FINITE
+from rustgpt_jax.workdir.code_snapshot import hash_running_code
+from rustgpt_jax.workdir.environment import collect_environment, flatten_environment
+from rustgpt_jax.workdir.event_log import load_launches
+
+MOST_CHANGES_NAMED = 4
+# The parts of an environment that may change bits.
+BIT_RELEVANT = ("devices.", "machine.", "settings.", "variables.", "packages.jax")
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """A recomputed step.
+
+    Attributes:
+        run: The name of the run.
+        step: The number of the step, from 1.
+        stage: The name of its stage.
+        from_step: The step of the checkpoint that the replay started from; 0 for the start.
+        metrics: Metrics by their names in metrics.jsonl.
+        record: The line of that file, or None if the step was not logged.
+        reasons: Why the step may differ bitwise; empty if all known conditions are the same.
+        missing: Why an expected line is missing; empty if it is present, or the run does not log the step.
+        log_every: The logging interval of the run.
+    """
+
+    run: str
+    step: int
+    stage: str
+    from_step: int
+    metrics: dict[str, float]
+    record: dict[str, Any] | None
+    reasons: tuple[str, ...]
+    missing: str = ""
+    log_every: int = 1
+
+    @property
+    def recorded(self) -> dict[str, float]:
+        """The recorded metrics that are a function of the config."""
+        record = self.record or {}
+        return {name: value for name, value in record.items() if name.startswith("train/") and name not in TIMED}
+
+    @property
+    def unequal(self) -> list[str]:
+        """The recorded metrics that are not bit-identical now."""
+        return [name for name, value in self.recorded.items() if not values_match(value, self.metrics.get(name))]
+
+    @property
+    def lacking(self) -> list[str]:
+        """The metrics that are missing from the recorded line of the step."""
+        return [name for name in self.metrics if self.record is not None and name not in self.record]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the step matches its record, or was not meant to be recorded."""
+        return not (self.unequal or self.lacking or self.missing)
+
+    @property
+    def verdict(self) -> str:
+        """A sentence that says whether the step matches its record."""
+        if self.missing:
+            return f"There is nothing to compare this with: metrics.jsonl {self.missing}."
+        if self.record is None:
+            every = f"config.logging.log_every={self.log_every}"
+            return f"The run does not record step {self.step} ({every}): there is nothing to compare this with."
+        names = ", ".join(name.removeprefix("train/") for name in self.unequal or self.lacking)
+        if not self.unequal and self.lacking:
+            return f"The recorded values are the same, but metrics.jsonl lacks values of this step: {names}."
+        if not self.unequal:
+            return f"All {len(self.recorded)} recorded values of the step are the same, bit for bit."
+        if not self.reasons:
+            return f"Not bit-identical: {names}, although the code and the recorded environment are those of the run."
+        return f"Not bit-identical: {names}. Possible reasons: {'; '.join(self.reasons)}."
+
+
+def is_finite(metrics: Mapping[str, Any]) -> bool:
+    """Return whether the loss, gradient and update are finite, given the metrics of a step or a line of the record."""
+    return all(math.isfinite(metrics.get(f"train/{name}", 0.0)) for name in MUST_BE_FINITE)
 
 
 def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
@@ -42,49 +123,76 @@ def replay(path: Path, step: int, has_taps: bool, console: Console) -> bool:
     Raises:
         UserError: As for `RecordedRun`, or the run does not have the step.
     """
-    with RecordedRun(path, console) as past:
-        again, inside = replay_one_step(past, step, has_taps)
-    _print(again, path, console)
-    if inside is not None:
-        print_tensors(inside.tensors, console)
-        file = write_page(path, again, inside.tensors)
-        console.print(f"Each tensor of the step: {file}", highlight=False, soft_wrap=True)
-    return again.is_same
-
-
-def write_page(path: Path, again: ReplayedStep, tensors: Sequence[StepTensor]) -> Path:
-    """Write the page of a step and return its path.
-
-    The page goes to the run folder, or to a new temporary folder if that is not writable.
-    """
-    name, content = f"step_{again.step}.html", render_page(again, tensors)
-    try:
-        (path / "replay").mkdir(exist_ok=True)
-        write_atomically(path / "replay" / name, content)
-        return path / "replay" / name
-    except (OSError, NotWritableError):
-        file = Path(tempfile.mkdtemp(prefix="rustgpt_jax_replay_")) / name
-        write_atomically(file, content)
-        return file
-
-
-def _print(again: ReplayedStep, path: Path, console: Console) -> None:
-    console.print(
-        f"step {again.step} of {path} (stage {replace_control_characters(again.stage)}), "
-        f"replayed from {describe_start(again.from_step)}",
-        highlight=False,
-        soft_wrap=True,
+    with RecordedRun(path, console) as run:
+        replayed, internals = replay_one_step(run, step, has_taps)
+    print_line(
+        console,
+        f"step {step} of {path} (stage {replayed.stage}), replayed from {describe_start(replayed.from_step)}",
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for head, justify in (("", "left"), ("again", "right"), ("recorded", "right"), ("", "left")):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    recorded = again.recorded
-    for name, value in again.metrics.items():
-        there = f"{recorded[name]:.9g}" if name in recorded else ""
-        same = ("differs" if name in again.unequal else "same bits") if name in recorded else ""
-        table.add_row(name.removeprefix("train/"), f"{value:.9g}", there, same)
+    table.add_column("")
+    table.add_column("replayed", justify="right")
+    table.add_column("recorded", justify="right")
+    table.add_column("")
+    for name, value in replayed.metrics.items():
+        recorded, verdict = "", ""
+        if name in replayed.recorded:
+            recorded = f"{replayed.recorded[name]:.9g}"
+            verdict = "differs" if name in replayed.unequal else "same bits"
+        table.add_row(name.removeprefix("train/"), f"{value:.9g}", recorded, verdict)
     console.print(table, highlight=False)
-    console.print(again.verdict, highlight=False, soft_wrap=True)
+    print_line(console, replayed.verdict)
+    if internals is not None:
+        print_tensors(internals.tensors, console)
+        print_line(console, f"All tensors of the step: {write_page(path, replayed, internals.tensors)}")
+    return replayed.is_same
+
+
+def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[ReplayedStep, StepInternals | None]:
+    """Recompute a step of a run, with its intermediates if `has_taps`.
+
+    Raises:
+        UserError: The run does not have the step.
+    """
+    run.check_step(step)
+    state = run.restore_nearest(step - 1)
+    from_step = int(state.step)
+    state = run.advance(state, step - 1)
+    internals = run.step_internals(state) if has_taps else None
+    _, (metrics,) = run.train(state, 1)
+    stage, record = run.stage_of(step)[0].stage, run.recorded_metrics(step)
+    missing = "" if record is not None else describe_missing_record(run.folder, stage, step)
+    if record is None and not missing and stage.is_logged(step):
+        missing = f"has no line of step {step}"
+    replayed = ReplayedStep(
+        run=run.folder.path.resolve().name,
+        step=step,
+        stage=stage.name,
+        from_step=from_step,
+        metrics=to_metric_dict(metrics),
+        record=record,
+        reasons=_find_reasons(run, step),
+        missing=missing,
+        log_every=stage.config.logging.log_every,
+    )
+    return replayed, internals
+
+
+def _find_reasons(run: RecordedRun, step: int) -> tuple[str, ...]:
+    """Return why a step may differ bitwise from its record."""
+    launch = next((launch for launch in load_launches(run.folder)[::-1] if launch.step < step), None)
+    if launch is None:
+        return ("the code and environment of the run were not recorded",)
+    reasons: list[str] = []
+    code = hash_running_code(run.folder)
+    if launch.code != code:
+        reasons.append(f"the code was {launch.code} and is {code}")
+    if launch.mode == "fused":
+        reasons.append(f"the run was trained fused with {launch.width - 1} others, which changes the order of sums")
+    then, now = flatten_environment(launch.environment), flatten_environment(collect_environment())
+    changed = [name for name in then | now if name.startswith(BIT_RELEVANT) and then.get(name) != now.get(name)]
+    reasons += [f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed[:MOST_CHANGES_NAMED]]
+    return tuple(reasons)
 
 
 def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
@@ -96,95 +204,147 @@ def print_tensors(tensors: Sequence[StepTensor], console: Console) -> None:
     for site in dict.fromkeys(tensor.site for tensor in tensors if tensor.kind == ACTIVATION):
         cells: list[RenderableType] = []
         for kind in (ACTIVATION, ACTIVATION_GRADIENT):
-            of_site = [tensor for tensor in tensors if tensor.kind == kind and tensor.site == site]
-            worst = max(of_site, key=lambda tensor: (tensor.nonfinite, tensor.largest))
+            at_site = [tensor for tensor in tensors if tensor.kind == kind and tensor.site == site]
+            worst = max(at_site, key=lambda tensor: (tensor.nonfinite, tensor.largest))
             layer = "" if worst.layer is None else str(worst.layer)
-            bad = Text(f"{worst.nonfinite:,}", "red" if worst.nonfinite else "")
-            cells += [f"{worst.largest:.3g}", layer, f"{worst.norm:.3g}", bad]
+            nonfinite = Text(f"{worst.nonfinite:,}", "red" if worst.nonfinite else "")
+            cells += [f"{worst.largest:.3g}", layer, f"{worst.norm:.3g}", nonfinite]
         table.add_row(site, *cells)
     console.print(table, highlight=False)
 
 
-# The page of a replayed step: one HTML file that needs nothing else, with heat maps and a table of its tensors.
+# The HTML page of a replayed step: a self-contained file with heat maps and a table of its tensors.
 
-# Heat maps of a step in HTML: layers down, sites across, colours by the logarithm, red where it is not finite.
-
-# Cells have their numbers written in them where there are no more columns than this.
-MOST_COLUMNS_WITH_NUMBERS = 14
-# A cell at more than this share of the way to the faint end of the colours has dark writing.
-FAINT_FROM = 0.45
-
-Value = Callable[[StepTensor], float]
+ASSETS = Path(__file__).parent / "assets"
+# With at most this many columns, the cells of a heat map show their values.
+MOST_COLUMNS_WITH_VALUES = 14
+# Colors beyond this share of the color scale are light, so the text on them is dark.
+LIGHT_FROM = 0.45
 
 
-@dataclass(frozen=True)
-class ValueRange:
-    """The smallest and the largest positive value of a heat map."""
+def write_page(path: Path, replayed: ReplayedStep, tensors: Sequence[StepTensor]) -> Path:
+    """Write the page of a step and return its path.
 
-    low: float
-    high: float
+    The page is written to the run folder, or to a new temporary folder if that is not writable.
+    """
+    name, page = f"step_{replayed.step}.html", render_page(replayed, tensors)
+    try:
+        (path / "replay").mkdir(exist_ok=True)
+        write_atomically(path / "replay" / name, page)
+        return path / "replay" / name
+    except (OSError, NotWritableError):
+        file = Path(tempfile.mkdtemp(prefix="rustgpt_jax_replay_")) / name
+        write_atomically(file, page)
+        return file
 
-    def share(self, value: float) -> float:
-        """Return the position of a value on a logarithmic scale, 0 for the largest."""
-        if value <= 0:
-            return 1.0
-        width = math.log(self.high / self.low)
-        return 1.0 - math.log(value / self.low) / width if width > 0 else 0.5
+
+def render_page(replayed: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
+    """Render the HTML page of a replayed step."""
+    style = "".join((folder / "page.css").read_text(encoding="utf-8") for folder in (REPORT_ASSETS, ASSETS))
+    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(replayed.run)}, step {replayed.step}</title><link rel=icon href=data:,>"
+        f"<style>{css()}{style}</style></head><body><main>"
+        f"{_render_head(replayed, tensors)}{_render_heat_maps(tensors)}{_render_table(tensors)}"
+        f'</main><div id="tip"></div><script>{script}</script></body></html>\n'
+    )
 
 
-def render_heat_map(title: str, caption: str, tensors: Sequence[StepTensor], value: Value) -> str:
-    """Render a figure with a cell per tensor; those outside of the layers are in a separate row."""
-    values = [value(tensor) for tensor in tensors]
-    positive = [each for each in values if each > 0 and math.isfinite(each)]
-    span = ValueRange(min(positive, default=1.0), max(positive, default=1.0))
-    inside = [tensor for tensor in tensors if tensor.layer is not None]
-    columns = _columns(inside)
-    layers = sorted({tensor.layer for tensor in inside if tensor.layer is not None})
-    cells = {(tensor.layer, tensor.site): _cell(tensor, value(tensor), span, len(columns)) for tensor in inside}
+def _render_head(replayed: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
+    metrics = replayed.metrics
+    bad = [tensor for tensor in tensors if tensor.nonfinite]
+    first = f"The first non-finite tensor is the {bad[0].kind} {bad[0].name}." if bad else "All tensors are finite."
+    return (
+        f'<header><p class="name">{escape(replayed.run)}, stage {escape(replayed.stage)}</p>'
+        f"<h1>Step {replayed.step:,}, replayed from {describe_start(replayed.from_step)}</h1>"
+        f'<div class="best"><div class="loss">{metrics["train/loss"]:.4f}</div><div><p class="setting">'
+        f"gradient norm {metrics['train/gradient_norm']:.4g}, learning rate {metrics['train/learning_rate']:.3g}</p>"
+        f'<p class="unit">Training loss in nats per token. {escape(replayed.verdict)}</p></div></div>'
+        f'<p class="counts{" warn" if bad else ""}">{escape(first)}</p></header>'
+    )
+
+
+def _render_heat_maps(tensors: Sequence[StepTensor]) -> str:
+    rms_before = {tensor.name: tensor.rms for tensor in tensors if tensor.kind == PARAMETER}
+
+    def rms(tensor: StepTensor) -> float:
+        return tensor.rms
+
+    def relative_rms(tensor: StepTensor) -> float:
+        return tensor.rms / rms_before[tensor.name] if rms_before[tensor.name] else 0.0
+
+    figures = (
+        (ACTIVATION, "Activations", rms, ", in order of computation from left to right"),
+        (ACTIVATION_GRADIENT, "Gradients of the activations", rms, ", computed from right to left"),
+        (PARAMETER_GRADIENT, "Gradients of the parameters", rms, " before clipping"),
+        (UPDATE, "Updates of the parameters", relative_rms, ", relative to that of the parameter before the step"),
+    )
+    rendered = []
+    for kind, title, value, rest in figures:
+        shown = [tensor for tensor in tensors if tensor.kind == kind][:: 1 if kind == ACTIVATION else -1]
+        caption = f"Root mean square of each tensor{rest}, on a logarithmic color scale."
+        rendered.append(render_heat_map(title, caption, shown, value))
+    return f'<section><h2>Magnitudes</h2><div class="figures">{"".join(rendered)}</div></section>'
+
+
+def render_heat_map(
+    title: str, caption: str, tensors: Sequence[StepTensor], value: Callable[[StepTensor], float]
+) -> str:
+    """Render a figure with a row per layer and a column per site. Tensors outside the layers have a separate row."""
+    positive = [each for each in map(value, tensors) if each > 0 and math.isfinite(each)]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    columns = _order_sites(tensors)
+
+    def cell(tensor: StepTensor, has_value: bool) -> str:
+        return _render_cell(tensor, value(tensor), low, high, has_value)
+
+    has_values = len(columns) <= MOST_COLUMNS_WITH_VALUES
+    cells = {(tensor.layer, tensor.site): cell(tensor, has_values) for tensor in tensors}
     heads = "".join(f"<th><span>{escape(column)}</span></th>" for column in columns)
     rows = "".join(
         f"<tr><th>{layer}</th>{''.join(cells.get((layer, column), '<td></td>') for column in columns)}</tr>"
-        for layer in layers
+        for layer in sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
     )
-    style = "heat numbered" if len(columns) <= MOST_COLUMNS_WITH_NUMBERS else "heat"
+    outside = "".join(
+        f"<th>{escape(tensor.name)}</th>{cell(tensor, True)}" for tensor in tensors if tensor.layer is None
+    )
+    if outside:
+        outside = f'<table class="heat numbered outside"><tbody><tr>{outside}</tr></tbody></table>'
+    band = '<i class="band" style="background:var(--loss-band)"></i>'
     return (
-        f'<figure class="wide"><h3>{escape(title)}</h3>{_key(span)}'
-        f'<div class="plot"><table class="{style}"><thead><tr><th class="corner">layer</th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{_outside(tensors, value, span)}"
+        f'<figure class="wide"><h3>{escape(title)}</h3><div class="key"><span>{format_short(high)}{band}'
+        f'{format_short(low)}</span><span><i class="red"></i>number of non-finite elements</span></div>'
+        f'<div class="plot"><table class="heat{" numbered" if has_values else ""}">'
+        f'<thead><tr><th class="corner">layer</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{outside}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _columns(tensors: Sequence[StepTensor]) -> list[str]:
-    """The sites in the order in which they come in their layers, by how far into a layer where layers differ."""
-    layers: dict[int | None, list[str]] = {}
+def _order_sites(tensors: Sequence[StepTensor]) -> list[str]:
+    """Order the sites of the layers by their mean relative position within the layers that have them."""
+    layers: dict[int, list[str]] = {}
     for tensor in tensors:
-        layers.setdefault(tensor.layer, []).append(tensor.site)
-    places: dict[str, list[float]] = {}
-    for names in layers.values():
-        for index, site in enumerate(names):
-            places.setdefault(site, []).append(index / len(names))
-    return sorted(places, key=lambda site: fmean(places[site]))
+        if tensor.layer is not None:
+            layers.setdefault(tensor.layer, []).append(tensor.site)
+    positions: dict[str, list[float]] = {}
+    for sites in layers.values():
+        for index, site in enumerate(sites):
+            positions.setdefault(site, []).append(index / len(sites))
+    return sorted(positions, key=lambda site: fmean(positions[site]))
 
 
-def _outside(tensors: Sequence[StepTensor], value: Value, span: ValueRange) -> str:
-    outside = [tensor for tensor in tensors if tensor.layer is None]
-    if not outside:
-        return ""
-    cells = "".join(f"<th>{escape(tensor.name)}</th>{_cell(tensor, value(tensor), span, 1)}" for tensor in outside)
-    return f'<table class="heat numbered outside"><tbody><tr>{cells}</tr></tbody></table>'
-
-
-def _cell(tensor: StepTensor, value: float, span: ValueRange, n_columns: int) -> str:
+def _render_cell(tensor: StepTensor, value: float, low: float, high: float, has_value: bool) -> str:
     tip = f'data-tip="{escape(format_tooltip(tensor))}"'
     if tensor.nonfinite or not math.isfinite(value):
         return f'<td class="bad" {tip}>{tensor.nonfinite:,}</td>'
-    text = format_short(value) if n_columns <= MOST_COLUMNS_WITH_NUMBERS else ""
+    text = format_short(value) if has_value else ""
     if value <= 0:
         return f'<td class="none" {tip}>{text}</td>'
-    share = span.share(value)
-    kind = "faint" if share > FAINT_FROM else "strong"
-    return f'<td class="{kind}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
+    share = 1.0 - math.log(value / low) / math.log(high / low) if high > low else 0.5
+    style = "faint" if share > LIGHT_FROM else "strong"
+    return f'<td class="{style}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
 
 
 def format_tooltip(tensor: StepTensor) -> str:
@@ -201,96 +361,23 @@ def format_short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if e else mantissa
 
 
-def _key(span: ValueRange) -> str:
-    band = '<i class="band" style="background:var(--loss-band)"></i>'
-    return (
-        f'<div class="key"><span>{format_short(span.high)}{band}{format_short(span.low)}</span>'
-        '<span><i class="red"></i>not finite, how many</span></div>'
-    )
-
-
-PARTS = Path(__file__).parent / "assets"
-
-
-def render_page(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
-    """Render the HTML page of a replayed step."""
-    title = f"{escape(again.run)}, step {again.step}"
-    style = (REPORT_ASSETS / "page.css").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
-    body = f"{_head(again, tensors)}{_figures(tensors)}{_table(tensors)}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><link rel=icon href=data:,><style>{css()}{style}</style></head>"
-        f'<body><main>{body}</main><div id="tip"></div>'
-        f"<script>{(PARTS / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
-    )
-
-
-def _head(again: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
-    metrics = again.metrics
-    start = f"the checkpoint of step {again.from_step:,}" if again.from_step else "the start"
-    bad = [tensor for tensor in tensors if tensor.nonfinite]
-    first = f"The first tensor that is not finite: the {bad[0].kind} {bad[0].name}." if bad else "All is finite."
-    return (
-        f'<header><p class="name">{escape(again.run)}, stage {escape(again.stage)}</p>'
-        f"<h1>Step {again.step:,}, replayed from {start}</h1>"
-        f'<div class="best"><div class="loss">{metrics["train/loss"]:.4f}</div><div><p class="setting">'
-        f"gradient norm {metrics['train/gradient_norm']:.4g}, learning rate {metrics['train/learning_rate']:.3g}</p>"
-        f'<p class="unit">Training loss, nats a token. {escape(again.verdict)}</p></div></div>'
-        f'<p class="counts{" warn" if bad else ""}">{escape(first)}</p></header>'
-    )
-
-
-def _figures(tensors: Sequence[StepTensor]) -> str:
-    def of(kind: str) -> list[StepTensor]:
-        return [tensor for tensor in tensors if tensor.kind == kind]
-
-    before = {tensor.name: tensor.rms for tensor in of(PARAMETER)}
-    shown = "Each cell is a tensor, coloured by the logarithm of its"
-    maps = [
-        render_heat_map(
-            "Activations",
-            f"{shown} root mean square. Sites stand in the order in which they are computed, from left to right.",
-            of(ACTIVATION),
-            lambda tensor: tensor.rms,
-        ),
-        render_heat_map(
-            "Gradients of the activations",
-            f"{shown} root mean square: how much the loss depends on it. They are computed from right to left.",
-            of(ACTIVATION_GRADIENT)[::-1],
-            lambda tensor: tensor.rms,
-        ),
-        render_heat_map(
-            "Gradients of the parameters",
-            f"{shown} root mean square, before clipping.",
-            of(PARAMETER_GRADIENT)[::-1],
-            lambda tensor: tensor.rms,
-        ),
-        render_heat_map(
-            "Updates of the parameters",
-            f"{shown} root mean square as a share of that of the parameter before the step.",
-            of(UPDATE)[::-1],
-            lambda tensor: tensor.rms / before[tensor.name] if before[tensor.name] else 0.0,
-        ),
-    ]
-    return f'<section><h2>Where the numbers are large</h2><div class="figures">{"".join(maps)}</div></section>'
-
-
-def _table(tensors: Sequence[StepTensor]) -> str:
+def _render_table(tensors: Sequence[StepTensor]) -> str:
     heads = ("kind", "tensor", "root mean square", "norm", "largest", "not finite", "elements", "fingerprint")
     styles = ("", "", "number", "number", "number", "number", "number", "")
     head = "".join(f'<th class="{style}">{name}</th>' for name, style in zip(heads, styles, strict=True))
     rows = []
     for tensor in sorted(tensors, key=lambda tensor: KINDS.index(tensor.kind)):
-        numbers = (format_short(tensor.rms), f"{tensor.norm:.4g}", f"{tensor.largest:.4g}")
-        counts = (f"{tensor.nonfinite:,}", f"{tensor.size:,}", f"<code>{tensor.fingerprint}</code>")
-        cells = (tensor.kind, escape(tensor.name), *numbers, *counts)
-        line = "".join(f'<td class="{style}">{cell}</td>' for cell, style in zip(cells, styles, strict=True))
-        rows.append(f"<tr{' class=broken' if tensor.nonfinite else ''}>{line}</tr>")
+        cells = (
+            *(tensor.kind, escape(tensor.name)),
+            *(format_short(tensor.rms), f"{tensor.norm:.4g}", f"{tensor.largest:.4g}"),
+            *(f"{tensor.nonfinite:,}", f"{tensor.size:,}", f"<code>{tensor.fingerprint}</code>"),
+        )
+        row = "".join(f'<td class="{style}">{cell}</td>' for cell, style in zip(cells, styles, strict=True))
+        rows.append(f"<tr{' class=broken' if tensor.nonfinite else ''}>{row}</tr>")
     return (
-        "<section><h2>Every tensor, in the order in which it is computed</h2>"
-        '<p class="soft small">Norms and largest magnitudes are of the finite elements. '
-        "Two runs whose fingerprints of a tensor are equal have the same bits there.</p>"
+        "<section><h2>All tensors, in order of computation</h2>"
+        '<p class="soft small">Norms and largest magnitudes are those of the finite elements. '
+        "Tensors of two runs with equal fingerprints have equal bits.</p>"
         f'<div class="table tensors"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

@@ -1,4 +1,4 @@
-"""The code that a run was made with, unpacked, and processes that run it as the run was launched."""
+"""Runs the code snapshot of a run in a process that is set up like the launch of the run."""
 
 import os
 import signal
@@ -22,90 +22,89 @@ from rustgpt_jax.workdir.environment import environment_variables
 from rustgpt_jax.workdir.event_log import Launch, code_archive, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
-# What a shell says of a process that a signal ended.
-KILLED_BY = 128
 SECONDS_BETWEEN_POLLS = 0.05
-# Number of differing files to list in a message.
+# The number of differing files to list in a message.
 MOST_NAMED = 4
 
 
 def use_devices_of(run: RunDir) -> None:
-    """Make a CPU as many devices as the last launch of a run had, if there was one. To be called before JAX is used."""
+    """Give a CPU as many devices as the last launch of a run had. Call this before JAX is used."""
     for launch in load_launches(run)[-1:]:
         use_cpu_devices(launch.devices)
 
 
 class FinishedProcess(NamedTuple):
-    """How a process ended: its status, as a shell would have it, and the first signal that was passed on to it."""
+    """The exit status of a process, by the shell's convention, and the first signal that was passed on to it."""
 
     status: int
     stopped_by: signal.Signals | None
 
 
 class SnapshotCode(NamedTuple):
-    """The code of a launch, unpacked in a folder, and a sentence that says whose code it is."""
+    """The code of a launch, unpacked in a folder, and a note on whether it is the code installed here."""
 
     folder: Path
     launch: Launch
-    whose: str = ""
+    note: str = ""
 
     def run(self, arguments: Sequence[str], errors: IO[bytes] | None = None) -> FinishedProcess:
-        """Run Python with this code before all other, on as many cores and devices as the launch had, in its place.
+        """Run Python with this code first on the path, and with the cores, devices and working folder of the launch.
 
-        Signals that ask this process to stop go to that one, and end it: this one lives on to clean up.
+        Signals that ask this process to stop are passed on to the child, so that this process can clean up.
         """
-        with _passing_on() as signals:
+        with _forward_signals() as signals:
             child = self._start(arguments, errors)
-            signals.pass_to(child)
+            signals.send_to(child)
             # child.wait() would miss a signal that arrives just before it blocks.
             while (status := child.poll()) is None:
                 time.sleep(SECONDS_BETWEEN_POLLS)
-        return FinishedProcess(status if status >= 0 else KILLED_BY - status, signals.first)
+        return FinishedProcess(status if status >= 0 else 128 - status, signals.first)
 
     def _start(self, arguments: Sequence[str], errors: IO[bytes] | None) -> "subprocess.Popen[bytes]":
         # Paths of the config may be relative to where the run was launched.
-        place = Path(self.launch.cwd) if Path(self.launch.cwd).is_dir() else self.folder
-        mine = os.sched_getaffinity(0)
-        # XLA divides its sums by the cores.
-        os.sched_setaffinity(0, sorted(mine)[: self.launch.environment["machine"]["cores"]])
+        cwd = Path(self.launch.cwd) if Path(self.launch.cwd).is_dir() else self.folder
+        cores = os.sched_getaffinity(0)
+        # XLA splits its sums by the number of cores.
+        os.sched_setaffinity(0, sorted(cores)[: self.launch.environment["machine"]["cores"]])
         try:
             return subprocess.Popen(
-                # Without the current folder, which may have another version of the code.
+                # -P: not from the current folder, which may have another version of the code.
                 [sys.executable, "-P", *arguments],
-                cwd=place,
+                cwd=cwd,
                 env=self._variables(),
                 stderr=errors,
-                # Ctrl-C is for this process, which passes it on: once.
+                # Ctrl-C goes to this process only, which passes it on.
                 start_new_session=True,
             )
         finally:
-            os.sched_setaffinity(0, mine)
+            os.sched_setaffinity(0, cores)
 
     def _variables(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH")]))
-        gpus = visible_gpus()
-        seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[: self.launch.devices])} if gpus else {}
-        return environment_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path} | seen
+        variables = environment_variables(self.launch.environment, self.launch.devices) | {"PYTHONPATH": path}
+        if gpus := visible_gpus():
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[: self.launch.devices])
+        return variables
 
 
-class _Signals:
-    """Signals to this process, which go to a child, also those that came before there was one."""
+class _SignalForwarder:
+    """Forwards signals of this process to a child, including those that arrived before the child was started."""
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._waiting = deque[int]()
+        self._pending = deque[int]()
 
-    def heard(self, number: int, frame: FrameType | None) -> None:
-        """The handler of a signal."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         del frame
         self.first = self.first or signal.Signals(number)
-        # Training saves and ends at the one, and knows nothing of the other.
-        self._waiting.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        # Training handles SIGTERM, but not SIGHUP.
+        self._pending.append(signal.SIGTERM if number == signal.SIGHUP else number)
         self._send()
 
-    def pass_to(self, child: "subprocess.Popen[bytes]") -> None:
-        """Send them to this child from now on."""
+    def send_to(self, child: "subprocess.Popen[bytes]") -> None:
+        """Send pending and future signals to a child."""
         self._child = child
         self._send()
 
@@ -113,22 +112,22 @@ class _Signals:
         # Another signal may interrupt this anywhere.
         while self._child is not None:
             try:
-                number = self._waiting.popleft()
+                number = self._pending.popleft()
             except IndexError:
                 return
             self._child.send_signal(number)
 
 
 @contextmanager
-def _passing_on() -> Iterator[_Signals]:
-    """Signals that ask to stop are kept for a child while the block runs."""
-    signals = _Signals()
-    # A process that was told not to mind the end of its terminal does not.
-    minds_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    numbers = [*SIGNALS, *([signal.SIGHUP] if minds_terminal else [])]
-    handlers = {number: signal.signal(number, signals.heard) for number in numbers}
+def _forward_signals() -> Iterator[_SignalForwarder]:
+    """Collect signals that ask to stop, for a child."""
+    forwarder = _SignalForwarder()
+    # A process started by nohup ignores SIGHUP, and so should its child.
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [*SIGNALS, *([] if ignores_hangup else [signal.SIGHUP])]
+    handlers = {number: signal.signal(number, forwarder.handle) for number in numbers}
     try:
-        yield signals
+        yield forwarder
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -148,19 +147,19 @@ def load_snapshot_code(run: RunDir, launch: Launch, is_trusted: bool = False) ->
     """
     archive = code_archive(run, launch)
     if not archive.exists():
-        raise UserError(f"{run.path} does not have the code that it was made with: there is no {archive}.")
+        raise UserError(f"{run.path} does not have the code that it was trained with: {archive} does not exist.")
     contents = read_verified_code(archive)
-    others = list_differing_files(contents)
-    more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
-    named = ", ".join(others[:MOST_NAMED]) + more
-    if others and not is_trusted:
-        raise UserError(
-            f"{archive} is not the code installed here, and would run with your permissions: it differs in {named}. "
-            "Read it first; --trust runs it."
-        )
-    kept = f"--trust: running {archive}, which differs from the code installed here in {named}."
+    differing = list_differing_files(contents)
+    note = f"The code of {run.path} is the code installed here."
+    if differing:
+        more = f" and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
+        names = ", ".join(differing[:MOST_NAMED]) + more
+        note = f"--trust: running {archive}, which differs from the code installed here in {names}."
+        if not is_trusted:
+            raise UserError(
+                f"{archive} is not the code installed here, and would run with your permissions: it differs in "
+                f"{names}. Read it first; --trust runs it."
+            )
     with tempfile.TemporaryDirectory() as folder:
         write_code(contents, Path(folder))
-        yield SnapshotCode(
-            Path(folder), launch, kept if others else f"The code of {run.path} is the code installed here."
-        )
+        yield SnapshotCode(Path(folder), launch, note)

@@ -1,102 +1,154 @@
-"""A trace: steps of a run made again, with a fingerprint of everything before and after them, written as JSON.
+"""Recompute steps of runs with their own code, and find the first tensor in which two runs differ.
 
     python -m rustgpt_jax.reproduce.step_trace RUN FIRST LAST OUT.json [--taps]
 
-Two traces, made by two versions of the code or of two runs, are held against each other array by array. Of each step
-there are
-
-    step                    from 1, as in metrics.jsonl
-    batch, before, after    fingerprints by path: of the step's batch, and of the state before and after it
-    metrics                 by the names that metrics.jsonl has
-    activations, gradients  with --taps, the tensors inside in the order in which they are made: site, fingerprint, norm
-                            and largest magnitude (of finite elements), nonfinite, and size, both counts
-
-where numbers that are not finite are written as in metrics.jsonl, and `gradients` has those of the activations, then
-those of the parameters.
+writes a trace: a JSON list with an object per step, which has its number, "step", and for each of PARTS the
+fingerprints of its arrays by name, in order of computation, or the value of the loss. "before" and "after" are the
+states before and after the step. Activations and gradients are included with --taps only.
 """
 
 import argparse
 import json
-import math
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
-from rustgpt_jax.reproduce.recorded_run import (
-    ACTIVATION,
-    ACTIVATION_GRADIENT,
-    PARAMETER_GRADIENT,
-    RecordedRun,
-    StepTensor,
-    to_metric_dict,
-)
+from rustgpt_jax.reproduce.recorded_run import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, RecordedRun
+from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
 from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 from rustgpt_jax.tracking.formatting import PlainTextConsole
-from rustgpt_jax.training.train_step import State
+from rustgpt_jax.workdir.event_log import load_first_launch
 from rustgpt_jax.workdir.program_fingerprint import load_autotuning
 from rustgpt_jax.workdir.run_dir import RunDir
 
+# The parts of a step in order of computation.
+PARTS = ("batch", "before", "activations", "loss", "gradients", "after")
+# Intermediates are traced right away for fewer steps than this.
+FEW_STEPS = 3
+# The parts of each step by its number, each a mapping from names to fingerprints.
+Trace = dict[int, dict[str, dict[str, str]]]
 
-def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> dict[str, Any]:
-    """The trace of the steps `first` to `last` of a run. Raises UserError for steps that it does not have."""
-    with RecordedRun(path, console) as past:
-        past.check(first)
-        past.check(last)
-        state, steps = past.state_at(first - 1), []
+
+class TensorDifference(NamedTuple):
+    """The first tensor in which two runs differ: its step, the part of the step, and its name."""
+
+    step: int
+    part: str
+    name: str
+
+
+def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Console) -> list[dict[str, Any]]:
+    """Return the trace of the steps `first` to `last` of a run.
+
+    Raises:
+        UserError: The run does not have the steps.
+    """
+    with RecordedRun(path, console) as run:
+        run.check_step(first)
+        run.check_step(last)
+        state, trace = run.state_at(first - 1), []
         for step in range(first, last + 1):
-            inside = _inside(past, state) if has_taps else {}
-            before, batch = fingerprint_tree(state), fingerprint_tree(past.batch(state)._asdict())
-            state, (metrics,) = past.train(state, 1)
-            values = {name: _number(value) for name, value in to_metric_dict(metrics).items()}
-            after = fingerprint_tree(state)
-            steps.append({"step": step, "batch": batch, "before": before, "metrics": values, **inside, "after": after})
-        return {"steps": steps}
+            tensors = run.step_internals(state).tensors if has_taps else []
+            (batch,) = run.batches(state, 1)
+            parts: dict[str, Any] = {
+                "step": step,
+                "batch": fingerprint_tree(batch._asdict()),
+                "before": fingerprint_tree(state),
+                "activations": {each.name: each.fingerprint for each in tensors if each.kind == ACTIVATION},
+                "gradients": {each.name: each.fingerprint for each in tensors if each.kind == ACTIVATION_GRADIENT},
+            }
+            for each in tensors:
+                if each.kind == PARAMETER_GRADIENT:
+                    parts["gradients"][f"params/{each.name}"] = each.fingerprint
+            state, (metrics,) = run.train(state, 1)
+            # A string, because NaN does not equal itself.
+            parts |= {"loss": {"train/loss": repr(metrics.loss.item())}, "after": fingerprint_tree(state)}
+            trace.append(parts)
+        return trace
 
 
-def _inside(past: RecordedRun, state: State) -> dict[str, Any]:
-    found = past.look_into(state).tensors
-    kinds = {"activations": (ACTIVATION,), "gradients": (ACTIVATION_GRADIENT, PARAMETER_GRADIENT)}
-    return {
-        name: [_as_json(tensor) for kind in of_name for tensor in found if tensor.kind == kind]
-        for name, of_name in kinds.items()
-    }
+def trace_steps(run: RunDir, first: int, last: int, has_taps: bool, is_trusted: bool = False) -> Trace:
+    """Recompute the steps `first` to `last` of a run with the code and settings of its first launch.
+
+    Raises:
+        UserError: This is impossible, or the code may not be run.
+        KeyboardInterrupt: A signal requests a stop.
+    """
+    with load_snapshot_code(run, load_first_launch(run), is_trusted) as code, tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "trace.json", Path(folder) / "log"
+        arguments = [str(run.path.absolute()), str(first), str(last), str(out), *(["--taps"] if has_taps else [])]
+        with open(log, "wb") as errors:
+            status, stopped_by = code.run(["-m", "rustgpt_jax.reproduce.step_trace", *arguments], errors)
+        if stopped_by is not None:
+            raise KeyboardInterrupt
+        if status or not out.exists():
+            lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
+            raise UserError(f"The steps of {run.path} cannot be recomputed: {lines[-1].removeprefix('error: ')}")
+        return {parts.pop("step"): parts for parts in json.loads(out.read_bytes())}
 
 
-def _as_json(tensor: StepTensor) -> dict[str, Any]:
-    site = f"params/{tensor.name}" if tensor.kind == PARAMETER_GRADIENT else tensor.name
-    return {
-        "site": site,
-        "fingerprint": tensor.fingerprint,
-        "norm": _number(tensor.norm),
-        "largest": _number(tensor.largest),
-        "nonfinite": tensor.nonfinite,
-        "size": tensor.size,
-    }
+def find_first_tensor(
+    first: RunDir, second: RunDir, last_equal: int, first_different: int, is_trusted: bool = False
+) -> TensorDifference | None:
+    """Find the first tensor in which two runs differ.
+
+    Args:
+        first: One run.
+        second: The other run.
+        last_equal: The last step whose records are equal.
+        first_different: The first step whose records differ.
+        is_trusted: Whether the user allowed running code that is not installed here.
+
+    Raises:
+        UserError: The steps of a run cannot be recomputed.
+    """
+
+    def find_between(begin: int, end: int, has_taps: bool) -> TensorDifference | None:
+        left, right = (trace_steps(run, begin, end, has_taps, is_trusted) for run in (first, second))
+        return next(_iter_differences(left, right), None)
+
+    begin = max(last_equal, 1)
+    # Intermediates are expensive: for many steps, trace them only at the step where they are needed.
+    has_taps = first_different - begin < FEW_STEPS
+    found = find_between(begin, first_different, has_taps)
+    if found is not None and found.part == "before" and found.step > 1:
+        # The runs differed before their records did.
+        found, has_taps = find_between(1, begin, False) or found, False
+    if found is None or found.part in ("batch", "before") or has_taps:
+        return found
+    return find_between(found.step, found.step, True) or found
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else json.dumps(value)
+def _iter_differences(left: Trace, right: Trace) -> Iterator[TensorDifference]:
+    for step in sorted(left.keys() & right.keys()):
+        for part in PARTS:
+            here, there = left[step][part], right[step][part]
+            for name in dict.fromkeys([*here, *there]):
+                if here.get(name) != there.get(name):
+                    yield TensorDifference(step, part, name)
 
 
 def main() -> int:
-    """The command above. The exit status: 2 for a mistake, told in a sentence."""
+    """Write a trace, as described above, and return the exit status: 2 after an error message."""
     parser = argparse.ArgumentParser(prog="python -m rustgpt_jax.reproduce.step_trace", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("first", type=int)
     parser.add_argument("last", type=int)
     parser.add_argument("out", type=Path)
     parser.add_argument("--taps", action="store_true")
-    given = parser.parse_args()
+    args = parser.parse_args()
     enable_compilation_cache()
-    load_autotuning(RunDir(given.run))
+    load_autotuning(RunDir(args.run))
     try:
-        found = write_trace(given.run, given.first, given.last, given.taps, PlainTextConsole(stderr=True))
-        write_atomically(given.out, json.dumps(found) + "\n")
+        trace = write_trace(args.run, args.first, args.last, args.taps, PlainTextConsole(stderr=True))
+        write_atomically(args.out, json.dumps(trace) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,3 +63,8 @@ class PlainTextConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Convert a string, such as an argument of `print` or a table cell, to literal text."""
         return super().render_str(replace_control_characters(text), **{**options, "markup": False, "emoji": False})
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a text literally, without wrapping or highlighting."""
+    console.print(Text(replace_control_characters(text)), soft_wrap=True)
