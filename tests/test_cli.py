@@ -158,7 +158,7 @@ MISTAKES = {
         "The trial optimizer.name=adamww is invalid: config.opti",
     ),
     "swept twice": ([*SWEEP, "--sweep=twice"], "Two trials are the same config: seed=1 and seed=1."),
-    "swept and given": ([*SWEEP, "--config.seed=1"], "config.seed is given on the command line and swept too"),
+    "swept and given": ([*SWEEP, "--config.seed=1"], "config.seed is both set on the command line and swept"),
     "swept text": ([*SWEEP, "--config.model.context_length=32768", "--config.data.split=tail"], "one batch needs"),
     "rung": ([*SWEEP, "--sweep=halving"], "there is no evaluation at step 30"),
     "mode": ([*SWEEP, "--mode=fuse"], "--mode: unknown 'fuse'. Did you mean 'fused'?"),

@@ -167,7 +167,7 @@ def test_steps_and_epochs_are_not_set_both() -> None:
     tree = small_tree(**TINY)
     with pytest.raises(UserError, match="give one of them"):
         make_trials(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
-    with pytest.raises(UserError, match="leave one of them out"):
+    with pytest.raises(UserError, match="remove one of them"):
         make_trials(tree, [{"training.epochs": 1.0}], fixed=["training.steps"])
     listed = ({"name": "one", "training": {"steps": 5}},)
     with pytest.raises(UserError, match=r"decides nothing, .* give config.stages.one.training.epochs"):

@@ -69,7 +69,7 @@ def scene(tmp_path: Path) -> Scene:
 @pytest.fixture(autouse=True)
 def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The board looks when trials are added and at its end, and at no moment between."""
-    monkeypatch.setattr(boards, "SECONDS_BETWEEN_LOOKS", 1000.0)
+    monkeypatch.setattr(boards, "POLL_SECONDS", 1000.0)
     yield
 
 
@@ -242,7 +242,7 @@ def test_a_row_is_a_line_at_every_width(width: int, n_running: int, tmp_path: Pa
             scene.began(number, step=50)
     lines = shown(board, width).rstrip("\n").split("\n")
     assert all(len(line) <= width for line in lines)
-    running, best = scene.ids[: min(n_running, boards.MOST_ROWS)], scene.ids[20]
+    running, best = scene.ids[: min(n_running, boards.MAX_ROWS)], scene.ids[20]
     rows = {line.split()[0]: line for line in lines if line.split() and line.split()[0] in scene.ids}
     # Ids, steps and losses are never cut; knobs may be.
     assert list(rows) == [*running, best]
@@ -271,7 +271,7 @@ def test_a_summary_stands_alone_while_nothing_runs(scene: Scene) -> None:
 
 
 def test_a_board_is_read_while_it_is_written(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boards, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(boards, "POLL_SECONDS", 0.0)
     errors: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
     with LiveTable(paper(), scene.folder, Clock()) as board:

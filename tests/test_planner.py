@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import itertools
-import json
 import math
 from typing import Any
 
@@ -221,14 +220,14 @@ def test_the_tokenizer_fills_in_the_vocabulary() -> None:
     # Bytes are bytes in every text; the characters of a few documents are fewer than those of all.
     members = [[trials.index(trial) for trial in each.trials] for each in classes]
     assert members == [[0, 1, 4], [2, 3], [5]]
-    sizes = [each.whole.model.vocab_size for each in classes]
+    sizes = [each.config.model.vocab_size for each in classes]
     assert sizes[0] is not None and sizes[0] >= 256 and len(set(sizes)) == 3
 
 
 class Dictionary(AssetCache):
-    """A shelf whose tokenizers need no text."""
+    """A cache whose tokenizers need no text."""
 
-    def whole(self, config: Config) -> Config:
+    def fill_vocab_size(self, config: Config) -> Config:
         """The config with 61 tokens, unless it says how many."""
         size = config.model.vocab_size or 61
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
@@ -249,7 +248,7 @@ COST = Cost(parameters=10, state_bytes=100, working_bytes=50, step_flops=1e6, to
 @hypothesis.settings(max_examples=25)
 def test_classes_divide_the_trials_in_their_order(trials: list[Trial]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "estimate_cost", lambda whole: COST)
+        patch.setattr(planner, "estimate_cost", lambda config: COST)
         classes = group_by_shape(trials, Dictionary())
     by_hand: dict[Any, list[Trial]] = {}
     for trial in trials:
@@ -257,7 +256,7 @@ def test_classes_divide_the_trials_in_their_order(trials: list[Trial]) -> None:
         by_hand.setdefault((model.d_model, model.vocab_size or 61), []).append(trial)
     assert [list(each.trials) for each in classes] == list(by_hand.values())
     for each in classes:
-        assert each.whole == Dictionary().whole(each.trials[0].config)
+        assert each.config == Dictionary().fill_vocab_size(each.trials[0].config)
 
 
 # Chunks.
@@ -286,7 +285,7 @@ def test_chunks_divide_a_class_and_do_not_move(data: Any, n_trials: int, width: 
     ]
     for chunk in chunks:
         assert (len(chunk.trials) <= chunk.width, chunk.width, chunk.mode, chunk.until) == (True, width, "fused", until)
-        assert Chunk.from_dict(json.loads(json.dumps(chunk.to_dict()))) == chunk
+        assert Chunk.from_json(chunk.to_json()) == chunk
 
 
 # Modes.
@@ -298,13 +297,13 @@ SHORT, LONG = COST, dataclasses.replace(COST, step_flops=1e13)
 
 # Machine, trials, cost, mode asked for -> mode, width, and words of the reason.
 CHOICES = {
-    "a CPU": (CPU, 8, SHORT, "auto", "exact", 4, "a CPU: a trial on each of 2 cores"),
-    "a CPU, few": (CPU, 3, LONG, "auto", "exact", 2, "a CPU"),
-    "a CPU, many": (CPU, 100, LONG, "auto", "exact", 4, "; 4 at a time, for a stop waits for a call"),
-    "a CPU, one": (CPU, 1, SHORT, "auto", "exact", 1, "a CPU"),
+    "a CPU": (CPU, 8, SHORT, "auto", "exact", 4, "CPU: one trial on each of 2 cores"),
+    "a CPU, few": (CPU, 3, LONG, "auto", "exact", 2, "CPU"),
+    "a CPU, many": (CPU, 100, LONG, "auto", "exact", 4, "; 4 at a time, because a stop waits for all of them"),
+    "a CPU, one": (CPU, 1, SHORT, "auto", "exact", 1, "CPU"),
     "short steps": (GPU, 100, SHORT, "auto", "fused", 100, "takes 2.5e-06 ms at peak and leaves the device idle"),
-    "long steps": (GPU, 3, LONG, "auto", "exact", 3, "takes 25 ms at peak and fills the device"),
-    "long steps, many": (GPU, 30, LONG, "auto", "exact", 4, "; 4 at a time, for a stop waits for a call"),
+    "long steps": (GPU, 3, LONG, "auto", "exact", 3, "takes 25 ms at peak and saturates the device"),
+    "long steps, many": (GPU, 30, LONG, "auto", "exact", 4, "; 4 at a time, because a stop waits for all of them"),
     "one trial": (GPU, 1, SHORT, "auto", "solo", 1, "no more trials than devices"),
     "a device each": (Machine("gpu", 8, 8e9, 4e14), 8, SHORT, "auto", "solo", 1, "no more trials than devices"),
     "shared out": (Machine("tpu", 4, 8e9, 4e14), 9, SHORT, "auto", "fused", 3, "idle"),
@@ -312,9 +311,9 @@ CHOICES = {
     "little memory": (TINY_GPU, 9, SHORT, "auto", "fused", 2, "; 2 at a time, as memory allows"),
     "little memory, exact": (TINY_GPU, 9, LONG, "auto", "exact", 3, "; 3 at a time, as memory allows"),
     "no memory": (Machine("gpu", 1, 10.0, 4e14), 9, SHORT, "auto", "fused", 1, "; 1 at a time, as memory allows"),
-    "fused as asked": (CPU, 8, LONG, "fused", "fused", 4, "as asked"),
-    "exact as asked": (GPU, 3, SHORT, "exact", "exact", 3, "as asked"),
-    "solo as asked": (GPU, 30, SHORT, "solo", "solo", 1, "as asked"),
+    "fused as asked": (CPU, 8, LONG, "fused", "fused", 4, "as requested"),
+    "exact as asked": (GPU, 3, SHORT, "exact", "exact", 3, "as requested"),
+    "solo as asked": (GPU, 30, SHORT, "solo", "solo", 1, "as requested"),
 }
 
 
@@ -372,7 +371,7 @@ def test_as_many_lanes_as_are_of_use_and_fit(
 
     def of_use(width: int) -> bool:
         share = math.ceil(n_trials / n_devices)
-        return width <= {"fused": share, "exact": min(share, planner.MOST_EXACT), "solo": 1}[made.mode]
+        return width <= {"fused": share, "exact": min(share, planner.MAX_EXACT), "solo": 1}[made.mode]
 
     def fits(width: int) -> bool:
         together = 2 * width * cost.state_bytes + (width if made.mode == "fused" else 1) * cost.working_bytes

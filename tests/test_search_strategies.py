@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from rustgpt_jax.sweeps import TPE, log_uniform, tree_parzen
+from rustgpt_jax.sweeps import TPE, log_uniform, tpe
 from rustgpt_jax.sweeps.search import suggest
 
 # Of `constraints_func`, which is experimental in one version of Optuna and deprecated in another.
@@ -84,7 +84,7 @@ STRATEGIES: dict[str, Strategy] = {
 def asked(problem: str, strategy: str, seed: int, n_points: int = N_POINTS) -> list[tuple[Point, float]]:
     """The points that a search asks for, with their losses."""
     (loss, space), (suggest_next, of_diverged) = PROBLEMS[problem], STRATEGIES[strategy]
-    search = tree_parzen(n_points, space, batch=BATCH, seed=1000 * seed)
+    search = tpe(n_points, space, batch=BATCH, seed=1000 * seed)
     found: list[tuple[Any, float | None]] = []
     while len(found) < n_points:
         for _ in range(BATCH):

@@ -245,7 +245,7 @@ def test_a_trial_whose_jobs_keep_ending_fails_and_names_their_log(
         printed, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode > 0 and "Traceback" not in printed
     jobs = [event["job"] for event in events(run, "queued")]
-    assert len(jobs) == LAUNCHER.MOST_DEATHS
+    assert len(jobs) == LAUNCHER.MAX_DEATHS
     (failed,) = events(run, "failed")
     log = run / "jobs" / f"{jobs[-1]}_0_log.err"
     assert failed["error"] == (
@@ -264,7 +264,7 @@ def test_what_keeps_a_sweep_from_the_cluster_is_said_in_a_sentence(
     silent.chmod(0o755)
     cases: dict[str, tuple[list[str], Environment, str]] = {
         "module": ([], {"PYTHONPATH": str(tmp_path)}, "--launcher=slurm needs submitit: python -m pip install"),
-        "command": ([], {"PATH": str(tmp_path)}, "--launcher=slurm runs where Slurm is"),
+        "command": ([], {"PATH": str(tmp_path)}, "--launcher=slurm must run where Slurm is"),
         "silence": ([], {"PATH": f"{silent.parent}:{os.environ['PATH']}"}, "Slurm does not answer: "),
         "partition": (["--slurm=partition=nowhere"], {}, "invalid partition specified: nowhere"),
         "option": (["--slurm=partitoin=low"], {}, "unrecognized option '--partitoin=low'"),
@@ -294,10 +294,10 @@ class Cluster:
         self.ledger = Ledger(self.folder.ledger_file)
         self.ledger.append("one", "planned", overrides={})
         self._looks, self._states, self._is_known = looks, dict[str, str](), True
-        monkeypatch.setattr(LAUNCHER, "SECONDS_BETWEEN_LOOKS", 0)
+        monkeypatch.setattr(LAUNCHER, "POLL_SECONDS", 0)
         monkeypatch.setattr(LAUNCHER, "_check_cluster", lambda: None)
-        monkeypatch.setattr(LAUNCHER, "_queue", self._queue)
-        monkeypatch.setattr(LAUNCHER, "_submitted", self._submitted)
+        monkeypatch.setattr(LAUNCHER, "_read_queue", self._queue)
+        monkeypatch.setattr(LAUNCHER, "_submit_array", self._submitted)
 
     def _submitted(self, launch: Launch, chunks: Sequence[Chunk]) -> list[str]:
         jobs = [str(len(self._states) + place) for place in range(len(chunks))]

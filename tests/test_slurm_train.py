@@ -12,7 +12,7 @@ import pytest
 from test_loop import metrics
 from test_slurm_cluster import output_of, state, submit, wait_for
 
-from rustgpt_jax.sweeps.slurm import job_script
+from rustgpt_jax.sweeps.slurm import make_job_script
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
@@ -71,13 +71,13 @@ def test_training_in_two_processes_is_submitted_warned_and_goes_on(slurm: dict[s
 
 
 def test_a_job_runs_the_command_that_was_given(tmp_path: Path) -> None:
-    script = job_script(
+    script = make_job_script(
         Path("runs/a"), ["python", "launch.py", "train", "--run=a b"], {"nodes": "4"}, Path("/some where")
     )
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n" in script
     assert "cd '/some where'\nsrun " in script and " python launch.py train '--run=a b'\n" in script
     assert f"#SBATCH --output={Path('runs').absolute()}/a.slurm-%j.log" in script
-    assert "ntasks-per-node" not in job_script(Path("a"), ["x"], {"ntasks": "2"}, Path("."))
+    assert "ntasks-per-node" not in make_job_script(Path("a"), ["x"], {"ntasks": "2"}, Path("."))
 
 
 def test_a_job_has_the_flags_of_the_command_but_those_of_its_launcher(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from test_population import train_alone
 from rustgpt_jax.cli.evaluation_report import print_evaluation
 from rustgpt_jax.sweeps import product, seeds, values
 from rustgpt_jax.sweeps.asset_cache import AssetCache
-from rustgpt_jax.sweeps.launchers import MOST_DEATHS, Launch, run_in_subprocesses
+from rustgpt_jax.sweeps.launchers import MAX_DEATHS, Launch, run_in_subprocesses
 from rustgpt_jax.sweeps.planner import Chunk
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep
@@ -267,11 +267,11 @@ def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) ->
     trials = make_trials(tiny_tree(), seeds(6))
     with opened(tmp_path / "sweep") as sweep:
         sweep.add(trials)
-        shelf = AssetCache(sweep.folder.tokenizers)
-        worker = Worker(sweep.folder, shelf, jax.local_devices(), "code", lambda: False)
+        assets = AssetCache(sweep.folder.tokenizers)
+        worker = Worker(sweep.folder, assets, jax.local_devices(), "code", lambda: False)
         alive = []
         for trial in trials:
-            worker.work(Chunk((trial.id,), "exact", 2))
+            worker.run_chunk(Chunk((trial.id,), "exact", 2))
             alive.append(survivors())
     assert not alive[5] - alive[2]
     assert len(events(tmp_path / "sweep", "finished")) == 6
@@ -565,8 +565,9 @@ def stop_and_go_on(launcher: Launcher, path: Path, flags: list[str], number: sig
     wait_until(lambda: len(checkpoints(path)) >= 2, launched)
     launched.process.send_signal(number)
     printed = launched.ends(STOPPED_BY_USER if number == signal.SIGINT else STOPPED_BY_CLUSTER)
-    again = "The same command goes on from there."
-    assert f"Stopped by {number.name}; what was running is saved. {again}" in " ".join(printed.split())
+    assert f"Stopped by {number.name}; running trials were saved. Run the same command to resume." in " ".join(
+        printed.split()
+    )
     assert not (path / "results.csv").exists()
     stopped = {event["trial"]: event["step"] for event in events(path, "stopped")}
     assert stopped
@@ -643,10 +644,10 @@ def test_a_trial_whose_process_dies_each_time_is_given_up(tmp_path: Path) -> Non
         "weak": "finished",
         "good 2": "finished",
     }
-    assert states["bad"]["error"] == "its process ended 3 times, at last by exit status 7"
+    assert states["bad"]["error"] == "its process died 3 times, most recently with exit status 7"
     assert "the log of" in states["bad"]["traceback"]
     lives = Counter((tmp_path / "lives").read_text().splitlines())
-    assert lives == {"good 1": 1, "bad": MOST_DEATHS, "weak": 3, "good 2": 1}
+    assert lives == {"good 1": 1, "bad": MAX_DEATHS, "weak": 3, "good 2": 1}
 
 
 def test_a_process_that_dies_idle_is_started_anew(tmp_path: Path) -> None:
@@ -683,7 +684,7 @@ def test_a_trial_that_kills_its_worker_fails_alone(launcher: Launcher, undisturb
     poisoned = launcher(path, *flags, PYTHONPATH=str(tmp_path / "poison"), POISONED_TRIAL=bad)
     printed = poisoned.process.communicate(timeout=SECONDS)[0]
     assert poisoned.process.returncode == 1, printed
-    assert "its process ended 3 times, at last by exit status 7" in " ".join(printed.split())
+    assert "its process died 3 times, most recently with exit status 7" in " ".join(printed.split())
     assert [event["trial"] for event in events(path, "failed")] == [bad]
     assert len(events(path, "finished")) == 5
     launcher(path, *flags).ends()

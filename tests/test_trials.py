@@ -19,7 +19,7 @@ from rustgpt_jax.config.schema import config_hash, get_path, stages, to_dict
 from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.hardware_specs import ACCELERATOR_PLUGINS
-from rustgpt_jax.sweeps import choice, tree_parzen, uniform
+from rustgpt_jax.sweeps import choice, tpe, uniform
 from rustgpt_jax.sweeps.trials import (
     ID_DIGITS,
     Trial,
@@ -155,7 +155,7 @@ def test_a_knob_is_swept_or_given_by_hand() -> None:
     stage = f"stages.instruct.{RATE}"
     assert len(make_trials(TWO_STAGES, [{RATE: 1.0}, {RATE: 2.0}], fixed=["seed", stage])) == 2
     for path in RATE, stage:
-        with pytest.raises(UserError, match=f"config.{path} is given on the command line and swept too"):
+        with pytest.raises(UserError, match=f"config.{path} is both set on the command line and swept"):
             make_trials(TWO_STAGES, [{"seed": 1}, {path: 1.0}], fixed=["seed.x", path])
 
 
@@ -164,12 +164,12 @@ def test_a_knob_is_swept_or_given_by_hand() -> None:
 
 def test_points_that_stand_for_a_search_resolve_though_its_middle_does_not() -> None:
     heads = {"model.n_heads": choice(2, 3, 4, 5), "model.d_model": choice(16, 24, 40)}
-    assert heads["model.d_model"].at(0.5) % heads["model.n_heads"].at(0.5) == 0
+    assert heads["model.d_model"].quantile(0.5) % heads["model.n_heads"].quantile(0.5) == 0
     odd = {"model.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
     with pytest.raises(UserError):
-        make_trial(TREE, tree_parzen(4, odd).middle)
+        make_trial(TREE, tpe(4, odd).middle)
     for space, left_out in ((heads, set()), (odd, {7})):
-        found = sample_feasible_points(TREE, tree_parzen(4, space, seeds=(5,)))
+        found = sample_feasible_points(TREE, tpe(4, space, seeds=(5,)))
         assert len({each.id for each in found}) > 1
         assert {each.config.seed for each in found} == {5}
         for path, each in space.items():
@@ -191,12 +191,12 @@ WRONG_SPACES = {
 def test_a_space_without_a_point_or_with_a_wrong_value_is_refused(name: str) -> None:
     space, said = WRONG_SPACES[name]
     with pytest.raises(UserError, match=re.escape(said)):
-        sample_feasible_points(TREE, tree_parzen(4, space))
+        sample_feasible_points(TREE, tpe(4, space))
 
 
 def test_a_knob_is_searched_or_given_by_hand() -> None:
-    with pytest.raises(UserError, match=f"config.{RATE} is given on the command line and swept too"):
-        sample_feasible_points(TREE, tree_parzen(4, {RATE: uniform(0, 1)}), fixed=[RATE])
+    with pytest.raises(UserError, match=f"config.{RATE} is both set on the command line and swept"):
+        sample_feasible_points(TREE, tpe(4, {RATE: uniform(0, 1)}), fixed=[RATE])
 
 
 def test_trials_are_compared_as_objects() -> None:

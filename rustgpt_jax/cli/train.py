@@ -77,7 +77,7 @@ def run_train(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
     """Submit the run to Slurm."""
     from rustgpt_jax.config.schema import uses_epochs
-    from rustgpt_jax.sweeps.slurm import job_script, submit
+    from rustgpt_jax.sweeps.slurm import make_job_script, submit
     from rustgpt_jax.training.config_checks import resolve_change, validate_components
 
     # The job converts epochs into steps.
@@ -88,6 +88,6 @@ def _submit(args: argparse.Namespace, folder: Path, config: Any) -> int:
     overrides = [f"--config.{path}={text}" for path, text in args.overrides]
     command = [sys.executable, os.path.abspath(sys.argv[0]), "train", *flags, *overrides]
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    job = submit(job_script(folder, command, dict(args.slurm), Path.cwd()))
+    job = submit(make_job_script(folder, command, dict(args.slurm), Path.cwd()))
     print(f"Submitted as job {job}. Its log: {folder.absolute().with_name(f'{folder.name}.slurm-{job}.log')}")
     return 0

@@ -1,6 +1,6 @@
 """Sweeps: many runs from one config, each described by its overrides.
 
-What an experiment's `sweep()` needs stands here:
+The functions for an experiment's `sweep()` are importable from here:
 
     from rustgpt_jax.sweeps import log_uniform, product, seeds, sobol, uniform, values
 
@@ -11,56 +11,4 @@ What an experiment's `sweep()` needs stands here:
     product(sobol(16, space), seeds(2))                             # 32 trials, spread evenly over the space
 """
 
-from rustgpt_jax.sweeps.search_space import (
-    TPE,
-    Categorical,
-    Distribution,
-    Integers,
-    LogIntegers,
-    LogUniform,
-    Overrides,
-    Search,
-    SuccessiveHalving,
-    Uniform,
-    chain,
-    choice,
-    integers,
-    log_integers,
-    log_uniform,
-    product,
-    sample,
-    seeds,
-    sobol,
-    successive_halving,
-    tree_parzen,
-    uniform,
-    values,
-    zip_,
-)
-
-__all__ = [
-    "Categorical",
-    "Distribution",
-    "Integers",
-    "LogIntegers",
-    "LogUniform",
-    "Overrides",
-    "Search",
-    "SuccessiveHalving",
-    "TPE",
-    "Uniform",
-    "chain",
-    "choice",
-    "integers",
-    "log_integers",
-    "log_uniform",
-    "product",
-    "sample",
-    "seeds",
-    "sobol",
-    "successive_halving",
-    "tree_parzen",
-    "uniform",
-    "values",
-    "zip_",
-]
+from rustgpt_jax.sweeps.search_space import *  # noqa: F403

@@ -1,18 +1,18 @@
 """Launchers on this machine: threads of this process, or subprocesses."""
 
-import json
 import os
-import queue
 import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
@@ -22,18 +22,29 @@ from rustgpt_jax.sweeps.sweep_dir import DONE, Ledger, SweepDir
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.workdir.run_dir import check_no_symlinks
 
-# What every launcher is told.
+# A chunk fails after its process has died this often.
+MAX_DEATHS = 3
+# A worker process is replaced after this many trials, since libraries leak a few KB per checkpoint.
+TRIALS_PER_PROCESS = 500
+POLL_SECONDS = 0.2
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch of a sweep: its folder, the copy of the code that jobs run, how many workers, and when to stop.
+    """One launch of a sweep.
 
-    `slurm_options` are options of Slurm such as {'partition': 'gpu', 'time': '60'}.
+    Attributes:
+        folder: The folder of the sweep.
+        assets: The tokenizers and data of the trials.
+        code: The copy of the code that jobs run.
+        n_workers: The number of worker processes, or of cluster jobs at a time.
+        slurm_options: Options of Slurm such as {'partition': 'gpu', 'time': '60'}.
+        is_stopped: Returns whether to save and stop.
     """
 
     folder: SweepDir
-    shelf: AssetCache
+    assets: AssetCache
     code: Path
     n_workers: int
     slurm_options: dict[str, str]
@@ -41,175 +52,144 @@ class Launch:
 
 
 def run_inline(launch: Launch, chunks: Sequence[Chunk]) -> None:
-    """Run chunks on the devices of this process, at the same time on groups of as many devices as a chunk needs."""
+    """Run chunks on the devices of this process, concurrently on groups of as many devices as a chunk needs."""
     devices = jax.local_devices()
+
+    def run_on(group: Sequence[jax.Device], pending: Iterator[Chunk]) -> None:
+        worker = Worker(launch.folder, launch.assets, group, launch.code.name, launch.is_stopped)
+        with jax.default_device(group[0]):
+            for chunk in pending:
+                worker.run_chunk(chunk)
+
     for needed in dict.fromkeys(chunk.devices for chunk in chunks):
         size = needed or len(devices)
         groups = [devices[first : first + size] for first in range(0, len(devices) - size + 1, size)]
-        _run(launch, groups, [chunk for chunk in chunks if chunk.devices == needed])
-
-
-def _run(launch: Launch, groups: Sequence[Sequence[jax.Device]], chunks: Sequence[Chunk]) -> None:
-    waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-    for chunk in chunks:
-        waiting.put(chunk)
-    errors: list[BaseException] = []
-
-    def take(devices: Sequence[jax.Device]) -> None:
-        worker = Worker(launch.folder, launch.shelf, devices, launch.code.name, launch.is_stopped)
-        try:
-            with jax.default_device(devices[0]):
-                while not launch.is_stopped() and not waiting.empty():
-                    worker.work(waiting.get_nowait())
-        except queue.Empty:
-            return
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=take, args=(devices,)) for devices in groups[: len(chunks)]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-# In processes of this machine: one for each core or GPU, which nothing but its own trials can bring down.
-
-# A chunk whose process has died so often is given up.
-MOST_DEATHS = 3
-# A process that has run so many trials is replaced by a new one: libraries keep some KB of memory for each checkpoint.
-TRIALS_PER_PROCESS = 500
-SECONDS_BETWEEN_LOOKS = 0.2
+        _run_in_threads(launch, run_on, groups, [chunk for chunk in chunks if chunk.devices == needed])
 
 
 def run_in_subprocesses(launch: Launch, chunks: Sequence[Chunk]) -> None:
-    """Run chunks in `n_workers` processes. A process that dies is started anew with its chunk, which goes on."""
-    waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-    for chunk in chunks:
-        waiting.put(chunk)
-    errors: list[BaseException] = []
+    """Run chunks in `n_workers` processes. If a process dies, a new one resumes its chunk."""
 
-    def serve(place: int) -> None:
+    def run_in_process(index: int, pending: Iterator[Chunk]) -> None:
+        process = _WorkerProcess(launch, index)
         try:
-            with _Process(launch, place) as process:
-                while not launch.is_stopped():
-                    process.run(waiting.get_nowait())
-        except queue.Empty:
-            return
-        except BaseException as error:
-            errors.append(error)
+            for chunk in pending:
+                process.run_chunk(chunk)
+        finally:
+            process.stop()
 
-    threads = [threading.Thread(target=serve, args=(place,)) for place in range(min(launch.n_workers, len(chunks)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    _run_in_threads(launch, run_in_process, range(launch.n_workers), chunks)
 
 
-class _Process:
-    """A worker process on its share of the machine, started when it is needed."""
+def _run_in_threads(
+    launch: Launch, run: Callable[[Place, Iterator[Chunk]], None], places: Sequence[Place], chunks: Sequence[Chunk]
+) -> None:
+    """Distribute chunks among threads, one for each place, and raise the first error once all have ended."""
+    queue = deque(chunks)
 
-    def __init__(self, launch: Launch, place: int) -> None:
-        self._launch, self._place = launch, place
+    def take_chunks() -> Iterator[Chunk]:
+        while not launch.is_stopped():
+            try:
+                yield queue.popleft()
+            except IndexError:
+                return
+
+    places = places[: len(chunks)]
+    if places:
+        with ThreadPoolExecutor(len(places)) as pool:
+            threads = [pool.submit(run, place, take_chunks()) for place in places]
+        for thread in threads:
+            thread.result()
+
+
+class _WorkerProcess:
+    """A worker process on its share of the cores or GPUs, started when it is first needed."""
+
+    def __init__(self, launch: Launch, index: int) -> None:
+        self._launch, self._index = launch, index
+        self._log = launch.folder.path / "workers" / f"{index}.log"
         self._process: subprocess.Popen[str] | None = None
         self._n_trials = 0
 
-    def __enter__(self) -> "_Process":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def run(self, chunk: Chunk) -> None:
+    def run_chunk(self, chunk: Chunk) -> None:
         """Run a chunk, restarting the process if it dies."""
-        for _ in range(MOST_DEATHS):
-            if self._answers(chunk):
+        for _ in range(MAX_DEATHS):
+            if self._try_chunk(chunk):
                 self._n_trials += len(chunk.trials)
                 if self._n_trials >= TRIALS_PER_PROCESS:
-                    self._end()
+                    self.stop()
                 return
             if self._launch.is_stopped():
                 return
-            status = self._end()
+            status = self.stop()
         reason = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         ledger, log = Ledger(self._launch.folder.ledger_file), self._log.read_text(errors="replace")[-4000:]
         for trial in chunk.trials:
             if ledger.states()[trial]["event"] not in DONE:
-                error = f"its process ended {MOST_DEATHS} times, at last by {reason}"
+                error = f"its process died {MAX_DEATHS} times, most recently with {reason}"
                 ledger.append(trial, "failed", error=error, traceback=log)
 
-    def _answers(self, chunk: Chunk) -> bool:
-        """Whether the process has worked through a chunk; if not, it is dead. A stop is passed on to it."""
+    def _try_chunk(self, chunk: Chunk) -> bool:
+        """Run a chunk, forward a stop request to the process, and return False if the process died."""
         process = self._process = self._process or self._start()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write(json.dumps(chunk.to_dict()) + "\n")
+            process.stdin.write(chunk.to_json() + "\n")
             process.stdin.flush()
         except OSError:
             return False
-        while not select.select([process.stdout], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        while not select.select([process.stdout], [], [], POLL_SECONDS)[0]:
             if self._launch.is_stopped():
                 process.stdin.close()
         return process.stdout.readline() == "done\n"
 
-    @property
-    def _log(self) -> Path:
-        return self._launch.folder.path / "workers" / f"{self._place}.log"
-
     def _start(self) -> "subprocess.Popen[str]":
         self._log.parent.mkdir(exist_ok=True)
         check_no_symlinks([self._log])
-        code = self._launch.code
+        code, gpus = self._launch.code, visible_gpus()
         command = [sys.executable, "-P", "-m", "rustgpt_jax.sweeps.worker", str(self._launch.folder.path), code.name]
         path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path} | self._share()
+        own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[self._index % len(gpus)]} if gpus else {}
         with open(self._log, "ab") as log:
             return subprocess.Popen(
-                [*_pinned(self._place, self._launch.n_workers), *command],
+                [*_pin_to_cores(self._index, self._launch.n_workers), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": path} | own_gpu,
                 text=True,
-                # Ctrl-C is for the launcher, which lets its workers save.
+                # Ctrl-C should reach only the launcher, which lets its workers save.
                 start_new_session=True,
             )
 
-    def _share(self) -> dict[str, str]:
-        gpus = visible_gpus()
-        return {"CUDA_VISIBLE_DEVICES": gpus[self._place % len(gpus)]} if gpus else {}
-
-    def _end(self) -> int:
-        """Close the input of the process so that it saves and ends, and return its exit status."""
+    def stop(self) -> int:
+        """Close the input of the process so that it saves and exits, and return its exit status."""
         process, self._process, self._n_trials = self._process, None, 0
         if process is None:
             return 0
         assert process.stdin and process.stdout
-        with suppress(OSError):  # What a dead process was still to be told.
+        # A dead process cannot take what is still in the buffer.
+        with suppress(OSError):
             process.stdin.close()
         process.stdout.close()
         return process.wait()
 
 
 def visible_gpus() -> list[str]:
-    """The names by which CUDA knows the GPUs that this process may use; JAX is not started to find them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name]
+    """Return the CUDA names of the GPUs that this process may use, without starting JAX."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu") or not shutil.which("nvidia-smi"):
         return []
     shown = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
     return shown.stdout.split()
 
 
-def _pinned(place: int, n_workers: int) -> list[str]:
-    """The beginning of a command that keeps a process on its share of the cores."""
+def _pin_to_cores(index: int, n_workers: int) -> list[str]:
+    """Return the start of a command that pins a worker process to its share of the cores."""
     cores = sorted(os.sched_getaffinity(0))
     if n_workers > len(cores) or not shutil.which("taskset"):
         return []
-    share = cores[place * len(cores) // n_workers : (place + 1) * len(cores) // n_workers]
+    share = cores[index * len(cores) // n_workers : (index + 1) * len(cores) // n_workers]
     return ["taskset", "-c", ",".join(map(str, share))]

@@ -1,13 +1,12 @@
-"""Progress of a sweep: a live table on a terminal, a line per ended trial elsewhere.
+"""Progress of a sweep: a live table on a terminal, a line per completed trial elsewhere.
 
-All of it is read from the sweep's folder, so it is the same wherever the trials run.
+The table is built from the sweep's folder alone, so it does not depend on where the trials run.
 """
 
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,40 +20,40 @@ from rustgpt_jax.sweeps.trials import Trial, describe_overrides
 from rustgpt_jax.tracking.formatting import format_duration, replace_control_characters
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
-SECONDS_BETWEEN_LOOKS = 1.0
-MOST_ROWS = 12
+POLL_SECONDS = 1.0
+MAX_ROWS = 12
 ENDED = ("finished", "diverged", "failed", "pruned")
 
 
 class LiveTable:
-    """Shows the trials of a sweep until its `with` block ends. `clock` returns seconds since any fixed time."""
+    """A display of a sweep's trials, updated until its `with` block ends."""
 
     def __init__(self, console: Console, folder: SweepDir, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._folder, self._clock = console, folder, clock
-        # The thread that looks, the one that draws and the one that adds trials.
-        self._ledger, self._turn = Ledger(folder.ledger_file), threading.RLock()
+        # Shared by the threads that poll, draw and add trials.
+        self._ledger, self._lock = Ledger(folder.ledger_file), threading.RLock()
         self._trials: dict[str, Trial] = {}
-        # When the end that was told last came about.
-        self._told: dict[str, float] = {}
+        # The time of the last reported end of each trial.
+        self._reported: dict[str, float] = {}
         self._steps: dict[str, int] = {}
         self._losses: dict[str, float] = {}
-        self._began, self._steps_before = clock(), 0
+        self._start_time, self._initial_steps = clock(), 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         is_live = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(console=console, get_renderable=self.table, refresh_per_second=4) if is_live else None
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Add trials. Those that have ended already are not reported again."""
-        with self._turn:
+        """Add trials. Those that have already ended are not reported."""
+        with self._lock:
             new = {trial.id: trial for trial in trials if trial.id not in self._trials}
             self._trials |= new
             for name, event in self._states().items():
                 if name in new and event["event"] in ENDED:
                     self._read(name, event)
-                    self._told[name] = event["time"]
-            self._look()
-            self._steps_before, self._began = sum(self._steps.values()), self._clock()
+                    self._reported[name] = event["time"]
+            self._poll()
+            self._initial_steps, self._start_time = sum(self._steps.values()), self._clock()
 
     def __enter__(self) -> "LiveTable":
         if self._live:
@@ -62,33 +61,31 @@ class LiveTable:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
-        self._look()
+        self._poll()
         if self._live:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """Print a text above the table."""
+        """Print a message above the table."""
         self._console.print(Text(replace_control_characters(text)), soft_wrap=True)
 
     def _watch(self) -> None:
-        while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
-            self._look()
+        while not self._is_over.wait(POLL_SECONDS):
+            self._poll()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Read the progress of each trial, and report those that have ended since the last call."""
-        with self._turn:
+        with self._lock:
             for name, event in self._states().items():
-                # A trial that failed may begin once more.
-                if event["event"] == "planned" or self._told.get(name) == event["time"]:
+                # A failed trial may be started again.
+                if event["event"] == "planned" or self._reported.get(name) == event["time"]:
                     continue
                 self._read(name, event)
                 if event["event"] in ENDED:
-                    self._told[name] = event["time"]
+                    self._reported[name] = event["time"]
                     if not self._live:
                         self.message(self._line(name, event))
 
@@ -108,34 +105,25 @@ class LiveTable:
         return f"{name} {what}{loss}  {describe_overrides(self._trials[name].overrides)}  [{self._summary()}]"
 
     def _summary(self) -> str:
-        states = [event["event"] for event in self._states().values()]
+        state_of = {name: event["event"] for name, event in self._states().items()}
+        states = list(state_of.values())
         parts = [f"{sum(state in ENDED for state in states)}/{len(self._trials)} done"]
         parts += [f"{states.count(state)} {state}" for state in ("failed", "diverged", "pruned") if state in states]
         running = states.count("began")
         parts += [f"{running} running"] if running else []
-        done, elapsed = sum(self._steps.values()) - self._steps_before, self._clock() - self._began
+        done, elapsed = sum(self._steps.values()) - self._initial_steps, self._clock() - self._start_time
         if done > 0 and elapsed > 0:
-            average = self._total_steps() / len(self._trials)
+            total_steps = {name: stages(trial.config)[-1].end_step for name, trial in self._trials.items()}
+            average = sum(total_steps.values()) / len(total_steps)
             parts.append(f"{3600 * done / elapsed / average:,.0f} trials/hour")
-            left = self._steps_left()
-            if left > 0:
+            unended = [name for name in total_steps if state_of.get(name) not in ENDED]
+            if (left := sum(total_steps[name] - self._steps.get(name, 0) for name in unended)) > 0:
                 parts.append(f"{format_duration(round(left * elapsed / done))} left")
         return ", ".join(parts)
 
-    def _total_steps(self) -> int:
-        return sum(stages(trial.config)[-1].end_step for trial in self._trials.values())
-
-    def _steps_left(self) -> int:
-        ended = {name for name, event in self._states().items() if event["event"] in ENDED}
-        return sum(
-            stages(trial.config)[-1].end_step - self._steps.get(name, 0)
-            for name, trial in self._trials.items()
-            if name not in ended
-        )
-
     def table(self) -> RenderableType:
         """Return a table of the running trials, the best one, and the progress of the sweep."""
-        with self._turn:
+        with self._lock:
             states = self._states()
             finished = [name for name, event in states.items() if event["event"] == "finished"]
             measured = [name for name in finished if math.isfinite(self._losses.get(name, math.inf))]
@@ -144,12 +132,12 @@ class LiveTable:
             table = Table(box=None, pad_edge=False)
             for column in ("trial", "", "step", "loss"):
                 table.add_column(column, no_wrap=True)
-            # The one column that gives way on a narrow terminal.
+            # Only this column is truncated on a narrow terminal.
             table.add_column("knobs")
-            for name in running[:MOST_ROWS]:
+            for name in running[:MAX_ROWS]:
                 table.add_row(*self._row(name))
-            if len(running) > MOST_ROWS:
-                table.add_row(f"and {len(running) - MOST_ROWS} more")
+            if len(running) > MAX_ROWS:
+                table.add_row(f"and {len(running) - MAX_ROWS} more")
             if best is not None:
                 table.add_row(*self._row(best, "best so far"), style="bold green")
             return Group(Text(self._summary(), style="bold"), table)

@@ -1,12 +1,12 @@
-"""Assign trials to programs: which share one, how many run at once, and in which mode.
+"""Assignment of trials to programs: which trials share one, how many run at a time, and in which mode.
 
-Trials of equal structure form a shape class: one compiled program serves them all. Nothing here needs a device.
+Trials with the same static config form a shape class and share one compiled program. Planning uses no device.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from rustgpt_jax.sweeps.trials import Trial
 from rustgpt_jax.training.memory_estimate import state_shapes, step_bytes
 
 MODES = ("auto", "fused", "exact", "solo")
-# Trials in a program that runs them one after another: more of them gain nothing, and delay a stop.
-MOST_EXACT = 4
-# Of the memory that is free; the rest is for what the compiler adds.
+# Maximum number of trials in a program that runs them sequentially; more would only delay a stop.
+MAX_EXACT = 4
+# The fraction of free memory that is planned for; the compiler needs the rest.
 MEMORY_SHARE = 0.7
-# A step shorter than this leaves an accelerator idle while the next one is sent to it.
+# An accelerator is idle between steps that are shorter than this.
 IDLE_SECONDS = 5e-3
 
 ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
@@ -32,7 +32,7 @@ ClassKey = tuple[tuple[StaticConfig, int, MeshConfig], ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a trial: bytes of its state and of a step's intermediates, and FLOPs of a step and of all steps."""
+    """The cost of a trial: memory of its state and of a step's intermediates, and FLOPs of a step and of all steps."""
 
     parameters: int
     state_bytes: int
@@ -44,18 +44,23 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class ShapeClass:
-    """Trials that share one compiled program. `whole` is the config of the first, with its vocabulary size."""
+    """Trials that share one compiled program, and the config of the first one with its vocabulary size."""
 
     trials: tuple[Trial, ...]
-    whole: Config
+    config: Config
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Trials that run together: a program of `width` lanes in a mode, up to the step `until` or to their ends.
+    """Trials that run together.
 
-    It runs on so many `devices`; None stands for all that there are.
+    Attributes:
+        trials: The IDs of the trials.
+        mode: "fused", "exact" or "solo".
+        width: The number of trials that the program has room for.
+        until: The step to stop at, or None for the end.
+        devices: The number of devices, or None for all.
     """
 
     trials: tuple[str, ...]
@@ -64,13 +69,14 @@ class Chunk:
     until: int | None = None
     devices: int | None = 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the chunk as a value for JSON."""
-        return asdict(self)
+    def to_json(self) -> str:
+        """Return the chunk as JSON on one line."""
+        return json.dumps(asdict(self))
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> "Chunk":
-        """The inverse of `to_dict`."""
+    def from_json(text: str) -> "Chunk":
+        """Parse the output of `to_json`."""
+        values = json.loads(text)
         return Chunk(**values | {"trials": tuple(values["trials"])})
 
 
@@ -86,112 +92,106 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that a program of this plan needs: states, which are there twice for a moment, and a step's own."""
+        """The memory of the program in bytes; all states exist twice while the program updates them."""
         cost = self.shape_class.cost
         steps_at_once = self.width if self.mode == "fused" else 1
         return 2 * self.width * cost.state_bytes + steps_at_once * cost.working_bytes
 
     def chunks(self, wanted: Iterable[str], until: int | None = None) -> list[Chunk]:
-        """The class's trials among those wanted, cut into chunks. The cuts do not depend on what is wanted."""
+        """Divide the wanted trials of the class into chunks; a trial's chunk does not depend on the others wanted."""
         ids, wanted = [trial.id for trial in self.shape_class.trials], set(wanted)
         parts = (ids[first : first + self.width] for first in range(0, len(ids), self.width))
         kept = (tuple(name for name in part if name in wanted) for part in parts)
         return [Chunk(part, self.mode, self.width, until, self.devices) for part in kept if part]
 
 
-def group_by_shape(trials: Sequence[Trial], shelf: AssetCache) -> list[ShapeClass]:
+def group_by_shape(trials: Sequence[Trial], assets: AssetCache) -> list[ShapeClass]:
     """Group trials by static config, in the order of first occurrence."""
     members: dict[ClassKey, list[Trial]] = {}
-    wholes: dict[ClassKey, Config] = {}
+    configs: dict[ClassKey, Config] = {}
     for trial in trials:
-        whole = shelf.whole(trial.config)
-        key = class_key(whole)
+        config = assets.fill_vocab_size(trial.config)
+        key = class_key(config)
         members.setdefault(key, []).append(trial)
-        wholes.setdefault(key, whole)
-    return [ShapeClass(tuple(members[key]), wholes[key], estimate_cost(wholes[key])) for key in members]
+        configs.setdefault(key, config)
+    return [ShapeClass(tuple(members[key]), configs[key], estimate_cost(configs[key])) for key in members]
 
 
-def class_key(whole: Config) -> ClassKey:
+def class_key(config: Config) -> ClassKey:
     """Return what selects a trial's programs: static config and sequence length of each stage, and the mesh."""
-    return tuple((partition(stage.config)[0], _window(stage.config), whole.mesh) for stage in stages(whole))
+    return tuple((partition(stage.config)[0], _seq_len(stage.config), config.mesh) for stage in stages(config))
 
 
-def estimate_cost(whole: Config) -> Cost:
-    """Estimate the cost of a trial from shapes."""
-    configs = [stage.config for stage in stages(whole)]
-    step_tokens = [config.training.batch_size * _window(config) for config in configs]
+def estimate_cost(config: Config) -> Cost:
+    """Estimate the cost of a trial from the shapes of its arrays."""
+    configs = [stage.config for stage in stages(config)]
+    step_tokens = [config.training.batch_size * _seq_len(config) for config in configs]
     step_flops = [
-        tokens * training_flops_per_token(config.model, _window(config))
+        tokens * training_flops_per_token(config.model, _seq_len(config))
         for tokens, config in zip(step_tokens, configs, strict=True)
     ]
     steps = [config.training.steps for config in configs]
     return Cost(
-        parameters=total_size(parameter_shapes(whole.model)),
+        parameters=total_size(parameter_shapes(config.model)),
         state_bytes=total_bytes(state_shapes(configs[0])),
-        working_bytes=max(step_bytes(config, _window(config)) for config in configs),
+        working_bytes=max(step_bytes(config, _seq_len(config)) for config in configs),
         step_flops=max(step_flops),
         total_flops=float(np.dot(steps, step_flops)),
         tokens=int(np.dot(steps, step_tokens)),
     )
 
 
-def _window(config: Config) -> int:
+def _seq_len(config: Config) -> int:
     return config.data.seq_len or config.model.context_length
 
 
 def make_plan(shape_class: ShapeClass, machine: Machine, mode: str, width: int | None = None) -> Plan:
     """Plan how a class runs on a machine, in the given mode or, for `auto`, in the best one.
 
-    The trials are shared among the devices, or among groups of them where the mesh of a trial needs several.
-    Raises UserError for a mode that there is not, and for a mesh that needs more devices than there are.
+    The trials are divided among the devices, or among groups of them if a trial's mesh has several.
+
+    Raises:
+        UserError: The mode is unknown, or the mesh needs more devices than the machine has.
     """
     if mode not in MODES:
         raise UserError(f"--mode: unknown {mode!r}.{suggest_names(mode, MODES)}")
-    n_trials, mesh = len(shape_class.trials), shape_class.whole.mesh
+    n_trials, mesh, cost = len(shape_class.trials), shape_class.config.mesh, shape_class.cost
     needed = min_devices(mesh)
     if needed > machine.n_devices:
         raise UserError(
             f"config.mesh: a trial on {describe_mesh(mesh)} needs {needed} devices; there are {machine.n_devices}."
         )
-    chosen, reason = _mode(shape_class, machine) if mode == "auto" else (mode, "as asked")
-    if shape_class.whole.optimizer.offload_state and chosen != "solo":
-        raise UserError(f"config.optimizer.offload_state is for trials that run alone: --mode=solo, not {chosen}.")
+    selected, reason = _select_mode(shape_class, machine) if mode == "auto" else (mode, "as requested")
+    if shape_class.config.optimizer.offload_state and selected != "solo":
+        raise UserError(f"config.optimizer.offload_state is for trials that run alone: --mode=solo, not {selected}.")
     if needed > 1:
         reason += f"; each on {needed} devices ({describe_mesh(mesh)})"
-    if chosen == "solo":
-        return Plan(shape_class, chosen, 1, reason, None if is_flexible(mesh) else needed)
+    if selected == "solo":
+        return Plan(shape_class, selected, 1, reason, None if is_flexible(mesh) else needed)
     share = math.ceil(n_trials / (machine.n_devices // needed))
     if width is not None:
-        return Plan(shape_class, chosen, min(width, share), reason, needed)
-    most, limit = _most(shape_class.cost, machine, chosen)
+        return Plan(shape_class, selected, min(width, share), reason, needed)
+    memory, state_bytes = MEMORY_SHARE * machine.memory, 2 * cost.state_bytes
+    is_fused = selected == "fused"
+    fitting = memory / (state_bytes + cost.working_bytes) if is_fused else (memory - cost.working_bytes) / state_bytes
+    most, limit = max(1, int(fitting)), "as memory allows"
+    if not is_fused and most > MAX_EXACT:
+        most, limit = MAX_EXACT, "because a stop waits for all of them"
     if most < share:
         reason += f"; {most} at a time, {limit}"
-    return Plan(shape_class, chosen, min(share, most), reason, needed)
+    return Plan(shape_class, selected, min(share, most), reason, needed)
 
 
-def _mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
-    if shape_class.whole.optimizer.offload_state:
+def _select_mode(shape_class: ShapeClass, machine: Machine) -> tuple[str, str]:
+    """Return the best mode and the reason for it."""
+    if shape_class.config.optimizer.offload_state:
         return "solo", "config.optimizer.offload_state leaves the memory of the device to one trial"
     if machine.platform == "cpu":
-        return (
-            "exact",
-            f"a CPU: a trial on each of {machine.n_devices} cores, with the bits of each run alone",
-        )
+        return "exact", f"CPU: one trial on each of {machine.n_devices} cores, bit-identical to runs alone"
     if len(shape_class.trials) <= machine.n_devices:
         return "solo", "no more trials than devices"
     seconds = shape_class.cost.step_flops / machine.flops
+    took = f"a step of one trial takes {1e3 * seconds:.2g} ms at peak and"
     if seconds < IDLE_SECONDS:
-        return "fused", f"a step of one trial takes {1e3 * seconds:.2g} ms at peak and leaves the device idle"
-    return "exact", f"a step of one trial takes {1e3 * seconds:.2g} ms at peak and fills the device"
-
-
-def _most(cost: Cost, machine: Machine, mode: str) -> tuple[int, str]:
-    """Return the maximum number of trials per program, and the reason for the limit."""
-    # States are there twice while the program turns one into the next.
-    if mode == "fused":
-        fitting = int(MEMORY_SHARE * machine.memory / (2 * cost.state_bytes + cost.working_bytes))
-        return max(1, fitting), "as memory allows"
-    fitting = int((MEMORY_SHARE * machine.memory - cost.working_bytes) / (2 * cost.state_bytes))
-    return (
-        (MOST_EXACT, "for a stop waits for a call") if fitting > MOST_EXACT else (max(1, fitting), "as memory allows")
-    )
+        return "fused", f"{took} leaves the device idle"
+    return "exact", f"{took} saturates the device"

@@ -1,6 +1,6 @@
-"""Searches: trials that depend on the results of earlier ones.
+"""Searches: sweeps whose trials depend on the results of earlier ones.
 
-The results are in run folders and in a journal, so a search that is killed at any moment can be continued exactly.
+The state of a search is in run folders and a journal, so a search that is killed at any moment resumes exactly.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rustgpt_jax.config.schema import affects_result, stages
@@ -36,37 +35,43 @@ from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.run_dir import check_no_symlinks, lock_run_dir
 
 VALID_LOSS = "valid/loss"
-# The key of the reason for skipping a suggestion, in its user attributes.
+# The user attribute of a suggestion that has the reason for skipping it.
 SKIPPED = "skipped"
-MOST_SKIPPED_A_TRIAL = 20
+MAX_SKIPPED_PER_TRIAL = 20
+
+Check = Callable[[Sequence[Trial]], None]
 
 
 def check_validation(trials: Sequence[Trial]) -> None:
     """Raise UserError if a trial has no validation loss for a search to compare."""
-    for each in trials:
-        if not all(stage.config.data.valid_fraction for stage in stages(each.config)):
-            raise UserError("A search compares validation losses, and config.data.valid_fraction=0 has none.")
+    for trial in trials:
+        if not all(stage.config.data.valid_fraction for stage in stages(trial.config)):
+            raise UserError("A search compares validation losses, but config.data.valid_fraction=0.")
 
 
 def check_rungs(search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
-    """Raise UserError for a rung at which some trial is not evaluated."""
-    for each, rung in itertools.product(trials, search.rungs):
-        every, parts = each.config.logging.eval_every, stages(each.config)
-        if rung >= parts[-1].end_step:
-            raise UserError(
-                f"successive_halving: the rung {rung} is not before the end of training at step {parts[-1].end_step}."
-            )
+    """Raise UserError if a trial is not evaluated at each rung."""
+    for trial, rung in itertools.product(trials, search.rungs):
+        every, end = trial.config.logging.eval_every, stages(trial.config)[-1].end_step
+        if rung >= end:
+            raise UserError(f"successive_halving: the rung {rung} is not before the end of training at step {end}.")
         if rung % every:
             raise UserError(
-                f"successive_halving: there is no evaluation at step {rung}, for config.logging.eval_every={every}; "
+                f"successive_halving: no evaluation at step {rung}, because config.logging.eval_every={every}; "
                 f"the nearest rung is {max(1, round(rung / every)) * every}."
             )
 
 
-def run_successive_halving(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
-    """Successive halving (arXiv 1502.07943): at each rung the worse trials end, and the better ones go on.
+def check_components(trials: Iterable[Trial]) -> None:
+    """Raise UserError if a component of a trial is unknown."""
+    for trial in trials:
+        validate_components(trial.config)
 
-    The survivors are packed together anew, and begin where they stood.
+
+def run_successive_halving(sweep: Sweep, search: SuccessiveHalving, trials: Sequence[Trial]) -> None:
+    """Run successive halving (arXiv 1502.07943): at each rung the worse trials end, and the better ones continue.
+
+    The survivors are regrouped into programs, and resume from their checkpoints.
     """
     alive = list(trials)
     with lock_run_dir(sweep.folder.path):
@@ -75,49 +80,33 @@ def run_successive_halving(sweep: Sweep, search: SuccessiveHalving, trials: Sequ
             sweep.run(alive, until=rung)
             if sweep.stop:
                 return
-            alive = _survivors(sweep, alive, rung, number, search.keep)
+            alive = _prune(sweep, alive, rung, number, search.keep)
         sweep.run(alive)
 
 
-def _survivors(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: float) -> list[Trial]:
-    losses = {each.id: _loss_at(sweep, each, rung) for each in trials}
-    comparable = [each for each in trials if math.isfinite(losses[each.id])]
+def _prune(sweep: Sweep, trials: list[Trial], rung: int, number: int, keep: float) -> list[Trial]:
+    """Prune the worse trials at a rung, and return the others."""
+    losses = {trial.id: _read_losses(sweep, trial).get(rung, math.inf) for trial in trials}
+    comparable = [trial for trial in trials if math.isfinite(losses[trial.id])]
     n_kept = min(len(comparable), math.ceil(keep * len(trials)))
-    kept = sorted(comparable, key=lambda each: losses[each.id])[:n_kept]
+    kept = sorted(comparable, key=lambda trial: losses[trial.id])[:n_kept]
     states = sweep.ledger.states()
-    # Trials that have ended stay so: an earlier sweep of the folder may have completed them.
+    # An earlier sweep in this folder may have completed some of them.
     ended = ("pruned", *DONE)
-    dropped = [each for each in comparable if each not in kept and states[each.id]["event"] not in ended]
-    if dropped:
+    pruned = [trial for trial in comparable if trial not in kept and states[trial.id]["event"] not in ended]
+    if pruned:
         details = {"step": rung, "rung": number}
-        sweep.ledger.append_all([(each.id, "pruned", details) for each in dropped])
-    return [each for each in trials if each in kept]
+        sweep.ledger.append_all([(trial.id, "pruned", details) for trial in pruned])
+    return [trial for trial in trials if trial in kept]
 
 
-def _loss_at(sweep: Sweep, each: Trial, step: int) -> float:
-    """Return the validation loss of a trial at a step, infinite if it did not reach it."""
-    lines = read_metrics(sweep.folder.trial(each.id).path)
-    return next((line[VALID_LOSS] for line in lines if line["step"] == step and VALID_LOSS in line), math.inf)
+def _read_losses(sweep: Sweep, trial: Trial) -> dict[int, float]:
+    """Return the validation losses of a trial by step."""
+    lines = read_metrics(sweep.folder.trial(trial.id).path)
+    return {line["step"]: line[VALID_LOSS] for line in lines if VALID_LOSS in line}
 
 
-def check_components(trials: Iterable[Trial]) -> None:
-    """Check that all components of the trials exist.
-
-    Raises:
-        UserError: A part does not exist.
-    """
-    for each in trials:
-        validate_components(each.config)
-
-
-def run_tpe(
-    sweep: Sweep,
-    search: TPE,
-    tree: Any,
-    fixed: Iterable[str],
-    shelf: AssetCache | None = None,
-    check: Callable[[Sequence[Trial]], None] = check_components,
-) -> list[str]:
+def run_tpe(sweep: Sweep, search: TPE, tree: Any, fixed: Iterable[str], check: Check = check_components) -> list[str]:
     """Run Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) in batches.
 
     Each suggestion is a function of the seed, its number, and earlier results, so a restarted search suggests the same
@@ -131,7 +120,6 @@ def run_tpe(
         search: The search.
         tree: The config of the sweep.
         fixed: The knobs set on the command line, which are not searched.
-        shelf: The data of the trials, which is needed where the config has epochs.
         check: Raises a UserError if trials cannot run.
 
     Returns:
@@ -140,34 +128,34 @@ def run_tpe(
     Raises:
         UserError: Too many suggestions were skipped.
     """
-    trials_of = partial(_trials_of, search=search, tree=tree, fixed=tuple(fixed), shelf=shelf or AssetCache())
+    make = partial(_make_point_trials, search=search, tree=tree, fixed=tuple(fixed), assets=sweep.assets)
     with lock_run_dir(sweep.folder.path):
-        study = _study(sweep, search, tree)
-        told = [each for each in _tried(study)[: search.n_trials] if each.state.is_finished()]
-        # Rerun trials that failed or whose folders were deleted; the results told earlier remain.
-        _run(sweep, {each.number: trials_of(each) for each in told})
-        while not sweep.stop and len(_tried(study)) - len(_running(study)) < search.n_trials:
-            _ask(study, search, trials_of, check)
-            batch = {each.number: trials_of(each) for each in _running(study)}
-            _run(sweep, batch)
+        study = _load_study(sweep, search, tree)
+        complete = [point for point in _valid(study)[: search.n_trials] if point.state.is_finished()]
+        # Rerun trials that failed or whose folders were deleted; the results reported to Optuna remain.
+        _run_points(sweep, {point.number: make(point) for point in complete})
+        while not sweep.stop and len(_valid(study)) - len(_running(study)) < search.n_trials:
+            _ask(study, search, make, check)
+            batch = {point.number: make(point) for point in _running(study)}
+            _run_points(sweep, batch)
             if not sweep.stop:
-                for number, members in batch.items():
-                    _tell(study, number, [_final_loss(sweep, member) for member in members])
-        return [each.user_attrs[SKIPPED] for each in study.trials if SKIPPED in each.user_attrs]
+                for number, trials in batch.items():
+                    _tell(study, number, [_final_loss(sweep, trial) for trial in trials])
+        return [point.user_attrs[SKIPPED] for point in study.trials if SKIPPED in point.user_attrs]
 
 
-def _run(sweep: Sweep, batch: Mapping[int, Sequence[Trial]]) -> None:
-    distinct = list({member.id: member for members in batch.values() for member in members}.values())
+def _run_points(sweep: Sweep, batch: Mapping[int, Sequence[Trial]]) -> None:
+    distinct = list({trial.id: trial for trials in batch.values() for trial in trials}.values())
     if distinct:
         sweep.add(distinct)
         sweep.run(distinct)
 
 
-def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
+def _load_study(sweep: Sweep, search: TPE, tree: Any) -> Any:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UserError("tree_parzen needs Optuna: python -m pip install 'rustgpt_jax[search]'.") from None
+        raise UserError("tpe needs Optuna: python -m pip install 'rustgpt_jax[search]'.") from None
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -175,7 +163,10 @@ def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
     check_no_symlinks([file])
     # Optuna's reader raises arbitrary errors for a damaged file.
     try:
-        _drop_torn_line(file)
+        if file.exists():
+            # Remove the partial last line of a killed writer, so that the next line does not continue it.
+            with open(file, "r+b") as content:
+                content.truncate(content.read().rfind(b"\n") + 1)
         # The sweep's own lock excludes other processes, and is released when a process is killed.
         backend = JournalFileBackend(str(file), lock_obj=_NoLock())  # type: ignore[arg-type]
         storage = optuna.storages.JournalStorage(backend)
@@ -189,33 +180,26 @@ def _study(sweep: Sweep, search: TPE, tree: Any) -> Any:
     return study
 
 
-def _drop_torn_line(file: Path) -> None:
-    """Remove a partial last line left by a killed writer, so that the next line does not continue it."""
-    if file.exists():
-        with open(file, "r+b") as content:
-            content.truncate(content.read().rfind(b"\n") + 1)
-
-
 def _check_study(study: Any, search: TPE) -> None:
-    """Raise some exception if a study's trials do not match the search."""
+    """Raise an arbitrary exception if a study's trials do not match the search."""
     import optuna
 
     if study.direction != optuna.study.StudyDirection.MINIMIZE:
         raise ValueError(study.direction)
-    space = {path: _optuna(distribution) for path, distribution in search.space}
-    optuna.create_study().add_trials(_as_told(study.trials))
-    for each in study.trials:
-        if each.distributions != space or not isinstance(each.user_attrs.get(SKIPPED, ""), str):
-            raise ValueError(each.number)
+    space = {path: _to_optuna(distribution) for path, distribution in search.space}
+    optuna.create_study().add_trials(_copy_results(study.trials))
+    for point in study.trials:
+        if point.distributions != space or not isinstance(point.user_attrs.get(SKIPPED, ""), str):
+            raise ValueError(point.number)
 
 
-def _as_told(trials: Sequence[Any]) -> list[Any]:
-    """Return trials reduced to what the sampler is told."""
+def _copy_results(points: Sequence[Any]) -> list[Any]:
+    """Copy Optuna trials with nothing but what the sampler uses."""
     from optuna.trial import create_trial
 
     return [
-        create_trial(state=each.state, value=each.value, params=each.params, distributions=each.distributions)
-        for each in trials
+        create_trial(state=point.state, value=point.value, params=point.params, distributions=point.distributions)
+        for point in points
     ]
 
 
@@ -228,12 +212,9 @@ def hash_study(search: TPE, tree: Any) -> str:
     searched = {path for path, _ in search.space} | ({"seed"} if search.seeds else set())
     config = {path: value for path, value in flatten_tree(tree) if path not in searched and affects_result(path)}
     space = {path: [type(each).__name__, dataclasses.astuple(each)] for path, each in search.space}
-    described = json.dumps([config, space, search.seed, search.seeds], sort_keys=True, default=_as_dict)
+    content = [config, space, search.seed, search.seeds]
+    described = json.dumps(content, sort_keys=True, default=lambda mapping: dict(mapping.items()))
     return f"sweep {hashlib.sha256(described.encode()).hexdigest()[:16]}"
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return dict(value.items())
 
 
 class _NoLock:
@@ -247,82 +228,65 @@ class _NoLock:
 
 
 def _running(study: Any) -> list[Any]:
-    return [each for each in study.trials if not each.state.is_finished()]
+    return [point for point in study.trials if not point.state.is_finished()]
 
 
-def _tried(study: Any) -> list[Any]:
+def _valid(study: Any) -> list[Any]:
     """Return the suggestions that were not skipped, finished or not."""
-    return [each for each in study.trials if SKIPPED not in each.user_attrs]
+    return [point for point in study.trials if SKIPPED not in point.user_attrs]
 
 
-def _ask(
-    study: Any,
-    search: TPE,
-    trials_of: Callable[[Any], list[Trial]],
-    check: Callable[[Sequence[Trial]], None],
-) -> None:
+def _ask(study: Any, search: TPE, make_point_trials: Callable[[Any], list[Trial]], check: Check) -> None:
     """Ask for suggestions until the batch or the search is complete.
 
-    Each suggestion enters the journal as one line, and no batch begins before all of the one before is told: wherever
-    a search is killed, it goes on with the same suggestions.
+    Each suggestion is one line of the journal, and a batch begins only after all results of the previous one have been
+    reported: a search that was killed continues with the same suggestions.
     """
     from optuna.trial import TrialState, create_trial
 
-    n_told = len(_tried(study)) - len(_running(study))
-    end = min(search.n_trials, (n_told // search.batch + 1) * search.batch)
-    while len(_tried(study)) < end:
-        asked = suggest(search, study.trials, len(study.trials))
-        reason = _why_not(asked, trials_of, check)
-        if reason and len(study.trials) - len(_tried(study)) >= MOST_SKIPPED_A_TRIAL * search.n_trials:
+    n_complete = len(_valid(study)) - len(_running(study))
+    end = min(search.n_trials, (n_complete // search.batch + 1) * search.batch)
+    while len(_valid(study)) < end:
+        point, reason = suggest(search, study.trials, len(study.trials)), None
+        try:
+            check(make_point_trials(point))
+        except UserError as error:
+            reason = str(error)
+        if reason and len(study.trials) - len(_valid(study)) >= MAX_SKIPPED_PER_TRIAL * search.n_trials:
             raise UserError(f"Too few points of the search are valid; the last one was skipped because: {reason}")
         study.add_trial(
             create_trial(
                 state=TrialState.PRUNED if reason else TrialState.RUNNING,
-                params=asked.params,
-                distributions=asked.distributions,
+                params=point.params,
+                distributions=point.distributions,
                 user_attrs={SKIPPED: reason} if reason else {},
             )
         )
 
 
-def _why_not(
-    asked: Any, trials_of: Callable[[Any], list[Trial]], check: Callable[[Sequence[Trial]], None]
-) -> str | None:
-    """Return why a suggestion cannot be tried, or None if it can."""
-    try:
-        check(trials_of(asked))
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def suggest(search: TPE, trials: Sequence[Any], number: int) -> Any:
-    """Return suggestion `number` of Optuna's sampler, given the (frozen) trials before it."""
+    """Return suggestion `number` of Optuna's sampler, given the (frozen) Optuna trials before it."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(
         seed=search.seed + number, constant_liar=True, n_startup_trials=min(10, search.n_trials)
     )
     in_memory = optuna.create_study(sampler=sampler)
-    in_memory.add_trials(_as_told(trials))
-    return in_memory.ask({path: _optuna(distribution) for path, distribution in search.space})
+    in_memory.add_trials(_copy_results(trials))
+    return in_memory.ask({path: _to_optuna(distribution) for path, distribution in search.space})
 
 
-def _optuna(distribution: Distribution) -> Any:
+def _to_optuna(distribution: Distribution) -> Any:
     import optuna
 
     match distribution:
         case Categorical(options):
             # Use indices: options may be tuples, which JSON would turn into lists.
             return optuna.distributions.CategoricalDistribution(range(len(options)))
-        case Integers(low, high):
-            return optuna.distributions.IntDistribution(low, high)
-        case LogIntegers(low, high):
-            return optuna.distributions.IntDistribution(low, high, log=True)
-        case Uniform(low, high):
-            return optuna.distributions.FloatDistribution(low, high)
-        case LogUniform(low, high):
-            return optuna.distributions.FloatDistribution(low, high, log=True)
+        case Integers(low, high) | LogIntegers(low, high):
+            return optuna.distributions.IntDistribution(low, high, log=isinstance(distribution, LogIntegers))
+        case Uniform(low, high) | LogUniform(low, high):
+            return optuna.distributions.FloatDistribution(low, high, log=isinstance(distribution, LogUniform))
 
 
 def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
@@ -333,19 +297,18 @@ def decode_params(search: TPE, params: dict[str, Any]) -> Overrides:
     }
 
 
-def _trials_of(asked: Any, search: TPE, tree: Any, fixed: tuple[str, ...], shelf: AssetCache) -> list[Trial]:
+def _make_point_trials(point: Any, search: TPE, tree: Any, fixed: tuple[str, ...], assets: AssetCache) -> list[Trial]:
     """Return the trials of a suggestion: one, or one per seed."""
-    overrides = decode_params(search, asked.params)
+    overrides = decode_params(search, point.params)
     if not search.seeds:
-        return make_trials(tree, [overrides], fixed, lambda: shelf)
-    return [make_trial(tree, {**overrides, "seed": seed}, lambda: shelf) for seed in search.seeds]
+        return make_trials(tree, [overrides], fixed, lambda: assets)
+    return [make_trial(tree, {**overrides, "seed": seed}, lambda: assets) for seed in search.seeds]
 
 
-def _final_loss(sweep: Sweep, each: Trial) -> float:
-    if sweep.ledger.states()[each.id]["event"] != "finished":
+def _final_loss(sweep: Sweep, trial: Trial) -> float:
+    if sweep.ledger.states()[trial.id]["event"] != "finished":
         return math.inf
-    losses = [line[VALID_LOSS] for line in read_metrics(sweep.folder.trial(each.id).path) if VALID_LOSS in line]
-    return losses[-1] if losses else math.inf
+    return [math.inf, *_read_losses(sweep, trial).values()][-1]
 
 
 def _tell(study: Any, number: int, losses: list[float]) -> None:

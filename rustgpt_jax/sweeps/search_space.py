@@ -1,11 +1,11 @@
-"""The algebra of sweeps: which trials there are, each said as the knobs in which it differs from the sweep's config.
+"""Building blocks of sweeps: each trial is a mapping of config paths to values that override the sweep's config.
 
     values, seeds              one knob over several values
-    product, zipped, chain     sweeps combined: every combination, side by side, one after another
-    sample, sobol              points of a space, which gives each knob a distribution
-    successive_halving, tree_parzen    searches: plain data here, which a launcher carries out
+    product, zip_, chain       combine sweeps: all combinations, element by element, or one after another
+    sample, sobol              points of a space, which maps knobs to distributions
+    successive_halving, tpe    searches, whose trials depend on earlier results
 
-A sweep is any iterable of overrides, so a list written by hand or a generator is one too.
+Any iterable of overrides is a sweep, so a handwritten list or a generator works as well.
 """
 
 import itertools
@@ -18,65 +18,75 @@ from typing import Any
 
 from rustgpt_jax.errors import UserError
 
-# Dotted path of a knob -> value: {"optimizer.learning_rate": 1e-3, "seed": 1, "stages.pretrain.training.steps": 50}.
+__all__ = ["Overrides", "chain", "product", "sample", "seeds", "sobol", "successive_halving", "tpe", "values", "zip_"]
+__all__ += ["choice", "integers", "log_integers", "log_uniform", "uniform", "Search", "SuccessiveHalving", "TPE"]
+__all__ += ["Categorical", "Distribution", "Integers", "LogIntegers", "LogUniform", "Uniform"]
+
+# Dotted path of a knob -> value: {"optimizer.learning_rate": 1e-3, "stages.pretrain.training.steps": 50}.
 Overrides = dict[str, Any]
 
-# Drawn numbers are rounded to this many digits, and to as many more as a narrow range needs to keep its values apart.
+# Sampled numbers are rounded to this many digits; narrow ranges get more digits, so that values remain distinct.
 DIGITS = 4
 
 
 def values(path: str, *options: Any) -> list[Overrides]:
-    """One knob over several values, in their order. Raises UserError for no values, or several given as one."""
+    """Vary one knob over several values, in order.
+
+    Raises:
+        UserError: There are no values, or several are passed as one collection.
+    """
     if not isinstance(path, str):
-        raise UserError(f"values({path!r}, ...): the path of a knob comes first: values('seed', 0, 1).")
+        raise UserError(f"values({path!r}, ...): the first argument is the path of a knob: values('seed', 0, 1).")
     if not options:
-        raise UserError(f"values({path!r}): there is no value to try.")
-    return [{path: _plain(f"values({path!r}, ...)", option)} for option in options]
+        raise UserError(f"values({path!r}): no values to try.")
+    return [{path: _to_plain(f"values({path!r}, ...)", option)} for option in options]
 
 
 def seeds(n: int, first: int = 0) -> list[Overrides]:
-    """The seeds first, first + 1, ..., n of them. Raises UserError if n < 1 or first < 0."""
-    start = _whole("seeds: first", first, 0)
-    return [{"seed": start + place} for place in range(_whole("seeds: n", n, 1))]
+    """Vary the seed: first, first + 1, ..., first + n - 1. Raises UserError if n < 1 or first < 0."""
+    start = _check_integer("seeds: first", first, 0)
+    return [{"seed": start + index} for index in range(_check_integer("seeds: n", n, 1))]
 
 
 def product(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-    """Every combination of the trials of several sweeps; the first sweep varies slowest.
+    """Combine each trial of a sweep with each trial of the others; the first sweep varies slowest.
 
-    Raises UserError if two sweeps give the same knob.
+    Raises:
+        UserError: Two sweeps set the same knob.
     """
-    return [_union("product", parts) for parts in itertools.product(*_listed("product", sweeps))]
+    return [_merge("product", parts) for parts in itertools.product(*_to_lists("product", sweeps))]
 
 
 def zip_(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-    """Sweeps side by side: the first trials of all as one trial, then the second, and so on.
+    """Combine sweeps element by element: the first trials of all as one trial, then the second ones, and so on.
 
-    Raises UserError if they have different lengths, or if two give the same knob.
+    Raises:
+        UserError: The sweeps have different lengths, or two set the same knob.
     """
-    lists = _listed("zipped", sweeps)
+    lists = _to_lists("zip_", sweeps)
     lengths = [len(trials) for trials in lists]
     if len(set(lengths)) > 1:
-        raise UserError(f"zipped: the sweeps have different lengths: {', '.join(map(str, lengths))}.")
-    return [_union("zipped", parts) for parts in zip(*lists, strict=True)]
+        raise UserError(f"zip_: the sweeps have different lengths: {', '.join(map(str, lengths))}.")
+    return [_merge("zip_", parts) for parts in zip(*lists, strict=True)]
 
 
 def chain(*sweeps: Iterable[Overrides]) -> list[Overrides]:
-    """The trials of several sweeps, one sweep after another."""
-    return [dict(trial) for trials in _listed("chain", sweeps) for trial in trials]
+    """Concatenate sweeps."""
+    return [dict(trial) for trials in _to_lists("chain", sweeps) for trial in trials]
 
 
-# Distributions: each turns a number u, uniform from 0 to 1 (exclusive), into a value. `at` never falls as u grows.
+# Distributions. `quantile` maps a number u in [0, 1) to a value, and does not decrease as u increases.
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every number from low to high, equally likely."""
+    """The uniform distribution over real numbers from low to high."""
 
     low: float
     high: float
 
-    def at(self, u: float) -> float:
-        """Return the u-quantile of the distribution."""
+    def quantile(self, u: float) -> float:
+        """Return the u-quantile, rounded."""
         span = self.high - self.low
         value = round(self.low + u * span, DIGITS - math.floor(math.log10(span)))
         return min(max(value, self.low), self.high)
@@ -84,14 +94,14 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """Every number from low to high, its logarithm uniform: as many from 1e-4 to 1e-3 as from 1e-3 to 1e-2."""
+    """The distribution of real numbers from low to high whose logarithm is uniform."""
 
     low: float
     high: float
 
-    def at(self, u: float) -> float:
-        """Return the u-quantile of the distribution."""
-        exact = math.exp(_between(math.log(self.low), math.log(self.high), u))
+    def quantile(self, u: float) -> float:
+        """Return the u-quantile, rounded."""
+        exact = math.exp(_interpolate(math.log(self.low), math.log(self.high), u))
         narrowness = min(1.0, (self.high - self.low) / self.low)
         value = float(f"{exact:.{DIGITS - math.floor(math.log10(narrowness))}g}")
         return min(max(value, self.low), self.high)
@@ -99,37 +109,37 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Integers:
-    """Every whole number from low to high, both included, equally likely."""
+    """The uniform distribution over integers from low to high, both included."""
 
     low: int
     high: int
 
-    def at(self, u: float) -> int:
-        """Return the u-quantile of the distribution."""
+    def quantile(self, u: float) -> int:
+        """Return the u-quantile."""
         return min(self.low + math.floor(u * (self.high - self.low + 1)), self.high)
 
 
 @dataclass(frozen=True)
 class LogIntegers:
-    """Every whole number from low to high, both included: log-uniform from low - 1/2 to high + 1/2, then rounded."""
+    """The distribution of numbers that are log-uniform from low - 1/2 to high + 1/2, rounded to integers."""
 
     low: int
     high: int
 
-    def at(self, u: float) -> int:
-        """Return the u-quantile of the distribution."""
-        exact = math.exp(_between(math.log(self.low - 0.5), math.log(self.high + 0.5), u))
+    def quantile(self, u: float) -> int:
+        """Return the u-quantile."""
+        exact = math.exp(_interpolate(math.log(self.low - 0.5), math.log(self.high + 0.5), u))
         return min(max(math.floor(exact + 0.5), self.low), self.high)
 
 
 @dataclass(frozen=True)
 class Categorical:
-    """One of the options, equally likely. A search takes them to be without order."""
+    """The uniform distribution over unordered options."""
 
     options: tuple[Any, ...]
 
-    def at(self, u: float) -> Any:
-        """Return the u-quantile of the distribution over the options."""
+    def quantile(self, u: float) -> Any:
+        """Return the u-quantile in the order of the options."""
         return self.options[min(math.floor(u * len(self.options)), len(self.options) - 1)]
 
 
@@ -138,79 +148,82 @@ Space = Mapping[str, Distribution]
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Numbers from low to high. Raises UserError unless low < high and both are finite."""
+    """Sample real numbers from low to high. Raises UserError unless low < high and both are finite."""
     _check_range("uniform", low, high, Real)
     return Uniform(float(low), float(high))
 
 
 def log_uniform(low: float, high: float) -> LogUniform:
-    """Numbers from low to high, uniform in their logarithm. Raises UserError unless 0 < low < high < infinity."""
+    """Sample real numbers uniformly in log space. Raises UserError unless 0 < low < high < infinity."""
     _check_range("log_uniform", low, high, Real, above=0)
     return LogUniform(float(low), float(high))
 
 
 def integers(low: int, high: int) -> Integers:
-    """Whole numbers from low to high, both included. Raises UserError unless both are whole and low < high."""
+    """Sample integers from low to high, both included. Raises UserError unless low < high, both integers."""
     _check_range("integers", low, high, Integral)
     return Integers(int(low), int(high))
 
 
 def log_integers(low: int, high: int) -> LogIntegers:
-    """Whole numbers from low to high, both included, uniform in their logarithm.
-
-    Raises UserError unless both are whole and 0 < low < high.
-    """
+    """Sample integers uniformly in log space, both ends included. Raises UserError unless 0 < low < high."""
     _check_range("log_integers", low, high, Integral, above=0)
     return LogIntegers(int(low), int(high))
 
 
 def choice(*options: Any) -> Categorical:
-    """One of some values of any kind. Raises UserError for no values, or several given as one."""
+    """Sample one of several values of any kind.
+
+    Raises:
+        UserError: There are no options, or several are passed as one collection.
+    """
     if not options:
-        raise UserError("choice: there is no option to choose from.")
-    return Categorical(tuple(_plain("choice(...)", option) for option in options))
+        raise UserError("choice: no options to choose from.")
+    return Categorical(tuple(_to_plain("choice(...)", option) for option in options))
 
 
 def sample(n: int, space: Space, seed: int = 0) -> list[Overrides]:
-    """N independent random points of a space: the same for the same seed, and the first k are those of n = k.
+    """Sample n independent points of a space.
 
-    A knob's values do not depend on which other knobs the space has. Raises UserError if n < 1 or seed < 0, or for a
-    space that is empty or holds something else than distributions.
+    The points are a function of the seed, the first k of them do not depend on n, and the values of a knob do not
+    depend on the other knobs of the space.
+
+    Raises:
+        UserError: n < 1, seed < 0, or the space is empty or contains something other than distributions.
     """
     _check_space("sample", space)
-    start = _whole("sample: seed", seed, 0)
-    draws = {path: random.Random(f"{start} {path}") for path in space}
+    start = _check_integer("sample: seed", seed, 0)
+    generators = {path: random.Random(f"{start} {path}") for path in space}
     return [
-        {path: distribution.at(draws[path].random()) for path, distribution in space.items()}
-        for _ in range(_whole("sample: n", n, 1))
+        {path: distribution.quantile(generators[path].random()) for path, distribution in space.items()}
+        for _ in range(_check_integer("sample: n", n, 1))
     ]
 
 
 def sobol(n: int, space: Space, seed: int = 0) -> list[Overrides]:
-    """N points of a scrambled Sobol sequence, which fill a space more evenly than random ones (Owen, 1998).
+    """Return n points of a scrambled Sobol sequence (Owen, 1998), which cover a space more evenly than random ones.
 
-    The same for the same seed, and the first k are those of n = k; a power of two is spread best. Raises UserError
-    as `sample` does.
+    The points are a function of the seed, and the first k do not depend on n; powers of two are the most even.
+
+    Raises:
+        UserError: As for `sample`.
     """
-    # Takes longer to import than all the rest of a listed sweep.
+    # This import takes longer than everything else that listing a sweep needs.
     from scipy.stats.qmc import Sobol
 
     _check_space("sobol", space)
-    # The whole power of two: what scipy asks for, and the same points whatever n.
-    exponent = (_whole("sobol: n", n, 1) - 1).bit_length()
-    points = Sobol(len(space), rng=_whole("sobol: seed", seed, 0)).random_base2(exponent)[:n].tolist()
+    # Sampling a whole power of two gives the same points for any n.
+    exponent = (_check_integer("sobol: n", n, 1) - 1).bit_length()
+    points = Sobol(len(space), rng=_check_integer("sobol: seed", seed, 0)).random_base2(exponent)[:n].tolist()
     return [
-        {path: distribution.at(u) for (path, distribution), u in zip(space.items(), point, strict=True)}
+        {path: distribution.quantile(u) for (path, distribution), u in zip(space.items(), point, strict=True)}
         for point in points
     ]
 
 
-# Searches: trials that depend on the results of earlier ones.
-
-
 @dataclass(frozen=True)
 class SuccessiveHalving:
-    """Trials that start together; at each rung (a step), the best fraction `keep` of the rest continues.
+    """A search whose trials start together; at each rung (a step), the best fraction `keep` of them continues.
 
     Jamieson and Talwalkar, arXiv 1502.07943.
     """
@@ -222,7 +235,7 @@ class SuccessiveHalving:
 
 @dataclass(frozen=True)
 class TPE:
-    """Points of a space, proposed in batches by a tree-structured Parzen estimator.
+    """A search whose points are proposed in batches by a tree-structured Parzen estimator.
 
     Each of the `n_trials` points is one trial, or one for each of `seeds`, over which its result is the mean.
     Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011.
@@ -241,102 +254,117 @@ class TPE:
 
     @property
     def middle(self) -> Overrides:
-        """The point in the middle of every distribution."""
-        return {path: distribution.at(0.5) for path, distribution in self.space}
+        """The median of each distribution."""
+        return {path: distribution.quantile(0.5) for path, distribution in self.space}
 
 
 Search = SuccessiveHalving | TPE
 
 
 def successive_halving(trials: Iterable[Overrides], rungs: Sequence[int], keep: float = 1 / 3) -> SuccessiveHalving:
-    """Run the trials to the first rung, the best `keep` (a share) of them on to the second, and so on.
+    """Search by training all trials to the first rung, the best fraction `keep` of them to the second, and so on.
 
-    `rungs` are steps of a run. Raises UserError for no trials, rungs that do not rise, or a share outside (0, 1).
+    Args:
+        trials: The trials at the start.
+        rungs: Steps of a run, in ascending order.
+        keep: A fraction between 0 and 1.
+
+    Raises:
+        UserError: An argument is invalid.
     """
-    (listed,) = _listed("successive_halving", [trials])
+    (listed,) = _to_lists("successive_halving", [trials])
     if not listed:
-        raise UserError("successive_halving: there are no trials.")
-    steps = tuple(_whole("successive_halving: a rung", rung, 1) for rung in rungs)
+        raise UserError("successive_halving: no trials.")
+    steps = tuple(_check_integer("successive_halving: a rung", rung, 1) for rung in rungs)
     if not steps or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        raise UserError(f"successive_halving: rungs are steps that rise, such as (100, 300, 900), not {steps}.")
+        raise UserError(f"successive_halving: rungs must be ascending steps, such as (100, 300, 900), not {steps}.")
     if not isinstance(keep, Real) or not 0 < keep < 1:
-        raise UserError(f"successive_halving: keep is a share between 0 and 1, such as 1/3, not {keep!r}.")
+        raise UserError(f"successive_halving: keep must be between 0 and 1, such as 1/3, not {keep!r}.")
     return SuccessiveHalving(tuple(dict(trial) for trial in listed), steps, float(keep))
 
 
-def tree_parzen(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seeds: Sequence[int] = ()) -> TPE:
-    """Search a space by n_trials points, `batch` at a time; `seed` makes the search itself repeatable.
+def tpe(n_trials: int, space: Space, batch: int = 8, seed: int = 0, seeds: Sequence[int] = ()) -> TPE:
+    """Search a space with a tree-structured Parzen estimator (Optuna).
 
-    With `seeds`, each point is tried with all of them; without, with the config's own. Raises UserError if n_trials
-    or batch < 1, for a bad space as `sample` does, and for seeds given twice or also in the space.
+    Args:
+        n_trials: The number of points.
+        space: The distribution of each searched knob.
+        batch: The number of points proposed at a time.
+        seed: The seed of the search.
+        seeds: The seeds with which each point is tried; by default, the seed of the config.
+
+    Raises:
+        UserError: n_trials or batch < 1, the space is invalid, or a seed is repeated or also in the space.
     """
-    _check_space("tree_parzen", space)
-    listed = tuple(_whole("tree_parzen: a seed", value, 0) for value in seeds)
+    _check_space("tpe", space)
+    listed = tuple(_check_integer("tpe: a seed", value, 0) for value in seeds)
     if len(set(listed)) < len(listed):
-        raise UserError(f"tree_parzen: a seed is given twice in seeds={listed}.")
+        raise UserError(f"tpe: seeds={listed} has duplicates.")
     if listed and "seed" in space:
-        raise UserError("tree_parzen: the knob 'seed' is given both in the space and by seeds.")
+        raise UserError("tpe: 'seed' is both in the space and given by seeds.")
     return TPE(
-        _whole("tree_parzen: n_trials", n_trials, 1),
+        _check_integer("tpe: n_trials", n_trials, 1),
         tuple(space.items()),
-        _whole("tree_parzen: batch", batch, 1),
-        _whole("tree_parzen: seed", seed, 0),
+        _check_integer("tpe: batch", batch, 1),
+        _check_integer("tpe: seed", seed, 0),
         listed,
     )
 
 
-def _listed(caller: str, sweeps: Sequence[Iterable[Overrides]]) -> list[list[Overrides]]:
-    """The trials of each sweep, whose iterators are consumed once."""
+def _to_lists(caller: str, sweeps: Sequence[Iterable[Overrides]]) -> list[list[Overrides]]:
+    """Read each sweep once, since it may be an iterator."""
     lists = [list(sweep) if isinstance(sweep, Iterable) else [] for sweep in sweeps]
-    for place, (sweep, trials) in enumerate(zip(sweeps, lists, strict=True), 1):
+    for number, (sweep, trials) in enumerate(zip(sweeps, lists, strict=True), 1):
         if not isinstance(sweep, Iterable) or not all(isinstance(trial, Mapping) for trial in trials):
             raise UserError(
-                f"{caller}: argument {place} is not a sweep, which is a sequence of overrides such as "
-                "[{'optimizer.learning_rate': 1e-3}] or what values, product and the like give."
+                f"{caller}: argument {number} is not a sweep, which is a sequence of overrides such as "
+                "[{'optimizer.learning_rate': 1e-3}] or the result of values, product etc."
             )
     return lists
 
 
-def _union(caller: str, parts: Sequence[Overrides]) -> Overrides:
-    union: Overrides = {}
+def _merge(caller: str, parts: Sequence[Overrides]) -> Overrides:
+    merged: Overrides = {}
     for part in parts:
         for path, value in part.items():
-            if path in union:
-                raise UserError(f"{caller}: the knob {path!r} is given by two of the sweeps.")
-            union[path] = value
-    return union
+            if path in merged:
+                raise UserError(f"{caller}: {path!r} is set by two of the sweeps.")
+            merged[path] = value
+    return merged
 
 
-def _plain(caller: str, option: Any) -> Any:
-    """An option as a value for JSON: a scalar of NumPy becomes Python's."""
+def _to_plain(caller: str, option: Any) -> Any:
+    """Convert NumPy scalars to Python numbers, which JSON supports."""
     if isinstance(option, Iterable) and not isinstance(option, str | tuple | list | Mapping):
-        raise UserError(f"{caller}: one of the values is a {type(option).__name__}; a * before it gives its items.")
+        raise UserError(f"{caller}: a value is a {type(option).__name__}; write * before it to pass its items.")
     return option.item() if hasattr(option, "item") else option
 
 
-def _between(low: float, high: float, u: float) -> float:
+def _interpolate(low: float, high: float, u: float) -> float:
     return low + u * (high - low)
 
 
-def _whole(what: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise UserError(f"{what} is a whole number from {least} up, not {value!r}.")
+def _check_integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+        raise UserError(f"{name} must be an integer >= {low}, not {value!r}.")
     return int(value)
 
 
 def _check_range(caller: str, low: Any, high: Any, kind: type, above: float = -math.inf) -> None:
     for name, bound in (("low", low), ("high", high)):
         if isinstance(bound, bool) or not isinstance(bound, kind):
-            raise UserError(f"{caller}: {name} is a {'whole ' * (kind is Integral)}number, not {bound!r}.")
+            raise UserError(
+                f"{caller}: {name} must be {'an integer' if kind is Integral else 'a number'}, not {bound!r}."
+            )
     if not low < high or not math.isfinite(high - low):
-        raise UserError(f"{caller}: low={low!r} and high={high!r} are not a range; low is below high, both finite.")
+        raise UserError(f"{caller}: low={low!r} must be below high={high!r}, and both finite.")
     if low <= above:
-        raise UserError(f"{caller}: low={low!r} has no logarithm; it must be above 0.")
+        raise UserError(f"{caller}: low={low!r} must be above 0 to have a logarithm.")
 
 
 def _check_space(caller: str, space: Space) -> None:
     if not isinstance(space, Mapping) or not space:
-        raise UserError(f"{caller}: a space gives each knob a distribution: {{'optimizer.b2': uniform(0.9, 0.999)}}.")
+        raise UserError(f"{caller}: a space maps knobs to distributions: {{'optimizer.b2': uniform(0.9, 0.999)}}.")
     for path, distribution in space.items():
         if not isinstance(distribution, Distribution):
             raise UserError(

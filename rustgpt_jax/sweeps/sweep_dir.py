@@ -5,7 +5,6 @@ import shlex
 import shutil
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +15,50 @@ from rustgpt_jax.workdir.event_log import Event, EventLog
 from rustgpt_jax.workdir.run_dir import RunDir
 
 
-@dataclass(frozen=True)
 class SweepDir:
-    """The names of the files of a sweep. Nothing is read or written by asking for them."""
+    """The paths of a sweep's files, which may not exist.
 
-    path: Path
+    Attributes:
+        path: The folder.
+        info_file: The sweep's name, config file, last launch command, and trials.
+        ledger_file: An append-only log of planned, started, ended and failed trials, one JSON object per line.
+        trials: The folder of the trials' run folders.
+        tokenizers: The folder of the tokenizers that trials share.
+        code: The folder of the code snapshots of all launches, named by their hashes.
+        study_file: The journal of an Optuna search.
+        jobs: The folder of submitit's scripts, logs and results.
+    """
 
-    @property
-    def about_file(self) -> Path:
-        """The path of sweep.json: the sweep's name, config file, last launch command, and trials."""
-        return self.path / "sweep.json"
-
-    @property
-    def ledger_file(self) -> Path:
-        """The append-only log of planned, started, ended and failed trials, one JSON object per line."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def trials(self) -> Path:
-        """The folder of the trials, each an ordinary run folder."""
-        return self.path / "trials"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info_file, self.ledger_file = path / "sweep.json", path / "ledger.jsonl"
+        self.trials, self.tokenizers, self.code, self.jobs = (
+            path / name for name in ("trials", "tokenizers", "code", "jobs")
+        )
+        self.study_file = path / "study.journal"
 
     def trial(self, name: str) -> RunDir:
-        """The run folder of a trial."""
+        """Return the run folder of a trial."""
         return RunDir(self.trials / name)
 
-    @property
-    def tokenizers(self) -> Path:
-        """Tokenizers that several trials share."""
-        return self.path / "tokenizers"
 
-    @property
-    def code(self) -> Path:
-        """The code as it was at each launch, in folders named by its hash."""
-        return self.path / "code"
+def create_sweep_dir(path: Path, info: dict[str, Any]) -> SweepDir:
+    """Create or reopen the folder of a sweep.
 
-    @property
-    def study_file(self) -> Path:
-        """The journal of a search by Optuna."""
-        return self.path / "study.journal"
+    Args:
+        path: The folder.
+        info: The content of sweep.json; at least the sweep's name and config file.
 
-    @property
-    def jobs(self) -> Path:
-        """The folder of submitit's scripts, logs and results."""
-        return self.path / "jobs"
-
-    @property
-    def lock_file(self) -> Path:
-        """The lock of the launcher that leads a search."""
-        return self.path / ".lock"
-
-
-def create_sweep_dir(path: Path, about: dict[str, Any]) -> SweepDir:
-    """Create or reopen the folder of a sweep. `about` has at least its name and its config file.
-
-    Raises UserError if the folder holds another sweep, a run, or other files.
+    Raises:
+        UserError: The folder contains another sweep, a run, or other files.
     """
     folder = SweepDir(path)
-    if folder.about_file.exists():
+    if folder.info_file.exists():
         stored = read_sweep_info(path)
         for key in ("config_file", "sweep"):
-            if stored.get(key) != about[key]:
+            if stored.get(key) != info[key]:
                 raise UserError(
-                    f"{path} holds another sweep: its {key} is {stored.get(key)!r}, not {about[key]!r}. "
+                    f"{path} holds another sweep: its {key} is {stored.get(key)!r}, not {info[key]!r}. "
                     "Choose another --run folder."
                 )
         return folder
@@ -87,62 +67,57 @@ def create_sweep_dir(path: Path, about: dict[str, Any]) -> SweepDir:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The sweep's folder {path} cannot be made: {error.strerror}.") from error
-    used = any(not entry.name.startswith(".") for entry in path.iterdir())
-    # Another launch may have begun the same sweep in this moment.
-    if used and not folder.about_file.exists():
+        raise UserError(f"The sweep's folder {path} cannot be created: {error.strerror}.") from error
+    is_used = any(not entry.name.startswith(".") for entry in path.iterdir())
+    # Another launch may have created the same sweep in the meantime.
+    if is_used and not folder.info_file.exists():
         raise UserError(f"{path} holds files but no sweep (no sweep.json); choose another --run folder.")
-    write_sweep_info(folder, about)
+    write_sweep_info(folder, info)
     return folder
 
 
 def read_sweep_info(path: Path) -> dict[str, Any]:
     """Read sweep.json. Raises UserError if the folder is not a sweep."""
-    file = SweepDir(path).about_file
+    file = SweepDir(path).info_file
     if not file.exists():
         raise UserError(f"{path} is not the folder of a sweep: it has no sweep.json.")
     try:
-        about = json.loads(file.read_bytes())
+        info = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: it is not JSON.") from error
-    wrong = _wrong_field(about)
-    if wrong:
-        raise UserError(f"{file} is damaged: {wrong}.")
-    return dict(about)
+    if problem := _find_problem(info):
+        raise UserError(f"{file} is damaged: {problem}.")
+    return dict(info)
 
 
-def _wrong_field(about: Any) -> str | None:
-    """Return what is wrong with the content of sweep.json, or None if all required fields are valid."""
-    if not isinstance(about, dict):
+def _find_problem(info: Any) -> str | None:
+    """Return what is wrong with the content of sweep.json, or None if all required values are valid."""
+    if not isinstance(info, dict):
         return "it is not a JSON object"
     for name in ("name", "command", "config_file", "sweep"):
-        if name not in about:
+        if name not in info:
             return f"it has no {name!r}"
-        if not isinstance(about[name], str):
-            return f"its {name!r} is not a text"
+        if not isinstance(info[name], str):
+            return f"its {name!r} is not a string"
     try:
-        shlex.split(about["command"])
+        shlex.split(info["command"])
     except ValueError:
-        return "its 'command' has a quote without an end"
-    trials = about.get("trials", [])
+        return "its 'command' has an unclosed quote"
+    trials = info.get("trials", [])
     if not isinstance(trials, list) or not all(isinstance(trial, str) for trial in trials):
         return "its 'trials' is not a list of names"
     return None
 
 
-def write_sweep_info(folder: SweepDir, about: dict[str, Any]) -> None:
-    """Record the sweep as of this launch in sweep.json.
-
-    Raises:
-        UserError: The file is not writable.
-    """
-    write_atomically(folder.about_file, json.dumps(about, indent=2) + "\n")
+def write_sweep_info(folder: SweepDir, info: dict[str, Any]) -> None:
+    """Write sweep.json. Raises UserError if the file is not writable."""
+    write_atomically(folder.info_file, json.dumps(info, indent=2) + "\n")
 
 
 def save_code_snapshot(folder: SweepDir) -> Path:
-    """Copy the code that is running into the sweep's folder, unless it is there: jobs that wait run this copy."""
+    """Copy the running code into the sweep's folder, where queued jobs run it, and return the copy."""
     record_code()
     files = code_files(code_sources())
     copy = folder.code / code_hash(files)
@@ -151,7 +126,7 @@ def save_code_snapshot(folder: SweepDir) -> Path:
         for name, file in files.items():
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Without the permissions of the original: those of the copy follow the umask.
+            # The permissions of the copy follow the umask, not the original.
             shutil.copyfile(file, target)
         write_git_state(partial)
         publish_folder(partial, copy)
@@ -159,34 +134,30 @@ def save_code_snapshot(folder: SweepDir) -> Path:
     return copy
 
 
-# The ledger of a sweep: an append-only file of what was planned, began, ended and failed.
-#
-# It is a journal whose events have a `trial`. The last event of a trial, other than `queued`, is its state. Who runs a
-# trial holds the lock of its run folder, which the operating system lets go of however a process ends; the ledger says
-# what became of it.
-
+# The last event of a trial in the ledger, other than `queued`, is its state. A worker that runs a trial holds the lock
+# of its run folder, which the operating system releases however the process ends.
 EVENTS = ("planned", "queued", "began", "finished", "diverged", "pruned", "stopped", "failed")
-# A trial in one of these states needs no more work; one that failed is tried again by the next launch.
+# A trial in one of these states is complete; failed trials are retried by the next launch.
 DONE = ("finished", "diverged")
-# Knob values have fewer levels of nested lists and mappings than this.
-MOST_NESTED = 8
+# Maximum nesting of lists and mappings in the value of a knob.
+MAX_DEPTH = 8
 
 
 class Ledger:
-    """Appends to a ledger and reads it. Many processes and threads may do so at once."""
+    """A ledger, which many processes and threads may read and append to at once."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._journal = file, EventLog(file)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._events, self._events_end, self._n_damaged = list[Event](), 0, 0
         self._done, self._done_end = set[str](), 0
 
     def append(self, trial: str, event: str, **details: Any) -> None:
-        """Write one event; it is on disk on return."""
+        """Append an event and flush it to disk."""
         self.append_all([(trial, event, details)])
 
     def append_all(self, events: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
-        """Write several events as one."""
+        """Append several events in one write."""
         self._journal.append_all({"trial": trial, "event": event, **details} for trial, event, details in events)
 
     def events(self) -> list[Event]:
@@ -195,7 +166,7 @@ class Ledger:
         Raises:
             UserError: The file cannot be read.
         """
-        with self._turn:
+        with self._lock:
             new, self._events_end = self._read(self._events_end)
             valid = [event for event in new if _is_valid(event)]
             self._n_damaged += len(new) - len(valid)
@@ -214,7 +185,7 @@ class Ledger:
         return self._n_damaged
 
     def states(self) -> dict[str, Event]:
-        """The last event of each trial, in the order in which the trials were planned."""
+        """Return the last event of each trial other than `queued`, in planned order."""
         states: dict[str, Event] = {}
         for event in self.events():
             if event["event"] != "queued" or event["trial"] not in states:
@@ -227,7 +198,7 @@ class Ledger:
 
     def is_done(self, trial: str) -> bool:
         """Return whether a trial needs no more work, without keeping the ledger's events in memory."""
-        with self._turn:
+        with self._lock:
             new, self._done_end = self._read(self._done_end)
             for event in filter(_is_valid, new):
                 if event["event"] in DONE:
@@ -253,7 +224,7 @@ def _is_valid(event: Event) -> bool:
     return (
         event["event"] in EVENTS
         and isinstance(trial, str)
-        # It must name a folder inside the sweep.
+        # It is the name of a folder inside the sweep.
         and trial not in ("", ".", "..")
         and not {"/", "\0"} & set(trial)
         and isinstance(event["time"], (int, float))
@@ -269,14 +240,13 @@ def _are_overrides(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and all(path and (path.count(".") > 1 or not path.startswith("stages.")) for path in value)
-        and all(_is_plain(item, MOST_NESTED) for item in value.values())
+        and all(_is_plain(item, MAX_DEPTH) for item in value.values())
         and type(value.get("seed", 0)) is int
     )
 
 
 def _is_plain(value: Any, depth: int) -> bool:
     if isinstance(value, (list, dict)):
-        return depth > 0 and all(
-            _is_plain(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value)
-        )
+        items = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in items)
     return not isinstance(value, int) or abs(value) < 2**63

@@ -1,12 +1,12 @@
-"""Worker loop: claim the trials of a chunk, train them, and record their outcomes.
+"""Worker loop: claims the trials of a chunk, trains them, and records their outcomes.
 
-Workers in other processes are told their chunks on standard input, one JSON object a line, and answer each with a line
-on standard output. Where the input ends, whoever told them is gone: they save and end.
+A worker process reads chunks from standard input, one JSON object per line, and writes a line to standard output after
+each. At the end of the input, the launcher has exited: the worker saves its trials and exits.
 """
 
 import dataclasses
-import json
 import os
+import queue
 import socket
 import sys
 import threading
@@ -30,7 +30,7 @@ from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, load_origins
 
 
-class _Quiet:
+class _NoProgress:
     """A progress display that shows nothing."""
 
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
@@ -44,86 +44,86 @@ class _Quiet:
 
 
 class Worker:
-    """Runs chunks of a sweep on some devices, the first ones of these, on the thread that calls it."""
+    """Runs chunks of a sweep on the first of some devices, in the thread that calls it.
+
+    Args:
+        folder: The folder of the sweep.
+        assets: The tokenizers and data of the trials.
+        devices: The devices of this worker.
+        code: The hash of the code, for the ledger.
+        is_stopped: Returns whether to save and stop.
+    """
 
     def __init__(
         self,
         folder: SweepDir,
-        shelf: AssetCache,
+        assets: AssetCache,
         devices: Sequence[jax.Device],
         code: str,
         is_stopped: Callable[[], bool],
     ) -> None:
-        self._folder, self._shelf, self._devices = folder, shelf, devices
+        self._folder, self._assets, self._devices = folder, assets, devices
         self._ledger, self._is_stopped = Ledger(folder.ledger_file), is_stopped
         self._identity = {"host": socket.gethostname(), "process": os.getpid(), "code": code}
 
-    def work(self, chunk: Chunk) -> None:
-        """Run the trials of a chunk that are neither done nor held by another worker.
+    def run_chunk(self, chunk: Chunk) -> None:
+        """Run the trials of a chunk that are neither done nor locked by another worker.
 
-        If something fails that is not the user's asking to stop, each trial is run alone in the same program, so that
-        only the one that causes it is marked as failed.
+        After an error, each trial is run alone in the same program, so that only the one that causes it is marked as
+        failed.
         """
-        with ExitStack() as held:
-            runs = {trial: run for trial in chunk.trials if (run := self._claim(trial, chunk, held)) is not None}
+        with ExitStack() as locks:
+            runs = {trial: run for trial in chunk.trials if (run := self._claim(trial, chunk, locks)) is not None}
             try:
                 if runs:
                     self._train(runs, chunk)
                 return
             except Exception as error:
                 if len(runs) == 1:
-                    self._failed(next(iter(runs)), error)
+                    self._record_failure(next(iter(runs)), error)
                     return
         for trial in runs:
-            self.work(dataclasses.replace(chunk, trials=(trial,)))
+            self.run_chunk(dataclasses.replace(chunk, trials=(trial,)))
 
-    def _claim(self, trial: str, chunk: Chunk, held: ExitStack) -> Trainer | None:
-        """Lock a trial, unless it is done, held by another worker, or not runnable."""
+    def _claim(self, trial: str, chunk: Chunk, locks: ExitStack) -> Trainer | None:
+        """Lock a trial, unless it is done, locked by another worker, or invalid."""
         if self._is_stopped() or self._ledger.is_done(trial):
             return None
         folder = self._folder.trial(trial)
         try:
-            inputs = self._shelf.inputs(load_config(folder.path))
+            inputs = self._assets.inputs(load_config(folder.path))
             plan = plan_for_devices(inputs.config.mesh, self._devices[: chunk.devices])
             inputs.check(folder, plan.n_devices)
-            run = held.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
+            run = locks.enter_context(Trainer(inputs, folder.path, load_origins(folder.path), plan, chunk.until))
         except RunLockedError:
             return None
         except Exception as error:
-            self._failed(trial, error)
+            self._record_failure(trial, error)
             return None
-        # It may have been done between the first look and the lock.
+        # Another worker may have finished it between the first look and the lock.
         return None if self._ledger.is_done(trial) else run
 
     def _train(self, runs: Mapping[str, Trainer], chunk: Chunk) -> None:
-        if chunk.mode == "solo":
-            for trial, run in runs.items():
-                self._begin({trial: run}, chunk)
-                run_training_loop([run], SingleRunExecutor(run), self._is_stopped)
-                self._ended({trial: run})
-            return
-        self._begin(runs, chunk)
-        members = list(runs.values())
-        if not all(run.is_over for run in members):
-            run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
-        self._ended(runs)
+        groups = [{trial: run} for trial, run in runs.items()] if chunk.mode == "solo" else [runs]
+        for group in groups:
+            members = list(group.values())
+            for run in members:
+                run.begin(_NoProgress(), chunk.mode, chunk.width)
+            details = {**self._identity, "mode": chunk.mode, "width": chunk.width}
+            self._ledger.append_all([(trial, "began", {"step": run.step, **details}) for trial, run in group.items()])
+            if chunk.mode == "solo":
+                run_training_loop(members, SingleRunExecutor(members[0]), self._is_stopped)
+            elif not all(run.is_over for run in members):
+                run_training_loop(members, PopulationExecutor(chunk.mode, members, chunk.width), self._is_stopped)
+            for run in members:
+                run.finish()
+            self._ledger.append_all([(trial, *_outcome(run)) for trial, run in group.items()])
 
-    def _begin(self, runs: Mapping[str, Trainer], chunk: Chunk) -> None:
-        for run in runs.values():
-            run.begin(_Quiet(), chunk.mode, chunk.width)
-        about = {**self._identity, "mode": chunk.mode, "width": chunk.width}
-        self._ledger.append_all([(trial, "began", {"step": run.step, **about}) for trial, run in runs.items()])
-
-    def _ended(self, runs: Mapping[str, Trainer]) -> None:
-        for run in runs.values():
-            run.finish()
-        self._ledger.append_all([(trial, *_outcome(run)) for trial, run in runs.items()])
-
-    def _failed(self, trial: str, error: Exception) -> None:
-        sentence = " ".join(str(error).split()) or type(error).__name__
+    def _record_failure(self, trial: str, error: Exception) -> None:
+        message = " ".join(str(error).split()) or type(error).__name__
         if is_out_of_memory(error):
-            sentence = f"{out_of_memory_message(load_config(self._folder.trial(trial).path))} ({sentence})"
-        self._ledger.append(trial, "failed", error=sentence, traceback="".join(traceback.format_exception(error)))
+            message = f"{out_of_memory_message(load_config(self._folder.trial(trial).path))} ({message})"
+        self._ledger.append(trial, "failed", error=message, traceback="".join(traceback.format_exception(error)))
 
 
 def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
@@ -134,32 +134,28 @@ def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
 
 
 def main(sweep: str, code: str) -> None:
-    """Work through the chunks of standard input on the devices of this process, until it ends."""
+    """Run the chunks from standard input on the devices of this process, until the input ends."""
     from rustgpt_jax.malloc import keep_freed_memory
     from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
 
     keep_freed_memory()
     enable_compilation_cache()
     folder = SweepDir(Path(sweep))
-    told: list[str] = []
-    arrived, is_alone = threading.Semaphore(0), threading.Event()
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    is_orphaned = threading.Event()
 
-    def listen() -> None:
+    def read_input() -> None:
         for line in sys.stdin:
-            told.append(line)
-            arrived.release()
-        is_alone.set()
-        arrived.release()
+            lines.put(line)
+        is_orphaned.set()
+        lines.put(None)
 
     with StopRequest() as stop:
-        threading.Thread(target=listen, daemon=True).start()
-        shelf, devices = AssetCache(folder.tokenizers), jax.local_devices()
-        worker = Worker(folder, shelf, devices, code, lambda: bool(stop) or is_alone.is_set())
-        while not stop:
-            arrived.acquire()
-            if not told:
-                return
-            worker.work(Chunk.from_dict(json.loads(told.pop(0))))
+        threading.Thread(target=read_input, daemon=True).start()
+        assets, devices = AssetCache(folder.tokenizers), jax.local_devices()
+        worker = Worker(folder, assets, devices, code, lambda: bool(stop) or is_orphaned.is_set())
+        while not stop and (line := lines.get()) is not None:
+            worker.run_chunk(Chunk.from_json(line))
             print("done", flush=True)
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parent.parent))
 from synthetic_sweep import grid, trial_id, write_sweep
 
-from rustgpt_jax.sweeps import choice, log_uniform, search, tree_parzen
+from rustgpt_jax.sweeps import choice, log_uniform, search, tpe
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.results import group_by_setting, read_results
@@ -116,7 +116,7 @@ def test_sweeps_with_edits_are_reported_on(place: Place, whole: dict[str, bytes]
 
 # The journal of a search.
 
-SEARCH = tree_parzen(
+SEARCH = tpe(
     5, {"optimizer.learning_rate": log_uniform(1e-4, 1e-1), "schedule.warmup_steps": choice(None, 1, (2,), 3)}, batch=2
 )
 
@@ -126,7 +126,7 @@ class Untrained:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.folder, self.shelf, self.stop = SweepDir(path), AssetCache(), False
+        self.folder, self.assets, self.stop = SweepDir(path), AssetCache(), False
 
     def add(self, trials: Sequence[Any]) -> None:
         """Nothing."""
@@ -144,7 +144,7 @@ def searched(path: Path) -> list[str]:
 def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The journal of a search that has ended."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_final_loss", lambda sweep, each: each.config.optimizer.learning_rate)
+        patch.setattr(search, "_final_loss", lambda sweep, trial: trial.config.optimizer.learning_rate)
         path = tmp_path_factory.mktemp("search")
         # Warm-up takes a whole number: two of its options are skipped.
         assert searched(path)
@@ -156,7 +156,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_journals_of_searches_with_edits(
     place: Place, journal: bytes, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
-    monkeypatch.setattr(search, "_final_loss", lambda sweep, each: each.config.optimizer.learning_rate)
+    monkeypatch.setattr(search, "_final_loss", lambda sweep, trial: trial.config.optimizer.learning_rate)
     n_lines = data.draw(st.integers(1, journal.count(b"\n")))
     begun = b"".join(journal.splitlines(keepends=True)[:n_lines])
     with place.case() as folder:
