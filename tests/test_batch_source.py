@@ -17,13 +17,13 @@ from rustgpt_jax.data.pipeline import Batch, SequenceOffsets, SequenceReader
 from rustgpt_jax.data.token_store import TokenStream
 from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.training import batch_source
-from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_windows
+from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_sequences
 
 
 def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batch:
     """The windows at places as a device reads them."""
     sent = jax.tree.map(np.int32, places)
-    return jax.tree.map(np.asarray, read_windows(make_device_stream(stream), sent, window=window))
+    return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, window=window))
 
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
@@ -33,7 +33,7 @@ def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, se
     source, random = SequenceReader(stream, window), np.random.default_rng(seed)
     # Some beyond the last, which are padding.
     indices = random.integers(0, len(source) + 2, 8)
-    places = source.places(indices, random.integers(stream.n_tokens - 1, size=8))
+    places = source.locate(indices, random.integers(stream.n_tokens - 1, size=8))
     expected = source.read(places)
     assert_equal(on_device(stream, places, window), expected)
     halves = on_device(stream, SequenceOffsets(*(each.reshape(2, 4) for each in places)), window)

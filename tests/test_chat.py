@@ -341,7 +341,7 @@ def test_a_saved_dialogue_is_read_by_the_corpus(tmp_path: Path, script: Script) 
     session = Held()
     shown = session.after("Wie ist es, schön?", "Why?", f"/save {tmp_path}/my talk")
     assert shown.endswith(f"Saved to {tmp_path / 'my talk.jsonl'}, which the corpus `files` can read.\n")
-    [document] = datasets.documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
+    [document] = datasets.load_documents(replace(CONFIG.data, corpus="files", paths=(str(tmp_path / "*.jsonl"),)))
     assert document.messages == session.conversation.messages
     assert len(document.messages) == 4
 

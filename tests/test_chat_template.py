@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig
-from rustgpt_jax.data.datasets import documents
+from rustgpt_jax.data.datasets import load_documents
 from rustgpt_jax.data.pipeline import SequenceOffsets, SequenceReader
 from rustgpt_jax.data.token_store import build_store
 from rustgpt_jax.errors import UserError
@@ -180,7 +180,7 @@ def test_every_document_begins_with_its_own_first_token(
     file.write_text("\n".join(map(json.dumps, DOCUMENTS[kind])))
     config = DataConfig("files", (str(file),), None, "document", 0.0, loss_mask, None)
     stream = build_store(config, codec, tmp_path / "stores").split("train")
-    parts = [encode_document(codec, document, loss_mask) for document in documents(config)]
+    parts = [encode_document(codec, document, loss_mask) for document in load_documents(config)]
     allowed = {tuple(ids.tolist()): weights.tolist() for ids, weights in parts}
     length = sum(map(len, allowed))
     assert stream.n_tokens == length + 1 and stream.n_learned == sum(map(sum, allowed.values()))

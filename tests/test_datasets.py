@@ -36,7 +36,7 @@ def write(folder: Path, name: str, text: str | bytes) -> str:
 
 
 def texts(found: DataConfig) -> list[str]:
-    return [document.text for document in datasets.documents(found)]
+    return [document.text for document in datasets.load_documents(found)]
 
 
 # Every corpus.
@@ -46,9 +46,9 @@ def texts(found: DataConfig) -> list[str]:
 def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> None:
     paths = tuple(write(tmp_path, f"{index}.txt", f"text {index}") for index in range(20))
     found = config(name, paths, max_documents=12)
-    documents = list(datasets.documents(found))
+    documents = list(datasets.load_documents(found))
     assert len(documents) == 12
-    assert documents == list(datasets.documents(found))
+    assert documents == list(datasets.load_documents(found))
     assert all(document.text and document.name for document in documents)
     assert len({document.name for document in documents}) == 12
     assert {turn.role for document in documents for turn in document.messages} <= {"text", *ROLES}
@@ -56,16 +56,16 @@ def test_a_corpus_gives_the_same_documents_again(name: str, tmp_path: Path) -> N
 
 def test_an_unknown_corpus_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="config.data.corpus: unknown 'fact'. Did you mean 'facts'"):
-        datasets.documents(config("fact"))
+        datasets.load_documents(config("fact"))
 
 
 def test_chats_are_dialogues_that_the_assistant_ends() -> None:
-    documents = list(datasets.documents(config("chat")))
+    documents = list(datasets.load_documents(config("chat")))
     assert all(document.is_dialogue and document.messages[-1].role == "assistant" for document in documents)
 
 
 def test_the_standard_library_is_there_without_its_tests() -> None:
-    names = [document.name for document in datasets.documents(config("python_stdlib"))]
+    names = [document.name for document in datasets.load_documents(config("python_stdlib"))]
     assert {"dataclasses.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
@@ -113,7 +113,7 @@ def test_files_are_read_by_their_suffix(name: str, text: str, expected: list[str
 def test_a_dialogue_keeps_its_roles(tmp_path: Path) -> None:
     messages = [{"role": role, "content": f"said by {role}"} for role in ROLES]
     path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}))
-    (document,) = datasets.documents(config(paths=(path,)))
+    (document,) = datasets.load_documents(config(paths=(path,)))
     assert document.messages == tuple(Message(message["role"], message["content"]) for message in messages)
     assert document.is_dialogue
 
@@ -146,20 +146,20 @@ MISTAKES = {
     "content.jsonl": (b'{"messages": [{"role": "user", "content": null}]}', "line 1: a message is an object with"),
     "surrogate.jsonl": (
         b'{"text": "a"}\n{"text": "\\ud800"}',
-        "line 2: the text has half of a surrogate pair (\\ud800)",
+        "line 2: the text contains half of a surrogate pair (\\ud800)",
     ),
-    "columns.csv": (b"id,body\n1,one\n", "no column is called `text`; the first row is 'id,body'"),
+    "columns.csv": (b"id,body\n1,one\n", "no column is named `text`; the first row is 'id,body'"),
     "header.csv": (
         b"Bees make honey.\nFish swim.\n",
-        "no column is called `text`; the first row is 'Bees make honey.'",
+        "no column is named `text`; the first row is 'Bees make honey.'",
     ),
-    "header.tsv": (b"one\t1\ntwo\t2\n", "no column is called `text`; the first row is"),
-    "twice.csv": (b"text,text\n1,2\n", "2 columns are called `text`"),
-    "short.csv": (b"id,text\n1\n", "line 2: 1 cell in a row of 2 columns, which ',' separates"),
+    "header.tsv": (b"one\t1\ntwo\t2\n", "no column is named `text`; the first row is"),
+    "twice.csv": (b"text,text\n1,2\n", "2 columns are named `text`"),
+    "short.csv": (b"id,text\n1\n", "line 2: 1 cell in a row of 2 columns separated by ','"),
     "comma.csv": (b"text\nHello, you\n", "line 2: 2 cells in a row of 1 columns"),
     "quote.csv": (b'text\n"one" two\n', "line 2: malformed CSV"),
     "open.csv": (b'text\n"one\n', "line 2: malformed CSV (unexpected end of data)"),
-    "open.tsv": (b'"text\none\n', "no column is called `text`"),
+    "open.tsv": (b'"text\none\n', "no column is named `text`"),
 }
 
 
@@ -168,14 +168,14 @@ def test_a_bad_file_is_named_with_what_is_wrong(name: str, tmp_path: Path) -> No
     data, message = MISTAKES[name]
     path = write(tmp_path, name, data)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}\b.*{re.escape(message)}"):
-        list(datasets.documents(config(paths=(path,))))
+        list(datasets.load_documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.txt", ""])
 def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> None:
     path = f"{tmp_path}/{pattern}"
     with pytest.raises(UserError, match=rf"config.data.paths: {re.escape(repr(path))} matches no file"):
-        list(datasets.documents(config(paths=(path,))))
+        list(datasets.load_documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -183,7 +183,7 @@ def test_a_path_that_matches_nothing_is_named(pattern: str, tmp_path: Path) -> N
 def test_a_table_that_is_written_is_read(delimiter: str, rows: list[tuple[str, str]]) -> None:
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows([("text", "other"), *rows])
-    found = [document.text for document in datasets.read_file("a.csv", out.getvalue().encode())]
+    found = [document.text for document in datasets.parse_file("a.csv", io.BytesIO(out.getvalue().encode()))]
     assert found == [text for text, _ in rows]
 
 
@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}: the file cannot be read \(Permission denied\)"):
-        list(datasets.documents(config(paths=(path,))))
+        list(datasets.load_documents(config(paths=(path,))))
 
 
 @pytest.mark.parametrize("pattern", ["a.txt", "*.txt", "inner/a.txt"])
@@ -205,10 +205,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     closed.mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)
     with pytest.raises(UserError, match=rf"matches no file; the folder {re.escape(str(closed))} is not readable\.$"):
-        list(datasets.documents(config(paths=(f"{closed}/{pattern}",))))
+        list(datasets.load_documents(config(paths=(f"{closed}/{pattern}",))))
 
 
-@pytest.mark.parametrize("read", [lambda found: list(datasets.documents(found)), datasets.file_digests])
+@pytest.mark.parametrize("read", [lambda found: list(datasets.load_documents(found)), datasets.hash_files])
 def test_a_pipe_and_a_device_are_refused_at_once(read: Callable[[DataConfig], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (str(tmp_path / "pipe.txt"), "/dev/null"):
@@ -248,12 +248,17 @@ def test_a_documents_side_depends_on_its_content_alone() -> None:
     found = config(valid_fraction=0.5)
     for index in range(50):
         first, second = plain_document("here", f"text {index}"), plain_document("there", f"text {index}")
-        assert datasets.is_validation(first, found) == datasets.is_validation(second, found)
+        assert datasets.is_validation(datasets.hash_document(first), found) == datasets.is_validation(
+            datasets.hash_document(second), found
+        )
 
 
 def test_a_larger_fraction_keeps_what_a_smaller_one_took() -> None:
     documents = [plain_document("", f"text {index}") for index in range(300)]
-    taken = [{d for d in documents if datasets.is_validation(d, config(valid_fraction=f))} for f in (0.0, 0.1, 0.4)]
+    taken = [
+        {d for d in documents if datasets.is_validation(datasets.hash_document(d), config(valid_fraction=f))}
+        for f in (0.0, 0.1, 0.4)
+    ]
     assert not taken[0]
     assert taken[1] < taken[2]
 
@@ -265,7 +270,7 @@ turn_lists = st.lists(st.builds(Message, st.sampled_from(ROLES), st.text("ab 1\n
 @example(first=(Message("user", "auserb"),), second=(Message("user", "a"), Message("user", "b")))
 @example(first=(Message("user", "a"),), second=(Message("assistant", "a"),))
 def test_fingerprints_are_equal_only_for_equal_turns(first: tuple[Message, ...], second: tuple[Message, ...]) -> None:
-    same = datasets.fingerprint(Document("a", first)) == datasets.fingerprint(Document("b", second))
+    same = datasets.hash_document(Document("a", first)) == datasets.hash_document(Document("b", second))
     assert same == (first == second)
 
 
@@ -276,13 +281,13 @@ def test_a_fingerprint_is_that_of_the_whole_text_whatever_the_blocks(turns: tupl
     whole = b"".join(f"{role} {len(text)}\n".encode() + text for role, text in encoded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "BLOCK_CHARACTERS", 2)
-        assert datasets.fingerprint(document) == hashlib.sha256(whole).digest()
+        assert datasets.hash_document(document) == hashlib.sha256(whole).digest()
 
 
 def test_half_of_a_surrogate_pair_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "BLOCK_CHARACTERS", 2)
     with pytest.raises(UserError, match=r"surrogate pair \(\\ud800\)"):
-        datasets._checked(plain_document("odd", "abc\ud800d"))
+        datasets._check_text(plain_document("odd", "abc\ud800d"))
 
 
 def test_the_tail_of_one_text_is_what_is_left_after_the_training_characters() -> None:
@@ -319,8 +324,8 @@ def test_the_tail_cuts_no_dialogue() -> None:
 @pytest.mark.parametrize("split", ["document", "tail"])
 def test_training_documents_are_those_of_the_training_split(split: str) -> None:
     found = config("facts", split=split)
-    everything = list(datasets.documents(found))
+    everything = list(datasets.load_documents(found))
     divided = datasets.assign_splits(everything, found, sum(len(document.text) for document in everything))
-    training = list(datasets.tokenizer_documents(found))
+    training = list(datasets.load_training_documents(found))
     assert training == [document for side, document in divided if side == "train"]
     assert 0.8 < sum(len(d.text) for d in training) / sum(len(d.text) for d in everything) < 0.97

@@ -49,8 +49,8 @@ def steps_to_read_all(config: Config, n_times: int) -> int:
     seen: Counter[int] = Counter()
     step = 0
     while len(seen) < circle or min(seen.values()) < n_times:
-        places = batches.places(step)
-        for start, real in zip(places.starts_B.tolist(), places.real_B.tolist(), strict=True):
+        places = batches.locate(step)
+        for start, real in zip(places.starts_B.tolist(), places.lengths_B.tolist(), strict=True):
             seen.update((start + at) % circle for at in range(real))
         step += 1
     return step

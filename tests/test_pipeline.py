@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rustgpt_jax.data import pipeline
-from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, batches, eval_batches
+from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, iterate_eval_batches
 from rustgpt_jax.data.token_store import TokenStream
 
 
@@ -82,13 +82,13 @@ def test_a_window_is_what_it_says(stream: TokenStream, window: int, seed: int) -
     source = SequenceReader(stream, window)
     indices = np.arange(len(source))[::-1]
     turns = np.random.default_rng(seed).integers(stream.n_tokens - 1, size=len(indices))
-    together = source.read(source.places(indices, turns))
+    together = source.read(source.locate(indices, turns))
     for row, (index, turn) in enumerate(zip(indices.tolist(), turns.tolist(), strict=True)):
         assert_means(Batch(*(field[row] for field in together)), slow_window(stream, window, index, turn))
 
 
 def test_the_types_and_shapes_of_a_batch() -> None:
-    batch = batches(stream_of([9, 9]), 4, 3, 0).batch(0)
+    batch = Batches(stream_of([9, 9]), 4, 3, 0).batch(0)
     assert [field.shape for field in batch] == [(3, 4)] * 5
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32]
 
@@ -99,7 +99,7 @@ def test_the_types_and_shapes_of_a_batch() -> None:
 @given(stream=streams, window=windows, batch_size=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=25)
 def test_every_token_is_a_target_once_an_epoch(stream: TokenStream, window: int, batch_size: int, seed: int) -> None:
-    source = batches(stream, window, batch_size, seed)
+    source = Batches(stream, window, batch_size, seed)
     # As many batches as an epoch has windows are as many epochs as a batch has windows.
     taken = [source.batch(step) for step in range(len(SequenceReader(stream, window)))]
     targets = Counter(token for b in taken for token in b.targets_BT[b.weights_BT > 0].tolist())
@@ -115,52 +115,52 @@ def first_tokens(source: Batches, n_steps: int) -> list[int]:
 def shuffling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to an order: in memory for few windows, without for many."""
     if request.param != "permuted":
-        monkeypatch.setattr(pipeline, "MOST_PERMUTED", 0)
+        monkeypatch.setattr(pipeline, "MAX_PERMUTED", 0)
 
 
 @pytest.mark.usefixtures("shuffling")
 def test_an_epoch_has_every_window_and_an_order_of_its_own() -> None:
-    starts = first_tokens(batches(stream_of([96]), 4, 8, seed=3), 6)
+    starts = first_tokens(Batches(stream_of([96]), 4, 8, seed=3), 6)
     first, second = ([(start - epoch[0]) % 96 for start in epoch] for epoch in (starts[:24], starts[24:]))
     assert sorted(first) == sorted(second) == list(range(0, 96, 4))
     assert first != second and first != sorted(first)
 
 
 def test_epochs_cut_the_stream_in_different_places() -> None:
-    starts = first_tokens(batches(stream_of([96]), 32, 3, seed=3), 20)
+    starts = first_tokens(Batches(stream_of([96]), 32, 3, seed=3), 20)
     assert len({start % 32 for start in starts}) > 10
 
 
 @pytest.mark.usefixtures("shuffling")
 def test_a_batch_may_reach_over_two_epochs() -> None:
-    starts = first_tokens(batches(stream_of([20]), 4, 3, seed=0), 5)
+    starts = first_tokens(Batches(stream_of([20]), 4, 3, seed=0), 5)
     for epoch in (starts[:5], starts[5:10], starts[10:]):
         assert sorted((start - epoch[0]) % 20 for start in epoch) == list(range(0, 20, 4))
 
 
 @pytest.mark.usefixtures("shuffling")
 def test_batches_of_one_have_the_order_of_larger_ones() -> None:
-    one, four = (first_tokens(batches(stream_of([96]), 4, size, seed=3), 48 // size) for size in (1, 4))
+    one, four = (first_tokens(Batches(stream_of([96]), 4, size, seed=3), 48 // size) for size in (1, 4))
     assert one == four
 
 
 @pytest.mark.usefixtures("shuffling")
 def test_seeds_give_different_orders() -> None:
     stream = stream_of([400])
-    orders = {tuple(batches(stream, 4, 50, seed).batch(0).tokens_BT[:, 0].tolist()) for seed in range(20)}
+    orders = {tuple(Batches(stream, 4, 50, seed).batch(0).tokens_BT[:, 0].tolist()) for seed in range(20)}
     assert len(orders) == 20
 
 
 @pytest.mark.usefixtures("shuffling")
 def test_the_second_epoch_of_a_seed_is_not_the_first_of_another() -> None:
     stream = stream_of([400])
-    firsts = [batches(stream, 4, 100, seed).batch(0).tokens_BT.tolist() for seed in range(5)]
-    seconds = [batches(stream, 4, 100, seed).batch(1).tokens_BT.tolist() for seed in range(5)]
+    firsts = [Batches(stream, 4, 100, seed).batch(0).tokens_BT.tolist() for seed in range(5)]
+    seconds = [Batches(stream, 4, 100, seed).batch(1).tokens_BT.tolist() for seed in range(5)]
     assert not [order for order in seconds if order in firsts]
 
 
 def make() -> Batches:
-    return batches(stream_of([13, 5, 40, 21], [True, True, False]), 5, 4, seed=7)
+    return Batches(stream_of([13, 5, 40, 21], [True, True, False]), 5, 4, seed=7)
 
 
 def test_a_step_has_its_batch_whatever_came_before() -> None:
@@ -181,7 +181,7 @@ def test_iteration_gives_the_batches_of_the_steps(first_step: int) -> None:
 
 def test_a_stage_begins_its_data_at_its_first_step() -> None:
     stream = stream_of([50])
-    first, later = batches(stream, 4, 3, 5), batches(stream, 4, 3, 5, first_step=100)
+    first, later = Batches(stream, 4, 3, 5), Batches(stream, 4, 3, 5, first_step=100)
     assert_equal(first.batch(2), later.batch(102))
     iterator = later.iterate(102)
     assert_equal(first.batch(2), next(iterator))
@@ -190,7 +190,7 @@ def test_a_stage_begins_its_data_at_its_first_step() -> None:
 
 @pytest.mark.parametrize("step", [-1, 99])
 def test_a_step_before_the_first_is_refused(step: int) -> None:
-    source = batches(stream_of([50]), 4, 3, 5, first_step=100)
+    source = Batches(stream_of([50]), 4, 3, 5, first_step=100)
     with pytest.raises(IndexError, match=f"Step {step} comes before the first step of this data, 100"):
         source.batch(step)
     with pytest.raises(IndexError, match=f"Step {step} "):
@@ -229,7 +229,7 @@ def test_an_open_iterator_does_not_keep_the_process() -> None:
 
 @given(stream=streams, window=windows, batch_size=st.integers(1, 5))
 def test_evaluation_takes_all_windows_in_order(stream: TokenStream, window: int, batch_size: int) -> None:
-    taken = list(eval_batches(stream, window, batch_size, None))
+    taken = list(iterate_eval_batches(stream, window, batch_size, None))
     targets = [token for b in taken for token in b.targets_BT[b.segments_BT > 0].tolist()]
     assert targets == stream.tokens(1, stream.n_tokens).tolist()
     assert sum(b.weights_BT.sum() for b in taken) == stream.n_learned
@@ -237,18 +237,18 @@ def test_evaluation_takes_all_windows_in_order(stream: TokenStream, window: int,
 
 
 def test_the_last_evaluation_batch_is_filled_up_with_weightless_rows() -> None:
-    *_, last = eval_batches(stream_of([22]), 4, 4, None)
+    *_, last = iterate_eval_batches(stream_of([22]), 4, 4, None)
     assert last.weights_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert last.segments_BT[2:].tolist() == last.tokens_BT[2:].tolist() == [[0] * 4] * 2
 
 
 @pytest.mark.parametrize(("limit", "n_batches"), [(None, 3), (2, 2), (9, 3)])
 def test_evaluation_may_be_limited(limit: int | None, n_batches: int) -> None:
-    taken = list(eval_batches(stream_of([40]), 4, 4, limit))
+    taken = list(iterate_eval_batches(stream_of([40]), 4, 4, limit))
     assert len(taken) == n_batches
     assert taken[1].tokens_BT[0].tolist() == [16, 17, 18, 19]
 
 
 def test_an_empty_stream_has_no_windows() -> None:
     empty = TokenStream((), (), np.array([], np.int64), 0, 0, 0)
-    assert list(eval_batches(empty, 4, 4, None)) == []
+    assert list(iterate_eval_batches(empty, 4, 4, None)) == []

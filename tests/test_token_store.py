@@ -65,7 +65,7 @@ def test_a_split_is_its_documents_end_to_end(name: str, shard_tokens: int, lines
     tokenizer = Tokenizer(TOKENIZERS[name](LINES[:20], 300))
     built = build_store(lines, tokenizer, tmp_path / "stores", shard_tokens=shard_tokens)
     for split in token_store.SPLITS:
-        documents = [d for side, d in datasets.assign_splits(datasets.documents(lines), lines, 0) if side == split]
+        documents = [d for side, d in datasets.assign_splits(datasets.load_documents(lines), lines, 0) if side == split]
         split_text = [[0, *tokenizers.encode(tokenizer, document.text)] for document in documents]
         expected = [token for piece in split_text for token in piece] + [0]
         stream, manifest = built.split(split), built.manifest.splits[split]
@@ -93,7 +93,7 @@ def test_weights_are_kept_where_not_all_is_learned(dialogues: DataConfig, tmp_pa
     tokenizer = char()
     built = build_store(dialogues, tokenizer, tmp_path / "stores", shard_tokens=11)
     stream = built.split("train")
-    documents = list(datasets.tokenizer_documents(dialogues))
+    documents = list(datasets.load_training_documents(dialogues))
     parts = [tokenizers.encode_document(tokenizer, document, "assistant")[1] for document in documents]
     expected = np.concatenate([*parts, [True]])
     assert stream.weights(0, stream.n_tokens).tolist() == expected.tolist()
@@ -162,7 +162,7 @@ data, folder = DataConfig("files", (sys.argv[1],), None, "tail", 0.1, "all", Non
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 surveys = {data: preprocess.compute_corpus_stats(data)}
-texts = preprocess._texts(surveys, "word", None)
+texts = preprocess._training_texts(surveys, "word", None)
 build_store(data, preprocess.train_tokenizer(TokenizerConfig("word", None), texts), folder)
 print((peak() - before) / 1024)
 """
@@ -213,7 +213,7 @@ def rewrite_format(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a short shard": (truncate, "does not have the size that the manifest says"),
+    "a short shard": (truncate, "does not have the size given in the manifest"),
     "a missing shard": (lambda path: (path / "valid.tokens.00000.bin").unlink(), "not a token store"),
     "a missing manifest": (lambda path: (path / "manifest.json").unlink(), "not a token store"),
     "half a manifest": (lambda path: os.truncate(path / "manifest.json", 40), "not a token store"),

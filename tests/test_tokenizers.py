@@ -120,13 +120,13 @@ def test_long_texts_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_same_texts_give_the_same_tokenizer(name: str) -> None:
-    texts = [document.text for document in datasets.documents(facts(100))]
+    texts = [document.text for document in datasets.load_documents(facts(100))]
     assert train(name, texts).serialized == train(name, texts).serialized
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_vocabulary_has_no_more_than_was_asked_for(name: str) -> None:
-    texts = [document.text for document in datasets.documents(facts(100))]
+    texts = [document.text for document in datasets.load_documents(facts(100))]
     assert train(name, texts, 270).get_vocab_size() == (260 if name == "byte" else 270)
 
 
@@ -176,7 +176,7 @@ def test_words_and_marks_keep_their_spacing(text: str) -> None:
 @pytest.mark.parametrize("name", ["facts", "chat"])
 def test_words_give_back_every_bundled_text(name: str) -> None:
     config = DataConfig(name, (), None, "document", 0.0, "all", None)
-    texts = [turn.text for document in datasets.documents(config) for turn in document.messages]
+    texts = [turn.text for document in datasets.load_documents(config) for turn in document.messages]
     tokenizer = train("word", texts)
     assert [tokenizers.decode(tokenizer, tokenizers.encode(tokenizer, text)) for text in texts] == texts
 

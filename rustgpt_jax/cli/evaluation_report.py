@@ -5,8 +5,8 @@ from rich.table import Table
 
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig, stages
-from rustgpt_jax.data.datasets import assign_splits, documents
-from rustgpt_jax.data.preprocess import StageData, changed_stages, prepare_stage
+from rustgpt_jax.data.datasets import assign_splits, load_documents
+from rustgpt_jax.data.preprocess import StageData, find_changed_stages, prepare_stage
 from rustgpt_jax.evaluation.exact_match import right_answers
 from rustgpt_jax.evaluation.perplexity import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
@@ -31,7 +31,7 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
     material = [prepare_stage(stage, trained.writer.tokenizer, cache_folder()) for stage in stages(trained.config)]
-    for stage in changed_stages(trained.run.data_file, material):
+    for stage in find_changed_stages(trained.run.data_file, material):
         console.print(f"The text of stage {stage} is not the one that the model was trained on.", style="yellow")
     for data in material:
         answers = _answers(reader, sampling, data, console)
@@ -66,9 +66,9 @@ def _answers(writer: TextGenerator, sampling: SamplingConfig, data: StageData, c
     if not data.is_dialogue:
         return ["", ""]
     config = data.stage.config.data
-    n_characters = sum(len(document.text) for document in documents(config))
+    n_characters = sum(len(document.text) for document in load_documents(config))
     sides: dict[str, list] = {"train": [], "valid": []}
-    for side, document in assign_splits(documents(config), config, n_characters):
+    for side, document in assign_splits(load_documents(config), config, n_characters):
         sides[side].append(document)
     with show_progress(console, "questions answered") as progress:
         counts = [right_answers(writer, side, sampling, progress) for side in sides.values()]

@@ -11,7 +11,7 @@ import numpy as np
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, get_field
 from rustgpt_jax.conformance.fixtures import Broken, quick_jit, require_same_bits
 from rustgpt_jax.conformance.targets import Subject
-from rustgpt_jax.data.datasets import documents
+from rustgpt_jax.data.datasets import load_documents
 from rustgpt_jax.tokenizers import (
     SPECIAL_TOKENS,
     decode,
@@ -150,7 +150,7 @@ def corpus_documents(subject: Subject) -> str:
         for name in ("a.txt", "b.txt"):
             (Path(folder) / name).write_text(f"The text of {name}.\n", encoding="utf-8")
         config = DataConfig(subject.name, (f"{folder}/*.txt",), MOST_DOCUMENTS, "document", 0.1, "all", None)
-        first, second = list(documents(config)), list(documents(config))
+        first, second = list(load_documents(config)), list(load_documents(config))
     if not first:
         raise Broken("there are no documents", subject.name, "0")
     for number, (one, other) in enumerate(itertools.zip_longest(first, second)):

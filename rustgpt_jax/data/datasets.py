@@ -1,7 +1,7 @@
-"""Named sources of text: each is a function from the data config to documents, listed in `CORPORA` below.
+"""Datasets: functions from the data config to documents, by name in `CORPORA`.
 
-A document is plain text or a dialogue. Which split it belongs to depends on its content alone (or, with
-split='tail', on its place in the whole text), so the same config gives the same training text everywhere.
+A document is plain text or a dialogue. Its split depends only on its content (or, with split='tail', on its position in
+the corpus), so the same config gives the same training text everywhere.
 """
 
 import codecs
@@ -32,107 +32,99 @@ from rustgpt_jax.tokenizers import ROLES, Document, Message, plain_document
 BLOCK_CHARACTERS = 2**20
 
 
-def documents(config: DataConfig) -> Iterator[Document]:
-    """The documents of the config's corpus, in a fixed order, at most `max_documents`; those without text left out.
+def load_documents(config: DataConfig) -> Iterator[Document]:
+    """Iterate over the non-empty documents of a corpus, in a fixed order, up to `max_documents`.
 
-    Raises UserError for an unknown corpus and for a file that cannot be read as what it should be.
+    Raises:
+        UserError: The corpus is unknown, or a file cannot be read or parsed.
     """
     corpus = lookup(CORPORA, config.corpus, "config.data.corpus")(config)
-    return itertools.islice((_checked(document) for document in corpus if document.text), config.max_documents)
+    return itertools.islice((_check_text(document) for document in corpus if document.text), config.max_documents)
 
 
-def _checked(document: Document) -> Document:
+def _check_text(document: Document) -> Document:
     try:
-        for _ in _encoded(document.text):
+        for _ in _encode_blocks(document.text):
             pass
     except UnicodeEncodeError as error:
         code = ord(error.object[error.start])
-        raise UserError(f"{document.name}: the text has half of a surrogate pair (\\u{code:04x}).") from None
+        raise UserError(f"{document.name}: the text contains half of a surrogate pair (\\u{code:04x}).") from None
     return document
 
 
-def _encoded(text: str) -> Iterator[bytes]:
+def _encode_blocks(text: str) -> Iterator[bytes]:
     """Yield a text in UTF-8 in blocks, so that a long text is not held in memory twice."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         yield text[start : start + BLOCK_CHARACTERS].encode()
 
 
-# Training and validation.
+# Splits.
 
 
-def fingerprint(document: Document) -> bytes:
-    """The SHA-256 of a document's roles and texts, whatever its name."""
+def hash_document(document: Document) -> bytes:
+    """Return the SHA-256 of a document's roles and texts. It does not depend on the name."""
     digest = hashlib.sha256()
-    for turn in document.messages:
-        digest.update(f"{turn.role} {sum(map(len, _encoded(turn.text)))}\n".encode())
-        for block in _encoded(turn.text):
+    for message in document.messages:
+        digest.update(f"{message.role} {sum(map(len, _encode_blocks(message.text)))}\n".encode())
+        for block in _encode_blocks(message.text):
             digest.update(block)
     return digest.digest()
 
 
-def is_validation(document: Document, config: DataConfig) -> bool:
-    """Whether split='document' gives a document to validation. Equal contents always go to the same side."""
-    return is_validation_fingerprint(fingerprint(document), config)
-
-
-def is_validation_fingerprint(digest: bytes, config: DataConfig) -> bool:
-    """Return whether split='document' assigns the document with the given fingerprint to validation."""
+def is_validation(digest: bytes, config: DataConfig) -> bool:
+    """Return whether split='document' assigns the document with the given digest to validation."""
     return int.from_bytes(digest[:8], "big") < config.valid_fraction * 2**64
 
 
 def assign_splits(source: Iterable[Document], config: DataConfig, n_characters: int) -> Iterator[tuple[str, Document]]:
-    """Each document with its split, 'train' or 'valid'. `n_characters` is the length of all of `source`.
+    """Iterate over documents with their split, 'train' or 'valid'.
 
-    With split='tail' the first (1 - valid_fraction) of the characters are training. A plain text that straddles the
-    border is cut in two there; a dialogue that does is training.
+    With split='tail', the first (1 - valid_fraction) of the `n_characters` of `source` are training. A plain text that
+    straddles the boundary is cut there; a dialogue that does is training.
     """
     if config.split == "document":
         for document in source:
-            yield ("valid" if is_validation(document, config) else "train"), document
+            yield ("valid" if is_validation(hash_document(document), config) else "train"), document
         return
-    border = int(n_characters * (1 - config.valid_fraction))
+    boundary = int(n_characters * (1 - config.valid_fraction))
     start = 0
     for document in source:
         length = len(document.text)
-        if start >= border:
+        if start >= boundary:
             yield "valid", document
-        elif start + length <= border or document.is_dialogue:
+        elif start + length <= boundary or document.is_dialogue:
             yield "train", document
         else:
-            yield "train", plain_document(document.name, document.text[: border - start])
-            yield "valid", plain_document(document.name, document.text[border - start :])
+            yield "train", plain_document(document.name, document.text[: boundary - start])
+            yield "valid", plain_document(document.name, document.text[boundary - start :])
         start += length
 
 
-def tokenizer_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
-    """Iterate over the documents of the training split, on which a tokenizer may be trained.
+def load_training_documents(config: DataConfig, n_characters: int | None = None) -> Iterator[Document]:
+    """Iterate over the documents of the training split.
 
     Args:
         config: The corpus config.
         n_characters: The length of the corpus if known; otherwise split='tail' reads the corpus to compute it.
 
     Raises:
-        UserError: As for `documents`.
+        UserError: As for `load_documents`.
     """
     if n_characters is None:
-        n_characters = sum(len(document.text) for document in documents(config)) if config.split == "tail" else 0
-    return (document for split, document in assign_splits(documents(config), config, n_characters) if split == "train")
+        n_characters = sum(len(document.text) for document in load_documents(config)) if config.split == "tail" else 0
+    assigned = assign_splits(load_documents(config), config, n_characters)
+    return (document for split, document in assigned if split == "train")
 
 
 # Files.
 
 
-def read_file(name: str, data: bytes) -> Iterator[Document]:
-    """Iterate over the documents in a file's bytes, as `read_stream` does."""
-    return read_stream(name, io.BytesIO(data))
-
-
-def read_stream(name: str, file: BinaryIO) -> Iterator[Document]:
+def parse_file(name: str, file: BinaryIO) -> Iterator[Document]:
     """Iterate over the documents of an open file, whose format is given by the suffix of its name.
 
-    .json holds a list of strings; .jsonl and .ndjson one text or dialogue per line ({"text": ...} or {"messages":
-    [...]}); .csv and .tsv one text per row in the column `text`, delimited by commas, semicolons, tabs or bars. Any
-    other file is one plain text. Line-based formats are streamed.
+    A .json file contains a list of strings; .jsonl and .ndjson one text or dialogue per line ({"text": ...} or
+    {"messages": [...]}); .csv and .tsv one text per row in the column `text`, delimited by commas, semicolons, tabs or
+    bars. Any other file is one plain text. Line-based formats are streamed.
 
     Raises:
         UserError: The file cannot be parsed; the message names the file and the location.
@@ -141,18 +133,18 @@ def read_stream(name: str, file: BinaryIO) -> Iterator[Document]:
     if is_empty:
         raise UserError(f"{name}: the file is empty.")
     file.seek(0)
-    return _READERS.get(Path(name).suffix.lower(), _read_plain)(name, file)
+    return _PARSERS.get(Path(name).suffix.lower(), _parse_plain)(name, file)
 
 
-def _lines(name: str, file: BinaryIO) -> Iterator[str]:
+def _read_lines(name: str, file: BinaryIO) -> Iterator[str]:
     """Iterate over the lines of a file, terminated by line feeds, without a byte order mark."""
     start = 0
     for line in file:
-        yield _decoded(name, line, start)
+        yield _decode(name, line, start)
         start += len(line)
 
 
-def _decoded(name: str, data: bytes, start: int = 0) -> str:
+def _decode(name: str, data: bytes, start: int = 0) -> str:
     """Decode the bytes of a file from `start`, without a byte order mark."""
     try:
         text = data.decode()
@@ -161,12 +153,12 @@ def _decoded(name: str, data: bytes, start: int = 0) -> str:
     return text if start else text.removeprefix("\ufeff")
 
 
-def _read_plain(name: str, file: BinaryIO) -> Iterator[Document]:
-    yield plain_document(name, _decoded(name, file.read()))
+def _parse_plain(name: str, file: BinaryIO) -> Iterator[Document]:
+    yield plain_document(name, _decode(name, file.read()))
 
 
-def _read_json(name: str, file: BinaryIO) -> Iterator[Document]:
-    items = _parse_json(_decoded(name, file.read()), name, 1)
+def _parse_json_file(name: str, file: BinaryIO) -> Iterator[Document]:
+    items = _parse_json(_decode(name, file.read()), name, 1)
     if not isinstance(items, list):
         raise UserError(f"{name}: the JSON is not a list of strings.")
     for index, item in enumerate(items):
@@ -175,11 +167,11 @@ def _read_json(name: str, file: BinaryIO) -> Iterator[Document]:
         yield plain_document(f"{name}[{index}]", item)
 
 
-def _read_jsonl(name: str, file: BinaryIO) -> Iterator[Document]:
-    for number, line in enumerate(_lines(name, file), 1):
+def _parse_jsonl(name: str, file: BinaryIO) -> Iterator[Document]:
+    for number, line in enumerate(_read_lines(name, file), 1):
         if line.strip():
             where = f"{name}, line {number}"
-            yield _from_object(where, _parse_json(line, name, number))
+            yield _parse_item(where, _parse_json(line, name, number))
 
 
 def _parse_json(text: str, name: str, first_line: int) -> Any:
@@ -200,7 +192,7 @@ def _parse_json(text: str, name: str, first_line: int) -> Any:
 
 
 class _DuplicateKey(Exception):
-    """A JSON object that repeats a key that is read, so its meaning depends on the parser."""
+    """A JSON object repeats a key in use, so its meaning depends on the parser."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,15 +210,15 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object)
 _JSON_WITH_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_object, parse_int=float)
 
 
-def _from_object(where: str, item: Any) -> Document:
+def _parse_item(where: str, item: Any) -> Document:
     if isinstance(item, dict) and isinstance(item.get("messages"), list):
-        return Document(where, tuple(_turn(where, message) for message in item["messages"]))
+        return Document(where, tuple(_parse_message(where, message) for message in item["messages"]))
     if isinstance(item, dict) and isinstance(item.get("text"), str):
         return plain_document(where, item["text"])
     raise UserError(f"{where}: expected an object with a string `text` or a list `messages`.")
 
 
-def _turn(where: str, message: Any) -> Message:
+def _parse_message(where: str, message: Any) -> Message:
     if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise UserError(f"{where}: a message is an object with the strings `role` and `content`, not {message!r:.60}.")
     role = message["role"]
@@ -242,9 +234,9 @@ _LARGEST_CELL = 2**31 - 1
 _LARGEST_HEADER = 2**16
 
 
-def _read_table(name: str, file: BinaryIO) -> Iterator[Document]:
+def _parse_table(name: str, file: BinaryIO) -> Iterator[Document]:
     csv.field_size_limit(_LARGEST_CELL)
-    lines = (row for line in _lines(name, file) for row in _split_at_returns(line))
+    lines = (row for line in _read_lines(name, file) for row in _split_at_returns(line))
     header = _header(lines)
     delimiter, columns = _columns(name, "".join(header))
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -253,8 +245,8 @@ def _read_table(name: str, file: BinaryIO) -> Iterator[Document]:
             where = f"{name}, line {len(header) + rows.line_num}"
             if row and len(row) != len(columns):
                 raise UserError(
-                    f"{where}: {len(row)} cell{'s' * (len(row) != 1)} in a row of {len(columns)} columns, which "
-                    f"{delimiter!r} separates; a cell with that character in it is written in double quotes."
+                    f"{where}: {len(row)} cell{'s' * (len(row) != 1)} in a row of {len(columns)} columns separated by "
+                    f"{delimiter!r}; cells that contain this character must be in double quotes."
                 )
             if row:
                 yield plain_document(where, row[columns.index("text")])
@@ -285,22 +277,21 @@ def _columns(name: str, header: str) -> tuple[str, list[str]]:
         except csv.Error:
             continue
         if columns.count("text") > 1:
-            raise UserError(f"{name}: {columns.count('text')} columns are called `text`.")
+            raise UserError(f"{name}: {columns.count('text')} columns are named `text`.")
         if "text" in columns:
             return delimiter, columns
     raise UserError(
-        f"{name}: no column is called `text`; the first row is {short_repr(header.strip())}. A table begins "
-        "with the names "
-        "of its columns, and the one that is to be read has the name `text`."
+        f"{name}: no column is named `text`; the first row is {short_repr(header.strip())}. The first row of a table "
+        "must contain the column names, and the column to read must be named `text`."
     )
 
 
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".csv": _read_table,
-    ".tsv": _read_table,
+_PARSERS = {
+    ".json": _parse_json_file,
+    ".jsonl": _parse_jsonl,
+    ".ndjson": _parse_jsonl,
+    ".csv": _parse_table,
+    ".tsv": _parse_table,
 }
 
 
@@ -308,42 +299,44 @@ _READERS = {
 
 
 def _bundled(name: str) -> Iterator[Document]:
-    return read_file(name, (resources.files("rustgpt_jax.data") / "texts" / name).read_bytes())
+    return parse_file(name, io.BytesIO((resources.files("rustgpt_jax.data") / "texts" / name).read_bytes()))
 
 
 def _python_stdlib(config: DataConfig) -> Iterator[Document]:
-    """Each .py file of the running Python's standard library, its tests left out, in the order of their paths."""
-    for path in sorted(_modules(_library())):
+    """Yield the .py files of the running Python's standard library without its tests, in order of their paths."""
+    for path in _stdlib_modules():
         try:
-            with tokenize.open(_library() / path) as file:
+            with tokenize.open(_stdlib() / path) as file:
                 text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # Some files are written wrongly on purpose.
+        except (SyntaxError, UnicodeDecodeError):  # Some files are invalid on purpose.
             continue
         yield plain_document(path, text)
 
 
-def _library() -> Path:
+def _stdlib() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-_NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-def _modules(root: Path) -> Iterator[str]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NO_LIBRARY]
-        yield from ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
+def _stdlib_modules() -> list[str]:
+    found = []
+    for folder, folders, names in os.walk(_stdlib()):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        found += [(Path(folder) / name).relative_to(_stdlib()).as_posix() for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def _files(config: DataConfig) -> Iterator[Document]:
-    """The documents of the files that config.data.paths names, in the order of the paths, each file once."""
-    for path in _paths(config):
-        with _opened(path) as file:
-            yield from read_stream(path, file)
+    """Yield the documents of the files in config.data.paths, each file once, in order of their paths."""
+    for path in _list_paths(config):
+        with _open_file(path) as file:
+            yield from parse_file(path, file)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
+def _open_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a text file.
 
     Raises:
@@ -352,7 +345,7 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
     try:
         # Opening a pipe would block until another process writes to it.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: this is not a regular file; what trains a model is read more than once.")
+            raise UserError(f"{path}: this is not a regular file; the text is read more than once.")
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
@@ -363,12 +356,12 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
             raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
 
 
-def _paths(config: DataConfig) -> list[str]:
-    return sorted({found for pattern in config.paths for found in _matches(pattern)})
+def _list_paths(config: DataConfig) -> list[str]:
+    return sorted({found for pattern in config.paths for found in _expand_pattern(pattern)})
 
 
-def _matches(pattern: str) -> list[str]:
-    # A file may have the characters of a glob in its name.
+def _expand_pattern(pattern: str) -> list[str]:
+    # A file name may contain the special characters of globs.
     found = [pattern] if os.path.exists(pattern) else glob.glob(os.path.expanduser(pattern), recursive=True)
     files = [os.path.normpath(path) for path in found if not os.path.isdir(path)]
     if not files:
@@ -381,7 +374,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _unreadable_folder(pattern: str) -> Path | None:
-    """Return the first folder on the way to a path or glob that this user may not look into, or None."""
+    """Return the first parent folder of a path or glob that this user may not list, or None."""
     path = Path(pattern).expanduser().absolute()
     for folder in (*reversed(path.parents), path):
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
@@ -397,16 +390,22 @@ CORPORA: dict[str, Callable[[DataConfig], Iterator[Document]]] = {
 }
 
 
-# What a run's record has of the files of a corpus.
+# Digests of files, for the record of a run.
+
+MAX_DIGESTS = 1000
 
 
-def file_digests(config: DataConfig) -> dict[str, str]:
-    """The SHA-256 of each file that a corpus reads, cut to 16 hex digits, by name; none for one that is no files.
+def hash_files(config: DataConfig) -> dict[str, str]:
+    """Return the SHA-256 of each file of a corpus, cut to 16 hex digits, by name; none for corpora without files.
 
-    Of more than MOST_LISTED files, all of a folder have one digest. Raises UserError for a file that cannot be read.
+    With more than MAX_DIGESTS files, the files of a folder are combined into one digest. Raises UserError if a file
+    cannot be read.
     """
-    digests = {name: _file_digest(path) for name, path in _FILES_OF.get(config.corpus, lambda _: {})(config).items()}
-    while len(digests) > MOST_LISTED:
+    if config.corpus == "python_stdlib":
+        digests = {name: _hash_file(_stdlib() / name) for name in _stdlib_modules()}
+    else:
+        digests = {path: _hash_file(Path(path)) for path in (_list_paths(config) if config.corpus == "files" else ())}
+    while len(digests) > MAX_DIGESTS:
         folders: dict[str, list[str]] = {}
         for name, digest in digests.items():
             folders.setdefault(os.path.dirname(name) or ".", []).append(f"{name} {digest}")
@@ -414,23 +413,15 @@ def file_digests(config: DataConfig) -> dict[str, str]:
     return digests
 
 
-MOST_LISTED = 1000
-
-_FILES_OF: dict[str, Callable[[DataConfig], dict[str, Path]]] = {
-    "python_stdlib": lambda config: {name: _library() / name for name in sorted(_modules(_library()))},
-    "files": lambda config: {path: Path(path) for path in _paths(config)},
-}
+def _hash_file(path: Path) -> str:
+    with _open_file(path) as file:
+        status = os.fstat(file.fileno())
+        return _hash_unchanged_file(path, status.st_size, status.st_mtime_ns)
 
 
-def _file_digest(path: Path) -> str:
-    with _opened(path) as file:
-        state = os.fstat(file.fileno())
-        return _digest_of(path, state.st_size, state.st_mtime_ns)
-
-
+# The trials of a sweep read a file once, unless its size or modification time changes.
 @cache
-def _digest_of(path: Path, size: int, modified: int) -> str:
-    """The digest of a file that has, as far as anyone can tell, not changed: the trials of a sweep read it once."""
+def _hash_unchanged_file(path: Path, size: int, modified: int) -> str:
     del size, modified
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

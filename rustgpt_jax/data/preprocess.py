@@ -1,4 +1,4 @@
-"""From a config to what its run reads: a tokenizer, and for each stage the token streams of its corpus."""
+"""The tokenizer of a run, and the token stores of its stages."""
 
 import dataclasses
 import json
@@ -13,14 +13,19 @@ import numpy as np
 
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, DataConfig, Stage, stages, with_steps
 from rustgpt_jax.config.validation import check_combinations, validate_value
-from rustgpt_jax.data.datasets import file_digests, tokenizer_documents
-from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, batches, eval_batches, n_eval_batches
-from rustgpt_jax.data.token_store import CorpusStats, Store, build_store, check_enough_tokens, compute_corpus_stats
+from rustgpt_jax.data.datasets import hash_files, load_training_documents
+from rustgpt_jax.data.pipeline import Batch, Batches, SequenceReader, count_eval_batches, iterate_eval_batches
+from rustgpt_jax.data.token_store import (
+    CorpusStats,
+    Progress,
+    Store,
+    build_store,
+    check_enough_tokens,
+    compute_corpus_stats,
+)
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import Tokenizer, load_tokenizer, split_text, train_tokenizer
 from rustgpt_jax.tokenizers.tokenizer import BPE_SPLIT_CHARS, WORD_SPLIT_CHARS
-
-StoreProgress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,41 +37,38 @@ class StageData:
 
     @property
     def seq_len(self) -> int:
-        """Tokens in a training sequence."""
+        """The number of tokens in a training sequence."""
         return self.stage.config.data.seq_len or self.stage.config.model.context_length
 
     @property
     def n_sequences(self) -> int:
-        """Windows in an epoch of the training text."""
+        """The number of training sequences in an epoch."""
         return len(SequenceReader(self.store.split("train"), self.seq_len))
 
     @property
     def is_dialogue(self) -> bool:
-        """Whether prompts are questions to be answered, rather than texts to be continued."""
+        """Whether prompts are questions to answer, rather than texts to continue."""
         return self.store.manifest.n_dialogues > 0
 
     def training_batches(self, rows: np.ndarray | None = None) -> Batches:
-        """The stage's batches, addressed by the step of the run, or some rows of each."""
-        config, first_step = self.stage.config, self.stage.first_step
-        stream, batch_size = self.store.split("train"), config.training.batch_size
-        return batches(stream, self.seq_len, batch_size, config.seed, first_step, rows)
+        """Return the batches of the stage by step of the run, or only some rows of each."""
+        config, stream = self.stage.config, self.store.split("train")
+        return Batches(stream, self.seq_len, config.training.batch_size, config.seed, self.stage.first_step, rows)
 
     def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """The windows that an evaluation reads, in order, or some rows of each batch of them."""
+        """Iterate over the batches of an evaluation, or only some rows of each."""
         config, stream = self.stage.config, self.store.split("valid")
         limit = config.logging.eval_batches
-        return eval_batches(stream, self.seq_len, config.training.batch_size, limit, rows)
+        return iterate_eval_batches(stream, self.seq_len, config.training.batch_size, limit, rows)
 
     @property
     def n_validation_batches(self) -> int:
-        """The number of batches that an evaluation reads."""
+        """The number of batches of an evaluation."""
         config, stream = self.stage.config, self.store.split("valid")
-        return n_eval_batches(stream, self.seq_len, config.training.batch_size, config.logging.eval_batches)
+        return count_eval_batches(stream, self.seq_len, config.training.batch_size, config.logging.eval_batches)
 
 
-def load_or_train_tokenizer(
-    config: Config, file: Path | None = None, progress: StoreProgress | None = None
-) -> Tokenizer:
+def load_or_train_tokenizer(config: Config, file: Path | None = None, progress: Progress | None = None) -> Tokenizer:
     """Load the tokenizer in `file`, or train one on the training documents of all stages if there is no file.
 
     Args:
@@ -80,18 +82,18 @@ def load_or_train_tokenizer(
     if file is not None and file.exists():
         return load_tokenizer(file)
     corpora = dict.fromkeys(stage.config.data for stage in stages(config))
-    surveys = {data: compute_corpus_stats(data) for data in corpora}
-    return train_tokenizer(config.tokenizer, _texts(surveys, config.tokenizer.name, progress))
+    stats = {data: compute_corpus_stats(data) for data in corpora}
+    return train_tokenizer(config.tokenizer, _training_texts(stats, config.tokenizer.name, progress))
 
 
-def _texts(surveys: dict[DataConfig, CorpusStats], kind: str, progress: StoreProgress | None) -> Iterator[str]:
-    """Yield the training text of some corpora, in pieces that give the same tokenizer as the whole text."""
+def _training_texts(corpora: dict[DataConfig, CorpusStats], kind: str, progress: Progress | None) -> Iterator[str]:
+    """Yield the training text of corpora, in pieces that give the same tokenizer as the whole text."""
     split_chars = BPE_SPLIT_CHARS if kind == "bpe" else WORD_SPLIT_CHARS
-    done, total = 0, sum(survey.n_characters for survey in surveys.values())
-    for data, survey in surveys.items():
-        for document in tokenizer_documents(data, survey.n_characters):
-            for turn in document.messages:
-                for piece in split_text(turn.text, split_chars):
+    done, total = 0, sum(stats.n_characters for stats in corpora.values())
+    for data, stats in corpora.items():
+        for document in load_training_documents(data, stats.n_characters):
+            for message in document.messages:
+                for piece in split_text(message.text, split_chars):
                     yield piece
                     done += len(piece)
                     if progress is not None:
@@ -99,11 +101,11 @@ def _texts(surveys: dict[DataConfig, CorpusStats], kind: str, progress: StorePro
 
 
 def fill_vocab_size(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with model.vocab_size filled in. Raises UserError if the model has too few rows for the tokenizer."""
-    needed, given = tokenizer.get_vocab_size(), config.model.vocab_size
-    if given is not None and given < needed:
-        raise UserError(f"config.model.vocab_size={given} is too small: the tokenizer has {needed} tokens.")
-    model = dataclasses.replace(config.model, vocab_size=given or needed)
+    """Return the config with model.vocab_size filled in. Raises UserError if it is too small for the tokenizer."""
+    n_tokens, vocab_size = tokenizer.get_vocab_size(), config.model.vocab_size
+    if vocab_size is not None and vocab_size < n_tokens:
+        raise UserError(f"config.model.vocab_size={vocab_size} is too small: the tokenizer has {n_tokens} tokens.")
+    model = dataclasses.replace(config.model, vocab_size=vocab_size or n_tokens)
     return dataclasses.replace(config, model=model)
 
 
@@ -111,114 +113,119 @@ def prepare_stage(
     stage: Stage,
     tokenizer: Tokenizer,
     cache: Path,
-    progress: StoreProgress | None = None,
+    progress: Progress | None = None,
     store: Store | None = None,
 ) -> StageData:
-    """A stage's data, its store built under `cache` or found there, unless it is given.
+    """Return a stage with `store`, or else a store that is built or found under `cache`.
 
-    Raises UserError for less text than one batch.
+    Raises:
+        UserError: The training split has less text than one batch.
     """
     data = StageData(stage, store or build_store(stage.config.data, tokenizer, cache / "stores", progress))
     check_enough_tokens(data.store.split("train"), data.seq_len, stage.config.training.batch_size)
     return data
 
 
-class Resolved(NamedTuple):
+class ResolvedEpochs(NamedTuple):
     """A config whose epochs have been replaced by steps.
 
     Attributes:
         config: The config.
-        steps: The numbers of steps that were computed, by dotted path.
+        steps: The computed numbers of steps, by dotted path.
         origins: The origins of these values, by dotted path.
-        sentences: A sentence for the user about each of them.
+        messages: A message for the user about each of them.
     """
 
     config: Config
     steps: dict[str, int]
     origins: dict[str, str]
-    sentences: list[str]
+    messages: list[str]
 
 
-def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> Resolved:
-    """Replace the number of epochs of each stage by the smallest number of steps that reads so many.
+def resolve_epochs(config: Config, prepare: Callable[[Stage], StageData]) -> ResolvedEpochs:
+    """Replace the number of epochs of each stage by the smallest sufficient number of steps.
 
     Args:
-        config: The config, returned as it is if no stage has a number of epochs.
-        prepare: A function that returns the data of a stage, whose number of steps is not known yet.
+        config: The config, returned unchanged if no stage has a number of epochs.
+        prepare: A function that returns the data of a stage whose number of steps is still unknown.
 
     Raises:
         UserError: The data are unsuitable, or the number of steps is too large, or too small for the config.
     """
-    found, result = dict[str, int](), Resolved(config, {}, {}, [])
+    found, result = dict[str, int](), ResolvedEpochs(config, {}, {}, [])
     for stage in stages(config):
         epochs, batch_size = stage.config.training.epochs, stage.config.training.batch_size
         if epochs is None:
             continue
         n_sequences = prepare(stage).n_sequences
-        # As it was written: 0.1 of 30 windows are 3, which the product of floats exceeds.
+        # With decimal arithmetic, 0.1 epochs of 30 sequences are exactly 3; the product of floats is larger.
         n_steps = math.ceil(Fraction(repr(epochs)) * n_sequences / batch_size)
         prefix = f"stages.{stage.name}." if config.stages else ""
-        asked = f"config.{prefix}{EPOCHS}={epochs:.10g}"
-        found[stage.name] = validate_value(STEPS, n_steps, f"{asked}: config.{prefix}{STEPS}")
+        origin = f"config.{prefix}{EPOCHS}={epochs:.10g}"
+        found[stage.name] = validate_value(STEPS, n_steps, f"{origin}: config.{prefix}{STEPS}")
         result.steps[prefix + STEPS] = found[stage.name]
-        result.origins[prefix + STEPS] = asked
-        per_epoch = f"{n_sequences:,} sequences an epoch, {batch_size} a step"
-        result.sentences.append(f"{asked}: {n_steps:,} steps ({per_epoch}).")
+        result.origins[prefix + STEPS] = origin
+        result.messages.append(
+            f"{origin}: {n_steps:,} steps ({n_sequences:,} sequences per epoch, {batch_size} per step)."
+        )
     if not found:
         return result
-    whole = with_steps(config, found)
-    for stage in stages(whole):
+    resolved = with_steps(config, found)
+    for stage in stages(resolved):
         check_combinations(stage.config)
-    return result._replace(config=whole)
+    return result._replace(config=resolved)
 
 
 def resolve_epochs_of_text(
-    config: Config, tokenizer: Tokenizer, cache: Path, progress: StoreProgress | None = None
-) -> Resolved:
-    """`resolve_epochs` with the data of a tokenizer, their stores built under `cache` or found there."""
+    config: Config, tokenizer: Tokenizer, cache: Path, progress: Progress | None = None
+) -> ResolvedEpochs:
+    """As `resolve_epochs`, with the sequences of a tokenizer, whose stores are built or found under `cache`."""
     return resolve_epochs(config, lambda stage: prepare_stage(stage, tokenizer, cache, progress))
 
 
-def data_record(material: Iterable[StageData]) -> str:
-    """What a run folder keeps of its data, as JSON: for each stage, counts and hashes of the text and its tokens.
+# The record of the data in a run folder.
 
-    The digests of its `files` say which of them changed; whether the text did, `source` says.
+
+def format_data_record(data: Iterable[StageData]) -> str:
+    """Return a JSON record of each stage's data: counts, hashes of the text and its tokens, and digests of its files.
+
+    The digests show which files changed; `source` shows whether the text did.
     """
-    stages = [{**_tokens(data), "files": file_digests(data.stage.config.data)} for data in material]
-    return json.dumps(stages, indent=2) + "\n"
+    records = [{**_token_record(each), "files": hash_files(each.stage.config.data)} for each in data]
+    return json.dumps(records, indent=2) + "\n"
 
 
-def _tokens(data: StageData) -> dict[str, Any]:
+def _token_record(data: StageData) -> dict[str, Any]:
     return {"stage": data.stage.name, **json.loads(json.dumps(dataclasses.asdict(data.store.manifest)))}
 
 
-def changed_stages(record: Path, material: Iterable[StageData]) -> list[str]:
-    """The stages whose text or tokens are not those of the record in a file; none if there is no such file yet.
+def find_changed_stages(record: Path, data: Iterable[StageData]) -> list[str]:
+    """Return the stages whose text or tokens differ from those of a record; none if there is no record yet.
 
-    Raises UserError as `read_data_record` does.
+    Raises:
+        UserError: As for `read_data_record`.
     """
     if not record.exists():
         return []
     recorded = [{name: value for name, value in stage.items() if name != "files"} for stage in read_data_record(record)]
-    return [data.stage.name for data in material if _tokens(data) not in recorded]
+    return [each.stage.name for each in data if _token_record(each) not in recorded]
+
+
+# Required fields of a stage's record.
+RECORD_FIELDS = {"stage": str, "source": str, "tokenizer": str, "n_dialogues": int, "splits": dict, "files": dict}
 
 
 def read_data_record(record: Path) -> list[dict[str, Any]]:
-    """What `data_record` has written into a file. Raises UserError if it cannot be read or is damaged."""
+    """Read the record that `format_data_record` returned. Raises UserError if the file is unreadable or damaged."""
     try:
-        stages = json.loads(record.read_bytes())
+        records = json.loads(record.read_bytes())
     except OSError as error:
         raise UserError(f"{record} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{record} is damaged: it is not JSON.") from error
-    if not isinstance(stages, list) or not all(map(_is_record, stages)):
-        raise UserError(f"{record} is damaged: it does not say what each stage reads.")
-    return stages
-
-
-# Fields that a run folder records about the data of a stage, with their types.
-RECORDED = {"stage": str, "source": str, "tokenizer": str, "n_dialogues": int, "splits": dict, "files": dict}
-
-
-def _is_record(stage: Any) -> bool:
-    return isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in RECORDED.items())
+    if not isinstance(records, list) or not all(
+        isinstance(stage, dict) and all(isinstance(stage.get(name), kind) for name, kind in RECORD_FIELDS.items())
+        for stage in records
+    ):
+        raise UserError(f"{record} is damaged: it does not describe the data of each stage.")
+    return records

@@ -1,7 +1,9 @@
-"""The token store: a corpus encoded once, kept in flat files that every run reads by memory map.
+"""The token store: a corpus encoded once, in flat files that every run memory-maps.
 
-A store is a folder named by the hash of all that its tokens depend on: the documents, the tokenizer and the knobs of
-the split. It appears whole or not at all, and is never changed. manifest.json has its counts and file hashes.
+A store is a folder named by a hash of everything that its tokens depend on: the documents, the tokenizer and the config
+of the split. It is created atomically and never changed. Each split is a stream of its documents followed by a copy of
+the first token, cut into shards: raw little-endian arrays. Beside them are the start of each document and, if some
+tokens have zero loss weight, the weights. manifest.json contains the counts and the hashes of the files.
 """
 
 import array
@@ -24,19 +26,25 @@ import numpy as np
 from rustgpt_jax.atomic_io import publish_folder
 from rustgpt_jax.cache_dir import REMEDY
 from rustgpt_jax.config.schema import DataConfig
-from rustgpt_jax.data.datasets import assign_splits, documents, fingerprint, is_validation_fingerprint
+from rustgpt_jax.data.datasets import assign_splits, hash_document, is_validation, load_documents
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tokenizers import UNKNOWN, Document, Tokenizer, encode_documents, plain_document, split_text
 
-# One split on disk: a stream of its documents followed by a copy of the first token, cut into shards.
-#
-# Shards are raw little-endian arrays that can be memory-mapped. The start of each document is stored next to them.
-# Weights are stored only if some tokens have zero loss weight.
+FORMAT_VERSION = 1
+# Increment when the document delimiters of imported tokenizers change.
+CHAT_FORMAT_VERSION = 2
+SPLITS = ("train", "valid")
+SHARD_TOKENS = 2**26
+# The number of characters to encode, and hold in memory, at a time.
+BATCH_CHARACTERS = 2**21
+
+# Called with the number of characters processed so far and in total.
+Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a store: its name there, its bytes, their SHA-256."""
+    """The name, size in bytes and SHA-256 of a file in a store."""
 
     name: str
     size: int
@@ -47,8 +55,8 @@ class StoredFile:
 class SplitManifest:
     """The counts and files of one split.
 
-    `n_learned` counts the tokens with weight True, without the first of all, which nothing comes before;
-    `learned_bytes` is the UTF-8 length of the text that they stand for.
+    `n_learned` is the number of targets: tokens with weight True, except the first, which has no predecessor.
+    `learned_bytes` is the length of their text in UTF-8.
     """
 
     n_documents: int
@@ -62,7 +70,7 @@ class SplitManifest:
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
-        """Every file of the split."""
+        """All files of the split."""
         return (*self.tokens, *self.weights, self.offsets)
 
 
@@ -74,6 +82,9 @@ class TokenStream:
         token_shards: Arrays of equal length, except that the last may be shorter.
         weight_shards: Loss weights, cut in the same way; empty if every token is a target.
         offsets: The index of each document's first token (int64).
+        end_id: The id of the end token, which is also used as padding.
+        n_learned: The number of targets.
+        learned_bytes: The length of their text in UTF-8.
     """
 
     token_shards: tuple[np.ndarray, ...]
@@ -90,15 +101,15 @@ class TokenStream:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes per learned token: bits per byte = bits per learned token / this. 0 for an empty stream."""
+        """UTF-8 bytes per target, for the conversion of bits per target to bits per byte; 0 for an empty stream."""
         return self.learned_bytes / self.n_learned if self.n_learned else 0.0
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """The ids (int32) from `start` to `stop`, or to the end of the stream where that comes first."""
+        """Return the token ids from `start` to `stop` or the end of the stream (int32)."""
         return _read(self.token_shards, start, stop).astype(np.int32)
 
     def weights(self, start: int, stop: int) -> np.ndarray:
-        """Whether each token is to be learned (bool), from `start` to `stop` or to the end of the stream."""
+        """Return the loss weights from `start` to `stop` or the end of the stream (bool)."""
         if not self.weight_shards:
             return np.ones(max(0, min(stop, self.n_tokens) - start), bool)
         return _read(self.weight_shards, start, stop).astype(bool)
@@ -106,37 +117,24 @@ class TokenStream:
 
 def _read(shards: tuple[np.ndarray, ...], start: int, stop: int) -> np.ndarray:
     size = len(shards[0]) if shards else 1
-    places = range(start // size, min(-(-stop // size), len(shards)))
-    parts = [shards[place][max(0, start - place * size) : stop - place * size] for place in places]
+    indices = range(start // size, min(-(-stop // size), len(shards)))
+    parts = [shards[index][max(0, start - index * size) : stop - index * size] for index in indices]
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint16)])
 
 
-def read_stream(folder: Path, manifest: SplitManifest, dtype: str, end_id: int) -> TokenStream:
-    """The stream of a split, memory-mapped."""
-    return TokenStream(
-        token_shards=tuple(_map(folder / file.name, dtype) for file in manifest.tokens),
-        weight_shards=tuple(_map(folder / file.name, "u1") for file in manifest.weights),
-        offsets=np.load(folder / manifest.offsets.name, allow_pickle=False),
-        end_id=end_id,
-        n_learned=manifest.n_learned,
-        learned_bytes=manifest.learned_bytes,
-    )
-
-
 def _map(path: Path, dtype: str) -> np.ndarray:
-    # A plain array over the mapped memory: slicing a np.memmap costs several times as much.
+    # Slicing a plain array over the mapped memory is several times faster than slicing a np.memmap.
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
-def stored_file(path: Path) -> StoredFile:
-    """What a manifest says of a file. Reads all of it."""
+def _describe_file(path: Path) -> StoredFile:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return StoredFile(path.name, path.stat().st_size, digest)
 
 
 class SplitWriter:
-    """Writes the files of one split into a folder: `append` each document, `flush` now and then, `close`."""
+    """Writes the files of one split into a folder: call `append` for each document, `flush` regularly, then `close`."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self._offsets_path = folder / f"{name}.offsets.npy"
@@ -163,7 +161,7 @@ class SplitWriter:
         self._n_weighted += int(weights.sum())
 
     def flush(self) -> None:
-        """Write what was appended since the last time."""
+        """Write the tokens appended since the last call."""
         if self._pending:
             ids, weights = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
             self._tokens.append(ids)
@@ -189,9 +187,9 @@ class SplitWriter:
             n_learned=n_learned,
             n_unknown=self._n_unknown,
             learned_bytes=self._learned_bytes,
-            tokens=tuple(map(stored_file, self._tokens.paths)),
-            weights=tuple(map(stored_file, self._weights.paths)),
-            offsets=stored_file(self._offsets_path),
+            tokens=tuple(map(_describe_file, self._tokens.paths)),
+            weights=tuple(map(_describe_file, self._weights.paths)),
+            offsets=_describe_file(self._offsets_path),
         )
 
 
@@ -220,79 +218,9 @@ class _ShardWriter:
         self.paths = []
 
 
-# Folders that a process fills, holds by a lock while it does, and leaves nothing of, even where it is killed.
-
-# In each folder. The operating system lets go of it when the process that holds it ends, however it ends.
-LOCK = ".lock"
-
-
-@contextmanager
-def temporary_folder(root: Path, name: str) -> Iterator[Path]:
-    """A new hidden folder in `root`, which is made too; removed in the end, unless it has got another name by then.
-
-    Hidden folders in `root` that no process holds are leftovers of killed ones, and are removed first.
-    """
-    for leftover in root.glob(".*"):
-        lock = _held(leftover, is_own=False)
-        if lock is not None:
-            with lock:
-                shutil.rmtree(leftover, ignore_errors=True)
-    folder, lock = _new_folder(root, name)
-    with lock:
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _new_folder(root: Path, name: str) -> tuple[Path, IO[str]]:
-    while True:
-        folder = root / f".{name}.{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
-        lock = _held(folder, is_own=True)
-        # Another process may have taken the folder, which nobody held yet, for a leftover.
-        if lock is not None:
-            return folder, lock
-
-
-def _held(folder: Path, is_own: bool) -> IO[str] | None:
-    """The lock of a folder, or None where another process has it, or has just removed the folder."""
-    try:
-        lock = open(folder / LOCK, "a", encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        if is_own and folder.exists():
-            raise
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        # Some cluster file systems have no locks: leftovers stay there, and building must still be possible.
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        if is_own:
-            return lock
-    lock.close()
-    return None
-
-
-FORMAT_VERSION = 1
-# Increment when the document delimiters of imported tokenizers change.
-DIALECT_VERSION = 2
-SPLITS = ("train", "valid")
-SHARD_TOKENS = 2**26
-# Text that is encoded, and held in memory, at a time.
-BATCH_CHARACTERS = 2**21
-
-Progress = Callable[[int, int | None], None]
-
-
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds. `source` and `tokenizer` are SHA-256 of the documents and of the tokenizer's JSON."""
+    """The content of manifest.json. `source` and `tokenizer` are SHA-256 of the documents and of the tokenizer."""
 
     format_version: int
     source: str
@@ -306,42 +234,50 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store in the folder `path`."""
+    """A complete store in the folder `path`."""
 
     path: Path
     manifest: Manifest
 
     def split(self, name: str) -> TokenStream:
-        """The stream of 'train' or 'valid', memory-mapped. With valid_fraction=0 the latter is empty.
+        """Memory-map the stream of 'train' or 'valid', which is empty with valid_fraction=0.
 
-        Raises UserError naming a file that is damaged, as far as that can be told without reading all tokens.
+        Raises:
+            UserError: The file of document starts is damaged. The other files are not read.
         """
-        split = self.manifest.splits[name]
+        split, dtype = self.manifest.splits[name], self.manifest.dtype
         self._verify(split.offsets)
-        return read_stream(self.path, split, self.manifest.dtype, self.manifest.end_id)
+        return TokenStream(
+            token_shards=tuple(_map(self.path / file.name, dtype) for file in split.tokens),
+            weight_shards=tuple(_map(self.path / file.name, "u1") for file in split.weights),
+            offsets=np.load(self.path / split.offsets.name, allow_pickle=False),
+            end_id=self.manifest.end_id,
+            n_learned=split.n_learned,
+            learned_bytes=split.learned_bytes,
+        )
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every file with the manifest's. Raises UserError naming the first that differs."""
+        """Compare the SHA-256 of every file with the manifest. Raises UserError for the first that differs."""
         for file in (file for split in self.manifest.splits.values() for file in split.files):
             self._verify(file)
 
     def _verify(self, file: StoredFile) -> None:
-        if stored_file(self.path / file.name) != file:
-            raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to build it anew.")
+        if _describe_file(self.path / file.name) != file:
+            raise UserError(f"{self.path / file.name}: the file is damaged; delete {self.path} to rebuild it.")
 
 
 def open_store(path: Path) -> Store:
-    """The store in a folder. Raises UserError when it is not there, not whole (by its sizes), or of another format."""
+    """Open the store in a folder. Raises UserError if it is missing, of another format, or has files of wrong size."""
     try:
         values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: the store has format {values['format_version']}, not {FORMAT_VERSION}.")
         if values.pop("checksum") != _checksum(values):
-            raise UserError(f"{path}: the store's manifest.json is damaged; delete {path} to build it anew.")
-        splits = {name: _split_manifest(split) for name, split in values.pop("splits").items()}
+            raise UserError(f"{path}: the store's manifest.json is damaged; delete {path} to rebuild it.")
+        splits = {name: _parse_split(split) for name, split in values.pop("splits").items()}
         for file in (file for split in splits.values() for file in split.files):
             if os.path.getsize(path / file.name) != file.size:
-                raise UserError(f"{path / file.name}: the file does not have the size that the manifest says.")
+                raise UserError(f"{path / file.name}: the file does not have the size given in the manifest.")
         return Store(path, Manifest(**values, splits=splits))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: this is not a token store ({error}).") from None
@@ -351,19 +287,78 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _split_manifest(values: dict[str, Any]) -> SplitManifest:
+def _parse_split(values: dict[str, Any]) -> SplitManifest:
     tokens, weights = (tuple(StoredFile(**file) for file in values.pop(name)) for name in ("tokens", "weights"))
     return SplitManifest(tokens=tokens, weights=weights, offsets=StoredFile(**values.pop("offsets")), **values)
 
 
-def check_enough_tokens(stream: TokenStream, window: int, batch_size: int) -> None:
-    """Raises UserError when the training stream has less than one batch of windows of `window` tokens."""
-    needed = window * batch_size + 1
+def check_enough_tokens(stream: TokenStream, seq_len: int, batch_size: int) -> None:
+    """Raise UserError if the training stream has less than one batch of sequences."""
+    needed = seq_len * batch_size + 1
     if stream.n_tokens < needed:
         raise UserError(
             f"The training split has {stream.n_tokens} tokens and one batch needs {needed}: lower "
-            f"config.training.batch_size={batch_size} or config.data.seq_len={window}, or give more text."
+            f"config.training.batch_size={batch_size} or config.data.seq_len={seq_len}, or give more text."
         )
+
+
+# Temporary folders, which other processes remove if the process that created them was killed.
+
+# The file in each folder that is locked by its process. The operating system releases the lock when the process ends.
+LOCK = ".lock"
+
+
+@contextmanager
+def temporary_folder(root: Path, name: str) -> Iterator[Path]:
+    """Create a hidden folder in `root`, which is created too; remove it at the end unless it was renamed.
+
+    First remove unlocked hidden folders in `root`, which were left by killed processes.
+    """
+    for leftover in root.glob(".*"):
+        lock = _lock(leftover, is_own=False)
+        if lock is not None:
+            with lock:
+                shutil.rmtree(leftover, ignore_errors=True)
+    folder, lock = _create_locked(root, name)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _create_locked(root: Path, name: str) -> tuple[Path, IO[str]]:
+    while True:
+        folder = root / f".{name}.{uuid.uuid4().hex}"
+        folder.mkdir(parents=True)
+        lock = _lock(folder, is_own=True)
+        # Before the folder was locked, another process may have removed it as a leftover.
+        if lock is not None:
+            return folder, lock
+
+
+def _lock(folder: Path, is_own: bool) -> IO[str] | None:
+    """Lock a folder; return None if another process has locked or just removed it."""
+    try:
+        lock = open(folder / LOCK, "a", encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        if is_own and folder.exists():
+            raise
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        # On cluster file systems without locks, leftovers are kept, but building must be possible.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        if is_own:
+            return lock
+    lock.close()
+    return None
 
 
 # Building.
@@ -401,17 +396,19 @@ def build_store(
     Raises:
         UserError: The corpus is empty, a split with a nonzero share gets no document, or `root` is not writable.
     """
-    survey = compute_corpus_stats(config)
+    stats = compute_corpus_stats(config)
     root = Path(root)
-    folder = root / _key(config, tokenizer, survey)
-    store = _existing(folder)
-    if store is not None:
-        return store
+    folder = root / _store_name(config, tokenizer, stats)
+    if _is_store(folder):
+        return open_store(folder)
     try:
         with temporary_folder(root, folder.name) as temporary:
-            splits = _write_splits(config, tokenizer, survey, temporary, progress, shard_tokens)
-            _write_manifest(temporary, tokenizer, survey, splits)
-            return _publish(temporary, folder)
+            splits = _write_splits(config, tokenizer, stats, temporary, progress, shard_tokens)
+            _write_manifest(temporary, tokenizer, stats, splits)
+            # Another process may have been first; a damaged store is replaced.
+            publish_folder(temporary, folder, _is_store)
+            (folder / LOCK).unlink(missing_ok=True)
+            return open_store(folder)
     except OSError as error:
         raise UserError(f"{root}: the token store cannot be written ({error.strerror}). {REMEDY}") from error
 
@@ -423,57 +420,51 @@ def compute_corpus_stats(config: DataConfig) -> CorpusStats:
         UserError: The corpus has no text, or a split with a nonzero share gets no document.
     """
     digest, n_documents, n_dialogues, n_characters, n_valid = hashlib.sha256(), 0, 0, 0, 0
-    for document in documents(config):
-        mark = fingerprint(document)
-        digest.update(mark)
+    for document in load_documents(config):
+        document_digest = hash_document(document)
+        digest.update(document_digest)
         n_documents += 1
         n_dialogues += document.is_dialogue
         n_characters += len(document.text)
-        n_valid += is_validation_fingerprint(mark, config)
+        n_valid += is_validation(document_digest, config)
     if not n_documents:
         raise UserError(f"config.data.corpus={config.corpus!r} has no document with text.")
     if config.split == "document":
-        _require_documents(config, n_documents, {"train": n_documents - n_valid, "valid": n_valid})
+        _check_split_sizes(config, n_documents, {"train": n_documents - n_valid, "valid": n_valid})
     return CorpusStats(n_documents, n_dialogues, n_characters, digest.hexdigest())
 
 
-def _hashed(source: Iterable[Document], digest: Any) -> Iterator[Document]:
-    for document in source:
-        digest.update(fingerprint(document))
-        yield document
-
-
-def _key(config: DataConfig, tokenizer: Tokenizer, survey: CorpusStats) -> str:
+def _store_name(config: DataConfig, tokenizer: Tokenizer, stats: CorpusStats) -> str:
     knobs = [config.split, config.valid_fraction, config.loss_mask]
-    parts = [FORMAT_VERSION, survey.source, tokenizer_hash(tokenizer), *knobs]
+    parts = [FORMAT_VERSION, stats.source, hash_tokenizer(tokenizer), *knobs]
     if tokenizer.chat_format is not None:
-        parts.append(DIALECT_VERSION)
+        parts.append(CHAT_FORMAT_VERSION)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
+def hash_tokenizer(tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of everything that affects a tokenizer's output, which identifies the tokenizer."""
     return hashlib.sha256(tokenizer.serialized.encode()).hexdigest()
 
 
-def _existing(folder: Path) -> Store | None:
+def _is_store(folder: Path) -> bool:
     try:
-        return open_store(folder)
+        open_store(folder)
     except UserError:
-        return None
+        return False
+    return True
 
 
-def _publish(temporary: Path, folder: Path) -> Store:
-    """Give a finished folder its name, unless another process was first. A damaged store of that name is replaced."""
-    publish_folder(temporary, folder, lambda path: _existing(path) is not None)
-    (folder / LOCK).unlink(missing_ok=True)
-    return open_store(folder)
+def _update_digest(source: Iterable[Document], digest: Any) -> Iterator[Document]:
+    for document in source:
+        digest.update(hash_document(document))
+        yield document
 
 
 def _write_splits(
     config: DataConfig,
     tokenizer: Tokenizer,
-    survey: CorpusStats,
+    stats: CorpusStats,
     folder: Path,
     progress: Progress | None,
     shard_tokens: int,
@@ -481,12 +472,12 @@ def _write_splits(
     unknown_id = tokenizer.token_to_id(UNKNOWN)
     writers = {name: SplitWriter(folder, name, _dtype(tokenizer), shard_tokens) for name in SPLITS}
     digest, done = hashlib.sha256(), 0
-    for batch in _batches(
-        _parts(assign_splits(_hashed(documents(config), digest), config, survey.n_characters), tokenizer)
-    ):
+
+    documents = _update_digest(load_documents(config), digest)
+    for batch in _batches(_split_long(assign_splits(documents, config, stats.n_characters), tokenizer)):
         encoded = encode_documents(tokenizer, [part.document for part in batch], config.loss_mask)
         for part, (ids, weights) in zip(batch, encoded, strict=True):
-            counts = int((ids == unknown_id).sum()), _learned_bytes(part.document, config.loss_mask)
+            counts = int((ids == unknown_id).sum()), _count_learned_bytes(part.document, config.loss_mask)
             if part.is_first:
                 writers[part.split].append(ids, weights, *counts)
             else:
@@ -495,11 +486,11 @@ def _write_splits(
         for writer in writers.values():
             writer.flush()
         if progress is not None:
-            progress(done, survey.n_characters)
-    if digest.hexdigest() != survey.source:
+            progress(done, stats.n_characters)
+    if digest.hexdigest() != stats.source:
         raise UserError(f"config.data.corpus={config.corpus!r} changed while it was being read; start again.")
     splits = {name: writer.close() for name, writer in writers.items()}
-    _require_documents(config, survey.n_documents, {name: split.n_documents for name, split in splits.items()})
+    _check_split_sizes(config, stats.n_documents, {name: split.n_documents for name, split in splits.items()})
     return splits
 
 
@@ -515,7 +506,7 @@ class _Part(NamedTuple):
     is_first: bool
 
 
-def _parts(source: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[_Part]:
+def _split_long(source: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[_Part]:
     """Yield documents, with long plain texts in pieces, so that only one piece and its tokens are in memory."""
     for split, document in source:
         if document.is_dialogue or len(document.text) <= BATCH_CHARACTERS or tokenizer.chat_format is not None:
@@ -538,29 +529,30 @@ def _batches(source: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _learned_bytes(document: Document, loss_mask: str) -> int:
-    return sum(len(turn.text.encode()) for turn in document.messages if loss_mask == "all" or turn.is_assistant_target)
+def _count_learned_bytes(document: Document, loss_mask: str) -> int:
+    learned = (each for each in document.messages if loss_mask == "all" or each.is_assistant_target)
+    return sum(len(message.text.encode()) for message in learned)
 
 
-def _require_documents(config: DataConfig, n_documents: int, of_split: dict[str, int]) -> None:
-    for name, number in of_split.items():
+def _check_split_sizes(config: DataConfig, n_documents: int, n_by_split: dict[str, int]) -> None:
+    for name, number in n_by_split.items():
         if not number and (name == "train" or config.valid_fraction > 0):
             raise UserError(
                 f"The corpus has {n_documents} document(s) and the split {name!r} got none: set "
-                "config.data.split='tail' to cut the whole text in two, another config.data.valid_fraction, or "
+                "config.data.split='tail' to split the text in two, another config.data.valid_fraction, or "
                 "config.data.valid_fraction=0 for no validation."
             )
 
 
-def _write_manifest(folder: Path, tokenizer: Tokenizer, survey: CorpusStats, splits: dict[str, SplitManifest]) -> None:
+def _write_manifest(folder: Path, tokenizer: Tokenizer, stats: CorpusStats, splits: dict[str, SplitManifest]) -> None:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        source=survey.source,
-        tokenizer=tokenizer_hash(tokenizer),
+        source=stats.source,
+        tokenizer=hash_tokenizer(tokenizer),
         vocab_size=tokenizer.get_vocab_size(),
         end_id=tokenizer.end_id,
         dtype=_dtype(tokenizer),
-        n_dialogues=survey.n_dialogues,
+        n_dialogues=stats.n_dialogues,
         splits=splits,
     )
     values = dataclasses.asdict(manifest)

@@ -13,7 +13,7 @@ from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.config.schema import EPOCHS, ModelConfig, uses_epochs
 from rustgpt_jax.config.validation import override, resolve
 from rustgpt_jax.data.preprocess import fill_vocab_size
-from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.config_mapping import read_json
 from rustgpt_jax.interop.hf_checkpoint import export_model, import_parameters, read_model
@@ -145,7 +145,7 @@ def import_run(source: Path, path: Path, tree: Any, origins: Mapping[str, str], 
         save_tokenizer(codec, run.tokenizer_file)
         import_parameters(source, run.parameters_file, model, described.architecture)
         about = {"source": str(source.resolve()), "architecture": name, "special_tokens": described.special_tokens}
-        about["tokenizer"] = tokenizer_hash(load_tokenizer(run.tokenizer_file))
+        about["tokenizer"] = hash_tokenizer(load_tokenizer(run.tokenizer_file))
         run.import_file.write_text(json.dumps(about, indent=2) + "\n")
         log(_compared(source, lambda: read_parameters(run.parameters_file, shapes), model))
     log(f"{path}: a run at step 0")

@@ -12,7 +12,7 @@ from rustgpt_jax.atomic_io import atomic_folder
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import FIELDS, Config, ModelConfig, diff, partition, stages
 from rustgpt_jax.data.preprocess import fill_vocab_size, load_or_train_tokenizer, resolve_epochs_of_text
-from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.model.block import layer_groups
@@ -103,10 +103,10 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
         new = create_run_dir(temporary, begun.config, begun.origins)
         save_tokenizer(own, new.tokenizer_file)
         write_parameters(new.parameters_file, [_tensor(name, leaf) for name, leaf in params.items()])
-        about = {"source": source, "step": there.step, "tokenizer": tokenizer_hash(own), **chosen._asdict()}
+        about = {"source": source, "step": there.step, "tokenizer": hash_tokenizer(own), **chosen._asdict()}
         about["fingerprints"] = fingerprint_tree({name: params[name] for name in (*chosen.taken, *chosen.partly)})
         new.import_file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    for sentence in resolved.sentences:
+    for sentence in resolved.messages:
         log(sentence)
     for sentence in _describe(chosen, f"{place} at step {there.step}", params, is_same_tokenizer):
         log(sentence)

@@ -32,7 +32,7 @@ def print_config_summary(config: Config, origins: Mapping[str, str], console: Co
         tokenizer = load_or_train_tokenizer(config)
         resolved = resolve_epochs_of_text(config, tokenizer, cache_folder())
         config, origins = resolved.config, {**origins, **resolved.origins}
-        for sentence in resolved.sentences:
+        for sentence in resolved.messages:
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
         whole = fill_vocab_size(config, tokenizer)
     else:

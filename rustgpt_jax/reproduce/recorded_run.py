@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rustgpt_jax.config.schema import MeshConfig, StaticConfig, combine
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.data.preprocess import StageData, changed_stages
+from rustgpt_jax.data.preprocess import StageData, find_changed_stages
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import format_fingerprint
 from rustgpt_jax.model import intermediates, transformer
@@ -214,7 +214,7 @@ class RecordedRun:
         self.folder, self._console = RunDir(path), console
         self.config = load_config(path)
         self.inputs = prepare_inputs(self.config, self.folder.tokenizer_file, console, load_earlier(path))
-        changed = changed_stages(self.folder.data_file, self.inputs.stages)
+        changed = find_changed_stages(self.folder.data_file, self.inputs.stages)
         if changed:
             raise UserError(
                 f"{path}: the text of stage {changed[0]!r} is not what the run read, so its steps cannot be recomputed."

@@ -9,7 +9,7 @@ from pathlib import Path
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import Config, Stage, stages
 from rustgpt_jax.data import preprocess
-from rustgpt_jax.data.token_store import Store
+from rustgpt_jax.data.token_store import Progress, Store
 from rustgpt_jax.tokenizers import Tokenizer, save_tokenizer
 from rustgpt_jax.training.run_inputs import RunInputs
 
@@ -22,7 +22,7 @@ class AssetCache:
         progress: Receives the progress of tokenization.
     """
 
-    def __init__(self, folder: Path | None = None, progress: preprocess.StoreProgress | None = None) -> None:
+    def __init__(self, folder: Path | None = None, progress: Progress | None = None) -> None:
         self._folder, self._progress, self._lock = folder, progress, threading.RLock()
         self._tokenizers: dict[str, Tokenizer] = {}
         self._stores: dict[tuple[str, str], Store] = {}
@@ -49,7 +49,7 @@ class AssetCache:
         with self._lock:
             return preprocess.fill_vocab_size(config, self.tokenizer(config))
 
-    def resolve_epochs(self, config: Config) -> preprocess.Resolved:
+    def resolve_epochs(self, config: Config) -> preprocess.ResolvedEpochs:
         """Convert epochs to steps in a config. Raises UserError if the text is unsuitable."""
         with self._lock:
             return preprocess.resolve_epochs(config, lambda stage: self._stage_data(stage, config))

@@ -50,7 +50,7 @@ def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
 
 
 @partial(jax.jit, static_argnames=("window", "sharding"))
-def read_windows(
+def read_sequences(
     stream: DeviceTokenStream, places: SequenceOffsets, *, window: int, sharding: Sharding | None = None
 ) -> Batch:
     """Read the windows at some offsets, as `pipeline.SequenceReader.read` does.
@@ -61,14 +61,14 @@ def read_windows(
         window: The number of tokens T of a window.
         sharding: The sharding of the batch, if any.
     """
-    read = partial(_read_window, stream, jnp.arange(window + 1))
+    read = partial(_read_sequence, stream, jnp.arange(window + 1))
     for _ in places.starts_B.shape:
         read = jax.vmap(read)
-    batch = read(places.starts_B, places.real_B)
+    batch = read(places.starts_B, places.lengths_B)
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _read_window(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
+def _read_sequence(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
     """Read one window, without the axis of rows."""
     last = stream.tokens_N.shape[0] - 1
     around_S = start + within_S
@@ -146,12 +146,12 @@ class DeviceBatchSource:
     def take(self, count: int, slots: int) -> Batch:
         """As `BatchSource.take`, on the devices."""
         steps = range(self._step, self._step + count)
-        places = SequenceOffsets(*_stacked([self._batches.places(step) for step in steps], slots))
+        places = SequenceOffsets(*_stacked([self._batches.locate(step) for step in steps], slots))
         self._step += count
         sent = self._placement.replicate(jax.tree.map(np.int32, places))
         shape = (*places.starts_B.shape, self._window)
         sharding = None if self._placement.mesh is None else self._placement.batch_sharding(shape)
-        return read_windows(self._stream, sent, window=self._window, sharding=sharding)
+        return read_sequences(self._stream, sent, window=self._window, sharding=sharding)
 
     def close(self) -> None:
         """Do nothing: the stream may be used by other runs."""

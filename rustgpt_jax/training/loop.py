@@ -15,7 +15,7 @@ from rustgpt_jax.atomic_io import NotWritableError
 from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, uses_epochs
 from rustgpt_jax.data.preprocess import (
-    Resolved,
+    ResolvedEpochs,
     resolve_epochs_of_text,
 )
 from rustgpt_jax.distributed.failure_propagation import EXIT_USER_ERROR, Watchdog
@@ -136,7 +136,7 @@ def train(
     resolved, tokenizer = _resolve_epochs(config, RunDir(path).tokenizer_file, console)
     config, earlier, sentences = resolve_change(path, resolved.config, extends)
     origins = {**origins, **resolved.origins}
-    for sentence in (*resolved.sentences, *sentences):
+    for sentence in (*resolved.messages, *sentences):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     plan = plan_for_all_devices(config.mesh)
     check_host_offload(config)
@@ -164,14 +164,14 @@ def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) ->
     return nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins)
 
 
-def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[Resolved, Tokenizer | None]:
+def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[ResolvedEpochs, Tokenizer | None]:
     """Replace epochs by steps, and return the tokenizer too if the windows had to be counted.
 
     Raises:
         UserError: The text is unsuitable, or several processes train the run.
     """
     if not uses_epochs(config):
-        return Resolved(config, {}, {}, []), None
+        return ResolvedEpochs(config, {}, {}, []), None
     if jax.process_count() > 1:
         raise UserError(
             f"config.{EPOCHS}: several processes take a number of steps, config.{STEPS}; "

@@ -22,13 +22,13 @@ from rustgpt_jax.config.schema import (
 )
 from rustgpt_jax.data.preprocess import (
     StageData,
-    changed_stages,
     fill_vocab_size,
+    find_changed_stages,
     load_or_train_tokenizer,
     prepare_stage,
     read_data_record,
 )
-from rustgpt_jax.data.token_store import tokenizer_hash
+from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
@@ -92,7 +92,7 @@ class RunInputs:
             _check_prompts(self.full_config, self.tokenizer, role)
         for data in self.stages:
             check_batch_shards(data.stage.config, data.seq_len, n_devices)
-        changed = changed_stages(run.data_file, self.stages)
+        changed = find_changed_stages(run.data_file, self.stages)
         if changed:
             again = "give back the old text, or choose another --run folder"
             raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
@@ -107,7 +107,7 @@ def run_tokenizer(run: RunDir) -> Tokenizer:
     tokenizer = load_tokenizer(run.tokenizer_file)
     recorded = [stage["tokenizer"] for stage in read_data_record(run.data_file)] if run.data_file.exists() else []
     began_with = read_beginning(run).get("tokenizer")
-    found = tokenizer_hash(tokenizer)
+    found = hash_tokenizer(tokenizer)
     for digest in [*recorded, *([began_with] if began_with is not None else [])]:
         if digest != found:
             raise UserError(

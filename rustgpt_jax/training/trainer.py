@@ -11,7 +11,7 @@ import numpy as np
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import StaticConfig, affects_result, partition, stages
-from rustgpt_jax.data.preprocess import StageData, data_record
+from rustgpt_jax.data.preprocess import StageData, format_data_record
 from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, all_agree, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
@@ -112,7 +112,7 @@ class Trainer:
             self._record_config()
             save_tokenizer(self.inputs.tokenizer, self.folder.tokenizer_file)
             by_name = {data.stage.name: data for data in self.inputs.stages}
-            write_atomically(self.folder.data_file, data_record(by_name.values()))
+            write_atomically(self.folder.data_file, format_data_record(by_name.values()))
             self._resources.callback(self._close)
             checkpoints = Checkpoints(self.folder.checkpoints, self.inputs.config, is_writer=True, earlier=earlier)
             self.checkpoints = self._resources.enter_context(checkpoints)

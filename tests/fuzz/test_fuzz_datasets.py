@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import DataConfig, TokenizerConfig, stages
-from rustgpt_jax.data.datasets import documents, tokenizer_documents
-from rustgpt_jax.data.pipeline import batches, eval_batches
-from rustgpt_jax.data.preprocess import StageData, changed_stages, data_record
+from rustgpt_jax.data.datasets import load_documents, load_training_documents
+from rustgpt_jax.data.pipeline import Batches, iterate_eval_batches
+from rustgpt_jax.data.preprocess import StageData, find_changed_stages, format_data_record
 from rustgpt_jax.data.token_store import SPLITS, Store, build_store, check_enough_tokens, open_store
 from rustgpt_jax.tokenizers import TOKENIZERS, Tokenizer, train_tokenizer
 
@@ -70,8 +70,8 @@ def use(config: DataConfig, codec: Tokenizer, stores: Path) -> Store:
     for split in SPLITS:
         stream = store.split(split)
         check_enough_tokens(stream, 4, 1)
-        tokens = batches(stream, 4, 1, seed=0).batch(0).tokens_BT
-        list(eval_batches(stream, 4, 2, limit=2))
+        tokens = Batches(stream, 4, 1, seed=0).batch(0).tokens_BT
+        list(iterate_eval_batches(stream, 4, 2, limit=2))
         assert tokens.max() < codec.get_vocab_size()
     return store
 
@@ -103,7 +103,7 @@ def test_files_with_edits(place: Place, file: tuple[str, bytes | None], changes:
     with place.case() as folder:
         write(folder / name, data)
         config = data_config(folder, name, **changes)
-        read = answer(lambda: list(documents(config)))
+        read = answer(lambda: list(load_documents(config)))
         store = answer(lambda: use(config, CODECS[kind], folder / "stores"))
         assert read is not None or store is None
         assert list((folder / "stores").glob(".*")) == []
@@ -120,7 +120,7 @@ def test_tokenizers_of_files_with_edits(
         config = data_config(folder, name)
 
         def train() -> Tokenizer:
-            texts = (turn.text for document in tokenizer_documents(config) for turn in document.messages)
+            texts = (turn.text for document in load_training_documents(config) for turn in document.messages)
             return train_tokenizer(TokenizerConfig(kind, vocab_size), texts)
 
         answer(train)
@@ -181,10 +181,10 @@ def json_bytes(value: Any) -> bytes:
 @given(st.data())
 def test_the_data_of_a_run(place: Place, built: Store, data: st.DataObject) -> None:
     material = [StageData(stages(small_config())[0], built)]
-    written = data_record(material)
+    written = format_data_record(material)
     new = data.draw(damaged(written.encode()) | edited(json.loads(written)).map(json_bytes) | st.none())
     with place.case() as folder:
         write(folder / "data.json", new)
-        changed = answer(lambda: changed_stages(folder / "data.json", material))
+        changed = answer(lambda: find_changed_stages(folder / "data.json", material))
         assert changed in (None, [], ["train"])
         assert changed != [] or new in (None, written.encode()) or json.loads(new)
