@@ -34,7 +34,7 @@ def final_loss(name: str, seed: int, console: Console) -> float:
     """Train a recipe with a seed, or go on with it, and give its validation loss after the last step."""
     from rustgpt_jax.config.validation import resolve
     from rustgpt_jax.tracking.metric_writer import read_metrics
-    from rustgpt_jax.training.loop import train
+    from rustgpt_jax.training.run_training import train
 
     config = RECIPES[name].get_config()
     config.seed = seed

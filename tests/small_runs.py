@@ -48,9 +48,9 @@ def run_config(**changes: Any) -> Config:
 
 def train(path: Path, **changes: Any) -> None:
     """Train such a run in this process."""
-    from rustgpt_jax.training import loop
+    from rustgpt_jax.training import run_training
 
-    loop.train(run_config(**changes), path, {}, PlainTextConsole(file=StringIO()))
+    run_training.train(run_config(**changes), path, {}, PlainTextConsole(file=StringIO()))
 
 
 def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] | None = None, **changes: Any) -> None:

@@ -250,7 +250,7 @@ def sweep_halving():
 ANSWER_ALL = """
 import json, os, runpy, sys, traceback, warnings
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import rustgpt_jax.sweeps.run_sweep, rustgpt_jax.training.loop, rustgpt_jax.training.load_model
+import rustgpt_jax.sweeps.run_sweep, rustgpt_jax.training.run_training, rustgpt_jax.training.load_model
 # JAX warns of forks in general; here it has started no threads yet.
 warnings.simplefilter("ignore", RuntimeWarning)
 

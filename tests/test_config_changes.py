@@ -16,7 +16,7 @@ from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_r
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.run_diff import diff_configs
-from rustgpt_jax.training import loop
+from rustgpt_jax.training import run_training
 from rustgpt_jax.training.config_checks import Change, resolve_change
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.workdir.event_log import EventLog
@@ -39,8 +39,8 @@ def extend(config: Config, path: Path) -> str:
     """Train with --extend. What was said."""
     console = Console(file=StringIO(), width=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
-        assert loop.train(config, path, {}, console, extends=True) == 0
+        patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
+        assert run_training.train(config, path, {}, console, extends=True) == 0
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

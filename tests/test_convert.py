@@ -22,7 +22,7 @@ from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.convert import Comparison, export_run, import_run
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training.load_model import load
-from rustgpt_jax.training.loop import train
+from rustgpt_jax.training.run_training import train
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

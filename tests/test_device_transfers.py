@@ -8,7 +8,7 @@ import jax
 import pytest
 from small_runs import run_config, train
 
-from rustgpt_jax.training import executors
+from rustgpt_jax.training import loop
 from rustgpt_jax.training.train_step import Metrics
 from rustgpt_jax.training.trainer import Trainer
 
@@ -24,10 +24,10 @@ STEPS: dict[str, Any] = {
 
 
 def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_steps, guarded = executors.SingleRunExecutor.run_steps, list[int]()
+    run_steps, guarded = loop.SingleRunExecutor.run_steps, list[int]()
 
     def run_guarded(
-        executor: executors.SingleRunExecutor, active: Mapping[int, Trainer], n_steps: int
+        executor: loop.SingleRunExecutor, active: Mapping[int, Trainer], n_steps: int
     ) -> Callable[[int], Metrics]:
         (run,) = active.values()
         # The first call compiles its program, with constants that are brought to the device once.
@@ -36,7 +36,7 @@ def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monk
         with jax.transfer_guard("disallow" if run.step else "allow"):
             return run_steps(executor, active, n_steps)
 
-    monkeypatch.setattr(executors.SingleRunExecutor, "run_steps", run_guarded)
+    monkeypatch.setattr(loop.SingleRunExecutor, "run_steps", run_guarded)
     train(tmp_path / "run", **STEPS)
     assert len(guarded) >= 3 and guarded[-1] < 8
 

@@ -52,7 +52,7 @@ from rustgpt_jax.reproduce.interventions import (
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, UPDATE, History, RecordedRun, StepTensor
 from rustgpt_jax.reproduce.replay import ReplayedStep, is_finite, replay_one_step
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training import loop
+from rustgpt_jax.training import run_training
 from rustgpt_jax.training.train_step import init_state_from_params
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -82,9 +82,9 @@ def config_of(**changes: Any) -> Config:
 def train(config: Config, path: Path) -> list[dict[str, Any]]:
     """Train a run to its end or to its fault. Its record of the training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+        patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
         try:
-            loop.train(config, path, {}, quiet())
+            run_training.train(config, path, {}, quiet())
         except UserError as error:
             assert "diverged" in str(error)
     return [line for line in read_metrics(path) if "train/loss" in line]

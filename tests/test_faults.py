@@ -404,7 +404,7 @@ import jax
 from rich.console import Console
 from test_loop import tiny
 from rustgpt_jax.inference.text_generator import generate_text
-from rustgpt_jax.training import load_model, loop
+from rustgpt_jax.training import load_model, run_training
 steps, texts, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 
 def resident():
@@ -420,11 +420,11 @@ class Noting:
     def message(self, text): ...
     def update(self, step, values, stage): self.seen[step] = resident()
 
-loop.Progress = Noting
-loop.draw_loss_curves = lambda path: path
+run_training.Progress = Noting
+run_training.draw_loss_curves = lambda path: path
 every = {{"logging.log_every": 10, "logging.eval_every": 250, "logging.checkpoint_every": 250}}
 changes = {{"training.steps": steps, "training.steps_per_jit_call": 10, **every}}
-loop.train(tiny(**changes), path, {{}}, Console(quiet=True))
+run_training.train(tiny(**changes), path, {{}}, Console(quiet=True))
 settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
 model = load_model.load(path)

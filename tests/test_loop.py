@@ -24,14 +24,14 @@ from rich.console import Console
 
 from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.evaluation import perplexity
+from rustgpt_jax.evaluation import loss
 from rustgpt_jax.interop.convert import export_run
 from rustgpt_jax.interop.gguf import export_gguf
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.run_diff import diff_data
 from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training import executors, hooks, loop
+from rustgpt_jax.training import hooks, loop, run_training
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import StopRequest
@@ -110,15 +110,15 @@ def train(config: Config, path: Path, interruption: Interruption | None = None) 
             signal.raise_signal(signal.SIGINT)
         return result
 
-    loop_steps = executors.compiled_train_steps
+    loop_steps = loop.compiled_train_steps
     steps_then_interruption.lower = loop_steps.lower
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executors, "compiled_train_steps", steps_then_interruption)
-        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+        patch.setattr(loop, "compiled_train_steps", steps_then_interruption)
+        patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
         if interruption == Interruption(0, is_kill=False):
-            patch.setattr(loop, "StopRequest", StopAtOnce)
+            patch.setattr(run_training, "StopRequest", StopAtOnce)
         with suppress(Killed):
-            status = loop.train(config, path, {}, console)
+            status = run_training.train(config, path, {}, console)
             return status == 0, console.file.getvalue()
     return False, console.file.getvalue()
 
@@ -268,21 +268,21 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
     config = config_of("facts", "byte", 1, boundary)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train(config, straight)[0]
-    sums = perplexity.eval_loss_sums
+    sums = loss.eval_loss_sums
 
     def first_batch_then_signal(*arguments: Any) -> Any:
         if max(line["step"] for line in metrics(broken)) == step:
             signal.raise_signal(signal.SIGTERM)
         return sums(*arguments)
 
-    monkeypatch.setattr(perplexity, "eval_loss_sums", first_batch_then_signal)
+    monkeypatch.setattr(loss, "eval_loss_sums", first_batch_then_signal)
     # The second launch is stopped in the same evaluation again.
     for _ in range(2):
         is_complete, printed = train(config, broken)
         assert not is_complete and f"Stopped by SIGTERM at step {step}, saved." in printed
         assert last_checkpoint(broken) == step
         assert not [line for line in metrics(broken) if line["step"] == step and "valid/loss" in line]
-    monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
+    monkeypatch.setattr(loss, "eval_loss_sums", sums)
     # A kill after a part of the evaluation was written.
     with monkeypatch.context() as patch:
         patch.setattr(hooks, "generate_text", killed)
@@ -345,9 +345,9 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
         counts.append(int(arguments[3]))
         return steps(*arguments)
 
-    steps = executors.compiled_train_steps
+    steps = loop.compiled_train_steps
     counted.lower = steps.lower
-    monkeypatch.setattr(executors, "compiled_train_steps", counted)
+    monkeypatch.setattr(loop, "compiled_train_steps", counted)
     train(tiny(**{"logging.eval_every": 4, "logging.checkpoint_every": 9}), tmp_path)
     # The first ones go one by one, until it is known how long a step takes.
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
@@ -418,10 +418,10 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax
 jax.config.update("jax_disable_most_optimizations", True)
 from rich.console import Console
-from test_loop import TINY, executors, loop, small_config
+from test_loop import TINY, loop, run_training, small_config
 from rustgpt_jax.errors import UserError
 assert jax.device_count() == 8
-steps = executors.compiled_train_steps
+steps = loop.compiled_train_steps
 
 def reporting(static, state, batches, *others):
     table, tokens = state.params["embedding"]["table"], batches.tokens_BT
@@ -429,11 +429,11 @@ def reporting(static, state, batches, *others):
     return steps(static, state, batches, *others)
 
 reporting.lower = steps.lower
-executors.compiled_train_steps = reporting
+loop.compiled_train_steps = reporting
 for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
     changes = {{"training.batch_size": batch_size, "training.grad_accum_steps": accumulation, "training.steps": 3}}
     try:
-        loop.train(small_config(**(TINY | changes)), Path(sys.argv[1]), {{}}, Console(stderr=True))
+        run_training.train(small_config(**(TINY | changes)), Path(sys.argv[1]), {{}}, Console(stderr=True))
     except UserError as error:
         print(error)
 """

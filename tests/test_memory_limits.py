@@ -19,7 +19,7 @@ from rustgpt_jax.sharding import hardware_specs as machines
 from rustgpt_jax.sharding.hardware_specs import Machine, free_memory, query_machine
 from rustgpt_jax.sweeps import run_sweep as sweep_command
 from rustgpt_jax.sweeps.trials import make_trials
-from rustgpt_jax.training import loop, memory_estimate
+from rustgpt_jax.training import memory_estimate, run_training
 from rustgpt_jax.training.memory_estimate import (
     check_inference_memory,
     check_training_memory,
@@ -116,7 +116,7 @@ def test_a_short_text_needs_no_cache_of_the_whole_context() -> None:
 
 def test_train_refuses_before_it_makes_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="A training step needs at least"):
-        loop.train(run_config(**{"model.n_layers": 1_000_000}), tmp_path / "run", {}, Console(file=StringIO()))
+        run_training.train(run_config(**{"model.n_layers": 1_000_000}), tmp_path / "run", {}, Console(file=StringIO()))
     assert not (tmp_path / "run").exists()
 
 
@@ -133,9 +133,9 @@ def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
         class inputs:
             full_config = small_config(**{"model.n_layers": 300, "model.scan_layers": False})
 
-    assert "300 blocks are compiled one by one" in loop._compile_time_warnings(Run())[0]  # type: ignore[arg-type]
+    assert "300 blocks are compiled one by one" in run_training._compile_time_warnings(Run())[0]  # type: ignore[arg-type]
     Run.inputs.full_config = small_config(**{"model.n_layers": 300})
-    assert loop._compile_time_warnings(Run()) == []  # type: ignore[arg-type]
+    assert run_training._compile_time_warnings(Run()) == []  # type: ignore[arg-type]
 
 
 # How much there is.

@@ -14,9 +14,8 @@ from test_loop import assert_same_bits, config_of, contents, metrics, stored_sta
 from rustgpt_jax.config.schema import Config
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
-from rustgpt_jax.training import loop
-from rustgpt_jax.training.executors import PopulationExecutor
-from rustgpt_jax.training.loop import run_training_loop
+from rustgpt_jax.training import run_training
+from rustgpt_jax.training.loop import PopulationExecutor, run_training_loop
 from rustgpt_jax.training.run_inputs import prepare_inputs
 from rustgpt_jax.training.train_step import MODES
 from rustgpt_jax.training.trainer import Trainer
@@ -61,8 +60,8 @@ def train_together(
 
 
 def train_alone(config: Config, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
-    assert loop.train(config, path, {}, QUIET) == 0
+    monkeypatch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
+    assert run_training.train(config, path, {}, QUIET) == 0
 
 
 def population(base: dict[str, Any]) -> list[Config]:
@@ -157,7 +156,7 @@ def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path
 
 def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run diverged: the loss, .* of step \d+ is not finite"):
-        loop.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
+        run_training.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
 
 
 @pytest.mark.slow

@@ -12,16 +12,16 @@ from test_loop import assert_same_bits, metrics, stored_state, tiny
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.tracking.progress import StartupTimer
-from rustgpt_jax.training import loop
+from rustgpt_jax.training import run_training
 from rustgpt_jax.training.hooks import parse_span
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def train(path: Path, monkeypatch: pytest.MonkeyPatch, profile: str | None) -> str:
-    monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder)
+    monkeypatch.setattr(run_training, "draw_loss_curves", lambda folder: folder)
     console = Console(file=StringIO(), width=200)
-    assert loop.train(tiny(**{"training.steps": 8}), path, {}, console, profile=profile) == 0
+    assert run_training.train(tiny(**{"training.steps": 8}), path, {}, console, profile=profile) == 0
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 

@@ -15,8 +15,7 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import TOKENIZERS
-from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.schedules import SCHEDULES
+from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, 
 from rustgpt_jax.reproduce.replay import ReplayedStep, format_short, is_finite, replay, replay_one_step
 from rustgpt_jax.reproduce.step_trace import write_trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training import loop
+from rustgpt_jax.training import run_training
 from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -76,8 +76,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two stages with dropout and accumulation. It must stay as it is."""
     path = tmp_path_factory.mktemp("runs") / "done"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
-        loop.train(two_stages(), path, {}, quiet())
+        patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
+        run_training.train(two_stages(), path, {}, quiet())
     return path
 
 
@@ -284,12 +284,12 @@ def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
     """Its layer stumbles over batches in which the text begins anew."""
     (tmp_path / "stumbling.py").write_text(STUMBLING)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(loop, "draw_loss_curves", lambda folder: folder / "loss.png")
+    monkeypatch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
     text_file().write_text("To be, or not to be, that is the question:\n" * 40)
     changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.grad_accum_steps": 1}
     changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
     path = tmp_path / "run"
-    loop.train(small_config(**(TINY | changes)), path, {}, quiet())
+    run_training.train(small_config(**(TINY | changes)), path, {}, quiet())
     with RecordedRun(path, quiet()) as past:
         assert len(past.rewinds) >= 2 and past.recorded_metrics(30) is not None
         for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
@@ -318,11 +318,11 @@ sys.path[:0] = ["tests"]
 from conftest import small_config
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
-from rustgpt_jax.training import loop
-loop.draw_loss_curves = lambda folder: folder
+from rustgpt_jax.training import run_training
+run_training.draw_loss_curves = lambda folder: folder
 path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
 changes = {TINY | {"data.paths": (str(text_file()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
-loop.train(small_config(**changes), path, {{}}, console)
+run_training.train(small_config(**changes), path, {{}}, console)
 with RecordedRun(path, console) as past:
     again, inside = replay_one_step(past, 2, has_taps=True)
     assert again.unequal == [], again

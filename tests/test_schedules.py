@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rustgpt_jax.config.schema import ScheduleConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.training.schedules import SCHEDULES, schedule_multiplier
+from rustgpt_jax.training.optimizers import SCHEDULES, schedule_multiplier
 
 
 def knobs(name: str, warmup: float = 0, decay: float = 0.2, final: float = 0.1) -> ScheduleConfig:

@@ -59,7 +59,7 @@ from rustgpt_jax.sweeps.search import check_rungs, decode_params, hash_study, ru
 from rustgpt_jax.sweeps.sweep import LAUNCHERS, SweepOptions
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials, sample_feasible_points
-from rustgpt_jax.training import executors
+from rustgpt_jax.training import loop
 from rustgpt_jax.workdir.run_dir import RunLockedError, load_config, lock_run_dir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -212,9 +212,9 @@ def test_survivors_end_as_in_a_plain_sweep(tmp_path: Path, monkeypatch: pytest.M
             raise Killed
         return steps(*arguments)
 
-    steps = executors.compiled_population_steps
+    steps = loop.compiled_population_steps
     killed_later.lower = steps.lower
-    monkeypatch.setattr(executors, "compiled_population_steps", killed_later)
+    monkeypatch.setattr(loop, "compiled_population_steps", killed_later)
     n_kills = 0
     while not events(tmp_path / "halved", "finished"):
         try:

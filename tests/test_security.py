@@ -23,7 +23,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce.rerun import rerun
 from rustgpt_jax.reproduce.run_diff import diff
 from rustgpt_jax.reproduce.snapshot_runner import FinishedProcess, SnapshotCode, load_snapshot_code
-from rustgpt_jax.training import loop
+from rustgpt_jax.training import run_training
 from rustgpt_jax.training.config_checks import validate_components
 from rustgpt_jax.workdir.code_snapshot import code_hash, read_code
 from rustgpt_jax.workdir.event_log import EventLog, code_archive, load_first_launch
@@ -240,5 +240,5 @@ def test_a_linked_record_is_refused(trained: Path, tmp_path: Path, name: str) ->
 
     before = contents()
     with pytest.raises(UserError, match=f"{name} is a symbolic link"):
-        loop.train(dataclasses.replace(config, training=longer), run, {}, Console(quiet=True), extends=True)
+        run_training.train(dataclasses.replace(config, training=longer), run, {}, Console(quiet=True), extends=True)
     assert contents() == before

@@ -35,7 +35,7 @@ from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, open_sweep
 from rustgpt_jax.sweeps.sweep_dir import Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.sweeps.worker import Worker
-from rustgpt_jax.training import executors
+from rustgpt_jax.training import loop
 from rustgpt_jax.training.hooks import Evaluate
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
@@ -147,10 +147,10 @@ def test_a_stopped_sweep_goes_on_and_its_trials_do_so_alone(
             time.sleep(0.01)
         return steps(*arguments)
 
-    steps = executors.compiled_population_steps
+    steps = loop.compiled_population_steps
     stop_after_a_call.lower = steps.lower
     with monkeypatch.context() as patch, opened(tmp_path / "stopped") as sweep:
-        patch.setattr(executors, "compiled_population_steps", stop_after_a_call)
+        patch.setattr(loop, "compiled_population_steps", stop_after_a_call)
         sweep.add(trials)
         sweep.run(trials)
     assert sweep.stop.signal_name == "SIGTERM"

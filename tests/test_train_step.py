@@ -13,7 +13,7 @@ from conftest import small_config
 
 from rustgpt_jax.config.schema import FIELDS, Config, combine, partition
 from rustgpt_jax.data.pipeline import Batch
-from rustgpt_jax.evaluation import perplexity
+from rustgpt_jax.evaluation import loss
 from rustgpt_jax.evaluation.loss import LossSums, eval_loss_sums, loss_sums, total_loss
 from rustgpt_jax.model import transformer
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
@@ -235,10 +235,10 @@ def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: p
         alive.append(sum(each() is not None for each in made))
         return LossSums(loss, np.zeros(()), np.array(2.0), {})
 
-    monkeypatch.setattr(perplexity, "eval_loss_sums", sums)
-    monkeypatch.setattr(perplexity, "MOST_PENDING", 4)
+    monkeypatch.setattr(loss, "eval_loss_sums", sums)
+    monkeypatch.setattr(loss, "MOST_PENDING", 4)
     batches: Any = range(11)
-    measured = perplexity.evaluate(parameters(), tiny().model, batches, 1.0)
+    measured = loss.evaluate(parameters(), tiny().model, batches, 1.0)
     assert measured["valid/loss"] == sum(0.1 * batch for batch in range(11)) / 22
     assert max(alive) <= 5 and len(made) == 11
 

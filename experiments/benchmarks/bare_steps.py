@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import tiny
@@ -44,8 +45,8 @@ def bare_steps(file: Path) -> tuple[Callable[[], float], int]:
     def all_steps() -> float:
         state = jax.block_until_ready(Trainer(inputs, Path("unused"), {}, ShardingPlan()).state())
         began = time.perf_counter()
-        for static, next_call_args in calls:
-            state, _ = compiled_train_steps(static, state, *next_call_args)
+        for static, args in calls:
+            state, _ = compiled_train_steps(static, state, *args)
         jax.block_until_ready(state)
         return time.perf_counter() - began
 
@@ -61,7 +62,8 @@ def calls_of(inputs: RunInputs) -> Iterator[tuple[StaticConfig, StepArgs]]:
         run.step = step
         while run.step < data.stage.end_step:
             count = min(data.stage.config.training.steps_per_jit_call, data.stage.end_step - run.step)
-            yield run.program.static, run.next_call_args(count)
+            static, hparams, first_step = run.program
+            yield static, StepArgs(run.next_batches(count), np.int32(count), hparams, first_step)
             run.step += count
         step = run.step
         run.__exit__(None, None, None)

@@ -8,7 +8,7 @@ from rustgpt_jax.config.schema import SamplingConfig, stages
 from rustgpt_jax.data.datasets import assign_splits, load_documents
 from rustgpt_jax.data.preprocess import StageData, find_changed_stages, prepare_stage
 from rustgpt_jax.evaluation.exact_match import right_answers
-from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.sharding.hardware_specs import query_machine

@@ -54,7 +54,7 @@ def run_train(args: argparse.Namespace) -> int:
     from rustgpt_jax.distributed.failure_propagation import propagate_failures
     from rustgpt_jax.distributed.multihost import initialize, is_process_zero
     from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
-    from rustgpt_jax.training.loop import train
+    from rustgpt_jax.training.run_training import train
     from rustgpt_jax.workdir.program_fingerprint import enable_autotune_cache
     from rustgpt_jax.workdir.run_dir import RunDir
 

@@ -18,8 +18,7 @@ from rustgpt_jax.conformance.fixtures import (
 )
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.pytrees import flatten_paths
-from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer
-from rustgpt_jax.training.schedules import schedule_multiplier
+from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer, schedule_multiplier
 
 OPTIMIZER = OptimizerConfig(
     name="adamw",

@@ -24,8 +24,7 @@ from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.sweeps.sweep import LAUNCHERS
 from rustgpt_jax.tokenizers import TOKENIZERS
-from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.schedules import SCHEDULES
+from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
 # Tables of parts of the model, and the knob of the small model that names one.
 KNOBS = {

@@ -20,8 +20,7 @@ from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS, ROPE_SCALINGS
 from rustgpt_jax.registry import lookup
 from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
-from rustgpt_jax.training.optimizers import OPTIMIZERS
-from rustgpt_jax.training.schedules import SCHEDULES, schedule_multiplier
+from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES, schedule_multiplier
 from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config, load_earlier
 
 # Knobs that name components of the model: their registry and interface.

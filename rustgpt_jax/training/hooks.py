@@ -14,7 +14,7 @@ import numpy as np
 from rustgpt_jax.config.schema import Config, StaticConfig, partition
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.evaluation.perplexity import evaluate
+from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
 from rustgpt_jax.model.flops import training_flops_per_token

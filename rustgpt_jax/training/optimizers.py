@@ -1,4 +1,4 @@
-"""Optimizers built from Optax transformations.
+"""Optimizers built from Optax transformations, and learning-rate schedules.
 
 Each entry of OPTIMIZERS is a function of (config, lr_multiplier) that returns an `optax.GradientTransformation`, where
 `lr_multiplier` is the value of the schedule at the step. All numbers may be traced: the transformation is built inside
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rustgpt_jax.config.schema import OptimizerConfig
+from rustgpt_jax.config.schema import OptimizerConfig, ScheduleConfig
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.pytrees import flatten_paths, format_path
 from rustgpt_jax.registry import lookup
@@ -188,3 +188,49 @@ def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1
 def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
     """Return the parameters for evaluation and sampling: the trained ones, unless EVAL_PARAMS has others."""
     return EVAL_PARAMS[config.name](params, opt_state) if config.name in EVAL_PARAMS else params
+
+
+# Learning-rate schedules: a multiplier from 0 to 1 of the learning rate at each step.
+#
+# Each is a pure function of (step, steps, config of the schedule), all of which may be traced, so that one compiled
+# program serves every length of warmup and of training.
+
+Scalar = jax.Array | float
+Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]
+
+
+def constant(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+    """Constant 1."""
+    del steps, schedule
+    return jnp.ones_like(step, jnp.float32)
+
+
+def linear(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+    """Linear decay from 1 after the warmup to final_lr_frac."""
+    return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, schedule.warmup_steps, steps)
+
+
+def cosine(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+    """Cosine decay from 1 after the warmup to final_lr_frac (arXiv 1608.03983)."""
+    wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, schedule.warmup_steps, steps)))
+    return schedule.final_lr_frac + (1.0 - schedule.final_lr_frac) * wave
+
+
+def wsd(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+    """Constant 1, then linear decay to final_lr_frac over the last decay_frac of the steps (arXiv 2404.06395)."""
+    start = jnp.asarray(steps, jnp.float32) * (1.0 - schedule.decay_frac)
+    return 1.0 - (1.0 - schedule.final_lr_frac) * _progress(step, start, steps)
+
+
+def _progress(step: jax.Array, start: Scalar, end: Scalar) -> jax.Array:
+    span = jnp.maximum(jnp.asarray(end - start, jnp.float32), 1.0)
+    return jnp.clip((jnp.asarray(step, jnp.float32) - start) / span, 0.0, 1.0)
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
+
+
+def schedule_multiplier(step: jax.Array, steps: Scalar, schedule: ScheduleConfig) -> jax.Array:
+    """Return the learning-rate multiplier at `step` (from 0) of a stage of `steps`, with linear warmup."""
+    warm = (jnp.asarray(step, jnp.float32) + 1.0) / (jnp.asarray(schedule.warmup_steps, jnp.float32) + 1.0)
+    return jnp.minimum(warm, lookup(SCHEDULES, schedule.name, "config.schedule.name")(step, steps, schedule))

@@ -152,7 +152,8 @@ def _check_prompts(config: Config, tokenizer: Tokenizer, role: str) -> None:
             )
 
 
-def _tokenizer(config: Config, file: Path, console: Console) -> Tokenizer:
+def prepare_tokenizer(config: Config, file: Path, console: Console) -> Tokenizer:
+    """Load the tokenizer of a run, or train it if `file` does not exist."""
     if file.exists():
         return run_tokenizer(RunDir(file.parent))
     with show_progress(console, "characters read to train the tokenizer") as progress:
@@ -179,7 +180,7 @@ def prepare_inputs(
         UserError: The text is unsuitable.
     """
     if tokenizer is None:
-        tokenizer = _tokenizer(config, tokenizer_file, console)
+        tokenizer = prepare_tokenizer(config, tokenizer_file, console)
     full_config = fill_vocab_size(config, tokenizer)
     with show_progress(console, "characters encoded") as progress:
         prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(full_config)]

@@ -20,8 +20,7 @@ from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.sharding.partition_rules import constrain
-from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer
-from rustgpt_jax.training.schedules import schedule_multiplier
+from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 
 # A loss this many standard deviations above the mean of those before it is a spike.
 SPIKE_DEVIATIONS = 6.0

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 
 import jax.numpy as jnp
-import numpy as np
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import StaticConfig, affects_result, partition, stages
+from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, format_data_record
 from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, all_agree, is_process_zero
 from rustgpt_jax.errors import UserError
@@ -35,14 +35,12 @@ from rustgpt_jax.training.run_inputs import RunInputs, StageProgram
 from rustgpt_jax.training.train_step import (
     Metrics,
     State,
-    StepArgs,
     compiled_init_state,
     compiled_init_state_from_params,
 )
 from rustgpt_jax.workdir.event_log import EventLog, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
-from rustgpt_jax.workdir.program_fingerprint import Program as NamedProgram
-from rustgpt_jax.workdir.program_fingerprint import save_autotune_cache
+from rustgpt_jax.workdir.program_fingerprint import Program, save_autotune_cache
 from rustgpt_jax.workdir.run_dir import (
     RunDir,
     check_no_symlinks,
@@ -94,7 +92,7 @@ class Trainer:
         self._hooks: tuple[LogMetrics, Evaluate, SaveCheckpoint] | None = None
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
-        self._seconds_per_step, self._named = dict[StaticConfig, float](), set[int]()
+        self._seconds_per_step, self._recorded_programs = dict[StaticConfig, float](), set[int]()
         self._journal = EventLog(self.folder.journal_file)
         self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
@@ -181,11 +179,6 @@ class Trainer:
     def stage(self) -> StageData:
         """The stage of the next step, or the last stage at the end of training."""
         return self.inputs.stages[self._stage_index]
-
-    @property
-    def batch_size(self) -> int:
-        """The number of rows of the next batch over all processes."""
-        return self.stage.stage.config.training.batch_size
 
     @property
     def program(self) -> StageProgram:
@@ -281,13 +274,13 @@ class Trainer:
         return fault
 
     @property
-    def is_unnamed(self) -> bool:
-        """Whether the program of the next step has not been recorded in this launch yet."""
-        return self._stage_index not in self._named
+    def is_program_recorded(self) -> bool:
+        """Whether the program of the next step has been recorded in this launch."""
+        return self._stage_index in self._recorded_programs
 
-    def name_program(self, program: NamedProgram) -> None:
+    def record_program(self, program: Program) -> None:
         """Record the program of the next step in the journal, and save the compiler's autotuning results."""
-        self._named.add(self._stage_index)
+        self._recorded_programs.add(self._stage_index)
         record_program(self.folder, self.stage.stage.name, program, self.step)
         save_autotune_cache(self.folder)
 
@@ -314,12 +307,11 @@ class Trainer:
         seconds = self._pace.update(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
-    def next_call_args(self, count: int) -> StepArgs:
-        """Return the arguments of the next call, of `count` steps, with this process's rows of the batches."""
+    def next_batches(self, count: int) -> Batch:
+        """Return the stacked batches of the next call, of `count` steps: this process's rows of them."""
         if self._batch_source is None:
             self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
-        batches = self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
-        return StepArgs(batches, np.int32(count), self.program.hparams, self.program.first_step)
+        return self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
 
     def on_steps_done(self, n_steps: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
         """Advance the position after a call was started.
