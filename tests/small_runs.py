@@ -12,7 +12,7 @@ from typing import Any
 from conftest import small_config
 
 from rustgpt_jax.config.schema import Config
-from rustgpt_jax.tracking.formatting import PlainTextConsole
+from rustgpt_jax.tracking.console import PlainTextConsole
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

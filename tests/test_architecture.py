@@ -15,9 +15,20 @@ PACKAGE = "rustgpt_jax"
 
 # From the bottom up: a package imports only from the packages before it.
 LAYERS = (
-    *("jax_internals", "errors", "atomic_io", "cache_dir", "malloc", "registry", "pytrees", "fingerprints", "native"),
-    *("config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking", "inference"),
-    *("evaluation", "training", "interop", "planning", "sweeps", "reproduce", "conformance", "cli", "launch"),
+    *("jax_internals", "errors", "atomic_io", "cache_dir", "process_setup", "registry", "pytrees", "fingerprints"),
+    *("native", "config", "tokenizers", "data", "model", "sharding", "distributed", "workdir", "tracking"),
+    *(
+        "inference",
+        "evaluation",
+        "training",
+        "interop",
+        "planning",
+        "sweeps",
+        "reproduce",
+        "conformance",
+        "cli",
+        "launch",
+    ),
 )
 WITHOUT_JAX = ("errors", "atomic_io", "cache_dir", "registry", "config", "tokenizers", "data")
 VAGUE_NAMES = ("util", "utils", "common", "helpers", "misc")

@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import Config, stages, uses_epochs
 from rustgpt_jax.config.validation import override_all, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import create_warm_started_run
-from rustgpt_jax.planning.config_summary import print_config_summary
+from rustgpt_jax.planning.report import print_config_summary
 from rustgpt_jax.reproduce.compare_metrics import compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.reproduce.replay import replay_one_step

@@ -16,8 +16,7 @@ from small_runs import train
 from synthetic_sweep import grid, write_sweep
 from test_architecture import MODULES, TREES
 
-from rustgpt_jax.tracking.formatting import PlainTextConsole
-from rustgpt_jax.tracking.progress import show_progress, show_spinner
+from rustgpt_jax.tracking.console import PlainTextConsole, show_progress, show_spinner
 
 HOSTILE = "[INST] [bold]hi[/b] [/INST] :smile: [link=x] \\[ [@click=y]"
 
@@ -115,7 +114,7 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
 
 
 def test_explain_shows_values_and_origins_as_they_stand() -> None:
-    from rustgpt_jax.planning.config_summary import print_config_summary
+    from rustgpt_jax.planning.report import print_config_summary
 
     config = small_config(**{"logging.sample_prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
     printed = shown(lambda console: print_config_summary(config, {"logging.sample_prompts": "lab[/b].py"}, console))

@@ -134,7 +134,7 @@ def test_a_process_keeps_no_writer_that_was_closed(tmp_path: Path, monkeypatch: 
 def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from rustgpt_jax.workdir import run_dir\n"
-        "from rustgpt_jax.tracking import metric_writer, plots, progress\n"
+        "from rustgpt_jax.tracking import console, metric_writer, plots\n"
         "assert not {'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
         "with metric_writer.MetricsWriter(Path(sys.argv[1]), 0) as writer: writer.write(1, {'loss': 1.0})\n"
         "assert not {'jax', 'tensorflow'} & set(sys.modules)"

@@ -16,13 +16,16 @@ import pytest
 from conftest import SMALL
 from test_loop import TINY
 
-from rustgpt_jax.distributed import failure_propagation
-from rustgpt_jax.distributed.failure_propagation import EXIT_PEER_LOST, EXIT_USER_ERROR, Watchdog, is_peer_lost
-from rustgpt_jax.distributed.multihost import (
+from rustgpt_jax import distributed
+from rustgpt_jax.distributed import (
+    EXIT_PEER_LOST,
+    EXIT_USER_ERROR,
     LaggedAllReduceMax,
+    Watchdog,
     all_agree,
     detect_cluster,
     initialize,
+    is_peer_lost,
     local_device_ids,
 )
 from rustgpt_jax.errors import UserError
@@ -294,8 +297,8 @@ def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(failure_propagation.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(failure_propagation, "exit_after_peer_loss", lambda what, hint: ended.append(f"{what} {hint}"))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "exit_after_peer_loss", lambda what, hint: ended.append(f"{what} {hint}"))
     with Watchdog(0.2, "Again.") as patience:
         for _ in range(4):
             time.sleep(0.1)

@@ -173,7 +173,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
     config = small_config(**knobs, **{"training.batch_size": rows * shares, "model.n_heads": 8})
     for of_kind in list_suggestions(config, 32, n_devices):
         for change in of_kind:
-            changed = change.of(config)
+            changed = change.apply_to(config)
             assert changed != config
             check_batch_shards(changed, 32, n_devices)
             assert math.prod(axis_sizes(changed.mesh, n_devices).values()) == n_devices

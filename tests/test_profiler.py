@@ -11,7 +11,7 @@ from rich.console import Console
 from test_loop import assert_same_bits, metrics, stored_state, tiny
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.progress import StartupTimer
+from rustgpt_jax.tracking.console import StartupTimer
 from rustgpt_jax.training import run_training
 from rustgpt_jax.training.hooks import parse_span
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from rustgpt_jax.workdir import program_fingerprint
-from rustgpt_jax.workdir.program_fingerprint import (
+from rustgpt_jax.workdir import environment
+from rustgpt_jax.workdir.environment import (
     call_and_fingerprint,
     enable_autotune_cache,
     load_autotuning,
@@ -114,7 +114,7 @@ def test_the_key_is_that_of_the_cache(cached: Path) -> None:
         assert program.cache_key is not None
         assert (cached / f"{program.cache_key}-cache").exists()
         jax.clear_caches()
-        program_fingerprint._keys.clear()
+        environment._keys.clear()
 
 
 def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_program_compiled_before_keeps_its_key(cached: Path) -> None:
 
 
 def test_threads_hear_of_their_own_programs(cached: Path) -> None:
-    found: dict[int, program_fingerprint.Program] = {}
+    found: dict[int, environment.Program] = {}
 
     def observe(size: int) -> None:
         found[size] = call_and_fingerprint(jax.jit(scaled), np.ones(size), np.float32(size))[1]
@@ -145,7 +145,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
         thread.join()
     alone = {}
     jax.clear_caches()
-    program_fingerprint._keys.clear()
+    environment._keys.clear()
     for size in found:
         alone[size] = call_and_fingerprint(jax.jit(scaled), np.ones(size), np.float32(size))[1]
     assert found == alone and len({program.cache_key for program in found.values()}) == 6
@@ -175,7 +175,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run on a machine with an NVIDIA driver."""
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX\n")
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "version")
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     return RunDir(tmp_path / "run")
@@ -225,7 +225,7 @@ def test_what_the_user_says_stays(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_gpu_nothing_is_changed(gpu: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_fingerprint, "DRIVER", tmp_path / "none")
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "none")
     enable_autotune_cache(gpu)
     load_autotuning(gpu)
     assert "XLA_FLAGS" not in os.environ

@@ -6,9 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from rustgpt_jax.tracking import progress
-from rustgpt_jax.tracking.formatting import format_bytes, format_count, format_duration
-from rustgpt_jax.tracking.progress import Progress
+from rustgpt_jax.tracking import console
+from rustgpt_jax.tracking.console import Progress, format_bytes, format_count, format_duration
 
 VALUES = {"train/loss": 2.31407, "train/tokens_per_second": 41200.4, "train/flops_share": 0.123}
 
@@ -135,8 +134,8 @@ def test_narrow_terminals_lose_the_least_first() -> None:
 
 def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out, seconds = io.StringIO(), iter([0.0, 1.0, 5.0, 9.0, 11.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
-    with progress.show_progress(Console(file=out, width=20), "characters encoded") as count_up:
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(seconds))
+    with console.show_progress(Console(file=out, width=20), "characters encoded") as count_up:
         for done in (10, 1000, 2000, 3000):
             count_up(done, 4000)
     assert out.getvalue() == "characters encoded: 1,000 of 4,000 (25%)\ncharacters encoded: 3,000 of 4,000 (75%)\n"
@@ -171,17 +170,17 @@ def test_a_long_evaluation_shows_how_far_it_is() -> None:
     with Progress(screen.console, 10, clock) as shown:
         for done in range(12):
             clock.now = float(done)
-            shown.evaluating(done, 12)
-        shown.evaluating(12, 12)
+            shown.update_evaluation(done, 12)
+        shown.update_evaluation(12, 12)
     assert screen.lines() == ["evaluating, batch 5 of 12", "evaluating, batch 10 of 12"]
     screen, clock = Screen(terminal=True), Clock()
     with Progress(screen.console, 10, clock) as shown:
         shown.update(4, {}, "train")
-        shown.evaluating(3, 12)
+        shown.update_evaluation(3, 12)
     assert "evaluating, batch 3 of 12" in screen.file.getvalue()
     screen = Screen(terminal=True)
     with Progress(screen.console, 10, clock) as shown:
-        shown.evaluating(3, 12)
-        shown.evaluating(12, 12)
+        shown.update_evaluation(3, 12)
+        shown.update_evaluation(12, 12)
         shown.update(4, {}, "train")
     assert not screen.lines()[-1].count("evaluating")

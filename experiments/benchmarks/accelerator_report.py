@@ -23,7 +23,7 @@ from rich.text import Text
 
 from configs import gpt2_124m
 from rustgpt_jax.sharding.hardware_specs import CHIPS, Chip
-from rustgpt_jax.tracking.formatting import format_bytes, format_count
+from rustgpt_jax.tracking.console import format_bytes, format_count
 
 Row = dict[str, Any]
 UNKNOWN = "-"

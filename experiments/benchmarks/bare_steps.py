@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 from configs import tiny
 from rustgpt_jax.config.schema import StaticConfig
 from rustgpt_jax.config.validation import resolve
-from rustgpt_jax.malloc import keep_freed_memory
-from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.training.run_inputs import RunInputs

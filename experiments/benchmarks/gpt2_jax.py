@@ -35,7 +35,7 @@ from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
 from rustgpt_jax.model.kernels.types import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
-from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.training.train_step import (
     StepArgs,
     compiled_init_state,

@@ -145,7 +145,7 @@ def read_config(
     override_all(tree, values)
     origins |= dict.fromkeys(values, COMMAND_LINE)
     if dict(flatten_tree(tree)).get("model.dtype") == "auto":
-        from rustgpt_jax.distributed.multihost import detect_cluster
+        from rustgpt_jax.distributed import detect_cluster
         from rustgpt_jax.sharding.hardware_specs import resolve_auto_dtype
 
         if platform is None and (is_remote or detect_cluster(os.environ)):

@@ -12,7 +12,7 @@ from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.sharding.hardware_specs import query_machine
-from rustgpt_jax.tracking.progress import show_progress
+from rustgpt_jax.tracking.console import show_progress
 from rustgpt_jax.training.load_model import LoadedModel
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 

@@ -20,8 +20,8 @@ def run_explain(args: argparse.Namespace) -> int:
 
     tree, origins = read_config(args)
     config = resolve(tree)
-    from rustgpt_jax.planning.config_summary import print_config_summary
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.planning.report import print_config_summary
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     print_config_summary(config, origins, PlainTextConsole())
     return 0
@@ -49,7 +49,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.chip is None:
         raise UserError("For which chip? Give --chip=NAME, such as --chip=h100.")
     from rustgpt_jax.planning.report import print_plan
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return 0 if print_plan(config, args.chip, args.devices, PlainTextConsole()) else 1
 
@@ -72,6 +72,6 @@ def run_check(args: argparse.Namespace) -> int:
     """Check that a layer, an optimizer or another component is correct."""
     from rustgpt_jax.config.validation import parse_all
     from rustgpt_jax.conformance.runner import check_components
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return check_components(args.components, PlainTextConsole(), args.only, parse_all(args.overrides), args.exhaustive)

@@ -22,7 +22,7 @@ from rustgpt_jax.cache_dir import cache_limit
 from rustgpt_jax.cli import explain, models, reproduce, sweep, train
 from rustgpt_jax.cli.arguments import VerbParser, fail, read_config
 from rustgpt_jax.errors import UserError, is_out_of_memory, suggest_names
-from rustgpt_jax.malloc import keep_freed_memory
+from rustgpt_jax.process_setup import keep_freed_memory
 
 # Imports and tracing create many objects that stay, so the garbage collector need not look for them often.
 OBJECTS_BETWEEN_COLLECTIONS = (50_000, 20, 50)

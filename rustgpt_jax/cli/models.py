@@ -30,7 +30,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure loss, perplexity and bits per byte, and accuracy on dialogues."""
     trained = _load(args, generates=False)
     from rustgpt_jax.cli.evaluation_report import print_evaluation
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     print_evaluation(trained, PlainTextConsole(), args.allow_oversubscription)
     return 0
@@ -41,7 +41,7 @@ def run_generate(args: argparse.Namespace) -> int:
     trained = _load(args)
     from rustgpt_jax.inference.decode_params import select_weight_layout
     from rustgpt_jax.inference.text_generator import stream_text
-    from rustgpt_jax.tracking.formatting import replace_control_characters
+    from rustgpt_jax.tracking.console import replace_control_characters
 
     sampling = trained.config.sampling
     writer = trained.writer.with_weight_layout(select_weight_layout(sampling))
@@ -63,7 +63,7 @@ def run_chat(args: argparse.Namespace) -> int:
     """Chat with a model."""
     trained = _load(args)
     from rustgpt_jax.inference.chat import chat
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     title = f"{Path(args.run).resolve().name} at step {trained.step:,}"
     chat(trained.writer, trained.config.sampling, PlainTextConsole(), title)
@@ -121,7 +121,7 @@ def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     from rustgpt_jax.config.validation import resolve
 
     config = resolve(read_config(args)[0])
-    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+    from rustgpt_jax.process_setup import enable_compilation_cache
     from rustgpt_jax.training.load_model import load
 
     enable_compilation_cache()

@@ -27,7 +27,7 @@ def run_replay(args: argparse.Namespace) -> int:
     folder = run_folder(args)
     _set_up_jax(folder)
     from rustgpt_jax.reproduce.replay import replay
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return 0 if replay(folder, args.step, args.taps, PlainTextConsole()) else 1
 
@@ -46,7 +46,7 @@ def run_rerun(args: argparse.Namespace) -> int:
         The exit status: 1 if the runs differ, or that of the training if a signal stopped it.
     """
     from rustgpt_jax.reproduce.rerun import rerun
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     return rerun(run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
 
@@ -66,7 +66,7 @@ def run_diff(args: argparse.Namespace) -> int:
     if len(args.runs) != 2:
         raise UserError("Which two runs? Give `diff RUN RUN`, such as `diff runs/a runs/b`.")
     from rustgpt_jax.reproduce.run_diff import diff
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     first, second = map(Path, args.runs)
     return 0 if diff(first, second, PlainTextConsole(), args.trust) else 1
@@ -85,7 +85,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     folder = run_folder(args)
     _set_up_jax(folder)
     from rustgpt_jax.reproduce.diagnose import diagnose_run
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     diagnose_run(folder, args.step, PlainTextConsole())
     return 0
@@ -93,9 +93,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _set_up_jax(run: Path) -> None:
     """Set up JAX with the devices and autotuning results of a run. Call this before JAX is used."""
+    from rustgpt_jax.process_setup import enable_compilation_cache
     from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
-    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
-    from rustgpt_jax.workdir.program_fingerprint import load_autotuning
+    from rustgpt_jax.workdir.environment import load_autotuning
     from rustgpt_jax.workdir.run_dir import RunDir
 
     enable_compilation_cache()

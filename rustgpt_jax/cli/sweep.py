@@ -30,7 +30,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """Run the trials of a sweep that are not done, and report."""
     from rustgpt_jax.sweeps.search_space import TPE, Search, SuccessiveHalving
     from rustgpt_jax.sweeps.trials import make_trials, sample_feasible_points
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
     from rustgpt_jax.workdir.config_files import load_sweep_function
 
     if args.config is None:
@@ -71,7 +71,7 @@ def run_report(args: argparse.Namespace) -> int:
     if args.run is None:
         raise UserError("Which sweep? Give its folder, which `sweep` wrote, such as runs/learning_rate.")
     from rustgpt_jax.sweeps.report import report
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     console = PlainTextConsole()
     console.print(f"Report: {report(Path(args.run), console)}", highlight=False)

@@ -36,8 +36,8 @@ def add_arguments(parser: VerbParser) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train a run, or resume it from its last checkpoint."""
     from rustgpt_jax.config.validation import resolve
-    from rustgpt_jax.distributed.multihost import detect_cluster
-    from rustgpt_jax.tracking.formatting import PlainTextConsole
+    from rustgpt_jax.distributed import detect_cluster
+    from rustgpt_jax.tracking.console import PlainTextConsole
 
     is_distributed = args.num_processes is not None or detect_cluster(os.environ) is not None
     if args.init_from is not None and is_distributed:
@@ -51,11 +51,10 @@ def run_train(args: argparse.Namespace) -> int:
         return _submit(args, folder, config)
     if args.launcher != "inline":
         raise UserError(f"--launcher={args.launcher}: train runs inline, or as a job of slurm.")
-    from rustgpt_jax.distributed.failure_propagation import propagate_failures
-    from rustgpt_jax.distributed.multihost import initialize, is_process_zero
-    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+    from rustgpt_jax.distributed import initialize, is_process_zero, propagate_failures
+    from rustgpt_jax.process_setup import enable_compilation_cache
     from rustgpt_jax.training.run_training import train
-    from rustgpt_jax.workdir.program_fingerprint import enable_autotune_cache
+    from rustgpt_jax.workdir.environment import enable_autotune_cache
     from rustgpt_jax.workdir.run_dir import RunDir
 
     enable_compilation_cache()

@@ -24,7 +24,7 @@ from rustgpt_jax.inference.sampling import SAMPLERS, is_greedy
 from rustgpt_jax.inference.text_generator import TextGenerator, stream_text
 from rustgpt_jax.model.flops import total_size
 from rustgpt_jax.tokenizers import Document, Message
-from rustgpt_jax.tracking.formatting import format_count, replace_control_characters
+from rustgpt_jax.tracking.console import format_count, replace_control_characters
 
 PROMPT = "> "
 HISTORY_LINES = 1000

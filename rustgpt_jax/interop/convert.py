@@ -24,7 +24,7 @@ from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.sharding.hardware_specs import free_memory
 from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tokenizer
-from rustgpt_jax.tracking.formatting import format_count
+from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import run_tokenizer
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters

@@ -18,7 +18,7 @@ from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
-from rustgpt_jax.tracking.formatting import format_count
+from rustgpt_jax.tracking.console import format_count
 from rustgpt_jax.training.load_model import load
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.training.train_step import compiled_init_state

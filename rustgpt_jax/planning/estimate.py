@@ -187,7 +187,7 @@ class Suggestion(NamedTuple):
 
     knobs: dict[str, int | str]
 
-    def of(self, config: Config) -> Config:
+    def apply_to(self, config: Config) -> Config:
         """Return the config with the change."""
         return replace_paths(config, self.knobs)
 

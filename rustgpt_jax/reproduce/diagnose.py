@@ -39,8 +39,7 @@ from rustgpt_jax.reproduce.recorded_run import (
 from rustgpt_jax.reproduce.replay import ReplayedStep, is_finite, replay_one_step, write_page
 from rustgpt_jax.sweeps.report.results import format_value
 from rustgpt_jax.tokenizers import Tokenizer, decode
-from rustgpt_jax.tracking.formatting import replace_control_characters
-from rustgpt_jax.tracking.progress import show_spinner
+from rustgpt_jax.tracking.console import replace_control_characters, show_spinner
 from rustgpt_jax.training.train_step import stack
 
 # A row whose loss is this many robust standard deviations above the median stands out.

@@ -21,9 +21,8 @@ from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.hook_points import hook_points
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.sharding.sharding_plan import axis_sizes, check_batch_shards, describe_mesh, plan_for_all_devices
-from rustgpt_jax.tracking.formatting import print_line
+from rustgpt_jax.tracking.console import print_line, show_progress
 from rustgpt_jax.tracking.metric_writer import iter_metrics, read_columns
-from rustgpt_jax.tracking.progress import show_progress
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.memory_estimate import state_shapes
 from rustgpt_jax.training.run_inputs import StageProgram, prepare_inputs

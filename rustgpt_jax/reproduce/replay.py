@@ -30,7 +30,7 @@ from rustgpt_jax.reproduce.recorded_run import (
 )
 from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.sweeps.report.plot_style import css, shade
-from rustgpt_jax.tracking.formatting import print_line
+from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import hash_running_code
 from rustgpt_jax.workdir.environment import collect_environment, flatten_environment

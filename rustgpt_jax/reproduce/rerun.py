@@ -16,7 +16,7 @@ from rustgpt_jax.reproduce.compare_metrics import (
 )
 from rustgpt_jax.reproduce.run_diff import compare_metadata, print_section
 from rustgpt_jax.reproduce.snapshot_runner import SnapshotCode, load_snapshot_code
-from rustgpt_jax.tracking.formatting import print_line
+from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.tracking.metric_writer import last_step
 from rustgpt_jax.workdir.event_log import EventLog, Launch, load_first_launch, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_stages

@@ -14,7 +14,7 @@ from rustgpt_jax.data.preprocess import read_data_record
 from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.step_trace import PARTS, TensorDifference, find_first_tensor
-from rustgpt_jax.tracking.formatting import print_line
+from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.training.run_inputs import read_beginning
 from rustgpt_jax.workdir.code_snapshot import CODE, read_code
 from rustgpt_jax.workdir.environment import flatten_environment

@@ -20,12 +20,12 @@ from rich.console import Console
 from rustgpt_jax.atomic_io import write_atomically
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
+from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, ACTIVATION_GRADIENT, PARAMETER_GRADIENT, RecordedRun
 from rustgpt_jax.reproduce.snapshot_runner import load_snapshot_code
-from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
-from rustgpt_jax.tracking.formatting import PlainTextConsole
+from rustgpt_jax.tracking.console import PlainTextConsole
+from rustgpt_jax.workdir.environment import load_autotuning
 from rustgpt_jax.workdir.event_log import load_first_launch
-from rustgpt_jax.workdir.program_fingerprint import load_autotuning
 from rustgpt_jax.workdir.run_dir import RunDir
 
 # The parts of a step in order of computation.

@@ -17,7 +17,7 @@ from rich.text import Text
 from rustgpt_jax.config.schema import stages
 from rustgpt_jax.sweeps.sweep_dir import Event, Ledger, SweepDir
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.formatting import format_duration, replace_control_characters
+from rustgpt_jax.tracking.console import format_duration, replace_control_characters
 from rustgpt_jax.tracking.metric_writer import last_metrics
 
 POLL_SECONDS = 1.0

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+from rustgpt_jax.process_setup import enable_compilation_cache
 from rustgpt_jax.sharding.hardware_specs import Machine, detect_machine, use_cores_as_devices
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
@@ -18,8 +18,7 @@ from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.search_space import TPE, Overrides, SuccessiveHalving
 from rustgpt_jax.sweeps.sweep import Sweep, SweepInfo, SweepOptions, check_options, check_trials, open_sweep
 from rustgpt_jax.sweeps.trials import Trial, describe_overrides
-from rustgpt_jax.tracking.formatting import format_bytes, format_count
-from rustgpt_jax.tracking.progress import show_progress, show_spinner
+from rustgpt_jax.tracking.console import format_bytes, format_count, show_progress, show_spinner
 from rustgpt_jax.training.memory_estimate import check_training_memory
 
 Spec = Sequence[Overrides] | SuccessiveHalving | TPE

@@ -190,7 +190,7 @@ class Job:
         with StopRequest() as stop:
             import jax
 
-            from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+            from rustgpt_jax.process_setup import enable_compilation_cache
             from rustgpt_jax.sweeps.asset_cache import AssetCache
             from rustgpt_jax.sweeps.sweep_dir import SweepDir
             from rustgpt_jax.sweeps.worker import Worker

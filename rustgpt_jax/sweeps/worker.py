@@ -35,7 +35,7 @@ class _NoProgress:
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Do nothing."""
 
-    def evaluating(self, done: int, total: int) -> None:
+    def update_evaluation(self, done: int, total: int) -> None:
         """Do nothing."""
 
     def message(self, text: str) -> None:
@@ -134,8 +134,7 @@ def _outcome(run: Trainer) -> tuple[str, dict[str, int]]:
 
 def main(sweep: str, code: str) -> None:
     """Run the chunks from standard input on the devices of this process, until the input ends."""
-    from rustgpt_jax.malloc import keep_freed_memory
-    from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+    from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 
     keep_freed_memory()
     enable_compilation_cache()

@@ -20,12 +20,11 @@ import orbax.checkpoint as ocp
 
 from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import Config, Earlier, config_hash, to_dict
-from rustgpt_jax.distributed.failure_propagation import is_peer_lost
-from rustgpt_jax.distributed.multihost import all_agree, barrier, is_process_zero
+from rustgpt_jax.distributed import all_agree, barrier, is_peer_lost, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.pytrees import flatten_paths
-from rustgpt_jax.tracking.formatting import format_bytes
+from rustgpt_jax.tracking.console import format_bytes
 from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 

@@ -21,7 +21,7 @@ from rustgpt_jax.model.flops import training_flops_per_token
 from rustgpt_jax.model.transformer import Params
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.tokenizers import Tokenizer
-from rustgpt_jax.tracking.formatting import format_duration
+from rustgpt_jax.tracking.console import format_duration
 from rustgpt_jax.tracking.metric_writer import MetricsWriter, iter_metrics
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
@@ -65,7 +65,7 @@ class ProgressSink(Protocol):
     def update(self, step: int, values: Mapping[str, float], stage: str) -> None:
         """Show the metrics of a step."""
 
-    def evaluating(self, done: int, total: int) -> None:
+    def update_evaluation(self, done: int, total: int) -> None:
         """Show that `done` of the `total` batches of an evaluation are done."""
 
     def message(self, text: str) -> None:
@@ -269,7 +269,7 @@ class Evaluate:
         training, plan, n_batches = self.config.training, self.log.plan, self.data.n_validation_batches
 
         def on_batch(done: int) -> None:
-            self.log.progress.evaluating(done, n_batches)
+            self.log.progress.update_evaluation(done, n_batches)
             if is_stopped():
                 raise EvaluationStopped
 
@@ -283,7 +283,7 @@ class Evaluate:
             training.grad_accum_steps,
             on_batch,
         )
-        self.log.progress.evaluating(n_batches, n_batches)
+        self.log.progress.update_evaluation(n_batches, n_batches)
         return values
 
     def _write_samples(self, params: Params, step: int) -> None:

@@ -20,7 +20,7 @@ from rustgpt_jax.training.train_step import (
     offload_opt_state,
     stack,
 )
-from rustgpt_jax.workdir.program_fingerprint import Program, call_and_fingerprint
+from rustgpt_jax.workdir.environment import Program, call_and_fingerprint
 
 if TYPE_CHECKING:
     from rustgpt_jax.training.trainer import Trainer

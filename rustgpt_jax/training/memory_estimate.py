@@ -15,7 +15,7 @@ from rustgpt_jax.evaluation.loss import loss_sums, total_loss
 from rustgpt_jax.model.flops import Shapes, parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import init_cache
 from rustgpt_jax.sharding.hardware_specs import Machine
-from rustgpt_jax.tracking.formatting import format_bytes
+from rustgpt_jax.tracking.console import format_bytes
 from rustgpt_jax.training.train_step import init_state
 
 # Maximum number of layers to trace; needs of deeper models are extrapolated.

@@ -33,7 +33,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import check_batch_shards
 from rustgpt_jax.tokenizers import Message, Tokenizer, encode_prompt, load_tokenizer
-from rustgpt_jax.tracking.progress import show_progress
+from rustgpt_jax.tracking.console import show_progress
 from rustgpt_jax.training.optimizers import check_decay_groups
 from rustgpt_jax.workdir.run_dir import RunDir
 

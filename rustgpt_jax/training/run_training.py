@@ -17,17 +17,15 @@ from rustgpt_jax.data.preprocess import (
     ResolvedEpochs,
     resolve_epochs_of_text,
 )
-from rustgpt_jax.distributed.failure_propagation import EXIT_USER_ERROR, Watchdog
-from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, is_process_zero, process_zero_first
+from rustgpt_jax.distributed import EXIT_USER_ERROR, LaggedAllReduceMax, Watchdog, is_process_zero, process_zero_first
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import check_kernels
 from rustgpt_jax.sharding.hardware_specs import query_machine
 from rustgpt_jax.sharding.sharding_plan import check_host_offload, describe_mesh, plan_for_all_devices
 from rustgpt_jax.tokenizers import Tokenizer
-from rustgpt_jax.tracking.formatting import format_count, format_duration
+from rustgpt_jax.tracking.console import Progress, StartupTimer, format_count, format_duration, show_progress
 from rustgpt_jax.tracking.plots import draw_loss_curves
-from rustgpt_jax.tracking.progress import Progress, StartupTimer, show_progress
 from rustgpt_jax.training.config_checks import resolve_change, validate_components
 from rustgpt_jax.training.hooks import Profile, parse_span
 from rustgpt_jax.training.loop import SingleRunExecutor, run_training_loop

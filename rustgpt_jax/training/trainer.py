@@ -12,7 +12,7 @@ from rustgpt_jax.atomic_io import NotWritableError, write_atomically
 from rustgpt_jax.config.schema import StaticConfig, affects_result, partition, stages
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.data.preprocess import StageData, format_data_record
-from rustgpt_jax.distributed.multihost import LaggedAllReduceMax, all_agree, is_process_zero
+from rustgpt_jax.distributed import LaggedAllReduceMax, all_agree, is_process_zero
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
@@ -38,9 +38,9 @@ from rustgpt_jax.training.train_step import (
     compiled_init_state,
     compiled_init_state_from_params,
 )
+from rustgpt_jax.workdir.environment import Program, save_autotune_cache
 from rustgpt_jax.workdir.event_log import EventLog, record_launch, record_program
 from rustgpt_jax.workdir.params_io import read_parameters
-from rustgpt_jax.workdir.program_fingerprint import Program, save_autotune_cache
 from rustgpt_jax.workdir.run_dir import (
     RunDir,
     check_no_symlinks,

@@ -17,8 +17,7 @@ from typing import Any
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.workdir.code_snapshot import save_code_snapshot
-from rustgpt_jax.workdir.environment import collect_environment
-from rustgpt_jax.workdir.program_fingerprint import Program
+from rustgpt_jax.workdir.environment import Program, collect_environment
 from rustgpt_jax.workdir.run_dir import RunDir
 
 Event = dict[str, Any]

@@ -34,11 +34,10 @@ from rustgpt_jax.inference.generate import DecodeState, decode_steps, pad_stop_i
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.interop.gguf import write_gguf
 from rustgpt_jax.interop.hf_checkpoint import export_model
-from rustgpt_jax.malloc import keep_freed_memory
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
 from rustgpt_jax.planning.aot_compile import compile_step
-from rustgpt_jax.sharding.compilation_cache import enable_compilation_cache
+from rustgpt_jax.process_setup import enable_compilation_cache, keep_freed_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
 # Event of JAX for each program that its compiler makes, or that it finds among those that are kept.

@@ -31,7 +31,7 @@ from experiments.benchmarks.best_batch import ROOT, tree_of
 from experiments.benchmarks.performance.goals import LLAMA_CPP, OURS, TORCH, TRANSFORMERS, goals, megabytes, ratio
 from experiments.benchmarks.performance.models import SHAPES
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.formatting import format_bytes, format_count
+from rustgpt_jax.tracking.console import format_bytes, format_count
 
 Row = dict[str, Any]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.json"

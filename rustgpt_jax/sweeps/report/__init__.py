@@ -41,7 +41,7 @@ from rustgpt_jax.sweeps.report.results import (
     read_results,
     write_csv,
 )
-from rustgpt_jax.tracking.formatting import replace_control_characters
+from rustgpt_jax.tracking.console import replace_control_characters
 
 if TYPE_CHECKING:
     from rustgpt_jax.sweeps.report.plot_style import Picture

@@ -1,6 +1,7 @@
-"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
+"""Console output: number formats, a console without markup, and progress bars."""
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,20 +17,75 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from rustgpt_jax.tracking.formatting import format_duration, replace_control_characters
+# Control characters in generated text or file names could send commands to a terminal.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 SECONDS_BETWEEN_LINES = 5.0
-# Long enough to average over evaluations, short enough to notice a stage with another speed.
-UPDATES_IN_PACE = 50
+# The number of updates to estimate the speed from: enough to average over evaluations, but few enough to adapt to the
+# speed of a new stage.
+UPDATES_FOR_SPEED = 50
 
-# What a plain line shows, and what is shown beside the bar, where a narrow terminal cuts off the last.
+# The parts of a plain line, and of the text next to the bar, whose end a narrow terminal cuts off.
 LINE_ORDER = ("step", "stage", "loss", "speed", "share", "left")
 BAR_ORDER = ("stage", "step", "evaluation", "loss", "left", "speed", "share")
 
 
+def format_count(number: float) -> str:
+    """Format a count with three significant digits: 999, 1.23M, 8.03B, 2.52e+20."""
+    return _format_scaled(number, ("", "K", "M", "B", "T")) if number < 1e15 else f"{number:.3g}"
+
+
+def format_bytes(number: float) -> str:
+    """Format a number of bytes with three significant digits and decimal units: 512 B, 4.5 GB."""
+    return _format_scaled(number, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def _format_scaled(number: float, units: tuple[str, ...]) -> str:
+    power = 0
+    # Round before comparing: 999,999 is 1M, not 1000K.
+    while float(f"{number:.3g}") >= 1000 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    digits = f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+    return digits + units[power]
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration with its two largest units: 0.4s, 45s, 2m03s, 5h07m, 3d04h."""
+    if seconds < 9.95:
+        return f"{round(seconds, 1):g}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest}s"
+    if minutes < 60:
+        return f"{minutes}m{rest:02}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def replace_control_characters(text: str) -> str:
+    """Replace all control characters but tabs and line breaks by U+FFFD."""
+    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class PlainTextConsole(Console):
+    """The console of all commands: it does not interpret markup or emoji codes, and replaces control characters.
+
+    Run names, prompts, values and file names may contain arbitrary text. To style output, pass `style` or a `Text`.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string, such as an argument of `print` or a table cell, to literal text."""
+        return super().render_str(replace_control_characters(text), **{**options, "markup": False, "emoji": False})
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print a text literally, without wrapping or highlighting."""
+    console.print(Text(replace_control_characters(text)), soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class _Status:
-    """The latest update. Replaced as a whole, because the thread that draws reads it."""
+    """The latest update. It is immutable because the drawing thread reads it."""
 
     step: int
     stage: str
@@ -43,7 +100,7 @@ class Progress:
     Args:
         console: Where to show it: a bar on a terminal, a line every few seconds elsewhere.
         total_steps: The number of steps of the run.
-        clock: Returns seconds since any fixed time.
+        clock: A function that returns the time in seconds, since any fixed time.
     """
 
     def __init__(self, console: Console, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,7 +108,7 @@ class Progress:
         self._total_steps = total_steps
         self._clock = clock
         self._started = clock()
-        self._recent: deque[tuple[float, int]] = deque(maxlen=UPDATES_IN_PACE)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=UPDATES_FOR_SPEED)
         self._status: _Status | None = None
         self._printed: _Status | None = None
         self._evaluation = ""
@@ -90,7 +147,7 @@ class Progress:
         elif self._is_line_due():
             self._print_line()
 
-    def evaluating(self, done: int, total: int) -> None:
+    def update_evaluation(self, done: int, total: int) -> None:
         """Show that `done` of the `total` batches of an evaluation are done, until all are."""
         now = self._clock()
         if done == total:
@@ -104,8 +161,8 @@ class Progress:
             self.message(self._evaluation)
 
     def message(self, text: str) -> None:
-        """Print a text without interpreting markup, above the progress bar."""
-        self._console.print(Text(replace_control_characters(text)), soft_wrap=True)
+        """Print a text above the progress bar, without interpreting markup."""
+        print_line(self._console, text)
 
     def _seconds_left(self) -> float | None:
         # Count from the first update on: the time before it was mostly compilation.
@@ -206,34 +263,34 @@ class _Lines:
 
 
 class StartupTimer:
-    """Measures what the time before the first step of a run was spent on."""
+    """Measures how the time before the first step of a run is spent."""
 
     def __init__(self, first: str) -> None:
-        self._laps = [(first, _age())]
+        self._laps = [(first, _process_age())]
         self._last = time.perf_counter()
-        self._is_over = False
+        self._is_finished = False
 
     def lap(self, name: str) -> None:
-        """Name the time since the last lap."""
+        """Record the time since the last lap under a name."""
         now = time.perf_counter()
         self._laps.append((name, now - self._last))
         self._last = now
 
     def finish(self, name: str) -> str | None:
-        """End the last lap and return all: '3.1s: Python and packages 1.2s, the data 0.4s'; None the second time."""
-        if self._is_over:
+        """End the last lap and return '3.1s: Python and packages 1.2s, the data 0.4s', or None after the first call."""
+        if self._is_finished:
             return None
-        self._is_over = True
+        self._is_finished = True
         self.lap(name)
         total = sum(seconds for _, seconds in self._laps)
         laps = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in self._laps)
         return f"{format_duration(total)}: {laps}"
 
 
-def _age() -> float:
-    """Return the seconds since this process started, or 0 if they are unknown."""
+def _process_age() -> float:
+    """Return the seconds since this process started, or 0 if unknown."""
     try:
-        # The name of the program, in parentheses, may contain spaces.
+        # The program's name, in parentheses, may contain spaces.
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began

@@ -1,1 +1,0 @@
-"""Several processes: start, barriers, and failures."""
