@@ -226,6 +226,7 @@ def load(layers: Any, params: Any) -> None:
     norm(layers["norm"], params["norm"])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("size", SIZES)
 def test_the_pytorch_model_has_the_same_parameters(size: str) -> None:
     torch = pytest.importorskip("torch")
@@ -237,6 +238,7 @@ def test_the_pytorch_model_has_the_same_parameters(size: str) -> None:
     assert sum(parameter.numel() for parameter in layers.parameters()) == total_size(parameter_shapes(model))
 
 
+@pytest.mark.oracle
 def test_the_pytorch_model_has_the_same_logits() -> None:
     torch = pytest.importorskip("torch")
     from experiments.benchmarks.gpt2_torch import gpt2, logits
@@ -253,6 +255,7 @@ def test_the_pytorch_model_has_the_same_logits() -> None:
     np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.max(np.abs(ours)), rtol=0)
 
 
+@pytest.mark.oracle
 def test_the_pytorch_model_learns_the_same() -> None:
     """Losses over steps of training: gradients, clipping, AdamW and which parameters decay."""
     torch = pytest.importorskip("torch")
@@ -275,6 +278,7 @@ def test_the_pytorch_model_learns_the_same() -> None:
     np.testing.assert_allclose([step(*window).item() for window in windows], ours, rtol=2e-4)
 
 
+@pytest.mark.oracle
 def test_the_pytorch_model_is_one_graph() -> None:
     """What torch.compile makes of the forward is not broken up, with checkpoints or without."""
     torch = pytest.importorskip("torch")

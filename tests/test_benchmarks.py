@@ -88,6 +88,7 @@ def test_a_time_is_told_by_its_median_and_middle_half() -> None:
 # Workers.
 
 
+@pytest.mark.oracle
 def test_a_worker_measures_turn_by_turn(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     with Worker(Request("torch_peer", "peaks", {"size": 8}), 60, tmp_path / "log.txt") as worker:
@@ -120,6 +121,7 @@ def test_the_allocator_is_told_in_words_that_glibc_reads() -> None:
 # What is measured.
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_models_of_both_frameworks_have_the_same_parameters(shape: str) -> None:
     torch = pytest.importorskip("torch")

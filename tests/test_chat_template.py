@@ -635,6 +635,7 @@ def test_tokenizers_that_llama_cpp_has_not_are_not_described(kind: str) -> None:
 # Beside transformers.
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "template",
     [
@@ -661,6 +662,7 @@ def test_templates_write_what_they_write_for_transformers(template: str, tmp_pat
     assert apply_chat_template(codec.chat_format, TURNS, add_generation_prompt=True, special_tokens=SPECIAL) == expected
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("has_opening", [True, False])
 def test_transformers_reads_the_same_tokenizer(has_opening: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -674,6 +676,7 @@ def test_transformers_reads_the_same_tokenizer(has_opening: bool, tmp_path: Path
     assert (theirs.eos_token_id, theirs.bos_token_id) == (1, 0)
 
 
+@pytest.mark.oracle
 def test_transformers_writes_dialogues_as_a_tokenizer_that_was_trained_here(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     codec = train_tokenizer(TokenizerConfig("bpe", 280), ["Why is the sky blue? It scatters light."])

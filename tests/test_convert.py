@@ -160,6 +160,7 @@ def test_where_there_is_nothing_to_compare_with_it_is_said(folder: Path, tmp_pat
     assert said[-2].startswith("Not compared with transformers: that needs about")
 
 
+@pytest.mark.oracle
 def test_a_folder_that_transformers_cannot_run_is_imported_and_that_is_said(
     folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from small_runs import train
 from synthetic_sweep import grid, write_sweep
-from test_architecture import MODULES, TREES
+from test_architecture import TREES
 
 from rustgpt_jax.tracking.console import PlainTextConsole, show_progress, show_spinner
 
@@ -74,7 +74,7 @@ READERS_OF_MARKUP = {"from_markup", "render_markup", "Panel", "Prompt", "Confirm
 
 
 def test_no_module_reads_markup_or_makes_another_console() -> None:
-    every_call = [(module, *found) for module in MODULES for found in calls(module)]
+    every_call = [(module, *found) for module in TREES for found in calls(module)]
     for module, name, call in every_call:
         arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert name != "Console", f"{module}: a console is a PlainTextConsole"

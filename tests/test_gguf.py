@@ -21,7 +21,7 @@ from rustgpt_jax.tokenizers import END, Tokenizer, encode, train_tokenizer
 from rustgpt_jax.training.load_model import load
 
 gguf = pytest.importorskip("gguf")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 KNOBS = {
     "gpt2": {"family": "gpt2"},

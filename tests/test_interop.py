@@ -78,6 +78,7 @@ def torch() -> Iterator[Any]:
 EVERY = CASES | VARIANTS
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", EVERY)
 def test_logits_are_those_of_transformers(name: str, torch: Any, tmp_path: Path) -> None:
     reference = random_reference(EVERY[name])
@@ -100,6 +101,7 @@ def test_logits_are_those_of_transformers(name: str, torch: Any, tmp_path: Path)
     np.testing.assert_allclose(back(torch.tensor(tokens_BT)).logits.numpy(), wanted_BTV, rtol=0, atol=1e-4)
 
 
+@pytest.mark.oracle
 def test_longrope_beyond_the_context_before_is_that_of_transformers(torch: Any, tmp_path: Path) -> None:
     reference = random_reference(EVERY["llama, longrope"])
     reference.save_pretrained(tmp_path / "there")
@@ -110,6 +112,7 @@ def test_longrope_beyond_the_context_before_is_that_of_transformers(torch: Any, 
     np.testing.assert_allclose(logits_BTV, wanted_BTV, rtol=0, atol=1e-4)
 
 
+@pytest.mark.oracle
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_greedy_tokens_are_those_of_transformers(name: str, torch: Any, tmp_path: Path) -> None:
@@ -123,6 +126,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, torch: Any, tmp_path
     assert drawn == written[0, len(prompt) :].tolist()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_a_config_leaves_out_is_what_transformers_takes(name: str, torch: Any) -> None:
     import transformers
@@ -163,6 +167,7 @@ class Recorded(dict[str, Any]):
         return super().get(key, default)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_field_of_transformers_config_is_read_or_has_no_effect(name: str, torch: Any) -> None:
     """A setting that nobody reads would change the computation there and not here."""
@@ -196,6 +201,7 @@ def test_a_key_under_another_name_is_read_and_two_that_disagree_are_refused() ->
         architecture.knobs(config | {"sliding_window": 9}, file)
 
 
+@pytest.mark.oracle
 def test_the_comparison_at_the_end_of_an_import(torch: Any, tmp_path: Path) -> None:
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
     found = convert.compare_logits(tmp_path / "there", lambda: random_params(LLAMA), LLAMA)

@@ -34,7 +34,7 @@ from rustgpt_jax.tokenizers.chat_template import apply_chat_template
 pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 CORPUS = [
     "The cat sat on the mat, and the cat's 1000000 friends sat there too; they'll say it's 12:45.",

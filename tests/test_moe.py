@@ -147,6 +147,7 @@ def test_the_balance_loss_reaches_the_router_alone() -> None:
     assert all(not np.any(gradient[name]) for name in ("gate", "up", "down"))
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("top", [1, 2, 3])
 def test_load_balance_equals_that_of_transformers(top: int) -> None:
     torch = pytest.importorskip("torch")
