@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model.context_length = 1024
     config.model.n_layers = 12
     config.model.d_model = 768
-    config.model.n_heads = 12
+    config.model.attention.n_heads = 12
     config.model.norm = "layernorm"
     config.model.norm_eps = 1e-5
     config.model.positions = ("learned",)

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = llama3_8b.get_config()
     config.model.n_layers = 80
     config.model.d_model = 8192
-    config.model.n_heads = 64
+    config.model.attention.n_heads = 64
     config.model.d_ff = 28_672
     config.optimizer.learning_rate = 1.5e-4
     config.training.batch_size = 512

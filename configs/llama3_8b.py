@@ -18,17 +18,17 @@ def get_config() -> ConfigDict:
     config.data.corpus = "files"
     config.data.paths = ("text/*.jsonl",)
     config.data.valid_fraction = 0.0005
-    config.model.update(FAMILIES["llama3"])
+    config.model.update_from_flattened_dict(FAMILIES["llama3"])
     # The scaling of positions came with the longer contexts of 3.1.
-    config.model.rope_scaling = "none"
-    config.model.rope_factor = 1.0
-    config.model.rope_original_context = None
+    config.model.rope.scaling = "none"
+    config.model.rope.factor = 1.0
+    config.model.rope.original_context = None
     config.model.vocab_size = 128_256
     config.model.context_length = 8192
     config.model.n_layers = 32
     config.model.d_model = 4096
-    config.model.n_heads = 32
-    config.model.n_kv_heads = 8
+    config.model.attention.n_heads = 32
+    config.model.attention.n_kv_heads = 8
     config.model.d_ff = 14_336
     config.model.dtype = "bfloat16"
     config.model.remat = "full"

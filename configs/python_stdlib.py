@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
     config.model.context_length = 256
     config.model.n_layers = 4
     config.model.d_model = 192
-    config.model.n_heads = 6
-    config.model.n_kv_heads = 2
-    config.model.qk_norm = "head"
+    config.model.attention.n_heads = 6
+    config.model.attention.n_kv_heads = 2
+    config.model.attention.qk_norm = "head"
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model.norm_eps = 1e-6
     config.model.positions = ("rope",)
     config.model.feedforwards = ("swiglu",)
-    config.model.qk_norm = "head"
+    config.model.attention.qk_norm = "head"
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.schedule.name = "linear"

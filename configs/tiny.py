@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model.context_length = 32
     config.model.n_layers = 2
     config.model.d_model = 32
-    config.model.n_heads = 2
+    config.model.attention.n_heads = 2
     config.optimizer.learning_rate = 1e-2
     config.training.steps = 100
     config.training.batch_size = 8

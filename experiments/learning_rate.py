@@ -51,10 +51,10 @@ def get_config() -> ConfigDict:
 
 def sweep() -> Iterable[Overrides]:
     """Every width with every variant, learning rate and seed."""
-    widths = [{"model.d_model": width, "model.n_heads": width // 16} for width in (32, 64, 128)]
+    widths = [{"model.d_model": width, "model.attention.n_heads": width // 16} for width in (32, 64, 128)]
     variants = chain(
-        [{"model.qk_norm": "none", "training.z_loss": 0.0}],
-        [{"model.qk_norm": "head", "training.z_loss": 0.0}],
-        [{"model.qk_norm": "none", "training.z_loss": 1e-4}],
+        [{"model.attention.qk_norm": "none", "training.z_loss": 0.0}],
+        [{"model.attention.qk_norm": "head", "training.z_loss": 0.0}],
+        [{"model.attention.qk_norm": "none", "training.z_loss": 1e-4}],
     )
     return product(widths, variants, values("optimizer.learning_rate", *RATES), seeds(2))

@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     """The model of experiments/learning_rate.py, trained for longer."""
     config = learning_rate.get_config()
     config.model.d_model = 64
-    config.model.n_heads = 4
-    config.model.qk_norm = "head"
+    config.model.attention.n_heads = 4
+    config.model.attention.qk_norm = "head"
     config.optimizer.weight_decay = 0.0
     config.schedule.name = "linear"
     config.schedule.final_lr_frac = 0.0

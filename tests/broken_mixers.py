@@ -476,16 +476,16 @@ class Grouped(nn.Module):
 
     @staticmethod
     def init_cache(config: ModelConfig, batch: int, length: int) -> dict[str, jax.Array]:
-        shape = (batch, length, config.n_kv_heads or config.n_heads, config.head_width)
+        shape = (batch, length, config.attention.kv_heads, config.head_width)
         return dict.fromkeys(("key", "value"), jnp.zeros(shape, config.dtype))
 
     def shared(self, x_BSKC: jax.Array, is_cached: bool) -> jax.Array:
-        return jnp.repeat(x_BSKC, self.config.n_heads // x_BSKC.shape[2], axis=2)
+        return jnp.repeat(x_BSKC, self.config.attention.n_heads // x_BSKC.shape[2], axis=2)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
         config, (batch, length) = self.config, x_BTD.shape[:2]
-        counts = {"query": config.n_heads, "key": config.n_kv_heads or config.n_heads}
+        counts = {"query": config.attention.n_heads, "key": config.attention.kv_heads}
         counts["value"] = counts["key"]
 
         def heads(name: str) -> jax.Array:
@@ -513,7 +513,7 @@ class FirstHeadForAll(Grouped):
     """All heads of queries share the first one of keys and values."""
 
     def shared(self, x_BSKC: jax.Array, is_cached: bool) -> jax.Array:
-        return jnp.repeat(x_BSKC[:, :, :1], self.config.n_heads, axis=2)
+        return jnp.repeat(x_BSKC[:, :, :1], self.config.attention.n_heads, axis=2)
 
 
 class AllHeadsTurned(Grouped):
@@ -521,7 +521,7 @@ class AllHeadsTurned(Grouped):
 
     def shared(self, x_BSKC: jax.Array, is_cached: bool) -> jax.Array:
         shared_BSHC = super().shared(x_BSKC, is_cached)
-        is_turned = is_cached and x_BSKC.shape[2] == self.config.n_heads
+        is_turned = is_cached and x_BSKC.shape[2] == self.config.attention.n_heads
         return shared_BSHC[:, :, ::-1] if is_turned else shared_BSHC
 
 

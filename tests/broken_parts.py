@@ -395,7 +395,7 @@ rotated_by_place = PositionEncoding(rotate=_rotated_by_place)
 
 def looks_at_the_factor(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     """Python asks whether a number is above 1."""
-    return Rope(frequencies_C / config.rope_factor if config.rope_factor > 1 else frequencies_C, 1.0)
+    return Rope(frequencies_C / config.rope.factor if config.rope.factor > 1 else frequencies_C, 1.0)
 
 
 # Parts of other tables.

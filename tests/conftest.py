@@ -28,7 +28,7 @@ SMALL = {
     "model.context_length": 32,
     "model.n_layers": 2,
     "model.d_model": 32,
-    "model.n_heads": 4,
+    "model.attention.n_heads": 4,
     "schedule.warmup_steps": 2,
     "training.steps": 8,
     "training.batch_size": 4,

@@ -26,8 +26,8 @@ STEPS = 20
 BASE = {
     "model.n_layers": 2,
     "model.d_model": 32,
-    "model.n_heads": 8,
-    "model.head_dim": 4,
+    "model.attention.n_heads": 8,
+    "model.attention.head_dim": 4,
     "model.d_ff": 64,
     "model.vocab_size": 64,
     "model.dropout": 0.1,
@@ -35,7 +35,7 @@ BASE = {
     "training.z_loss": 1e-4,
     "optimizer.learning_rate": 3e-3,
 }
-MOE = {"model.feedforwards": ("moe",), "model.capacity_factor": 1.5, "model.d_ff": 32}
+MOE = {"model.feedforwards": ("moe",), "model.moe.capacity_factor": 1.5, "model.d_ff": 32}
 # Name of a case: knobs of the model, and the mesh.
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "data 8": ({}, {}),
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "tensor 4": ({}, {"tensor": 4}),
     "fsdp 2 x tensor 2": ({"training.grad_accum_steps": 2}, {"fsdp": 2, "tensor": 2}),
     "expert 4": (MOE, {"expert": 4}),
-    "context 4": ({"model.n_kv_heads": 2}, {"context": 4}),
+    "context 4": ({"model.attention.n_kv_heads": 2}, {"context": 4}),
 }
 
 

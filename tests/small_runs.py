@@ -22,7 +22,7 @@ SMALL = {
     "model.context_length": 16,
     "model.n_layers": 1,
     "model.d_model": 16,
-    "model.n_heads": 2,
+    "model.attention.n_heads": 2,
     "training.steps": 6,
     "training.steps_per_jit_call": 2,
     "logging.log_every": 1,

@@ -1,6 +1,5 @@
 """The benchmark of accelerators: its arithmetic, its search, its PyTorch model, and all of it with tiny models."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from experiments.benchmarks import accelerator_report as report
 from experiments.benchmarks.best_batch import GAIN, SIZES, Best, Failure, Knobs, best_batch, config_of, measured
 from experiments.benchmarks.gpt2_jax import attention_task, cost, synthetic
-from rustgpt_jax.config.schema import Config, partition
+from rustgpt_jax.config.schema import Config, partition, replace_paths
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.kernels.verify import TOLERANCES, largest_difference
@@ -37,7 +36,7 @@ PARAMETERS = {"124m": 124_475_904, "350m": 354_871_296, "1.5b": 1_557_686_400}
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_a_token_costs_six_flops_for_each_weight_it_meets_and_attention_over_the_window(size: str) -> None:
     model = config_of(size).model
-    found = cost(dataclasses.replace(model, attention_kernel="cudnn", remat="full"))
+    found = cost(replace_paths(model, {"attention.kernel": "cudnn", "remat": "full"}))
     width, window = model.d_model, model.context_length
     assert found["parameters"] == PARAMETERS[size]
     weights = 50304 * width + 12 * model.n_layers * width**2
@@ -297,7 +296,11 @@ def test_the_pytorch_model_is_one_graph() -> None:
 def test_a_kernel_is_checked_on_rows_of_full_length_with_documents_and_padding() -> None:
     block = smoke().model.block(0)
     task, cotangent_BTHC = attention_task(block)
-    assert task.q_BTHC.shape == cotangent_BTHC.shape == (2, block.context_length, block.n_heads, block.head_width)
+    assert (
+        task.q_BTHC.shape
+        == cotangent_BTHC.shape
+        == (2, block.context_length, block.attention.n_heads, block.head_width)
+    )
     assert set(np.unique(task.context.segments_BT[1])) == {0, 1, 2}
     assert largest_difference("blockwise", task, cotangent_BTHC) <= TOLERANCES["float32"]
 

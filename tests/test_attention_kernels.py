@@ -1,6 +1,5 @@
 """Attention kernels against a brute force in float64, and how one is chosen, refused and checked."""
 
-import dataclasses
 import importlib
 import math
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config.schema import ModelConfig, is_enabled
+from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
@@ -51,7 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
     "packed documents": {"packed": True, "n_kv_heads": 2},
     "window": {"window": 4, "packed": True, "n_kv_heads": 1},
     "soft-cap": {"softcap": 1.5, "window": 40},
-    "bias, sinks, two widths": {"bias": True, "sinks": True, "value_width": 5, "n_kv_heads": 2, "packed": True},
+    "bias, sinks, two widths": {
+        "bias": True,
+        "sinks": True,
+        "value_width": 5,
+        "n_kv_heads": 2,
+        "packed": True,
+    },
 }
 over_cases = pytest.mark.parametrize("case", list(CASES))
 
@@ -400,11 +405,11 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_kernel": "cudnn"}, "it computes in bfloat16, not in float32"),
-        ({"attention_kernel": "cudnn", "mixer_dtype": "bfloat16", "dropout": 0.1}, "it is given no dropout"),
-        ({"attention_kernel": "tokamax", "dtype": "bfloat16"}, "it needs a multiple of 128 tokens, not 32"),
-        ({"attention_kernel": "cudnn", "dtype": "bfloat16", "mixers": ("rg_lru", "latent_attention")}, "equally wide"),
-        ({"attention_kernel": "blockwise", "dropout": 0.1}, "it has no dropout"),
+        ({"attention.kernel": "cudnn"}, "it computes in bfloat16, not in float32"),
+        ({"attention.kernel": "cudnn", "precision.mixer_dtype": "bfloat16", "dropout": 0.1}, "it is given no dropout"),
+        ({"attention.kernel": "tokamax", "dtype": "bfloat16"}, "it needs a multiple of 128 tokens, not 32"),
+        ({"attention.kernel": "cudnn", "dtype": "bfloat16", "mixers": ("rg_lru", "latent_attention")}, "equally wide"),
+        ({"attention.kernel": "blockwise", "dropout": 0.1}, "it has no dropout"),
     ],
 )
 def test_a_config_whose_kernel_serves_on_no_device_is_refused(changes: dict[str, Any], reason: str) -> None:
@@ -413,7 +418,7 @@ def test_a_config_whose_kernel_serves_on_no_device_is_refused(changes: dict[str,
 
 
 def test_a_config_whose_kernel_needs_another_device_is_refused_where_it_is_traced() -> None:
-    config = small_config(**{"model.attention_kernel": "cudnn", "model.dtype": "bfloat16"})
+    config = small_config(**{"model.attention.kernel": "cudnn", "model.dtype": "bfloat16"})
     validate_components(config)
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config.model))
     with pytest.raises(UserError, match="it needs an NVIDIA GPU, and this is a cpu. auto chooses one that can."):
@@ -432,7 +437,7 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def test_short_rows_on_a_cpu_keep_their_program() -> None:
-    auto, named = model_config(attention_kernel="auto"), model_config(attention_kernel="plain")
+    auto, named = model_config(**{"attention.kernel": "auto"}), model_config(**{"attention.kernel": "plain"})
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), auto))
     texts = {
         jax.jit(partial(transformer.apply, model=model)).lower(params, tokens()).as_text() for model in (auto, named)
@@ -443,8 +448,8 @@ def test_short_rows_on_a_cpu_keep_their_program() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixers": "local_attention", "local_window": 5, "n_kv_heads": 2, "positions": "alibi"},
-        {"mixers": "latent_attention", "attention_sinks": True, "attn_logit_softcap": 2.0},
+        {"mixers": "local_attention", "attention.local_window": 5, "attention.n_kv_heads": 2, "positions": "alibi"},
+        {"mixers": "latent_attention", "attention.sinks": True, "attention.logit_softcap": 2.0},
     ],
 )
 def test_a_model_computes_the_same_by_another_kernel(changes: dict[str, Any]) -> None:
@@ -458,18 +463,18 @@ def test_a_model_computes_the_same_by_another_kernel(changes: dict[str, Any]) ->
         return transformer.apply(params, tokens_BT, model, segments_BT=jnp.asarray(segments_BT))[0]
 
     expected, got = (
-        logits(params, dataclasses.replace(model, attention_kernel=name)) for name in ("plain", "blockwise")
+        logits(params, replace_paths(model, {"attention.kernel": name})) for name in ("plain", "blockwise")
     )
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_what_is_cached_is_read_by_plain() -> None:
-    model = model_config(mixers=("attention", "latent_attention"), attention_kernel="blockwise")
+    model = model_config(mixers=("attention", "latent_attention"), **{"attention.kernel": "blockwise"})
     params = random_params(model)
     cache = transformer.init_cache(model, 2, 30)
 
     def program(kernel: str) -> str:
-        named = dataclasses.replace(model, attention_kernel=kernel)
+        named = replace_paths(model, {"attention.kernel": kernel})
         return jax.jit(partial(transformer.apply, model=named)).lower(params, tokens(), cache=cache).as_text()
 
     assert program("blockwise") == program("plain")
@@ -477,7 +482,7 @@ def test_what_is_cached_is_read_by_plain() -> None:
 
 def test_taps_find_scores_only_where_they_are() -> None:
     def found(kernel: str) -> dict[str, tuple[int, ...]]:
-        every = hook_points(model_config(attention_kernel=kernel), 2, 24)
+        every = hook_points(model_config(**{"attention.kernel": kernel}), 2, 24)
         return {site.name: site.shape for site in every}
 
     plain_sites, blockwise_sites = found("plain"), found("blockwise")
@@ -485,7 +490,7 @@ def test_taps_find_scores_only_where_they_are() -> None:
     assert len(scores) == 2 and blockwise_sites == {
         name: plain_sites[name] for name in plain_sites if name not in scores
     }
-    model = model_config(attention_kernel="blockwise")
+    model = model_config(**{"attention.kernel": "blockwise"})
     context = BlockInputs(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), jnp.int32))
     slots = grad_slots(hook_points(model, 2, 24))
     _, _, measured = jax.eval_shape(
@@ -504,7 +509,12 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "MOST_TOKENS", 24)
 
 
-MIXED = {"mixers": ("local_attention", "attention", "rg_lru"), "n_layers": 3, "n_kv_heads": 2, "local_window": 9}
+MIXED = {
+    "mixers": ("local_attention", "attention", "rg_lru"),
+    "n_layers": 3,
+    "attention.n_kv_heads": 2,
+    "attention.local_window": 9,
+}
 
 
 @pytest.mark.usefixtures("few_tokens")
@@ -515,14 +525,14 @@ MIXED = {"mixers": ("local_attention", "attention", "rg_lru"), "n_layers": 3, "n
         {"dtype": "bfloat16"},
         {
             "mixers": "latent_attention",
-            "attn_logit_softcap": 2.0,
-            "attention_sinks": True,
+            "attention.logit_softcap": 2.0,
+            "attention.sinks": True,
             "positions": ("alibi", "rope"),
         },
     ],
 )
 def test_a_right_kernel_passes_the_check(changes: dict[str, Any]) -> None:
-    model = model_config(**changes, attention_kernel="blockwise")
+    model = model_config(**changes, **{"attention.kernel": "blockwise"})
     findings = check_kernels(model, 32)
     assert [finding.mixer for finding in findings] == list(attention_choices(model, ANY_DEVICE, 32))
     for finding in findings:
@@ -598,7 +608,9 @@ def test_a_wrong_kernel_is_found_before_training(
     broken: Callable[[AttentionInputs], jax.Array], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(attention.KERNELS, "blockwise", attention.BLOCKWISE._replace(attend=broken))
-    model = model_config(mixers="local_attention", n_kv_heads=2, dtype=dtype, attention_kernel="blockwise")
+    model = model_config(
+        mixers="local_attention", **{"attention.n_kv_heads": 2, "attention.kernel": "blockwise"}, dtype=dtype
+    )
     with pytest.raises(
         UserError, match=r"Attention by blockwise \(local_attention\) is wrong on this device: it differs"
     ):

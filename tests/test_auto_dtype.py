@@ -12,7 +12,7 @@ from rustgpt_jax.sharding import hardware_specs
 from rustgpt_jax.sharding.hardware_specs import preferred_dtypes, resolve_auto_dtype
 from rustgpt_jax.workdir.run_dir import load_config
 
-FACTORS = {"model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"}
+FACTORS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
 AUTO = "--config.model.dtype=auto"
 
 
@@ -37,13 +37,16 @@ def test_each_device_has_what_it_multiplies_fast(
 def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware_specs, "_processor", lambda: "avx512_bf16")
     tree = base.get_config()
-    origins = dict.fromkeys(FIELDS, "base") | {"model.matmul_dtype": "command line", "model.dtype": "mine.py"}
+    origins = dict.fromkeys(FIELDS, "base") | {"model.precision.matmul_dtype": "command line", "model.dtype": "mine.py"}
     tree.model.dtype = "auto"
     resolve_auto_dtype(tree, origins, "cpu")
     model = resolve(tree).model
-    assert (model.dtype, model.matmul_dtype, model.logits_dtype) == ("float32", None, "bfloat16")
+    assert (model.dtype, model.precision.matmul_dtype, model.precision.logits_dtype) == ("float32", None, "bfloat16")
     changed = {path for path, origin in origins.items() if origin == "auto, for a cpu"}
-    assert changed == {"model.dtype", "model.logits_dtype"} and origins["model.matmul_dtype"] == "command line"
+    assert (
+        changed == {"model.dtype", "model.precision.logits_dtype"}
+        and origins["model.precision.matmul_dtype"] == "command line"
+    )
 
 
 @pytest.mark.parametrize("says", ["{}", "{'model': 3}", "{'model': {'n_layers': 2}}"])

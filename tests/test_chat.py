@@ -32,7 +32,7 @@ def tiny_config() -> Config:
     config = base.get_config()
     config.tokenizer.name, config.tokenizer.vocab_size = "byte", 260
     config.model.vocab_size, config.model.context_length = 260, CONTEXT
-    config.model.n_layers, config.model.d_model, config.model.n_heads = 1, 16, 2
+    config.model.n_layers, config.model.d_model, config.model.attention.n_heads = 1, 16, 2
     # Few enough that the prompts of the tests that generate fall in one bucket, and compile once.
     config.sampling.max_tokens = 2
     config.sampling.temperature, config.sampling.top_p = 1.0, 1.0

@@ -81,7 +81,10 @@ MISTAKES = {
     "word for a number": (["--config.training.steps=ten"], "config.training.steps takes a whole number, not 'ten'."),
     "fraction for a whole": (["--config.training.steps=2.5"], "config.training.steps takes a whole number, not 2.5."),
     "out of range": (["--config.seed=-1"], "config.seed must be at least 0, not -1."),
-    "heads": (["--config.model.n_heads=5"], "config.model.d_model=32 is not divisible by config.model.n_heads=5"),
+    "heads": (
+        ["--config.model.attention.n_heads=5"],
+        "config.model.d_model=32 is not divisible by config.model.attention.n_heads=5",
+    ),
     "batch": (
         ["--config.training.batch_size=9", "--config.training.grad_accum_steps=2"],
         "batch_size=9 is not a multiple",
@@ -357,7 +360,7 @@ TRAIN = (
     TINY,
     "--config.model.d_model=16",
     "--config.model.n_layers=1",
-    "--config.model.n_kv_heads=None",
+    "--config.model.attention.n_kv_heads=None",
     "--config.model.context_length=16",
     f"--config.training.steps={STEPS}",
     "--config.logging.log_every=100",
@@ -388,7 +391,7 @@ def test_training_leaves_a_run_folder(straight: Path) -> None:
         "loss.png",
     }
     origins = json.loads((straight / "config.json").read_text())["origins"]
-    assert (origins["model.n_kv_heads"], origins["training.batch_size"], origins["seed"]) == (
+    assert (origins["model.attention.n_kv_heads"], origins["training.batch_size"], origins["seed"]) == (
         "command line",
         TINY.removeprefix("--config="),
         "base",

@@ -180,7 +180,7 @@ def test_a_family_conforms_in_the_small_scope() -> None:
 
 def test_a_bias_of_keys_without_positions_is_no_unused_parameter() -> None:
     # It moves all scores of a query alike: its gradient is 0 but for rounding, and in some channels 0 exactly.
-    (subject,) = subjects("positions/none", {"n_layers": 1, "n_kv_heads": 4})
+    (subject,) = subjects("positions/none", {"n_layers": 1, "attention.n_kv_heads": 4})
     require_ok([(subject, "parameters")])
 
 
@@ -290,15 +290,18 @@ def test_a_name_of_two_tables_and_a_wrong_one_are_answered() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qk_norm": "heads"}, "config.model.qk_norm: unknown 'heads'.*Did you mean 'head'"),
-        ({"n_heads": 5}, "n_heads=5 is not divisible by config.model.n_kv_heads=2"),
-        ({"n_heads": 5, "head_dim": None, "n_kv_heads": None}, "d_model=32 is not divisible"),
+        ({"attention.qk_norm": "heads"}, "config.model.attention.qk_norm: unknown 'heads'.*Did you mean 'head'"),
+        ({"attention.n_heads": 5}, "n_heads=5 is not divisible by config.model.attention.n_kv_heads=2"),
+        (
+            {"attention.n_heads": 5, "attention.head_dim": None, "attention.n_kv_heads": None},
+            "d_model=32 is not divisible",
+        ),
         ({"n_layers": 1.5}, "config.model.n_layers takes a whole number, not 1.5"),
         ({"n_layers": 0}, "config.model.n_layers must be at least 1"),
         ({"bias": 1}, "config.model.bias takes True or False"),
-        ({"rope_fraction": 2.0}, "config.model.rope_fraction must be at most 1"),
-        ({"rope_fraction": 0.4}, "rotates pairs of channels"),
-        ({"positions": ()}, "config.model.positions names no part"),
+        ({"rope.fraction": 2.0}, "config.model.rope.fraction must be at most 1"),
+        ({"rope.fraction": 0.4}, "rotates pairs of channels"),
+        ({"positions": ()}, "config.model.positions is empty"),
         ({"positions": ("rope", "ropes")}, "config.model.positions: unknown 'ropes'.*Did you mean 'rope'"),
         ({"norm": "rmsnom"}, "config.model.norm: unknown 'rmsnom'.*Did you mean 'rmsnorm'"),
         ({"mixers": "rg_lru"}, r"mixers=\('rg_lru',\) does not have mixers/attention"),
@@ -312,13 +315,15 @@ def test_a_knob_of_the_small_model_is_held_against_its_range(changes: dict[str, 
 
 
 def test_knobs_of_the_small_model_that_go_together_are_taken() -> None:
-    (subject,) = subjects("attention", {"mixers": ["attention", "rg_lru"], "positions": "none", "n_heads": 6.0})
+    (subject,) = subjects(
+        "attention", {"mixers": ["attention", "rg_lru"], "positions": "none", "attention.n_heads": 6.0}
+    )
     model = subject.small_model
-    assert (model.mixers, model.positions, model.n_heads) == (("attention", "rg_lru"), ("none",), 6)
-    with pytest.raises(UserError, match="qk_norm='head' cannot go with latent_attention"):
-        subjects("latent_attention", {"qk_norm": "head"})
+    assert (model.mixers, model.positions, model.attention.n_heads) == (("attention", "rg_lru"), ("none",), 6)
+    with pytest.raises(UserError, match="qk_norm='head' cannot be used with latent_attention"):
+        subjects("latent_attention", {"attention.qk_norm": "head"})
     with pytest.raises(UserError, match="experts_per_token=2 is more than"):
-        subjects("moe", {"n_experts": 1})
+        subjects("moe", {"moe.n_experts": 1})
     with pytest.raises(UserError, match="Did you mean 'n_heads'"):
         subjects("attention", {"n_head": 2})
 

@@ -61,12 +61,12 @@ def all_parts(first: int) -> ModelConfig:
     """Every mixer with feed-forwards and positions of the tables from a place on, and two layers left over."""
     parts = {"mixers": MIXERS, "feedforwards": FEEDFORWARDS, "positions": POSITIONS}
     patterns = {name: in_turn(table, first if name != "mixers" else 0, len(MIXERS)) for name, table in parts.items()}
-    return model(**patterns, n_layers=len(MIXERS) + 2, local_window=4, tie_embeddings=first == 0)
+    return model(**patterns, n_layers=len(MIXERS) + 2, **{"attention.local_window": 4}, tie_embeddings=first == 0)
 
 
 def family(name: str) -> ModelConfig:
-    tree = small_tree(**{"model.local_window": 4, "model.n_experts": 4})
-    tree.model.update(FAMILIES[name])
+    tree = small_tree(**{"model.attention.local_window": 4, "model.moe.n_experts": 4})
+    tree.model.update_from_flattened_dict(FAMILIES[name])
     tree.model.n_layers = max(2, len(tree.model.mixers))
     return for_inference(resolve(tree).model)
 
@@ -121,7 +121,8 @@ def test_every_family_gives_the_same_from_weights_of_each_layer(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}, {"mixer_dtype": "bfloat16"}]
+    "changes",
+    [{}, {"dtype": "bfloat16"}, {"precision.matmul_dtype": "bfloat16"}, {"precision.mixer_dtype": "bfloat16"}],
 )
 def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, Any]) -> None:
     asked = model(**changes)
@@ -134,9 +135,9 @@ def test_matrices_have_the_type_in_which_they_are_multiplied(changes: dict[str, 
     }
     found = {name: getattr(kernel, "operand_dtype", None) or kernel.dtype for name, kernel in types.items()}
     wanted = dict.fromkeys(types, changes.get("dtype", "float32"))
-    if "mixer_dtype" in changes:
+    if "precision.mixer_dtype" in changes:
         wanted["mixer"] = "bfloat16"
-    if "matmul_dtype" in changes:
+    if "precision.matmul_dtype" in changes:
         wanted["mixer"] = wanted["feedforward"] = "bfloat16"
     assert found == wanted
     assert {leaf.dtype for leaf in jax.tree.leaves(decode_params["blocks"]["0"][0]["mixer_norm"])} == {
@@ -178,7 +179,7 @@ def test_greedy_tokens_are_the_same(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mixer", ["attention", "local_attention", "latent_attention"])
 def test_a_cpu_reads_what_it_keeps_in_bfloat16_from_float32(mixer: str) -> None:
-    asked = model(dtype="bfloat16", mixers=(mixer,), local_window=4)
+    asked = model(dtype="bfloat16", mixers=(mixer,), **{"attention.local_window": 4})
     params = random_params(asked)
 
     def kept(params: Any) -> list[jax.Array]:

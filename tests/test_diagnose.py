@@ -64,7 +64,7 @@ TINY: dict[str, Any] = {
     "model.vocab_size": 300,
     "model.context_length": 16,
     "model.d_model": 16,
-    "model.n_heads": 2,
+    "model.attention.n_heads": 2,
     "data.corpus": "files",
     "data.split": "tail",
     "schedule.name": "constant",
@@ -230,7 +230,7 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
     other = hindered(small_config(**changes))
     assert other["float32"] is None and "already" in other["z-loss"] and "clipped to 0.01" in other["tighter clipping"]
     assert "no layer of the model has queries" in other["QK-norm"]
-    assert "already enabled" in hindered(small_config(**{"model.qk_norm": "head"}))["QK-norm"]
+    assert "already enabled" in hindered(small_config(**{"model.attention.qk_norm": "head"}))["QK-norm"]
     assert "latent_attention" in hindered(small_config(**{"model.mixers": "latent_attention"}))["QK-norm"]
     interventions = possible_interventions(small_config(), usual_norm=0.0)
     unknown = {remedy.name: remedy.unavailable_reason for remedy in interventions}
@@ -240,10 +240,10 @@ def test_remedies_that_cannot_be_tried_say_why() -> None:
 def test_knobs_of_remedies_are_flags_of_the_run_or_of_the_stage_that_sets_them() -> None:
     stages = ({"name": "a", "optimizer": {"learning_rate": 0.5}}, {"name": "b"})
     config = small_config(stages=stages, **{"optimizer.name": "muon"})
-    half = Intervention("half", (("optimizer.learning_rate", 0.25), ("model.qk_norm", "head")))
+    half = Intervention("half", (("optimizer.learning_rate", 0.25), ("model.attention.qk_norm", "head")))
     assert list(format_flags(half, config, "a")) == [
         "--config.stages.a.optimizer.learning_rate=0.25",
-        "--config.model.qk_norm=head",
+        "--config.model.attention.qk_norm=head",
     ]
     assert list(format_flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
     rates = config.optimizer.learning_rate, config.optimizer.muon_learning_rate
@@ -256,7 +256,7 @@ def test_a_state_is_fitted_to_parts_that_it_does_not_have() -> None:
     static, hparams = partition(config)
     state = init_state_from_params(static, hparams, jax.tree.map(jax.numpy.asarray, random_params(config.model)))
     state = state._replace(step=jax.numpy.int32(7))
-    other, hparams = partition(replace_paths(config, {"model.qk_norm": "head"}))
+    other, hparams = partition(replace_paths(config, {"model.attention.qk_norm": "head"}))
     found, kept = flatten_paths(fit_state(state, other, hparams)), flatten_paths(state)
     new = {path for path in found if path not in kept}
     assert new and all("query_norm" in path or "key_norm" in path for path in new)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from conftest import random_params, small_config
 
-from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, partition
+from rustgpt_jax.config.schema import Config, ModelConfig, OptimizerConfig, partition, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import loss_sums
 from rustgpt_jax.model import matmul, transformer
@@ -27,7 +27,7 @@ LENGTH = 8
 
 
 def tiny(**changes: Any) -> Config:
-    sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "context_length": LENGTH, "vocab_size": 31}
+    sizes = {"n_layers": 1, "d_model": 16, "attention.n_heads": 2, "context_length": LENGTH, "vocab_size": 31}
     return small_config(**{f"model.{name}": size for name, size in sizes.items()} | changes)
 
 
@@ -69,11 +69,11 @@ def operand_types(model: ModelConfig) -> dict[str, set[str]]:
 @pytest.mark.parametrize("mixer", ["attention", "latent_attention", "rg_lru", "deltanet"])
 @pytest.mark.parametrize("part", ["mixer", "feedforward", "logits"])
 def test_each_part_multiplies_in_its_own_type(part: str, mixer: str) -> None:
-    narrow = tiny(**{"model.mixers": (mixer,), f"model.{part}_dtype": "bfloat16"}).model
+    narrow = tiny(**{"model.mixers": (mixer,), f"model.precision.{part}_dtype": "bfloat16"}).model
     types = operand_types(narrow)
     assert "bfloat16" in types.pop(part)
     assert set.union(*types.values()) == {"float32"}
-    wide = dataclasses.replace(narrow, dtype="bfloat16", **{f"{part}_dtype": "float32"})
+    wide = replace_paths(narrow, {"dtype": "bfloat16", f"precision.{part}_dtype": "float32"})
     assert operand_types(wide)[part] == {"float32"}
     hidden_BTD, _, _ = jax.eval_shape(
         lambda params: transformer.hidden_states(params, tokens_of(), narrow), parameter_shapes(narrow)
@@ -83,12 +83,12 @@ def test_each_part_multiplies_in_its_own_type(part: str, mixer: str) -> None:
 
 def test_attention_and_dense_layers_multiply_in_nothing_else() -> None:
     types = {"mixer": "bfloat16", "feedforward": "float32", "logits": "bfloat16"}
-    model = tiny(**{f"model.{part}_dtype": dtype for part, dtype in types.items()}).model
+    model = tiny(**{f"model.precision.{part}_dtype": dtype for part, dtype in types.items()}).model
     assert operand_types(model) == {part: {dtype} for part, dtype in types.items()}
 
 
 def test_experts_multiply_in_the_type_of_feedforwards_and_routers_in_float32() -> None:
-    model = tiny(**{"model.feedforwards": ("moe",), "model.feedforward_dtype": "bfloat16"}).model
+    model = tiny(**{"model.feedforwards": ("moe",), "model.precision.feedforward_dtype": "bfloat16"}).model
     program = jax.make_jaxpr(lambda params: transformer.apply(params, tokens_of(), model)[0])(parameter_shapes(model))
     types = [each for scope, each in products(program.jaxpr) if "feedforward" in scope]
     assert len(types) == 4
@@ -103,7 +103,7 @@ def test_the_type_of_the_model_is_that_of_parts_without_one() -> None:
             jax.jit(lambda params, cache: transformer.apply(params, tokens_of(), model, cache)).lower(*shapes).as_text()
         )
 
-    parts = ("mixer_dtype", "feedforward_dtype", "logits_dtype")
+    parts = ("precision.mixer_dtype", "precision.feedforward_dtype", "precision.logits_dtype")
     assert text() == text(**{f"model.{part}": "bfloat16" for part in parts})
     for part in parts:
         assert text() != text(**{f"model.{part}": "float32"})
@@ -111,10 +111,12 @@ def test_the_type_of_the_model_is_that_of_parts_without_one() -> None:
 
 @pytest.mark.parametrize("mixer", ["attention", "rg_lru"])
 def test_a_cache_has_the_type_of_its_mixer(mixer: str) -> None:
-    model = tiny(**{"model.mixers": (mixer,), "model.mixer_dtype": "bfloat16"}).model
+    model = tiny(**{"model.mixers": (mixer,), "model.precision.mixer_dtype": "bfloat16"}).model
     params, tokens_BT = jax.device_put(random_params(model)), tokens_of()
     empty = transformer.init_cache(model, 2, LENGTH)
-    narrow = transformer.init_cache(dataclasses.replace(model, dtype="bfloat16", mixer_dtype=None), 2, LENGTH)
+    narrow = transformer.init_cache(
+        replace_paths(model, {"dtype": "bfloat16", "precision.mixer_dtype": None}), 2, LENGTH
+    )
     assert jax.tree.map(lambda leaf: leaf.dtype, empty) == jax.tree.map(lambda leaf: leaf.dtype, narrow)
     assert np.dtype(jnp.bfloat16) in {leaf.dtype for leaf in jax.tree.leaves(empty)}
 
@@ -207,7 +209,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
     model = tiny(
-        **{"model.matmul_dtype": "float8", "model.dtype": dtype, "model.feedforwards": ("swiglu", "moe")}
+        **{"model.precision.matmul_dtype": "float8", "model.dtype": dtype, "model.feedforwards": ("swiglu", "moe")}
     ).model
     model = dataclasses.replace(model, n_layers=2)
 
@@ -229,7 +231,7 @@ def test_blocks_multiply_8_bits_and_sum_in_float32(dtype: str) -> None:
 
 def test_remat_finds_the_same_scales() -> None:
     def gradients(remat: str) -> Any:
-        model = tiny(**{"model.matmul_dtype": "float8", "model.remat": remat}).model
+        model = tiny(**{"model.precision.matmul_dtype": "float8", "model.remat": remat}).model
         return jax.jit(jax.grad(lambda params: loss_sums(params, batch_of(), model).loss))(random_params(model))
 
     anew, kept = gradients("full"), gradients("none")
@@ -237,7 +239,7 @@ def test_remat_finds_the_same_scales() -> None:
 
 
 def test_training_in_8_bits_lowers_the_loss() -> None:
-    config = tiny(**{"model.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
+    config = tiny(**{"model.precision.matmul_dtype": "float8", "optimizer.learning_rate": 1e-2, "training.steps": 40})
     static, arguments = partition(config)
     state = compiled_init_state(static, arguments)
     batches = jax.tree.map(lambda leaf: np.stack([leaf] * 20), batch_of())

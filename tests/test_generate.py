@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT = 40
 MODELS: dict[str, ModelConfig] = {
     "rope": small_config(
-        **{"model.context_length": CONTEXT, "model.n_kv_heads": 2, "model.tie_embeddings": False}
+        **{"model.context_length": CONTEXT, "model.attention.n_kv_heads": 2, "model.tie_embeddings": False}
     ).model,
     "learned": small_config(
         **{

@@ -25,15 +25,17 @@ pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 KNOBS = {
     "gpt2": {"family": "gpt2"},
-    "llama": {"family": "llama2", "n_kv_heads": 2},
-    "qwen3": {"family": "qwen3", "n_kv_heads": 2},
+    "llama": {"family": "llama2", "attention.n_kv_heads": 2},
+    "qwen3": {"family": "qwen3", "attention.n_kv_heads": 2},
 }
 TEXTS = ["The sky is blue, the sea is blue and the sun is bright.", "The moon turns around the earth."] * 4
 
 
 def model_of(name: str, **changes: Any) -> ModelConfig:
     knobs = dict(KNOBS[name])
-    knobs = FAMILIES[knobs.pop("family")] | knobs | {"vocab_size": 96, "d_model": 64, "n_heads": 4, "d_ff": 96}
+    knobs = (
+        FAMILIES[knobs.pop("family")] | knobs | {"vocab_size": 96, "d_model": 64, "attention.n_heads": 4, "d_ff": 96}
+    )
     model = small_config(**{f"model.{knob}": value for knob, value in (knobs | changes).items()}).model
     return dataclasses.replace(model, dtype="float32")
 
@@ -133,7 +135,7 @@ def test_other_tokenizers_are_left_out(kind: str, tmp_path: Path) -> None:
     ("name", "changes", "message"),
     [
         ("gpt2", {"feedforwards": ("relu",)}, "feedforwards"),
-        ("llama", {"rope_scaling": "linear", "rope_factor": 2.0}, "rope_scaling"),
+        ("llama", {"rope.scaling": "linear", "rope.factor": 2.0}, "rope.scaling"),
         ("llama", {"feedforwards": ("geglu",)}, "feedforwards"),
         ("gpt2", {"mixers": ("deltanet",)}, "mixers"),
     ],

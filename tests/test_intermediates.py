@@ -48,7 +48,12 @@ from rustgpt_jax.training.train_step import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS, LENGTH = 2, 10
-SMALL: dict[str, Any] = {"model.d_model": 16, "model.n_heads": 2, "model.context_length": 16, "model.local_window": 4}
+SMALL: dict[str, Any] = {
+    "model.d_model": 16,
+    "model.attention.n_heads": 2,
+    "model.context_length": 16,
+    "model.attention.local_window": 4,
+}
 
 
 def batch(rows: int = ROWS, seed: int = 0, vocab_size: int = 61) -> Batch:
@@ -176,7 +181,9 @@ def model_with(**changes: Any) -> ModelConfig:
 
 def test_layers_of_a_pattern_and_those_left_over_are_measured() -> None:
     mixers = ("attention", "local_attention")
-    check(model_with(n_layers=5, mixers=mixers, qk_norm="head", norm_placement="sandwich", remat="full"))
+    check(
+        model_with(n_layers=5, mixers=mixers, **{"attention.qk_norm": "head"}, norm_placement="sandwich", remat="full")
+    )
 
 
 # Each mixer with a feed-forward: every one of both is there.
@@ -191,7 +198,7 @@ COUPLES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("mixer", "feedforward"), COUPLES)
 def test_every_layer_is_measured(mixer: str, feedforward: str) -> None:
-    check(model_with(n_layers=1, mixers=mixer, feedforwards=feedforward, n_experts=4, norm_placement="post"))
+    check(model_with(n_layers=1, mixers=mixer, feedforwards=feedforward, **{"moe.n_experts": 4}, norm_placement="post"))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

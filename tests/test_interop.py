@@ -17,7 +17,7 @@ from conftest import random_params, small_config
 
 from configs import base
 from experiments.benchmarks.family_logits import CASES, TOKENS, VARIANTS, model_config, random_reference
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.generate import generate
@@ -48,7 +48,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 LLAMA = small_config(
-    **{"model.n_kv_heads": 2, "model.head_dim": 16, "model.tie_embeddings": False, "model.n_layers": 3}
+    **{
+        "model.attention.n_kv_heads": 2,
+        "model.attention.head_dim": 16,
+        "model.tie_embeddings": False,
+        "model.n_layers": 3,
+    }
 ).model
 
 
@@ -240,9 +245,9 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_parameters_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     config = base.get_config()
-    config.model.update(FAMILIES[name])
-    config.model.update({"vocab_size": 31, "d_model": 64, "d_ff": 24, "n_layers": 7, "n_experts": 3})
-    config.model.update({"recurrent_blocks": config.model.n_heads})
+    config.model.update_from_flattened_dict(FAMILIES[name])
+    config.model.update({"vocab_size": 31, "d_model": 64, "d_ff": 24, "n_layers": 7, "moe": {"n_experts": 3}})
+    config.model.recurrent.blocks = config.model.attention.n_heads
     model = resolve(config).model
     params = random_params(model)
     export_model(params, model, tmp_path / "there", shard_bytes=4000)
@@ -386,13 +391,13 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
         ({"attention_sinks": True}, "attention_sinks"),
         ({"norm": "layernorm"}, "norm"),
         ({"feedforwards": ("moe",), "capacity_factor": 1.0}, "capacity_factor"),
-        ({"rope_fraction": 0.5, "qk_norm": "head"}, "qk_norm"),
+        ({"rope.fraction": 0.5, "attention.qk_norm": "head"}, "qk_norm"),
         ({"positions": ("alibi",)}, "positions"),
         ({"final_logit_softcap": 3.0}, "final_logit_softcap"),
     ],
 )
 def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], named: str, tmp_path: Path) -> None:
-    model = dataclasses.replace(LLAMA, **knobs)
+    model = replace_paths(LLAMA, knobs)
     with pytest.raises(UserError, match=rf"The nearest, \w+, cannot say config.model: .*{named}"):
         export_model({}, model, tmp_path / "there")
     with pytest.raises(UserError, match="LlamaForCausalLM cannot say config.model"):
@@ -465,7 +470,7 @@ def test_longrope_is_read_for_texts_within_the_context_before() -> None:
     scaling = {"rope_type": "longrope", "original_max_position_embeddings": 16} | factors
     architecture = ARCHITECTURES["LlamaForCausalLM"]
     knobs = architecture.knobs(config | {"rope_scaling": scaling}, file, warnings.append)
-    assert knobs["context_length"] == 16 and knobs["rope_factor"] == config["max_position_embeddings"] / 16
+    assert knobs["context_length"] == 16 and knobs["rope.factor"] == config["max_position_embeddings"] / 16
     assert "longrope is read with its short factors" in warnings[0]
     # A model with a longer context uses the long factors for all texts, and says so.
     model = dataclasses.replace(model_config(knobs), context_length=64)
@@ -664,7 +669,7 @@ def test_parameters_of_another_model_are_refused(layers: int, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"blocks/0/.* has shape \(3, "):
         read_parameters(tmp_path / "file", shapes)
     with pytest.raises(UserError, match="has no parameter blocks/0/mixer/key/bias"):
-        read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, qkv_bias=True)))
+        read_parameters(tmp_path / "file", parameter_shapes(replace_paths(LLAMA, {"attention.qkv_bias": True})))
     with pytest.raises(UserError, match="has a parameter head/kernel, which the model of this run does not have"):
         read_parameters(tmp_path / "file", parameter_shapes(dataclasses.replace(LLAMA, tie_embeddings=True)))
 
@@ -732,8 +737,8 @@ def test_no_step_needs_much_more_memory_than_the_model(
     family: str, vocab_size: int, dtype: str, tmp_path: Path
 ) -> None:
     config = base.get_config()
-    config.model.update(FAMILIES[family])
-    config.model.update({"vocab_size": vocab_size, "d_model": 512, "n_layers": 7, "n_heads": 8})
+    config.model.update_from_flattened_dict(FAMILIES[family])
+    config.model.update({"vocab_size": vocab_size, "d_model": 512, "n_layers": 7, "attention": {"n_heads": 8}})
     model = resolve(config).model
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), parameter_shapes(model))
     export_model(params, model, tmp_path / "there", dtype=dtype)

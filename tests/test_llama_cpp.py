@@ -164,8 +164,8 @@ class LlamaCpp:
 def model_of(codec: Tokenizer) -> Any:
     # One size for all, so that one program serves them.
     assert codec.get_vocab_size() <= 480
-    knobs = FAMILIES["llama2"] | {"vocab_size": 480, "d_model": 64, "n_heads": 2, "d_ff": 64}
-    knobs |= {"context_length": 64, "dtype": "float32", "n_kv_heads": 2}
+    knobs = FAMILIES["llama2"] | {"vocab_size": 480, "d_model": 64, "attention.n_heads": 2, "d_ff": 64}
+    knobs |= {"context_length": 64, "dtype": "float32", "attention.n_kv_heads": 2}
     return small_config(**{f"model.{knob}": value for knob, value in knobs.items()}).model
 
 

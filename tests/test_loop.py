@@ -46,7 +46,7 @@ TINY = {
     "model.context_length": 16,
     "model.n_layers": 1,
     "model.d_model": 16,
-    "model.n_heads": 2,
+    "model.attention.n_heads": 2,
     "model.dropout": 0.1,
     "training.steps": 10,
     "training.steps_per_jit_call": 3,

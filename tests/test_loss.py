@@ -23,12 +23,12 @@ LENGTH, VOCABULARY, ROWS = 12, 251, 4
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"model.final_logit_softcap": 5.0},
     "untied": {"model.tie_embeddings": False, "model.dtype": "bfloat16"},
-    "moe": {"model.feedforwards": ("moe",), "model.n_experts": 4},
+    "moe": {"model.feedforwards": ("moe",), "model.moe.n_experts": 4},
 }
 
 
 def tiny(**changes: Any) -> Config:
-    sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "context_length": LENGTH, "vocab_size": VOCABULARY}
+    sizes = {"n_layers": 1, "d_model": 16, "attention.n_heads": 2, "context_length": LENGTH, "vocab_size": VOCABULARY}
     return small_config(**{f"model.{name}": size for name, size in sizes.items()} | changes)
 
 

@@ -32,7 +32,7 @@ POLICIES = ("none", *(name for name in REMAT_POLICIES if name != "offload"))
 
 
 def model_of(**changes: Any) -> ModelConfig:
-    sizes = {"n_layers": 3, "d_model": 16, "n_heads": 2, "context_length": 8, "vocab_size": 31}
+    sizes = {"n_layers": 3, "d_model": 16, "attention.n_heads": 2, "context_length": 8, "vocab_size": 31}
     return small_config(**{f"model.{name}": value for name, value in (sizes | changes).items()}).model
 
 
@@ -79,7 +79,7 @@ def near(found: Any, exact: Any, share: float) -> None:
 def test_products_and_their_gradients_are_those_of_numpy(
     shape: tuple[int, ...], outputs: int, form: bool, matmul: str | None
 ) -> None:
-    config = model_of(save_residuals=form, matmul_dtype=matmul)
+    config = model_of(save_residuals=form, **{"precision.matmul_dtype": matmul})
     x, kernel, gradient = arrays(shape, outputs)
     found = in_jax(lambda x, kernel: product(x, kernel, config), x, kernel, gradient)
     assert {each.dtype for each in found} == {np.dtype(np.float32)}
@@ -114,7 +114,10 @@ def test_a_model_in_float64_multiplies_in_float64(form: bool) -> None:
 @pytest.mark.parametrize("matmul", [None, "bfloat16"])
 def test_both_forms_multiply_in_the_same_types(matmul: str | None) -> None:
     def types(form: bool) -> list[tuple[str, ...]]:
-        config, (x, kernel, gradient) = model_of(save_residuals=form, matmul_dtype=matmul), arrays((2, 3, 7), 5)
+        config, (x, kernel, gradient) = (
+            model_of(save_residuals=form, **{"precision.matmul_dtype": matmul}),
+            arrays((2, 3, 7), 5),
+        )
 
         def both_ways(*given: Any) -> Any:
             return in_jax(lambda x, kernel: product(x, kernel, config), *given)
@@ -129,12 +132,13 @@ def test_both_forms_multiply_in_the_same_types(matmul: str | None) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("letters", ["DV", "VD"])
 @pytest.mark.parametrize(
-    ("dtype", "logits_dtype"), [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")]
+    ("dtype", "logits_dtype"),
+    [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32")],
 )
 def test_logits_and_their_gradients_are_those_of_numpy(
     dtype: str, logits_dtype: str | None, letters: str, form: bool, outputs: int
 ) -> None:
-    config = model_of(save_residuals=form, dtype=dtype, logits_dtype=logits_dtype)
+    config = model_of(save_residuals=form, dtype=dtype, **{"precision.logits_dtype": logits_dtype})
     hidden, kernel_DV, gradient = arrays((2, 9, 7), outputs)
     hidden = np.asarray(rounded(hidden, dtype), np.float32)
     weights = kernel_DV if letters == "DV" else kernel_DV.T
@@ -253,7 +257,7 @@ def barriers(model: ModelConfig) -> int:
 
 @pytest.mark.parametrize(("platform", "form"), [("cpu", True), ("gpu", False), ("rocm", False), ("tpu", False)])
 def test_auto_keeps_arrays_on_cpus_alone(monkeypatch: pytest.MonkeyPatch, platform: bool, form: bool) -> None:
-    model = model_of(n_layers=1, attention_kernel="plain")
+    model = model_of(n_layers=1, **{"attention.kernel": "plain"})
     wanted = barriers(dataclasses.replace(model, save_residuals=form))
     monkeypatch.setattr(matmul_module, "current_device", lambda: Device(platform))
     assert barriers(dataclasses.replace(model, save_residuals=None)) == wanted

@@ -49,7 +49,7 @@ def test_every_policy_can_be_chosen() -> None:
 def test_policies_keep_different_things_and_give_the_same_gradients() -> None:
     gradients = {}
     for remat in ("none", "dots_no_batch", "offload"):
-        config = small_config(**{"model.remat": remat, "model.d_model": 16, "model.n_heads": 2})
+        config = small_config(**{"model.remat": remat, "model.d_model": 16, "model.attention.n_heads": 2})
         gradient = gradient_of(config)
         params = random_params(config.model)
         gradients[remat] = gradient(params, batch_of())

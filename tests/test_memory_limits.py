@@ -35,7 +35,7 @@ HUGE = {
     "all layers": {"model.n_layers": 2**31 - 1},
     "width": {"model.d_model": 1_000_000},
     "vocabulary": {"model.vocab_size": 100_000_000},
-    "experts": {"model.n_experts": 1_000_000, "model.feedforwards": ("moe",)},
+    "experts": {"model.moe.n_experts": 1_000_000, "model.feedforwards": ("moe",)},
     "batch": {"training.batch_size": 1_000_000},
     "call": {"training.steps_per_jit_call": 65_536, "training.batch_size": 4096},
 }
@@ -63,7 +63,7 @@ def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatc
     [
         {},
         {"model.mixers": ("attention", "rg_lru", "deltanet")},
-        {"model.feedforwards": ("moe",), "model.n_experts": 16},
+        {"model.feedforwards": ("moe",), "model.moe.n_experts": 16},
         {"model.scan_layers": False, "training.batch_size": 64},
         {"model.context_length": 512, "training.grad_accum_steps": 2},
     ],

@@ -32,25 +32,31 @@ CASES: dict[str, dict[str, Any]] = {
     "latent_attention with everything": {
         "mixers": "latent_attention",
         "norm": "layernorm",
-        "head_dim": 6,
-        "kv_lora_rank": 10,
-        "q_lora_rank": 12,
-        "qk_rope_head_dim": 2,
-        "attention_scale": 0.7,
-        "attn_logit_softcap": 3.0,
-        "attention_sinks": True,
+        "attention.head_dim": 6,
+        "mla.kv_lora_rank": 10,
+        "mla.q_lora_rank": 12,
+        "mla.qk_rope_head_dim": 2,
+        "attention.scale": 0.7,
+        "attention.logit_softcap": 3.0,
+        "attention.sinks": True,
         "positions": "alibi",
-        "qkv_bias": True,
+        "attention.qkv_bias": True,
     },
-    "rg_lru with biases": {"mixers": "rg_lru", "recurrent_width": 24, "bias": True},
+    "rg_lru with biases": {"mixers": "rg_lru", "recurrent.width": 24, "bias": True},
     "rg_lru as in RecurrentGemma": {
         "mixers": "rg_lru",
-        "recurrent_width": 24,
-        "recurrent_blocks": 3,
-        "scale_first_token": False,
+        "recurrent.width": 24,
+        "recurrent.blocks": 3,
+        "recurrent.scale_first_token": False,
         "bias": True,
     },
-    "deltanet with biases": {"mixers": "deltanet", "head_dim": 6, "n_heads": 3, "conv_width": 2, "bias": True},
+    "deltanet with biases": {
+        "mixers": "deltanet",
+        "attention.head_dim": 6,
+        "attention.n_heads": 3,
+        "recurrent.conv_width": 2,
+        "bias": True,
+    },
 }
 # By case before by test: tests of a case share compiled programs.
 over_cases = pytest.mark.parametrize("case", list(CASES), scope="module")
@@ -58,7 +64,7 @@ over_mixers = pytest.mark.parametrize("mixer", ["latent_attention", "rg_lru", "d
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    values = {"n_layers": 2, "d_model": 16, "d_ff": 16, "n_heads": 2, "context_length": LENGTH} | changes
+    values = {"n_layers": 2, "d_model": 16, "d_ff": 16, "attention.n_heads": 2, "context_length": LENGTH} | changes
     return small_config(**{f"model.{name}": value for name, value in values.items()}).model
 
 
@@ -126,13 +132,13 @@ def turned(x_C: np.ndarray, position: int, base: float) -> np.ndarray:
 
 
 def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
-    n_heads, width = model.n_heads, model.head_width
-    shared = model.qk_rope_head_dim or {8: 4}[width]
-    scale = model.attention_scale or 1 / math.sqrt(width + shared)
-    turn = (lambda x, t: turned(x, t, model.rope_theta)) if model.positions == ("rope",) else (lambda x, t: x)
+    n_heads, width = model.attention.n_heads, model.head_width
+    shared = model.mla.qk_rope_head_dim or {8: 4}[width]
+    scale = model.attention.scale or 1 / math.sqrt(width + shared)
+    turn = (lambda x, t: turned(x, t, model.rope.theta)) if model.positions == ("rope",) else (lambda x, t: x)
     latents = norm(linear(x_TD, params["latent"]), params["latent_norm"], model)
     queries = x_TD
-    if model.q_lora_rank:
+    if model.mla.q_lora_rank:
         queries = norm(linear(x_TD, params["query_latent"]), params["query_latent_norm"], model)
     queries = linear(queries, params["query"])
     shared_keys = [turn(key, t) for t, key in enumerate(linear(x_TD, params["shared_key"]))]
@@ -144,11 +150,11 @@ def latent_attention(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.nd
             query = queries[t, head * (width + shared) : (head + 1) * (width + shared)]
             rotated = turn(query[width:], t)
             scores = np.array([scale * (query[:width] @ keys[s] + rotated @ shared_keys[s]) for s in range(t + 1)])
-            if model.attn_logit_softcap:
-                scores = model.attn_logit_softcap * np.tanh(scores / model.attn_logit_softcap)
+            if model.attention.logit_softcap:
+                scores = model.attention.logit_softcap * np.tanh(scores / model.attention.logit_softcap)
             if model.positions == ("alibi",):
                 scores = scores - 2.0 ** (-8 * (head + 1) / n_heads) * (t - np.arange(t + 1))
-            sink = np.exp(params["sinks"][head]) if model.attention_sinks else 0.0
+            sink = np.exp(params["sinks"][head]) if model.attention.sinks else 0.0
             mixed[t, columns] = np.exp(scores) @ values[: t + 1] / (np.exp(scores).sum() + sink)
     return linear(mixed, params["output"])
 
@@ -167,7 +173,7 @@ def rg_lru(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     for t, x in enumerate(x_TR):
         r, i = gate(x, params["recurrence_gate"]), gate(x, params["input_gate"])
         a = sigmoid(-params["decay_rate"]) ** (8 * r)
-        scale = np.sqrt(1 - a**2) if t or model.scale_first_token else 1
+        scale = np.sqrt(1 - a**2) if t or model.recurrent.scale_first_token else 1
         state = a * state + scale * (i * x)
         states.append(state)
     return linear(gelu(linear(x_TD, params["gate"])) * np.stack(states), params["output"])
@@ -182,7 +188,7 @@ def deltanet(x_TD: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     write = sigmoid(linear(x_TD, params["write"]))
     keep = np.exp(-np.exp(params["decay_rate"]) * softplus(linear(x_TD, params["forget"]) + params["decay_bias"]))
     mixed = np.zeros_like(value)
-    for head in range(model.n_heads):
+    for head in range(model.attention.n_heads):
         columns = slice(head * width, (head + 1) * width)
         state = np.zeros((width, width))
         for t in range(len(x_TD)):
@@ -357,7 +363,7 @@ def test_a_cache_is_small(mixer: str) -> None:
 
     short, long = shapes(mixer, 10), shapes(mixer, 1000)
     if mixer == "latent_attention":
-        wide = model_config(mixers=mixer, d_model=256, n_heads=16)
+        wide = model_config(mixers=mixer, d_model=256, **{"attention.n_heads": 16})
         assert flops.total_size(shapes(mixer, 10, wide)) == 3 * 10 * (64 + 8)
         assert flops.total_size(shapes("attention", 10, wide)) == 3 * 10 * 2 * 256
     else:
@@ -380,21 +386,27 @@ def test_in_bfloat16_logits_are_near_and_a_cached_state_is_not_rounded(mixer: st
 
 
 def n_parameters(model: ModelConfig) -> int:
-    d, h, c, b, w = model.d_model, model.n_heads, model.head_width, int(model.bias), model.conv_width
+    d, h, c, b, w = (
+        model.d_model,
+        model.attention.n_heads,
+        model.head_width,
+        int(model.bias),
+        model.recurrent.conv_width,
+    )
     match model.mixers[0]:
         case "latent_attention":
             r, e, q = (
-                model.kv_lora_rank or 4 * c,
-                model.qk_rope_head_dim or 2 * math.ceil(c / 4),
-                model.q_lora_rank,
+                model.mla.kv_lora_rank or 4 * c,
+                model.mla.qk_rope_head_dim or 2 * math.ceil(c / 4),
+                model.mla.q_lora_rank,
             )
-            b, scales = int(model.bias or bool(model.qkv_bias)), 1 + model.bias * (model.norm == "layernorm")
+            b, scales = int(model.bias or bool(model.attention.qkv_bias)), 1 + model.bias * (model.norm == "layernorm")
             queries = (d + b + scales) * q + (q + b) * h * (c + e) if q else (d + b) * h * (c + e)
             keys = (d + b + scales) * r + (d + b) * e + 2 * r * h * c
-            return queries + keys + (h * c + model.bias) * d + h * model.attention_sinks
+            return queries + keys + (h * c + model.bias) * d + h * model.attention.sinks
         case "rg_lru":
-            r = model.recurrent_width or d
-            gates = 2 * (r // (model.recurrent_blocks or 1) + b) * r
+            r = model.recurrent.width or d
+            gates = 2 * (r // (model.recurrent.blocks or 1) + b) * r
             return 2 * (d + b) * r + (w + b) * r + gates + r + (r + b) * d
         case _:
             streams = 3 * (d + b) * h * c + 3 * (w + b) * h * c
@@ -423,7 +435,7 @@ def test_initial_decays_are_those_of_the_papers() -> None:
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_convolution_that_is_cut_goes_on_from_its_history(width: int) -> None:
-    module = ShortConvolution(model_config(conv_width=width), 2)
+    module = ShortConvolution(model_config(**{"recurrent.conv_width": width}), 2)
     kernel_WR, x_BTR = (np.random.default_rng(width).standard_normal(shape) for shape in ((width, 2), (2, 9, 2)))
     expected_BTR = np.stack([convolution(x_TR, {"kernel": kernel_WR}) for x_TR in x_BTR])
     history, first = module.init_history(module.config, 2, 2), np.zeros(2, int)

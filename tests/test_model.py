@@ -36,46 +36,51 @@ CASES: dict[str, dict[str, Any]] = {
         "scan_layers": False,
     },
     "llama": {
-        "n_kv_heads": 2,
+        "attention.n_kv_heads": 2,
         "tie_embeddings": False,
-        "rope_theta": 500.0,
-        "rope_scaling": "llama3",
-        "rope_factor": 3.0,
-        "rope_original_context": 40,
+        "rope.theta": 500.0,
+        "rope.scaling": "llama3",
+        "rope.factor": 3.0,
+        "rope.original_context": 40,
     },
     "gemma": {
         "n_layers": 4,
         "mixers": ("local_attention", "local_attention", "attention"),
-        "local_window": 4,
+        "attention.local_window": 4,
         "positions": ("local_rope", "local_rope", "rope"),
-        "local_rope_theta": 100.0,
-        "rope_scaling": "linear",
-        "rope_factor": 4.0,
+        "rope.local_theta": 100.0,
+        "rope.scaling": "linear",
+        "rope.factor": 4.0,
         "norm": "zero_centered_rmsnorm",
         "norm_placement": "sandwich",
         "feedforwards": ("geglu",),
-        "qk_norm": "head",
-        "attention_scale": 0.3,
-        "attn_logit_softcap": 2.0,
+        "attention.qk_norm": "head",
+        "attention.scale": 0.3,
+        "attention.logit_softcap": 2.0,
         "final_logit_softcap": 4.0,
         "scale_embeddings": True,
         "embedding_scale": 3.0,
     },
     "mixture": {
         "feedforwards": ("moe", "relu_squared"),
-        "n_experts": 4,
-        "expert_activation": "gelu_exact",
+        "moe.n_experts": 4,
+        "moe.expert_activation": "gelu_exact",
         "norm_placement": "output",
-        "qk_norm": "projection",
-        "qkv_bias": True,
-        "rope_fraction": 0.75,
-        "rope_scaling": "yarn",
-        "rope_factor": 8.0,
-        "rope_original_context": 200,
-        "rope_beta_fast": 16.0,
-        "attention_sinks": True,
+        "attention.qk_norm": "projection",
+        "attention.qkv_bias": True,
+        "rope.fraction": 0.75,
+        "rope.scaling": "yarn",
+        "rope.factor": 8.0,
+        "rope.original_context": 200,
+        "rope.beta_fast": 16.0,
+        "attention.sinks": True,
     },
-    "alibi": {"positions": ("alibi", "none"), "feedforwards": ("moe",), "norm_topk_prob": False, "n_heads": 2},
+    "alibi": {
+        "positions": ("alibi", "none"),
+        "feedforwards": ("moe",),
+        "moe.norm_topk_prob": False,
+        "attention.n_heads": 2,
+    },
     "original": {
         "norm": "layernorm",
         "positions": ("learned",),
@@ -83,31 +88,31 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_placement": "post",
         "bias": True,
         "norm_bias": False,
-        "attention_output_bias": False,
+        "attention.output_bias": False,
     },
     "odd": {
         "n_layers": 4,
         "mixers": ("attention", "attention"),
-        "n_kv_heads": 1,
-        "head_dim": 6,
+        "attention.n_kv_heads": 1,
+        "attention.head_dim": 6,
         "d_ff": 20,
         "bias": True,
         "feedforward_bias": False,
-        "attention_scale_by_layer": True,
-        "rope_scaling": "longrope",
-        "rope_factor": 3.0,
-        "rope_original_context": 16,
-        "rope_short_factors": (1.0, 1.0, 1.0),
-        "rope_long_factors": (1.0, 2.0, 5.0),
-        "qk_norm": "head",
+        "attention.scale_by_layer": True,
+        "rope.scaling": "longrope",
+        "rope.factor": 3.0,
+        "rope.original_context": 16,
+        "rope.short_factors": (1.0, 1.0, 1.0),
+        "rope.long_factors": (1.0, 2.0, 5.0),
+        "attention.qk_norm": "head",
         "norm_placement": "post",
         "norm_eps": 0.1,
         "tie_embeddings": False,
     },
     "bfloat16": {
         "dtype": "bfloat16",
-        "n_kv_heads": 2,
-        "qk_norm": "head",
+        "attention.n_kv_heads": 2,
+        "attention.qk_norm": "head",
         "norm": "layernorm",
         "feedforwards": ("gelu",),
     },
@@ -177,27 +182,27 @@ def reference_linear(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray
 
 def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.ndarray:
     """Channels c and c + C/2 as a complex number, turned by position * base^(-2c/C), scaled as the model says."""
-    length, channels = len(x_TC), int(x_TC.shape[1] * model.rope_fraction)
-    half, scaling = channels // 2, model.rope_scaling if position == "rope" else "none"
-    speed_C = (model.rope_theta if position == "rope" else model.local_rope_theta) ** (-2 * np.arange(half) / channels)
+    length, channels = len(x_TC), int(x_TC.shape[1] * model.rope.fraction)
+    half, scaling = channels // 2, model.rope.scaling if position == "rope" else "none"
+    speed_C = (model.rope.theta if position == "rope" else model.rope.local_theta) ** (-2 * np.arange(half) / channels)
     share_C, magnitude = np.ones(half), 1.0
     if scaling == "linear":
         share_C = np.zeros(half)
     if scaling == "llama3":
-        turns_C = model.rope_original_context / (2 * math.pi / speed_C)
-        share_C = (turns_C - model.rope_beta_slow) / (model.rope_beta_fast - model.rope_beta_slow)
+        turns_C = model.rope.original_context / (2 * math.pi / speed_C)
+        share_C = (turns_C - model.rope.beta_slow) / (model.rope.beta_fast - model.rope.beta_slow)
     if scaling == "yarn":
-        wavelengths = [model.rope_original_context / turns for turns in (model.rope_beta_fast, model.rope_beta_slow)]
-        fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope_theta) for wave in wavelengths)
-        fast, slow = (math.floor(fast), math.ceil(slow)) if model.rope_truncate else (fast, slow)
+        wavelengths = [model.rope.original_context / turns for turns in (model.rope.beta_fast, model.rope.beta_slow)]
+        fast, slow = (half * math.log(wave / 2 / math.pi) / math.log(model.rope.theta) for wave in wavelengths)
+        fast, slow = (math.floor(fast), math.ceil(slow)) if model.rope.truncate else (fast, slow)
         share_C = 1 - (np.arange(half) - max(fast, 0)) / (slow - max(fast, 0))
-        magnitude = 0.1 * math.log(model.rope_factor) + 1
+        magnitude = 0.1 * math.log(model.rope.factor) + 1
     if scaling == "longrope":
-        is_long = model.context_length > model.rope_original_context
-        speed_C = speed_C / np.array(model.rope_long_factors if is_long else model.rope_short_factors)
-        magnitude = math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_context))
+        is_long = model.context_length > model.rope.original_context
+        speed_C = speed_C / np.array(model.rope.long_factors if is_long else model.rope.short_factors)
+        magnitude = math.sqrt(1 + math.log(model.rope.factor) / math.log(model.rope.original_context))
     share_C = share_C.clip(0, 1)
-    speed_C = share_C * speed_C + (1 - share_C) * speed_C / model.rope_factor
+    speed_C = share_C * speed_C + (1 - share_C) * speed_C / model.rope.factor
     turned = (x_TC[:, :half] + 1j * x_TC[:, half:channels]) * np.exp(1j * np.outer(np.arange(length), speed_C))
     return np.concatenate([magnitude * turned.real, magnitude * turned.imag, x_TC[:, channels:]], axis=1)
 
@@ -205,33 +210,33 @@ def reference_rope(x_TC: np.ndarray, position: str, model: ModelConfig) -> np.nd
 def reference_attention(
     x_TD: np.ndarray, params: Any, model: ModelConfig, mixer: str, position: str, layer: int
 ) -> np.ndarray:
-    channels = model.head_dim or model.d_model // model.n_heads
-    sharing = model.n_heads // (model.n_kv_heads or model.n_heads)
+    channels = model.attention.head_dim or model.d_model // model.attention.n_heads
+    sharing = model.attention.n_heads // (model.attention.kv_heads)
 
     def head(name: str, index: int) -> np.ndarray:
         columns = slice(index * channels, (index + 1) * channels)
         x_TC = reference_linear(x_TD, params[name])
-        if model.qk_norm == "projection" and name != "value":
+        if model.attention.qk_norm == "projection" and name != "value":
             x_TC = reference_norm(x_TC, params[f"{name}_norm"], model)
         x_TC = x_TC[:, columns]
-        if model.qk_norm == "head" and name != "value":
+        if model.attention.qk_norm == "head" and name != "value":
             x_TC = reference_norm(x_TC, params[f"{name}_norm"], model)
         return reference_rope(x_TC, position, model) if "rope" in position and name != "value" else x_TC
 
     mixed = []
-    for index in range(model.n_heads):
+    for index in range(model.attention.n_heads):
         q_TC, k_SC, v_SC = head("query", index), head("key", index // sharing), head("value", index // sharing)
         rows = []
         for t in range(len(x_TD)):
-            seen = slice(max(0, t + 1 - model.local_window) if mixer == "local_attention" else 0, t + 1)
-            scores = k_SC[seen] @ q_TC[t] * (model.attention_scale or channels**-0.5)
-            scores = scores / (layer + 1) if model.attention_scale_by_layer else scores
-            if model.attn_logit_softcap:
-                scores = model.attn_logit_softcap * np.tanh(scores / model.attn_logit_softcap)
+            seen = slice(max(0, t + 1 - model.attention.local_window) if mixer == "local_attention" else 0, t + 1)
+            scores = k_SC[seen] @ q_TC[t] * (model.attention.scale or channels**-0.5)
+            scores = scores / (layer + 1) if model.attention.scale_by_layer else scores
+            if model.attention.logit_softcap:
+                scores = model.attention.logit_softcap * np.tanh(scores / model.attention.logit_softcap)
             if position == "alibi":
-                scores = scores - 2.0 ** (-8 * (index + 1) / model.n_heads) * (t - np.arange(t + 1)[seen])
+                scores = scores - 2.0 ** (-8 * (index + 1) / model.attention.n_heads) * (t - np.arange(t + 1)[seen])
             weights = np.exp(scores)
-            sink = np.exp(params["sinks"][index]) if model.attention_sinks else 0.0
+            sink = np.exp(params["sinks"][index]) if model.attention.sinks else 0.0
             rows.append(weights / (weights.sum() + sink) @ v_SC[seen])
         mixed.append(np.stack(rows))
     return reference_linear(np.concatenate(mixed, axis=1), params["output"])
@@ -263,12 +268,12 @@ def reference_feedforward(x_TD: np.ndarray, params: Any, kind: str, model: Model
 
 def reference_experts(x_D: np.ndarray, params: Any, model: ModelConfig) -> np.ndarray:
     odds_X = np.exp(x_D @ params["router"])
-    best = np.argsort(-odds_X)[: model.experts_per_token]
-    weights_X = odds_X / (odds_X[best].sum() if model.norm_topk_prob else odds_X.sum())
+    best = np.argsort(-odds_X)[: model.moe.experts_per_token]
+    weights_X = odds_X / (odds_X[best].sum() if model.moe.norm_topk_prob else odds_X.sum())
     outputs = [
         weights_X[x]
         * (
-            (reference_activation(x_D @ params["gate"][x], model.expert_activation) * (x_D @ params["up"][x]))
+            (reference_activation(x_D @ params["gate"][x], model.moe.expert_activation) * (x_D @ params["up"][x]))
             @ params["down"][x]
         )
         for x in best
@@ -429,7 +434,7 @@ def test_with_a_cache_logits_are_those_without_however_a_text_is_cut(case: str) 
 
 
 def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
-    model = model_config(n_heads=2, d_model=4)
+    model = model_config(**{"attention.n_heads": 2}, d_model=4)
     new_BTKC = np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 2, 2)
     new_BKTC = np.swapaxes(new_BTKC, 1, 2)
     context = BlockInputs(jnp.array([[2, 0, 1, 3]]), jnp.array([[1, 1, 0, 1]]))
@@ -524,7 +529,7 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
         return params, transformer.apply(params, tokens_BT, model)[0]
 
     for init_std, eps, base in ((0.02, 1e-6, 1e4), (0.4, 0.1, 7.0)):
-        config = small_config(**{"model.init_std": init_std, "model.norm_eps": eps, "model.rope_theta": base})
+        config = small_config(**{"model.init_std": init_std, "model.norm_eps": eps, "model.rope.theta": base})
         static, hparams = partition(config)
         params, logits_BTV = run({path: np.float32(value) for path, value in hparams.items()})
         assert np.std(params["embedding"]["table"]) == pytest.approx(init_std, rel=0.1)
@@ -538,8 +543,8 @@ def test_numbers_may_be_traced_and_compile_nothing_new() -> None:
 
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Channels of all queries, and of all keys."""
-    head = model.head_dim or model.d_model // model.n_heads
-    return model.n_heads * head, (model.n_kv_heads or model.n_heads) * head
+    head = model.attention.head_dim or model.d_model // model.attention.n_heads
+    return model.attention.n_heads * head, (model.attention.kv_heads) * head
 
 
 def feedforward_of(model: ModelConfig, layer: int) -> tuple[str, int, bool]:
@@ -556,13 +561,17 @@ def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
     width, bias = model.d_model, int(model.bias)
     output_bias, fed_bias, norm_bias = (
         int(model.bias if given is None else given)
-        for given in (model.attention_output_bias, model.feedforward_bias, model.norm_bias)
+        for given in (model.attention.output_bias, model.feedforward_bias, model.norm_bias)
     )
     queries, keys = attention_widths(model)
     norm = width * (1 + (model.norm == "layernorm" and norm_bias))
-    qk_norm = {"none": 0, "head": 2 * (queries // model.n_heads), "projection": queries + keys}[model.qk_norm]
-    attention = (width + (bias or bool(model.qkv_bias))) * (queries + 2 * keys) + (queries + output_bias) * width
-    attention += qk_norm + model.n_heads * model.attention_sinks
+    qk_norm = {"none": 0, "head": 2 * (queries // model.attention.n_heads), "projection": queries + keys}[
+        model.attention.qk_norm
+    ]
+    attention = (width + (bias or bool(model.attention.qkv_bias))) * (queries + 2 * keys) + (
+        queries + output_bias
+    ) * width
+    attention += qk_norm + model.attention.n_heads * model.attention.sinks
     expected = 61 * width * (1 if model.tie_embeddings else 2)
     expected += 32 * width if "learned" in model.positions else 0
     expected += norm if model.norm_placement != "post" else 0
@@ -570,7 +579,7 @@ def test_the_number_of_parameters_has_a_closed_form(case: str) -> None:
         kind, hidden, gated = feedforward_of(model, layer)
         feedforward = (width + fed_bias) * hidden * (1 + gated) + (hidden + fed_bias) * width
         if kind == "moe":
-            feedforward = model.n_experts * (feedforward + width)
+            feedforward = model.moe.n_experts * (feedforward + width)
         expected += attention + feedforward + norm * (4 if model.norm_placement == "sandwich" else 2)
     shapes = flops.parameter_shapes(model)
     assert flops.total_size(shapes) == expected
@@ -588,7 +597,7 @@ def test_initial_values_have_their_standard_deviations_and_keys_of_their_own() -
         norm="layernorm",
         positions="learned",
         tie_embeddings=False,
-        qk_norm="head",
+        **{"attention.qk_norm": "head"},
     )
     params = jax.device_get(jax.jit(transformer.init, static_argnums=1)(jax.random.key(3), model))
     seen: set[float] = set()
@@ -698,7 +707,7 @@ def test_flops_have_a_closed_form(case: str) -> None:
         kind, hidden, gated = feedforward_of(model, layer)
         feedforward = model.d_model * (2 + gated) * hidden
         if kind == "moe":
-            feedforward = model.n_experts * (feedforward + model.d_model)
+            feedforward = model.moe.n_experts * (feedforward + model.d_model)
         expected += 2 * (model.d_model * (2 * queries + 2 * keys) + 2 * LENGTH * queries + feedforward)
     assert flops.forward_flops_per_token(model, LENGTH) == expected
     assert flops.training_flops_per_token(model, LENGTH) == 3 * expected

@@ -21,7 +21,7 @@ SEGMENTS_BT = np.array([[1] * 10, [1] * 7 + [0] * 3, [1] * 4 + [2] * 6], np.int3
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    knobs = {"d_model": WIDTH, "n_heads": 2, "n_experts": EXPERTS, "d_expert": HIDDEN, **changes}
+    knobs = {"d_model": WIDTH, "attention.n_heads": 2, "moe.n_experts": EXPERTS, "moe.d_expert": HIDDEN, **changes}
     return small_config(**{f"model.{name}": value for name, value in knobs.items()}).model
 
 
@@ -53,12 +53,14 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
     y_BTD = np.zeros(x_BTD.shape)
     chosen, mean, entropy, squares, n_tokens, n_dropped = np.zeros(EXPERTS), np.zeros(EXPERTS), 0.0, 0.0, 0, 0
     for row in range(ROWS):
-        n_asked = np.count_nonzero(SEGMENTS_BT[row]) * model.experts_per_token
-        free = [math.ceil(model.capacity_factor * n_asked / EXPERTS) if model.capacity_factor else LENGTH] * EXPERTS
+        n_asked = np.count_nonzero(SEGMENTS_BT[row]) * model.moe.experts_per_token
+        free = [
+            math.ceil(model.moe.capacity_factor * n_asked / EXPERTS) if model.moe.capacity_factor else LENGTH
+        ] * EXPERTS
         for t in range(LENGTH):
             logits = x_BTD[row, t].astype(np.float64) @ params["router"]
             odds = np.exp(logits) / np.exp(logits).sum()
-            best = np.argsort(-odds)[: model.experts_per_token]
+            best = np.argsort(-odds)[: model.moe.experts_per_token]
             if SEGMENTS_BT[row, t] == 0:
                 # Nobody reads what padding gives, and with a capacity it takes no place.
                 y_BTD[row, t] = np.nan
@@ -73,15 +75,15 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
                     n_dropped += 1
                     continue
                 free[index] -= 1
-                weight = odds[index] / (odds[best].sum() if model.norm_topk_prob else 1)
+                weight = odds[index] / (odds[best].sum() if model.moe.norm_topk_prob else 1)
                 y_BTD[row, t] += weight * expert(x_BTD[row, t], params, index)
     balance = EXPERTS * (chosen / n_tokens * mean / n_tokens).sum()
     return y_BTD, {
-        "load_balance_loss_weight": balance,
+        "load_balance_loss": balance,
         "router_entropy": entropy / n_tokens,
-        "busiest_expert": chosen.max() / n_tokens / model.experts_per_token,
-        "dropped": n_dropped / n_tokens / model.experts_per_token,
-        "auxiliary_loss": model.load_balance_loss_weight * balance + model.router_z_loss * squares / n_tokens,
+        "busiest_expert": chosen.max() / n_tokens / model.moe.experts_per_token,
+        "dropped": n_dropped / n_tokens / model.moe.experts_per_token,
+        "auxiliary_loss": model.moe.load_balance_loss_weight * balance + model.moe.router_z_loss * squares / n_tokens,
     }
 
 
@@ -89,11 +91,13 @@ def in_a_loop(params: Any, x_BTD: np.ndarray, model: ModelConfig) -> tuple[np.nd
 @pytest.mark.parametrize(("top", "normalize"), [(2, True), (1, False), (3, False)])
 def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, top: int, normalize: bool) -> None:
     model = model_config(
-        capacity_factor=capacity,
-        experts_per_token=top,
-        norm_topk_prob=normalize,
-        load_balance_loss_weight=0.3,
-        router_z_loss=0.2,
+        **{
+            "moe.capacity_factor": capacity,
+            "moe.experts_per_token": top,
+            "moe.norm_topk_prob": normalize,
+            "moe.load_balance_loss_weight": 0.3,
+            "moe.router_z_loss": 0.2,
+        },
     )
     params, x_BTD = parameters(), inputs()
     expected_BTD, expected = in_a_loop(params, x_BTD, model)
@@ -107,13 +111,13 @@ def test_outputs_and_signals_are_those_of_a_loop_over_tokens(capacity: float, to
 def test_places_for_all_are_as_good_as_no_limit() -> None:
     params, x_BTD = parameters(), inputs()
     dropless, _ = feed(params, x_BTD, model_config())
-    roomy, _ = feed(params, x_BTD, model_config(capacity_factor=2.0 * EXPERTS))
+    roomy, _ = feed(params, x_BTD, model_config(**{"moe.capacity_factor": 2.0 * EXPERTS}))
     is_token_BT = SEGMENTS_BT > 0
     np.testing.assert_allclose(np.asarray(roomy)[is_token_BT], np.asarray(dropless)[is_token_BT], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_nothing_where_places_are_few() -> None:
-    model, x_BTD = model_config(capacity_factor=0.5), inputs()
+    model, x_BTD = model_config(**{"moe.capacity_factor": 0.5}), inputs()
 
     def fed(x_BTD: np.ndarray, segments_BT: np.ndarray) -> np.ndarray:
         context = BlockInputs(np.zeros_like(segments_BT), segments_BT)
@@ -125,8 +129,10 @@ def test_padding_changes_nothing_where_places_are_few() -> None:
 
 def test_load_balance_of_even_use_is_experts_per_token() -> None:
     params = parameters() | {"router": np.zeros((WIDTH, EXPERTS), np.float32)}
-    _, layer_metrics = feed(params, inputs(), model_config(experts_per_token=EXPERTS, load_balance_loss_weight=0.0))
-    assert float(layer_metrics["load_balance_loss_weight"]) == pytest.approx(EXPERTS)
+    _, layer_metrics = feed(
+        params, inputs(), model_config(**{"moe.experts_per_token": EXPERTS, "moe.load_balance_loss_weight": 0.0})
+    )
+    assert float(layer_metrics["load_balance_loss"]) == pytest.approx(EXPERTS)
     assert float(layer_metrics["router_entropy"]) == pytest.approx(math.log(EXPERTS))
     assert "auxiliary_loss" not in layer_metrics
 
@@ -135,12 +141,12 @@ def test_a_capacity_costs_less_than_all_experts() -> None:
     def flops(model: ModelConfig) -> float:
         return feed.lower(parameters(), inputs(), model).cost_analysis()["flops"]
 
-    assert flops(model_config(capacity_factor=1.0)) < 0.7 * flops(model_config())
+    assert flops(model_config(**{"moe.capacity_factor": 1.0})) < 0.7 * flops(model_config())
 
 
 def test_the_balance_loss_reaches_the_router_alone() -> None:
     def loss(params: Any) -> jax.Array:
-        return feed(params, inputs(), model_config(load_balance_loss_weight=1.0))[1]["auxiliary_loss"]
+        return feed(params, inputs(), model_config(**{"moe.load_balance_loss_weight": 1.0}))[1]["auxiliary_loss"]
 
     gradient = jax.grad(loss)(parameters())
     assert np.abs(gradient["router"]).max() > 1e-4
@@ -153,22 +159,24 @@ def test_load_balance_equals_that_of_transformers(top: int) -> None:
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     params, x_BTD = parameters(), inputs()
-    _, layer_metrics = feed(params, x_BTD, model_config(experts_per_token=top, norm_topk_prob=False))
+    _, layer_metrics = feed(params, x_BTD, model_config(**{"moe.experts_per_token": top, "moe.norm_topk_prob": False}))
     router_logits = torch.tensor((x_BTD @ params["router"]).reshape(-1, EXPERTS))
     expected = mixtral.load_balancing_loss_func((router_logits,), EXPERTS, top, torch.tensor((SEGMENTS_BT > 0) * 1))
-    assert float(layer_metrics["load_balance_loss_weight"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(layer_metrics["load_balance_loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(("top", "normalize"), [(1, False), (2, True), (2, False)])
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_outputs_train_the_router(top: int, normalize: bool, capacity: float) -> None:
-    model = model_config(experts_per_token=top, norm_topk_prob=normalize, capacity_factor=capacity)
+    model = model_config(
+        **{"moe.experts_per_token": top, "moe.norm_topk_prob": normalize, "moe.capacity_factor": capacity}
+    )
     gradient = jax.grad(lambda params: jnp.sum(jnp.sin(feed(params, inputs(), model)[0])))(parameters())
     assert np.abs(gradient["router"]).max() > 1e-2
 
 
 def test_one_expert_whose_weight_is_always_1_is_refused() -> None:
-    knobs = {"feedforwards": ("moe",), "experts_per_token": 1}
-    with pytest.raises(UserError, match="--config.model.norm_topk_prob=False"):
+    knobs = {"feedforwards": ("moe",), "moe.experts_per_token": 1}
+    with pytest.raises(UserError, match="--config.model.moe.norm_topk_prob=False"):
         model_config(**knobs)
-    assert model_config(**knobs, norm_topk_prob=False).experts_per_token == 1
+    assert model_config(**knobs, **{"moe.norm_topk_prob": False}).moe.experts_per_token == 1

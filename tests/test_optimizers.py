@@ -305,7 +305,7 @@ def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str
         "model.feedforwards": (feedforward,),
         "model.scan_layers": scan_layers,
         "model.bias": True,
-        "model.qk_norm": "head",
+        "model.attention.qk_norm": "head",
         "model.positions": ("learned",),
         "model.tie_embeddings": False,
     }

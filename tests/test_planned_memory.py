@@ -23,7 +23,7 @@ from rustgpt_jax.training.train_step import compiled_init_state, train_step
 def status(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
-LARGE = {"model.n_layers": 8, "model.d_model": 512, "model.n_heads": 8, "model.vocab_size": 16384,
+LARGE = {"model.n_layers": 8, "model.d_model": 512, "model.attention.n_heads": 8, "model.vocab_size": 16384,
          "model.context_length": 256, "training.batch_size": 8, "schedule.warmup_steps": 0}
 config = small_config(**LARGE | json.loads(sys.argv[1]))
 window, rows = config.model.context_length, config.training.batch_size

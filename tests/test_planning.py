@@ -129,7 +129,7 @@ def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) ->
     tokens = found.config.training.batch_size * 128
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
     # Blockwise attention makes its scores again in the backward pass.
-    config = small_config(**WIDE, **{"model.attention_kernel": "plain"})
+    config = small_config(**WIDE, **{"model.attention.kernel": "plain"})
     plain = compile_step(config, 128, ShardingPlan())
     assert plain.flops == pytest.approx(found.model_flops, rel=0.02)
     assert plain.flops < found.compiled.flops < 1.3 * plain.flops
@@ -170,7 +170,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
     knobs: dict[str, Any] = {"mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.context": context}
     knobs["model.remat"] = data.draw(some.sampled_from(["none", "full"]))
     shares = n_devices // tensor // context
-    config = small_config(**knobs, **{"training.batch_size": rows * shares, "model.n_heads": 8})
+    config = small_config(**knobs, **{"training.batch_size": rows * shares, "model.attention.n_heads": 8})
     for of_kind in list_suggestions(config, 32, n_devices):
         for change in of_kind:
             changed = change.apply_to(config)
@@ -181,7 +181,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
 
 
 def test_changes_of_a_config() -> None:
-    config = small_config(**{"training.batch_size": 32, "model.n_heads": 4, "data.seq_len": None})
+    config = small_config(**{"training.batch_size": 32, "model.attention.n_heads": 4, "data.seq_len": None})
     assert [[str(change) for change in of_kind] for of_kind in list_suggestions(config, 1024, 8)] == [
         ["--config.training.grad_accum_steps=2", "--config.training.grad_accum_steps=4"],
         ["--config.model.remat=full"],

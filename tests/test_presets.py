@@ -1,6 +1,5 @@
 """Families: what their presets say of the released models, and, without torch, what golden models answer."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from conftest import small_tree
 
 from configs import base
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, flatten, replace_paths
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
@@ -30,7 +29,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def with_knobs(knobs: dict[str, Any]) -> ModelConfig:
     config = base.get_config()
-    config.model.update(knobs)
+    config.model.update_from_flattened_dict(knobs)
     return resolve(config).model
 
 
@@ -39,7 +38,7 @@ def with_knobs(knobs: dict[str, Any]) -> ModelConfig:
 
 def test_every_preset_sets_all_knobs_but_sizes_and_those_not_in_logits() -> None:
     (said,) = {frozenset(knobs) for knobs in FAMILIES.values()}
-    every = {field.name for field in dataclasses.fields(ModelConfig)}
+    every = set(flatten(ModelConfig()))
     assert said | SIZES | NOT_IN_LOGITS == every
     assert not (said & SIZES or said & NOT_IN_LOGITS)
 
@@ -50,22 +49,29 @@ def test_every_knob_is_part_of_the_computation_or_not_in_logits() -> None:
         "feedforwards": ("swiglu", "moe"),
         "positions": ("rope", "local_rope"),
     }
-    model = dataclasses.replace(small(parts | {"n_layers": 3}), rope_scaling="yarn", rope_original_context=16)
-    assert set(canonical_config(model)) | NOT_IN_LOGITS == {field.name for field in dataclasses.fields(ModelConfig)}
+    model = replace_paths(small(parts | {"n_layers": 3}), {"rope.scaling": "yarn", "rope.original_context": 16})
+    assert set(canonical_config(model)) | NOT_IN_LOGITS == set(flatten(ModelConfig()))
 
 
 def small(knobs: dict[str, Any]) -> ModelConfig:
-    config = small_tree(**{"model.n_kv_heads": 2, "model.head_dim": 16, "model.local_window": 5, "model.n_experts": 4})
-    config.model.update(knobs)
+    config = small_tree(
+        **{
+            "model.attention.n_kv_heads": 2,
+            "model.attention.head_dim": 16,
+            "model.attention.local_window": 5,
+            "model.moe.n_experts": 4,
+        }
+    )
+    config.model.update_from_flattened_dict(knobs)
     return resolve(config).model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_preset_makes_a_recipe_and_an_architecture_says_it(name: str) -> None:
-    more: dict[str, Any] = {"n_kv_heads": None, "head_dim": None} if name == "gpt2" else {}
+    more: dict[str, Any] = {"attention.n_kv_heads": None, "attention.head_dim": None} if name == "gpt2" else {}
     if name == "recurrent_gemma":
         # The square root of d_model is a number of bfloat16, and so it is in the gates' blocks, one for each head.
-        more = {"d_model": 64, "recurrent_blocks": 4}
+        more = {"d_model": 64, "recurrent.blocks": 4}
     model = small(FAMILIES[name] | more)
     family_of = {architecture.family: architecture for architecture in ARCHITECTURES.values()}
     architecture = family_of[name.replace("llama3", "llama2")]
@@ -204,7 +210,7 @@ def test_a_preset_is_what_the_released_model_says_of_itself(name: str) -> None:
     model = with_knobs(architecture.knobs(config, Path("config.json")))
     # RecurrentGemma multiplies embeddings by the root of d_model in bfloat16: the one number that depends on the size.
     rounded = {"embedding_scale": (50.5, 2560**0.5)} if name == "recurrent_gemma" else {}
-    assert model_config_differences(model, dataclasses.replace(model, **FAMILIES[name])) == rounded
+    assert model_config_differences(model, replace_paths(model, FAMILIES[name])) == rounded
     assert total_size(parameter_shapes(model)) == parameters
     assert architecture.roundtrip_differences(model) == {}
 

@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
     "model.context_length": 16,
     "model.n_layers": 2,
     "model.d_model": 16,
-    "model.n_heads": 2,
+    "model.attention.n_heads": 2,
     "model.dropout": 0.1,
     "data.corpus": "files",
     "data.split": "tail",

@@ -58,16 +58,18 @@ def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) 
 
 def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> None:
     create_run_dir(tmp_path, config, {})
-    model = dataclasses.replace(
+    model = replace_paths(
         config.model,
-        n_layers=8,
-        d_model=64,
-        n_heads=2,
-        d_ff=8,
-        bias=True,
-        norm="layernorm",
-        dropout=0.5,
-        qk_norm="head",
+        {
+            "n_layers": 8,
+            "d_model": 64,
+            "attention.n_heads": 2,
+            "d_ff": 8,
+            "bias": True,
+            "norm": "layernorm",
+            "dropout": 0.5,
+            "attention.qk_norm": "head",
+        },
     )
     with pytest.raises(UserError, match="; and 2 more. Choose"):
         create_run_dir(

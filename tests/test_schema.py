@@ -44,7 +44,7 @@ IN_STATIC_CONFIG = [
     path for path in FIELDS if path.split(".")[0] in {field.name for field in dataclasses.fields(schema.StaticConfig)}
 ]
 # Whatever may be swept without compiling anew: all that is not a shape or a name.
-FRACTIONAL_SHAPES = ("model.rope_fraction", "model.capacity_factor")
+FRACTIONAL_SHAPES = ("model.rope.fraction", "model.moe.capacity_factor")
 WHOLE_NUMBERS = ("seed", "schedule.warmup_steps", "training.steps")
 NUMBERS = [
     path
@@ -53,7 +53,10 @@ NUMBERS = [
 ]
 SWITCHES = tuple(
     f"model.{name}"
-    for name in ("dropout", "final_logit_softcap", "attn_logit_softcap", "load_balance_loss_weight", "router_z_loss")
+    for name in (
+        *("dropout", "final_logit_softcap", "attention.logit_softcap"),
+        *("moe.load_balance_loss_weight", "moe.router_z_loss"),
+    )
 ) + ("optimizer.clip_norm", "training.z_loss")
 
 

@@ -493,7 +493,7 @@ def test_options_of_any_kind_are_searched(by_formula: Callable[[Loss], Ticks], t
 
 HEADS = {
     "model.d_model": choice(16, 20, 24),
-    "model.n_heads": choice(1, 3, 4, 5),
+    "model.attention.n_heads": choice(1, 3, 4, 5),
     "optimizer.learning_rate": log_uniform(1e-4, 1e-1),
 }
 
@@ -510,9 +510,9 @@ def test_points_that_do_not_resolve_are_skipped(by_formula: Callable[[Loss], Tic
     once(tmp_path / "straight")
     found = study(tmp_path / "straight", search)
     # Heads divide the width, and RoPE turns pairs of channels.
-    fits = [point["model.d_model"] % (2 * point["model.n_heads"]) == 0 for point, *_ in found]
+    fits = [point["model.d_model"] % (2 * point["model.attention.n_heads"]) == 0 for point, *_ in found]
     assert sum(fits) == 12 and len(skipped) == len(found) - 12 > 3
-    reasons = {reason for reason in skipped if "is not divisible by config.model.n_heads" in reason}
+    reasons = {reason for reason in skipped if "is not divisible by config.model.attention.n_heads" in reason}
     assert reasons and all("must be even" in reason for reason in skipped if reason not in reasons)
     assert {state for (*_, state), is_fit in zip(found, fits, strict=True) if not is_fit} == {"PRUNED"}
     assert len(read_results(tmp_path / "straight").trials) == 24
@@ -546,7 +546,7 @@ def test_a_search_of_hardly_any_points_ends_with_a_sentence(
     by_formula: Callable[[Loss], Ticks], tmp_path: Path
 ) -> None:
     by_formula(bowl)
-    search = tpe(2, HEADS | {"model.n_heads": choice(7, 9)}, batch=2)
+    search = tpe(2, HEADS | {"model.attention.n_heads": choice(7, 9)}, batch=2)
     with pytest.raises(UserError, match=r"Too few points of the search .* is not divisible by config\.model\.n_heads"):
         searched(tmp_path, search)
 

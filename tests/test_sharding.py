@@ -163,14 +163,14 @@ def test_parameters_and_what_the_optimizer_keeps_are_cut_alike(told: Told) -> No
 
 def models() -> dict[str, Any]:
     """A model of every family and of every part."""
-    base = {"model.bias": True, "model.vocab_size": 64, "model.attention_sinks": True, "model.tie_embeddings": False}
+    base = {"model.bias": True, "model.vocab_size": 64, "model.attention.sinks": True, "model.tie_embeddings": False}
     found = {
         name: small_config(**{f"model.{knob}": value for knob, value in preset.items()}).model
         for name, preset in FAMILIES.items()
     }
     for name in MIXERS:
         for latent in (None, 8):
-            own = {"model.mixers": (name,), "model.q_lora_rank": latent}
+            own = {"model.mixers": (name,), "model.mla.q_lora_rank": latent}
             found[f"{name} {latent}"] = small_config(**base | own).model
     for table, knob in ((FEEDFORWARDS, "feedforwards"), (POSITIONS, "positions")):
         for name in table:

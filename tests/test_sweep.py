@@ -52,7 +52,7 @@ TINY = {
     "model.context_length": 16,
     "model.n_layers": 1,
     "model.d_model": 16,
-    "model.n_heads": 2,
+    "model.attention.n_heads": 2,
     "training.steps": 12,
     "logging.eval_batches": 2,
     "logging.sample_prompts": (),

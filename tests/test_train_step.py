@@ -26,7 +26,13 @@ from rustgpt_jax.training.train_step import (
     init_loss_stats,
 )
 
-TINY = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.context_length": 8, "model.vocab_size": 31}
+TINY = {
+    "model.n_layers": 1,
+    "model.d_model": 16,
+    "model.attention.n_heads": 2,
+    "model.context_length": 8,
+    "model.vocab_size": 31,
+}
 # Switches, of which clipping is on by default.
 SWITCHES = {"model.dropout": 0.1, "training.z_loss": 1e-3, "optimizer.clip_norm": 1.0}
 ALL_ON = SWITCHES | {"training.grad_accum_steps": 2}
@@ -172,8 +178,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 
 
 def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
-    experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.n_experts": 3}
-    config, batch = tiny(**experts, **{"model.load_balance_loss_weight": 0.7}), batch_of(tiny())
+    experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.moe.n_experts": 3}
+    config, batch = tiny(**experts, **{"model.moe.load_balance_loss_weight": 0.7}), batch_of(tiny())
     params = compiled_init_state(*partition(config)).params
     gradient, sums = gradient_of(config, params, batch)
 
@@ -183,14 +189,14 @@ def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
         )[2]
 
     layer_metrics = jax.jit(reported)(params)
-    assert layer_metrics["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(layer_metrics["load_balance_loss_weight"]))
-    assert layer_metrics["load_balance_loss_weight"] >= config.model.experts_per_token and layer_metrics["dropped"] == 0
+    assert layer_metrics["auxiliary_loss"] == pytest.approx(0.7 * 2 * float(layer_metrics["load_balance_loss"]))
+    assert layer_metrics["load_balance_loss"] >= config.model.moe.experts_per_token and layer_metrics["dropped"] == 0
     jax.tree.map(
         lambda total, mean: np.testing.assert_allclose(total, mean * sums.weight, rtol=1e-5),
         sums.layer_metrics,
         layer_metrics,
     )
-    without, _ = gradient_of(tiny(**experts, **{"model.load_balance_loss_weight": 0.0}), params, batch)
+    without, _ = gradient_of(tiny(**experts, **{"model.moe.load_balance_loss_weight": 0.0}), params, batch)
     alone = jax.jit(jax.grad(lambda params: reported(params)["auxiliary_loss"]))(params)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-3, atol=1e-6), gradient, without, alone)
 

@@ -39,7 +39,7 @@ KNOBS = {
     RATE: some.floats(1e-6, 1.0),
     "seed": some.integers(1, 2**32 - 1),
     "model.dropout": some.floats(0.01, 0.9),
-    "model.qk_norm": some.sampled_from(["head", "projection"]),
+    "model.attention.qk_norm": some.sampled_from(["head", "projection"]),
     "training.steps": some.integers(20, 1000),
     "data.seq_len": some.none() | some.integers(2, 32),
     "logging.sample_prompts": some.lists(some.text(max_size=3), max_size=2).map(tuple),
@@ -116,7 +116,10 @@ WRONG = {
         [{"seed": 1}, {"seed": -1}],
         "The trial seed=-1 is invalid: config.seed must be at least 0, not -1",
     ),
-    "combination": ([{"model.n_heads": 5}], "The trial model.n_heads=5 is invalid: config.model.d_model=32 is not"),
+    "combination": (
+        [{"model.attention.n_heads": 5}],
+        "The trial model.attention.n_heads=5 is invalid: config.model.d_model=32 is not",
+    ),
     "no such choice": ([{"model.remat": "ful"}], "config.model.remat: unknown 'ful'. Did you mean 'full'?"),
     "no such stage": ([{"stages.one.seed": 1}], "config.stages: unknown stage 'one'"),
     "the same twice": ([{"seed": 1}, {"seed": 1}], f"{SAME}seed=1 and seed=1"),
@@ -163,9 +166,9 @@ def test_a_knob_is_swept_or_given_by_hand() -> None:
 
 
 def test_points_that_stand_for_a_search_resolve_though_its_middle_does_not() -> None:
-    heads = {"model.n_heads": choice(2, 3, 4, 5), "model.d_model": choice(16, 24, 40)}
-    assert heads["model.d_model"].quantile(0.5) % heads["model.n_heads"].quantile(0.5) == 0
-    odd = {"model.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
+    heads = {"model.attention.n_heads": choice(2, 3, 4, 5), "model.d_model": choice(16, 24, 40)}
+    assert heads["model.d_model"].quantile(0.5) % heads["model.attention.n_heads"].quantile(0.5) == 0
+    odd = {"model.attention.n_heads": choice(2, 3, 7), "model.d_model": choice(16, 20, 24)}
     with pytest.raises(UserError):
         make_trial(TREE, tpe(4, odd).middle)
     for space, left_out in ((heads, set()), (odd, {7})):
@@ -183,7 +186,7 @@ WRONG_SPACES = {
     "an end out of range": ({"model.dropout": uniform(0.1, 3.0)}, "config.model.dropout must be at most"),
     "parts of whole numbers": ({"model.n_layers": uniform(1, 3)}, "config.model.n_layers takes a whole number"),
     "no such stage": ({f"stages.one.{RATE}": uniform(0, 1)}, "unknown stage 'one'"),
-    "no point": ({"model.n_heads": choice(5, 7)}, "is not divisible by config.model.n_heads=7"),
+    "no point": ({"model.attention.n_heads": choice(5, 7)}, "is not divisible by config.model.attention.n_heads=7"),
 }
 
 

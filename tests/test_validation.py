@@ -87,25 +87,25 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.split": "documents"}, ["config.data.split: unknown 'documents'", "'document'?", "document, tail"]),
     ({"model.dtype": "float16"}, ["config.model.dtype", "bfloat16, float32"]),
     # Combinations.
-    ({"model.n_heads": 5}, ["model.d_model=32", "model.n_heads=5", "is 4", "head_dim"]),
-    ({"model.d_model": 10**9 + 1, "model.n_heads": 4}, ["model.n_heads=4"]),
-    ({"model.n_heads": 10**9}, ["is 32"]),
-    ({"model.n_kv_heads": 3}, ["model.n_heads=4", "model.n_kv_heads=3"]),
-    ({"model.n_kv_heads": 8}, ["model.n_heads=4", "model.n_kv_heads=8"]),
-    ({"model.n_heads": 32}, ["rope", "even", "not 1"]),
-    ({"model.head_dim": 7}, ["rope", "even", "not 7"]),
+    ({"model.attention.n_heads": 5}, ["model.d_model=32", "model.attention.n_heads=5", "is 4", "head_dim"]),
+    ({"model.d_model": 10**9 + 1, "model.attention.n_heads": 4}, ["model.attention.n_heads=4"]),
+    ({"model.attention.n_heads": 10**9}, ["is 32"]),
+    ({"model.attention.n_kv_heads": 3}, ["model.attention.n_heads=4", "model.attention.n_kv_heads=3"]),
+    ({"model.attention.n_kv_heads": 8}, ["model.attention.n_heads=4", "model.attention.n_kv_heads=8"]),
+    ({"model.attention.n_heads": 32}, ["rope", "even", "not 1"]),
+    ({"model.attention.head_dim": 7}, ["rope", "even", "not 7"]),
     ({"model.mixers": []}, ["model.mixers", "('attention',)"]),
     ({"model.positions": []}, ["model.positions", "('rope',)"]),
-    ({"model.rope_fraction": 0.4, "model.head_dim": 8}, ["not 3", "rope_fraction=0.4 of 8"]),
-    ({"model.rope_scaling": "yarn"}, ["model.rope_scaling='yarn'", "model.rope_original_context"]),
-    ({"model.rope_scaling": "longrope"}, ["model.rope_scaling='longrope'", "model.rope_original_context"]),
+    ({"model.rope.fraction": 0.4, "model.attention.head_dim": 8}, ["not 3", "rope.fraction=0.4 of 8"]),
+    ({"model.rope.scaling": "yarn"}, ["model.rope.scaling='yarn'", "model.rope.original_context"]),
+    ({"model.rope.scaling": "longrope"}, ["model.rope.scaling='longrope'", "model.rope.original_context"]),
     (
-        {"model.rope_scaling": "longrope", "model.rope_original_context": 31, "model.rope_short_factors": (1.0, 2.0)},
-        ["rope_short_factors has 2 numbers", "a factor for each"],
+        {"model.rope.scaling": "longrope", "model.rope.original_context": 31, "model.rope.short_factors": (1.0, 2.0)},
+        ["rope.short_factors has 2 numbers", "a factor for each"],
     ),
-    ({"model.rope_long_factors": ["a"]}, ["config.model.rope_long_factors takes a list of numbers"]),
-    ({"model.mixers": "rg_lru", "model.recurrent_blocks": 3}, ["recurrent_blocks=3", "does not divide"]),
-    ({"model.feedforwards": "moe", "model.n_experts": 1}, ["experts_per_token=2", "n_experts=1"]),
+    ({"model.rope.long_factors": ["a"]}, ["config.model.rope.long_factors takes a list of numbers"]),
+    ({"model.mixers": "rg_lru", "model.recurrent.blocks": 3}, ["recurrent.blocks=3", "does not divide"]),
+    ({"model.feedforwards": "moe", "model.moe.n_experts": 1}, ["experts_per_token=2", "n_experts=1"]),
     ({"data.seq_len": 33}, ["data.seq_len=33", "context_length=32"]),
     ({"training.grad_accum_steps": 3}, ["training.batch_size=4", "grad_accum_steps=3"]),
     ({"schedule.warmup_steps": 9}, ["schedule.warmup_steps=9", "training.steps=8"]),
@@ -213,7 +213,10 @@ def test_any_edit_of_a_config_resolves_or_is_a_user_error(changes: dict[str, Any
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_every_value_can_be_typed(path: str) -> None:
-    for config in (small_config(), small_config(**{"data.paths": ("a.txt", "b c.txt"), "model.n_kv_heads": 2})):
+    for config in (
+        small_config(),
+        small_config(**{"data.paths": ("a.txt", "b c.txt"), "model.attention.n_kv_heads": 2}),
+    ):
         value = get_path(config, path)
         assert validate_value(path, parse(path, str(value)), path) == value
 
@@ -261,8 +264,8 @@ def test_half_of_a_surrogate_pair_is_no_text(path: str) -> None:
     ("path", "text", "value"),
     [
         ("training.steps", "1e3", 1000),
-        ("model.rope_short_factors", "1,2.5", (1.0, 2.5)),
-        ("model.rope_short_factors", "(1.0,)", (1.0,)),
+        ("model.rope.short_factors", "1,2.5", (1.0, 2.5)),
+        ("model.rope.short_factors", "(1.0,)", (1.0,)),
         ("model.bias", "true", True),
         ("model.bias", "False", False),
         ("model.d_ff", "none", None),

@@ -53,7 +53,7 @@ def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, t
 
 
 def test_what_does_not_fit_is_what_the_seed_gives(source: Path, tmp_path: Path) -> None:
-    changes = {"model.qk_norm": "head", "model.d_ff": 24, "model.tie_embeddings": False}
+    changes = {"model.attention.qk_norm": "head", "model.d_ff": 24, "model.tie_embeddings": False}
     said = begin(f"{source}@10", tmp_path / "new", **changes)
     create_run_dir(tmp_path / "fresh", tiny(**changes), {})
     taken, given = parameters(tmp_path / "new"), parameters(source)

@@ -30,10 +30,10 @@ Knobs = dict[str, Any]
 
 # Of GPT-2 (OpenAI 2019); heads have 64 channels.
 SIZES: dict[str, Knobs] = {
-    "124m": {"n_layers": 12, "n_heads": 12, "d_model": 768},
-    "350m": {"n_layers": 24, "n_heads": 16, "d_model": 1024},
-    "1.5b": {"n_layers": 48, "n_heads": 25, "d_model": 1600},
-    "smoke": {"n_layers": 2, "n_heads": 2, "d_model": 32, "context_length": 64, "vocab_size": 128},
+    "124m": {"n_layers": 12, "attention": {"n_heads": 12}, "d_model": 768},
+    "350m": {"n_layers": 24, "attention": {"n_heads": 16}, "d_model": 1024},
+    "1.5b": {"n_layers": 48, "attention": {"n_heads": 25}, "d_model": 1600},
+    "smoke": {"n_layers": 2, "attention": {"n_heads": 2}, "d_model": 32, "context_length": 64, "vocab_size": 128},
 }
 # Where the search begins.
 FIRST_BATCH = {"124m": 32, "350m": 16, "1.5b": 8, "smoke": 1}

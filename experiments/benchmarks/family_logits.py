@@ -179,7 +179,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def get_config() -> ConfigDict:
     """A family with all that base.py says of sizes."""
     config = base.get_config()
-    config.model.update(FAMILIES["qwen3"])
+    config.model.update_from_flattened_dict(FAMILIES["qwen3"])
     return config
 
 
@@ -213,7 +213,7 @@ def random_reference(case: dict[str, Any], seed: int = 0) -> Any:
 def model_config(knobs: dict[str, Any]) -> ModelConfig:
     """The knobs that a Hugging Face folder says, with what base.py says of the rest."""
     config = base.get_config()
-    config.model.update(knobs)
+    config.model.update_from_flattened_dict(knobs)
     return resolve(config).model
 
 

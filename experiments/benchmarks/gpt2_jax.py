@@ -10,7 +10,6 @@ after two that are not counted: the first compiles, and the second has its argum
 FINDING: none of its own; see `accelerator.py`.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +67,7 @@ def machine(sizes: list[str]) -> dict[str, Any]:
 def cost(model: ModelConfig) -> dict[str, float]:
     """Parameters, and FLOPs that training needs for a token by the convention of `rustgpt_jax.model.flops`."""
     # Of a library's kernel no product could be seen, so those of attention as it is written down are counted.
-    counted = dataclasses.replace(model, attention_kernel="plain")
+    counted = replace_paths(model, {"attention.kernel": "plain"})
     return {
         "parameters": total_size(parameter_shapes(model)),
         "flops_per_token": training_flops_per_token(counted, model.context_length),
@@ -105,7 +104,8 @@ def attention_task(block: ModelConfig) -> tuple[AttentionInputs, jax.Array]:
     segments_BT[1, end:] = 0
     positions_BT = np.stack([places_T, np.where(places_T < border, places_T, places_T - border)])
     queries, keys, values, cotangent_BTHC = (
-        jnp.asarray(rng.standard_normal((2, length, block.n_heads, block.head_width)), block.dtype) for _ in range(4)
+        jnp.asarray(rng.standard_normal((2, length, block.attention.n_heads, block.head_width)), block.dtype)
+        for _ in range(4)
     )
     context = BlockInputs(jnp.asarray(positions_BT), jnp.asarray(segments_BT))
     cotangent_BTHC = jnp.where((context.segments_BT > 0)[:, :, None, None], cotangent_BTHC, 0)

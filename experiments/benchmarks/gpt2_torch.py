@@ -77,7 +77,7 @@ def logits(layers: "torch.nn.ModuleDict", tokens_BT: "torch.Tensor", model: Mode
     def block(x_BTD: torch.Tensor, layer: torch.nn.ModuleDict) -> torch.Tensor:
         batch, length, width = x_BTD.shape
         projected = layer["query_key_value"](layer["mixer_norm"](x_BTD))
-        q_BHTC, k_BHTC, v_BHTC = projected.view(batch, length, 3, model.n_heads, -1).permute(2, 0, 3, 1, 4)
+        q_BHTC, k_BHTC, v_BHTC = projected.view(batch, length, 3, model.attention.n_heads, -1).permute(2, 0, 3, 1, 4)
         mixed_BHTC = functional.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
         x_BTD = x_BTD + layer["output"](mixed_BHTC.transpose(1, 2).reshape(batch, length, width))
         hidden_BTF = functional.gelu(layer["up"](layer["feedforward_norm"](x_BTD)), approximate="tanh")

@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -60,6 +61,9 @@ def traced_field(
         static_if_zero: Whether 0 is static: it removes from the program what the knob scales.
     """
     return _field(default, doc, low=low, high=high, traced=True, static_if_zero=static_if_zero)
+
+
+ConfigT = TypeVar("ConfigT")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,221 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Attention: heads, scores and kernel. deltanet uses the heads and biases too."""
+
+    n_heads: int = static_field(4, "Query heads of attention.", low=1)
+    n_kv_heads: int | None = static_field(
+        None,
+        "Key/value heads, each shared by n_heads / n_kv_heads query heads (arXiv 2305.13245). None: n_heads.",
+        low=1,
+    )
+    head_dim: int | None = static_field(None, "Channels of a head. None: d_model / n_heads.", low=1)
+    qkv_bias: bool | None = static_field(
+        None, "Whether the query, key and value projections have biases. None: same as model.bias."
+    )
+    output_bias: bool | None = static_field(
+        None, "Whether the output projection of attention has a bias. None: same as model.bias."
+    )
+    qk_norm: str = static_field(
+        "none",
+        "Normalize queries and keys by the model's norm. head: each head (arXiv 2010.04245); projection: all "
+        "heads of a token together; none.",
+        choices=("none", "head", "projection"),
+    )
+    scale: float | None = static_field(
+        None,
+        "Multiplier of attention scores. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in "
+        "latent_attention.",
+        low=0.0,
+    )
+    scale_by_layer: bool = static_field(
+        False,
+        "Also divide attention scores by the layer number, counted from 1 (GPT-2's "
+        "scale_attn_by_inverse_layer_idx). Used by attention and local_attention.",
+    )
+    logit_softcap: float = traced_field(
+        0.0, "Bound attention scores to plus and minus this value by tanh. 0: no bound.", low=0.0, static_if_zero=True
+    )
+    sinks: bool = static_field(
+        False, "Add a learned logit to the softmax of each head that contributes no value (arXiv 2309.17453)."
+    )
+    kernel: str = static_field(
+        "auto",
+        "Attention implementation; results differ by rounding only, and decoding with a cache always uses plain. "
+        "auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, "
+        "else as portable; portable: blockwise from 2048 tokens, else plain; plain: all scores in memory; "
+        "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
+        "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
+        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"),
+    )
+    local_window: int = static_field(64, "Tokens that a query of local_attention sees, including itself.", low=1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_kv_heads or self.n_heads
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embeddings (arXiv 2104.09864)."""
+
+    theta: float = traced_field(
+        10000.0, "Base of the RoPE frequencies: the slowest wavelength is about 2 pi times this.", low=1.0
+    )
+    local_theta: float = traced_field(
+        10000.0, "Base of the RoPE frequencies of local_rope, which is not scaled.", low=1.0
+    )
+    fraction: float = static_field(
+        1.0, "Fraction of the channels of a head that RoPE rotates, starting with the first.", low=0.0, high=1.0
+    )
+    scaling: str = static_field(
+        "none",
+        "Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (arXiv "
+        "2309.00071), longrope (arXiv 2402.13753).",
+    )
+    factor: float = traced_field(1.0, "Factor by which the context is extended.", low=1.0)
+    original_context: int | None = static_field(
+        None, "llama3, yarn and longrope: the context length before scaling.", low=1
+    )
+    beta_slow: float = traced_field(
+        1.0,
+        "llama3 (low_freq_factor) and yarn (beta_slow): channels with fewer turns in the original context are "
+        "slowed by the whole factor.",
+        low=0.0,
+    )
+    beta_fast: float = traced_field(
+        4.0,
+        "llama3 (high_freq_factor) and yarn (beta_fast): channels with more turns in the original context are not "
+        "slowed.",
+        low=0.0,
+    )
+    attention_factor: float | None = static_field(
+        None,
+        "Multiplier for queries and keys. None: the default of the scaling method, which is 0.1 ln(factor) + "
+        "1 for yarn, sqrt(1 + ln(factor) / ln(original_context)) for longrope, and 1 otherwise.",
+        low=0.0,
+    )
+    truncate: bool = static_field(True, "yarn: round the bounds of the interpolated channel range to integers.")
+    short_factors: tuple[float, ...] = static_field(
+        (), "longrope: divisors of the frequency of each pair of channels, for contexts up to original_context."
+    )
+    long_factors: tuple[float, ...] = static_field(
+        (), "longrope: like short_factors, for a context_length above original_context."
+    )
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention, the mixer latent_attention (arXiv 2405.04434)."""
+
+    kv_lora_rank: int | None = static_field(
+        None,
+        "Width of the latent from which keys and values are projected. None: 4 head_dim.",
+        low=1,
+    )
+    q_lora_rank: int | None = static_field(
+        None,
+        "Width of the latent from which queries are projected. None: no latent for queries.",
+        low=1,
+    )
+    qk_rope_head_dim: int | None = static_field(
+        None,
+        "Width of the rotated key that all heads share. None: half of head_dim, rounded up to an even number.",
+        low=2,
+    )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts, the feed-forward moe."""
+
+    n_experts: int = static_field(8, "Number of experts in a layer.", low=1)
+    experts_per_token: int = static_field(2, "Number of experts that each token is routed to.", low=1)
+    d_expert: int | None = static_field(None, "Hidden width of an expert. None: that of swiglu.", low=1)
+    expert_activation: str = static_field(
+        "silu",
+        "Activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
+        choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"),
+    )
+    capacity_factor: float = static_field(
+        0.0,
+        "Tokens that an expert takes per row, as a multiple of the average; further tokens are dropped. A "
+        "token then depends on those before it, and decoding, which drops none, differs from training. 0: "
+        "dropless.",
+        low=0.0,
+    )
+    norm_topk_prob: bool = static_field(
+        True,
+        "Divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use "
+        "the softmax over all experts (Switch). With one expert per token this must be False, since a constant "
+        "weight of 1 does not train the router.",
+    )
+    load_balance_loss_weight: float = traced_field(
+        0.01,
+        "Coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share "
+        "of tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token "
+        "for balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
+        "instead). 0: no such loss.",
+        low=0.0,
+        static_if_zero=True,
+    )
+    router_z_loss: float = traced_field(
+        0.0,
+        "Coefficient of the squared log of the router's softmax normalizer (arXiv 2202.08906). 0: no such loss.",
+        low=0.0,
+        static_if_zero=True,
+    )
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """Recurrent mixers, rg_lru and deltanet."""
+
+    conv_width: int = static_field(4, "rg_lru and deltanet: width in tokens of their short convolution.", low=1)
+    width: int | None = static_field(None, "rg_lru: channels of the state. None: d_model.", low=1)
+    blocks: int | None = static_field(
+        None,
+        "rg_lru: number of channel blocks in the gates; each gate reads only its own block, as in Griffin. None: "
+        "gates read all channels.",
+        low=1,
+    )
+    scale_first_token: bool = static_field(
+        True,
+        "rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), like every other token (arXiv "
+        "2402.19427). False: do not scale it (RecurrentGemma).",
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Data types of parts of the model where they differ from model.dtype."""
+
+    mixer_dtype: str | None = static_field(
+        None,
+        "Type in which mixers compute and keep their caches; the residual stream does not. None: model.dtype.",
+        choices=("float32", "bfloat16"),
+    )
+    feedforward_dtype: str | None = static_field(
+        None, "Type in which feed-forwards compute. None: model.dtype.", choices=("float32", "bfloat16")
+    )
+    logits_dtype: str | None = static_field(
+        None,
+        "Type of the operands of the unembedding; logits are float32. None: model.dtype.",
+        choices=("float32", "bfloat16"),
+    )
+    matmul_dtype: str | None = static_field(
+        None,
+        "Type that the operands of linear layers in blocks are rounded to, in the backward pass too; sums and "
+        "results keep the dtype of the layer. float8 has a scale for each tensor (arXiv 2209.05433) and is fast "
+        "from the H100 on; its scales are computed from all tokens of a call, so a token depends slightly on "
+        "later tokens and on other rows. None: model.dtype.",
+        choices=("bfloat16", "float8"),
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Components and shapes of the model."""
 
@@ -122,13 +341,7 @@ class ModelConfig:
     )
     n_layers: int = static_field(4, "Number of blocks.", low=1)
     d_model: int = static_field(128, "Width of the residual stream.", low=1)
-    n_heads: int = static_field(4, "Query heads of attention.", low=1)
-    n_kv_heads: int | None = static_field(
-        None,
-        "Key/value heads, each shared by n_heads / n_kv_heads query heads (arXiv 2305.13245). None: n_heads.",
-        low=1,
-    )
-    head_dim: int | None = static_field(None, "Channels of a head. None: d_model / n_heads.", low=1)
+    attention: AttentionConfig = AttentionConfig()
     d_ff: int | None = static_field(
         None,
         "Hidden width of the feed-forward. None: 4 d_model, or for gated ones 8/3 d_model (rounded up to a "
@@ -149,7 +362,7 @@ class ModelConfig:
     positions: tuple[str, ...] = pattern_field(
         ("rope",),
         "Position encodings, a pattern. learned: a table added to the embeddings; rope: rotated queries and keys "
-        "(arXiv 2104.09864); local_rope: RoPE with local_rope_theta; alibi: scores that fall with distance (arXiv "
+        "(arXiv 2104.09864); local_rope: RoPE with rope.local_theta; alibi: scores that fall with distance (arXiv "
         "2108.12409); none.",
     )
     norm: str = static_field("rmsnorm", "layernorm, rmsnorm, or zero_centered_rmsnorm, which multiplies by 1 + scale.")
@@ -162,16 +375,10 @@ class ModelConfig:
     )
     norm_eps: float = traced_field(1e-6, "Added to the variance or mean square that a norm divides by.", low=0.0)
     bias: bool = static_field(False, "Use bias vectors in linear layers and layer norms.")
-    qkv_bias: bool | None = static_field(
-        None, "Whether the query, key and value projections have biases. None: same as `bias`."
-    )
-    attention_output_bias: bool | None = static_field(
-        None, "Whether the output projection of attention has a bias. None: same as `bias`."
-    )
     feedforward_bias: bool | None = static_field(
-        None, "Whether the linear layers of feed-forwards have biases (moe has none). None: same as `bias`."
+        None, "Whether the linear layers of feed-forwards have biases (moe has none). None: same as model.bias."
     )
-    norm_bias: bool | None = static_field(None, "Whether layer norms have biases. None: same as `bias`.")
+    norm_bias: bool | None = static_field(None, "Whether layer norms have biases. None: same as model.bias.")
     tie_embeddings: bool = static_field(
         True, "Use the embedding table, transposed, as the output layer (arXiv 1608.05859)."
     )
@@ -183,148 +390,10 @@ class ModelConfig:
         low=0.0,
         static_if_zero=True,
     )
-    qk_norm: str = static_field(
-        "none",
-        "Normalize queries and keys by the model's norm. head: each head (arXiv 2010.04245); projection: all "
-        "heads of a token together; none.",
-        choices=("none", "head", "projection"),
-    )
-    attention_scale: float | None = static_field(
-        None,
-        "Multiplier of attention scores. None: head_dim^-1/2, or (head_dim + qk_rope_head_dim)^-1/2 in "
-        "latent_attention.",
-        low=0.0,
-    )
-    attention_scale_by_layer: bool = static_field(
-        False,
-        "Also divide attention scores by the layer number, counted from 1 (GPT-2's "
-        "scale_attn_by_inverse_layer_idx). Used by attention and local_attention.",
-    )
-    attn_logit_softcap: float = traced_field(
-        0.0, "Bound attention scores to plus and minus this value by tanh. 0: no bound.", low=0.0, static_if_zero=True
-    )
-    attention_sinks: bool = static_field(
-        False, "Add a learned logit to the softmax of each head that contributes no value (arXiv 2309.17453)."
-    )
-    attention_kernel: str = static_field(
-        "auto",
-        "Attention implementation; results differ by rounding only, and decoding with a cache always uses plain. "
-        "auto: cudnn for bfloat16 on NVIDIA GPUs, tokamax on TPUs, triangular on CPUs from 128 to 2047 tokens, "
-        "else as portable; portable: blockwise from 2048 tokens, else plain; plain: all scores in memory; "
-        "triangular: for each quarter of the row, only scores with tokens before its end; blockwise: scores of "
-        "512 tokens at a time; cudnn, tokamax: flash attention (arXiv 2307.08691) of these libraries.",
-        choices=("auto", "portable", "plain", "triangular", "blockwise", "cudnn", "tokamax"),
-    )
-    local_window: int = static_field(64, "Tokens that a query of local_attention sees, including itself.", low=1)
-    kv_lora_rank: int | None = static_field(
-        None,
-        "latent_attention (arXiv 2405.04434): width of the latent from which keys and values are projected. None: "
-        "4 head_dim.",
-        low=1,
-    )
-    q_lora_rank: int | None = static_field(
-        None,
-        "latent_attention: width of the latent from which queries are projected. None: no latent for queries.",
-        low=1,
-    )
-    qk_rope_head_dim: int | None = static_field(
-        None,
-        "latent_attention: width of the rotated key that all heads share. None: half of head_dim, rounded up to "
-        "an even number.",
-        low=2,
-    )
-    conv_width: int = static_field(4, "rg_lru and deltanet: width in tokens of their short convolution.", low=1)
-    recurrent_width: int | None = static_field(None, "rg_lru: channels of the state. None: d_model.", low=1)
-    recurrent_blocks: int | None = static_field(
-        None,
-        "rg_lru: number of channel blocks in the gates; each gate reads only its own block, as in Griffin. None: "
-        "gates read all channels.",
-        low=1,
-    )
-    scale_first_token: bool = static_field(
-        True,
-        "rg_lru: multiply the input of a document's first token by sqrt(1 - a^2), like every other token (arXiv "
-        "2402.19427). False: do not scale it (RecurrentGemma).",
-    )
-    rope_theta: float = traced_field(
-        10000.0, "Base of the RoPE frequencies: the slowest wavelength is about 2 pi times this.", low=1.0
-    )
-    local_rope_theta: float = traced_field(
-        10000.0, "Base of the RoPE frequencies of local_rope, which is not scaled.", low=1.0
-    )
-    rope_fraction: float = static_field(
-        1.0, "Fraction of the channels of a head that RoPE rotates, starting with the first.", low=0.0, high=1.0
-    )
-    rope_scaling: str = static_field(
-        "none",
-        "Extends RoPE to longer contexts: none, linear (arXiv 2306.15595), llama3 (arXiv 2407.21783), yarn (arXiv "
-        "2309.00071), longrope (arXiv 2402.13753).",
-    )
-    rope_factor: float = traced_field(1.0, "Factor by which the context is extended.", low=1.0)
-    rope_original_context: int | None = static_field(
-        None, "llama3, yarn and longrope: the context length before scaling.", low=1
-    )
-    rope_beta_slow: float = traced_field(
-        1.0,
-        "llama3 (low_freq_factor) and yarn (beta_slow): channels with fewer turns in the original context are "
-        "slowed by the whole factor.",
-        low=0.0,
-    )
-    rope_beta_fast: float = traced_field(
-        4.0,
-        "llama3 (high_freq_factor) and yarn (beta_fast): channels with more turns in the original context are not "
-        "slowed.",
-        low=0.0,
-    )
-    rope_attention_factor: float | None = static_field(
-        None,
-        "Multiplier for queries and keys. None: the default of the scaling method, which is 0.1 ln(rope_factor) + "
-        "1 for yarn, sqrt(1 + ln(rope_factor) / ln(rope_original_context)) for longrope, and 1 otherwise.",
-        low=0.0,
-    )
-    rope_truncate: bool = static_field(True, "yarn: round the bounds of the interpolated channel range to integers.")
-    rope_short_factors: tuple[float, ...] = static_field(
-        (), "longrope: divisors of the frequency of each pair of channels, for contexts up to rope_original_context."
-    )
-    rope_long_factors: tuple[float, ...] = static_field(
-        (), "longrope: like rope_short_factors, for a context_length above rope_original_context."
-    )
-    n_experts: int = static_field(8, "moe: number of experts in a layer.", low=1)
-    experts_per_token: int = static_field(2, "moe: number of experts that each token is routed to.", low=1)
-    d_expert: int | None = static_field(None, "moe: hidden width of an expert. None: that of swiglu.", low=1)
-    expert_activation: str = static_field(
-        "silu",
-        "moe: activation of the gated experts: silu, gelu (tanh approximation), gelu_exact, relu or relu_squared.",
-        choices=("silu", "gelu", "gelu_exact", "relu", "relu_squared"),
-    )
-    capacity_factor: float = static_field(
-        0.0,
-        "moe: tokens that an expert takes per row, as a multiple of the average; further tokens are dropped. A "
-        "token then depends on those before it, and decoding, which drops none, differs from training. 0: "
-        "dropless.",
-        low=0.0,
-    )
-    norm_topk_prob: bool = static_field(
-        True,
-        "moe: divide the routing weights of a token by their sum, so that they add up to 1 (Mixtral). False: use "
-        "the softmax over all experts (Switch). With one expert per token this must be False, since a constant "
-        "weight of 1 does not train the router.",
-    )
-    load_balance_loss_weight: float = traced_field(
-        0.01,
-        "moe: coefficient of the load-balancing loss (arXiv 2101.03961): n_experts * sum over experts of (share "
-        "of tokens routed to the expert * its mean probability), as in transformers; it equals experts_per_token "
-        "for balanced routing. The losses of all layers are summed (transformers pools the tokens of all layers "
-        "instead). 0: no such loss.",
-        low=0.0,
-        static_if_zero=True,
-    )
-    router_z_loss: float = traced_field(
-        0.0,
-        "moe: coefficient of the squared log of the router's softmax normalizer (arXiv 2202.08906). 0: no such loss.",
-        low=0.0,
-        static_if_zero=True,
-    )
+    mla: MLAConfig = MLAConfig()
+    recurrent: RecurrentConfig = RecurrentConfig()
+    rope: RopeConfig = RopeConfig()
+    moe: MoEConfig = MoEConfig()
     extra: tuple[tuple[str, float], ...] = static_field(
         (), 'Static knobs of your own components as (name, number) pairs: (("decay", 0.9),).'
     )
@@ -344,30 +413,10 @@ class ModelConfig:
         "float32",
         "Type of activations and matrix products: float32 or bfloat16. Parameters, norms and losses are float32. "
         "On the command line, auto chooses for the device: bfloat16 on GPUs and TPUs; on CPUs float32, with "
-        "bfloat16 as matmul_dtype and logits_dtype if the processor has instructions for it.",
+        "bfloat16 as precision.matmul_dtype and precision.logits_dtype if the processor has instructions for it.",
         choices=("float32", "bfloat16"),
     )
-    mixer_dtype: str | None = static_field(
-        None,
-        "Type in which mixers compute and keep their caches; the residual stream stays in dtype. None: dtype.",
-        choices=("float32", "bfloat16"),
-    )
-    feedforward_dtype: str | None = static_field(
-        None, "Type in which feed-forwards compute. None: dtype.", choices=("float32", "bfloat16")
-    )
-    logits_dtype: str | None = static_field(
-        None,
-        "Type of the operands of the unembedding; logits are float32. None: dtype.",
-        choices=("float32", "bfloat16"),
-    )
-    matmul_dtype: str | None = static_field(
-        None,
-        "Type that the operands of linear layers in blocks are rounded to, in the backward pass too; sums and "
-        "results keep the dtype of the layer. float8 has a scale for each tensor (arXiv 2209.05433) and is fast "
-        "from the H100 on; its scales are computed from all tokens of a call, so a token depends slightly on "
-        "later tokens and on other rows. None: dtype.",
-        choices=("bfloat16", "float8"),
-    )
+    precision: PrecisionConfig = PrecisionConfig()
     save_residuals: bool | None = static_field(
         None,
         "Materialize what the gradients of linear layers and activations are computed from (the slope of an "
@@ -400,22 +449,22 @@ class ModelConfig:
     @property
     def mixer_config(self) -> "ModelConfig":
         """Config of the mixer of a block, with the dtype of mixers."""
-        return dataclasses.replace(self, dtype=self.mixer_dtype or self.dtype)
+        return dataclasses.replace(self, dtype=self.precision.mixer_dtype or self.dtype)
 
     @property
     def feedforward_config(self) -> "ModelConfig":
         """Config of the feed-forward of a block, with the dtype of feed-forwards."""
-        return dataclasses.replace(self, dtype=self.feedforward_dtype or self.dtype)
+        return dataclasses.replace(self, dtype=self.precision.feedforward_dtype or self.dtype)
 
     @property
     def has_qkv_bias(self) -> bool:
         """True if the query, key and value projections have biases."""
-        return self.bias if self.qkv_bias is None else self.qkv_bias
+        return self.bias if self.attention.qkv_bias is None else self.attention.qkv_bias
 
     @property
     def has_attention_output_bias(self) -> bool:
         """True if the output projection of attention has a bias."""
-        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+        return self.bias if self.attention.output_bias is None else self.attention.output_bias
 
     @property
     def has_feedforward_bias(self) -> bool:
@@ -430,12 +479,12 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Channels of a head."""
-        return self.head_dim or self.d_model // self.n_heads
+        return self.attention.head_dim or self.d_model // self.attention.n_heads
 
     @property
     def rotated_channels(self) -> int:
         """Channels of a head that RoPE rotates."""
-        return int(self.head_width * self.rope_fraction)
+        return int(self.head_width * self.rope.fraction)
 
     def get_extra(self, name: str) -> float:
         """The value of a knob in `extra`, for components outside this package. Raises UserError if it is not set."""
@@ -762,32 +811,35 @@ def for_inference(model: ModelConfig) -> ModelConfig:
     Knobs that only training reads are 0, so that models that differ in these alone share a program, and the attention
     kernel is chosen for the current device instead of the one that trained the model.
     """
-    return dataclasses.replace(
+    return replace_paths(
         model,
-        dropout=0.0,
-        init_std=0.0,
-        load_balance_loss_weight=0.0,
-        router_z_loss=0.0,
-        attention_kernel="auto",
-        save_residuals=False,
+        {
+            "dropout": 0.0,
+            "init_std": 0.0,
+            "moe.load_balance_loss_weight": 0.0,
+            "moe.router_z_loss": 0.0,
+            "attention.kernel": "auto",
+            "save_residuals": False,
+        },
     )
 
 
 # Fields by dotted path.
 
 
-def _walk(cls: type, prefix: str) -> dict[str, dataclasses.Field[Any]]:
+def fields_by_path(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Return the dataclass fields of a config class, or of one of its groups, by dotted path."""
     fields: dict[str, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(cls):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
-            fields |= _walk(field.type, prefix + field.name + ".")
+            fields |= fields_by_path(field.type, prefix + field.name + ".")
         else:
             fields[prefix + field.name] = field
     return fields
 
 
 FIELDS: dict[str, dataclasses.Field[Any]] = {
-    path: field for path, field in _walk(Config, "").items() if path != "stages"
+    path: field for path, field in fields_by_path(Config).items() if path != "stages"
 }
 
 
@@ -808,9 +860,9 @@ def get_path(config: Any, path: str) -> Any:
     return config
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Return every knob of a config except its stages by dotted path, in the order of the classes above."""
-    return {path: get_path(config, path) for path in FIELDS}
+def flatten(config: Any) -> dict[str, Any]:
+    """Return every knob of a config, or of one of its groups, except stages, by dotted path in order of declaration."""
+    return {path: get_path(config, path) for path in fields_by_path(type(config)) if path != "stages"}
 
 
 def defaults() -> dict[str, Any]:
@@ -903,11 +955,11 @@ def with_steps(config: Config, steps: Mapping[str, int]) -> Config:
     return replace_paths(config, {"stages": tuple(parts), EPOCHS: None})
 
 
-def replace_paths(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of `config` with the values at some dotted paths replaced. The values are taken as they are."""
+def replace_paths(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """Return a copy of a config, or of one of its groups, with the values at some dotted paths replaced, unchecked."""
     for path, value in values.items():
         *groups, name = path.split(".")
-        nodes = [config]
+        nodes: list[Any] = [config]
         for group in groups:
             nodes.append(getattr(nodes[-1], group))
         for node, child in zip(reversed(nodes), reversed([*groups, name]), strict=True):
@@ -929,6 +981,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     plain["stages"] = [{"name": stage.name, **unflatten(dict(stage.overrides))} for stage in config.stages]
     return json.loads(json.dumps(plain))
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
+    """Return a config, or one of its groups, with the values of all its knobs by dotted path; they are not checked."""
+    hints = typing.get_type_hints(cls)
+    fields = {name: (prefix + name, hint) for name, hint in hints.items()}
+    return cls(
+        **{
+            name: values[path] if path in values else build(hint, values, path + ".")
+            for name, (path, hint) in fields.items()
+        }
+    )
 
 
 def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def resolve(tree: Tree) -> Config:
         if path not in given:
             raise UserError(f"config.{path} has no value. Recipes start from configs/base.py, which has every knob.")
     values = {path: validate_value(path, value, f"config.{path}") for path, value in given.items()}
-    config = _build(Config, values | {"stages": _resolve_stages(listed_stages)})
+    config = schema.build(Config, values | {"stages": _resolve_stages(listed_stages)})
     _check_epochs(config)
     for stage in schema.stages(config):
         check_combinations(stage.config)
@@ -99,18 +99,6 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
             overrides[path] = validate_value(path, value, f"{where}.{path}")
         result.append(schema.StageConfig(name, tuple(sorted(overrides.items()))))
     return tuple(result)
-
-
-def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Build a dataclass from values by dotted path."""
-    hints = typing.get_type_hints(cls)
-    paths = {name: prefix + name for name in hints}
-    return cls(
-        **{
-            name: values[path] if path in values else _build(hints[name], values, path + ".")
-            for name, path in paths.items()
-        }
-    )
 
 
 def override(tree: Any, path: str, value: Any) -> None:
@@ -341,7 +329,7 @@ def unknown_key_message(path: str, where: str = "config") -> str:
     return f"{where}.{path}: unknown field.{hint}"
 
 
-PLAIN_PARTS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}
+DEFAULT_PATTERNS = {"mixers": ("attention",), "feedforwards": ("swiglu",), "positions": ("rope",)}
 
 
 def check_model(model: schema.ModelConfig) -> None:
@@ -350,45 +338,55 @@ def check_model(model: schema.ModelConfig) -> None:
     Raises:
         UserError: Some knobs are incompatible.
     """
-    heads = model.n_heads
-    if model.head_dim is None and model.d_model % heads:
+    for knob in ("mixers", "feedforwards", "positions"):
+        if not getattr(model, knob):
+            raise UserError(f"config.model.{knob} is empty; {DEFAULT_PATTERNS[knob]!r} is the usual value.")
+    _check_attention(model)
+    if {"rope", "local_rope"} & set(model.positions):
+        _check_rope(model)
+    if "rg_lru" in model.mixers:
+        width, blocks = model.recurrent.width or model.d_model, model.recurrent.blocks or 1
+        if width % blocks:
+            raise UserError(
+                f"config.model.recurrent.blocks={blocks} does not divide the {width} channels of rg_lru "
+                "(config.model.recurrent.width, or else d_model)."
+            )
+    if "moe" in model.feedforwards:
+        _check_moe(model.moe)
+
+
+def _check_attention(model: schema.ModelConfig) -> None:
+    heads, kv_heads = model.attention.n_heads, model.attention.n_kv_heads
+    if model.attention.head_dim is None and model.d_model % heads:
         start = min(heads, model.d_model)
         nearby = (n for distance in range(start) for n in (start - distance, start + distance))
         nearest = next(n for n in nearby if model.d_model % n == 0)
         raise UserError(
-            f"config.model.d_model={model.d_model} is not divisible by config.model.n_heads={heads}; "
-            f"the nearest number of heads that divides it is {nearest} (or give config.model.head_dim)."
+            f"config.model.d_model={model.d_model} is not divisible by config.model.attention.n_heads={heads}; the "
+            f"nearest number of heads that divides it is {nearest} (or give config.model.attention.head_dim)."
         )
-    if model.n_kv_heads is not None and heads % model.n_kv_heads:
+    if kv_heads is not None and heads % kv_heads:
         raise UserError(
-            f"config.model.n_heads={heads} is not divisible by config.model.n_kv_heads={model.n_kv_heads}: "
+            f"config.model.attention.n_heads={heads} is not divisible by config.model.attention.n_kv_heads={kv_heads}: "
             "each key/value head serves the same number of query heads."
         )
-    for knob in ("mixers", "feedforwards", "positions"):
-        if not getattr(model, knob):
-            raise UserError(f"config.model.{knob} names no part; {PLAIN_PARTS[knob]!r} is the usual one.")
-    if {"rope", "local_rope"} & set(model.positions):
-        _check_rope(model)
-    if "latent_attention" in model.mixers and model.qk_norm != "none":
+    if "latent_attention" in model.mixers and model.attention.qk_norm != "none":
         raise UserError(
-            f"config.model.qk_norm={model.qk_norm!r} cannot go with latent_attention, which makes no keys to decode; "
-            "its latent is normalised."
+            f"config.model.attention.qk_norm={model.attention.qk_norm!r} cannot be used with latent_attention, which "
+            "normalizes its latent and computes no keys when it decodes."
         )
-    width = model.recurrent_width or model.d_model
-    if "rg_lru" in model.mixers and width % (model.recurrent_blocks or 1):
+
+
+def _check_moe(moe: schema.MoEConfig) -> None:
+    if moe.experts_per_token > moe.n_experts:
         raise UserError(
-            f"config.model.recurrent_blocks={model.recurrent_blocks} does not divide the {width} channels of rg_lru "
-            "(config.model.recurrent_width, or else d_model)."
+            f"config.model.moe.experts_per_token={moe.experts_per_token} is more than "
+            f"config.model.moe.n_experts={moe.n_experts}."
         )
-    if "moe" in model.feedforwards and model.experts_per_token > model.n_experts:
+    if moe.experts_per_token == 1 and moe.norm_topk_prob:
         raise UserError(
-            f"config.model.experts_per_token={model.experts_per_token} is more than "
-            f"config.model.n_experts={model.n_experts}."
-        )
-    if "moe" in model.feedforwards and model.experts_per_token == 1 and model.norm_topk_prob:
-        raise UserError(
-            "config.model.norm_topk_prob=True makes the weight of a single expert 1, so that the loss cannot train "
-            "the router; with config.model.experts_per_token=1 use --config.model.norm_topk_prob=False."
+            "config.model.moe.norm_topk_prob=True makes the weight of a single expert 1, so that the loss cannot train "
+            "the router; with config.model.moe.experts_per_token=1 use --config.model.moe.norm_topk_prob=False."
         )
 
 
@@ -427,32 +425,29 @@ def check_combinations(config: Config) -> None:
 
 
 def _check_rope(model: schema.ModelConfig) -> None:
-    width = model.rotated_channels
+    rope, width = model.rope, model.rotated_channels
     if width % 2:
         raise UserError(
             f"config.model.positions: RoPE rotates pairs of channels, so their number must be even, not {width} "
-            f"(config.model.rope_fraction={model.rope_fraction:g} of {model.head_width})."
+            f"(config.model.rope.fraction={rope.fraction:g} of {model.head_width})."
         )
-    if model.rope_scaling in ("llama3", "yarn", "longrope") and model.rope_original_context is None:
+    if rope.scaling in ("llama3", "yarn", "longrope") and rope.original_context is None:
         raise UserError(
-            f"config.model.rope_scaling={model.rope_scaling!r} needs config.model.rope_original_context, the context "
+            f"config.model.rope.scaling={rope.scaling!r} needs config.model.rope.original_context, the context length "
             "that the model was trained with before."
         )
-    if model.rope_scaling == "longrope":
-        _check_longrope(model)
-
-
-def _check_longrope(model: schema.ModelConfig) -> None:
+    if rope.scaling != "longrope":
+        return
     if "latent_attention" in model.mixers:
-        raise UserError("config.model.rope_scaling='longrope' cannot go with latent_attention, which has other widths.")
-    if model.rope_original_context == 1:
-        raise UserError("config.model.rope_original_context must be at least 2 for rope_scaling='longrope'.")
-    for knob in ("rope_short_factors", "rope_long_factors"):
-        given, pairs = len(getattr(model, knob)), model.rotated_channels // 2
-        if min(getattr(model, knob), default=1) < 1e-6:
-            raise UserError(f"config.model.{knob}: factors are above 0, not {min(getattr(model, knob)):g}.")
-        if given != pairs:
+        raise UserError("config.model.rope.scaling='longrope' cannot be used with latent_attention: its widths differ.")
+    if rope.original_context == 1:
+        raise UserError("config.model.rope.original_context must be at least 2 for rope.scaling='longrope'.")
+    for knob in ("short_factors", "long_factors"):
+        factors, pairs = getattr(rope, knob), width // 2
+        if min(factors, default=1) < 1e-6:
+            raise UserError(f"config.model.rope.{knob}: factors must be above 0, not {min(factors):g}.")
+        if len(factors) != pairs:
             raise UserError(
-                f"config.model.{knob} has {given} numbers; RoPE turns {pairs} pairs of channels, and longrope needs a "
-                "factor for each."
+                f"config.model.rope.{knob} has {len(factors)} numbers; RoPE rotates {pairs} pairs of channels, and "
+                "longrope needs a factor for each."
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.conformance import (
     component_checks,
     cost_checks,
@@ -34,11 +34,11 @@ CASE = Case(17, 3)
 def heads(subject: Subject) -> str:
     """Check causality, parameter use and the KV cache with one, two and all key-value heads."""
     model = subject.small_model
-    counts = [count for count in (1, 2, model.n_heads) if model.n_heads % count == 0]
-    others = {count: dataclasses.replace(model, n_kv_heads=count) for count in counts}
+    counts = [count for count in (1, 2, model.attention.n_heads) if model.attention.n_heads % count == 0]
+    others = {count: replace_paths(model, {"attention.n_kv_heads": count}) for count in counts}
     others = {count: other for count, other in others.items() if _shapes(other) != _shapes(model)}
     for count, other in others.items():
-        here = f"with {count} of {model.n_heads} heads of keys and values"
+        here = f"with {count} of {model.attention.n_heads} heads of keys and values"
         there = dataclasses.replace(subject, model=other)
         require_causal(influence(long_model(other), CASE), CASE, here)
         require_used(other, here)

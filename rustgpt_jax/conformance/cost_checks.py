@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.conformance import fixtures
 from rustgpt_jax.conformance.fixtures import LENGTH, Broken
 from rustgpt_jax.conformance.targets import Subject
@@ -23,17 +23,17 @@ FLOPS_ERROR = 0.05
 # Sizes at which matrix products are nearly all that there is to do.
 LARGE: dict[str, Any] = {
     "d_model": 1024,
-    "n_heads": 8,
-    "head_dim": 128,
-    "rope_short_factors": (1.0,) * 64,
-    "rope_long_factors": (2.0,) * 64,
+    "attention.n_heads": 8,
+    "attention.head_dim": 128,
+    "rope.short_factors": (1.0,) * 64,
+    "rope.long_factors": (2.0,) * 64,
     "d_ff": 2048,
-    "d_expert": 2048,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "recurrent_width": 1024,
+    "moe.d_expert": 2048,
+    "mla.kv_lora_rank": 512,
+    "mla.qk_rope_head_dim": 64,
+    "recurrent.width": 1024,
     # Of channels that are many, a share that may be odd; it changes no product.
-    "rope_fraction": 1.0,
+    "rope.fraction": 1.0,
 }
 WINDOW = 128
 DEPTH = 16
@@ -80,7 +80,9 @@ def flops(subject: Subject) -> str:
 
     XLA counts the body of a loop once. Layers in a loop must be declared to cost what they cost without one.
     """
-    model = dataclasses.replace(subject.small_model, **LARGE, n_kv_heads=2, n_layers=subject.small_model.period)
+    model = replace_paths(
+        subject.small_model, LARGE | {"attention.n_kv_heads": 2, "n_layers": subject.small_model.period}
+    )
     declared = WINDOW * forward_flops_per_token(model, WINDOW, loops_once=True)
     counted = _flops_by_xla(model)
     if abs(declared / counted - 1) > FLOPS_ERROR:

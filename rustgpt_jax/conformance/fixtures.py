@@ -1,6 +1,5 @@
 """The few compiled programs that all checks of a model share, and what they are run on."""
 
-import dataclasses
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, build, fields_by_path, flatten, get_path
 from rustgpt_jax.config.validation import check_model, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model import transformer
@@ -24,32 +23,32 @@ ROWS = 16  # rows in a batch: one for each prefix of a row, and some more
 # The checks need a distinct token for every position of LENGTH rows, one spare token, and LENGTH positions.
 LEAST = {"vocab_size": LENGTH * LENGTH + 1, "context_length": LENGTH}
 
-SMALL: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {
+SMALL: dict[str, Any] = flatten(ModelConfig()) | {
     "vocab_size": 151,
     "context_length": 64,
     "n_layers": 2,
     "d_model": 32,
-    "n_kv_heads": 2,
-    "head_dim": 8,
+    "attention.n_kv_heads": 2,
+    "attention.head_dim": 8,
     "d_ff": 48,
     "norm_eps": 1e-5,
     "bias": True,
     "tie_embeddings": False,
     # Shorter than a row, so that tokens leave the window.
-    "local_window": 5,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "conv_width": 3,
-    "recurrent_width": 24,
-    "rope_theta": 100.0,
-    "local_rope_theta": 50.0,
-    "rope_factor": 2.0,
-    "rope_original_context": 32,
-    "rope_short_factors": (1.0, 1.5, 2.0, 2.5),
-    "rope_long_factors": (1.0, 2.0, 3.0, 4.0),
-    "n_experts": 4,
-    "d_expert": 24,
-    "router_z_loss": 0.001,
+    "attention.local_window": 5,
+    "mla.kv_lora_rank": 16,
+    "mla.qk_rope_head_dim": 4,
+    "recurrent.conv_width": 3,
+    "recurrent.width": 24,
+    "rope.theta": 100.0,
+    "rope.local_theta": 50.0,
+    "rope.factor": 2.0,
+    "rope.original_context": 32,
+    "rope.short_factors": (1.0, 1.5, 2.0, 2.5),
+    "rope.long_factors": (1.0, 2.0, 3.0, 4.0),
+    "moe.n_experts": 4,
+    "moe.d_expert": 24,
+    "moe.router_z_loss": 0.001,
     # Of order d_model^-1/2, so that the output of a layer is as large as its input, and every weight matters.
     "init_std": 0.2,
 }
@@ -71,7 +70,7 @@ def small_model(**changes: Any) -> ModelConfig:
     for name, least in LEAST.items():
         if values[name] is None or values[name] < least:
             raise UserError(f"check: config.model.{name} must be at least {least} here, not {values[name]!r}.")
-    model = ModelConfig(**values)
+    model = build(ModelConfig, values)
     check_model(model)
     return model
 
@@ -270,9 +269,9 @@ def run_forward(params: Any, rows: Rows, model: ModelConfig) -> tuple[Any, np.nd
 def numbers_of(config: Any) -> dict[str, Any]:
     """The knobs of a part of a config that a training program takes as arguments, as arrays."""
     return {
-        field.name: np.float32(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.metadata["traced"] and not (field.metadata["static_if_zero"] and getattr(config, field.name) == 0)
+        path: np.float32(get_path(config, path))
+        for path, field in fields_by_path(type(config)).items()
+        if field.metadata["traced"] and not (field.metadata["static_if_zero"] and get_path(config, path) == 0)
     }
 
 

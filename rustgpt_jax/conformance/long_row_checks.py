@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.conformance import fixtures
 from rustgpt_jax.conformance.fixtures import Broken, require_finite
 from rustgpt_jax.conformance.targets import Scope, Subject
@@ -332,7 +332,9 @@ def drift(subject: Subject) -> str:
 
 def _with_one_head(model: ModelConfig) -> ModelConfig:
     """Return the model with one head if its parameters can be initialized that way: scores of long rows are large."""
-    one = dataclasses.replace(model, n_heads=1, n_kv_heads=1, head_dim=model.head_width)
+    one = replace_paths(
+        model, {"attention.n_heads": 1, "attention.n_kv_heads": 1, "attention.head_dim": model.head_width}
+    )
     try:
         parameter_shapes(one)
     except Exception:

@@ -1,12 +1,11 @@
 """Who sees whom: no later token, no other document, no other row and no padding; and what a cache changes: nothing."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.conformance import fixtures
 from rustgpt_jax.conformance.fixtures import (
     LENGTH,
@@ -383,7 +382,7 @@ def prefill(subject: Subject) -> str:
     is_exhaustive = subject.scope is Scope.EXHAUSTIVE
     lengths = ALL_LENGTHS if is_exhaustive else PREFILL_LENGTHS
     worst = max(worst, _whole_prompts(model, lengths))
-    windowed = dataclasses.replace(model, local_window=WINDOW)
+    windowed = replace_paths(model, {"attention.local_window": WINDOW})
     if is_exhaustive and _cache_shapes(windowed) != _cache_shapes(model):
         worst = max(worst, _ragged(windowed), _whole_prompts(windowed, lengths))
     return f"prompts of {lengths[0]} to {lengths[-1]} tokens, positions to {SLOTS}: within {worst:.0e}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, get_path
 from rustgpt_jax.config.validation import TREES
 from rustgpt_jax.conformance.fixtures import small_model
 from rustgpt_jax.data.datasets import CORPORA
@@ -32,7 +32,7 @@ KNOBS = {
     "feedforwards": "feedforwards",
     "norms": "norm",
     "positions": "positions",
-    "rope_scalings": "rope_scaling",
+    "rope_scalings": "rope.scaling",
 }
 TABLES: dict[str, Mapping[str, Any]] = {
     "mixers": MIXERS,
@@ -141,7 +141,7 @@ def model_of(kind: str, name: str, changes: Mapping[str, Any]) -> ModelConfig:
     else:
         model = small_model(**{KNOBS[kind]: name, **changes})
     for table, knob in KNOBS.items():
-        value = getattr(model, knob)
+        value = get_path(model, knob)
         names = (value,) if isinstance(value, str) else value
         for each in names:
             lookup(TABLES[table], each, f"config.model.{knob}")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, flatten, replace_paths
 from rustgpt_jax.conformance import fixtures
 from rustgpt_jax.conformance.fixtures import LENGTH, ROWS_OF_LOGITS, SMALL, Broken, crash, require_close
 from rustgpt_jax.conformance.long_row_checks import (
@@ -98,7 +98,7 @@ def dropout(subject: Subject) -> str:
 @cache
 def _compiled_trials() -> Any:
     def one(params: Any, hparams: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
-        return fixtures.forward_and_backward(params, rows, dataclasses.replace(model, **hparams))
+        return fixtures.forward_and_backward(params, rows, replace_paths(model, hparams))
 
     def all_trials(params: Any, hparams: Any, rows: fixtures.Rows, model: ModelConfig) -> fixtures.Result:
         return jax.vmap(lambda params, hparams: one(params, hparams, rows, model))(params, hparams)
@@ -109,7 +109,7 @@ def _compiled_trials() -> Any:
 @cache
 def _compiled_inits() -> Any:
     def one(key: jax.Array, hparams: Any, model: ModelConfig) -> Any:
-        return transformer.init(key, dataclasses.replace(model, **hparams))
+        return transformer.init(key, replace_paths(model, hparams))
 
     def all_trials(keys: jax.Array, hparams: Any, model: ModelConfig) -> Any:
         return jax.vmap(lambda key, hparams: one(key, hparams, model))(keys, hparams)
@@ -170,9 +170,7 @@ def eight_devices_are_one(subject: Subject) -> str:
 
 def _in_a_child(subject: Subject) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    changes = {
-        field: value for field, value in dataclasses.asdict(subject.small_model).items() if value != SMALL[field]
-    }
+    changes = {field: value for field, value in flatten(subject.small_model).items() if value != SMALL[field]}
     command = [sys.executable, "-m", "rustgpt_jax.conformance.transform_checks", subject.title, json.dumps(changes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -74,7 +74,7 @@ def _unstack_params(params: transformer.Params, *, model: ModelConfig, layout: W
         stacked = params["blocks"][str(index)]
         layers = [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(len(group.layers))]
         blocks[str(index)] = [_convert_layer(layer, group.block, layout) for layer in layers]
-    head = {"kernel": _convert_kernel(_head_kernel(params, model), model.logits_dtype or model.dtype, layout)}
+    head = {"kernel": _convert_kernel(_head_kernel(params, model), model.precision.logits_dtype or model.dtype, layout)}
     return params | {"blocks": blocks, "head": head}
 
 
@@ -90,10 +90,10 @@ def _convert_layer(params: transformer.Params, block: ModelConfig, layout: Weigh
         config = kernels.get(format_path(path))
         if config is None:
             return leaf
-        if config.matmul_dtype == "float8":
+        if config.precision.matmul_dtype == "float8":
             # The scale of a float8 matrix is computed from float32 weights.
             return leaf if layout.dtype is None else _convert_kernel(leaf, config.dtype, layout)
-        return _convert_kernel(leaf, config.matmul_dtype or config.dtype, layout)
+        return _convert_kernel(leaf, config.precision.matmul_dtype or config.dtype, layout)
 
     return jax.tree_util.tree_map_with_path(convert, params)
 

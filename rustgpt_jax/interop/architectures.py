@@ -1,11 +1,11 @@
 """The Hugging Face architectures that are read and written: a family of parts, the keys of config.json, the tensors."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.interop import config_mapping as mapping
@@ -132,7 +132,7 @@ class Architecture:
         Raises UserError for one that could not be read at all.
         """
         there = self.knobs(self.hf_config(model), Path("config.json"))
-        return model_config_differences(model, replace(model, **there))
+        return model_config_differences(model, replace_paths(model, there))
 
 
 # Keys.
@@ -143,9 +143,13 @@ SIZES = (
     mapping.direct("max_position_embeddings", "context_length"),
     mapping.direct("num_hidden_layers", "n_layers"),
     mapping.direct("hidden_size", "d_model"),
-    mapping.direct("num_attention_heads", "n_heads"),
-    mapping.direct("num_key_value_heads", "n_kv_heads", lambda model: model.n_kv_heads or model.n_heads),
-    mapping.direct("head_dim", "head_dim", lambda model: model.head_width),
+    mapping.direct("num_attention_heads", "attention.n_heads"),
+    mapping.direct(
+        "num_key_value_heads",
+        "attention.n_kv_heads",
+        lambda model: model.attention.kv_heads,
+    ),
+    mapping.direct("head_dim", "attention.head_dim", lambda model: model.head_width),
     NORM_EPSILON,
     mapping.direct("tie_word_embeddings", "tie_embeddings"),
 )
@@ -226,15 +230,15 @@ _EVERY = (
             mapping.direct("n_positions", "context_length"),
             mapping.direct("n_layer", "n_layers"),
             mapping.direct("n_embd", "d_model"),
-            mapping.direct("n_head", "n_heads"),
+            mapping.direct("n_head", "attention.n_heads"),
             mapping.direct("n_inner", "d_ff", dense_width),
             mapping.direct("layer_norm_epsilon", "norm_eps"),
             mapping.direct("tie_word_embeddings", "tie_embeddings"),
             mapping.activation("activation_function", mapping.NOT_GATED),
             mapping.scale_attn_weights("scale_attn_weights"),
-            mapping.direct("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer"),
+            mapping.direct("scale_attn_by_inverse_layer_idx", "attention.scale_by_layer"),
             mapping.constant("add_cross_attention", False),
-            KeyMapping(lambda reader: {"n_kv_heads": None, "head_dim": None}, lambda model: {}),
+            KeyMapping(lambda reader: {"attention.n_kv_heads": None, "attention.head_dim": None}, lambda model: {}),
         ),
         defaults={
             "n_inner": None,
@@ -286,7 +290,7 @@ _EVERY = (
         family="gemma2",
         mappings=(
             *GEMMA,
-            mapping.softcap("attn_logit_softcapping", "attn_logit_softcap"),
+            mapping.softcap("attn_logit_softcapping", "attention.logit_softcap"),
             mapping.layer_types(_every_other),
             rope(),
         ),
@@ -317,7 +321,7 @@ _EVERY = (
             mapping.divisible_heads(),
             mapping.activation("hidden_activation", {"gelu": mapping.GATED["gelu"]}),
             mapping.softcap("logits_soft_cap", "final_logit_softcap"),
-            mapping.direct("attention_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            mapping.direct("attention_bias", "attention.qkv_bias", lambda model: model.has_qkv_bias),
             mapping.block_types(),
             mapping.rounded_embedding_scale(),
             rope(has_fraction=True, types={"default": "default"}),
@@ -345,7 +349,7 @@ _EVERY = (
         mappings=(
             *(mapping.direct("layer_norm_eps", "norm_eps") if each is NORM_EPSILON else each for each in GATED),
             mapping.divisible_heads(),
-            mapping.direct("use_qkv_bias", "qkv_bias", lambda model: model.has_qkv_bias),
+            mapping.direct("use_qkv_bias", "attention.qkv_bias", lambda model: model.has_qkv_bias),
             mapping.constant("qk_layernorm", False),
             mapping.constant("use_parallel_residual", False),
             rope(has_fraction=True),
@@ -375,7 +379,7 @@ _EVERY = (
             ),
             KeyMapping(
                 lambda reader: {},
-                lambda model: {"original_max_position_embeddings": model.rope_original_context or model.context_length},
+                lambda model: {"original_max_position_embeddings": model.rope.original_context or model.context_length},
             ),
         ),
         defaults=USUAL_DEFAULTS | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},

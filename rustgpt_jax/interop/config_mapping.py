@@ -4,7 +4,6 @@ A correspondence reads some keys into knobs and writes them back. What a family 
 comes out as another value on writing: whoever writes a config.json reads it again and compares.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, flatten, get_path
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.linear import default_glu_width
@@ -91,13 +90,23 @@ def read_json(file: Path) -> dict[str, Any]:
 
 # Knobs that only some components read.
 READ_ONLY_BY: tuple[tuple[set[str], tuple[str, ...]], ...] = (
-    ({"local_attention"}, ("local_window",)),
-    ({"latent_attention"}, ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim")),
-    ({"rg_lru"}, ("bias", "scale_first_token", "recurrent_width", "recurrent_blocks")),
-    ({"rg_lru", "deltanet"}, ("conv_width",)),
-    ({"moe"}, ("n_experts", "experts_per_token", "d_expert", "expert_activation", "norm_topk_prob", "capacity_factor")),
-    ({"rope", "local_rope"}, ("rope_fraction",)),
-    ({"local_rope"}, ("local_rope_theta",)),
+    ({"local_attention"}, ("attention.local_window",)),
+    ({"latent_attention"}, ("mla.kv_lora_rank", "mla.q_lora_rank", "mla.qk_rope_head_dim")),
+    ({"rg_lru"}, ("bias", "recurrent.scale_first_token", "recurrent.width", "recurrent.blocks")),
+    ({"rg_lru", "deltanet"}, ("recurrent.conv_width",)),
+    (
+        {"moe"},
+        (
+            "moe.n_experts",
+            "moe.experts_per_token",
+            "moe.d_expert",
+            "moe.expert_activation",
+            "moe.norm_topk_prob",
+            "moe.capacity_factor",
+        ),
+    ),
+    ({"rope", "local_rope"}, ("rope.fraction",)),
+    ({"local_rope"}, ("rope.local_theta",)),
 )
 
 GATED_KINDS = {"swiglu", "geglu", "geglu_exact", "reglu", "relu_squared_glu"}
@@ -122,12 +131,12 @@ def dense_width(model: ModelConfig) -> int:
 
 def expert_width(model: ModelConfig) -> int:
     """Return the hidden width of an expert."""
-    return model.d_expert or model.d_ff or default_glu_width(model.d_model)
+    return model.moe.d_expert or model.d_ff or default_glu_width(model.d_model)
 
 
 def effective_attention_scale(model: ModelConfig) -> float:
     """Return the factor that attention scores are multiplied by."""
-    return model.head_width**-0.5 if model.attention_scale is None else model.attention_scale
+    return model.head_width**-0.5 if model.attention.scale is None else model.attention.scale
 
 
 def canonical_config(model: ModelConfig) -> dict[str, Any]:
@@ -135,46 +144,48 @@ def canonical_config(model: ModelConfig) -> dict[str, Any]:
     patterns = {
         knob: expand_pattern(getattr(model, knob), model.n_layers) for knob in ("mixers", "feedforwards", "positions")
     }
-    knobs = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    knobs = flatten(model)
     knobs |= patterns | {
-        "n_kv_heads": model.n_kv_heads or model.n_heads,
-        "head_dim": model.head_width,
-        "qkv_bias": model.has_qkv_bias,
-        "attention_output_bias": model.has_attention_output_bias,
+        "attention.n_kv_heads": model.attention.kv_heads,
+        "attention.head_dim": model.head_width,
+        "attention.qkv_bias": model.has_qkv_bias,
+        "attention.output_bias": model.has_attention_output_bias,
         "feedforward_bias": model.has_feedforward_bias,
         "norm_bias": model.has_norm_bias and model.norm == "layernorm",
         "embedding_scale": (model.embedding_scale or model.d_model**0.5) if model.scale_embeddings else 1.0,
-        "attention_scale": effective_attention_scale(model),
+        "attention.scale": effective_attention_scale(model),
         "d_ff": dense_width(model),
-        "d_expert": expert_width(model),
-        "recurrent_width": model.recurrent_width or model.d_model,
-        "recurrent_blocks": model.recurrent_blocks or 1,
+        "moe.d_expert": expert_width(model),
+        "recurrent.width": model.recurrent.width or model.d_model,
+        "recurrent.blocks": model.recurrent.blocks or 1,
     }
     components = {name for names in patterns.values() for name in names}
     unread = {knob for readers, names in READ_ONLY_BY if not readers & components for knob in names}
     if not set(patterns["feedforwards"]) - {"moe"}:
         unread |= {"d_ff", "feedforward_bias"}
     rope = _rope(model) if "rope" in components else {}
-    unread |= {knob for knob in knobs if knob.startswith("rope_") and knob != "rope_fraction"} - rope.keys()
+    unread |= {
+        knob for knob in knobs if knob.startswith("rope.") and knob not in ("rope.fraction", "rope.local_theta")
+    } - rope.keys()
     return {knob: value for knob, value in (knobs | rope).items() if knob not in unread | NOT_IN_LOGITS}
 
 
 def _rope(model: ModelConfig) -> dict[str, Any]:
-    scaling = model.rope_scaling
-    knobs: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    scaling = model.rope.scaling
+    knobs: dict[str, Any] = {"rope.theta": model.rope.theta, "rope.scaling": scaling}
     if scaling in ("linear", "llama3", "yarn"):
-        knobs["rope_factor"] = model.rope_factor
+        knobs["rope.factor"] = model.rope.factor
     if scaling in ("llama3", "yarn"):
-        turns = ("rope_original_context", "rope_beta_slow", "rope_beta_fast")
-        knobs |= {knob: getattr(model, knob) for knob in turns}
-    knobs["rope_truncate"] = model.rope_truncate or scaling != "yarn"
+        turns = ("rope.original_context", "rope.beta_slow", "rope.beta_fast")
+        knobs |= {knob: get_path(model, knob) for knob in turns}
+    knobs["rope.truncate"] = model.rope.truncate or scaling != "yarn"
     # Compare only the factors in use.
     factors = longrope_factors(model) if scaling == "longrope" else ()
-    knobs["rope_short_factors"] = knobs["rope_long_factors"] = factors
-    usual = 0.1 * math.log(model.rope_factor) + 1 if scaling == "yarn" else 1.0
-    if scaling == "longrope" and model.rope_original_context is not None:
-        usual = math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_context))
-    knobs["rope_attention_factor"] = usual if model.rope_attention_factor is None else model.rope_attention_factor
+    knobs["rope.short_factors"] = knobs["rope.long_factors"] = factors
+    usual = 0.1 * math.log(model.rope.factor) + 1 if scaling == "yarn" else 1.0
+    if scaling == "longrope" and model.rope.original_context is not None:
+        usual = math.sqrt(1 + math.log(model.rope.factor) / math.log(model.rope.original_context))
+    knobs["rope.attention_factor"] = usual if model.rope.attention_factor is None else model.rope.attention_factor
     return knobs
 
 
@@ -206,7 +217,7 @@ def direct(key: str, knob: str, of: Callable[[ModelConfig], Any] | None = None) 
     """Map a key to a knob; `of` computes the written value if it differs from the knob's."""
     return KeyMapping(
         lambda reader: {knob: reader.parse(key, knob)},
-        lambda model: {key: getattr(model, knob) if of is None else of(model)},
+        lambda model: {key: get_path(model, knob) if of is None else of(model)},
     )
 
 
@@ -260,8 +271,8 @@ def activation(key: str, feedforwards: Mapping[str, str]) -> KeyMapping:
 def expert_activation(key: str) -> KeyMapping:
     """Map the activation of experts."""
     return KeyMapping(
-        lambda reader: {"feedforwards": ("moe",), "expert_activation": _activation(reader, key, GATED)},
-        lambda model: {key: _hf_activation_name(model.expert_activation)},
+        lambda reader: {"feedforwards": ("moe",), "moe.expert_activation": _activation(reader, key, GATED)},
+        lambda model: {key: _hf_activation_name(model.moe.expert_activation)},
     )
 
 
@@ -281,7 +292,7 @@ def attention_bias(key: str) -> KeyMapping:
     """Map biases in the four projections of attention."""
 
     def read(reader: HFConfigReader) -> Knobs:
-        return dict.fromkeys(("qkv_bias", "attention_output_bias"), reader.parse(key, "bias"))
+        return dict.fromkeys(("attention.qkv_bias", "attention.output_bias"), reader.parse(key, "bias"))
 
     return KeyMapping(read, lambda model: {key: model.has_qkv_bias})
 
@@ -298,7 +309,7 @@ def softcap(key: str, knob: str) -> KeyMapping:
     """A bound by tanh, null there and 0 here for none."""
     return KeyMapping(
         lambda reader: {knob: 0.0 if reader[key] is None else reader.parse(key, knob)},
-        lambda model: {key: getattr(model, knob) or None},
+        lambda model: {key: get_path(model, knob) or None},
     )
 
 
@@ -306,10 +317,10 @@ def query_pre_attn_scalar(key: str) -> KeyMapping:
     """The number whose root scores are divided by."""
 
     def read(reader: HFConfigReader) -> Knobs:
-        value = reader.parse(key, "attention_scale")
+        value = reader.parse(key, "attention.scale")
         if not value:
             raise reader.unsupported(key, "scores are divided by its root")
-        return {"attention_scale": value**-0.5}
+        return {"attention.scale": value**-0.5}
 
     def write(model: ModelConfig) -> Keys:
         scale = effective_attention_scale(model)
@@ -321,7 +332,7 @@ def query_pre_attn_scalar(key: str) -> KeyMapping:
 def scale_attn_weights(key: str) -> KeyMapping:
     """Whether scores are multiplied by head_dim^-1/2, or by nothing (GPT-2)."""
     return KeyMapping(
-        lambda reader: {"attention_scale": None if reader.parse(key, "bias") else 1.0},
+        lambda reader: {"attention.scale": None if reader.parse(key, "bias") else 1.0},
         lambda model: {key: effective_attention_scale(model) != 1.0},
     )
 
@@ -349,11 +360,14 @@ def sliding_window_in_all_layers(switch: str | None = None) -> KeyMapping:
     def read(reader: HFConfigReader) -> Knobs:
         if reader["sliding_window"] is None or (switch is not None and not reader.boolean(switch)):
             return {"mixers": ("attention",)}
-        return {"mixers": ("local_attention",), "local_window": reader.parse("sliding_window", "local_window")}
+        return {
+            "mixers": ("local_attention",),
+            "attention.local_window": reader.parse("sliding_window", "attention.local_window"),
+        }
 
     def write(model: ModelConfig) -> Keys:
         is_local = model.mixers[0] == "local_attention"
-        keys: Keys = {"sliding_window": model.local_window if is_local else None}
+        keys: Keys = {"sliding_window": model.attention.local_window if is_local else None}
         return keys if switch is None else {switch: is_local, **keys}
 
     return KeyMapping(read, write)
@@ -451,7 +465,7 @@ def _mixers(reader: HFConfigReader, types: Sequence[str]) -> Knobs:
         return {"mixers": mixers}
     if reader["sliding_window"] is None:
         raise reader.unsupported("sliding_window", f"some layers are {SLIDING}")
-    return {"mixers": mixers, "local_window": reader.parse("sliding_window", "local_window")}
+    return {"mixers": mixers, "attention.local_window": reader.parse("sliding_window", "attention.local_window")}
 
 
 def _layer_types_of(model: ModelConfig) -> list[str]:
@@ -460,16 +474,16 @@ def _layer_types_of(model: ModelConfig) -> list[str]:
 
 
 def _window(model: ModelConfig) -> int | None:
-    return model.local_window if SLIDING in _layer_types_of(model) else None
+    return model.attention.local_window if SLIDING in _layer_types_of(model) else None
 
 
 def block_types() -> KeyMapping:
     """Map block_types, a pattern of recurrent and local attention layers (RecurrentGemma)."""
     names = {"recurrent": "rg_lru", "attention": "local_attention"}
     reads = (
-        direct("attention_window_size", "local_window"),
-        direct("conv1d_width", "conv_width"),
-        direct("num_attention_heads", "recurrent_blocks", lambda model: model.n_heads),
+        direct("attention_window_size", "attention.local_window"),
+        direct("conv1d_width", "recurrent.conv_width"),
+        direct("num_attention_heads", "recurrent.blocks", lambda model: model.attention.n_heads),
     )
 
     def read(reader: HFConfigReader) -> Knobs:
@@ -480,13 +494,13 @@ def block_types() -> KeyMapping:
         width = reader.positive_int("hidden_size" if reader["lru_width"] is None else "lru_width")
         if width % reader.positive_int("num_attention_heads"):
             raise reader.unsupported("lru_width", "it must be a multiple of num_attention_heads")
-        return read_all(reads, reader) | {"mixers": shortest_pattern(mixers), "recurrent_width": width}
+        return read_all(reads, reader) | {"mixers": shortest_pattern(mixers), "recurrent.width": width}
 
     def write(model: ModelConfig) -> Keys:
         types = {here: there for there, here in names.items()}
         return write_all(reads, model) | {
             "block_types": [types.get(name, "attention") for name in expand_pattern(model.mixers, model.n_layers)],
-            "lru_width": model.recurrent_width or model.d_model,
+            "lru_width": model.recurrent.width or model.d_model,
         }
 
     return KeyMapping(read, write)
@@ -519,13 +533,13 @@ def rounded_embedding_scale() -> KeyMapping:
 def moe_in_all_layers() -> KeyMapping:
     """Experts of width intermediate_size in every layer, with weights that add up to 1 (Mixtral)."""
     reads = (
-        direct("num_local_experts", "n_experts"),
-        direct("num_experts_per_tok", "experts_per_token"),
+        direct("num_local_experts", "moe.n_experts"),
+        direct("num_experts_per_tok", "moe.experts_per_token"),
         direct("intermediate_size", "d_ff", expert_width),
     )
 
     def read(reader: HFConfigReader) -> Knobs:
-        return read_all(reads, reader) | {"d_expert": None}
+        return read_all(reads, reader) | {"moe.d_expert": None}
 
     return KeyMapping(read, lambda model: write_all(reads, model))
 
@@ -533,10 +547,10 @@ def moe_in_all_layers() -> KeyMapping:
 def moe_in_some_layers(activation: str) -> KeyMapping:
     """Experts in every decoder_sparse_step-th layer but mlp_only_layers, which are dense (Qwen3-MoE)."""
     reads = (
-        direct("num_experts_per_tok", "experts_per_token"),
-        direct("moe_intermediate_size", "d_expert", expert_width),
+        direct("num_experts_per_tok", "moe.experts_per_token"),
+        direct("moe_intermediate_size", "moe.d_expert", expert_width),
         direct("intermediate_size", "d_ff", dense_width),
-        direct("norm_topk_prob", "norm_topk_prob"),
+        direct("norm_topk_prob", "moe.norm_topk_prob"),
     )
 
     def read(reader: HFConfigReader) -> Knobs:
@@ -546,13 +560,13 @@ def moe_in_some_layers(activation: str) -> KeyMapping:
         names = ["moe" if layer not in dense and (layer + 1) % every == 0 else plain for layer in range(layers)]
         return read_all(reads, reader) | {
             "feedforwards": shortest_pattern(names),
-            "n_experts": reader.parse("num_local_experts", "n_experts"),
+            "moe.n_experts": reader.parse("num_local_experts", "moe.n_experts"),
         }
 
     def write(model: ModelConfig) -> Keys:
         names = expand_pattern(model.feedforwards, model.n_layers)
         return write_all(reads, model) | {
-            "num_experts": model.n_experts,
+            "num_experts": model.moe.n_experts,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [layer for layer, name in enumerate(names) if name != "moe"],
         }

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
 from rustgpt_jax.atomic_io import atomic_file, translate_os_errors
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, get_path
 from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import architecture_for
@@ -314,11 +314,11 @@ class GGUFArchitecture:
     interleaved: tuple[str, ...] = ()
 
 
-UNSTRETCHED = {"rope_scaling": "none", "rope_fraction": 1.0, "feedforwards": ("swiglu",)}
+UNSTRETCHED = {"rope.scaling": "none", "rope.fraction": 1.0, "feedforwards": ("swiglu",)}
 NO_BIASES = dict.fromkeys(("has_qkv_bias", "has_attention_output_bias", "has_feedforward_bias"), False)
 # By the architecture of `transformers` that says the same model.
 GGUF_ARCHITECTURES = {
-    "GPT2LMHeadModel": GGUFArchitecture("gpt2", GPT2, {"feedforwards": ("gelu",), "attention_scale_by_layer": False}),
+    "GPT2LMHeadModel": GGUFArchitecture("gpt2", GPT2, {"feedforwards": ("gelu",), "attention.scale_by_layer": False}),
     "LlamaForCausalLM": GGUFArchitecture("llama", GATED, UNSTRETCHED | NO_BIASES, ("attn_q.", "attn_k.")),
     "Qwen3ForCausalLM": GGUFArchitecture("qwen3", GATED, UNSTRETCHED | NO_BIASES),
 }
@@ -399,7 +399,7 @@ def gguf_architecture(model: ModelConfig) -> GGUFArchitecture:
         )
     form = GGUF_ARCHITECTURES[architecture]
     for knob, there in form.fixed.items():
-        here = getattr(model, knob)
+        here = get_path(model, knob)
         if here != there:
             name = knob.removeprefix("has_")
             raise UserError(f"llama.cpp's {form.name} cannot say config.model.{name}={here!r}; there it is {there!r}.")
@@ -436,7 +436,7 @@ def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any)
         "embedding_length": model.d_model,
         "block_count": model.n_layers,
         "feed_forward_length": dense_width(model),
-        "head_count": model.n_heads,
+        "head_count": model.attention.n_heads,
         "vocab_size": vocab_size(model),
         "file_type": gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[dtype], f"MOSTLY_{TYPES[dtype]}")],
     }
@@ -444,12 +444,12 @@ def _metadata(form: GGUFArchitecture, model: ModelConfig, dtype: str, gguf: Any)
         return values | {"layer_norm_eps": model.norm_eps}
     width = model.head_width
     return values | {
-        "head_count_kv": model.n_kv_heads or model.n_heads,
+        "head_count_kv": model.attention.kv_heads,
         "key_length": width,
         "value_length": width,
         "layer_norm_rms_eps": model.norm_eps,
         "rope_dimension_count": width,
-        "rope_freq_base": model.rope_theta,
+        "rope_freq_base": model.rope.theta,
     }
 
 

@@ -226,11 +226,11 @@ MIX, MLP, RG_LRU = LAYER + "temporal_block", LAYER + "mlp_block", LAYER + "tempo
 
 
 def _recurrent_width(model: ModelConfig) -> int:
-    return model.recurrent_width or model.d_model
+    return model.recurrent.width or model.d_model
 
 
 def _by_block(model: ModelConfig) -> tuple[int, ...]:
-    blocks = model.recurrent_blocks or 1
+    blocks = model.recurrent.blocks or 1
     return (blocks, _recurrent_width(model) // blocks)
 
 
@@ -248,7 +248,7 @@ RECURRENT_GEMMA: TensorRules = {
     **_linear("mixer/gate", MIX + ".linear_y"),
     **_linear("mixer/input", MIX + ".linear_x"),
     "mixer/convolution/kernel": TensorRule(
-        MIX + ".conv_1d.weight", True, lambda model: (_recurrent_width(model), 1, model.conv_width)
+        MIX + ".conv_1d.weight", True, lambda model: (_recurrent_width(model), 1, model.recurrent.conv_width)
     ),
     "mixer/convolution/bias": TensorRule(MIX + ".conv_1d.bias"),
     "mixer/recurrence_gate/kernel": TensorRule(RG_LRU + "recurrent_gate_weight"),

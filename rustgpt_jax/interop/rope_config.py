@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, get_path
 from rustgpt_jax.config.validation import validate_value
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.config_mapping import FULL, SLIDING, HFConfigReader, KeyMapping, Keys, Knobs
@@ -20,23 +20,23 @@ NAMES = {
     "yarn": "yarn",
     "longrope": "longrope",
 }
-FACTOR = {"factor": "rope_factor"}
-STRETCHED = FACTOR | {"original_max_position_embeddings": "rope_original_context"}
+FACTOR = {"factor": "rope.factor"}
+STRETCHED = FACTOR | {"original_max_position_embeddings": "rope.original_context"}
 TURNS = {
-    "llama3": {"low_freq_factor": "rope_beta_slow", "high_freq_factor": "rope_beta_fast"},
-    "yarn": {"beta_slow": "rope_beta_slow", "beta_fast": "rope_beta_fast"},
+    "llama3": {"low_freq_factor": "rope.beta_slow", "high_freq_factor": "rope.beta_fast"},
+    "yarn": {"beta_slow": "rope.beta_slow", "beta_fast": "rope.beta_fast"},
 }
 KEYS = {
     "default": {},
     "linear": FACTOR,
     "llama3": STRETCHED | TURNS["llama3"],
     "dynamic": {},
-    "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope_attention_factor", "truncate": "rope_truncate"},
+    "yarn": STRETCHED | TURNS["yarn"] | {"attention_factor": "rope.attention_factor", "truncate": "rope.truncate"},
     "longrope": STRETCHED
     | {
-        "attention_factor": "rope_attention_factor",
-        "short_factor": "rope_short_factors",
-        "long_factor": "rope_long_factors",
+        "attention_factor": "rope.attention_factor",
+        "short_factor": "rope.short_factors",
+        "long_factor": "rope.long_factors",
     },
 }
 EVERY_TYPE = {name: name for name in NAMES}
@@ -57,7 +57,7 @@ def rope(has_fraction: bool = False, types: Mapping[str, str] = EVERY_TYPE) -> K
         return rope_knobs(reader, _stored(reader), reader["rope_theta"], has_fraction, types)
 
     def write(model: ModelConfig) -> Keys:
-        fraction: Keys = {"partial_rotary_factor": model.rope_fraction} if has_fraction else {}
+        fraction: Keys = {"partial_rotary_factor": model.rope.fraction} if has_fraction else {}
         return rope_keys(model) | fraction
 
     return KeyMapping(read, write)
@@ -71,11 +71,11 @@ def global_and_local_rope() -> KeyMapping:
         of_global = _mapping(reader, stored.get(FULL)) | _mapping(reader, reader["rope_scaling"])
         of_local = _mapping(reader, stored.get(SLIDING))
         local = rope_knobs(reader, of_local, reader["rope_local_base_freq"])
-        if local["rope_scaling"] != "none":
+        if local["rope.scaling"] != "none":
             raise reader.unsupported("rope_parameters", f"the RoPE of {SLIDING} layers is scaled")
-        return rope_knobs(reader, of_global, reader["rope_theta"]) | {"local_rope_theta": local["rope_theta"]}
+        return rope_knobs(reader, of_global, reader["rope_theta"]) | {"rope.local_theta": local["rope.theta"]}
 
-    return KeyMapping(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.local_rope_theta})
+    return KeyMapping(read, lambda model: rope_keys(model) | {"rope_local_base_freq": model.rope.local_theta})
 
 
 def rope_knobs(
@@ -108,9 +108,9 @@ def rope_knobs(
     fraction = stored.get("partial_rotary_factor", reader["partial_rotary_factor"])
     if not has_fraction and fraction not in (None, 1):
         raise UserError(f"{where}: partial_rotary_factor={fraction!r} is not what this architecture computes.")
-    knobs: Knobs = {"rope_theta": given.get("rope_theta", base), "rope_scaling": NAMES[kind]}
+    knobs: Knobs = {"rope.theta": given.get("rope_theta", base), "rope.scaling": NAMES[kind]}
     if has_fraction:
-        knobs["rope_fraction"] = 1.0 if fraction is None else fraction
+        knobs["rope.fraction"] = 1.0 if fraction is None else fraction
     if kind in ("llama3", "yarn", "longrope"):
         given["original_max_position_embeddings"] = _original_context(reader, given)
     if kind == "yarn":
@@ -132,20 +132,20 @@ def rope_knobs(
 
 def rope_keys(model: ModelConfig) -> Keys:
     """rope_theta and rope_scaling, which transformers 4 and 5 both read."""
-    kind = next((name for name, here in NAMES.items() if here == model.rope_scaling), None)
+    kind = next((name for name, here in NAMES.items() if here == model.rope.scaling), None)
     if kind in (None, "default"):
-        return {"rope_theta": model.rope_theta, "rope_scaling": None}
-    values = {key: getattr(model, knob) for key, knob in KEYS[str(kind)].items()}
+        return {"rope_theta": model.rope.theta, "rope_scaling": None}
+    values = {key: get_path(model, knob) for key, knob in KEYS[str(kind)].items()}
     if kind == "longrope":
         # `transformers` selects the factors by text length. To use the long factors for all texts, write them as the
         # short factors too.
-        is_long = longrope_factors(model) is model.rope_long_factors
-        short = model.rope_long_factors if is_long else model.rope_short_factors
-        values |= {"short_factor": list(short), "long_factor": list(model.rope_long_factors)}
+        is_long = longrope_factors(model) is model.rope.long_factors
+        short = model.rope.long_factors if is_long else model.rope.short_factors
+        values |= {"short_factor": list(short), "long_factor": list(model.rope.long_factors)}
     if values.get("truncate"):
         del values["truncate"]
     scaling = {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
-    return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+    return {"rope_theta": model.rope.theta, "rope_scaling": scaling}
 
 
 def _stored(reader: HFConfigReader) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a model costs: parameters, bytes and floating-point operations, counted from shapes alone."""
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.model import transformer
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
@@ -40,7 +39,7 @@ def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = 
     loops_once: as `matmul_flops` has it.
     """
     # In the kernels of libraries no product is to be seen. No device is asked what suits it.
-    model = dataclasses.replace(model, attention_kernel="plain", save_residuals=False)
+    model = replace_paths(model, {"attention.kernel": "plain", "save_residuals": False})
     tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens

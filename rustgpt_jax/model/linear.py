@@ -25,7 +25,7 @@ def broadcast_channels(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """y = x W (+ b), in the model's dtype, from float32 parameters; config.matmul_dtype says how it is multiplied.
+    """y = x W (+ b), in the model's dtype, from float32 parameters rounded to config.precision.matmul_dtype.
 
     W has shape (inputs, features). `residual` marks a projection into the residual stream, whose initial values are
     divided by sqrt(2 n_layers), so that the stream does not grow with depth (GPT-2). `has_bias` None: as the model.

@@ -203,20 +203,20 @@ def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) 
     x = x.astype(config.dtype)
     if isinstance(kernel, PackedWeight):
         return kernel.matmul(x)
-    if config.matmul_dtype == "float8":
+    if config.precision.matmul_dtype == "float8":
         return fp8_matmul(x, kernel)
-    operands, is_kept = config.matmul_dtype or config.dtype, saves_residuals(config)
+    operands, is_kept = config.precision.matmul_dtype or config.dtype, saves_residuals(config)
     if operands == config.dtype and not is_kept:
         return x @ kernel.astype(config.dtype)
     return matmul_with_custom_vjp(x, kernel, operands, is_kept)
 
 
 def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, letters: str, config: ModelConfig) -> jax.Array:
-    """logits_BTV in float32 at least, from factors in config.logits_dtype, or else in the model's dtype.
+    """logits_BTV in float32 at least, from factors in config.precision.logits_dtype, or else in the model's dtype.
 
     letters: the axes of the weights, "VD" of a float32 table, "DV" of a kernel.
     """
-    operands = config.logits_dtype or config.dtype
+    operands = config.precision.logits_dtype or config.dtype
     if isinstance(weights, PackedWeight):
         hidden_BTD = hidden_BTD.astype(operands)
         return weights.matmul(hidden_BTD, accum_dtype(hidden_BTD))

@@ -38,24 +38,24 @@ class MixtureOfExperts(nn.Module):
     @staticmethod
     def width(config: ModelConfig) -> int:
         """The hidden width of an expert."""
-        return config.d_expert or config.d_ff or default_glu_width(config.d_model)
+        return config.moe.d_expert or config.d_ff or default_glu_width(config.d_model)
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
         config = self.config
         width = self.width(config)
         residual_std = config.init_std / (2 * config.n_layers) ** 0.5
-        router_DX = self.param("router", normal_init(config.init_std), (config.d_model, config.n_experts))
-        shape = (config.n_experts, config.d_model, width)
+        router_DX = self.param("router", normal_init(config.init_std), (config.d_model, config.moe.n_experts))
+        shape = (config.moe.n_experts, config.d_model, width)
         gate_XDF = self.param("gate", normal_init(config.init_std), shape).astype(config.dtype)
         up_XDF = self.param("up", normal_init(config.init_std), shape).astype(config.dtype)
         down_XFD = self.param("down", normal_init(residual_std), (shape[0], width, config.d_model)).astype(config.dtype)
 
         routes = route(to_float32(x_BTD) @ to_float32(router_DX), config)
-        if config.capacity_factor:
+        if config.moe.capacity_factor:
             y_BTD, is_fed_BTX = self._fed_by_capacity(x_BTD, routes, context, gate_XDF, up_XDF, down_XFD)
         else:
-            activation = ACTIVATIONS[config.expert_activation]
+            activation = ACTIVATIONS[config.moe.expert_activation]
             hidden_BTXF = apply_activation(activation, jnp.einsum("BTD,XDF->BTXF", x_BTD, gate_XDF), config)
             hidden_BTXF = hidden_BTXF * jnp.einsum("BTD,XDF->BTXF", x_BTD, up_XDF)
             weighted_BTXF = hidden_BTXF * routes.weight_BTX[..., None].astype(hidden_BTXF.dtype)
@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
         """The output, and which tokens found a place with which experts. P counts the places of an expert in a row."""
         config, length = self.config, x_BTD.shape[1]
         is_token_BT = context.segments_BT > 0
-        share = config.capacity_factor * config.experts_per_token / config.n_experts
+        share = config.moe.capacity_factor * config.moe.experts_per_token / config.moe.n_experts
         places = min(length, math.ceil(share * length))
         # Padding makes no places.
         places_B = jnp.minimum(jnp.ceil(share * jnp.sum(is_token_BT, axis=1)), places)
@@ -88,7 +88,7 @@ class MixtureOfExperts(nn.Module):
         fed_BXPD = jax.vmap(lambda x_TD, token_XP: x_TD.at[token_XP].get(mode="fill", fill_value=0))(x_BTD, token_BXP)
         # Where experts lie on different devices, the tokens go to theirs, and what these make of them comes back.
         fed_BXPD = shard_activations(shard_activations(fed_BXPD, "B..."), "BXPD")
-        activation = ACTIVATIONS[config.expert_activation]
+        activation = ACTIVATIONS[config.moe.expert_activation]
         hidden_BXPF = apply_activation(activation, jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, gate_XDF), config)
         hidden_BXPF = hidden_BXPF * jnp.einsum("BXPD,XDF->BXPF", fed_BXPD, up_XDF)
         out_BXPD = jnp.einsum("BXPF,XFD->BXPD", hidden_BXPF, down_XFD)
@@ -118,12 +118,12 @@ def route(router_logits_BTX: jax.Array, config: ModelConfig) -> Routes:
     probability_BTX = jax.nn.softmax(router_logits_BTX, axis=-1)
     chosen_BTX = jnp.zeros(probability_BTX.shape, bool)
     # Not `top_k`, for which compilers bring a batch that is cut over devices together.
-    for _ in range(config.experts_per_token):
+    for _ in range(config.moe.experts_per_token):
         left_BTX = jnp.where(chosen_BTX, -1, jax.lax.stop_gradient(probability_BTX))
         highest_BT = jnp.argmax(left_BTX, axis=-1)
-        chosen_BTX = chosen_BTX | jax.nn.one_hot(highest_BT, config.n_experts, dtype=bool)
+        chosen_BTX = chosen_BTX | jax.nn.one_hot(highest_BT, config.moe.n_experts, dtype=bool)
     weight_BTX = jnp.where(chosen_BTX, probability_BTX, 0)
-    if config.norm_topk_prob:
+    if config.moe.norm_topk_prob:
         weight_BTX = weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True)
     return Routes(weight_BTX, chosen_BTX, probability_BTX, router_logits_BTX)
 
@@ -132,7 +132,7 @@ def layer_metrics(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, c
     """Return statistics of expert use over all tokens that are not padding, and the auxiliary losses.
 
     Returns:
-        load_balance_loss_weight: n_experts * sum over experts of (share of tokens routed to it * mean probability), as
+        load_balance_loss: n_experts * sum over experts of (share of tokens routed to it * mean probability), as
         in arXiv
             2101.03961 and transformers' load_balancing_loss_func; it equals experts_per_token for balanced routing.
         router_entropy: Mean entropy of the routing probabilities, in nats.
@@ -146,18 +146,18 @@ def layer_metrics(routes: Routes, is_fed_BTX: jax.Array, context: BlockInputs, c
         return jnp.sum(jnp.where(is_token_BT1, to_float32(values_BTX), 0), axis=(0, 1)) / n_tokens
 
     chosen_X = mean_X(routes.chosen_BTX)
-    load_balance_loss_weight = config.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))
+    load_balance_loss = config.moe.n_experts * jnp.sum(chosen_X * mean_X(routes.probability_BTX))
     normalizer_BT1 = jax.nn.logsumexp(routes.router_logits_BTX, axis=-1, keepdims=True)
     entropy_BTX = -routes.probability_BTX * (routes.router_logits_BTX - normalizer_BT1)
     found = {
-        "load_balance_loss_weight": load_balance_loss_weight,
+        "load_balance_loss": load_balance_loss,
         "router_entropy": jnp.sum(mean_X(entropy_BTX)),
-        "busiest_expert": jnp.max(chosen_X) / config.experts_per_token,
-        "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.experts_per_token,
+        "busiest_expert": jnp.max(chosen_X) / config.moe.experts_per_token,
+        "dropped": 1 - jnp.sum(mean_X(is_fed_BTX)) / config.moe.experts_per_token,
     }
     losses: list[jax.Array] = []
-    if is_enabled(config.load_balance_loss_weight):
-        losses.append(config.load_balance_loss_weight * load_balance_loss_weight)
-    if is_enabled(config.router_z_loss):
-        losses.append(config.router_z_loss * mean_X(jnp.square(normalizer_BT1))[0])
+    if is_enabled(config.moe.load_balance_loss_weight):
+        losses.append(config.moe.load_balance_loss_weight * load_balance_loss)
+    if is_enabled(config.moe.router_z_loss):
+        losses.append(config.moe.router_z_loss * mean_X(jnp.square(normalizer_BT1))[0])
     return found | ({AUX_LOSS: jnp.sum(jnp.stack(losses))} if losses else {})

@@ -34,14 +34,14 @@ def unscaled(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
 
 def linear(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     """All channels turn more slowly by the factor (arXiv 2306.15595)."""
-    return Rope(frequencies_C / config.rope_factor, _magnitude(config, 1.0))
+    return Rope(frequencies_C / config.rope.factor, _magnitude(config, 1.0))
 
 
 def llama3(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     """Slow channels turn more slowly by the factor, fast ones do not: by turns in the old context (Llama 3.1)."""
     turns_C = _original_context(config) * frequencies_C / (2 * math.pi)
-    kept_C = (turns_C - config.rope_beta_slow) / (config.rope_beta_fast - config.rope_beta_slow)
-    return Rope(_mixed(frequencies_C, config.rope_factor, kept_C), _magnitude(config, 1.0))
+    kept_C = (turns_C - config.rope.beta_slow) / (config.rope.beta_fast - config.rope.beta_slow)
+    return Rope(_mixed(frequencies_C, config.rope.factor, kept_C), _magnitude(config, 1.0))
 
 
 def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
@@ -50,22 +50,22 @@ def yarn(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     def channel(turns: Any) -> jax.Array:
         """The channel, as a real number, that makes so many turns in the old context."""
         wavelength = _original_context(config) / jnp.asarray(turns, jnp.float32)
-        return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope_theta, jnp.float32))
+        return half * jnp.log(wavelength / (2 * math.pi)) / jnp.log(jnp.asarray(config.rope.theta, jnp.float32))
 
     half = frequencies_C.shape[0]
-    fast, slow = channel(config.rope_beta_fast), channel(config.rope_beta_slow)
-    if config.rope_truncate:
+    fast, slow = channel(config.rope.beta_fast), channel(config.rope.beta_slow)
+    if config.rope.truncate:
         fast, slow = jnp.floor(fast), jnp.ceil(slow)
     fast, slow = jnp.maximum(fast, 0), jnp.minimum(slow, 2 * half - 1)
     kept_C = 1 - (jnp.arange(half, dtype=jnp.float32) - fast) / jnp.maximum(slow - fast, 1e-3)
-    magnitude = 0.1 * jnp.log(jnp.asarray(config.rope_factor, jnp.float32)) + 1.0
-    return Rope(_mixed(frequencies_C, config.rope_factor, kept_C), _magnitude(config, magnitude))
+    magnitude = 0.1 * jnp.log(jnp.asarray(config.rope.factor, jnp.float32)) + 1.0
+    return Rope(_mixed(frequencies_C, config.rope.factor, kept_C), _magnitude(config, magnitude))
 
 
 def longrope(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
     """Divide the frequency of each pair of channels by its own factor and scale attention (arXiv 2402.13753)."""
     factors_C = jnp.asarray(longrope_factors(config), jnp.float32)
-    factor = jnp.asarray(config.rope_factor, jnp.float32)
+    factor = jnp.asarray(config.rope.factor, jnp.float32)
     magnitude = jnp.sqrt(1 + jnp.log(factor) / math.log(_original_context(config)))
     return Rope(frequencies_C / factors_C, _magnitude(config, magnitude))
 
@@ -73,7 +73,7 @@ def longrope(frequencies_C: jax.Array, config: ModelConfig) -> Rope:
 def longrope_factors(config: ModelConfig) -> tuple[float, ...]:
     """Return the longrope factors for a model's context: the same for all texts, so that KV caches stay valid."""
     is_long = config.context_length > _original_context(config)
-    return config.rope_long_factors if is_long else config.rope_short_factors
+    return config.rope.long_factors if is_long else config.rope.short_factors
 
 
 def _mixed(frequencies_C: jax.Array, factor: Any, kept_C: jax.Array) -> jax.Array:
@@ -83,12 +83,12 @@ def _mixed(frequencies_C: jax.Array, factor: Any, kept_C: jax.Array) -> jax.Arra
 
 
 def _original_context(config: ModelConfig) -> int:
-    assert config.rope_original_context is not None, "resolve refuses a config without it"
-    return config.rope_original_context
+    assert config.rope.original_context is not None, "resolve refuses a config without it"
+    return config.rope.original_context
 
 
 def _magnitude(config: ModelConfig, usual: Any) -> Any:
-    return usual if config.rope_attention_factor is None else config.rope_attention_factor
+    return usual if config.rope.attention_factor is None else config.rope.attention_factor
 
 
 ROPE_SCALINGS: dict[str, Callable[[jax.Array, ModelConfig], Rope]] = {
@@ -129,15 +129,15 @@ def apply_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) 
 
     C counts the channels that are rotated, the first `rope_fraction` of the head; the rest stay as they are.
     """
-    rope = lookup(ROPE_SCALINGS, config.rope_scaling, "config.model.rope_scaling")(
-        _frequencies(x_BTHC, config.rope_theta, config.rope_fraction), config
+    rope = lookup(ROPE_SCALINGS, config.rope.scaling, "config.model.rope.scaling")(
+        _frequencies(x_BTHC, config.rope.theta, config.rope.fraction), config
     )
     return _turned(x_BTHC, positions_BT, rope)
 
 
 def apply_local_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """RoPE with a base of its own and no scaling, for layers that see a short window (Gemma 3, arXiv 2503.19786)."""
-    frequencies_C = _frequencies(x_BTHC, config.local_rope_theta, config.rope_fraction)
+    frequencies_C = _frequencies(x_BTHC, config.rope.local_theta, config.rope.fraction)
     return _turned(x_BTHC, positions_BT, Rope(frequencies_C, 1.0))
 
 
@@ -160,7 +160,7 @@ def _turned(x_BTHC: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array
 def alibi(query_positions_BT: jax.Array, key_positions_BS: jax.Array, config: ModelConfig) -> jax.Array:
     """Attention with linear biases (arXiv 2108.12409): minus the distance, times a slope of each head."""
     distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
-    slopes_H = jnp.asarray(alibi_slopes(config.n_heads), jnp.float32)
+    slopes_H = jnp.asarray(alibi_slopes(config.attention.n_heads), jnp.float32)
     return -slopes_H[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
 
 

@@ -1,32 +1,32 @@
 """Model families as presets of the same components: the knobs that make the family, whatever the size.
 
-A recipe starts with `config.model.update(FAMILIES["qwen3"])`. Presets leave the knobs in SIZES and NOT_IN_LOGITS to the
-recipe and set all others. Constants are those of the released models.
+A recipe starts with `config.model.update_from_flattened_dict(FAMILIES["qwen3"])`. Presets leave the knobs in SIZES and
+NOT_IN_LOGITS to the recipe and set all others. Constants are those of the released models.
 """
 
-import dataclasses
 from typing import Any
 
-from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.config.schema import ModelConfig, flatten
 
 Knobs = dict[str, Any]
 
 # Depth, widths, numbers of heads and experts, vocabulary, context.
 SIZES = {
-    *("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff"),
-    *("local_window", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "n_experts", "experts_per_token", "d_expert"),
-    *("conv_width", "recurrent_width", "recurrent_blocks"),
+    *("vocab_size", "context_length", "n_layers", "d_model", "d_ff"),
+    *("attention.n_heads", "attention.n_kv_heads", "attention.head_dim", "attention.local_window"),
+    *("mla.kv_lora_rank", "mla.q_lora_rank", "mla.qk_rope_head_dim"),
+    *("moe.n_experts", "moe.experts_per_token", "moe.d_expert"),
+    *("recurrent.conv_width", "recurrent.width", "recurrent.blocks"),
 }
 # Knobs that change logits by rounding only, or not at all; and `extra`, which no component of this package reads.
 NOT_IN_LOGITS = {
-    *("dropout", "init_std", "load_balance_loss_weight", "router_z_loss", "scan_layers", "remat", "attention_kernel"),
-    *("dtype", "mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype", "save_residuals", "extra"),
+    *("dropout", "init_std", "moe.load_balance_loss_weight", "moe.router_z_loss", "scan_layers", "remat"),
+    *("attention.kernel", "save_residuals", "extra", "dtype"),
+    *(f"precision.{name}" for name in ("mixer_dtype", "feedforward_dtype", "logits_dtype", "matmul_dtype")),
 }
 
 # What most families since Llama have in common.
-_USUAL: Knobs = {
-    name: value for name, value in dataclasses.asdict(ModelConfig()).items() if name not in SIZES | NOT_IN_LOGITS
-} | {
+_USUAL: Knobs = {name: value for name, value in flatten(ModelConfig()).items() if name not in SIZES | NOT_IN_LOGITS} | {
     "mixers": ("attention",),
     "feedforwards": ("swiglu",),
     "positions": ("rope",),
@@ -35,8 +35,8 @@ _USUAL: Knobs = {
     "norm_eps": 1e-6,
     "bias": False,
     "tie_embeddings": False,
-    "rope_theta": 1e4,
-    "norm_topk_prob": True,
+    "rope.theta": 1e4,
+    "moe.norm_topk_prob": True,
 }
 
 _GEMMA: Knobs = _USUAL | {
@@ -64,27 +64,27 @@ FAMILIES: dict[str, Knobs] = {
     "llama3": _USUAL
     | {
         "norm_eps": 1e-5,
-        "rope_theta": 5e5,
-        "rope_scaling": "llama3",
-        "rope_factor": 8.0,
-        "rope_original_context": 8192,
+        "rope.theta": 5e5,
+        "rope.scaling": "llama3",
+        "rope.factor": 8.0,
+        "rope.original_context": 8192,
     },
     # arXiv 2310.06825: the first release, with its sliding window.
     "mistral": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2407.10671.
-    "qwen2": _USUAL | {"qkv_bias": True, "rope_theta": 1e6},
+    "qwen2": _USUAL | {"attention.qkv_bias": True, "rope.theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3": _USUAL | {"qk_norm": "head", "rope_theta": 1e6},
+    "qwen3": _USUAL | {"attention.qk_norm": "head", "rope.theta": 1e6},
     # arXiv 2408.00118.
     "gemma2": _GEMMA
-    | {"mixers": ("local_attention", "attention"), "final_logit_softcap": 30.0, "attn_logit_softcap": 50.0},
+    | {"mixers": ("local_attention", "attention"), "final_logit_softcap": 30.0, "attention.logit_softcap": 50.0},
     # arXiv 2503.19786: five local layers, then a global one with slower positions.
     "gemma3": _GEMMA
     | {
         "mixers": (*["local_attention"] * 5, "attention"),
         "positions": (*["local_rope"] * 5, "rope"),
-        "qk_norm": "head",
-        "rope_theta": 1e6,
+        "attention.qk_norm": "head",
+        "rope.theta": 1e6,
     },
     # arXiv 2404.07839: two recurrent layers, then one local attention layer.
     "recurrent_gemma": _GEMMA
@@ -92,21 +92,21 @@ FAMILIES: dict[str, Knobs] = {
         "mixers": ("rg_lru", "rg_lru", "local_attention"),
         "norm_placement": "pre",
         "bias": True,
-        "qkv_bias": False,
+        "attention.qkv_bias": False,
         "final_logit_softcap": 30.0,
-        "rope_fraction": 0.5,
-        "scale_first_token": False,
+        "rope.fraction": 0.5,
+        "recurrent.scale_first_token": False,
     },
     # arXiv 2402.17834: RoPE on a quarter of the channels.
-    "stablelm": _USUAL | {"norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "rope_fraction": 0.25},
+    "stablelm": _USUAL | {"norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "rope.fraction": 0.25},
     # arXiv 2404.14219: the first release, with its sliding window.
     "phi3": _USUAL | {"mixers": ("local_attention",), "norm_eps": 1e-5},
     # arXiv 2501.00656.
-    "olmo2": _USUAL | {"norm_placement": "output", "qk_norm": "projection", "rope_theta": 5e5},
+    "olmo2": _USUAL | {"norm_placement": "output", "attention.qk_norm": "projection", "rope.theta": 5e5},
     # huggingface.co/blog/smollm3: every fourth layer knows no positions (arXiv 2501.18795).
-    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope_theta": 5e6},
+    "smollm3": _USUAL | {"positions": (*["rope"] * 3, "none"), "tie_embeddings": True, "rope.theta": 5e6},
     # arXiv 2401.04088.
-    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_eps": 1e-5, "rope_theta": 1e6},
+    "mixtral": _USUAL | {"feedforwards": ("moe",), "norm_eps": 1e-5, "rope.theta": 1e6},
     # arXiv 2505.09388.
-    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "qk_norm": "head", "rope_theta": 1e6},
+    "qwen3_moe": _USUAL | {"feedforwards": ("moe",), "attention.qk_norm": "head", "rope.theta": 1e6},
 }

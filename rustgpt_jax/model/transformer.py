@@ -258,7 +258,7 @@ def _run_pattern(
         group = groups[int(key)]
         number = repeat * model.period + group.layers.start
         layer = context.fold_in(number)
-        if model.attention_scale_by_layer:
+        if model.attention.scale_by_layer:
             layer = layer._replace(layer=number)
         (x_BTD, *output), measured = intermediates.apply_block(
             Block(group.block), params[key], slots[key], x_BTD, layer, cache[key]

@@ -109,7 +109,13 @@ def find_warnings(log: str) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-DTYPES = ("model.dtype", "model.mixer_dtype", "model.feedforward_dtype", "model.logits_dtype", "model.matmul_dtype")
+DTYPES = (
+    "model.dtype",
+    "model.precision.mixer_dtype",
+    "model.precision.feedforward_dtype",
+    "model.precision.logits_dtype",
+    "model.precision.matmul_dtype",
+)
 OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type,cpu-all-reduce-combiner"}
 
 
@@ -176,8 +182,8 @@ def _stand_in(config: Config) -> Config:
     """Replace bfloat16 by float16, custom gradients by JAX's, and the attention kernel by a portable one."""
     values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
     values["model.save_residuals"] = False
-    if config.model.attention_kernel != "plain":
-        values["model.attention_kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
+    if config.model.attention.kernel != "plain":
+        values["model.attention.kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)
 
 

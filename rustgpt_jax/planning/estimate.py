@@ -172,7 +172,7 @@ def count_bytes_on_device(tree: Any) -> int:
 
 def _dtype(config: Config) -> str:
     """Return the dtype of most matrix products."""
-    return config.model.matmul_dtype or config.model.dtype
+    return config.model.precision.matmul_dtype or config.model.dtype
 
 
 # Single changes of a config that save memory on a device.
@@ -218,7 +218,7 @@ def _accumulation(config: Config, shares: int) -> list[Suggestion]:
 def _tensor(config: Config, sizes: dict[str, int]) -> list[Suggestion]:
     """Suggest more devices along tensor, taken from data, or from fsdp if data is 1."""
     giver = "data" if sizes["data"] > 1 else "fsdp"
-    heads = config.model.n_kv_heads or config.model.n_heads
+    heads = config.model.attention.kv_heads
     found = []
     for left, tensor in _moved(sizes[giver], sizes["tensor"]):
         if tensor <= MOST_TENSOR and heads % tensor == 0:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, Hyperparams, StaticConfig, partition, replace_paths, to_dict
+from rustgpt_jax.config.schema import Config, Hyperparams, StaticConfig, get_path, partition, replace_paths, to_dict
 from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.errors import UserError
@@ -30,11 +30,11 @@ Z_LOSS = 1e-4
 CLIP_FRACTION = 0.1
 LEARNING_RATE_DIVISORS = {"half the learning rate": 2, "learning rate / 10": 10, "learning rate / 100": 100}
 FLOAT32 = {
-    "dtype": "float32",
-    "mixer_dtype": None,
-    "feedforward_dtype": None,
-    "logits_dtype": None,
-    "matmul_dtype": None,
+    "model.dtype": "float32",
+    "model.precision.mixer_dtype": None,
+    "model.precision.feedforward_dtype": None,
+    "model.precision.logits_dtype": None,
+    "model.precision.matmul_dtype": None,
 }
 
 
@@ -91,8 +91,8 @@ def _clip_tighter(config: Config, usual_norm: float) -> Intervention:
 
 
 def _enable_qk_norm(config: Config) -> Intervention:
-    name, knobs = "QK-norm", (("model.qk_norm", "head"),)
-    if config.model.qk_norm != "none":
+    name, knobs = "QK-norm", (("model.attention.qk_norm", "head"),)
+    if config.model.attention.qk_norm != "none":
         return Intervention(name, unavailable_reason="already enabled")
     try:
         changed = resolve(to_dict(replace_paths(config, dict(knobs))))
@@ -110,9 +110,9 @@ def _enable_z_loss(config: Config) -> Intervention:
 
 
 def _use_float32(config: Config) -> Intervention:
-    if all(getattr(config.model, knob) in (None, "float32") for knob in FLOAT32):
+    if all(get_path(config, path) in (None, "float32") for path in FLOAT32):
         return Intervention("float32", unavailable_reason="already in float32")
-    knobs = {f"model.{knob}": value for knob, value in FLOAT32.items() if getattr(config.model, knob) != value}
+    knobs = {path: value for path, value in FLOAT32.items() if get_path(config, path) != value}
     return Intervention("float32", tuple(knobs.items()))
 
 

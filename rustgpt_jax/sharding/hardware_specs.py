@@ -198,7 +198,7 @@ def _left_in_address_space() -> int:
 # The names of CPU instructions that multiply bfloat16 numbers.
 MULTIPLIES_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 # For CPUs with such instructions, where bfloat16 throughout is slower (docs/performance.md).
-ROUNDED_FACTORS = {"model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"}
+ROUNDED_FACTORS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
 
 
 def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None = None) -> None:

@@ -42,7 +42,7 @@ def validate_components(config: Config) -> None:
     model = config.model
     if config.tokenizer.name != IMPORTED:
         _check_function(TOKENIZERS, config.tokenizer.name, "config.tokenizer.name", "texts", "vocab_size")
-    _check_function(ROPE_SCALINGS, model.rope_scaling, "config.model.rope_scaling", "frequencies", "config")
+    _check_function(ROPE_SCALINGS, model.rope.scaling, "config.model.rope.scaling", "frequencies", "config")
     for knob, (table, kind) in MODEL_COMPONENTS.items():
         named = getattr(model, knob)
         for name in (named,) if isinstance(named, str) else named:

@@ -91,9 +91,9 @@ def residual_bytes(config: Config, window: int) -> int:
 def _saved_bytes(config: Config, window: int) -> int:
     rows = config.training.batch_size // config.training.grad_accum_steps
     config = replace_paths(config, {"model.save_residuals": False})
-    if config.model.attention_kernel != "plain":
+    if config.model.attention.kernel != "plain":
         # Saves no scores, like a library kernel, which cannot be traced without its device.
-        config = replace_paths(config, {"model.attention_kernel": "portable"})
+        config = replace_paths(config, {"model.attention.kernel": "portable"})
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         key = jax.random.key(0) if is_enabled(config.model.dropout) else None
@@ -224,7 +224,7 @@ def _remedy(needs: Mapping[str, float], config: Config) -> str:
     part = max(needs, key=lambda name: needs[name])
     knobs = list(KNOBS[part])
     if "moe" in config.model.feedforwards and part in (*MODEL, "activations"):
-        knobs.append("model.n_experts")
+        knobs.append("model.moe.n_experts")
     found = sorted(((knob, _value(config, knob) or 0) for knob in knobs), key=lambda item: -item[1])
     values = ", ".join(f"config.{knob}={value}" for knob, value in found if value)
     more = {
@@ -257,7 +257,7 @@ def _upper_bound(config: Config) -> float:
     parameters = _extrapolate_layers(lambda config: {"all": float(total_size(parameter_shapes(config.model)))}, config)[
         "all"
     ]
-    per_layer = parameters / model.n_layers / model.d_model + 16 * model.d_model + model.n_heads * window
+    per_layer = parameters / model.n_layers / model.d_model + 16 * model.d_model + model.attention.n_heads * window
     per_token = (
         64 * model.n_layers * per_layer + 16 * (model.vocab_size or 1) + BATCH_BYTES * training.steps_per_jit_call
     )

@@ -4,7 +4,6 @@ A program is compiled once for each static config.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled
+from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import intermediates, transformer
@@ -391,9 +390,9 @@ MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]
 
 def vmappable(static: StaticConfig) -> StaticConfig:
     """Return a static config that supports `vmap`, with portable attention: library kernels cannot be batched."""
-    if static.model.attention_kernel != "auto":
+    if static.model.attention.kernel != "auto":
         return static
-    return replace(static, model=replace(static.model, attention_kernel="portable"))
+    return replace_paths(static, {"model.attention.kernel": "portable"})
 
 
 def population_steps(mode: str, static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:

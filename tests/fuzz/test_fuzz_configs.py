@@ -126,7 +126,7 @@ def test_the_config_of_a_run(place: Place, data: bytes | None) -> None:
     ("knob", "name", "arguments"),
     [
         ("tokenizer.name", "json:loads", "texts, vocab_size"),
-        ("model.rope_scaling", "math:pi", "frequencies, config"),
+        ("model.rope.scaling", "math:pi", "frequencies, config"),
         ("optimizer.name", "json:loads", "config, rate"),
         ("schedule.name", "json:loads", "step, steps, schedule"),
         ("data.corpus", "os:getcwd", "config"),

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 def _knobs(layers: int, heads: int, width: int, context: int, vocabulary: int) -> Knobs:
     return {
         "model.n_layers": layers,
-        "model.n_heads": heads,
+        "model.attention.n_heads": heads,
         "model.d_model": width,
         "model.context_length": context,
         "model.vocab_size": vocabulary,
@@ -46,7 +46,11 @@ SHAPES = {
 # The ways that we train; one more is a line more, and a name in RACES.
 TRAINING: dict[str, Knobs] = {
     "float32": {"model.dtype": "float32"},
-    "bfloat16 factors": {"model.dtype": "float32", "model.matmul_dtype": "bfloat16", "model.logits_dtype": "bfloat16"},
+    "bfloat16 factors": {
+        "model.dtype": "float32",
+        "model.precision.matmul_dtype": "bfloat16",
+        "model.precision.logits_dtype": "bfloat16",
+    },
     "bfloat16": {"model.dtype": "bfloat16"},
 }
 

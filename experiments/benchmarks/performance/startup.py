@@ -47,7 +47,14 @@ def job(steps: tuple[int, int]) -> ConfigDict:
     config = rustgpt.get_config()
     config.data.seq_len = 32
     config.model.update(
-        {"vocab_size": 533, "context_length": 80, "n_layers": 3, "d_model": 128, "n_heads": 1, "d_ff": 256}
+        {
+            "vocab_size": 533,
+            "context_length": 80,
+            "n_layers": 3,
+            "d_model": 128,
+            "attention": {"n_heads": 1},
+            "d_ff": 256,
+        }
     )
     config.model.update({"feedforwards": ("relu",), "positions": ("learned",), "norm": "layernorm", "bias": True})
     config.model.update({"tie_embeddings": False, "scan_layers": False, "norm_eps": 1e-5})

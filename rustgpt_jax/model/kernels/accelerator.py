@@ -53,7 +53,7 @@ def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Arra
     @guarded.def_vmap
     def refuse(*_: object) -> tuple[jax.Array, bool]:
         raise UserError(
-            f"config.model.attention_kernel: {name} cannot compute several runs at once (fused); portable can."
+            f"config.model.attention.kernel: {name} cannot compute several runs at once (fused); portable can."
         )
 
     return guarded(mask_BTS, *(jax.lax.stop_gradient(array) for array in arrays))

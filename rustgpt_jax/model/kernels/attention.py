@@ -217,7 +217,7 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
     """Returns the kernel for a spec.
 
     Args:
-        name: config.model.attention_kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
+        name: config.model.attention.kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
             like `portable`, blockwise for long rows and plain for others. Cached tokens always use plain.
         spec: The spec.
 
@@ -229,7 +229,7 @@ def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
     if name not in ("auto", "portable"):
         if (reason := KERNELS[name].unsupported_reason(spec)) is not None:
             raise UserError(
-                f"config.model.attention_kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
+                f"config.model.attention.kernel={name!r} cannot be used here: {reason}. auto chooses one that can."
             )
         return KernelChoice(name, "the config names it")
     refusals = []
@@ -255,7 +255,7 @@ def attention(
     cache: KVCache | None = None,
     sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Causal attention of a layer by the kernel that config.model.attention_kernel selects.
+    """Causal attention of a layer by the kernel that config.model.attention.kernel selects.
 
     Args:
         q_BTHC: Queries. Head h reads the keys and values of head h // (H / K).
@@ -270,7 +270,7 @@ def attention(
     Returns:
         mixed_BTKGC, the values averaged by attention, and the cache with the new keys and values.
     """
-    kernel = select_kernel(config.attention_kernel, spec).kernel
+    kernel = select_kernel(config.attention.kernel, spec).kernel
     if kernel != "plain":
         inputs = attention_inputs(config, (q_BTHC, k_BTKC, v_BTKC), context, spec.window, sinks_H)
         return KERNELS[kernel].attend(inputs), cache
@@ -299,7 +299,7 @@ def attention_weights(
     scores_BHTS = Probe(name="scores")(scores_BHTS)
     positions = (context.positions_BT, attended.positions_BS)
     att_BHTS = softmax_weights(
-        scores_BHTS, attended.mask_BTS, positions, config.attn_logit_softcap, positional_bias(config), sinks_H
+        scores_BHTS, attended.mask_BTS, positions, config.attention.logit_softcap, positional_bias(config), sinks_H
     )
     return dropout(att_BHTS, config.dropout, context, site=0)
 
@@ -312,7 +312,7 @@ def positional_bias(config: ModelConfig) -> Bias | None:
 
 def attention_scale(config: ModelConfig, channels: int) -> float:
     """Returns the factor of scores for queries and keys with this number of channels."""
-    return channels**-0.5 if config.attention_scale is None else config.attention_scale
+    return channels**-0.5 if config.attention.scale is None else config.attention.scale
 
 
 def attention_spec(
@@ -339,16 +339,16 @@ def attention_spec(
         device: The device that runs the program; None for the default device.
     """
     return AttentionSpec(
-        device=device or device_for(config.attention_kernel, is_cached),
+        device=device or device_for(config.attention.kernel, is_cached),
         dtype=config.dtype,
         length=length,
-        n_heads=config.n_heads,
+        n_heads=config.attention.n_heads,
         n_kv_heads=n_kv_heads,
         head_width=key_width,
         value_width=config.head_width,
-        softcap=is_enabled(config.attn_logit_softcap),
+        softcap=is_enabled(config.attention.logit_softcap),
         bias=get_position_encoding(config).bias is not None,
-        sinks=config.attention_sinks,
+        sinks=config.attention.sinks,
         dropout=has_dropout,
         cached=is_cached,
         window=window,
@@ -366,5 +366,5 @@ def attention_inputs(
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
     return AttentionInputs(
-        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attn_logit_softcap, positional_bias(config), sinks_H
+        q_BTHC, k_BSKC, v_BSKC, context, window, scale, config.attention.logit_softcap, positional_bias(config), sinks_H
     )

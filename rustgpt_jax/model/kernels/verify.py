@@ -4,14 +4,13 @@ A kernel may be wrong on a device, for a head width or a version of a library: s
 was chosen is held against `plain` in float32, in value and gradient, on small arrays of the model's own widths.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import ModelConfig, is_enabled
+from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.model.block_inputs import BlockInputs
@@ -53,7 +52,7 @@ def attention_choices(model: ModelConfig, device: Device, length: int) -> dict[s
     dropout = is_enabled(model.dropout)
     return {
         name: select_kernel(
-            model.attention_kernel,
+            model.attention.kernel,
             mixer.attention_spec(block, length, is_cached=False, has_dropout=dropout, device=device),
         )
         for name, (mixer, block) in _attention_blocks(model).items()
@@ -76,7 +75,7 @@ def check_kernels(model: ModelConfig, length: int) -> list[Finding]:
                 raise UserError(
                     f"Attention by {choice.kernel} ({name}) is wrong on this device: it differs from the reference by "
                     f"{difference:.0e} of its largest value, where {block.dtype} explains "
-                    f"{TOLERANCES[block.dtype]:.0e}. Set config.model.attention_kernel=portable."
+                    f"{TOLERANCES[block.dtype]:.0e}. Set config.model.attention.kernel=portable."
                 )
         findings.append(Finding(name, choice, difference))
     return findings
@@ -132,14 +131,16 @@ def _small_inputs(mixer: Any, block: ModelConfig, length: int) -> tuple[Attentio
     it; heads are of two groups at most.
     """
     length = min(length, MOST_TOKENS)
-    n_kv_heads = block.n_kv_heads or block.n_heads
+    n_kv_heads = block.attention.kv_heads
     fewer = min(2, n_kv_heads)
-    block = dataclasses.replace(
+    block = replace_paths(
         block,
-        n_heads=block.n_heads // n_kv_heads * fewer,
-        n_kv_heads=fewer,
-        head_dim=block.head_width,
-        local_window=min(block.local_window, length // 4 + 1),
+        {
+            "attention.n_heads": block.attention.n_heads // n_kv_heads * fewer,
+            "attention.n_kv_heads": fewer,
+            "attention.head_dim": block.head_width,
+            "attention.local_window": min(block.attention.local_window, length // 4 + 1),
+        },
     )
     spec = mixer.attention_spec(block, length, is_cached=False, has_dropout=False)
     rng = np.random.default_rng(0)

@@ -33,13 +33,13 @@ class Attention(nn.Module):
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
         """Returns an empty cache for `length` tokens per row, or for the window if that is shorter."""
         slots = min(length, cls.window(config) or length)
-        empty = jnp.zeros((batch, config.n_kv_heads or config.n_heads, slots, config.head_width), config.dtype)
+        empty = jnp.zeros((batch, config.attention.kv_heads, slots, config.head_width), config.dtype)
         return KVCache((empty, empty))
 
     @classmethod
     def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
         """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
-        n_kv_heads, window = config.n_kv_heads or config.n_heads, cls.window(config)
+        n_kv_heads, window = config.attention.kv_heads, cls.window(config)
         spec = partial(attention_spec, config, n_kv_heads=n_kv_heads, key_width=config.head_width, window=window)
         return spec(length=length, **call)
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
-        n_heads, n_kv_heads, channels = config.n_heads, config.n_kv_heads or config.n_heads, config.head_width
+        n_heads, n_kv_heads, channels = config.attention.n_heads, config.attention.kv_heads, config.head_width
         batch, length = x_BTD.shape[:2]
         scheme = get_position_encoding(config)
 
@@ -64,17 +64,17 @@ class Attention(nn.Module):
             return scheme.rotate(split, context.positions_BT, config) if scheme.rotate else split
 
         def normalized(x: jax.Array, name: str, where: str) -> jax.Array:
-            if config.qk_norm != where:
+            if config.attention.qk_norm != where:
                 return x
             return lookup(NORMS, config.norm, "config.model.norm")(config, name=name)(x)
 
         # Every query sees all earlier keys: on a mesh that cuts windows into stretches, each device gets all of them.
         q_BTHC = shard_activations(heads("query", n_heads), "BTHC")
-        if config.attention_scale_by_layer:
+        if config.attention.scale_by_layer:
             layer = 0 if context.layer is None else context.layer
             q_BTHC = q_BTHC / jnp.asarray(layer + 1, q_BTHC.dtype)
         k_BTKC, v_BTKC = (shard_activations(heads(name, n_kv_heads), "B.KC") for name in ("key", "value"))
-        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
+        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention.sinks else None
         is_cached = cache is not None or self.is_initializing()
         has_dropout = context.dropout_key is not None
         spec = self.attention_spec(config, length, is_cached=is_cached, has_dropout=has_dropout)
@@ -89,4 +89,4 @@ class LocalAttention(Attention):
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:
         """Returns the number of tokens that a token attends to, itself included."""
-        return config.local_window
+        return config.attention.local_window

@@ -113,7 +113,7 @@ class GatedDeltaNet(nn.Module):
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> DeltaCache:
         """The state before any token. It has the same size for every length."""
         del length
-        n_heads, channels = config.n_heads, config.head_width
+        n_heads, channels = config.attention.n_heads, config.head_width
         history = ShortConvolution.init_history(config, batch, n_heads * channels)
         return DeltaCache(_no_state(config, batch), dict.fromkeys(STREAMS, history))
 
@@ -121,7 +121,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: BlockInputs, cache: DeltaCache | None
     ) -> tuple[jax.Array, DeltaCache | None]:
-        config, n_heads, channels = self.config, self.config.n_heads, self.config.head_width
+        config, n_heads, channels = self.config, self.config.attention.n_heads, self.config.head_width
         batch, length = x_BTD.shape[:2]
         histories: dict[str, Any] = dict.fromkeys(STREAMS) if cache is None else dict(cache.histories)
 
@@ -173,5 +173,5 @@ def initial_decay_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.
 
 
 def _no_state(config: ModelConfig, batch: int) -> jax.Array:
-    shape = (batch, config.n_heads, config.head_width, config.head_width)
+    shape = (batch, config.attention.n_heads, config.head_width, config.head_width)
     return jnp.zeros(shape, jnp.promote_types(config.dtype, jnp.float32))

@@ -42,7 +42,7 @@ class LatentAttention(nn.Module):
     def widths(config: ModelConfig) -> tuple[int, int]:
         """Returns R and E, the channels of the latent and of the shared key."""
         half_to_even = 2 * -(-config.head_width // 4)
-        return config.kv_lora_rank or 4 * config.head_width, config.qk_rope_head_dim or half_to_even
+        return config.mla.kv_lora_rank or 4 * config.head_width, config.mla.qk_rope_head_dim or half_to_even
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
@@ -53,7 +53,7 @@ class LatentAttention(nn.Module):
     def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
         """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
         key_width = config.head_width + cls.widths(config)[1]
-        spec = partial(attention_spec, config, n_kv_heads=config.n_heads, key_width=key_width, window=None)
+        spec = partial(attention_spec, config, n_kv_heads=config.attention.n_heads, key_width=key_width, window=None)
         return spec(length=length, **call)
 
     @nn.compact
@@ -61,7 +61,8 @@ class LatentAttention(nn.Module):
         self, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
-        n_heads, channels, (kv_lora_rank, shared_width) = config.n_heads, config.head_width, self.widths(config)
+        n_heads, channels = config.attention.n_heads, config.head_width
+        kv_lora_rank, shared_width = self.widths(config)
         rotate = get_position_encoding(config).rotate
 
         def linear(name: str, features: int, x_BTD: jax.Array = x_BTD) -> jax.Array:
@@ -74,7 +75,7 @@ class LatentAttention(nn.Module):
         def turned(x_BTHE: jax.Array) -> jax.Array:
             return rotate(x_BTHE, context.positions_BT, config) if rotate else x_BTHE
 
-        source_BTD = latent("query_latent", config.q_lora_rank) if config.q_lora_rank else x_BTD
+        source_BTD = latent("query_latent", config.mla.q_lora_rank) if config.mla.q_lora_rank else x_BTD
         query = linear("query", n_heads * (channels + shared_width), source_BTD)
         query = query.reshape(*x_BTD.shape[:2], n_heads, channels + shared_width)
         q_BTHC, q_BTHE = query[..., :channels], turned(query[..., channels:])
@@ -82,7 +83,7 @@ class LatentAttention(nn.Module):
         latent_BTR = latent("latent", kv_lora_rank)
         key_RHC = HeadKernel(config, name="key")(kv_lora_rank)
         value_RHC = HeadKernel(config, name="value")(kv_lora_rank)
-        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention_sinks else None
+        sinks_H = self.param("sinks", nn.initializers.zeros, (n_heads,)) if config.attention.sinks else None
 
         if cache is None:
             shared_BTHE = jnp.broadcast_to(shared_BTE[:, :, None], q_BTHE.shape)
@@ -114,7 +115,7 @@ class HeadKernel(nn.Module):
 
     @nn.compact
     def __call__(self, kv_lora_rank: int) -> jax.Array:
-        n_heads, channels = self.config.n_heads, self.config.head_width
+        n_heads, channels = self.config.attention.n_heads, self.config.head_width
         kernel = self.param("kernel", normal_init(self.config.init_std), (kv_lora_rank, n_heads * channels))
         return kernel.astype(self.config.dtype).reshape(kv_lora_rank, n_heads, channels)
 

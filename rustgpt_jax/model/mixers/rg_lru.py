@@ -41,7 +41,7 @@ class RecurrentGatedLRU(nn.Module):
     @staticmethod
     def width(config: ModelConfig) -> int:
         """R, the channels of the state."""
-        return config.recurrent_width or config.d_model
+        return config.recurrent.width or config.d_model
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> RecurrentCache:
@@ -60,14 +60,14 @@ class RecurrentGatedLRU(nn.Module):
         convolution = ShortConvolution(config, width, name="convolution")
         x_BTR, history = convolution(Linear(config, width, name="input")(x_BTD), context, history)
 
-        gate = Linear if config.recurrent_blocks is None else BlockDiagonalLinear
+        gate = Linear if config.recurrent.blocks is None else BlockDiagonalLinear
         r_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="recurrence_gate")(x_BTR)))
         i_BTR = jax.nn.sigmoid(to_float32(gate(config, width, name="input_gate")(x_BTR)))
         rate_R = jax.nn.softplus(self.param("decay_rate", initial_decay_rate, (width,)))
         log_a_BTR = -LRU_C * rate_R[None, None] * r_BTR
         # A floor that is no rounding error, for the slope of the root at 0 is infinite.
         variance_BTR = jnp.maximum(-jnp.expm1(2 * log_a_BTR), jnp.finfo(log_a_BTR.dtype).tiny)
-        if not config.scale_first_token:
+        if not config.recurrent.scale_first_token:
             variance_BTR = jnp.where(context.positions_BT[..., None] == 0, 1, variance_BTR)
         new_BTR = jnp.sqrt(variance_BTR) * i_BTR * to_float32(x_BTR)
 
@@ -79,7 +79,7 @@ class RecurrentGatedLRU(nn.Module):
 
 
 class BlockDiagonalLinear(nn.Module):
-    """y = x W + b with a block-diagonal W of config.recurrent_blocks blocks.
+    """y = x W + b with a block-diagonal W of config.recurrent.blocks blocks.
 
     The blocks are one parameter of shape (blocks, channels per block, channels per block).
     """
@@ -89,7 +89,7 @@ class BlockDiagonalLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTR: jax.Array) -> jax.Array:
-        blocks = self.config.recurrent_blocks
+        blocks = self.config.recurrent.blocks
         assert blocks is not None
         channels = self.features // blocks
         kernel_GCE = self.param("kernel", normal_init(self.config.init_std), (blocks, channels, channels))

@@ -34,14 +34,14 @@ class ShortConvolution(nn.Module):
     @staticmethod
     def init_history(config: ModelConfig, batch: int, channels: int) -> jax.Array:
         """The conv_width - 1 tokens before the first one: zeros."""
-        return jnp.zeros((batch, config.conv_width - 1, channels), config.dtype)
+        return jnp.zeros((batch, config.recurrent.conv_width - 1, channels), config.dtype)
 
     @nn.compact
     def __call__(
         self, x_BTR: jax.Array, context: BlockInputs, history: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """y_BTR, and the last conv_width - 1 tokens of each row, padding left out (None where there was no history)."""
-        width, (batch, length, _) = self.config.conv_width, x_BTR.shape
+        width, (batch, length, _) = self.config.recurrent.conv_width, x_BTR.shape
         kernel_WR = self.param("kernel", normal_init(width**-0.5), (width, self.channels))
         earlier = self.init_history(self.config, batch, self.channels) if history is None else history
         all_BSR = jnp.concatenate([earlier.astype(x_BTR.dtype), x_BTR], axis=1)
