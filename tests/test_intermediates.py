@@ -282,15 +282,15 @@ def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
 # A whole step.
 
 
-def prepared(**changes: Any) -> tuple[Any, Any, Batch, Any]:
-    """The program, a state at step 5, a batch, and the config."""
+def prepare_step(**changes: Any) -> tuple[Any, Any, Batch, Any]:
+    """Return the program, a state at step 5, a batch, and the config."""
     config = small_config(**(SMALL | {"model.n_layers": 2, "training.batch_size": 4} | changes))
     program = partition(config)
     params = jax.tree.map(jnp.asarray, random_params(config.model))
     return program, init_state_from_params(*program, params)._replace(step=jnp.int32(5)), batch(4), config
 
 
-def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediates, list[StepTensor]]:
+def measure_step(program: Any, state: Any, read: Batch) -> tuple[StepIntermediates, list[StepTensor]]:
     _, report = compiled_step_intermediates(program[0], state, read, program[1])
     return report, list_step_tensors(program, state.params, report)
 
@@ -311,11 +311,11 @@ def looked_into(program: Any, state: Any, read: Batch) -> tuple[StepIntermediate
     ],
     ids=["parts", "kinds"],
 )
-def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]) -> None:
-    program, state, read, config = prepared(**changes)
+def test_measured_step_is_the_training_step(changes: dict[str, Any]) -> None:
+    program, state, read, config = prepare_step(**changes)
     after, metrics = jax.jit(train_step, static_argnums=0)(program[0], state, read, program[1])
     same, _ = compiled_step_intermediates(program[0], state, read, program[1])
-    report, found = looked_into(program, state, read)
+    report, found = measure_step(program, state, read)
     np.testing.assert_allclose(same.loss, metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(same.gradient_norm, metrics.gradient_norm, rtol=1e-4)
     total = np.sum(np.where(read.weights_BT > 0, report.losses_BT, 0)) / read.weights_BT.sum()
@@ -344,18 +344,17 @@ def test_a_step_that_is_looked_into_is_the_training_step(changes: dict[str, Any]
             assert (tensor.fingerprint, tensor.size) == (fingerprint_tree({"x": array})["x"], array.size)
 
 
-def test_parts_of_a_batch_are_measured_as_one() -> None:
-    """Where parts have nothing for themselves, the tensors of two halves are those of the whole."""
-    _, whole = looked_into(*prepared(**{"model.n_layers": 1})[:3])
-    _, parts = looked_into(*prepared(**{"model.n_layers": 1, "training.grad_accum_steps": 2})[:3])
-    for one, two in zip(whole, parts, strict=True):
+def test_microbatches_are_measured_as_one_batch() -> None:
+    _, whole = measure_step(*prepare_step(**{"model.n_layers": 1})[:3])
+    _, halves = measure_step(*prepare_step(**{"model.n_layers": 1, "training.grad_accum_steps": 2})[:3])
+    for one, two in zip(whole, halves, strict=True):
         assert (one.kind, one.name, one.size, one.nonfinite) == (two.kind, two.name, two.size, two.nonfinite)
         np.testing.assert_allclose(two.norm, one.norm, rtol=1e-3, atol=1e-7)
         np.testing.assert_allclose(two.largest, one.largest, rtol=1e-3, atol=1e-7)
 
 
-def test_parameters_stand_in_the_order_in_which_they_are_needed() -> None:
-    program, state, read, _ = prepared(**{"model.positions": "learned", "model.tie_embeddings": False})
+def test_parameters_are_in_order_of_use() -> None:
+    program, state, read, _ = prepare_step(**{"model.positions": "learned", "model.tie_embeddings": False})
     _, shapes = jax.eval_shape(lambda: step_intermediates(program[0], state, read, program[1]))
     report = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     names = [each.name for each in list_step_tensors(program, state.params, report) if each.kind == PARAMETER]

@@ -1,4 +1,4 @@
-"""What the README shows is what there is."""
+"""The README and docs: their code runs, and the files, names and tests that they mention exist."""
 
 import os
 import re
@@ -31,29 +31,32 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NOTEBOOK = re.findall(r"In a notebook, in any folder.*?```python\n(.*?)```", README, re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("code", [code for code in CODE if code != NOTEBOOK])
 def test_python_in_the_readme_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_notebook_of_the_readme_runs_in_any_folder(tmp_path: Path) -> None:
-    """Where the package is found, as it is when it is installed from its sources, but nothing beside it."""
-    (code,) = re.findall(r"In a notebook, in any folder.*?```python\n(.*?)```", README, re.DOTALL)
+def test_notebook_in_the_readme_runs_in_any_folder(tmp_path: Path) -> None:
+    """The package is on the path, as after an installation from its sources, but nothing beside it is."""
     (tmp_path / "installed").mkdir()
     (tmp_path / "installed" / "rustgpt_jax").symlink_to(ROOT / "rustgpt_jax")
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", NOTEBOOK], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert re.fullmatch(r"(step \d: loss \d\.\d+\n){3}", done.stdout), done.stdout + done.stderr
 
 
-def test_the_readme_lists_every_family() -> None:
+def test_readme_lists_every_family() -> None:
     assert [name for name in FAMILIES if f"| `{name}`" not in README] == []
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_readme_lists_every_entry_of_a_table(name: str) -> None:
+def test_readme_lists_every_component(name: str) -> None:
     (row,) = (line for line in README.splitlines() if line.startswith(f"| `{name}`"))
     missing = [entry for entry in TABLES[name] if f"`{entry}`" not in row]
     assert not missing
@@ -62,30 +65,30 @@ def test_the_readme_lists_every_entry_of_a_table(name: str) -> None:
 @pytest.mark.parametrize(
     "link", re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tests/\w+\.py)`", README)
 )
-def test_files_that_the_readme_names_are_there(link: str) -> None:
+def test_files_in_the_readme_exist(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-def test_the_readme_lists_every_recipe() -> None:
-    recipes = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py"}
-    assert recipes == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
+def test_readme_lists_every_config() -> None:
+    configs = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py"}
+    assert configs == set(re.findall(r"^\| \[(\w+\.py)\]\(configs/", README, re.MULTILINE))
 
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
-PROMISES = PAGES["reproducibility.md"] + PAGES["scaling.md"] + PAGES["security.md"]
+GUARANTEES = PAGES["reproducibility.md"] + PAGES["scaling.md"] + PAGES["security.md"]
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
-    assert re.findall(r"^[A-Z]+$", PROMISES + README, re.MULTILINE) == []
+def test_no_placeholders_are_left() -> None:
+    assert re.findall(r"^[A-Z]+$", GUARANTEES + README, re.MULTILINE) == []
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PROMISES))))
-def test_each_promise_has_its_test(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", GUARANTEES))))
+def test_tests_of_guarantees_exist(name: str) -> None:
     file, test = name.split("::")
     assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
-def test_the_speeds_in_the_readme_are_those_of_the_table() -> None:
+def test_speeds_in_the_readme_are_those_of_the_table() -> None:
     section = README.split("## How fast")[1].split("\n## ")[0]
     goals = PAGES["performance.md"].split("<!-- begin: goals -->")[1].split("<!-- end: goals -->")[0]
     quoted = re.findall(r"\d\.\d\dx|-?\d+\.\d%", section)

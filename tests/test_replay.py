@@ -1,4 +1,4 @@
-"""A step made again has the bits that it had, wherever the checkpoints are, and the run's folder stays as it was."""
+"""Replay: recomputed steps have the recorded bits, whatever checkpoints there are, and the run folder is unchanged."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from rich.console import Console
 from rustgpt_jax.config.schema import Config, Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
-from rustgpt_jax.reproduce import recorded_run as pasts
-from rustgpt_jax.reproduce.anomaly_detection import find_anomaly
+from rustgpt_jax.reproduce import recorded_run, step_trace
+from rustgpt_jax.reproduce.diagnose import find_anomaly
 from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, describe_start
 from rustgpt_jax.reproduce.replay import ReplayedStep, format_short, is_finite, replay, replay_one_step
 from rustgpt_jax.reproduce.step_trace import write_trace
@@ -52,149 +52,151 @@ TINY: dict[str, Any] = {
 }
 
 
-def text_file() -> Path:
-    return Path(os.environ["RUSTGPT_JAX_CACHE"]) / "replayed.txt"
+def write_text() -> Path:
+    """Write the training text."""
+    file = Path(os.environ["RUSTGPT_JAX_CACHE"]) / "replayed.txt"
+    file.write_text("To be, or not to be, that is the question:\n" * 40)
+    return file
 
 
 def two_stages() -> Config:
-    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
     second = {"name": "second", "training": {"steps": STEPS - BORDER}, "optimizer": {"learning_rate": 0.01}}
     stages = ({"name": "first", "training": {"steps": BORDER}}, second)
-    return small_config(**TINY, **{"data.paths": (str(text_file()),), "stages": stages})
+    return small_config(**TINY, **{"data.paths": (str(write_text()),), "stages": stages})
 
 
-def quiet() -> Console:
-    return Console(file=StringIO(), width=100)
+def new_console(width: int = 100) -> Console:
+    return Console(file=StringIO(), width=width)
 
 
-def said(console: Console) -> str:
+def output(console: Console) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two stages with dropout and accumulation. It must stay as it is."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two stages with dropout and accumulation. Tests must not change it."""
     path = tmp_path_factory.mktemp("runs") / "done"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
-        run_training.train(two_stages(), path, {}, quiet())
+        run_training.train(two_stages(), path, {}, new_console())
     return path
 
 
 @pytest.fixture
-def own(run: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to be changed."""
-    return Path(shutil.copytree(run, tmp_path / "own"))
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def contents(path: Path) -> dict[str, bytes]:
+def read_files(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def rewritten(path: Path, change: Any) -> None:
-    """Change the lines of metrics.jsonl."""
+def edit_metrics(path: Path, change: Any) -> None:
+    """Apply a function to each line of metrics.jsonl; None removes the line."""
     file = RunDir(path).metrics_file
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps(line) + "\n" for line in map(change, lines) if line))
+    lines = map(change, map(json.loads, file.read_text().splitlines()))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines if line))
 
 
-# The bits.
+# Bits.
 
 
-def test_every_step_has_its_recorded_bits(run: Path) -> None:
-    before = contents(run)
-    with RecordedRun(run, quiet()) as past:
-        saved = past.saved_steps()
+def test_every_step_has_its_recorded_bits(finished: Path) -> None:
+    before = read_files(finished)
+    with RecordedRun(finished, new_console()) as run:
+        saved = run.saved_steps()
         assert 0 < len(saved) < STEPS
         for step in range(1, STEPS + 1):
-            again, inside = replay_one_step(past, step, has_taps=False)
-            assert again.record is not None and again.unequal == [] and inside is None
-            assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(again.recorded)
-            assert again.from_step == max(each for each in saved if each < step)
-            assert again.stage == ("first" if step <= BORDER else "second")
-            assert "the same, bit for bit" in again.verdict
-    assert contents(run) == before
+            replayed, internals = replay_one_step(run, step, has_taps=False)
+            assert replayed.record is not None and replayed.unequal == [] and internals is None
+            assert {"train/loss", "train/gradient_norm", "train/learning_rate"} <= set(replayed.recorded)
+            assert replayed.from_step == max(each for each in saved if each < step)
+            assert replayed.stage == ("first" if step <= BORDER else "second")
+            assert "the same, bit for bit" in replayed.verdict
+        for step in (0, -1, STEPS + 1):
+            with pytest.raises(UserError, match=f"has no step {step}: its steps are 1 to 10"):
+                replay_one_step(run, step, has_taps=False)
+    assert read_files(finished) == before
 
 
-def test_a_state_made_again_is_the_one_that_was_saved(run: Path) -> None:
-    with RecordedRun(run, quiet()) as past:
-        last = past.saved_steps()[-1]
-        saved = fingerprint_tree(past.state_at(last))
-        past.undo_rewind(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
-        assert past.saved_steps() == [0]
-        assert fingerprint_tree(past.state_at(last)) == saved
+def test_recomputed_state_equals_the_saved_one(finished: Path) -> None:
+    with RecordedRun(finished, new_console()) as run:
+        last = run.saved_steps()[-1]
+        saved = fingerprint_tree(run.state_at(last))
+        run.undo_rewind(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
+        assert run.saved_steps() == [0]
+        assert fingerprint_tree(run.state_at(last)) == saved
 
 
-def test_a_damaged_checkpoint_is_passed_over(own: Path) -> None:
-    console = quiet()
-    with RecordedRun(own, console) as past:
-        nearest = max(step for step in past.saved_steps() if step < STEPS)
-        assert nearest > 0
-    for file in (RunDir(own).checkpoints / str(nearest)).rglob("*"):
+def test_damaged_checkpoint_is_skipped(copy: Path) -> None:
+    with RecordedRun(copy, new_console()) as run:
+        before, nearest = [step for step in run.saved_steps() if step < STEPS][-2:]
+    for file in (RunDir(copy).checkpoints / str(nearest)).rglob("*"):
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
-        before = max(step for step in past.saved_steps() if step < nearest)
-    assert replay(own, STEPS, False, console)
-    assert f"The checkpoint of step {nearest} is damaged" in said(console)
-    assert f"replayed from {describe_start(before)}\n" in said(console)
+    console = new_console()
+    assert replay(copy, STEPS, False, console)
+    assert f"The checkpoint of step {nearest} is damaged" in output(console)
+    assert f"replayed from {describe_start(before)}\n" in output(console)
 
 
-def test_many_steps_before_the_one_that_is_wanted_are_announced(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(RunDir(own).checkpoints)
-    for far, is_said in ((8, False), (7, True)):
-        monkeypatch.setattr(pasts, "FAR", far)
-        console = quiet()
-        replay(own, 9, False, console)
-        assert ("8 steps are recomputed first, from the start on." in said(console)) == is_said
-    made: list[int] = []
-    with RecordedRun(own, quiet()) as past:
-        past.train(past.restore_nearest(0), 8, made.append)
-    assert made == [3, 5, 8]
+def test_many_missing_steps_are_announced_and_counted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(RunDir(copy).checkpoints)
+    progress: list[int] = []
+    for limit, is_announced in ((8, False), (7, True)):
+        monkeypatch.setattr(recorded_run, "FAR", limit)
+        console = new_console()
+        with RecordedRun(copy, console) as run:
+            run.state_at(8)
+            if is_announced:
+                run.train(run.restore_nearest(0), 8, progress.append)
+        assert ("8 steps are recomputed first, from the start on." in output(console)) == is_announced
+    assert progress == [3, 5, 8]
 
 
-def test_a_record_that_differs_is_named_and_one_that_is_not_there_is_missed(own: Path) -> None:
+# Comparison with the record.
+
+
+def test_differing_and_missing_lines_are_reported(copy: Path) -> None:
     def change(line: dict[str, Any]) -> dict[str, Any] | None:
         if line["step"] == 2 and "train/loss" in line:
             line["train/loss"] = math.nextafter(line["train/loss"], 9)
+        if line["step"] == 4:
+            line.pop("train/gradient_norm", None)
         return None if line["step"] == 3 else line
 
-    rewritten(own, change)
-    with RecordedRun(own, quiet()) as past:
-        again, _ = replay_one_step(past, 2, has_taps=False)
-        assert again.unequal == ["train/loss"] and again.reasons == ()
-        assert again.verdict.startswith("Not bit-identical: loss, although the code and")
-        again, _ = replay_one_step(past, 3, has_taps=False)
-        assert again.record is None and again.unequal == [] and "has no line of step 3" in again.verdict
-        assert not again.is_same
+    edit_metrics(copy, change)
+    with RecordedRun(copy, new_console()) as run:
+        second, third, fourth = (replay_one_step(run, step, has_taps=False)[0] for step in (2, 3, 4))
+    assert second.unequal == ["train/loss"] and second.reasons == ()
+    assert second.verdict.startswith("Not bit-identical: loss, although the code and")
+    assert third.record is None and third.unequal == [] and "has no line of step 3" in third.verdict
+    assert "metrics.jsonl lacks values of this step: gradient_norm." in fourth.verdict
+    assert not (second.is_same or third.is_same or fourth.is_same)
 
 
 @pytest.mark.parametrize("n_lines", [None, 0, 5, -1])
-def test_a_record_that_is_missing_or_cut_is_no_equal_one(own: Path, n_lines: int | None) -> None:
-    file, console = RunDir(own).metrics_file, quiet()
+def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | None) -> None:
+    file, console = RunDir(copy).metrics_file, new_console()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:n_lines])) if n_lines is not None else file.unlink()
-    assert not replay(own, STEPS, False, console) or n_lines == -1
+    assert not replay(copy, STEPS, False, console) or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
-    why = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
-    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {why}." in said(console)
+    reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
+    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {reason}." in output(console)
 
 
-def test_a_line_that_lacks_a_number_is_no_equal_one(own: Path) -> None:
-    rewritten(own, lambda line: {name: value for name, value in line.items() if name != "train/gradient_norm"})
-    console = quiet()
-    assert not replay(own, 2, False, console)
-    assert "metrics.jsonl lacks values of this step: gradient_norm." in said(console)
-
-
-def test_a_step_that_is_not_recorded_by_config_is_said_to_be_so(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stage, "is_logged", lambda self, step: step % 3 == 0)
-    rewritten(own, lambda line: line if line["step"] % 3 == 0 else None)
-    console = quiet()
-    assert replay(own, 2, False, console)
-    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in said(console)
+    edit_metrics(copy, lambda line: line if line["step"] % 3 == 0 else None)
+    console = new_console()
+    assert replay(copy, 2, False, console)
+    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in output(console)
 
 
-def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
+def test_verdict_gives_reasons_and_nan_equals_nan() -> None:
     metrics = {"train/loss": 1.0, "train/gradient_norm": math.nan}
     record = {"step": 3, "train/loss": 1.0, "train/gradient_norm": math.nan, "train/tokens_per_second": 3.0}
     same = ReplayedStep("run", 3, "train", 0, metrics, record, ("it was trained fused with 3 others",))
@@ -203,63 +205,58 @@ def test_why_bits_may_differ_is_taken_from_the_journal() -> None:
     assert other.verdict == "Not bit-identical: loss. Possible reasons: it was trained fused with 3 others."
 
 
-def test_another_code_is_a_reason_and_so_is_that_nothing_is_known(own: Path) -> None:
-    file = RunDir(own).journal_file
-    code = load_launches(RunDir(own))[0].code
-    file.write_text(file.read_text().replace(f'"code": "{code}"', '"code": "0123456789ab"'))
-    with RecordedRun(own, quiet()) as past:
-        assert replay_one_step(past, 2, has_taps=False)[0].reasons == (f"the code was 0123456789ab and is {code}",)
+def test_reasons_come_from_the_journal(copy: Path) -> None:
+    file = RunDir(copy).journal_file
+    original, code = file.read_text(), load_launches(RunDir(copy))[0].code
+    with RecordedRun(copy, new_console()) as run:
+
+        def reasons(step: int) -> tuple[str, ...]:
+            return replay_one_step(run, step, has_taps=False)[0].reasons
+
+        launch = next(event for event in EventLog(file).events() if event["event"] == "launch")
+        EventLog(file).append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
+        assert "fused with 3 others" in reasons(4)[0] and reasons(2) == ()
+        file.write_text(original.replace(f'"code": "{code}"', '"code": "0123456789ab"'))
+        assert reasons(2) == (f"the code was 0123456789ab and is {code}",)
         file.unlink()
-        (reason,) = replay_one_step(past, 2, has_taps=False)[0].reasons
-        assert "were not recorded" in reason
+        assert "were not recorded" in reasons(2)[0]
 
 
-def test_a_fused_launch_is_a_reason(own: Path) -> None:
-    journal = EventLog(RunDir(own).journal_file)
-    launch = next(event for event in journal.events() if event["event"] == "launch")
-    journal.append_all([launch | {"mode": "fused", "width": 4, "step": 2}])
-    with RecordedRun(own, quiet()) as past:
-        assert "fused with 3 others" in replay_one_step(past, 4, has_taps=False)[0].reasons[0]
-        assert replay_one_step(past, 2, has_taps=False)[0].reasons == ()
+def test_changed_text_is_named_by_its_stage(copy: Path) -> None:
+    text = write_text()
+    try:
+        text.write_text(text.read_text().replace("question", "answer"))
+        with pytest.raises(UserError, match="stage 'first' is not what the run read"):
+            replay(copy, 2, False, new_console())
+    finally:
+        write_text()
 
 
-def test_a_run_that_went_back_is_followed_where_it_went(own: Path) -> None:
-    """After a rewind from step 8 to step 6 the run reads the batches after step 8's."""
-    EventLog(RunDir(own).journal_file).append("rewind", step=8, to=6, skipped=2, faults=1)
-    with RecordedRun(own, quiet()) as past:
-        (rewind,) = past.rewinds
-        past._last_visible = 6
-        state = past.state_at(7)
-        assert (int(state.loss_stats.skipped), int(state.loss_stats.faults)) == (2, 1)
-        (batch,) = past.batches(past.state_at(6), 1)
-        assert (batch.tokens_BT == past.stage_of(7)[0].training_batches().batch(8).tokens_BT).all()
-        past.undo_rewind(rewind)
-        assert int(past.state_at(7).loss_stats.skipped) == 0
-        assert (
-            past.batches(past.state_at(6), 1)[0].tokens_BT == past.stage_of(7)[0].training_batches().batch(6).tokens_BT
-        ).all()
+# Rewinds.
 
 
-def test_batches_are_those_that_the_run_read_also_over_a_step_to_which_it_came_back(own: Path) -> None:
-    """It went back from step 9 to 8, from 10 to 6, and then from 8 to 7."""
-    journal = EventLog(RunDir(own).journal_file)
+def test_batches_after_rewinds_are_those_that_the_run_read(copy: Path) -> None:
+    """The run rewound from step 9 to 8, from 10 to 6, and then from 8 to 7."""
+    journal = EventLog(RunDir(copy).journal_file)
     for step, to, skipped, faults in ((9, 8, 1, 1), (10, 6, 5, 2), (8, 7, 6, 3)):
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
-    with RecordedRun(own, quiet()) as past:
-        past._last_visible = 6
-        source = past.stage_of(7)[0].training_batches()
+    with RecordedRun(copy, new_console()) as run:
+        run._last_visible = 6
+        source = run.stage_of(7)[0].training_batches()
+        known = [source.batch(index).tokens_BT.tobytes() for index in range(6, 26)]
 
-        def numbers(first: int, count: int) -> list[int]:
-            tokens = [batch.tokens_BT.tobytes() for batch in past.batches(past.state_at(first), count)]
-            known = [source.batch(number).tokens_BT.tobytes() for number in range(6, 26)]
-            return [6 + known.index(each) for each in tokens]
+        def indices(first: int, count: int) -> list[int]:
+            return [6 + known.index(each.tokens_BT.tobytes()) for each in run.batches(run.state_at(first), count)]
 
+        state = run.state_at(7)
+        assert (int(state.loss_stats.skipped), int(state.loss_stats.faults)) == (6, 3)
         # Step 7 reads batch 6 + 5; steps 8 to 10 the batches 7 + 6, 8 + 6, 9 + 6.
-        assert numbers(6, 4) == [11, 13, 14, 15]
-        one_by_one = [numbers(step, 1)[0] for step in (6, 7, 8, 9)]
-        assert numbers(6, 4) == one_by_one
-        past.undo_rewind(past.rewinds[-1])
-        assert numbers(6, 4) == [11, 12, 13, 14]
+        assert indices(6, 4) == [11, 13, 14, 15]
+        assert indices(6, 4) == [indices(step, 1)[0] for step in (6, 7, 8, 9)]
+        run.undo_rewind(run.rewinds[-1])
+        assert indices(6, 4) == [11, 12, 13, 14]
+        run.undo_rewind(run.rewinds[0])
+        assert int(run.state_at(7).loss_stats.skipped) == 0 and indices(6, 4) == [6, 7, 8, 9]
 
 
 STUMBLING = """
@@ -278,37 +275,32 @@ class Stumbling(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_that_went_back_from_faults_is_made_again_and_so_are_its_faults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its layer stumbles over batches in which the text begins anew."""
+def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layer fails on batches in which the text starts over."""
     (tmp_path / "stumbling.py").write_text(STUMBLING)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
-    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
     changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.grad_accum_steps": 1}
-    changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(text_file()),)}
+    changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(write_text()),)}
     path = tmp_path / "run"
-    run_training.train(small_config(**(TINY | changes)), path, {}, quiet())
-    with RecordedRun(path, quiet()) as past:
-        assert len(past.rewinds) >= 2 and past.recorded_metrics(30) is not None
-        for step in (1, *(rewind.to + 1 for rewind in past.rewinds), 30):
-            again, _ = replay_one_step(past, step, has_taps=False)
-            assert again.unequal == [] and is_finite(again.metrics), step
-        found = find_anomaly(past, None)
-        assert found is not None and found.rewind == past.rewinds[-1] and found.is_fault
-        past.undo_rewind(past.rewinds[-1])
-        again, inside = replay_one_step(past, found.step, has_taps=True)
-        assert not is_finite(again.metrics) and again.record is None and inside is not None
-        bad = next(tensor for tensor in inside.tensors if tensor.nonfinite)
+    run_training.train(small_config(**(TINY | changes)), path, {}, new_console())
+    with RecordedRun(path, new_console()) as run:
+        assert len(run.rewinds) >= 2 and run.recorded_metrics(30) is not None
+        for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 30):
+            replayed, _ = replay_one_step(run, step, has_taps=False)
+            assert replayed.unequal == [] and is_finite(replayed.metrics), step
+        anomaly = find_anomaly(run, None)
+        assert anomaly is not None and anomaly.rewind == run.rewinds[-1] and anomaly.is_fault
+        run.undo_rewind(run.rewinds[-1])
+        replayed, internals = replay_one_step(run, anomaly.step, has_taps=True)
+        assert not is_finite(replayed.metrics) and replayed.record is None and internals is not None
+        bad = next(tensor for tensor in internals.tensors if tensor.nonfinite)
         assert bad.name == "layers/0/feedforward"
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_many_devices_measure_the_same(tmp_path: Path) -> None:
-    """On four devices a replay has its bits, and what is measured is what one device measures."""
-    text_file().write_text("To be, or not to be, that is the question:\n" * 40)
+def test_four_devices_measure_the_same_as_one(tmp_path: Path) -> None:
     code = f"""
 import json, sys
 from io import StringIO
@@ -321,19 +313,19 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun
 from rustgpt_jax.training import run_training
 run_training.draw_loss_curves = lambda folder: folder
 path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
-changes = {TINY | {"data.paths": (str(text_file()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
+changes = {TINY | {"data.paths": (str(write_text()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
 run_training.train(small_config(**changes), path, {{}}, console)
-with RecordedRun(path, console) as past:
-    again, inside = replay_one_step(past, 2, has_taps=True)
-    assert again.unequal == [], again
-    print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in inside.tensors]))
+with RecordedRun(path, console) as run:
+    replayed, internals = replay_one_step(run, 2, has_taps=True)
+    assert replayed.unequal == [], replayed
+    print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in internals.tensors]))
 """
     found = []
     for count in (1, 4):
         flags = f"--xla_force_host_platform_device_count={count}"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        command, here = [sys.executable, "-c", code, str(count)], Path(__file__).parent.parent
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here)
+        command, root = [sys.executable, "-c", code, str(count)], Path(__file__).parent.parent
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     for one, four in zip(*found, strict=True):
@@ -343,89 +335,62 @@ with RecordedRun(path, console) as past:
 # Taps, pages and traces.
 
 
-def test_taps_show_every_layer_and_write_a_page_beside_the_run(own: Path) -> None:
-    before, console = contents(own), quiet()
-    assert replay(own, 4, True, console)
-    after = contents(own)
+def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, console = read_files(copy), new_console()
+    assert replay(copy, 4, True, console)
+    after = read_files(copy)
     page = after.pop("replay/step_4.html").decode()
     assert after == before
-    text = said(console)
+    text = output(console)
     assert "bit for bit" in text and "mixer/scores" in text and "replay/step_4.html" in text.replace("\n", "")
     assert all(len(line) <= 100 for line in text.splitlines() if "mixer" in line)
     assert page.count('class="heat') == 8 and "http" not in page
     assert "layers/1/feedforward/down/kernel" in page and "All tensors are finite." in page
-    with RecordedRun(own, quiet()) as past:
-        inside = past.step_internals(past.state_at(3))
-        norm = next(tensor for tensor in inside.tensors if tensor.name == "layers/1/mixer/scores").norm
-        loss = jax.device_get(inside.metrics.loss)
+    with RecordedRun(copy, new_console()) as run:
+        internals = run.step_internals(run.state_at(3))
+        norm = next(tensor for tensor in internals.tensors if tensor.name == "layers/1/mixer/scores").norm
+        loss = jax.device_get(internals.metrics.loss)
     assert f"norm {norm:.4g}" in page
-    assert loss == pytest.approx(past.recorded_metrics(4)["train/loss"], rel=1e-5)  # type: ignore[index]
+    assert loss == pytest.approx(run.recorded_metrics(4)["train/loss"], rel=1e-5)  # type: ignore[index]
+    # If the folder is not writable, the page goes to a temporary one.
+    shutil.rmtree(copy / "replay")
+    (copy / "replay").write_text("not a folder, even for root")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    console = new_console(width=1000)
+    assert replay(copy, 4, True, console)
+    (file,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
+    assert f"All tensors of the step: {file}" in output(console) and file.read_text() == page
 
 
-def test_a_trace_has_every_array_of_every_step(run: Path, tmp_path: Path) -> None:
-    steps = json.loads(json.dumps(write_trace(run, 5, 7, True, quiet()), allow_nan=False))
+def test_trace_has_every_array_of_every_step(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = json.loads(json.dumps(write_trace(finished, 5, 7, True, new_console()), allow_nan=False))
     assert [step["step"] for step in steps] == [5, 6, 7]
     for first, second in zip(steps, steps[1:], strict=False):
         assert first["after"] == second["before"] != first["before"]
         assert first["batch"]["tokens_BT"] != second["batch"]["tokens_BT"]
-    records = {line["step"]: line for line in read_metrics(run) if "train/loss" in line}
+    records = {line["step"]: line for line in read_metrics(finished) if "train/loss" in line}
     for step in steps:
         assert step["loss"] == {"train/loss": repr(records[step["step"]]["train/loss"])}
         sites, backward = list(step["activations"]), list(step["gradients"])
         assert sites[0] == "embeddings" and sites[-1] == "logits" and "layers/1/mixer/query" in sites
         assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
-    with RecordedRun(run, quiet()) as past:
-        assert fingerprint_tree(past.state_at(7)) == steps[-1]["after"]
-    assert json.loads(json.dumps(write_trace(run, 6, 6, True, quiet()))) == [steps[1]]
-    assert write_trace(run, 6, 6, False, quiet())[0]["activations"] == {}
+    with RecordedRun(finished, new_console()) as run:
+        assert fingerprint_tree(run.state_at(7)) == steps[-1]["after"]
+    assert write_trace(finished, 6, 6, False, new_console())[0]["activations"] == {}
+    # The command writes the same, or an error message.
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(step_trace, "enable_compilation_cache", lambda: None)
+    for last, status in ((11, 2), (6, 0)):
+        monkeypatch.setattr(sys, "argv", ["step_trace", str(finished), "6", str(last), str(out), "--taps"])
+        assert step_trace.main() == status and out.exists() == (status == 0)
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {finished} has no step 11: its steps are 1 to 10."
+    assert json.loads(out.read_text()) == [steps[1]]
 
 
-def test_the_command_of_a_trace_answers_mistakes_in_a_sentence(run: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "rustgpt_jax.reproduce.step_trace",
-        str(run),
-        "1",
-        "11",
-        str(tmp_path / "out.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 2 and not (tmp_path / "out.json").exists()
-    assert done.stderr.splitlines()[-1] == f"error: {run} has no step 11: its steps are 1 to 10."
-
-
-@pytest.mark.parametrize("step", [0, -1, STEPS + 1])
-def test_a_step_that_is_none_is_refused(step: int, run: Path) -> None:
-    with pytest.raises(UserError, match=f"has no step {step}: its steps are 1 to 10"):
-        replay(run, step, False, quiet())
-
-
-def test_a_text_that_is_another_is_named_by_its_stage(own: Path) -> None:
-    text = text_file().read_text()
-    try:
-        text_file().write_text(text.replace("question", "answer"))
-        with pytest.raises(UserError, match="stage 'first' is not what the run read"):
-            replay(own, 2, False, quiet())
-    finally:
-        text_file().write_text(text)
-
-
-def test_a_tensor_has_a_root_mean_square_of_what_is_finite_and_numbers_are_short() -> None:
-    tensor = StepTensor(
-        "activation", "logits", None, "logits", norm=6.0, largest=3.0, nonfinite=1, size=5, fingerprint=""
-    )
+def test_rms_is_of_finite_elements_and_numbers_are_short() -> None:
+    tensor = StepTensor("activation", "logits", None, "logits", 6.0, 3.0, nonfinite=1, size=5, fingerprint="")
     assert tensor.rms == 3.0 and tensor._replace(nonfinite=5).rms == 0.0
     assert [format_short(value) for value in (0.1234, 1.2e-7, 54321.0, 0.0)] == ["0.12", "1.2e-7", "5.4e4", "0"]
-
-
-def test_where_the_folder_of_a_run_cannot_be_written_the_page_is_elsewhere(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (own / "replay").write_text("in the way of a folder, even for root")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    console = Console(file=StringIO(), width=1000)
-    assert replay(own, 4, True, console)
-    (page,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
-    assert f"All tensors of the step: {page}" in said(console) and "<html" in page.read_text()

@@ -1,4 +1,4 @@
-"""Two runs that differ in one thing: that thing is named, first of all, and the first tensor that it changes."""
+"""Diff: the input in which two runs differ is named first, then the first tensor that differs."""
 
 import json
 import os
@@ -28,18 +28,18 @@ DATA = {"stage": "train", "source": "ab" * 32, "tokenizer": "cd" * 32, "splits":
 CODE = {"rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q >= s\n", "launch.py": "print()\n"}
 
 
-def said_of(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
-    """Whether two runs are the same, and the lines that are said of them."""
+def run_diff_verb(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
+    """Return whether two runs are the same, and the lines of the output."""
     console = Console(file=StringIO(), width=300)
     is_same = diff(first, second, console, is_trusted)
     return is_same, console.file.getvalue().splitlines()
 
 
-# What runs are made of: folders made by hand.
+# Comparison of the inputs of runs, with folders written by hand.
 
 
-def made_by_hand(path: Path, **changes: Any) -> RunDir:
-    """A run folder with a record of everything. In `changes`: config, code, environment, data, launch, programs."""
+def write_run(path: Path, **changes: Any) -> RunDir:
+    """Write a run folder with all records, with `changes` of config, code, environment, data, launch or programs."""
     run = create_run_dir(path, replace_paths(run_config(), changes.get("config", {})), {})
     code = path / "files"
     for name, content in (CODE | changes.get("code", {})).items():
@@ -61,11 +61,11 @@ def made_by_hand(path: Path, **changes: Any) -> RunDir:
 
 @pytest.fixture
 def first(tmp_path: Path) -> RunDir:
-    return made_by_hand(tmp_path / "first")
+    return write_run(tmp_path / "first")
 
 
-def different(first: RunDir, second: RunDir) -> dict[str, list[str]]:
-    """The names of what differs, by section."""
+def list_differences(first: RunDir, second: RunDir) -> dict[str, list[str]]:
+    """Return the names of the differences by section."""
     return {
         each.kind: [found.name for found in each.differences]
         for each in compare_metadata(first, second)
@@ -90,64 +90,62 @@ def different(first: RunDir, second: RunDir) -> dict[str, list[str]]:
         ({"programs": {"train": "00" * 32}}, "program", "stage train"),
     ],
 )
-def test_the_one_thing_is_named(tmp_path: Path, first: RunDir, changes: dict[str, Any], kind: str, name: str) -> None:
-    found = different(first, made_by_hand(tmp_path / "second", **changes))
+def test_single_difference_is_named(
+    tmp_path: Path, first: RunDir, changes: dict[str, Any], kind: str, name: str
+) -> None:
+    found = list_differences(first, write_run(tmp_path / "second", **changes))
     assert found.keys() == {kind}
     assert all(each.startswith(name) for each in found[kind])
-    _, lines = said_of(first.path, tmp_path / "second")
+    _, lines = run_diff_verb(first.path, tmp_path / "second")
     assert lines[lines.index(f"{kind}:") + 1].startswith(f"  {name}")
     assert [line for line in lines if line.endswith(": the same")] == [
         f"{each}: the same" for each in ("config", "code", "environment", "data", "program") if each != kind
     ]
 
 
-def test_programs_of_other_modes_are_not_compared(tmp_path: Path, first: RunDir) -> None:
-    second = made_by_hand(tmp_path / "second", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
-    assert different(first, second) == {"environment": ["launch.mode"]}
-    _, lines = said_of(first.path, second.path)
+def test_equal_runs_and_programs_of_different_modes(tmp_path: Path, first: RunDir) -> None:
+    # The same text in other files elsewhere.
+    same = write_run(tmp_path / "same", data={"files": {"/other/a.txt": "9", "/other/c.txt": "8"}})
+    is_same, lines = run_diff_verb(first.path, same.path)
+    assert is_same and list_differences(first, same) == {} and "losses: the same for 0 steps" in lines
+    exact = write_run(tmp_path / "exact", launch={"mode": "exact", "width": 4}, programs={"train": "00" * 32})
+    assert list_differences(first, exact) == {"environment": ["launch.mode"]}
+    _, lines = run_diff_verb(first.path, exact.path)
     assert "program: not compared. The runs were trained in different modes, solo of 1 and exact of 4." in lines
 
 
-def test_equal_runs_differ_in_nothing(tmp_path: Path, first: RunDir) -> None:
-    # The same texts elsewhere, and written otherwise.
-    second = made_by_hand(tmp_path / "second", data={"files": {"/other/a.txt": "9", "/other/c.txt": "8"}})
-    assert different(first, second) == {}
-    is_same, lines = said_of(first.path, second.path)
-    assert is_same and "losses: the same for 0 steps" in lines
-
-
-def test_a_file_of_the_code_is_shown_where_it_differs(tmp_path: Path, first: RunDir) -> None:
+def test_changed_code_is_shown_as_a_patch(tmp_path: Path, first: RunDir) -> None:
     other = {
         "launch.py": '"""Words."""\n\n# More words.\nprint()\n',
         "rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q > s\n",
     }
-    second = made_by_hand(tmp_path / "second", code=other)
-    _, lines = said_of(first.path, second.path)
+    second = write_run(tmp_path / "second", code=other)
+    _, lines = run_diff_verb(first.path, second.path)
     place = lines.index("code:")
     assert lines[place + 1] == "  rustgpt_jax/model/kv_cache.py"
     assert "    -    return q >= s" in lines and "    +    return q > s" in lines
     assert "  launch.py (only comments and docstrings)" in lines
 
 
-def test_knobs_of_stages_are_named(tmp_path: Path) -> None:
+def test_overrides_of_stages_are_named(tmp_path: Path) -> None:
     stages = [[{"name": "a"}, {"name": "b", "optimizer": {"learning_rate": rate}}] for rate in (0.1, 0.2)]
-    runs = [made_by_hand(tmp_path / str(number)) for number in range(3)]
-    for run, own in zip(runs, [*stages, stages[0][:1]], strict=True):
-        about = json.loads(run.config_file.read_text())
-        about["config"]["stages"] = own
-        run.config_file.write_text(json.dumps(about))
-    assert different(runs[0], runs[1]) == {"config": ["config.stages.b.optimizer.learning_rate"]}
-    assert different(runs[0], runs[2])["config"][0] == "config.stages"
+    runs = [write_run(tmp_path / str(number)) for number in range(3)]
+    for run, run_stages in zip(runs, [*stages, stages[0][:1]], strict=True):
+        record = json.loads(run.config_file.read_text())
+        record["config"]["stages"] = run_stages
+        run.config_file.write_text(json.dumps(record))
+    assert list_differences(runs[0], runs[1]) == {"config": ["config.stages.b.optimizer.learning_rate"]}
+    assert list_differences(runs[0], runs[2])["config"][0] == "config.stages"
 
 
-def test_what_is_missing_is_said(tmp_path: Path, first: RunDir) -> None:
-    second = made_by_hand(tmp_path / "second", config={"seed": 3})
+def test_missing_records_are_reported(tmp_path: Path, first: RunDir) -> None:
+    second = write_run(tmp_path / "second", config={"seed": 3})
     second.journal_file.unlink()
-    third = made_by_hand(tmp_path / "third")
+    third = write_run(tmp_path / "third")
     third.journal_file.unlink()
-    # Nothing that is known differs, but not much is known.
-    assert different(first, third) == {} and not said_of(first.path, third.path)[0]
-    _, lines = said_of(first.path, second.path)
+    # No difference is known, but much is unknown.
+    assert list_differences(first, third) == {} and not run_diff_verb(first.path, third.path)[0]
+    _, lines = run_diff_verb(first.path, second.path)
     assert "  config.seed: 0 -> 3" in lines
     for kind in ("code", "environment"):
         assert f"{kind}: not compared. {second.path} has no record of its launches: no journal.jsonl with one." in lines
@@ -156,10 +154,10 @@ def test_what_is_missing_is_said(tmp_path: Path, first: RunDir) -> None:
         diff(tmp_path / "gone", first.path, Console(file=StringIO()))
 
 
-# The first tensor, in traces made by hand.
+# The first tensor that differs, in traces written by hand.
 
 
-def a_step(number: int) -> dict[str, dict[str, str]]:
+def make_step(number: int) -> dict[str, dict[str, str]]:
     return {
         "batch": {"tokens_BT": "a"},
         "before": {"params/x": f"x{number}", "opt_state/m": "b"},
@@ -170,7 +168,7 @@ def a_step(number: int) -> dict[str, dict[str, str]]:
     }
 
 
-def spoiled(step: dict[str, dict[str, str]], part: str, name: str) -> None:
+def change_from(step: dict[str, dict[str, str]], part: str, name: str) -> None:
     """Change a tensor of a step, and all that is computed after it."""
     for each in step_trace.PARTS[step_trace.PARTS.index(part) :]:
         names = list(step[each])
@@ -189,19 +187,19 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("part", "name"), PLACES)
-def test_the_first_tensor_is_the_first_that_is_made(
+def test_first_tensor_is_the_first_in_order_of_computation(
     part: str, name: str, first: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    calls = []
 
     def trace(run: RunDir, begin: int, last: int, has_taps: bool, is_trusted: bool) -> step_trace.Trace:
-        asked.append((begin, last, has_taps))
-        steps = {number: a_step(number) for number in range(begin, last + 1)}
+        calls.append((begin, last, has_taps))
+        steps = {number: make_step(number) for number in range(begin, last + 1)}
         for number, step in steps.items():
             if run is not first and number == 4:
-                spoiled(step, part, name)
+                change_from(step, part, name)
             if run is not first and number > 4:
-                spoiled(step, "before", "params/x")
+                change_from(step, "before", "params/x")
             if not has_taps:
                 step["activations"].clear(), step["gradients"].clear()
         return steps
@@ -210,13 +208,13 @@ def test_the_first_tensor_is_the_first_that_is_made(
     second = RunDir(first.path)
     for agreed, parted in ((3, 4), (4, 5), (0, 6), (0, 9), (5, 6), (8, 9)):
         assert step_trace.find_first_tensor(first, second, agreed, parted) == TensorDifference(4, part, name)
-    # The insides of many steps are not looked at.
-    assert all(last - begin < step_trace.FEW_STEPS for begin, last, has_taps in asked if has_taps)
+    # Intermediates of many steps are not traced.
+    assert all(last - begin < step_trace.FEW_STEPS for begin, last, has_taps in calls if has_taps)
 
 
-def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> None:
+def test_likely_cause_is_one_that_the_tensor_depends_on(tmp_path: Path, first: RunDir) -> None:
     both = {"config": {"optimizer.weight_decay": 0.3, "model.dropout": 0.5, "data.max_documents": 7}}
-    second = made_by_hand(tmp_path / "second", **both, environment={"packages": {"flax": "0.13", "optax": "9"}})
+    second = write_run(tmp_path / "second", **both, environment={"packages": {"flax": "0.13", "optax": "9"}})
     found = compare_metadata(first, second)
 
     def likely(part: str) -> list[str]:
@@ -227,17 +225,17 @@ def test_the_likely_cause_is_one_that_can_be(tmp_path: Path, first: RunDir) -> N
     assert likely("after") == ["config.optimizer.weight_decay", "packages.optax"]
 
 
-def test_without_a_replay_the_likely_cause_is_what_differs(
+def test_without_recomputation_every_difference_is_a_likely_cause(
     tmp_path: Path, first: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise UserError("The text is gone.")
 
     monkeypatch.setattr(run_diff, "find_first_tensor", refuse)
-    second = made_by_hand(tmp_path / "second", config={"seed": 3})
+    second = write_run(tmp_path / "second", config={"seed": 3})
     for run, loss in ((first, 1.0), (second, 2.0)):
         run.metrics_file.write_text(json.dumps({"step": 1, "train/loss": loss}) + "\n")
-    is_same, lines = said_of(first.path, second.path)
+    is_same, lines = run_diff_verb(first.path, second.path)
     assert not is_same
     assert lines[-3:] == [
         "losses: Step 1 is the first that differs: train/loss is 1.0 and 2.0.",
@@ -246,89 +244,84 @@ def test_without_a_replay_the_likely_cause_is_what_differs(
     ]
 
 
-# Whole runs, each with one seeded mutation.
+# Whole runs that differ in one input.
+
+CORPUS = {"data.corpus": "files", "data.paths": ["texts/*.txt"], "data.split": "tail"}
+KV_CACHE = "rustgpt_jax/model/kv_cache.py"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus of two files, and a run that has read it."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus of two files, a copy of the code, and a run."""
     folder = tmp_path_factory.mktemp("diff")
-    texts(folder, "the question")
-    # Of its own: the code here may be edited while this runs.
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("To be, or not to be.\n" * 40)
+    (folder / "texts" / "b.txt").write_text("That is the question.\n" * 40)
+    # A copy, because the code here may be edited while this runs.
     copy_code(folder / "code")
     train_elsewhere(folder / "run", folder / "code", **CORPUS)
     return folder
 
 
-CORPUS = {"data.corpus": "files", "data.paths": ["texts/*.txt"], "data.split": "tail"}
-
-
-def texts(folder: Path, what: str) -> None:
-    (folder / "texts").mkdir(exist_ok=True)
-    (folder / "texts" / "a.txt").write_text("To be, or not to be.\n" * 40)
-    (folder / "texts" / "b.txt").write_text(f"That is {what}.\n" * 40)
-
-
-def with_another_number(folder: Path) -> None:
-    train_elsewhere(folder / "other", folder / "code", **CORPUS, **{"optimizer.weight_decay": 0.2})
-
-
-def with_another_seed(folder: Path) -> None:
-    train_elsewhere(folder / "other", folder / "code", **CORPUS, **{"seed": 1})
-
-
-def with_another_mask(folder: Path) -> None:
-    kv_cache = folder / "code" / "rustgpt_jax" / "model" / "kv_cache.py"
-    before = kv_cache.read_text()
+def change_code(folder: Path) -> None:
+    file = folder / "code" / KV_CACHE
+    before = file.read_text()
     # A token sees the one after it.
-    kv_cache.write_text(before.replace("attention_mask(context, order_T,", "attention_mask(context, order_T + 1,"))
-    assert kv_cache.read_text() != before
-    train_elsewhere(folder / "other", folder / "code", **CORPUS)
+    file.write_text(before.replace("attention_mask(context, order_T,", "attention_mask(context, order_T + 1,"))
+    assert file.read_text() != before
 
 
-def with_another_package(folder: Path) -> None:
-    about = folder / "site" / "flax-99.dist-info" / "METADATA"
-    about.parent.mkdir(parents=True)
-    about.write_text("Metadata-Version: 2.1\nName: flax\nVersion: 99\n")
-    train_elsewhere(folder / "other", folder / "code", {"PYTHONPATH": str(folder / "site")}, **CORPUS)
+def change_package(folder: Path) -> None:
+    metadata = folder / "site" / "flax-99.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: flax\nVersion: 99\n")
 
 
-def with_another_file(folder: Path) -> None:
-    texts(folder, "no question")
-    train_elsewhere(folder / "other", folder / "code", **CORPUS)
+def change_text(folder: Path) -> None:
+    (folder / "texts" / "b.txt").write_text("That is no question.\n" * 40)
+
+
+def change_nothing(folder: Path) -> None:
+    del folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mutate", "kind", "name", "cause"),
+    ("change", "knobs", "kind", "name", "cause"),
     [
-        pytest.param(
-            *(with_another_number, "config", "config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            with_another_seed, "config", "config.seed: 0 -> 1", "not the same batch: ", marks=pytest.mark.long
-        ),
-        (with_another_mask, "code", "rustgpt_jax/model/kv_cache.py", "not the same activations: "),
-        (with_another_package, "environment", "packages.flax: ", ""),
-        pytest.param(
-            with_another_file, "data", "stage train: texts/b.txt: ", "not the same batch: ", marks=pytest.mark.long
+        (change_code, {}, "code", KV_CACHE, "not the same activations: "),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (
+                    *(change_nothing, {"optimizer.weight_decay": 0.2}, "config"),
+                    *("config.optimizer.weight_decay: 0.1 -> 0.2", "not the same update: "),
+                ),
+                (change_nothing, {"seed": 1}, "config", "config.seed: 0 -> 1", "not the same batch: "),
+                (change_package, {}, "environment", "packages.flax: ", ""),
+                (change_text, {}, "data", "stage train: texts/b.txt: ", "not the same batch: "),
+            )
         ),
     ],
 )
-def test_a_seeded_mutation_is_the_first_that_is_named(
-    place: Path, tmp_path: Path, mutate: Callable[[Path], None], kind: str, name: str, cause: str
+def test_changed_input_and_first_tensor_are_named(
+    trained: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    knobs: dict[str, Any],
+    kind: str,
+    name: str,
+    cause: str,
 ) -> None:
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    mutate(tmp_path)
-    is_same, lines = said_of(tmp_path / "run", tmp_path / "other", is_trusted=True)
-    assert not is_same
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    change(tmp_path)
+    train_elsewhere(tmp_path / "other", tmp_path / "code", {"PYTHONPATH": str(tmp_path / "site")}, **CORPUS, **knobs)
+    is_same, lines = run_diff_verb(tmp_path / "run", tmp_path / "other", is_trusted=True)
     text = "\n".join(lines)
-    (first,) = [number for number, line in enumerate(lines) if line.endswith(":")][:1]
-    assert lines[first] == f"{kind}:", text
-    assert lines[first + 1].startswith(f"  {name}"), text
+    first = next(index for index, line in enumerate(lines) if line.endswith(":"))
+    assert not is_same and lines[first] == f"{kind}:" and lines[first + 1].startswith(f"  {name}"), text
     if cause:
         assert cause in lines[-1] and lines[-1].split(cause)[1].startswith(name), text
     else:
         assert "losses: the same for 6 steps" in lines, text
-    assert os.listdir(tmp_path / "run") == os.listdir(place / "run")
+    assert os.listdir(tmp_path / "run") == os.listdir(trained / "run")
