@@ -45,7 +45,7 @@ from rustgpt_jax.reproduce.interventions import (
     InterventionResult,
     fit_state,
     format_flags,
-    possible_interventions,
+    list_interventions,
 )
 from rustgpt_jax.reproduce.recorded_run import ACTIVATION, HISTORY, PARAMETER, UPDATE, History, RecordedRun, StepTensor
 from rustgpt_jax.reproduce.replay import ReplayedStep, is_finite, replay_one_step
@@ -153,7 +153,9 @@ def test_is_finite_covers_loss_gradient_and_update(changed: dict[str, float], is
 @pytest.mark.parametrize("name", ["loss", "gradient", "update"])
 def test_nonfinite_value_is_named(name: str) -> None:
     metric = "train/loss" if name == "loss" else f"train/{name}_norm"
-    run: Any = SimpleNamespace(history=lambda: history([line(1, 2.0), line(2, 2.0) | {metric: math.nan}]), rewinds=[])
+    run: Any = SimpleNamespace(
+        load_history=lambda: history([line(1, 2.0), line(2, 2.0) | {metric: math.nan}]), rewinds=[]
+    )
     assert must_find_anomaly(run)[:3] == (2, f"its {name} is not finite", True)
 
 
@@ -201,7 +203,7 @@ def test_outlier_rows_are_nonfinite_or_far_above_the_others(seed: int) -> None:
 
 
 def unavailable_reasons(config: Config, usual_norm: float = 0.63) -> dict[str, str | None]:
-    return {each.name: each.unavailable_reason for each in possible_interventions(config, usual_norm)}
+    return {each.name: each.unavailable_reason for each in list_interventions(config, usual_norm)}
 
 
 def test_unavailable_interventions_have_reasons() -> None:
@@ -240,7 +242,7 @@ def test_flags_override_the_run_or_the_stage() -> None:
     ]
     assert list(format_flags(half, config, "b"))[0] == "--config.optimizer.learning_rate=0.25"
     rates = config.optimizer.learning_rate, config.optimizer.muon_learning_rate
-    for intervention, factor in zip(possible_interventions(config, 1.0)[1:4], (2, 10, 100), strict=True):
+    for intervention, factor in zip(list_interventions(config, 1.0)[1:4], (2, 10, 100), strict=True):
         assert tuple(factor * rate for rate in dict(intervention.knobs).values()) == pytest.approx(rates)
 
 
@@ -272,11 +274,11 @@ def test_advice_follows_from_results() -> None:
         result_of(name, *losses)
         for name, losses in {CONTROL: (2, math.nan, 1), "a": (2, 3), "b": (2, 2.5), "c": (2, 9)}.items()
     )
-    assert [each.first_bad_index(8.0) for each in (control, good, bad)] == [1, None, 1]
-    assert bad.first_bad_index(9.0) is None
-    assert bad._replace(is_finite=np.array([False, True])).first_bad_index(math.inf) == 0
+    assert [each.find_first_bad_index(8.0) for each in (control, good, bad)] == [1, None, 1]
+    assert bad.find_first_bad_index(9.0) is None
+    assert bad._replace(is_finite=np.array([False, True])).find_first_bad_index(math.inf) == 0
     starts = [(bad, 1), (bad, 2), (control, 2)]
-    assert [each.first_bad_index(8.0, start=start) for each, start in starts] == [1, None, 1]
+    assert [each.find_first_bad_index(8.0, start=start) for each, start in starts] == [1, None, 1]
 
     def advice(*results: InterventionResult) -> str:
         return "\n".join(format_advice(trial_of(*results), small_config(), "train"))
@@ -311,13 +313,13 @@ class Recorded:
         self.inputs = SimpleNamespace(full_config=SimpleNamespace(model=model))
         self.lines = [line(10 * index, loss) for index, loss in enumerate(losses, start=1)]
 
-    def history(self) -> History:
+    def load_history(self) -> History:
         return history(self.lines)
 
     def check_step(self, step: int) -> None:
         """Accept every step."""
 
-    def state_at(self, step: int) -> int:
+    def compute_state(self, step: int) -> int:
         return step
 
     def train(self, step: int, count: int) -> tuple[int, list[Any]]:
@@ -457,7 +459,7 @@ def test_training_confirms_the_results_of_interventions(tmp_path: Path) -> None:
         threshold = failure.threshold.loss
         assert record[failure.step - 2]["train/loss"] <= threshold < record[failure.step - 1]["train/loss"]
         trial = try_interventions(run, failure)
-    failed = {result.intervention.name: trial.first_bad_step(result) for result in trial.results}
+    failed = {result.intervention.name: trial.find_first_bad_step(result) for result in trial.results}
     assert failed[CONTROL] == failure.step
     survivors = {name for name, step in failed.items() if step is None}
     assert survivors == {"learning rate / 10", "learning rate / 100", "tighter clipping"}

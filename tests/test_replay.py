@@ -106,7 +106,7 @@ def edit_metrics(path: Path, change: Any) -> None:
 def test_every_step_has_its_recorded_bits(finished: Path) -> None:
     before = read_files(finished)
     with RecordedRun(finished, new_console()) as run:
-        saved = run.saved_steps()
+        saved = run.list_saved_steps()
         assert 0 < len(saved) < STEPS
         for step in range(1, STEPS + 1):
             replayed, internals = replay_one_step(run, step, has_taps=False)
@@ -123,16 +123,16 @@ def test_every_step_has_its_recorded_bits(finished: Path) -> None:
 
 def test_recomputed_state_equals_the_saved_one(finished: Path) -> None:
     with RecordedRun(finished, new_console()) as run:
-        last = run.saved_steps()[-1]
-        saved = fingerprint_tree(run.state_at(last))
+        last = run.list_saved_steps()[-1]
+        saved = fingerprint_tree(run.compute_state(last))
         run.undo_rewind(Rewind(step=STEPS + 1, to=0, skipped=0, faults=0))
-        assert run.saved_steps() == [0]
-        assert fingerprint_tree(run.state_at(last)) == saved
+        assert run.list_saved_steps() == [0]
+        assert fingerprint_tree(run.compute_state(last)) == saved
 
 
 def test_damaged_checkpoint_is_skipped(copy: Path) -> None:
     with RecordedRun(copy, new_console()) as run:
-        before, nearest = [step for step in run.saved_steps() if step < STEPS][-2:]
+        before, nearest = [step for step in run.list_saved_steps() if step < STEPS][-2:]
     for file in (RunDir(copy).checkpoints / str(nearest)).rglob("*"):
         if file.is_file() and file.stat().st_size > 100 and "state" in file.parts:
             file.write_bytes(file.read_bytes()[::-1])
@@ -149,7 +149,7 @@ def test_many_missing_steps_are_announced_and_counted(copy: Path, monkeypatch: p
         monkeypatch.setattr(recorded_run, "FAR", limit)
         console = new_console()
         with RecordedRun(copy, console) as run:
-            run.state_at(8)
+            run.compute_state(8)
             if is_announced:
                 run.train(run.restore_nearest(0), 8, progress.append)
         assert ("8 steps are recomputed first, from the start on." in output(console)) == is_announced
@@ -242,13 +242,15 @@ def test_batches_after_rewinds_are_those_that_the_run_read(copy: Path) -> None:
         journal.append("rewind", step=step, to=to, skipped=skipped, faults=faults)
     with RecordedRun(copy, new_console()) as run:
         run._last_visible = 6
-        source = run.stage_of(7)[0].training_batches()
+        source = run.get_stage(7)[0].training_batches()
         known = [source.batch(index).tokens_BT.tobytes() for index in range(6, 26)]
 
         def indices(first: int, count: int) -> list[int]:
-            return [6 + known.index(each.tokens_BT.tobytes()) for each in run.batches(run.state_at(first), count)]
+            return [
+                6 + known.index(each.tokens_BT.tobytes()) for each in run.load_batches(run.compute_state(first), count)
+            ]
 
-        state = run.state_at(7)
+        state = run.compute_state(7)
         assert (int(state.loss_stats.skipped), int(state.loss_stats.faults)) == (6, 3)
         # Step 7 reads batch 6 + 5; steps 8 to 10 the batches 7 + 6, 8 + 6, 9 + 6.
         assert indices(6, 4) == [11, 13, 14, 15]
@@ -256,7 +258,7 @@ def test_batches_after_rewinds_are_those_that_the_run_read(copy: Path) -> None:
         run.undo_rewind(run.rewinds[-1])
         assert indices(6, 4) == [11, 12, 13, 14]
         run.undo_rewind(run.rewinds[0])
-        assert int(run.state_at(7).loss_stats.skipped) == 0 and indices(6, 4) == [6, 7, 8, 9]
+        assert int(run.compute_state(7).loss_stats.skipped) == 0 and indices(6, 4) == [6, 7, 8, 9]
 
 
 STUMBLING = """
@@ -285,7 +287,7 @@ def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatc
     path = tmp_path / "run"
     run_training.train(small_config(**(TINY | changes)), path, {}, new_console())
     with RecordedRun(path, new_console()) as run:
-        assert len(run.rewinds) >= 2 and run.recorded_metrics(30) is not None
+        assert len(run.rewinds) >= 2 and run.load_metrics(30) is not None
         for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 30):
             replayed, _ = replay_one_step(run, step, has_taps=False)
             assert replayed.unequal == [] and is_finite(replayed.metrics), step
@@ -347,11 +349,11 @@ def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monk
     assert page.count('class="heat') == 8 and "http" not in page
     assert "layers/1/feedforward/down/kernel" in page and "All tensors are finite." in page
     with RecordedRun(copy, new_console()) as run:
-        internals = run.step_internals(run.state_at(3))
+        internals = run.measure_step(run.compute_state(3))
         norm = next(tensor for tensor in internals.tensors if tensor.name == "layers/1/mixer/scores").norm
         loss = jax.device_get(internals.metrics.loss)
     assert f"norm {norm:.4g}" in page
-    assert loss == pytest.approx(run.recorded_metrics(4)["train/loss"], rel=1e-5)  # type: ignore[index]
+    assert loss == pytest.approx(run.load_metrics(4)["train/loss"], rel=1e-5)  # type: ignore[index]
     # If the folder is not writable, the page goes to a temporary one.
     shutil.rmtree(copy / "replay")
     (copy / "replay").write_text("not a folder, even for root")
@@ -378,7 +380,7 @@ def test_trace_has_every_array_of_every_step(
         assert backward[: len(sites)] == sites[::-1] and "params/layers/0/mixer/query/kernel" in backward
         assert {"params/embedding/table", "step"} <= set(step["before"])
     with RecordedRun(finished, new_console()) as run:
-        assert fingerprint_tree(run.state_at(7)) == steps[-1]["after"]
+        assert fingerprint_tree(run.compute_state(7)) == steps[-1]["after"]
     assert write_trace(finished, 6, 6, False, new_console())[0]["activations"] == {}
     # The command writes the same, or an error message.
     out = tmp_path / "out.json"

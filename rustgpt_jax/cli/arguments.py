@@ -108,7 +108,7 @@ class _StoreRun(argparse.Action):
         namespace.run = values
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def get_run_folder(args: argparse.Namespace) -> Path:
     """Return the run folder named on the command line."""
     if args.run is None:
         raise UserError("Which run? Give its folder, which `train` wrote, such as runs/rustgpt.")

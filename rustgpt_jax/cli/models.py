@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rustgpt_jax.cli.arguments import VerbParser, read_config, run_folder, whole_number
+from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, read_config, whole_number
 from rustgpt_jax.errors import UserError
 
 
@@ -117,7 +117,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace, generates: bool = True) -> Any:
     """Return the LoadedModel of a run, with the overrides of the command line."""
-    folder = run_folder(args)
+    folder = get_run_folder(args)
     from rustgpt_jax.config.validation import resolve
 
     config = resolve(read_config(args)[0])

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rustgpt_jax.cli.arguments import VerbParser, run_folder, whole_number
+from rustgpt_jax.cli.arguments import VerbParser, get_run_folder, whole_number
 from rustgpt_jax.errors import UserError
 
 TRUST = "Run the code snapshot in the run folder, whoever wrote it (docs/security.md)."
@@ -24,7 +24,7 @@ def run_replay(args: argparse.Namespace) -> int:
     """
     if args.step is None:
         raise UserError("Which step? Give --step=K: its line of metrics.jsonl has the number K.")
-    folder = run_folder(args)
+    folder = get_run_folder(args)
     _set_up_jax(folder)
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.tracking.console import PlainTextConsole
@@ -48,7 +48,7 @@ def run_rerun(args: argparse.Namespace) -> int:
     from rustgpt_jax.reproduce.rerun import rerun
     from rustgpt_jax.tracking.console import PlainTextConsole
 
-    return rerun(run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
+    return rerun(get_run_folder(args), Path(args.to) if args.to else None, PlainTextConsole(), args.trust)
 
 
 def add_diff_arguments(parser: VerbParser) -> None:
@@ -82,7 +82,7 @@ def add_doctor_arguments(parser: VerbParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Find out why a step went wrong, and what would have prevented it."""
-    folder = run_folder(args)
+    folder = get_run_folder(args)
     _set_up_jax(folder)
     from rustgpt_jax.reproduce.diagnose import diagnose_run
     from rustgpt_jax.tracking.console import PlainTextConsole

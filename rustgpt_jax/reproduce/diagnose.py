@@ -19,7 +19,7 @@ from rustgpt_jax.reproduce.interventions import (
     Intervention,
     InterventionResult,
     format_flags,
-    possible_interventions,
+    list_interventions,
     run_interventions,
 )
 from rustgpt_jax.reproduce.recorded_run import (
@@ -94,7 +94,7 @@ def find_anomaly(run: RecordedRun, step: int | None) -> Anomaly | None:
     Raises:
         UserError: There is no record.
     """
-    history = run.history()
+    history = run.load_history()
     if step is not None:
         return _examine_given(run, history, step)
     faults = history.where(~history.is_finite)
@@ -141,14 +141,14 @@ def _first_above(run: RecordedRun, before: int, after: int, threshold: float) ->
     """Replay the steps after `before` up to `after`, and return the first whose loss is above a threshold."""
     if after - before == 1:
         return after
-    _, every = run.train(run.state_at(before), after - before)
+    _, every = run.train(run.compute_state(before), after - before)
     steps = range(before + 1, after + 1)
     return next((step for step, metrics in zip(steps, every, strict=True) if metrics.loss > threshold), after)
 
 
 def _last_spike(run: RecordedRun, before: int, after: int) -> Anomaly:
     """Replay the steps after `before` up to `after`, and return the last at which the spike count rose."""
-    state = run.state_at(before)
+    state = run.compute_state(before)
     count = int(state.loss_stats.spikes)
     _, every = run.train(state, after - before)
     counts = [count, *(int(metrics.spikes) for metrics in every)]
@@ -193,7 +193,7 @@ class Failure:
 
 def find_failure(run: RecordedRun, replayed: ReplayedStep) -> Failure | None:
     """Return the failure that a step belongs to; None if its loss is finite and not above the usual losses."""
-    history = run.history()
+    history = run.load_history()
     threshold, loss = compute_divergence_threshold(run, history), replayed.metrics[LOSS]
     history = history.until(replayed.step - 1)
     sound = history.where(history.is_finite & (history.loss <= threshold.loss))
@@ -239,14 +239,14 @@ class InterventionTrial:
     results: list[InterventionResult]
     threshold: DivergenceThreshold
 
-    def first_bad_step(self, result: InterventionResult) -> int | None:
+    def find_first_bad_step(self, result: InterventionResult) -> int | None:
         """Return the step at which the run fails despite an intervention, or None if it survives."""
-        index = result.first_bad_index(self.threshold.loss, max(0, self.threshold.since - self.first))
+        index = result.find_first_bad_index(self.threshold.loss, max(0, self.threshold.since - self.first))
         return None if index is None else self.first + index
 
-    def survivors(self) -> list[InterventionResult]:
+    def list_survivors(self) -> list[InterventionResult]:
         """Return the results of interventions that survived, lowest final loss first."""
-        survived = [result for result in self.results if self.first_bad_step(result) is None]
+        survived = [result for result in self.results if self.find_first_bad_step(result) is None]
         return sorted(survived, key=lambda result: float(result.losses[-1]))
 
 
@@ -295,7 +295,7 @@ def diagnose_run(path: Path, step: int | None, console: Console) -> None:
             f"A loss above {threshold.loss:.3g}{since} counts as a failure: {threshold.meaning}."
         )
         _print_trial(trial, console)
-        for sentence in format_advice(trial, run.config, run.stage_of(failure.step)[0].stage.name):
+        for sentence in format_advice(trial, run.config, run.get_stage(failure.step)[0].stage.name):
             show(sentence)
 
 
@@ -311,10 +311,10 @@ def describe_anomaly(run: RecordedRun, anomaly: Anomaly, replayed: ReplayedStep,
     if not is_finite(replayed.metrics):
         sentences.append(describe_first_nonfinite(internals.tensors))
     else:
-        first_step = run.stage_of(anomaly.step)[0].stage.first_step + 1
+        first_step = run.get_stage(anomaly.step)[0].stage.first_step + 1
         reference_step = max(first_step, anomaly.step - STEPS_TO_REFERENCE)
         if reference_step < anomaly.step:
-            reference = run.step_internals(run.state_at(reference_step - 1))
+            reference = run.measure_step(run.compute_state(reference_step - 1))
             sentences += describe_growth(internals.tensors, reference.tensors, reference_step)
     return [*sentences, describe_batch(internals, run.inputs.tokenizer)]
 
@@ -402,15 +402,15 @@ def find_outlier_rows(losses_B: np.ndarray) -> list[int]:
 
 def try_interventions(run: RecordedRun, failure: Failure) -> InterventionTrial:
     """Try every intervention on the run's batches, from a state before a failure until some steps after it."""
-    data, program = run.stage_of(failure.step)
+    data, program = run.get_stage(failure.step)
     stage = data.stage
     latest = max(stage.first_step, failure.step - LEAST_BEFORE)
-    saved = max(stage.first_step, *(step for step in run.saved_steps() if step <= latest))
+    saved = max(stage.first_step, *(step for step in run.list_saved_steps() if step <= latest))
     first = max(saved, failure.step - MOST_BEFORE) + 1
     last = min(failure.step + STEPS_AFTER, stage.end_step)
-    state = run.state_at(first - 1)
-    batches_S = stack(run.batches(state, last - first + 1))
-    interventions = possible_interventions(stage.config, failure.usual_norm)
+    state = run.compute_state(first - 1)
+    batches_S = stack(run.load_batches(state, last - first + 1))
+    interventions = list_interventions(stage.config, failure.usual_norm)
     results = run_interventions(interventions, stage.config, state, batches_S, program.first_step)
     return InterventionTrial(first, last, interventions, results, failure.threshold)
 
@@ -418,7 +418,7 @@ def try_interventions(run: RecordedRun, failure: Failure) -> InterventionTrial:
 def describe_earlier_failure(trial: InterventionTrial, failure: Failure, step: int, path: Path) -> list[str]:
     """Say at which earlier step the run had already failed, if it had."""
     control = next(
-        (trial.first_bad_step(result) for result in trial.results if result.intervention.name == CONTROL), None
+        (trial.find_first_bad_step(result) for result in trial.results if result.intervention.name == CONTROL), None
     )
     failed = min(failure.step, control or failure.step)
     if failed == step:
@@ -438,7 +438,7 @@ def _print_trial(trial: InterventionTrial, console: Console) -> None:
             table.add_row(intervention.name, "", f"not tried: {intervention.unavailable_reason}", "")
             continue
         result = results[intervention]
-        bad_step = trial.first_bad_step(result)
+        bad_step = trial.find_first_bad_step(result)
         verdict, loss = "survived", f"{result.losses[-1]:.4f}"
         if bad_step is not None:
             index = bad_step - trial.first
@@ -451,7 +451,7 @@ def _print_trial(trial: InterventionTrial, console: Console) -> None:
 
 def format_advice(trial: InterventionTrial, config: Config, stage: str) -> list[str]:
     """Return recommendations as sentences."""
-    survivors = trial.survivors()
+    survivors = trial.list_survivors()
     helpful = [result.intervention for result in survivors if result.intervention.name != CONTROL]
     sentences: list[str] = []
     if len(helpful) < len(survivors):

@@ -54,14 +54,14 @@ class InterventionResult(NamedTuple):
     losses: np.ndarray
     is_finite: np.ndarray
 
-    def first_bad_index(self, threshold: float, start: int = 0) -> int | None:
+    def find_first_bad_index(self, threshold: float, start: int = 0) -> int | None:
         """Return the index of the first step that is not finite or, from `start` on, has a loss above `threshold`."""
         is_too_high = (self.losses > threshold) & (np.arange(len(self.losses)) >= start)
         is_bad = ~self.is_finite | is_too_high
         return int(np.argmax(is_bad)) if is_bad.any() else None
 
 
-def possible_interventions(config: Config, usual_norm: float) -> list[Intervention]:
+def list_interventions(config: Config, usual_norm: float) -> list[Intervention]:
     """Return the interventions for a stage, the control first, given its usual gradient norm (0 if unknown)."""
     knobs = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
     return [

@@ -257,12 +257,12 @@ class RecordedRun:
         if not 1 <= step <= self.inputs.total_steps:
             raise UserError(f"{self.folder.path} has no step {step}: its steps are 1 to {self.inputs.total_steps}.")
 
-    def stage_of(self, step: int) -> tuple[StageData, StageProgram]:
+    def get_stage(self, step: int) -> tuple[StageData, StageProgram]:
         """Return the data and the program of the stage of a step."""
         pairs = zip(self.inputs.stages, self.inputs.programs, strict=True)
         return next((data, program) for data, program in pairs if step <= data.stage.last_step)
 
-    def recorded_metrics(self, step: int) -> dict[str, Any] | None:
+    def load_metrics(self, step: int) -> dict[str, Any] | None:
         """Return the training metrics logged at a step, or None if it was not logged."""
         found = None
         for line in iter_metrics(self.folder.path, containing=str(step).encode()):
@@ -270,7 +270,7 @@ class RecordedRun:
                 found = line
         return found
 
-    def history(self) -> History:
+    def load_history(self) -> History:
         """Return the logged training metrics."""
         steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
         return History(steps, *(values[name] for name in HISTORY)).until(self._last_visible)
@@ -280,19 +280,19 @@ class RecordedRun:
         self.rewinds = [earlier for earlier in self.rewinds if earlier.faults < rewind.faults]
         self._last_visible = rewind.to
 
-    def saved_steps(self) -> list[int]:
+    def list_saved_steps(self) -> list[int]:
         """Return 0, the start, and the steps with a checkpoint."""
         steps = self._checkpoints.steps() if self._checkpoints else []
         return [0, *(step for step in steps if step <= self._last_visible)]
 
-    def state_at(self, step: int) -> State:
+    def compute_state(self, step: int) -> State:
         """Return the state after a step: the nearest valid checkpoint, advanced by the missing steps."""
         return self.advance(self.restore_nearest(step), step)
 
     def restore_nearest(self, step: int) -> State:
         """Return the state of the last valid checkpoint at or before a step, or else the initial state."""
         like = self._placement.abstract(state_shapes(self.inputs.stages[0].stage.config))
-        for saved in self.saved_steps()[::-1]:
+        for saved in self.list_saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:
                     return self._placement.shard_state(self._checkpoints.restore_step(like, saved))
@@ -311,10 +311,10 @@ class RecordedRun:
         with show_progress(self._console, "steps recomputed") as progress:
             return self.train(state, missing, lambda done: progress(done, missing))[0]
 
-    def batches(self, state: State, count: int) -> list[Batch]:
+    def load_batches(self, state: State, count: int) -> list[Batch]:
         """Return the batches that the run read in the `count` steps after a state, which must be of one stage."""
         first = int(state.step)
-        source = self.stage_of(first + 1)[0].training_batches()
+        source = self.get_stage(first + 1)[0].training_batches()
         indices = []
         for step in range(first, first + count):
             last = self._last_rewind(step)
@@ -339,11 +339,11 @@ class RecordedRun:
         state = self._apply_rewind(state)
         while len(every) < count:
             step = int(state.step)
-            data, program = self.stage_of(step + 1)
+            data, program = self.get_stage(step + 1)
             slots = data.stage.config.training.steps_per_jit_call
             ends = [data.stage.last_step, *(rewind.to for rewind in self.rewinds if rewind.to > step)]
             n_steps = min(slots, min(ends) - step, count - len(every))
-            batches = self.batches(state, n_steps)
+            batches = self.load_batches(state, n_steps)
             # Fill the unused slots, which no step reads.
             batches += [batches[-1]] * (slots - n_steps)
             stacked = stack(batches)
@@ -369,10 +369,10 @@ class RecordedRun:
     def _last_rewind(self, step: int) -> Rewind | None:
         return next((rewind for rewind in self.rewinds[::-1] if rewind.to <= step), None)
 
-    def step_internals(self, state: State) -> StepInternals:
+    def measure_step(self, state: State) -> StepInternals:
         """Compute the step after a state, with the statistics of all its tensors. The state is not changed."""
-        _, program = self.stage_of(int(state.step) + 1)
-        (batch,) = self.batches(state, 1)
+        _, program = self.get_stage(int(state.step) + 1)
+        (batch,) = self.load_batches(state, 1)
         sharded = self._placement.shard_batch(batch, len(batch.tokens_BT))
         metrics, report = compiled_step_intermediates(
             program.static, state, sharded, program.hparams, program.first_step

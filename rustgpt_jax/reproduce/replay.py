@@ -158,9 +158,9 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
     state = run.restore_nearest(step - 1)
     from_step = int(state.step)
     state = run.advance(state, step - 1)
-    internals = run.step_internals(state) if has_taps else None
+    internals = run.measure_step(state) if has_taps else None
     _, (metrics,) = run.train(state, 1)
-    stage, record = run.stage_of(step)[0].stage, run.recorded_metrics(step)
+    stage, record = run.get_stage(step)[0].stage, run.load_metrics(step)
     missing = "" if record is not None else describe_missing_record(run.folder, stage, step)
     if record is None and not missing and stage.is_logged(step):
         missing = f"has no line of step {step}"

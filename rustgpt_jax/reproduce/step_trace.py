@@ -53,10 +53,10 @@ def write_trace(path: Path, first: int, last: int, has_taps: bool, console: Cons
     with RecordedRun(path, console) as run:
         run.check_step(first)
         run.check_step(last)
-        state, trace = run.state_at(first - 1), []
+        state, trace = run.compute_state(first - 1), []
         for step in range(first, last + 1):
-            tensors = run.step_internals(state).tensors if has_taps else []
-            (batch,) = run.batches(state, 1)
+            tensors = run.measure_step(state).tensors if has_taps else []
+            (batch,) = run.load_batches(state, 1)
             parts: dict[str, Any] = {
                 "step": step,
                 "batch": fingerprint_tree(batch._asdict()),
