@@ -1,4 +1,4 @@
-"""The door: every mistake of a user is answered by one sentence that says where and what would be right."""
+"""Validation: every mistake in a config is answered by one sentence that names the field and the remedy."""
 
 import copy
 import math
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from conftest import small_config, small_tree
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from rustgpt_jax.config.schema import FIELDS, config_hash, flatten, get_path, replace_paths, to_dict
+from rustgpt_jax.config.schema import FIELDS, flatten, get_path, replace_paths, to_dict
 from rustgpt_jax.config.validation import override, parse, parse_all, resolve, validate_value
 from rustgpt_jax.errors import UserError
 
@@ -125,6 +125,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"stages": [stage(seed=3)]}, ["config.stages.one.seed", "same in the whole run"]),
     ({"stages": [stage(training={"steps": 0})]}, ["config.stages.one.training.steps must be at least 1"]),
     ({"stages": [stage(training={"steps": 1})]}, ["schedule.warmup_steps=2", "training.steps=1"]),
+    ({"stages": [stage(optimizer={"learning_rate": math.inf})]}, ["config.stages.one.optimizer.learning_rate takes a"]),
     ({"stages": [stage(data={"corpus": "files"})]}, ["data.corpus='files'"]),
 ]
 
@@ -171,41 +172,6 @@ def test_a_number_that_python_will_not_write_out_is_refused_all_the_same() -> No
 def test_a_mapping_is_not_taken_for_a_value(value: Any) -> None:
     with pytest.raises(UserError, match=r"config\.model\.norm takes a string"):
         resolve(edited({"model.norm": value}))
-
-
-# Whatever a config holds.
-
-odd_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["attention", "files", "bpe", "word", "traced", 0, 1, 2**63, 10**400, -(10**400)]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-group_names = sorted({path.split(".")[0] for path in FIELDS})
-paths = st.sampled_from([*FIELDS, *group_names, "stages"]) | st.text(max_size=8)
-stage_values = st.lists(
-    st.fixed_dictionaries(
-        {"name": st.sampled_from(["a", "b"]) | odd_values}, optional=dict.fromkeys(group_names, odd_values)
-    )
-    | st.builds(lambda path, value: stage(**{path: value}), st.sampled_from([*FIELDS]), odd_values),
-    max_size=3,
-)
-
-
-@given(st.dictionaries(paths, odd_values, max_size=4) | st.builds(lambda stages: {"stages": stages}, stage_values))
-@settings(max_examples=300)
-@example({"stages": [stage("one", **{"optimizer": {"learning_rate": math.inf}})]})
-def test_any_edit_of_a_config_resolves_or_is_a_user_error(changes: dict[str, Any]) -> None:
-    try:
-        config = resolve(edited(changes))
-    except UserError:
-        return
-    assert resolve(to_dict(config)) == config
-    assert config_hash(resolve(to_dict(config))) == config_hash(config)
 
 
 # The command line.
@@ -301,15 +267,6 @@ def test_text_that_cannot_be_read_is_a_user_error(path: str, text: str, said: st
     with pytest.raises(UserError) as caught:
         parse(path, text)
     assert said in str(caught.value)
-
-
-@given(st.sampled_from([*FIELDS]), st.text(max_size=20) | odd_values.map(repr))
-@settings(max_examples=300)
-def test_any_text_is_read_or_is_a_user_error(path: str, text: str) -> None:
-    try:
-        validate_value(path, parse(path, text), path)
-    except UserError:
-        return
 
 
 @pytest.mark.parametrize("kind", [dict, ConfigDict])
