@@ -379,7 +379,7 @@ def test_auto(changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPa
         elif each.unsupported_reason(request) is None:
             assert select_kernel(name, request) == KernelChoice(name, "the config names it")
         else:
-            with pytest.raises(UserError, match=f"attention_kernel='{name}' cannot be used here: "):
+            with pytest.raises(UserError, match=f"attention.kernel='{name}' cannot be used here: "):
                 select_kernel(name, request)
 
 

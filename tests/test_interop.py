@@ -388,7 +388,7 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
 @pytest.mark.parametrize(
     ("knobs", "named"),
     [
-        ({"attention_sinks": True}, "attention_sinks"),
+        ({"attention.sinks": True}, "attention.sinks"),
         ({"norm": "layernorm"}, "norm"),
         ({"feedforwards": ("moe",), "capacity_factor": 1.0}, "capacity_factor"),
         ({"rope.fraction": 0.5, "attention.qk_norm": "head"}, "qk_norm"),

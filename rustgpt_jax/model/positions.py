@@ -127,7 +127,7 @@ class LearnedPositions(nn.Module):
 def apply_rope(x_BTHC: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864): channel c and c + C/2 turn by position * base^(-2c/C) radians.
 
-    C counts the channels that are rotated, the first `rope_fraction` of the head; the rest stay as they are.
+    C counts the channels that are rotated, the first `rope.fraction` of the head; the rest stay as they are.
     """
     rope = lookup(ROPE_SCALINGS, config.rope.scaling, "config.model.rope.scaling")(
         _frequencies(x_BTHC, config.rope.theta, config.rope.fraction), config

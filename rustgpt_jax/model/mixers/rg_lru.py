@@ -32,7 +32,7 @@ class RecurrentGatedLRU(nn.Module):
         h_t = a_t h_(t-1) + sqrt(1 - a_t^2) (i_t * x_t)
 
     where Lambda is the parameter `decay_rate`. h is 0 before a document and unchanged by padding. If
-    `scale_first_token` is False, h_0 = i_0 * x_0, as in RecurrentGemma. If `recurrent_blocks` is set, W_a and W_x are
+    `scale_first_token` is False, h_0 = i_0 * x_0, as in RecurrentGemma. If `recurrent.blocks` is set, W_a and W_x are
     block diagonal, as in Griffin.
     """
 
