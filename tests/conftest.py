@@ -47,7 +47,7 @@ def small_tree(**changes: Any) -> ConfigDict:
         if path == "stages":
             tree.stages = value
         else:
-            override(tree, path, value)
+            override(tree, {path: value})
     return tree
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from test_loop import TINY, Interruption, assert_same_bits, metrics, stored_state, tiny, train
 
 from rustgpt_jax.config.schema import Config, stages, uses_epochs
-from rustgpt_jax.config.validation import override_all, parse_all, resolve
+from rustgpt_jax.config.validation import override, parse_all, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.warm_start import create_warm_started_run
 from rustgpt_jax.planning.report import print_config_summary
@@ -144,7 +144,7 @@ def test_trials_have_the_steps_that_their_epochs_are() -> None:
 
 def recipe(*overrides: tuple[str, str]) -> Any:
     tree, _ = load_config_file(str(BASE))
-    override_all(tree, parse_all(overrides))
+    override(tree, parse_all(overrides))
     return tree
 
 

@@ -58,8 +58,7 @@ from rustgpt_jax.config.validation import override
 
 def get_config():
     tree = base.get_config()
-    for path, value in {KNOBS}.items():
-        override(tree, path, value)
+    override(tree, {KNOBS})
     return tree
 """
 

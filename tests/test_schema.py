@@ -102,7 +102,7 @@ from rustgpt_jax.model.presets import FAMILIES
 
 assert base.get_config().model.shininess == 3
 tree = tiny.get_config()
-override(tree, "model.shininess", parse("model.shininess", "7"))
+override(tree, {"model.shininess": parse("model.shininess", "7")})
 model = resolve(tree).model
 assert model.shininess == 7
 assert small_model(shininess=8).shininess == 8

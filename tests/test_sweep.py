@@ -302,8 +302,7 @@ from rustgpt_jax.sweeps import *
 
 def get_config():
     tree = base.get_config()
-    for path, value in {SMALL | TINY}.items():
-        override(tree, path, value)
+    override(tree, {SMALL | TINY})
     return tree
 """
 

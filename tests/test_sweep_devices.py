@@ -25,8 +25,7 @@ from rustgpt_jax.sweeps.search_space import values
 
 def get_config():
     tree = base.get_config()
-    for path, value in {KNOBS}.items():
-        override(tree, path, value)
+    override(tree, {KNOBS})
     return tree
 
 def sweep():

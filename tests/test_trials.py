@@ -137,7 +137,7 @@ WRONG = {
 def test_a_mistake_names_the_trial(name: str) -> None:
     sweep, said = WRONG[name]
     tree = copy.deepcopy(TREE)
-    override(tree, "model.bias", True)
+    override(tree, {"model.bias": True})
     before = resolve(tree)
     with pytest.raises(UserError) as error:
         make_trials(tree, sweep)

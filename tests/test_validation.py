@@ -275,9 +275,9 @@ def test_override_reaches_every_field_and_into_stages(kind: Any) -> None:
     tree = small_tree(stages=(kind(stage("one", data={"corpus": "chat"})), kind(stage("two"))))
     tree.lock()
     for path, value in flatten(target).items():
-        override(tree, path, value)
-    override(tree, "stages.one.data.corpus", "facts")
-    override(tree, "stages.two.optimizer.learning_rate", 1)
+        override(tree, {path: value})
+    override(tree, {"stages.one.data.corpus": "facts"})
+    override(tree, {"stages.two.optimizer.learning_rate": 1})
     config = resolve(tree)
     assert flatten(config) == flatten(target)
     assert [dict(one.overrides) for one in config.stages] == [
@@ -294,7 +294,7 @@ def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
         "stages.one.data.corpus": 3,
     }.items():
         tree = small_tree(stages=(ConfigDict(stage("one", data={"corpus": "chat"})),))
-        override(tree, path, value)
+        override(tree, {path: value})
         with pytest.raises(UserError, match=f"config.{path} takes"):
             resolve(tree)
 
@@ -313,5 +313,5 @@ def test_override_takes_any_value_and_leaves_the_verdict_to_resolve() -> None:
 def test_override_of_a_path_that_is_not_there_is_a_user_error(path: str, said: str) -> None:
     tree = small_tree(stages=(stage("one"),))
     with pytest.raises(UserError) as caught:
-        override(tree, path, 1)
+        override(tree, {path: 1})
     assert said in str(caught.value)

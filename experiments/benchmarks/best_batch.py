@@ -96,7 +96,7 @@ def config_of(size: str, knobs: Knobs | None = None) -> Config:
     """The same with the values at some dotted paths changed, as a resolved config."""
     tree = tree_of(size)
     for path, value in (knobs or {}).items():
-        override(tree, path, value)
+        override(tree, {path: value})
     return resolve(tree)
 
 

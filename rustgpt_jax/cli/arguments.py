@@ -128,7 +128,7 @@ def read_config(
     Returns:
         The config as a ConfigDict, and the origin of each value.
     """
-    from rustgpt_jax.config.validation import flatten_tree, override_all, parse_all
+    from rustgpt_jax.config.validation import flatten_tree, override, parse_all
     from rustgpt_jax.workdir.config_files import COMMAND_LINE, load_config_file, load_run_config
 
     if getattr(args, "config", None) is not None:
@@ -142,7 +142,7 @@ def read_config(
     else:
         raise UserError("Which config? Give --config=FILE, such as --config=configs/rustgpt.py.")
     values = parse_all(args.overrides)
-    override_all(tree, values)
+    override(tree, values)
     origins |= dict.fromkeys(values, COMMAND_LINE)
     if dict(flatten_tree(tree)).get("model.dtype") == "auto":
         from rustgpt_jax.distributed import detect_cluster

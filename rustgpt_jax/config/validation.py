@@ -101,49 +101,42 @@ def _resolve_stages(listed: Any) -> tuple[schema.StageConfig, ...]:
     return tuple(result)
 
 
-def override(tree: Any, path: str, value: Any) -> None:
-    """Set the value at a dotted path of a ConfigDict in place. `stages.NAME.path` sets it for one stage.
-
-    Raises:
-        UserError: The path or the stage is unknown.
-    """
-    where, knob = _in_stage(path)
-    if where != "config":
-        name = where.rsplit(".", 1)[-1]
-        named = {stage["name"]: stage for stage in tree["stages"]}
-        if name not in named:
-            raise UserError(f"config.stages: unknown stage {name!r}.{suggest_names(name, named)}")
-        tree = named[name]
-    if knob not in FIELDS:
-        raise UserError(unknown_key_message(knob, where))
-    *groups, name = knob.split(".")
-    for group in groups:
-        if group not in tree:
-            tree[group] = {}
-        tree = tree[group]
-    with tree.ignore_type() if isinstance(tree, ConfigDict) else contextlib.nullcontext():
-        tree[name] = value
-
-
-def override_all(tree: Any, values: Mapping[str, Any]) -> None:
-    """Set the values at several dotted paths of a ConfigDict in place.
+def override(tree: Any, values: Mapping[str, Any]) -> None:
+    """Set values by dotted path in a ConfigDict, in place. `stages.NAME.path` sets a value for one stage.
 
     Raises:
         UserError: A path or a stage is unknown, or a number of steps is given where a number of epochs is set.
     """
     for path, value in values.items():
-        override(tree, path, value)
+        node, where, knob = _find_stage(tree, path)
+        if knob not in FIELDS:
+            raise UserError(unknown_key_message(knob, where))
+        *groups, name = knob.split(".")
+        for group in groups:
+            if group not in node:
+                node[group] = {}
+            node = node[group]
+        with node.ignore_type() if isinstance(node, ConfigDict) else contextlib.nullcontext():
+            node[name] = value
     for path, value in values.items():
-        where, knob = _in_stage(path)
-        if knob != schema.STEPS:
-            continue
-        node = tree if where == "config" else {each["name"]: each for each in tree["stages"]}[where.rsplit(".", 1)[-1]]
-        epochs = dict(flatten_tree(node)).get(schema.EPOCHS)
+        node, where, knob = _find_stage(tree, path)
+        epochs = dict(flatten_tree(node)).get(schema.EPOCHS) if knob == schema.STEPS else None
         if epochs is not None:
             raise UserError(
                 f"{where}.{knob}={value} conflicts with {where}.{schema.EPOCHS}={short_repr(epochs)}: give one of them "
                 f"(--{where}.{schema.EPOCHS}=None makes the steps decide)."
             )
+
+
+def _find_stage(tree: Any, path: str) -> tuple[Any, str, str]:
+    """Return the part of a config that a path refers to, the name of that part, and the path inside it."""
+    where, knob = _in_stage(path)
+    if where == "config":
+        return tree, where, knob
+    name, named = where.rsplit(".", 1)[-1], {stage["name"]: stage for stage in tree["stages"]}
+    if name not in named:
+        raise UserError(f"config.stages: unknown stage {name!r}.{suggest_names(name, named)}")
+    return named[name], where, knob
 
 
 def check_value(path: str, value: Any) -> None:

@@ -237,7 +237,7 @@ def _with_model(
         given = _value(tree, path)
         if origins.get(path) == "command line" and given != value:
             raise UserError(f"config.{path}={given!r} was given, and the model that is imported has {value!r}.")
-        override(tree, path, value)
+        override(tree, {path: value})
         origins[path] = origin
     return tree, origins
 

@@ -214,7 +214,7 @@ def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None 
     platform = platform or jax.default_backend()
     for path, value in preferred_dtypes(platform).items():
         if path == "model.dtype" or origins.get(path) == "base":
-            override(tree, path, value)
+            override(tree, {path: value})
             origins[path] = f"auto, for a {platform}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rustgpt_jax.config.schema import EPOCHS, STEPS, Config, config_hash, uses_epochs
-from rustgpt_jax.config.validation import check_value, override_all, resolve
+from rustgpt_jax.config.validation import check_value, override, resolve
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.search_space import TPE, Categorical, Overrides, sample
 
@@ -51,7 +51,7 @@ def make_trial(tree: Any, overrides: Overrides, get_assets: Callable[[], "AssetC
     """
     tree = copy.deepcopy(tree)
     try:
-        override_all(tree, overrides)
+        override(tree, overrides)
         config, steps = resolve(tree), dict[str, int]()
         if uses_epochs(config):
             config, steps, *_ = get_assets().resolve_epochs(config)

@@ -90,7 +90,7 @@ def test_knobs_on_a_command_line(place: Place, given: list[tuple[str, str]]) -> 
     def resolved() -> Config:
         tree = ConfigDict(RECIPES["configs.rustgpt"])
         for path, value in parse_all(given).items():
-            override(tree, path, value)
+            override(tree, {path: value})
         return resolve(tree)
 
     config = answer(resolved)
