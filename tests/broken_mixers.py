@@ -10,8 +10,8 @@ from broken_parts import ChunkedState, HonestAttention, HonestFeedForward, Hones
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
-from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels
+from rustgpt_jax.model.matmul import accum_dtype, to_float32
 from rustgpt_jax.model.norms import RMSNorm
 from rustgpt_jax.model.positions import PositionEncoding, apply_rope
 

@@ -480,7 +480,7 @@ def test_flops_count_a_loop_by_its_length_or_once() -> None:
     assert flops.matmul_flops(jaxpr, loops_once=True) == (1 + 2) * 2 * 3 * 4 * 4
 
 
-EQUATIONS, PRODUCT_FLOPS = flops.equations, flops._product_flops
+EQUATIONS, PRODUCT_FLOPS = flops.equations, flops._equation_flops
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ EQUATIONS, PRODUCT_FLOPS = flops.equations, flops._product_flops
     [
         ("equations", lambda *arguments: ((each, 1) for each, _ in EQUATIONS(*arguments)), "layers in a loop"),
         ("equations", lambda *arguments: ((each, times**2) for each, times in EQUATIONS(*arguments)), "in a loop"),
-        ("_product_flops", lambda equation: PRODUCT_FLOPS(equation) / 2, r"declared, .* counted, -5\d%"),
+        ("_equation_flops", lambda equation: PRODUCT_FLOPS(equation) / 2, r"declared, .* counted, -5\d%"),
     ],
     ids=["loops_once", "loops_too_often", "multiplications_only"],
 )

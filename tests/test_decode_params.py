@@ -22,11 +22,7 @@ from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import linear_layers
 from rustgpt_jax.model.flops import total_bytes
-from rustgpt_jax.model.mixers import MIXERS
-from rustgpt_jax.model.mlps import FEEDFORWARDS
-from rustgpt_jax.model.positions import POSITIONS
-from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.model.quantized_weights import (
+from rustgpt_jax.model.matmul import (
     PackedWeight,
     RowMajorWeight,
     UpcastWeight,
@@ -34,6 +30,10 @@ from rustgpt_jax.model.quantized_weights import (
     round_weights,
     to_row_major,
 )
+from rustgpt_jax.model.mixers import MIXERS
+from rustgpt_jax.model.mlps import FEEDFORWARDS
+from rustgpt_jax.model.positions import POSITIONS
+from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.training.load_model import load
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.

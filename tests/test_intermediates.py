@@ -167,7 +167,7 @@ def check(model: ModelConfig) -> None:
     assert list(expected) == [] or set(expected) == set(moves)
     for measurements, arrays in ((forward, expected), (backward, expected_gradients)):
         for site in every:
-            read_there = intermediates.unpack_stats(np.asarray(site.of(measurements)))
+            read_there = intermediates.unpack_stats(np.asarray(site.select(measurements)))
             array = np.asarray(arrays[site.name], np.float64)
             assert array.shape == site.shape and read_there.nonfinite == 0
             np.testing.assert_allclose(read_there.norm, np.linalg.norm(array), rtol=2e-3, atol=1e-6, err_msg=site.name)
@@ -245,7 +245,7 @@ def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeyp
     _, _, measured = transformer.apply_with_intermediates(
         params, read.tokens_BT, model, context_of(read), grad_slots(every)
     )
-    norms = {name: intermediates.unpack_stats(np.asarray(site.of(measured))).norm for name, site in found.items()}
+    norms = {name: intermediates.unpack_stats(np.asarray(site.select(measured))).norm for name, site in found.items()}
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
 
 
@@ -373,10 +373,10 @@ def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
     _, _, measured = transformer.apply_with_intermediates(
         params, read.tokens_BT, model, context_of(read), grad_slots(every)
     )
-    bad = [site.name for site in every if intermediates.unpack_stats(np.asarray(site.of(measured))).nonfinite]
+    bad = [site.name for site in every if intermediates.unpack_stats(np.asarray(site.select(measured))).nonfinite]
     assert bad[0] == "layers/1/mixer/key"
     key = next(site for site in every if site.name == bad[0])
-    assert intermediates.unpack_stats(np.asarray(key.of(measured))).nonfinite == ROWS * LENGTH
+    assert intermediates.unpack_stats(np.asarray(key.select(measured))).nonfinite == ROWS * LENGTH
     assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
 
 

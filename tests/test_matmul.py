@@ -20,7 +20,7 @@ from rustgpt_jax.model import matmul as matmul_module
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.kernels.types import Device
-from rustgpt_jax.model.matmul import COSTLY, apply_activation, gelu_exact, unembed
+from rustgpt_jax.model.matmul import EXPENSIVE_ACTIVATIONS, apply_activation, gelu_exact, unembed
 from rustgpt_jax.model.matmul import matmul as product
 from rustgpt_jax.model.transformer import REMAT_POLICIES
 
@@ -179,7 +179,7 @@ def in_float64(activation: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("activation", EXPENSIVE_ACTIVATIONS, ids=lambda each: each.__name__)
 def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, form: bool) -> None:
     x = np.concatenate([np.linspace(-12, 12, 97), [0.0, -0.0, 1e-20, 50, -50]]).astype(np.float32).reshape(2, -1)
     gradient = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
@@ -189,7 +189,7 @@ def test_activations_and_their_slopes_are_those_of_textbooks(activation: Any, fo
     np.testing.assert_allclose(transpose(jnp.asarray(gradient))[0], gradient * slope, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("activation", COSTLY, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("activation", EXPENSIVE_ACTIVATIONS, ids=lambda each: each.__name__)
 def test_activations_keep_their_type(activation: Any) -> None:
     x = jnp.linspace(-3, 3, 50, dtype=jnp.bfloat16)
     y, transpose = jax.vjp(lambda x: apply_activation(activation, x, model_of(save_residuals=True)), x)

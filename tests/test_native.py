@@ -18,7 +18,7 @@ from rustgpt_jax.config.schema import for_inference
 from rustgpt_jax.inference.decode_params import WeightLayout, select_weight_layout, to_decode_params
 from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
-from rustgpt_jax.model.quantized_weights import MAX_NATIVE_ROWS, to_row_major
+from rustgpt_jax.model.matmul import MAX_NATIVE_ROWS, to_row_major
 from rustgpt_jax.native import matvec
 from rustgpt_jax.native.matvec import BuildError, build_library
 

@@ -1,12 +1,12 @@
-"""How activations lie on a mesh of devices, by the letters of their names. Without a mesh, nothing is done."""
+"""Sharding of activations over a mesh, by the letters that name their axes. Without a mesh, nothing is done."""
 
 import math
 
 import jax
 from jax.sharding import PartitionSpec
 
-# The axes of a mesh that cut a letter. An axis cuts one letter of an array: the letters here choose in their order.
-AXES_OF = {
+# Mesh axes that shard each array axis. A mesh axis shards one axis of an array: the first one in this order.
+MESH_AXES = {
     "X": ("expert",),
     "B": ("data", "fsdp", "expert"),
     "T": ("context",),
@@ -18,10 +18,9 @@ AXES_OF = {
 
 
 def shard_activations(x: jax.Array, letters: str) -> jax.Array:
-    """An array whose axes are `letters`, cut over the mesh that `jax.set_mesh` has set as AXES_OF says.
+    """Constrain the sharding of an array with axes `letters` over the mesh set by `jax.set_mesh`, as in MESH_AXES.
 
-    Letters that are not there, such as dots, and what the size of an axis does not divide, stay whole. The values are
-    the same.
+    Axes with other letters, such as dots, and axes that the mesh does not divide evenly are not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -30,13 +29,13 @@ def shard_activations(x: jax.Array, letters: str) -> jax.Array:
 
 
 def partition_spec(letters: str, shape: tuple[int, ...], mesh: dict[str, int]) -> PartitionSpec:
-    """How an array of these letters and lengths is cut over a mesh, given as the sizes of its axes."""
+    """Return the sharding of an array with axes `letters` over a mesh, given as the sizes of its axes."""
     lengths = dict(zip(letters, shape, strict=True))
     free = {axis for axis, size in mesh.items() if size > 1}
-    cut: dict[str, tuple[str, ...]] = {}
-    for letter, axes in AXES_OF.items():
-        wanted = tuple(axis for axis in axes if axis in free)
-        if letter in lengths and wanted and lengths[letter] % math.prod(mesh[axis] for axis in wanted) == 0:
-            cut[letter] = wanted
-            free -= set(wanted)
-    return PartitionSpec(*(cut.get(letter) for letter in letters))
+    spec: dict[str, tuple[str, ...]] = {}
+    for letter, mesh_axes in MESH_AXES.items():
+        used = tuple(axis for axis in mesh_axes if axis in free)
+        if letter in lengths and used and lengths[letter] % math.prod(mesh[axis] for axis in used) == 0:
+            spec[letter] = used
+            free -= set(used)
+    return PartitionSpec(*(spec.get(letter) for letter in letters))

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes and floating-point operations, counted from shapes alone."""
+"""Parameter counts, bytes and FLOPs of a model, computed from shapes alone."""
 
 import math
 from collections.abc import Iterator
@@ -12,56 +12,56 @@ from jax.extend import core
 from rustgpt_jax.config.schema import ModelConfig, replace_paths
 from rustgpt_jax.model import transformer
 
-Shapes = Any  # a tree of jax.ShapeDtypeStruct
+Shapes = Any  # A tree of jax.ShapeDtypeStruct.
 
 
 @cache
 def parameter_shapes(model: ModelConfig) -> Shapes:
-    """The tree of parameters as shapes and types."""
+    """Return the shapes and dtypes of the parameters."""
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), model))
 
 
 def total_size(tree: Shapes) -> int:
-    """Elements in all arrays of a tree."""
+    """Return the number of elements of all arrays in a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def total_bytes(tree: Shapes) -> int:
-    """Bytes of all arrays of a tree."""
+    """Return the number of bytes of all arrays in a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @cache
-def forward_flops_per_token(model: ModelConfig, window: int, loops_once: bool = False) -> float:
-    """FLOPs of the matrix products of one forward over a window, divided by its tokens.
+def forward_flops_per_token(model: ModelConfig, seq_len: int, loops_once: bool = False) -> float:
+    """Return the matmul FLOPs of a forward pass over a sequence, divided by its tokens.
 
-    Scores of later tokens, which the causal mask hides, are computed and so counted. A backward pass costs twice this.
-    loops_once: as `matmul_flops` has it.
+    Attention scores of later tokens, which the causal mask hides, are computed and therefore counted.
+    `loops_once` is that of `matmul_flops`.
     """
-    # In the kernels of libraries no product is to be seen. No device is asked what suits it.
+    # The kernels of libraries hide their products, and resolving save_residuals would initialize the device.
     model = replace_paths(model, {"attention.kernel": "plain", "save_residuals": False})
-    tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])(
         parameter_shapes(model), tokens
     )
-    return matmul_flops(jaxpr.jaxpr, loops_once) / window
+    return matmul_flops(jaxpr.jaxpr, loops_once) / seq_len
 
 
-def training_flops_per_token(model: ModelConfig, window: int) -> float:
-    """FLOPs of the matrix products of a forward and a backward, by convention without recomputation (remat)."""
-    return 3 * forward_flops_per_token(model, window)
+def training_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Return the matmul FLOPs per token of a forward and backward pass, by convention without recomputation (remat)."""
+    return 3 * forward_flops_per_token(model, seq_len)
 
 
 def matmul_flops(jaxpr: core.Jaxpr, loops_once: bool = False) -> float:
-    """2 m n k for each matrix product of a program, those inside a loop of known length counted that many times.
+    """Return the sum of 2 m n k over the matrix products of a program.
 
-    loops_once: count them once instead, as XLA does.
+    Products in the body of a scan are counted for each iteration, or with `loops_once` only once, as XLA does.
     """
-    return sum(_product_flops(equation) * (1 if loops_once else times) for equation, times in equations(jaxpr))
+    return sum(_equation_flops(equation) * (1 if loops_once else times) for equation, times in equations(jaxpr))
 
 
 def equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every equation of a program that runs `times` times, and of the programs inside it, and how often each is run."""
+    """Yield the equations of a program, which runs `times` times, and of its inner programs, with their run counts."""
     for equation in jaxpr.eqns:
         yield equation, times
         repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
@@ -70,15 +70,14 @@ def equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def inner_programs(equation: Any) -> list[core.Jaxpr]:
-    """The programs that an equation runs: the body of a loop, the branches of a choice."""
+    """Return the programs inside an equation, such as the body of a loop or the branches of a conditional."""
     kinds = (core.Jaxpr, core.ClosedJaxpr)
     leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, kinds))
     programs = [leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf for leaf in leaves]
     return [program for program in programs if isinstance(program, core.Jaxpr)]
 
 
-def _product_flops(equation: Any) -> float:
-    """2 m n k of a matrix product, 0 of any other equation."""
+def _equation_flops(equation: Any) -> float:
     if equation.primitive.name != "dot_general":
         return 0.0
     (contracted, _), _ = equation.params["dimension_numbers"]

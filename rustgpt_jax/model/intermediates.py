@@ -1,11 +1,11 @@
-"""Taps: what every module of a block gives is measured, forward and backward, without an edit to the module.
+"""Statistics of the intermediate tensors of a block and of their gradients, without changes to its modules.
 
-A site is a place in the forward: 'mixer/query' for the first array that the module of that path in a block gives, if it
-is not just what a module within it gave. `Probe` makes sites of other tensors.
+A hook point is the first array that a module returns, named by the module's path, such as 'mixer/query', unless an
+inner module returned that same array. `Probe` adds hook points for other tensors.
 
-Forward, a measurement of the tensor there comes out of the call. Backward, the tensor's gradient is measured by a
-trick: the tensor passes through an identity that has a second argument, a slot of zeros, and whose "gradient" with
-respect to the slot is the measurement. So slots go in like parameters, and no tensor is kept for it.
+Statistics of the tensors are outputs of the call. Those of the gradients use a trick: the tensor passes through an
+identity with a second argument, a slot of zeros, whose "gradient" is defined as the statistics of the tensor's
+gradient. So slots are inputs like parameters, and no tensor is kept in memory.
 """
 
 from collections import Counter
@@ -18,24 +18,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.fingerprints import hash_elements
-from rustgpt_jax.model.dtypes import to_float32
+from rustgpt_jax.model.matmul import to_float32
 
-# The numbers of a measurement, as `tensor_stats` has them.
+# Length of the array of `tensor_stats`.
 N_STATS = 7
 
-# By site, an array of MEASUREMENT_SIZE; where layers are stacked, with a first axis of them.
+# Arrays of N_STATS by hook point, with a leading axis of layers where layers are stacked.
 GradSlots = dict[str, Any]
 Intermediates = dict[str, Any]
 
-_COLLECTION = "taps"
+_COLLECTION = "hook_points"
 _HALF = 1 << 16
-# What elements are multiplied by before they are squared: as they are, or where the largest is small, or very large.
+# Elements are scaled before they are squared if the largest is tiny or huge.
 _SMALL = 2.0**-40
 _SCALES = (1.0, 2.0**80, 2.0**-80)
 
 
 class Probe(nn.Module):
-    """A tensor inside a layer under a name of its own, as it is: `scores = Tap(name="scores")(scores)` makes a site."""
+    """The identity, which makes a tensor a hook point: `scores = Probe(name="scores")(scores)`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +43,14 @@ class Probe(nn.Module):
 
 
 class TensorStats(NamedTuple):
-    """A measurement as it is read. norm (root of the sum of squares) and largest magnitude are of finite elements."""
+    """Statistics of a tensor.
+
+    Attributes:
+        norm: Root of the sum of squares of the finite elements.
+        largest: Largest magnitude of the finite elements.
+        nonfinite: Number of elements that are not finite.
+        digest: Two hashes of the elements.
+    """
 
     norm: Any
     largest: Any
@@ -53,107 +60,107 @@ class TensorStats(NamedTuple):
 
 @jax.jit
 def tensor_stats(x: jax.Array) -> jax.Array:
-    """Norm, largest magnitude, count of elements that are not finite, and the digest in quarters, all as float32."""
+    """Return the statistics of a tensor as N_STATS float32 numbers: three, and the 16-bit halves of two hashes."""
     finite = jnp.isfinite(x)
     magnitudes = jnp.where(finite, jnp.abs(to_float32(x)), 0)
     squares = [jnp.square(magnitudes * scale) for scale in _SCALES]
-    largest, nonfinite, *sums = _reduced(magnitudes, (~finite).astype(jnp.float32), *squares, *hash_elements(x))
+    largest, nonfinite, *sums = _reduce(magnitudes, (~finite).astype(jnp.float32), *squares, *hash_elements(x))
     norms = [jnp.sqrt(total) / scale for total, scale in zip(sums, _SCALES, strict=False)]
     norm = jnp.select([largest < _SMALL, largest > 1 / _SMALL], norms[1:], norms[0])
-    # Bits that were read as a float could be those of a NaN, which arithmetic changes: small whole numbers are safe.
-    quarters = [quarter for half in sums[len(_SCALES) :] for quarter in (half // _HALF, half % _HALF)]
-    return jnp.stack([jnp.asarray(number, jnp.float32) for number in (norm, largest, nonfinite, *quarters)])
+    # The bits of a hash could be those of a NaN, which arithmetic changes; small integers are exact.
+    halves = [half for digest in sums[len(_SCALES) :] for half in (digest // _HALF, digest % _HALF)]
+    return jnp.stack([jnp.asarray(number, jnp.float32) for number in (norm, largest, nonfinite, *halves)])
 
 
-def _reduced(magnitudes: jax.Array, *terms: jax.Array) -> tuple[jax.Array, ...]:
-    """The largest magnitude and the sums of the other arrays, all in one pass over the elements."""
+def _reduce(magnitudes: jax.Array, *terms: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the maximum of the magnitudes and the sums of the other arrays, all in one pass over the elements."""
 
-    def join(first: tuple[jax.Array, ...], second: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def combine(first: tuple[jax.Array, ...], second: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         sums = (left + right for left, right in zip(first[1:], second[1:], strict=True))
         return (jnp.maximum(first[0], second[0]), *sums)
 
     arrays = (magnitudes, *terms)
     zeros = tuple(np.zeros((), array.dtype) for array in arrays)
-    # A row at a time: a sum of millions of numbers, one after another, would lose digits.
+    # One axis at a time: a sequential sum of millions of numbers would lose precision.
     for axis in range(magnitudes.ndim - 1, -1, -1):
-        arrays = tuple(jax.lax.reduce(arrays, zeros, join, (axis,)))
+        arrays = tuple(jax.lax.reduce(arrays, zeros, combine, (axis,)))
     return arrays
 
 
-def unpack_stats(measurement: Any) -> TensorStats:
-    """The parts of a measurement, or of many along first axes; with NumPy arrays, on the host."""
-    norm, largest, nonfinite, *quarters = (measurement[..., index] for index in range(N_STATS))
-    high, low, second_high, second_low = (quarter.astype("uint32") for quarter in quarters)
+def unpack_stats(stats: Any) -> TensorStats:
+    """Unpack NumPy arrays from `tensor_stats`, which may have leading axes."""
+    norm, largest, nonfinite, *halves = (stats[..., index] for index in range(N_STATS))
+    high, low, second_high, second_low = (half.astype("uint32") for half in halves)
     return TensorStats(norm, largest, nonfinite, (high * _HALF + low, second_high * _HALF + second_low))
 
 
 @jax.custom_vjp
-def _watched(x: jax.Array, slot: jax.Array) -> jax.Array:
+def _identity(x: jax.Array, slot: jax.Array) -> jax.Array:
     del slot
     return x
 
 
-def _forward(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, None]:
-    return _watched(x, slot), None
+def _identity_fwd(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, None]:
+    return _identity(x, slot), None
 
 
-def _backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, tensor_stats(gradient)
+def _identity_bwd(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return grad, tensor_stats(grad)
 
 
-_watched.defvjp(_forward, _backward)
+_identity.defvjp(_identity_fwd, _identity_bwd)
 
 
 def probe(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A tensor as it is and its measurement; the gradient with respect to `slot` is that of the tensor's gradient."""
-    return _watched(x, slot), tensor_stats(jax.lax.stop_gradient(x))
+    """Return x and its statistics; the gradient with respect to `slot` is the statistics of the gradient of x."""
+    return _identity(x, slot), tensor_stats(jax.lax.stop_gradient(x))
 
 
 def apply_block(block: nn.Module, params: Any, slots: GradSlots | None, *arguments: Any) -> tuple[Any, Intermediates]:
-    """What a block gives, and its measurements by site. With no slots there are none, and nothing in the program."""
+    """Apply a block and return its output and statistics by hook point; without slots, an empty dict at no cost."""
     if slots is None:
         return block.apply({"params": params}, *arguments), {}
-    return _intercepted(block, params, arguments, lambda site, x: probe(x, slots[site]))
+    return _apply_with_hooks(block, params, arguments, lambda name, x: probe(x, slots[name]))
 
 
 def block_hook_points(block: nn.Module, *arguments: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The sites of a block in the order in which their tensors are made, with their shapes and types."""
-    found: dict[str, jax.ShapeDtypeStruct] = {}
+    """Return the shape and dtype of the tensor at each hook point of a block, in the order of computation."""
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
-    def note(site: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found[site] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    def record(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shapes[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return x, jnp.zeros(N_STATS)
 
     def forward(*arguments: Any) -> Any:
         params = block.init(jax.random.key(0), *arguments)["params"]
-        return _intercepted(block, params, arguments, note)
+        return _apply_with_hooks(block, params, arguments, record)
 
-    _, measurements = jax.eval_shape(forward, *arguments)
-    return {site: found[site] for site in found if site in measurements}
+    _, stats = jax.eval_shape(forward, *arguments)
+    return {name: shapes[name] for name in shapes if name in stats}
 
 
-def _intercepted(
+def _apply_with_hooks(
     block: nn.Module,
     params: Any,
     arguments: tuple[Any, ...],
-    tap: Callable[[str, jax.Array], tuple[jax.Array, jax.Array]],
+    hook: Callable[[str, jax.Array], tuple[jax.Array, jax.Array]],
 ) -> tuple[Any, Intermediates]:
-    """What a block gives with `tap` put around each module's first array, and what `tap` found there, by site."""
-    calls, tapped = Counter[str](), list[jax.Array]()
+    """Apply a block and call `hook` on each hook point; return the block's output and the values of the hook."""
+    n_calls, hooked = Counter[str](), list[jax.Array]()
 
-    def intercept(call: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
-        output, module = call(*given, **named), context.module
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output, module = call(*args, **kwargs), context.module
         leaves, tree = jax.tree.flatten(output)
-        # Inside a lifted transformation (nn.scan, nn.vmap) the collection is not there: a tensor has many values.
-        is_site = context.method_name == "__call__" and module.is_mutable_collection(_COLLECTION)
-        if not (is_site and leaves and _is_real(leaves[0])) or any(leaves[0] is each for each in tapped):
+        # Inside lifted transformations (nn.scan, nn.vmap), where a tensor has many values, the collection is immutable.
+        is_hook_point = context.method_name == "__call__" and module.is_mutable_collection(_COLLECTION)
+        if not (is_hook_point and leaves and _is_float(leaves[0])) or any(leaves[0] is each for each in hooked):
             return output
-        site = "/".join(module.path)
-        calls[site] += 1
-        name = site if calls[site] == 1 else f"{site}:{calls[site]}"
-        leaves[0], measurement = tap(name, leaves[0])
-        tapped.append(leaves[0])
-        module.put_variable(_COLLECTION, f":{calls[site]}", {name: measurement})
+        path = "/".join(module.path)
+        n_calls[path] += 1
+        name = path if n_calls[path] == 1 else f"{path}:{n_calls[path]}"
+        leaves[0], value = hook(name, leaves[0])
+        hooked.append(leaves[0])
+        module.put_variable(_COLLECTION, f":{n_calls[path]}", {name: value})
         return jax.tree.unflatten(tree, leaves)
 
     with nn.intercept_methods(intercept):
@@ -161,5 +168,5 @@ def _intercepted(
     return output, {path[-1].key: leaf for path, leaf in jax.tree_util.tree_flatten_with_path(collected)[0]}
 
 
-def _is_real(leaf: Any) -> bool:
+def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.kernels.types import current_device
+from rustgpt_jax.model.matmul import to_float32
 
 
 class KVCache(NamedTuple):

@@ -1,6 +1,8 @@
-"""Products of activations with weights, in the form that the model asks for, or in that of a weight kept otherwise."""
+"""Matrix products with weights: precision, float8, packed weights for decoding, and custom VJPs for CPUs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,84 +11,104 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.dtypes import accum_dtype, to_float32
 from rustgpt_jax.model.kernels.types import current_device
-from rustgpt_jax.model.quantized_weights import PackedWeight
+from rustgpt_jax.native import matvec
+from rustgpt_jax.pytrees import pytree_dataclass
 
-# Products of a tensor and a weight in 8 bits: e4m3 forward, e5m2 for gradients, a scale a tensor (arXiv 2209.05433).
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """Cast an array to float32; float64 stays as it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def accum_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Return the dtype in which products of the arrays are accumulated: float32, or float64 if theirs is."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def softcap(x: jax.Array, cap: Any) -> jax.Array:
+    """Bound x between -cap and cap by tanh (arXiv 2408.00118)."""
+    return cap * jnp.tanh(x / cap)
+
+
+# Float8 products with one scale per tensor: e4m3 forward, e5m2 for gradients (arXiv 2209.05433).
 #
-# A tensor is divided by a scale that takes its largest absolute value to the largest number of the type; there is no
-# state. The 8-bit arrays are multiplied themselves, and the product, summed up in float32, is multiplied by both
-# scales: the form that the GEMM rewriter of XLA makes one float8 product of cuBLASLt of, scales and all, with no guess
-# as to which conversions belong to it. (It knows the other form too, where arrays are converted back and scaled before
-# they are multiplied, but other passes may have changed that one before it comes to it.)
+# The scale maps the largest magnitude of a tensor to the largest number of the type; there is no state. The 8-bit
+# arrays are multiplied directly, and the product, accumulated in float32, is multiplied by both scales: XLA's GEMM
+# rewriter always turns this form into one float8 product of cuBLASLt. (It also knows the form that scales the converted
+# operands first, but other passes may change that one before the rewriter runs.)
 #
-# What is not finite in a tensor makes its scale, and with it the whole product, not finite.
+# A tensor that is not finite makes its scale, and with it the whole product, not finite.
 
-OPERAND, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
+FORWARD_FP8, GRADIENT_FP8 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
-class Scaled(NamedTuple):
-    """A tensor as `values`, in 8 bits, times `scale`."""
+class QuantizedTensor(NamedTuple):
+    """A tensor as 8-bit `values` times a `scale`."""
 
     values: jax.Array
     scale: jax.Array
 
 
-def scaled(x: jax.Array, dtype: Any) -> Scaled:
-    """A tensor in an 8-bit type. Its largest absolute value becomes the largest number of the type."""
+def quantize_fp8(x: jax.Array, dtype: Any) -> QuantizedTensor:
+    """Quantize a tensor to an 8-bit type, whose largest number represents the largest magnitude."""
     x = to_float32(x)
-    # Zeros have a scale too, and one that is a normal number.
+    # At least the smallest normal number, for a tensor of zeros.
     scale = jnp.maximum(jnp.max(jnp.abs(x)) / float(jnp.finfo(dtype).max), jnp.finfo(x.dtype).tiny)
-    return Scaled((x / scale).astype(dtype), scale)
+    return QuantizedTensor((x / scale).astype(dtype), scale)
 
 
 def fp8_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """X W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs)."""
-    return _product(x, to_float32(kernel))
+    """Return x W (..., outputs) in the dtype of x, for x (..., inputs) and a kernel (inputs, outputs)."""
+    return _fp8_matmul(x, to_float32(kernel))
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _forward(x, kernel)[0]
+def _fp8_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _fp8_matmul_fwd(x, kernel)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
-    left, right = scaled(x, OPERAND), scaled(kernel, OPERAND)
-    # XLA lets sums of the default precision go on in fewer bits within the product, which is faster.
-    y = _multiply(left, right, ((x.ndim - 1,), (0,)), jax.lax.Precision.DEFAULT)
+def _fp8_matmul_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[QuantizedTensor, QuantizedTensor]]:
+    left, right = quantize_fp8(x, FORWARD_FP8), quantize_fp8(kernel, FORWARD_FP8)
+    # With the default precision, XLA may accumulate in fewer bits within the product, which is faster.
+    y = _multiply_quantized(left, right, ((x.ndim - 1,), (0,)), jax.lax.Precision.DEFAULT)
     return y.astype(x.dtype), (left, right)
 
 
-def _backward(operands: tuple[Scaled, Scaled], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    left, right = operands
-    rows = tuple(range(gradient.ndim - 1))
-    of_y = scaled(gradient, GRADIENT)
-    of_x = _multiply(of_y, right, ((gradient.ndim - 1,), (1,)), jax.lax.Precision.HIGHEST)
-    of_kernel = _multiply(left, of_y, (rows, rows), jax.lax.Precision.HIGHEST)
-    return of_x.astype(gradient.dtype), of_kernel.astype(right.scale.dtype)
+def _fp8_matmul_bwd(
+    residuals: tuple[QuantizedTensor, QuantizedTensor], grad_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    left, right = residuals
+    rows = tuple(range(grad_y.ndim - 1))
+    narrow_grad = quantize_fp8(grad_y, GRADIENT_FP8)
+    grad_x = _multiply_quantized(narrow_grad, right, ((grad_y.ndim - 1,), (1,)), jax.lax.Precision.HIGHEST)
+    grad_kernel = _multiply_quantized(left, narrow_grad, (rows, rows), jax.lax.Precision.HIGHEST)
+    return grad_x.astype(grad_y.dtype), grad_kernel.astype(right.scale.dtype)
 
 
-def _multiply(
-    left: Scaled, right: Scaled, contracted: tuple[tuple[int, ...], tuple[int, ...]], precision: jax.lax.Precision
+def _multiply_quantized(
+    left: QuantizedTensor,
+    right: QuantizedTensor,
+    contracted: tuple[tuple[int, ...], tuple[int, ...]],
+    precision: jax.lax.Precision,
 ) -> jax.Array:
     scale = left.scale * right.scale
-    fp8_matmul = jax.lax.dot_general(
+    product = jax.lax.dot_general(
         left.values, right.values, (contracted, ((), ())), precision=precision, preferred_element_type=scale.dtype
     )
-    return fp8_matmul * scale
+    return product * scale
 
 
-_product.defvjp(_forward, _backward)
+_fp8_matmul.defvjp(_fp8_matmul_fwd, _fp8_matmul_bwd)
 
 
-# Derivatives of products with weights and of activations, for compilers that lose time with those that JAX derives.
+# Custom VJPs of products with weights and of activations, which are faster than JAX's own on CPUs.
 #
-# XLA on CPUs computes an array again for each of its readers, exponentials and all, and is slow to multiply a matrix by
-# another that it has to read down its columns. So here an optimization barrier, through which it does not look, keeps
-# in memory what a gradient is made from: an activation's slope, and a transposed factor of a product. All that
-# values of `config.model.save_residuals` give the same gradients, up to rounding. Only False has derivatives forward,
-# and that only of linear layers in the model's own dtype and of logits in float32.
+# XLA on CPUs recomputes an array, exponentials included, for each of its readers, and multiplies slowly by a matrix
+# that is read along its columns. An optimization barrier, which blocks fusion, keeps the operands of gradients in
+# memory: the slope of an activation, and a transposed factor of a product. All values of `save_residuals` give the same
+# gradients up to rounding. Forward-mode derivatives exist only with save_residuals=False, and only for linear layers
+# in the model's own dtype and for float32 logits.
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -109,123 +131,223 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": jax.nn.relu,
     "relu_squared": relu_squared,
 }
-# Activations whose slopes take longer to compute again than to read.
-COSTLY = (jax.nn.gelu, gelu_exact, jax.nn.silu)
+# Activations whose slope is faster to read from memory than to recompute.
+EXPENSIVE_ACTIVATIONS = (jax.nn.gelu, gelu_exact, jax.nn.silu)
 
 
 def saves_residuals(config: ModelConfig) -> bool:
-    """Whether what gradients are made from is kept in memory: as the config says, or as suits the device at hand."""
+    """Return whether operands of gradients are kept in memory; by default on CPUs only."""
     return current_device().platform == "cpu" if config.save_residuals is None else config.save_residuals
 
 
 def apply_activation(activation: Activation, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """activation(x), a function of each element by itself."""
-    return _activation_with_vjp(activation, x) if activation in COSTLY and saves_residuals(config) else activation(x)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activation_with_vjp(activation: Activation, x: jax.Array) -> jax.Array:
+    """Return activation(x) for an elementwise function, with the VJP that the config selects."""
+    if activation in EXPENSIVE_ACTIVATIONS and saves_residuals(config):
+        return _activation_saving_slope(activation, x)
     return activation(x)
 
 
-def _activated(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activation_saving_slope(activation: Activation, x: jax.Array) -> jax.Array:
+    return activation(x)
+
+
+def _activation_fwd(activation: Activation, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier(jax.jvp(activation, (x,), (jnp.ones_like(x),)))
 
 
-def _activated_back(activation: Activation, slope: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _activation_bwd(activation: Activation, slope: jax.Array, grad_y: jax.Array) -> tuple[jax.Array]:
     del activation
-    return (gradient * slope,)
+    return (grad_y * slope,)
 
 
-_activation_with_vjp.defvjp(_activated, _activated_back)
+_activation_saving_slope.defvjp(_activation_fwd, _activation_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def matmul_with_custom_vjp(x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool, inputs: int = 0) -> jax.Array:
-    """X W with the shape (..., outputs), in the type of x, from x (..., inputs) and a kernel (inputs, outputs).
+def matmul_with_custom_vjp(
+    x: jax.Array, kernel: jax.Array, operand_dtype: Any, transposes: bool, input_axis: int = 0
+) -> jax.Array:
+    """Return x W (..., outputs) in the dtype of x (..., inputs).
 
-    operands: the type of what is multiplied, forward and backward; sums are float32 at least. is_kept: a factor of
-    the gradient of the kernel is transposed in memory before it is multiplied. inputs: 1 for a kernel that is
-    (outputs, inputs).
+    Args:
+        x: Activations.
+        kernel: Weights (inputs, outputs), or (outputs, inputs) with `input_axis` 1.
+        operand_dtype: Dtype of the factors, forward and backward; sums are accumulated in float32 at least.
+        transposes: Whether a factor of the kernel's gradient is transposed in memory before the product.
+        input_axis: Axis of the inputs in the kernel.
     """
-    return _multiplied(x, kernel, operands, is_kept, inputs)[0]
+    return _matmul_fwd(x, kernel, operand_dtype, transposes, input_axis)[0]
 
 
-def _multiplied(
-    x: jax.Array, kernel: jax.Array, operands: Any, is_kept: bool, inputs: int
+def _matmul_fwd(
+    x: jax.Array, kernel: jax.Array, operand_dtype: Any, transposes: bool, input_axis: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    del is_kept
-    left = x.astype(operands)
-    return _contracted(left, kernel.astype(operands), (x.ndim - 1,), (inputs,), x.dtype), (left, kernel)
+    del transposes
+    x_operand = x.astype(operand_dtype)
+    y = _contract(x_operand, kernel.astype(operand_dtype), (x.ndim - 1,), (input_axis,), x.dtype)
+    return y, (x_operand, kernel)
 
 
-def _multiplied_back(
-    operands: Any, is_kept: bool, inputs: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+def _matmul_bwd(
+    operand_dtype: Any, transposes: bool, input_axis: int, residuals: tuple[jax.Array, jax.Array], grad_y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    left, kernel = kept
-    narrow = gradient.astype(operands)
-    of_x = _contracted(narrow, kernel.astype(operands), (gradient.ndim - 1,), (1 - inputs,), gradient.dtype)
-    of_kernel = (
-        _summed_over_tokens(left, narrow, is_kept) if inputs == 0 else _summed_over_tokens(narrow, left, is_kept)
-    )
-    return of_x, of_kernel.astype(kernel.dtype)
+    x, kernel = residuals
+    narrow_grad = grad_y.astype(operand_dtype)
+    grad_x = _contract(narrow_grad, kernel.astype(operand_dtype), (grad_y.ndim - 1,), (1 - input_axis,), grad_y.dtype)
+    factors = (x, narrow_grad) if input_axis == 0 else (narrow_grad, x)
+    return grad_x, _sum_outer_products(*factors, transposes).astype(kernel.dtype)
 
 
-def _summed_over_tokens(left: jax.Array, right: jax.Array, is_kept: bool) -> jax.Array:
-    """The sum of the outer products of all rows, (channels of left, channels of right).
+def _sum_outer_products(left: jax.Array, right: jax.Array, transposes: bool) -> jax.Array:
+    """Return the sum over all rows of their outer products (channels of left, channels of right).
 
-    Kept is what makes less to be transposed: the left factor, or the right one and then the result.
+    If `transposes`, the smaller of the possible transpositions is done in memory: that of the left factor, or those of
+    the right factor and of the result.
     """
-    dtype, rows, behind = accum_dtype(left), range(left.ndim - 1), range(1, left.ndim)
-    if not is_kept:
-        return _contracted(left, right, rows, rows, dtype)
+    dtype, rows, shifted_rows = accum_dtype(left), range(left.ndim - 1), range(1, left.ndim)
+    if not transposes:
+        return _contract(left, right, rows, rows, dtype)
     if left.size <= right.size + left.shape[-1] * right.shape[-1]:
-        return _contracted(_transposed(left), right, behind, rows, dtype)
-    return jax.lax.optimization_barrier(_contracted(_transposed(right), left, behind, rows, dtype)).T
+        return _contract(_transpose_in_memory(left), right, shifted_rows, rows, dtype)
+    return jax.lax.optimization_barrier(_contract(_transpose_in_memory(right), left, shifted_rows, rows, dtype)).T
 
 
-def _transposed(x: jax.Array) -> jax.Array:
-    """(channels, ...) from (..., channels), made from what is in memory, and put there itself."""
+def _transpose_in_memory(x: jax.Array) -> jax.Array:
+    """Return x (..., channels) as (channels, ...), read from memory and written to memory."""
     return jax.lax.optimization_barrier(jnp.moveaxis(jax.lax.optimization_barrier(x), -1, 0))
 
 
-def _contracted(
+def _contract(
     left: jax.Array, right: jax.Array, left_axes: Sequence[int], right_axes: Sequence[int], dtype: Any
 ) -> jax.Array:
     return jax.lax.dot_general(left, right, ((left_axes, right_axes), ((), ())), preferred_element_type=dtype)
 
 
-matmul_with_custom_vjp.defvjp(_multiplied, _multiplied_back)
+matmul_with_custom_vjp.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+# Packed weights, which take the place of arrays in parameters for decoding.
+
+# The native kernel is faster than XLA up to this many rows.
+MAX_NATIVE_ROWS = 8
+# -128 is not used, so that the quantized values are symmetric.
+MAX_INT8 = 127
+
+
+class PackedWeight(ABC):
+    """A weight matrix (inputs, outputs) that takes the place of an array in the parameters.
+
+    It is a pytree whose first leaf has the shape of the matrix, which is all that layers read besides `matmul`.
+    """
+
+    @abstractmethod
+    def matmul(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """Return x W (..., outputs) in `dtype`, by default the dtype of x (..., inputs)."""
+
+
+@pytree_dataclass(meta=["matmul_impl"])
+@dataclass(frozen=True)
+class RowMajorWeight(PackedWeight):
+    """A matrix stored by outputs, the order in which a product with few rows reads it.
+
+    Products are accumulated in float32 at least. With bfloat16 weights, x is rounded to bfloat16 too.
+
+    Attributes:
+        values: The values by outputs, in an array of the matrix's shape (inputs, outputs): float32, bfloat16 or int8.
+        scales: Scale of each output (outputs,) for int8; None for other dtypes.
+        matmul_impl: native (`native.matvec`, for few rows) or plain (XLA).
+    """
+
+    values: jax.Array
+    scales: jax.Array | None
+    matmul_impl: str
+
+    def matmul(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """Return x W (..., outputs) in `dtype`, by default the dtype of x (..., inputs)."""
+        x_BI, values_OI = x.reshape(-1, x.shape[-1]), self.values.reshape(self.values.shape[::-1])
+        if values_OI.dtype == jnp.bfloat16:
+            x_BI = x_BI.astype(jnp.bfloat16)
+        if self.matmul_impl == "native" and len(x_BI) <= MAX_NATIVE_ROWS:
+            y_BO = matvec.matvec(x_BI, values_OI)
+        else:
+            accum = accum_dtype(x_BI)
+            y_BO = jnp.einsum("BI,OI->BO", x_BI, values_OI.astype(x_BI.dtype), preferred_element_type=accum)
+        if self.scales is not None:
+            y_BO = y_BO * self.scales[None, :].astype(y_BO.dtype)
+        return y_BO.reshape(*x.shape[:-1], y_BO.shape[-1]).astype(dtype or x.dtype)
+
+
+@pytree_dataclass(meta=["operand_dtype"])
+@dataclass(frozen=True)
+class UpcastWeight(PackedWeight):
+    """A float32 matrix with values of a narrower dtype, `operand_dtype`. Its products equal those of RowMajorWeight.
+
+    XLA on CPUs multiplies few rows by narrow weights many times slower than by float32.
+    """
+
+    values: jax.Array
+    operand_dtype: str
+
+    def matmul(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """Return x W (..., outputs) in `dtype`, by default the dtype of x (..., inputs)."""
+        operand = x.astype(jnp.bfloat16) if self.operand_dtype == "bfloat16" else x
+        return (to_float32(operand) @ self.values).astype(dtype or x.dtype)
+
+
+def to_row_major(weights: jax.Array, dtype: Any, matmul_impl: str) -> RowMajorWeight:
+    """Convert a float32 matrix (inputs, outputs) to a dtype and store it by outputs."""
+    values_OI, scales_O = quantize_int8(weights) if dtype == "int8" else (weights.astype(dtype).T, None)
+    return RowMajorWeight(values_OI.reshape(weights.shape), scales_O, matmul_impl)
+
+
+def quantize_int8(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantize a matrix (inputs, outputs) symmetrically to int8, with one scale per output.
+
+    The largest weight of each output is exact, and no weight is off by more than half a scale.
+
+    Returns:
+        values_OI and scales_O, such that the matrix is about values_OI^T scales_O.
+    """
+    weights_OI = to_float32(weights).T
+    largest_O = jnp.max(jnp.abs(weights_OI), axis=1)
+    scales_O = jnp.where(largest_O > 0, largest_O / MAX_INT8, 1)
+    return jnp.round(weights_OI / scales_O[:, None]).astype(jnp.int8), scales_O
+
+
+def round_weights(weights: jax.Array, dtype: Any) -> jax.Array:
+    """Round a float32 matrix (inputs, outputs) to the values that `to_row_major` stores."""
+    if dtype != "int8":
+        return weights.astype(dtype).astype(weights.dtype)
+    values_OI, scales_O = quantize_int8(weights)
+    return (values_OI * scales_O[:, None]).T
 
 
 def matmul(x: jax.Array, kernel: jax.Array | PackedWeight, config: ModelConfig) -> jax.Array:
-    """X W with the shape (..., outputs), in the model's dtype, from a float32 kernel (inputs, outputs)."""
+    """Return x W (..., outputs) in the model's dtype, from a float32 kernel (inputs, outputs)."""
     x = x.astype(config.dtype)
     if isinstance(kernel, PackedWeight):
         return kernel.matmul(x)
     if config.precision.matmul_dtype == "float8":
         return fp8_matmul(x, kernel)
-    operands, is_kept = config.precision.matmul_dtype or config.dtype, saves_residuals(config)
-    if operands == config.dtype and not is_kept:
+    operand_dtype, transposes = config.precision.matmul_dtype or config.dtype, saves_residuals(config)
+    if operand_dtype == config.dtype and not transposes:
         return x @ kernel.astype(config.dtype)
-    return matmul_with_custom_vjp(x, kernel, operands, is_kept)
+    return matmul_with_custom_vjp(x, kernel, operand_dtype, transposes)
 
 
-def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, letters: str, config: ModelConfig) -> jax.Array:
-    """logits_BTV in float32 at least, from factors in config.precision.logits_dtype, or else in the model's dtype.
+def unembed(hidden_BTD: jax.Array, weights: jax.Array | PackedWeight, axes: str, config: ModelConfig) -> jax.Array:
+    """Return logits_BTV in float32 at least, from factors in config.precision.logits_dtype or else the model's dtype.
 
-    letters: the axes of the weights, "VD" of a float32 table, "DV" of a kernel.
+    `axes` are those of the weights: "VD" for an embedding table, "DV" for a kernel.
     """
-    operands = config.precision.logits_dtype or config.dtype
+    operand_dtype = config.precision.logits_dtype or config.dtype
     if isinstance(weights, PackedWeight):
-        hidden_BTD = hidden_BTD.astype(operands)
+        hidden_BTD = hidden_BTD.astype(operand_dtype)
         return weights.matmul(hidden_BTD, accum_dtype(hidden_BTD))
-    wide, weights, axis = (
-        jnp.promote_types(operands, jnp.float32),
-        shard_activations(weights, letters),
-        letters.index("D"),
-    )
+    wide = jnp.promote_types(operand_dtype, jnp.float32)
+    weights, input_axis = shard_activations(weights, axes), axes.index("D")
     hidden_BTD = hidden_BTD.astype(wide)
-    if operands == wide:
-        return jax.lax.dot_general(hidden_BTD, weights.astype(wide), (((2,), (axis,)), ((), ())))
-    return matmul_with_custom_vjp(hidden_BTD, weights, operands, saves_residuals(config), axis)
+    if operand_dtype == wide:
+        return jax.lax.dot_general(hidden_BTD, weights.astype(wide), (((2,), (input_axis,)), ((), ())))
+    return matmul_with_custom_vjp(hidden_BTD, weights, operand_dtype, saves_residuals(config), input_axis)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import broadcast_channels
+from rustgpt_jax.model.matmul import to_float32
 
 
 class LayerNorm(nn.Module):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import normal_init
+from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.registry import lookup
 
 # RoPE for contexts longer than those that a model was trained with: which channels turn how much more slowly.

@@ -14,9 +14,8 @@ from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block import Block, LayerGroup, layer_groups
 from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics, dropout
-from rustgpt_jax.model.dtypes import softcap
 from rustgpt_jax.model.linear import normal_init
-from rustgpt_jax.model.matmul import unembed
+from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.model.positions import POSITIONS

@@ -98,7 +98,7 @@ def list_step_tensors(
     def list_activations(kind: str, stats: intermediates.Intermediates) -> list[StepTensor]:
         stats = jax.device_get(stats)
         return [
-            _step_tensor(kind, each.name, each.layer, each.site, n_microbatches * each.size, each.of(stats))
+            _step_tensor(kind, each.name, each.layer, each.site, n_microbatches * each.size, each.select(stats))
             for each in points
         ]
 

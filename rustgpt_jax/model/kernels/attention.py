@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
-from rustgpt_jax.model.dtypes import accum_dtype, softcap
 from rustgpt_jax.model.intermediates import Probe
 from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
 from rustgpt_jax.model.kernels.types import (
@@ -29,6 +28,7 @@ from rustgpt_jax.model.kernels.types import (
     current_device,
 )
 from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
+from rustgpt_jax.model.matmul import accum_dtype, softcap
 from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
 from rustgpt_jax.registry import lookup
 

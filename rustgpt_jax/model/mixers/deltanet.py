@@ -9,8 +9,8 @@ from jax.scipy.linalg import solve_triangular
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_numbers
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import lookup

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.dtypes import accum_dtype
 from rustgpt_jax.model.kernels.attention import (
     attention,
     attention_scale,
@@ -20,6 +19,7 @@ from rustgpt_jax.model.kernels.attention import (
 from rustgpt_jax.model.kernels.types import AttentionSpec
 from rustgpt_jax.model.kv_cache import KVCache, update_kv_cache
 from rustgpt_jax.model.linear import Linear, normal_init
+from rustgpt_jax.model.matmul import accum_dtype
 from rustgpt_jax.model.norms import NORMS
 from rustgpt_jax.registry import lookup
 

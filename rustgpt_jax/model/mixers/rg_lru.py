@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import Linear, broadcast_channels, normal_init
+from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.model.mixers.short_conv import ShortConvolution, document_starts
 
 # The constant c of the paper: how far a gate that is open carries the decay.

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.dtypes import to_float32
 from rustgpt_jax.model.linear import broadcast_channels, normal_init
+from rustgpt_jax.model.matmul import to_float32
 
 
 def document_starts(context: BlockInputs) -> jax.Array:
