@@ -21,7 +21,7 @@ from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
-from rustgpt_jax.model.kernels import accelerator, attention, verify
+from rustgpt_jax.model.kernels import ANY_DEVICE, AttentionInputs, AttentionSpec, Device, accelerator, attention, verify
 from rustgpt_jax.model.kernels.accelerator import cudnn
 from rustgpt_jax.model.kernels.attention import (
     KERNELS,
@@ -33,7 +33,6 @@ from rustgpt_jax.model.kernels.attention import (
     select_kernel,
     triangular,
 )
-from rustgpt_jax.model.kernels.types import ANY_DEVICE, AttentionInputs, AttentionSpec, Device
 from rustgpt_jax.model.kernels.verify import attention_choices, check_kernels
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.aot_compile import count_matmul_flops
@@ -283,7 +282,7 @@ def test_a_kernel_that_cannot_be_batched_says_so(attend: Callable[[AttentionInpu
         return jax.lax.scan(step, task.q_BTHC, None, length=2)[0]
 
     assert jax.eval_shape(steps, jnp.ones(())).shape == task.q_BTHC.shape
-    with pytest.raises(UserError, match=r"cannot compute several runs at once \(fused\); portable can"):
+    with pytest.raises(UserError, match=r"cannot train several runs in one program \(vmap\); portable can"):
         jax.eval_shape(jax.vmap(steps), jnp.ones(3))
 
 
@@ -394,7 +393,7 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert [select_kernel("auto", request).reason for request in requests] == [
         "this is a gpu",
-        "cudnn cannot be used: it has no soft-cap of scores",
+        "cudnn cannot be used: it does not support a soft-cap of scores",
         "rows have less than 2048 tokens",
         "this is a cpu",
         "tokamax cannot be used: it is not installed: pip install 'rustgpt_jax[kernels]'; "
@@ -406,10 +405,13 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "reason"),
     [
         ({"attention.kernel": "cudnn"}, "it computes in bfloat16, not in float32"),
-        ({"attention.kernel": "cudnn", "precision.mixer_dtype": "bfloat16", "dropout": 0.1}, "it is given no dropout"),
+        ({"attention.kernel": "cudnn", "precision.mixer_dtype": "bfloat16", "dropout": 0.1}, "it does not support dropout"),
         ({"attention.kernel": "tokamax", "dtype": "bfloat16"}, "it needs a multiple of 128 tokens, not 32"),
-        ({"attention.kernel": "cudnn", "dtype": "bfloat16", "mixers": ("rg_lru", "latent_attention")}, "equally wide"),
-        ({"attention.kernel": "blockwise", "dropout": 0.1}, "it has no dropout"),
+        (
+            {"attention.kernel": "cudnn", "dtype": "bfloat16", "mixers": ("rg_lru", "latent_attention")},
+            "of the same width",
+        ),
+        ({"attention.kernel": "blockwise", "dropout": 0.1}, "it does not support dropout"),
     ],
 )
 def test_a_config_whose_kernel_serves_on_no_device_is_refused(changes: dict[str, Any], reason: str) -> None:

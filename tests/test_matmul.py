@@ -19,7 +19,7 @@ from rustgpt_jax.config.schema import ModelConfig, for_inference
 from rustgpt_jax.model import matmul as matmul_module
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import inner_programs
-from rustgpt_jax.model.kernels.types import Device
+from rustgpt_jax.model.kernels import Device
 from rustgpt_jax.model.matmul import EXPENSIVE_ACTIVATIONS, apply_activation, gelu_exact, unembed
 from rustgpt_jax.model.matmul import matmul as product
 from rustgpt_jax.model.transformer import REMAT_POLICIES

@@ -30,8 +30,8 @@ from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.model.kernels import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
-from rustgpt_jax.model.kernels.types import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference
 from rustgpt_jax.model.mixers.attention import Attention
 from rustgpt_jax.process_setup import enable_compilation_cache

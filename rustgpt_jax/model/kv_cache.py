@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.kernels.types import current_device
+from rustgpt_jax.model.kernels import current_device
 from rustgpt_jax.model.matmul import to_float32
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.kernels.types import current_device
+from rustgpt_jax.model.kernels import current_device
 from rustgpt_jax.native import matvec
 from rustgpt_jax.pytrees import pytree_dataclass
 

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from rustgpt_jax.data.pipeline import Batch, SequenceOffsets
 from rustgpt_jax.data.preprocess import StageData
 from rustgpt_jax.data.token_store import TokenStream, open_store
-from rustgpt_jax.model.kernels.types import default_device
+from rustgpt_jax.model.kernels import default_device
 from rustgpt_jax.sharding.hardware_specs import free_device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 

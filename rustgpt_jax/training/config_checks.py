@@ -12,7 +12,7 @@ from rustgpt_jax.config.schema import Config, Earlier, Stage, affects_result, ma
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import interfaces
-from rustgpt_jax.model.kernels.types import ANY_DEVICE
+from rustgpt_jax.model.kernels import ANY_DEVICE
 from rustgpt_jax.model.kernels.verify import attention_choices
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS

@@ -1,4 +1,7 @@
-"""Kernels of libraries. They take an explicit mask, and support neither vmap nor automatic partitioning."""
+"""Flash attention kernels of libraries for GPUs and TPUs.
+
+They take an explicit mask, and support neither vmap nor automatic partitioning.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -10,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.activation_sharding import partition_spec
-from rustgpt_jax.model.kernels.types import AttentionInputs, AttentionSpec, Kernel, current_device
+from rustgpt_jax.model.kernels import AttentionInputs, AttentionSpec, Kernel, current_device
 from rustgpt_jax.model.kv_cache import causal_mask
 
 # A function of q_BTHC, k_BSKC, v_BSKC, mask_BTS that gives mixed_BTHC.
@@ -34,16 +37,16 @@ def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> j
     if mesh.empty or mesh.manual_axes:
         return grouped(*arrays, mask_BTS)
     rows, _, heads, _ = partition_spec("B.K.", inputs.k_BSKC.shape, dict(mesh.shape))
-    cut = PartitionSpec(rows, None, heads)
-    in_specs = (cut, cut, cut, PartitionSpec(rows))
-    return jax.shard_map(grouped, in_specs=in_specs, out_specs=cut, check_vma=False)(*arrays, mask_BTS)
+    spec = PartitionSpec(rows, None, heads)
+    in_specs = (spec, spec, spec, PartitionSpec(rows))
+    return jax.shard_map(grouped, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays, mask_BTS)
 
 
 def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
     """Returns the mask, and raises UserError if the program is batched over it or any of the arrays.
 
-    JAX's rule for batching a call of cuDNN takes a mask for one with a mask for each head, and splash attention takes
-    one mask at a time.
+    JAX's batching rule for cuDNN would misread the batch axis of the mask as heads, and splash attention takes one
+    mask at a time.
     """
 
     @jax.custom_batching.custom_vmap
@@ -53,27 +56,26 @@ def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Arra
     @guarded.def_vmap
     def refuse(*_: object) -> tuple[jax.Array, bool]:
         raise UserError(
-            f"config.model.attention.kernel: {name} cannot compute several runs at once (fused); portable can."
+            f"config.model.attention.kernel: {name} cannot train several runs in one program (vmap); portable can."
         )
 
     return guarded(mask_BTS, *(jax.lax.stop_gradient(array) for array in arrays))
 
 
-# Flash attention by cuDNN (arXiv 2307.08691), for NVIDIA GPUs in bfloat16.
+# Flash attention of cuDNN (arXiv 2307.08691), for NVIDIA GPUs in bfloat16.
 #
-# Which documents a row holds is known to it as a mask B x T x S in the type of the activations, without heads, whose
-# gradient it also makes: in memory that is 1/H of the scores. Its backward pass adds up in no fixed order, unless XLA
-# is told to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
+# Documents are passed as a mask B x T x S in the dtype of the activations, without heads. cuDNN also computes the
+# gradient of the mask; both take 1/H of the memory of the scores. The backward pass accumulates in no fixed order
+# unless XLA is told to be deterministic (`--xla_gpu_deterministic_ops=true` in XLA_FLAGS).
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
 def cudnn(inputs: AttentionInputs) -> jax.Array:
-    """Returns mixed_BTKGC."""
+    """Return mixed_BTKGC, computed by cuDNN."""
 
     def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        # Causal is said beside the mask, for what lies after a token to be skipped. A window is in the mask alone:
-        # cuDNN takes no window beside one.
+        # is_causal repeats what is in the mask so that cuDNN skips later tokens. It accepts no window beside a mask.
         return jax.nn.dot_product_attention(
             q_BTHC,
             k_BSKC,
@@ -88,76 +90,78 @@ def cudnn(inputs: AttentionInputs) -> jax.Array:
 
 
 def cudnn_unsupported_reason(spec: AttentionSpec) -> str | None:
-    """Returns why cuDNN does not support a spec; None if it does."""
+    """Return why cuDNN does not support a spec; None if it does."""
     platform, capability = spec.device
     widest = 128 if capability and capability < HOPPER else 256
+    head = spec.head_width
     reasons = {
         f"it needs an NVIDIA GPU, and this is a {platform}": platform not in (None, "gpu"),
         "it needs a GPU of compute capability 8.0 or more": capability is not None and capability < AMPERE,
-        "it reads no cache": spec.cached,
-        f"it computes in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
-        "it has no soft-cap of scores": spec.softcap,
-        "it is given no bias of distances": spec.bias,
-        "it has no learned sinks": spec.sinks,
-        "it is given no dropout of attention": spec.dropout,
-        "its keys and values are equally wide": spec.head_width != spec.value_width,
-        f"its heads have 8, 16, .. {widest} channels, not {spec.head_width}": spec.head_width % 8 != 0
-        or spec.head_width > widest,
+        **_reasons_of_libraries(spec),
+        "it does not support a soft-cap of scores": spec.softcap,
+        f"it supports heads of 8, 16, ... {widest} channels, not {head}": head % 8 != 0 or head > widest,
         f"it needs an even number of tokens, not {spec.length}": spec.length % 2 != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _reasons_of_libraries(spec: AttentionSpec) -> dict[str, bool]:
+    """Return reasons that hold for cuDNN and tokamax as they are called here, and whether each applies to a spec."""
+    return {
+        "it does not read a cache": spec.cached,
+        f"it computes in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
+        "it does not support a positional bias": spec.bias,
+        "it does not support attention sinks": spec.sinks,
+        "it does not support dropout of attention weights": spec.dropout,
+        "it needs keys and values of the same width": spec.head_width != spec.value_width,
+    }
+
+
 CUDNN = Kernel(cudnn, cudnn_unsupported_reason)
 
 
-# Flash attention by the library tokamax (`pip install 'rustgpt_jax[kernels]'`), which is written for TPUs above all.
+# Flash attention of the library tokamax (`pip install 'rustgpt_jax[kernels]'`), mainly for TPUs.
 #
-# On a TPU its kernel, splash attention, takes the mask of one row: rows are computed one after another, as a core of a
-# TPU does anyway.
+# Its kernel for TPUs, splash attention, takes the mask of one row, so rows are computed sequentially, which costs
+# nothing on a TPU core.
 
-# By platform, those of tokamax's implementations that are flash attention, the first that can be used first.
+# tokamax's implementations of flash attention by platform, in order of preference.
 IMPLEMENTATIONS = {"tpu": ("mosaic",), "gpu": ("mosaic", "triton")}
 # Tokens in the smallest block of splash attention.
 LANES = 128
 
 
 def tokamax(inputs: AttentionInputs) -> jax.Array:
-    """Returns mixed_BTKGC."""
+    """Return mixed_BTKGC, computed by tokamax."""
     library = importlib.import_module("tokamax")
-    if not flags.FLAGS.is_parsed():  # It would read the command line of whatever program this is.
+    if not flags.FLAGS.is_parsed():  # Otherwise tokamax would parse the command line of this program.
         flags.FLAGS.mark_as_parsed()
     platform = current_device().platform
     implementation = IMPLEMENTATIONS[str(platform)]
 
-    def rows(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
         masks = mask_BTS[:, None]
         return library.dot_product_attention(
             q_BTHC, k_BSKC, v_BSKC, mask=masks, scale=inputs.scale, implementation=implementation
         )
 
-    def row_by_row(*arrays: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda row: rows(*(x[None] for x in row))[0], arrays)
+    def attend_row_by_row(*arrays: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: attend(*(x[None] for x in row))[0], arrays)
 
-    return call_sharded_kernel("tokamax", rows if platform == "gpu" else row_by_row, inputs)
+    return call_sharded_kernel("tokamax", attend if platform == "gpu" else attend_row_by_row, inputs)
 
 
 def tokamax_unsupported_reason(spec: AttentionSpec) -> str | None:
-    """Returns why tokamax does not support a spec; None if it does."""
+    """Return why tokamax does not support a spec; None if it does."""
     platform = spec.device.platform
     reasons = {
         f"it has flash attention for TPUs and NVIDIA GPUs, and this is a {platform}": platform is not None
         and platform not in IMPLEMENTATIONS,
         "it is not installed: pip install 'rustgpt_jax[kernels]'": platform is not None
         and find_spec("tokamax") is None,
-        "it reads no cache": spec.cached,
-        f"it is used in bfloat16, not in {spec.dtype}": spec.dtype != "bfloat16",
-        # Here the cap is an argument of the program, so that one program serves every cap.
+        **_reasons_of_libraries(spec),
+        # The cap is an argument of our programs, so that one program serves every value.
         "its soft-cap is a constant of the program": spec.softcap,
-        "it is given no bias of distances": spec.bias,
-        "it has no learned sinks": spec.sinks,
-        "it is given no dropout of attention": spec.dropout,
-        "its keys and values are equally wide": spec.head_width != spec.value_width,
         f"it needs a multiple of {LANES} tokens, not {spec.length}": spec.length % LANES != 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

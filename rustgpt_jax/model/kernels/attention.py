@@ -17,8 +17,7 @@ from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block_inputs import BlockInputs, dropout
 from rustgpt_jax.model.intermediates import Probe
-from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
-from rustgpt_jax.model.kernels.types import (
+from rustgpt_jax.model.kernels import (
     ANY_DEVICE,
     AttentionInputs,
     AttentionSpec,
@@ -27,6 +26,7 @@ from rustgpt_jax.model.kernels.types import (
     Kernel,
     current_device,
 )
+from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
 from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
 from rustgpt_jax.model.matmul import accum_dtype, softcap
 from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
@@ -136,8 +136,8 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
 def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
     """Returns why blockwise and triangular attention do not support a spec; None if they do."""
     if spec.cached:
-        return "it reads no cache"
-    return "it has no dropout of attention" if spec.dropout else None
+        return "it does not read a cache"
+    return "it does not support dropout of attention weights" if spec.dropout else None
 
 
 BLOCKWISE = Kernel(blockwise, portable_unsupported_reason)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.kernels import AttentionSpec
 from rustgpt_jax.model.kernels.attention import attention, attention_spec, get_position_encoding
-from rustgpt_jax.model.kernels.types import AttentionSpec
 from rustgpt_jax.model.kv_cache import KVCache
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.norms import NORMS

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.kernels import AttentionSpec
 from rustgpt_jax.model.kernels.attention import (
     attention,
     attention_scale,
@@ -16,7 +17,6 @@ from rustgpt_jax.model.kernels.attention import (
     attention_weights,
     get_position_encoding,
 )
-from rustgpt_jax.model.kernels.types import AttentionSpec
 from rustgpt_jax.model.kv_cache import KVCache, update_kv_cache
 from rustgpt_jax.model.linear import Linear, normal_init
 from rustgpt_jax.model.matmul import accum_dtype
