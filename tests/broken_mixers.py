@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from broken_parts import ChunkedState, HonestAttention, HonestFeedForward, HonestState, Mistake
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs, dropout
-from rustgpt_jax.model.linear import Linear, broadcast_channels
+from rustgpt_jax.model.interfaces import BlockInputs, PositionEncoding
+from rustgpt_jax.model.linear import Linear, broadcast_channels, dropout
 from rustgpt_jax.model.matmul import accum_dtype, to_float32
 from rustgpt_jax.model.norms import RMSNorm
-from rustgpt_jax.model.positions import PositionEncoding, apply_rope
+from rustgpt_jax.model.positions import apply_rope
 
 
 def order(context: BlockInputs) -> tuple[jax.Array, jax.Array]:

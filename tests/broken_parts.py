@@ -11,11 +11,11 @@ import optax
 from tokenizers import Tokenizer, normalizers
 
 from rustgpt_jax.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs, PositionEncoding
 from rustgpt_jax.model.linear import Linear, broadcast_channels
 from rustgpt_jax.model.matmul import accum_dtype, to_float32
 from rustgpt_jax.model.norms import RMSNorm
-from rustgpt_jax.model.positions import LearnedPositions, PositionEncoding, Rope, apply_rope
+from rustgpt_jax.model.positions import LearnedPositions, Rope, apply_rope
 from rustgpt_jax.tokenizers import TOKENIZERS, Document, plain_document
 
 

@@ -18,9 +18,9 @@ from conftest import random_params, small_config
 from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates, transformer
-from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import inner_programs
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import ANY_DEVICE, AttentionInputs, AttentionSpec, Device, accelerator, attention, verify
 from rustgpt_jax.model.kernels.accelerator import cudnn
 from rustgpt_jax.model.kernels.attention import (
@@ -405,7 +405,10 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "reason"),
     [
         ({"attention.kernel": "cudnn"}, "it computes in bfloat16, not in float32"),
-        ({"attention.kernel": "cudnn", "precision.mixer_dtype": "bfloat16", "dropout": 0.1}, "it does not support dropout"),
+        (
+            {"attention.kernel": "cudnn", "precision.mixer_dtype": "bfloat16", "dropout": 0.1},
+            "it does not support dropout",
+        ),
         ({"attention.kernel": "tokamax", "dtype": "bfloat16"}, "it needs a multiple of 128 tokens, not 32"),
         (
             {"attention.kernel": "cudnn", "dtype": "bfloat16", "mixers": ("rg_lru", "latent_attention")},

@@ -21,8 +21,8 @@ from rustgpt_jax.fingerprints import fingerprint_tree, format_fingerprint
 from rustgpt_jax.model import block as block_module
 from rustgpt_jax.model import intermediates, transformer
 from rustgpt_jax.model.block import Block, layer_groups
-from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.hook_points import HookPoint, grad_slots, hook_points
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import attention
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS

@@ -12,7 +12,7 @@ from conftest import random_params, small_config
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model import flops, transformer
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mixers import deltanet as deltanet_mixer
 from rustgpt_jax.model.mixers import rg_lru as rg_lru_mixer

@@ -16,8 +16,9 @@ from rustgpt_jax.config.schema import ModelConfig, combine, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import flops, transformer
 from rustgpt_jax.model.block import layer_groups
-from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kv_cache import KVCache
+from rustgpt_jax.model.linear import dropout
 from rustgpt_jax.model.mixers import Attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -438,7 +439,7 @@ def test_a_cache_keeps_tokens_at_their_positions_and_drops_padding() -> None:
     new_BTKC = np.arange(1.0, 17.0, dtype=np.float32).reshape(1, 4, 2, 2)
     new_BKTC = np.swapaxes(new_BTKC, 1, 2)
     context = BlockInputs(jnp.array([[2, 0, 1, 3]]), jnp.array([[1, 1, 0, 1]]))
-    ring = jax.jit(lambda: Attention.init_cache(model, 1, 4).write((new_BKTC, -new_BKTC), context).kept)()
+    ring = jax.jit(lambda: Attention.init_cache(model, 1, 4).write((new_BKTC, -new_BKTC), context).buffers)()
     k_BKSC, v_BKSC = (np.asarray(kept) for kept in ring)
     expected_BSKC = np.stack([new_BTKC[:, 1], np.zeros((1, 2, 2)), new_BTKC[:, 0], new_BTKC[:, 3]], axis=1)
     np.testing.assert_array_equal(k_BKSC, np.swapaxes(expected_BSKC, 1, 2))
@@ -450,11 +451,11 @@ def test_a_ring_holds_the_last_tokens_of_each_row_and_knows_where_they_stand() -
     positions_BT = np.tile(np.arange(4, 9), (2, 1))
     segments_BT = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     written = jax.jit(KVCache.write)(ring, positions_BT.astype(np.float32), BlockInputs(positions_BT, segments_BT))
-    np.testing.assert_array_equal(written.kept, [[6, 7, 8], [0, 4, 5]])
+    np.testing.assert_array_equal(written.buffers, [[6, 7, 8], [0, 4, 5]])
     # What is older than the slots is not written at all: which of two writes to a slot wins is nobody's promise.
     turned = BlockInputs(positions_BT[:, ::-1], np.ones((2, 5), int))
     again = jax.jit(KVCache.write)(ring, positions_BT[:, ::-1].astype(np.float32), turned)
-    np.testing.assert_array_equal(again.kept, [[6, 7, 8], [6, 7, 8]])
+    np.testing.assert_array_equal(again.buffers, [[6, 7, 8], [6, 7, 8]])
     np.testing.assert_array_equal(written.positions(np.array([8, 5])), [[6, 7, 8], [3, 4, 5]])
     np.testing.assert_array_equal(written.positions(np.array([0, -1])), [[0, -2, -1], [-3, -2, -1]])
 

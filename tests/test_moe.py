@@ -12,7 +12,7 @@ from conftest import small_config
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 
 ROWS, LENGTH, EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 8, 6

@@ -28,8 +28,8 @@ from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.inference.generate import decode_steps, pad_stop_ids, start_generation
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size, training_flops_per_token
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionInputs, current_device
 from rustgpt_jax.model.kernels.attention import KERNELS, attention_inputs
 from rustgpt_jax.model.kernels.verify import TOLERANCES, attention_choices, largest_difference

@@ -15,8 +15,8 @@ from rustgpt_jax.conformance.fixtures import LENGTH, Broken
 from rustgpt_jax.conformance.targets import Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import ON_OUTPUT, Block
-from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.pytrees import flatten_paths
 
 FLOPS_ERROR = 0.05

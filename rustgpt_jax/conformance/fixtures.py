@@ -14,7 +14,7 @@ from rustgpt_jax.config.schema import ModelConfig, build, fields_by_path, flatte
 from rustgpt_jax.config.validation import check_model, validate_value
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model import transformer
-from rustgpt_jax.model.block_inputs import AUX_LOSS
+from rustgpt_jax.model.interfaces import AUX_LOSS
 
 # The small model that components are checked in: the defaults of the schema except for these knobs.
 

@@ -16,8 +16,8 @@ from rustgpt_jax.conformance.rounding_checks import DATA, EXACT, Reading, Traced
 from rustgpt_jax.conformance.targets import Scope, Subject
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.block import Block, layer_groups
-from rustgpt_jax.model.block_inputs import BlockInputs
 from rustgpt_jax.model.flops import equations
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.pytrees import flatten_paths, format_path
 

@@ -15,7 +15,7 @@ from rustgpt_jax.config.schema import ModelConfig, for_inference, is_enabled
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import AUX_LOSS, LayerMetrics
+from rustgpt_jax.model.interfaces import AUX_LOSS, LayerMetrics
 from rustgpt_jax.model.transformer import Params
 
 

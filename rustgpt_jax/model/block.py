@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics, dropout
-from rustgpt_jax.model.interfaces import CachedMixer, n_inputs
+from rustgpt_jax.model.interfaces import BlockInputs, CachedMixer, LayerMetrics, n_inputs
 from rustgpt_jax.model.intermediates import Probe
-from rustgpt_jax.model.linear import Linear
+from rustgpt_jax.model.linear import Linear, dropout
 from rustgpt_jax.model.mixers import MIXERS, apply_uncached_mixer
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.norms import NORMS
@@ -75,7 +74,7 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(model: ModelConfig) -> tuple[LayerGroup, ...]:
-    """Returns the groups of a model, ordered by their first layer; parameters and caches have the indices as keys.
+    """Return the groups of a model, ordered by their first layer; parameters and caches have the indices as keys.
 
     There is one group for each block of the pattern, with a layer for each whole repeat. If the number of layers is no
     multiple of the pattern's length, each remaining layer is a group of its own.
@@ -91,7 +90,7 @@ def layer_groups(model: ModelConfig) -> tuple[LayerGroup, ...]:
 
 @cache
 def linear_layers(block: ModelConfig) -> dict[str, ModelConfig]:
-    """Returns the paths of the kernels of linear layers in a block, each with the config of its layer."""
+    """Return the paths of the kernels of linear layers in a block, each with the config of its layer."""
     found: dict[str, ModelConfig] = {}
 
     def note(call: Any, given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.block import Block, layer_groups
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.transformer import vocab_size
 
 

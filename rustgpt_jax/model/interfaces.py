@@ -4,15 +4,96 @@ The config field or table that names a component decides its role: `norm`, `mixe
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
-from rustgpt_jax.model.positions import PositionEncoding
+
+LayerMetrics = dict[str, jax.Array]
+
+# The metric that is added to the training loss.
+AUX_LOSS = "auxiliary_loss"
+
+
+class BlockInputs(NamedTuple):
+    """Inputs of a block besides the residual stream.
+
+    Attributes:
+        positions_BT: Position of each token in its document, from 0.
+        segments_BT: Number of each token's document within its row, from 1. 0 is padding, which no other token sees.
+        dropout_key: None if nothing is dropped.
+        layer: Index of the layer, from 0; None if no part of the model reads it.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    dropout_key: jax.Array | None = None
+    layer: jax.Array | int | None = None
+
+    def fold_in(self, data: jax.Array | int) -> "BlockInputs":
+        """Return the same inputs with an independent dropout key for layer number `data`."""
+        if self.dropout_key is None:
+            return self
+        return self._replace(dropout_key=jax.random.fold_in(self.dropout_key, data))
+
+
+class Mixer(Protocol):
+    """A token mixer without a cache. Decoding recomputes it over the whole context for each token."""
+
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> jax.Array:
+        """Return y_BTD."""
+
+
+@runtime_checkable
+class CachedMixer(Protocol):
+    """A token mixer with a cache, which makes decoding fast."""
+
+    @staticmethod
+    def init_cache(config: ModelConfig, batch: int, length: int) -> Any:
+        """Return an empty cache for `length` tokens: any pytree of arrays whose first axis is B."""
+
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
+        """Return y_BTD and the cache with the new tokens in it; the cache is None in training."""
+
+
+class FeedForward(Protocol):
+    """A layer that transforms each token independently."""
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return y_BTD."""
+
+
+class FeedForwardWithMetrics(Protocol):
+    """A feed-forward that reads the block's inputs. It may return y_BTD alone."""
+
+    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
+        """Return y_BTD and scalars to log; AUX_LOSS is added to the training loss."""
+
+
+class Norm(Protocol):
+    """A normalization over the last axis."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the normalized array, in the dtype of x."""
+
+
+class PositionEncoding(NamedTuple):
+    """Functions that add positions to a model at up to three places; None where it does not.
+
+    Attributes:
+        embed: A Flax module that maps positions_BT to vectors (B, T, D) added to the embeddings.
+        rotate: Maps (x_BTHC, positions_BT, config) to rotated queries or keys.
+        bias: Maps (query_positions_BT, key_positions_BS, config) to bias_BHTS, added to the attention scores.
+    """
+
+    embed: type[nn.Module] | None = None
+    rotate: Callable[[jax.Array, jax.Array, ModelConfig], jax.Array] | None = None
+    bias: Callable[[jax.Array, jax.Array, ModelConfig], jax.Array] | None = None
+
 
 MIXER, FEEDFORWARD, NORM, POSITION = "a mixer", "a feed-forward", "a norm", "a position encoding"
 
@@ -25,48 +106,8 @@ DESCRIPTIONS = {
 }
 
 
-class Mixer(Protocol):
-    """A token mixer without a cache. Decoding recomputes it over the whole context for each token."""
-
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> jax.Array:
-        """Returns y_BTD."""
-
-
-@runtime_checkable
-class CachedMixer(Protocol):
-    """A token mixer with a cache, which makes decoding fast."""
-
-    @staticmethod
-    def init_cache(config: ModelConfig, batch: int, length: int) -> Any:
-        """Returns an empty cache for `length` tokens: any pytree of arrays whose first axis is B."""
-
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs, cache: Any) -> tuple[jax.Array, Any]:
-        """Returns y_BTD and the cache with the new tokens in it; the cache is None in training."""
-
-
-class FeedForward(Protocol):
-    """A layer that transforms each token on its own."""
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns y_BTD."""
-
-
-class FeedForwardWithMetrics(Protocol):
-    """A feed-forward that reads the block's inputs. It may return y_BTD alone."""
-
-    def __call__(self, x_BTD: jax.Array, context: BlockInputs) -> tuple[jax.Array, LayerMetrics]:
-        """Returns y_BTD and scalars to log; AUX_LOSS is added to the training loss."""
-
-
-class Norm(Protocol):
-    """A normalization over the last axis."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the normalized array, in the dtype of x."""
-
-
 def component_kinds(component: Any) -> tuple[str, ...]:
-    """Returns the roles whose interface a component has, the likeliest first."""
+    """Return the roles whose interface a component has, the likeliest first."""
     if isinstance(component, PositionEncoding):
         return (POSITION,)
     module = module_class(component)
@@ -78,11 +119,11 @@ def component_kinds(component: Any) -> tuple[str, ...]:
 
 
 def module_class(component: Any) -> Any:
-    """Returns the class of a component, which may be a `functools.partial` of it."""
+    """Return the class of a component, which may be a `functools.partial` of it."""
     return component.func if isinstance(component, partial) else component
 
 
 def n_inputs(module: Any) -> int:
-    """Returns the number of required arguments of a module's `__call__`."""
+    """Return the number of required arguments of a module's `__call__`."""
     arguments = list(inspect.signature(module.__call__).parameters.values())[1:]
     return sum(argument.default is inspect.Parameter.empty for argument in arguments)

@@ -1,4 +1,4 @@
-"""Causal masks, and the cache of keys and values."""
+"""Causal masks and the KV cache."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import current_device
 from rustgpt_jax.model.matmul import to_float32
 
@@ -16,42 +16,45 @@ class KVCache(NamedTuple):
 
     A cache with a slot for each position never wraps; that of a sliding window overwrites tokens that left the window.
     The slots of a head are contiguous, which is the order in which attention reads them.
+
+    Attributes:
+        buffers: A pytree of arrays.
     """
 
-    kept: Any
+    buffers: Any
 
     @property
     def slots(self) -> int:
         """Number of tokens that the cache can hold."""
-        first = jax.tree.leaves(self.kept)[0]
+        first = jax.tree.leaves(self.buffers)[0]
         return first.shape[_tokens_axis(first)]
 
     def write(self, new: Any, context: BlockInputs) -> "KVCache":
-        """Returns the cache with the tokens of a call in their slots; of more tokens than slots, the last ones."""
-        is_new_BT = context.positions_BT > last_position(context)[:, None] - self.slots
-        stays_BT = (context.segments_BT > 0) & is_new_BT
-        # No slot has the number `slots`: what is written there is dropped.
-        slots_BT = jnp.where(stays_BT, context.positions_BT % self.slots, self.slots)
-        return KVCache(jax.tree.map(partial(_with_tokens, slots_BT=slots_BT), self.kept, new))
+        """Return the cache with new tokens in their slots; if there are more tokens than slots, the last ones."""
+        fits_BT = context.positions_BT > last_position(context)[:, None] - self.slots
+        is_written_BT = (context.segments_BT > 0) & fits_BT
+        # Writes to the slot after the last one are dropped.
+        slots_BT = jnp.where(is_written_BT, context.positions_BT % self.slots, self.slots)
+        return KVCache(jax.tree.map(partial(_write_tokens, slots_BT=slots_BT), self.buffers, new))
 
     def positions(self, newest_B: jax.Array) -> jax.Array:
-        """Returns positions_BS of the tokens in the slots, given the newest position; negative in empty slots."""
+        """Return positions_BS of the tokens in the slots, given the newest position; negative in empty slots."""
         slot_S = jnp.arange(self.slots)
         return newest_B[:, None] - (newest_B[:, None] - slot_S[None, :]) % self.slots
 
 
 def cast_for_decode(cache: Any) -> Any:
-    """Casts the KV caches in a tree to the dtype in which this device decodes fastest.
+    """Cast the KV caches in a tree to the dtype in which this device decodes fastest: float32 on CPUs.
 
-    XLA on CPUs converts a whole bfloat16 cache to float32 for each read and write, so there caches are float32.
+    XLA on CPUs converts a whole bfloat16 cache to float32 for each read and write.
     """
     if current_device().platform != "cpu":
         return cache
 
-    def wide(cache: Any) -> Any:
-        return jax.tree.map(to_float32, cache) if isinstance(cache, KVCache) else cache
+    def cast(node: Any) -> Any:
+        return jax.tree.map(to_float32, node) if isinstance(node, KVCache) else node
 
-    return jax.tree.map(wide, cache, is_leaf=lambda each: isinstance(each, KVCache))
+    return jax.tree.map(cast, cache, is_leaf=lambda node: isinstance(node, KVCache))
 
 
 class AttentionContext(NamedTuple):
@@ -71,14 +74,14 @@ class AttentionContext(NamedTuple):
 def attention_mask(
     queries: BlockInputs, order_T: jax.Array, keys: BlockInputs, order_S: jax.Array, window: int | None
 ) -> jax.Array:
-    """Returns mask_BTS: which keys each query attends to, by their order in the row, documents and positions."""
+    """Return mask_BTS, True for the keys that a query attends to, from order in the row, documents and positions."""
     earlier_TS = order_T[:, None] >= order_S[None, :]
     mask_BTS = earlier_TS[None] & (queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :])
     return mask_BTS if window is None else mask_BTS & _window_mask(queries, keys.positions_BT, window)
 
 
 def causal_mask(context: BlockInputs, window: int | None = None) -> jax.Array:
-    """Returns mask_BTS: a token sees itself and the earlier tokens of its document, within the last `window`."""
+    """Return mask_BTS: tokens attend to themselves and earlier tokens of their document, within the last `window`."""
     order_T = jnp.arange(context.segments_BT.shape[1])
     return attention_mask(context, order_T, context, order_T, window)
 
@@ -86,10 +89,10 @@ def causal_mask(context: BlockInputs, window: int | None = None) -> jax.Array:
 def update_kv_cache(
     cache: KVCache | None, new: Any, context: BlockInputs, window: int | None = None
 ) -> tuple[AttentionContext, KVCache | None]:
-    """Returns the keys that the tokens of a call attend to, and the cache with the new tokens in it.
+    """Return the keys that the new tokens attend to, and the cache with the new tokens in it.
 
-    A token sees the cached tokens and those of this call up to its own position, within the last `window` positions.
-    Without a cache, it sees the earlier tokens of its own document.
+    A token attends to the cached and new tokens up to its own position, within the last `window` positions. Without a
+    cache, it attends to the earlier tokens of its document.
     """
     if cache is None:
         return AttentionContext(new, context.positions_BT, causal_mask(context, window)), None
@@ -98,10 +101,10 @@ def update_kv_cache(
         # Overwritten slots are outside every query's window.
         positions_BS = after.positions(last_position(context))
         mask_BTS = _filled_mask(context, positions_BS) & _window_mask(context, positions_BS, window)
-        return AttentionContext(after.kept, positions_BS, mask_BTS), after
+        return AttentionContext(after.buffers, positions_BS, mask_BTS), after
     before_BS = cache.positions(context.positions_BT[:, 0] - 1)
     old_BTS = _filled_mask(context, before_BS) & _window_mask(context, before_BS, window)
-    keys = jax.tree.map(lambda kept, now: jnp.concatenate([kept, now], _tokens_axis(kept)), cache.kept, new)
+    keys = jax.tree.map(lambda old, new: jnp.concatenate([old, new], _tokens_axis(old)), cache.buffers, new)
     positions_BS = jnp.concatenate([before_BS, context.positions_BT], axis=1)
     return AttentionContext(keys, positions_BS, jnp.concatenate([old_BTS, causal_mask(context, window)], axis=2)), after
 
@@ -110,20 +113,20 @@ def _tokens_axis(x: jax.Array) -> int:
     return 2 if x.ndim == 4 else 1
 
 
-def _with_tokens(kept: jax.Array, now: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """Writes tokens to their slots; those without a slot are dropped."""
-    if kept.ndim != 4:
-        return kept.at[jnp.arange(len(slots_BT))[:, None], slots_BT].set(now, mode="drop")
+def _write_tokens(buffer: jax.Array, new: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """Write tokens to their slots; those without a slot are dropped."""
+    if buffer.ndim != 4:
+        return buffer.at[jnp.arange(len(slots_BT))[:, None], slots_BT].set(new, mode="drop")
     # With heads as rows, XLA on CPUs updates the cache in place for any number of rows.
-    flat = kept.reshape(-1, *kept.shape[2:])
-    slots_BT = jnp.repeat(slots_BT, kept.shape[1], axis=0)
-    return _with_tokens(flat, now.reshape(len(flat), *now.shape[2:]), slots_BT).reshape(kept.shape)
+    flat = buffer.reshape(-1, *buffer.shape[2:])
+    slots_BT = jnp.repeat(slots_BT, buffer.shape[1], axis=0)
+    return _write_tokens(flat, new.reshape(len(flat), *new.shape[2:]), slots_BT).reshape(buffer.shape)
 
 
 def last_position(context: BlockInputs) -> jax.Array:
-    """Returns the position of the last token in each row (B,).
+    """Return the position of the last token in each row (B,).
 
-    For a row of padding it is that of the row's first place, so that a softmax over the row is finite.
+    For a row of padding, it is the first position of the row, so that a softmax over the row is finite.
     """
     is_token_BT = context.segments_BT > 0
     return jnp.max(jnp.where(is_token_BT, context.positions_BT, context.positions_BT[:, :1]), axis=1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.matmul import matmul
 
 
@@ -52,3 +53,14 @@ class Linear(nn.Module):
 def default_glu_width(d_model: int) -> int:
     """8/3 d_model, up to a multiple of 8: three matrices of this width have as many weights as two of 4 d_model."""
     return -(-8 * d_model // 3 // 8) * 8
+
+
+def dropout(x: jax.Array, rate: jax.Array | float, context: BlockInputs, site: int) -> jax.Array:
+    """Zero each element with probability `rate` and scale the others to keep the mean (arXiv 1207.0580).
+
+    `site` selects the random numbers: each use in a block has its own.
+    """
+    if context.dropout_key is None:
+        return x
+    is_kept = jax.random.bernoulli(jax.random.fold_in(context.dropout_key, site), 1.0 - rate, x.shape)
+    return jnp.where(is_kept, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics
+from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
 from rustgpt_jax.model.linear import default_glu_width, normal_init
 from rustgpt_jax.model.matmul import ACTIVATIONS, apply_activation, to_float32
 

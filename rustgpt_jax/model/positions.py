@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig
+from rustgpt_jax.model.interfaces import PositionEncoding
 from rustgpt_jax.model.linear import normal_init
 from rustgpt_jax.model.matmul import to_float32
 from rustgpt_jax.registry import lookup
@@ -98,19 +99,6 @@ ROPE_SCALINGS: dict[str, Callable[[jax.Array, ModelConfig], Rope]] = {
     "yarn": yarn,
     "longrope": longrope,
 }
-
-
-class PositionEncoding(NamedTuple):
-    """The three places where positions may enter; None where they do not.
-
-    embed: a Flax leaf that maps positions_BT to vectors (B, T, D) added to the embeddings.
-    rotate: a function of (x_BTHC, positions_BT, config) applied to queries and keys.
-    bias: a function of (query_positions_BT, key_positions_BS, config) that gives bias_BHTS, added to the scores.
-    """
-
-    embed: type[nn.Module] | None = None
-    rotate: Callable[[jax.Array, jax.Array, ModelConfig], jax.Array] | None = None
-    bias: Callable[[jax.Array, jax.Array, ModelConfig], jax.Array] | None = None
 
 
 class LearnedPositions(nn.Module):

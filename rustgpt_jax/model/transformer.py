@@ -13,8 +13,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import intermediates
 from rustgpt_jax.model.activation_sharding import shard_activations
 from rustgpt_jax.model.block import Block, LayerGroup, layer_groups
-from rustgpt_jax.model.block_inputs import AUX_LOSS, BlockInputs, LayerMetrics, dropout
-from rustgpt_jax.model.linear import normal_init
+from rustgpt_jax.model.interfaces import AUX_LOSS, BlockInputs, LayerMetrics
+from rustgpt_jax.model.linear import dropout, normal_init
 from rustgpt_jax.model.matmul import softcap, unembed
 from rustgpt_jax.model.mixers import init_mixer_cache
 from rustgpt_jax.model.norms import NORMS
@@ -35,7 +35,7 @@ REMAT_POLICIES = {
 
 
 def init(key: jax.Array, model: ModelConfig) -> Params:
-    """Returns initial float32 parameters. Those of blocks are stacked over N, the layers of a group."""
+    """Return initial float32 parameters. Those of blocks are stacked over N, the layers of a group."""
     # Parameters do not depend on it, and resolving it would initialize the device.
     model = dataclasses.replace(model, save_residuals=False)
     context = BlockInputs(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
@@ -63,12 +63,12 @@ def init(key: jax.Array, model: ModelConfig) -> Params:
 
 
 def is_unrolled(blocks: Params) -> bool:
-    """Returns whether the layers of a group are a list of trees instead of arrays stacked over N."""
+    """Return whether the layers of a group are a list of trees instead of arrays stacked over N."""
     return any(isinstance(of_stack, list) for of_stack in blocks.values())
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, *, unstacked: bool = False) -> Cache:
-    """Returns an empty cache for `batch` rows of `length` tokens, stacked over N, or in lists if `unstacked`."""
+    """Return an empty cache for `batch` rows of `length` tokens, stacked over N, or in lists if `unstacked`."""
 
     def of_stack(stack: LayerGroup) -> Any:
         one = init_mixer_cache(stack.block, batch, length)
@@ -208,7 +208,7 @@ def _run_blocks(
     cache: Cache | None,
     slots: intermediates.GradSlots | None,
 ) -> tuple[jax.Array, Cache | None, LayerMetrics, intermediates.Intermediates]:
-    """Runs all layers: a scan over the repeats of the block pattern, then the remaining layers as one repeat.
+    """Run all layers: a scan over the repeats of the block pattern, then the remaining layers as one repeat.
 
     Layers whose arrays are not stacked run in a Python loop instead of a scan.
     """
@@ -238,7 +238,7 @@ def _run_pattern(
     model: ModelConfig,
     context: BlockInputs,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
-    """Runs one layer of each group in `keys`, the body of the scan.
+    """Run one layer of each group in `keys`, the body of the scan.
 
     Args:
         x_BTD: Residual stream.
@@ -276,7 +276,7 @@ def _repeat(
     model: ModelConfig,
     is_scanned: bool,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
-    """Calls `run_pattern` for each repeat, in a scan over the first axis of `trees` or in a Python loop."""
+    """Call `run_pattern` for each repeat, in a scan over the first axis of `trees` or in a Python loop."""
     if model.remat != "none":
         prevent_cse = not (is_scanned and model.scan_layers)
         run_pattern = jax.checkpoint(run_pattern, policy=remat_policy(model.remat), prevent_cse=prevent_cse)
@@ -314,13 +314,13 @@ def _reduce_metrics(metrics: dict[str, LayerMetrics]) -> LayerMetrics:
 
 
 def vocab_size(model: ModelConfig) -> int:
-    """Returns the number of rows of the embedding table, which is set from the tokenizer."""
+    """Return the number of rows of the embedding table, which is set from the tokenizer."""
     assert model.vocab_size is not None, "config.model.vocab_size is set from the tokenizer before a model is made"
     return model.vocab_size
 
 
 def _positions_embedding(model: ModelConfig) -> Any:
-    """Returns the module that adds positions to the embeddings, or None."""
+    """Return the module that adds positions to the embeddings, or None."""
     schemes = (lookup(POSITIONS, name, "config.model.positions") for name in model.positions)
     embed = next((scheme.embed for scheme in schemes if scheme.embed is not None), None)
     return None if embed is None else embed(model)

@@ -16,8 +16,8 @@ from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, co
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
 from rustgpt_jax.model import intermediates, transformer
-from rustgpt_jax.model.block_inputs import BlockInputs, LayerMetrics
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
+from rustgpt_jax.model.interfaces import BlockInputs, LayerMetrics
 from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 

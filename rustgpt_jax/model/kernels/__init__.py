@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 
 Bias = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -26,7 +26,7 @@ ANY_DEVICE = Device(None)
 
 
 def default_device() -> jax.Device:
-    """Returns the default device of this thread."""
+    """Return the default device of this thread."""
     default = jax.config.values["jax_default_device"]
     if default is None or isinstance(default, str):
         return jax.local_devices(backend=default)[0]
@@ -34,7 +34,7 @@ def default_device() -> jax.Device:
 
 
 def current_device() -> Device:
-    """Returns the platform and compute capability of the default device."""
+    """Return the platform and compute capability of the default device."""
     default = default_device()
     if default.platform != "gpu":
         return Device(default.platform)

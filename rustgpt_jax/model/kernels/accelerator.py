@@ -21,7 +21,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> jax.Array:
-    """Calls a library's kernel; on a mesh, each device calls it for its own rows and heads.
+    """Call a library's kernel; on a mesh, each device calls it for its own rows and heads.
 
     Raises:
         UserError: The program is batched by `jax.vmap`.
@@ -43,7 +43,7 @@ def call_sharded_kernel(name: str, attend: Attend, inputs: AttentionInputs) -> j
 
 
 def _forbid_vmap(name: str, mask_BTS: jax.Array, *arrays: jax.Array) -> jax.Array:
-    """Returns the mask, and raises UserError if the program is batched over it or any of the arrays.
+    """Return the mask, and raises UserError if the program is batched over it or any of the arrays.
 
     JAX's batching rule for cuDNN would misread the batch axis of the mask as heads, and splash attention takes one
     mask at a time.

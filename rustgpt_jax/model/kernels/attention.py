@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig, is_enabled
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.model.block_inputs import BlockInputs, dropout
+from rustgpt_jax.model.interfaces import BlockInputs, PositionEncoding
 from rustgpt_jax.model.intermediates import Probe
 from rustgpt_jax.model.kernels import (
     ANY_DEVICE,
@@ -28,8 +28,9 @@ from rustgpt_jax.model.kernels import (
 )
 from rustgpt_jax.model.kernels.accelerator import CUDNN, TOKAMAX
 from rustgpt_jax.model.kv_cache import AttentionContext, KVCache, attention_mask, causal_mask, update_kv_cache
+from rustgpt_jax.model.linear import dropout
 from rustgpt_jax.model.matmul import accum_dtype, softcap
-from rustgpt_jax.model.positions import POSITIONS, PositionEncoding
+from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.registry import lookup
 
 
@@ -40,7 +41,7 @@ def dot_product_attention(
     scale: float,
     weights: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """Returns mixed_BTKGC, the values averaged with att_BHTS = weights(scores_BHTS)."""
+    """Return mixed_BTKGC, the values averaged with att_BHTS = weights(scores_BHTS)."""
     batch, length, n_heads, channels = q_BTHC.shape
     n_kv_heads = k_BKSC.shape[1]
     q_BTKGC = q_BTHC.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, channels)
@@ -60,7 +61,7 @@ def softmax_weights(
     bias: Bias | None,
     sinks_H: jax.Array | None,
 ) -> jax.Array:
-    """Applies soft-cap, positional bias, mask and softmax (with attention sinks) to scaled scores."""
+    """Apply soft-cap, positional bias, mask and softmax (with attention sinks) to scaled scores."""
     if is_enabled(cap):
         scores_BHTS = softcap(scores_BHTS, cap)
     if bias:
@@ -73,7 +74,7 @@ def softmax_weights(
 
 
 def reference_attention(inputs: AttentionInputs) -> jax.Array:
-    """Computes attention with all scores in memory: the reference for other kernels."""
+    """Compute attention with all scores in memory: the reference for other kernels."""
     positions = (inputs.context.positions_BT, inputs.context.positions_BT)
     mask_BTS = causal_mask(inputs.context, inputs.window)
 
@@ -94,7 +95,7 @@ BLOCK = 512
 
 
 def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
-    """Computes attention for one block of queries at a time; the backward pass recomputes the scores.
+    """Compute attention for one block of queries at a time; the backward pass recomputes the scores.
 
     Memory holds the scores of one block: B x H x block x S numbers, where S is the row, or block + window. With
     config.model.remat=dots, which saves all matrix products, it holds those of all blocks.
@@ -105,7 +106,7 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
     n_keys = length if inputs.window is None else min(length, block + inputs.window - 1)
 
     def blocks(x_BT: jax.Array) -> jax.Array:
-        """Splits x along T into blocks, as the first axis; the last block is padded with copies of the last token."""
+        """Split x along T into blocks, as the first axis; the last block is padded with copies of the last token."""
         filled = jnp.pad(x_BT, [(0, 0), (0, n_blocks * block - length), *[(0, 0)] * (x_BT.ndim - 2)], mode="edge")
         return jnp.moveaxis(filled.reshape(batch, n_blocks, block, *x_BT.shape[2:]), 1, 0)
 
@@ -134,7 +135,7 @@ def blockwise(inputs: AttentionInputs, block: int = BLOCK) -> jax.Array:
 
 
 def portable_unsupported_reason(spec: AttentionSpec) -> str | None:
-    """Returns why blockwise and triangular attention do not support a spec; None if they do."""
+    """Return why blockwise and triangular attention do not support a spec; None if they do."""
     if spec.cached:
         return "it does not read a cache"
     return "it does not support dropout of attention weights" if spec.dropout else None
@@ -152,7 +153,7 @@ N_BLOCKS = 4
 
 
 def triangular(inputs: AttentionInputs, n_blocks: int = N_BLOCKS) -> jax.Array:
-    """Computes attention for a few blocks of queries, each with only the keys that it can attend to."""
+    """Compute attention for a few blocks of queries, each with only the keys that it can attend to."""
     length = inputs.q_BTHC.shape[1]
     k_BKSC, v_BKSC = jnp.swapaxes(inputs.k_BSKC, 1, 2), jnp.swapaxes(inputs.v_BSKC, 1, 2)
 
@@ -209,12 +210,12 @@ class KernelChoice(NamedTuple):
 
 
 def device_for(name: str, cached: bool) -> Device:
-    """Returns the device to choose a kernel for; ANY_DEVICE, without initializing JAX, if the choice is the same."""
+    """Return the device to choose a kernel for; ANY_DEVICE, without initializing JAX, if the choice is the same."""
     return ANY_DEVICE if cached or name in EVERYWHERE else current_device()
 
 
 def select_kernel(name: str, spec: AttentionSpec) -> KernelChoice:
-    """Returns the kernel for a spec.
+    """Return the kernel for a spec.
 
     Args:
         name: config.model.attention.kernel. `auto` is the platform's fastest kernel if it supports the spec; otherwise,
@@ -283,7 +284,7 @@ def attention(
 
 
 def get_position_encoding(config: ModelConfig) -> PositionEncoding:
-    """Returns the position encoding of a block."""
+    """Return the position encoding of a block."""
     (name,) = config.positions
     return lookup(POSITIONS, name, "config.model.positions")
 
@@ -295,7 +296,7 @@ def attention_weights(
     context: BlockInputs,
     config: ModelConfig,
 ) -> jax.Array:
-    """Turns scaled scores into attention weights with dropout; the scores are a hook point."""
+    """Turn scaled scores into attention weights with dropout; the scores are a hook point."""
     scores_BHTS = Probe(name="scores")(scores_BHTS)
     positions = (context.positions_BT, attended.positions_BS)
     att_BHTS = softmax_weights(
@@ -305,13 +306,13 @@ def attention_weights(
 
 
 def positional_bias(config: ModelConfig) -> Bias | None:
-    """Returns the function of query and key positions that a block adds to scores, or None."""
+    """Return the function of query and key positions that a block adds to scores, or None."""
     bias = get_position_encoding(config).bias
     return (lambda queries_BT, keys_BS: bias(queries_BT, keys_BS, config)) if bias else None
 
 
 def attention_scale(config: ModelConfig, channels: int) -> float:
-    """Returns the factor of scores for queries and keys with this number of channels."""
+    """Return the factor of scores for queries and keys with this number of channels."""
     return channels**-0.5 if config.attention.scale is None else config.attention.scale
 
 
@@ -326,7 +327,7 @@ def attention_spec(
     has_dropout: bool,
     device: Device | None = None,
 ) -> AttentionSpec:
-    """Returns the spec of a block's attention.
+    """Return the spec of a block's attention.
 
     Args:
         config: Config of the block.
@@ -362,7 +363,7 @@ def attention_inputs(
     window: int | None,
     sinks_H: jax.Array | None,
 ) -> AttentionInputs:
-    """Returns a kernel's inputs for a block, from queries, keys and values, each B x T x heads x channels."""
+    """Return a kernel's inputs for a block, from queries, keys and values, each B x T x heads x channels."""
     q_BTHC, k_BSKC, v_BSKC = arrays
     scale = attention_scale(config, q_BTHC.shape[-1])
     return AttentionInputs(

@@ -13,7 +13,7 @@ import numpy as np
 from rustgpt_jax.config.schema import ModelConfig, is_enabled, replace_paths
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.block import layer_groups
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionInputs, Device, current_device
 from rustgpt_jax.model.kernels.attention import KERNELS, KernelChoice, attention_inputs, select_kernel
 from rustgpt_jax.model.matmul import to_float32

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs
-from rustgpt_jax.model.interfaces import CachedMixer, module_class
+from rustgpt_jax.model.interfaces import BlockInputs, CachedMixer, module_class
 from rustgpt_jax.model.kv_cache import KVCache, last_position
 from rustgpt_jax.model.mixers.attention import Attention, LocalAttention
 from rustgpt_jax.model.mixers.deltanet import GatedDeltaNet
@@ -39,12 +38,12 @@ MIXERS: dict[str, Any] = {
 
 
 def has_cache(name: str) -> bool:
-    """Returns whether the mixer named `name` has a cache; others are recomputed when decoding."""
+    """Return whether the mixer named `name` has a cache; others are recomputed when decoding."""
     return isinstance(module_class(lookup(MIXERS, name, "config.model.mixers")), CachedMixer)
 
 
 def init_mixer_cache(config: ModelConfig, batch: int, length: int) -> Any:
-    """Returns an empty cache of the mixer of a block; for a mixer without one, a cache of the mixer's inputs."""
+    """Return an empty cache of the mixer of a block; for a mixer without one, a cache of the mixer's inputs."""
     (name,) = config.mixers
     if has_cache(name):
         return lookup(MIXERS, name, "config.model.mixers").init_cache(config.mixer_config, batch, length)
@@ -54,7 +53,7 @@ def init_mixer_cache(config: ModelConfig, batch: int, length: int) -> Any:
 def apply_uncached_mixer(
     mixer: nn.Module, x_BTD: jax.Array, context: BlockInputs, cache: KVCache | None
 ) -> tuple[jax.Array, KVCache | None]:
-    """Applies a mixer without a cache, recomputing the whole context if there are cached inputs.
+    """Apply a mixer without a cache, recomputing the whole context if there are cached inputs.
 
     Args:
         mixer: Bound Flax module with __call__(x_BTD, context).
@@ -67,10 +66,10 @@ def apply_uncached_mixer(
     """
     if cache is None:
         return mixer(x_BTD, context), None
-    cache = cache.write(x_BTD.astype(cache.kept.dtype), context)
+    cache = cache.write(x_BTD.astype(cache.buffers.dtype), context)
     position_S = jnp.arange(cache.slots, dtype=jnp.int32)
     segments_BS = (position_S[None] <= last_position(context)[:, None]).astype(jnp.int32)
     positions_BS = jnp.broadcast_to(position_S[None], segments_BS.shape)
     every = context._replace(positions_BT=positions_BS, segments_BT=segments_BS)
-    y_BSD = mixer(cache.kept.astype(x_BTD.dtype), every)
+    y_BSD = mixer(cache.buffers.astype(x_BTD.dtype), every)
     return jnp.take_along_axis(y_BSD, context.positions_BT[..., None], axis=1, mode="clip"), cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
 from rustgpt_jax.model.activation_sharding import shard_activations
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionSpec
 from rustgpt_jax.model.kernels.attention import attention, attention_spec, get_position_encoding
 from rustgpt_jax.model.kv_cache import KVCache
@@ -25,20 +25,20 @@ class Attention(nn.Module):
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:
-        """Returns the number of tokens that a token attends to, itself included; None for all."""
+        """Return the number of tokens that a token attends to, itself included; None for all."""
         del config
         return None
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
-        """Returns an empty cache for `length` tokens per row, or for the window if that is shorter."""
+        """Return an empty cache for `length` tokens per row, or for the window if that is shorter."""
         slots = min(length, cls.window(config) or length)
         empty = jnp.zeros((batch, config.attention.kv_heads, slots, config.head_width), config.dtype)
         return KVCache((empty, empty))
 
     @classmethod
     def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
-        """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
+        """Return the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
         n_kv_heads, window = config.attention.kv_heads, cls.window(config)
         spec = partial(attention_spec, config, n_kv_heads=n_kv_heads, key_width=config.head_width, window=window)
         return spec(length=length, **call)
@@ -88,5 +88,5 @@ class LocalAttention(Attention):
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:
-        """Returns the number of tokens that a token attends to, itself included."""
+        """Return the number of tokens that a token attends to, itself included."""
         return config.attention.local_window

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.kernels import AttentionSpec
 from rustgpt_jax.model.kernels.attention import (
     attention,
@@ -40,18 +40,18 @@ class LatentAttention(nn.Module):
 
     @staticmethod
     def widths(config: ModelConfig) -> tuple[int, int]:
-        """Returns R and E, the channels of the latent and of the shared key."""
+        """Return R and E, the channels of the latent and of the shared key."""
         half_to_even = 2 * -(-config.head_width // 4)
         return config.mla.kv_lora_rank or 4 * config.head_width, config.mla.qk_rope_head_dim or half_to_even
 
     @classmethod
     def init_cache(cls, config: ModelConfig, batch: int, length: int) -> KVCache:
-        """Returns an empty cache for the latents and shared keys of `length` tokens per row."""
+        """Return an empty cache for the latents and shared keys of `length` tokens per row."""
         return KVCache(tuple(jnp.zeros((batch, length, width), config.dtype) for width in cls.widths(config)))
 
     @classmethod
     def attention_spec(cls, config: ModelConfig, length: int, **call: Any) -> AttentionSpec:
-        """Returns the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
+        """Return the spec of a layer for rows of `length` tokens; `call` as in `kernels.attention.attention_spec`."""
         key_width = config.head_width + cls.widths(config)[1]
         spec = partial(attention_spec, config, n_kv_heads=config.attention.n_heads, key_width=key_width, window=None)
         return spec(length=length, **call)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rustgpt_jax.config.schema import ModelConfig
-from rustgpt_jax.model.block_inputs import BlockInputs
+from rustgpt_jax.model.interfaces import BlockInputs
 from rustgpt_jax.model.linear import broadcast_channels, normal_init
 from rustgpt_jax.model.matmul import to_float32
 
