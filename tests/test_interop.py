@@ -390,7 +390,7 @@ def test_a_pattern_is_the_shortest_that_gives_the_layers() -> None:
     [
         ({"attention.sinks": True}, "attention.sinks"),
         ({"norm": "layernorm"}, "norm"),
-        ({"feedforwards": ("moe",), "capacity_factor": 1.0}, "capacity_factor"),
+        ({"feedforwards": ("moe",), "moe.capacity_factor": 1.0}, "moe.capacity_factor"),
         ({"rope.fraction": 0.5, "attention.qk_norm": "head"}, "qk_norm"),
         ({"positions": ("alibi",)}, "positions"),
         ({"final_logit_softcap": 3.0}, "final_logit_softcap"),

@@ -341,7 +341,6 @@ class ModelConfig:
     )
     n_layers: int = static_field(4, "Number of blocks.", low=1)
     d_model: int = static_field(128, "Width of the residual stream.", low=1)
-    attention: AttentionConfig = AttentionConfig()
     d_ff: int | None = static_field(
         None,
         "Hidden width of the feed-forward. None: 4 d_model, or for gated ones 8/3 d_model (rounded up to a "
@@ -390,10 +389,6 @@ class ModelConfig:
         low=0.0,
         static_if_zero=True,
     )
-    mla: MLAConfig = MLAConfig()
-    recurrent: RecurrentConfig = RecurrentConfig()
-    rope: RopeConfig = RopeConfig()
-    moe: MoEConfig = MoEConfig()
     extra: tuple[tuple[str, float], ...] = static_field(
         (), 'Static knobs of your own components as (name, number) pairs: (("decay", 0.9),).'
     )
@@ -416,7 +411,6 @@ class ModelConfig:
         "bfloat16 as precision.matmul_dtype and precision.logits_dtype if the processor has instructions for it.",
         choices=("float32", "bfloat16"),
     )
-    precision: PrecisionConfig = PrecisionConfig()
     save_residuals: bool | None = static_field(
         None,
         "Materialize what the gradients of linear layers and activations are computed from (the slope of an "
@@ -434,6 +428,12 @@ class ModelConfig:
         "dots_no_batch with saved activations in host memory.",
         choices=("none", "dots", "dots_no_batch", "full", "offload"),
     )
+    attention: AttentionConfig = AttentionConfig()
+    rope: RopeConfig = RopeConfig()
+    mla: MLAConfig = MLAConfig()
+    moe: MoEConfig = MoEConfig()
+    recurrent: RecurrentConfig = RecurrentConfig()
+    precision: PrecisionConfig = PrecisionConfig()
 
     @property
     def period(self) -> int:
