@@ -1,4 +1,4 @@
-"""Small runs for tests of what is done with runs: trained here, or by another copy of the code in a process."""
+"""Small runs for tests of commands on runs: trained in this process, or by a copy of the code in another."""
 
 import json
 import os
@@ -8,8 +8,10 @@ import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from conftest import small_config
+from rich.console import Console
 
 from rustgpt_jax.config.schema import Config
 from rustgpt_jax.tracking.console import PlainTextConsole
@@ -42,19 +44,30 @@ train(Path(sys.argv[3]), **json.loads(sys.argv[4]))
 
 
 def run_config(**changes: Any) -> Config:
-    """A config of six steps that take no time."""
+    """Return a config of six fast steps."""
     return small_config(**(SMALL | changes))
 
 
 def train(path: Path, **changes: Any) -> None:
-    """Train such a run in this process."""
+    """Train such a run in this process, without drawing its loss curves."""
     from rustgpt_jax.training import run_training
 
-    run_training.train(run_config(**changes), path, {}, PlainTextConsole(file=StringIO()))
+    with mock.patch.object(run_training, "draw_loss_curves", lambda folder: folder / "loss.png"):
+        run_training.train(run_config(**changes), path, {}, PlainTextConsole(file=StringIO()))
+
+
+def new_console(width: int = 120) -> Console:
+    """Return a console that collects its output."""
+    return Console(file=StringIO(), width=width)
+
+
+def output_of(console: Console) -> str:
+    """Return the output of such a console."""
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] | None = None, **changes: Any) -> None:
-    """Train such a run in a process of its own, by the code in a folder."""
+    """Train such a run in another process with the code in a folder."""
     variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | (environment or {})
     command = [sys.executable, "-P", "-c", ELSEWHERE, str(code), str(ROOT / "tests"), str(path), json.dumps(changes)]
     done = subprocess.run(command, env=variables, cwd=path.parent, capture_output=True, text=True)
@@ -62,7 +75,7 @@ def train_elsewhere(path: Path, code: Path = ROOT, environment: dict[str, str] |
 
 
 def copy_code(folder: Path) -> Path:
-    """A copy of the code, to be changed."""
+    """Copy the code to a folder, where it may be changed."""
     for name in ("rustgpt_jax", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("launch.py", "pyproject.toml"):

@@ -179,6 +179,7 @@ def model_with(**changes: Any) -> ModelConfig:
     return small_config(**(SMALL | {f"model.{name}": value for name, value in changes.items()})).model
 
 
+@pytest.mark.slow
 def test_layers_of_a_pattern_and_those_left_over_are_measured() -> None:
     mixers = ("attention", "local_attention")
     check(

@@ -7,16 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from conftest import small_config
-from rich.console import Console
+from small_runs import new_console, output_of, train
 
-from rustgpt_jax.config.schema import Config, Stage
+from rustgpt_jax.config.schema import Stage
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.fingerprints import fingerprint_tree
 from rustgpt_jax.reproduce import recorded_run, step_trace
@@ -25,29 +23,20 @@ from rustgpt_jax.reproduce.recorded_run import RecordedRun, Rewind, StepTensor, 
 from rustgpt_jax.reproduce.replay import ReplayedStep, format_short, is_finite, replay, replay_one_step
 from rustgpt_jax.reproduce.step_trace import write_trace
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training import run_training
 from rustgpt_jax.workdir.event_log import EventLog, load_launches
 from rustgpt_jax.workdir.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, BORDER = 10, 5
-TINY: dict[str, Any] = {
-    "tokenizer.name": "byte",
-    "tokenizer.vocab_size": 300,
-    "model.vocab_size": 300,
-    "model.context_length": 16,
+CHANGES: dict[str, Any] = {
     "model.n_layers": 2,
-    "model.d_model": 16,
-    "model.attention.n_heads": 2,
     "model.dropout": 0.1,
     "data.corpus": "files",
     "data.split": "tail",
     "training.grad_accum_steps": 2,
     "training.steps_per_jit_call": 3,
-    "logging.log_every": 1,
     "logging.eval_every": 4,
-    "logging.eval_batches": 1,
     "logging.checkpoint_every": 3,
 }
 
@@ -59,27 +48,13 @@ def write_text() -> Path:
     return file
 
 
-def two_stages() -> Config:
-    second = {"name": "second", "training": {"steps": STEPS - BORDER}, "optimizer": {"learning_rate": 0.01}}
-    stages = ({"name": "first", "training": {"steps": BORDER}}, second)
-    return small_config(**TINY, **{"data.paths": (str(write_text()),), "stages": stages})
-
-
-def new_console(width: int = 100) -> Console:
-    return Console(file=StringIO(), width=width)
-
-
-def output(console: Console) -> str:
-    return console.file.getvalue()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two stages with dropout and accumulation. Tests must not change it."""
     path = tmp_path_factory.mktemp("runs") / "done"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
-        run_training.train(two_stages(), path, {}, new_console())
+    second = {"name": "second", "training": {"steps": STEPS - BORDER}, "optimizer": {"learning_rate": 0.01}}
+    stages = ({"name": "first", "training": {"steps": BORDER}}, second)
+    train(path, **CHANGES, **{"data.paths": (str(write_text()),), "stages": stages})
     return path
 
 
@@ -138,8 +113,8 @@ def test_damaged_checkpoint_is_skipped(copy: Path) -> None:
             file.write_bytes(file.read_bytes()[::-1])
     console = new_console()
     assert replay(copy, STEPS, False, console)
-    assert f"The checkpoint of step {nearest} is damaged" in output(console)
-    assert f"replayed from {describe_start(before)}\n" in output(console)
+    assert f"The checkpoint of step {nearest} is damaged" in output_of(console)
+    assert f"replayed from {describe_start(before)}\n" in output_of(console)
 
 
 def test_many_missing_steps_are_announced_and_counted(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +127,7 @@ def test_many_missing_steps_are_announced_and_counted(copy: Path, monkeypatch: p
             run.compute_state(8)
             if is_announced:
                 run.train(run.restore_nearest(0), 8, progress.append)
-        assert ("8 steps are recomputed first, from the start on." in output(console)) == is_announced
+        assert ("8 steps are recomputed first, from the start on." in output_of(console)) == is_announced
     assert progress == [3, 5, 8]
 
 
@@ -185,7 +160,7 @@ def test_missing_or_truncated_record_does_not_match(copy: Path, n_lines: int | N
     assert not replay(copy, STEPS, False, console) or n_lines == -1
     last = json.loads(lines[n_lines - 1])["step"] if n_lines else 0
     reason = "is missing" if n_lines is None else "is empty" if n_lines == 0 else f"ends at step {last}"
-    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {reason}." in output(console)
+    assert n_lines == -1 or f"There is nothing to compare this with: metrics.jsonl {reason}." in output_of(console)
 
 
 def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +168,7 @@ def test_step_that_is_not_logged_by_config_matches(copy: Path, monkeypatch: pyte
     edit_metrics(copy, lambda line: line if line["step"] % 3 == 0 else None)
     console = new_console()
     assert replay(copy, 2, False, console)
-    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in output(console)
+    assert "The run does not record step 2 (config.logging.log_every=1): there is nothing to" in output_of(console)
 
 
 def test_verdict_gives_reasons_and_nan_equals_nan() -> None:
@@ -281,11 +256,10 @@ def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatc
     """Its layer fails on batches in which the text starts over."""
     (tmp_path / "stumbling.py").write_text(STUMBLING)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
     changes = {"model.feedforwards": "stumbling:Stumbling", "model.n_layers": 1, "training.grad_accum_steps": 1}
     changes |= {"faults.nonfinite_policy": "rewind", "training.steps": 30, "data.paths": (str(write_text()),)}
     path = tmp_path / "run"
-    run_training.train(small_config(**(TINY | changes)), path, {}, new_console())
+    train(path, **(CHANGES | changes))
     with RecordedRun(path, new_console()) as run:
         assert len(run.rewinds) >= 2 and run.load_metrics(30) is not None
         for step in (1, *(rewind.to + 1 for rewind in run.rewinds), 30):
@@ -303,21 +277,17 @@ def test_run_with_rewinds_and_its_faults_are_replayed(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.long
 def test_four_devices_measure_the_same_as_one(tmp_path: Path) -> None:
+    changes = {"data.paths": (str(write_text()),), "training.grad_accum_steps": 1, "model.n_layers": 1}
     code = f"""
 import json, sys
-from io import StringIO
 from pathlib import Path
-from rich.console import Console
 sys.path[:0] = ["tests"]
-from conftest import small_config
+from small_runs import new_console, train
 from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.recorded_run import RecordedRun
-from rustgpt_jax.training import run_training
-run_training.draw_loss_curves = lambda folder: folder
-path, console = Path({str(tmp_path)!r}) / sys.argv[1], Console(file=StringIO())
-changes = {TINY | {"data.paths": (str(write_text()),), "training.grad_accum_steps": 1, "model.n_layers": 1}!r}
-run_training.train(small_config(**changes), path, {{}}, console)
-with RecordedRun(path, console) as run:
+path = Path({str(tmp_path)!r}) / sys.argv[1]
+train(path, **{CHANGES | changes!r})
+with RecordedRun(path, new_console()) as run:
     replayed, internals = replay_one_step(run, 2, has_taps=True)
     assert replayed.unequal == [], replayed
     print(json.dumps([[tensor.name, tensor.norm, tensor.nonfinite, tensor.size] for tensor in internals.tensors]))
@@ -338,12 +308,12 @@ with RecordedRun(path, console) as run:
 
 
 def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, console = read_files(copy), new_console()
+    before, console = read_files(copy), new_console(100)
     assert replay(copy, 4, True, console)
     after = read_files(copy)
     page = after.pop("replay/step_4.html").decode()
     assert after == before
-    text = output(console)
+    text = output_of(console)
     assert "bit for bit" in text and "mixer/scores" in text and "replay/step_4.html" in text.replace("\n", "")
     assert all(len(line) <= 100 for line in text.splitlines() if "mixer" in line)
     assert page.count('class="heat') == 8 and "http" not in page
@@ -361,7 +331,7 @@ def test_taps_show_every_layer_and_write_a_page(copy: Path, tmp_path: Path, monk
     console = new_console(width=1000)
     assert replay(copy, 4, True, console)
     (file,) = tmp_path.glob("rustgpt_jax_replay_*/step_4.html")
-    assert f"All tensors of the step: {file}" in output(console) and file.read_text() == page
+    assert f"All tensors of the step: {file}" in output_of(console) and file.read_text() == page
 
 
 def test_trace_has_every_array_of_every_step(

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,7 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
-from rich.console import Console
-from small_runs import ROOT, copy_code, train, train_elsewhere
+from small_runs import ROOT, copy_code, new_console, output_of, train, train_elsewhere
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.reproduce import compare_metrics, step_trace
@@ -43,10 +41,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def rerun(path: Path, to: Path | None = None, is_trusted: bool = False) -> tuple[bool, str]:
     """Rerun a run. Returns whether it is the same, and the output."""
-    console = Console(file=StringIO(), width=200)
+    console = new_console(200)
     status = rerun_module.rerun(path, to, console, is_trusted)
     assert status in (0, 1)
-    return status == 0, console.file.getvalue()
+    return status == 0, output_of(console)
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +244,9 @@ def test_stopped_reruns_and_interrupted_runs_are_reported(
     run, _ = copies
     for number in (signal.SIGUSR1, signal.SIGINT):
         monkeypatch.setattr(SnapshotCode, "run", lambda *_, number=number: FinishedProcess(75, number))
-        console = Console(file=StringIO(), width=200)
+        console = new_console(200)
         assert rerun_module.rerun(run.path, None, console) == 75
-        assert f"Stopped by {number.name}. The same command resumes" in console.file.getvalue()
+        assert f"Stopped by {number.name}. The same command resumes" in output_of(console)
     monkeypatch.setattr(SnapshotCode, "run", lambda *_: FinishedProcess(0, None))
     assert "stopped at step" not in rerun(run.path)[1]
     lines = run.metrics_file.read_text().splitlines(keepends=True)
@@ -382,23 +380,14 @@ def test_stopped_rerun_resumes(tmp_path: Path) -> None:
     assert is_same and "bit-identical for 2,000 steps" in output, output
 
 
-OVER_TWO_DEVICES = """
+ON_TWO_DEVICES = """
 import sys
 from pathlib import Path
-from rich.console import Console
 sys.path[:0] = ["tests"]
-from rustgpt_jax.workdir.run_dir import RunDir
-path = Path(sys.argv[2])
-if sys.argv[1] == "train":
-    from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
-    use_cpu_devices(2)
-    from small_runs import train
-    train(path)
-else:
-    from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
-    from rustgpt_jax.reproduce.replay import replay
-    use_devices_of(RunDir(path))
-    sys.exit(not replay(path, 5, False, Console()))
+from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
+use_cpu_devices(2)
+from small_runs import train
+train(Path(sys.argv[1]))
 """
 
 
@@ -406,10 +395,10 @@ else:
 @pytest.mark.long
 def test_run_on_several_cpu_devices_is_rerun_on_as_many(tmp_path: Path) -> None:
     """The process sets the number of devices, as workers of a sweep do."""
-    for what in ("train", "replay"):
-        command = [sys.executable, "-c", OVER_TWO_DEVICES, what, str(tmp_path / "run")]
+    path = str(tmp_path / "run")
+    for command in (["-c", ON_TWO_DEVICES, path], ["launch.py", "replay", path, "--step=5"]):
         variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert load_launches(RunDir(tmp_path / "run"))[0].devices == 2
     is_same, output = rerun(tmp_path / "run")

@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from small_runs import copy_code, run_config, train_elsewhere
+from small_runs import copy_code, new_console, output_of, run_config, train_elsewhere
 
 from rustgpt_jax.config.schema import replace_paths
 from rustgpt_jax.errors import UserError
@@ -30,9 +28,9 @@ CODE = {"rustgpt_jax/model/kv_cache.py": "def visible(q, s):\n    return q >= s\
 
 def run_diff_verb(first: Path, second: Path, is_trusted: bool = False) -> tuple[bool, list[str]]:
     """Return whether two runs are the same, and the lines of the output."""
-    console = Console(file=StringIO(), width=300)
+    console = new_console(300)
     is_same = diff(first, second, console, is_trusted)
-    return is_same, console.file.getvalue().splitlines()
+    return is_same, output_of(console).splitlines()
 
 
 # Comparison of the inputs of runs, with folders written by hand.
@@ -151,7 +149,7 @@ def test_missing_records_are_reported(tmp_path: Path, first: RunDir) -> None:
         assert f"{kind}: not compared. {second.path} has no record of its launches: no journal.jsonl with one." in lines
     assert f"program: not compared. {second.path} has no record of its programs." in lines
     with pytest.raises(UserError, match="There is no run"):
-        diff(tmp_path / "gone", first.path, Console(file=StringIO()))
+        diff(tmp_path / "gone", first.path, new_console())
 
 
 # The first tensor that differs, in traces written by hand.

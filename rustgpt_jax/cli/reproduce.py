@@ -94,10 +94,12 @@ def run_doctor(args: argparse.Namespace) -> int:
 def _set_up_jax(run: Path) -> None:
     """Set up JAX with the devices and autotuning results of a run. Call this before JAX is used."""
     from rustgpt_jax.process_setup import enable_compilation_cache
-    from rustgpt_jax.reproduce.snapshot_runner import use_devices_of
+    from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
     from rustgpt_jax.workdir.environment import load_autotuning
+    from rustgpt_jax.workdir.event_log import load_launches
     from rustgpt_jax.workdir.run_dir import RunDir
 
     enable_compilation_cache()
-    use_devices_of(RunDir(run))
+    for launch in load_launches(RunDir(run))[-1:]:
+        use_cpu_devices(launch.devices)
     load_autotuning(RunDir(run))

@@ -96,7 +96,11 @@ def find_anomaly(run: RecordedRun, step: int | None) -> Anomaly | None:
     """
     history = run.load_history()
     if step is not None:
-        return _examine_given(run, history, step)
+        run.check_step(step)
+        rewind = next((rewind for rewind in run.rewinds[::-1] if rewind.step == step), None)
+        is_finite = history.is_finite[history.steps == step]
+        given = Anomaly(step, "it was given", bool(len(is_finite)) and not is_finite[-1])
+        return given if rewind is None else _rewound_fault(rewind)
     faults = history.where(~history.is_finite)
     if len(faults.steps):
         columns = {"loss": faults.loss, "gradient": faults.gradient_norm}
@@ -121,15 +125,6 @@ def find_anomaly(run: RecordedRun, step: int | None) -> Anomaly | None:
         return _last_spike(run, *map(int, history.steps[counted[-1] : counted[-1] + 2]))
     largest = find_spike(history)
     return None if largest is None else Anomaly(largest, "its loss is the largest spike of the record", False)
-
-
-def _examine_given(run: RecordedRun, history: History, step: int) -> Anomaly:
-    run.check_step(step)
-    rewind = next((rewind for rewind in run.rewinds[::-1] if rewind.step == step), None)
-    if rewind is not None:
-        return _rewound_fault(rewind)
-    is_finite = history.is_finite[history.steps == step]
-    return Anomaly(step, "it was given", bool(len(is_finite)) and not is_finite[-1])
 
 
 def _rewound_fault(rewind: Rewind) -> Anomaly:
@@ -195,7 +190,7 @@ def find_failure(run: RecordedRun, replayed: ReplayedStep) -> Failure | None:
     """Return the failure that a step belongs to; None if its loss is finite and not above the usual losses."""
     history = run.load_history()
     threshold, loss = compute_divergence_threshold(run, history), replayed.metrics[LOSS]
-    history = history.until(replayed.step - 1)
+    history = history.where(history.steps < replayed.step)
     sound = history.where(history.is_finite & (history.loss <= threshold.loss))
     usual = History(*(column[-USUAL_STEPS:] for column in sound))
     usual_norm = float(np.median(usual.gradient_norm)) if len(usual.steps) else 0.0

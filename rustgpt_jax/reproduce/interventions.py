@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -116,13 +117,6 @@ def _use_float32(config: Config) -> Intervention:
     return Intervention("float32", tuple(knobs.items()))
 
 
-class Lane(NamedTuple):
-    """Interventions with the same static config: one initial state, and `hparams` with a leading axis P."""
-
-    state: State
-    hparams: Hyperparams
-
-
 def run_interventions(
     interventions: Sequence[Intervention], config: Config, state: State, batches_S: Batch, first_step: np.int32
 ) -> list[InterventionResult]:
@@ -133,7 +127,7 @@ def run_interventions(
             static, hparams = partition(replace_paths(config, dict(each.knobs)))
             groups.setdefault(static, []).append((each, hparams))
     lanes = [
-        Lane(fit_state(state, static, members[0][1]), stack([hparams for _, hparams in members]))
+        (fit_state(state, static, members[0][1]), stack([hparams for _, hparams in members]))
         for static, members in groups.items()
     ]
     curves = jax.device_get(compiled_compute_curves(tuple(groups), lanes, batches_S, first_step))
@@ -146,21 +140,31 @@ def run_interventions(
 
 
 def compute_curves(
-    statics: tuple[StaticConfig, ...], lanes: list[Lane], batches_S: Batch, first_step: jax.Array
+    statics: tuple[StaticConfig, ...], lanes: list[tuple[State, Hyperparams]], batches_S: Batch, first_step: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Return the losses and whether all is finite (P x S) for each lane; members of a lane are vmapped."""
+    """Train several interventions.
 
-    def steps(static: StaticConfig, state: State, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
-        def body(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
+    Args:
+        statics: The static configs.
+        lanes: For each of them, the initial state, and the hyperparameters of its P interventions.
+        batches_S: The batches of S steps.
+        first_step: The first step of the stage.
+
+    Returns:
+        For each static config the losses, and whether loss, gradient and update are finite (P x S).
+    """
+
+    def train(static: StaticConfig, state: State, hparams: Hyperparams) -> tuple[jax.Array, jax.Array]:
+        def step(state: State, batch: Batch) -> tuple[State, tuple[jax.Array, jax.Array]]:
             state, metrics = train_step(static, state, batch, hparams, first_step)
             is_finite = [jnp.isfinite(getattr(metrics, name)) for name in MUST_BE_FINITE]
             return state, (metrics.loss, jnp.stack(is_finite).all())
 
-        return jax.lax.scan(body, state, batches_S)[1]
+        return jax.lax.scan(step, state, batches_S)[1]
 
     return [
-        jax.vmap(lambda hparams, static=static, lane=lane: steps(static, lane.state, hparams))(lane.hparams)
-        for static, lane in zip(map(vmappable, statics), lanes, strict=True)
+        jax.vmap(partial(train, vmappable(static), state))(hparams_P)
+        for static, (state, hparams_P) in zip(statics, lanes, strict=True)
     ]
 
 

@@ -183,10 +183,6 @@ class History(NamedTuple):
     update_norm: np.ndarray
     spikes: np.ndarray
 
-    def until(self, step: int) -> "History":
-        """Return the lines up to a step."""
-        return self.where(self.steps <= step)
-
     def where(self, is_kept: np.ndarray) -> "History":
         """Return the lines selected by a boolean array."""
         return self if is_kept.all() else History(*(column[is_kept] for column in self))
@@ -273,7 +269,8 @@ class RecordedRun:
     def load_history(self) -> History:
         """Return the logged training metrics."""
         steps, _, _, values = read_columns(self.folder.path, HISTORY[0], HISTORY[1:])
-        return History(steps, *(values[name] for name in HISTORY)).until(self._last_visible)
+        history = History(steps, *(values[name] for name in HISTORY))
+        return history.where(steps <= self._last_visible)
 
     def undo_rewind(self, rewind: Rewind) -> None:
         """View the run as it was before a rewind, without anything written later."""
@@ -391,10 +388,3 @@ def read_rewinds(folder: RunDir) -> list[Rewind]:
 def describe_start(step: int) -> str:
     """Describe what the state after a step is restored from."""
     return f"the checkpoint of step {step:,}" if step else "the start"
-
-
-def to_metric_dict(metrics: Metrics) -> dict[str, float]:
-    """Return the metrics of a step under their names in metrics.jsonl."""
-    values = {**metrics._asdict(), **metrics.layer_metrics}
-    del values["layer_metrics"]
-    return {f"train/{name}": value.item() for name, value in values.items()}

@@ -26,7 +26,6 @@ from rustgpt_jax.reproduce.recorded_run import (
     StepInternals,
     StepTensor,
     describe_start,
-    to_metric_dict,
 )
 from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
 from rustgpt_jax.sweeps.report.plot_style import css, shade
@@ -160,6 +159,8 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
     state = run.advance(state, step - 1)
     internals = run.measure_step(state) if has_taps else None
     _, (metrics,) = run.train(state, 1)
+    values = {**metrics._asdict(), **metrics.layer_metrics}
+    del values["layer_metrics"]
     stage, record = run.get_stage(step)[0].stage, run.load_metrics(step)
     missing = "" if record is not None else describe_missing_record(run.folder, stage, step)
     if record is None and not missing and stage.is_logged(step):
@@ -169,7 +170,7 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
         step=step,
         stage=stage.name,
         from_step=from_step,
-        metrics=to_metric_dict(metrics),
+        metrics={f"train/{name}": value.item() for name, value in values.items()},
         record=record,
         reasons=_find_reasons(run, step),
         missing=missing,
@@ -336,7 +337,11 @@ def _order_sites(tensors: Sequence[StepTensor]) -> list[str]:
 
 
 def _render_cell(tensor: StepTensor, value: float, low: float, high: float, has_value: bool) -> str:
-    tip = f'data-tip="{escape(format_tooltip(tensor))}"'
+    tooltip = (
+        f"{tensor.name}\n{tensor.kind}\nroot mean square {tensor.rms:.4g}\nnorm {tensor.norm:.4g}\n"
+        f"largest magnitude {tensor.largest:.4g}\nnot finite {tensor.nonfinite:,} of {tensor.size:,}"
+    )
+    tip = f'data-tip="{escape(tooltip)}"'
     if tensor.nonfinite or not math.isfinite(value):
         return f'<td class="bad" {tip}>{tensor.nonfinite:,}</td>'
     text = format_short(value) if has_value else ""
@@ -345,14 +350,6 @@ def _render_cell(tensor: StepTensor, value: float, low: float, high: float, has_
     share = 1.0 - math.log(value / low) / math.log(high / low) if high > low else 0.5
     style = "faint" if share > LIGHT_FROM else "strong"
     return f'<td class="{style}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
-
-
-def format_tooltip(tensor: StepTensor) -> str:
-    """Format the statistics of a tensor, one per line."""
-    return (
-        f"{tensor.name}\n{tensor.kind}\nroot mean square {tensor.rms:.4g}\nnorm {tensor.norm:.4g}\n"
-        f"largest magnitude {tensor.largest:.4g}\nnot finite {tensor.nonfinite:,} of {tensor.size:,}"
-    )
 
 
 def format_short(value: float) -> str:

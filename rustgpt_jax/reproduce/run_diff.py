@@ -217,29 +217,23 @@ def _list_unequal(
 
 def print_section(section: Section, console: Console) -> None:
     """Print a section."""
-    for line in _format_section(section):
-        print_line(console, line)
-
-
-def _format_section(section: Section) -> Iterator[str]:
-    if section.missing:
-        yield f"{section.kind}: not compared. {section.missing}"
+    if section.missing or not section.differences:
+        verdict = f"not compared. {section.missing}" if section.missing else "the same"
+        print_line(console, f"{section.kind}: {verdict}")
         return
-    if not section.differences:
-        yield f"{section.kind}: the same"
-        return
-    yield f"{section.kind}:"
+    print_line(console, f"{section.kind}:")
     lines_left = MOST_PATCH_LINES_IN_ALL
     for difference in section.differences[:MOST_DIFFERENCES]:
         patch = difference.patch if difference.matters else ()
-        yield f"  {difference}{'' if difference.matters else ' (only comments and docstrings)'}"
+        print_line(console, f"  {difference}{'' if difference.matters else ' (only comments and docstrings)'}")
         n_shown = min(lines_left, MOST_PATCH_LINES)
-        yield from (f"    {line}" for line in patch[:n_shown])
+        for line in patch[:n_shown]:
+            print_line(console, f"    {line}")
         if len(patch) > n_shown:
-            yield f"    ... {len(patch) - n_shown} more lines"
+            print_line(console, f"    ... {len(patch) - n_shown} more lines")
         lines_left = max(0, lines_left - len(patch))
     if len(section.differences) > MOST_DIFFERENCES:
-        yield f"  ... {len(section.differences) - MOST_DIFFERENCES} more"
+        print_line(console, f"  ... {len(section.differences) - MOST_DIFFERENCES} more")
 
 
 # The comparison as a whole, and the likely cause of a difference.

@@ -14,23 +14,16 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.sharding.hardware_specs import use_cpu_devices
 from rustgpt_jax.sweeps.launchers import visible_gpus
 from rustgpt_jax.training.preemption import SIGNALS
 from rustgpt_jax.workdir.code_snapshot import list_differing_files, read_verified_code, write_code
 from rustgpt_jax.workdir.environment import environment_variables
-from rustgpt_jax.workdir.event_log import Launch, code_archive, load_launches
+from rustgpt_jax.workdir.event_log import Launch, code_archive
 from rustgpt_jax.workdir.run_dir import RunDir
 
 SECONDS_BETWEEN_POLLS = 0.05
 # The number of differing files to list in a message.
 MOST_NAMED = 4
-
-
-def use_devices_of(run: RunDir) -> None:
-    """Give a CPU as many devices as the last launch of a run had. Call this before JAX is used."""
-    for launch in load_launches(run)[-1:]:
-        use_cpu_devices(launch.devices)
 
 
 class FinishedProcess(NamedTuple):
