@@ -159,8 +159,6 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
     state = run.advance(state, step - 1)
     internals = run.measure_step(state) if has_taps else None
     _, (metrics,) = run.train(state, 1)
-    values = {**metrics._asdict(), **metrics.layer_metrics}
-    del values["layer_metrics"]
     stage, record = run.get_stage(step)[0].stage, run.load_metrics(step)
     missing = "" if record is not None else describe_missing_record(run.folder, stage, step)
     if record is None and not missing and stage.is_logged(step):
@@ -170,7 +168,7 @@ def replay_one_step(run: RecordedRun, step: int, has_taps: bool) -> tuple[Replay
         step=step,
         stage=stage.name,
         from_step=from_step,
-        metrics={f"train/{name}": value.item() for name, value in values.items()},
+        metrics={name: value.item() for name, value in metrics.by_name().items()},
         record=record,
         reasons=_find_reasons(run, step),
         missing=missing,

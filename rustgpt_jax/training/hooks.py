@@ -151,13 +151,11 @@ class LogMetrics:
         pending, self.pending = self.pending, None
         if pending is None or self.nonfinite_step is not None:
             return
-        metrics = pending.read()
-        columns = {**metrics._asdict(), **metrics.layer_metrics}
-        del columns["layer_metrics"]
+        columns = pending.read().by_name()
         speed = self._speed(pending.n_steps)
         for index in range(pending.n_steps):
             step = pending.first_step + index + 1
-            values = {f"train/{name}": column[index].item() for name, column in columns.items()} | speed
+            values = {name: column[index].item() for name, column in columns.items()} | speed
             is_bad = not all(math.isfinite(values[f"train/{name}"]) for name in MUST_BE_FINITE)
             if is_bad and not self._is_skipped(values["train/faults"]):
                 self.nonfinite_step = NonFiniteStep(step, values["train/faults"])

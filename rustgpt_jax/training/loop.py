@@ -6,16 +6,14 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.training.train_step import (
     Metrics,
     State,
     StepArgs,
-    compiled_get_member,
     compiled_population_steps,
-    compiled_set_member,
-    compiled_stack,
     compiled_train_steps,
     offload_opt_state,
     stack,
@@ -147,8 +145,8 @@ class PopulationExecutor:
         batches, *scalars = zip(*(args.get(index, idle) for index in range(self._n_slots)), strict=True)
         # Stack batches where they are, on the devices or the host.
         is_on_devices = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches))
-        batches_P = compiled_stack(batches) if is_on_devices else _stack_on_host(batches)
-        args_P = StepArgs(batches_P, *map(_stack_on_host, scalars))
+        batches_P = _stack_on_devices(batches) if is_on_devices else stack(batches)
+        args_P = StepArgs(batches_P, *map(stack, scalars))
         if self._plan.mesh is None:
             args_P = jax.device_put(args_P)
         else:
@@ -161,16 +159,27 @@ class PopulationExecutor:
 
     def get_state(self, index: int) -> State:
         """Return the state of a run, sliced out of those of the population."""
-        return compiled_get_member(self._states_P, np.int32(index))
+        return _get_member(self._states_P, np.int32(index))
 
     def set_state(self, index: int, state: State) -> None:
         """Replace the state of a run."""
         # From the host: a state committed to one device would move the others there.
-        self._states_P = compiled_set_member(self._states_P, jax.device_get(state), np.int32(index))
+        self._states_P = _set_member(self._states_P, jax.device_get(state), np.int32(index))
 
 
-def _stack_on_host(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+@jax.jit
+def _stack_on_devices(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@jax.jit
+def _get_member(tree_P: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf_P: jax.lax.dynamic_index_in_dim(leaf_P, index, keepdims=False), tree_P)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_member(tree_P: Any, tree: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
 
 
 # The compiled programs that this process has called, by `_cache_key` of their arguments.

@@ -15,9 +15,10 @@ import optax
 from rustgpt_jax.config.schema import Hyperparams, ModelConfig, StaticConfig, combine, is_enabled, replace_paths
 from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.evaluation.loss import LossSums, cross_entropy_sums, loss_sums, split_microbatches, total_loss
-from rustgpt_jax.model import intermediates, transformer
+from rustgpt_jax.model import transformer
 from rustgpt_jax.model.hook_points import grad_slots, hook_points
 from rustgpt_jax.model.interfaces import BlockInputs, LayerMetrics
+from rustgpt_jax.model.intermediates import Intermediates
 from rustgpt_jax.sharding.partition_rules import constrain
 from rustgpt_jax.training.optimizers import clip_by_norm, make_optimizer, schedule_multiplier
 
@@ -87,6 +88,26 @@ class State(NamedTuple):
     loss_stats: LossStats
 
 
+class StepIntermediates(NamedTuple):
+    """Measurements of the tensors inside one training step, as `intermediates.tensor_stats` makes them.
+
+    Attributes:
+        losses_BT: Loss of each token in nats.
+        weights_BT: Loss weight of each token.
+        activations: Measurements at the hook points. The last axis but one is the microbatch.
+        gradients: Measurements of the gradients with respect to these activations.
+        parameter_gradients: Gradients of the parameters before clipping (arrays, not measurements).
+        updates: What the optimizer adds to the parameters (arrays, not measurements).
+    """
+
+    losses_BT: jax.Array
+    weights_BT: jax.Array
+    activations: Intermediates
+    gradients: Intermediates
+    parameter_gradients: Any
+    updates: Any
+
+
 class Metrics(NamedTuple):
     """Metrics of one training step.
 
@@ -99,6 +120,7 @@ class Metrics(NamedTuple):
         spikes: Number of loss spikes of the run so far.
         faults: Number of non-finite steps of the run so far.
         layer_metrics: Metrics of the blocks, averaged over them.
+        intermediates: Measurements inside the step, if they were requested.
     """
 
     loss: jax.Array
@@ -109,6 +131,13 @@ class Metrics(NamedTuple):
     spikes: jax.Array
     faults: jax.Array
     layer_metrics: LayerMetrics
+    intermediates: StepIntermediates | None = None
+
+    def by_name(self) -> dict[str, Any]:
+        """Return the metrics, except for intermediates, by their names in metrics.jsonl."""
+        values = {**self._asdict(), **self.layer_metrics}
+        del values["layer_metrics"], values["intermediates"]
+        return {f"train/{name}": value for name, value in values.items()}
 
 
 def init_state(static: StaticConfig, hparams: Hyperparams) -> State:
@@ -137,28 +166,13 @@ def fetch_opt_state(static: StaticConfig, opt_state: Any) -> Any:
     return jax.device_put(opt_state, jax.memory.Space.Device) if static.optimizer.offload_state else opt_state
 
 
-class StepIntermediates(NamedTuple):
-    """Measurements of the tensors inside one training step, as `intermediates.tensor_stats` makes them.
-
-    Attributes:
-        losses_BT: Loss of each token in nats.
-        weights_BT: Loss weight of each token.
-        activations: Measurements at the hook points. The last axis but one is the microbatch.
-        gradients: Measurements of the gradients with respect to these activations.
-        parameter_gradients: Gradients of the parameters before clipping (arrays, not measurements).
-        updates: What the optimizer adds to the parameters (arrays, not measurements).
-    """
-
-    losses_BT: jax.Array
-    weights_BT: jax.Array
-    activations: intermediates.Intermediates
-    gradients: intermediates.Intermediates
-    parameter_gradients: Any
-    updates: Any
-
-
 def train_step(
-    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
+    static: StaticConfig,
+    state: State,
+    batch: Batch,
+    hparams: Hyperparams,
+    first_step: jax.Array | int = 0,
+    with_intermediates: bool = False,
 ) -> tuple[State, Metrics]:
     """Take one optimizer step on one batch.
 
@@ -171,40 +185,21 @@ def train_step(
         batch: The batch of all microbatches.
         hparams: The traced half of the config.
         first_step: The first step of the stage, from which its learning-rate schedule counts.
+        with_intermediates: Whether to measure the tensors inside the step.
 
     Returns:
         The state after the step, and its metrics.
     """
-    return _train_step(static, state, batch, hparams, first_step)[:2]
-
-
-def step_intermediates(
-    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
-) -> tuple[Metrics, StepIntermediates]:
-    """Return the metrics and intermediates of `train_step`, without its new state, which then takes no memory."""
-    _, metrics, inside = _train_step(static, state, batch, hparams, first_step, with_intermediates=True)
-    assert inside is not None
-    return metrics, inside
-
-
-def _train_step(
-    static: StaticConfig,
-    state: State,
-    batch: Batch,
-    hparams: Hyperparams,
-    first_step: jax.Array | int,
-    with_intermediates: bool = False,
-) -> tuple[State, Metrics, StepIntermediates | None]:
     config, state = combine(static, hparams), state._replace(opt_state=fetch_opt_state(static, state.opt_state))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-    measured = _hook_point_slots(config, batch) if with_intermediates else None
-    gradients, sums, inside = gradient(state.params, batch, config, key, measured)
+    gradients, sums, inside = gradient(state.params, batch, config, key, with_intermediates)
     gradients = constrain(gradients)
     norm = optax.tree.norm(gradients)
     clipped = gradients
     if is_enabled(config.optimizer.clip_norm):
         clipped = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
-    lr_multiplier = schedule_multiplier(state.step - first_step, config.training.steps, config.schedule)
+    stage_step = state.step - first_step
+    lr_multiplier = schedule_multiplier(stage_step, config.training.steps, config.schedule)
     updates, opt_state = make_optimizer(config.optimizer, lr_multiplier).update(clipped, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     loss = sums.loss / jnp.maximum(sums.weight, 1.0)
@@ -213,10 +208,19 @@ def _train_step(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
-    stage_step = state.step - first_step
     loss_stats = update_loss_stats(
         state.loss_stats, loss, is_finite, stage_step == 0, stage_step == config.training.steps - 1
     )
+    intermediates = None
+    if inside is not None:
+        # Microbatches from the first axis to the last but one.
+        activations, activation_gradients = jax.tree.map(
+            lambda leaf: jnp.moveaxis(leaf, 0, -2), (inside.activations, inside.gradients)
+        )
+        losses_BT = inside.losses_BT.reshape(batch.weights_BT.shape)
+        intermediates = StepIntermediates(
+            losses_BT, batch.weights_BT, activations, activation_gradients, gradients, updates
+        )
     metrics = Metrics(
         loss=loss,
         gradient_norm=norm,
@@ -226,31 +230,26 @@ def _train_step(
         spikes=loss_stats.spikes,
         faults=loss_stats.faults,
         layer_metrics={name: value / jnp.maximum(sums.weight, 1.0) for name, value in sums.layer_metrics.items()},
+        intermediates=intermediates,
     )
-    state = offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, loss_stats)))
-    if inside is None:
-        return state, metrics, None
-    # Microbatches from the first axis to the last but one.
-    activations, activation_gradients = jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf, 0, -2), (inside.activations, inside.gradients)
-    )
-    losses_BT = inside.losses_BT.reshape(batch.weights_BT.shape)
-    measurements = StepIntermediates(losses_BT, batch.weights_BT, activations, activation_gradients, gradients, updates)
-    return state, metrics, measurements
+    return offload_opt_state(static, constrain(State(params, opt_state, state.step + 1, loss_stats))), metrics
 
 
-def _hook_point_slots(config: StaticConfig, batch: Batch) -> intermediates.GradSlots:
-    """Return zeros for the measurements of one microbatch."""
-    rows, length = batch.tokens_BT.shape
-    return grad_slots(hook_points(config.model, rows // config.training.grad_accum_steps, length))
+def step_intermediates(
+    static: StaticConfig, state: State, batch: Batch, hparams: Hyperparams, first_step: jax.Array | int = 0
+) -> tuple[Metrics, StepIntermediates]:
+    """Return the metrics and intermediates of `train_step`, without its new state, which then takes no memory."""
+    _, metrics = train_step(static, state, batch, hparams, first_step, with_intermediates=True)
+    assert metrics.intermediates is not None
+    return metrics._replace(intermediates=None), metrics.intermediates
 
 
 class _MicrobatchIntermediates(NamedTuple):
     """Measurements of one microbatch, or of all of them along a new first axis, as in `StepIntermediates`."""
 
     losses_BT: jax.Array
-    activations: intermediates.Intermediates
-    gradients: intermediates.Intermediates | None = None
+    activations: Intermediates
+    gradients: Intermediates | None = None
 
 
 def gradient(
@@ -258,7 +257,7 @@ def gradient(
     batch: Batch,
     config: StaticConfig,
     key: jax.Array,
-    measured: intermediates.GradSlots | None = None,
+    with_intermediates: bool = False,
 ) -> tuple[transformer.Params, LossSums, _MicrobatchIntermediates | None]:
     """Compute the gradient of the mean loss over a batch, one microbatch after another.
 
@@ -270,13 +269,17 @@ def gradient(
         batch: The whole batch.
         config: The config, with traced numbers.
         key: The key for dropout.
-        measured: Slots of the hook points of a microbatch, to measure the tensors there; None for no measurements.
+        with_intermediates: Whether to measure the tensors at the hook points of each microbatch.
 
     Returns:
-        The gradient, the sums of the loss, and the measurements if there are slots.
+        The gradient, the sums of the loss, and the measurements, if any.
     """
     total_weight = jnp.sum(batch.weights_BT)
     n_parts = config.training.grad_accum_steps
+    slots = None
+    if with_intermediates:
+        n_rows, length = batch.tokens_BT.shape
+        slots = grad_slots(hook_points(config.model, n_rows // n_parts, length))
 
     def part_loss(params: Any, slots: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         dropout_key, inside = key if is_enabled(config.model.dropout) else None, None
@@ -293,7 +296,7 @@ def gradient(
 
     def part_gradient(part: Batch, key: jax.Array) -> tuple[Any, _MicrobatchIntermediates | None]:
         (gradients, slot_gradients), (sums, inside) = jax.grad(part_loss, argnums=(0, 1), has_aux=True)(
-            params, measured, part, key
+            params, slots, part, key
         )
         return (gradients, sums), inside and inside._replace(gradients=slot_gradients)
 
@@ -350,10 +353,8 @@ compiled_step_intermediates = jax.jit(step_intermediates, static_argnums=0)
 compiled_train_steps = jax.jit(train_steps, static_argnums=0, donate_argnums=1)
 
 
-# Many runs of one structure in one program: their states, batches and numbers stacked along a first axis P.
-#
-# exact   one run after another inside the program (`lax.map`): the bits of each run alone
-# fused   all runs at once (`vmap`): fastest where one run leaves the device idle; sums are taken in another order
+# Populations: many runs with one static config in one program. States, batches and hyperparameters are stacked along a
+# new first axis P.
 
 
 class StepArgs(NamedTuple):
@@ -365,21 +366,23 @@ class StepArgs(NamedTuple):
     first_step: Any
 
 
-def map_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
-    """Take the steps of each run as `train_steps` does, one run after another."""
-    return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, orders_P))
+def map_steps(static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
+    """Take the steps of one run after another, with the same bits as `train_steps` for each run alone."""
+    return jax.lax.map(lambda run: train_steps(static, run[0], *run[1]), (states_P, args_P))
 
 
-def vmap_steps(static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
-    """Take the steps of all runs at once with `vmap`. All counts that are not 0 must be equal."""
-    count, static = jnp.max(orders_P.count), vmappable(static)
+def vmap_steps(static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
+    """Take the steps of all runs at once. All counts that are not 0 must be equal.
 
-    def steps(state: State, orders: StepArgs) -> tuple[State, Metrics]:
-        after, metrics = train_steps(static, state, orders.batches, count, orders.hparams, orders.first_step)
-        is_asked = orders.count > 0
-        return jax.tree.map(partial(jnp.where, is_asked), after, state), metrics
+    This is fastest if one run does not keep the device busy. Sums are taken in another order than for each run alone.
+    """
+    count, static = jnp.max(args_P.count), make_vmappable(static)
 
-    return jax.vmap(steps)(states_P, orders_P)
+    def steps(state: State, args: StepArgs) -> tuple[State, Metrics]:
+        after, metrics = train_steps(static, state, args.batches, count, args.hparams, args.first_step)
+        return jax.tree.map(partial(jnp.where, args.count > 0), after, state), metrics
+
+    return jax.vmap(steps)(states_P, args_P)
 
 
 MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]]] = {
@@ -388,39 +391,21 @@ MODES: dict[str, Callable[[StaticConfig, State, StepArgs], tuple[State, Metrics]
 }
 
 
-def vmappable(static: StaticConfig) -> StaticConfig:
+def make_vmappable(static: StaticConfig) -> StaticConfig:
     """Return a static config that supports `vmap`, with portable attention: library kernels cannot be batched."""
     if static.model.attention.kernel != "auto":
         return static
     return replace_paths(static, {"model.attention.kernel": "portable"})
 
 
-def population_steps(mode: str, static: StaticConfig, states_P: State, orders_P: StepArgs) -> tuple[State, Metrics]:
+def population_steps(mode: str, static: StaticConfig, states_P: State, args_P: StepArgs) -> tuple[State, Metrics]:
     """Take steps of every run of a population, in one of MODES. Metrics have shape (P, slots)."""
-    return MODES[mode](static, states_P, orders_P)
+    return MODES[mode](static, states_P, args_P)
 
 
-def get_member(tree_P: Any, index: jax.Array) -> Any:
-    """Return the arrays of one run of a population."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree_P)
-
-
-def set_member(tree_P: Any, tree: Any, index: jax.Array) -> Any:
-    """Replace the arrays of one run of a population."""
-    return jax.tree.map(lambda leaf_P, leaf: leaf_P.at[index].set(leaf), tree_P, tree)
+compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
 
 
 def stack(trees: Sequence[Any]) -> Any:
     """Stack trees along a new first axis P on the host, which compiles nothing."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
-
-
-def stack_on_devices(trees: Sequence[Any]) -> Any:
-    """Stack trees of arrays on devices along a new first axis P."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-compiled_stack = jax.jit(stack_on_devices)
-compiled_population_steps = jax.jit(population_steps, static_argnums=(0, 1), donate_argnums=2)
-compiled_get_member = jax.jit(get_member)
-compiled_set_member = jax.jit(set_member, donate_argnums=0)
