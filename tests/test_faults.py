@@ -242,7 +242,7 @@ def test_a_full_disk_ends_training_and_spares_the_checkpoint(small_disk: Path) -
     assert status == 2, stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert "No space left on device" in stderr and "Training stopped at step" in stderr
-    assert f"its checkpoint of step {steps_saved(run)[-1]} is whole" in stderr
+    assert f"the checkpoint of step {steps_saved(run)[-1]} is complete" in stderr
     (small_disk / "ballast").unlink()
     assert_is_sound(run)
     # What is left goes on.
@@ -280,7 +280,7 @@ def test_permission_lost_midway_ends_training_and_spares_the_checkpoint(tmp_path
     status, _, stderr = end(process)
     RunDir(run).checkpoints.chmod(0o700)
     assert status == 2 and "Permission denied" in stderr and stderr.count("\n") == 1, stderr
-    assert f"its checkpoint of step {steps_saved(run)[-1]} is whole" in stderr
+    assert f"the checkpoint of step {steps_saved(run)[-1]} is complete" in stderr
     assert_is_sound(run)
 
 
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeyp
         write(self, step, values)
 
     monkeypatch.setattr(MetricsWriter, "write", full)
-    with pytest.raises(UserError, match=r"No space left on device.* its checkpoint of step 3 is whole"):
+    with pytest.raises(UserError, match=r"No space left on device.* the checkpoint of step 3 is complete"):
         train(tiny(**{"logging.sample_prompts": ()}), tmp_path / "run")
 
 

@@ -120,7 +120,7 @@ def test_stop_ends_at_the_bad_step_and_keeps_what_was_before(tmp_path: Path) -> 
     config = sick("stop")
     for _ in range(2):
         with pytest.raises(
-            UserError, match=r"step 6 is not finite.* last checkpoint is of step 4\. .*launch.py doctor "
+            UserError, match=r"step 6 is not finite.* last checkpoint is that of step 4\. .*launch.py doctor "
         ):
             train(config, tmp_path)
         assert math.isnan(metrics(tmp_path)[-1]["train/loss"]) and metrics(tmp_path)[-1]["step"] == 6
@@ -143,7 +143,7 @@ def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
 def test_rewind_is_the_run_that_never_saw_those_batches(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     config = sick("rewind")
     is_complete, printed = train(config, tmp_path / "rewound")
-    assert is_complete and "step 6 is not finite: back to step 4" in printed and "(2 of 10 forgiven)" in printed
+    assert is_complete and "step 6 is not finite: back to step 4" in printed and "(2 of 10 tolerated)" in printed
     rewound = stored_state(config, tmp_path / "rewound")
     # Batch 5 is that of step 6: back to step 4, the next one reads batch 6. Batch 16 is then that of step 15: back to
     # step 12, and on with batch 17.
@@ -183,7 +183,7 @@ def test_an_update_that_is_not_finite_is_not_made(tmp_path: Path, bad_batches: d
 
 @pytest.mark.parametrize("nonfinite_policy", ["skip", "rewind"])
 def test_more_than_is_forgiven_ends_the_run(tmp_path: Path, nonfinite_policy: str) -> None:
-    with pytest.raises(UserError, match=r"the update of step \d+ is not finite, after 1 that were forgiven"):
+    with pytest.raises(UserError, match=r"the update of step \d+ is not finite, after 1 that were tolerated"):
         train(sick(nonfinite_policy, **{"faults.max_skipped": 1}), tmp_path)
     assert math.isnan(metrics(tmp_path)[-1]["train/loss"])
     assert metrics(tmp_path)[-1]["train/faults"] == 2
@@ -193,7 +193,7 @@ def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
     tmp_path: Path, bad_batches: dict[str, Any]
 ) -> None:
     bad_batches["bad"] = frozenset(range(1000))
-    with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is of step 0"):
+    with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is that of step 0"):
         train(sick("rewind", **{"faults.max_skipped": 3}), tmp_path)
 
 

@@ -1,19 +1,17 @@
-"""Hooks of the training loop: log metrics, evaluate, save checkpoints, and trace steps with the profiler."""
+"""Hooks of the training loop: log metrics, evaluate, and save checkpoints."""
 
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, StaticConfig, partition
+from rustgpt_jax.config.schema import StaticConfig, partition
 from rustgpt_jax.data.preprocess import StageData
-from rustgpt_jax.errors import UserError
 from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator, generate_text
@@ -28,7 +26,7 @@ from rustgpt_jax.training.optimizers import EVAL_PARAMS, get_eval_params
 from rustgpt_jax.training.train_step import Metrics, State, fetch_opt_state
 from rustgpt_jax.workdir.run_dir import RunDir
 
-# A step with one of these metrics not finite is skipped or undone, as in `train_step`.
+# `train_step` does not apply an update if one of these metrics is not finite.
 MUST_BE_FINITE = ("loss", "gradient_norm", "update_norm")
 
 compiled_eval_params = jax.jit(get_eval_params, static_argnums=0)
@@ -49,14 +47,14 @@ class PendingMetrics(NamedTuple):
 
 
 class NonFiniteStep(NamedTuple):
-    """A step whose loss, gradient or update is not finite, and the number of such steps of the run so far."""
+    """A step whose loss, gradient or update is not finite, and the number of such steps in the run so far."""
 
     step: int
-    n_skipped: int
+    n_nonfinite: int
 
 
 class EvaluationStopped(Exception):
-    """Raised to end an evaluation after a request to stop."""
+    """Raised to leave an evaluation after a request to stop."""
 
 
 class ProgressSink(Protocol):
@@ -74,13 +72,13 @@ class ProgressSink(Protocol):
 
 @dataclass
 class StepEvent:
-    """The state after a step, passed to the hooks one after another.
+    """The argument of the hooks, which are called one after another.
 
     Attributes:
-        step: The step, counted from 1.
+        step: The number of steps done.
         state: The state after the step.
         is_stopped: Returns whether a stop is requested.
-        owes_evaluation: Whether an earlier evaluation after this step was stopped, so that it has to be repeated.
+        owes_evaluation: Whether the evaluation after this step was stopped earlier and has to be repeated.
         is_best: Whether this state has the lowest validation loss of the stage. Set by `Evaluate`.
         is_evaluation_stopped: Whether the evaluation was stopped. Set by `Evaluate`.
     """
@@ -94,7 +92,7 @@ class StepEvent:
 
 
 class Hook(Protocol):
-    """Acts on the state after a step at which something is due."""
+    """Called after each step at which an evaluation or a checkpoint is due, or a stage or the run ends."""
 
     def __call__(self, event: StepEvent) -> bool:
         """Run the hook. Returns False to skip the hooks after it."""
@@ -102,10 +100,10 @@ class Hook(Protocol):
 
 @dataclass
 class LogMetrics:
-    """Writes the metrics of the steps of a stage and finds steps that are not finite.
+    """Writes the metrics of a stage, and detects steps that are not finite.
 
-    Metrics are read one call late, so that the device never waits for the host. After a step that is not finite, unless
-    it is to be skipped, nothing more is written, and `nonfinite_step` is set.
+    Metrics are read one call late, so that the device never waits for the host. At a step that is not finite, unless
+    the config says to skip it, `nonfinite_step` is set, and the metrics of later steps are not written.
     """
 
     data: StageData
@@ -124,30 +122,30 @@ class LogMetrics:
 
     def restart_clock(self) -> None:
         """Start timing the next call now."""
-        # None if it is unknown when the device began the call.
+        # None if the time at which the device began the call is unknown.
         self._clock: float | None = time.perf_counter()
 
     def __call__(self, event: StepEvent) -> bool:
-        """Write all metrics up to the step. Returns False if a step is not finite."""
+        """Write all pending metrics. Returns False if a step is not finite."""
         del event
         self.flush()
         return self.nonfinite_step is None
 
-    def on_first_call(self, static: StaticConfig, seconds: float) -> None:
-        """Report how long the first call of each program took to return, which is its tracing and compilation."""
-        if static not in self.seconds_per_step:
-            self.seconds_per_step[static] = math.inf
+    def on_call(self, pending: PendingMetrics, seconds: float) -> None:
+        """Queue the metrics of a call that was just started, and write those of the previous call.
+
+        The first call of a program takes `seconds` to trace and compile it, which is reported.
+        """
+        if self._static not in self.seconds_per_step:
+            self.seconds_per_step[self._static] = math.inf
             self.progress.message(f"compiled the training step in {format_duration(seconds)}")
             # The device may have finished some of the steps by now.
             self._clock = None
-
-    def on_call(self, pending: PendingMetrics) -> None:
-        """Queue the metrics of a call that was just started, and write those of the call before."""
         self.flush()
         self.pending = pending
 
     def flush(self) -> None:
-        """Wait for the queued metrics and write them."""
+        """Wait for the pending metrics and write them."""
         pending, self.pending = self.pending, None
         if pending is None or self.nonfinite_step is not None:
             return
@@ -157,21 +155,15 @@ class LogMetrics:
             step = pending.first_step + index + 1
             values = {name: column[index].item() for name, column in columns.items()} | speed
             is_bad = not all(math.isfinite(values[f"train/{name}"]) for name in MUST_BE_FINITE)
-            if is_bad and not self._is_skipped(values["train/faults"]):
-                self.nonfinite_step = NonFiniteStep(step, values["train/faults"])
-            if self._is_logged(step) or is_bad:
+            n_bad, faults = values["train/faults"], self.data.stage.config.faults
+            if is_bad and not (faults.nonfinite_policy == "skip" and n_bad <= faults.max_skipped):
+                self.nonfinite_step = NonFiniteStep(step, n_bad)
+            if is_bad or self.data.stage.is_logged(step):
                 self.writer.write(step, {"stage": self.data.stage.name, **values})
             if index == pending.n_steps - 1 or self.nonfinite_step:
                 self.progress.update(step, values, self.data.stage.name)
             if self.nonfinite_step:
                 return
-
-    def _is_skipped(self, n_skipped: int) -> bool:
-        faults = self.data.stage.config.faults
-        return faults.nonfinite_policy == "skip" and n_skipped <= faults.max_skipped
-
-    def _is_logged(self, step: int) -> bool:
-        return self.data.stage.is_logged(step)
 
     def _speed(self, count: int) -> dict[str, float]:
         now, began = time.perf_counter(), self._clock
@@ -189,9 +181,9 @@ class LogMetrics:
 
 @dataclass
 class Evaluate:
-    """Evaluates on the validation split of a stage and writes samples.
+    """Evaluates on the validation split of a stage, and writes samples.
 
-    Validation losses up to the step `compares_after` are of other batches and do not count for the best loss.
+    Validation losses up to step `compares_after` were measured on other batches: they do not count for the best loss.
     """
 
     data: StageData
@@ -201,23 +193,18 @@ class Evaluate:
     compares_after: int = 0
 
     def __post_init__(self) -> None:
-        # Losses of other stages are of other texts.
+        # Other stages are evaluated on other text.
         stage, lines = self.data.stage, iter_metrics(self.run.path, containing=b'"valid/loss"')
-        begin = max(stage.first_step, self.compares_after)
-        own = (line for line in lines if begin < line["step"] <= stage.end_step)
-        self._best_loss = min((line["valid/loss"] for line in own if "valid/loss" in line), default=np.inf)
-
-    @property
-    def config(self) -> Config:
-        """The config of the stage."""
-        return self.data.stage.config
+        start = max(stage.first_step, self.compares_after)
+        comparable = (line for line in lines if start < line["step"] <= stage.end_step)
+        self._best_loss = min((line["valid/loss"] for line in comparable if "valid/loss" in line), default=np.inf)
 
     def is_due(self, step: int) -> bool:
         """Return whether to evaluate after a step."""
-        return step % self.config.logging.eval_every == 0 or step == self.data.stage.end_step
+        return step % self.data.stage.config.logging.eval_every == 0 or step == self.data.stage.end_step
 
     def __call__(self, event: StepEvent) -> bool:
-        """Evaluate if it is due. Returns False if the evaluation was stopped; then nothing of it has been written."""
+        """Evaluate if it is due. Returns False if the evaluation was stopped, in which case nothing was written."""
         if not (self.is_due(event.step) or event.owes_evaluation):
             return True
         try:
@@ -227,20 +214,16 @@ class Evaluate:
         return not event.is_evaluation_stopped
 
     def evaluate(self, state: State, step: int, is_stopped: Callable[[], bool]) -> bool:
-        """Evaluate a state and write samples.
-
-        Args:
-            state: The state after the step.
-            step: The step.
-            is_stopped: Called before each batch.
-
-        Returns:
-            Whether the loss is the lowest of the stage so far.
+        """Evaluate a state and write samples. Returns whether its loss is the lowest of the stage so far.
 
         Raises:
-            EvaluationStopped: `is_stopped` returned True. Nothing of the evaluation has been written.
+            EvaluationStopped: `is_stopped` returned True. Nothing was written.
         """
-        params = self._eval_params(state)
+        # The static half of the config, so that no value of a hyperparameter compiles anything.
+        static = partition(self.data.stage.config)[0]
+        params = state.params
+        if static.optimizer.name in EVAL_PARAMS:
+            params = compiled_eval_params(static.optimizer, params, fetch_opt_state(static, state.opt_state))
         values = self._losses(params, is_stopped)
         is_best = values.get("valid/loss", np.inf) < self._best_loss
         if values:
@@ -255,16 +238,9 @@ class Evaluate:
         self.log.restart_clock()
         return is_best
 
-    def _eval_params(self, state: State) -> Params:
-        # The static half of the config, so that no value of a hyperparameter compiles anything.
-        static = partition(self.config)[0]
-        if static.optimizer.name not in EVAL_PARAMS:
-            return state.params
-        opt_state = fetch_opt_state(static, state.opt_state)
-        return compiled_eval_params(static.optimizer, state.params, opt_state)
-
     def _losses(self, params: Params, is_stopped: Callable[[], bool]) -> dict[str, float]:
-        training, plan, n_batches = self.config.training, self.log.plan, self.data.n_validation_batches
+        config, plan, n_batches = self.data.stage.config, self.log.plan, self.data.n_validation_batches
+        training = config.training
 
         def on_batch(done: int) -> None:
             self.log.progress.update_evaluation(done, n_batches)
@@ -274,7 +250,7 @@ class Evaluate:
         rows = plan.local_rows(training.batch_size, self.data.seq_len)
         values = evaluate(
             params,
-            self.config.model,
+            config.model,
             (plan.shard_batch(batch, training.batch_size) for batch in self.data.validation_batches(rows)),
             self.data.store.split("valid").bytes_per_token,
             training.loss_chunk_size,
@@ -285,12 +261,13 @@ class Evaluate:
         return values
 
     def _write_samples(self, params: Params, step: int) -> None:
-        prompts = self.config.logging.sample_prompts
+        config = self.data.stage.config
+        prompts = config.logging.sample_prompts
         if not prompts:
             return
-        author = TextGenerator(params, self.config.model, self.tokenizer, self.data.is_dialogue)
-        author = author.with_weight_layout(select_weight_layout(self.config.sampling))
-        texts = generate_text(author, [author.encode_prompt(prompt) for prompt in prompts], self.config.sampling)
+        generator = TextGenerator(params, config.model, self.tokenizer, self.data.is_dialogue)
+        generator = generator.with_weight_layout(select_weight_layout(config.sampling))
+        texts = generate_text(generator, [generator.encode_prompt(prompt) for prompt in prompts], config.sampling)
         with open(self.run.samples_file, "a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
@@ -299,7 +276,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class SaveCheckpoint:
-    """Saves the state where a checkpoint is due, at the best validation loss, and at the last step."""
+    """Saves the state if a checkpoint is due, after the best evaluation so far, and after the last step."""
 
     data: StageData
     checkpoints: Checkpoints
@@ -314,48 +291,4 @@ class SaveCheckpoint:
         is_scheduled = self.is_due(event.step) or event.is_best
         if is_scheduled or event.step == self.last_step:
             self.checkpoints.save(event.state, event.step, event.is_best, is_scheduled)
-        return True
-
-
-# `--profile=START:STOP`
-
-
-class Span(NamedTuple):
-    """The steps after `start`, up to `stop`."""
-
-    start: int
-    stop: int
-
-
-def parse_span(text: str, total_steps: int) -> Span:
-    """Parse START:STOP for a run of `total_steps` steps. Raises UserError if it is invalid."""
-    start, colon, stop = text.partition(":")
-    if not colon or not (start.isdecimal() and stop.isdecimal()):
-        raise UserError(f"--profile={text}: give the steps as START:STOP, such as --profile=10:15.")
-    if not int(start) < int(stop) <= total_steps:
-        raise UserError(f"--profile={text}: the run has steps up to {total_steps}, and START has to be less than STOP.")
-    return Span(int(start), int(stop))
-
-
-class Profile:
-    """Traces a span of steps with the JAX profiler. Call it after all earlier steps are done."""
-
-    def __init__(self, steps: Span, folder: Path) -> None:
-        self.steps, self.folder = steps, folder
-        self._is_on = False
-
-    def begins(self, step: int) -> bool:
-        """Start the trace if it begins at this step. Returns whether it did."""
-        if self._is_on or step != self.steps.start:
-            return False
-        jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-        self._is_on = True
-        return True
-
-    def ends(self, step: int) -> bool:
-        """Write the trace if it ends at this step. Returns whether it did."""
-        if not self._is_on or step != self.steps.stop:
-            return False
-        jax.profiler.stop_trace()
-        self._is_on = False
         return True

@@ -1,10 +1,10 @@
-"""Training as a whole: from a config to a finished run."""
+"""Training of a run from its config to its end: preparation, the loop, and messages to the user."""
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import jax
@@ -27,7 +27,6 @@ from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.tracking.console import Progress, StartupTimer, format_count, format_duration, show_progress
 from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.training.config_checks import resolve_change, validate_components
-from rustgpt_jax.training.hooks import Profile, parse_span
 from rustgpt_jax.training.loop import SingleRunExecutor, run_training_loop
 from rustgpt_jax.training.memory_estimate import check_training_memory
 from rustgpt_jax.training.preemption import StopRequest
@@ -36,8 +35,45 @@ from rustgpt_jax.training.trainer import Trainer
 from rustgpt_jax.workdir.code_snapshot import record_code
 from rustgpt_jax.workdir.run_dir import RunDir, scratch_run_dir
 
-# With at least this many separately compiled blocks, compilation takes long.
+# With more separately compiled blocks, compilation takes long.
 MANY_BLOCKS = 200
+
+
+class StepTracer:
+    """Traces some steps with the JAX profiler, as requested by `--profile=START:STOP`.
+
+    Raises:
+        UserError: The text is not START:STOP, or the run does not have these steps.
+    """
+
+    def __init__(self, text: str, total_steps: int, folder: Path) -> None:
+        start, colon, stop = text.partition(":")
+        if not colon or not (start.isdecimal() and stop.isdecimal()):
+            raise UserError(f"--profile={text}: give the steps as START:STOP, such as --profile=10:15.")
+        if not int(start) < int(stop) <= total_steps:
+            raise UserError(f"--profile={text}: the run has {total_steps} steps, and START has to be less than STOP.")
+        self.start_step, self.stop_step, self.folder = int(start), int(stop), folder
+        self._is_tracing = False
+
+    def before_call(self, run: Trainer, progress: Progress) -> None:
+        """Start or stop the profiler if the run is at one of the steps, after all earlier steps are done."""
+        run.break_steps = self.start_step, self.stop_step
+        if run.step not in run.break_steps:
+            return
+        run.flush_metrics()
+        if run.step == self.start_step and not self._is_tracing:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self._is_tracing = True
+            progress.message(f"Tracing steps {self.start_step + 1} to {self.stop_step}.")
+        elif run.step == self.stop_step and self._is_tracing:
+            self.stop()
+            progress.message(f"The trace is in {self.folder}; docs/performance.md says how to read it.")
+
+    def stop(self) -> None:
+        """Write the trace, if the profiler is on."""
+        if self._is_tracing:
+            jax.profiler.stop_trace()
+            self._is_tracing = False
 
 
 def train(
@@ -52,62 +88,58 @@ def train(
 ) -> int:
     """Train a run in a folder, resuming from its last valid checkpoint if there is one.
 
-    With several processes, each must call this function.
+    If several processes train the run, each must call this function.
 
     Args:
         config: The config of the run.
-        path: The folder of the run.
+        path: The run folder.
         origins: The origin of each knob's value, by dotted path.
         console: The console to print to.
         barrier_timeout: Seconds to wait for other processes before exiting.
-        profile: Steps to trace into the folder, START:STOP.
-        is_oversubscribed: Whether to start a run that cannot fit the memory.
+        profile: The steps to trace with the profiler, as START:STOP.
+        is_oversubscribed: Whether to start even if the memory is too small.
         extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
 
     Returns:
-        The exit status: 0 at the end of training, or that of a stop if a signal stopped it.
+        The exit status: 0 if training is complete, or the one for a stop by a signal.
 
     Raises:
-        UserError: The config cannot work (raised before anything is compiled or written), the folder becomes
-            unwritable, or the run ended because the loss or gradient was not finite.
+        UserError: The config cannot work (raised before anything is compiled or written), the folder is no longer
+            writable, or the run diverged.
     """
     startup_timer = StartupTimer("Python and packages")
     validate_components(config)
     # Read the code now: it may be edited while the data are prepared.
     record_code()
     resolved, tokenizer = _resolve_epochs(config, RunDir(path).tokenizer_file, console)
-    config, earlier, sentences = resolve_change(path, resolved.config, extends)
+    config, earlier, messages = resolve_change(path, resolved.config, extends)
     origins = {**origins, **resolved.origins}
-    for sentence in (*resolved.messages, *sentences):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    for message in (*resolved.messages, *messages):
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
     plan = plan_for_all_devices(config.mesh)
     check_host_offload(config)
     check_training_memory(config, query_machine(), plan.sizes, is_oversubscribed)
     remedy = "The same command continues from the last checkpoint."
-    with _writable_run_dir(path, config, origins) as folder:
+    # Only process 0 writes to the run folder.
+    with nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins) as folder:
         with process_zero_first("data"):
             inputs = prepare_inputs(config, RunDir(folder).tokenizer_file, console, earlier, tokenizer)
-        # Check again with the vocabulary size.
+        # Check again, now that the vocabulary size is known.
         check_training_memory(inputs.full_config, query_machine(), plan.sizes, is_oversubscribed)
         inputs.check(RunDir(folder), plan.n_devices)
         startup_timer.lap("the data")
-        traced = None if profile is None else Profile(parse_span(profile, inputs.total_steps), path / "profile")
+        tracer = None if profile is None else StepTracer(profile, inputs.total_steps, path / "profile")
         with Trainer(inputs, folder, origins, plan) as run:
-            # The watchdog ends before the run is closed, which waits for other processes.
+            # Closing the run waits for other processes, without the watchdog.
             with Watchdog(barrier_timeout, remedy) as watchdog:
-                status = _run_to_end(run, path, console, watchdog, startup_timer, traced)
+                status = _run_to_end(run, path, console, watchdog, startup_timer, tracer)
             if run.diverged_at is not None:
                 raise UserError(_divergence_message(run, path))
             return status
 
 
-def _writable_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> AbstractContextManager[Path]:
-    """Return the folder that this process writes to."""
-    return nullcontext(path) if is_process_zero() else scratch_run_dir(path, config, origins)
-
-
 def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> tuple[ResolvedEpochs, Tokenizer | None]:
-    """Replace epochs by steps, and return the tokenizer too if the windows had to be counted.
+    """Convert epochs to steps. Returns the tokenizer too, if it was needed to count the training sequences.
 
     Raises:
         UserError: The text is unsuitable, or several processes train the run.
@@ -116,8 +148,8 @@ def _resolve_epochs(config: Config, tokenizer_file: Path, console: Console) -> t
         return ResolvedEpochs(config, {}, {}, []), None
     if jax.process_count() > 1:
         raise UserError(
-            f"config.{EPOCHS}: several processes take a number of steps, config.{STEPS}; "
-            "`launch.py explain` tells how many it is."
+            f"config.{EPOCHS}: with several processes, give the number of steps, config.{STEPS}; "
+            "`launch.py explain` prints it."
         )
     tokenizer = prepare_tokenizer(config, tokenizer_file, console)
     with show_progress(console, "characters encoded") as progress:
@@ -130,7 +162,7 @@ def _run_to_end(
     console: Console,
     watchdog: Watchdog,
     startup_timer: StartupTimer,
-    profile: Profile | None,
+    tracer: StepTracer | None,
 ) -> int:
     total_steps = run.inputs.total_steps
     began = time.perf_counter()
@@ -139,9 +171,8 @@ def _run_to_end(
         if run.is_over:
             progress.message(f"{path} is complete: {total_steps} steps. There is nothing to do.")
             return 0
-        progress.message(_headline(run, path))
-        for sentence in (*_compile_time_warnings(run), *_attention_messages(run)):
-            progress.message(sentence)
+        for message in (_headline(run, path), *_compile_time_warnings(run), *_attention_messages(run)):
+            progress.message(message)
         startup_timer.lap("the folder")
         executor = SingleRunExecutor(run)
         startup_timer.lap("the first state")
@@ -150,39 +181,31 @@ def _run_to_end(
         def before_call() -> None:
             if run.step > first_step and (phases := startup_timer.finish("compiling")):
                 progress.message(f"The first step began after {phases}.")
-            if profile is not None:
-                _trace(profile, run, progress)
+            if tracer is not None:
+                tracer.before_call(run, progress)
 
         run_training_loop([run], executor, _make_stop_check(stop, watchdog), before_call)
-        if profile is not None:
-            # Training may have been stopped before the end of the span.
-            profile.ends(profile.steps.stop)
+        if tracer is not None:
+            # Training may have been stopped before the last step to trace.
+            tracer.stop()
         run.finish()
     if run.diverged_at is not None:
         return EXIT_USER_ERROR
     if not run.is_over:
-        again = "The same command continues from there."
-        console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {again}", highlight=False)
+        remedy = "The same command continues from there."
+        console.print(f"Stopped by {stop.signal_name} at step {run.step}, saved. {remedy}", highlight=False)
         return stop.exit_status
     took = format_duration(time.perf_counter() - began)
-    console.print(f"Done in {took}. {_draw_curves(run)}", highlight=False, soft_wrap=True)
+    try:
+        curves = f"Loss curves: {draw_loss_curves(run.folder.path)}"
+    except UserError as error:
+        curves = str(error)
+    console.print(f"Done in {took}. {curves}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _trace(profile: Profile, run: Trainer, progress: Progress) -> None:
-    """Start or stop the profiler at the current step, after all earlier steps are done."""
-    run.break_steps = profile.steps
-    if run.step not in profile.steps:
-        return
-    run.catch_up()
-    if profile.begins(run.step):
-        progress.message(f"Tracing steps {run.step + 1} to {profile.steps.stop}.")
-    elif profile.ends(run.step):
-        progress.message(f"The trace is in {profile.folder}; docs/performance.md says how to read it.")
-
-
 def _make_stop_check(stop: StopRequest, watchdog: Watchdog) -> Callable[[], bool]:
-    """Return a function that tells whether any process was asked to stop, with the same answer in all of them."""
+    """Return a function that returns whether any process was asked to stop. All processes get the same answer."""
     votes = LaggedAllReduceMax(0)
 
     def is_stopped() -> bool:
@@ -196,59 +219,53 @@ def _make_stop_check(stop: StopRequest, watchdog: Watchdog) -> Callable[[], bool
 
 
 def _divergence_message(run: Trainer, path: Path) -> str:
-    forgiven = run.n_skipped - 1
-    before = f", after {forgiven} that were forgiven (config.faults.max_skipped)" if forgiven > 0 else ""
+    n_tolerated = run.n_nonfinite - 1
+    before = f", after {n_tolerated} that were tolerated (config.faults.max_skipped)" if n_tolerated > 0 else ""
     return (
         f"{path} diverged: the loss, the gradient or the update of step {run.diverged_at} is not finite{before}, and "
-        f"training ended there. Its last checkpoint is of step {run.checkpoints.step() or 0}. A lower learning rate "
-        f"usually helps; `python launch.py doctor {path}` looks for the cause."
+        f"training ended there. The last checkpoint is that of step {run.checkpoints.step() or 0}. A lower learning "
+        f"rate usually helps; `python launch.py doctor {path}` looks for the cause."
     )
 
 
 @contextmanager
 def _translate_io_errors(run: Trainer) -> Iterator[None]:
-    """Turn I/O errors into a UserError that names the last complete checkpoint."""
+    """Convert I/O errors to a UserError that names the last complete checkpoint."""
     try:
         yield
     except (OSError, NotWritableError) as error:
         reason = f"{error.filename or run.folder.path}: {error.strerror}." if isinstance(error, OSError) else error
-        # Include a checkpoint that is still being written, if that succeeds.
+        # A checkpoint may still be being written, and may succeed.
         with suppress(NotWritableError):
             run.checkpoints.wait()
-        kept = run.checkpoints.written()
-        left = f"its checkpoint of step {kept[-1]} is whole" if kept else "it has no checkpoint"
-        raise UserError(f"{reason} Training stopped at step {run.step}; {left}.") from error
+        steps = run.checkpoints.written()
+        last = f"the checkpoint of step {steps[-1]} is complete" if steps else "there is no checkpoint"
+        raise UserError(f"{reason} Training stopped at step {run.step}; {last}.") from error
 
 
 def _compile_time_warnings(run: Trainer) -> list[str]:
-    """Return a warning if many blocks are compiled separately, which takes long."""
+    """Return a warning if many blocks are compiled separately."""
     model = run.inputs.full_config.model
-    repeats, left = divmod(model.n_layers, model.period)
-    n_blocks = model.n_layers if not model.scan_layers else left + (model.period if repeats else 0)
+    n_repeats, n_left = divmod(model.n_layers, model.period)
+    n_blocks = model.n_layers if not model.scan_layers else n_left + (model.period if n_repeats else 0)
     if n_blocks <= MANY_BLOCKS:
         return []
-    how = f"config.model.scan_layers={model.scan_layers}, and a pattern of {model.period}"
+    cause = f"config.model.scan_layers={model.scan_layers}, and a pattern of {model.period}"
     return [
-        f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({how}); scan_layers=True needs few."
+        f"{n_blocks:,} blocks are compiled one by one, which may take many minutes ({cause}); with scan_layers=True "
+        "and a short pattern, few are."
     ]
 
 
 def _attention_messages(run: Trainer) -> list[str]:
-    """Check the attention kernels against the plain form, and return messages about those that are used."""
+    """Check the attention kernels against the reference implementation, and return messages about those in use."""
     findings = [
         finding
         for data in {data.seq_len: data for data in run.inputs.stages}.values()
         for finding in check_kernels(data.stage.config.model, data.seq_len)
     ]
-    sentences = list(dict.fromkeys(finding.sentence for finding in findings))
-    return sentences if any(finding.choice.kernel != "plain" for finding in findings) else []
-
-
-def _draw_curves(run: Trainer) -> str:
-    try:
-        return f"Loss curves: {draw_loss_curves(run.folder.path)}"
-    except UserError as error:
-        return str(error)
+    messages = list(dict.fromkeys(finding.sentence for finding in findings))
+    return messages if any(finding.choice.kernel != "plain" for finding in findings) else []
 
 
 def _headline(run: Trainer, path: Path) -> str:

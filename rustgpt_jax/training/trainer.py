@@ -1,4 +1,4 @@
-"""Trainer: the position of a run, the arguments of its next call, its hooks, and its run folder."""
+"""The trainer of a run: its position, batches, hooks, checkpoints and run folder."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -58,14 +58,14 @@ MAX_LISTED = 4
 
 
 class Trainer:
-    """A run in training. Use it as a context manager, which creates or reopens and locks the run folder.
+    """Training of one run. Use it as a context manager, which creates or opens the run folder and locks it.
 
-    Call `begin` before training and `finish` after it. The state itself is held by an executor.
+    Call `begin` before training and `finish` after it. The state is held by an executor.
 
     Attributes:
         step: The number of steps done.
         end_step: The step at which training ends or pauses.
-        break_steps: Further steps at which a call has to end.
+        break_steps: Additional steps at which a call has to end.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Trainer:
         plan: ShardingPlan,
         until: int | None = None,
     ) -> None:
-        """Prepare a run; nothing is read or written yet.
+        """Initialize without reading or writing anything.
 
         Args:
             inputs: The config, tokenizer and data.
             path: The run folder.
             origins: The origin of each knob's value, by dotted path.
             plan: The devices and how arrays are sharded over them.
-            until: The step at which to pause, None for the end of training.
+            until: The step at which to pause; None to train to the end.
         """
         self.inputs, self.folder, self.plan = inputs, RunDir(path), plan
         self.end_step = inputs.total_steps if until is None else min(until, inputs.total_steps)
@@ -93,11 +93,11 @@ class Trainer:
         self._writer: MetricsWriter | None = None
         self._batch_source: BatchSource | None = None
         self._seconds_per_step, self._recorded_programs = dict[StaticConfig, float](), set[int]()
-        self._journal = EventLog(self.folder.journal_file)
+        self._events = EventLog(self.folder.journal_file)
         self._pace = LaggedAllReduceMax(math.inf)
         self._state: State | None = None
         self._skipped = 0
-        # The step whose evaluation was stopped and has not been repeated yet.
+        # The step whose evaluation was stopped and not repeated yet.
         self._stopped_evaluation: int | None = None
 
     def __enter__(self) -> "Trainer":
@@ -124,21 +124,21 @@ class Trainer:
         try:
             self._resources.__exit__(kind, error, traceback)
         except OSError:
-            # On a full disk, closing a file fails again; report the first error.
+            # On a full disk, closing a file fails too: report the first error.
             if error is None:
                 raise
 
     def _record_config(self) -> None:
-        """Write the config to the folder, and any change of it to the journal."""
+        """Write the config to the folder, and changes of it to the event log."""
         path, config, earlier = self.folder.path, self.inputs.config, self.inputs.earlier
         before = load_config(path) if self.folder.config_file.exists() else config
         differing = diff_configs(before, config) if earlier and before != config else {}
         changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
         if changed and earlier[-1].until != max(self.folder.saved_steps, default=0):
-            raise UserError(f"{path} was trained by another process in the meantime; give the command again.")
+            raise UserError(f"{path} was trained by another process in the meantime; repeat the command.")
         create_run_dir(path, config, self._origins, earlier)
         if changed:
-            self._journal.append("config", step=earlier[-1].until, changes=changed)
+            self._events.append("config", step=earlier[-1].until, changes=changed)
 
     # Position.
 
@@ -150,7 +150,7 @@ class Trainer:
 
     @property
     def owes_evaluation(self) -> bool:
-        """Whether the evaluation after the last step was stopped and has to be repeated before the next step."""
+        """Whether the evaluation after the last step was stopped, and has to be repeated before the next step."""
         return self.step == self._stopped_evaluation
 
     @property
@@ -158,21 +158,21 @@ class Trainer:
         return self._hooks[0].nonfinite_step if self._hooks else None
 
     @property
-    def n_skipped(self) -> int:
+    def n_nonfinite(self) -> int:
         """The number of non-finite steps up to the one at which training ended; 0 if it did not."""
-        return self._nonfinite_step.n_skipped if self._nonfinite_step else 0
+        return self._nonfinite_step.n_nonfinite if self._nonfinite_step else 0
 
     @property
     def needs_rewind(self) -> bool:
-        """Whether a step is not finite and has to be undone."""
+        """Whether a step is not finite and the run has to go back to a checkpoint."""
         faults = self.inputs.config.faults
         if self._nonfinite_step is None or faults.nonfinite_policy != "rewind":
             return False
-        return self._nonfinite_step.n_skipped <= faults.max_skipped
+        return self._nonfinite_step.n_nonfinite <= faults.max_skipped
 
     @property
     def diverged_at(self) -> int | None:
-        """The non-finite step at which training ended, None if there is none."""
+        """The non-finite step at which training ended, or None."""
         return self._nonfinite_step.step if self._nonfinite_step and not self.needs_rewind else None
 
     @property
@@ -182,7 +182,7 @@ class Trainer:
 
     @property
     def program(self) -> StageProgram:
-        """The program of the next step."""
+        """The program of the next step, and its arguments that do not change."""
         return self.inputs.programs[self._stage_index]
 
     @property
@@ -200,42 +200,38 @@ class Trainer:
 
         Args:
             progress: Shows the progress of the run.
-            mode: How the run is trained: 'solo', or a mode of a population. Recorded in the journal.
-            width: The number of runs that the compiled program can train at once. Recorded in the journal.
+            mode: 'solo', or the mode of the population, for the event log.
+            width: The number of runs that the compiled program can train at once, for the event log.
 
         Raises:
-            UserError: There are checkpoints, but no valid one.
+            UserError: There are checkpoints, but none is valid.
         """
         self._progress = progress
         damaged: dict[int, str] = {}
         if self.step > 0:
-            self._state = self.checkpoints.restore(self._like(), on_skipped=damaged.__setitem__)
+            self._state = self.checkpoints.restore(self._abstract_state(), on_skipped=damaged.__setitem__)
             self.step, self._skipped = int(self._state.step), int(self._state.loss_stats.skipped)
         for step, reason in damaged.items():
-            self._journal.append("damaged", step=step, reason=reason)
-            aside = self.checkpoints.quarantine(step)
-            progress.message(f"The checkpoint of step {step} is damaged ({reason}); it is now {aside}.")
-        self._stopped_evaluation = self._find_stopped_evaluation()
+            self._events.append("damaged", step=step, reason=reason)
+            new_path = self.checkpoints.quarantine(step)
+            progress.message(f"The checkpoint of step {step} is damaged ({reason}); it was renamed to {new_path}.")
+        events = self._events.events_named("evaluation", {"step": int, "is_done": bool})
+        is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
+        # Only process 0 has the event log of the run.
+        self._stopped_evaluation = None if all_agree(not is_stopped) else self.step
         if self.is_over:
             return
-        sizes = self.plan.sizes
-        left_out = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, sizes)
-        if left_out:
-            shown = ", ".join(left_out[:MAX_LISTED]) + (", ..." if len(left_out) > MAX_LISTED else "")
-            progress.message(f"Not kept with the code of the run (docs/security.md says why): {shown}.")
-        self._open_records()
+        excluded = record_launch(self.folder, self.step, mode, width, self.plan.n_devices, self.plan.sizes)
+        if excluded:
+            listed = ", ".join(excluded[:MAX_LISTED]) + (", ..." if len(excluded) > MAX_LISTED else "")
+            progress.message(f"Not copied with the code of the run (docs/security.md says why): {listed}.")
+        self._open_metrics()
 
-    def _find_stopped_evaluation(self) -> int | None:
-        events = self._journal.events_named("evaluation", {"step": int, "is_done": bool})
-        is_stopped = {event["step"]: not event["is_done"] for event in events}.get(self.step, False)
-        # Only process 0 has the journal of the run.
-        return None if all_agree(not is_stopped) else self.step
-
-    def _like(self) -> State:
+    def _abstract_state(self) -> State:
         return self.plan.abstract(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
-        """Return the state to continue from: that of the last valid checkpoint, or the initial one. Call it once."""
+        """Return the state of the last valid checkpoint, or the initial state. To be called once."""
         state, self._state = self._state, None
         return load_initial_state(self.inputs, self.folder, self.plan) if state is None else state
 
@@ -248,30 +244,30 @@ class Trainer:
         Raises:
             UserError: The checkpoint is damaged.
         """
-        fault = self._go_back()
+        n_nonfinite = self.n_nonfinite
+        self._undo_steps()
         try:
-            state = self.checkpoints.restore_step(self._like(), self.step) if self.step else self.state()
+            state = self.checkpoints.restore_step(self._abstract_state(), self.step) if self.step else self.state()
         except CorruptCheckpoint as damage:
             raise UserError(f"{self.folder.path}: the checkpoint of step {self.step} is damaged: {damage}.") from damage
-        loss_stats = state.loss_stats._replace(faults=jnp.int32(fault.n_skipped), skipped=jnp.int32(self._skipped))
+        loss_stats = state.loss_stats._replace(faults=jnp.int32(n_nonfinite), skipped=jnp.int32(self._skipped))
         return state._replace(loss_stats=loss_stats)
 
-    def _go_back(self) -> NonFiniteStep:
-        """Drop everything after the last scheduled checkpoint before the non-finite step."""
+    def _undo_steps(self) -> None:
+        """Delete everything after the last scheduled checkpoint before the non-finite step."""
         assert self._nonfinite_step is not None
-        fault, self._hooks = self._nonfinite_step, None
+        (bad_step, count), self._hooks = self._nonfinite_step, None
         self.checkpoints.wait()
-        self.step = self.checkpoints.last_scheduled(fault.step - 1) or 0
-        self._skipped += fault.step - self.step
-        self._journal.append("rewind", step=fault.step, to=self.step, skipped=self._skipped, faults=fault.n_skipped)
+        self.step = self.checkpoints.last_scheduled(bad_step - 1) or 0
+        self._skipped += bad_step - self.step
+        self._events.append("rewind", step=bad_step, to=self.step, skipped=self._skipped, faults=count)
         self._progress.message(
-            f"Loss, gradient or update of step {fault.step} is not finite: back to step {self.step}, and on with the "
-            f"batches after it ({fault.n_skipped} of {self.inputs.config.faults.max_skipped} forgiven)."
+            f"Loss, gradient or update of step {bad_step} is not finite: back to step {self.step}, to continue with "
+            f"the batches after that step ({count} of {self.inputs.config.faults.max_skipped} tolerated)."
         )
         self.checkpoints.delete_after(self.step)
         self._close()
-        self._open_records()
-        return fault
+        self._open_metrics()
 
     @property
     def is_program_recorded(self) -> bool:
@@ -279,13 +275,13 @@ class Trainer:
         return self._stage_index in self._recorded_programs
 
     def record_program(self, program: Program) -> None:
-        """Record the program of the next step in the journal, and save the compiler's autotuning results."""
+        """Record the program of the next step in the event log, and save the compiler's autotuning results."""
         self._recorded_programs.add(self._stage_index)
         record_program(self.folder, self.stage.stage.name, program, self.step)
         save_autotune_cache(self.folder)
 
-    def _open_records(self) -> None:
-        # A repeated evaluation that was stopped or killed may have left some of its lines.
+    def _open_metrics(self) -> None:
+        # An evaluation that was stopped or killed may have left some of its lines.
         truncate_after(self.folder.samples_file, self.step - self.owes_evaluation)
         truncate_after(self.folder.metrics_file, self.step, keeps_evaluation=not self.owes_evaluation)
         self._writer = MetricsWriter(self.folder.path, self.step)
@@ -297,18 +293,18 @@ class Trainer:
             self._writer = None
 
     def steps_to_event(self) -> int:
-        """Return the maximum number of steps of the next call: it ends at the next evaluation, checkpoint or break."""
+        """Return the maximum number of steps of the next call, which ends at the next event or break step."""
         stage = self.stage.stage
-        every = stage.config.logging
-        events = [_next_multiple(self.step, every.eval_every), _next_multiple(self.step, every.checkpoint_every)]
+        logging = stage.config.logging
+        events = [(self.step // every + 1) * every for every in (logging.eval_every, logging.checkpoint_every)]
         events += [step for step in self.break_steps if step > self.step]
         most = min(stage.config.training.steps_per_jit_call, min(stage.last_step, self.end_step, *events) - self.step)
-        # The number of steps per call does not change results. The first calls, of unknown duration, take one step.
+        # The number of steps per call does not change results. It is one until the duration of a step is known.
         seconds = self._pace.update(self._seconds_per_step.get(self.program.static, math.inf))
         return min(most, max(1, int(MAX_CALL_SECONDS / max(seconds, 1e-9))))
 
     def next_batches(self, count: int) -> Batch:
-        """Return the stacked batches of the next call, of `count` steps: this process's rows of them."""
+        """Return this process's rows of the batches of the next `count` steps, stacked."""
         if self._batch_source is None:
             self._batch_source = make_batch_source(self.stage, self.plan, self.step + self._skipped)
         return self._batch_source.take(count, self.stage.stage.config.training.steps_per_jit_call)
@@ -318,12 +314,10 @@ class Trainer:
 
         Args:
             n_steps: The number of steps of the call.
-            read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call began.
-            seconds: How long the call took to return.
+            read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call starts.
+            seconds: The time until the call returned.
         """
-        log, _, _ = self._open_hooks()
-        log.on_first_call(self.program.static, seconds)
-        log.on_call(PendingMetrics(self.step, n_steps, read_metrics))
+        self._open_hooks()[0].on_call(PendingMetrics(self.step, n_steps, read_metrics), seconds)
         self.step += n_steps
 
     @property
@@ -343,11 +337,11 @@ class Trainer:
         return StepEvent(self.step, state, is_stopped, self.owes_evaluation)
 
     def on_event_done(self, event: StepEvent) -> None:
-        """Record that all hooks have run, or that an evaluation was stopped and has to be repeated on resume."""
+        """Record that all hooks were called, or that an evaluation was stopped and has to be repeated."""
         data = self._open_hooks()[0].data
         if event.is_evaluation_stopped:
             if not event.owes_evaluation:
-                self._journal.append("evaluation", step=self.step, is_done=False)
+                self._events.append("evaluation", step=self.step, is_done=False)
                 self._stopped_evaluation = self.step
             return
         if self._nonfinite_step:
@@ -358,11 +352,11 @@ class Trainer:
             self._close_source()
             self._hooks = self._hooks if self.step >= self.end_step else None
         if event.owes_evaluation:
-            # Only after the checkpoint is marked as the best.
-            self._journal.append("evaluation", step=self.step, is_done=True)
+            # After the checkpoint is marked as the best.
+            self._events.append("evaluation", step=self.step, is_done=True)
             self._stopped_evaluation = None
 
-    def catch_up(self) -> None:
+    def flush_metrics(self) -> None:
         """Wait for all steps that were started, and write their metrics."""
         if self._hooks is not None:
             self._hooks[0].flush()
@@ -371,23 +365,23 @@ class Trainer:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            NotWritableError: It cannot be written, or part of the run folder was deleted in the meantime.
+            NotWritableError: It cannot be written, or a file of the run folder was deleted.
         """
         self.checkpoints.wait()
         if self._writer is None:
             return
         self._writer.check()
         if not self.folder.config_file.exists():
-            raise NotWritableError(f"{self.folder.config_file} was deleted while the run was being trained.")
-        # Files written by another process of the run may become visible here with a delay.
+            raise NotWritableError(f"{self.folder.config_file} was deleted during training.")
+        # Files written by other processes may become visible with a delay.
         if is_process_zero() and self.diverged_at is None and self.step not in self.checkpoints.written():
             raise NotWritableError(f"{self.folder.checkpoints}: the checkpoint of step {self.step} was deleted.")
 
     def stop(self, state: State) -> None:
-        """Save the state after the last step, so that the run can be resumed from there."""
-        self.catch_up()
+        """Save the state after the last step, to resume from."""
+        self.flush_metrics()
         if self.needs_rewind:
-            self._go_back()
+            self._undo_steps()
         elif self.diverged_at is None:
             is_scheduled = self.owes_evaluation and self._open_hooks()[2].is_due(self.step)
             self.checkpoints.save(state, self.step, is_scheduled=is_scheduled)
@@ -408,14 +402,9 @@ class Trainer:
 
 
 def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) -> State:
-    """Return the state at step 0: with the parameters in the run folder, if any, else those of the seed."""
+    """Return the state at step 0, with the parameters in the run folder, if any, else with random ones."""
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(static, hparams)
     params = read_parameters(folder.parameters_file, plan.abstract(parameter_shapes(inputs.full_config.model)))
     return compiled_init_state_from_params(static, hparams, params)
-
-
-def _next_multiple(step: int, every: int) -> int:
-    """Return the first multiple of `every` after `step`."""
-    return (step // every + 1) * every
