@@ -340,7 +340,7 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> 
     for step in steps_saved(run):
         (RunDir(run).checkpoints / str(step) / "sha256.json").unlink()
     before, saved = metrics(run), steps_saved(run)
-    with pytest.raises(UserError, match=r"no checkpoint that is sound \(.*sha256.json cannot be read.*begins from the"):
+    with pytest.raises(UserError, match=r"no valid checkpoint \(.*sha256.json cannot be read.*to start over"):
         train(config, run)
     assert (metrics(run), steps_saved(run)) == (before, saved)
 

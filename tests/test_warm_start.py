@@ -89,7 +89,7 @@ def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("suffix", "changes", "sentence"),
     [
-        ("@7", {}, r"no checkpoint of step 7 yet; there are those of .*10\."),
+        ("@7", {}, r"no checkpoint of step 7 yet; there are checkpoints of steps .*10\."),
         ("@beast", {}, r"no checkpoint of step beast yet"),
         ("x", {}, r"There is no run .*runx\. Did you mean 'run'\?"),
         ("", {"model.d_model": 24}, r"No parameter of .* fits the model of this config: .* 16 there and .* 24 here"),

@@ -1,7 +1,7 @@
-"""Checkpoints with Orbax: written atomically in the background; the most recent ones and the best are kept.
+"""Checkpoints with Orbax, written atomically in the background. The most recent ones and the best are preserved.
 
-A checkpoint stores, beside the state, its config, the shape, dtype and fingerprint of each array, and the SHA-256 of
-each file. All of them are verified on restore, so that no array is missing, cast, or read from a damaged file.
+Besides the state, a checkpoint stores its config, the shape, dtype and fingerprint of each array, and the SHA-256 of
+each file. All are verified on restore, so that no array is missing, cast, or read from a damaged file.
 """
 
 import errno
@@ -29,7 +29,7 @@ from rustgpt_jax.training.train_step import State
 from rustgpt_jax.workdir.run_dir import describe_differences, is_step_name
 
 N_RECENT = 2
-# Computing the checksums reads all files again, which takes long for a large checkpoint.
+# The time includes the checksums, for which all files are read again.
 MAX_SAVE_SECONDS = 6 * 3600
 CHECKSUMS = "sha256.json"
 # Orbax writes the time to it last; nothing is read from it.
@@ -37,39 +37,47 @@ NOT_HASHED = "_CHECKPOINT_METADATA"
 MAX_REASON_CHARS = 160
 # The metadata of a checkpoint, in the folder of its step.
 METADATA = "about/metadata"
-# Messages of the operating system to look for in the long errors of libraries.
+# Messages of the operating system, to be found in the long errors of libraries.
 KNOWN_REASONS = ("No space left on device", "Read-only file system", "Permission denied")
 
-# Orbax numbers its operations with a global counter: two that start concurrently wait for each other's files.
+# Orbax numbers operations with a global counter: two that start concurrently would wait for each other's files.
 _orbax_lock = threading.Lock()
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint cannot be read, or is not what was saved."""
+    """A checkpoint cannot be read, or differs from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folders named by step. Use it as a context manager; only one process may write.
+    """The checkpoints of a run, in folders named by step. Use it as a context manager.
 
-    Keeps the most recent checkpoints, the best one, and the last scheduled one, which exists at that step regardless of
+    It preserves the most recent checkpoints, the best one, and the last scheduled one, which does not depend on
     interruptions. The file `best` names the step of the best checkpoint, and of the previous best, which is valid until
-    the new one is written. `earlier` are earlier configs of the run, with which older checkpoints were saved.
+    the new one is written. Only one run may write to a folder.
+
+    Args:
+        folder: The folder of the checkpoints.
+        config: The config of the run.
+        is_writer: Whether checkpoints are to be saved.
+        earlier: Earlier configs of the run, with which older checkpoints were saved.
     """
 
     def __init__(self, folder: Path, config: Config, is_writer: bool = False, earlier: Sequence[Earlier] = ()) -> None:
         self._folder, self._config = folder.absolute(), config
         self._hashes = {config_hash(each) for each in (config, *(each.config for each in earlier))}
         self._best_file = self._folder / "best"
-        # We delete old checkpoints ourselves: Orbax does not know which one is the best.
-        sealing = ocp.AsyncOptions(post_finalization_callback=self._write_checksums, timeout_secs=MAX_SAVE_SECONDS)
-        # A reader must not delete what a writer has started.
+        async_options = ocp.AsyncOptions(
+            post_finalization_callback=self._write_checksums, timeout_secs=MAX_SAVE_SECONDS
+        )
+        # Old checkpoints are deleted here: Orbax does not know which one is the best. A reader must not delete what a
+        # writer has started.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=sealing
+            max_to_keep=None, create=is_writer, cleanup_tmp_directories=is_writer, async_options=async_options
         )
         with _translate_io_errors(self._folder, "written" if is_writer else "read"), _orbax_lock:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "about"))
         # Cached, so that all processes of a run delete the same checkpoints.
-        self._best = _named_steps(self._best_file)
+        self._best = _read_best(self._best_file)
         self._scheduled: dict[int, bool] = {}
 
     def __enter__(self) -> "Checkpoints":
@@ -87,11 +95,11 @@ class Checkpoints:
                 self._manager.close()
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints in order."""
+        """Return the steps of all checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def written(self) -> list[int]:
-        """Return the steps of the checkpoints that are completely on disk."""
+        """Return the steps of the checkpoints that are completely on disk, in ascending order."""
         return sorted(int(path.name) for path in self._folder.glob("*") if is_step_name(path.name) and path.is_dir())
 
     def step(self, which: str = "last") -> int | None:
@@ -106,15 +114,15 @@ class Checkpoints:
     # Writing.
 
     def save(self, state: State, step: int, is_best: bool = False, is_scheduled: bool = True) -> None:
-        """Start writing the state at `step`; its buffers can be reused on return.
+        """Start to write the state at `step`. Its buffers may be reused on return.
 
-        An existing checkpoint of this step is kept, unless its metadata is damaged or belongs to another step.
+        An existing checkpoint of this step is preserved, unless its metadata is damaged or belongs to another step.
 
         Raises:
             NotWritableError: This checkpoint or the previous one cannot be written.
         """
         with _translate_io_errors(self._folder):
-            if step not in self._scheduled and (self._folder / str(step)).exists() and not self._has_record(step):
+            if step not in self._scheduled and (self._folder / str(step)).exists() and not self._has_metadata(step):
                 self.quarantine(step)
             if step in self._manager.all_steps():
                 if is_scheduled and not self._is_scheduled(step):
@@ -122,8 +130,15 @@ class Checkpoints:
             else:
                 if is_process_zero():
                     _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-                about = _metadata(state, step, self._config, is_scheduled)
-                args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+                metadata = {
+                    "step": step,
+                    "config_hash": config_hash(self._config),
+                    "config": to_dict(self._config),
+                    "is_scheduled": is_scheduled,
+                    "layout": layout(state),
+                    "fingerprints": fingerprint_tree(state),
+                }
+                args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(metadata))
                 with _orbax_lock:
                     self._manager.save(step, args=args)
                 self._scheduled[step] = is_scheduled
@@ -134,7 +149,7 @@ class Checkpoints:
             self._delete_old(step)
 
     def _mark_scheduled(self, step: int) -> None:
-        """Mark a checkpoint that was saved because of a stop as one that exists regardless of it."""
+        """Mark a checkpoint that was saved because of a stop as scheduled."""
         self._manager.wait_until_finished()
         self._scheduled[step] = True
         if is_process_zero():
@@ -153,8 +168,8 @@ class Checkpoints:
             (temporary,) = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
             _write_checksums(temporary)
 
-    def _has_record(self, step: int) -> bool:
-        """Return whether the folder of a step holds a checkpoint of that step; cached once the run is open."""
+    def _has_metadata(self, step: int) -> bool:
+        """Return whether the folder of a step has the metadata of a checkpoint of that step."""
         with suppress(CorruptCheckpoint):
             read_metadata(self._folder, step)
             return step in self.steps()
@@ -162,10 +177,10 @@ class Checkpoints:
 
     def _delete_old(self, saving: int) -> None:
         if self._best is None:
-            # The file that names the best checkpoint is damaged, so any of them may be the best.
+            # The file that names the best checkpoint is damaged, so any may be the best.
             return
         steps, best = self.steps(), self._candidates("best")
-        # The checkpoint being saved may never be finished: the previous best is valid until then.
+        # The new best may never be finished: the previous best is preserved until it is.
         needed = {
             *(best[:2] if best[:1] == [saving] else best[:1]),
             *steps[-N_RECENT:],
@@ -180,7 +195,7 @@ class Checkpoints:
 
     def last_scheduled(self, step: int) -> int | None:
         """Return the step of the last scheduled checkpoint at or before a step, or None."""
-        return next((each for each in self.steps()[::-1] if each <= step and self._is_scheduled(each)), None)
+        return next((other for other in self.steps()[::-1] if other <= step and self._is_scheduled(other)), None)
 
     def _is_scheduled(self, step: int) -> bool:
         if step in self._scheduled:
@@ -192,21 +207,21 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints after a step."""
-        for each in self.steps()[::-1]:
-            if each > step:
-                self._delete(each)
+        for other in self.steps()[::-1]:
+            if other > step:
+                self._delete(other)
 
     def quarantine(self, step: int) -> Path:
         """Rename a damaged checkpoint so that it is ignored. Returns its new path."""
-        aside = self._folder / f"{step}.damaged"
+        new_path = self._folder / f"{step}.damaged"
         if is_process_zero():
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(new_path, ignore_errors=True)
         with _translate_io_errors(self._folder):
             if is_process_zero():
-                (self._folder / str(step)).rename(aside)
-            barrier("a damaged checkpoint is set aside")
+                (self._folder / str(step)).rename(new_path)
+            barrier("a damaged checkpoint is renamed")
             self._manager.reload()
-        return aside
+        return new_path
 
     # Reading.
 
@@ -214,10 +229,10 @@ class Checkpoints:
         """Restore the newest valid checkpoint.
 
         Args:
-            like: Arrays or their shapes, with the expected shapes and dtypes, and the shardings to restore to, whatever
-                devices they were saved from. Without shardings, all arrays are put on one device.
+            like: Arrays or shapes with the expected shapes and dtypes, and the shardings to restore to. Without
+                shardings, all arrays are put on one device.
             which: 'last', 'best', or a step, for which there is no fallback.
-            on_skipped: Called with the step of each damaged newer checkpoint and what is wrong with it.
+            on_skipped: Called with the step of each damaged newer checkpoint, and the reason.
 
         Raises:
             UserError: No checkpoint is valid, or one belongs to another config or has other arrays.
@@ -225,7 +240,7 @@ class Checkpoints:
         candidates = self._candidates(which)
         what = {"last": "checkpoint", "best": "best checkpoint"}.get(which, f"checkpoint of step {which}")
         if not candidates:
-            raise UserError(self._missing(which, what))
+            raise UserError(self._missing_message(which, what))
         damage: dict[int, str] = {}
         for step in candidates:
             try:
@@ -233,18 +248,16 @@ class Checkpoints:
             except CorruptCheckpoint as error:
                 damage[step] = str(error)
                 continue
-            for each, reason in damage.items():
+            for skipped, reason in damage.items():
                 if on_skipped is not None:
-                    on_skipped(each, reason)
+                    on_skipped(skipped, reason)
             return state
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
-        raise UserError(
-            f"{self._folder} has no {what} that is sound ({reasons}); another --run folder begins from the start."
-        )
+        raise UserError(f"{self._folder} has no valid {what} ({reasons}); to start over, use another --run folder.")
 
-    def _missing(self, which: str, what: str) -> str:
-        there = ", ".join(map(str, self.steps()))
-        others = f"; there are those of {there}" if there else ""
+    def _missing_message(self, which: str, what: str) -> str:
+        steps = ", ".join(map(str, self.steps()))
+        others = f"; there are checkpoints of steps {steps}" if steps else ""
         if which == "best" and self._best is None:
             return f"{self._best_file} is damaged: it does not name the steps of the best checkpoints{others}."
         if which == "best" and self._best:
@@ -254,24 +267,26 @@ class Checkpoints:
     def restore_step(self, like: Any, step: int) -> State:
         """Restore the checkpoint of one step.
 
-        With several processes, each reads the shards of its own devices; they agree on whether it is valid.
+        With several processes, each reads the shards of its devices; they agree on whether the checkpoint is valid.
 
         Args:
             like: As in `restore`.
             step: The step.
 
         Raises:
-            CorruptCheckpoint: The checkpoint is not what was saved.
+            CorruptCheckpoint: The checkpoint differs from what was saved.
             UserError: The checkpoint belongs to another config or has other arrays.
         """
         with _agree_on_corruption():
             _verify_checksums(self._folder / str(step))
-            about = read_metadata(self._folder, step)
-        self._check(about, layout(like), f"{self._folder}/{step}")
-        # Not the device they were saved from, which this process may not have.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            metadata = read_metadata(self._folder, step)
+        self._check(metadata, layout(like), f"{self._folder}/{step}")
+        # The device that an array was saved from may not exist here.
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here),
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
+            ),
             like,
         )
         with _agree_on_corruption():
@@ -285,39 +300,39 @@ class Checkpoints:
                     raise
                 raise CorruptCheckpoint(_reason(error)) from error
         found = fingerprint_tree(state)
-        changed = [path for path in sorted(found) if about["fingerprints"].get(path) != found[path]]
+        changed = [path for path in sorted(found) if metadata["fingerprints"].get(path) != found[path]]
         if changed:
             raise CorruptCheckpoint(f"{changed[0]} is not what was saved")
         return state
 
-    def _check(self, about: dict[str, Any], wanted: dict[str, str], where: str) -> None:
-        if about["config_hash"] not in self._hashes:
-            changes = describe_differences(about["config"], self._config)
+    def _check(self, metadata: dict[str, Any], expected: dict[str, str], where: str) -> None:
+        if metadata["config_hash"] not in self._hashes:
+            changes = describe_differences(metadata["config"], self._config)
             raise UserError(f"{where} is a checkpoint of another config: {changes}.")
-        stored = about["layout"]
-        for path in sorted(stored.keys() | wanted.keys()):
-            if stored.get(path) != wanted.get(path):
+        stored = metadata["layout"]
+        for path in sorted(stored.keys() | expected.keys()):
+            if stored.get(path) != expected.get(path):
                 raise UserError(
                     f"{where}: {path} is {stored.get(path, 'missing')} in the checkpoint, "
-                    f"and the config makes it {wanted.get(path, 'nothing')}."
+                    f"and {expected.get(path, 'missing')} by the config."
                 )
 
 
 @contextmanager
 def _agree_on_corruption() -> Iterator[None]:
-    """Raise CorruptCheckpoint in every process of a run if one of them does."""
+    """Raise CorruptCheckpoint in all processes if one of them does."""
     damage: CorruptCheckpoint | None = None
     try:
         yield
     except CorruptCheckpoint as error:
         damage = error
     if not all_agree(damage is None):
-        raise damage or CorruptCheckpoint("another process could not read its part")
+        raise damage or CorruptCheckpoint("another process could not read it")
 
 
 @contextmanager
 def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
-    """Turn errors of Orbax into a NotWritableError with a readable reason, such as a full disk."""
+    """Convert errors of Orbax to a NotWritableError with a readable reason, such as a full disk."""
     try:
         yield
     except UserError:
@@ -328,48 +343,42 @@ def _translate_io_errors(folder: Path, what: str = "written") -> Iterator[None]:
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:
-    """Raise an OSError if a checkpoint cannot be written: once started, Orbax would hang."""
+    """Raise an OSError if a checkpoint cannot be written: Orbax would hang."""
     probe = folder / ".probe"
-    # It may be left over from a killed process.
+    # A killed process may have left it.
     probe.mkdir(exist_ok=True)
     probe.rmdir()
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        needs = f"it takes up to {format_bytes(n_bytes)}, and {format_bytes(free)} are free"
+        needs = f"up to {format_bytes(n_bytes)} needed, {format_bytes(free)} free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of the operating system in an error of a library, else the first line of the error."""
+    """Return the operating system's message in an error of a library, or the first line of the error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) or type(error).__name__
-    known = next((each for each in KNOWN_REASONS if each in text), None)
+    known = next((reason for reason in KNOWN_REASONS if reason in text), None)
     line = " ".join(text.splitlines()[0].split()).rstrip(".")
     return known or (line if len(line) <= MAX_REASON_CHARS else f"{line[:MAX_REASON_CHARS]}...")
 
 
-def _named_steps(file: Path) -> list[int] | None:
-    """Return the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
+def _read_best(file: Path) -> list[int] | None:
+    """Read the steps of the best checkpoint and the previous best; [] without a file, None if it is damaged."""
     try:
-        named = json.loads(file.read_bytes())
+        steps = json.loads(file.read_bytes())
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError):
         return None
-    is_sound = isinstance(named, list) and named and all(type(step) is int and step >= 0 for step in named)
-    return named if is_sound else None
+    is_valid = isinstance(steps, list) and steps and all(type(step) is int and step >= 0 for step in steps)
+    return steps if is_valid else None
 
 
-def _metadata(state: State, step: int, config: Config, is_scheduled: bool) -> dict[str, Any]:
-    return {
-        "step": step,
-        "config_hash": config_hash(config),
-        "config": to_dict(config),
-        "is_scheduled": is_scheduled,
-        "layout": layout(state),
-        "fingerprints": fingerprint_tree(state),
-    }
+def _maps_to_strings(value: Any) -> bool:
+    """Return whether a JSON value is an object whose values are all strings."""
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 # Validators for the fields of a checkpoint's metadata.
@@ -378,8 +387,8 @@ VALIDATORS: dict[str, Callable[[Any], bool]] = {
     "config_hash": lambda value: isinstance(value, str),
     "config": lambda value: isinstance(value, dict),
     "is_scheduled": lambda value: isinstance(value, bool),
-    "layout": lambda value: _is_table(value),
-    "fingerprints": lambda value: _is_table(value),
+    "layout": _maps_to_strings,
+    "fingerprints": _maps_to_strings,
 }
 
 
@@ -389,14 +398,14 @@ def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     Raises:
         CorruptCheckpoint: It cannot be read, is invalid, or belongs to another step.
     """
-    about = _read_json(folder / str(step) / METADATA, "its record")
-    if not isinstance(about, dict) or not all(
-        name in about and is_so(about[name]) for name, is_so in VALIDATORS.items()
+    metadata = _read_json(folder / str(step) / METADATA, "its metadata")
+    if not isinstance(metadata, dict) or not all(
+        name in metadata and is_valid(metadata[name]) for name, is_valid in VALIDATORS.items()
     ):
-        raise CorruptCheckpoint("its record is not one of a checkpoint")
-    if about["step"] != step:
-        raise CorruptCheckpoint(f"it is the checkpoint of step {about['step']} under another name")
-    return about
+        raise CorruptCheckpoint("its metadata is not that of a checkpoint")
+    if metadata["step"] != step:
+        raise CorruptCheckpoint(f"it is the checkpoint of step {metadata['step']} under another name")
+    return metadata
 
 
 def _read_json(file: Path, what: str) -> Any:
@@ -408,23 +417,18 @@ def _read_json(file: Path, what: str) -> Any:
         raise CorruptCheckpoint(f"{what} is not JSON") from error
 
 
-def _is_table(value: Any) -> bool:
-    """Return whether a value parsed from JSON is an object with only string values."""
-    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
-
-
 def _write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of each file of a finished checkpoint into its temporary folder."""
+    """Write the SHA-256 of each file of a finished checkpoint to its folder."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (NOT_HASHED, CHECKSUMS)]
     sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
     write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=1))
 
 
 def _verify_checksums(folder: Path) -> None:
-    """Raise CorruptCheckpoint, naming the file, if a file of a checkpoint is not what was written."""
+    """Raise CorruptCheckpoint if a file of a checkpoint is not what was written."""
     sums = _read_json(folder / CHECKSUMS, CHECKSUMS)
-    if not _is_table(sums) or METADATA not in sums:
-        raise CorruptCheckpoint(f"{CHECKSUMS} does not have the sums of the files of a checkpoint")
+    if not _maps_to_strings(sums) or METADATA not in sums:
+        raise CorruptCheckpoint(f"{CHECKSUMS} does not have the checksums of a checkpoint")
     # The processes of a run divide the files among them.
     for name, digest in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
