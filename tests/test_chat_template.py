@@ -19,7 +19,7 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.inference.text_generator import TextGenerator, _stable_prefix
 from rustgpt_jax.interop.architectures import architecture_of
 from rustgpt_jax.interop.gguf import SPLITS, gguf_vocabulary
-from rustgpt_jax.interop.hf_tokenizer_io import load_hf_tokenizer, save_hf_tokenizer
+from rustgpt_jax.interop.hf_checkpoint import load_hf_tokenizer, save_hf_tokenizer
 from rustgpt_jax.tokenizers import (
     ChatFormat,
     Document,
@@ -466,7 +466,7 @@ def test_a_model_that_ends_nowhere_or_has_no_tokenizer_is_named(tmp_path: Path) 
     with pytest.raises(UserError, match="has no tokenizer.json"):
         load_hf_tokenizer(tmp_path)
     save_tokenizer(Tokenizer(foreign_tokenizer()), tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match="which token ends a text"):
+    with pytest.raises(UserError, match="names the token that ends a text"):
         load_hf_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     assert load_hf_tokenizer(tmp_path).chat_format == ChatFormat("</s>", ("</s>",), None, {"eos_token": "</s>"})
@@ -509,7 +509,7 @@ def test_ends_that_the_tokenizer_has_not_are_left_out_with_a_sentence(name: str,
     assert load_hf_tokenizer(tmp_path, said.append).stop_ids[:2] == [1, 3]
     assert len(said) == 3
     assert said[0] == (
-        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, not 50256. It is left out."
+        f"{tmp_path / name}: eos_token_id takes ids of tokenizer.json, below 260, not 50256. It is ignored."
     )
 
 

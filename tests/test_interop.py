@@ -400,7 +400,7 @@ def test_a_model_that_no_architecture_can_say_is_refused(knobs: dict[str, Any], 
     model = replace_paths(LLAMA, knobs)
     with pytest.raises(UserError, match=rf"The nearest, \w+, cannot say config.model: .*{named}"):
         export_model({}, model, tmp_path / "there")
-    with pytest.raises(UserError, match="LlamaForCausalLM cannot say config.model"):
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot represent config.model"):
         export_model({}, model, tmp_path / "there", architecture="LlamaForCausalLM")
     assert list(tmp_path.iterdir()) == []
 
@@ -580,7 +580,7 @@ def no_index(folder: Path) -> None:
     [
         (drop, f"has no tensor {NORM}"),
         (add, "model.layers.7.input_layernorm.weight"),
-        (reshape, f"{NORM} has the shape (33,); config.json asks for (32,)"),
+        (reshape, f"{NORM} has the shape (33,); config.json requires (32,)"),
         (retype, f"{NORM} has the data type I8"),
         (truncate, "model.safetensors is damaged or truncated"),
         (truncate_header, "model.safetensors is damaged or truncated"),
@@ -657,7 +657,7 @@ def test_a_head_that_is_not_the_tied_table_is_refused(tmp_path: Path) -> None:
     export_model(random_params(LLAMA), LLAMA, tmp_path / "there")
     _, architecture, _ = read_model(tmp_path / "there")
     tied = dataclasses.replace(LLAMA, tie_embeddings=True)
-    with pytest.raises(UserError, match="tie_word_embeddings, and lm_head.weight is another"):
+    with pytest.raises(UserError, match="tie_word_embeddings, but lm_head.weight differs"):
         import_parameters(tmp_path / "there", tmp_path / "parameters", tied, architecture)
 
 

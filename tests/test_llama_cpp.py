@@ -25,8 +25,7 @@ from rustgpt_jax.inference.generate import generate
 from rustgpt_jax.inference.sampling import Greedy
 from rustgpt_jax.inference.text_generator import TextGenerator
 from rustgpt_jax.interop.gguf import SPLITS, gguf_vocabulary, write_gguf
-from rustgpt_jax.interop.hf_checkpoint import export_model
-from rustgpt_jax.interop.hf_tokenizer_io import native_chat_format, save_hf_tokenizer
+from rustgpt_jax.interop.hf_checkpoint import export_model, native_chat_format, save_hf_tokenizer
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import ChatFormat, Message, Tokenizer, encode_prompt, train_tokenizer
 from rustgpt_jax.tokenizers.chat_template import apply_chat_template

@@ -16,8 +16,14 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.data.token_store import hash_tokenizer
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.interop.config_mapping import read_json
-from rustgpt_jax.interop.hf_checkpoint import export_model, import_parameters, read_model
-from rustgpt_jax.interop.hf_tokenizer_io import load_hf_tokenizer, save_hf_tokenizer, special_ids
+from rustgpt_jax.interop.hf_checkpoint import (
+    export_model,
+    import_parameters,
+    load_hf_tokenizer,
+    read_model,
+    save_hf_tokenizer,
+    special_token_ids,
+)
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_bytes, total_size
 from rustgpt_jax.model.transformer import Params
@@ -174,7 +180,7 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
         read = (lambda: read_parameters(run.parameters_file, shapes)) if run.is_untrained else (lambda: params)
         log(_compared(temporary, read, whole.model, dtype))
 
-    special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_ids(codec)
+    special_tokens = _known_tokens(about.get("special_tokens", {}), codec) or special_token_ids(codec)
     architecture = export_model(
         params,
         whole.model,

@@ -22,7 +22,7 @@ from rustgpt_jax.data.preprocess import fill_vocab_size
 from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.interop.architectures import architecture_for
 from rustgpt_jax.interop.config_mapping import dense_width
-from rustgpt_jax.interop.hf_tokenizer_io import native_chat_format, special_ids
+from rustgpt_jax.interop.hf_checkpoint import native_chat_format, special_token_ids
 from rustgpt_jax.interop.param_mapping import TensorPlan, TensorRule, TensorRules, plan_tensors
 from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import flatten_paths
@@ -85,7 +85,7 @@ def gguf_vocabulary(codec: Tokenizer) -> GGUFVocabulary:
     opening, _ = codec.prefix_and_suffix_ids
     if len(opening) > 1:
         raise UserError("llama.cpp puts at most one token before a text")
-    bos_id = opening[0] if opening else special_ids(codec).get("bos_token_id", codec.end_id)
+    bos_id = opening[0] if opening else special_token_ids(codec).get("bos_token_id", codec.end_id)
     is_byte_level = (written["decoder"] or {}).get("type") == "ByteLevel"
     describe = _byte_level if is_byte_level else _sentencepiece
     return describe(written, adds_bos=bool(opening), bos_id=bos_id)
@@ -480,8 +480,8 @@ def _add_vocabulary(writer: Any, model: ModelConfig, tokenizer: Tokenizer | None
     ):
         add(index)
     writer.add_bos_token_id(described.bos_id)
-    if "pad_token_id" in special_ids(tokenizer):
-        writer.add_pad_token_id(special_ids(tokenizer)["pad_token_id"])
+    if "pad_token_id" in special_token_ids(tokenizer):
+        writer.add_pad_token_id(special_token_ids(tokenizer)["pad_token_id"])
     writer.add_add_bos_token(described.adds_bos)
     # A prompt must not end with an end token.
     writer.add_add_eos_token(False)
@@ -514,10 +514,8 @@ def _add_tensor_info(writer: Any, tensor: TensorPlan, kind: Any, gguf: Any) -> N
 
 def _values(tensor: TensorPlan, leaves: Mapping[str, Any], model: ModelConfig, form: GGUFArchitecture) -> np.ndarray:
     """A tensor as llama.cpp wants it: a linear layer has a row for each output."""
-    columns = [np.asarray(leaves[slot.path])[slot.place].astype(np.float32) for slot in tensor.slots]
-    whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
-    if tensor.transposed:
-        whole = np.swapaxes(whole, -1, -2)
+    arrays = [np.asarray(leaves[part.path])[part.indices].astype(np.float32) for part in tensor.slices]
+    whole = tensor.to_stored(arrays)
     if any(name in tensor.name for name in form.interleaved):
         whole = _interleaved(whole, model.head_width)
     return np.ascontiguousarray(whole)

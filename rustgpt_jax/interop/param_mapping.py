@@ -1,8 +1,8 @@
-"""Which tensors of a Hugging Face model are which of our parameters, and how one is made of the other.
+"""Mapping between our parameters and the tensors of other formats.
 
-A rule gives, for a parameter of a block or of the whole model, the name of a tensor there. Blocks are stacked here, and
-tensors there belong to one layer (and one expert), so a parameter is made of slots, one for each of them. A tensor is
-one slot, or several side by side along the last axis, transposed where a linear layer keeps (outputs, inputs).
+A rule gives the tensor name for a parameter of a block or of the whole model. Blocks are stacked here, while tensors
+belong to one layer (and one expert), so a parameter consists of slices, one for each of them. A tensor is one slice, or
+several concatenated along the last axis, transposed if linear layers are stored as (outputs, inputs).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,93 +33,92 @@ Index = tuple[int, ...]
 
 
 class ParamSlice(NamedTuple):
-    """A part of a parameter: what stands at a place, an index of its first axes."""
+    """The part of a parameter at some indices of its first axes."""
 
     path: str
-    place: Index
+    indices: Index
     shape: tuple[int, ...]
 
 
 class TensorPlan(NamedTuple):
-    """A stored tensor: slots concatenated along the last axis, then transposed over the last two axes.
+    """A stored tensor: slices concatenated along the last axis, then transposed over the last two axes.
 
-    `view` is the shape that it is then stored in, if it differs.
+    `view` is the shape in which it is stored, if it differs.
     """
 
     name: str
     transposed: bool
-    slots: tuple[ParamSlice, ...]
+    slices: tuple[ParamSlice, ...]
     view: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that it has there."""
+        """The shape of the stored tensor."""
         return self._matrix_shape if self.view is None else self.view
 
-    def to_stored(self, columns: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the stored tensor, given its concatenated slots."""
-        whole = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
-        whole = np.swapaxes(whole, -1, -2) if self.transposed else whole
-        return whole if self.view is None else whole.reshape(self.view)
+    def to_stored(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the stored tensor, given its slices."""
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        joined = np.swapaxes(joined, -1, -2) if self.transposed else joined
+        return joined if self.view is None else joined.reshape(self.view)
 
     def from_stored(self, stored: np.ndarray) -> np.ndarray:
-        """Return the concatenated slots, as a view of the stored tensor."""
-        whole = stored if self.view is None else stored.reshape(self._matrix_shape)
-        return np.swapaxes(whole, -1, -2) if self.transposed else whole
+        """Return the concatenated slices, as a view of the stored tensor."""
+        matrix = stored if self.view is None else stored.reshape(self._matrix_shape)
+        return np.swapaxes(matrix, -1, -2) if self.transposed else matrix
 
     @property
     def _matrix_shape(self) -> tuple[int, ...]:
-        *first, _ = self.slots[0].shape
-        whole = (*first, sum(slot.shape[-1] for slot in self.slots))
-        return (*whole[:-2], whole[-1], whole[-2]) if self.transposed else whole
+        *first, _ = self.slices[0].shape
+        shape = (*first, sum(each.shape[-1] for each in self.slices))
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
 
 class TensorSlice(NamedTuple):
-    """The columns of a tensor that fill one slot."""
+    """The columns of a tensor that hold one slice of a parameter."""
 
     tensor: TensorPlan
     start: int
     stop: int
 
     def take(self, stored: np.ndarray) -> np.ndarray:
-        """The slot, as a view of the tensor."""
+        """Return the slice, as a view of the stored tensor."""
         return self.tensor.from_stored(stored)[..., self.start : self.stop]
 
 
 def shapes_by_path(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters by path, such as blocks/0/mixer/query/kernel."""
+    """Return the shapes of all parameters by path, such as blocks/0/mixer/query/kernel."""
     return {path: tuple(leaf.shape) for path, leaf in flatten_paths(parameter_shapes(model)).items()}
 
 
 def plan_tensors(rules: TensorRules, model: ModelConfig) -> dict[str, TensorPlan]:
-    """All tensors of a model by name, in the order of the layers. Each parameter has a rule."""
+    """Return the tensors of a model by name, in the order of the layers. Every parameter must have a rule."""
     found: dict[str, list[tuple[int, TensorRule, ParamSlice]]] = {}
     order = {path: number for number, path in enumerate(rules)}
     for path, shape in shapes_by_path(model).items():
         key, layers = _rule_key(path, model, rules)
-        rule = rules[key]
-        for index, names in _indices(rule, layers, shape):
-            slot = ParamSlice(path, index, shape[len(index) :])
-            found.setdefault(rule.name.format(**names), []).append((order[key], rule, slot))
+        for index, names in _slice_indices(rules[key], layers, shape):
+            part = ParamSlice(path, index, shape[len(index) :])
+            found.setdefault(rules[key].name.format(**names), []).append((order[key], rules[key], part))
     result: dict[str, TensorPlan] = {}
     for name, parts in found.items():
         parts.sort(key=lambda part: part[0])
         _, rule, _ = parts[0]
         view = None if rule.view is None else rule.view(model)
-        result[name] = TensorPlan(name, rule.transposed, tuple(slot for _, _, slot in parts), view)
-    return dict(sorted(result.items(), key=lambda item: _natural(item[0])))
+        result[name] = TensorPlan(name, rule.transposed, tuple(part for _, _, part in parts), view)
+    return dict(sorted(result.items(), key=lambda item: _natural_key(item[0])))
 
 
 def slices_by_param(plan: Iterable[TensorPlan]) -> dict[str, list[TensorSlice]]:
-    """For each parameter, what fills its slots, in their order."""
-    found: dict[str, dict[tuple[int, ...], TensorSlice]] = {}
+    """Return the tensor slices that each parameter consists of, in order of their indices."""
+    found: dict[str, dict[Index, TensorSlice]] = {}
     for tensor in plan:
         start = 0
-        for slot in tensor.slots:
-            stop = start + slot.shape[-1]
-            found.setdefault(slot.path, {})[slot.place] = TensorSlice(tensor, start, stop)
+        for part in tensor.slices:
+            stop = start + part.shape[-1]
+            found.setdefault(part.path, {})[part.indices] = TensorSlice(tensor, start, stop)
             start = stop
-    return {path: [of_index[index] for index in sorted(of_index)] for path, of_index in found.items()}
+    return {path: [by_index[index] for index in sorted(by_index)] for path, by_index in found.items()}
 
 
 def _rule_key(path: str, model: ModelConfig, rules: TensorRules) -> tuple[str, tuple[int, ...]]:
@@ -130,54 +129,57 @@ def _rule_key(path: str, model: ModelConfig, rules: TensorRules) -> tuple[str, t
     if not path.startswith("blocks/"):
         return path, ()
     _, number, key = path.split("/", 2)
-    stack = layer_groups(model)[int(number)]
-    of_mixer = key.replace("mixer/", f"{stack.block.mixers[0]}/", 1)
-    return of_mixer if of_mixer in rules else key, tuple(stack.layers)
+    group = layer_groups(model)[int(number)]
+    mixer_key = key.replace("mixer/", f"{group.block.mixers[0]}/", 1)
+    return mixer_key if mixer_key in rules else key, tuple(group.layers)
 
 
-def _indices(
+def _slice_indices(
     rule: TensorRule, layers: tuple[int, ...], shape: tuple[int, ...]
-) -> list[tuple[tuple[int, ...], dict[str, int]]]:
+) -> list[tuple[Index, dict[str, int]]]:
+    """Return the index of each slice of a parameter, with the values of {layer} and {expert} in its tensor's name."""
     if not layers:
         return [((), {})]
     if "{expert}" not in rule.name:
-        return [((place,), {"layer": layer}) for place, layer in enumerate(layers)]
+        return [((index,), {"layer": layer}) for index, layer in enumerate(layers)]
     return [
-        ((place, expert), {"layer": layer, "expert": expert})
-        for place, layer in enumerate(layers)
+        ((index, expert), {"layer": layer, "expert": expert})
+        for index, layer in enumerate(layers)
         for expert in range(shape[1])
     ]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders layer 2 before layer 10."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
 
 
-# The tensors of Hugging Face architectures: what each parameter is called there, and how it lies.
+def linear_rules(path: str, name: str, transposed: bool = True) -> TensorRules:
+    """Return the rules of a linear layer."""
+    return {f"{path}/kernel": TensorRule(f"{name}.weight", transposed), f"{path}/bias": TensorRule(f"{name}.bias")}
 
 
-def _linear(path: str, name: str, transposed: bool = True) -> TensorRules:
-    return {
-        f"{path}/kernel": TensorRule(f"{name}.weight", transposed),
-        f"{path}/bias": TensorRule(f"{name}.bias"),
-    }
+def norm_rules(path: str, name: str) -> TensorRules:
+    """Return the rules of a normalization layer with a scale and an optional bias."""
+    return {f"{path}/scale": TensorRule(f"{name}.weight"), f"{path}/bias": TensorRule(f"{name}.bias")}
 
+
+# The tensors of Hugging Face architectures.
 
 LAYER = "model.layers.{layer}."
 DENSE: TensorRules = {
     "embedding/table": TensorRule("model.embed_tokens.weight"),
     "norm/scale": TensorRule("model.norm.weight"),
     "head/kernel": TensorRule("lm_head.weight", True),
-    **_linear("mixer/query", LAYER + "self_attn.q_proj"),
-    **_linear("mixer/key", LAYER + "self_attn.k_proj"),
-    **_linear("mixer/value", LAYER + "self_attn.v_proj"),
-    **_linear("mixer/output", LAYER + "self_attn.o_proj"),
+    **linear_rules("mixer/query", LAYER + "self_attn.q_proj"),
+    **linear_rules("mixer/key", LAYER + "self_attn.k_proj"),
+    **linear_rules("mixer/value", LAYER + "self_attn.v_proj"),
+    **linear_rules("mixer/output", LAYER + "self_attn.o_proj"),
     "mixer/query_norm/scale": TensorRule(LAYER + "self_attn.q_norm.weight"),
     "mixer/key_norm/scale": TensorRule(LAYER + "self_attn.k_norm.weight"),
-    **_linear("feedforward/gate", LAYER + "mlp.gate_proj"),
-    **_linear("feedforward/up", LAYER + "mlp.up_proj"),
-    **_linear("feedforward/down", LAYER + "mlp.down_proj"),
+    **linear_rules("feedforward/gate", LAYER + "mlp.gate_proj"),
+    **linear_rules("feedforward/up", LAYER + "mlp.up_proj"),
+    **linear_rules("feedforward/down", LAYER + "mlp.down_proj"),
     "mixer_norm/scale": TensorRule(LAYER + "input_layernorm.weight"),
     "feedforward_norm/scale": TensorRule(LAYER + "post_attention_layernorm.weight"),
 }
@@ -189,19 +191,19 @@ OUTPUT_NORMS: TensorRules = {
 }
 STABLELM: TensorRules = {
     **DENSE,
-    "norm/bias": TensorRule("model.norm.bias"),
-    "mixer_norm/bias": TensorRule(LAYER + "input_layernorm.bias"),
-    "feedforward_norm/bias": TensorRule(LAYER + "post_attention_layernorm.bias"),
+    **norm_rules("norm", "model.norm"),
+    **norm_rules("mixer_norm", LAYER + "input_layernorm"),
+    **norm_rules("feedforward_norm", LAYER + "post_attention_layernorm"),
 }
 PHI3: TensorRules = {
     **DENSE,
-    **_linear("mixer/query", LAYER + "self_attn.qkv_proj"),
-    **_linear("mixer/key", LAYER + "self_attn.qkv_proj"),
-    **_linear("mixer/value", LAYER + "self_attn.qkv_proj"),
-    **_linear("feedforward/gate", LAYER + "mlp.gate_up_proj"),
-    **_linear("feedforward/up", LAYER + "mlp.gate_up_proj"),
+    **linear_rules("mixer/query", LAYER + "self_attn.qkv_proj"),
+    **linear_rules("mixer/key", LAYER + "self_attn.qkv_proj"),
+    **linear_rules("mixer/value", LAYER + "self_attn.qkv_proj"),
+    **linear_rules("feedforward/gate", LAYER + "mlp.gate_up_proj"),
+    **linear_rules("feedforward/up", LAYER + "mlp.gate_up_proj"),
 }
-# Experts one by one, and, as transformers 5 holds them in memory, all at once with gate and up side by side.
+# Experts one by one, or fused with concatenated gate and up, as transformers 5 holds them in memory.
 PER_EXPERT: TensorRules = {
     **DENSE,
     "feedforward/router": TensorRule(LAYER + "mlp.gate.weight", True),
@@ -240,13 +242,13 @@ RECURRENT_GEMMA: TensorRules = {
     "head/kernel": TensorRule("lm_head.weight", True),
     "mixer_norm/scale": TensorRule(LAYER + "temporal_pre_norm.weight"),
     "feedforward_norm/scale": TensorRule(LAYER + "channel_pre_norm.weight"),
-    **_linear("mixer/query", MIX + ".q_proj"),
-    **_linear("mixer/key", MIX + ".k_proj"),
-    **_linear("mixer/value", MIX + ".v_proj"),
-    **_linear("mixer/output", MIX + ".o_proj"),
-    **_linear("rg_lru/output", MIX + ".linear_out"),
-    **_linear("mixer/gate", MIX + ".linear_y"),
-    **_linear("mixer/input", MIX + ".linear_x"),
+    **linear_rules("mixer/query", MIX + ".q_proj"),
+    **linear_rules("mixer/key", MIX + ".k_proj"),
+    **linear_rules("mixer/value", MIX + ".v_proj"),
+    **linear_rules("mixer/output", MIX + ".o_proj"),
+    **linear_rules("rg_lru/output", MIX + ".linear_out"),
+    **linear_rules("mixer/gate", MIX + ".linear_y"),
+    **linear_rules("mixer/input", MIX + ".linear_x"),
     "mixer/convolution/kernel": TensorRule(
         MIX + ".conv_1d.weight", True, lambda model: (_recurrent_width(model), 1, model.recurrent.conv_width)
     ),
@@ -256,26 +258,23 @@ RECURRENT_GEMMA: TensorRules = {
     "mixer/input_gate/kernel": TensorRule(RG_LRU + "input_gate_weight"),
     "mixer/input_gate/bias": TensorRule(RG_LRU + "input_gate_bias", view=_by_block),
     "mixer/decay_rate": TensorRule(RG_LRU + "recurrent_param"),
-    **_linear("feedforward/gate", MLP + ".gate_proj"),
-    **_linear("feedforward/up", MLP + ".up_proj"),
-    **_linear("feedforward/down", MLP + ".down_proj"),
+    **linear_rules("feedforward/gate", MLP + ".gate_proj"),
+    **linear_rules("feedforward/up", MLP + ".up_proj"),
+    **linear_rules("feedforward/down", MLP + ".down_proj"),
 }
 H = "transformer.h.{layer}."
 GPT2: TensorRules = {
     "embedding/table": TensorRule("transformer.wte.weight"),
     "positions/table": TensorRule("transformer.wpe.weight"),
-    "norm/scale": TensorRule("transformer.ln_f.weight"),
-    "norm/bias": TensorRule("transformer.ln_f.bias"),
+    **norm_rules("norm", "transformer.ln_f"),
     "head/kernel": TensorRule("lm_head.weight", True),
-    "mixer_norm/scale": TensorRule(H + "ln_1.weight"),
-    "mixer_norm/bias": TensorRule(H + "ln_1.bias"),
-    "feedforward_norm/scale": TensorRule(H + "ln_2.weight"),
-    "feedforward_norm/bias": TensorRule(H + "ln_2.bias"),
-    # Linear layers are (inputs, outputs) as here, and queries, keys and values come from one.
-    **_linear("mixer/query", H + "attn.c_attn", False),
-    **_linear("mixer/key", H + "attn.c_attn", False),
-    **_linear("mixer/value", H + "attn.c_attn", False),
-    **_linear("mixer/output", H + "attn.c_proj", False),
-    **_linear("feedforward/up", H + "mlp.c_fc", False),
-    **_linear("feedforward/down", H + "mlp.c_proj", False),
+    **norm_rules("mixer_norm", H + "ln_1"),
+    **norm_rules("feedforward_norm", H + "ln_2"),
+    # Linear layers are stored as (inputs, outputs), as here, and queries, keys and values in one tensor.
+    **linear_rules("mixer/query", H + "attn.c_attn", False),
+    **linear_rules("mixer/key", H + "attn.c_attn", False),
+    **linear_rules("mixer/value", H + "attn.c_attn", False),
+    **linear_rules("mixer/output", H + "attn.c_proj", False),
+    **linear_rules("feedforward/up", H + "mlp.c_fc", False),
+    **linear_rules("feedforward/down", H + "mlp.c_proj", False),
 }

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from rustgpt_jax.data.preprocess import fill_vocab_size
-from rustgpt_jax.interop.hf_tokenizer_io import load_hf_tokenizer, save_hf_tokenizer, special_ids
+from rustgpt_jax.interop.hf_checkpoint import load_hf_tokenizer, save_hf_tokenizer, special_token_ids
 from rustgpt_jax.tokenizers import (
     TOKENIZERS,
     Document,
@@ -195,7 +195,7 @@ def test_what_stands_beside_a_tokenizer_with_edits(place: Place, files: dict[str
         def read_and_write() -> None:
             codec = load_hf_tokenizer(folder)
             use(codec, folder)
-            special_ids(codec)
+            special_token_ids(codec)
             (folder / "export").mkdir()
             save_hf_tokenizer(codec, folder / "export", 64, is_dialogue=True)
 
