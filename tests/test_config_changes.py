@@ -18,7 +18,7 @@ from rustgpt_jax.reproduce.replay import replay_one_step
 from rustgpt_jax.reproduce.run_diff import diff_configs
 from rustgpt_jax.training import run_training
 from rustgpt_jax.training.config_checks import Change, resolve_change
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.workdir.event_log import EventLog
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config, load_earlier
 
@@ -73,7 +73,7 @@ def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is
     events = [event for event in EventLog(RunDir(changed).journal_file).events() if event["event"] == "config"]
     assert [event["step"] for event in events] == [first, 10]
     assert events[0]["changes"]["logging.log_every"] == [1, 2] and events[1]["changes"] == {"training.steps": [10, 16]}
-    assert load(changed).step == 16
+    assert load_model(changed).step == 16
 
 
 def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) 
     before = (run / "config.json").read_bytes()
     assert RunDir(run).saved_steps[-1] > load_earlier(run)[-1].until
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER, **{"mesh.data": 1}), run)[0]
-    assert (run / "config.json").read_bytes() == before and load(run).step == 16
+    assert (run / "config.json").read_bytes() == before and load_model(run).step == 16
 
 
 def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_damaged_earlier_configs_are_a_sentence(finished: Path, tmp_path: Path, 
     record = json.loads((run / "config.json").read_bytes())
     (run / "config.json").write_text(json.dumps(record | {"earlier": json.loads(earlier)}))
     with pytest.raises(UserError, match=r"config.json is damaged"):
-        load(run)
+        load_model(run)
 
 
 def test_stages_are_cut_where_the_config_changed() -> None:

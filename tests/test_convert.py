@@ -21,7 +21,7 @@ from rustgpt_jax.inference.text_generator import generate_text
 from rustgpt_jax.interop import convert
 from rustgpt_jax.interop.convert import Comparison, export_run, import_run
 from rustgpt_jax.tracking.metric_writer import read_metrics
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.run_training import train
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_origins
 
@@ -77,14 +77,14 @@ def back(folder: Path) -> Iterator[RunDir]:
 
 
 def test_what_comes_back_is_what_went_out(native: Path, back: RunDir) -> None:
-    there, here = load(native), load(back.path)
+    there, here = load_model(native), load_model(back.path)
     assert here.step == 0 and back.is_untrained
-    jax.tree.map(np.testing.assert_array_equal, there.writer.params, here.writer.params)
-    assert there.writer.stop_ids == here.writer.stop_ids and here.writer.is_dialogue
-    prompts = [there.writer.encode_prompt("Why is the sky blue?"), there.writer.encode_prompt("Hello!")]
-    assert [here.writer.encode_prompt("Why is the sky blue?"), here.writer.encode_prompt("Hello!")] == prompts
-    assert generate_text(there.writer, prompts, there.config.sampling) == generate_text(
-        here.writer, prompts, there.config.sampling
+    jax.tree.map(np.testing.assert_array_equal, there.generator.params, here.generator.params)
+    assert there.generator.stop_ids == here.generator.stop_ids and here.generator.is_dialogue
+    prompts = [there.generator.encode_prompt("Why is the sky blue?"), there.generator.encode_prompt("Hello!")]
+    assert [here.generator.encode_prompt("Why is the sky blue?"), here.generator.encode_prompt("Hello!")] == prompts
+    assert generate_text(there.generator, prompts, there.config.sampling) == generate_text(
+        here.generator, prompts, there.config.sampling
     )
 
 
@@ -108,7 +108,7 @@ def test_an_imported_run_trains_on_from_its_parameters(native: Path, folder: Pat
     assert train(load_config(run.path), run.path, {}, Console(file=StringIO())) == 0
     first, learned = (next(iter(read_metrics(path)))["train/loss"] for path in (native, run.path))
     assert learned < 0.8 * first
-    assert load(run.path).step == 2 and not run.is_untrained
+    assert load_model(run.path).step == 2 and not run.is_untrained
     export_run(run.path, tmp_path / "trained", "last", "bfloat16", quiet)
     assert (tmp_path / "trained/model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
 
@@ -126,7 +126,7 @@ def test_a_model_that_knows_no_dialogue_continues_its_prompts(folder: Path, tmp_
 def test_a_checkpoint_that_was_never_finished_is_none(folder: Path, tmp_path: Path) -> None:
     run = imported(folder, tmp_path / "run")
     (run.checkpoints / "30.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert run.is_untrained and load(run.path).step == 0
+    assert run.is_untrained and load_model(run.path).step == 0
 
 
 def test_no_run_of_an_imported_tokenizer_begins_elsewhere(back: RunDir, tmp_path: Path) -> None:

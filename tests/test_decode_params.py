@@ -34,7 +34,7 @@ from rustgpt_jax.model.mixers import MIXERS
 from rustgpt_jax.model.mlps import FEEDFORWARDS
 from rustgpt_jax.model.positions import POSITIONS
 from rustgpt_jax.model.presets import FAMILIES
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 
 # Families that differ in all that decoding does; `pytest -m long` asks the others.
 SOME = ("gpt2", "gemma3", "qwen3_moe")
@@ -324,7 +324,7 @@ def test_the_form_is_what_the_config_asks_for() -> None:
 
 def test_evaluation_tells_what_narrower_weights_lose(tmp_path: Path) -> None:
     train(tmp_path / "run", **{"training.steps": 2, "logging.eval_every": 2})
-    trained = load(tmp_path / "run")
+    trained = load_model(tmp_path / "run")
 
     def told(**changes: Any) -> list[list[str]]:
         sampling = dataclasses.replace(trained.config.sampling, **changes)

@@ -427,9 +427,9 @@ changes = {{"training.steps": steps, "training.steps_per_jit_call": 10, **every}
 run_training.train(tiny(**changes), path, {{}}, Console(quiet=True))
 settled = min(step for step in Noting.seen if step >= steps // 2)
 print((Noting.seen[steps] - Noting.seen[settled]) / 2**20)
-model = load_model.load(path)
+model = load_model.load_model(path)
 for text in range(texts):
-    generate_text(model.writer, [model.writer.encode_prompt(f"{{text}}")], model.config.sampling)
+    generate_text(model.generator, [model.generator.encode_prompt(f"{{text}}")], model.config.sampling)
     if text == texts // 4:
         before = resident()
 print((resident() - before) / 2**20)

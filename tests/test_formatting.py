@@ -104,11 +104,11 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.reproduce.run_diff import diff
     from rustgpt_jax.training import run_training
-    from rustgpt_jax.training.load_model import load
+    from rustgpt_jax.training.load_model import load_model
 
-    config = load(run, "last").config
+    config = load_model(run, "last").config
     assert "[/INST]" in shown(lambda console: run_training.train(config, run, {}, console))
-    assert "perplexity" in shown(lambda console: print_evaluation(load(run, "last"), console))
+    assert "perplexity" in shown(lambda console: print_evaluation(load_model(run, "last"), console))
     assert "[/INST]" in shown(lambda console: replay(run, 2, False, console))
     assert shown(lambda console: diff(run, run, console))
 

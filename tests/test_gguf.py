@@ -18,7 +18,7 @@ from rustgpt_jax.model import transformer
 from rustgpt_jax.model.flops import parameter_shapes, total_size
 from rustgpt_jax.model.presets import FAMILIES
 from rustgpt_jax.tokenizers import END, Tokenizer, encode, train_tokenizer
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 
 gguf = pytest.importorskip("gguf")
 pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
@@ -173,7 +173,7 @@ def test_a_run_goes_out_as_a_file(tmp_path: Path) -> None:
     train(path, **gpt2, **{"tokenizer.name": "bpe", "training.steps": 2, "schedule.warmup_steps": 0})
     export_gguf(path, file, "last", "bfloat16", said.append)
     assert said == [f"{file}: gpt2"] and value(file, "tokenizer.ggml.model") == "gpt2"
-    trained = load(path).writer.params["blocks"]["0"]["feedforward"]["down"]["kernel"][0]
+    trained = load_model(path).generator.params["blocks"]["0"]["feedforward"]["down"]["kernel"][0]
     stored = tensors_of(file)["blk.0.ffn_down.weight"]
     read = gguf.quants.dequantize(stored.data, stored.tensor_type)
     np.testing.assert_array_equal(read, np.asarray(trained).T.astype(ml_dtypes.bfloat16).astype(np.float32))

@@ -33,7 +33,7 @@ from rustgpt_jax.tokenizers import save_tokenizer, train_tokenizer
 from rustgpt_jax.tracking.metric_writer import read_metrics
 from rustgpt_jax.training import hooks, loop, run_training
 from rustgpt_jax.training.checkpointing import Checkpoints, read_metadata
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.preemption import StopRequest
 from rustgpt_jax.training.train_step import State, compiled_init_state
 from rustgpt_jax.workdir.run_dir import RunDir, lock_run_dir
@@ -487,7 +487,7 @@ def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loade
     other = train_tokenizer(tiny(**{"tokenizer.name": "char"}).tokenizer, ["some other text"])
     save_tokenizer(other, run.tokenizer_file)
     for use in (
-        lambda: load(run.path),
+        lambda: load_model(run.path),
         lambda: train(tiny(), run.path),
         lambda: RecordedRun(run.path, Console(quiet=True)),
         lambda: export_run(run.path, tmp_path / "out", "last", None, print),
@@ -503,7 +503,7 @@ def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loade
 def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Path, content: str) -> None:
     run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     run.data_file.write_text(content)
-    for use in (lambda: load(run.path), lambda: train(tiny(), run.path), lambda: diff_data(run, run)):
+    for use in (lambda: load_model(run.path), lambda: train(tiny(), run.path), lambda: diff_data(run, run)):
         if content == "[]":
             continue
         with pytest.raises(UserError, match=r"data.json is damaged"):
@@ -516,12 +516,12 @@ def test_a_config_that_was_edited_is_refused(finished: Path, tmp_path: Path) -> 
     record["config"]["optimizer"]["learning_rate"] *= 2
     run.config_file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"config.json was changed after the run began: its config has the hash"):
-        load(run.path)
+        load_model(run.path)
     # Where a run is trained is no part of what it is.
     record = json.loads((finished / "config.json").read_bytes())
     record["config"]["mesh"]["data"] = 1
     run.config_file.write_text(json.dumps(record))
-    load(run.path)
+    load_model(run.path)
 
 
 def test_a_line_of_metrics_without_its_stage_does_not_stop_a_run(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from rustgpt_jax.sweeps.trials import Trial, make_trials
 from rustgpt_jax.sweeps.worker import Worker
 from rustgpt_jax.training import loop
 from rustgpt_jax.training.hooks import Evaluate
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.training.preemption import STOPPED_BY_CLUSTER, STOPPED_BY_USER
 from rustgpt_jax.workdir.run_dir import load_config
 
@@ -131,7 +131,7 @@ def test_each_finished_trial_is_an_ordinary_run(
     assert metrics(folder) == metrics(tmp_path / "alone")
     assert load_config(folder) == trials[0].config
     shown = Console(file=StringIO(), width=200)
-    print_evaluation(load(folder, "last"), shown)
+    print_evaluation(load_model(folder, "last"), shown)
     assert "perplexity" in shown.file.getvalue()
     assert run(straight, trials).failed() == set()
     assert Counter(event["event"] for event in events(straight)) == {"planned": 3, "began": 3, "finished": 3}

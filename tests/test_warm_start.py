@@ -14,7 +14,7 @@ from rustgpt_jax.interop.warm_start import _choose, _initial_array, _layers_of, 
 from rustgpt_jax.model.flops import parameter_shapes
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.reproduce.run_diff import diff_configs
-from rustgpt_jax.training.load_model import load
+from rustgpt_jax.training.load_model import load_model
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
@@ -35,7 +35,7 @@ def begin(source: str, path: Path, **changes: Any) -> str:
 
 
 def parameters(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten_paths(load(path).writer.params).items()}
+    return {name: np.asarray(leaf) for name, leaf in flatten_paths(load_model(path).generator.params).items()}
 
 
 def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, tmp_path: Path) -> None:
@@ -71,7 +71,9 @@ def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path:
     begin(str(source), tmp_path / "new", **other)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
     assert about["from_seed"] == {"embedding/table": "its tokens are of another tokenizer"}
-    assert load(tmp_path / "new").writer.tokenizer.serialized == load_or_train_tokenizer(tiny(**other)).serialized
+    assert (
+        load_model(tmp_path / "new").generator.tokenizer.serialized == load_or_train_tokenizer(tiny(**other)).serialized
+    )
 
 
 def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: Path) -> None:
@@ -121,7 +123,9 @@ def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_pat
     # The same command goes on, also where the source is gone, and trains.
     assert create_warm_started_run(str(source), tmp_path / "new", config, {}, said.append).config == begun.config
     assert train(begun.config, tmp_path / "new")[0]
-    assert load(tmp_path / "new").writer.tokenizer.serialized == load(source).writer.tokenizer.serialized
+    assert (
+        load_model(tmp_path / "new").generator.tokenizer.serialized == load_model(source).generator.tokenizer.serialized
+    )
 
 
 def test_stacked_blocks_are_matched_layer_by_layer() -> None:

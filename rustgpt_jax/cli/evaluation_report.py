@@ -26,16 +26,16 @@ def print_evaluation(trained: LoadedModel, console: Console, is_oversubscribed: 
         rows = config.training.batch_size // config.training.grad_accum_steps
         check_inference_memory(config, query_machine(), rows, is_oversubscribed)
     sampling = trained.config.sampling
-    decoder = trained.writer.with_weight_layout(select_weight_layout(sampling))
+    decoder = trained.generator.with_weight_layout(select_weight_layout(sampling))
     table = Table(title=f"step {trained.step}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "loss", "perplexity", "bits per byte", "answers right, training", "validation"):
         table.add_column(column)
-    datasets = [prepare_stage(stage, trained.writer.tokenizer, cache_folder()) for stage in stages(trained.config)]
+    datasets = [prepare_stage(stage, trained.generator.tokenizer, cache_folder()) for stage in stages(trained.config)]
     for stage in find_changed_stages(trained.run.data_file, datasets):
         console.print(f"The text of stage {stage} differs from the text that the model was trained on.", style="yellow")
     for data in datasets:
         answers = _count_right_answers(decoder, sampling, data, console)
-        name, losses = data.stage.name, _measure_loss(trained.writer, data, console)
+        name, losses = data.stage.name, _measure_loss(trained.generator, data, console)
         if sampling.weight_dtype is not None:
             table.add_row(name, *losses)
             name = f"{name}, weights in {sampling.weight_dtype}"

@@ -44,7 +44,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from rustgpt_jax.tracking.console import replace_control_characters
 
     sampling = trained.config.sampling
-    writer = trained.writer.with_weight_layout(select_weight_layout(sampling))
+    writer = trained.generator.with_weight_layout(select_weight_layout(sampling))
     for prompt in args.prompt or [""]:
         for sample in range(args.num_samples):
             # Use an explicit seed rather than a derived one, so that any single sample can be drawn again.
@@ -66,7 +66,7 @@ def run_chat(args: argparse.Namespace) -> int:
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     title = f"{Path(args.run).resolve().name} at step {trained.step:,}"
-    chat(trained.writer, trained.config.sampling, PlainTextConsole(), title)
+    chat(trained.generator, trained.config.sampling, PlainTextConsole(), title)
     return 0
 
 
@@ -122,9 +122,11 @@ def _load(args: argparse.Namespace, generates: bool = True) -> Any:
 
     config = resolve(read_config(args)[0])
     from rustgpt_jax.process_setup import enable_compilation_cache
-    from rustgpt_jax.training.load_model import load
+    from rustgpt_jax.training.load_model import load_model
 
     enable_compilation_cache()
     n_generated = config.sampling.max_tokens if generates else 0
-    trained = load(folder, args.checkpoint, is_oversubscribed=args.allow_oversubscription, n_generated=n_generated)
+    trained = load_model(
+        folder, args.checkpoint, is_oversubscribed=args.allow_oversubscription, n_generated=n_generated
+    )
     return trained.with_config(config)

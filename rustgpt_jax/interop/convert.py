@@ -31,8 +31,8 @@ from rustgpt_jax.pytrees import unflatten_paths
 from rustgpt_jax.sharding.hardware_specs import free_memory
 from rustgpt_jax.tokenizers import IMPORTED, Tokenizer, load_tokenizer, save_tokenizer
 from rustgpt_jax.tracking.console import format_count
-from rustgpt_jax.training.load_model import load
-from rustgpt_jax.training.run_inputs import run_tokenizer
+from rustgpt_jax.training.load_model import load_model
+from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.workdir.params_io import matching_parameters, read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, create_run_dir, load_config
 
@@ -164,14 +164,14 @@ def export_run(path: Path, folder: Path, which: str, dtype: str | None, log: Log
     appears when it is complete. Raises UserError for a run without parameters, a model that no architecture of
     `transformers` can say, and logits that are not the same there.
     """
-    run, codec = RunDir(path), run_tokenizer(RunDir(path))
+    run, codec = RunDir(path), load_run_tokenizer(RunDir(path))
     whole = fill_vocab_size(load_config(path), codec)
     is_dialogue = False
     if run.is_untrained:
         params: Any = unflatten_paths(matching_parameters(run.parameters_file, parameter_shapes(whole.model)))
     else:
-        trained = load(path, which)
-        params, is_dialogue = trained.writer.params, trained.writer.is_dialogue
+        trained = load_model(path, which)
+        params, is_dialogue = trained.generator.params, trained.generator.is_dialogue
     about = _import_record(run.import_file) if run.import_file.exists() else {}
 
     def finish(temporary: Path) -> None:

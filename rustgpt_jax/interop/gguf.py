@@ -28,8 +28,8 @@ from rustgpt_jax.model.transformer import Params, vocab_size
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import Message, Tokenizer
 from rustgpt_jax.tokenizers.chat_template import apply_chat_template
-from rustgpt_jax.training.load_model import load
-from rustgpt_jax.training.run_inputs import run_tokenizer
+from rustgpt_jax.training.load_model import load_model
+from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.workdir.run_dir import RunDir, load_config
 
 # Tokenizers in llama.cpp's format: byte-level BPE and SentencePiece BPE.
@@ -331,12 +331,12 @@ def export_gguf(path: Path, file: Path, which: str, dtype: str | None, log: Call
     """
     if file.exists():
         raise UserError(f"{file} already exists; choose another name.")
-    trained = load(path, which)
-    codec = run_tokenizer(RunDir(path))
+    trained = load_model(path, which)
+    codec = load_run_tokenizer(RunDir(path))
     model = fill_vocab_size(load_config(path), codec).model
-    is_dialogue = trained.writer.is_dialogue
+    is_dialogue = trained.generator.is_dialogue
     name = write_gguf(
-        trained.writer.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
+        trained.generator.params, model, file, dtype=dtype or "float32", tokenizer=codec, is_dialogue=is_dialogue
     )
     log(f"{file}: {name}{_omissions(codec, is_dialogue)}")
 

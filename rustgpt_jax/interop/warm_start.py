@@ -19,8 +19,8 @@ from rustgpt_jax.model.block import layer_groups
 from rustgpt_jax.pytrees import flatten_paths
 from rustgpt_jax.tokenizers import IMPORTED, save_tokenizer
 from rustgpt_jax.tracking.console import format_count
-from rustgpt_jax.training.load_model import load
-from rustgpt_jax.training.run_inputs import read_beginning
+from rustgpt_jax.training.load_model import load_model
+from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.config_files import COMMAND_LINE
 from rustgpt_jax.workdir.params_io import NewTensor, write_parameters
@@ -71,7 +71,7 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
     """
     run, is_asked = RunDir(path), any(origins.get(knob) == COMMAND_LINE for knob in TOKENIZER_KNOBS)
     if run.config_file.exists():
-        began = read_beginning(run).get("source")
+        began = read_import_record(run).get("source")
         if began is None or _resolve_source(began) != _resolve_source(source):
             how = f"with the parameters of {began}" if began else "otherwise"
             raise UserError(f"{path} began {how}, not with those of {source}; choose another --run folder.")
@@ -81,19 +81,19 @@ def create_warm_started_run(source: str, path: Path, config: Config, origins: Ma
             else _with_tokenizer_of(load_config(path), config, origins, began)
         )
     place, which = parse_source(source)
-    there = load(place, which)
+    there = load_model(place, which)
     begun = WarmStart(config, dict(origins))
     if not is_asked:
         begun = _with_tokenizer_of(load_config(place), config, origins, source)
     keeps = not is_asked or begun.config.tokenizer.name == IMPORTED
-    own = there.writer.tokenizer if keeps else load_or_train_tokenizer(begun.config)
+    own = there.generator.tokenizer if keeps else load_or_train_tokenizer(begun.config)
     resolved = resolve_epochs_of_text(begun.config, own, cache_folder())
     begun = WarmStart(resolved.config, {**begun.origins, **resolved.origins})
     whole = fill_vocab_size(begun.config, own)
     static, hparams = partition(stages(whole)[0].config)
     fresh = flatten_paths(compiled_init_state(static, hparams).params)
-    given = flatten_paths(there.writer.params)
-    is_same_tokenizer = own.serialized == there.writer.tokenizer.serialized
+    given = flatten_paths(there.generator.params)
+    is_same_tokenizer = own.serialized == there.generator.tokenizer.serialized
     source_layers, layers = _layers_of(given, there.config.model), _layers_of(fresh, whole.model)
     chosen = _choose(source_layers, layers, is_same_tokenizer)
     if not chosen.taken and not chosen.partly:

@@ -15,7 +15,7 @@ from rustgpt_jax.errors import UserError, short_repr
 from rustgpt_jax.reproduce.compare_metrics import ABSENT, compare_checkpoints, compare_records
 from rustgpt_jax.reproduce.step_trace import PARTS, TensorDifference, find_first_tensor
 from rustgpt_jax.tracking.console import print_line
-from rustgpt_jax.training.run_inputs import read_beginning
+from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.workdir.code_snapshot import CODE, read_code
 from rustgpt_jax.workdir.environment import flatten_environment
 from rustgpt_jax.workdir.event_log import code_archive, load_first_launch, load_programs
@@ -91,7 +91,7 @@ def diff_configs(first: RunDir, second: RunDir) -> list[Difference]:
 
 def _diff_initial_params(first: RunDir, second: RunDir) -> list[Difference]:
     """Return differences in the source of the initial parameters (`--init_from` or an import)."""
-    left, right = read_beginning(first), read_beginning(second)
+    left, right = read_import_record(first), read_import_record(second)
     here, there = (
         f"{initial['source']} at step {initial['step']}" if "step" in initial else initial.get("source", ABSENT)
         for initial in (left, right)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from rustgpt_jax.tokenizers import Tokenizer
 from rustgpt_jax.training.checkpointing import Checkpoints
 from rustgpt_jax.training.memory_estimate import check_inference_memory
 from rustgpt_jax.training.optimizers import get_eval_params
-from rustgpt_jax.training.run_inputs import run_tokenizer
+from rustgpt_jax.training.run_inputs import load_run_tokenizer
 from rustgpt_jax.training.train_step import compiled_init_state
 from rustgpt_jax.workdir.params_io import read_parameters
 from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
@@ -28,12 +27,12 @@ from rustgpt_jax.workdir.run_dir import RunDir, load_config, load_earlier
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model of a run at one of its checkpoints."""
+    """A model loaded from a run folder."""
 
     run: RunDir
     config: Config
     step: int
-    writer: TextGenerator
+    generator: TextGenerator
 
     def with_config(self, config: Config) -> "LoadedModel":
         """Return the same model with another config for sampling and data.
@@ -41,7 +40,7 @@ class LoadedModel:
         Raises:
             UserError: A knob of the model or tokenizer differs.
         """
-        config = fill_vocab_size(config, self.writer.tokenizer)
+        config = fill_vocab_size(config, self.generator.tokenizer)
         for knob, (trained, asked) in diff(self.config, config).items():
             if knob.startswith(("model.", "tokenizer.")):
                 raise UserError(
@@ -50,46 +49,44 @@ class LoadedModel:
         return dataclasses.replace(self, config=config)
 
 
-def print_warning(text: str) -> None:
-    """Print to stderr."""
-    print(text, file=sys.stderr)
-
-
-def load(
+def load_model(
     path: Path,
     which: str = "last",
-    says: Callable[[str], object] = print_warning,
     is_oversubscribed: bool = False,
     n_generated: int = 0,
 ) -> LoadedModel:
-    """Load the `last` or `best` checkpoint of a run, or the previous one, with a message, if that is damaged.
+    """Load the model of a run.
+
+    Args:
+        path: The run folder.
+        which: The checkpoint: "last", "best" or a step. If it is damaged, the previous one is loaded, with a warning.
+        is_oversubscribed: Whether to load the model even if the memory is too small.
+        n_generated: The number of tokens of one row in the KV cache, which has to fit the memory too.
 
     Raises:
-        UserError: The folder has no run, the run has no valid checkpoint, or the model and the KV cache of one row
-            of `n_generated` tokens cannot fit the memory and `is_oversubscribed` is False.
+        UserError: There is no run, or no valid checkpoint, or the memory is too small.
     """
     stored = load_config(path)
     run = RunDir(path)
     if not (run.is_untrained or run.checkpoints.exists()):
-        raise UserError(f"{path} has no checkpoint yet; `launch.py train` makes one.")
-    tokenizer = run_tokenizer(run)
+        raise UserError(f"{path} has no checkpoint yet; `launch.py train` saves one.")
+    tokenizer = load_run_tokenizer(run)
     config = fill_vocab_size(stored, tokenizer)
     check_inference_memory(config, query_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
         shapes = plan_for_local_devices().abstract(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0
     else:
-        params, step = _restored(run, stored, config, which, says)
+        params, step = _restore(run, stored, config, which)
     return LoadedModel(run, config, step, TextGenerator(params, config.model, tokenizer, _is_dialogue(run, tokenizer)))
 
 
-def _restored(
-    run: RunDir, stored: Config, config: Config, which: str, says: Callable[[str], object]
-) -> tuple[Params, int]:
-    """Restore the parameters for evaluation from a checkpoint, and its step."""
+def _restore(run: RunDir, stored: Config, config: Config, which: str) -> tuple[Params, int]:
+    """Return the parameters for evaluation in a checkpoint, and its step."""
 
     def on_skipped(step: int, reason: str) -> None:
-        says(f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the one before it is read.")
+        warning = f"{run.path}: the checkpoint of step {step} is damaged ({reason}); the previous one is loaded."
+        print(warning, file=sys.stderr)
 
     static, hparams = partition(config)
     like = plan_for_local_devices().abstract(jax.eval_shape(lambda: compiled_init_state(static, hparams)))
@@ -99,7 +96,7 @@ def _restored(
 
 
 def _is_dialogue(run: RunDir, tokenizer: Tokenizer) -> bool:
-    """Return whether the model was trained on dialogues, here or (if it has a chat template) before import."""
+    """Return whether the model was trained on dialogues, or was imported with a chat template."""
     if tokenizer.chat_format is not None and tokenizer.chat_format.chat_template is not None:
         return True
     recorded = read_data_record(run.data_file) if run.data_file.exists() else []

@@ -1,4 +1,4 @@
-"""Inputs of a run: its config, tokenizer and data, and the program of each stage."""
+"""The inputs of a run: its config, tokenizer and data, and the program of each stage."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from rustgpt_jax.config.schema import (
     Config,
     Earlier,
     Hyperparams,
-    Stage,
     StaticConfig,
     partition,
     stages,
@@ -39,7 +38,7 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 
 class StageProgram(NamedTuple):
-    """The program of a stage: the static config selects the compiled program, the rest are its arguments."""
+    """The static config of a stage, which selects its compiled program, and the constant arguments of that program."""
 
     static: StaticConfig
     hparams: Hyperparams
@@ -48,9 +47,14 @@ class StageProgram(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RunInputs:
-    """The inputs of a run: its config as written and with the vocabulary size, its tokenizer, and its data.
+    """The inputs of a run.
 
-    `stages` has one entry per config if the config changed within a stage. `earlier` has the earlier configs.
+    Attributes:
+        config: The config.
+        full_config: The config with the vocabulary size of the tokenizer.
+        tokenizer: The tokenizer.
+        stages: The data of each stage, with one entry per config if the config changed within a stage.
+        earlier: Earlier configs of the run.
     """
 
     config: Config
@@ -66,16 +70,14 @@ class RunInputs:
 
     def compares_after(self, data: StageData) -> int:
         """Return the last step before a stage whose validation loss was measured on other batches."""
-        step = 0
-        for each in self.stages[: self.stages.index(data)]:
-            if each.stage.config.logging.eval_batches != data.stage.config.logging.eval_batches:
-                step = each.stage.last_step
-        return step
+        earlier = [each.stage for each in self.stages[: self.stages.index(data)]]
+        n_batches = data.stage.config.logging.eval_batches
+        return max((stage.last_step for stage in earlier if stage.config.logging.eval_batches != n_batches), default=0)
 
     @cached_property
     def programs(self) -> list[StageProgram]:
         """The program of each stage."""
-        return [_stage_program(data.stage) for data in self.stages]
+        return [StageProgram(*partition(data.stage.config), np.int32(data.stage.first_step)) for data in self.stages]
 
     def check(self, run: RunDir, n_devices: int) -> None:
         """Check the inputs before anything is compiled or written.
@@ -88,17 +90,16 @@ class RunInputs:
             UserError: The inputs cannot work on these devices, or the data differ from those in the run folder.
         """
         check_decay_groups(parameter_shapes(self.full_config.model), self.full_config.optimizer)
-        for role in {"user" if data.is_dialogue else "text" for data in self.stages}:
-            _check_prompts(self.full_config, self.tokenizer, role)
         for data in self.stages:
+            _check_prompts(self.full_config, self.tokenizer, "user" if data.is_dialogue else "text")
             check_batch_shards(data.stage.config, data.seq_len, n_devices)
         changed = find_changed_stages(run.data_file, self.stages)
         if changed:
-            again = "give back the old text, or choose another --run folder"
-            raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {again}.")
+            remedy = "restore the old text, or use another --run folder"
+            raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {remedy}.")
 
 
-def run_tokenizer(run: RunDir) -> Tokenizer:
+def load_run_tokenizer(run: RunDir) -> Tokenizer:
     """Load the tokenizer of a run.
 
     Raises:
@@ -106,18 +107,18 @@ def run_tokenizer(run: RunDir) -> Tokenizer:
     """
     tokenizer = load_tokenizer(run.tokenizer_file)
     recorded = [stage["tokenizer"] for stage in read_data_record(run.data_file)] if run.data_file.exists() else []
-    began_with = read_beginning(run).get("tokenizer")
+    recorded.append(read_import_record(run).get("tokenizer"))
     found = hash_tokenizer(tokenizer)
-    for digest in [*recorded, *([began_with] if began_with is not None else [])]:
-        if digest != found:
+    for digest in recorded:
+        if digest is not None and digest != found:
             raise UserError(
                 f"{run.tokenizer_file} is not the tokenizer of this run: its SHA-256 is {found[:12]}, and "
-                f"{digest[:12]} is recorded. Put the right one back."
+                f"{digest[:12]} is recorded. Restore the original file."
             )
     return tokenizer
 
 
-def read_beginning(run: RunDir) -> dict[str, Any]:
+def read_import_record(run: RunDir) -> dict[str, Any]:
     """Read the source of a run's initial parameters; {} if they were initialized from the seed.
 
     Raises:
@@ -137,17 +138,12 @@ def read_beginning(run: RunDir) -> dict[str, Any]:
     return about
 
 
-def _stage_program(stage: Stage) -> StageProgram:
-    static, hparams = partition(stage.config)
-    return StageProgram(static, hparams, np.int32(stage.first_step))
-
-
 def _check_prompts(config: Config, tokenizer: Tokenizer, role: str) -> None:
     for prompt in config.logging.sample_prompts:
         length = len(encode_prompt(tokenizer, [Message(role, prompt)]))
         if length >= config.model.context_length:
             raise UserError(
-                f"config.logging.sample_prompts: {prompt!r} takes {length} tokens and leaves no room in "
+                f"config.logging.sample_prompts: {prompt!r} has {length} tokens, which leaves no room in "
                 f"config.model.context_length={config.model.context_length}."
             )
 
@@ -155,7 +151,7 @@ def _check_prompts(config: Config, tokenizer: Tokenizer, role: str) -> None:
 def prepare_tokenizer(config: Config, file: Path, console: Console) -> Tokenizer:
     """Load the tokenizer of a run, or train it if `file` does not exist."""
     if file.exists():
-        return run_tokenizer(RunDir(file.parent))
+        return load_run_tokenizer(RunDir(file.parent))
     with show_progress(console, "characters read to train the tokenizer") as progress:
         return load_or_train_tokenizer(config, progress=progress)
 
@@ -174,7 +170,7 @@ def prepare_inputs(
         tokenizer_file: The path of the run's tokenizer, which may not exist.
         console: The console to print to.
         earlier: Earlier configs of the run.
-        tokenizer: The tokenizer of the run, if it is known already.
+        tokenizer: The tokenizer of the run, if it was already loaded.
 
     Raises:
         UserError: The text is unsuitable.
@@ -185,7 +181,9 @@ def prepare_inputs(
     with show_progress(console, "characters encoded") as progress:
         prepared = [prepare_stage(stage, tokenizer, cache_folder(), progress) for stage in stages(full_config)]
     stores = {data.stage.name: data.store for data in prepared}
-    before = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]
-    in_turn = stages_in_turn(full_config, before)
-    data = [prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name]) for stage in in_turn]
+    full_earlier = [each._replace(config=fill_vocab_size(each.config, tokenizer)) for each in earlier]
+    data = [
+        prepare_stage(stage, tokenizer, cache_folder(), store=stores[stage.name])
+        for stage in stages_in_turn(full_config, full_earlier)
+    ]
     return RunInputs(config, full_config, tokenizer, data, earlier)

@@ -29,7 +29,7 @@ from rustgpt_jax.tracking.metric_writer import (
 )
 from rustgpt_jax.tracking.plots import draw_loss_curves
 from rustgpt_jax.training.checkpointing import CorruptCheckpoint, read_metadata
-from rustgpt_jax.training.run_inputs import read_beginning
+from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.workdir.event_log import load_launches, load_programs
 from rustgpt_jax.workdir.run_dir import RunDir
 
@@ -172,7 +172,7 @@ def test_records_of_data_and_of_a_beginning_with_edits(
         write(run.data_file, data)
         write(run.import_file, beginning)
         answer(lambda: read_data_record(run.data_file))
-        answer(lambda: read_beginning(run))
+        answer(lambda: read_import_record(run))
         if answer(lambda: diff_data(run, run)) is not None:
             assert not diff_data(run, run)
 
