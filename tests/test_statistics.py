@@ -19,9 +19,9 @@ from rustgpt_jax.sweeps.report.stats import (
     compare_paired,
     compare_with_best,
     compute_lr_sensitivity,
+    compute_mean_interval,
     decompose_variance,
-    mean_interval,
-    smallest_p_values,
+    simulate_smallest_p_values,
 )
 
 LOSS = st.floats(0.01, 20)
@@ -35,7 +35,7 @@ MANY_SAMPLES = 4000
 @given(st.lists(LOSS, min_size=2, max_size=20, unique=True), st.floats(0.5, 0.999))
 def test_the_interval_is_that_of_the_t_test(values: list[float], confidence: float) -> None:
     assume(np.ptp(values) > 1e-6)
-    found = mean_interval(values, confidence)
+    found = compute_mean_interval(values, confidence)
     oracle = stats.ttest_1samp(values, 0).confidence_interval(confidence)
     assert found.n == len(values)
     np.testing.assert_allclose([found.mean, found.low, found.high], [np.mean(values), *oracle], rtol=1e-8)
@@ -45,21 +45,21 @@ def test_the_interval_is_that_of_the_t_test(values: list[float], confidence: flo
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_the_interval_covers_the_truth_as_often_as_it_says(n: int, confidence: float) -> None:
     draws = np.random.default_rng(n).normal(3.0, 0.2, (MANY_SAMPLES, n))
-    intervals = [mean_interval(values, confidence) for values in draws.tolist()]
+    intervals = [compute_mean_interval(values, confidence) for values in draws.tolist()]
     covered = np.mean([interval.low <= 3.0 <= interval.high for interval in intervals])
     assert abs(covered - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / MANY_SAMPLES)
 
 
 @given(st.lists(LOSS, max_size=6), st.lists(NOT_FINITE, max_size=3))
 def test_what_diverged_has_no_part_in_a_mean(values: list[float], diverged: list[float]) -> None:
-    assert repr(mean_interval([*diverged, *values])) == repr(mean_interval(values))
-    assert mean_interval([*diverged, *values]).n == len(values)
+    assert repr(compute_mean_interval([*diverged, *values])) == repr(compute_mean_interval(values))
+    assert compute_mean_interval([*diverged, *values]).n == len(values)
 
 
 def test_one_value_has_no_interval_and_equal_values_a_point() -> None:
-    assert repr(mean_interval([2.5])) == repr(Interval(2.5, math.nan, math.nan, 1))
-    assert repr(mean_interval([])) == repr(Interval(math.nan, math.nan, math.nan, 0))
-    assert mean_interval([2.5, 2.5, 2.5]) == Interval(2.5, 2.5, 2.5, 3)
+    assert repr(compute_mean_interval([2.5])) == repr(Interval(2.5, math.nan, math.nan, 1))
+    assert repr(compute_mean_interval([])) == repr(Interval(math.nan, math.nan, math.nan, 0))
+    assert compute_mean_interval([2.5, 2.5, 2.5]) == Interval(2.5, 2.5, 2.5, 3)
 
 
 # Pairs.
@@ -143,7 +143,7 @@ def test_two_settings_are_compared_by_the_paired_test_alone() -> None:
 def test_the_threshold_is_the_5_percent_quantile_over_sweeps_that_choose_their_best_setting() -> None:
     # Setting 3 lacks two seeds, and setting 4 diverged once: it is compared, but cannot be the best.
     present = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]], bool)
-    smallest = smallest_p_values(tuple(map(tuple, present.tolist())), 4)
+    smallest = simulate_smallest_p_values(tuple(map(tuple, present.tolist())), 4)
     rng, oracle = np.random.default_rng(1), []
     for _ in range(400):
         losses = np.where(present, rng.normal(size=present.shape), np.nan)

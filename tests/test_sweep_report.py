@@ -27,8 +27,8 @@ from rustgpt_jax.errors import UserError
 from rustgpt_jax.sweeps.report import report
 from rustgpt_jax.sweeps.report.analysis import compute_sensitivities, describe_comparison, rank_settings
 from rustgpt_jax.sweeps.report.figures import downsample
-from rustgpt_jax.sweeps.report.plot_style import TRIAL_PREFIX, KnobColors, css, scale_of, set_loss_axis
-from rustgpt_jax.sweeps.report.results import format_rerun_command, format_value, knob_names, read_results
+from rustgpt_jax.sweeps.report.plot_style import TRIAL_PREFIX, KnobColors, make_css, make_scale, set_loss_axis
+from rustgpt_jax.sweeps.report.results import format_rerun_command, format_value, get_knob_names, read_results
 from rustgpt_jax.sweeps.report.stats import compare_with_best
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -166,9 +166,9 @@ def test_reading_a_sweep_starts_no_jax() -> None:
 def test_knobs_are_named_by_what_tells_them_apart() -> None:
     paths = ["optimizer.name", "schedule.name", "optimizer.learning_rate", "model.d_model", "training.steps", "seed"]
     names = ["optimizer", "schedule", "learning rate", "d_model", "training steps", "seed"]
-    assert list(knob_names(paths).values()) == names
+    assert list(get_knob_names(paths).values()) == names
     staged = ["stages.a.optimizer.learning_rate", "stages.b.optimizer.learning_rate"]
-    assert list(knob_names(staged).values()) == ["a optimizer learning rate", "b optimizer learning rate"]
+    assert list(get_knob_names(staged).values()) == ["a optimizer learning rate", "b optimizer learning rate"]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -208,7 +208,7 @@ def test_the_command_trains_the_same_config(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=20, unique=True))
 def test_scales_keep_the_order_of_numbers(values: list[float]) -> None:
-    scale = scale_of(values)
+    scale = make_scale(values)
     shares = [scale.share(value) for value in sorted(values)]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == pytest.approx((0, 1))
@@ -228,7 +228,7 @@ def test_scales_keep_the_order_of_numbers(values: list[float]) -> None:
     ],
 )
 def test_values_spaced_by_ratio_get_a_logarithmic_scale(values: tuple[float, ...], is_log: bool) -> None:
-    assert (scale_of(values).kind in ("log", "symlog")) == is_log
+    assert (make_scale(values).kind in ("log", "symlog")) == is_log
 
 
 @given(
@@ -445,8 +445,8 @@ def luminous(color: str) -> np.ndarray:
     "values", [(1e-3, 1.1e-3), (1e-4, 1e-3, 1.1e-3, 1e-1), (0.0, 1e-3, 1.0001e-3, 1e-2, 2e-2, 0.5, 0.9, 0.91)]
 )
 def test_near_equal_rates_have_colors_that_are_told_apart(values: tuple[float, ...]) -> None:
-    colors = [KnobColors("learning rate", scale_of(values)).variable(value) for value in values]
-    for paper in re.findall(r":root\{(.*?)\}", css()):
+    colors = [KnobColors("learning rate", make_scale(values)).variable(value) for value in values]
+    for paper in re.findall(r":root\{(.*?)\}", make_css()):
         known = dict(re.findall(r"--([\w-]+):(#\w+);", paper))
         labs = [luminous(known[color]) for color in colors]
         distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(labs, 2)]
@@ -459,7 +459,7 @@ def test_what_lies_beyond_an_axis_is_an_arrow(tmp_path: Path, monkeypatch: pytes
         return 2.0 + 3.0 * (trial["optimizer.learning_rate"] == 1e-2) + spread * trial["seed"] ** 2
 
     drawn = []
-    monkeypatch.setattr("rustgpt_jax.sweeps.report.figures.mark_beyond", lambda *args: drawn.append(args[2]))
+    monkeypatch.setattr("rustgpt_jax.sweeps.report.figures.draw_arrow", lambda *args: drawn.append(args[2]))
     trials = grid(optimizer__learning_rate=RATES[:4], seed=range(3))
     _, page = said(write_sweep(tmp_path / "sweep", trials, status=lambda _: "finished", loss=loss))
     assert set(drawn) == {"^", "v"}

@@ -28,7 +28,7 @@ from rustgpt_jax.reproduce.recorded_run import (
     describe_start,
 )
 from rustgpt_jax.sweeps.report import ASSETS as REPORT_ASSETS
-from rustgpt_jax.sweeps.report.plot_style import css, shade
+from rustgpt_jax.sweeps.report.plot_style import get_shade, make_css
 from rustgpt_jax.tracking.console import print_line
 from rustgpt_jax.training.hooks import MUST_BE_FINITE
 from rustgpt_jax.workdir.code_snapshot import hash_running_code
@@ -245,7 +245,7 @@ def render_page(replayed: ReplayedStep, tensors: Sequence[StepTensor]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(replayed.run)}, step {replayed.step}</title><link rel=icon href=data:,>"
-        f"<style>{css()}{style}</style></head><body><main>"
+        f"<style>{make_css()}{style}</style></head><body><main>"
         f"{_render_head(replayed, tensors)}{_render_heat_maps(tensors)}{_render_table(tensors)}"
         f'</main><div id="tip"></div><script>{script}</script></body></html>\n'
     )
@@ -347,7 +347,7 @@ def _render_cell(tensor: StepTensor, value: float, low: float, high: float, has_
         return f'<td class="none" {tip}>{text}</td>'
     share = 1.0 - math.log(value / low) / math.log(high / low) if high > low else 0.5
     style = "faint" if share > LIGHT_FROM else "strong"
-    return f'<td class="{style}" style="background:var(--{shade("loss", share)})" {tip}>{text}</td>'
+    return f'<td class="{style}" style="background:var(--{get_shade("loss", share)})" {tip}>{text}</td>'
 
 
 def format_short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The report of a sweep: a table in the terminal, results.csv, and report.html, a single file without dependencies."""
+"""The report of a sweep: a table in the terminal, results.csv, and report.html, a single self-contained file."""
 
 import ast
 import json
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +17,9 @@ from rustgpt_jax.sweeps.report.analysis import (
     RankedSetting,
     describe_comparisons,
     describe_interval,
+    find_visible_range,
     list_notes,
     list_omitted,
-    losses_in_view,
     rank_settings,
 )
 from rustgpt_jax.sweeps.report.results import (
@@ -36,15 +35,12 @@ from rustgpt_jax.sweeps.report.results import (
     format_p_value,
     format_rerun_command,
     format_value,
+    get_knob_names,
     group_by_setting,
-    knob_names,
     read_results,
     write_csv,
 )
 from rustgpt_jax.tracking.console import replace_control_characters
-
-if TYPE_CHECKING:
-    from rustgpt_jax.sweeps.report.plot_style import Picture
 
 MAX_ROWS, MAX_ERRORS = 20, 5
 
@@ -69,16 +65,23 @@ def report(folder: Path, console: Console) -> Path:
     ranked = rank_settings(results)
     title = f"{results.name}: {METRICS[results.metric]}, best settings first"
     console.print(title, style="bold", highlight=False, markup=False)
-    console.print(_terminal_table(results, ranked))
-    for line in _terminal_lines(results, ranked, counts):
+    console.print(_make_terminal_table(results, ranked))
+    n_hidden = len(group_by_setting(results)) - min(len(ranked), MAX_ROWS)
+    lines = [f"{n_hidden} more settings are in results.csv."] if n_hidden else []
+    lines += describe_comparisons(results, ranked)
+    lines += [f"Of {len(results.trials)} planned: {counts}.", *list_omitted(results)]
+    failed = [trial for trial in results.trials if trial.status == FAILED]
+    lines += [f"failed: {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed[:MAX_ERRORS]]
+    lines += [f"{len(failed) - MAX_ERRORS} more failed."] if len(failed) > MAX_ERRORS else []
+    for line in lines:
         console.print(replace_control_characters(line), highlight=False, markup=False)
     target = folder / "report.html"
     write_atomically(target, render_page(results).encode(errors="backslashreplace"))
     return target
 
 
-def _terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Table:
-    names = knob_names(results.swept)
+def _make_terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Table:
+    names = get_knob_names(results.swept)
     table = Table(box=None, pad_edge=False)
     for path in results.knobs:
         table.add_column(names[path])
@@ -93,54 +96,46 @@ def _terminal_table(results: Results, ranked: tuple[RankedSetting, ...]) -> Tabl
     return table
 
 
-def _terminal_lines(results: Results, ranked: tuple[RankedSetting, ...], counts: str) -> list[str]:
-    n_hidden = len(group_by_setting(results)) - min(len(ranked), MAX_ROWS)
-    lines = [f"{n_hidden} more settings are in results.csv."] if n_hidden else []
-    lines += describe_comparisons(results, ranked)
-    lines += [f"Of {len(results.trials)} planned: {counts}.", *list_omitted(results)]
-    failed = [trial for trial in results.trials if trial.status == FAILED]
-    lines += [f"failed: {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed[:MAX_ERRORS]]
-    return lines + ([f"{len(failed) - MAX_ERRORS} more failed."] if len(failed) > MAX_ERRORS else [])
-
-
 def render_page(results: Results) -> str:
     """Render the HTML page of a sweep with at least one finished trial."""
     from rustgpt_jax.sweeps.report.figures import plot_all
-    from rustgpt_jax.sweeps.report.plot_style import css
+    from rustgpt_jax.sweeps.report.plot_style import make_css
 
     ranked = rank_settings(results)
-    tooltips = json.dumps({trial.id: _tooltip(results, trial) for trial in results.trials}).replace("<", "\\u003c")
-    figures = "".join(_figure(number, picture) for number, picture in enumerate(plot_all(results), start=1))
+    tooltips = json.dumps({trial.id: _make_tooltip(results, trial) for trial in results.trials}).replace("<", "\\u003c")
+    figures = "".join(
+        f'<figure class="{"wide" if figure.is_wide else "narrow"}"><h3>{escape(figure.title)}</h3>'
+        f"<div class=plot>{figure.svg}</div>"
+        f"<figcaption><b>Figure {number}.</b> {escape(figure.caption)}</figcaption></figure>"
+        for number, figure in enumerate(plot_all(results), start=1)
+    )
+    original_command = f'<p class="soft">The sweep was started with</p>{_render_command(results.command)}'
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     body = (
-        f"{_header(results, ranked)}"
-        f"<section><h2>Settings</h2>{_table_legend(results, ranked)}{_settings_table(results, ranked)}</section>"
+        f"{_render_header(results, ranked)}"
+        f"<section><h2>Settings</h2>{_render_legend(results, ranked)}{_render_settings(results, ranked)}</section>"
         f'<section><h2>Figures</h2><div class="figures">{figures}</div></section>'
-        f"{_section('Comparisons', describe_comparisons(results, ranked))}"
-        f"{_section('Notes', list_notes(results, ranked), _original_command(results))}"
+        f"{_render_section('Comparisons', describe_comparisons(results, ranked))}"
+        f"{_render_section('Notes', list_notes(results, ranked), original_command)}"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(results.name)}</title><link rel=icon href=data:,>"
-        f"<style>{css()}{style}</style></head><body><main>{body}</main>"
+        f"<style>{make_css()}{style}</style></head><body><main>{body}</main>"
         f'<div id="tip"></div><script type="application/json" id="trials">{tooltips}</script>'
         f"<script>{script}</script></body></html>\n"
     )
 
 
-def read_question(config_file: Path) -> str | None:
-    """Return the first paragraph of a Python file's docstring, None if the file or its docstring does not exist."""
+def _render_header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+    best, name = ranked[0], escape(results.name)
     try:
-        text = ast.get_docstring(ast.parse(config_file.read_text(encoding="utf-8")))
+        docstring = ast.get_docstring(ast.parse(Path(results.config_file).read_text(encoding="utf-8"))) or ""
     except (OSError, SyntaxError, ValueError):
-        return None
-    return " ".join(text.split("\n\n")[0].split()) if text else None
-
-
-def _header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
-    best = ranked[0]
-    question, name = read_question(Path(results.config_file)), escape(results.name)
+        docstring = ""
+    # The first paragraph of an experiment's docstring is its question.
+    question = " ".join(docstring.split("\n\n")[0].split())
     heading = f'<p class="name">{name}</p><h1>{escape(question)}</h1>' if question else f"<h1>{name}</h1>"
     first = next(trial for trial in best.setting.trials if trial.final_loss is not None)
     trials = "1 trial" if len(results.trials) == 1 else f"{len(results.trials)} trials"
@@ -150,13 +145,13 @@ def _header(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
         f'<div class="best"><div class="loss">{format_loss(best.interval.mean)}</div>'
         f'<div><p class="setting">{escape(describe_setting(best.setting.knobs))}</p>'
         f'<p class="unit">The lowest {METRICS[results.metric]}: {describe_interval(best.interval)}.</p></div></div>'
-        f"{_command(format_rerun_command(results, first.overrides))}"
+        f"{_render_command(format_rerun_command(results, first.overrides))}"
         f'<p class="counts">{trials}: {counts}.</p></header>'
     )
 
 
-def _table_legend(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
-    is_clipped = any(trial.final_loss > losses_in_view(results)[1] for trial in results.finished)  # type: ignore[operator]
+def _render_legend(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+    is_clipped = any(trial.final_loss > find_visible_range(results)[1] for trial in results.finished)  # type: ignore[operator]
     parts = [f"Each dot is a trial{', an arrow one beyond the axis' if is_clipped else ''}"]
     if any(row.interval.n > 1 for row in ranked):
         parts.append("bars are 95% t intervals of a setting's mean over seeds")
@@ -170,18 +165,14 @@ def _table_legend(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
     return f'<p class="soft small">{number}{"; ".join(parts)}.</p>'
 
 
-def _original_command(results: Results) -> str:
-    return f'<p class="soft">The sweep was started with</p>{_command(results.command)}'
-
-
-def _command(command: str) -> str:
+def _render_command(command: str) -> str:
     # A browser may break lines after a hyphen.
     words = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
     return f'<div class="command"><pre>{words}</pre><button type="button">Copy</button></div>'
 
 
-def _tooltip(results: Results, trial: TrialResult) -> str:
-    names = knob_names(results.swept)
+def _make_tooltip(results: Results, trial: TrialResult) -> str:
+    names = get_knob_names(results.swept)
     knobs = [f"{names[path]}: {format_value(trial.knobs[path])}" for path in results.swept]
     metric = METRICS[results.metric]
     if trial.final_loss is not None:
@@ -192,15 +183,7 @@ def _tooltip(results: Results, trial: TrialResult) -> str:
     return "\n".join([f"trial {trial.id}", *knobs, end])
 
 
-def _figure(number: int, picture: "Picture") -> str:
-    return (
-        f'<figure class="{"wide" if picture.is_wide else "narrow"}"><h3>{escape(picture.title)}</h3>'
-        f"<div class=plot>{picture.svg}</div>"
-        f"<figcaption><b>Figure {number}.</b> {escape(picture.caption)}</figcaption></figure>"
-    )
-
-
-def _section(title: str, sentences: list[str], rest: str = "") -> str:
+def _render_section(title: str, sentences: list[str], rest: str = "") -> str:
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f"<section><h2>{title}</h2><ul>{items}</ul>{rest}</section>" if sentences else ""
 
@@ -212,8 +195,8 @@ class Column:
     Attributes:
         head: The HTML of its head.
         style: The CSS class of its cells.
-        cell: Returns the HTML of a ranked setting's cell.
-        unranked: Returns the HTML of the cell of a setting without a finished trial.
+        cell: A function that returns the HTML of a ranked setting's cell.
+        unranked: A function that returns the cell of a setting without a finished trial.
     """
 
     head: str
@@ -222,31 +205,31 @@ class Column:
     unranked: Callable[[Setting], str] = lambda setting: ""
 
 
-def _settings_table(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
+def _render_settings(results: Results, ranked: tuple[RankedSetting, ...]) -> str:
     """Render the ranked settings, then those without a finished trial."""
-    columns = _columns(results, ranked)
+    columns = _make_columns(results, ranked)
     heads = "".join(f'<th class="{column.style}">{column.head}</th>' for column in columns)
-    rows = [_row("first" if row is ranked[0] else "", columns, [c.cell(row) for c in columns]) for row in ranked]
+    rows = [_render_row("first" if row is ranked[0] else "", columns, [c.cell(row) for c in columns]) for row in ranked]
     rest = [setting for setting in group_by_setting(results) if not setting.losses]
-    rows += [_row("rest", columns, [column.unranked(setting) for column in columns]) for setting in rest]
+    rows += [_render_row("rest", columns, [column.unranked(setting) for column in columns]) for setting in rest]
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="table">{table}</div>'
 
 
-def _row(style: str, columns: list[Column], cells: list[str]) -> str:
+def _render_row(style: str, columns: list[Column], cells: list[str]) -> str:
     html = "".join(f"<td class={column.style!r}>{cell}</td>" for column, cell in zip(columns, cells, strict=True))
     return f'<tr class="{style}">{html}</tr>'
 
 
-def _columns(results: Results, ranked: tuple[RankedSetting, ...]) -> list[Column]:
-    names, best = knob_names(results.swept), ranked[0]
+def _make_columns(results: Results, ranked: tuple[RankedSetting, ...]) -> list[Column]:
+    names, best = get_knob_names(results.swept), ranked[0]
     number_of = {id(row): number for number, row in enumerate(ranked, start=1)}
-    limits = _strip_limits(results, ranked)
+    limits = _find_strip_limits(results, ranked)
     has_seeds = any(len(setting.trials) > 1 for setting in group_by_setting(results))
 
     columns = [Column("", "number", lambda row: str(number_of[id(row)]))]
-    columns += [_knob_column(path, names[path]) for path in results.knobs]
-    columns.append(Column(str(METRICS[results.metric]), "strip", lambda row: _strip(row, limits)))
+    columns += [_make_knob_column(path, names[path]) for path in results.knobs]
+    columns.append(Column(str(METRICS[results.metric]), "strip", lambda row: _render_strip(row, limits)))
     columns.append(Column("mean" if has_seeds else "loss", "number", lambda row: format_loss(row.interval.mean)))
     if has_seeds:
         columns.append(Column("seeds", "number", lambda row: str(row.interval.n)))
@@ -255,11 +238,11 @@ def _columns(results: Results, ranked: tuple[RankedSetting, ...]) -> list[Column
     if any(row.comparison for row in ranked):
         columns.append(Column("p", "number", lambda row: "" if row is best else _format_p_cell(row)))
     if any(trial.status != FINISHED for trial in results.trials):
-        columns.append(Column("not finished", "", lambda row: _unfinished(row.setting), _unfinished))
+        columns.append(Column("not finished", "", lambda row: _render_unfinished(row.setting), _render_unfinished))
     return columns
 
 
-def _knob_column(path: str, name: str) -> Column:
+def _make_knob_column(path: str, name: str) -> Column:
     def cell(setting: Setting) -> str:
         return escape(format_value(setting.knobs[path]))
 
@@ -281,7 +264,7 @@ def _format_p_cell(row: RankedSetting) -> str:
     return escape(format_p_value(row.comparison.p_value).removeprefix("p ").removeprefix("= "))
 
 
-def _unfinished(setting: Setting) -> str:
+def _render_unfinished(setting: Setting) -> str:
     return "".join(
         f'<span class="chip {trial.status}" data-trial="{trial.id}">{trial.status}</span>'
         for trial in setting.trials
@@ -289,16 +272,16 @@ def _unfinished(setting: Setting) -> str:
     )
 
 
-def _strip_limits(results: Results, ranked: tuple[RankedSetting, ...]) -> tuple[float, float]:
+def _find_strip_limits(results: Results, ranked: tuple[RankedSetting, ...]) -> tuple[float, float]:
     """Return the range of the strips: the visible losses, and intervals that extend slightly beyond them."""
-    low, high = losses_in_view(results)
+    low, high = find_visible_range(results)
     intervals = [row.interval for row in ranked if row.interval.mean <= high]
     bounds = [bound for interval in intervals for bound in (interval.low, interval.high) if math.isfinite(bound)]
     room = INTERVALS_BEYOND * (high - low)
     return max(min(low, *bounds, low), low - room), min(max(high, *bounds, high), high + room)
 
 
-def _strip(row: RankedSetting, limits: tuple[float, float]) -> str:
+def _render_strip(row: RankedSetting, limits: tuple[float, float]) -> str:
     """Draw a dot for each seed and a bar for the confidence interval of their mean, on an axis shared by all rows.
 
     Seeds outside the axis are drawn as arrows at the end of the strip, as is the end of a clipped bar.

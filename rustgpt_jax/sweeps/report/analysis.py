@@ -1,4 +1,4 @@
-"""Which setting of a sweep is best, which differences are significant, and what a reader must know."""
+"""Ranking and comparison of a sweep's settings, and the notes that a reader needs to interpret them."""
 
 import math
 from collections import defaultdict
@@ -22,9 +22,9 @@ from rustgpt_jax.sweeps.report.results import (
     format_loss,
     format_p_value,
     format_value,
+    get_knob_names,
     group_by_setting,
     is_number,
-    knob_names,
     to_key,
 )
 from rustgpt_jax.sweeps.report.stats import (
@@ -34,18 +34,18 @@ from rustgpt_jax.sweeps.report.stats import (
     Shares,
     compare_with_best,
     compute_lr_sensitivity,
+    compute_mean_interval,
     decompose_variance,
-    mean_interval,
 )
 
-# Losses further above the best one than this many times the median look alike in figures, to leave room for the rest.
-IN_VIEW = 3.0
-# A best setting of more knobs than this is not named in every sentence.
+# Figures clip losses further above the best one than this many times the distance of the median.
+VISIBLE_RANGE = 3.0
+# A best setting with more knobs than this is called "the best setting".
 MAX_KNOBS_NAMED = 2
 MAX_COMPARISONS, MAX_ERRORS = 8, 12
-# Fewer values than this say little about what is beyond them, fewer learning rates little about sensitivity.
+# Minimum number of values of a knob for notes on its range, and of learning rates for their sensitivity.
 MIN_VALUES = 3
-# A t interval of two seeds is so wide that its band would hide the rest.
+# Minimum number of seeds for a band in figures: a t interval of two seeds would hide everything else.
 MIN_SEEDS = 3
 # Minimum number of trials for shares of variance.
 MIN_TRIALS = 6
@@ -82,23 +82,20 @@ def rank_settings(results: Results) -> tuple[RankedSetting, ...]:
     n_candidates = sum(setting.n_diverged == 0 for setting in ordered) or len(ordered)
     compared = compare_with_best([setting.losses for setting in ordered], n_candidates)
     return tuple(
-        RankedSetting(setting, mean_interval(list(setting.losses.values())), comparison)
+        RankedSetting(setting, compute_mean_interval(list(setting.losses.values())), comparison)
         for setting, comparison in zip(ordered, [None, *compared], strict=True)
     )
 
 
-def variance_shares(results: Results) -> Shares:
+def compute_variance_shares(results: Results) -> Shares:
     """Return the shares of the swept knobs, their interactions and noise in the variance of the final loss."""
-    losses = tuple(_final_loss(trial) for trial in results.finished)
-    # A seed is a label, not a number.
-    columns = tuple(
-        tuple(
-            value if is_number(value) and path != SEED else to_key(value)
-            for value in (trial.knobs[path] for trial in results.finished)
-        )
-        for path in results.swept
-    )
-    return _decompose(results.swept, columns, losses)
+
+    def encode(path: str, value: Any) -> Any:
+        # A seed is a label, not a number.
+        return value if is_number(value) and path != SEED else to_key(value)
+
+    columns = tuple(tuple(encode(path, trial.knobs[path]) for trial in results.finished) for path in results.swept)
+    return _decompose(results.swept, columns, tuple(map(_final_loss, results.finished)))
 
 
 @lru_cache(maxsize=8)
@@ -106,31 +103,31 @@ def _decompose(paths: tuple[str, ...], columns: tuple[tuple[Any, ...], ...], los
     return decompose_variance(dict(zip(paths, columns, strict=True)), losses, without_interactions=[SEED])
 
 
-def knob_shares(results: Results) -> dict[str, float]:
+def compute_knob_shares(results: Results) -> dict[str, float]:
     """Return the share of the variance that each swept knob explains, largest first, without unknown ones."""
-    known = {path: share for path, share in variance_shares(results).knobs.items() if math.isfinite(share)}
+    known = {path: share for path, share in compute_variance_shares(results).knobs.items() if math.isfinite(share)}
     return dict(sorted(known.items(), key=lambda item: -item[1]))
 
 
-def interaction_shares(results: Results) -> dict[tuple[str, str], float]:
+def compute_interaction_shares(results: Results) -> dict[tuple[str, str], float]:
     """Return the share of the variance that each pair of knobs explains only together, largest first."""
     if len(results.finished) < MIN_TRIALS:
         return {}
-    return dict(sorted(variance_shares(results).pairs.items(), key=lambda item: -item[1]))
+    return dict(sorted(compute_variance_shares(results).pairs.items(), key=lambda item: -item[1]))
 
 
-def most_important(results: Results, *excluded: str) -> str | None:
-    """Return the knob, except for the seed and excluded ones, that explains most; the first if that is unknown."""
+def find_most_important(results: Results, *excluded: str) -> str | None:
+    """Return the knob that explains most of the variance, without the seed and excluded ones; the first if unknown."""
     candidates = [path for path in results.knobs if path not in excluded]
-    shares = knob_shares(results)
+    shares = compute_knob_shares(results)
     return max(candidates, key=lambda path: shares.get(path, -1.0), default=None)
 
 
-def losses_in_view(results: Results) -> tuple[float, float]:
-    """Return the best final loss, and the loss from which on figures show all alike."""
+def find_visible_range(results: Results) -> tuple[float, float]:
+    """Return the best final loss, and the loss above which figures are clipped."""
     losses = sorted(_final_loss(trial) for trial in results.finished)
     best, middle = losses[0], losses[len(losses) // 2]
-    return best, min(losses[-1], best + IN_VIEW * (middle - best)) if middle > best else losses[-1]
+    return best, min(losses[-1], best + VISIBLE_RANGE * (middle - best)) if middle > best else losses[-1]
 
 
 def _final_loss(trial: TrialResult) -> float:
@@ -146,7 +143,7 @@ class Sensitivity:
     interval: Interval
 
 
-def swept_learning_rate(results: Results) -> str | None:
+def find_learning_rate(results: Results) -> str | None:
     """Return the first learning rate among the knobs that has enough numeric values for a sensitivity."""
     for path in results.knobs:
         values = {to_key(trial.knobs[path]) for trial in results.trials}
@@ -161,7 +158,7 @@ def compute_sensitivities(results: Results) -> list[Sensitivity]:
 
     A seed counts if every learning rate finished or diverged for it.
     """
-    path = swept_learning_rate(results)
+    path = find_learning_rate(results)
     # The loss at initialization is in nats per token.
     if path is None or results.metric == BITS_PER_BYTE:
         return []
@@ -171,15 +168,17 @@ def compute_sensitivities(results: Results) -> list[Sensitivity]:
         groups[to_key([trial.knobs[other] for other in results.knobs if other != path])].append(trial)
     found = []
     for group in groups.values():
-        by_seed = [_sensitivity(group, seed, path, rates) for seed in dict.fromkeys(trial.seed for trial in group)]
+        by_seed = [
+            _compute_sensitivity(group, seed, path, rates) for seed in dict.fromkeys(trial.seed for trial in group)
+        ]
         values = [value for value in by_seed if math.isfinite(value)]
         if values:
             knobs = {other: group[0].knobs[other] for other in results.knobs if other != path}
-            found.append(Sensitivity(knobs, tuple(values), mean_interval(values)))
+            found.append(Sensitivity(knobs, tuple(values), compute_mean_interval(values)))
     return sorted(found, key=lambda sensitivity: sensitivity.interval.mean)
 
 
-def _sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[float]) -> float:
+def _compute_sensitivity(trials: list[TrialResult], seed: Any, path: str, rates: set[float]) -> float:
     """Return the sensitivity of a seed, nan if a rate did not finish or diverge or the initial loss is unknown."""
     ended = [
         trial for trial in trials if trial.seed == seed and (trial.final_loss is not None or trial.status == DIVERGED)
@@ -201,18 +200,16 @@ def describe_comparison(best: RankedSetting, other: RankedSetting) -> str:
     if comparison is None:
         difference = other.interval.mean - best.interval.mean
         seeds = "one seed" if best.interval.n == other.interval.n == 1 else "fewer than two shared seeds"
-        return _capitalize(f"{it} and {that} differ by {format_loss(difference)}; no p-value: {seeds}.")
+        sentence = f"{it} and {that} differ by {format_loss(difference)}; no p-value: {seeds}."
+        return sentence[0].upper() + sentence[1:]
     interval = "no interval: all seeds differ equally"
     if math.isfinite(comparison.low):
         interval = f"95% CI {format_loss(comparison.low)} to {format_loss(comparison.high)}"
     evidence = f"{interval}, {format_p_value(comparison.p_value)}, {comparison.n_pairs} paired seeds"
     if other.is_significantly_worse:
-        return _capitalize(f"{it} is better than {that} by {format_loss(comparison.difference)} ({evidence}).")
+        sentence = f"{it} is better than {that} by {format_loss(comparison.difference)} ({evidence})."
+        return sentence[0].upper() + sentence[1:]
     return f"No significant difference between {it} and {that}: {format_loss(comparison.difference)} ({evidence})."
-
-
-def _capitalize(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def describe_interval(interval: Interval) -> str:
@@ -225,7 +222,7 @@ def describe_interval(interval: Interval) -> str:
 
 def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) -> list[str]:
     """Compare the best setting in sentences with the best ones of other categories, and the next ones by rank."""
-    rivals = _best_of_categories(results, ranked)
+    rivals = _find_best_of_categories(results, ranked)
     chosen = (rivals + [row for row in ranked[1:] if row not in rivals])[:MAX_COMPARISONS]
     sentences = [describe_comparison(ranked[0], row) for row in sorted(chosen, key=ranked.index)]
     n_tests = sum(row.comparison is not None for row in ranked)
@@ -240,7 +237,7 @@ def describe_comparisons(results: Results, ranked: tuple[RankedSetting, ...]) ->
     return sentences
 
 
-def _best_of_categories(results: Results, ranked: tuple[RankedSetting, ...]) -> list[RankedSetting]:
+def _find_best_of_categories(results: Results, ranked: tuple[RankedSetting, ...]) -> list[RankedSetting]:
     """Return the best setting of each value of the non-numeric knobs other than the overall best one's."""
     found = []
     for path in results.knobs:
@@ -276,9 +273,11 @@ def list_notes(results: Results, ranked: tuple[RankedSetting, ...]) -> list[str]
         )
     if counts.get(PRUNED):
         notes.append("Pruned trials were stopped early; their curves are shown, but they are not ranked.")
-    return (
-        notes + list_omitted(results) + _range_notes(results, ranked[0]) + _sensitivity_note(results) + _errors(results)
-    )
+    failed = [trial for trial in results.trials if trial.status == FAILED]
+    errors = [f"Failed: trial {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed]
+    more = [f"{len(failed) - MAX_ERRORS} more trials failed."] if len(failed) > MAX_ERRORS else []
+    notes += list_omitted(results) + _list_range_notes(results, ranked[0]) + _list_sensitivity_notes(results)
+    return notes + errors[:MAX_ERRORS] + more
 
 
 def list_omitted(results: Results) -> list[str]:
@@ -297,33 +296,26 @@ def list_omitted(results: Results) -> list[str]:
     return notes
 
 
-def _range_notes(results: Results, best: RankedSetting) -> list[str]:
+def _list_range_notes(results: Results, best: RankedSetting) -> list[str]:
     """Return notes on knobs whose best value is the smallest or largest one that was tried."""
     notes = []
     for path in results.knobs:
         values = {trial.knobs[path] for trial in results.trials if is_number(trial.knobs[path])}
         value = best.setting.knobs[path]
         if len(values) >= MIN_VALUES and value in (min(values), max(values)):
-            name, end = knob_names(results.swept)[path], "smallest" if value == min(values) else "largest"
+            name, end = get_knob_names(results.swept)[path], "smallest" if value == min(values) else "largest"
             notes.append(
                 f"The best {name}, {format_value(value)}, is the {end} one tried; a better one may be beyond it."
             )
     return notes
 
 
-def _sensitivity_note(results: Results) -> list[str]:
-    path, found = swept_learning_rate(results), compute_sensitivities(results)
+def _list_sensitivity_notes(results: Results) -> list[str]:
+    path, found = find_learning_rate(results), compute_sensitivities(results)
     if path is None or len(found) != 1:
         return []
+    name, interval = get_knob_names(results.swept)[path], found[0].interval
     return [
-        f"The sensitivity to the {knob_names(results.swept)[path]} (arXiv 2309.14322), the mean over its values of the "
-        f"loss minus the best loss, is {format_loss(found[0].interval.mean)} {METRICS[results.metric].unit} "
-        f"({describe_interval(found[0].interval)})."
+        f"The sensitivity to the {name} (arXiv 2309.14322), the mean over its values of the loss minus the best loss, "
+        f"is {format_loss(interval.mean)} {METRICS[results.metric].unit} ({describe_interval(interval)})."
     ]
-
-
-def _errors(results: Results) -> list[str]:
-    failed = [trial for trial in results.trials if trial.status == FAILED]
-    lines = [f"Failed: trial {trial.id} ({describe_setting(trial.knobs)}): {trial.error}" for trial in failed]
-    more = [f"{len(failed) - MAX_ERRORS} more trials failed."] if len(failed) > MAX_ERRORS else []
-    return lines[:MAX_ERRORS] + more

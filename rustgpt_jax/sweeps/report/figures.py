@@ -1,4 +1,4 @@
-"""The figures of a sweep's report. Each function returns None where the sweep has nothing of its kind to show."""
+"""The figures of a sweep's report. Plotting functions return None if the sweep has no data for their figure."""
 
 import math
 from collections import defaultdict
@@ -24,17 +24,17 @@ from rustgpt_jax.sweeps.report.plot_style import (
     STYLE,
     WIDE,
     KnobColors,
-    Picture,
+    ReportFigure,
     Scale,
     add_legend,
-    css_color,
-    css_colormap,
+    draw_arrow,
+    get_css_color,
     jitter,
-    mark_beyond,
+    make_css_colormap,
+    make_scale,
     mark_trial,
-    scale_of,
     set_loss_axis,
-    shifted,
+    shift_transform,
     subplots,
     to_svg,
 )
@@ -54,15 +54,15 @@ from rustgpt_jax.sweeps.report.results import (
     describe_setting,
     format_loss,
     format_value,
-    knob_names,
+    get_knob_names,
     to_key,
     validation_metric,
 )
-from rustgpt_jax.sweeps.report.stats import mean_interval
+from rustgpt_jax.sweeps.report.stats import compute_mean_interval
 
 # Maximum number of points over all curves and in one of them; curves of few points get a marker at each.
 MAX_POINTS, MAX_POINTS_PER_TRIAL, MAX_MARKERS = 24_000, 160, 12
-# More lines than the first number share colors and have no bands; more than the second are not drawn.
+# More lines than this share colors and have no bands; more than the second number are not drawn.
 MAX_NAMED_LINES, MAX_LINES = 6, 60
 # Pixels between the crosses of trials that diverged at the same value, and the most for all of them.
 CROSS_GAP, MAX_CROSS_WIDTH = 9.0, 40.0
@@ -75,13 +75,13 @@ MAX_AXES, DIVERGED_AT, SPREAD = 8, 1.07, 0.06
 DASHED = (0, (3, 2))
 
 
-def plot_loss_curves(results: Results) -> Picture | None:
+def plot_loss_curves(results: Results) -> ReportFigure | None:
     """Plot the training loss and the validation loss of all trials, colored by the most important knob."""
-    panels = _curve_panels(results)
+    panels = _make_curve_panels(results)
     if not panels:
         return None
-    knob = analysis.most_important(results)
-    colors = _knob_colors(results, knob) if knob else None
+    knob = analysis.find_most_important(results)
+    colors = _make_knob_colors(results, knob) if knob else None
     best = {trial.id for trial in analysis.rank_settings(results)[0].setting.trials}
     figure, all_axes = subplots(WIDE, 400, len(panels))
     bin_size = 1
@@ -96,14 +96,14 @@ def plot_loss_curves(results: Results) -> Picture | None:
         width = 1.7 if len(curves) <= 12 else 1.2 if len(curves) <= 60 else 0.8
         for trial in sorted(results.trials, key=lambda trial: trial.id in best):
             if trial.id in curves:
-                color = css_color(colors.variable(trial.knobs[knob]) if colors and knob else "hue0")
+                color = get_css_color(colors.variable(trial.knobs[knob]) if colors and knob else "hue0")
                 _plot_curve(
                     axes, trial, downsample(curves[trial.id], max_points), color, width + 0.9 * (trial.id in best)
                 )
     if colors:
         colors.add_legend(figure)
     title = "Loss curves"
-    return Picture(title, _curves_caption(results, knob, bin_size), to_svg(figure, "curves-", title))
+    return ReportFigure(title, _write_curves_caption(results, knob, bin_size), to_svg(figure, "curves-", title))
 
 
 def downsample(curve: Curve, max_points: int) -> Curve:
@@ -116,8 +116,8 @@ def downsample(curve: Curve, max_points: int) -> Curve:
     return (curve[0], *means[:-1], (curve[-1][0], means[-1][1]))  # type: ignore[arg-type]
 
 
-def _curve_panels(results: Results) -> list[tuple[str, dict[str, Curve]]]:
-    """Return the titles of the panels and their curves by trial."""
+def _make_curve_panels(results: Results) -> list[tuple[str, dict[str, Curve]]]:
+    """Return the title of each panel, and its curves by trial."""
     train = {trial.id: trial.train_curve for trial in results.trials if trial.train_curve}
     valid = {trial.id: trial.valid_curve for trial in results.trials if trial.valid_curve}
     # Losses per token of different tokenizers are not comparable.
@@ -132,11 +132,11 @@ def _plot_curve(axes: Axes, trial: TrialResult, curve: Curve, color: str, width:
         style |= {"marker": "o", "markersize": 4}
     mark_trial(axes.plot(*zip(*curve, strict=True), color=color, **style), trial.id)
     if diverged:
-        end = _end_in_view(curve, axes.get_ylim()[1])
+        end = _find_visible_end(curve, axes.get_ylim()[1])
         mark_trial(axes.plot(*end, "x", color=color, markersize=7, markeredgewidth=1.8, clip_on=False), trial.id)
 
 
-def _end_in_view(curve: Curve, top: float) -> tuple[float, float]:
+def _find_visible_end(curve: Curve, top: float) -> tuple[float, float]:
     """Return where a curve ends, or leaves the axes for good through the top."""
     inside = [index for index, (_, loss) in enumerate(curve) if loss <= top]
     if not inside or inside[-1] == len(curve) - 1:
@@ -145,12 +145,12 @@ def _end_in_view(curve: Curve, top: float) -> tuple[float, float]:
     return step + (next_step - step) * (top - loss) / (next_loss - loss), top
 
 
-def _curves_caption(results: Results, knob: str | None, bin_size: int) -> str:
+def _write_curves_caption(results: Results, knob: str | None, bin_size: int) -> str:
     parts = ["Each line is a trial"]
     if knob:
-        is_known = len(results.knobs) > 1 and knob in analysis.knob_shares(results)
+        is_known = len(results.knobs) > 1 and knob in analysis.compute_knob_shares(results)
         explains = ", the knob that explains most of the final loss" if is_known else ""
-        parts.append(f"its color shows its {knob_names(results.swept)[knob]}{explains}")
+        parts.append(f"its color shows its {get_knob_names(results.swept)[knob]}{explains}")
     if len(results.trials) > 1:
         parts.append("thick lines belong to the best setting")
     if results.counts.get(DIVERGED):
@@ -162,19 +162,19 @@ def _curves_caption(results: Results, knob: str | None, bin_size: int) -> str:
     return "; ".join(parts) + "."
 
 
-def _knob_colors(results: Results, path: str) -> KnobColors:
-    return KnobColors(knob_names(results.swept)[path], _scale(results, path))
+def _make_knob_colors(results: Results, path: str) -> KnobColors:
+    return KnobColors(get_knob_names(results.swept)[path], _get_scale(results, path))
 
 
-def _scale(results: Results, path: str) -> Scale:
-    return scale_of(trial.knobs[path] for trial in results.trials)
+def _get_scale(results: Results, path: str) -> Scale:
+    return make_scale(trial.knobs[path] for trial in results.trials)
 
 
-def plot_responses(results: Results) -> list[Picture]:
+def plot_responses(results: Results) -> list[ReportFigure]:
     """Plot the final loss against each numeric knob, the most important one first."""
-    shares = analysis.knob_shares(results)
+    shares = analysis.compute_knob_shares(results)
     knobs = sorted(results.knobs, key=lambda path: -shares.get(path, 0.0))
-    numeric = [path for path in knobs if _scale(results, path).is_numeric]
+    numeric = [path for path in knobs if _get_scale(results, path).is_numeric]
     # Two fit side by side, so the first of an odd number is wide.
     return [
         _plot_response(results, path, is_wide=place == 0 and len(numeric) % 2 == 1)
@@ -182,10 +182,14 @@ def plot_responses(results: Results) -> list[Picture]:
     ]
 
 
-def _plot_response(results: Results, path: str, is_wide: bool) -> Picture:
-    name, scale = knob_names(results.swept)[path], _scale(results, path)
-    groups = _group_by_others(results, path)
-    figure, (axes,) = subplots(WIDE if is_wide else NARROW, 370)
+def _plot_response(results: Results, path: str, is_wide: bool) -> ReportFigure:
+    name, scale = get_knob_names(results.swept)[path], _get_scale(results, path)
+    by_other_knobs: dict[str, list[TrialResult]] = defaultdict(list)
+    for trial in results.trials:
+        by_other_knobs[to_key(_other_knobs(results, trial, path))].append(trial)
+    groups = list(by_other_knobs.values())
+    width = WIDE if is_wide else NARROW
+    figure, (axes,) = subplots(width, 370)
     colors = _color_groups(results, path, groups, figure)
     losses = [_losses_by_value(group, path) for group in groups]
     is_named = len(groups) <= MAX_NAMED_LINES
@@ -199,45 +203,36 @@ def _plot_response(results: Results, path: str, is_wide: bool) -> Picture:
         if len(by_value) > 1:
             _plot_means(axes, by_value, color, is_named)
     n_trials = len(results.trials)
-    width = WIDE if is_wide else NARROW
     offsets = np.zeros(n_trials) if has_lines else jitter(n_trials, len(scale.values), width)
     size = 5.5 if n_trials <= 100 else 4.5
     trials = [(trial, color) for group, color in zip(groups, colors, strict=True) for trial in group]
     for (trial, color), offset in zip(trials, offsets, strict=True):
         if trial.final_loss is not None:
             style: dict[str, Any] = {"color": color, "markersize": size, "alpha": 0.85}
-            transform = shifted(axes, axes.transData, offset)
+            transform = shift_transform(axes, axes.transData, offset)
             mark_trial(axes.plot(trial.knobs[path], trial.final_loss, "o", transform=transform, **style), trial.id)
     _plot_crosses(axes, trials, path)
     title = f"Final loss by {name}"
-    caption = _response_caption(results, losses, has_lines, has_lines and is_named)
-    return Picture(title, caption, to_svg(figure, f"response-{results.swept.index(path)}-", title), is_wide)
+    caption = _write_response_caption(results, losses, has_lines, has_lines and is_named)
+    return ReportFigure(title, caption, to_svg(figure, f"response-{results.swept.index(path)}-", title), is_wide)
 
 
 def _other_knobs(results: Results, trial: TrialResult, path: str) -> dict[str, Any]:
     return {other: trial.knobs[other] for other in results.knobs if other != path}
 
 
-def _group_by_others(results: Results, path: str) -> list[list[TrialResult]]:
-    """Group the trials by the values of all knobs except one and the seed."""
-    groups: dict[str, list[TrialResult]] = defaultdict(list)
-    for trial in results.trials:
-        groups[to_key(_other_knobs(results, trial, path))].append(trial)
-    return list(groups.values())
-
-
 def _color_groups(results: Results, path: str, groups: Sequence[list[TrialResult]], figure: Figure) -> list[str]:
     """Return a color per group, its own if they are few, else that of the most important other knob; add a legend."""
-    knob = analysis.most_important(results, path)
+    knob = analysis.find_most_important(results, path)
     if knob is None:
-        return [css_color("hue0")] * len(groups)
+        return [get_css_color("hue0")] * len(groups)
     if len(results.knobs) > 2 and len(groups) <= min(MAX_NAMED_LINES, N_HUES):
         names = [describe_setting(_other_knobs(results, group[0], path)) for group in groups]
         add_legend(figure, "", [(f"hue{index}", name) for index, name in enumerate(names)])
-        return [css_color(f"hue{index}") for index in range(len(groups))]
-    colors = _knob_colors(results, knob)
+        return [get_css_color(f"hue{index}") for index in range(len(groups))]
+    colors = _make_knob_colors(results, knob)
     colors.add_legend(figure)
-    return [css_color(colors.variable(group[0].knobs[knob])) for group in groups]
+    return [get_css_color(colors.variable(group[0].knobs[knob])) for group in groups]
 
 
 def _losses_by_value(trials: Iterable[TrialResult], path: str) -> dict[float, list[float]]:
@@ -251,7 +246,7 @@ def _losses_by_value(trials: Iterable[TrialResult], path: str) -> dict[float, li
 
 def _plot_means(axes: Axes, losses: dict[float, list[float]], color: str, is_named: bool) -> None:
     """Plot the mean losses as a line, with a band of confidence intervals where there are enough seeds."""
-    values, intervals = list(losses), [mean_interval(group) for group in losses.values()]
+    values, intervals = list(losses), [compute_mean_interval(group) for group in losses.values()]
     means = [interval.mean for interval in intervals]
     axes.plot(values, means, color=color, linewidth=2.0 if is_named else 0.9, alpha=1.0 if is_named else 0.6)
     bounds = np.array([(i.low, i.high) if i.n >= analysis.MIN_SEEDS else (math.nan, math.nan) for i in intervals])
@@ -261,9 +256,9 @@ def _plot_means(axes: Axes, losses: dict[float, list[float]], color: str, is_nam
     bottom, top = axes.get_ylim()
     for value, (low, high) in zip(values, bounds, strict=True):
         if low < bottom:
-            mark_beyond(axes, (value, bottom), "v", color)
+            draw_arrow(axes, (value, bottom), "v", color)
         if high > top:
-            mark_beyond(axes, (value, top), "^", color)
+            draw_arrow(axes, (value, top), "^", color)
 
 
 def _plot_crosses(axes: Axes, trials: Iterable[tuple[TrialResult, str]], path: str) -> None:
@@ -275,11 +270,11 @@ def _plot_crosses(axes: Axes, trials: Iterable[tuple[TrialResult, str]], path: s
     for value, crosses in by_value.items():
         gap = min(CROSS_GAP, MAX_CROSS_WIDTH / len(crosses))
         for index, (trial, color) in enumerate(crosses):
-            transform = shifted(axes, axes.get_xaxis_transform(), (index - (len(crosses) - 1) / 2) * gap, 8)
+            transform = shift_transform(axes, axes.get_xaxis_transform(), (index - (len(crosses) - 1) / 2) * gap, 8)
             style: dict[str, Any] = {"markersize": 6.5, "markeredgewidth": 1.7, "clip_on": False}
             mark_trial(axes.plot(value, 1, "x", color=color, transform=transform, **style), trial.id)
     if by_value:
-        _annotate(axes, "diverged", (0, 1), (-7, 8), ha="right", color=css_color("soft"))
+        _annotate(axes, "diverged", (0, 1), (-7, 8), ha="right", color=get_css_color("soft"))
 
 
 def _annotate(axes: Axes, text: str, position: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
@@ -288,7 +283,9 @@ def _annotate(axes: Axes, text: str, position: tuple[float, float], shift: tuple
     axes.annotate(text, position, shift, textcoords="offset points", **style)
 
 
-def _response_caption(results: Results, losses: Sequence[dict[float, list[float]]], lines: bool, bands: bool) -> str:
+def _write_response_caption(
+    results: Results, losses: Sequence[dict[float, list[float]]], lines: bool, bands: bool
+) -> str:
     seeds = {len(group) for by_value in losses for group in by_value.values()}
     parts = ["Each point is a finished trial"]
     if lines:
@@ -311,9 +308,9 @@ def _describe_range(numbers: Iterable[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def plot_sensitivities(results: Results) -> Picture | None:
+def plot_sensitivities(results: Results) -> ReportFigure | None:
     """Plot the learning-rate sensitivity of each setting of the other knobs, if there are at least two."""
-    path, rows = analysis.swept_learning_rate(results), analysis.compute_sensitivities(results)[:MAX_SENSITIVITIES]
+    path, rows = analysis.find_learning_rate(results), analysis.compute_sensitivities(results)[:MAX_SENSITIVITIES]
     if path is None or len(rows) < 2:
         return None
     figure, (axes,) = subplots(WIDE, 30 * len(rows) + 52)
@@ -321,24 +318,24 @@ def plot_sensitivities(results: Results) -> Picture | None:
     names = [text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…" for text in texts]
     end = 1.12 * max(max(row.by_seed) for row in rows) or 1.0
     axes.set(xlim=(0, end), ylim=(len(rows) - 0.5, -0.5), xlabel=f"sensitivity, {METRICS[results.metric].unit}")
-    axes.set_yticks(range(len(rows)), names, color=css_color("ink"))
-    color = css_color("hue0")
+    axes.set_yticks(range(len(rows)), names, color=get_css_color("ink"))
+    color = get_css_color("hue0")
     for place, row in enumerate(rows):
         interval = row.interval
         if interval.n > 1:
             axes.plot([max(interval.low, 0), interval.high], [place] * 2, color=color, linewidth=5, alpha=0.3)
             axes.plot(row.by_seed, [place] * interval.n, "o", color=color, markersize=4, alpha=0.6)
             if interval.high > end:
-                mark_beyond(axes, (end, place), ">", color)
+                draw_arrow(axes, (end, place), ">", color)
         axes.plot(interval.mean, place, "o", color=color, markersize=8.5)
         _annotate(axes, f"{interval.mean:.3f}", (1, place), (8, 0), xycoords=("axes fraction", "data"))
-    name = knob_names(results.swept)[path]
+    name = get_knob_names(results.swept)[path]
     title = f"Sensitivity to the {name}"
-    caption = _sensitivity_caption(rows, name, len({trial.knobs[path] for trial in results.trials}))
-    return Picture(title, caption, to_svg(figure, "sensitivity-", title))
+    caption = _write_sensitivity_caption(rows, name, len({trial.knobs[path] for trial in results.trials}))
+    return ReportFigure(title, caption, to_svg(figure, "sensitivity-", title))
 
 
-def _sensitivity_caption(rows: Sequence[analysis.Sensitivity], name: str, n_rates: int) -> str:
+def _write_sensitivity_caption(rows: Sequence[analysis.Sensitivity], name: str, n_rates: int) -> str:
     seeds = [row.interval.n for row in rows]
     interval = (
         f", with a 95% t interval over seeds (n = {_describe_range(seeds)}; small dots are seeds; arrows mark "
@@ -351,25 +348,25 @@ def _sensitivity_caption(rows: Sequence[analysis.Sensitivity], name: str, n_rate
     )
 
 
-def plot_importance(results: Results) -> Picture | None:
+def plot_importance(results: Results) -> ReportFigure | None:
     """Plot the shares of knobs, interactions and noise in the variance of the final loss, which sum to 100%."""
-    shares = analysis.knob_shares(results)
+    shares = analysis.compute_knob_shares(results)
     if len(results.knobs) < 2 or not shares or len(results.finished) < analysis.MIN_TRIALS:
         return None
-    names, pairs = knob_names(results.swept), analysis.interaction_shares(results)
+    names, pairs = get_knob_names(results.swept), analysis.compute_interaction_shares(results)
     rows = [(names[path], share, "soft" if path == SEED else "hue0") for path, share in shares.items()]
     if len(rows) > MAX_KNOBS:
         others = sum(share for _, share, _ in rows[MAX_KNOBS - 1 :])
         rows[MAX_KNOBS - 1 :] = [(f"{len(rows) - MAX_KNOBS + 1} more knobs", others, "hue0")]
     rows += [("interactions", sum(pairs.values()), "hue3")] if pairs else []
-    rows.append(("noise" if pairs else "interactions, noise", analysis.variance_shares(results).rest, "soft"))
+    rows.append(("noise" if pairs else "interactions, noise", analysis.compute_variance_shares(results).rest, "soft"))
     texts, values, variables = zip(*rows, strict=True)
     figure, (axes,) = subplots(NARROW, 34 * len(rows) + 52)
-    bars = axes.barh(range(len(rows)), values, 0.56, color=list(map(css_color, variables)))
-    axes.bar_label(bars, [f"{share:.1%}" for share in values], padding=7, color=css_color("soft"))
+    bars = axes.barh(range(len(rows)), values, 0.56, color=list(map(get_css_color, variables)))
+    axes.bar_label(bars, [f"{share:.1%}" for share in values], padding=7, color=get_css_color("soft"))
     axes.grid(False)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="share of the variance of the final loss")
-    axes.set_yticks(range(len(rows)), texts, color=css_color("ink"))
+    axes.set_yticks(range(len(rows)), texts, color=get_css_color("ink"))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     unknown = [names[path] for path in results.knobs if path not in shares]
     caption = (
@@ -381,13 +378,13 @@ def plot_importance(results: Results) -> Picture | None:
         + (" Noise includes interactions of three and more knobs." if pairs and len(results.knobs) > 2 else "")
     )
     title = "Importance of the knobs"
-    return Picture(title, caption, to_svg(figure, "importance-", title), is_wide=False)
+    return ReportFigure(title, caption, to_svg(figure, "importance-", title), is_wide=False)
 
 
-def plot_interactions(results: Results) -> Picture | None:
+def plot_interactions(results: Results) -> ReportFigure | None:
     """Plot a cell for each pair of three or more knobs: the share of variance that only the pair explains."""
-    shares = analysis.interaction_shares(results)
-    knobs = [path for path in analysis.knob_shares(results) if any(path in pair for pair in shares)][:MAX_KNOBS]
+    shares = analysis.compute_interaction_shares(results)
+    knobs = [path for path in analysis.compute_knob_shares(results) if any(path in pair for pair in shares)][:MAX_KNOBS]
     if len(knobs) < 3:
         return None
     n = len(knobs) - 1
@@ -396,51 +393,51 @@ def plot_interactions(results: Results) -> Picture | None:
         for column, second in enumerate(knobs[: row + 1]):
             matrix[row, column] = shares.get((first, second), shares.get((second, first), math.nan))
     figure, (axes,) = subplots(NARROW, min(52 * n + 120, NARROW))
-    strengths = ListedColormap([(*to_rgb(css_color("hue0")), alpha) for alpha in np.linspace(0.07, 1, 24)])
+    strengths = ListedColormap([(*to_rgb(get_css_color("hue0")), alpha) for alpha in np.linspace(0.07, 1, 24)])
     texts = np.where(np.isnan(matrix), "?", np.vectorize(lambda share: f"{share:.0%}")(np.nan_to_num(matrix)))
     texts[np.triu_indices(n, 1)] = ""
     _plot_cells(axes, matrix / max(np.nanmax(matrix), 0.01), texts, strengths, dark_from=0.5)
-    names = knob_names(results.swept)
+    names = get_knob_names(results.swept)
     axes.set_aspect("equal", anchor="NW")
     axes.invert_yaxis()
     axes.xaxis.tick_top()
     axes.set_xticks(np.arange(n) + 0.5, [names[path] for path in knobs[:-1]], rotation=30, ha="left")
     axes.set_yticks(np.arange(n) + 0.5, [names[path] for path in knobs[1:]])
-    axes.tick_params(labelcolor=css_color("ink"))
+    axes.tick_params(labelcolor=get_css_color("ink"))
     caption = (
         "The share of the variance of the final loss that only two knobs together explain, beyond the sum of each. "
         "Where it is large, the best value of one knob depends on the other."
     )
     title = "Interactions of two knobs"
-    return Picture(title, caption, to_svg(figure, "interactions-", title), is_wide=False)
+    return ReportFigure(title, caption, to_svg(figure, "interactions-", title), is_wide=False)
 
 
 def _plot_cells(axes: Axes, shares: np.ndarray, texts: np.ndarray, colormap: Colormap, dark_from: float) -> None:
     """Draw a cell per share from 0 to 1, with a text in the page's color where the cell is dark."""
-    axes.pcolormesh(shares, cmap=colormap, vmin=0, vmax=1, edgecolors=css_color("paper"), linewidth=3)
+    axes.pcolormesh(shares, cmap=colormap, vmin=0, vmax=1, edgecolors=get_css_color("paper"), linewidth=3)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     for (row, column), text in np.ndenumerate(texts):
         share = shares[row, column]
         is_dark = share > dark_from if dark_from > 0 else share < -dark_from
         variable = "warn" if text.endswith("×") and math.isnan(share) else "paper" if is_dark else "ink"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=css_color(variable))
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=get_css_color(variable))
 
 
-def plot_heat_map(results: Results) -> Picture | None:
+def plot_heat_map(results: Results) -> ReportFigure | None:
     """Plot the final loss over the two knobs that interact most: in cells, or as points if the values are many."""
-    pair = next(iter(analysis.interaction_shares(results)), None)
+    pair = next(iter(analysis.compute_interaction_shares(results)), None)
     if pair is None:
         return None
     # The knob with more values is on the longer side.
-    across, up = sorted(pair, key=lambda path: -len(_scale(results, path).values))
+    across, up = sorted(pair, key=lambda path: -len(_get_scale(results, path).values))
     is_wide = len(results.knobs) > 2
-    n_rows = len(_scale(results, up).values)
-    has_cells = len(_scale(results, across).values) <= MAX_CELLS
-    names = knob_names(results.swept)
+    n_rows = len(_get_scale(results, up).values)
+    has_cells = len(_get_scale(results, across).values) <= MAX_CELLS
+    names = get_knob_names(results.swept)
     figure, (axes,) = subplots(WIDE if is_wide else NARROW, (min(64 * n_rows, 280) if has_cells else 280) + 86)
     axes.set(title=names[up], xlabel=names[across])
-    colors = _loss_colors(results)
+    colors = _make_loss_colors(results)
     if has_cells:
         _plot_mean_losses(axes, results, across, up, colors)
         caption = "Each cell is the mean over the finished trials with its two values; × counts those that diverged"
@@ -448,22 +445,22 @@ def plot_heat_map(results: Results) -> Picture | None:
         _plot_points(axes, results, across, up, colors)
         caption = "Each point is a finished trial; crosses are trials that diverged"
     _add_colorbar(figure, axes, results, colors)
-    share = analysis.interaction_shares(results)[pair]
+    share = analysis.compute_interaction_shares(results)[pair]
     together = f"Together the knobs explain {share:.1%} of the variance beyond the sum of each."
     if is_wide:
         together = f"Of all pairs of knobs, these two explain most of the variance beyond their sum ({share:.1%})."
     title = f"Final loss by {names[across]} and {names[up]}"
-    return Picture(title, f"{caption}. {together}", to_svg(figure, "map-", title), is_wide)
+    return ReportFigure(title, f"{caption}. {together}", to_svg(figure, "map-", title), is_wide)
 
 
-def _loss_colors(results: Results) -> ScalarMappable:
+def _make_loss_colors(results: Results) -> ScalarMappable:
     """Return the colors of final losses; those beyond the visible range have the faintest one."""
-    low, high = analysis.losses_in_view(results)
-    return ScalarMappable(Normalize(low, high if high > low else low + 1.0, clip=True), css_colormap("loss"))
+    low, high = analysis.find_visible_range(results)
+    return ScalarMappable(Normalize(low, high if high > low else low + 1.0, clip=True), make_css_colormap("loss"))
 
 
 def _add_colorbar(figure: Figure, axes: Axes, results: Results, colors: ScalarMappable) -> None:
-    low, high = analysis.losses_in_view(results)
+    low, high = analysis.find_visible_range(results)
     width = figure.get_figwidth() * PIXELS_PER_INCH
     bar = figure.colorbar(colors, ax=axes, location="top", shrink=230 / width, aspect=26, anchor=(0.0, 0.5))
     is_clipped = any(trial.final_loss is not None and trial.final_loss > high for trial in results.finished)
@@ -475,7 +472,7 @@ def _add_colorbar(figure: Figure, axes: Axes, results: Results, colors: ScalarMa
 
 
 def _plot_mean_losses(axes: Axes, results: Results, across: str, up: str, colors: ScalarMappable) -> None:
-    wide, tall = _scale(results, across), _scale(results, up)
+    wide, tall = _get_scale(results, across), _get_scale(results, up)
     shape = len(tall.values), len(wide.values)
     cells: dict[tuple[int, int], list[TrialResult]] = defaultdict(list)
     for trial in results.trials:
@@ -490,13 +487,13 @@ def _plot_mean_losses(axes: Axes, results: Results, across: str, up: str, colors
         texts[cell] = "\n".join(lines + ([f"{n_diverged} ×"] if n_diverged else []))
     if (WIDE if len(results.knobs) > 2 else NARROW) / len(wide.values) < MIN_CELL_WIDTH:
         texts[:] = ""
-    _plot_cells(axes, np.asarray(colors.norm(means)), texts, css_colormap("loss"), dark_from=-0.55)
+    _plot_cells(axes, np.asarray(colors.norm(means)), texts, make_css_colormap("loss"), dark_from=-0.55)
     axes.set_xticks(np.arange(shape[1]) + 0.5, list(map(format_value, wide.values)))
     axes.set_yticks(np.arange(shape[0]) + 0.5, list(map(format_value, tall.values)))
 
 
 def _plot_points(axes: Axes, results: Results, across: str, up: str, colors: ScalarMappable) -> None:
-    wide, tall = _scale(results, across), _scale(results, up)
+    wide, tall = _get_scale(results, across), _get_scale(results, up)
     wide.set_axis(axes, "x")
     tall.set_axis(axes, "y")
     axes.grid(False)
@@ -505,18 +502,18 @@ def _plot_points(axes: Axes, results: Results, across: str, up: str, colors: Sca
     offsets = [jitter(len(trials), len(scale.values), size) for scale, size in ((wide, NARROW), (tall, 280))]
     for trial, x, y in zip(trials, *offsets, strict=True):
         place = wide.coordinate(trial.knobs[across]), tall.coordinate(trial.knobs[up])
-        transform = shifted(axes, axes.transData, x, y)
+        transform = shift_transform(axes, axes.transData, x, y)
         if trial.final_loss is not None:
             color = colors.to_rgba(np.asarray(trial.final_loss))
             mark_trial(axes.plot(*place, "o", color=color, markersize=8, transform=transform), trial.id)
         elif trial.status == DIVERGED:
-            style: dict[str, Any] = {"color": css_color("warn"), "markersize": 6, "markeredgewidth": 1.5}
+            style: dict[str, Any] = {"color": get_css_color("warn"), "markersize": 6, "markeredgewidth": 1.5}
             mark_trial(axes.plot(*place, "x", transform=transform, **style), trial.id)
 
 
-def plot_parallel_coordinates(results: Results) -> Picture | None:
+def plot_parallel_coordinates(results: Results) -> ReportFigure | None:
     """Plot each finished or diverged trial as a line through its value of each knob, the most important knobs last."""
-    by_share = [path for path in analysis.knob_shares(results) if path in results.knobs]
+    by_share = [path for path in analysis.compute_knob_shares(results) if path in results.knobs]
     order = [path for path in results.knobs if path not in by_share] + by_share[::-1]
     knobs = order[-MAX_AXES:]
     if len(knobs) < 2:
@@ -524,8 +521,8 @@ def plot_parallel_coordinates(results: Results) -> Picture | None:
     # Equal values are ordered by loss, and the best lines are drawn last.
     trials = sorted(results.finished, key=lambda trial: trial.final_loss or 0.0)
     trials += [trial for trial in results.trials if trial.status == DIVERGED]
-    losses = scale_of(trial.final_loss for trial in results.finished)
-    scales = [_scale(results, path) for path in knobs]
+    losses = make_scale(trial.final_loss for trial in results.finished)
+    scales = [_get_scale(results, path) for path in knobs]
     columns = [
         _spread([scale.share(trial.knobs[path]) for trial in trials]) for path, scale in zip(knobs, scales, strict=True)
     ]
@@ -534,7 +531,7 @@ def plot_parallel_coordinates(results: Results) -> Picture | None:
     )
     figure, (axes,) = subplots(WIDE, 440)
     axes.set(xlim=(-0.3, len(knobs) + 0.3), ylim=(0, 1.1 if results.counts.get(DIVERGED) else 1))
-    colors = _loss_colors(results)
+    colors = _make_loss_colors(results)
     width = 0.9 if len(trials) > 100 else 1.5
     for trial, heights in reversed(list(zip(trials, zip(*columns, strict=True), strict=True))):
         _plot_parallel_line(axes, trial, heights, colors, width)
@@ -548,7 +545,7 @@ def plot_parallel_coordinates(results: Results) -> Picture | None:
         + ". Lines with equal values are spread slightly."
     )
     title = "All knobs and the final loss"
-    return Picture(title, caption, to_svg(figure, "parallel-", title))
+    return ReportFigure(title, caption, to_svg(figure, "parallel-", title))
 
 
 def _inset(share: float) -> float:
@@ -573,21 +570,21 @@ def _plot_parallel_line(
         points += [(place - 0.5, heights[place - 1]), (place - 0.5, heights[place]), (place, heights[place])]
     curve = Path(points, [Path.MOVETO] + [Path.CURVE4] * (len(points) - 1))
     if trial.final_loss is None:
-        style = {"edgecolor": css_color("warn"), "linestyle": DASHED, "alpha": 0.7}
+        style = {"edgecolor": get_css_color("warn"), "linestyle": DASHED, "alpha": 0.7}
     else:
         style = {"edgecolor": colors.to_rgba(np.asarray(trial.final_loss)), "alpha": 0.8}
     mark_trial([axes.add_patch(PathPatch(curve, facecolor="none", linewidth=width, clip_on=False, **style))], trial.id)
 
 
 def _label_parallel_axes(axes: Axes, results: Results, knobs: dict[str, Scale], losses: Scale) -> None:
-    names, last = knob_names(results.swept), len(knobs)
+    names, last = get_knob_names(results.swept), len(knobs)
     labels = [names[path] for path in knobs] + [METRICS[results.metric].name]
     axes.xaxis.tick_top()
-    axes.set_xticks(range(last + 1), labels, color=css_color("ink"), fontsize=12.5)
+    axes.set_xticks(range(last + 1), labels, color=get_css_color("ink"), fontsize=12.5)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-    axes.vlines(range(last + 1), 0, 1, color=css_color("soft"), linewidth=1.2, zorder=3)
-    background = {"facecolor": css_color("paper"), "linewidth": 0, "pad": 1.0, "alpha": 0.8}
+    axes.vlines(range(last + 1), 0, 1, color=get_css_color("soft"), linewidth=1.2, zorder=3)
+    background = {"facecolor": get_css_color("paper"), "linewidth": 0, "pad": 1.0, "alpha": 0.8}
     for place, scale in enumerate(knobs.values()):
         for value in scale.tick_values(min_gap=0.05):
             height = _inset(scale.share(value))
@@ -595,11 +592,11 @@ def _label_parallel_axes(axes: Axes, results: Results, knobs: dict[str, Scale], 
     for loss in {losses.values[0], losses.values[-1]}:
         _annotate(axes, format_loss(loss), (last, _inset(losses.share(loss))), (8, 0), xycoords="data")
     if results.counts.get(DIVERGED):
-        _annotate(axes, "diverged", (last, DIVERGED_AT), (8, 0), xycoords="data", color=css_color("warn"))
+        _annotate(axes, "diverged", (last, DIVERGED_AT), (8, 0), xycoords="data", color=get_css_color("warn"))
 
 
 # In the order of the page.
-PLOTS: tuple[Callable[[Results], Picture | list[Picture] | None], ...] = (
+PLOTS: tuple[Callable[[Results], ReportFigure | list[ReportFigure] | None], ...] = (
     plot_loss_curves,
     plot_responses,
     plot_sensitivities,
@@ -610,11 +607,11 @@ PLOTS: tuple[Callable[[Results], Picture | list[Picture] | None], ...] = (
 )
 
 
-def plot_all(results: Results) -> list[Picture]:
+def plot_all(results: Results) -> list[ReportFigure]:
     """Draw every figure that the sweep has data for."""
-    pictures: list[Picture] = []
+    figures: list[ReportFigure] = []
     with rc_context(STYLE):
         for plot in PLOTS:
-            drawn = plot(results)
-            pictures += drawn if isinstance(drawn, list) else [drawn] if drawn else []
-    return pictures
+            plotted = plot(results)
+            figures += plotted if isinstance(plotted, list) else [plotted] if plotted else []
+    return figures

@@ -74,22 +74,22 @@ COLORMAPS = {
 VARIABLES = (*COLORS, *(f"{name}{index}" for name in COLORMAPS for index in range(N_SHADES)))
 
 
-def css_color(variable: str) -> str:
+def get_css_color(variable: str) -> str:
     """Return the placeholder color that `to_svg` replaces by a CSS variable."""
     return f"#fe{VARIABLES.index(variable):02x}01"
 
 
-def shade(colormap: str, share: float) -> str:
+def get_shade(colormap: str, share: float) -> str:
     """Return the variable at a fraction of the way from the strong end of a colormap to its faint end."""
     return f"{colormap}{round(min(max(share, 0.0), 1.0) * (N_SHADES - 1))}"
 
 
-def css_colormap(name: str) -> ListedColormap:
+def make_css_colormap(name: str) -> ListedColormap:
     """Return a colormap of placeholder colors."""
-    return ListedColormap([css_color(f"{name}{index}") for index in range(N_SHADES)])
+    return ListedColormap([get_css_color(f"{name}{index}") for index in range(N_SHADES)])
 
 
-def css() -> str:
+def make_css() -> str:
     """Return the definitions of all variables for light pages and, where the reader prefers it, for dark pages."""
     light, dark = (_define_variables(page) for page in range(2))
     return f":root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
@@ -109,11 +109,11 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
     "font.size": 11.5,
-    "text.color": css_color("ink"),
+    "text.color": get_css_color("ink"),
     "text.parse_math": False,
     "axes.facecolor": "none",
-    "axes.edgecolor": css_color("soft"),
-    "axes.labelcolor": css_color("ink"),
+    "axes.edgecolor": get_css_color("soft"),
+    "axes.labelcolor": get_css_color("ink"),
     "axes.labelsize": 12.5,
     "axes.titlelocation": "left",
     "axes.titlesize": 12.5,
@@ -123,19 +123,19 @@ STYLE: Any = {
     "axes.spines.left": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": css_color("grid"),
+    "grid.color": get_css_color("grid"),
     "grid.linewidth": 1.0,
     "legend.frameon": False,
     "lines.markeredgewidth": 0.0,
     **{f"{axis}tick.{which}.size": 0.0 for axis in "xy" for which in ("major", "minor")},
     **{f"{axis}tick.major.pad": 7.0 for axis in "xy"},
-    **{f"{axis}tick.labelcolor": css_color("soft") for axis in "xy"},
+    **{f"{axis}tick.labelcolor": get_css_color("soft") for axis in "xy"},
     "svg.fonttype": "none",
 }
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportFigure:
     """A figure of the page.
 
     Attributes:
@@ -227,7 +227,7 @@ class Scale:
         axes.autoscale_view(scalex=which == "x", scaley=which == "y")
 
 
-def scale_of(values: Iterable[Any]) -> Scale:
+def make_scale(values: Iterable[Any]) -> Scale:
     """Return the scale that fits the values of a knob, which may repeat."""
     distinct = {to_key(value): value for value in values}.values()
     if not all(is_number(value) for value in distinct):
@@ -262,7 +262,7 @@ class KnobColors:
         index = self.scale.index(value)
         if not self.scale.is_numeric:
             return f"hue{min(index, N_HUES - 1)}"
-        return shade("knob", index / max(len(self.scale.values) - 1, 1))
+        return get_shade("knob", index / max(len(self.scale.values) - 1, 1))
 
     def add_legend(self, figure: Figure) -> None:
         """Add a legend of the values, or of some of them if there are many."""
@@ -282,7 +282,7 @@ def add_legend(figure: Figure, title: str, entries: Sequence[tuple[str, str]]) -
     # Matplotlib fills columns first.
     by_row = [entry for column in range(n_columns) for entry in entries[column::n_columns]]
     figure.legend(
-        [Line2D([], [], color=css_color(variable), linewidth=4) for variable, _ in by_row],
+        [Line2D([], [], color=get_css_color(variable), linewidth=4) for variable, _ in by_row],
         [text for _, text in by_row],
         title=title,
         ncols=n_columns,
@@ -290,7 +290,7 @@ def add_legend(figure: Figure, title: str, entries: Sequence[tuple[str, str]]) -
         alignment="left",
         handlelength=1.0,
         columnspacing=1.2,
-        labelcolor=css_color("soft"),
+        labelcolor=get_css_color("soft"),
     )
 
 
@@ -313,7 +313,7 @@ def set_loss_axis(axes: "Axes", losses: Iterable[float]) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def mark_beyond(axes: "Axes", position: tuple[float, float], direction: str, color: str) -> None:
+def draw_arrow(axes: "Axes", position: tuple[float, float], direction: str, color: str) -> None:
     """Draw an arrow at the edge of the axes, pointing ("<", ">", "^" or "v") at data that is outside."""
     axes.plot(*position, direction, color=color, markersize=7, alpha=0.7, clip_on=False)
 
@@ -326,7 +326,7 @@ def jitter(n_points: int, n_values: int, width: float) -> np.ndarray:
     return min(0.4 / n_values, 0.08) * width * (np.arange(n_points) * GOLDEN_RATIO % 1 - 0.5)
 
 
-def shifted(axes: "Axes", transform: "Transform", x: float, y: float = 0.0) -> "Transform":
+def shift_transform(axes: "Axes", transform: "Transform", x: float, y: float = 0.0) -> "Transform":
     """Return a transform followed by a shift in pixels."""
     return transform + ScaledTranslation(x / PIXELS_PER_INCH, y / PIXELS_PER_INCH, axes.figure.dpi_scale_trans)
 

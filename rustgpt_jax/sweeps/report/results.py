@@ -1,6 +1,6 @@
-"""What a sweep found: its trials as its files tell, the settings that they are seeds of, and the table of them all.
+"""Results of a sweep, read from its folder, and the names and formats of its knobs and losses.
 
-Losses are compared where training ended, never on the way: ranks change while the learning rate decays.
+Only final losses are compared, because ranks change while the learning rate decays.
 """
 
 import csv
@@ -62,13 +62,13 @@ class TrialResult:
 
     @property
     def seed(self) -> Any:
-        """The trial's seed, None where no trial of the sweep says it."""
+        """The trial's seed, or None if it is unknown."""
         return self.knobs.get(SEED)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The trials that differ only in their seed."""
+    """Trials that differ only in their seed."""
 
     overrides: Overrides
     knobs: Overrides
@@ -81,12 +81,12 @@ class Setting:
 
     @property
     def n_diverged(self) -> int:
-        """How many of the trials diverged."""
+        """The number of diverged trials."""
         return sum(trial.status == DIVERGED for trial in self.trials)
 
     @property
     def mean_loss(self) -> float:
-        """The mean of the final losses, infinite where there is none."""
+        """The mean of the final losses, infinite if there are none."""
         losses = self.losses.values()
         return sum(losses) / len(losses) if losses else math.inf
 
@@ -110,24 +110,24 @@ class Results:
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        """The swept knobs but the seed."""
+        """The swept knobs except for the seed."""
         return tuple(path for path in self.swept if path != SEED)
 
     @cached_property
     def finished(self) -> tuple[TrialResult, ...]:
-        """The trials that have a final loss."""
+        """The trials with a final loss."""
         return tuple(trial for trial in self.trials if trial.final_loss is not None)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many trials there are of each status that occurs."""
+        """The number of trials by status."""
         counted = Counter(trial.status for trial in self.trials)
         return {status: counted[status] for status in STATUSES if counted[status]}
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A trial as read: what the ledger says of it, its lines of metrics and its config, if it has begun."""
+    """A trial as read: its state in the ledger, its metrics, and its config if it has started."""
 
     id: str
     overrides: Overrides
@@ -157,19 +157,23 @@ def read_results(folder: Path) -> Results:
     """
     about = read_sweep_info(folder)
     ledger = Ledger(SweepDir(folder).ledger_file)
-    records = {name: _read_trial(SweepDir(folder).trial(name), *known) for name, known in _planned(ledger).items()}
+    states = ledger.states()
+    records = {
+        name: _read_trial(SweepDir(folder).trial(name), overrides, states[name])
+        for name, overrides in ledger.planned().items()
+    }
     current = [records[name] for name in about.get("trials", records) if name in records]
     removed = [record for name, record in records.items() if name not in about.get("trials", records)]
-    swept = _swept(current)
-    metric = _metric(swept, current)
+    swept = _find_swept(current)
+    metric = _select_metric(swept, current)
     return Results(
         name=about["name"],
         command=about["command"],
         config_file=about["config_file"],
         metric=metric,
         swept=swept,
-        trials=_trials(current, swept, metric),
-        removed=_trials(removed, _swept([*current, *removed]), metric),
+        trials=_make_results(current, swept, metric),
+        removed=_make_results(removed, _find_swept([*current, *removed]), metric),
         n_damaged=ledger.n_damaged(),
     )
 
@@ -199,49 +203,41 @@ def write_csv(results: Results, path: Path) -> None:
     Raises:
         UserError: A file is not writable.
     """
-    write_atomically(path, _table(results.trials, results.swept))
-    apart = path.with_name("removed.csv")
+    write_atomically(path, _to_csv(results.trials, results.swept))
+    removed_file = path.with_name("removed.csv")
     if results.removed:
-        write_atomically(apart, _table(results.removed, tuple(results.removed[0].knobs)))
+        write_atomically(removed_file, _to_csv(results.removed, tuple(results.removed[0].knobs)))
     else:
-        apart.unlink(missing_ok=True)
+        removed_file.unlink(missing_ok=True)
 
 
-def _table(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
+def _to_csv(trials: Iterable[TrialResult], knobs: Sequence[str]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    losses = ("train_loss", "valid_loss", "bits_per_byte", "best")
-    writer.writerow(("trial", *knobs, "status", "steps", *losses))
+    writer.writerow(("trial", *knobs, "status", "steps", "train_loss", "valid_loss", "bits_per_byte", "best"))
     for trial in trials:
-        values = [trial.train_loss, trial.valid_loss, trial.bits_per_byte, trial.best_loss]
-        cells = [_cell(trial.knobs[path]) for path in knobs]
-        writer.writerow([trial.id, *cells, trial.status, trial.step, *map(_cell, values)])
+        losses = trial.train_loss, trial.valid_loss, trial.bits_per_byte, trial.best_loss
+        values = trial.id, *(trial.knobs[path] for path in knobs), trial.status, trial.step, *losses
+        # The writer writes None as an empty cell.
+        writer.writerow(
+            [value if isinstance(value, str | int | float | None) else json.dumps(value) for value in values]
+        )
     # File names may not be valid Unicode.
     return text.getvalue().encode(errors="backslashreplace")
 
 
 def to_key(value: Any) -> str:
-    """A text that is the same for equal values, lists and mappings among them."""
+    """Return a string that is the same for equal values, including lists and mappings."""
     return json.dumps(float(value) if is_number(value) else value, sort_keys=True)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a knob's value has a place on an axis: a finite number and no truth value."""
+    """Return whether a value can be plotted on a numeric axis: a finite number, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _without_seed(values: Overrides) -> dict[str, Any]:
     return {path: value for path, value in values.items() if path != SEED}
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else value if isinstance(value, (str, int, float)) else json.dumps(value)
-
-
-def _planned(ledger: Ledger) -> dict[str, tuple[Overrides, Event]]:
-    """Return the overrides and the last event of each trial, in planned order."""
-    states = ledger.states()
-    return {trial: (overrides, states[trial]) for trial, overrides in ledger.planned().items()}
 
 
 def _read_trial(run: RunDir, overrides: Overrides, last: Event) -> _Record:
@@ -257,25 +253,25 @@ def _read_trial(run: RunDir, overrides: Overrides, last: Event) -> _Record:
     return _Record(last["trial"], overrides, status, last.get("step"), error, lines, config)
 
 
-def _swept(records: Sequence[_Record]) -> tuple[str, ...]:
+def _find_swept(records: Sequence[_Record]) -> tuple[str, ...]:
     """Return the knobs that vary: those that a trial overrides, and others in which the configs differ."""
     values = {
         path: {to_key(record.values.get(path, value)) for record in records}
-        for path, value in _known_values(records).items()
+        for path, value in _find_defaults(records).items()
     }
     return tuple(path for path, different in values.items() if len(different) > 1)
 
 
-def _trials(records: Sequence[_Record], swept: Iterable[str], metric: str) -> tuple[TrialResult, ...]:
-    known = _known_values(records)
+def _make_results(records: Sequence[_Record], swept: Iterable[str], metric: str) -> tuple[TrialResult, ...]:
+    known = _find_defaults(records)
     shown = {path: known.get(path) for path in (*swept, SEED)}
     return tuple(
-        _trial(record, {path: record.values.get(path, value) for path, value in shown.items()}, metric)
+        _make_result(record, {path: record.values.get(path, value) for path, value in shown.items()}, metric)
         for record in records
     )
 
 
-def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
+def _find_defaults(records: Sequence[_Record]) -> dict[str, Any]:
     """Return the default of every varying knob, from trials that do not override it, or None if none was started."""
     paths = dict.fromkeys(path for record in records for path in record.overrides)
     configs = [record.config for record in records if record.config is not None]
@@ -289,51 +285,44 @@ def _known_values(records: Sequence[_Record]) -> dict[str, Any]:
     return values
 
 
-def _setting(record: _Record) -> str:
-    """Return a string that is equal for trials whose resolved configs differ only in the seed."""
-    if record.config is None:
-        return to_key(_without_seed(record.overrides))
-    return config_hash(replace(record.config, seed=0))
-
-
-def _metric(swept: Iterable[str], records: Iterable[_Record]) -> str:
-    """What is compared: losses a token of different tokenizers or texts do not compare, bits per byte do."""
+def _select_metric(swept: Iterable[str], records: Iterable[_Record]) -> str:
+    """Return the metric to compare; losses per token are not comparable between tokenizers or texts."""
     groups = {path.split(".")[2 if path.startswith("stages.") else 0] for path in swept}
     wanted = BITS_PER_BYTE if groups & {"tokenizer", "data"} else VALID_LOSS
     finished = [record for record in records if record.status == FINISHED]
-    return wanted if all(_last(record.lines, wanted) is not None for record in finished) else TRAIN_LOSS
+    return wanted if all(_last_value(record.lines, wanted) is not None for record in finished) else TRAIN_LOSS
 
 
-def _last(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:
+def _last_value(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:
     return next((line[name] for line in reversed(list(lines)) if name in line), None)
 
 
-def _curve(lines: Iterable[Mapping[str, Any]], name: str) -> Curve:
+def _extract_curve(lines: Iterable[Mapping[str, Any]], name: str) -> Curve:
     return tuple((line["step"], line[name]) for line in lines if name in line and math.isfinite(line[name]))
 
 
-def _trial(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
-    lines, status = record.lines, record.status
-    last = {name: _last(lines, name) for name in (TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE)}
+def _make_result(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
+    lines, status, config = record.lines, record.status, record.config
+    last = {name: _last_value(lines, name) for name in (TRAIN_LOSS, VALID_LOSS, BITS_PER_BYTE)}
     compared = last[metric]
-    # A loss may leave the finite numbers between the last step and the evaluation after it.
+    # The evaluation after the last step may be infinite or NaN.
     if status == FINISHED and compared is not None and not math.isfinite(compared):
         status = DIVERGED
     if status != FINISHED:
         last = dict.fromkeys(last)
     of_last_stage = [line for line in lines if line.get("stage") == lines[-1].get("stage")]
-    evaluated = _curve(of_last_stage, metric) if metric != TRAIN_LOSS else ()
-    first = [loss for step, loss in _curve(lines, TRAIN_LOSS) if step == 1]
+    evaluated = _extract_curve(of_last_stage, metric) if metric != TRAIN_LOSS else ()
+    first = [loss for step, loss in _extract_curve(lines, TRAIN_LOSS) if step == 1]
     return TrialResult(
         id=record.id,
-        setting=_setting(record),
+        setting=config_hash(replace(config, seed=0)) if config else to_key(_without_seed(record.overrides)),
         overrides=record.overrides,
         knobs=knobs,
         status=status,
         step=record.step if record.step is not None else max((line["step"] for line in lines), default=0),
-        total_steps=stages(record.config)[-1].end_step if record.config else None,
-        train_curve=_curve(lines, TRAIN_LOSS),
-        valid_curve=_curve(lines, validation_metric(metric)),
+        total_steps=stages(config)[-1].end_step if config else None,
+        train_curve=_extract_curve(lines, TRAIN_LOSS),
+        valid_curve=_extract_curve(lines, validation_metric(metric)),
         initial_loss=first[0] if first else None,
         train_loss=last[TRAIN_LOSS],
         valid_loss=last[VALID_LOSS],
@@ -344,9 +333,7 @@ def _trial(record: _Record, knobs: Overrides, metric: str) -> TrialResult:
     )
 
 
-# What knobs, values, losses and settings are called where people read of them.
-
-# Last names of knobs that say nothing without their group.
+# Last parts of paths that are ambiguous without their group.
 BARE_NAMES = ("name", "steps")
 
 
@@ -368,8 +355,8 @@ METRICS = {
 }
 
 
-def knob_names(paths: Iterable[str]) -> dict[str, str]:
-    """A short name for each dotted path: its last word, with the groups before it that tell it from the others."""
+def get_knob_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return a short name for each path: its last part, and preceding ones as needed to distinguish the paths."""
     paths = list(paths)
     names: dict[str, str] = {}
     for path in paths:
@@ -377,13 +364,13 @@ def knob_names(paths: Iterable[str]) -> dict[str, str]:
         ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
         clear = [end for end in ends if sum(("." + other).endswith("." + end) for other in paths) == 1]
         short = next((end for end in clear if end not in BARE_NAMES), path)
-        # d_model and n_layers are words of the field.
+        # Keep common names such as d_model and n_layers.
         names[path] = re.sub(r"(?<=[a-z]{2})_", " ", short.removesuffix(".name").replace(".", " "))
     return names
 
 
 def format_value(value: Any) -> str:
-    """A knob's value in at most four significant digits, without the zeros of an exponent: 0.001, 3e-5, muon."""
+    """Format a knob's value with at most four significant digits and a short exponent: 0.001, 3e-5, muon."""
     if isinstance(value, float):
         mantissa, e, exponent = f"{value:.4g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if e else mantissa
@@ -393,31 +380,31 @@ def format_value(value: Any) -> str:
 
 
 def format_loss(loss: float) -> str:
-    """A loss, or a difference of two, with the digits that a seed leaves of it."""
+    """Format a loss or a difference of losses; further digits are noise of the seed."""
     return f"{loss:.4f}"
 
 
 def format_p_value(p_value: float) -> str:
-    """A p-value with its sign: p = 0.012, p < 0.001."""
+    """Format a p-value: p = 0.012, p < 0.001."""
     return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
 
 
 def describe_setting(knobs: Mapping[str, Any]) -> str:
-    """The values of some knobs in a line: 'optimizer muon, learning rate 0.003'."""
-    names = knob_names([*knobs, SEED])
+    """Describe the values of some knobs: 'optimizer muon, learning rate 0.003'."""
+    names = get_knob_names([*knobs, SEED])
     return ", ".join(f"{names[path]} {format_value(value)}" for path, value in knobs.items()) or "the config as it is"
 
 
 def format_rerun_command(results: Results, overrides: Overrides) -> str:
-    """The command that trains one trial of a sweep again, alone, with the knobs that the sweep's own command set."""
-    kept = [(path, text) for path, text in _set_by(results.command) if path not in overrides]
-    own = [(path, _argument(path, value)) for path, value in overrides.items()]
+    """Return the command that trains one trial alone, including the overrides of the sweep's command."""
+    kept = [(path, text) for path, text in _parse_overrides(results.command) if path not in overrides]
+    own = [(path, _to_argument(path, value)) for path, value in overrides.items()]
     flags = (shlex.quote(f"--config.{path}={text}") for path, text in kept + own)
     return " ".join(["python launch.py train", f"--config={shlex.quote(results.config_file)}", *flags])
 
 
-def _set_by(command: str) -> list[tuple[str, str]]:
-    """The knobs that a command line sets, as --config.x=VALUE or --config.x VALUE, and the texts of their values."""
+def _parse_overrides(command: str) -> list[tuple[str, str]]:
+    """Return the paths and values of a command's flags --config.x=VALUE or --config.x VALUE."""
     words = iter(shlex.split(command))
     values: list[tuple[str, str]] = []
     for word in words:
@@ -427,7 +414,7 @@ def _set_by(command: str) -> list[tuple[str, str]]:
     return values
 
 
-def _argument(path: str, value: Any) -> str:
+def _to_argument(path: str, value: Any) -> str:
     if isinstance(value, (list, tuple)) and path in FIELDS and FIELDS[path].metadata.get("pattern"):
         return ",".join(value)
     return value if isinstance(value, str) else repr(value)

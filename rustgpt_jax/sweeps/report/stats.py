@@ -1,8 +1,7 @@
-"""What the numbers of a sweep can and cannot tell: intervals, paired comparisons, sensitivities, shares of variance.
+"""Statistics of a sweep: intervals, paired comparisons, learning-rate sensitivity, and shares of variance.
 
-A loss that is not finite belongs to a trial that diverged and so has no loss: it is left out everywhere, and `n` or
-`n_pairs` says how many were counted, but for `compute_lr_sensitivity`, which counts it as the loss at initialisation.
-What the numbers cannot tell is nan.
+A loss that is not finite belongs to a diverged trial. It is ignored and not counted in `n` or `n_pairs`, except that
+`compute_lr_sensitivity` replaces it by the loss at initialization. Results that cannot be computed are NaN.
 """
 
 import itertools
@@ -17,17 +16,17 @@ import numpy as np
 from scipy import linalg, special
 
 # Maximum degree of the polynomials that model the effect of a numeric knob.
-MOST_DEGREES = 5
+MAX_DEGREE = 5
 # Maximum number of columns for all interactions; more would take seconds to fit.
-MOST_PAIR_COLUMNS = 100
+MAX_PAIR_COLUMNS = 100
 # The accepted probability of any false claim in a sweep, and the number of simulated sweeps used to control it.
 FALSE_CLAIMS = 0.05
-SIMULATED_LOSSES, SIMULATED_SWEEPS, CHUNK = 6_000_000, (10_000, 100_000), 500_000
+MAX_SIMULATED_LOSSES, SIMULATED_SWEEPS, CHUNK = 6_000_000, (10_000, 100_000), 500_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of n values and its confidence interval; low and high are nan where n < 2, and all where n = 0."""
+    """A mean of n values and its confidence interval, which is NaN if n < 2; the mean is NaN if n = 0."""
 
     mean: float
     low: float
@@ -51,7 +50,7 @@ class Shares:
     """Shares of the loss variance, from 0 to 1; the known ones and `rest` sum to 1.
 
     Attributes:
-        knobs: The main effect of each knob; nan if it has a single value or a different one in each trial.
+        knobs: The main effect of each knob; NaN if it has a single value or a different one in each trial.
         pairs: Interactions of two knobs beyond their main effects; empty if they cannot be separated from noise.
         rest: Noise and interactions of three or more knobs, and of two if `pairs` is empty.
     """
@@ -61,8 +60,8 @@ class Shares:
     rest: float
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The mean of the finite values and its Student t interval, which takes them to be independent and normal."""
+def compute_mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Compute the mean of the finite values and its t interval, assuming independent normal values."""
     counted = np.array([value for value in values if math.isfinite(value)], float)
     n = len(counted)
     mean = float(counted.mean()) if n else math.nan
@@ -73,11 +72,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def compare_paired(a: Mapping[Any, float], b: Mapping[Any, float], confidence: float = 0.95) -> Comparison | None:
-    """Compare losses by seed, a - b (below 0 where a is better), over the seeds at which both are finite.
+    """Compare losses by seed with a paired t-test of a - b, over the seeds at which both are finite.
 
-    A paired t-test; None if fewer than two seeds are left. Where all differences are equal there is no spread to
-    test against, and the t-test, which takes them to be normal, would say p = 0 from two seeds: the interval is nan,
-    and the p-value that of the sign-flip test, the chance 2^(1 - n) that n fair coins fall alike (1 for no difference).
+    If all differences are equal, the t-test would give p = 0 even for two seeds. Then the interval is NaN, and the
+    p-value is that of the sign-flip test: 2^(1 - n) for n seeds, or 1 if the difference is 0.
+
+    Returns:
+        The comparison, or None if fewer than two seeds are shared.
     """
     seeds = [seed for seed in sorted(a.keys() & b.keys()) if math.isfinite(a[seed]) and math.isfinite(b[seed])]
     if len(seeds) < 2:
@@ -85,7 +86,7 @@ def compare_paired(a: Mapping[Any, float], b: Mapping[Any, float], confidence: f
     first, second = np.array([[losses[seed] for seed in seeds] for losses in (a, b)], float)
     differences = first - second
     difference, n = float(differences.mean()), len(seeds)
-    # Equal but for rounding.
+    # Equal up to rounding.
     rounding = 64 * np.finfo(float).eps * max(np.abs(first).max(), np.abs(second).max())
     if np.ptp(differences) <= rounding:
         p_value = 1.0 if abs(difference) <= rounding else 2.0 ** (1 - n)
@@ -122,7 +123,9 @@ def compare_with_best(
     pattern = [tuple(seed in setting for seed in seeds) for setting in finite]
     n_candidates = n_candidates or len(losses)
     # The order of settings is irrelevant without effects, so sort them to get more cache hits.
-    smallest = smallest_p_values((*sorted(pattern[:n_candidates]), *sorted(pattern[n_candidates:])), n_candidates)
+    smallest = simulate_smallest_p_values(
+        (*sorted(pattern[:n_candidates]), *sorted(pattern[n_candidates:])), n_candidates
+    )
     threshold = float(smallest[int(FALSE_CLAIMS * (len(smallest) + 1)) - 1])
     adjusted: list[Comparison | None] = []
     for setting, comparison in zip(finite[1:], compared, strict=True):
@@ -137,7 +140,7 @@ def compare_with_best(
 
 
 @lru_cache(maxsize=32)
-def smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) -> np.ndarray:
+def simulate_smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) -> np.ndarray:
     """Return the sorted smallest p-values against the best setting in simulated sweeps without effects.
 
     Args:
@@ -145,11 +148,13 @@ def smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) 
         n_candidates: The number of settings, from the first on, that can be the best one.
     """
     present = np.array(pattern, float)
-    n_sweeps = int(np.clip(SIMULATED_LOSSES // present.size, *SIMULATED_SWEEPS))
+    n_sweeps = int(np.clip(MAX_SIMULATED_LOSSES // present.size, *SIMULATED_SWEEPS))
     rng = np.random.default_rng(0)
     size = max(CHUNK // present.size, 1)
     chunks = [
-        _smallest_p_values(rng.normal(size=(min(size, n_sweeps - start), *present.shape)), present, n_candidates)
+        _compute_smallest_p_values(
+            rng.normal(size=(min(size, n_sweeps - start), *present.shape)), present, n_candidates
+        )
         for start in range(0, n_sweeps, size)
     ]
     smallest = np.sort(np.concatenate(chunks))
@@ -157,7 +162,7 @@ def smallest_p_values(pattern: tuple[tuple[bool, ...], ...], n_candidates: int) 
     return smallest
 
 
-def _smallest_p_values(losses: np.ndarray, present: np.ndarray, n_candidates: int) -> np.ndarray:
+def _compute_smallest_p_values(losses: np.ndarray, present: np.ndarray, n_candidates: int) -> np.ndarray:
     """Return the smallest p-value against the best setting per sweep, for losses indexed by sweep, setting and seed."""
     means = (losses * present).sum(2)[:, :n_candidates] / present.sum(1)[:n_candidates]
     best = means.argmin(1)
@@ -178,12 +183,14 @@ def _smallest_p_values(losses: np.ndarray, present: np.ndarray, n_candidates: in
 
 
 def compute_lr_sensitivity(losses_by_rate: Mapping[float, float], initial_loss: float) -> float:
-    """How far the loss lies above the best one, in the mean over the learning rates of a sweep (arXiv 2309.14322).
+    """Compute the learning-rate sensitivity (arXiv 2309.14322): the mean of min(loss, initial loss) - best loss.
 
-    The mean of min(loss, initial_loss) - best loss, where a loss that is not finite counts as the initial one. A rate
-    weighs as much as its share of the logarithmic axis: half of the way to each neighbour, and as far again outwards
-    at the ends. With rates evenly spaced that is the plain mean; else the trapezoid rule, carried on past the ends.
-    nan if no rate gives a loss below the initial one, or one of the rates is not above 0.
+    A non-finite loss counts as the initial one. Each rate is weighted by its share of the logarithmic axis: half the
+    distance to each neighbor, extended by the same distance at the ends. For evenly spaced rates, this is the plain
+    mean.
+
+    Returns:
+        The sensitivity, or NaN if no loss is below the initial one, or a rate is not positive.
     """
     rates = np.array(sorted(losses_by_rate), float)
     losses = np.array([losses_by_rate[rate] for rate in sorted(losses_by_rate)], float)
@@ -209,10 +216,10 @@ def decompose_variance(
         losses: The losses; trials with a non-finite loss are ignored.
         without_interactions: Knobs, such as the seed, whose interactions count as noise.
     """
-    columns, finite = _finite(knob_values, losses)
+    columns, finite = _drop_non_finite(knob_values, losses)
     n = len(finite)
-    bases = {knob: basis for knob in columns if (basis := _basis(columns[knob])).values.shape[1] and n > 2}
-    while bases and _n_columns(bases.values(), 1) > n - 2:
+    bases = {knob: basis for knob in columns if (basis := _make_basis(columns[knob])).values.shape[1] and n > 2}
+    while bases and _count_columns(bases.values(), 1) > n - 2:
         del bases[max(bases, key=lambda knob: bases[knob].up_to(1).shape[1])]
     nothing = dict.fromkeys(columns, math.nan)
     if not bases:
@@ -220,17 +227,17 @@ def decompose_variance(
     if np.ptp(finite) == 0:
         return Shares(nothing | dict.fromkeys(bases, 0.0), {}, 1.0)
 
-    degree = next((d for d in range(MOST_DEGREES, 1, -1) if _n_columns(bases.values(), d) <= (n - 1) / 2), 1)
+    degree = next((d for d in range(MAX_DEGREE, 1, -1) if _count_columns(bases.values(), d) <= (n - 1) / 2), 1)
     mains = {knob: basis.up_to(degree) for knob, basis in bases.items()}
     inner = [knob for knob in mains if knob not in without_interactions]
-    room = n - 1 - _n_columns(bases.values(), degree) - max(2, n // 4)
-    pairs = _pairs({knob: bases[knob] for knob in inner}, min(room, MOST_PAIR_COLUMNS))
+    room = n - 1 - _count_columns(bases.values(), degree) - max(2, n // 4)
+    pairs = _make_interactions({knob: bases[knob] for knob in inner}, min(room, MAX_PAIR_COLUMNS))
 
     centered = finite - finite.mean()
     rest, rank = _fit([*mains.values(), *pairs.values()], centered)
     error = rest / (n - rank)
     total = float(np.sum(centered**2)) + error
-    shares = {name: part / total for name, part in _split(centered, mains, pairs, error).items()}
+    shares = {name: part / total for name, part in _divide_variance(centered, mains, pairs, error).items()}
     scale = max(sum(shares.values()), 1.0)
     return Shares(
         nothing | {knob: shares[knob] / scale for knob in mains},
@@ -250,26 +257,26 @@ class _Basis:
         return self.values[:, :degree] if self.is_numeric else self.values
 
 
-def _basis(column: Sequence[Any]) -> _Basis:
+def _make_basis(column: Sequence[Any]) -> _Basis:
     is_numeric = all(isinstance(value, Real) for value in column)
     values, levels = np.unique(column if is_numeric else [repr(value) for value in column], return_inverse=True)
     if len(values) < 2:
         return _Basis(np.empty((len(column), 0)), is_numeric)
     if is_numeric:
         places = np.linspace(-1, 1, len(values))[levels]
-        effects = np.polynomial.chebyshev.chebvander(places, min(len(values) - 1, MOST_DEGREES))[:, 1:]
+        effects = np.polynomial.chebyshev.chebvander(places, min(len(values) - 1, MAX_DEGREE))[:, 1:]
     else:
         effects = (levels[:, None] == np.arange(len(values) - 1)).astype(float)
     return _Basis(np.linalg.qr(effects - effects.mean(0))[0], is_numeric)
 
 
-def _n_columns(bases: Iterable[_Basis], degree: int) -> int:
+def _count_columns(bases: Iterable[_Basis], degree: int) -> int:
     return sum(basis.up_to(degree).shape[1] for basis in bases)
 
 
-def _pairs(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, str], np.ndarray]:
+def _make_interactions(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, str], np.ndarray]:
     """Return the columns of all two-way interactions, of the highest degree that fits; empty if none does."""
-    for degree in range(MOST_DEGREES, 0, -1):
+    for degree in range(MAX_DEGREE, 0, -1):
         sizes = [basis.up_to(degree).shape[1] for basis in bases.values()]
         if sum(first * second for first, second in itertools.combinations(sizes, 2)) <= most_columns:
             parts = {knob: basis.up_to(degree) for knob, basis in bases.items()}
@@ -280,7 +287,7 @@ def _pairs(bases: Mapping[str, _Basis], most_columns: int) -> dict[tuple[str, st
     return {}
 
 
-def _split(
+def _divide_variance(
     losses: np.ndarray, mains: Mapping[Any, np.ndarray], pairs: Mapping[Any, np.ndarray], error: float
 ) -> dict[Any, float]:
     """Return the sum of squares of each group of columns, minus the share expected from noise of variance `error`.
@@ -306,10 +313,10 @@ def _split(
     return {name: max(float(squares - rank * error), 0.0) for name, (squares, rank) in parts.items()}
 
 
-def _finite(
+def _drop_non_finite(
     knob_values: Mapping[str, Sequence[Any]], losses: Sequence[float]
 ) -> tuple[dict[str, list[Any]], np.ndarray]:
-    """Each knob's values in the trials whose losses are finite, and these losses."""
+    """Return the values of each knob and the losses of the trials with finite losses."""
     finite = np.isfinite(np.asarray(losses, float))
     columns = {
         knob: [value for value, counts in zip(column, finite, strict=True) if counts]
