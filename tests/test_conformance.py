@@ -324,7 +324,7 @@ def test_knobs_of_the_small_model_that_go_together_are_taken() -> None:
         subjects("latent_attention", {"attention.qk_norm": "head"})
     with pytest.raises(UserError, match="experts_per_token=2 is more than"):
         subjects("moe", {"moe.n_experts": 1})
-    with pytest.raises(UserError, match="Did you mean 'n_heads'"):
+    with pytest.raises(UserError, match="Did you mean config.model.attention.n_heads"):
         subjects("attention", {"n_head": 2})
 
 

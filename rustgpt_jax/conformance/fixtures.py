@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rustgpt_jax.config.schema import ModelConfig, build, fields_by_path, flatten, get_path
-from rustgpt_jax.config.validation import check_model, validate_value
-from rustgpt_jax.errors import UserError, suggest_names
+from rustgpt_jax.config.validation import check_model, unknown_key_message, validate_value
+from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.interfaces import AUX_LOSS
 
@@ -62,7 +62,7 @@ def small_model(**changes: Any) -> ModelConfig:
     """
     for name in changes:
         if name not in SMALL:
-            raise UserError(f"check: a model has no knob {name!r}.{suggest_names(name, SMALL)}")
+            raise UserError(f"check: {unknown_key_message(f'model.{name}')}")
     values = {
         name: validate_value(f"model.{name}", value, f"config.model.{name}")
         for name, value in {**SMALL, **changes}.items()
