@@ -71,7 +71,7 @@ def add_check_arguments(parser: VerbParser) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Check that a layer, an optimizer or another component is correct."""
     from rustgpt_jax.config.validation import parse_all
-    from rustgpt_jax.conformance.runner import check_components
+    from rustgpt_jax.conformance.checks import check_components
     from rustgpt_jax.tracking.console import PlainTextConsole
 
     return check_components(args.components, PlainTextConsole(), args.only, parse_all(args.overrides), args.exhaustive)

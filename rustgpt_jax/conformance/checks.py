@@ -1,235 +1,240 @@
-"""The table of checks: what each is for, and what usually breaks it."""
+"""The table of checks, with the usual causes of failures, and the `check` command that runs them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from rustgpt_jax.config.schema import ModelConfig, replace_paths
-from rustgpt_jax.conformance import (
-    component_checks,
-    cost_checks,
-    long_row_checks,
-    masking_checks,
-    numerics_checks,
-    optimizer_checks,
-    transform_checks,
-)
-from rustgpt_jax.conformance.cost_checks import require_used
-from rustgpt_jax.conformance.fixtures import LENGTH
-from rustgpt_jax.conformance.long_row_checks import Case, influence, long_model
-from rustgpt_jax.conformance.masking_checks import cached_is_uncached, require_causal
-from rustgpt_jax.conformance.targets import MODEL_KINDS, Subject
-from rustgpt_jax.model import transformer
-from rustgpt_jax.model.flops import parameter_shapes
+from rustgpt_jax.conformance import masking_checks, non_model_checks, numerics_checks, program_checks
+from rustgpt_jax.conformance.components import MODEL_KINDS, Component, Scope, find_components
+from rustgpt_jax.conformance.fixtures import CheckFailure, check_settings, format_exception
+from rustgpt_jax.errors import UserError, suggest_names
 from rustgpt_jax.model.mixers import has_cache
-
-# Check mixers with other numbers of key-value heads than the small model has.
-
-CASE = Case(17, 3)
-
-
-def heads(subject: Subject) -> str:
-    """Check causality, parameter use and the KV cache with one, two and all key-value heads."""
-    model = subject.small_model
-    counts = [count for count in (1, 2, model.attention.n_heads) if model.attention.n_heads % count == 0]
-    others = {count: replace_paths(model, {"attention.n_kv_heads": count}) for count in counts}
-    others = {count: other for count, other in others.items() if _shapes(other) != _shapes(model)}
-    for count, other in others.items():
-        here = f"with {count} of {model.attention.n_heads} heads of keys and values"
-        there = dataclasses.replace(subject, model=other)
-        require_causal(influence(long_model(other), CASE), CASE, here)
-        require_used(other, here)
-        cached_is_uncached(there)
-    shown = ", ".join(map(str, others))
-    return f"{shown} heads of keys and values too" if others else "no number of parameters depends on n_kv_heads"
-
-
-def _shapes(model: ModelConfig) -> Any:
-    cached = jax.eval_shape(lambda: transformer.init_cache(model, 1, LENGTH))
-    return [leaf.shape for leaf in jax.tree.leaves((parameter_shapes(model), cached))]
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check: a function of a target that returns what it measured, or raises Broken.
+    """A function that checks a component, the kinds of components it applies to, and the usual cause of a failure.
 
-    `cause` is the usual cause of a failure.
+    The function returns a note on what it measured, or raises CheckFailure.
     """
 
-    function: Callable[[Subject], str]
+    function: Callable[[Component], str]
     kinds: Sequence[str]
     cause: str
 
 
+# The usual cause of a failure of each check, by the kinds of components that it applies to.
+_CAUSES: dict[Sequence[str], dict[Callable[[Component], str], str]] = {
+    MODEL_KINDS: {
+        numerics_checks.shapes: "A result is not cast back to the dtype of the input, or a shape is taken from the "
+        "input instead of the config.",
+        numerics_checks.finite: "An exponential without subtracting the maximum, a division without an epsilon, or a "
+        "root whose derivative at 0 is infinite (a `where` after the root does not help its gradient: put one before "
+        "it).",
+        numerics_checks.precision: "A softmax, a norm or a state that is computed in the dtype of the activations; "
+        "cast to float32 first.",
+        numerics_checks.gradients: "A stop_gradient, a wrong custom derivative, or values that are cast to float32 on "
+        "the way (use `matmul.to_float32`, which keeps float64).",
+        masking_checks.causality: "A mask that is off by one, a convolution padded on both sides, or a mean, norm or "
+        "sort over the tokens.",
+        masking_checks.isolation: "context.segments_BT is not used: a mask without documents, a state or a convolution "
+        "that continues from one document into the next, positions that are counted within the row, or statistics "
+        "over the batch.",
+        masking_checks.rows: "The index of a row, the size of the batch, the first row, or the length of the rows is "
+        "used.",
+        masking_checks.padding: "Tokens of segment 0 take part in a sum, a mean or a state, or all of a softmax is "
+        "masked.",
+        masking_checks.cache: "A token is written to the wrong slot, the new tokens do not see the cached ones (or see "
+        "empty slots), positions restart at 0, or padding is written to the cache.",
+        masking_checks.prefill: "Prompts of some lengths take another code path, a ring buffer wraps wrongly, or a "
+        "position leaves the range of its dtype.",
+        masking_checks.heads: "Query heads are matched with key-value heads for one number of them only.",
+        program_checks.dropout: "context.dropout_key is None in evaluation, when nothing must be dropped or scaled.",
+        numerics_checks.drift: "A state, a decay or a position in bfloat16, or a decay computed as a^t / a^s instead "
+        "of a^(t - s).",
+        program_checks.layers: "The component keeps something in Python between calls, such as a counter of layers.",
+        program_checks.remat: "The component is not a pure function: it keeps something in Python, or draws randomness "
+        "without a key.",
+        program_checks.vmap: "Python looks at a traced value (`if`, `float`, `int`), or a shape depends on it.",
+        program_checks.devices: "Something is computed over the batch, or depends on its size or on the devices.",
+        program_checks.parameters: "A parameter is not used, or has no effect.",
+        program_checks.flops: "Work that is not a matmul, such as a product written as a broadcast and a sum, or a "
+        "custom kernel.",
+        numerics_checks.initial_scale: "The projection into the residual stream is not Linear(..., residual=True), or "
+        "weights are not initialized with init_std.",
+    },
+    ("optimizers",): {
+        non_model_checks.optimizer_update: "A state of another dtype than the parameters', or a division by a norm "
+        "that may be 0.",
+        non_model_checks.optimizer_descent: "The sign of the update, or a learning rate that is not used.",
+        non_model_checks.optimizer_traced: "Python looks at a traced value (`if`, `float`), or a transformation needs "
+        "a constant.",
+    },
+    ("schedules",): {
+        non_model_checks.schedule_range: "A run that is shorter than its warmup, or a division by a number of steps "
+        "that is 0.",
+        non_model_checks.schedule_traced: "Python looks at a traced value (`if`, `int`).",
+    },
+    ("samplers",): {
+        non_model_checks.sampler_distribution: "-inf minus -inf or times 0, ties with the last token that is kept, or "
+        "a threshold that excludes everything.",
+        non_model_checks.sampler_rows: "A sum, sort or maximum over all rows instead of within each row.",
+    },
+    ("tokenizers",): {
+        non_model_checks.tokenizer_round_trip: "A normalizer that changes text, a prefix space, or characters without "
+        "a byte fallback.",
+        non_model_checks.tokenizer_determinism: "Ties are broken by the order of a set or of a dictionary of counts.",
+    },
+    ("corpora",): {
+        non_model_checks.corpus_documents: "The result depends on the order of files in a folder, the time, or "
+        "unseeded randomness.",
+    },
+    ("launchers",): {
+        non_model_checks.launcher_interface: "Other argument names; see `LAUNCHERS` in sweeps/sweep.py.",
+    },
+}
 CHECKS: dict[str, Check] = {
-    "shapes": Check(
-        numerics_checks.shapes,
-        MODEL_KINDS,
-        "A result is not cast back to the type of the input, or a shape is taken from the input where the config "
-        "should say it.",
-    ),
-    "finite": Check(
-        numerics_checks.finite,
-        MODEL_KINDS,
-        "An exponential without its maximum taken off, a division without an epsilon, or a root whose slope at 0 is "
-        "infinite (a `where` after the root does not help its gradient: put one before it).",
-    ),
-    "precision": Check(
-        numerics_checks.precision,
-        MODEL_KINDS,
-        "A softmax, a norm or a state that is computed in the type of the activations; widen it first.",
-    ),
-    "gradients": Check(
-        numerics_checks.gradients,
-        MODEL_KINDS,
-        "A stop_gradient, a custom derivative that is not that of the function, or numbers that are made float32 on "
-        "the way (use `precision.widened`).",
-    ),
-    "causality": Check(
-        masking_checks.causality,
-        MODEL_KINDS,
-        "A mask that is off by one, a convolution padded on both sides, or a mean, norm or sort over the tokens.",
-    ),
-    "isolation": Check(
-        masking_checks.isolation,
-        MODEL_KINDS,
-        "context.segments_BT is not read: a mask without documents, a state or a convolution that goes on from one "
-        "document into the next, positions that are counted within the row, or statistics over the batch.",
-    ),
-    "rows": Check(
-        masking_checks.rows,
-        MODEL_KINDS,
-        "The number of a row, the size of the batch, the first row, or the length of the rows is used.",
-    ),
-    "padding": Check(
-        masking_checks.padding,
-        MODEL_KINDS,
-        "Tokens of segment 0 take part in a sum, a mean or a state, or a row of a softmax has nothing in it.",
-    ),
-    "cache": Check(
-        masking_checks.cached_is_uncached,
-        MODEL_KINDS,
-        "A token is written to the wrong slot, the new tokens do not see the cached ones (or see slots that are "
-        "empty), positions begin at 0 again, or padding is written to the cache.",
-    ),
-    "prefill": Check(
-        masking_checks.prefill,
-        MODEL_KINDS,
-        "Prompts of some lengths are read by other code than the rest, a ring of slots wraps wrongly, or a position "
-        "leaves the range that it is kept in.",
-    ),
-    "heads": Check(
-        heads,
-        MODEL_KINDS,
-        "Heads of queries are matched with those of keys and values for one number of them only.",
-    ),
-    "dropout": Check(
-        transform_checks.dropout,
-        MODEL_KINDS,
-        "context.dropout_key is None in evaluation, and nothing is to be dropped or scaled then.",
-    ),
-    "drift": Check(
-        long_row_checks.drift,
-        MODEL_KINDS,
-        "A state, a decay or a position in bfloat16, or a decay a^t that is divided by instead of a^(t - s).",
-    ),
-    "layers": Check(
-        transform_checks.unrolled_is_scanned,
-        MODEL_KINDS,
-        "The part keeps something in Python between calls, such as a counter of layers.",
-    ),
-    "remat": Check(
-        transform_checks.remat_is_none,
-        MODEL_KINDS,
-        "The part is no pure function: it reads or keeps something in Python, or draws randomness without a key.",
-    ),
-    "vmap": Check(
-        transform_checks.vmap_is_loop,
-        MODEL_KINDS,
-        "Python looks at a value (`if`, `float`, `int`) that is an argument of the program, or a shape depends on it.",
-    ),
-    "devices": Check(
-        transform_checks.eight_devices_are_one,
-        MODEL_KINDS,
-        "Something is computed over the batch, or depends on its size or on the devices.",
-    ),
-    "parameters": Check(
-        cost_checks.parameters,
-        MODEL_KINDS,
-        "A parameter is made and not used, or used where its effect is nothing.",
-    ),
-    "flops": Check(
-        cost_checks.flops,
-        MODEL_KINDS,
-        "Work that is no matrix product, such as a product written as a broadcast and a sum, or a custom kernel.",
-    ),
-    "initial_scale": Check(
-        cost_checks.initial_scale,
-        MODEL_KINDS,
-        "The projection into the residual stream is not Linear(..., residual=True), or weights are not initialised "
-        "with init_std.",
-    ),
-    "optimizer_update": Check(
-        optimizer_checks.optimizer_update,
-        ("optimizers",),
-        "A state of another type than the parameters', or a division by a norm that may be 0.",
-    ),
-    "optimizer_descent": Check(
-        optimizer_checks.optimizer_descent,
-        ("optimizers",),
-        "The sign of the update, or a learning rate that is not read.",
-    ),
-    "optimizer_numbers": Check(
-        optimizer_checks.optimizer_numbers,
-        ("optimizers",),
-        "Python looks at a number (`if`, `float`), or a transformation that must have a constant.",
-    ),
-    "schedule_factor": Check(
-        optimizer_checks.schedule_factor,
-        ("schedules",),
-        "A run that is shorter than its warm-up, or a division by a number of steps that is 0.",
-    ),
-    "schedule_numbers": Check(
-        optimizer_checks.schedule_numbers, ("schedules",), "Python looks at a number (`if`, `int`) that is an argument."
-    ),
-    "sampler_distribution": Check(
-        component_checks.sampler_distribution,
-        ("samplers",),
-        "-inf minus -inf or times 0, ties with the last token that is kept, or a threshold that leaves nothing.",
-    ),
-    "sampler_rows": Check(
-        component_checks.sampler_rows, ("samplers",), "A sum, sort or maximum over all rows where each row has its own."
-    ),
-    "tokenizer_round_trip": Check(
-        component_checks.tokenizer_round_trip,
-        ("tokenizers",),
-        "A normaliser that changes text, a prefix space, or characters without a fallback to bytes.",
-    ),
-    "tokenizer_same": Check(
-        component_checks.tokenizer_same,
-        ("tokenizers",),
-        "The order of a set or of a dictionary of counts decides ties.",
-    ),
-    "corpus_documents": Check(
-        component_checks.corpus_documents,
-        ("corpora",),
-        "The order of files in a folder, a clock, or randomness decides.",
-    ),
-    "launcher_interface": Check(
-        component_checks.launcher_interface, ("launchers",), "Arguments of another name; see sweeps/sweep.py."
-    ),
+    function.__name__: Check(function, kinds, cause)
+    for kinds, causes in _CAUSES.items()
+    for function, cause in causes.items()
 }
 
 
-def checks_for(subject: Subject, only: Sequence[str] = ()) -> dict[str, Check]:
+def checks_for(component: Component, only: Sequence[str] = ()) -> dict[str, Check]:
     """Returns the checks that apply to a component, restricted to those in `only` if there are any.
 
     `prefill` compares ways to fill a cache, so it does not apply to a mixer without one.
     """
-    names = [name for name, check in CHECKS.items() if subject.kind in check.kinds and (not only or name in only)]
-    if subject.model is not None and not all(has_cache(mixer) for mixer in subject.model.mixers):
+    names = [name for name, check in CHECKS.items() if component.kind in check.kinds and (not only or name in only)]
+    if component.model is not None and not all(has_cache(mixer) for mixer in component.model.mixers):
         names = [name for name in names if name != "prefill"]
     return {name: CHECKS[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a check: a note on what was measured or what is wrong, and the seconds it took."""
+
+    component: Component
+    check: str
+    is_ok: bool
+    note: str
+    seconds: float
+
+
+def run_check(name: str, component: Component) -> Outcome:
+    """Runs a check; failures and exceptions of the component become a note.
+
+    Raises:
+        UserError: The component's config is invalid.
+    """
+    began = time.perf_counter()
+    is_ok = False
+    try:
+        with check_settings():
+            note = CHECKS[name].function(component)
+        is_ok = True
+    except CheckFailure as failure:
+        note = f"{failure}. Usual cause: {CHECKS[name].cause}"
+    except UserError:
+        raise
+    except Exception as error:
+        # JAX's error for a traced value that Python looks at has one cause, whatever the check.
+        is_concretization = isinstance(error, jax.errors.ConcretizationTypeError)
+        note = format_exception(error) + (f". Usual cause: {CHECKS['vmap'].cause}" if is_concretization else "")
+    return Outcome(component, name, is_ok, note, time.perf_counter() - began)
+
+
+def run_checks(components: Sequence[Component], only: Sequence[str], console: Console) -> list[Outcome]:
+    """Runs all checks of all components and prints each outcome. Components with the same model share outcomes."""
+    known: dict[Any, Outcome] = {}
+    outcomes = []
+    width = max(len(component.title) for component in components) + 2 if len(components) > 1 else 0
+    for component in components:
+        # A process can map only a limited number of compiled programs, and those of earlier models are not needed.
+        jax.clear_caches()
+        for name in checks_for(component, only):
+            # A check of a model component depends on its model only.
+            key = (name, component.model or component.title)
+            if key in known:
+                first = known[key]
+                note = f"{first.note} (as {first.component.title})"
+                outcome = dataclasses.replace(first, component=component, note=note, seconds=0.0)
+            else:
+                outcome = known[key] = run_check(name, component)
+            outcomes.append(outcome)
+            line = Text(f"{component.title if width else '':{width}}{name:21} ")
+            line.append("ok    " if outcome.is_ok else "FAILED", "green" if outcome.is_ok else "bold red")
+            line.append(f" {outcome.seconds:5.1f} s  {outcome.note}")
+            console.print(line)
+    return outcomes
+
+
+def make_table(outcomes: Sequence[Outcome]) -> Table:
+    """The checks of one component, or several components and how many of their checks they pass."""
+    components = list(dict.fromkeys(outcome.component for outcome in outcomes))
+    if len(components) == 1:
+        table = Table("check", "", "measured, or what is wrong", title=components[0].title, title_justify="left")
+        for outcome in outcomes:
+            table.add_row(outcome.check, _format_status(outcome.is_ok), Text(outcome.note))
+        return table
+    table = Table("component", "checks", "", "failed", "seconds")
+    for component in components:
+        own = [outcome for outcome in outcomes if outcome.component is component]
+        failed = [outcome.check for outcome in own if not outcome.is_ok]
+        seconds = f"{sum(outcome.seconds for outcome in own):.1f}"
+        table.add_row(component.title, str(len(own)), _format_status(not failed), Text(", ".join(failed)), seconds)
+    return table
+
+
+def _format_status(is_ok: bool) -> Text:
+    return Text("ok", "green") if is_ok else Text("FAILED", "bold red")
+
+
+def check_components(
+    names: Sequence[str],
+    console: Console,
+    only: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+    is_exhaustive: bool = False,
+) -> int:
+    """Runs the `check` command: checks components and prints the results.
+
+    Args:
+        names: The components to check, as named by the user; all components if empty.
+        console: The console to print to.
+        only: Names of the checks to run; all checks if empty.
+        changes: Overrides for the small model that components are checked in, such as `extra` or `model.extra`.
+        is_exhaustive: Covers every length, batch size, dtype and mode, which takes minutes per component.
+
+    Returns:
+        The exit status: 1 if any check fails, else 0.
+
+    Raises:
+        UserError: A name is unknown.
+    """
+    for name in only:
+        if name not in CHECKS:
+            raise UserError(f"check: unknown check {name!r}.{suggest_names(name, CHECKS)}")
+    # Too late if JAX has started: then the check of eight devices runs in a child process.
+    with contextlib.suppress(RuntimeError):
+        program_checks.use_eight_cpu_devices()
+    fields = {path.removeprefix("model."): value for path, value in (changes or {}).items()}
+    components = [component for name in names or (None,) for component in find_components(name, fields)]
+    scope = Scope.EXHAUSTIVE if is_exhaustive else Scope.QUICK
+    components = [dataclasses.replace(each, scope=scope) for each in components if checks_for(each, only)]
+    if not components:
+        raise UserError(f"check: {', '.join(only)} does not apply to {', '.join(names)}.")
+    outcomes = run_checks(components, only, console)
+    n_failed = sum(not outcome.is_ok for outcome in outcomes)
+    console.print(make_table(outcomes))
+    console.print(f"{len(outcomes) - n_failed} checks passed, {n_failed} failed", highlight=False)
+    return 1 if n_failed else 0

@@ -4,7 +4,7 @@
     def test_retention(conformance_check):
         conformance_check()
 
-is a test for each check that the part must pass. Knobs of the small model may be set too: `conforms(NAME, n_heads=2)`.
+makes one test for each check that applies. Fields of the small model can be set: `conforms(NAME, n_heads=2)`.
 """
 
 from collections.abc import Callable
@@ -12,51 +12,50 @@ from typing import Any
 
 import pytest
 
-MARKER = "conforms(*names, **knobs): one test for each check of these parts, with the argument conformance_check"
+MARKER = "conforms(*names, **fields): one test for each check of these components, with the argument conformance_check"
 ARGUMENT = "conformance_check"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Registers the marker."""
     config.addinivalue_line("markers", MARKER)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each part and check. Only here, where a test asks for it, is JAX imported."""
+    """Makes one test for each component and check. JAX is imported only if a test asks for this."""
     if ARGUMENT not in metafunc.fixturenames:
         return
     markers = list(metafunc.definition.iter_markers("conforms"))
     if not markers:
         raise pytest.UsageError(f'{metafunc.definition.nodeid} needs @pytest.mark.conforms("my_lab.mixers:Retention")')
     from rustgpt_jax.conformance.checks import checks_for
-    from rustgpt_jax.conformance.targets import subjects
+    from rustgpt_jax.conformance.components import find_components
 
     cases = [
-        pytest.param(_case(name, part, is_first=index == 0), id=f"{part.name.rpartition(':')[2]}-{name}")
+        pytest.param(_make_test(name, component, index == 0), id=f"{component.name.rpartition(':')[2]}-{name}")
         for marker in markers
         for wanted in marker.args
-        for part in subjects(wanted, marker.kwargs)
-        for index, name in enumerate(checks_for(part))
+        for component in find_components(wanted, marker.kwargs)
+        for index, name in enumerate(checks_for(component))
     ]
     metafunc.parametrize(ARGUMENT, cases)
 
 
-def _case(name: str, part: Any, is_first: bool) -> Callable[[], str]:
-    """Return a test function that runs one check, returns its measurement, and fails if the check fails.
+def _make_test(name: str, component: Any, is_first: bool) -> Callable[[], str]:
+    """Returns a test function that runs one check, returns its measurement, and fails if the check fails.
 
-    The first check of a part clears the compiled programs of earlier parts, since a process can map only a limited
-    number.
+    The first check of a component clears the compiled programs of earlier components, since a process can map only a
+    limited number.
     """
 
     def conformance_check() -> str:
         import jax
 
-        from rustgpt_jax.conformance.checks import CHECKS
-        from rustgpt_jax.conformance.runner import run_check
+        from rustgpt_jax.conformance.checks import run_check
 
         if is_first:
             jax.clear_caches()
-        outcome = run_check(name, CHECKS[name], part)
+        outcome = run_check(name, component)
         if not outcome.is_ok:
             pytest.fail(outcome.note, pytrace=False)
         return outcome.note

@@ -1,4 +1,4 @@
-"""Find states and decays that are repeatedly rounded along a row, by analyzing the traced program.
+"""Analysis of a traced program that finds states and decays which are rounded again and again along a row.
 
 Each array of the program is followed from where it is created. Its depth is the largest number of successive roundings
 to fewer bits than float32 on any path to it. In attention the depth does not depend on the row length; in a recurrence
@@ -21,41 +21,16 @@ CONSTANT, GATE, DATA = range(3)
 # Primitives that move or select values without rounding.
 MOVES = frozenset(
     (
-        "reshape",
-        "transpose",
-        "broadcast_in_dim",
-        "slice",
-        "dynamic_slice",
-        "gather",
-        "scatter",
-        "concatenate",
-        "pad",
-        "select_n",
-        "squeeze",
-        "expand_dims",
-        "rev",
-        "dynamic_update_slice",
-        "copy",
-        "stop_gradient",
-        "sharding_constraint",
-        "optimization_barrier",
-        "neg",
-        "abs",
-        "max",
-        "min",
-        "sign",
-        "reduce_max",
-        "reduce_min",
-        "convert_element_type",
-        "device_put",
-        "split",
-        "clamp",
+        *("reshape", "transpose", "broadcast_in_dim", "slice", "dynamic_slice", "gather", "scatter", "concatenate"),
+        *("pad", "select_n", "squeeze", "expand_dims", "rev", "dynamic_update_slice", "copy", "stop_gradient"),
+        *("sharding_constraint", "optimization_barrier", "neg", "abs", "max", "min", "sign", "reduce_max"),
+        *("reduce_min", "convert_element_type", "device_put", "split", "clamp"),
     )
 )
 ROUNDS = frozenset(("reduce_precision", "round", "floor", "ceil"))
 BOUNDS = frozenset(("exp", "exp2", "expm1", "logistic", "tanh", "log1p", "pow", "erf"))
 # Assumed number of iterations of a loop whose trip count is not known statically.
-SOME_ROUNDS = 100
+ASSUMED_ITERATIONS = 100
 POWERS = frozenset(("pow", "cumprod", "reduce_prod"))
 
 
@@ -63,10 +38,10 @@ class Suspect(NamedTuple):
     """A state multiplied by a rounded decay: the equation, and the dtype that the decay was rounded to."""
 
     equation: Any
-    numbers: Any
+    rounded: Any
 
 
-class Traced(NamedTuple):
+class Rounding(NamedTuple):
     """Properties of an array in a traced program.
 
     Attributes:
@@ -88,44 +63,44 @@ class Traced(NamedTuple):
     path: Any = None
 
 
-EXACT = Traced(is_exact=True)
+EXACT = Rounding(is_exact=True)
 
 
-def is_low(array: Any) -> bool:
-    """Return whether an array has a floating-point dtype with fewer bits than float32."""
+def _is_low_precision(array: Any) -> bool:
+    """True for an array with a floating-point dtype of fewer bits than float32."""
     dtype = getattr(array, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
 
 
-def roundings_by_line(traced: Traced) -> Counter[str]:
-    """Count the roundings on the longest path to an array by source line."""
+def count_roundings_by_line(traced: Rounding) -> Counter[str]:
+    """Counts the roundings on the longest path to an array by source line."""
     lines: Counter[str] = Counter()
     path = traced.path
     while path is not None:
         equation, path = path
-        lines[line_of(equation)] += 1
+        lines[format_line(equation)] += 1
     return lines
 
 
-class Reading:
-    """One analysis of a program. `found` holds errors that are certain regardless of context."""
+class RoundingAnalysis:
+    """Follows roundings through a program. `found` holds errors that are certain regardless of context."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, Any, Any]] = []
 
-    def follow(self, jaxpr: Any, inputs: Sequence[Traced]) -> list[Traced]:
-        """Return the properties of a program's outputs, given those of its inputs."""
-        known: dict[Any, Traced] = dict(zip(jaxpr.invars, inputs, strict=True))
+    def follow(self, jaxpr: Any, inputs: Sequence[Rounding]) -> list[Rounding]:
+        """Returns the properties of a program's outputs, given those of its inputs."""
+        known: dict[Any, Rounding] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def value(variable: Any) -> Traced:
-            return EXACT if isinstance(variable, core.Literal) else known.get(variable, Traced())
+        def value(variable: Any) -> Rounding:
+            return EXACT if isinstance(variable, core.Literal) else known.get(variable, Rounding())
 
         for equation in jaxpr.eqns:
             arguments = [value(variable) for variable in equation.invars]
-            known.update(zip(equation.outvars, self._outputs(equation, arguments), strict=True))
+            known.update(zip(equation.outvars, self._outputs_of(equation, arguments), strict=True))
         return [value(variable) for variable in jaxpr.outvars]
 
-    def _outputs(self, equation: Any, arguments: list[Traced]) -> list[Traced]:
+    def _outputs_of(self, equation: Any, arguments: list[Rounding]) -> list[Rounding]:
         inner = inner_programs(equation)
         match equation.primitive.name:
             case "scan":
@@ -135,22 +110,24 @@ class Reading:
             case "while":
                 body, n_constants = equation.params["body_jaxpr"].jaxpr, equation.params["body_nconsts"]
                 arguments = arguments[equation.params["cond_nconsts"] :]
-                return self._loop(body, arguments, n_constants, len(arguments) - n_constants, SOME_ROUNDS)
+                return self._loop(body, arguments, n_constants, len(arguments) - n_constants, ASSUMED_ITERATIONS)
             case "cond":
                 branches = [self.follow(branch, arguments[1:]) for branch in inner]
-                return [_joined(each) for each in zip(*branches, strict=True)]
+                return [_combine(each) for each in zip(*branches, strict=True)]
         if inner and len(inner[0].invars) == len(arguments) and len(inner[0].outvars) == len(equation.outvars):
             return self.follow(inner[0], arguments)
         return [self._result(equation, arguments, output.aval) for output in equation.outvars]
 
-    def _loop(self, body: Any, arguments: list[Traced], n_constants: int, n_carried: int, length: int) -> list[Traced]:
-        """Return the properties after a loop of `length` iterations, extrapolated from two iterations."""
+    def _loop(
+        self, body: Any, arguments: list[Rounding], n_constants: int, n_carried: int, length: int
+    ) -> list[Rounding]:
+        """Returns the properties after a loop of `length` iterations, extrapolated from two iterations."""
         constants, others = arguments[:n_constants], arguments[n_constants:]
-        carried, rows = others[:n_carried], others[n_carried:]
+        carried, scanned = others[:n_carried], others[n_carried:]
         carried = [each._replace(is_state=True) for each in carried]
-        first = self.follow(body, [*constants, *carried, *rows])
-        again = [_joined(pair) for pair in zip(carried, first[:n_carried], strict=True)]
-        second = self.follow(body, [*constants, *again, *rows])
+        first = self.follow(body, [*constants, *carried, *scanned])
+        again = [_combine(pair) for pair in zip(carried, first[:n_carried], strict=True)]
+        second = self.follow(body, [*constants, *again, *scanned])
         results = []
         for index, (before, after) in enumerate(zip(first, second, strict=True)):
             each_round = max(after.depth - before.depth, 0)
@@ -162,9 +139,9 @@ class Reading:
             results.append(after._replace(depth=after.depth + each_round * max(length - 2, 0)))
         return results
 
-    def _result(self, equation: Any, arguments: list[Traced], output: Any) -> Traced:
+    def _result(self, equation: Any, arguments: list[Rounding], output: Any) -> Rounding:
         name = equation.primitive.name
-        joined = _joined(arguments[1:] if name == "select_n" else arguments) if arguments else Traced()
+        joined = _combine(arguments[1:] if name == "select_n" else arguments) if arguments else Rounding()
         contracts = name == "dot_general" and any(equation.params["dimension_numbers"][0])
         if name in BOUNDS and joined.kind == DATA:
             joined = joined._replace(kind=GATE)
@@ -176,8 +153,8 @@ class Reading:
             joined = self._product(equation, arguments, joined)
         is_rounding = (
             name in ROUNDS
-            or (is_low(output) and name not in MOVES)
-            or (name == "convert_element_type" and is_low(output) and not joined.is_exact)
+            or (_is_low_precision(output) and name not in MOVES)
+            or (name == "convert_element_type" and _is_low_precision(output) and not joined.is_exact)
         )
         if is_rounding:
             joined = joined._replace(depth=joined.depth + 1, is_exact=True, path=(equation, joined.path))
@@ -187,24 +164,24 @@ class Reading:
             joined = joined._replace(is_exact=False)
         return joined if joined.kind != DATA else joined._replace(rounded=None)
 
-    def _product(self, equation: Any, arguments: list[Traced], joined: Traced) -> Traced:
+    def _product(self, equation: Any, arguments: list[Rounding], joined: Rounding) -> Rounding:
         for decay, other in (arguments, arguments[::-1]):
             if decay.rounded is None or decay.is_state or decay.kind == DATA:
                 continue
             if other.is_state:
                 joined = joined._replace(suspects=(*joined.suspects, Suspect(equation, decay.rounded))[:4])
-            elif _is_in_an_associative_scan(equation):
+            elif _is_in_associative_scan(equation):
                 self._add("an associative scan multiplies decays that were rounded", equation, decay.rounded)
         return joined
 
-    def _add(self, what: str, equation: Any, numbers: Any) -> None:
+    def _add(self, what: str, equation: Any, array: Any) -> None:
         if all(equation is not other for _, other, _ in self.found):
-            self.found.append((what, equation, numbers))
+            self.found.append((what, equation, array))
 
 
-def _joined(values: Sequence[Traced]) -> Traced:
-    """Combine the properties of arrays that are joined into one."""
-    return Traced(
+def _combine(values: Sequence[Rounding]) -> Rounding:
+    """Combines the properties of arrays that are joined into one."""
+    return Rounding(
         max(each.depth for each in values),
         all(each.is_exact for each in values),
         max(each.kind for each in values),
@@ -215,19 +192,19 @@ def _joined(values: Sequence[Traced]) -> Traced:
     )
 
 
-def _last_rounding(traced: Traced) -> tuple[Any, Any]:
-    """Return the equation of the last rounding and its output dtype."""
+def _last_rounding(traced: Rounding) -> tuple[Any, Any]:
+    """Returns the equation of the last rounding and its output dtype."""
     equation, _ = traced.path
     return equation, equation.outvars[0].aval
 
 
-def _is_in_an_associative_scan(equation: Any) -> bool:
+def _is_in_associative_scan(equation: Any) -> bool:
     traceback = equation.source_info.traceback
     return any(frame.function_name == "associative_scan" for frame in (traceback.frames if traceback else ()))
 
 
-def line_of(equation: Any) -> str:
-    """Return the source location of an equation outside the libraries: 'mixers.py, line 12, in __call__'."""
+def format_line(equation: Any) -> str:
+    """The source location of an equation outside the libraries: 'mixers.py, line 12, in __call__'."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
         if not any(library in frame.file_name for library in LIBRARIES):

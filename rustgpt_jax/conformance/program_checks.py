@@ -1,0 +1,298 @@
+"""Checks of the program: parameters, FLOPs, dropout, and transformations that must not change what it computes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from rustgpt_jax.config.schema import ModelConfig, flatten, replace_paths
+from rustgpt_jax.conformance.components import Component, find_components
+from rustgpt_jax.conformance.fixtures import (
+    LENGTH,
+    LOGIT_AXES,
+    SMALL,
+    Batch,
+    CheckFailure,
+    Outputs,
+    assert_close,
+    check_settings,
+    empty_cache,
+    format_exception,
+    forward_and_backward,
+    initial_params,
+    make_batch,
+    quick_jit,
+    random_params,
+    random_tokens,
+    reference_outputs,
+    run_model,
+    traced_fields,
+)
+from rustgpt_jax.conformance.packed_rows import (
+    CASES,
+    HIDDEN_AXES,
+    compute_influence,
+    model_for_long_rows,
+    packed_rows,
+    run_cached_forward,
+    run_forward,
+    single_document_rows,
+)
+from rustgpt_jax.model import transformer
+from rustgpt_jax.model.flops import forward_flops_per_token, parameter_shapes, total_size
+from rustgpt_jax.pytrees import flatten_paths
+
+# Parameters and FLOPs.
+
+# Gradients below this fraction of the largest one count as rounding error.
+ROUNDING = 1e-5
+FLOPS_TOLERANCE = 0.05
+# Sizes at which almost all the work is in matmuls.
+LARGE: dict[str, Any] = {
+    "d_model": 1024,
+    "attention.n_heads": 8,
+    "attention.head_dim": 128,
+    "rope.short_factors": (1.0,) * 64,
+    "rope.long_factors": (2.0,) * 64,
+    "d_ff": 2048,
+    "moe.d_expert": 2048,
+    "mla.kv_lora_rank": 512,
+    "mla.qk_rope_head_dim": 64,
+    "recurrent.width": 1024,
+    # A smaller fraction of this many channels could be odd; it does not change any matmul.
+    "rope.fraction": 1.0,
+}
+FLOPS_TOKENS = 128
+
+
+def parameters(component: Component) -> str:
+    """`init` makes as many parameters as a run plans for, and every one of them is used."""
+    model = component.small_model
+    planned = total_size(parameter_shapes(model))
+    count = sum(leaf.size for leaf in jax.tree.leaves(initial_params(model)))
+    if count != planned:
+        raise CheckFailure("init makes another number of parameters than planned", "init", f"{count}, not {planned}")
+    assert_parameters_used(model)
+    return f"{count} in the small model"
+
+
+def assert_parameters_used(model: ModelConfig, where: str = "") -> None:
+    """Raises CheckFailure if a parameter, or all weights of a mixer's output channel, have zero gradient."""
+    what = f"is never used {where}".rstrip()
+    gradient = flatten_paths(reference_outputs(model).gradient)
+    # A gradient that is only rounding error, such as that of a key bias without positions, may be 0 in places.
+    noise = ROUNDING * max(float(np.abs(leaf).max()) for leaf in gradient.values())
+    for name, leaf in gradient.items():
+        if not leaf.any():
+            raise CheckFailure(f"a parameter {what}", f"the parameter {name}", f"a gradient of 0 in all {leaf.size}")
+        if "/mixer/" in name and leaf.ndim > 1 and np.abs(leaf).max() > noise:
+            unused = np.flatnonzero(~leaf.any(axis=tuple(range(leaf.ndim - 1))))
+            if len(unused):
+                shown = f"a gradient of 0 in {len(unused)} of {leaf.shape[-1]} channels"
+                raise CheckFailure(f"a part of a parameter {what}", f"the parameter {name}, channel {unused[0]}", shown)
+
+
+def flops(component: Component) -> str:
+    """The FLOPs that runs report, those of matmuls, are close to XLA's count.
+
+    XLA counts the body of a loop once. Layers in a loop must be reported to cost what they cost without one.
+    """
+    period = component.small_model.period
+    model = replace_paths(component.small_model, LARGE | {"attention.n_kv_heads": 2, "n_layers": period})
+    tokens = jax.ShapeDtypeStruct((1, FLOPS_TOKENS), jnp.int32)
+    forward = jax.jit(lambda params, tokens_BT: transformer.apply(params, tokens_BT, model)[0])
+    # Before optimization.
+    analysis: Any = forward.lower(parameter_shapes(model), tokens).cost_analysis()
+    counted = float(analysis["flops"])
+    reported = FLOPS_TOKENS * forward_flops_per_token(model, FLOPS_TOKENS, loops_once=True)
+    if abs(reported / counted - 1) > FLOPS_TOLERANCE:
+        raise CheckFailure(
+            "the reported FLOPs are not those that XLA counts",
+            f"a forward pass over {FLOPS_TOKENS} tokens with d_model {model.d_model}",
+            f"{reported:.4g} reported, {counted:.4g} counted, {reported / counted - 1:+.0%} "
+            f"({FLOPS_TOLERANCE:.0%} is allowed)",
+        )
+    deep = dataclasses.replace(model, n_layers=2 * period)
+    patterns = {field: getattr(deep, field) for field in ("mixers", "feedforwards", "positions")}
+    # The same layers as one pattern that names all of them, which is not a loop.
+    listed = dataclasses.replace(
+        deep, **{field: names * (2 * period // len(names)) for field, names in patterns.items()}
+    )
+    with_loop, without = (forward_flops_per_token(each, FLOPS_TOKENS) for each in (deep, listed))
+    if with_loop != without:
+        raise CheckFailure(
+            "layers in a loop are reported to cost other FLOPs than without one",
+            f"{deep.n_layers} layers with d_model {model.d_model}",
+            f"{with_loop:.6g} a token in a loop, {without:.6g} without",
+        )
+    return f"{reported / counted - 1:+.1%} of XLA's count"
+
+
+# Transformations.
+
+LOGIT_TOLERANCE = 5e-5
+# A gradient is a sum over all tokens, in which much may cancel.
+GRADIENT_TOLERANCE = 5e-4
+TRIALS = 3
+DEVICES = 8
+
+
+def assert_close_outputs(found: Outputs, expected: Outputs, what: str) -> float:
+    """Returns the largest relative difference of logits and gradients; raises CheckFailure above rounding error."""
+    worst = assert_close(
+        found.logits_BTV, expected.logits_BTV, LOGIT_TOLERANCE, f"{what}: the logits differ", LOGIT_AXES
+    )
+    gradients = flatten_paths(found.gradient)
+    # A gradient that is only rounding error, such as that of a key bias, has no scale of its own.
+    noise = 1e-3 * max(float(np.sqrt(np.mean(np.square(leaf)))) for leaf in jax.tree.leaves(expected.gradient))
+    for name, leaf in flatten_paths(expected.gradient).items():
+        gradient = f"{what}: the gradient of {name}"
+        worst = max(worst, assert_close(gradients[name], leaf, GRADIENT_TOLERANCE, gradient, (), min_scale=noise))
+    return worst
+
+
+def layers(component: Component) -> str:
+    """Scanned and unrolled layers give the same outputs and gradients."""
+    model = component.small_model
+    what = "unrolled layers differ from scanned ones"
+    return f"within {_assert_same_with(model, what, scan_layers=False):.0e}"
+
+
+def remat(component: Component) -> str:
+    """Rematerialization does not change outputs or gradients."""
+    worst = _assert_same_with(component.small_model, "remat 'full' differs from 'none'", remat="full")
+    return f"within {worst:.0e}"
+
+
+def _assert_same_with(model: ModelConfig, what: str, **changes: Any) -> float:
+    batch = make_batch(random_tokens(model), model)
+    found = run_model(random_params(model), batch, dataclasses.replace(model, **changes))
+    return assert_close_outputs(found, reference_outputs(model), what)
+
+
+def dropout(component: Component) -> str:
+    """Evaluation drops nothing, with or without a cache, and training that drops nothing equals evaluation."""
+    model = model_for_long_rows(component)
+    case = CASES[component.scope][0]
+    dropping = dataclasses.replace(model, dropout=0.5)
+    params, packed = random_params(model), packed_rows(model, 2, 40)
+    expected, found = (run_forward(params, packed, each) for each in (model, dropping))
+    what = "evaluation changes with the dropout rate"
+    worst = [assert_close(found, expected, LOGIT_TOLERANCE, what, HIDDEN_AXES, packed.segments_BT > 0)]
+    training, evaluation = (compute_influence(model, case._replace(is_training=each)) for each in (True, False))
+    is_token_BT = evaluation.packed.segments_BT > 0
+    what = "training that drops nothing differs from evaluation"
+    outputs = training.output_BTD, evaluation.output_BTD
+    worst.append(assert_close(*outputs, LOGIT_TOLERANCE, what, HIDDEN_AXES, is_token_BT))
+    what = "the gradients of training that drops nothing differ from those of evaluation"
+    gradients = training.gradients_KBT, evaluation.gradients_KBT
+    worst.append(assert_close(*gradients, GRADIENT_TOLERANCE, what, ("probe", "row", "token")))
+    rows = single_document_rows(model, 1, LENGTH + 1)
+    caches = [empty_cache(each, 1, LENGTH + 1) for each in (model, dropping)]
+    for positions in slice(0, LENGTH), slice(LENGTH, LENGTH + 1):
+        piece = jax.tree.map(lambda leaf, positions=positions: leaf[:, positions], rows)
+        expected, caches[0] = run_cached_forward(params, piece, caches[0], model)
+        found, caches[1] = run_cached_forward(params, piece, caches[1], dropping)
+        what = "with a cache, the outputs change with the dropout rate"
+        worst.append(assert_close(found, expected, LOGIT_TOLERANCE, what, HIDDEN_AXES))
+    return f"within {max(worst):.0e}"
+
+
+@cache
+def _compiled_trials() -> Any:
+    def run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: ModelConfig) -> tuple[Any, Outputs]:
+        def run_trial(key: Any, params: Any, hparams: Any) -> tuple[Any, Outputs]:
+            trial_model = replace_paths(model, hparams)
+            return transformer.init(key, trial_model), forward_and_backward(params, batch, trial_model)
+
+        return jax.vmap(run_trial)(keys, params, hparams)
+
+    return quick_jit(run_trials, static_argnames="model")
+
+
+def vmap(component: Component) -> str:
+    """Trials under vmap, their parameters and traced fields such as norm_eps as arguments, equal each trial alone.
+
+    This is what a sweep in one program needs.
+    """
+    model = component.small_model
+    hparams = {name: np.repeat(value, TRIALS) for name, value in traced_fields(model).items()}
+    keys = jax.vmap(jax.random.key)(np.arange(TRIALS))
+    batch = make_batch(random_tokens(model), model)
+    several = [random_params(model, seed) for seed in range(TRIALS)]
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
+    initial, outputs = jax.device_get(_compiled_trials()(keys, params, hparams, batch, model=model))
+    worst = 0.0
+    for trial in range(TRIALS):
+        what = f"trial {trial} under vmap differs from the same trial alone"
+        alone = flatten_paths(initial_params(model, trial))
+        for name, leaf in flatten_paths(initial).items():
+            here = f"{what}: the initial {name}"
+            worst = max(worst, assert_close(leaf[trial], alone[name], LOGIT_TOLERANCE, here, ()))
+        one = jax.tree.map(lambda leaf, trial=trial: leaf[trial], outputs)
+        worst = max(worst, assert_close_outputs(one, run_model(several[trial], batch, model), what))
+    return f"{TRIALS} trials within {worst:.0e}"
+
+
+def devices(component: Component) -> str:
+    """Logits and gradients of a batch split over eight devices equal those of one device.
+
+    A process with fewer devices starts a child process, `python -m rustgpt_jax.conformance.program_checks`.
+    """
+    if len(jax.devices()) < DEVICES:
+        return _check_in_child_process(component)
+    model = component.small_model
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:DEVICES])
+    split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    batch = make_batch(random_tokens(model), model)
+    sharded = batch._replace(**{name: jax.device_put(getattr(batch, name), split) for name in batch._fields[:-1]})
+    found = run_model(jax.device_put(random_params(model), replicated), sharded, model)
+    return f"within {assert_close_outputs(found, reference_outputs(model), 'eight devices differ from one'):.0e}"
+
+
+def _check_in_child_process(component: Component) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    values = flatten(component.small_model)
+    changes = json.dumps({field: value for field, value in values.items() if value != SMALL[field]})
+    command = [sys.executable, "-m", "rustgpt_jax.conformance.program_checks", component.title, changes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().rsplit("\n", 1)[-1])
+    answer = json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
+    if "failure" in answer:
+        raise CheckFailure(*answer["failure"])
+    return answer["note"]
+
+
+def main(title: str, changes: str) -> None:
+    """Runs the check on eight virtual CPU devices, and prints its result as a line of JSON."""
+    use_eight_cpu_devices()
+    (component,) = find_components(title, json.loads(changes))
+    answer: dict[str, Any]
+    try:
+        with check_settings():
+            answer = {"note": devices(component)}
+    except CheckFailure as failure:
+        answer = {"failure": failure.args}
+    except Exception as error:
+        where = "its forward or backward pass"
+        answer = {"failure": ("the component fails on eight devices", where, format_exception(error))}
+    print(json.dumps(answer))
+
+
+def use_eight_cpu_devices() -> None:
+    """Makes eight CPU devices. Call it before JAX is used; an accelerator is left as it is."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
