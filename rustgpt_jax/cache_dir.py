@@ -1,4 +1,4 @@
-"""The user's cache folder: token stores and compiled programs, which runs share and may always be deleted."""
+"""The user's cache folder for token stores and compiled programs. Runs share it, and it may be deleted at any time."""
 
 import os
 import re
@@ -15,10 +15,9 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | 
 
 
 def cache_folder() -> Path:
-    """$RUSTGPT_JAX_CACHE, or rustgpt_jax in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
-    own = os.environ.get(FOLDER)
-    if own:
-        return Path(own)
+    """Return $RUSTGPT_JAX_CACHE, or rustgpt_jax in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    if configured := os.environ.get(FOLDER):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustgpt_jax"
 
 

@@ -1,4 +1,4 @@
-"""How a user's mistake is answered: one sentence that says what, where, and the nearest right answer."""
+"""User errors: one sentence that says what is wrong, where, and the nearest valid answer."""
 
 import difflib
 import errno
@@ -8,17 +8,23 @@ from typing import Any
 
 from rustgpt_jax.jax_internals import is_out_of_memory_message
 
-MOST_CHARACTERS = 560
+# Maximum length of an error message.
+MAX_CHARACTERS = 560
 
 
 class UserError(Exception):
-    """A mistake in a config, a command line or a file. Its text is one clear sentence, shown without a traceback.
+    """A mistake in a config, a command line or a file, shown as one sentence without a traceback.
 
-    The sentence may cite what stands in a damaged file: it is written on one line, and loses its middle if it is long.
+    The message may quote a damaged file, so control characters are escaped and the middle of a long message is cut.
     """
 
-    def __init__(self, sentence: str) -> None:
-        super().__init__(_shortened(_on_one_line(sentence)))
+    def __init__(self, message: str) -> None:
+        message = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+        if len(message) > MAX_CHARACTERS:
+            # The problem is at the beginning of a message, the remedy at its end.
+            n_last = MAX_CHARACTERS // 3
+            message = f"{message[: MAX_CHARACTERS - n_last]} ... {message[-n_last:]}"
+        super().__init__(message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,20 +36,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and is_out_of_memory_message(str(error))
 
 
-def _on_one_line(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MOST_CHARACTERS:
-        return text
-    # What is wrong and where stands at the beginning, the right answer at the end.
-    end = MOST_CHARACTERS // 3
-    return f"{text[: MOST_CHARACTERS - end]} ... {text[-end:]}"
-
-
 class _Repr(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
@@ -52,17 +44,17 @@ class _Repr(reprlib.Repr):
     def repr_int(self, value: int, level: int) -> str:
         try:
             return super().repr_int(value, level)
-        except ValueError:  # Python refuses to write out an int of thousands of digits.
-            return "a number of thousands of digits"
+        except ValueError:  # Python does not format integers with thousands of digits.
+            return "a number with thousands of digits"
 
 
 def short_repr(value: Any) -> str:
-    """Any value as it would be written in Python, cut short where it is long or deep."""
+    """Return the `repr` of a value, abbreviated if it is long or deeply nested."""
     return _Repr().repr(value)
 
 
 def suggest_names(name: str, valid: Iterable[str]) -> str:
-    """What to say after a wrong name: the nearest valid one if there is one, and all of them if they are few."""
+    """Return a hint for an unknown name: the nearest valid name, and all valid names if there are few."""
     valid = sorted(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]!r}?" if near else ""

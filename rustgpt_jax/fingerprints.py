@@ -1,4 +1,8 @@
-"""Digests of arrays: sums modulo 2^32, whose order cannot matter, so an array has one on any device, sharded or not."""
+"""Fingerprints of arrays: 64-bit hashes that tell arrays apart without storing them.
+
+A fingerprint is a sum modulo 2^32 over all elements, so it does not depend on the device or on the sharding. A change
+of a single element always changes it. The hashes are not cryptographic.
+"""
 
 from typing import Any
 
@@ -8,60 +12,48 @@ import numpy as np
 
 from rustgpt_jax.pytrees import flatten_paths
 
-# Odd numbers without pattern, for two hashes of each element.
+# Arbitrary odd numbers, one for each of the two 32-bit hashes.
 SALTS = (0x9E3779B9, 0x85EBCA6B)
 
 
-def hash_array(array: jax.Array) -> tuple[jax.Array, ...]:
-    """Two numbers of 32 bits: for each salt the sum of a hash of each element with its place.
-
-    A change of one element alone always changes both.
-    """
-    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array))
-
-
-def hash_elements(array: jax.Array) -> tuple[jax.Array, ...]:
-    """For each salt the hash of each word of an array (an element is one word, or two where it has 64 bits)."""
-    words, places = _words(array), jnp.zeros((), jnp.uint32)
-    for axis, length in enumerate(words.shape):
-        places = places * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return tuple(_mixed(words ^ _mixed(places + np.uint32(salt))) for salt in SALTS)
-
-
-def _words(array: jax.Array) -> jax.Array:
-    """The bits of an array as numbers of 32 bits."""
-    if array.dtype == jnp.bool_:
-        return array.astype(jnp.uint32)
-    size = array.dtype.itemsize * 8
-    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(size, 32)}")).astype(jnp.uint32)
-
-
-def _mixed(words: jax.Array) -> jax.Array:
-    """A one-to-one scrambling of 32 bits (the finalizer of MurmurHash3)."""
-    words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
-    return words ^ (words >> 16)
-
-
-# Fingerprints of arrays: 64 bits for each, by which two arrays are told apart without keeping both.
-#
-# They are computed where the arrays are: an array has one fingerprint on any device and however it is sharded. A change
-# of one element, or of many of them by chance, changes it; who wants to deceive can.
-
-
 def fingerprint_tree(tree: Any) -> dict[str, str]:
-    """16 hex digits for each array of a tree, by its path: {'params/embedding/table': '5d41402abc4b2a76'}."""
+    """Return a fingerprint of each array of a tree by its path: {'params/embedding/table': '5d41402abc4b2a76'}."""
     leaves = flatten_paths(tree)
-    digests = jax.device_get(_digests(list(leaves.values())))
-    return {path: format_fingerprint(*of_array) for path, of_array in zip(leaves, digests, strict=True)}
+    hashes = jax.device_get(_hash_arrays(list(leaves.values())))
+    return {path: format_fingerprint(*pair) for path, pair in zip(leaves, hashes, strict=True)}
 
 
 def format_fingerprint(first: int, second: int) -> str:
-    """The two numbers of a digest as 16 hex digits."""
+    """Format the two hashes of an array as 16 hex digits."""
     return f"{first:08x}{second:08x}"
 
 
 @jax.jit
-def _digests(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
-    # Some may be in the memory of the host.
+def _hash_arrays(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
+    # Offloaded arrays are in host memory.
     return [hash_array(jax.device_put(jnp.asarray(array), jax.memory.Space.Device)) for array in arrays]
+
+
+def hash_array(array: jax.Array) -> tuple[jax.Array, ...]:
+    """Hash an array to two 32-bit numbers: for each salt, the sum of the hashes of its elements and their positions."""
+    return tuple(jnp.sum(each, dtype=jnp.uint32) for each in hash_elements(array))
+
+
+def hash_elements(array: jax.Array) -> tuple[jax.Array, ...]:
+    """Hash each element together with its position, once per salt. A 64-bit element counts as two of 32 bits."""
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        unsigned = jnp.dtype(f"uint{min(array.dtype.itemsize * 8, 32)}")
+        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    positions = jnp.zeros((), jnp.uint32)
+    for axis, length in enumerate(bits.shape):
+        positions = positions * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return tuple(_mix(bits ^ _mix(positions + np.uint32(salt))) for salt in SALTS)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """Mix 32-bit numbers with the finalizer of MurmurHash3, which is one-to-one."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

@@ -1,6 +1,6 @@
-"""Private parts of JAX and XLA that this package relies on, because no public interface offers the same.
+"""Uses of private parts of JAX and XLA that have no public equivalent.
 
-Each function says what it needs and why. tests/test_jax_internals.py fails if an update of JAX takes it away.
+tests/test_jax_internals.py fails if an update of JAX removes or changes one of them.
 """
 
 import logging
@@ -14,20 +14,20 @@ from typing import Any
 # Substrings of XLA and C++ error messages about failed allocations.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "bad_alloc")
 # Substrings, in lower case, of error messages from Gloo, NCCL and JAX's coordination service about another process
-# that is gone.
+# that was lost.
 PEER_LOST = ("gloo", "nccl", "coordination", "heartbeat", "unavailable:", "deadline_exceeded", "connection")
 
 _COMPILER_LOGGER = "jax._src.compiler"
 _CACHE_KEY = re.compile(r"with key '?(?P<key>\w+-[0-9a-f]+)")
-# The cache keys that JAX has logged on this thread, inside of `record_cache_keys`.
+# The cache keys that JAX has logged on this thread, in `record_cache_keys`.
 _recorded = threading.local()
 
 
 def kv_store() -> Any | None:
     """Return the key-value store of JAX's coordination service, or None for a single process.
 
-    Failing processes use it to tell the others why. The public `jax.experimental.multihost_utils` has collectives
-    only: all processes must take part at the same place, with devices that may be waiting for the failed process.
+    A failing process uses it to tell the others why. The public `jax.experimental.multihost_utils` has only
+    collectives, in which all processes must take part, with devices that may be waiting for the failed process.
     """
     from jax._src import distributed
 
@@ -38,7 +38,7 @@ def kv_store() -> Any | None:
 def record_cache_keys() -> Iterator[list[str]]:
     """Record the keys that JAX looks up in its persistent compilation cache, on this thread.
 
-    A run logs the key of its train step. JAX names keys only in its debug log, which shows no more than before.
+    JAX reports the keys only in its debug log. The log level that users see does not change.
     """
     _add_log_filter()
     keys: list[str] = []
@@ -70,7 +70,7 @@ def is_out_of_memory_message(message: str) -> bool:
 
 
 def is_peer_lost_message(message: str) -> bool:
-    """Return whether an error message reports that another process is gone.
+    """Return whether an error message reports that another process was lost.
 
     Collectives, the coordination service and Orbax raise such errors in several classes, without a common code.
     """

@@ -1,4 +1,4 @@
-"""Dataclasses as pytrees."""
+"""Dataclasses as pytrees, and the leaves of a tree by path, such as 'blocks/0/mixer/query/kernel'."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -8,28 +8,31 @@ import jax
 
 
 def pytree_dataclass(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
-    """Decorate a dataclass so that it is a pytree: the fields in `meta` belong to its structure, the others are leaves.
+    """Return a decorator that registers a dataclass as a pytree.
 
-    `jax.tree_util.register_dataclass` will not do: structures that it makes are equal where only the classes differ
-    (as of JAX 0.12.0). A compiled function that finds its program by the structure of its arguments then runs, for
-    some few hashes, the program made for the other class.
+    This replaces `jax.tree_util.register_dataclass`, with which the tree structures of two classes with the same fields
+    are equal (as of JAX 0.12.0). A compiled function, which is cached by the structure of its arguments, may then run
+    the program of the other class.
+
+    Args:
+        meta: The fields that belong to the tree structure. All others are children.
     """
-    names_of_structure = tuple(meta)
+    meta_names = tuple(meta)
 
     def register(cls: type) -> type:
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in names_of_structure]
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in meta_names]
 
         def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
             children = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names]
-            return children, tuple(getattr(value, name) for name in names_of_structure)
+            return children, tuple(getattr(value, name) for name in meta_names)
 
         def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
-            return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in names_of_structure)
+            return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in meta_names)
 
         def unflatten(structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
-            # Not __init__: children may be anything while JAX looks at a structure.
+            # Without __init__, because JAX may pass any objects as children.
             value: Any = object.__new__(cls)
-            for name, child in (*zip(names_of_structure, structure, strict=True), *zip(names, children, strict=True)):
+            for name, child in (*zip(meta_names, structure, strict=True), *zip(names, children, strict=True)):
                 object.__setattr__(value, name, child)
             return value
 
@@ -39,21 +42,18 @@ def pytree_dataclass(*, meta: Iterable[str] = ()) -> Callable[[type], Any]:
     return register
 
 
-# Names of the leaves of a tree: 'blocks/0/mixer/query/kernel'.
-
-
 def format_path(path: Any) -> str:
-    """A key path of JAX as one string."""
+    """Format a JAX key path as a string: 'blocks/0/mixer/query/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by their names, in the order of the tree."""
+    """Return the leaves of a tree by path, in the order of the tree."""
     return {format_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
 def unflatten_paths(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of dictionaries whose leaves `flatten_paths` gives by these names."""
+    """Return the nested dictionary with the given leaves by path: the inverse of `flatten_paths`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *groups, name = path.split("/")

@@ -1,4 +1,4 @@
-"""Parts by name: an entry of a table, or anything that can be imported, as 'my_lab.mixers:Retention'."""
+"""Component lookup: by the name in a table, or by an import path such as 'my_lab.mixers:Retention'."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rustgpt_jax.errors import UserError, suggest_names
 
-Part = TypeVar("Part")
+Component = TypeVar("Component")
 
 # An import path in JSON, such as "my_lab.mixers:Retention": the module and the name in it.
 IMPORT_PATH = re.compile(r'"([A-Za-z_][\w.]*):([A-Za-z_]\w*)"')
@@ -25,10 +25,16 @@ JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _named_by_files: dict[str, Path] = {}
 
 
-def lookup(table: Mapping[str, Part], name: str, what: str) -> Part:
-    """The part that `table` holds under `name`, or that stands at the import path `name`.
+def lookup(table: Mapping[str, Component], name: str, what: str) -> Component:
+    """Return a component of a table, or import it if `name` is an import path.
 
-    Raises UserError naming the valid names and the nearest one.
+    Args:
+        table: Components by name.
+        name: A name in the table, or an import path.
+        what: The config field that has this value, for error messages.
+
+    Raises:
+        UserError: The name is unknown.
     """
     if ":" in name:
         return import_object(name, what)
@@ -47,34 +53,36 @@ def note_import_paths(text: str, file: Path) -> None:
         file: The path of the file, for the announcement.
     """
     for string in JSON_STRING.findall(text):
-        # Everything that `import_object` would import a module for, whether or not the name is valid there.
+        # Everything for which `import_object` would import a module, even if the module lacks the name.
         module, colon, _ = json.loads(string).partition(":")
         if colon and all(name.isidentifier() for name in module.split(".")):
             _named_by_files.setdefault(module, file)
 
 
 def import_object(path: str, what: str) -> Any:
-    """What stands at an import path, 'package.module:name'. Raises UserError for a module or a name that is not there.
+    """Import an object by its path, 'package.module:name'. Errors inside the module propagate with their traceback.
 
-    A mistake inside the module keeps its traceback.
+    Raises:
+        UserError: The path is malformed, or the module or the name does not exist.
     """
     module_name, _, name = path.partition(":")
     if "" in module_name.split("."):
-        raise UserError(f"{what}={path!r} is no import path; one looks like my_lab.mixers:Retention.")
+        raise UserError(f"{what}={path!r} is not an import path, such as my_lab.mixers:Retention.")
     try:
-        module = _module(module_name)
+        module = _import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        looked = _where_looked_for(error.name)
-        raise UserError(f"{what}={path!r}: there is no module {error.name!r} here. {looked}") from None
+        raise UserError(
+            f"{what}={path!r}: no module named {error.name!r}. {_describe_search_path(error.name)}"
+        ) from None
     if not hasattr(module, name):
         names = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(f"{what}={path!r}: {module.__name__} has no {name!r}.{suggest_names(name, names)}")
     return getattr(module, name)
 
 
-def _module(name: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     """Import a module, with the search path that applies to its source."""
     file = _named_by_files.get(name)
     if file is None or name in sys.modules:
@@ -85,8 +93,8 @@ def _module(name: str) -> ModuleType:
             # Finding the spec of a top-level module does not execute it.
             found = PathFinder.find_spec(package)
             if found is not None:
-                place = found.origin or ", ".join(found.submodule_search_locations or ())
-                print(f"{file} names a part of the module {name}: importing it from {place}.", file=sys.stderr)
+                origin = found.origin or ", ".join(found.submodule_search_locations or ())
+                print(f"{file} names a component of the module {name}: importing it from {origin}.", file=sys.stderr)
         return importlib.import_module(name)
 
 
@@ -116,14 +124,14 @@ def search_path() -> list[str]:
     n_leading = sys.path.index(standard) if standard in sys.path else len(sys.path)
     return [
         entry
-        for place, entry in enumerate(sys.path)
-        if entry and (place > n_leading or os.path.realpath(entry) != here or here in named)
+        for index, entry in enumerate(sys.path)
+        if entry and (index > n_leading or os.path.realpath(entry) != here or here in named)
     ]
 
 
-def _where_looked_for(module: str) -> str:
-    """Describe the search path of a module that was not found."""
-    searched = "It is looked for among the installed packages and in folders that PYTHONPATH or --module_path names"
+def _describe_search_path(module: str) -> str:
+    """Describe where a module that was not found was searched for."""
+    searched = "The installed packages and the folders in PYTHONPATH and --module_path were searched"
     if PathFinder.find_spec(module.partition(".")[0], [os.curdir]) is None:
         return f"{searched}."
-    return f"{searched}, not in the current folder, which has one: use --module_path=. to add it."
+    return f"{searched}, but not the current folder, which has it: use --module_path=. to add it."

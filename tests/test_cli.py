@@ -150,7 +150,7 @@ MISTAKES = {
     "prompt not UTF-8": (["generate", "other", "--prompt=a\udcffb"], "The argument --prompt=a\\udcffb is not UTF-8."),
     "vocabulary too large": (["--config.tokenizer.vocab_size=2147483647"], "vocab_size must be at most"),
     "no sweep": (["sweep"], "Which sweep? Give --config=FILE"),
-    "config without sweep": (["sweep", TINY], "tiny.py has no sweep(): a function that yields overrides"),
+    "config without sweep": (["sweep", TINY], "tiny.py has no sweep(), a function that yields overrides"),
     "sweep that is not there": ([*SWEEP, "--sweep=rate"], "swept.py has no sweep 'rate'. Did you mean 'rates'?"),
     "sweep that fails": ([*SWEEP, "--sweep=broken"], "swept.py: sweep_broken() fails: ZeroDivisionError"),
     "sweep that fails late": ([*SWEEP, "--sweep=broken_later"], "sweep_broken_later() fails: KeyError: 'depth'."),

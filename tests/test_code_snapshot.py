@@ -177,7 +177,7 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = write(tmp_path / "lab", {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n", "other.py": b""})
-    (lab / "my_lab" / "weights.bin").write_bytes(b"\0" * (code_snapshot.MOST_BYTES + 1))
+    (lab / "my_lab" / "weights.bin").write_bytes(b"\0" * (code_snapshot.MAX_FILE_BYTES + 1))
     monkeypatch.chdir(lab)
     monkeypatch.syspath_prepend(str(lab))
     for name in ("my_lab", "my_lab.mixers"):

@@ -70,7 +70,7 @@ NAMES = some.sampled_from(["JAX_", "XLA_", "NVIDIA_", "CUDA_", "NCCL_", "TPU_", 
 def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
     others = {"HOME": "a", "JAX_PASSPHRASE": "b", "NVIDIA_NGC_CRED": "c", "CUDA_API_AUTH": "d", "JAX_API_TOKEN": "e"}
     listed = {name: values[name] for name in environments.VARIABLES if name in values}
-    without_flags = {name: value for name, value in listed.items() if name not in environments.OF_FLAGS}
+    without_flags = {name: value for name, value in listed.items() if name not in environments.FLAG_VARIABLES}
     assert filter_variables(values | others) == without_flags
 
 

@@ -118,8 +118,8 @@ class Plain(nn.Module):
         ("positions", "wrong:Plain", "is not a position encoding: a PositionEncoding"),
         ("norm", "wrong:NoCache", "is not a norm"),
         ("mixers", "wrong:Missing", "wrong has no 'Missing'"),
-        ("mixers", "nowhere.at.all:X", "there is no module 'nowhere' here"),
-        ("mixers", ".wrong:X", "is no import path"),
+        ("mixers", "nowhere.at.all:X", "no module named 'nowhere'"),
+        ("mixers", ".wrong:X", "is not an import path"),
     ],
 )
 def test_wrong_component_is_refused_in_one_sentence(

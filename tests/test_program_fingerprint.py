@@ -114,7 +114,7 @@ def test_the_key_is_that_of_the_cache(cached: Path) -> None:
         assert program.cache_key is not None
         assert (cached / f"{program.cache_key}-cache").exists()
         jax.clear_caches()
-        environment._keys.clear()
+        environment._cache_keys.clear()
 
 
 def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
@@ -145,7 +145,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
         thread.join()
     alone = {}
     jax.clear_caches()
-    environment._keys.clear()
+    environment._cache_keys.clear()
     for size in found:
         alone[size] = call_and_fingerprint(jax.jit(scaled), np.ones(size), np.float32(size))[1]
     assert found == alone and len({program.cache_key for program in found.values()}) == 6

@@ -83,7 +83,7 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> No
     ("stages", "said"),
     [
         (({"name": "one", "training": {"steps": 7}},), "stages.one.training.steps is 5 there and 7 here"),
-        (({"name": "one"},), 'stages.one.training.steps is 5 there and "the run\'s own" here'),
+        (({"name": "one"},), "stages.one.training.steps is 5 there and 'not overridden' here"),
         (({"name": "two"},), r"stages is \('one',\) there and \('two',\) here"),
     ],
 )
@@ -112,7 +112,7 @@ def test_leftovers_of_a_crash_do_not_make_a_folder_used(tmp_path: Path, config: 
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_file_in_place_of_the_folder(tmp_path: Path, config: Config, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made: there is a file in its place"):
+    with pytest.raises(UserError, match="cannot be created: there is a file in its place"):
         create_run_dir(tmp_path / place, config, {})
 
 

@@ -153,7 +153,7 @@ def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
     validate_components(config)
     assert (tmp_path / "was_imported").exists()
     file, place = RunDir(named).config_file, tmp_path / "here" / "evil_lab.py"
-    assert capsys.readouterr().err == f"{file} names a part of the module evil_lab: importing it from {place}.\n"
+    assert capsys.readouterr().err == f"{file} names a component of the module evil_lab: importing it from {place}.\n"
     validate_components(config)
     assert capsys.readouterr().err == ""
 
@@ -167,7 +167,7 @@ def test_a_name_that_no_part_can_have_is_not_imported_either(
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"{path.partition(':')[0]}.py").write_text("open('was_imported', 'w').close()\n")
     registry.note_import_paths(json.dumps({"mixers": ["attention", path]}), tmp_path / "config.json")
-    with pytest.raises(UserError, match="there is no module"):
+    with pytest.raises(UserError, match="no module named"):
         registry.import_object(path, "config.model.mixers")
     assert not (tmp_path / "was_imported").exists()
 

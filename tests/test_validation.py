@@ -164,7 +164,7 @@ def test_whole_floats_are_ints_and_ints_are_floats_where_the_schema_says_so() ->
 
 
 def test_a_number_that_python_will_not_write_out_is_refused_all_the_same() -> None:
-    with pytest.raises(UserError, match="must be at most 2147483647, not a number of thousands of digits"):
+    with pytest.raises(UserError, match="must be at most 2147483647, not a number with thousands of digits"):
         resolve(edited({"model.d_ff": 10**5000}))
 
 

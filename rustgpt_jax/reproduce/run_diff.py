@@ -19,10 +19,8 @@ from rustgpt_jax.training.run_inputs import read_import_record
 from rustgpt_jax.workdir.code_snapshot import CODE, read_code
 from rustgpt_jax.workdir.environment import flatten_environment
 from rustgpt_jax.workdir.event_log import code_archive, load_first_launch, load_programs
-from rustgpt_jax.workdir.run_dir import RunDir, load_config
+from rustgpt_jax.workdir.run_dir import NOT_OVERRIDDEN, RunDir, load_config
 
-# Stands for a knob that a stage does not override.
-NOT_OVERRIDDEN = "the run's own"
 HASH_DIGITS = 12
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MOST_DIFFERENCES, MOST_PATCH_LINES, MOST_PATCH_LINES_IN_ALL = 12, 12, 48

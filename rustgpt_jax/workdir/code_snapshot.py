@@ -1,7 +1,7 @@
-"""The code that is running, kept with each run as one archive: from it the run can be run again.
+"""Code snapshots: each run keeps an archive of the code that produced it, so that it can be reproduced.
 
 An archive is named by the hash of the names and contents of its files. It is written once to the user's cache folder,
-and linked into the runs from there.
+and hard-linked into the folders of runs.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ from rustgpt_jax.workdir.run_dir import RunDir
 
 CODE = ("rustgpt_jax", "configs", "experiments", "launch.py", "pyproject.toml")
 HASH_DIGITS = 12
-# A file beside one's own modules that is larger than this is not code.
-MOST_BYTES = 2**23
+# Larger files next to the user's modules are not considered code.
+MAX_FILE_BYTES = 2**23
 GIT_SECONDS = 10
-# In a copy of the code: where git has it.
+# Files in a copy of the code that record the git commit it was made from.
 GIT_STATE, GIT_PATCH = ".git_state.json", ".git_state.patch"
 # Lower-case name patterns of files and folders that are never copied because they look like secrets or are hidden.
 DENIED = (
@@ -60,11 +60,11 @@ DENIED = (
 )
 BYTECODE = ("__pycache__", "*.pyc")
 # Maximum number of skipped files to list in the journal.
-MOST_LEFT_OUT = 100
+MAX_LEFT_OUT = 100
 # Maximum unpacked size of an archive, in bytes.
-MOST_UNPACKED = 2**29
-# The earliest that an archive can say: when a file was touched is no part of what it is.
-TOUCHED = (1980, 1, 1, 0, 0, 0)
+MAX_UNPACKED_BYTES = 2**29
+# A fixed modification time, the earliest in the zip format, so that equal files give equal archives.
+MODIFIED = (1980, 1, 1, 0, 0, 0)
 
 
 def save_code_snapshot(run: RunDir) -> dict[str, Any]:
@@ -91,21 +91,21 @@ def save_code_snapshot(run: RunDir) -> dict[str, Any]:
 
 
 def record_code() -> None:
-    """Read the code that is running: what is edited from now on is not taken for it. Costs some milliseconds, once.
+    """Read the running code, so that later edits do not affect its snapshot. Takes a few milliseconds.
 
-    To be called when one's own parts are imported: modules that are imported later are read when they are kept.
+    Call this when the user's components are imported. Modules that are imported later are read when they are saved.
     """
     for source in code_sources():
         _contents(source)
 
 
 def hash_running_code(run: RunDir) -> str:
-    """The hash of the code that is running, with a run's parts, as `save_code_snapshot` would record it."""
+    """Return the hash of the running code with the components of a run, as `save_code_snapshot` would record it."""
     return _packed(_sources_of(run))[0]
 
 
 def unpack_code(archive: Path, folder: Path) -> None:
-    """Write the files of an archive into a folder. Raises UserError if it is damaged, or would write elsewhere."""
+    """Extract an archive into a folder. Raises UserError as `read_verified_code` does."""
     write_code(read_verified_code(archive), folder)
 
 
@@ -120,10 +120,10 @@ def read_verified_code(archive: Path) -> dict[str, bytes]:
     for name in contents:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise UserError(f"{archive} has a file {name!r}, which is not in the folder that it is unpacked into.")
+            raise UserError(f"{archive} has a file {name!r}, which would be written outside of the target folder.")
     found = _digest(sorted(contents.items()))
     if found != archive.stem:
-        raise UserError(f"{archive} is not what was kept: its files have the hash {found}.")
+        raise UserError(f"{archive} was modified: its files have the hash {found}.")
     return contents
 
 
@@ -143,7 +143,7 @@ def read_code(archive: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(archive) as file:
             size = sum(entry.file_size for entry in file.infolist())
-            if size > MOST_UNPACKED:
+            if size > MAX_UNPACKED_BYTES:
                 raise UserError(f"{archive} is too large to be code: {size:,} bytes when unpacked.")
             return {name: file.read(name) for name in file.namelist()}
     except UserError:
@@ -176,19 +176,21 @@ def _place(top: str) -> Path | None:
     return next((folder / top for folder in folders if (folder / top).exists()), None)
 
 
-# What the code is.
+# Source files.
 
 
 def code_sources(parts: Iterable[str] = ()) -> list[Path]:
-    """The files and folders that the code of this process stands in: ours, and the modules of the current folder.
+    """Return the files and folders of the running code: this package, and the user's modules.
 
-    `parts` are imported modules, wherever they come from: they and those beside them are one's own too.
+    Args:
+        parts: Imported modules with components. These, the modules next to them, and the modules in the current folder
+            are the user's.
     """
     root = _root()
     sources = (_source(sys.modules[name]) for name in parts if name in sys.modules)
     folders = {source.parent for source in sources if source is not None}
-    own = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
-    return [root / name for name in CODE] + user_modules({root, Path.cwd()} | own)
+    user_folders = {folder for folder in folders if not any(folder.glob("*.dist-info"))}
+    return [root / name for name in CODE] + user_modules({root, Path.cwd()} | user_folders)
 
 
 def code_files(sources: Sequence[Path]) -> dict[str, Path]:
@@ -206,15 +208,12 @@ def _files_by_name(sources: Sequence[Path]) -> dict[str, Path | None]:
 
 
 def code_hash(files: Mapping[str, Path]) -> str:
-    """The name of a copy of the code: what its files are called and what is in them, as hex digits."""
+    """Return the hash of the names and contents of source files, which names their archive."""
     return _digest((name, file.read_bytes()) for name, file in files.items())
 
 
 def user_modules(folders: set[Path]) -> list[Path]:
-    """The modules and packages in some folders that this process has imported, such as one's own parts, but for ours.
-
-    What was installed is not one's own.
-    """
+    """Return the imported modules and packages in some folders, except for installed ones and this package."""
     folders = folders - {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
     found = []
     for name, module in list(sys.modules.items()):
@@ -225,8 +224,8 @@ def user_modules(folders: set[Path]) -> list[Path]:
 
 
 def _source(module: ModuleType) -> Path | None:
-    """The file of a module, or the folder of a package; None for one that is built in."""
-    # A package without an __init__.py has no file, only a path.
+    """Return the file of a module or the folder of a package, or None for a built-in module."""
+    # A package without an __init__.py has no __file__, only a __path__.
     files = [vars(module).get("__file__"), *list(vars(module).get("__path__", []))[:1]]
     file = next(filter(None, files), None)
     source = None if file is None else Path(file)
@@ -291,21 +290,21 @@ def _digest(contents: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:HASH_DIGITS]
 
 
-# Keeping it.
+# Archives.
 
 
 @cache
 def _packed(sources: tuple[Path, ...]) -> tuple[str, bytes, list[str]]:
-    """The hash of the code, its archive, and what is left out of it."""
+    """Return the hash of the code, its archive, and the names of skipped files."""
     every = {name: content for source in sources for name, content in _contents(source).items()}
     left_out = sorted(name for name, content in every.items() if content is None)
-    if len(left_out) > MOST_LEFT_OUT:
-        left_out[MOST_LEFT_OUT:] = [f"and {len(left_out) - MOST_LEFT_OUT} more"]
+    if len(left_out) > MAX_LEFT_OUT:
+        left_out[MAX_LEFT_OUT:] = [f"and {len(left_out) - MAX_LEFT_OUT} more"]
     contents = {name: content for name, content in sorted(every.items()) if content is not None}
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, content in contents.items():
-            archive.writestr(zipfile.ZipInfo(name, TOUCHED), content, zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name, MODIFIED), content, zipfile.ZIP_DEFLATED)
     return _digest(contents.items()), packed.getvalue(), left_out
 
 
@@ -322,7 +321,7 @@ def _content(name: str, file: Path | None) -> bytes | None:
     if file is None or _readable(name) != name:
         return None
     try:
-        return file.read_bytes() if file.stat().st_size <= MOST_BYTES else None
+        return file.read_bytes() if file.stat().st_size <= MAX_FILE_BYTES else None
     except OSError:  # No permission to read.
         return None
 
@@ -332,7 +331,7 @@ def _readable(name: str) -> str:
 
 
 def _keep(name: str, content: bytes, folder: Path) -> None:
-    """A file in a folder, of one copy that all folders share where the file system has links."""
+    """Write a file into a folder as a hard link to a copy in the cache folder, or else as a copy."""
     if (folder / name).exists():
         return
     partial, shared = temporary_path(folder / name), cache_folder() / "code" / name
@@ -361,11 +360,11 @@ def _has_access_of(folder: Path, file: Path) -> bool:
     return here.st_gid == group and (there.st_mode ^ here.st_mode) & permissions == 0
 
 
-# Where git has it.
+# Git state.
 
 
 def write_git_state(copy: Path) -> None:
-    """Write into a copy of the code that is running where git has it: a run that is made by the copy records that."""
+    """Write the git state of the running code into a copy of it, for runs that execute the copy."""
     about, patch = _git_state(_root())
     if about is not None:
         (copy / GIT_PATCH).write_bytes(patch)
@@ -374,9 +373,9 @@ def write_git_state(copy: Path) -> None:
 
 @cache
 def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
-    """Commit and branch of the code, its files that git does not know, and what was changed in the others.
+    """Return the commit, branch, untracked files and local changes of the code, and the patch with these changes.
 
-    `clean` is None if git does not tell whether anything was.
+    `clean` is None if git cannot determine whether there are changes.
     """
     if (root / GIT_STATE).exists():
         return json.loads((root / GIT_STATE).read_bytes()), (root / GIT_PATCH).read_bytes()
@@ -386,7 +385,7 @@ def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
     secrets = [f":(exclude,icase,glob)**/{pattern}{below}" for pattern in DENIED for below in ("", "/**")]
     plain = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv")
     patch = _git(root, "diff", *plain, "HEAD", "--", *CODE, *secrets)
-    # Names of files are any bytes.
+    # File names may contain any bytes.
     lines = (status or b"").decode(errors="backslashreplace").split("\0")
     headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
     untracked = [line[2:] for line in lines if line.startswith("? ")]
@@ -401,9 +400,9 @@ def _git_state(root: Path) -> tuple[dict[str, Any] | None, bytes]:
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:
-    """What git prints; None where it, or a repository, is not to be had."""
+    """Return the output of a git command, or None without git or a repository."""
     try:
-        # It must not wait for a lock that somebody else holds, and write nothing.
+        # Do not wait for locks of other processes, and write nothing.
         environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
         command = ["git", "-C", str(root), *arguments]
         done = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, env=environment)

@@ -38,7 +38,7 @@ def load_run_config(path: Path) -> TreeAndOrigins:
 
 
 def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
-    """Return a sweep of a config file: its function sweep() if the name is 'sweep', else sweep_NAME().
+    """Return the function of a config file that defines a sweep: sweep() for the name 'sweep', else sweep_NAME().
 
     Raises:
         UserError: The file does not define it.
@@ -47,7 +47,7 @@ def load_sweep_function(file: str, name: str) -> Callable[[], Any]:
     names = [key.removeprefix("sweep_") for key, value in functions.items() if callable(value)]
     if not names:
         raise UserError(
-            f"{file} has no sweep(): a function that yields overrides, as experiments/learning_rate.py has."
+            f"{file} has no sweep(), a function that yields overrides. See experiments/learning_rate.py for an example."
         )
     if name not in names:
         raise UserError(f"--sweep: {file} has no sweep {name!r}.{suggest_names(name, names)}")
@@ -79,7 +79,7 @@ def _load(file: str) -> Any:
     try:
         tree = names["get_config"]()
         if not hasattr(tree, "items"):
-            raise UserError(f"{file} cannot be read as a config: get_config() gives {tree!r}, not a ConfigDict.")
+            raise UserError(f"{file} cannot be read as a config: get_config() returns {tree!r}, not a ConfigDict.")
         # A tree of a custom class may raise when it is read.
         list(flatten_tree(tree))
     except UserError:

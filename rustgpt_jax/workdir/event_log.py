@@ -1,6 +1,6 @@
-"""An append-only file of events, one JSON object a line: what happened to a run, or to the trials of a sweep.
+"""Append-only event logs of runs and sweeps in JSON Lines format, and the launches and programs of a run.
 
-Each line has `time` (seconds since 1970, UTC) and `event`, its name; the other values are the event's own.
+Each line has `time` (seconds since 1970, UTC) and `event`, its name; the other values depend on the event.
 """
 
 import errno
@@ -24,17 +24,21 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends to a file of events and reads it. Many processes and threads may do so at once."""
+    """A file of events, which any number of processes and threads may append to and read."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def append(self, event: str, **values: Any) -> None:
-        """Write one event, which is on the disk on return."""
+        """Write one event and flush it to disk."""
         self.append_all([{"event": event, **values}])
 
     def append_all(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Write several events as one. Raises UserError if the file cannot be written."""
+        """Write several events in one operation.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
         now = time.time()
         text = "".join(json.dumps({"time": now, **event}) + "\n" for event in events).encode()
         try:
@@ -48,9 +52,9 @@ class EventLog:
         try:
             _lock(descriptor)
             size = os.fstat(descriptor).st_size
-            # A writer that was killed may have left half a line: it stays, alone.
-            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            text = (b"\n" if torn else b"") + text
+            # A killed writer may have left an incomplete line; end it, so that readers skip it.
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            text = (b"\n" if is_torn else b"") + text
             if os.write(descriptor, text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
@@ -58,11 +62,11 @@ class EventLog:
             os.close(descriptor)
 
     def events(self) -> list[Event]:
-        """All events so far, in the order in which they were written; half a line is none."""
+        """Return all events in the order in which they were written, without incomplete lines."""
         return self.events_from(0)[0]
 
     def events_from(self, offset: int) -> tuple[list[Event], int]:
-        """Return the events from a byte offset on, the start of a line, and the offset to continue from."""
+        """Return the events from a byte offset, which must be the start of a line, and the offset to continue from."""
         if not self._file.exists():
             return [], offset
         with open(self._file, "rb") as file:
@@ -98,21 +102,30 @@ def _lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        # Some cluster file systems have no locks; a single write of a few lines is whole there too.
+        # Some cluster file systems have no locks, but a single write of a few lines is atomic there too.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
 
 
-# The launches of a run: each time that it was begun or gone on with, by which code, in what environment.
+# The launches of a run: each start or resumption, with its code and environment.
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as the journal has it. It began at `step`; `code` is the hash by which its archive is named.
+    """A recorded launch of a run.
 
-    `left_out` are files beside one's own modules that the archive does not have.
-    `mode` is how it trained: 'solo', alone on all its `devices`, or in a mode of a population of `width` runs. `mesh`
-    has the sizes of the axes that these formed, {} for one.
+    Attributes:
+        step: The step from which the launch trained.
+        argv: The command line.
+        cwd: The current folder.
+        code: The hash that names the archive of the code.
+        git: The git commit and state of the code, or None outside of a repository.
+        environment: The result of `collect_environment`.
+        mode: 'solo' for a single run, or the mode of the population that the run belongs to.
+        width: The number of runs of the population.
+        devices: The number of devices of the run.
+        left_out: Files next to the user's modules that are not in the archive.
+        mesh: The sizes of the mesh axes; {} for one device.
     """
 
     step: int
@@ -128,12 +141,12 @@ class Launch:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
-# A launch that records more devices is damaged.
-MOST_DEVICES = 2**16
-GROUPS = ("machine", "settings", "variables", "devices")
+# Launches with more devices are considered damaged.
+MAX_DEVICES = 2**16
+ENVIRONMENT_GROUPS = ("machine", "settings", "variables", "devices")
 
 # Required fields of a launch event, with their types.
-RECORDED: dict[str, type | UnionType] = {
+LAUNCH_FIELDS: dict[str, type | UnionType] = {
     "step": int,
     "argv": list,
     "cwd": str,
@@ -145,9 +158,8 @@ RECORDED: dict[str, type | UnionType] = {
     "devices": int,
 }
 
-
 # Required fields of a program event.
-PROGRAM: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
+PROGRAM_FIELDS: dict[str, type | UnionType] = {"stage": str, "stablehlo": str, "cache_key": str | None}
 
 
 def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, mesh: Mapping[str, int]) -> list[str]:
@@ -176,18 +188,22 @@ def record_launch(run: RunDir, step: int, mode: str, width: int, devices: int, m
 
 
 def record_program(run: RunDir, stage: str, program: Program, step: int) -> None:
-    """Write into the journal which program a stage runs from a step on."""
+    """Record in the journal the program that a stage runs from a step on."""
     EventLog(run.journal_file).append("program", stage=stage, step=step, **program._asdict())
 
 
 def load_launches(run: RunDir) -> list[Launch]:
-    """The launches of a run in their order; none for a run that has no journal. Raises UserError for half of one."""
-    events = EventLog(run.journal_file).events_named("launch", RECORDED)
+    """Load the launches of a run in order; none if it has no journal.
+
+    Raises:
+        UserError: A launch is incomplete or invalid.
+    """
+    events = EventLog(run.journal_file).events_named("launch", LAUNCH_FIELDS)
     names = [each.name for each in fields(Launch)]
     found = [Launch(**{name: event[name] for name in names if name in event}) for event in events]
     for launch in found:
-        if not _is_environment(launch.environment) or not 1 <= launch.devices <= MOST_DEVICES:
-            raise UserError(f"{run.journal_file} is damaged: a launch does not say on what machine it was.")
+        if not _is_environment(launch.environment) or not 1 <= launch.devices <= MAX_DEVICES:
+            raise UserError(f"{run.journal_file} is damaged: the environment of a launch is invalid.")
         if not isinstance(launch.mesh, dict) or not isinstance(launch.left_out, list):
             raise UserError(f"{run.journal_file} is damaged: the mesh or the skipped files of a launch are invalid.")
     return found
@@ -195,7 +211,7 @@ def load_launches(run: RunDir) -> list[Launch]:
 
 def _is_environment(environment: Mapping[str, Any]) -> bool:
     """Return whether a process can be started in a recorded environment."""
-    machine, _, variables, _ = groups = [environment.get(name, {}) for name in GROUPS]
+    machine, _, variables, _ = groups = [environment.get(name, {}) for name in ENVIRONMENT_GROUPS]
     if not all(isinstance(group, dict) for group in groups):
         return False
     cores = machine.get("cores")
@@ -203,7 +219,7 @@ def _is_environment(environment: Mapping[str, Any]) -> bool:
 
 
 def load_first_launch(run: RunDir) -> Launch:
-    """The launch that a run began with. Raises UserError for a run that does not have it."""
+    """Load the first launch of a run. Raises UserError if there is none."""
     every = load_launches(run)
     if not every:
         raise UserError(f"{run.path} has no record of its launches: no journal.jsonl with one.")
@@ -211,13 +227,13 @@ def load_first_launch(run: RunDir) -> Launch:
 
 
 def load_programs(run: RunDir) -> dict[str, Program]:
-    """The first program of each stage of a run. Raises UserError for a record that lacks a value."""
+    """Load the first program of each stage of a run. Raises UserError if a record is incomplete."""
     found: dict[str, Program] = {}
-    for event in EventLog(run.journal_file).events_named("program", PROGRAM):
+    for event in EventLog(run.journal_file).events_named("program", PROGRAM_FIELDS):
         found.setdefault(event["stage"], Program(event["stablehlo"], event["cache_key"]))
     return found
 
 
 def code_archive(run: RunDir, launch: Launch) -> Path:
-    """The archive of the code of a launch."""
+    """Return the archive of the code of a launch."""
     return run.code / f"{launch.code}.zip"

@@ -27,9 +27,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The number of bytes that are converted or compared at a time.
+# The number of bytes to convert at a time.
 CHUNK_BYTES = 16 * 2**20
-# Bytes: XLA's own arrays on the CPU begin at a multiple of this.
+# The alignment of XLA's arrays on the CPU, in bytes.
 ALIGNMENT = 64
 
 
@@ -173,7 +173,7 @@ def _read_float32(stored: StoredTensor) -> np.ndarray:
 
 
 def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Allocate a float32 array that JAX on a CPU takes over without a copy."""
+    """Allocate a float32 array that JAX can use on a CPU without a copy."""
     size = math.prod(shape) * np.dtype(np.float32).itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT

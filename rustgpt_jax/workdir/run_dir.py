@@ -1,4 +1,4 @@
-"""A run on disk: what lies where in its folder, and how the folder is made, read and guarded."""
+"""The folder of a run: its file names, its config, and its lock."""
 
 import errno
 import fcntl
@@ -31,24 +31,24 @@ from rustgpt_jax.config.validation import resolve
 from rustgpt_jax.errors import UserError, short_repr, suggest_names
 from rustgpt_jax.registry import note_import_paths
 
-MOST_DIFFERENCES_SHOWN = 8
-
-Stages = tuple[StageConfig, ...]
+MAX_DIFFERENCES_SHOWN = 8
+# Shown for a field that a stage does not override.
+NOT_OVERRIDDEN = "not overridden"
 
 
 class RunLockedError(UserError):
-    """Another process trains in a run folder."""
+    """Another process is training in a run folder."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """The names of the files of a run. Nothing is read or written by asking for them."""
+    """The paths of the files of a run."""
 
     path: Path
 
     @property
     def config_file(self) -> Path:
-        """The config, where each value came from, and the config's hash."""
+        """The config with its hash, and the origin of each value."""
         return self.path / "config.json"
 
     @property
@@ -58,12 +58,12 @@ class RunDir:
 
     @property
     def data_file(self) -> Path:
-        """What each stage reads: counts, and hashes of the text and of its tokens."""
+        """For each stage, document and token counts, and hashes of the text and the tokens."""
         return self.path / "data.json"
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a line for each step that was recorded."""
+        """The recorded metrics in JSON Lines format, one line per recorded step."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -73,27 +73,27 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints, one a step."""
+        """The folder of checkpoints, one folder per step."""
         return self.path / "checkpoints"
 
     @property
     def parameters_file(self) -> Path:
-        """The parameters that an imported run begins with. Other runs have none: the seed makes theirs."""
+        """The initial parameters of an imported run. Other runs do not have this file."""
         return self.path / "parameters.safetensors"
 
     @property
     def import_file(self) -> Path:
-        """Where an imported model came from, and as what."""
+        """The source of an imported model, and its architecture there."""
         return self.path / "import.json"
 
     @property
     def is_untrained(self) -> bool:
-        """Whether this is an imported run without a checkpoint of its own."""
+        """Whether this is an imported run without checkpoints."""
         return self.parameters_file.exists() and not self.saved_steps
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints on disk, in order, including damaged ones.
+        """The sorted steps of the checkpoints on disk, including damaged ones.
 
         Raises:
             UserError: The folder of checkpoints is not readable.
@@ -108,38 +108,38 @@ class RunDir:
 
     @property
     def samples_file(self) -> Path:
-        """One JSON object a line for each text generated during training."""
+        """The texts generated during training, in JSON Lines format."""
         return self.path / "samples.jsonl"
 
     @property
     def loss_png(self) -> Path:
-        """The picture of the loss curves."""
+        """The plot of the loss curves."""
         return self.path / "loss.png"
 
     @property
     def journal_file(self) -> Path:
-        """What happened to the run, one JSON object a line: launches with their code and environment, and so on."""
+        """The event log in JSON Lines format: launches with their code and environment, programs, and rewinds."""
         return self.path / "journal.jsonl"
 
     @property
     def code(self) -> Path:
-        """The code that the run was made with, in archives named by its hash."""
+        """The folder of code snapshots, archives named by their hash."""
         return self.path / "code"
 
     @property
     def autotune_file(self) -> Path:
-        """What the compiler for GPUs chose by timing; with it, it chooses the same again."""
+        """The GPU compiler's autotuning results, with which it makes the same choices again."""
         return self.path / "autotune.textproto"
 
     @property
     def lock_file(self) -> Path:
-        """Held by the process that trains in this folder."""
+        """The lock file that the process training in this folder holds."""
         return self.path / ".lock"
 
 
 def is_step_name(name: str) -> bool:
     """Return whether a name is that of a checkpoint folder, a step number in plain digits."""
-    # Python refuses to parse thousands of digits; no step has more than ten.
+    # int() rejects thousands of digits; no step has more than ten.
     return name.isascii() and name.isdecimal() and str(int(name[:20])) == name
 
 
@@ -162,12 +162,23 @@ def check_same_config(path: Path, config: Config, earlier: Sequence[Earlier] = (
 
 
 def prepare_run_dir(path: Path, config: Config, earlier: Sequence[Earlier] = ()) -> None:
-    """Make a folder, if it is not there. Raises UserError if it is not free for a run, or for one with this config."""
+    """Create the folder of a run, or check that an existing folder is empty or has a run with this config.
+
+    Args:
+        path: The folder.
+        config: The config of the run.
+        earlier: Earlier configs of the run; the last of them is also accepted.
+
+    Raises:
+        UserError: The folder holds a run with another config or other files, or is not writable.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         used = any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError as error:
-        raise UserError(f"The run folder {path} cannot be made: {_reason(error)}.") from error
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "there is a file in its place" if is_file else error.strerror or error
+        raise UserError(f"The run folder {path} cannot be created: {reason}.") from error
     check_same_config(path, config, earlier)
     if used and not RunDir(path).config_file.exists():
         raise UserError(f"{path} holds files but no run (no config.json); choose another --run folder.")
@@ -223,10 +234,15 @@ def check_no_special_files(path: Path) -> None:
 
 
 def load_config(path: Path) -> Config:
-    """The config of the run in a folder. Raises UserError if there is no folder, no run in it, or no valid config."""
+    """Load the config of a run.
+
+    Raises:
+        UserError: The folder does not exist, is not the folder of a run, or its config is invalid.
+    """
     file = RunDir(path).config_file
     if not path.exists():
-        raise UserError(f"There is no run {path}.{suggest_names(path.name, _runs_beside(path))}")
+        siblings = [file.parent.name for file in path.parent.glob("*/config.json")]
+        raise UserError(f"There is no run {path}.{suggest_names(path.name, siblings)}")
     if not path.is_dir():
         raise UserError(f"{path} is a file, not the folder of a run.")
     if not file.exists():
@@ -245,7 +261,7 @@ def load_earlier(path: Path) -> tuple[Earlier, ...]:
     for each in listed if isinstance(listed, list) else [None]:
         until = each.get("until") if isinstance(each, dict) else None
         if type(until) is not int or until < before:
-            raise UserError(f"{file} is damaged: it does not say up to which steps its earlier configs were used.")
+            raise UserError(f"{file} is damaged: it lacks the last steps of its earlier configs.")
         before = until
     return tuple(Earlier(each["until"], _recorded_config(each, file)) for each in listed)
 
@@ -286,18 +302,22 @@ def _recorded_config(record: Mapping[str, Any], file: Path) -> Config:
     if config_hash(config) != recorded:
         raise UserError(
             f"{file} was changed after the run began: its config has the hash {config_hash(config)}, and "
-            f"{short_repr(recorded)} is recorded. Put it back; another config is another run."
+            f"{short_repr(recorded)} is recorded. Restore the file, or start a new run with the other config."
         )
     return config
 
 
 def load_origins(path: Path) -> dict[str, str]:
-    """Where each value of a run's config came from, as it was recorded. Raises UserError as `load_config` does."""
+    """Load the recorded origin of each value of a run's config.
+
+    Raises:
+        UserError: As for `load_config`.
+    """
     load_config(path)
     file = RunDir(path).config_file
     origins = json.loads(file.read_bytes()).get("origins")
     if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
-        raise UserError(f"{file} is damaged: it does not say where each value of its config came from.")
+        raise UserError(f"{file} is damaged: it lacks the origins of the values of its config.")
     return origins
 
 
@@ -312,19 +332,24 @@ def check_no_symlinks(files: Iterable[Path]) -> None:
     for file in files:
         if file.is_symlink():
             raise UserError(
-                f"{file} is a symbolic link, and the file that it points to would be changed; "
-                "put a copy of that file in its place."
+                f"{file} is a symbolic link, and its target would be modified; replace the link by a copy of the file."
             )
 
 
 @contextmanager
 def lock_run_dir(path: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone. Raises InUse, naming the holder, if another process trains in it.
+    """Hold the exclusive lock of a run folder. The operating system releases it when the process ends in any way.
 
-    The operating system lets go of the lock when the process ends, however it ends.
+    Raises:
+        RunLockedError: Another process holds the lock. The message names it.
     """
+
+    def open_without_links(name: str, flags: int) -> int:
+        # The target of a symbolic link would be truncated.
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
     try:
-        file = open(RunDir(path).lock_file, "a+", encoding="utf-8", opener=_without_links)
+        file = open(RunDir(path).lock_file, "a+", encoding="utf-8", opener=open_without_links)
     except OSError as error:
         raise UserError(f"The run folder {path} cannot be locked: {error.strerror}.") from error
     with file:
@@ -333,11 +358,6 @@ def lock_run_dir(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _without_links(name: str, flags: int) -> int:
-    """Open a file without following a symbolic link, whose target would be truncated."""
-    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _acquire(file: TextIO, path: Path) -> None:
@@ -350,70 +370,56 @@ def _acquire(file: TextIO, path: Path) -> None:
             f"{path} is in use: {holder} is training in it. Choose another --run folder or wait."
         ) from None
     except OSError as error:
-        # Some cluster file systems have no locks; training there must still be possible.
+        # Training must be possible on cluster file systems without locks.
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
 
 
-def _reason(error: OSError) -> str:
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return "there is a file in its place"
-    return error.strerror or str(error)
-
-
-def _runs_beside(path: Path) -> list[str]:
-    return [file.parent.name for file in path.parent.glob("*/config.json")]
-
-
 def describe_differences(stored: Mapping[str, Any], wanted: Config) -> str:
-    """The knobs in which a config, as `to_dict` writes it, does not compute what another does: '' if there are none."""
+    """Describe the fields in which a config, given as by `to_dict`, computes something else; '' if there are none."""
     try:
         differing = diff_configs(resolve(stored), wanted)
         changed = {knob: values for knob, values in differing.items() if affects_result(knob)}
     except UserError as error:
-        return f"one that this version does not know ({error})"
+        return f"it is not valid in this version ({error})"
     listed = [f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in changed.items()]
-    if len(listed) > MOST_DIFFERENCES_SHOWN:
-        listed[MOST_DIFFERENCES_SHOWN:] = [f"and {len(listed) - MOST_DIFFERENCES_SHOWN} more"]
+    if len(listed) > MAX_DIFFERENCES_SHOWN:
+        listed[MAX_DIFFERENCES_SHOWN:] = [f"and {len(listed) - MAX_DIFFERENCES_SHOWN} more"]
     return "; ".join(listed)
 
 
 def diff_configs(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """The knobs in which two configs differ, those of their stages by 'stages.NAME.path'."""
+    """Return the fields in which two configs differ, those of stages as 'stages.NAME.path', with both values."""
     changed = diff(first, second)
     if "stages" in changed:
-        changed |= _stage_differences(*changed.pop("stages"))
+        both: tuple[tuple[StageConfig, ...], ...] = changed.pop("stages")
+        names = [tuple(stage.name for stage in stages) for stages in both]
+        if names[0] != names[1]:
+            return changed | {"stages": (names[0], names[1])}
+        left, right = (
+            {f"stages.{stage.name}.{path}": value for stage in stages for path, value in stage.overrides}
+            for stages in both
+        )
+        paths = [path for path in left | right if left.get(path) != right.get(path)]
+        changed |= {path: (left.get(path, NOT_OVERRIDDEN), right.get(path, NOT_OVERRIDDEN)) for path in paths}
     return changed
-
-
-def _stage_differences(stored: Stages, wanted: Stages) -> dict[str, tuple[Any, Any]]:
-    there, here = (tuple(stage.name for stage in stages) for stages in (stored, wanted))
-    if there != here:
-        return {"stages": (there, here)}
-    left, right = _stage_knobs(stored), _stage_knobs(wanted)
-    paths = [path for path in left | right if left.get(path) != right.get(path)]
-    return {path: (left.get(path, "the run's own"), right.get(path, "the run's own")) for path in paths}
-
-
-def _stage_knobs(stages: Stages) -> dict[str, Any]:
-    return {f"stages.{stage.name}.{path}": value for stage in stages for path, value in stage.overrides}
-
-
-# Where the processes of a run that are not the first keep their records: all do the same, and one is believed.
 
 
 @contextmanager
 def scratch_run_dir(path: Path, config: Config, origins: Mapping[str, str]) -> Iterator[Path]:
-    """A folder that begins as the run's, is thrown away in the end, and shares nothing with it but the checkpoints.
+    """Create a temporary copy of a run folder for a process other than 0, sharing only its checkpoints.
 
-    Raises UserError as `create_run_dir` does.
+    All processes write the same records; those of process 0 are kept.
+
+    Raises:
+        UserError: As for `create_run_dir`.
     """
-    with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as made:
-        real, own = RunDir(path.absolute()), RunDir(Path(made) / path.absolute().name)
-        create_run_dir(own.path, config, origins)
+    with tempfile.TemporaryDirectory(prefix="rustgpt_jax_") as temporary:
+        real, scratch = RunDir(path.absolute()), RunDir(Path(temporary) / path.absolute().name)
+        create_run_dir(scratch.path, config, origins)
         for file in (real.metrics_file, real.data_file, real.tokenizer_file):
             if file.exists():
-                shutil.copyfile(file, own.path / file.name)
-        own.parameters_file.symlink_to(real.parameters_file)
-        own.checkpoints.symlink_to(real.checkpoints)
-        yield own.path
+                shutil.copyfile(file, scratch.path / file.name)
+        scratch.parameters_file.symlink_to(real.parameters_file)
+        scratch.checkpoints.symlink_to(real.checkpoints)
+        yield scratch.path
