@@ -78,7 +78,7 @@ def run(config: Config, devices: list[jax.Device], folder: Path | None = None) -
     rows = config.training.batch_size
     # What lies on one device of this process is whole.
     take = whole if placement.mesh else jax.device_get
-    with placement.active():
+    with placement.use_mesh():
         here = placement.local_rows(rows, config.model.context_length)
         batches = jax.tree.map(lambda leaf: leaf[:, here], batches)
         state = compiled_init_state(static, hparams)
@@ -135,9 +135,9 @@ def told(knobs: dict[str, Any], mesh: dict[str, int], folder: Path) -> dict[str,
         if not onto and jax.process_count() > 1:
             continue
         other = plan_for_devices(config_of({}, onto).mesh, jax.devices() if onto else jax.devices()[:1])
-        with other.active(), Checkpoints(folder, config) as checkpoints:
+        with other.use_mesh(), Checkpoints(folder, config) as checkpoints:
             like = jax.eval_shape(lambda: compiled_init_state(*partition(config)))
-            restored[name] = same_bits(whole(checkpoints.restore(other.abstract(like))), here["last"])
+            restored[name] = same_bits(whole(checkpoints.restore(other.add_shardings(like))), here["last"])
     return {
         "same_start": same_bits(alone["first"], here["first"]),
         "losses": [alone["losses"].tolist(), here["losses"].tolist()],

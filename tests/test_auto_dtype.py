@@ -30,12 +30,12 @@ AUTO = "--config.model.dtype=auto"
 def test_each_device_has_what_it_multiplies_fast(
     platform: str, processor: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware_specs, "_processor", lambda: processor)
+    monkeypatch.setattr(hardware_specs, "_read_cpuinfo", lambda: processor)
     assert preferred_dtypes(platform) == expected
 
 
 def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware_specs, "_processor", lambda: "avx512_bf16")
+    monkeypatch.setattr(hardware_specs, "_read_cpuinfo", lambda: "avx512_bf16")
     tree = base.get_config()
     origins = dict.fromkeys(FIELDS, "base") | {"model.precision.matmul_dtype": "command line", "model.dtype": "mine.py"}
     tree.model.dtype = "auto"

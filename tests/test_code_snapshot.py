@@ -225,7 +225,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("launch.py", b"")
         archive.writestr(name, b"evil")
-    with pytest.raises(UserError, match="not in the folder"):
+    with pytest.raises(UserError, match="outside of the target folder"):
         unpack_code(tmp_path / "evil.zip", tmp_path / "inside" / "folder")
     assert not (tmp_path / "inside").exists()
 

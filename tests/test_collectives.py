@@ -17,7 +17,7 @@ from rustgpt_jax.planning.aot_compile import count_matmul_flops, count_matmul_tr
 from rustgpt_jax.planning.hlo import (
     Collective,
     CollectiveTotal,
-    _groups,
+    _parse_groups,
     find_collectives,
     parse_hlo,
     summarize_collectives,
@@ -198,7 +198,7 @@ def test_groups_in_the_iota_form(data: Any, lengths: list[int]) -> None:
     size = data.draw(some.sampled_from([n for n in range(1, 65) if math.prod(lengths) % n == 0]))
     shape = (math.prod(lengths) // size, size)
     written = f"[{shape[0]},{size}]<=[{','.join(map(str, lengths))}]T({','.join(map(str, order))})"
-    found = _groups(f", channel_id=1, replica_groups={written}, dimensions={{0}}", 64)
+    found = _parse_groups(f", channel_id=1, replica_groups={written}, dimensions={{0}}", 64)
     assert [list(group) for group in found] == brute_force(shape, tuple(lengths), tuple(order))
 
 
@@ -219,7 +219,7 @@ def test_groups_in_the_iota_form(data: Any, lengths: list[int]) -> None:
     ],
 )
 def test_groups_as_they_are_written(written: str, groups: tuple[tuple[int, ...], ...]) -> None:
-    assert _groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", 8) == groups
+    assert _parse_groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", 8) == groups
 
 
 # Programs of accelerators, whose collectives start and end apart.

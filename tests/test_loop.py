@@ -453,9 +453,9 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # The first calls are of one step, and all have the same shapes.
     assert list(dict.fromkeys(done.stdout.splitlines())) == [
-        "config.training.batch_size=12 in 1 parts cannot be divided equally among 8 devices; "
+        "config.training.batch_size=12 in 1 microbatches cannot be divided equally among 8 devices; "
         "the nearest batch size that can is 16.",
-        "config.training.batch_size=8 in 2 parts cannot be divided equally among 8 devices; "
+        "config.training.batch_size=8 in 2 microbatches cannot be divided equally among 8 devices; "
         "the nearest batch size that can is 16.",
         "True (3, 16, 16) (3, 2, 16)",
     ]

@@ -251,7 +251,7 @@ def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> N
     ("knobs", "chip", "devices", "sentence"),
     [
         ({}, "h101", 8, "--chip: unknown 'h101'. Did you mean 'h100'?"),
-        ({}, "h100", 3, "config.training.batch_size=4 in 1 parts cannot be divided equally among 3 devices"),
+        ({}, "h100", 3, "config.training.batch_size=4 in 1 microbatches cannot be divided equally among 3 devices"),
         ({"mesh.data": 2}, "h100", 8, "config.mesh has data 2 = 2 devices, but there are 8 devices"),
         ({"model.norm": "rmsnrm"}, "h100", 8, "Did you mean 'rmsnorm'?"),
     ],

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from rustgpt_jax.errors import UserError
-from rustgpt_jax.tracking.plots import _smoothed, draw_loss_curves
+from rustgpt_jax.tracking.plots import _smooth, draw_loss_curves
 
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -141,7 +141,7 @@ def test_the_same_metrics_give_the_same_bytes_and_nothing_global_changes(tmp_pat
 def test_smoothing_keeps_lines_and_averages_noise() -> None:
     line = np.linspace(5.0, 1.0, 200)
     # The last window is one-sided and may lag by half of its width.
-    np.testing.assert_allclose(_smoothed(line, np.arange(200))[:190], line[:190])
+    np.testing.assert_allclose(_smooth(line, np.arange(200))[:190], line[:190])
     noise = np.random.default_rng(0).normal(size=2000)
-    assert _smoothed(noise, np.arange(200, 2000)).std() < 0.15 * noise.std()
-    np.testing.assert_array_equal(_smoothed(np.array([3.0]), np.array([0])), [3.0])
+    assert _smooth(noise, np.arange(200, 2000)).std() < 0.15 * noise.std()
+    np.testing.assert_array_equal(_smooth(np.array([3.0]), np.array([0])), [3.0])

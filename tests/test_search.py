@@ -260,7 +260,7 @@ def test_a_rung_without_an_evaluation_is_refused_before_anything_is_written(
     changes: dict[str, Any], rungs: tuple[int, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Both are for a process that has not used JAX yet.
-    monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
+    monkeypatch.setattr(commands, "use_cpu_devices", lambda _: None)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
     tree, search = tiny_tree(**changes), successive_halving(seeds(2), rungs)
     command = commands.Command(ABOUT, SweepOptions(), dry_run=False)
@@ -553,7 +553,7 @@ def test_a_search_of_hardly_any_points_ends_with_a_sentence(
 
 def test_a_dry_run_counts_the_trials_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both are for a process that has not used JAX yet.
-    monkeypatch.setattr(commands, "use_cores_as_devices", lambda: None)
+    monkeypatch.setattr(commands, "use_cpu_devices", lambda _: None)
     monkeypatch.setattr(commands, "enable_compilation_cache", lambda: None)
     # The middle of this space, 20 channels for 4 heads, resolves; 24 channels for 5 do not.
     specs = {

@@ -261,7 +261,7 @@ def test_shares_that_cannot_be_equal_are_refused() -> None:
     ):
         check_batch_shards(config, 32, 8)
     config = small_config(**{"training.batch_size": 8, "mesh.context": 3})
-    with pytest.raises(UserError, match=r"config.mesh.context=3 does not divide the window of 32 tokens"):
+    with pytest.raises(UserError, match=r"config.mesh.context=3 does not divide the sequence length 32"):
         check_batch_shards(config, 32, 3)
     check_batch_shards(small_config(**{"mesh.tensor": 4}), 32, 4)
 

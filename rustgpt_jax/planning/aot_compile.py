@@ -1,15 +1,14 @@
-"""Compile the training step of a config ahead of time, for devices that need not exist.
+"""Ahead-of-time compilation of the training step of a config, for devices that need not exist.
 
-It is compiled by the compiler of CPUs, for as many virtual ones as there would be devices. Where that compiler would do
-what one for accelerators does not, it is kept from it:
+The step is compiled by XLA:CPU for virtual devices. These differences from compilers for accelerators are avoided:
 
-- It computes products of bfloat16 in float32, so that its copies of weights and activations have twice the size. So
-  float16 stands in for bfloat16: of the same size, and left as it is with the pass that widens it switched off.
-- It adds up gradients whole where an accelerator scatters their sums. So sums are not combined into one, and one of
-  which only a slice is used is read as a reduce-scatter (see `find_collectives`).
-- Kernels of attention that never hold all scores are those of accelerators; blockwise attention, which holds a block of
-  them, stands in for these.
-- Gradients from arrays that are kept for it (see `model.save_residuals`) are faster with this compiler alone.
+- XLA:CPU computes bfloat16 products in float32, with copies of twice the size. The step uses float16 instead, which has
+  the same size, and the pass that widens it is disabled.
+- XLA:CPU uses an all-reduce for gradients where accelerators use a reduce-scatter. All-reduces are not combined, and
+  one whose result is only sliced counts as a reduce-scatter (see `find_collectives`).
+- Fused attention kernels exist only for accelerators. The step uses blockwise attention, which also never stores all
+  scores.
+- Saving residuals for gradients (`model.save_residuals`) is faster only with XLA:CPU, so it is turned off.
 """
 
 import contextlib
@@ -24,45 +23,44 @@ from typing import Any
 import jax
 
 from rustgpt_jax.config.schema import Config, get_path, is_enabled, partition, replace_paths
-from rustgpt_jax.data.pipeline import Batch
 from rustgpt_jax.planning import hlo
 from rustgpt_jax.planning.hlo import Collective, HloProgram, Instruction, find_collectives, parse_arrays, parse_lengths
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
-from rustgpt_jax.training.train_step import State, train_step
+from rustgpt_jax.training.train_step import train_step
 
-# What a compiled program does on one device at least: FLOPs of its matrix products, and bytes that they move.
+# Costs of a program on one device: the FLOPs of matrix products, and the bytes that they read and write.
 #
-# XLA's own analysis counts the body of each loop once; here it counts as often as the loop turns. It also counts what
-# the compiler of CPUs fuses badly; here everything but matrix products is taken to be fused into them.
+# XLA's cost analysis counts the body of a loop once; here it counts once per iteration. It also counts operations that
+# XLA:CPU does not fuse; here all operations are assumed to be fused into matrix products.
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 def count_matmul_flops(program: HloProgram) -> float:
-    """Count the FLOPs of the matrix products of a device: 2 m n k for each."""
-    return sum(times * _flops(product, shapes) for times, product, shapes in _products(program))
+    """Count the FLOPs of the matrix products on a device: 2 m n k for each."""
+    return sum(times * _flops(product, shapes) for times, product, shapes in _matrix_products(program))
 
 
 def count_matmul_traffic(program: HloProgram) -> float:
     """Count the bytes that matrix products read and write.
 
-    The largest array of a product with batch axes is left out: these are the products of attention, and its scores,
-    which a fused kernel never writes.
+    The largest array of a product with batch axes is not counted: these are products of attention, and the largest
+    array holds its scores, which fused kernels do not store.
     """
     total = 0.0
-    for times, product, shapes in _products(program):
-        moved = [_bytes(shape) for shape in (product.shape, *(shapes[operand] for operand in product.operands))]
+    for times, product, shapes in _matrix_products(program):
+        moved = [_array_bytes(shape) for shape in (product.shape, *(shapes[operand] for operand in product.operands))]
         total += times * (sum(moved) - max(moved) * ("lhs_batch_dims" in product.attributes))
     return total
 
 
-def _products(program: HloProgram) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
+def _matrix_products(program: HloProgram) -> Iterator[tuple[int, Instruction, dict[str, str]]]:
     """Yield each matrix product, how often it runs, and the shapes of its operands and result."""
-    times = program.times()
+    runs = program.count_runs()
     for name, body in program.computations.items():
         shapes = {each.name: each.shape for each in body}
-        yield from ((times[name], each, shapes) for each in body if each.opcode == "dot")
+        yield from ((runs[name], each, shapes) for each in body if each.opcode == "dot")
 
 
 def _flops(product: Instruction, shapes: dict[str, str]) -> float:
@@ -72,22 +70,22 @@ def _flops(product: Instruction, shapes: dict[str, str]) -> float:
     return 2.0 * math.prod(parse_lengths(product.shape)) * math.prod(left[axis] for axis in contracted)
 
 
-def _bytes(shape: str) -> int:
+def _array_bytes(shape: str) -> int:
     return sum(size for _, size in parse_arrays(shape))
 
 
-# What the compiler warns of, such as arrays that it can lay out as asked only by gathering them whole.
+# Warnings of the compiler, for example that an array must be gathered to be resharded.
 
-_LOGGED = re.compile(r"^[WEF]\d{4} [\d:.]+\s+\d+ ([\w.]+):\d+\] (.*)$")
-# What it says of itself after that.
-_APOLOGY = " As the last resort"
+_LOG_LINE = re.compile(r"^[WEF]\d{4} [\d:.]+\s+\d+ ([\w.]+):\d+\] (.*)$")
+# The beginning of an explanation after the warning.
+_EXPLANATION = " As the last resort"
 
 
 @contextlib.contextmanager
 def capture_compiler_log() -> Iterator[list[str]]:
     """Collect the compiler's warnings of a `with` block in a list.
 
-    The compiler is not Python and writes to the process's standard error stream, which nobody else hears meanwhile.
+    The compiler writes to the standard error stream of the process, which is redirected to a file meanwhile.
     """
     warnings: list[str] = []
     with tempfile.TemporaryFile() as file:
@@ -104,9 +102,9 @@ def capture_compiler_log() -> Iterator[list[str]]:
 
 def find_warnings(log: str) -> list[str]:
     """Return the distinct warnings and errors in a log, except those about a slow machine."""
-    found = (_LOGGED.match(line) for line in log.splitlines())
-    told = (line[2].split(_APOLOGY)[0] for line in found if line and line[1] != "slow_operation_alarm.cc")
-    return list(dict.fromkeys(told))
+    found = (_LOG_LINE.match(line) for line in log.splitlines())
+    warnings = (line[2].split(_EXPLANATION)[0] for line in found if line and line[1] != "slow_operation_alarm.cc")
+    return list(dict.fromkeys(warnings))
 
 
 DTYPES = (
@@ -116,17 +114,23 @@ DTYPES = (
     "model.precision.logits_dtype",
     "model.precision.matmul_dtype",
 )
-OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type,cpu-all-reduce-combiner"}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "change-op-data-type,cpu-all-reduce-combiner"}
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledStep:
-    """Bytes, FLOPs, collectives and warnings of a compiled step, for one device.
+    """The costs of a compiled step on one device.
 
-    arguments, results, shared: bytes of what goes in, what comes out, and what of these is the same memory.
-    working: bytes of everything else that the step holds at its fullest.
-    flops: of all matrix products, what is computed again among them. traffic: bytes that these, and the reading and
-    writing of the state, move at least. counted_once: FLOPs as XLA counts them, the body of each loop once.
+    Attributes:
+        arguments: Bytes of the arguments.
+        results: Bytes of the results.
+        shared: Bytes of donated arguments, whose memory the results reuse.
+        working: Peak bytes of temporary arrays.
+        flops: FLOPs of all matrix products, including recomputation.
+        traffic: A lower bound of the bytes read and written by matrix products and for the state.
+        counted_once: FLOPs as counted by XLA, with the body of each loop counted once.
+        collectives: The collectives of the step.
+        warnings: The compiler's warnings.
     """
 
     arguments: int
@@ -145,20 +149,28 @@ class CompiledStep:
         return self.arguments + self.results - self.shared + self.working
 
 
-def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: bool = False) -> CompiledStep:
-    """Compile one training step on sequences of `window` tokens, sharded as in a run.
+def compile_step(config: Config, seq_len: int, plan: ShardingPlan, for_cpu: bool = False) -> CompiledStep:
+    """Compile one training step, sharded as in a run.
 
-    for_cpu: as this compiler makes it for a CPU, and nothing stands in for anything.
+    Args:
+        config: The config of the step.
+        seq_len: The number of tokens of a sequence.
+        plan: The mesh and the shardings.
+        for_cpu: Whether to compile the step that would run on a CPU, without the changes for accelerators.
     """
-    static, hparams = partition(config if for_cpu else _stand_in(config))
-    state = build_sharded_state(config, placement)
-    batch = _placed(batch_shapes(config.training.batch_size, window), placement)
-    with placement.active(), capture_compiler_log() as warnings:
+    static, hparams = partition(config if for_cpu else _imitate_accelerator(config))
+    state = plan.add_shardings(state_shapes(config))
+    batch = batch_shapes(config.training.batch_size, seq_len)
+    if plan.mesh is not None:
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.batch_sharding(leaf.shape)), batch
+        )
+    with plan.use_mesh(), capture_compiler_log() as warnings:
         jitted = jax.jit(train_step, static_argnums=0, donate_argnums=1)
         lowered = jitted.lower(static, state, batch, hparams)
-        compiled = lowered.compile(compiler_options={} if for_cpu else OPTIONS)
+        compiled = lowered.compile(compiler_options={} if for_cpu else COMPILER_OPTIONS)
     memory, text, cost = compiled.memory_analysis(), compiled.as_text(), compiled.cost_analysis()
-    assert memory is not None and text is not None and cost is not None, "the compiler of CPUs tells all of these"
+    assert memory is not None and text is not None and cost is not None, "XLA:CPU supports all of these"
     program = hlo.parse_hlo(text)
     return CompiledStep(
         arguments=memory.argument_size_in_bytes,
@@ -168,28 +180,15 @@ def compile_step(config: Config, window: int, placement: ShardingPlan, for_cpu: 
         flops=count_matmul_flops(program),
         traffic=count_matmul_traffic(program) + memory.argument_size_in_bytes + memory.output_size_in_bytes,
         counted_once=cost["flops"],
-        collectives=tuple(find_collectives(text, placement.n_devices)),
+        collectives=tuple(find_collectives(text, plan.n_devices)),
         warnings=tuple(warnings),
     )
 
 
-def build_sharded_state(config: Config, placement: ShardingPlan) -> State:
-    """Build the state of a run as shapes and dtypes with shardings."""
-    return placement.abstract(state_shapes(config))
-
-
-def _stand_in(config: Config) -> Config:
+def _imitate_accelerator(config: Config) -> Config:
     """Replace bfloat16 by float16, custom gradients by JAX's, and the attention kernel by a portable one."""
     values: dict[str, Any] = {path: "float16" for path in DTYPES if get_path(config, path) == "bfloat16"}
     values["model.save_residuals"] = False
     if config.model.attention.kernel != "plain":
         values["model.attention.kernel"] = "portable" if is_enabled(config.model.dropout) else "blockwise"
     return replace_paths(config, values)
-
-
-def _placed(batch: Batch, placement: ShardingPlan) -> Batch:
-    if placement.mesh is None:
-        return batch
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.batch_sharding(leaf.shape)), batch
-    )

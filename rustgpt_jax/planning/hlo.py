@@ -1,6 +1,6 @@
-"""Parser of HLO text: computations, their instructions and collectives, and how often each computation runs.
+"""Parser of HLO text (openxla.org/xla/operation_semantics), as returned by `compiled.as_text()`.
 
-The text is XLA's HLO (openxla.org/xla/operation_semantics), as `compiled.as_text()` gives it.
+It finds the instructions of each computation, how often each computation runs, and the collectives.
 """
 
 import math
@@ -12,7 +12,7 @@ from graphlib import TopologicalSorter
 
 import numpy as np
 
-# Bits of an element. Types of other names hold no numbers: token[], opaque[].
+# Bits per element. Other types, such as token[] and opaque[], have no elements.
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 BITS |= {f"{kind}{bits}": bits for kind in "su" for bits in (2, 4, 8, 16, 32, 64)}
 BITS |= {f"f{bits}": bits for bits in (16, 32, 64)}
@@ -28,7 +28,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape opcode(arguments), attributes`. A shape is kept as text, a tuple's in parentheses."""
+    """One line: `name = shape opcode(arguments), attributes`. The shape is text, in parentheses for a tuple."""
 
     name: str
     shape: str
@@ -38,12 +38,12 @@ class Instruction:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """Return the names of the instructions that it reads."""
+        """The names of the instructions that it reads."""
         return tuple(_NAME.findall(self.arguments))
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """The computations that it runs. What ends an asynchronous operation names those that its start has run."""
+        """The names of the computations that it runs. The end of an asynchronous operation only repeats its start's."""
         if self.opcode.endswith(("-done", "-update")):
             return ()
         listed = (name for names in _LISTED.findall(self.attributes) for name in re.findall(r"[\w.\-]+", names))
@@ -51,32 +51,32 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """Return the trip count of a loop, or None if it is unknown."""
+        """The trip count of a loop, or None if it is unknown."""
         found = _TRIPS.search(self.attributes)
         return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
 class HloProgram:
-    """Instructions by the name of their computation; `entry` is the one that runs first."""
+    """The instructions of each computation by name, and the name of the entry computation."""
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
 
-    def times(self) -> Counter[str]:
-        """Return how often each computation runs per run of the program.
+    def count_runs(self) -> Counter[str]:
+        """Count how often each computation runs per run of the program.
 
-        A loop of unknown length counts once; so does each branch of a choice.
+        A loop of unknown length and each branch of a conditional count once.
         """
         bodies = self.computations.items()
         called_by = {name: {callee for each in body for callee in each.calls} for name, body in bodies}
-        times = Counter({self.entry: 1})
-        # From the entry downwards: what calls comes before what is called.
+        runs = Counter({self.entry: 1})
+        # In topological order from the entry, so that callers come before callees.
         for name in reversed(tuple(TopologicalSorter(called_by).static_order())):
             for each in self.computations.get(name, ()):
                 for callee in each.calls:
-                    times[callee] += times[name] * ((each.trips or 1) if each.opcode == "while" else 1)
-        return times
+                    runs[callee] += runs[name] * ((each.trips or 1) if each.opcode == "while" else 1)
+        return runs
 
 
 def parse_hlo(text: str) -> HloProgram:
@@ -90,18 +90,18 @@ def parse_hlo(text: str) -> HloProgram:
         elif line.startswith("}"):
             computations[name] = tuple(body)
         elif found := _INSTRUCTION.match(line):
-            body.append(_instruction(found[1], found[2]))
+            body.append(_parse_instruction(found[1], found[2]))
     return HloProgram(computations, entry)
 
 
-def _instruction(name: str, rest: str) -> Instruction:
-    shape, rest = _cut(rest) if rest.startswith("(") else rest.split(" ", 1)
+def _parse_instruction(name: str, rest: str) -> Instruction:
+    shape, rest = _split_parentheses(rest) if rest.startswith("(") else rest.split(" ", 1)
     opcode, rest = rest.strip().split("(", 1)
-    arguments, attributes = _cut("(" + rest)
+    arguments, attributes = _split_parentheses("(" + rest)
     return Instruction(name, shape, opcode, arguments[1:-1], attributes)
 
 
-def _cut(text: str) -> tuple[str, str]:
+def _split_parentheses(text: str) -> tuple[str, str]:
     """Split a text that begins with a parenthesis after the matching one."""
     depth = 0
     for end, letter in enumerate(text):
@@ -114,7 +114,8 @@ def _cut(text: str) -> tuple[str, str]:
 def parse_arrays(shape: str) -> list[tuple[str, int]]:
     """Return the element type and bytes of each array of a shape."""
     found = ((each[1], math.prod(parse_lengths(each[0]))) for each in _ARRAY.finditer(shape))
-    return [(kind, math.ceil(size * bits / 8)) for kind, size in found if (bits := _bits(kind))]
+    with_bits = ((kind, size, 8 if kind.startswith("f8") else BITS.get(kind, 0)) for kind, size in found)
+    return [(kind, math.ceil(size * bits / 8)) for kind, size, bits in with_bits if bits]
 
 
 def parse_lengths(shape: str) -> tuple[int, ...]:
@@ -126,28 +127,24 @@ def parse_lengths(shape: str) -> tuple[int, ...]:
 def parse_elements(shape: str) -> list[str]:
     """Return the element shapes of a tuple shape."""
     inner, found, depth, start = shape[1:-1], list[str](), 0, 0
-    for place, letter in enumerate(inner):
+    for end, letter in enumerate(inner):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
-            found.append(inner[start:place].strip())
-            start = place + 1
+            found.append(inner[start:end].strip())
+            start = end + 1
     return [*found, inner[start:].strip()]
 
 
-def _bits(kind: str) -> int:
-    return 8 if kind.startswith("f8") else BITS.get(kind, 0)
-
-
-# The collectives of a compiled program: what its devices send one another, among which of them, and how often.
+# Collectives.
 #
-# `received` is the bytes that each device has to receive, as a ring of the n devices of a group does it, which is the
-# least that is possible. With R the bytes of the result on a device (arXiv 1802.05799 for the ring):
+# The bytes that each of the n devices of a group receives with a ring algorithm, which is optimal (arXiv 1802.05799),
+# where R is the number of bytes of the result on a device:
 #
-#     all-gather          R (n - 1) / n         all others' parts
-#     reduce-scatter      R (n - 1)             a part of each other's
+#     all-gather          R (n - 1) / n
+#     reduce-scatter      R (n - 1)
 #     all-reduce          2 R (n - 1) / n       a reduce-scatter, then an all-gather
-#     all-to-all          R (n - 1) / n         a part of each other's
-#     collective-permute  R                     another's whole
+#     all-to-all          R (n - 1) / n
+#     collective-permute  R
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -164,11 +161,15 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective: its kind, the type of its elements, and the bytes that a device receives each time.
+    """A collective of a program.
 
-    groups: the devices that take part with each other; for collective-permute, pairs of a sender and a receiver.
-    times: how often it runs in one run of the program.
-    source: the operation of the program's author that it serves.
+    Attributes:
+        kind: One of KINDS.
+        dtype: The type of its elements.
+        received: The bytes that a device receives per run of the collective.
+        groups: The groups of devices that communicate; for collective-permute, pairs of sender and receiver.
+        times: How often it runs per run of the program.
+        source: The JAX operation that it belongs to.
     """
 
     kind: str
@@ -185,16 +186,16 @@ class Collective:
 
     @property
     def total(self) -> float:
-        """Bytes that a device receives per run of the program."""
+        """The bytes that a device receives per run of the program."""
         return self.times * self.received
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
-        """The axes of a mesh, given as their sizes in order, along which the devices of a group differ."""
-        places = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values())))
+        """Return the mesh axes along which the devices of a group differ. `mesh` gives the axis sizes in order."""
+        positions = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values())))
         differ = np.zeros(len(mesh), bool)
         for group in self.groups:
-            of_group = places[:, list(group)]
-            differ |= np.any(of_group != of_group[:, :1], axis=1)
+            members = positions[:, list(group)]
+            differ |= np.any(members != members[:, :1], axis=1)
         return tuple(axis for axis, along in zip(mesh, differ, strict=True) if along)
 
 
@@ -209,12 +210,12 @@ class CollectiveTotal:
 def find_collectives(text: str, n_devices: int) -> list[Collective]:
     """Return the collectives over more than one device in a program's HLO, in the order of the text."""
     program = parse_hlo(text)
-    times = program.times()
+    runs = program.count_runs()
     found = [
-        _collective(each, times[name], n_devices, _is_scattered(each, name, program))
+        _make_collective(each, runs[name], n_devices, _is_scattered(each, name, program))
         for name, body in program.computations.items()
         for each in body
-        if each.opcode.removesuffix("-start") in KINDS and times[name]
+        if each.opcode.removesuffix("-start") in KINDS and runs[name]
     ]
     return [each for each in found if each.group_size > 1]
 
@@ -231,25 +232,25 @@ def summarize_collectives(
     return {key: CollectiveTotal(counts[key], received[key]) for key, _ in received.most_common()}
 
 
-def _collective(each: Instruction, times: int, n_devices: int, is_scattered: bool) -> Collective:
+def _make_collective(each: Instruction, times: int, n_devices: int, is_scattered: bool) -> Collective:
     kind = each.opcode.removesuffix("-start")
-    groups = _groups(each.attributes, n_devices)
-    # What starts an all-gather or a permute has its operand beside its result.
+    groups = _parse_groups(each.attributes, n_devices)
+    # The result of these instructions is a tuple of operand and result.
     has_operand = each.opcode in ("all-gather-start", "collective-permute-start")
     sized = parse_arrays(parse_elements(each.shape)[1] if has_operand else each.shape)
     dtype = max(sized, key=lambda array: array[1])[0] if sized else ""
     result = sum(size for _, size in sized)
     if "_promoted" in each.attributes and dtype == "f32":
-        # A CPU has no sums of bfloat16, and widens them for the sake of the collective alone.
+        # XLA:CPU converts bfloat16 to float32 for the collective only.
         dtype, result = "bf16", result // 2
     source = _OP_NAME.search(each.attributes)
     size = max(map(len, groups), default=1)
     if kind == "all-reduce" and is_scattered:
         kind, result = "reduce-scatter", result // size
-    return Collective(kind, dtype, _received(kind, result, size), groups, times, source[1] if source else "")
+    return Collective(kind, dtype, _received_bytes(kind, result, size), groups, times, source[1] if source else "")
 
 
-def _received(kind: str, result: float, size: int) -> float:
+def _received_bytes(kind: str, result: float, size: int) -> float:
     match kind:
         case "all-gather" | "all-to-all":
             return result * (size - 1) / size
@@ -262,31 +263,32 @@ def _received(kind: str, result: float, size: int) -> float:
 
 
 def _is_scattered(each: Instruction, name: str, program: HloProgram) -> bool:
-    """Whether only a slice of an all-reduce is used, which accelerators turn into a reduce-scatter."""
+    """Return whether only slices of an all-reduce are used, which accelerators turn into a reduce-scatter."""
     if each.opcode != "all-reduce" or each.shape.startswith("("):
         return False
     users = [user for user in program.computations[name] if each.name in user.operands]
-    return bool(users) and all(_slices(user, user.operands.index(each.name), program) for user in users)
+    return bool(users) and all(_is_slice(user, user.operands.index(each.name), program) for user in users)
 
 
-def _slices(user: Instruction, place: int, program: HloProgram) -> bool:
+def _is_slice(user: Instruction, operand: int, program: HloProgram) -> bool:
+    """Return whether an instruction only slices one of its operands, given by index."""
     if user.opcode == "dynamic-slice":
-        return place == 0
+        return operand == 0
     if user.opcode != "fusion":
         return False
     (called,) = user.calls
     body = program.computations[called]
-    parameter = next(each.name for each in body if each.opcode == "parameter" and each.arguments == str(place))
+    parameter = next(each.name for each in body if each.opcode == "parameter" and each.arguments == str(operand))
     users = [each for each in body if parameter in each.operands]
     return bool(users) and all(each.opcode == "dynamic-slice" and each.operands[0] == parameter for each in users)
 
 
-def _groups(attributes: str, n_devices: int) -> Groups:
+def _parse_groups(attributes: str, n_devices: int) -> Groups:
     """Parse the device groups from the attributes of a collective."""
     if found := _MESH.search(attributes):
-        return _rows(_of_mesh(*found.groups()))
+        return tuple(map(tuple, _parse_mesh_groups(*found.groups()).tolist()))
     if found := _TILED.search(attributes):
-        return _rows(_tiled(found[1]))
+        return tuple(map(tuple, _parse_iota(found[1]).tolist()))
     if found := _LISTED_GROUPS.search(attributes):
         listed = re.findall(r"\{([\d, ]+)\}", found[1])
         groups = tuple(tuple(int(number) for number in group.split(",")) for group in listed)
@@ -296,30 +298,26 @@ def _groups(attributes: str, n_devices: int) -> Groups:
     return (tuple(range(n_devices)),)
 
 
-def _rows(groups: np.ndarray) -> Groups:
-    return tuple(tuple(row) for row in groups.tolist())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_ints(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def _tiled(text: str) -> np.ndarray:
-    """[8,4]<=[4,8]T(1,0): the numbers from 0 in the shape [4,8], transposed, as 8 groups of 4."""
+def _parse_iota(text: str) -> np.ndarray:
+    """Parse [8,4]<=[4,8]T(1,0): the numbers 0 to 31 in shape [4,8], transposed, as 8 groups of 4."""
     found = _IOTA.search(text)
     assert found is not None
-    shape, lengths, order = _numbers(found[1]), _numbers(found[2]), found[3]
+    shape, lengths, order = _parse_ints(found[1]), _parse_ints(found[2]), found[3]
     devices = np.arange(math.prod(lengths)).reshape(lengths)
-    return (devices.transpose(_numbers(order)) if order else devices).reshape(shape)
+    return (devices.transpose(_parse_ints(order)) if order else devices).reshape(shape)
 
 
-def _of_mesh(axes: str, order: str | None, over: str) -> np.ndarray:
-    """The groups along some axes of a mesh. 'a':(2)4 is a part of the axis: after a part of 2, one of 4."""
+def _parse_mesh_groups(axes: str, order: str | None, over: str) -> np.ndarray:
+    """Parse groups along some axes of a mesh. 'a':(2)4 is a sub-axis of size 4 after a sub-axis of size 2."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     n_devices = math.prod(sizes.values())
     devices = np.arange(n_devices)
     if order:
-        devices = _tiled(f"[{n_devices}]<={order}") if "[" in order else np.array(_numbers(order))
+        devices = _parse_iota(f"[{n_devices}]<={order}") if "[" in order else np.array(_parse_ints(order))
     taken = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _GROUP_AXIS.findall(over)}
     lengths, grouped = list[int](), dict[str, int]()
     for name, size in sizes.items():
@@ -327,5 +325,5 @@ def _of_mesh(axes: str, order: str | None, over: str) -> np.ndarray:
         grouped[name] = len(lengths) + 1
         lengths += [before, part, size // before // part]
     along = [grouped[name] for name in taken]
-    others = [place for place in range(len(lengths)) if place not in along]
+    others = [axis for axis in range(len(lengths)) if axis not in along]
     return devices.reshape(lengths).transpose(*others, *along).reshape(-1, math.prod(taken[name][1] for name in taken))

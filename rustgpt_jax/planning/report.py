@@ -187,7 +187,7 @@ def _try_suggestions(
     found: Estimate, run_estimate: Callable[[Config], Estimate]
 ) -> Iterator[tuple[Suggestion, Estimate]]:
     """Estimate the suggestions of each kind, up to the first that fits."""
-    for kind in list_suggestions(found.config, found.window, found.n_devices):
+    for kind in list_suggestions(found.config, found.seq_len, found.n_devices):
         for suggestion in kind:
             changed = run_estimate(suggestion.apply_to(found.config))
             yield suggestion, changed
@@ -201,7 +201,7 @@ def print_estimate(found: Estimate, chip_name: str, console: Console) -> None:
     parts = f" in {training.grad_accum_steps} microbatches" if training.grad_accum_steps > 1 else ""
     console.print(
         f"{format_count(found.n_parameters)} parameters on {found.n_devices} {chip_name} ({describe_mesh(found.mesh)})"
-        f"; {training.batch_size} sequences of {found.window:,} tokens per step{parts}. All numbers are per device.\n",
+        f"; {training.batch_size} sequences of {found.seq_len:,} tokens per step{parts}. All numbers are per device.\n",
         highlight=False,
     )
     console.print(_memory_table(found), _time_table(found))

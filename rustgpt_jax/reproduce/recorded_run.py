@@ -239,7 +239,7 @@ class RecordedRun:
         return mesh
 
     def __enter__(self) -> "RecordedRun":
-        self._resources.enter_context(self._placement.active())
+        self._resources.enter_context(self._placement.use_mesh())
         if self.folder.checkpoints.exists():
             checkpoints = Checkpoints(self.folder.checkpoints, self.config, earlier=self.inputs.earlier)
             self._checkpoints = self._resources.enter_context(checkpoints)
@@ -288,7 +288,7 @@ class RecordedRun:
 
     def restore_nearest(self, step: int) -> State:
         """Return the state of the last valid checkpoint at or before a step, or else the initial state."""
-        like = self._placement.abstract(state_shapes(self.inputs.stages[0].stage.config))
+        like = self._placement.add_shardings(state_shapes(self.inputs.stages[0].stage.config))
         for saved in self.list_saved_steps()[::-1]:
             if 0 < saved <= step and self._checkpoints:
                 try:

@@ -1,4 +1,4 @@
-"""Peak rates of accelerators from data sheets, the devices of this machine, and the precision that suits them."""
+"""Peak rates of accelerators from data sheets, the devices and memory of this machine, and automatic data types."""
 
 import contextlib
 import os
@@ -103,7 +103,7 @@ def _timed_matrix_product(size: int = 1024, repeats: int = 3) -> float:
 # The devices of this machine, found without initializing JAX on a CPU.
 
 MEMORY = Path("/proc/meminfo")
-# In a container, the root of the cgroup hierarchy is the process's own cgroup.
+# In a container, the root of the cgroup hierarchy is the cgroup of the process.
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 ACCELERATOR_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin", "libtpu")
 
@@ -132,11 +132,6 @@ def query_machine() -> Machine:
     if devices[0].platform == "cpu":
         return Machine("cpu", len(devices), free_memory() / len(devices), 0.0)
     return Machine(devices[0].platform, len(devices), free_device_memory(devices[0]), device_peak_flops())
-
-
-def use_cores_as_devices() -> None:
-    """Make each CPU core a device, as `use_cpu_devices` does."""
-    use_cpu_devices(count_cores())
 
 
 def use_cpu_devices(count: int) -> None:
@@ -170,22 +165,22 @@ def free_memory() -> int:
     if not MEMORY.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fields = dict(line.split(":") for line in MEMORY.read_text(encoding="ascii").splitlines())
-    return max(0, min(int(fields["MemAvailable"].split()[0]) * 1024, _left_in_group(), _left_in_address_space()))
+    return max(0, min(int(fields["MemAvailable"].split()[0]) * 1024, _free_in_cgroup(), _free_address_space()))
 
 
-def _left_in_group() -> int:
-    """Return the bytes left in the cgroup of this process, such as that of a container or a cluster job."""
+def _free_in_cgroup() -> int:
+    """Return the free bytes in the cgroup of this process, such as that of a container or a cluster job."""
     with contextlib.suppress(OSError, ValueError):
         limit, used = ((CONTROL_GROUP / name).read_text() for name in ("memory.max", "memory.current"))
         # The page cache can be reclaimed, including its active part.
         statistics = (CONTROL_GROUP / "memory.stat").read_text()
-        kept = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
-        return int(limit) - int(used) + sum(map(int, kept))
+        file_cache = re.findall(r"^(?:in)?active_file (\d+)$", statistics, re.MULTILINE)
+        return int(limit) - int(used) + sum(map(int, file_cache))
     return sys.maxsize
 
 
-def _left_in_address_space() -> int:
-    """Return the bytes of address space left under `ulimit -v`."""
+def _free_address_space() -> int:
+    """Return the free bytes of address space under `ulimit -v`."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -195,10 +190,10 @@ def _left_in_address_space() -> int:
 
 # Data types for model.dtype='auto'.
 
-# The names of CPU instructions that multiply bfloat16 numbers.
-MULTIPLIES_BFLOAT16 = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
-# For CPUs with such instructions, where bfloat16 throughout is slower (docs/performance.md).
-ROUNDED_FACTORS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
+# CPU features with instructions that multiply bfloat16 numbers.
+BFLOAT16_FEATURES = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
+# For CPUs with such instructions, on which model.dtype='bfloat16' is slower (docs/performance.md).
+BFLOAT16_MATMULS = {"model.precision.matmul_dtype": "bfloat16", "model.precision.logits_dtype": "bfloat16"}
 
 
 def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None = None) -> None:
@@ -219,13 +214,13 @@ def resolve_auto_dtype(tree: Any, origins: dict[str, str], platform: str | None 
 
 
 def preferred_dtypes(platform: str) -> dict[str, str]:
-    """Return data types by knob: bfloat16 on accelerators; on CPUs float32, with bfloat16 factors if they are fast."""
+    """Return data types by field: bfloat16 on accelerators; float32 on CPUs, with bfloat16 products if fast."""
     if platform != "cpu":
         return {"model.dtype": "bfloat16"}
-    return {"model.dtype": "float32"} | (ROUNDED_FACTORS if MULTIPLIES_BFLOAT16.search(_processor()) else {})
+    return {"model.dtype": "float32"} | (BFLOAT16_MATMULS if BFLOAT16_FEATURES.search(_read_cpuinfo()) else {})
 
 
-def _processor() -> str:
+def _read_cpuinfo() -> str:
     """Return /proc/cpuinfo, or '' on systems other than Linux."""
     file = Path("/proc/cpuinfo")
     return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""

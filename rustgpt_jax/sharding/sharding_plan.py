@@ -18,11 +18,9 @@ from rustgpt_jax.model.activation_sharding import partition_spec
 from rustgpt_jax.sharding.hardware_specs import device_peak_flops
 from rustgpt_jax.sharding.partition_rules import infer_shardings
 
-# The mesh of a run: its devices along the axes that the config names.
-
 # Outermost to innermost: neighboring devices, which communicate most, differ in the last axis.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-# The axes of the arrays of a batch, as `partition_spec` takes them.
+# The axes of the arrays of a batch, in the notation of `partition_spec`.
 BATCH_AXES = "BT"
 
 
@@ -95,12 +93,12 @@ class ShardingPlan:
         """The number of devices of all processes."""
         return self.mesh.size if self.mesh else 1
 
-    def active(self) -> AbstractContextManager[Any]:
+    def use_mesh(self) -> AbstractContextManager[Any]:
         """Return a context manager in which compiled functions shard their arrays over the mesh."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
-    def abstract(self, tree: Any) -> Any:
-        """Return the shapes, data types and shardings of a state."""
+    def add_shardings(self, tree: Any) -> Any:
+        """Add shardings to the shapes and data types of a state."""
         if self.mesh is None:
             return tree
         return jax.tree.map(
@@ -112,7 +110,7 @@ class ShardingPlan:
     def shard_state(self, state: Any) -> Any:
         """Shard a state that is complete in this process or already on the mesh."""
         if self.mesh is None:
-            # Committed to its device, like a restored state: a resumed run then has the same program.
+            # Commit the state to its device like a restored one, so that a resumed run compiles the same program.
             return jax.tree.map(lambda leaf: jax.device_put(leaf, getattr(leaf, "sharding", None)), state)
         return jax.device_put(state, infer_shardings(state, self.mesh))
 
@@ -120,11 +118,11 @@ class ShardingPlan:
         """Copy host arrays to every device."""
         return jax.device_put(tree, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec()))
 
-    def local_rows(self, batch_size: int, window: int) -> np.ndarray:
+    def local_rows(self, batch_size: int, seq_len: int) -> np.ndarray:
         """Return the indices of the batch rows that belong to devices of this process."""
         if self.mesh is None:
             return np.arange(batch_size)
-        shape = batch_size, window
+        shape = batch_size, seq_len
         indices = self.batch_sharding(shape).addressable_devices_indices_map(shape).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index is not None]))
 
@@ -141,9 +139,9 @@ class ShardingPlan:
         def shard(leaf: np.ndarray | jax.Array) -> jax.Array:
             if isinstance(leaf, jax.Array):
                 return jax.device_put(leaf, self.batch_sharding(leaf.shape))
-            *lead, _, window = leaf.shape
-            local = self.local_rows(batch_size, window)
-            shape = (*lead, batch_size, window)
+            *lead, _, seq_len = leaf.shape
+            local = self.local_rows(batch_size, seq_len)
+            shape = (*lead, batch_size, seq_len)
 
             def get_part(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
@@ -194,7 +192,7 @@ def check_host_offload(config: Config) -> None:
         raise UserError(f"config.optimizer.offload_state=True: {device.device_kind} has no access to host memory.")
 
 
-def check_batch_shards(config: Config, window: int, n_devices: int) -> None:
+def check_batch_shards(config: Config, seq_len: int, n_devices: int) -> None:
     """Check that the devices form the mesh of a config and get equal shards of a batch.
 
     Raises:
@@ -206,8 +204,8 @@ def check_batch_shards(config: Config, window: int, n_devices: int) -> None:
         least = training.grad_accum_steps * n_shards
         nearest = max(1, round(training.batch_size / least)) * least
         raise UserError(
-            f"config.training.batch_size={training.batch_size} in {training.grad_accum_steps} parts cannot be divided "
-            f"equally among {n_shards} devices; the nearest batch size that can is {nearest}."
+            f"config.training.batch_size={training.batch_size} in {training.grad_accum_steps} microbatches cannot be "
+            f"divided equally among {n_shards} devices; the nearest batch size that can is {nearest}."
         )
-    if window % sizes["context"]:
-        raise UserError(f"config.mesh.context={sizes['context']} does not divide the window of {window} tokens.")
+    if seq_len % sizes["context"]:
+        raise UserError(f"config.mesh.context={sizes['context']} does not divide the sequence length {seq_len}.")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.process_setup import enable_compilation_cache
-from rustgpt_jax.sharding.hardware_specs import Machine, detect_machine, use_cores_as_devices
+from rustgpt_jax.sharding.hardware_specs import Machine, count_cores, detect_machine, use_cpu_devices
 from rustgpt_jax.sweeps import search
 from rustgpt_jax.sweeps.asset_cache import AssetCache
 from rustgpt_jax.sweeps.planner import Plan, group_by_shape, make_plan
@@ -124,7 +124,7 @@ def run_sweep(
     """
     options, is_tpe = command.options, isinstance(spec, TPE)
     check_options(options)
-    use_cores_as_devices()
+    use_cpu_devices(count_cores())
     enable_compilation_cache()
     if isinstance(spec, SuccessiveHalving | TPE):
         search.check_validation(trials)

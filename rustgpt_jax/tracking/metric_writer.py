@@ -43,12 +43,13 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class MetricsWriter:
     """Appends metrics to a run folder. Use it as a context manager.
 
-    `resume_step` is the step of the checkpoint that training resumes from, or 0. Lines that a killed run recorded after
-    that checkpoint are dropped first, so that a resumed run produces the same file as an uninterrupted one.
+    Args:
+        folder: The folder of the run.
+        resume_step: The step of the checkpoint that training resumes from, or 0. Lines that a killed run recorded after
+            that checkpoint are dropped, so that a resumed run produces the same file as an uninterrupted one.
 
     Raises:
         UserError: The existing metrics cannot be read.
-        Unwritable: The file was deleted or replaced during the run.
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
@@ -69,14 +70,14 @@ class MetricsWriter:
         """Close the files."""
         self._file.close()
         if "_tensorboard" in vars(self):
-            # Pop it: a cached writer would keep its thread and queue alive as long as this object.
+            # Otherwise the cached writer would keep its thread and queue alive as long as this object.
             vars(self).pop("_tensorboard").close()
 
     def check(self) -> None:
         """Check that the open file is still the one in the run folder.
 
         Raises:
-            Unwritable: It is not, so anything written would be lost.
+            NotWritableError: It was deleted or replaced, so anything written would be lost.
         """
         opened, there = os.fstat(self._file.fileno()), None
         with suppress(OSError):
@@ -88,7 +89,7 @@ class MetricsWriter:
 
     @cached_property
     def _tensorboard(self) -> "EventFileWriter":
-        # Its package imports all of PyTorch where that is installed: a second that the first step need not wait for.
+        # Opened late because tensorboardX imports PyTorch if it is installed, which takes a second.
         return _open_tensorboard(self._run.tensorboard, self._resume_step)
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
@@ -198,7 +199,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     file = RunDir(folder).metrics_file
     if not file.exists():
         return {}
-    with _reading(file) as lines:
+    with _open_for_reading(file) as lines:
         lines.seek(0, os.SEEK_END)
         lines.seek(max(0, lines.tell() - LAST_BYTES))
         records = [_parse(line) for line in lines.read().split(b"\n")]
@@ -241,7 +242,7 @@ def truncate_after(file: Path, last_step: int, keeps_evaluation: bool = True) ->
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[BinaryIO]:
+def _open_for_reading(file: Path) -> Iterator[BinaryIO]:
     try:
         with open(file, "rb") as content:
             yield content
@@ -253,7 +254,7 @@ def _iter_blocks(file: Path, offset: int = 0) -> Iterator[bytes]:
     """Yield the bytes of a file in blocks of whole lines; only the last block may lack its newline."""
     if not file.exists():
         return
-    with _reading(file) as content:
+    with _open_for_reading(file) as content:
         content.seek(offset)
         rest = list[bytes]()
         while block := content.read(BLOCK_BYTES):
@@ -283,15 +284,15 @@ def _parse_all(lines: list[bytes], containing: bytes, file: Path) -> list[dict[s
         lines = [line for line in lines if containing in line]
     try:
         # One call of the parser is faster than one call per line.
-        records = list(map(_checked, json.loads(b"[" + b",".join(lines) + b"]")))
+        records = list(map(_validate, json.loads(b"[" + b",".join(lines) + b"]")))
     except (ValueError, RecursionError):
         records = [None]
     if len(records) == len(lines) and None not in records:
         return records  # type: ignore[return-value]
-    return [_require(line, file) for line in lines]
+    return [_parse_or_raise(line, file) for line in lines]
 
 
-def _require(line: bytes, file: Path) -> dict[str, Any]:
+def _parse_or_raise(line: bytes, file: Path) -> dict[str, Any]:
     record = _parse(line)
     if record is None:
         raise _malformed(file, line)
@@ -299,7 +300,7 @@ def _require(line: bytes, file: Path) -> dict[str, Any]:
 
 
 def _malformed(file: Path, line: bytes) -> UserError:
-    with _reading(file) as content:
+    with _open_for_reading(file) as content:
         number = next((number for number, each in enumerate(content, start=1) if each.rstrip(b"\n") == line), 0)
     return UserError(
         f"{file}, line {number}: this is not a line of metrics, a JSON object with a step and numbers. Delete the line."
@@ -310,7 +311,7 @@ def _reversed_lines(file: Path) -> Iterator[tuple[int, bytes, bool]]:
     """Yield the lines of a file from its end: the offset, the line, and whether a newline follows it."""
     if not file.exists():
         return
-    with _reading(file) as content:
+    with _open_for_reading(file) as content:
         start = content.seek(0, os.SEEK_END)
         rest, is_whole = b"", False
         while start > 0:
@@ -331,12 +332,12 @@ def _reversed_lines(file: Path) -> Iterator[tuple[int, bytes, bool]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        return _checked(json.loads(line))
+        return _validate(json.loads(line))
     except (ValueError, RecursionError):
         return None
 
 
-def _checked(record: Any) -> dict[str, Any] | None:
+def _validate(record: Any) -> dict[str, Any] | None:
     """Convert a line of metrics parsed from JSON to the expected types, or return None if it is malformed."""
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LARGEST_COUNT:
         return None
@@ -362,15 +363,15 @@ def _to_json(value: float | int | str) -> float | int | str:
 
 
 @cache
-def _silence_the_view() -> None:
-    """Let the thread that writes TensorBoard files end without a word, as on a full disk: the record is what counts."""
-    others = threading.excepthook
+def _silence_tensorboard_thread() -> None:
+    """Ignore errors of the thread that writes TensorBoard files, such as a full disk: metrics.jsonl has all data."""
+    original_hook = threading.excepthook
 
-    def told(news: threading.ExceptHookArgs) -> None:
-        if type(news.thread).__module__.split(".")[0] != "tensorboardX":
-            others(news)
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__module__.split(".")[0] != "tensorboardX":
+            original_hook(args)
 
-    threading.excepthook = told
+    threading.excepthook = hook
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> "EventFileWriter":
@@ -379,7 +380,7 @@ def _open_tensorboard(folder: Path, resume_step: int) -> "EventFileWriter":
     from tensorboardX.event_file_writer import EventFileWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-    _silence_the_view()
+    _silence_tensorboard_thread()
     # File names have a resolution of one second; the number keeps a quick restart from overwriting its predecessor.
     number = sum(1 for _ in folder.glob("events.*"))
     writer = EventFileWriter(str(folder), flush_secs=TENSORBOARD_FLUSH_SECONDS, filename_suffix=f".{number}")

@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 TRAIN_LOSS, VALID_LOSS = "train/loss", "valid/loss"
 
-# Two hues that stay apart for colour-blind readers, and inks from dark to light.
-TRAIN_COLOUR, VALID_COLOUR = "#2f6db5", "#d95f28"
+# Two hues that color-blind readers can tell apart, and grays from dark to light.
+TRAIN_COLOR, VALID_COLOR = "#2f6db5", "#d95f28"
 INK, SOFT_INK, GRID, SHADE = "#222222", "#757575", "#e4e4e4", "#f4f5f8"
 
-# On a linear axis, a loss that falls by more than this factor is a cliff and a floor.
+# The axis is logarithmic if the loss falls by more than this factor.
 LOG_SCALE_FROM = 8.0
 # Width of the smoothing window, as a share of a stage's points.
 SMOOTHING_SHARE = 0.1
-# Maximum number of points per line, far more than the picture has pixels across.
-MOST_POINTS = 20_000
-# In points, 1/72 inch.
+# Maximum number of points per line, far more than the width of the plot in pixels.
+MAX_POINTS = 20_000
+# Height of a label in points, 1/72 inch.
 LABEL_HEIGHT = 34.0
 DPI = 160
-# Drawn whole where they touch the frame.
+# Markers are not clipped by the frame.
 POINT: dict[str, Any] = {"marker": "o", "markersize": 5.5, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
 RING: dict[str, Any] = {
     **POINT,
     "color": "white",
     "markersize": 8,
-    "markeredgecolor": VALID_COLOUR,
+    "markeredgecolor": VALID_COLOR,
     "markeredgewidth": 1.8,
 }
 BOLD: dict[str, Any] = {"fontsize": 10.5, "weight": "bold"}
 SMALL: dict[str, Any] = {"fontsize": 8.5, "color": SOFT_INK}
-# Names of stages shorter than this share of the run are written downwards.
+# Names of stages shorter than this share of the run are written vertically.
 NARROW_STAGE = 0.1
 
 
@@ -65,78 +65,82 @@ class Label:
     value: float
     text: str
     remark: str
-    colour: str
+    color: str
 
 
 def draw_loss_curves(folder: Path) -> Path:
-    """Draw training and validation loss, in nats a token, over the steps as loss.png in a run folder.
+    """Draw training and validation loss, in nats per token, as loss.png in the folder of a run.
 
-    Returns the path of the picture. Raises UserError if the run has recorded no finite loss yet.
+    Returns:
+        The path of the plot.
+
+    Raises:
+        UserError: The run has not recorded a finite loss yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = [read_columns(folder, name) for name in (TRAIN_LOSS, VALID_LOSS)]
-    train, valid = (_curves(*each) for each in zip(columns, (TRAIN_LOSS, VALID_LOSS), strict=True))
+    train, valid = (_split_stages(*each) for each in zip(columns, (TRAIN_LOSS, VALID_LOSS), strict=True))
     if not train and not valid:
         raise UserError(f"{folder} has no loss to draw yet.")
     figure = Figure(figsize=(9.6, 5.4), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.07, 0.115, 0.735, 0.745))
-    _style(axes, _drawable(folder.resolve().name), train + valid)
+    _style_axes(axes, _replace_surrogates(folder.resolve().name), train + valid)
     _draw_stages(axes, max(columns, key=lambda each: len(each.steps)))
     labels = _draw_train(axes, train) + _draw_valid(axes, valid)
     _write_labels(axes, labels)
-    picture = io.BytesIO()
-    # The same metrics give the same bytes, whatever the version of the library.
+    png = io.BytesIO()
     with warnings.catch_warnings():
-        # A letter that the font lacks is drawn as a box.
+        # Letters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        canvas.print_png(picture, metadata={"Software": None})
+        # Without the version of matplotlib, the same metrics give the same bytes.
+        canvas.print_png(png, metadata={"Software": None})
     target = RunDir(folder).loss_png
-    write_atomically(target, picture.getvalue())
+    write_atomically(target, png.getvalue())
     return target
 
 
-def _curves(columns: Columns, name: str) -> list[Curve]:
+def _split_stages(columns: Columns, name: str) -> list[Curve]:
     """Return the curve of a metric in each stage, without values that are not finite or too large to plot."""
     values = columns.values[name]
     is_drawn = (values <= LARGEST_NUMBER) & (values >= -LARGEST_NUMBER)
     steps, stages = columns.steps, columns.stages
     if not is_drawn.all():
         steps, stages, values = steps[is_drawn], stages[is_drawn], values[is_drawn]
-    parts = zip(*(np.split(each, _borders(stages)) for each in (steps, stages, values)), strict=True)
+    parts = zip(*(np.split(each, _stage_starts(stages)) for each in (steps, stages, values)), strict=True)
     return [Curve(columns.stage_names[stage[0]], steps, values) for steps, stage, values in parts if len(steps)]
 
 
-def _borders(stages: np.ndarray) -> np.ndarray:
+def _stage_starts(stages: np.ndarray) -> np.ndarray:
     """Return the positions at which a new stage begins."""
     return np.flatnonzero(np.diff(stages)) + 1
 
 
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Downsample a line, keeping the minimum and maximum of each interval so that it looks the same."""
-    if len(steps) <= MOST_POINTS:
+    if len(steps) <= MAX_POINTS:
         return steps, values
-    starts = np.linspace(0, len(steps), MOST_POINTS // 2, endpoint=False).astype(int)
+    starts = np.linspace(0, len(steps), MAX_POINTS // 2, endpoint=False).astype(int)
     lowest, highest = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
     return np.repeat(steps[starts], 2), np.stack([lowest, highest], axis=1).ravel()
 
 
-def _smoothed(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return a running mean at some places of a curve.
+def _smooth(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return a running mean at some positions of a curve.
 
     The window is centered, so that the mean does not lag, and shrinks where the values begin or end.
     """
-    # Symmetric at the steep beginning, so that it is not flattened; one half at the end, so that noise does not decide.
-    before = np.minimum(places, int(len(values) * SMOOTHING_SHARE / 2))
-    after = np.minimum(before, len(values) - 1 - places)
+    # The window shrinks on both sides at the steep beginning, and on one side at the end, where noise matters more.
+    before = np.minimum(positions, int(len(values) * SMOOTHING_SHARE / 2))
+    after = np.minimum(before, len(values) - 1 - positions)
     sums = np.zeros(len(values) + 1)
     np.cumsum(values, out=sums[1:])
-    return (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
+    return (sums[positions + after + 1] - sums[positions - before]) / (before + after + 1)
 
 
-def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
+def _style_axes(axes: "Axes", title: str, curves: list[Curve]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     lowest = min(curve.values.min() for curve in curves)
@@ -162,13 +166,13 @@ def _style(axes: "Axes", title: str, curves: list[Curve]) -> None:
     axes.annotate("loss, nats per token", (0, 1), (0, 13), color=SOFT_INK, fontsize=10, **heading)
 
 
-def _drawable(name: Any) -> str:
+def _replace_surrogates(name: Any) -> str:
     """Return a name without surrogates, which represent bytes of a file name that are not UTF-8."""
     return str(name).encode(errors="replace").decode()
 
 
 def _draw_stages(axes: "Axes", columns: Columns) -> None:
-    lasts = [*(_borders(columns.stages) - 1), -1]
+    lasts = [*(_stage_starts(columns.stages) - 1), -1]
     groups = [(columns.stage_names[columns.stages[last]], columns.steps[last]) for last in lasts]
     if len(groups) < 2:
         return
@@ -178,7 +182,7 @@ def _draw_stages(axes: "Axes", columns: Columns) -> None:
             axes.axvspan(start, end, color=SHADE, linewidth=0, zorder=0)
         narrow = end - start < NARROW_STAGE * ends[-1]
         axes.annotate(
-            _drawable(stage), ((start + end) / 2, 1), (0, -5), axes.get_xaxis_transform(), "offset points",
+            _replace_surrogates(stage), ((start + end) / 2, 1), (0, -5), axes.get_xaxis_transform(), "offset points",
             rotation=90 if narrow else 0, ha="center", va="top", color=SOFT_INK, fontsize=9.5, parse_math=False,
         )  # fmt: skip
 
@@ -186,18 +190,18 @@ def _draw_stages(axes: "Axes", columns: Columns) -> None:
 def _draw_train(axes: "Axes", curves: list[Curve]) -> list[Label]:
     last = math.nan
     for curve in curves:
-        axes.plot(*_thinned(curve.steps, curve.values), color=TRAIN_COLOUR, linewidth=0.7, alpha=0.35)
+        axes.plot(*_downsample(curve.steps, curve.values), color=TRAIN_COLOR, linewidth=0.7, alpha=0.35)
         n_values = len(curve.values)
-        places = np.linspace(0, n_values - 1, min(n_values, MOST_POINTS)).round().astype(int)
-        means = _smoothed(curve.values, places)
-        axes.plot(curve.steps[places], means, color=TRAIN_COLOUR, linewidth=2, solid_capstyle="round")
+        positions = np.linspace(0, n_values - 1, min(n_values, MAX_POINTS)).round().astype(int)
+        means = _smooth(curve.values, positions)
+        axes.plot(curve.steps[positions], means, color=TRAIN_COLOR, linewidth=2, solid_capstyle="round")
         last = float(means[-1])
-    return [Label(last, f"train {last:.3f}", "smoothed", TRAIN_COLOUR)] if curves else []
+    return [Label(last, f"train {last:.3f}", "smoothed", TRAIN_COLOR)] if curves else []
 
 
 def _draw_valid(axes: "Axes", curves: list[Curve]) -> list[Label]:
     for curve in curves:
-        axes.plot(curve.steps, curve.values, color=VALID_COLOUR, linewidth=1.6, **POINT)
+        axes.plot(curve.steps, curve.values, color=VALID_COLOR, linewidth=1.6, **POINT)
     if not curves:
         return []
     steps, values = curves[-1].steps, curves[-1].values
@@ -206,11 +210,11 @@ def _draw_valid(axes: "Axes", curves: list[Curve]) -> list[Label]:
     if best < len(values) - 1:
         remark = f"best {values[best]:.3f} at step {steps[best]:,}"
         axes.plot(steps[best], values[best], **RING)
-    return [Label(float(values[-1]), f"validation {values[-1]:.3f}", remark, VALID_COLOUR)]
+    return [Label(float(values[-1]), f"validation {values[-1]:.3f}", remark, VALID_COLOR)]
 
 
 def _write_labels(axes: "Axes", labels: list[Label]) -> None:
-    """Name each curve where it ends, clear of the other's name and of the numbers under the axis."""
+    """Label each curve at its end, without overlapping the other label or the numbers below the axis."""
     axes.autoscale_view()
     lowest = axes.bbox.y0 * 72 / DPI + LABEL_HEIGHT / 2
     for label in sorted(labels, key=lambda label: label.value):
@@ -220,5 +224,5 @@ def _write_labels(axes: "Axes", labels: list[Label]) -> None:
         for text, down, font in ((label.text, 0.0, BOLD), (label.remark, 12.5, SMALL)):
             axes.annotate(
                 text, (1, label.value), (12, height - end - down), axes.get_yaxis_transform(), "offset points",
-                va="center", **{"color": label.colour, **font},
+                va="center", **{"color": label.color, **font},
             )  # fmt: skip

@@ -74,7 +74,7 @@ def load_model(
     config = fill_vocab_size(stored, tokenizer)
     check_inference_memory(config, query_machine(), 0, is_oversubscribed, n_generated)
     if run.is_untrained:
-        shapes = plan_for_local_devices().abstract(parameter_shapes(config.model))
+        shapes = plan_for_local_devices().add_shardings(parameter_shapes(config.model))
         params, step = read_parameters(run.parameters_file, shapes), 0
     else:
         params, step = _restore(run, stored, config, which)
@@ -89,7 +89,7 @@ def _restore(run: RunDir, stored: Config, config: Config, which: str) -> tuple[P
         print(warning, file=sys.stderr)
 
     static, hparams = partition(config)
-    like = plan_for_local_devices().abstract(jax.eval_shape(lambda: compiled_init_state(static, hparams)))
+    like = plan_for_local_devices().add_shardings(jax.eval_shape(lambda: compiled_init_state(static, hparams)))
     with Checkpoints(run.checkpoints, stored, earlier=load_earlier(run.path)) as checkpoints:
         state = checkpoints.restore(like, which, on_skipped)
         return get_eval_params(config.optimizer, state.params, state.opt_state), int(state.step)

@@ -102,7 +102,7 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         with self._resources:
-            self._resources.enter_context(self.plan.active())
+            self._resources.enter_context(self.plan.use_mesh())
             earlier = self.inputs.earlier
             prepare_run_dir(self.folder.path, self.inputs.config, earlier)
             check_no_symlinks((self.folder.metrics_file, self.folder.samples_file, self.folder.journal_file))
@@ -228,7 +228,7 @@ class Trainer:
         self._open_metrics()
 
     def _abstract_state(self) -> State:
-        return self.plan.abstract(state_shapes(stages(self.inputs.full_config)[0].config))
+        return self.plan.add_shardings(state_shapes(stages(self.inputs.full_config)[0].config))
 
     def state(self) -> State:
         """Return the state of the last valid checkpoint, or the initial state. To be called once."""
@@ -406,5 +406,5 @@ def load_initial_state(inputs: RunInputs, folder: RunDir, plan: ShardingPlan) ->
     static, hparams = partition(stages(inputs.full_config)[0].config)
     if not folder.parameters_file.exists():
         return compiled_init_state(static, hparams)
-    params = read_parameters(folder.parameters_file, plan.abstract(parameter_shapes(inputs.full_config.model)))
+    params = read_parameters(folder.parameters_file, plan.add_shardings(parameter_shapes(inputs.full_config.model)))
     return compiled_init_state_from_params(static, hparams, params)
