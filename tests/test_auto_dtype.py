@@ -56,6 +56,7 @@ def test_a_config_without_a_precision_is_told_what_it_lacks(says: str, tmp_path:
     assert refused.stderr.startswith("error: config.") and "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:
     command = ("train", TINY, AUTO, f"--run={tmp_path / 'run'}", "--config.training.steps=2")
     first = launch(*command, "--config.schedule.warmup_steps=1", cwd=tmp_path)

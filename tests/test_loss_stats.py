@@ -197,7 +197,7 @@ def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
         train(sick("rewind", **{"faults.max_skipped": 3}), tmp_path)
 
 
-@pytest.mark.parametrize("nonfinite_policy", ["skip", "rewind"])
+@pytest.mark.parametrize("nonfinite_policy", [pytest.param("skip", marks=pytest.mark.slow), "rewind"])
 @pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
 def test_interruptions_leave_no_trace_where_steps_go_wrong(
     tmp_path: Path, nonfinite_policy: str, is_kill: bool
@@ -214,7 +214,7 @@ def test_interruptions_leave_no_trace_where_steps_go_wrong(
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("mode", ["exact", "fused"])
+@pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
 def test_a_lane_that_rewinds_disturbs_no_other(tmp_path: Path, mode: str) -> None:
     configs = [sick("rewind", seed=seed) for seed in (0, 1)]
     steady = sick("rewind", seed=2, **{"training.steps": 4})

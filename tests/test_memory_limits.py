@@ -192,6 +192,7 @@ def test_what_takes_most_is_told_when_an_allocation_failed() -> None:
     assert out_of_memory_message(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [

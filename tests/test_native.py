@@ -172,6 +172,7 @@ print(build_library(Path(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_many_may_build_it_at_once(own_cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "small.cc"
@@ -263,6 +264,7 @@ print(float(jax.jit(lambda x, w: matvec.matvec(x, w).sum())(jnp.ones((1, 8)), jn
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_program_from_the_cache_finds_the_kernel(tmp_path: Path) -> None:
     def ran() -> str:

@@ -28,7 +28,7 @@ def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -
     assert kinds(state.params) == {"device"}
 
 
-@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("schedule_free", marks=pytest.mark.slow)])
 def test_offloading_changes_no_bit(name: str, tmp_path: Path) -> None:
     here = tiny(**{"optimizer.name": name, "training.steps": 6})
     there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload_state": True})

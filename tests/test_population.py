@@ -117,7 +117,7 @@ def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pyte
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
 def test_a_population_compiles_once_and_goes_on_bit_for_bit(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

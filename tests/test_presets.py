@@ -222,7 +222,7 @@ def test_all_families_are_published_and_golden() -> None:
 # Golden models, made by make_golden.py.
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module")
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     source, file = GOLDEN / request.param, tmp_path_factory.mktemp(request.param) / "parameters.safetensors"
     knobs, architecture, _ = read_model(source)
@@ -232,6 +232,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return model, read_parameters(file, parameter_shapes(model)), dict(expected)
 
 
+@pytest.mark.parametrize("golden", sorted(FAMILIES), indirect=True)
 def test_golden_models_have_the_logits_of_transformers(golden: Any) -> None:
     model, params, expected = golden
     logits_BTV = jax.jit(lambda params, tokens: transformer.apply(params, tokens, model)[0])(
@@ -241,6 +242,14 @@ def test_golden_models_have_the_logits_of_transformers(golden: Any) -> None:
     assert jnp.std(logits_BTV) > 0.3
 
 
+QUICK = ("gpt2", "gemma3", "llama3")
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(FAMILIES)],
+    indirect=True,
+)
 def test_golden_models_say_the_same_words_as_by_transformers(golden: Any) -> None:
     model, params, expected = golden
     (drawn,) = generate(

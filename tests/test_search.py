@@ -404,7 +404,7 @@ def study(path: Path, search: TPE, tree: Any = None) -> list[tuple[dict[str, Any
     return [(decode_params(search, each.params), each.values, each.state.name) for each in trials]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 16])
+@pytest.mark.parametrize("batch", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 16)), 4])
 def test_a_killed_search_asks_for_the_same_trials(
     by_formula: Callable[[Loss], Ticks], batch: int, tmp_path: Path
 ) -> None:

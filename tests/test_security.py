@@ -66,6 +66,7 @@ def hostile(trained: Path, tmp_path: Path) -> RunDir:
     return run
 
 
+@pytest.mark.slow
 def test_diff_runs_no_code_of_a_run(hostile: RunDir, trained: Path, tmp_path: Path) -> None:
     metrics = hostile.metrics_file.read_text().splitlines()
     first = json.loads(metrics[0]) | {"train/loss": 9.0}

@@ -263,6 +263,7 @@ def survivors() -> Counter[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_worker_keeps_nothing_of_the_trials_that_it_has_run(tmp_path: Path) -> None:
     trials = make_trials(tiny_tree(), seeds(6))
     with opened(tmp_path / "sweep") as sweep:
@@ -501,6 +502,7 @@ PROCESSES = ["--launcher=processes", "--workers=2"]
 KILLS = int(os.environ.get("RUSTGPT_JAX_KILLS", "3"))
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(launcher: Launcher, undisturbed: bytes, tmp_path: Path) -> None:
     path, seen = tmp_path / "killed", list[tuple[dict[str, int], int]]()
     launched = launcher(path, *PROCESSES)

@@ -154,6 +154,7 @@ for number in range(0, count, 2):
 """
 
 
+@pytest.mark.slow
 def test_processes_write_at_once_and_some_are_killed(tmp_path: Path) -> None:
     file, count = tmp_path / "ledger.jsonl", 60
     names = ("killed 0", "killed 1", "killed 2", "whole 0", "whole 1")

@@ -409,6 +409,7 @@ def test_words_of_others_are_text_on_the_page(tmp_path: Path) -> None:
     assert page.count("<script") == 2 and "alert(1)</script>" not in page
 
 
+@pytest.mark.slow
 def test_five_hundred_trials_are_a_page_below_three_megabytes(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     trials = [

@@ -127,6 +127,7 @@ def test_no_number_compiles_anything_new() -> None:
         assert (compiled_init_state._cache_size(), compiled_train_steps._cache_size()) == before, path
 
 
+@pytest.mark.slow
 def test_switching_a_part_on_compiles_once() -> None:
     # A structure that no other test has.
     switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_jit_call": 77}
@@ -177,6 +178,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=smallest), summed, whole)
 
 
+@pytest.mark.slow
 def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
     experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.moe.n_experts": 3}
     config, batch = tiny(**experts, **{"model.moe.load_balance_loss_weight": 0.7}), batch_of(tiny())
