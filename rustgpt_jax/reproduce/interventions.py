@@ -64,57 +64,47 @@ class InterventionResult(NamedTuple):
 
 def list_interventions(config: Config, usual_norm: float) -> list[Intervention]:
     """Return the interventions for a stage, the control first, given its usual gradient norm (0 if unknown)."""
-    knobs = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
+    rates = ["learning_rate"] + (["muon_learning_rate"] if config.optimizer.name == "muon" else [])
+    # The changed knobs, or the reason why they are unavailable.
+    found: dict[str, dict[str, Any] | str] = {CONTROL: {}}
+    for name, divisor in LEARNING_RATE_DIVISORS.items():
+        found[name] = {f"optimizer.{knob}": getattr(config.optimizer, knob) / divisor for knob in rates}
+    found["tighter clipping"] = _clip_tighter(config, usual_norm)
+    found["QK-norm"] = _enable_qk_norm(config)
+    found["z-loss"] = {"training.z_loss": Z_LOSS}
+    if config.training.z_loss > 0:
+        found["z-loss"] = f"already enabled, with {config.training.z_loss:g}"
+    found["float32"] = {path: value for path, value in FLOAT32.items() if get_path(config, path) != value}
+    if all(get_path(config, path) in (None, "float32") for path in FLOAT32):
+        found["float32"] = "already in float32"
     return [
-        Intervention(CONTROL),
-        *(
-            Intervention(
-                name, tuple((f"optimizer.{knob}", getattr(config.optimizer, knob) / divisor) for knob in knobs)
-            )
-            for name, divisor in LEARNING_RATE_DIVISORS.items()
-        ),
-        _clip_tighter(config, usual_norm),
-        _enable_qk_norm(config),
-        _enable_z_loss(config),
-        _use_float32(config),
+        Intervention(name, unavailable_reason=knobs)
+        if isinstance(knobs, str)
+        else Intervention(name, (*knobs.items(),))
+        for name, knobs in found.items()
     ]
 
 
-def _clip_tighter(config: Config, usual_norm: float) -> Intervention:
-    name, clip_norm = "tighter clipping", 0.0
-    if usual_norm > 0 and math.isfinite(usual_norm):
-        clip_norm = float(f"{CLIP_FRACTION * usual_norm:.0e}")
-    if not clip_norm > 0:
-        return Intervention(name, unavailable_reason="the usual gradient norm is unknown")
+def _clip_tighter(config: Config, usual_norm: float) -> dict[str, Any] | str:
+    if not (usual_norm > 0 and math.isfinite(usual_norm)):
+        return "the usual gradient norm is unknown"
+    clip_norm = float(f"{CLIP_FRACTION * usual_norm:.0e}")
     if 0 < config.optimizer.clip_norm <= clip_norm:
-        return Intervention(name, unavailable_reason=f"gradients are already clipped to {config.optimizer.clip_norm:g}")
-    return Intervention(name, (("optimizer.clip_norm", clip_norm),))
+        return f"gradients are already clipped to {config.optimizer.clip_norm:g}"
+    return {"optimizer.clip_norm": clip_norm}
 
 
-def _enable_qk_norm(config: Config) -> Intervention:
-    name, knobs = "QK-norm", (("model.attention.qk_norm", "head"),)
+def _enable_qk_norm(config: Config) -> dict[str, Any] | str:
+    knobs = {"model.attention.qk_norm": "head"}
     if config.model.attention.qk_norm != "none":
-        return Intervention(name, unavailable_reason="already enabled")
+        return "already enabled"
     try:
-        changed = resolve(to_dict(replace_paths(config, dict(knobs))))
+        changed = resolve(to_dict(replace_paths(config, knobs)))
     except UserError as error:
-        return Intervention(name, unavailable_reason=str(error).rstrip("."))
+        return str(error).rstrip(".")
     if flatten_paths(parameter_shapes(changed.model)).keys() == flatten_paths(parameter_shapes(config.model)).keys():
-        return Intervention(name, unavailable_reason="no layer of the model has queries and keys to normalize")
-    return Intervention(name, knobs)
-
-
-def _enable_z_loss(config: Config) -> Intervention:
-    if config.training.z_loss > 0:
-        return Intervention("z-loss", unavailable_reason=f"already enabled, with {config.training.z_loss:g}")
-    return Intervention("z-loss", (("training.z_loss", Z_LOSS),))
-
-
-def _use_float32(config: Config) -> Intervention:
-    if all(get_path(config, path) in (None, "float32") for path in FLOAT32):
-        return Intervention("float32", unavailable_reason="already in float32")
-    knobs = {path: value for path, value in FLOAT32.items() if get_path(config, path) != value}
-    return Intervention("float32", tuple(knobs.items()))
+        return "no layer of the model has queries and keys to normalize"
+    return knobs
 
 
 def run_interventions(
