@@ -185,39 +185,20 @@ from configs import tiny
 from rustgpt_jax.sweeps import seeds, successive_halving, values
 
 RATES = values("optimizer.learning_rate", 1e-3, 1e-2)
+get_config = tiny.get_config
 
-def get_config():
-    return tiny.get_config()
-
-def sweep():
-    return seeds(2)
-
-def sweep_rates():
-    return RATES
-
-def sweep_broken():
-    return 1 / 0
-
+def sweep(): return seeds(2)
+def sweep_rates(): return RATES
+def sweep_broken(): return 1 / 0
+def sweep_empty(): return []
+def sweep_words(): return {"seed": 1}
+def sweep_typo(): return [{"optimizer.learning_rat": 1}]
+def sweep_twice(): return [*values("seed", 1, 2), {"seed": 1}]
+def sweep_halving(): return successive_halving(RATES, rungs=(30,))
 def sweep_broken_later():
     yield {"seed": 1}
     yield {"seed": {}["depth"]}
-
-def sweep_empty():
-    return []
-
-def sweep_words():
-    return {"seed": 1}
-
-def sweep_typo():
-    return [{"optimizer.learning_rat": 1}]
-
-def sweep_twice():
-    return [*values("seed", 1, 2), {"seed": 1}]
-
-def sweep_halving():
-    return successive_halving(RATES, rungs=(30,))
 """
-
 
 FILES_OF_MISTAKES = {
     "broken.py": "def get_config():\n    return 1 / 0\n",
@@ -272,6 +253,7 @@ def test_mistakes_write_no_files(folder: Path) -> None:
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     written = {name for name in files if not name.startswith(("out ", "err "))}
     assert written == {*FILES_OF_MISTAKES, "pipe", "piped/config.json"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"piped", "other", "trained", "halves"}
     assert list(Path(os.environ["RUSTGPT_JAX_CACHE"]).glob("stores/.*")) == []
 
 

@@ -1,4 +1,4 @@
-"""Taps measure what every layer gives, and its gradient, in every layer there is; where none are asked, none are."""
+"""Intermediates: the outputs and gradients of every layer are measured, and the program is unchanged without them."""
 
 import itertools
 from pathlib import Path
@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {
 
 
 def batch(rows: int = ROWS, seed: int = 0, vocab_size: int = 61) -> Batch:
-    """Two documents a row, some padding, and some targets that are not learned."""
+    """Return a batch with two documents per row, some padding, and some targets without loss."""
     rng = np.random.default_rng(seed)
     tokens_BS = rng.integers(0, vocab_size, (rows, LENGTH + 1)).astype(np.int32)
     segments_BT = np.tile(np.repeat([1, 2, 0], [4, LENGTH - 5, 1]).astype(np.int32), (rows, 1))
@@ -74,12 +74,12 @@ def scalar(logits_BTV: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sin(logits_BTV))
 
 
-# A measurement.
+# Statistics of one tensor.
 
 
 @given(st.data())
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> None:
+def test_tensor_stats_match_numpy(dtype: type, data: st.DataObject) -> None:
     ordinary = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
     values = data.draw(st.lists(ordinary | st.sampled_from([np.nan, np.inf, -np.inf, 0.0]), min_size=6, max_size=6))
     x = np.array(values, np.float32).reshape(2, 3).astype(dtype)
@@ -95,7 +95,7 @@ def test_a_measurement_is_that_of_numpy(dtype: type, data: st.DataObject) -> Non
 compiled_measured = jax.jit(intermediates.tensor_stats)
 
 
-def test_watching_changes_neither_the_tensor_nor_its_gradient() -> None:
+def test_probe_changes_neither_the_tensor_nor_its_gradient() -> None:
     def loss(x: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         watched, measured = intermediates.probe(x, slot)
         return jnp.sum(watched**3), measured
@@ -107,11 +107,11 @@ def test_watching_changes_neither_the_tensor_nor_its_gradient() -> None:
     np.testing.assert_array_equal(measured, intermediates.tensor_stats(x))
 
 
-# Every layer, against a forward of the test's own in which each tensor can be moved.
+# Every layer, compared with a reference forward pass in which each tensor can be perturbed.
 
 
 def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: ModelConfig) -> Any:
-    """The loss with each site's tensor moved by an array, and the tensors: one layer after another, in Python."""
+    """Return the loss with an array added to each tensor, and the tensors, from a loop over layers in Python."""
     seen: dict[str, jax.Array] = {}
 
     def at(site: str, x: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ def perturbed(params: Any, moves: dict[str, jax.Array], batch: Batch, model: Mod
 
 
 def check(model: ModelConfig) -> None:
-    """Every measurement, forward and backward, is that of the tensor and of the gradient in `perturbed`."""
+    """Check that all measurements are those of the tensors in `perturbed` and of their gradients."""
     params, read = random_params(model), batch()
     every = hook_points(model, ROWS, LENGTH)
 
@@ -180,14 +180,14 @@ def model_with(**changes: Any) -> ModelConfig:
 
 
 @pytest.mark.slow
-def test_layers_of_a_pattern_and_those_left_over_are_measured() -> None:
+def test_stacked_and_leftover_layers_are_measured() -> None:
     mixers = ("attention", "local_attention")
     check(
         model_with(n_layers=5, mixers=mixers, **{"attention.qk_norm": "head"}, norm_placement="sandwich", remat="full")
     )
 
 
-# Each mixer with a feed-forward: every one of both is there.
+# Pairs of a mixer and a feed-forward, in which all of both occur.
 COUPLES = [
     pytest.param(mixer, feedforward, id=f"{mixer}-{feedforward}")
     for _, mixer, feedforward in zip(
@@ -203,7 +203,7 @@ def test_every_layer_is_measured(mixer: str, feedforward: str) -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_has_sites_in_the_order_of_its_computation(mixer: str) -> None:
+def test_hook_points_are_in_order_of_computation(mixer: str) -> None:
     model = model_with(n_layers=2, mixers=mixer, feedforwards="moe", norm_placement="pre")
     names = [site.name for site in hook_points(model, ROWS, LENGTH)]
     assert len(set(names)) == len(names)
@@ -214,13 +214,13 @@ def test_every_mixer_has_sites_in_the_order_of_its_computation(mixer: str) -> No
     assert [name for name in names if name in around] == around and names[-2:] == ["hidden", "logits"]
 
 
-OWN = """
+CUSTOM_LAYER = """
 import flax.linen as nn
 import jax, jax.numpy as jnp
 from rustgpt_jax.model.linear import Linear
 from rustgpt_jax.model.intermediates import Probe
 
-class Own(nn.Module):
+class Custom(nn.Module):
     config: object
     @nn.compact
     def __call__(self, x_BTD, context):
@@ -233,13 +233,13 @@ class Own(nn.Module):
 """
 
 
-def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_layer.py").write_text(OWN)
+def test_custom_layer_is_measured_without_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "custom_layer.py").write_text(CUSTOM_LAYER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    model = model_with(n_layers=2, feedforwards="own_layer:Own")
+    model = model_with(n_layers=2, feedforwards="custom_layer:Custom")
     found = {site.site: site for site in hook_points(model, ROWS, LENGTH) if site.layer == 1}
     inside = [name for name in found if name.startswith("feedforward") and "_" not in name]
-    # Linear layers under vmap have many outputs: what is made of them has one.
+    # Linear layers under vmap have many outputs, so only what is computed from them is a hook point.
     kinds = ["twice", "twice:2", "angle", "again"]
     assert inside == [*(f"feedforward/{kind}" for kind in kinds), "feedforward"]
     params, read, every = random_params(model), batch(), hook_points(model, ROWS, LENGTH)
@@ -250,7 +250,7 @@ def test_a_layer_of_ones_own_is_measured_without_an_edit(tmp_path: Path, monkeyp
     np.testing.assert_allclose(norms["feedforward/angle"], 3 * norms["feedforward/twice:2"], rtol=1e-5)
 
 
-# Where there are none.
+# Without intermediates.
 
 
 def lowered(model: ModelConfig) -> str:
@@ -265,9 +265,7 @@ def lowered(model: ModelConfig) -> str:
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_without_taps_the_program_is_what_it_would_be_without_the_code_for_them(
-    remat: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_program_without_intermediates_is_unchanged(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with(n_layers=3, mixers=("attention", "latent_attention"), feedforwards="moe", remat=remat)
     with_code = lowered(model)
     monkeypatch.setattr(
@@ -366,7 +364,7 @@ def test_parameters_are_in_order_of_use() -> None:
     assert second == [*mixer, *feedforward]
 
 
-def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
+def test_nonfinite_elements_are_counted_where_they_arise() -> None:
     model = model_with(n_layers=3)
     params = random_params(model)
     params["blocks"]["0"]["mixer"]["key"]["kernel"][1, 0, 0] = np.nan
@@ -381,6 +379,6 @@ def test_a_broken_tensor_is_counted_where_it_breaks() -> None:
     assert "layers/1/mixer/value" not in bad and bad[-1] == "logits"
 
 
-def test_sites_say_where_they_are() -> None:
+def test_hook_points_have_names() -> None:
     site = HookPoint("mixer/key", (2, 3), 4, "1", 2)
     assert (site.name, site.size) == ("layers/4/mixer/key", 6)
