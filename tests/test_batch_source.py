@@ -23,7 +23,7 @@ from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_
 def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batch:
     """The windows at places as a device reads them."""
     sent = jax.tree.map(np.int32, places)
-    return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, window=window))
+    return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, seq_len=window))
 
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
@@ -52,7 +52,7 @@ def test_ids_of_any_size_are_read() -> None:
 def test_a_resident_stream_takes_the_bytes_that_are_foretold() -> None:
     stream = stream_of([30, 20], [True, False], shard=7)
     kept = make_device_stream(stream)
-    assert kept.tokens_N.nbytes + kept.marks_N.nbytes == n_bytes(stream) == 51 * 3
+    assert kept.tokens_N.nbytes + kept.flags_N.nbytes == n_bytes(stream) == 51 * 3
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -7,7 +7,7 @@ from rustgpt_jax.cache_dir import cache_folder
 from rustgpt_jax.config.schema import SamplingConfig, stages
 from rustgpt_jax.data.datasets import assign_splits, load_documents
 from rustgpt_jax.data.preprocess import StageData, find_changed_stages, prepare_stage
-from rustgpt_jax.evaluation.exact_match import right_answers
+from rustgpt_jax.evaluation.exact_match import count_exact_matches
 from rustgpt_jax.evaluation.loss import evaluate
 from rustgpt_jax.inference.decode_params import select_weight_layout
 from rustgpt_jax.inference.text_generator import TextGenerator
@@ -70,5 +70,5 @@ def _count_right_answers(
     for split, document in assign_splits(load_documents(config), config, n_characters):
         splits[split].append(document)
     with show_progress(console, "questions answered") as progress:
-        counts = [right_answers(writer, dialogues, sampling, progress) for dialogues in splits.values()]
+        counts = [count_exact_matches(writer, dialogues, sampling, progress) for dialogues in splits.values()]
     return [f"{right} of {total} ({right / total:.1%})" if total else "none" for right, total in counts]

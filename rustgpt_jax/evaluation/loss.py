@@ -73,32 +73,32 @@ def _chunked_sums(
     model: ModelConfig,
     chunk: int,
 ) -> LossSums:
-    """Compute the sums of a batch one chunk of logits at a time."""
+    """Compute the sums of a batch with the logits of one chunk at a time."""
     length = hidden_BTD.shape[1]
     chunk = min(chunk, length)
 
     def chunks(x: jax.Array) -> jax.Array:
         """Reshape (B, T, ...) to (chunks, B, chunk, ...), padded with zeros, which have no weight.
 
-        A chunk has tokens from all over the window, which preserves a sharding along T.
+        A chunk has tokens from all parts of the sequence, which preserves a sharding along T.
         """
         padded = jnp.pad(x, [(0, 0), (0, -length % chunk), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(hidden_BTD: jax.Array, part: Batch) -> LossSums:
+    def chunk_sums(hidden_BTD: jax.Array, part: Batch) -> LossSums:
         return cross_entropy_sums(transformer.logits(params, hidden_BTD, model), part, {})[0]
 
-    def add(total: LossSums, one: tuple[jax.Array, Batch]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, of_chunk(*one)), None
+    def add(total: LossSums, inputs: tuple[jax.Array, Batch]) -> tuple[LossSums, None]:
+        return jax.tree.map(jnp.add, total, chunk_sums(*inputs)), None
 
-    nothing = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
-    sums, _ = jax.lax.scan(add, nothing, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
+    zeros = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), {})
+    sums, _ = jax.lax.scan(add, zeros, (chunks(hidden_BTD), jax.tree.map(chunks, batch)))
     return sums._replace(layer_metrics={name: value * sums.weight for name, value in layer_metrics.items()})
 
 
 def cross_entropy_sums(logits_BTV: jax.Array, batch: Batch, layer_metrics: LayerMetrics) -> tuple[LossSums, jax.Array]:
-    """Return the sums of a batch given its logits, and the loss of each token."""
+    """Compute the sums of a batch from its logits, and the loss of each token."""
     weight = jnp.sum(batch.weights_BT)
     normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     chosen_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
@@ -134,7 +134,7 @@ def split_microbatches(batch: Batch, n_parts: int) -> Batch:
 def eval_loss_sums(
     params: transformer.Params, batch: Batch, model: ModelConfig, loss_chunk_size: int | None = None, n_parts: int = 1
 ) -> LossSums:
-    """Compute the sums of a batch, `n_parts` microbatches one after another, to need no more memory than a step."""
+    """Compute the sums of a batch in `n_parts` microbatches, so that it needs no more memory than a training step."""
     if n_parts == 1:
         return loss_sums(params, batch, model, None, loss_chunk_size)
     sums_P = jax.lax.map(
@@ -143,12 +143,10 @@ def eval_loss_sums(
     return jax.tree.map(jnp.sum, sums_P)
 
 
-# Loss, perplexity and bits per byte on held-out text.
-
-# Maximum number of batches whose sums are still being computed by the device. Each holds its batch and some KB of
-# Python objects, so without a limit the memory of an evaluation would grow with the corpus.
+# The number of batches whose sums may be pending on the device. Each holds its batch and some KB of Python objects, so
+# without a limit the memory of an evaluation would grow with the corpus.
 MOST_PENDING = 128
-# Maximum seconds of computation that may be pending, because an evaluation cannot be stopped before it is done.
+# The computation that may be pending, in seconds, because an evaluation cannot be stopped before it is done.
 MOST_SECONDS_PENDING = 5.0
 
 
@@ -163,25 +161,24 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on batches.
 
-    Bits per byte are comparable between tokenizers: the loss in bits divided by the average number of bytes of text per
-    token. A word tokenizer loses spacing and unknown words, so that its value is about its tokens, not the whole text.
+    Bits per byte, the loss in bits divided by the average number of bytes of text per token, are comparable between
+    tokenizers, except for word tokenizers, which lose spacing and unknown words.
 
     Args:
         params: The parameters.
         model: The config of the model.
         batches: The batches.
-        bytes_per_token: The average number of bytes per token with loss in the whole split.
+        bytes_per_token: The average number of bytes per token with loss in the split.
         loss_chunk_size: As for `loss_sums`.
         n_parts: The number of microbatches of a batch.
-        progress: Called before each batch with the number of batches whose sums are known. If it raises an exception,
-            the evaluation ends.
+        progress: Called before each batch with the number of batches done. It may raise an exception to stop.
 
     Returns:
         Mean loss in nats per token, perplexity and bits per byte; empty if there are no batches.
     """
     model = for_inference(model)
     losses, weights, pending = array("d"), array("d"), deque[LossSums]()
-    # Wait for the first batch at once, because the time of a batch is unknown.
+    # Wait for the first batch, because the time of a batch is not known yet.
     limit, start = 1, time.monotonic()
     for batch in batches:
         if progress is not None:
@@ -198,7 +195,7 @@ def evaluate(
     _read(list(pending), losses, weights)
     if not losses:
         return {}
-    # Sum in batch order with Python's own sum.
+    # In the order of the batches, in float64.
     loss, weight = sum(losses), sum(weights)
     mean = float(loss / max(weight, 1.0))
     return {

@@ -1,6 +1,6 @@
-"""Batches of a run: read from a token stream in device memory if it fits, else from files.
+"""Sources of batches: a token stream in device memory if it fits, else files.
 
-Both sources produce identical batches, so the choice does not change the results of a run.
+Both give identical batches, so the choice does not change the results of a run.
 """
 
 from functools import lru_cache, partial
@@ -19,117 +19,117 @@ from rustgpt_jax.model.kernels import default_device
 from rustgpt_jax.sharding.hardware_specs import free_device_memory
 from rustgpt_jax.sharding.sharding_plan import ShardingPlan
 
-# Marks of a token: it is a target with loss; a document begins there.
+# Flags of a token: it has loss as a target, and it is the first one of a document.
 LOSS_MASK, DOC_START = np.uint8(1), np.uint8(2)
 
 
 class DeviceTokenStream(NamedTuple):
-    """A token stream in device memory. Batches are gathered from it, so that only window offsets are transferred.
+    """A token stream in device memory. Batches are gathered from it, so that only offsets are transferred.
 
     Attributes:
         tokens_N: The N tokens in their stored dtype.
-        marks_N: LOSS_MASK if the token is a target with loss, plus DOC_START if a document begins there.
+        flags_N: The sum of LOSS_MASK and DOC_START, where they apply.
         end_id: The id of the end-of-document token.
     """
 
     tokens_N: Any
-    marks_N: Any  # uint8
+    flags_N: Any  # uint8
     end_id: Any  # int32
 
 
 def n_bytes(stream: TokenStream) -> int:
-    """Return the number of bytes that a stream takes in device memory."""
+    """Return the size of a stream in device memory, in bytes."""
     return stream.n_tokens * (stream.token_shards[0].itemsize + LOSS_MASK.itemsize)
 
 
 def make_device_stream(stream: TokenStream) -> DeviceTokenStream:
-    """Build the device form of a stream, in host memory. It must have fewer than MAX_TOKENS tokens."""
-    marks_N = np.where(stream.weights(0, stream.n_tokens), LOSS_MASK, np.uint8(0))
-    marks_N[[*stream.offsets, -1]] |= DOC_START
-    return DeviceTokenStream(np.concatenate(stream.token_shards), marks_N, np.int32(stream.end_id))
+    """Build a `DeviceTokenStream` in host memory. The stream must have fewer than MAX_TOKENS tokens."""
+    flags_N = np.where(stream.weights(0, stream.n_tokens), LOSS_MASK, np.uint8(0))
+    flags_N[[*stream.offsets, -1]] |= DOC_START
+    return DeviceTokenStream(np.concatenate(stream.token_shards), flags_N, np.int32(stream.end_id))
 
 
-@partial(jax.jit, static_argnames=("window", "sharding"))
+@partial(jax.jit, static_argnames=("seq_len", "sharding"))
 def read_sequences(
-    stream: DeviceTokenStream, places: SequenceOffsets, *, window: int, sharding: Sharding | None = None
+    stream: DeviceTokenStream, offsets: SequenceOffsets, *, seq_len: int, sharding: Sharding | None = None
 ) -> Batch:
-    """Read the windows at some offsets, as `pipeline.SequenceReader.read` does.
+    """Read the sequences at some offsets, as `pipeline.SequenceReader.read` does.
 
     Args:
         stream: The token stream.
-        places: int32 offsets, with any number of axes before B, which the batch has too.
-        window: The number of tokens T of a window.
+        offsets: int32 offsets. They may have more axes before B, which the batch then has too.
+        seq_len: The length T of a sequence.
         sharding: The sharding of the batch, if any.
     """
-    read = partial(_read_sequence, stream, jnp.arange(window + 1))
-    for _ in places.starts_B.shape:
+    read = partial(_read_sequence, stream, jnp.arange(seq_len + 1))
+    for _ in offsets.starts_B.shape:
         read = jax.vmap(read)
-    batch = read(places.starts_B, places.lengths_B)
+    batch = read(offsets.starts_B, offsets.lengths_B)
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _read_sequence(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, real: jax.Array) -> Batch:
-    """Read one window, without the axis of rows."""
+def _read_sequence(stream: DeviceTokenStream, within_S: jax.Array, start: jax.Array, length: jax.Array) -> Batch:
+    """Read one sequence, without the axis B. S is T + 1."""
     last = stream.tokens_N.shape[0] - 1
-    around_S = start + within_S
-    # The last token of the stream is also its first, so its second token follows.
-    around_S = jnp.where(around_S > last, around_S - last, around_S)
-    is_read_S = (within_S <= real) & (real > 0)
-    tokens_S = jnp.where(is_read_S, stream.tokens_N[around_S].astype(jnp.int32), stream.end_id)
-    marks_S = jnp.where(is_read_S, stream.marks_N[around_S], np.uint8(0))
+    index_S = start + within_S
+    # The stream is cyclic: its last token is also its first, so the second one follows.
+    index_S = jnp.where(index_S > last, index_S - last, index_S)
+    is_read_S = (within_S <= length) & (length > 0)
+    tokens_S = jnp.where(is_read_S, stream.tokens_N[index_S].astype(jnp.int32), stream.end_id)
+    flags_S = jnp.where(is_read_S, stream.flags_N[index_S], np.uint8(0))
 
     within_T = within_S[:-1]
-    is_real_T = within_T < real
-    # The first document of a window is number 1 whether or not it begins there.
-    is_start_T = (within_T == 0) | (is_real_T & (marks_S[:-1] & DOC_START > 0))
-    began_T = jax.lax.cummax(jnp.where(is_start_T, within_T, 0))
+    is_valid_T = within_T < length
+    # The first document of a sequence is number 1 whether or not it starts there.
+    is_start_T = (within_T == 0) | (is_valid_T & (flags_S[:-1] & DOC_START > 0))
+    start_T = jax.lax.cummax(jnp.where(is_start_T, within_T, 0))
     return Batch(
         tokens_BT=tokens_S[:-1],
         targets_BT=tokens_S[1:],
-        weights_BT=(marks_S[1:] & LOSS_MASK).astype(jnp.float32),
-        segments_BT=jnp.cumsum(is_start_T, dtype=jnp.int32) * is_real_T,
-        positions_BT=within_T - began_T,
+        weights_BT=(flags_S[1:] & LOSS_MASK).astype(jnp.float32),
+        segments_BT=jnp.cumsum(is_start_T, dtype=jnp.int32) * is_valid_T,
+        positions_BT=within_T - start_T,
     )
 
 
-# Maximum share of device memory and number of tokens (so that twice the length fits int32) of a stream on the device,
-# and the number of streams to keep there for later runs.
+# A stream on a device takes at most this fraction of its memory, and has at most this many tokens, so that twice the
+# length fits int32.
 MAX_MEMORY_SHARE = 1 / 32
 MAX_TOKENS = 2**30
+# The number of streams to keep on the devices for later runs.
 CACHED_STREAMS = 4
 
 
 class BatchSource(Protocol):
-    """The batches of a stage of a run, from one step on."""
+    """The batches of a stage of a run, from a step on."""
 
-    def take(self, count: int, slots: int) -> Batch:
-        """Return the batches of the next `count` steps, stacked and padded to `slots`; the padding is never used."""
+    def take(self, count: int, n_slots: int) -> Batch:
+        """Return the batches of the next `count` steps, stacked and padded to `n_slots`."""
 
     def close(self) -> None:
         """Release resources."""
 
 
-def make_batch_source(data: StageData, placement: ShardingPlan, step: int) -> BatchSource:
-    """Return the source of the batches of a stage from a step on, with the rows of this process."""
+def make_batch_source(data: StageData, plan: ShardingPlan, step: int) -> BatchSource:
+    """Return the source of this process's rows of the batches of a stage, from a step on."""
     stream = data.store.split("train")
-    device = default_device() if placement.mesh is None else placement.mesh.local_devices[0]
+    device = default_device() if plan.mesh is None else plan.mesh.local_devices[0]
     fits = n_bytes(stream) <= MAX_MEMORY_SHARE * free_device_memory(device) and stream.n_tokens < MAX_TOKENS
-    # With several processes, each reads its own rows from files.
     if fits and jax.process_count() == 1:
-        return DeviceBatchSource(data, placement, step, _cached_stream(data.store.path, placement, device))
-    return FileBatchSource(data, placement, step)
+        return DeviceBatchSource(data, plan, step, _load_device_stream(data.store.path, plan, device))
+    return FileBatchSource(data, plan, step)
 
 
 class FileBatchSource:
     """Batches read from the token store by a background thread."""
 
-    def __init__(self, data: StageData, placement: ShardingPlan, step: int) -> None:
-        rows = placement.local_rows(data.stage.config.training.batch_size, data.seq_len)
+    def __init__(self, data: StageData, plan: ShardingPlan, step: int) -> None:
+        rows = plan.local_rows(data.stage.config.training.batch_size, data.seq_len)
         self._batches = data.training_batches(rows).iterate(step)
 
-    def take(self, count: int, slots: int) -> Batch:
+    def take(self, count: int, n_slots: int) -> Batch:
         """As `BatchSource.take`, in host memory."""
-        return Batch(*_stacked([next(self._batches) for _ in range(count)], slots))
+        return Batch(*_stack([next(self._batches) for _ in range(count)], n_slots))
 
     def close(self) -> None:
         """Stop the thread."""
@@ -139,34 +139,33 @@ class FileBatchSource:
 class DeviceBatchSource:
     """Batches gathered on the devices from a token stream there."""
 
-    def __init__(self, data: StageData, placement: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
-        self._batches, self._step, self._window = data.training_batches(), step, data.seq_len
-        self._placement, self._stream = placement, stream
+    def __init__(self, data: StageData, plan: ShardingPlan, step: int, stream: DeviceTokenStream) -> None:
+        self._batches, self._step, self._seq_len = data.training_batches(), step, data.seq_len
+        self._plan, self._stream = plan, stream
 
-    def take(self, count: int, slots: int) -> Batch:
+    def take(self, count: int, n_slots: int) -> Batch:
         """As `BatchSource.take`, on the devices."""
         steps = range(self._step, self._step + count)
-        places = SequenceOffsets(*_stacked([self._batches.locate(step) for step in steps], slots))
+        offsets = SequenceOffsets(*_stack([self._batches.locate(step) for step in steps], n_slots))
         self._step += count
-        sent = self._placement.replicate(jax.tree.map(np.int32, places))
-        shape = (*places.starts_B.shape, self._window)
-        sharding = None if self._placement.mesh is None else self._placement.batch_sharding(shape)
-        return read_sequences(self._stream, sent, window=self._window, sharding=sharding)
+        offsets = self._plan.replicate(jax.tree.map(np.int32, offsets))
+        shape = (*offsets.starts_B.shape, self._seq_len)
+        sharding = None if self._plan.mesh is None else self._plan.batch_sharding(shape)
+        return read_sequences(self._stream, offsets, seq_len=self._seq_len, sharding=sharding)
 
     def close(self) -> None:
-        """Do nothing: the stream may be used by other runs."""
+        """Do nothing: other runs may use the stream."""
 
 
 @lru_cache(CACHED_STREAMS)
-def _cached_stream(store: Path, placement: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
-    """Return the training stream of a store on the devices; the files of a store never change.
-
-    `device` is part of the cache key: plans for one device do not name it.
-    """
+def _load_device_stream(store: Path, plan: ShardingPlan, device: jax.Device) -> DeviceTokenStream:
+    """Load the training stream of a store, whose files never change, to the devices."""
+    # Only for the cache key: plans for one device do not name it.
     del device
-    return placement.replicate(make_device_stream(open_store(store).split("train")))
+    return plan.replicate(make_device_stream(open_store(store).split("train")))
 
 
-def _stacked(parts: list[tuple[np.ndarray, ...]], slots: int) -> list[np.ndarray]:
-    parts = parts + [parts[-1]] * (slots - len(parts))
+def _stack(parts: list[tuple[np.ndarray, ...]], n_slots: int) -> list[np.ndarray]:
+    """Stack the arrays of some steps, padded to `n_slots` with those of the last step, which are never used."""
+    parts = parts + [parts[-1]] * (n_slots - len(parts))
     return [np.stack(leaves) for leaves in zip(*parts, strict=True)]

@@ -21,16 +21,14 @@ from rustgpt_jax.registry import lookup
 
 def adamw(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return optax.chain(
-        _adam_direction(config), weight_decay(config), optax.scale(-lr_multiplier * config.learning_rate)
-    )
+    learning_rate = lr_multiplier * config.learning_rate
+    return optax.chain(_scale_by_adam(config), weight_decay(config), optax.scale(-learning_rate))
 
 
 def adam(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980), with weight decay added to the gradient."""
-    return optax.chain(
-        weight_decay(config), _adam_direction(config), optax.scale(-lr_multiplier * config.learning_rate)
-    )
+    learning_rate = lr_multiplier * config.learning_rate
+    return optax.chain(weight_decay(config), _scale_by_adam(config), optax.scale(-learning_rate))
 
 
 def sgd(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> optax.GradientTransformation:
@@ -66,7 +64,7 @@ def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> 
 
     Gradients and weight decay are taken at the parameters, y = b1 x + (1 - b1) z; z moves by Adam without momentum;
     x, where the model is evaluated, is the mean of all z, weighted by the square of the highest learning rate so far.
-    As in the authors' code, the correction of Adam's bias is no part of these weights. b1 must be above 0.
+    As in the authors' code, these weights do not include Adam's bias correction. b1 must be above 0.
     """
     learning_rate = lr_multiplier * config.learning_rate
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
@@ -76,7 +74,7 @@ def schedule_free(config: OptimizerConfig, lr_multiplier: jax.Array | float) -> 
         return optax.contrib.schedule_free(movement, learning_rate, b1, state_dtype=_moment_dtype(config))
 
     def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        # The state has the b1 that y was made with, which may be that of another stage. y - z is b1 times x - z.
+        # The state has the b1 that y was computed with, which may be that of another stage. y - z is b1 times x - z.
         updates, after = averaging(state.b1).update(gradients, state, params)
         excess = config.b1 / state.b1 - 1.0
         updates = jax.tree.map(lambda update, y, z: update + excess * (y + update - z), updates, params, after.z)
@@ -93,8 +91,8 @@ def averaged_params(params: Any, opt_state: Any) -> Any:
 def muon_partition(params: Any) -> Any:
     """Label each parameter "muon" or "adamw": muon takes the stacked matrices of the blocks.
 
-    These are kernels of three axes, of layers, inputs and outputs, and of four, with experts after the layers.
-    Convolutions multiply each channel by itself, and a router chooses more than it multiplies.
+    These are kernels with three axes (layers, inputs, outputs) or four (layers, experts, inputs, outputs), except for
+    depthwise convolutions and routers.
     """
 
     def label(path: Any, parameter: jax.Array) -> str:
@@ -106,7 +104,7 @@ def muon_partition(params: Any) -> Any:
 
 
 def _stacked_matrices(params: Any) -> Any:
-    # The first axes count layers and experts: without these numbers Optax would take (layers, inputs) for one matrix.
+    # The first axes are layers and experts. By default, Optax takes (layers, inputs) for a matrix.
     return jax.tree.map(
         lambda leaf: optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1), params
     )
@@ -117,12 +115,12 @@ def _scale_by_shape(updates: Any, params: Any = None) -> Any:
     return jax.tree.map(lambda update: update * max(1.0, update.shape[-1] / update.shape[-2]) ** 0.5, updates)
 
 
-def _adam_direction(config: OptimizerConfig) -> optax.GradientTransformation:
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=_moment_dtype(config))
 
 
 def _moment_dtype(config: OptimizerConfig) -> str | None:
-    """Return the dtype of first moments for Optax; None (for float32) means that of the parameters."""
+    """Return Optax's argument for the dtype of first moments; None means that of the parameters, float32."""
     return None if config.state_dtype == "float32" else config.state_dtype
 
 
@@ -156,7 +154,7 @@ def decay_factor(name: str, groups: tuple[tuple[str, float], ...]) -> float:
 
 
 def check_decay_groups(params: Any, config: OptimizerConfig) -> None:
-    """Raise UserError if a parameter (or shape) of a tree belongs to no weight decay group."""
+    """Raise UserError if a parameter (or shape) of a tree is in no weight decay group."""
     for path in flatten_paths(params):
         decay_factor(path, config.weight_decay_groups)
 
@@ -176,7 +174,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, jax.Array | float], optax.Gradi
     "schedule_free": schedule_free,
 }
 
-# Optimizers that evaluate other parameters than they train: functions of (params, opt_state) that return them.
+# For optimizers that evaluate other parameters than they train: functions of (params, opt_state) that return them.
 EVAL_PARAMS: dict[str, Callable[[Any, Any], Any]] = {"schedule_free": averaged_params}
 
 
@@ -186,14 +184,14 @@ def make_optimizer(config: OptimizerConfig, lr_multiplier: jax.Array | float = 1
 
 
 def get_eval_params(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
-    """Return the parameters for evaluation and sampling: the trained ones, unless EVAL_PARAMS has others."""
+    """Return the parameters for evaluation and sampling: the trained ones, unless EVAL_PARAMS has an entry."""
     return EVAL_PARAMS[config.name](params, opt_state) if config.name in EVAL_PARAMS else params
 
 
 # Learning-rate schedules: a multiplier from 0 to 1 of the learning rate at each step.
 #
-# Each is a pure function of (step, steps, config of the schedule), all of which may be traced, so that one compiled
-# program serves every length of warmup and of training.
+# Each is a function of (step, steps, schedule), all of which may be traced, so that one compiled program serves every
+# length of warmup and of training.
 
 Scalar = jax.Array | float
 Schedule = Callable[[jax.Array, Scalar, ScheduleConfig], jax.Array]

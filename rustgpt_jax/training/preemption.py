@@ -1,4 +1,4 @@
-"""Graceful stops: the first signal asks training to save and end; a SIGINT after it ends the process at once."""
+"""Graceful stops: training saves and ends after the first signal; a later SIGINT ends the process at once."""
 
 import os
 import signal
@@ -6,17 +6,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-# SIGINT comes from the user; clusters send the others before they preempt a job.
+# Users send SIGINT; clusters send the others before they preempt a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED_BY_USER = 130
-# "Temporary failure; try again": a job script can requeue a job that ends with this status.
+# "Temporary failure": a job script can requeue a job that ends with this status.
 STOPPED_BY_CLUSTER = os.EX_TEMPFAIL
 
 
 class StopRequest:
-    """Handles signals as requests to stop. True once a signal arrived; use it as a context manager.
+    """Handles signals as requests to stop. Use it as a context manager; it is true after a signal.
 
-    Python runs signal handlers only between bytecode instructions of the main thread. A background thread watches for a
+    Python runs signal handlers only between bytecode instructions of the main thread. A background thread waits for a
     second SIGINT, so that it can end the process while the main thread waits for a long computation.
     """
 
@@ -25,7 +25,7 @@ class StopRequest:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._earlier_writing = signal.set_wakeup_fd(self._writing)
@@ -40,7 +40,7 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.signal_name = self.signal_name or signal.Signals(number).name
 
@@ -61,10 +61,10 @@ class StopRequest:
 
 
 def _watch(reading: int) -> None:
-    """End the process at a SIGINT after the first signal; return when the pipe is closed."""
-    is_asked = False
+    """End the process at a SIGINT after the first signal. Returns when the pipe is closed."""
+    is_requested = False
     while numbers := os.read(reading, 1):
-        if is_asked and numbers[0] == signal.SIGINT:
+        if is_requested and numbers[0] == signal.SIGINT:
             os._exit(STOPPED_BY_USER)
-        is_asked = is_asked or numbers[0] in SIGNALS
+        is_requested = is_requested or numbers[0] in SIGNALS
     os.close(reading)
