@@ -253,7 +253,7 @@ class Checkpoints:
                     on_skipped(skipped, reason)
             return state
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damage.items())
-        raise UserError(f"{self._folder} has no valid {what} ({reasons}); to start over, use another --run folder.")
+        raise UserError(f"{self._folder} has no valid {what} ({reasons}); to start over, choose another --run folder.")
 
     def _missing_message(self, which: str, what: str) -> str:
         steps = ", ".join(map(str, self.steps()))

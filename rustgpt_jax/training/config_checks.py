@@ -1,4 +1,4 @@
-"""Checks of a config before anything is compiled: its components exist, and an existing run can continue with it."""
+"""Checks of a config before anything is compiled: components exist, and an existing run can continue with it."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rustgpt_jax.config.schema import Config, Earlier, Stage, affects_result, may_change, stages
+from rustgpt_jax.config.schema import STEPS, Config, Earlier, affects_result, may_change, stages
 from rustgpt_jax.data.datasets import CORPORA
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import interfaces
@@ -23,7 +23,7 @@ from rustgpt_jax.tokenizers import IMPORTED, TOKENIZERS
 from rustgpt_jax.training.optimizers import OPTIMIZERS, SCHEDULES, schedule_multiplier
 from rustgpt_jax.workdir.run_dir import RunDir, diff_configs, load_config, load_earlier
 
-# Knobs that name components of the model: their registry and interface.
+# Knobs that name components of the model, with their registry and interface.
 MODEL_COMPONENTS: dict[str, tuple[Mapping[str, Any], str]] = {
     "mixers": (MIXERS, interfaces.MIXER),
     "feedforwards": (FEEDFORWARDS, interfaces.FEEDFORWARD),
@@ -36,8 +36,7 @@ def validate_components(config: Config) -> None:
     """Check that every component named in a config exists and has the right interface.
 
     Raises:
-        UserError: A name is unknown (the message suggests the nearest one), a component has another interface, or no
-            device supports the attention kernel.
+        UserError: A name is unknown, a component has another interface, or no device supports the attention kernel.
     """
     model = config.model
     if config.tokenizer.name != IMPORTED:
@@ -59,38 +58,34 @@ def validate_components(config: Config) -> None:
 
 def _check_function(table: Mapping[str, Any], name: str, knob: str, *arguments: str) -> None:
     """Check that a component exists and can be called with these arguments."""
-    part = lookup(table, name, knob)
     try:
-        inspect.signature(part).bind(*arguments)
+        inspect.signature(lookup(table, name, knob)).bind(*arguments)
     except (TypeError, ValueError):  # Not callable, another signature, or a built-in without one.
         raise UserError(f"{knob}={name!r} is not a function of ({', '.join(arguments)}).") from None
 
 
-# Changes of the config of an existing run. Completed steps keep the config they were trained with: the run folder
-# stores each earlier config with its last step, so that a rerun applies the same changes at the same steps.
-
-STEPS = "training.steps"
-EVALUATION_BATCHES = "logging.eval_batches"
+# Changes of the config of an existing run. The run folder stores each earlier config with its last step, so that a
+# rerun applies the same changes at the same steps.
 
 
 class Change(NamedTuple):
-    """The config to continue a run with, its earlier configs, and messages about the change."""
+    """The config to continue a run with, the earlier configs, and messages about the change."""
 
     config: Config
     earlier: tuple[Earlier, ...] = ()
-    sentences: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
 def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
-    """Determine how a run continues with a config. Writes nothing.
+    """Return how a run continues with a config. Nothing is written.
 
     Args:
-        path: The folder of the run, which may not exist.
+        path: The run folder, which may not exist.
         config: The requested config.
         extends: Whether to allow more steps even if the learning-rate schedule was designed for fewer.
 
     Raises:
-        UserError: The run cannot continue with this config, or there is nothing to extend.
+        UserError: The run cannot continue with this config, or `extends` has no effect.
     """
     run = RunDir(path)
     if not run.config_file.exists():
@@ -102,73 +97,66 @@ def resolve_change(path: Path, config: Config, extends: bool = False) -> Change:
     fixed = {knob: values for knob, values in changed.items() if not may_change(knob)}
     if fixed:
         shown = "; ".join(f"{knob} is {there!r} there and {here!r} here" for knob, (there, here) in fixed.items())
-        raise UserError(f"{path} holds a run with another config: {shown}. Choose another --run folder.")
-    made = max(run.saved_steps, default=0)
-    # A command that was stopped may be repeated, including --extend.
+        raise UserError(f"{path} has a run with another config: {shown}. Choose another --run folder.")
+    n_done = max(run.saved_steps, default=0)
+    # A command that was stopped may be repeated as it is, with --extend.
     was_extended = any(stages(each.config)[-1].end_step < stages(stored)[-1].end_step for each in earlier)
     extends = extends and bool(changed or not was_extended)
-    sentences = _check_steps(path, stored, config, changed, made, extends)
-    if not changed or stages(config)[-1].end_step == made:
+    messages = _check_steps(path, stored, config, changed, n_done, extends)
+    if not changed or stages(config)[-1].end_step == n_done:
         return Change(stored if changed else config, earlier)
-    # Steps after the last checkpoint are trained again. A config with no remaining steps stays in the list.
-    kept = tuple(each._replace(until=min(each.until, made)) for each in earlier)
+    # Steps after the last checkpoint are trained again. A config without any steps stays in the list.
+    earlier = tuple(each._replace(until=min(each.until, n_done)) for each in earlier)
     values = "; ".join(f"{knob} is {here!r} instead of {there!r}" for knob, (there, here) in changed.items())
-    if any(knob.endswith(EVALUATION_BATCHES) for knob in changed):
-        anew = "Validation losses before and after it are of different batches: the best checkpoint is chosen anew."
-        sentences = (*sentences, anew)
-    return Change(config, (*kept, Earlier(made, stored)), (f"From step {made} on, {values}.", *sentences))
+    if any(knob.endswith("logging.eval_batches") for knob in changed):
+        message = "Validation losses before that step are of other batches: they do not count for the best checkpoint."
+        messages = (*messages, message)
+    return Change(config, (*earlier, Earlier(n_done, stored)), (f"From step {n_done} on, {values}.", *messages))
 
 
 def _check_steps(
-    path: Path, stored: Config, config: Config, changed: Iterable[str], made: int, extends: bool
+    path: Path, stored: Config, config: Config, changed: Iterable[str], n_done: int, extends: bool
 ) -> tuple[str, ...]:
     """Return messages about a change of the number of steps.
 
     Raises:
         UserError: The change is not allowed.
     """
-    lengths = [knob for knob in changed if knob.endswith(STEPS)]
     before, after = stages(stored)[-1].end_step, stages(config)[-1].end_step
     if extends and after <= before:
         raise UserError(f"--extend: {path} has {before} steps; give a larger config.{STEPS}, such as {2 * before}.")
-    if not lengths:
+    if not any(knob.endswith(STEPS) for knob in changed):
         return ()
-    here = f"{path} holds a run with another config: {STEPS} is {before} there and {after} here"
-    if _started_stages(stored, made) != _started_stages(config, made) or after < made or after == made < before:
-        raise UserError(f"{here}, and it has made {made} steps already. Choose another --run folder.")
-    old, new = _multipliers(stored, made), _multipliers(config, made)
+    problem = f"{path} has a run with another config: {STEPS} is {before} there and {after} here"
+    if _started_stages(stored, n_done) != _started_stages(config, n_done) or after < n_done or after == n_done < before:
+        raise UserError(f"{problem}, and {n_done} steps are done already. Choose another --run folder.")
+    old, new = _multipliers(stored, n_done), _multipliers(config, n_done)
     if np.array_equal(old, new):
         return ()
-    stage = _stage_at(config, made)
+    stage = next((stage for stage in stages(config) if n_done < stage.end_step), stages(config)[-1])
     first = int(np.flatnonzero(old != new)[0]) + 1
-    next_factor = _multipliers(config, made + 1)[-1] if after > made else old[-1]
-    what = (
+    next_multiplier = _multipliers(config, n_done + 1)[-1] if after > n_done else old[-1]
+    effect = (
         f"the {stage.config.schedule.name} schedule of {after} steps differs from that of {before} from step {first} "
-        f"on: the steps that are made stay as they are, and from step {made} to the next the learning rate goes from "
-        f"{old[-1]:.4g} to {next_factor:.4g} of its peak"
+        f"on: the steps that are done do not change, and after step {n_done} the learning rate goes from "
+        f"{old[-1]:.4g} to {next_multiplier:.4g} of its peak"
     )
     if not extends:
-        raise UserError(f"{here}; {what}. Use --extend to continue anyway, or choose another --run folder.")
-    return (f"--extend: {what}.",)
+        raise UserError(f"{problem}; {effect}. Use --extend to continue anyway, or choose another --run folder.")
+    return (f"--extend: {effect}.",)
 
 
-def _started_stages(config: Config, made: int) -> list[tuple[str, int]]:
+def _started_stages(config: Config, n_done: int) -> list[tuple[str, int]]:
     """Return the names and first steps of the stages that have started."""
-    return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(made, 1)]
+    return [(stage.name, stage.first_step) for stage in stages(config) if stage.first_step < max(n_done, 1)]
 
 
-def _multipliers(config: Config, made: int) -> np.ndarray:
-    """Return the learning-rate multipliers of the first steps of a run, given its current stage lengths."""
+def _multipliers(config: Config, n_steps: int) -> np.ndarray:
+    """Return the learning-rate multipliers of the first `n_steps` steps of a run, or of all if there are fewer."""
     parts = [np.zeros(0, np.float32)]
     for stage in stages(config):
-        count = min(stage.end_step, made) - stage.first_step
+        count = min(stage.end_step, n_steps) - stage.first_step
         if count > 0:
             steps = jnp.arange(count, dtype=jnp.int32)
             parts.append(np.asarray(schedule_multiplier(steps, stage.config.training.steps, stage.config.schedule)))
-    # A shorter run has fewer.
     return np.concatenate(parts)
-
-
-def _stage_at(config: Config, step: int) -> Stage:
-    every = stages(config)
-    return next((stage for stage in every if step < stage.end_step), every[-1])

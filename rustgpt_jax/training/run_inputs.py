@@ -95,7 +95,7 @@ class RunInputs:
             check_batch_shards(data.stage.config, data.seq_len, n_devices)
         changed = find_changed_stages(run.data_file, self.stages)
         if changed:
-            remedy = "restore the old text, or use another --run folder"
+            remedy = "restore the old text, or choose another --run folder"
             raise UserError(f"{run.path}: the text of stage {changed[0]!r} is not what the run began with; {remedy}.")
 
 
