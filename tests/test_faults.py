@@ -166,9 +166,9 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
     counts: list[int] = []
     trained, speed = hooks.LogMetrics.on_call, hooks.LogMetrics._speed
 
-    def noted(self: Any, pending: Any) -> None:
+    def noted(self: Any, pending: Any, seconds: float) -> None:
         counts.append(pending.n_steps)
-        trained(self, pending)
+        trained(self, pending, seconds)
 
     def slow(self: Any, count: int) -> dict[str, float]:
         values = speed(self, count)
