@@ -29,7 +29,7 @@ def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batc
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
 # Each compiles two programs.
 @settings(max_examples=25)
-def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, seed: int) -> None:
+def test_device_and_host_read_the_same_sequences(stream: TokenStream, window: int, seed: int) -> None:
     source, random = SequenceReader(stream, window), np.random.default_rng(seed)
     # Some beyond the last, which are padding.
     indices = random.integers(0, len(source) + 2, 8)
@@ -40,7 +40,7 @@ def test_a_device_reads_what_the_host_reads(stream: TokenStream, window: int, se
     assert_equal(Batch(*(leaf.reshape(8, window) for leaf in halves)), expected)
 
 
-def test_ids_of_any_size_are_read() -> None:
+def test_device_reads_large_token_ids() -> None:
     stream = stream_of([7, 5])
     wide = TokenStream(
         (stream.token_shards[0].astype(np.uint32) + 2**17,), (), stream.offsets, stream.end_id, 12, stream.n_tokens
@@ -49,14 +49,14 @@ def test_ids_of_any_size_are_read() -> None:
     assert_equal(on_device(wide, places, 5), SequenceReader(wide, 5).read(places))
 
 
-def test_a_resident_stream_takes_the_bytes_that_are_foretold() -> None:
+def test_n_bytes_is_the_size_of_a_device_stream() -> None:
     stream = stream_of([30, 20], [True, False], shard=7)
     kept = make_device_stream(stream)
     assert kept.tokens_N.nbytes + kept.flags_N.nbytes == n_bytes(stream) == 51 * 3
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_and_file_batches_train_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Calls of two steps, the last of one: a slot of it is filled up. Two stages read from two streams.
     changes: dict[str, Any] = {"training.steps": 7}
     taken = list[str]()
@@ -79,7 +79,7 @@ def test_a_run_has_the_same_bits_from_devices_and_from_files(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_on_a_mesh_too(tmp_path: Path) -> None:
+def test_device_and_file_batches_train_bit_exactly_on_a_mesh(tmp_path: Path) -> None:
     code = copy_code(tmp_path / "code")
     file = code / "rustgpt_jax" / "training" / "batch_source.py"
     text = file.read_text()
@@ -94,7 +94,7 @@ def test_on_a_mesh_too(tmp_path: Path) -> None:
     shutil.rmtree(code)
 
 
-def test_memory_is_known_where_the_system_is_not_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_known_without_proc_meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = hardware_specs.free_memory()
     monkeypatch.setattr(hardware_specs, "MEMORY", tmp_path / "not there")
     assert 0 < free <= hardware_specs.free_memory()

@@ -70,7 +70,7 @@ def kept(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
+def test_restore_is_bit_exact(tmp_path: Path, name: str) -> None:
     state = state_of(name)
     save(tmp_path, state, 5)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -78,7 +78,7 @@ def test_every_bit_comes_back(tmp_path: Path, name: str) -> None:
         assert_same_bits(checkpoints.restore(shapes_of(state)), state)
 
 
-def test_the_layout_is_that_of_a_real_run() -> None:
+def test_layout_matches_a_real_state() -> None:
     config = small_config(**{"optimizer.name": "muon", "model.d_model": 8})
     static, hparams = partition(config)
     like = jax.eval_shape(lambda: compiled_init_state(static, hparams))
@@ -87,7 +87,7 @@ def test_the_layout_is_that_of_a_real_run() -> None:
     assert layout(like)["step"] == "int32[]"
 
 
-def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
+def test_save_is_not_affected_by_later_donation(tmp_path: Path) -> None:
     names = [str(index) for index in range(20)]
     state = small_state(**{name: np.arange(2**18, dtype=np.float32) for name in names})
     # A step takes over the buffers of the state before it.
@@ -102,7 +102,7 @@ def test_a_save_is_of_the_state_at_that_moment(tmp_path: Path) -> None:
         np.testing.assert_array_equal(restored.params[name], np.arange(2**18))
 
 
-def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_recent_and_best_checkpoints_are_preserved(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         assert checkpoints.step() is None
         for step in range(1, 8):
@@ -114,7 +114,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
         assert (checkpoints.restore(like).params["a"], checkpoints.restore(like, "best").params["a"]) == (7.0, 3.0)
 
 
-def test_the_best_before_holds_until_the_new_one_is_written(tmp_path: Path) -> None:
+def test_previous_best_is_valid_until_the_new_one_is_written(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 1, is_best=True)
     save(tmp_path, small_state(a=2.0), 2, 3, 4)
     save(tmp_path, small_state(a=5.0), 5, is_best=True)
@@ -125,7 +125,7 @@ def test_the_best_before_holds_until_the_new_one_is_written(tmp_path: Path) -> N
         assert (checkpoints.step(), checkpoints.step("best")) == (4, 1)
 
 
-def test_a_kill_in_the_save_of_a_best_one_costs_no_other(tmp_path: Path) -> None:
+def test_kill_while_saving_the_best_loses_no_other_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 4, is_best=True)
     save(tmp_path, small_state(a=2.0), 6, is_best=True)
     (tmp_path / "6").rename(tmp_path / "6.orbax-checkpoint-tmp")
@@ -135,20 +135,20 @@ def test_a_kill_in_the_save_of_a_best_one_costs_no_other(tmp_path: Path) -> None
     assert json.loads((tmp_path / "best").read_bytes()) == [10, 4]
 
 
-def test_what_a_kill_left_of_a_look_at_the_disk_is_no_hindrance(tmp_path: Path) -> None:
+def test_leftover_probe_folder_is_ignored(tmp_path: Path) -> None:
     (tmp_path / ".probe").mkdir()
     save(tmp_path, small_state(a=1.0), 4)
     assert kept(tmp_path) == [4]
 
 
-def test_a_step_that_is_there_already_stays(tmp_path: Path) -> None:
+def test_existing_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 7)
     save(tmp_path, small_state(a=2.0), 7)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
 
-def test_half_a_save_does_not_count(tmp_path: Path) -> None:
+def test_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 4)
     (tmp_path / "8.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -156,7 +156,7 @@ def test_half_a_save_does_not_count(tmp_path: Path) -> None:
         assert checkpoints.restore(shapes_of(small_state(a=0.0))).params["a"] == 1.0
 
 
-def test_a_reader_leaves_alone_what_a_writer_has_begun(tmp_path: Path) -> None:
+def test_reader_does_not_delete_unfinished_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=1.0), 4)
     begun = tmp_path / "8.orbax-checkpoint-tmp" / "state"
     begun.mkdir(parents=True)
@@ -172,12 +172,12 @@ def test_a_reader_leaves_alone_what_a_writer_has_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("which", "what"), [("last", "checkpoint"), ("best", "best checkpoint")])
-def test_there_may_be_none(tmp_path: Path, which: str, what: str) -> None:
+def test_restore_without_checkpoints_is_an_error(tmp_path: Path, which: str, what: str) -> None:
     with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=f"has no {what} yet"):
         checkpoints.restore(shapes_of(small_state(a=[0.0])), which)
 
 
-def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4)
     with (
         Checkpoints(tmp_path, small_config(seed=1)) as checkpoints,
@@ -206,7 +206,7 @@ def test_other_arrays_are_refused_by_name(tmp_path: Path, wanted: dict[str, Any]
         checkpoints.restore(shapes_of(small_state(**wanted)))
 
 
-def test_the_optimizer_state_is_compared_too(tmp_path: Path) -> None:
+def test_optimizer_state_is_compared_too(tmp_path: Path) -> None:
     save(tmp_path, state_of("adamw"), 4)
     with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=r"/4: opt_state/\S+ is "):
         checkpoints.restore(shapes_of(state_of("lion")))
@@ -228,7 +228,7 @@ with jax.default_device(jax.devices()[1]):
 """
 
 
-def test_what_another_device_saved_comes_back_on_this_one(tmp_path: Path) -> None:
+def test_restore_from_another_device(tmp_path: Path) -> None:
     tests = Path(__file__).parent
     code = ON_THE_SECOND_DEVICE.format(root=str(tests.parent), tests=str(tests))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
@@ -258,7 +258,7 @@ DAMAGE = {"truncated": truncated, "a byte flipped": flipped, "missing": None}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_read(tmp_path: Path, damage: str) -> None:
+def test_damage_to_any_file_is_detected(tmp_path: Path, damage: str) -> None:
     arrays = {name: np.random.default_rng(3).normal(size=(40, 50)).astype(np.float32) for name in "ab"}
     before, last = (small_state(**{name: array + step for name, array in arrays.items()}) for step in (4, 8))
     save(tmp_path, before, 4)
@@ -283,7 +283,7 @@ def test_damage_to_any_file_is_noticed_and_the_checkpoint_before_is_read(tmp_pat
 
 @given(st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_flipped_bit_is_detected_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     state = small_state(a=np.random.default_rng(5).normal(size=(30, 30)).astype(np.float32))
     if not (tmp_path / "8").exists():
         save(tmp_path, state, 8)
@@ -302,7 +302,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_harmless(tmp_path: Path, data: st.
         file.write_bytes(content)
 
 
-def test_an_array_that_another_was_put_for_is_noticed(tmp_path: Path) -> None:
+def test_replaced_array_is_detected(tmp_path: Path) -> None:
     # All files are whole, and not those that were saved together.
     save(tmp_path / "one", small_state(a=[1.0, 2.0]), 4)
     save(tmp_path / "other", small_state(a=[1.0, 2.5]), 4)
@@ -320,7 +320,7 @@ def test_an_array_that_another_was_put_for_is_noticed(tmp_path: Path) -> None:
         checkpoints.restore_step(shapes_of(small_state(a=[0.0, 0.0])), 4)
 
 
-def test_with_no_sound_checkpoint_left_there_is_a_clear_error(tmp_path: Path) -> None:
+def test_restore_without_valid_checkpoints_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4, 8)
     for step in (4, 8):
         shutil.rmtree(tmp_path / str(step) / "state")
@@ -332,7 +332,7 @@ def test_with_no_sound_checkpoint_left_there_is_a_clear_error(tmp_path: Path) ->
     assert kept(tmp_path) == [4, 8]
 
 
-def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None:
+def test_quarantined_checkpoint_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4, 8)
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         assert checkpoints.quarantine(8).is_dir()
@@ -342,7 +342,7 @@ def test_a_damaged_checkpoint_set_aside_is_none_any_more(tmp_path: Path) -> None
         assert checkpoints.restore(shapes_of(small_state(a=[0.0]))).params["a"] == 3.0
 
 
-def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_last_scheduled_checkpoint_is_preserved(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         for step in range(1, 8):
             checkpoints.save(small_state(a=[float(step)]), step, is_scheduled=step in (1, 3))
@@ -357,7 +357,7 @@ def test_the_last_regular_checkpoint_is_kept(tmp_path: Path) -> None:
 SHAPES = ["null", "[]", "{}", "5", '"x"', "true", "[1, 2]", '{"a": null}', "[" * 100_000, "[" * 900 + "]" * 900]
 
 
-def test_a_checkpoint_of_a_stop_becomes_regular_if_it_is_saved_as_one(tmp_path: Path) -> None:
+def test_checkpoint_of_a_stop_can_become_scheduled(tmp_path: Path) -> None:
     state = small_state(a=[1.0])
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(state, 1, is_scheduled=False)
@@ -369,7 +369,7 @@ def test_a_checkpoint_of_a_stop_becomes_regular_if_it_is_saved_as_one(tmp_path: 
         assert_same_bits(checkpoints.restore(shapes_of(state)), state)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_replaced(tmp_path: Path) -> None:
+def test_checkpoint_under_another_name_is_skipped_and_replaced(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[5.0]), 50)
     shutil.copytree(tmp_path / "50", tmp_path / "60")
     like, on_skipped = shapes_of(small_state(a=[0.0])), dict[int, str]()
@@ -410,7 +410,7 @@ def sealed(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("is_sealed", [False, True])
-def test_json_of_another_shape_is_damage_and_the_checkpoint_before_is_read(tmp_path: Path, is_sealed: bool) -> None:
+def test_malformed_json_is_detected(tmp_path: Path, is_sealed: bool) -> None:
     """In each file; and in each part of the record, also where the sums of the files say that it was meant."""
     state = small_state(a=[1.0])
     save(tmp_path, state, 4, 8)
@@ -444,7 +444,7 @@ def test_json_of_another_shape_is_damage_and_the_checkpoint_before_is_read(tmp_p
 @pytest.mark.parametrize(
     "content", [*(shape for shape in SHAPES if shape != "[1, 2]"), "", "[true]", "[-1]", '["4"]', "not JSON"]
 )
-def test_a_damaged_file_of_the_best_is_called_so_and_costs_no_checkpoint(tmp_path: Path, content: str) -> None:
+def test_damaged_best_file_is_reported_and_loses_no_checkpoint(tmp_path: Path, content: str) -> None:
     save(tmp_path, small_state(a=[1.0]), 2, is_best=True)
     save(tmp_path, small_state(a=[2.0]), 4)
     (tmp_path / "best").write_text(content)
@@ -459,7 +459,7 @@ def test_a_damaged_file_of_the_best_is_called_so_and_costs_no_checkpoint(tmp_pat
         assert checkpoints.restore(like, "best").params["a"] == 9.0
 
 
-def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_missing_best_checkpoint_is_reported(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 2, is_best=True)
     save(tmp_path, small_state(a=[2.0]), 4)
     shutil.rmtree(tmp_path / "2")
@@ -470,7 +470,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
         checkpoints.restore(shapes_of(small_state(a=[0.0])), "best")
 
 
-def test_folders_whose_names_are_no_steps_are_no_checkpoints(tmp_path: Path) -> None:
+def test_folders_not_named_by_step_are_ignored(tmp_path: Path) -> None:
     save(tmp_path, small_state(a=[1.0]), 4)
     for name in ("²", "٣", "08", "9" * 200, "8.damaged", "-1"):
         (tmp_path / name).mkdir()

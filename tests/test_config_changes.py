@@ -54,7 +54,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is(changed: Path, tmp_path: Path) -> None:
+def test_changed_logging_does_not_change_training(changed: Path, tmp_path: Path) -> None:
     config = tiny(**CONSTANT, **LONGER)
     assert train(config, tmp_path / "straight")[0]
     whole = tiny(**CONSTANT, **OBSERVED, **LONGER)
@@ -76,7 +76,7 @@ def test_only_what_comes_after_a_change_is_changed_and_no_bit_of_the_training_is
     assert load_model(changed).step == 16
 
 
-def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Path) -> None:
+def test_rerun_applies_config_changes_at_the_same_steps(changed: Path, tmp_path: Path) -> None:
     again = RunDir(tmp_path / "again")
     again.path.mkdir()
     for name in ("config.json", "tokenizer.json"):
@@ -93,7 +93,7 @@ def test_the_folder_has_all_that_makes_the_run_again(changed: Path, tmp_path: Pa
     assert (again.path / "config.json").read_bytes() == (changed / "config.json").read_bytes()
 
 
-def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
+def test_replay_of_a_changed_run_is_bit_exact(changed: Path) -> None:
     with RecordedRun(changed, Console(file=StringIO())) as past:
         for step in (1, 5, 6, 8, 10, 12, 16):
             again, _ = replay_one_step(past, step, has_taps=False)
@@ -102,7 +102,7 @@ def test_each_step_of_a_changed_run_can_be_made_again(changed: Path) -> None:
         assert again.record is None and "(config.logging.log_every=2)" in again.verdict
 
 
-def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) -> None:
+def test_changed_run_resumes_on_another_mesh(changed: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(changed, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "16")
     before = (run / "config.json").read_bytes()
@@ -111,7 +111,7 @@ def test_a_changed_run_goes_on_with_another_mesh(changed: Path, tmp_path: Path) 
     assert (run / "config.json").read_bytes() == before and load_model(run).step == 16
 
 
-def test_diff_says_that_a_config_was_changed(changed: Path, tmp_path: Path) -> None:
+def test_diff_reports_config_changes(changed: Path, tmp_path: Path) -> None:
     assert train(tiny(**CONSTANT, **OBSERVED, **LONGER), tmp_path / "straight")[0]
     (found,) = diff_configs(RunDir(changed), RunDir(tmp_path / "straight"))
     assert found.name == "config was changed" and found.second == "never" and "10]" in found.first
@@ -125,9 +125,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_schedule_made_for_fewer_steps_is_extended_only_when_asked_and_says_what_happens(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_extending_a_decaying_schedule_requires_the_flag(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     longer, before = tiny(**{"schedule.name": "cosine"}, **LONGER), contents(run)
     with pytest.raises(UserError, match=r"another config: training.steps is 10 there and 16 here; the cosine schedule"):
@@ -143,9 +141,7 @@ def test_a_schedule_made_for_fewer_steps_is_extended_only_when_asked_and_says_wh
         assert all(replay_one_step(past, step, has_taps=False)[0].is_same for step in (10, 11, 16))
 
 
-def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_made_them(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_path: Path) -> None:
     """As where a run is killed before its first step with a new config, and changed again."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     first = load_config(run)
@@ -180,7 +176,7 @@ def test_a_change_that_made_no_step_leaves_the_steps_before_to_the_config_that_m
         ({"stages": ({"name": "a"},)}, False, r"another config: stages"),
     ],
 )
-def test_what_cannot_be_changed_is_a_sentence_that_costs_nothing(
+def test_impossible_config_change_is_an_error_and_changes_nothing(
     finished: Path, changes: dict[str, Any], extends: bool, sentence: str
 ) -> None:
     before = contents(finished)
@@ -190,7 +186,7 @@ def test_what_cannot_be_changed_is_a_sentence_that_costs_nothing(
     assert contents(finished) == before
 
 
-def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_losses_on_other_batches_do_not_count_for_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
     """Evaluations of fewer batches continue the run; rerun applies the change at the same step."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     lines = [line | {"valid/loss": -1.0} if "valid/loss" in line else line for line in metrics(run)]
@@ -203,13 +199,13 @@ def test_losses_of_other_batches_do_not_choose_the_best_checkpoint(finished: Pat
     assert json.loads((run / "checkpoints" / "best").read_bytes())[0] == min(losses, key=losses.__getitem__)
 
 
-def test_there_is_nothing_to_extend_where_there_is_no_run(tmp_path: Path) -> None:
+def test_extend_requires_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--extend: there is no run .*none to extend"):
         resolve_change(tmp_path / "none", tiny(), extends=True)
     assert resolve_change(tmp_path / "none", tiny()).earlier == ()
 
 
-def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
+def test_wsd_run_can_be_extended_before_its_decay(tmp_path: Path) -> None:
     """Of warm-up, stable and decay: the steps before the decay do not know when it comes."""
     stable = {"schedule.name": "wsd", "schedule.decay_frac": 0.3}
     train(tiny(**stable), tmp_path / "run", Interruption(5, is_kill=False))
@@ -222,7 +218,7 @@ def test_a_plateau_may_be_made_longer_while_it_lasts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("earlier", ["null", "5", "[null]", '[{"until": "1"}]', '[{"until": -1}]', '[{"until": 3}]'])
-def test_damaged_earlier_configs_are_a_sentence(finished: Path, tmp_path: Path, earlier: str) -> None:
+def test_damaged_earlier_configs_are_an_error(finished: Path, tmp_path: Path, earlier: str) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     record = json.loads((run / "config.json").read_bytes())
     (run / "config.json").write_text(json.dumps(record | {"earlier": json.loads(earlier)}))
@@ -230,7 +226,7 @@ def test_damaged_earlier_configs_are_a_sentence(finished: Path, tmp_path: Path, 
         load_model(run)
 
 
-def test_stages_are_cut_where_the_config_changed() -> None:
+def test_stages_in_turn_splits_stages_at_config_changes() -> None:
     stages = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
     longer = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 9}})
     first, second = tiny(stages=stages), tiny(stages=longer)
@@ -240,6 +236,6 @@ def test_stages_are_cut_where_the_config_changed() -> None:
     assert stages_in_turn(second) == stages_in_turn(second, (Earlier(0, first),))
 
 
-def test_knobs_that_may_change_decide_no_state() -> None:
+def test_only_knobs_that_do_not_affect_the_state_may_change() -> None:
     assert may_change("logging.log_every") and may_change("stages.b.training.steps") and may_change("sampling.seed")
     assert not any(map(may_change, ("seed", "stages", "data.seq_len", "stages.b.optimizer.learning_rate")))

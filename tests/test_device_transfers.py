@@ -23,7 +23,7 @@ STEPS: dict[str, Any] = {
 }
 
 
-def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_make_no_implicit_transfers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_steps, guarded = loop.SingleRunExecutor.run_steps, list[int]()
 
     def run_guarded(
@@ -41,7 +41,7 @@ def test_steps_bring_nothing_to_the_device_but_what_is_sent(tmp_path: Path, monk
     assert len(guarded) >= 3 and guarded[-1] < 8
 
 
-def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_read_one_call_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advanced, events = Trainer.on_steps_done, list[tuple[str, int]]()
 
     def noted(run: Trainer, count: int, read_metrics: Callable[[], Metrics], seconds: float) -> None:
@@ -63,7 +63,7 @@ def test_metrics_of_a_call_are_read_when_the_next_has_begun(tmp_path: Path, monk
         assert events.index(("read", call)) == events.index(("begun", after)) + 1
 
 
-def test_a_state_is_given_to_the_steps_and_comes_back_in_its_memory() -> None:
+def test_state_buffers_are_donated() -> None:
     from rustgpt_jax.config.schema import partition
     from rustgpt_jax.training.memory_estimate import batch_shapes, state_shapes
     from rustgpt_jax.training.train_step import compiled_train_steps

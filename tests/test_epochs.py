@@ -57,21 +57,21 @@ def steps_to_read_all(config: Config, n_times: int) -> int:
 
 
 @pytest.mark.parametrize(("epochs", "batch_size", "window"), [(1, 4, None), (2, 3, 7), (3, 5, None), (1, 1, 16)])
-def test_the_steps_are_those_that_read_each_window_so_often(epochs: int, batch_size: int, window: int | None) -> None:
+def test_epochs_are_the_steps_that_read_all_sequences(epochs: int, batch_size: int, window: int | None) -> None:
     changes = {"training.batch_size": batch_size, "data.seq_len": window, "schedule.warmup_steps": 0}
     steps = settled(by_epochs(epochs, **changes)).training.steps
     assert steps == steps_to_read_all(by_epochs(None, **changes), epochs)
 
 
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
-def test_parts_of_epochs_are_taken_as_they_are_written(epochs: float) -> None:
+def test_fractional_epochs_are_exact(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
     n_sequences = AssetCache().inputs(settled(config)).stages[0].n_sequences
     steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_sequences
     assert steps - 1 < wanted <= steps
 
 
-def test_each_stage_goes_by_its_own_steps_or_epochs_or_those_of_the_run() -> None:
+def test_stages_have_their_own_steps_or_epochs() -> None:
     listed: tuple[dict[str, Any], ...] = (
         {"name": "own_steps", "training": {"steps": 5}},
         {"name": "inherits", "data": {"seq_len": 8}},
@@ -87,7 +87,7 @@ def test_each_stage_goes_by_its_own_steps_or_epochs_or_those_of_the_run() -> Non
     assert not uses_epochs(settled(config)) and settled(settled(config)) == settled(config)
 
 
-def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path: Path) -> None:
+def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     constant = {"schedule.name": "constant"}
     config, path = by_epochs(1.5, **constant), tmp_path / "epochs"
     n_steps = settled(config).training.steps
@@ -113,7 +113,7 @@ def test_a_run_by_epochs_is_the_run_by_as_many_steps_and_is_known_again(tmp_path
     assert load_config(path).training.steps == settled(longer).training.steps > n_steps
 
 
-def test_a_run_with_the_parameters_of_another_has_steps_too(tmp_path: Path) -> None:
+def test_warm_started_run_supports_epochs(tmp_path: Path) -> None:
     assert train(by_epochs(None, **{"training.steps": 3}), tmp_path / "source")[0]
     said = list[str]()
     begun, _ = create_warm_started_run(str(tmp_path / "source"), tmp_path / "new", by_epochs(2), {}, said.append)
@@ -121,7 +121,7 @@ def test_a_run_with_the_parameters_of_another_has_steps_too(tmp_path: Path) -> N
     assert any("config.training.epochs=2" in sentence for sentence in said)
 
 
-def test_trials_have_the_steps_that_their_epochs_are() -> None:
+def test_trials_support_epochs() -> None:
     tree = small_tree(**(TINY | FEW))
     trials = make_trials(tree, [{"training.epochs": epochs, "seed": 1} for epochs in (0.5, 1.0)])
     counts = [settled(by_epochs(epochs)).training.steps for epochs in (0.5, 1.0)]
@@ -158,12 +158,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "words"), REFUSED)
-def test_what_cannot_be_is_refused(overrides: list[tuple[str, str]], words: str) -> None:
+def test_invalid_epochs_are_refused(overrides: list[tuple[str, str]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         settled(resolve(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16"))))
 
 
-def test_steps_and_epochs_are_not_set_both() -> None:
+def test_steps_and_epochs_are_mutually_exclusive() -> None:
     tree = small_tree(**TINY)
     with pytest.raises(UserError, match="give one of them"):
         make_trials(small_tree(**TINY, **{"training.epochs": 1.0}), [{"training.steps": 3}])
@@ -175,7 +175,7 @@ def test_steps_and_epochs_are_not_set_both() -> None:
     assert recipe(("training.steps", "50"), ("training.epochs", "None")).training.steps == 50
 
 
-def test_explain_tells_the_steps() -> None:
+def test_config_summary_shows_the_steps_of_epochs() -> None:
     console, config = Console(file=StringIO(), width=240), by_epochs(2)
     print_config_summary(config, {"training.epochs": "command line"}, console)
     said, steps = console.file.getvalue(), settled(config).training.steps  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ def assert_is_sound(run: Path) -> None:
 
 
 @pytest.mark.parametrize("n_kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(100, marks=IN_FULL)])
-def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: Path, n_kills: int) -> None:
+def test_resume_after_kills_is_bit_exact(tmp_path: Path, n_kills: int) -> None:
     often = {
         "training.steps": 600 if n_kills == 100 else 200,
         "logging.checkpoint_every": 4,
@@ -148,7 +148,7 @@ def test_killed_anywhere_a_run_leaves_what_the_undisturbed_one_leaves(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, number: signal.Signals) -> None:
+def test_preemption_signal_saves_and_asks_to_be_requeued(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(*LONG, f"--run={run}")
     wait_until(lambda: bool(steps_saved(run)), process)
@@ -161,7 +161,7 @@ def test_a_warning_saves_in_time_and_asks_to_be_queued_again(tmp_path: Path, num
     assert_is_sound(run)
 
 
-def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_slow_steps_have_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
     counts: list[int] = []
     trained, speed = hooks.LogMetrics.on_call, hooks.LogMetrics._speed
@@ -192,7 +192,7 @@ def test_no_call_takes_long_where_steps_do(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_second_trainer_in_a_folder_refuses_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(*LONG, f"--run={run}")
     wait_until(lambda: bool(steps_saved(run)), first)
@@ -233,7 +233,7 @@ def fill(disk: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_training_and_spares_the_checkpoint(small_disk: Path) -> None:
+def test_full_disk_ends_training_and_preserves_the_checkpoint(small_disk: Path) -> None:
     run = small_disk / "run"
     process = start(*LONG, f"--run={run}")
     wait_until(lambda: len(steps_saved(run)) >= 2, process)
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_training_and_spares_the_checkpoint(small_disk: Path) -
 
 
 @pytest.mark.slow
-def test_a_read_only_disk_is_a_sentence(small_disk: Path) -> None:
+def test_read_only_disk_is_an_error(small_disk: Path) -> None:
     run = small_disk / "run"
     assert end(start(TINY, "--config.training.steps=20", f"--run={run}"))[0] == 0
     shutil.rmtree(RunDir(run).checkpoints)
@@ -265,7 +265,7 @@ def test_a_read_only_disk_is_a_sentence(small_disk: Path) -> None:
 
 
 @pytest.mark.slow
-def test_permission_lost_midway_ends_training_and_spares_the_checkpoint(tmp_path: Path) -> None:
+def test_lost_permission_ends_training_and_preserves_the_checkpoint(tmp_path: Path) -> None:
     prefix: tuple[str, ...] = ()
     if os.getuid() == 0:
         # Else permissions mean nothing.
@@ -285,7 +285,7 @@ def test_permission_lost_midway_ends_training_and_spares_the_checkpoint(tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_that_may_not_be_written_to_is_a_sentence(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir()
     (tmp_path / "file").write_text("")
     status, _, stderr = end(start(TINY, f"--run={tmp_path}/file/run"))
@@ -309,7 +309,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {"truncated": cut, "a byte flipped": 
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
     config = tiny()
     assert train(config, tmp_path / "straight")[0]
     run = tmp_path / "run"
@@ -325,7 +325,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, 
     assert metrics(run) == metrics(tmp_path / "straight")
 
 
-def test_half_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_folder_is_ignored(tmp_path: Path) -> None:
     config, run = tiny(), tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     last, before = steps_saved(run)[::-1][:2]
@@ -334,7 +334,7 @@ def test_half_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert is_complete and f"from step {before}" in printed
 
 
-def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
+def test_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path: Path) -> None:
     config, run = tiny(), tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     for step in steps_saved(run):
@@ -351,7 +351,7 @@ def test_with_every_checkpoint_damaged_nothing_is_begun_anew(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "moment"), [("", 8), ("", 10), ("metrics.jsonl", 10), ("checkpoints", 8), ("config.json", 10)]
 )
-def test_what_is_deleted_under_a_run_ends_it_with_a_sentence(
+def test_deleted_run_files_end_training_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, moment: int
 ) -> None:
     run, advanced = tmp_path / "run", Trainer.on_steps_done
@@ -368,7 +368,7 @@ def test_what_is_deleted_under_a_run_ends_it_with_a_sentence(
         train(tiny(), run)
 
 
-def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_waits_for_a_pending_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a full disk: the metrics cannot be written while the first checkpoint is on its way."""
     write = MetricsWriter.write
 
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeyp
         train(tiny(**{"logging.sample_prompts": ()}), tmp_path / "run")
 
 
-def test_a_copy_of_a_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+def test_copied_checkpoint_is_not_used_for_another_step(tmp_path: Path) -> None:
     config, run = tiny(), tmp_path / "run"
     assert train(config, tmp_path / "straight")[0]
     train(config, run, Interruption(7, is_kill=False))
@@ -439,7 +439,7 @@ print((resident() - before) / 2**20)
 @pytest.mark.parametrize(
     ("steps", "texts"), [pytest.param(1000, 80, marks=pytest.mark.slow), pytest.param(5000, 500, marks=IN_FULL)]
 )
-def test_long_runs_and_many_texts_do_not_grow(tmp_path: Path, steps: int, texts: int) -> None:
+def test_memory_does_not_grow_with_steps_and_texts(tmp_path: Path, steps: int, texts: int) -> None:
     tests = Path(__file__).parent
     code = GROWTH.format(root=str(ROOT), tests=str(tests))
     command = [sys.executable, "-c", code, str(steps), str(texts), str(tmp_path / "run")]

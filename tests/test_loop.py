@@ -235,7 +235,7 @@ def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Inte
         ("facts", "word", 1, 5, [Interruption(5, is_kill=False), Interruption(2, is_kill=True)]),
     ],
 )
-def test_a_run_in_pieces_is_the_run_in_one(
+def test_resume_is_bit_exact(
     corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
 ) -> None:
     assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
@@ -250,7 +250,7 @@ def test_a_run_in_pieces_is_the_run_in_one(
     boundary=st.none() | st.integers(2, 8),
     interruptions=st.lists(st.builds(Interruption, st.integers(0, 9), st.booleans()), min_size=1, max_size=3),
 )
-def test_any_run_in_any_pieces_is_the_run_in_one(
+def test_resume_is_bit_exact_for_any_interruptions(
     corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
 ) -> None:
     jax.config.update("jax_disable_most_optimizations", False)
@@ -262,7 +262,7 @@ def test_any_run_in_any_pieces_is_the_run_in_one(
     # A step without a checkpoint of its own, the last step of a stage, which has one, and the end of the run.
     [(4, None), (3, 3), (10, None)],
 )
-def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
+def test_resume_after_a_stop_during_evaluation_is_bit_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, boundary: int | None
 ) -> None:
     config = config_of("facts", "byte", 1, boundary)
@@ -304,7 +304,7 @@ def test_a_run_stopped_in_an_evaluation_is_the_run_in_one(
 # One folder, one run.
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_training_a_complete_run_changes_nothing(tmp_path: Path) -> None:
     config = tiny(**{"training.steps": 2})
     assert train(config, tmp_path / "run")[0]
     before = contents(tmp_path)
@@ -314,7 +314,7 @@ def test_a_complete_run_says_so_and_stays_as_it_is(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_another_config_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_training_with_another_config_is_refused(tmp_path: Path) -> None:
     assert train(tiny(**{"training.steps": 2}), tmp_path)[0]
     before = contents(tmp_path)
     with pytest.raises(UserError, match="another config: seed is 0 there and 3 here. Choose another --run folder"):
@@ -322,7 +322,7 @@ def test_another_config_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_second_trainer_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_locked_run_is_refused(tmp_path: Path) -> None:
     config = tiny(**{"training.steps": 6})
     assert not train(config, tmp_path, Interruption(1, is_kill=False))[0]
     with lock_run_dir(tmp_path):
@@ -332,13 +332,13 @@ def test_a_second_trainer_is_refused_and_changes_nothing(tmp_path: Path) -> None
         assert contents(tmp_path) == before
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.logging.sample_prompts"):
         train(tiny(**{"logging.sample_prompts": ("Why is the sky blue?",)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
 
     def counted(*arguments: Any) -> Any:
@@ -353,7 +353,7 @@ def test_the_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatc
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
 
 
-def test_a_stage_has_its_own_data_schedule_and_numbers(tmp_path: Path) -> None:
+def test_stages_have_their_own_data_schedule_and_hyperparameters(tmp_path: Path) -> None:
     assert train(config_of("facts", "byte", 1, 5), tmp_path)[0]
     lines = [line for line in metrics(tmp_path) if "train/loss" in line]
     assert [line["stage"] for line in lines] == ["first"] * 5 + ["second"] * 5
@@ -384,7 +384,7 @@ EVERY_TWO = {"logging.eval_every": 2, "logging.checkpoint_every": 2, "logging.sa
 
 
 @pytest.mark.parametrize("interruptions", [[], [Interruption(4, is_kill=False)], [Interruption(5, is_kill=True)]])
-def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
+def test_best_checkpoint_has_the_lowest_validation_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: list[Interruption]
 ) -> None:
     config = tiny(**EVERY_TWO)
@@ -401,7 +401,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(
     assert_same_bits(best, stored_state(config, other))
 
 
-def test_the_best_checkpoint_is_that_of_the_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_is_of_the_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves = ({"name": "a", "training": {"steps": 4}}, {"name": "b", "training": {"steps": 6}})
     config = tiny(**EVERY_TWO, stages=halves)
     monkeypatch.setattr(hooks, "evaluate", scripted(tmp_path, {2: 1.0, 4: 1.5, 6: 3.0, 8: 2.5, 10: 4.0}))
@@ -441,7 +441,7 @@ for batch_size, accumulation in ((12, 1), (8, 2), (16, 2)):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_eight_devices_give_the_losses_of_one(tmp_path: Path) -> None:
+def test_eight_devices_give_the_same_losses_as_one(tmp_path: Path) -> None:
     tests = Path(__file__).parent
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
@@ -480,9 +480,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loaded(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_replaced_tokenizer_is_refused(finished: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     other = train_tokenizer(tiny(**{"tokenizer.name": "char"}).tokenizer, ["some other text"])
     save_tokenizer(other, run.tokenizer_file)
@@ -500,7 +498,7 @@ def test_a_tokenizer_that_is_not_that_of_the_run_is_refused_wherever_it_is_loade
 @pytest.mark.parametrize(
     "content", ["null", "[]", "5", "[null]", '[{"stage": 1}]', '[{"n_dialogues": 0}]', "[" * 10_000]
 )
-def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_data_record_is_an_error(finished: Path, tmp_path: Path, content: str) -> None:
     run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     run.data_file.write_text(content)
     for use in (lambda: load_model(run.path), lambda: train(tiny(), run.path), lambda: diff_data(run, run)):
@@ -510,7 +508,7 @@ def test_a_damaged_record_of_the_data_is_a_sentence(finished: Path, tmp_path: Pa
             use()
 
 
-def test_a_config_that_was_edited_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_edited_config_is_refused(finished: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(finished, tmp_path / "run")))
     record = json.loads(run.config_file.read_bytes())
     record["config"]["optimizer"]["learning_rate"] *= 2
@@ -524,7 +522,7 @@ def test_a_config_that_was_edited_is_refused(finished: Path, tmp_path: Path) -> 
     load_model(run.path)
 
 
-def test_a_line_of_metrics_without_its_stage_does_not_stop_a_run(tmp_path: Path) -> None:
+def test_metrics_lines_without_a_stage_do_not_prevent_resume(tmp_path: Path) -> None:
     config = tiny()
     assert train(config, tmp_path / "straight")[0]
     run = tmp_path / "run"

@@ -67,7 +67,7 @@ def assert_close(left: Any, right: Any, rtol: float = 2e-5, share: float = 2e-6)
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("tied", 1), ("tied", 5), ("untied", 5), ("moe", 100)])
-def test_chunks_give_the_sums_and_gradients_of_the_whole(name: str, chunk: int) -> None:
+def test_chunked_loss_has_the_sums_and_gradients_of_the_whole(name: str, chunk: int) -> None:
     rounding = {"rtol": 0.02, "share": 0.01} if MODELS[name].get("model.dtype") == "bfloat16" else {}
     (gradients, sums), (expected, expected_sums) = found(name, chunk), found(name, None)
     assert_close(gradients, expected, **rounding)
@@ -75,7 +75,7 @@ def test_chunks_give_the_sums_and_gradients_of_the_whole(name: str, chunk: int) 
     assert sums.weight > 1 and sums.loss > sums.weight
 
 
-def test_chunks_serve_many_trials_with_numbers_of_their_own() -> None:
+def test_chunked_loss_supports_vmap_over_hyperparameters() -> None:
     config = tiny(**MODELS["tied"])
     params = [random_params(config.model, seed) for seed in range(2)]
     caps = np.array([0.5, 9.0], np.float32)
@@ -89,7 +89,7 @@ def test_chunks_serve_many_trials_with_numbers_of_their_own() -> None:
     assert_close(many, jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, params, caps)), rtol=1e-4, share=1e-5)
 
 
-def test_an_evaluation_takes_chunks_too() -> None:
+def test_eval_loss_sums_supports_chunks() -> None:
     model = tiny().model
     params = random_params(model)
     chunked = eval_loss_sums(params, batch_of(), model, loss_chunk_size=5)
@@ -97,7 +97,7 @@ def test_an_evaluation_takes_chunks_too() -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_an_evaluation_takes_the_parts_of_a_step(chunk: int | None) -> None:
+def test_eval_loss_sums_supports_microbatches(chunk: int | None) -> None:
     model = tiny().model
     params = random_params(model)
     whole = eval_loss_sums(params, batch_of(), model)
@@ -120,7 +120,7 @@ def largest(jaxpr: Any) -> int:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_logits_never_exist_at_once(tied: bool) -> None:
+def test_chunked_loss_never_has_all_logits_in_memory(tied: bool) -> None:
     config = tiny(**{"model.tie_embeddings": tied})
     shapes = parameter_shapes(config.model), batch_shapes(ROWS, LENGTH)
 
@@ -132,7 +132,7 @@ def test_all_logits_never_exist_at_once(tied: bool) -> None:
     assert largest_of_step(3) == max(ROWS * 3 * VOCABULARY, 16 * VOCABULARY)
 
 
-def test_a_step_takes_the_chunks_of_its_config() -> None:
+def test_train_step_uses_chunked_loss() -> None:
     def gradients(chunk: int | None) -> Any:
         config = tiny(**{"training.loss_chunk_size": chunk, "training.grad_accum_steps": 2, "training.z_loss": 0.1})
         static, hparams = partition(config)

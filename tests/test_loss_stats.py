@@ -40,13 +40,13 @@ def after(losses: list[float]) -> LossStats:
     return loss_stats
 
 
-def test_at_first_the_averages_are_plain() -> None:
+def test_averages_are_plain_means_at_first() -> None:
     losses = np.random.default_rng(0).normal(3.0, 0.5, MEMORY_STEPS)
     loss_stats = after(list(losses))
     np.testing.assert_allclose((loss_stats.mean, loss_stats.variance), (losses.mean(), losses.var()), rtol=1e-5)
 
 
-def test_spikes_are_those_far_above_an_exponential_mean() -> None:
+def test_spikes_are_losses_far_above_the_exponential_mean() -> None:
     generator = np.random.default_rng(1)
     losses = generator.normal(3.0, 0.1, 400)
     losses[[20, 120, 250]] += 2.0
@@ -61,14 +61,14 @@ def test_spikes_are_those_far_above_an_exponential_mean() -> None:
     assert (int(after(list(losses)).spikes), expected) == (2, 2)
 
 
-def test_what_is_not_finite_is_a_fault_and_no_part_of_the_averages() -> None:
+def test_non_finite_losses_are_counted_and_not_averaged() -> None:
     losses = [3.0, 2.0, float("nan"), 2.5, float("inf")]
     loss_stats, without = after(losses), after([3.0, 2.0, 2.5])
     assert (int(loss_stats.faults), int(loss_stats.spikes), int(loss_stats.seen)) == (2, 0, 3)
     assert (loss_stats.mean, loss_stats.variance) == (without.mean, without.variance)
 
 
-def test_a_stage_is_measured_by_its_own_losses() -> None:
+def test_loss_statistics_restart_with_a_stage() -> None:
     loss_stats = after([1.0] * MEMORY_STEPS)
     for step in range(MEMORY_STEPS):
         loss_stats = update_loss_stats(
@@ -116,7 +116,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return plan
 
 
-def test_stop_ends_at_the_bad_step_and_keeps_what_was_before(tmp_path: Path) -> None:
+def test_policy_stop_ends_at_the_non_finite_step(tmp_path: Path) -> None:
     config = sick("stop")
     for _ in range(2):
         with pytest.raises(
@@ -128,7 +128,7 @@ def test_stop_ends_at_the_bad_step_and_keeps_what_was_before(tmp_path: Path) -> 
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
+def test_policy_skip_skips_the_update_and_counts_it(tmp_path: Path) -> None:
     config = sick("skip", **{"logging.log_every": 4})
     assert train(config, tmp_path)[0]
     state = stored_state(config, tmp_path)
@@ -140,7 +140,7 @@ def test_skip_passes_over_the_update_and_counts(tmp_path: Path) -> None:
     assert [math.isnan(line["train/loss"]) for line in lines] == [line["step"] in (6, 17) for line in lines]
 
 
-def test_rewind_is_the_run_that_never_saw_those_batches(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
+def test_policy_rewind_equals_a_run_without_the_bad_batches(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     config = sick("rewind")
     is_complete, printed = train(config, tmp_path / "rewound")
     assert is_complete and "step 6 is not finite: back to step 4" in printed and "(2 of 10 tolerated)" in printed
@@ -161,7 +161,7 @@ def test_rewind_is_the_run_that_never_saw_those_batches(tmp_path: Path, bad_batc
     assert left == right
 
 
-def test_what_one_stage_passes_over_is_no_matter_of_the_next(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
+def test_skipped_batches_do_not_affect_the_next_stage(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     halves = ({"name": "first", "training": {"steps": 9}}, {"name": "second", "training": {"steps": 6}})
     config = sick("rewind", stages=halves)
     assert train(config, tmp_path / "rewound")[0]
@@ -173,7 +173,7 @@ def test_what_one_stage_passes_over_is_no_matter_of_the_next(tmp_path: Path, bad
     assert_same_bits(rewound.params, stored_state(config, tmp_path / "spared").params)
 
 
-def test_an_update_that_is_not_finite_is_not_made(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
+def test_non_finite_update_is_not_applied(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     bad_batches["bad"] = frozenset()
     wild = {"optimizer.name": "sgd", "optimizer.learning_rate": 3e38, "schedule.warmup_steps": 0}
     config = sick("skip", **wild, **{"faults.max_skipped": 100, "optimizer.clip_norm": 0.0, "training.steps": 4})
@@ -182,16 +182,14 @@ def test_an_update_that_is_not_finite_is_not_made(tmp_path: Path, bad_batches: d
 
 
 @pytest.mark.parametrize("nonfinite_policy", ["skip", "rewind"])
-def test_more_than_is_forgiven_ends_the_run(tmp_path: Path, nonfinite_policy: str) -> None:
+def test_more_than_max_skipped_ends_the_run(tmp_path: Path, nonfinite_policy: str) -> None:
     with pytest.raises(UserError, match=r"the update of step \d+ is not finite, after 1 that were tolerated"):
         train(sick(nonfinite_policy, **{"faults.max_skipped": 1}), tmp_path)
     assert math.isnan(metrics(tmp_path)[-1]["train/loss"])
     assert metrics(tmp_path)[-1]["train/faults"] == 2
 
 
-def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
-    tmp_path: Path, bad_batches: dict[str, Any]
-) -> None:
+def test_number_of_rewinds_is_bounded(tmp_path: Path, bad_batches: dict[str, Any]) -> None:
     bad_batches["bad"] = frozenset(range(1000))
     with pytest.raises(UserError, match=r"the update of step 1 is not finite.* last checkpoint is that of step 0"):
         train(sick("rewind", **{"faults.max_skipped": 3}), tmp_path)
@@ -199,9 +197,7 @@ def test_a_run_that_cannot_go_on_rewinds_no_more_often_than_is_forgiven(
 
 @pytest.mark.parametrize("nonfinite_policy", [pytest.param("skip", marks=pytest.mark.slow), "rewind"])
 @pytest.mark.parametrize("is_kill", [True, False], ids=["killed", "stopped"])
-def test_interruptions_leave_no_trace_where_steps_go_wrong(
-    tmp_path: Path, nonfinite_policy: str, is_kill: bool
-) -> None:
+def test_resume_with_non_finite_steps_is_bit_exact(tmp_path: Path, nonfinite_policy: str, is_kill: bool) -> None:
     config = sick(nonfinite_policy)
     assert train(config, tmp_path / "straight")[0]
     for steps in (5, 2, 7, 1, 4):
@@ -215,7 +211,7 @@ def test_interruptions_leave_no_trace_where_steps_go_wrong(
 
 
 @pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
-def test_a_lane_that_rewinds_disturbs_no_other(tmp_path: Path, mode: str) -> None:
+def test_rewind_of_a_member_does_not_affect_the_population(tmp_path: Path, mode: str) -> None:
     configs = [sick("rewind", seed=seed) for seed in (0, 1)]
     steady = sick("rewind", seed=2, **{"training.steps": 4})
     train_together(mode, [*configs, steady], tmp_path / "together")

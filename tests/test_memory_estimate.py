@@ -42,11 +42,11 @@ def gradient_of(config: Config) -> Any:
     return jax.jit(jax.grad(loss))
 
 
-def test_every_policy_can_be_chosen() -> None:
+def test_remat_choices_are_the_policies() -> None:
     assert set(FIELDS["model.remat"].metadata["choices"]) == {"none", *transformer.REMAT_POLICIES}
 
 
-def test_policies_keep_different_things_and_give_the_same_gradients() -> None:
+def test_remat_policies_give_the_same_gradients() -> None:
     gradients = {}
     for remat in ("none", "dots_no_batch", "offload"):
         config = small_config(**{"model.remat": remat, "model.d_model": 16, "model.attention.n_heads": 2})
@@ -61,7 +61,7 @@ def test_policies_keep_different_things_and_give_the_same_gradients() -> None:
         )
 
 
-def test_offloading_where_the_host_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remat_offload_requires_pinned_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memories = [types.SimpleNamespace(kind="device")]
     device = types.SimpleNamespace(platform="abacus", addressable_memories=lambda: memories)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
@@ -72,13 +72,13 @@ def test_offloading_where_the_host_has_no_room_is_refused(monkeypatch: pytest.Mo
     assert transformer.remat_policy("dots_no_batch") is transformer.REMAT_POLICIES["dots_no_batch"]
 
 
-def test_what_is_kept_on_the_device_is_counted() -> None:
+def test_residual_bytes_counts_what_each_policy_saves() -> None:
     policies = [kept(**{"model.remat": remat}) for remat in ("full", "dots_no_batch", "dots", "none")]
     assert policies == sorted(set(policies))
     assert kept(**{"model.remat": "offload"}) == kept(**{"model.remat": "full"})
 
 
-def test_the_logits_of_a_chunk_are_counted() -> None:
+def test_residual_bytes_counts_the_logits_of_a_chunk() -> None:
     large = {"model.vocab_size": 5000}
     whole, half, eighth = (
         kept(**large, **{"training.loss_chunk_size": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
@@ -89,7 +89,7 @@ def test_the_logits_of_a_chunk_are_counted() -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
-def test_the_estimate_is_within_a_factor_of_two(chunk: int | None) -> None:
+def test_residual_bytes_is_within_a_factor_of_two(chunk: int | None) -> None:
     config = small_config(**{"model.vocab_size": 5000, "model.d_model": 16, "training.loss_chunk_size": chunk})
     program = gradient_of(config).lower(parameter_shapes(config.model), batch_shapes(ROWS, LENGTH)).compile()
     needed = program.memory_analysis()
@@ -97,7 +97,7 @@ def test_the_estimate_is_within_a_factor_of_two(chunk: int | None) -> None:
     assert 0.5 < residual_bytes(config, LENGTH) / needed.temp_size_in_bytes < 2
 
 
-def test_narrow_first_moments_take_half_the_bytes() -> None:
+def test_bfloat16_first_moments_take_half_the_bytes() -> None:
     def moments(state_dtype: str) -> int:
         return total_bytes(state_shapes(small_config(**{"optimizer.state_dtype": state_dtype})).opt_state)
 

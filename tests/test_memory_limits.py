@@ -42,7 +42,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_what_cannot_be_trained_is_refused_with_its_knob(name: str) -> None:
+def test_training_that_cannot_fit_the_memory_is_refused(name: str) -> None:
     config = small_config(**HUGE[name])
     with pytest.raises(UserError) as caught:
         check_training_memory(config, SMALL, {})
@@ -53,7 +53,7 @@ def test_what_cannot_be_trained_is_refused_with_its_knob(name: str) -> None:
     check_training_memory(config, SMALL, {}, is_allowed=True)
 
 
-def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_configs_are_not_traced_to_check_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_estimate, "training_needs", lambda config: pytest.fail("it was counted"))
     check_training_memory(small_config(), SMALL, {})
 
@@ -68,13 +68,13 @@ def test_what_is_far_from_the_limit_is_not_traced(monkeypatch: pytest.MonkeyPatc
         {"model.context_length": 512, "training.grad_accum_steps": 2},
     ],
 )
-def test_the_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
+def test_upper_bound_is_above_the_estimate(changes: dict[str, Any]) -> None:
     """So that no config is let through uncounted which the estimate would refuse."""
     config = small_config(**changes)
     assert memory_estimate._upper_bound(config) > sum(training_needs(config).values())
 
 
-def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_models_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = {"model.mixers": ("attention", "local_attention")}
     monkeypatch.setattr(memory_estimate, "MAX_TRACED_LAYERS", 6)
     config = small_config(**patterns, **{"model.n_layers": 25})
@@ -85,7 +85,7 @@ def test_layers_are_counted_without_being_traced(monkeypatch: pytest.MonkeyPatch
     assert counted["parameters"] == pytest.approx(exactly["parameters"], rel=0.01)
 
 
-def test_a_mesh_shares_the_model_by_all_its_axes_but_data() -> None:
+def test_all_mesh_axes_but_data_shard_the_model() -> None:
     config = small_config(**{"model.d_model": 8192, "model.vocab_size": 1000})
     with pytest.raises(UserError, match="on each of 8 devices"):
         check_training_memory(config, dataclasses.replace(SMALL, n_devices=8), {"data": 8})
@@ -101,26 +101,26 @@ def test_a_mesh_shares_the_model_by_all_its_axes_but_data() -> None:
         ({"training.batch_size": 1_000_000, "model.vocab_size": 500}, 1_000_000, "logits"),
     ],
 )
-def test_what_cannot_be_evaluated_or_generated_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:
+def test_inference_that_cannot_fit_the_memory_is_refused(changes: dict[str, Any], n_rows: int, part: str) -> None:
     config = small_config(**changes)
     with pytest.raises(UserError, match=rf"needs at least .* of memory, and 8 GB are available: \S+ \S+ for {part}"):
         check_inference_memory(config, SMALL, n_rows, n_cached=0 if n_rows else 100_000_000)
     check_inference_memory(config, SMALL, n_rows, is_allowed=True)
 
 
-def test_a_short_text_needs_no_cache_of_the_whole_context() -> None:
+def test_cache_size_depends_on_the_generated_length() -> None:
     config = small_config(**{"model.context_length": 100_000_000})
     for n_cached in (0, 64):
         check_inference_memory(config, SMALL, 0, n_cached=n_cached)
 
 
-def test_train_refuses_before_it_makes_a_folder(tmp_path: Path) -> None:
+def test_train_checks_memory_before_creating_the_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="A training step needs at least"):
         run_training.train(run_config(**{"model.n_layers": 1_000_000}), tmp_path / "run", {}, Console(file=StringIO()))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
+def test_sweep_refuses_a_trial_that_cannot_fit_the_memory() -> None:
     from conftest import small_tree
 
     trials = make_trials(small_tree(), [{"model.d_model": 32}, {"model.d_model": 1_000_000}], [])
@@ -128,7 +128,7 @@ def test_a_sweep_refuses_a_trial_that_cannot_fit() -> None:
         sweep_command._check_memory(trials)
 
 
-def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
+def test_train_warns_about_many_separately_compiled_blocks() -> None:
     class Run:
         class inputs:
             full_config = small_config(**{"model.n_layers": 300, "model.scan_layers": False})
@@ -141,7 +141,7 @@ def test_many_blocks_that_are_compiled_one_by_one_are_said() -> None:
 # How much there is.
 
 
-def test_free_memory_is_what_every_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_respects_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = free_memory()
     statistics = "anon 5\ninactive_file 20000\nactive_file 30000\n"
     group = {"memory.max": "1000000", "memory.current": "300000", "memory.stat": statistics}
@@ -182,11 +182,11 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (OSError(28, "No space left on device"), False),
     ],
 )
-def test_an_allocation_that_failed_is_known(error: Exception, is_one: bool) -> None:
+def test_failed_allocations_are_recognized(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
 
 
-def test_what_takes_most_is_told_when_an_allocation_failed() -> None:
+def test_out_of_memory_message_names_the_largest_needs() -> None:
     said = out_of_memory_message(small_config(**{"model.vocab_size": 100_000_000}))
     assert "an allocation failed" in said and "config.model.vocab_size=100000000" in said and " GB for " in said
     assert out_of_memory_message(None)
@@ -201,7 +201,7 @@ def test_what_takes_most_is_told_when_an_allocation_failed() -> None:
         pytest.param(["--config.model.vocab_size=20000000"], marks=pytest.mark.long),
     ],
 )
-def test_an_allocation_that_fails_ends_in_a_sentence(knobs: list[str], tmp_path: Path) -> None:
+def test_failed_allocation_is_a_user_error(knobs: list[str], tmp_path: Path) -> None:
     """In an address space of 8 GB, with a step that the user wants in spite of what is said."""
     knobs = [*knobs, "--allow_oversubscription"]
     launch = [sys.executable, str(ROOT / "launch.py"), "train", f"--config={ROOT}/configs/tiny.py", "--run=run"]

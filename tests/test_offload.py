@@ -21,7 +21,7 @@ def kinds(tree: Any) -> set[str | None]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -> None:
+def test_offloaded_optimizer_state_is_created_in_host_memory(name: str) -> None:
     static, hparams = partition(tiny(**{"optimizer.offload_state": True, "optimizer.name": name}))
     state = compiled_init_state(static, hparams)
     assert kinds(state.opt_state) == {"pinned_host"}
@@ -29,7 +29,7 @@ def test_what_the_optimizer_keeps_is_born_in_the_memory_of_the_host(name: str) -
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("schedule_free", marks=pytest.mark.slow)])
-def test_offloading_changes_no_bit(name: str, tmp_path: Path) -> None:
+def test_offloading_is_bit_exact(name: str, tmp_path: Path) -> None:
     here = tiny(**{"optimizer.name": name, "training.steps": 6})
     there = tiny(**{"optimizer.name": name, "training.steps": 6, "optimizer.offload_state": True})
     assert train(here, tmp_path / "here")[0] and train(there, tmp_path / "there")[0]
@@ -37,7 +37,7 @@ def test_offloading_changes_no_bit(name: str, tmp_path: Path) -> None:
     assert metrics(tmp_path / "here") == metrics(tmp_path / "there")
 
 
-def test_devices_that_cannot_reach_the_host_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_without_access_to_host_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Device:
         device_kind = "a small one"
 

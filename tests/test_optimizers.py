@@ -96,7 +96,7 @@ def test_each_step_lowers_a_convex_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_traced_numbers_give_what_constants_give_from_one_compilation(name: str) -> None:
+def test_traced_hyperparameters_match_constants_with_one_compilation(name: str) -> None:
     params, gradients = parameters(), parameters(1)
 
     @jax.jit
@@ -245,7 +245,7 @@ def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_five_steps_are_those_of_the_papers(name: str) -> None:
+def test_optimizers_match_numpy_oracles(name: str) -> None:
     groups = (("norm|bias", 0.0), ("head", 0.5), (".*", 1.0))
     config = knobs(name=name, learning_rate=0.01, eps=0.1, weight_decay=0.2, weight_decay_groups=groups)
     after = dict(leaves(run(config, parameters(), 5)))
@@ -274,23 +274,23 @@ def decayed(*groups: tuple[str, float], name: str = "adamw") -> dict[str, float]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_the_first_group_that_matches_decides(name: str) -> None:
+def test_first_matching_decay_group_applies(name: str) -> None:
     left = decayed(("scale|bias", 0.0), ("mixer/down", 0.5), ("blocks", 1.0), (".*", 2.0), name=name)
     for path, fraction in left.items():
         factor = 0 if path.endswith(("scale", "bias")) else 0.5 if "down" in path else 1 if "blocks" in path else 2
         assert fraction == pytest.approx(1 - 0.05 * factor, rel=1e-5), path
 
 
-def test_a_factor_of_zero_leaves_a_parameter_alone() -> None:
+def test_decay_factor_of_zero_disables_decay() -> None:
     assert decayed(("scale", 0.0), (".*", 1.0))["blocks/0/mixer_norm/scale"] == 1.0
 
 
-def test_a_parameter_that_no_group_matches_is_named() -> None:
+def test_parameter_without_decay_group_is_an_error() -> None:
     with pytest.raises(UserError, match="weight_decay_groups: no expression matches the parameter 'embedding/table'"):
         decayed(("blocks|head", 1.0))
 
 
-def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
+def test_unknown_optimizer_suggests_the_nearest_name() -> None:
     with pytest.raises(UserError, match="config.optimizer.name: unknown 'adamww'. Did you mean 'adamw'?"):
         make_optimizer(knobs(name="adamww"))
 
@@ -300,7 +300,7 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("feedforward", FEEDFORWARDS)
-def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str, scan_layers: bool) -> None:
+def test_muon_updates_exactly_the_kernels_of_the_blocks(feedforward: str, scan_layers: bool) -> None:
     everything = {
         "model.feedforwards": (feedforward,),
         "model.scan_layers": scan_layers,
@@ -322,12 +322,12 @@ def test_muon_takes_every_kernel_of_the_blocks_and_nothing_else(feedforward: str
     assert all(len(shapes[path].shape) == 3 + (path in experts) for path in taken)
 
 
-def test_muon_leaves_routers_and_convolutions_to_adamw() -> None:
+def test_muon_excludes_routers_convolutions_and_other_arrays() -> None:
     block = {"router": np.empty((2, 4, 4)), "convolution": {"kernel": np.empty((2, 4, 4))}}
     assert set(jax.tree.leaves(muon_partition({"blocks": {"0": block}}))) == {"adamw"}
 
 
-def test_muon_orthogonalises_each_expert_of_each_layer() -> None:
+def test_muon_orthogonalizes_each_expert() -> None:
     gradients = {"blocks": {"0": {"up": np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)}}}
     config = knobs(name="muon", weight_decay=0.0)
     updates, _ = jax.jit(make_optimizer(config).update)(gradients, make_optimizer(config).init(gradients), gradients)
@@ -352,7 +352,7 @@ def muon_updates(gradients: Params) -> dict[str, np.ndarray]:
     }
 
 
-def test_muon_orthogonalises_each_layer() -> None:
+def test_muon_orthogonalizes_each_layer() -> None:
     updates = muon_updates(parameters(3))
     assert len(updates) == len(KERNELS)
     for path, update in updates.items():
@@ -362,7 +362,7 @@ def test_muon_orthogonalises_each_layer() -> None:
         assert np.all((values > 0.6) & (values < 1.25)), (path, values)
 
 
-def test_muon_takes_each_layer_by_itself() -> None:
+def test_muon_layers_are_independent() -> None:
     gradients = parameters(3)
     louder = jax.tree.map(np.copy, gradients)
     for kernel in louder["blocks"]["0"]["mixer"].values():
@@ -378,7 +378,7 @@ def test_muon_takes_each_layer_by_itself() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - EVAL_PARAMS.keys()))
-def test_most_optimizers_are_evaluated_at_their_parameters(name: str) -> None:
+def test_eval_params_are_the_parameters_by_default(name: str) -> None:
     params = parameters()
     assert get_eval_params(knobs(name=name), params, make_optimizer(knobs(name=name)).init(params)) is params
 
@@ -388,7 +388,7 @@ def test_what_has_evaluation_parameters_is_an_optimizer() -> None:
 
 
 @pytest.mark.parametrize("name", EVAL_PARAMS)
-def test_before_the_first_step_every_optimizer_is_evaluated_at_its_parameters(name: str) -> None:
+def test_eval_params_equal_the_parameters_before_the_first_step(name: str) -> None:
     params = parameters()
     assert_close(get_eval_params(knobs(name=name), params, make_optimizer(knobs(name=name)).init(params)), params)
 
@@ -429,22 +429,22 @@ def check_schedule_free(configs: list[OptimizerConfig], rates: tuple[float, ...]
 
 
 @pytest.mark.parametrize("b1", [0.3, 0.9, 0.98])
-def test_schedule_free_has_the_sequences_of_the_paper(b1: float) -> None:
+def test_schedule_free_matches_its_numpy_oracle(b1: float) -> None:
     config = knobs(**SCHEDULE_FREE, learning_rate=0.05, b1=b1)
     check_schedule_free([config] * len(RATES), RATES)
 
 
-def test_a_stage_may_change_the_interpolation() -> None:
+def test_schedule_free_b1_may_change_between_stages() -> None:
     early, late = (knobs(**SCHEDULE_FREE, learning_rate=0.05, b1=b1) for b1 in (0.9, 0.5))
     check_schedule_free([early] * 4 + [late] * 4, RATES)
 
 
-def test_schedule_free_counts_no_step_at_a_learning_rate_of_zero() -> None:
+def test_schedule_free_ignores_steps_with_learning_rate_zero() -> None:
     config = knobs(**SCHEDULE_FREE, learning_rate=0.05)
     check_schedule_free([config] * 3, (0.0, 0.0, 1.0))
 
 
-def test_the_average_of_schedule_free_settles_where_its_last_point_does_not() -> None:
+def test_schedule_free_average_converges_under_noise() -> None:
     config = knobs(name="schedule_free", learning_rate=0.1, weight_decay=0.0)
     target, params = parameters(1), parameters()
     start, state = params, make_optimizer(config).init(params)
@@ -461,7 +461,7 @@ def test_the_average_of_schedule_free_settles_where_its_last_point_does_not() ->
     assert distance(average) < 0.2 * distance(start)
 
 
-def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -> None:
+def test_schedule_free_supports_vmap() -> None:
     configs = [knobs(**SCHEDULE_FREE, learning_rate=rate, b1=b1) for rate, b1 in ((0.01, 0.9), (0.05, 0.5))]
     params, gradients = parameters(), [parameters(seed) for seed in (2, 3)]
 
@@ -487,7 +487,7 @@ def test_a_population_of_schedule_free_has_the_members_of_runs_by_themselves() -
 # Clipping.
 
 
-def test_clipping_shortens_long_gradients_and_keeps_their_direction() -> None:
+def test_clip_by_norm_keeps_the_direction() -> None:
     gradients = parameters()
     norm = optax.tree.norm(gradients)
     clipped = clip_by_norm(gradients, norm, 0.5)
@@ -495,7 +495,7 @@ def test_clipping_shortens_long_gradients_and_keeps_their_direction() -> None:
     assert_close(jax.tree.map(lambda leaf: leaf * norm / 0.5, clipped), gradients)
 
 
-def test_clipping_leaves_short_and_zero_gradients_alone() -> None:
+def test_clip_by_norm_keeps_short_and_zero_gradients() -> None:
     for gradients in (parameters(), jax.tree.map(np.zeros_like, parameters())):
         norm = optax.tree.norm(gradients)
         assert_close(clip_by_norm(gradients, norm, 1.001 * norm), gradients, rtol=0, atol=0)

@@ -52,7 +52,7 @@ print(json.dumps([predicted, status("VmHWM") - before]))
         pytest.param('{"training.grad_accum_steps": 4}', marks=pytest.mark.long),
     ],
 )
-def test_predicted_memory_is_that_of_a_process(knobs: str) -> None:
+def test_predicted_memory_matches_a_process(knobs: str) -> None:
     command = [sys.executable, "-c", MEASURED, knobs]
     done = subprocess.run(command, cwd=TESTS, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

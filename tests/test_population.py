@@ -90,9 +90,7 @@ def staged(accumulation: int) -> list[Config]:
         pytest.param(staged(2), id="stages", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
-def test_exact_mode_has_the_bits_of_each_run_alone(
-    configs: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exact_mode_is_bit_exact(configs: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_together("exact", configs, tmp_path / "together", n_slots=len(configs) + 1)
     for index, config in enumerate(configs):
         alone, together = tmp_path / f"alone_{index}", tmp_path / "together" / str(index)
@@ -118,7 +116,7 @@ def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["exact", pytest.param("fused", marks=pytest.mark.slow)])
-def test_a_population_compiles_once_and_goes_on_bit_for_bit(
+def test_population_compiles_once_and_resumes_bit_exactly(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A width that no other test has.
@@ -136,7 +134,7 @@ def test_a_population_compiles_once_and_goes_on_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path: Path) -> None:
+def test_diverged_run_does_not_affect_the_population(mode: str, tmp_path: Path) -> None:
     calm = [tiny(**NO_SAMPLES, seed=seed) for seed in (0, 1)]
     wild = tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30})
     runs = train_together(mode, [calm[0], wild, calm[1]], tmp_path / "wild")
@@ -154,14 +152,14 @@ def test_a_diverged_run_ends_and_leaves_its_neighbours_alone(mode: str, tmp_path
     assert all(math.isfinite(line[name]) for line in lines[:-1] for name in measured if name in line)
 
 
-def test_train_says_that_a_run_diverged(tmp_path: Path) -> None:
+def test_train_reports_divergence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run diverged: the loss, .* of step \d+ is not finite"):
         run_training.train(tiny(**NO_SAMPLES, **{"optimizer.learning_rate": 1e30}), tmp_path / "run", {}, QUIET)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_pauses_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paused_run_resumes_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(**NO_SAMPLES)
     inputs = prepare_inputs(config, tmp_path / "none.json", QUIET)
     for until in (4, 8, None):

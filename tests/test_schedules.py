@@ -46,7 +46,7 @@ def oracle(name: str, step: int, steps: int, warmup: int, decay: float, final: f
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_factor_is_that_of_the_oracle_from_one_compilation(name: str) -> None:
+def test_schedules_match_their_oracles_with_one_compilation(name: str) -> None:
     @given(
         steps=st.integers(1, 100_000),
         places=st.lists(st.floats(0, 1), min_size=1, max_size=5),
@@ -66,18 +66,18 @@ def test_every_factor_is_that_of_the_oracle_from_one_compilation(name: str) -> N
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_warm_up_is_a_straight_line_to_one(name: str) -> None:
+def test_warmup_is_linear(name: str) -> None:
     np.testing.assert_allclose(curve(name, 100, warmup=9)[:10], np.arange(1, 11) / 10, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_without_a_warm_up_the_first_step_is_whole(name: str) -> None:
+def test_multiplier_starts_at_one_without_warmup(name: str) -> None:
     assert curve(name, 10)[0] == 1.0
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_it_never_rises_after_the_warm_up_and_ends_at_the_final_fraction(name: str, final: float) -> None:
+def test_multiplier_falls_to_the_final_fraction_after_warmup(name: str, final: float) -> None:
     factors = curve(name, 50, warmup=10, final=final)
     assert np.all(np.diff(factors[10:]) <= 1e-6)
     end = 1.0 if name == "constant" else final
@@ -86,7 +86,7 @@ def test_it_never_rises_after_the_warm_up_and_ends_at_the_final_fraction(name: s
     assert factors[-2] - factors[-1] <= (1 - end) / 10 + 1e-6
 
 
-def test_wsd_stays_and_then_falls_in_a_straight_line() -> None:
+def test_wsd_is_constant_then_linear() -> None:
     factors = curve("wsd", 100, warmup=5, decay=0.2, final=0.0)
     assert np.all(factors[5:81] == 1.0)
     np.testing.assert_allclose(factors[80:], np.linspace(1, 0, 21), atol=1e-6)
@@ -100,19 +100,19 @@ def test_linear_and_cosine_are_half_way_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_run_that_only_warms_up(name: str) -> None:
+def test_schedule_with_only_warmup(name: str) -> None:
     factors = curve(name, 4, warmup=4, decay=0.0)
     np.testing.assert_allclose(factors[:4], np.arange(1, 5) / 5, rtol=1e-6)
     assert np.isfinite(factors).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_constants_give_what_traced_numbers_give(name: str) -> None:
+def test_constant_and_traced_schedules_agree(name: str) -> None:
     for step in (0, 3, 17, 19):
         plain = schedule_multiplier(np.int32(step), 20, knobs(name, warmup=5, decay=0.3, final=0.2))
         assert float(plain) == pytest.approx(traced(name, step, 20, 5, 0.3, 0.2), rel=1e-6)
 
 
-def test_an_unknown_schedule_is_answered_with_the_nearest() -> None:
+def test_unknown_schedule_suggests_the_nearest_name() -> None:
     with pytest.raises(UserError, match="config.schedule.name: unknown 'cosin'. Did you mean 'cosine'?"):
         schedule_multiplier(np.int32(0), 10, knobs("cosin"))

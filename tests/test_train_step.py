@@ -96,7 +96,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
 # Programs.
 
 
-def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_dispatches_one_program(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny()
     static, hparams = partition(config)
     state = compiled_init_state(static, hparams)
@@ -112,7 +112,7 @@ def test_steps_cost_one_dispatch_a_call(caplog: pytest.LogCaptureFixture) -> Non
     assert state.step == 3 * SLOTS
 
 
-def test_no_number_compiles_anything_new() -> None:
+def test_no_hyperparameter_value_causes_a_compilation() -> None:
     run(tiny(**ALL_ON), [1])
     compiled_init_state(*partition(tiny(**ALL_ON)))
     before = compiled_init_state._cache_size(), compiled_train_steps._cache_size()
@@ -128,7 +128,7 @@ def test_no_number_compiles_anything_new() -> None:
 
 
 @pytest.mark.slow
-def test_switching_a_part_on_compiles_once() -> None:
+def test_enabling_a_term_compiles_once() -> None:
     # A structure that no other test has.
     switches: dict[str, Any] = {**SGD, **dict.fromkeys(SWITCHES, 0.0), "training.steps_per_jit_call": 77}
     run(tiny(**switches), [1])
@@ -143,7 +143,7 @@ def test_switching_a_part_on_compiles_once() -> None:
 # Cutting up.
 
 
-def test_a_run_has_the_same_bits_however_it_is_cut() -> None:
+def test_results_do_not_depend_on_the_number_of_steps_per_call() -> None:
     config = tiny(**ALL_ON)
     whole = run(config, [4, 3])
     assert_same_bits(run(config, [1, 2, 4]), whole)
@@ -167,7 +167,7 @@ IN_PARTS = {"training.batch_size": 8, "training.z_loss": 0.1}
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
+def test_microbatches_give_the_gradient_of_the_batch(parts: int) -> None:
     batch = batch_of(tiny(**IN_PARTS))
     assert len(set(batch.weights_BT.reshape(parts, -1).sum(axis=1))) > 1
     params = parameters(init_std=0.3)
@@ -179,7 +179,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 
 
 @pytest.mark.slow
-def test_what_blocks_report_is_averaged_and_their_loss_is_minimised() -> None:
+def test_layer_metrics_are_averaged_and_the_auxiliary_loss_is_minimized() -> None:
     experts = {"model.feedforwards": ("moe", "swiglu"), "model.n_layers": 4, "model.moe.n_experts": 3}
     config, batch = tiny(**experts, **{"model.moe.load_balance_loss_weight": 0.7}), batch_of(tiny())
     params = compiled_init_state(*partition(config)).params
@@ -223,7 +223,7 @@ def loss_in_numpy(params: Any, config: Config, batch: Batch) -> tuple[float, flo
     return float(np.mean(losses)), float(np.mean(squares))
 
 
-def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
+def test_loss_and_z_loss_match_numpy() -> None:
     params, batch = parameters(init_std=0.5), batch_of(tiny())
     loss, square = loss_in_numpy(params, tiny(), batch)
     sums = eval_loss_sums(params, batch, tiny().model)
@@ -233,7 +233,7 @@ def test_the_loss_and_the_z_loss_are_those_of_numpy() -> None:
     assert total_loss(sums, total, 0.3) == pytest.approx(loss + 0.3 * square, rel=1e-5)
 
 
-def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_bounds_the_number_of_pending_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made, alive = list[weakref.ref[np.ndarray]](), list[int]()
 
     def sums(_: Any, batch: Any, *others: Any) -> LossSums:
@@ -251,7 +251,7 @@ def test_an_evaluation_holds_the_sums_of_few_batches_and_adds_all(monkeypatch: p
     assert max(alive) <= 5 and len(made) == 11
 
 
-def test_the_gradient_is_that_of_the_mean_loss() -> None:
+def test_gradient_is_that_of_the_mean_loss() -> None:
     config = tiny(**IN_PARTS)
     params, batch = parameters(init_std=0.3), batch_of(config)
     gradients, _ = gradient_of(config, params, batch)
@@ -266,20 +266,20 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
     assert (moved(distance) - moved(-distance)) / (2 * distance) == pytest.approx(norm, rel=1e-2)
 
 
-def test_the_loss_of_the_batch_is_reported() -> None:
+def test_reported_loss_is_that_of_the_batch() -> None:
     _, metrics = run(tiny(), [1])
     loss, _ = loss_in_numpy(parameters(), tiny(), batch_of(tiny()))
     assert metrics.loss == pytest.approx(loss, rel=1e-5)
     assert metrics.learned_tokens == batch_of(tiny()).weights_BT.sum()
 
 
-def test_a_z_loss_is_minimised_but_not_reported() -> None:
+def test_z_loss_is_minimized_but_not_reported() -> None:
     (_, without), (_, with_z) = (run(tiny(**SGD, **{"training.z_loss": z}), [1]) for z in (0.0, 10.0))
     np.testing.assert_allclose(without.loss, with_z.loss, rtol=1e-6)
     assert with_z.gradient_norm > 1.5 * without.gradient_norm
 
 
-def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
+def test_a_batch_without_loss_changes_only_the_step() -> None:
     config = tiny(**{"optimizer.weight_decay": 0.0})
     static, hparams = partition(config)
     state = State(parameters(), make_optimizer(config.optimizer).init(parameters()), np.int32(0), init_loss_stats())
@@ -290,7 +290,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
     assert (metrics.loss[0], metrics.gradient_norm[0], metrics.learned_tokens[0], state.step) == (0, 0, 0, 1)
 
 
-def test_the_norm_is_reported_before_clipping_and_the_clip_acts() -> None:
+def test_gradient_norm_is_reported_before_clipping() -> None:
     # Then the update is the clipped gradient.
     plain = {"optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0, "optimizer.learning_rate": 1.0}
     at_once = {"schedule.warmup_steps": 0, "schedule.final_lr_frac": 1.0}
@@ -305,7 +305,7 @@ def test_the_norm_is_reported_before_clipping_and_the_clip_acts() -> None:
     assert first_step(norm / 10) == pytest.approx((norm, norm / 10), rel=1e-4)
 
 
-def test_a_stage_counts_its_schedule_from_its_first_step() -> None:
+def test_schedule_counts_from_the_first_step_of_a_stage() -> None:
     early, late = run(tiny(), [4]), run(tiny(), [4], first_step=100)
     np.testing.assert_array_equal(early[1].learning_rate, late[1].learning_rate)
     assert late[0].step == 104
@@ -316,7 +316,7 @@ def test_a_stage_counts_its_schedule_from_its_first_step() -> None:
 # Randomness.
 
 
-def test_dropout_is_a_function_of_seed_and_step() -> None:
+def test_dropout_depends_on_seed_and_step_only() -> None:
     def losses(**changes: Any) -> list[float]:
         # Parameters that do not move, and always the same batch.
         still = {"optimizer.learning_rate": 0.0, "model.dropout": 0.5}
@@ -328,13 +328,13 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert not set(losses()) & set(losses(seed=1))
 
 
-def test_the_seed_decides_the_parameters() -> None:
+def test_initial_parameters_depend_on_the_seed() -> None:
     assert_same_bits(parameters(1), parameters(1))
     first, other = (parameters(seed)["embedding"]["table"].ravel() for seed in (1, 2**32 - 1))
     assert abs(np.corrcoef(first, other)[0, 1]) < 0.2
 
 
-def test_parts_of_a_batch_drop_different_activations() -> None:
+def test_microbatches_have_different_dropout() -> None:
     config = tiny(**ALL_ON, **{"training.batch_size": 2})
     # The same window in both parts.
     batch = jax.tree.map(lambda leaf: leaf[[1, 1]], batch_of(tiny()))
@@ -350,7 +350,7 @@ def test_parts_of_a_batch_drop_different_activations() -> None:
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
-def test_evaluation_drops_nothing() -> None:
+def test_evaluation_has_no_dropout() -> None:
     rates = (0.0, 0.9)
     sums = [eval_loss_sums(parameters(), batch_of(tiny()), tiny(**{"model.dropout": rate}).model) for rate in rates]
     assert_same_bits(*sums)
@@ -369,7 +369,7 @@ def test_training_lowers_the_loss(name: str) -> None:
     assert all(np.isfinite(column).all() for column in jax.tree.leaves(metrics))
 
 
-def test_bfloat16_trains_float32_parameters() -> None:
+def test_bfloat16_activations_train_float32_parameters() -> None:
     steps = {"optimizer.learning_rate": 1e-2, "training.steps": 40}
     state, metrics = run(tiny(**steps, **{"model.dtype": "bfloat16"}), [SLOTS] * 10, same_batch=True)
     _, exact = run(tiny(**steps), [SLOTS], same_batch=True)

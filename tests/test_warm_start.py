@@ -38,7 +38,7 @@ def parameters(path: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in flatten_paths(load_model(path).generator.params).items()}
 
 
-def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, tmp_path: Path) -> None:
+def test_warm_start_copies_all_matching_parameters(source: Path, tmp_path: Path) -> None:
     said = begin(str(source), tmp_path / "new", **{"optimizer.learning_rate": 1e-4, "seed": 3})
     taken, given = parameters(tmp_path / "new"), parameters(source)
     assert f"{source} at step 10: took {len(given)} of {len(given)} arrays" in said and "from the seed" not in said
@@ -52,7 +52,7 @@ def test_all_is_taken_where_all_fits_and_training_begins_with_it(source: Path, t
     assert all(np.asarray(after[name]).tobytes() == given[name].tobytes() for name in given)
 
 
-def test_what_does_not_fit_is_what_the_seed_gives(source: Path, tmp_path: Path) -> None:
+def test_parameters_that_do_not_match_are_initialized_from_the_seed(source: Path, tmp_path: Path) -> None:
     changes = {"model.attention.qk_norm": "head", "model.d_ff": 24, "model.tie_embeddings": False}
     said = begin(f"{source}@10", tmp_path / "new", **changes)
     create_run_dir(tmp_path / "fresh", tiny(**changes), {})
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_what_the_seed_gives(source: Path, tmp_path: Path) 
     assert "blocks/0/feedforward/up/kernel (" in said and "left there: " in said
 
 
-def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path: Path) -> None:
+def test_token_embeddings_are_not_copied_with_another_tokenizer(source: Path, tmp_path: Path) -> None:
     other = {"tokenizer.name": "char", "tokenizer.vocab_size": VOCABULARY}
     begin(str(source), tmp_path / "new", **other)
     about = json.loads((tmp_path / "new/import.json").read_bytes())
@@ -76,7 +76,7 @@ def test_rows_of_tokens_are_left_where_tokens_are_others(source: Path, tmp_path:
     )
 
 
-def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: Path) -> None:
+def test_warm_start_of_an_existing_run_resumes_it_or_is_refused(source: Path, tmp_path: Path) -> None:
     begin(str(source), tmp_path / "new")
     before = (tmp_path / "new/parameters.safetensors").read_bytes()
     assert begin(str(source), tmp_path / "new") == ""
@@ -97,7 +97,7 @@ def test_the_same_again_goes_on_and_another_is_refused(source: Path, tmp_path: P
         ("", {"model.d_model": 24}, r"No parameter of .* fits the model of this config: .* 16 there and .* 24 here"),
     ],
 )
-def test_what_cannot_be_is_a_sentence_and_leaves_nothing(
+def test_impossible_warm_start_is_an_error_and_leaves_no_folder(
     source: Path, tmp_path: Path, suffix: str, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_a_sentence_and_leaves_nothing(
     assert not RunDir(tmp_path / "new").path.exists()
 
 
-def test_the_tokenizer_is_kept_unless_another_is_asked_for(source: Path, tmp_path: Path) -> None:
+def test_warm_start_keeps_the_tokenizer_unless_another_is_requested(source: Path, tmp_path: Path) -> None:
     """A config whose tokenizer is another, as that of a config file may be, on another text."""
     text = tmp_path / "text.txt"
     text.write_text("zyx wvu, tsr qpo.\n" * 60)
@@ -160,7 +160,7 @@ def test_stacked_blocks_are_matched_layer_by_layer() -> None:
     assert all(back[name].tobytes() == small[name].tobytes() for name in small)
 
 
-def test_a_run_of_more_layers_takes_those_that_are_there(source: Path, tmp_path: Path) -> None:
+def test_warm_start_of_a_deeper_model_copies_the_existing_layers(source: Path, tmp_path: Path) -> None:
     said = begin(str(source), tmp_path / "grown", **{"model.n_layers": 2})
     given, grown = parameters(source), parameters(tmp_path / "grown")
     for name, leaf in given.items():
@@ -168,7 +168,7 @@ def test_a_run_of_more_layers_takes_those_that_are_there(source: Path, tmp_path:
     assert "(layer 1: not there)" in said and f"took {len(given)} of {len(grown)} arrays" in said
 
 
-def test_diff_names_what_runs_began_with(source: Path, tmp_path: Path) -> None:
+def test_diff_reports_the_source_of_a_warm_start(source: Path, tmp_path: Path) -> None:
     begin(str(source), tmp_path / "new")
     begin(f"{source}@best", tmp_path / "best")
     (found,) = diff_configs(RunDir(tmp_path / "new"), RunDir(tmp_path / "best"))
