@@ -1,6 +1,6 @@
-"""Faults, caused for real: kills, signals, full disks, folders that may not be written to, damaged files, long runs.
+"""Faults, caused for real: kills, signals, full disks, lost permissions, damaged files, long runs.
 
-`pytest` makes them in a small form, `pytest -m faults` in full.
+`pytest` runs them in a small form, `pytest -m faults` in full.
 """
 
 import errno
@@ -35,7 +35,7 @@ from rustgpt_jax.workdir.run_dir import RunDir, load_config
 ROOT = Path(__file__).parent.parent
 LAUNCH = str(ROOT / "launch.py")
 TINY = f"--config={ROOT}/configs/tiny.py"
-# Saves without end.
+# A run that saves until it is stopped.
 LONG = (
     TINY,
     "--config.training.steps=100000",
@@ -43,13 +43,13 @@ LONG = (
     "--config.training.steps_per_jit_call=5",
 )
 IN_FULL = (pytest.mark.slow, pytest.mark.faults)
-PATIENCE = 240.0
+TIMEOUT = 240.0
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def start(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Begin to train, in a process of its own."""
+    """Start to train in another process."""
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [*prefix, sys.executable, LAUNCH, "train", *arguments]
     return subprocess.Popen(
@@ -57,10 +57,10 @@ def start(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str
     )
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until something is so, or the process has ended."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_so() and process.poll() is None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until a condition holds or the process ends."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.002)
 
@@ -74,9 +74,9 @@ def is_saving(run: Path) -> bool:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for the end of a process: its exit status, and what it said and complained of."""
+    """Wait for the end of a process. Returns its exit status, stdout and stderr."""
     try:
-        stdout, stderr = process.communicate(timeout=PATIENCE)
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     return process.returncode, stdout, stderr
@@ -91,8 +91,8 @@ def saved_state(run: Path, which: str = "last") -> State:
         return checkpoints.restore(like, which)
 
 
-def assert_is_sound(run: Path) -> None:
-    """The last checkpoint can be read, and is what was saved."""
+def assert_is_valid(run: Path) -> None:
+    """Check that the last checkpoint can be restored."""
     state = saved_state(run)
     assert int(state.step) == steps_saved(run)[-1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -122,8 +122,8 @@ def test_resume_after_kills_is_bit_exact(tmp_path: Path, n_kills: int) -> None:
             process = start(*arguments, f"--run={run}")
             if kills % 2:
                 # In the middle of a save, where most could go wrong.
-                patience = time.monotonic() + moments.uniform(0.2, 0.7) * seconds
-                wait_until(lambda run=run, patience=patience: time.monotonic() > patience and is_saving(run), process)
+                saving_after = time.monotonic() + moments.uniform(0.2, 0.7) * seconds
+                wait_until(lambda run=run, start=saving_after: time.monotonic() > start and is_saving(run), process)
                 time.sleep(moments.uniform(0.0, 0.02))
             else:
                 moment = time.monotonic() + moments.uniform(0.1, 0.7) * seconds
@@ -158,11 +158,11 @@ def test_preemption_signal_saves_and_asks_to_be_requeued(tmp_path: Path, number:
     assert (status, stderr) == (os.EX_TEMPFAIL, "")
     assert f"Stopped by {number.name} at step {steps_saved(run)[-1]}, saved." in stdout
     assert time.monotonic() - began < 20
-    assert_is_sound(run)
+    assert_is_valid(run)
 
 
 def test_calls_of_slow_steps_have_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a signal waits for is a call: slow steps make it one of few steps, and change no bit.
+    # A signal is handled after a call, so calls of slow steps have few steps; results do not change.
     counts: list[int] = []
     trained, speed = hooks.LogMetrics.on_call, hooks.LogMetrics._speed
 
@@ -179,7 +179,7 @@ def test_calls_of_slow_steps_have_few_steps(tmp_path: Path, monkeypatch: pytest.
     config = tiny(**{"logging.eval_every": 10, "logging.checkpoint_every": 10})
     monkeypatch.setattr(hooks.LogMetrics, "on_call", noted)
     assert train(config, tmp_path / "quick")[0]
-    # Until the speed is known, the steps go one by one.
+    # Calls have one step until the speed is known.
     assert counts == [1, 1, 1, 3, 3, 1]
     counts.clear()
     monkeypatch.setattr(hooks.LogMetrics, "_speed", slow)
@@ -213,7 +213,7 @@ def test_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MB. Only who may mount one can have it."""
+    """A disk of 24 MB, if this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True)
@@ -244,8 +244,8 @@ def test_full_disk_ends_training_and_preserves_the_checkpoint(small_disk: Path) 
     assert "No space left on device" in stderr and "Training stopped at step" in stderr
     assert f"the checkpoint of step {steps_saved(run)[-1]} is complete" in stderr
     (small_disk / "ballast").unlink()
-    assert_is_sound(run)
-    # What is left goes on.
+    assert_is_valid(run)
+    # The run can be resumed.
     before = steps_saved(run)[-1]
     process = start(*LONG, f"--run={run}")
     wait_until(lambda: steps_saved(run)[-1] > before, process)
@@ -268,7 +268,7 @@ def test_read_only_disk_is_an_error(small_disk: Path) -> None:
 def test_lost_permission_ends_training_and_preserves_the_checkpoint(tmp_path: Path) -> None:
     prefix: tuple[str, ...] = ()
     if os.getuid() == 0:
-        # Else permissions mean nothing.
+        # Root ignores permissions.
         if shutil.which("setpriv") is None:
             pytest.skip("no setpriv here")
         without = "-dac_override,-dac_read_search"
@@ -281,7 +281,7 @@ def test_lost_permission_ends_training_and_preserves_the_checkpoint(tmp_path: Pa
     RunDir(run).checkpoints.chmod(0o700)
     assert status == 2 and "Permission denied" in stderr and stderr.count("\n") == 1, stderr
     assert f"the checkpoint of step {steps_saved(run)[-1]} is complete" in stderr
-    assert_is_sound(run)
+    assert_is_valid(run)
 
 
 @pytest.mark.slow
@@ -305,44 +305,64 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGE: dict[str, Callable[[Path], Any]] = {"truncated": cut, "a byte flipped": flip, "a file missing": Path.unlink}
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "truncated": cut,
+    "a byte flipped": flip,
+    "a file missing": Path.unlink,
+    "a folder missing": lambda file: shutil.rmtree(file.parent),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruptions."""
+    path = tmp_path_factory.mktemp("straight") / "run"
+    assert train(tiny(), path)[0]
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after some steps."""
+    path = tmp_path_factory.mktemp("stopped") / "run"
+    train(tiny(), path, Interruption(7, is_kill=False))
+    return path
+
+
+@pytest.fixture
+def run(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the run that was stopped."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, damage: str) -> None:
-    config = tiny()
-    assert train(config, tmp_path / "straight")[0]
-    run = tmp_path / "run"
-    train(config, run, Interruption(7, is_kill=False))
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(run: Path, straight: Path, damage: str) -> None:
     last, before = steps_saved(run)[::-1][:2]
     files = (file for file in (RunDir(run).checkpoints / str(last) / "state").rglob("*") if file.is_file())
     DAMAGE[damage](max(files, key=lambda file: file.stat().st_size))
-    is_complete, printed = train(config, run)
+    is_complete, printed = train(tiny(), run)
     assert is_complete
     assert f"The checkpoint of step {last} is damaged" in printed and f"from step {before}" in printed
     assert (RunDir(run).checkpoints / f"{last}.damaged").is_dir()
-    assert_same_bits(stored_state(config, run), stored_state(config, tmp_path / "straight"))
-    assert metrics(run) == metrics(tmp_path / "straight")
+    assert_same_bits(stored_state(tiny(), run), stored_state(tiny(), straight))
+    assert metrics(run) == metrics(straight)
 
 
-def test_incomplete_checkpoint_folder_is_ignored(tmp_path: Path) -> None:
-    config, run = tiny(), tmp_path / "run"
-    train(config, run, Interruption(7, is_kill=False))
-    last, before = steps_saved(run)[::-1][:2]
-    shutil.rmtree(RunDir(run).checkpoints / str(last) / "state" / "d")
-    is_complete, printed = train(config, run)
-    assert is_complete and f"from step {before}" in printed
-
-
-def test_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path: Path) -> None:
-    config, run = tiny(), tmp_path / "run"
-    train(config, run, Interruption(7, is_kill=False))
+def test_run_with_only_damaged_checkpoints_does_not_start_over(run: Path) -> None:
     for step in steps_saved(run):
         (RunDir(run).checkpoints / str(step) / "sha256.json").unlink()
     before, saved = metrics(run), steps_saved(run)
     with pytest.raises(UserError, match=r"no valid checkpoint \(.*sha256.json cannot be read.*to start over"):
-        train(config, run)
+        train(tiny(), run)
     assert (metrics(run), steps_saved(run)) == (before, saved)
+
+
+def test_copied_checkpoint_is_not_used_for_another_step(run: Path, straight: Path) -> None:
+    folder, last = RunDir(run).checkpoints, steps_saved(run)[-1]
+    shutil.copytree(folder / str(last), folder / "10")
+    is_complete, printed = train(tiny(), run)
+    assert is_complete and f"it is the checkpoint of step {last} under another name" in printed
+    assert_same_bits(stored_state(tiny(), run), stored_state(tiny(), straight))
 
 
 # Deletion.
@@ -360,7 +380,6 @@ def test_deleted_run_files_end_training_with_an_error(
         advanced(self, count, *arguments)
         if self.step == moment:
             self.checkpoints.wait()
-            # At once, as far as the run can see.
             (run / name).rename(tmp_path / "gone")
 
     monkeypatch.setattr(Trainer, "on_steps_done", deleted)
@@ -369,7 +388,7 @@ def test_deleted_run_files_end_training_with_an_error(
 
 
 def test_error_waits_for_a_pending_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a full disk: the metrics cannot be written while the first checkpoint is on its way."""
+    """As on a full disk, the metrics cannot be written while the first checkpoint is being written."""
     write = MetricsWriter.write
 
     def full(self: Any, step: int, values: Any) -> None:
@@ -380,18 +399,6 @@ def test_error_waits_for_a_pending_checkpoint(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(MetricsWriter, "write", full)
     with pytest.raises(UserError, match=r"No space left on device.* the checkpoint of step 3 is complete"):
         train(tiny(**{"logging.sample_prompts": ()}), tmp_path / "run")
-
-
-def test_copied_checkpoint_is_not_used_for_another_step(tmp_path: Path) -> None:
-    config, run = tiny(), tmp_path / "run"
-    assert train(config, tmp_path / "straight")[0]
-    train(config, run, Interruption(7, is_kill=False))
-    folder = RunDir(run).checkpoints
-    last = steps_saved(run)[-1]
-    shutil.copytree(folder / str(last), folder / "10")
-    is_complete, printed = train(config, run)
-    assert is_complete and f"it is the checkpoint of step {last} under another name" in printed
-    assert_same_bits(stored_state(config, run), stored_state(config, tmp_path / "straight"))
 
 
 # Memory.
