@@ -1,4 +1,4 @@
-"""Whole runs: stopped or killed anywhere and gone on with, they leave what the undisturbed run leaves, bit for bit."""
+"""Whole runs: resume is bit-exact after any stop or kill, and run folders are protected from misuse."""
 
 import json
 import math
@@ -58,7 +58,7 @@ TINY = {
     "sampling.max_tokens": 4,
     "sampling.temperature": 1.0,
 }
-# What a clock decides, and no config.
+# Metrics that depend on the time.
 TIMED = {"train/tokens_per_second", "train/flops_share"}
 
 
@@ -70,11 +70,11 @@ def tiny(**changes: Any) -> Config:
 
 
 class Killed(BaseException):
-    """The end of a process that saves nothing."""
+    """Ends training as a kill does, without saving."""
 
 
 class StopAtOnce(StopRequest):
-    """Someone presses Ctrl-C before the first step."""
+    """A request to stop before the first step."""
 
     def __enter__(self) -> StopRequest:
         super().__enter__()
@@ -83,20 +83,20 @@ class StopAtOnce(StopRequest):
 
 
 def killed(*_: Any) -> None:
-    """Stand for a process that is killed here."""
+    """Raise Killed."""
     raise Killed
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """The end of a process after so many steps of its own, by a signal or by a kill."""
+    """The end of a process after a number of its steps, by a signal or by a kill."""
 
     steps: int
     is_kill: bool
 
 
 def train(config: Config, path: Path, interruption: Interruption | None = None) -> tuple[bool, str]:
-    """Train in this process. Whether the run reached its end, and what it printed."""
+    """Train in this process. Returns whether the run is complete, and what it printed."""
     console = Console(file=StringIO(), width=200)
     done = 0
 
@@ -135,7 +135,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def programs(path: Path) -> set[tuple[str, str]]:
-    """The programs that the launches of a run have named, with their stages."""
+    """Return the stages and programs that the launches of a run recorded."""
     events = [json.loads(line) for line in (path / "journal.jsonl").read_text().splitlines()]
     return {(event["stage"], event["stablehlo"]) for event in events if event["event"] == "program"}
 
@@ -155,7 +155,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 
 def text_file() -> str:
-    """A file whose path is the same in all runs of a session, for it is part of their configs."""
+    """Return a file whose path, which is part of the config, is the same in all runs of a session."""
     path = Path(os.environ["RUSTGPT_JAX_CACHE"]) / "small.txt"
     path.write_text("To be, or not to be, that is the question:\n" * 40, encoding="utf-8")
     return str(path)
@@ -169,7 +169,7 @@ CORPORA = {
 
 
 def config_of(corpus: str, tokenizer: str, accumulation: int, boundary: int | None) -> Config:
-    """A run of ten steps; with a boundary, those after it are a stage of their own, on dialogues, at another rate."""
+    """Return a run of ten steps. Those after `boundary`, if any, are a stage on dialogues with another rate."""
     changes = {"tokenizer.name": tokenizer, "training.grad_accum_steps": accumulation, **CORPORA[corpus]()}
     if boundary is not None:
         second = {"corpus": "chat", "paths": (), "split": "document", "loss_mask": "assistant"}
@@ -190,8 +190,8 @@ def last_checkpoint(path: Path) -> int:
     return max((int(step.name) for step in RunDir(path).checkpoints.glob("[0-9]*")), default=0)
 
 
-def write_on_and_tear(path: Path) -> None:
-    """What a process may have written after its last checkpoint when it is killed."""
+def append_torn_lines(path: Path) -> None:
+    """Append what a killed process may have written after its last checkpoint."""
     run = RunDir(path)
     last = last_checkpoint(path)
     for file, line in (
@@ -202,14 +202,14 @@ def write_on_and_tear(path: Path) -> None:
             lines.write(json.dumps({"step": last + 1, **line}) + "\n" + json.dumps({"step": last + 2, **line})[:-7])
 
 
-def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Interruption]) -> None:
+def assert_resume_is_bit_exact(config: Config, interruptions: list[Interruption]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         straight, broken = Path(folder) / "straight", Path(folder) / "broken"
         assert train(config, straight)[0]
         for interruption in interruptions:
             is_complete, printed = train(config, broken, interruption)
             if interruption.is_kill and not is_complete:
-                write_on_and_tear(broken)
+                append_torn_lines(broken)
             elif not is_complete:
                 assert f"Stopped by SIGINT at step {last_checkpoint(broken)}, saved." in printed
         assert train(config, broken)[0]
@@ -238,7 +238,7 @@ def assert_interruptions_leave_no_trace(config: Config, interruptions: list[Inte
 def test_resume_is_bit_exact(
     corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
 ) -> None:
-    assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
+    assert_resume_is_bit_exact(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
 
 
 @pytest.mark.slow
@@ -254,12 +254,12 @@ def test_resume_is_bit_exact_for_any_interruptions(
     corpus: str, tokenizer: str, accumulation: int, boundary: int | None, interruptions: list[Interruption]
 ) -> None:
     jax.config.update("jax_disable_most_optimizations", False)
-    assert_interruptions_leave_no_trace(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
+    assert_resume_is_bit_exact(config_of(corpus, tokenizer, accumulation, boundary), interruptions)
 
 
 @pytest.mark.parametrize(
     ("step", "boundary"),
-    # A step without a checkpoint of its own, the last step of a stage, which has one, and the end of the run.
+    # A step without a scheduled checkpoint, the last step of a stage, which has one, and the end of the run.
     [(4, None), (3, 3), (10, None)],
 )
 def test_resume_after_a_stop_during_evaluation_is_bit_exact(
@@ -283,7 +283,7 @@ def test_resume_after_a_stop_during_evaluation_is_bit_exact(
         assert last_checkpoint(broken) == step
         assert not [line for line in metrics(broken) if line["step"] == step and "valid/loss" in line]
     monkeypatch.setattr(loss, "eval_loss_sums", sums)
-    # A kill after a part of the evaluation was written.
+    # A kill after part of the evaluation was written.
     with monkeypatch.context() as patch:
         patch.setattr(hooks, "generate_text", killed)
         train(config, broken)
@@ -301,35 +301,38 @@ def test_resume_after_a_stop_during_evaluation_is_bit_exact(
     assert regular[0] == regular[1]
 
 
-# One folder, one run.
+# Run folders.
 
 
-def test_training_a_complete_run_changes_nothing(tmp_path: Path) -> None:
-    config = tiny(**{"training.steps": 2})
-    assert train(config, tmp_path / "run")[0]
-    before = contents(tmp_path)
-    is_complete, printed = train(config, tmp_path / "run")
-    assert is_complete
-    assert "is complete: 2 steps" in printed
-    assert contents(tmp_path) == before
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Tests must not change it."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert train(tiny(), path)[0]
+    return path
 
 
-def test_training_with_another_config_is_refused(tmp_path: Path) -> None:
-    assert train(tiny(**{"training.steps": 2}), tmp_path)[0]
-    before = contents(tmp_path)
+def test_training_a_complete_run_changes_nothing(finished: Path) -> None:
+    before = contents(finished)
+    is_complete, printed = train(tiny(), finished)
+    assert is_complete and "is complete: 10 steps" in printed
+    assert contents(finished) == before
+
+
+def test_training_with_another_config_is_refused(finished: Path) -> None:
+    before = contents(finished)
     with pytest.raises(UserError, match="another config: seed is 0 there and 3 here. Choose another --run folder"):
-        train(tiny(**{"training.steps": 2, "seed": 3}), tmp_path)
-    assert contents(tmp_path) == before
+        train(tiny(seed=3), finished)
+    assert contents(finished) == before
 
 
-def test_a_locked_run_is_refused(tmp_path: Path) -> None:
-    config = tiny(**{"training.steps": 6})
-    assert not train(config, tmp_path, Interruption(1, is_kill=False))[0]
-    with lock_run_dir(tmp_path):
-        before = contents(tmp_path)
+def test_a_locked_run_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    with lock_run_dir(run):
+        before = contents(run)
         with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* is training in it"):
-            train(config, tmp_path)
-        assert contents(tmp_path) == before
+            train(tiny(), run)
+        assert contents(run) == before
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_training(tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_calls_end_at_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: p
     counted.lower = steps.lower
     monkeypatch.setattr(loop, "compiled_train_steps", counted)
     train(tiny(**{"logging.eval_every": 4, "logging.checkpoint_every": 9}), tmp_path)
-    # The first ones go one by one, until it is known how long a step takes.
+    # Calls have one step until the duration of a step is known.
     assert counts == [1, 1, 1, 1, 3, 1, 1, 1]
 
 
@@ -358,7 +361,7 @@ def test_stages_have_their_own_data_schedule_and_hyperparameters(tmp_path: Path)
     lines = [line for line in metrics(tmp_path) if "train/loss" in line]
     assert [line["stage"] for line in lines] == ["first"] * 5 + ["second"] * 5
     rates = [line["train/learning_rate"] for line in lines]
-    # Each warms up for two steps and then begins to fall.
+    # Each schedule starts with a warmup of two steps.
     warm = [1 / 3, 2 / 3, 1]
     assert rates[:3] == pytest.approx([1e-3 * share for share in warm])
     assert rates[5:8] == pytest.approx([1e-2 * share for share in warm])
@@ -371,7 +374,7 @@ def test_stages_have_their_own_data_schedule_and_hyperparameters(tmp_path: Path)
 
 
 def scripted(path: Path, losses: dict[int, float]) -> Any:
-    """An `evaluate` that measures these losses at these steps."""
+    """Return an `evaluate` that gives these losses at these steps."""
 
     def evaluate(*_: Any) -> dict[str, float]:
         step = max(line["step"] for line in read_metrics(path) if "train/loss" in line)
@@ -394,7 +397,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss(
     assert train(config, tmp_path)[0]
     best = stored_state(config, tmp_path, "best")
     assert best.step == 4
-    # The state of step 4 itself: of the same run, cut off there.
+    # The state of the same run stopped at step 4.
     other = tmp_path / "other"
     monkeypatch.setattr(hooks, "evaluate", lambda *_: {})
     train(config, other, Interruption(4, is_kill=False))
@@ -469,15 +472,7 @@ def test_eight_devices_give_the_same_losses_as_one(tmp_path: Path) -> None:
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
 
 
-# Files of a run that were put there by somebody else.
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. It must stay as it is."""
-    path = tmp_path_factory.mktemp("finished") / "run"
-    assert train(tiny(), path)[0]
-    return path
+# Files of a run folder that were damaged or replaced.
 
 
 def test_replaced_tokenizer_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -515,19 +510,17 @@ def test_edited_config_is_refused(finished: Path, tmp_path: Path) -> None:
     run.config_file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"config.json was changed after the run began: its config has the hash"):
         load_model(run.path)
-    # Where a run is trained is no part of what it is.
+    # The mesh is not part of the hash.
     record = json.loads((finished / "config.json").read_bytes())
     record["config"]["mesh"]["data"] = 1
     run.config_file.write_text(json.dumps(record))
     load_model(run.path)
 
 
-def test_metrics_lines_without_a_stage_do_not_prevent_resume(tmp_path: Path) -> None:
-    config = tiny()
-    assert train(config, tmp_path / "straight")[0]
-    run = tmp_path / "run"
+def test_metrics_lines_without_a_stage_do_not_prevent_resume(finished: Path, tmp_path: Path) -> None:
+    config, run = tiny(), tmp_path / "run"
     train(config, run, Interruption(7, is_kill=False))
     file = RunDir(run).metrics_file
     file.write_text(file.read_text().replace('"stage"', '"stag"', 3))
     assert train(config, run)[0]
-    assert_same_bits(stored_state(config, run, "best"), stored_state(config, tmp_path / "straight", "best"))
+    assert_same_bits(stored_state(config, run, "best"), stored_state(config, finished, "best"))

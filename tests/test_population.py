@@ -1,4 +1,4 @@
-"""Populations: trained together, runs leave what each leaves alone."""
+"""Populations: each run gives the same results as when it is trained alone."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ class Silent:
 def train_together(
     mode: str, configs: list[Config], path: Path, n_slots: int | None = None, calls: float = math.inf
 ) -> list[Trainer]:
-    """Train configs as one population in the folders 0, 1, ... of a path, for so many calls at most."""
+    """Train configs as one population in the folders 0, 1, ... of a path, for at most `calls` calls."""
     runs = []
     for index, config in enumerate(configs):
         inputs = prepare_inputs(config, RunDir(path / str(index)).tokenizer_file, QUIET)
@@ -65,7 +65,7 @@ def train_alone(config: Config, path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def population(base: dict[str, Any]) -> list[Config]:
-    """Trials that differ in learning rate, seed, dropout's strength and length."""
+    """Return configs that differ in learning rate, seed, dropout rate and number of steps."""
     trials = [
         {"optimizer.learning_rate": 1e-3, "seed": 0},
         {"optimizer.learning_rate": 1e-2, "seed": 1, "model.dropout": 0.3},
@@ -119,7 +119,7 @@ def test_fused_mode_is_close_to_each_run_alone(tmp_path: Path, monkeypatch: pyte
 def test_population_compiles_once_and_resumes_bit_exactly(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # A width that no other test has.
+    # A width that no other test uses.
     configs = population({"model.d_ff": 24})
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         train_together(mode, configs, tmp_path / "straight", n_slots=4)
