@@ -1,4 +1,4 @@
-"""Batches from a stream in the memory of the devices are those from files, to the last bit, and so is the run."""
+"""Batches from a token stream in device memory equal those from files."""
 
 import shutil
 from pathlib import Path
@@ -21,17 +21,17 @@ from rustgpt_jax.training.batch_source import make_device_stream, n_bytes, read_
 
 
 def on_device(stream: TokenStream, places: SequenceOffsets, window: int) -> Batch:
-    """The windows at places as a device reads them."""
+    """Read sequences on a device."""
     sent = jax.tree.map(np.int32, places)
     return jax.tree.map(np.asarray, read_sequences(make_device_stream(stream), sent, seq_len=window))
 
 
 @given(stream=streams, window=windows, seed=st.integers(0, 999))
-# Each compiles two programs.
+# Each example compiles two programs.
 @settings(max_examples=25)
 def test_device_and_host_read_the_same_sequences(stream: TokenStream, window: int, seed: int) -> None:
     source, random = SequenceReader(stream, window), np.random.default_rng(seed)
-    # Some beyond the last, which are padding.
+    # Indices beyond the last one are padding.
     indices = random.integers(0, len(source) + 2, 8)
     places = source.locate(indices, random.integers(stream.n_tokens - 1, size=8))
     expected = source.read(places)
@@ -57,7 +57,7 @@ def test_n_bytes_is_the_size_of_a_device_stream() -> None:
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_device_and_file_batches_train_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Calls of two steps, the last of one: a slot of it is filled up. Two stages read from two streams.
+    # Calls have two steps; the last one has one, so that a slot of it is padding.
     changes: dict[str, Any] = {"training.steps": 7}
     taken = list[str]()
     for kind in (batch_source.DeviceBatchSource, batch_source.FileBatchSource):

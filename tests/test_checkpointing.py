@@ -1,4 +1,4 @@
-"""Checkpoints: every bit comes back, nothing is made up, and only the last and the best are kept."""
+"""Checkpoints: restore is bit-exact, damage is detected, and the recent and the best ones are preserved."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rustgpt_jax.config.schema import Config, partition
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model.flops import parameter_shapes
-from rustgpt_jax.training import checkpointing as checkpoints_module
+from rustgpt_jax.training import checkpointing
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint, layout
 from rustgpt_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from rustgpt_jax.training.train_step import State, compiled_init_state, init_loss_stats
@@ -28,7 +28,7 @@ CONFIG = small_config()
 
 
 def state_of(name: str = "adamw", seed: int = 0) -> State:
-    """A state as of a run, filled with random bits of each array's type: NaNs, infinities and denormals among them."""
+    """Return a state filled with random bits, including NaNs, infinities and denormals."""
     config = small_config(**{"optimizer.name": name, "model.d_model": 8})
     shapes = parameter_shapes(config.model)
     opt_shapes = jax.eval_shape(make_optimizer(config.optimizer).init, shapes)
@@ -43,7 +43,7 @@ def state_of(name: str = "adamw", seed: int = 0) -> State:
 
 
 def small_state(**params: Any) -> State:
-    """A state of a few arrays."""
+    """Return a state with a few arrays."""
     arrays = {name: jnp.asarray(value) for name, value in params.items()}
     return State(arrays, (), jnp.asarray(3, jnp.int32), init_loss_stats())
 
@@ -90,7 +90,7 @@ def test_layout_matches_a_real_state() -> None:
 def test_save_is_not_affected_by_later_donation(tmp_path: Path) -> None:
     names = [str(index) for index in range(20)]
     state = small_state(**{name: np.arange(2**18, dtype=np.float32) for name in names})
-    # A step takes over the buffers of the state before it.
+    # A step reuses the buffers of the previous state.
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     step(jax.tree.map(jnp.copy, state))
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
@@ -119,7 +119,7 @@ def test_previous_best_is_valid_until_the_new_one_is_written(tmp_path: Path) -> 
     save(tmp_path, small_state(a=2.0), 2, 3, 4)
     save(tmp_path, small_state(a=5.0), 5, is_best=True)
     assert kept(tmp_path) == [1, 4, 5]
-    # As a kill in the middle of it leaves it.
+    # As after a kill during the save.
     (tmp_path / "5").rename(tmp_path / "5.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert (checkpoints.step(), checkpoints.step("best")) == (4, 1)
@@ -272,7 +272,7 @@ def test_damage_to_any_file_is_detected(tmp_path: Path, damage: str) -> None:
                 file.write_bytes(change(content))
             on_skipped: dict[int, str] = {}
             restored = checkpoints.restore(shapes_of(last), on_skipped=on_skipped.__setitem__)
-            # What is not noticed has done no harm: some files say what others say too.
+            # Undetected damage is harmless: some files repeat the content of others.
             assert_same_bits(restored, before if on_skipped else last)
             assert all(reason and "\n" not in reason for reason in on_skipped.values())
             n_noticed += bool(on_skipped)
@@ -303,7 +303,7 @@ def test_any_flipped_bit_is_detected_or_harmless(tmp_path: Path, data: st.DataOb
 
 
 def test_replaced_array_is_detected(tmp_path: Path) -> None:
-    # All files are whole, and not those that were saved together.
+    # All files are valid, but they were not saved together.
     save(tmp_path / "one", small_state(a=[1.0, 2.0]), 4)
     save(tmp_path / "other", small_state(a=[1.0, 2.5]), 4)
     shutil.rmtree(tmp_path / "one/4/state")
@@ -352,7 +352,7 @@ def test_last_scheduled_checkpoint_is_preserved(tmp_path: Path) -> None:
         assert (kept(tmp_path), checkpoints.step()) == ([3], 3)
 
 
-# Checkpoints that are not what their names say, and JSON of other shapes.
+# Checkpoints under other names, and malformed JSON.
 
 SHAPES = ["null", "[]", "{}", "5", '"x"', "true", "[1, 2]", '{"a": null}', "[" * 100_000, "[" * 900 + "]" * 900]
 
@@ -378,7 +378,7 @@ def test_checkpoint_under_another_name_is_skipped_and_replaced(tmp_path: Path) -
     assert on_skipped == {60: "it is the checkpoint of step 50 under another name"}
     with Checkpoints(tmp_path, CONFIG, is_writer=True) as checkpoints:
         checkpoints.save(small_state(a=[6.0]), 60)
-        # One that appears while the run is trained.
+        # A folder that appears during training.
         shutil.copytree(tmp_path / "50", tmp_path / "70")
         checkpoints.save(small_state(a=[7.0]), 70)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -388,7 +388,7 @@ def test_checkpoint_under_another_name_is_skipped_and_replaced(tmp_path: Path) -
 
 
 def json_files(checkpoint: Path) -> list[str]:
-    """The files of a checkpoint that hold JSON."""
+    """Return the files of a checkpoint that contain JSON."""
 
     def is_json(file: Path) -> bool:
         try:
@@ -401,17 +401,17 @@ def json_files(checkpoint: Path) -> list[str]:
     return [str(file.relative_to(checkpoint)) for file in files]
 
 
-def sealed(checkpoint: Path) -> None:
-    """Give the sums of a checkpoint for the files as they are now."""
-    seal = checkpoint / "sha256.json"
-    seal.write_text(
-        json.dumps({name: checkpoints_module._sha256(checkpoint / name) for name in json.loads(seal.read_bytes())})
+def update_checksums(checkpoint: Path) -> None:
+    """Replace the checksums of a checkpoint by those of its files."""
+    file = checkpoint / "sha256.json"
+    file.write_text(
+        json.dumps({name: checkpointing._sha256(checkpoint / name) for name in json.loads(file.read_bytes())})
     )
 
 
-@pytest.mark.parametrize("is_sealed", [False, True])
-def test_malformed_json_is_detected(tmp_path: Path, is_sealed: bool) -> None:
-    """In each file; and in each part of the record, also where the sums of the files say that it was meant."""
+@pytest.mark.parametrize("has_new_checksums", [False, True])
+def test_malformed_json_is_detected(tmp_path: Path, has_new_checksums: bool) -> None:
+    """In each file, and in each field of the metadata even if the checksums match."""
     state = small_state(a=[1.0])
     save(tmp_path, state, 4, 8)
     last, n_noticed = tmp_path / "8", 0
@@ -419,19 +419,19 @@ def test_malformed_json_is_detected(tmp_path: Path, is_sealed: bool) -> None:
     about = json.loads((last / "about/metadata").read_bytes())
     parts = [json.dumps(about | {key: json.loads(shape)}) for key in about for shape in SHAPES[:8]]
     contents = [("about/metadata", content) for content in [*SHAPES, *parts]]
-    if not is_sealed:
+    if not has_new_checksums:
         contents = [(name, shape) for name in json_files(last) for shape in SHAPES]
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for name, content in contents:
             (last / name).write_text(content)
-            if is_sealed:
-                sealed(last)
+            if has_new_checksums:
+                update_checksums(last)
             on_skipped = dict[int, str]()
             try:
                 restored = checkpoints.restore(shapes_of(state), on_skipped=on_skipped.__setitem__)
             except UserError as error:
-                # Sealed, and of the right types: a config hash or a layout of something else.
-                assert is_sealed and str(error).endswith(".")
+                # Valid types: another config hash or layout.
+                assert has_new_checksums and str(error).endswith(".")
             else:
                 assert_same_bits(restored, state)
             n_noticed += set(on_skipped) == {8}

@@ -1,4 +1,4 @@
-"""A run that is there goes on with another record or with more steps; its folder has all that makes it again."""
+"""Changes of the config of an existing run, and runs that are extended."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ OBSERVED = {
 
 
 def extend(config: Config, path: Path) -> str:
-    """Train with --extend. What was said."""
+    """Train with --extend. Returns what was printed."""
     console = Console(file=StringIO(), width=200)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_training, "draw_loss_curves", lambda folder: folder / "loss.png")
@@ -46,7 +46,7 @@ def extend(config: Config, path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of ten steps that was stopped on the way, observed differently from then on, and then extended to 16."""
+    """A run of ten steps that was stopped, resumed with other logging, and then extended to 16 steps."""
     path = tmp_path_factory.mktemp("changed") / "run"
     assert not train(tiny(**CONSTANT), path, Interruption(5, is_kill=False))[0]
     assert train(tiny(**CONSTANT, **OBSERVED), path)[0]
@@ -81,7 +81,7 @@ def test_rerun_applies_config_changes_at_the_same_steps(changed: Path, tmp_path:
     again.path.mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(changed / name, again.path / name)
-    # Also where it is interrupted, before the first change and after it.
+    # With interruptions before and after the first change.
     for steps in (3, 5):
         assert not train(load_config(again.path), again.path, Interruption(steps, is_kill=steps == 3))[0]
     assert train(load_config(again.path), again.path)[0]
@@ -142,7 +142,7 @@ def test_extending_a_decaying_schedule_requires_the_flag(finished: Path, tmp_pat
 
 
 def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_path: Path) -> None:
-    """As where a run is killed before its first step with a new config, and changed again."""
+    """As if a run was killed before its first step with a new config, and changed again."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     first = load_config(run)
 
@@ -155,7 +155,7 @@ def test_config_change_without_steps_keeps_earlier_configs(finished: Path, tmp_p
     lengthened(24)
     stage, last = stages_in_turn(load_config(run), load_earlier(run))
     assert (stage.end_step, stage.last_step, last.end_step) == (first.training.steps, 10, 24)
-    # The same command goes on, and changes nothing.
+    # The same command changes nothing.
     assert lengthened(24) == Change(load_config(run), load_earlier(run))
     for step in RunDir(run).saved_steps[1:]:
         shutil.rmtree(run / "checkpoints" / str(step))
@@ -206,7 +206,7 @@ def test_extend_requires_a_run(tmp_path: Path) -> None:
 
 
 def test_wsd_run_can_be_extended_before_its_decay(tmp_path: Path) -> None:
-    """Of warm-up, stable and decay: the steps before the decay do not know when it comes."""
+    """The steps before the decay do not depend on when it starts."""
     stable = {"schedule.name": "wsd", "schedule.decay_frac": 0.3}
     train(tiny(**stable), tmp_path / "run", Interruption(5, is_kill=False))
     assert train(tiny(**stable, **LONGER), tmp_path / "run")[0]

@@ -1,4 +1,4 @@
-"""The loop around the steps: it waits for no device, and brings nothing to one that it was not told to."""
+"""The training loop does not wait for the device and makes no implicit transfers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from rustgpt_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Nothing but steps, until the last one.
+# Steps without events, except for the last one.
 STEPS: dict[str, Any] = {
     "training.steps": 8,
     "logging.eval_every": 8,
@@ -30,7 +30,7 @@ def test_calls_make_no_implicit_transfers(tmp_path: Path, monkeypatch: pytest.Mo
         executor: loop.SingleRunExecutor, active: Mapping[int, Trainer], n_steps: int
     ) -> Callable[[int], Metrics]:
         (run,) = active.values()
-        # The first call compiles its program, with constants that are brought to the device once.
+        # The first call transfers the constants of the program.
         if run.step:
             guarded.append(run.step)
         with jax.transfer_guard("disallow" if run.step else "allow"):

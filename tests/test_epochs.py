@@ -1,4 +1,4 @@
-"""A number of epochs is the number of steps that reads each window so often, wherever a config is taken."""
+"""Epochs: their number of steps, and their support by each command."""
 
 from collections import Counter
 from fractions import Fraction
@@ -38,12 +38,12 @@ def by_epochs(epochs: float | None, **changes: Any) -> Config:
     return tiny(**FEW, **{"training.epochs": epochs, **changes})
 
 
-def settled(config: Config) -> Config:
+def resolve_steps(config: Config) -> Config:
     return AssetCache().resolve_epochs(config).config
 
 
 def steps_to_read_all(config: Config, n_times: int) -> int:
-    """The steps after which each token of the training text but the first has been a target so often."""
+    """Return the steps after which each token but the first one of the training text was a target `n_times`."""
     data = AssetCache().inputs(config).stages[0]
     batches, circle = data.training_batches(), data.store.split("train").n_tokens - 1
     seen: Counter[int] = Counter()
@@ -59,15 +59,15 @@ def steps_to_read_all(config: Config, n_times: int) -> int:
 @pytest.mark.parametrize(("epochs", "batch_size", "window"), [(1, 4, None), (2, 3, 7), (3, 5, None), (1, 1, 16)])
 def test_epochs_are_the_steps_that_read_all_sequences(epochs: int, batch_size: int, window: int | None) -> None:
     changes = {"training.batch_size": batch_size, "data.seq_len": window, "schedule.warmup_steps": 0}
-    steps = settled(by_epochs(epochs, **changes)).training.steps
+    steps = resolve_steps(by_epochs(epochs, **changes)).training.steps
     assert steps == steps_to_read_all(by_epochs(None, **changes), epochs)
 
 
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.1, 2.7])
 def test_fractional_epochs_are_exact(epochs: float) -> None:
     config = by_epochs(epochs, **{"training.batch_size": 1, "schedule.warmup_steps": 0})
-    n_sequences = AssetCache().inputs(settled(config)).stages[0].n_sequences
-    steps, wanted = settled(config).training.steps, Fraction(str(epochs)) * n_sequences
+    n_sequences = AssetCache().inputs(resolve_steps(config)).stages[0].n_sequences
+    steps, wanted = resolve_steps(config).training.steps, Fraction(str(epochs)) * n_sequences
     assert steps - 1 < wanted <= steps
 
 
@@ -79,18 +79,18 @@ def test_stages_have_their_own_steps_or_epochs() -> None:
     )
     config = by_epochs(1.0, stages=listed)
     assert uses_epochs(config)
-    found = {stage.name: stage.config.training.steps for stage in stages(settled(config))}
+    found = {stage.name: stage.config.training.steps for stage in stages(resolve_steps(config))}
     wide, narrow = (
-        settled(by_epochs(epochs, **{"data.seq_len": window})) for epochs, window in ((2.0, None), (1.0, 8))
+        resolve_steps(by_epochs(epochs, **{"data.seq_len": window})) for epochs, window in ((2.0, None), (1.0, 8))
     )
     assert found == {"own_steps": 5, "inherits": narrow.training.steps, "own_epochs": wide.training.steps}
-    assert not uses_epochs(settled(config)) and settled(settled(config)) == settled(config)
+    assert not uses_epochs(resolve_steps(config)) and resolve_steps(resolve_steps(config)) == resolve_steps(config)
 
 
 def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     constant = {"schedule.name": "constant"}
     config, path = by_epochs(1.5, **constant), tmp_path / "epochs"
-    n_steps = settled(config).training.steps
+    n_steps = resolve_steps(config).training.steps
     assert not train(config, path, Interruption(4, is_kill=False))[0]
     is_over, said = train(config, path)
     assert is_over and f"config.training.epochs=1.5: {n_steps} steps (" in said and f"{n_steps} steps from step" in said
@@ -101,7 +101,7 @@ def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     assert load_origins(path)["training.steps"] == "config.training.epochs=1.5"
     assert_same_bits(stored_state(plain, path), stored_state(plain, tmp_path / "steps"))
     assert metrics(path) == metrics(tmp_path / "steps")
-    # Its folder needs no epochs: `rerun` trains the recorded config, and `replay` makes single steps again.
+    # The recorded config has steps, so that `rerun` and `replay` need no epochs.
     assert train(load_config(path), tmp_path / "again")[0]
     assert compare_records(path, tmp_path / "again").first_difference is None
     assert not compare_checkpoints(RunDir(path), RunDir(tmp_path / "again")).unequal
@@ -110,21 +110,21 @@ def test_run_with_epochs_equals_the_run_with_steps(tmp_path: Path) -> None:
     # More epochs are more steps.
     longer = by_epochs(2, **constant)
     assert train(longer, path)[0]
-    assert load_config(path).training.steps == settled(longer).training.steps > n_steps
+    assert load_config(path).training.steps == resolve_steps(longer).training.steps > n_steps
 
 
 def test_warm_started_run_supports_epochs(tmp_path: Path) -> None:
     assert train(by_epochs(None, **{"training.steps": 3}), tmp_path / "source")[0]
     said = list[str]()
     begun, _ = create_warm_started_run(str(tmp_path / "source"), tmp_path / "new", by_epochs(2), {}, said.append)
-    assert begun == load_config(tmp_path / "new") == settled(by_epochs(2))
+    assert begun == load_config(tmp_path / "new") == resolve_steps(by_epochs(2))
     assert any("config.training.epochs=2" in sentence for sentence in said)
 
 
 def test_trials_support_epochs() -> None:
     tree = small_tree(**(TINY | FEW))
     trials = make_trials(tree, [{"training.epochs": epochs, "seed": 1} for epochs in (0.5, 1.0)])
-    counts = [settled(by_epochs(epochs)).training.steps for epochs in (0.5, 1.0)]
+    counts = [resolve_steps(by_epochs(epochs)).training.steps for epochs in (0.5, 1.0)]
     plain = make_trials(tree, [{"training.steps": steps, "seed": 1} for steps in counts])
     assert [(each.id, each.overrides, each.config) for each in trials] == [
         (each.id, each.overrides, each.config) for each in plain
@@ -132,7 +132,7 @@ def test_trials_support_epochs() -> None:
     console = Console(file=StringIO(), width=200)
     print_preview(trials, AssetCache(), Machine("cpu", 1, 1e12, 0.0), "auto", None, console)
     assert f"training.steps={counts[1]}" in console.file.getvalue()  # type: ignore[attr-defined]
-    # Of the config, not of the trial: the steps follow from what is swept.
+    # The steps follow from the swept knob.
     swept = make_trials(
         small_tree(**(TINY | FEW | {"training.epochs": 1.0})), [{"data.seq_len": 8}, {"data.seq_len": 16}]
     )
@@ -160,7 +160,7 @@ REFUSED = [
 @pytest.mark.parametrize(("overrides", "words"), REFUSED)
 def test_invalid_epochs_are_refused(overrides: list[tuple[str, str]], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        settled(resolve(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16"))))
+        resolve_steps(resolve(recipe(*overrides, ("tokenizer.name", "byte"), ("model.context_length", "16"))))
 
 
 def test_steps_and_epochs_are_mutually_exclusive() -> None:
@@ -178,5 +178,5 @@ def test_steps_and_epochs_are_mutually_exclusive() -> None:
 def test_config_summary_shows_the_steps_of_epochs() -> None:
     console, config = Console(file=StringIO(), width=240), by_epochs(2)
     print_config_summary(config, {"training.epochs": "command line"}, console)
-    said, steps = console.file.getvalue(), settled(config).training.steps  # type: ignore[attr-defined]
+    said, steps = console.file.getvalue(), resolve_steps(config).training.steps  # type: ignore[attr-defined]
     assert f"{steps} steps of 4 x 16 tokens" in said and "config.training.epochs=2: " in said

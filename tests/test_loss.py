@@ -1,4 +1,4 @@
-"""The loss in chunks: the sums and gradients of all logits at once, without ever having all logits at once."""
+"""Chunked loss: the same sums and gradients, without all logits in memory."""
 
 import math
 from functools import cache

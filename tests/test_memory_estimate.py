@@ -1,4 +1,4 @@
-"""What is kept for a backward pass, and where: the policies of remat, and the estimates of what a step needs."""
+"""Rematerialization policies, and the estimate of the memory that a train step needs."""
 
 import types
 from typing import Any
@@ -21,20 +21,20 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS, LENGTH = 4, 32
 
 
-def kept(**changes: Any) -> int:
+def saved_bytes(**changes: Any) -> int:
     config = small_config(**{"model.n_layers": 4} | changes)
     return residual_bytes(config, config.model.context_length)
 
 
 def batch_of() -> Batch:
-    """Windows of one document, of which every token is learned."""
+    """Return sequences of one document each, with loss for every token."""
     tokens = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH), np.int32)
     places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     return Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.ones_like(tokens), places)
 
 
 def gradient_of(config: Config) -> Any:
-    """The gradient of the summed loss as a compiled function of parameters and batch."""
+    """Return the gradient of the summed loss as a compiled function of parameters and batch."""
 
     def loss(params: Any, batch: Batch) -> Any:
         return loss_sums(params, batch, config.model, None, config.training.loss_chunk_size).loss
@@ -73,19 +73,19 @@ def test_remat_offload_requires_pinned_host_memory(monkeypatch: pytest.MonkeyPat
 
 
 def test_residual_bytes_counts_what_each_policy_saves() -> None:
-    policies = [kept(**{"model.remat": remat}) for remat in ("full", "dots_no_batch", "dots", "none")]
+    policies = [saved_bytes(**{"model.remat": remat}) for remat in ("full", "dots_no_batch", "dots", "none")]
     assert policies == sorted(set(policies))
-    assert kept(**{"model.remat": "offload"}) == kept(**{"model.remat": "full"})
+    assert saved_bytes(**{"model.remat": "offload"}) == saved_bytes(**{"model.remat": "full"})
 
 
 def test_residual_bytes_counts_the_logits_of_a_chunk() -> None:
     large = {"model.vocab_size": 5000}
     whole, half, eighth = (
-        kept(**large, **{"training.loss_chunk_size": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
+        saved_bytes(**large, **{"training.loss_chunk_size": chunk}) for chunk in (None, LENGTH // 2, LENGTH // 8)
     )
     logits = ROWS * LENGTH * 5000 * 4
     assert eighth < half - logits / 4 < half < whole - logits / 3
-    assert kept(**large, **{"training.loss_chunk_size": 1000}) <= 1.1 * whole
+    assert saved_bytes(**large, **{"training.loss_chunk_size": 1000}) <= 1.1 * whole
 
 
 @pytest.mark.parametrize("chunk", [None, 8])

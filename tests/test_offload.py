@@ -1,4 +1,4 @@
-"""What the optimizer keeps may stay in the host's memory: the same training, bit for bit."""
+"""Offloading of optimizer state to host memory."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The predicted memory of a step beside what a process that runs it takes."""
+"""The predicted memory of a train step, compared with that of a process."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ start = compiled_init_state.lower(static, hparams).compile()
 before = status("VmRSS")
 state = jax.block_until_ready(start(hparams))
 batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), batch_shapes(rows, window))
-# The kernel begins anew with the most memory that the process has had.
+# Reset the peak memory of the process.
 open("/proc/self/clear_refs", "w").write("5")
 for _ in range(2):
     state, metrics = jax.block_until_ready(step(state, batch, hparams))

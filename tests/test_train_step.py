@@ -1,4 +1,4 @@
-"""The training step: one program for all numbers, the same bits however a run is cut, and the right loss."""
+"""The train step: one program for all hyperparameters, bit-exact for any number of steps per call, the right loss."""
 
 import logging
 import weakref
@@ -33,11 +33,11 @@ TINY = {
     "model.context_length": 8,
     "model.vocab_size": 31,
 }
-# Switches, of which clipping is on by default.
+# Terms that are disabled by 0. Clipping is enabled by default.
 SWITCHES = {"model.dropout": 0.1, "training.z_loss": 1e-3, "optimizer.clip_norm": 1.0}
 ALL_ON = SWITCHES | {"training.grad_accum_steps": 2}
 SGD = {"optimizer.name": "sgd"}
-# Batches in a call: one number, for each compiles a program of its own.
+# The number of batches of a call. Each number needs a compilation.
 SLOTS = 4
 
 
@@ -49,7 +49,7 @@ def tiny(**changes: Any) -> Config:
 
 
 def batch_of(config: Config, seed: int = 0) -> Batch:
-    """Random tokens in two documents a row, of which a ragged share is learned, and in some rows none."""
+    """Return random tokens in two documents per row, with loss for a part of each row, and for none of some rows."""
     generator = np.random.default_rng(seed)
     shape = (config.training.batch_size, config.model.context_length)
     tokens, targets = generator.integers(0, config.model.vocab_size, (2, *shape), np.int32)
@@ -68,14 +68,14 @@ def stacked(config: Config, first: int, count: int, slots: int) -> Batch:
 
 
 def parameters(seed: int = 0, init_std: float = 0.02) -> Any:
-    """Initial parameters of all tiny models: their structures differ in what changes no shape."""
+    """Return initial parameters. They fit all tiny models."""
     return jax.device_get(compiled_init_state(*partition(tiny(seed=seed, **{"model.init_std": init_std}))).params)
 
 
 def run(
     config: Config, cuts: list[int], slots: int = SLOTS, same_batch: bool = False, first_step: int = 0
 ) -> tuple[State, Metrics]:
-    """The end of a run cut into calls of so many steps, and the metrics of all its steps."""
+    """Run calls of some numbers of steps. Returns the last state, and the metrics of all steps."""
     static, hparams = partition(config)
     params = parameters()
     state = State(params, make_optimizer(config.optimizer).init(params), np.int32(first_step), init_loss_stats())

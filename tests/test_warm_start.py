@@ -1,4 +1,4 @@
-"""A run that begins with parameters of another takes what fits, bit for bit, and says what it took and what it left."""
+"""Warm starts: matching parameters are copied bit-exactly, and the rest is reported."""
 
 import json
 from pathlib import Path
