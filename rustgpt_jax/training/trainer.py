@@ -22,7 +22,6 @@ from rustgpt_jax.training.batch_source import BatchSource, make_batch_source
 from rustgpt_jax.training.checkpointing import Checkpoints, CorruptCheckpoint
 from rustgpt_jax.training.hooks import (
     Evaluate,
-    Hook,
     LogMetrics,
     NonFiniteStep,
     PendingMetrics,
@@ -317,20 +316,15 @@ class Trainer:
             read_metrics: Waits for the metrics of the steps and returns them. It is called after the next call starts.
             seconds: The time until the call returned.
         """
-        self._open_hooks()[0].on_call(PendingMetrics(self.step, n_steps, read_metrics), seconds)
+        self.hooks[0].on_call(PendingMetrics(self.step, n_steps, read_metrics), seconds)
         self.step += n_steps
 
     @property
     def has_event(self) -> bool:
         """Whether a hook is due after the last step."""
-        log, evaluate, save = self._open_hooks()
+        log, evaluate, save = self.hooks
         is_at_end = self.step in (log.data.stage.last_step, self.end_step)
         return evaluate.is_due(self.step) or save.is_due(self.step) or is_at_end
-
-    @property
-    def hooks(self) -> Sequence[Hook]:
-        """The hooks of the stage of the last step, in the order in which they run."""
-        return self._open_hooks()
 
     def new_event(self, state: State, is_stopped: Callable[[], bool]) -> StepEvent:
         """Return the event to call the hooks with after the last step."""
@@ -338,7 +332,7 @@ class Trainer:
 
     def on_event_done(self, event: StepEvent) -> None:
         """Record that all hooks were called, or that an evaluation was stopped and has to be repeated."""
-        data = self._open_hooks()[0].data
+        data = self.hooks[0].data
         if event.is_evaluation_stopped:
             if not event.owes_evaluation:
                 self._events.append("evaluation", step=self.step, is_done=False)
@@ -383,10 +377,12 @@ class Trainer:
         if self.needs_rewind:
             self._undo_steps()
         elif self.diverged_at is None:
-            is_scheduled = self.owes_evaluation and self._open_hooks()[2].is_due(self.step)
+            is_scheduled = self.owes_evaluation and self.hooks[2].is_due(self.step)
             self.checkpoints.save(state, self.step, is_scheduled=is_scheduled)
 
-    def _open_hooks(self) -> tuple[LogMetrics, Evaluate, SaveCheckpoint]:
+    @property
+    def hooks(self) -> tuple[LogMetrics, Evaluate, SaveCheckpoint]:
+        """The hooks of the stage of the last step, in the order in which they are called."""
         if self._hooks is None:
             assert self._writer is not None, "begin() opens the metrics file"
             data, compares_after = self.stage, self.inputs.compares_after(self.stage)
