@@ -27,14 +27,14 @@ AUTO = "--config.model.dtype=auto"
         ("cpu", "", {"model.dtype": "float32"}),
     ],
 )
-def test_each_device_has_what_it_multiplies_fast(
+def test_preferred_dtypes(
     platform: str, processor: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware_specs, "_read_cpuinfo", lambda: processor)
     assert preferred_dtypes(platform) == expected
 
 
-def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware_specs, "_read_cpuinfo", lambda: "avx512_bf16")
     tree = base.get_config()
     origins = dict.fromkeys(FIELDS, "base") | {"model.precision.matmul_dtype": "command line", "model.dtype": "mine.py"}
@@ -50,14 +50,14 @@ def test_what_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("says", ["{}", "{'model': 3}", "{'model': {'n_layers': 2}}"])
-def test_a_config_without_a_precision_is_told_what_it_lacks(says: str, tmp_path: Path) -> None:
+def test_config_without_dtype_is_rejected(says: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"def get_config():\n    return {says}\n")
     refused = launch("explain", "--config=mine.py", cwd=tmp_path, code=2)
     assert refused.stderr.startswith("error: config.") and "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow
-def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:
+def test_resolved_dtype_is_recorded(tmp_path: Path) -> None:
     command = ("train", TINY, AUTO, f"--run={tmp_path / 'run'}", "--config.training.steps=2")
     first = launch(*command, "--config.schedule.warmup_steps=1", cwd=tmp_path)
     assert "Done" in first.stdout
@@ -66,7 +66,7 @@ def test_the_config_of_a_run_says_what_was_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", ["--launcher=slurm", "--num_processes=2"])
-def test_a_device_elsewhere_is_not_asked(others: str, tmp_path: Path) -> None:
+def test_other_platform_does_not_query_the_device(others: str, tmp_path: Path) -> None:
     refused = launch("train", TINY, AUTO, others, cwd=tmp_path, code=2)
     assert "config.model.dtype='auto' depends on the device of this process" in refused.stderr
     assert list(tmp_path.iterdir()) == []

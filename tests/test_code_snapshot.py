@@ -84,7 +84,7 @@ def run_folder(path: Path) -> RunDir:
 # Archives.
 
 
-def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_matches_the_running_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSTGPT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     run = run_folder(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_the_code_that_is_kept_is_the_code_that_runs(tmp_path: Path, monkeypatch
     assert shown.returncode == 0 and "config.model.d_model" in shown.stdout, shown.stderr
 
 
-def test_an_archive_has_the_code_and_nothing_else(code: Path, tmp_path: Path) -> None:
+def test_archive_contains_only_the_code(code: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     assert read_code(run.code / f"{save_code_snapshot(run)['code']}.zip") == FILES
 
@@ -114,7 +114,7 @@ def test_an_archive_has_the_code_and_nothing_else(code: Path, tmp_path: Path) ->
     some.dictionaries(some.sampled_from(sorted(FILES)), some.binary(max_size=20)),
 )
 @hypothesis.settings(max_examples=40)
-def test_the_hash_is_that_of_names_and_contents(first: dict[str, bytes], second: dict[str, bytes]) -> None:
+def test_hash_depends_on_names_and_contents(first: dict[str, bytes], second: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         left, right = (write(Path(folder) / name, files) for name, files in (("a", first), ("b", second)))
         for side in (left, right):
@@ -123,7 +123,7 @@ def test_the_hash_is_that_of_names_and_contents(first: dict[str, bytes], second:
         assert (hashes[0] == hashes[1]) == (first == second)
 
 
-def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_share_one_copy_by_hard_links(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [run_folder(tmp_path / name) for name in ("a", "b")]
     names = {f"{save_code_snapshot(run)['code']}.zip" for run in runs}
     (name,) = names
@@ -141,7 +141,7 @@ def test_one_copy_serves_all_runs(code: Path, tmp_path: Path, monkeypatch: pytes
     assert [file.name for run in [*runs, other] for file in run.code.iterdir()] == [name] * 3
 
 
-def test_without_links_or_a_cache_a_run_has_a_copy(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_without_links_or_cache_have_a_copy(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
     with monkeypatch.context() as patch:
 
@@ -158,13 +158,13 @@ def test_without_links_or_a_cache_a_run_has_a_copy(code: Path, tmp_path: Path, m
         assert [file.name for file in run.code.iterdir()] == [name]
 
 
-def test_what_is_edited_later_is_not_what_runs(code: Path, tmp_path: Path) -> None:
+def test_later_edits_are_not_in_the_snapshot(code: Path, tmp_path: Path) -> None:
     first = save_code_snapshot(run_folder(tmp_path / "a"))
     (code / "launch.py").write_text("print(2)\n")
     assert save_code_snapshot(run_folder(tmp_path / "b"))["code"] == first["code"]
 
 
-def test_what_is_edited_while_data_is_prepared_is_not_what_runs(code: Path, tmp_path: Path) -> None:
+def test_edits_during_data_preparation_are_not_in_the_snapshot(code: Path, tmp_path: Path) -> None:
     record_code()
     (code / "launch.py").write_text("print(2)\n")
     run = run_folder(tmp_path / "run")
@@ -173,7 +173,7 @@ def test_what_is_edited_while_data_is_prepared_is_not_what_runs(code: Path, tmp_
     assert hash_running_code(run) == about["code"]
 
 
-def test_ones_own_modules_are_kept_but_no_data_beside_them(
+def test_user_modules_are_copied_without_data_files(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = write(tmp_path / "lab", {"my_lab/__init__.py": b"", "my_lab/mixers.py": b"x = 1\n", "other.py": b""})
@@ -196,7 +196,7 @@ def test_ones_own_modules_are_kept_but_no_data_beside_them(
 
 
 @pytest.mark.parametrize("is_installed", [False, True])
-def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
+def test_components_in_the_config_are_copied_from_any_folder(
     is_installed: bool, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = write(
@@ -213,7 +213,7 @@ def test_parts_that_the_config_names_are_kept_wherever_they_come_from(
         sys.modules.pop(name)
 
 
-def test_what_is_installed_is_not_ones_own() -> None:
+def test_installed_packages_are_not_copied() -> None:
     assert user_modules({Path(os.__file__).parent, Path(hypothesis.__file__).parent.parent}) == []
 
 
@@ -221,7 +221,7 @@ def test_what_is_installed_is_not_ones_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.py", "/tmp/outside.py", "a/../../outside.py", ".."])
-def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+def test_archive_cannot_write_outside_the_target(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("launch.py", b"")
         archive.writestr(name, b"evil")
@@ -232,9 +232,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
 
 @given(some.floats(0, 1, exclude_max=True), some.sampled_from(["cut", "flip"]))
 @hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_a_damaged_archive_is_never_unpacked_as_something_else(
-    tmp_path_factory: pytest.TempPathFactory, place: float, damage: str
-) -> None:
+def test_damaged_archive_is_rejected(tmp_path_factory: pytest.TempPathFactory, place: float, damage: str) -> None:
     folder = tmp_path_factory.mktemp("damage")
     files = code_files([write(folder / "code", FILES) / name for name in code_snapshot.CODE])
     archive = folder / f"{code_hash(files)}.zip"
@@ -253,7 +251,7 @@ def test_a_damaged_archive_is_never_unpacked_as_something_else(
         assert contents(folder / "copy") == FILES
 
 
-def test_an_archive_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_archive_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone.zip cannot be read: No such file"):
         unpack_code(tmp_path / "gone.zip", tmp_path)
 
@@ -277,7 +275,7 @@ def repository(code: Path) -> Path:
     return code
 
 
-def test_a_clean_tree_has_its_commit_and_no_patch(repository: Path, tmp_path: Path) -> None:
+def test_clean_tree_has_a_commit_and_no_patch(repository: Path, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     about = save_code_snapshot(run)
     commit = git(repository, "rev-parse", "HEAD")
@@ -285,7 +283,7 @@ def test_a_clean_tree_has_its_commit_and_no_patch(repository: Path, tmp_path: Pa
     assert len(list(run.code.iterdir())) == 1
 
 
-def test_the_patch_makes_the_code_of_the_commit(repository: Path, tmp_path: Path) -> None:
+def test_patch_turns_the_commit_into_the_running_code(repository: Path, tmp_path: Path) -> None:
     (repository / "README.md").write_text("what is not code does not matter")
     (repository / "launch.py").write_bytes(b"print(\x00\xff)\n")
     (repository / "configs" / "base.py").unlink()
@@ -304,7 +302,7 @@ def test_the_patch_makes_the_code_of_the_commit(repository: Path, tmp_path: Path
             assert (tmp_path / "clone" / name).read_bytes() == (repository / name).read_bytes()
 
 
-def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_works_without_git(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert save_code_snapshot(run_folder(tmp_path / "no_repository"))["git"] is None
     # In a repository that does not have it.
     git(tmp_path, "init", "-q")
@@ -315,7 +313,7 @@ def test_without_git_a_run_is_kept_all_the_same(code: Path, tmp_path: Path, monk
     assert save_code_snapshot(run_folder(tmp_path / "no_git"))["git"] is None
 
 
-def test_a_git_that_hangs_is_left_alone(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_git_times_out(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_git(tmp_path, "exec sleep 30", monkeypatch)
     monkeypatch.setattr(code_snapshot, "GIT_SECONDS", 0.2)
     run = run_folder(tmp_path / "run")
@@ -333,7 +331,7 @@ def fake_git(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("command", ["diff", "status"])
-def test_what_git_does_not_tell_is_not_called_clean(
+def test_failing_git_status_is_not_called_clean(
     command: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = shutil.which("git")
@@ -342,7 +340,7 @@ def test_what_git_does_not_tell_is_not_called_clean(
     assert about["clean"] is None and about["patch"] is None
 
 
-def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: Path) -> None:
+def test_patch_ignores_the_users_git_settings(repository: Path, tmp_path: Path) -> None:
     (repository / ".git" / "info" / "attributes").write_text("*.py diff=shouting\n")
     for name, value in (("diff.external", "true"), ("diff.shouting.textconv", "tr a-z A-Z <"), ("color.ui", "always")):
         git(repository, "config", name, value)
@@ -353,7 +351,7 @@ def test_a_patch_is_one_whatever_the_user_looks_at(repository: Path, tmp_path: P
     assert "\n+print('quiet')\n" in (run.code / about["patch"]).read_text()
 
 
-def test_names_of_files_are_any_bytes(repository: Path, tmp_path: Path) -> None:
+def test_file_names_may_contain_any_bytes(repository: Path, tmp_path: Path) -> None:
     with open(os.fsencode(repository / "rustgpt_jax") + b"/gr\xfcn.txt", "w"):
         pass
     about = save_code_snapshot(run_folder(tmp_path / "run"))
@@ -361,7 +359,7 @@ def test_names_of_files_are_any_bytes(repository: Path, tmp_path: Path) -> None:
     sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
 
 
-def test_a_copy_of_the_code_knows_where_git_has_it(
+def test_copy_of_the_code_records_its_git_state(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (repository / "launch.py").write_text("print(2)\n")
@@ -386,7 +384,7 @@ def kept_names(run: RunDir, about: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("is_tracked", [True, False])
-def test_secrets_are_not_kept(is_tracked: bool, code: Path, tmp_path: Path) -> None:
+def test_secrets_are_not_copied(is_tracked: bool, code: Path, tmp_path: Path) -> None:
     secrets = {f"{folder}/{name}": b"swordfish" for folder in ("configs", "experiments") for name in SECRETS}
     write(code, secrets)
     if is_tracked:
@@ -404,7 +402,7 @@ def test_secrets_are_not_kept(is_tracked: bool, code: Path, tmp_path: Path) -> N
     assert {name for name in contents(copy) if not name.startswith(".git_state")} == FILES.keys()
 
 
-def test_what_git_ignores_or_does_not_track_is_not_kept(repository: Path, tmp_path: Path) -> None:
+def test_ignored_and_untracked_files_are_not_copied(repository: Path, tmp_path: Path) -> None:
     (repository / ".gitignore").write_text("__pycache__\n/runs\n*.csv\nlocal_*\n")
     added = {"configs/new.py": b"new = 1\n", "configs/local_paths.py": b"1", "experiments/people.csv": b"2"}
     write(repository, added | {"configs/notes.txt": b"3"})
@@ -418,7 +416,7 @@ def test_what_git_ignores_or_does_not_track_is_not_kept(repository: Path, tmp_pa
     assert hash_running_code(run) == about["code"]
 
 
-def test_of_a_package_that_is_ignored_its_modules_are_kept(
+def test_modules_of_an_ignored_package_are_copied(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (repository / ".git" / "info" / "exclude").write_text("ignored_lab/\n")
@@ -433,13 +431,13 @@ def test_of_a_package_that_is_ignored_its_modules_are_kept(
     assert about["left_out"] == ["ignored_lab/data.bin", "ignored_lab/id_rsa"]
 
 
-def test_a_copy_for_jobs_in_an_ignored_folder_is_kept_whole(repository: Path, tmp_path: Path) -> None:
+def test_copy_for_jobs_in_an_ignored_folder_is_complete(repository: Path, tmp_path: Path) -> None:
     """As the jobs of a sweep run it: its folder is below one that git ignores."""
     copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(repository / "runs" / "sweep"))
     assert set(code_files([copy / name for name in code_snapshot.CODE])) == FILES.keys()
 
 
-def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp_path: Path) -> None:
+def test_modified_copy_in_the_cache_is_not_linked(code: Path, tmp_path: Path) -> None:
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
     name = f"{save_code_snapshot(first)['code']}.zip"
     (first.code / name).write_bytes(b"changed")
@@ -448,7 +446,7 @@ def test_a_copy_that_somebody_changed_in_the_cache_is_not_linked(code: Path, tmp
 
 
 @pytest.mark.parametrize("other", ["permissions", "group"])
-def test_a_copy_of_another_group_or_other_permissions_is_not_linked(
+def test_copy_with_other_group_or_permissions_is_not_linked(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     """A hard link keeps the group of the cache, also in a setgid folder, whose members could not read the code."""
@@ -465,7 +463,7 @@ def test_a_copy_of_another_group_or_other_permissions_is_not_linked(
     assert read_code(second.code / name) == FILES
 
 
-def test_a_copy_for_jobs_has_the_permissions_of_the_umask(code: Path, tmp_path: Path) -> None:
+def test_copy_for_jobs_respects_the_umask(code: Path, tmp_path: Path) -> None:
     (code / "launch.py").chmod(0o600)
     copy = sweep_folders.save_code_snapshot(sweep_folders.SweepDir(tmp_path / "sweep"))
     (tmp_path / "new").write_text("")

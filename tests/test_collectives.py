@@ -130,7 +130,7 @@ def test_collectives_of_known_programs(programs: dict[str, str], name: str) -> N
     assert shown == KNOWN[name]
 
 
-def test_several_arrays_in_one_collective_count_together(programs: dict[str, str]) -> None:
+def test_arrays_of_one_collective_are_summed(programs: dict[str, str]) -> None:
     total = summarize_collectives(find_collectives(programs["tree"], 8), MESH)["all-reduce", ("tensor",)]
     assert total.received == 2 * (4 * 16 + 16 + 4 * 16) * 4 / 2
 
@@ -148,7 +148,7 @@ def test_summary_adds_up_by_kind_and_axes() -> None:
     ]
 
 
-def test_products_count_as_often_as_their_loop_turns(programs: dict[str, str]) -> None:
+def test_products_in_loops_count_per_iteration(programs: dict[str, str]) -> None:
     def flops(name: str) -> float:
         return count_matmul_flops(parse_hlo(programs[name]))
 
@@ -169,7 +169,7 @@ def test_traffic_of_products(programs: dict[str, str]) -> None:
     assert moved("nested") == 3 * moved("scan")
 
 
-def test_scores_of_attention_are_not_moved(programs: dict[str, str]) -> None:
+def test_attention_scores_are_not_counted_as_traffic(programs: dict[str, str]) -> None:
     # q, k and v of 2 x 64 x 4, scores of 2 x 64 x 64, and the mixture of values.
     assert moved_by(programs["attention"]) == 4 * 4 * (2 * 64 * 4)
     assert count_matmul_flops(parse_hlo(programs["attention"])) == 2 * 2 * (2 * 64 * 64 * 4)
@@ -195,7 +195,7 @@ def brute_force(shape: tuple[int, ...], lengths: tuple[int, ...], order: tuple[i
 
 
 @given(some.data(), some.lists(some.integers(1, 4), min_size=1, max_size=4))
-def test_groups_in_the_iota_form(data: Any, lengths: list[int]) -> None:
+def test_iota_groups_are_parsed(data: Any, lengths: list[int]) -> None:
     order = data.draw(some.permutations(range(len(lengths))))
     size = data.draw(some.sampled_from([n for n in range(1, 65) if math.prod(lengths) % n == 0]))
     shape = (math.prod(lengths) // size, size)
@@ -220,7 +220,7 @@ def test_groups_in_the_iota_form(data: Any, lengths: list[int]) -> None:
         ("{}", (tuple(range(8)),)),
     ],
 )
-def test_groups_as_they_are_written(written: str, groups: tuple[tuple[int, ...], ...]) -> None:
+def test_device_groups_are_parsed(written: str, groups: tuple[tuple[int, ...], ...]) -> None:
     assert _parse_groups(f", channel_id=1, replica_groups={written}, use_global_device_ids=true", 8) == groups
 
 
@@ -265,7 +265,7 @@ def test_asynchronous_collectives_count_once() -> None:
     }
 
 
-def test_collectives_of_one_device_are_none() -> None:
+def test_single_device_has_no_collectives() -> None:
     text = ASYNCHRONOUS.replace("[2,4]<=[8]", "[8,1]<=[8]").replace("[1,8]<=[8]", "[8,1]<=[8]")
     assert {each.kind for each in find_collectives(text, 8)} == {"all-reduce", "collective-permute"}
 
@@ -273,12 +273,12 @@ def test_collectives_of_one_device_are_none() -> None:
 # Warnings.
 
 
-def test_warnings_of_the_compiler_are_heard(compiled: tuple[dict[str, str], list[str]]) -> None:
+def test_compiler_warnings_are_captured(compiled: tuple[dict[str, str], list[str]]) -> None:
     (warning,) = compiled[1]
     assert warning.startswith("[SPMD] Involuntary full rematerialization. The compiler cannot go from sharding")
 
 
-def test_warnings_are_told_from_other_lines() -> None:
+def test_find_warnings_skips_other_lines() -> None:
     log = """noise
 W1122 10:39:35.960690    4208 spmd_partitioner.cc:630] [SPMD] Involuntary full rematerialization.
 I1122 10:39:35.960690    4208 spmd_partitioner.cc:631] as it should be

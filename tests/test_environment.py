@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 SECRET = "swordfish"
 
 
-def test_it_says_what_a_run_runs_in() -> None:
+def test_environment_has_versions_devices_and_settings() -> None:
     values = flatten_environment(json.loads(json.dumps(collect_environment())))
     assert values["python.version"] == platform.python_version()
     assert values["packages.jax"] == metadata.version("jax") == jax.__version__
@@ -43,14 +43,14 @@ def test_it_says_what_a_run_runs_in() -> None:
     assert len(values["machine.processor"]) > 2
 
 
-def test_it_costs_a_run_nothing() -> None:
+def test_collecting_the_environment_is_fast() -> None:
     collect_environment()
     began = time.perf_counter()
     collect_environment()
     assert time.perf_counter() - began < 0.05
 
 
-def test_it_does_not_tell_who_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_does_not_identify_user_or_host(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_SECRET_FILE", "JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/home/{SECRET} --xla_gpu_autotune_level=0")
@@ -87,7 +87,7 @@ def test_only_listed_variables_are_recorded(values: dict[str, str]) -> None:
         ("--xla_force_host_platform_device_count=8", ""),
     ],
 )
-def test_flags_that_name_files_are_neither_recorded_nor_given_to_another_process(flags: str, kept: str) -> None:
+def test_flags_with_file_names_are_neither_recorded_nor_passed_on(flags: str, kept: str) -> None:
     """XLA runs programs that it finds in the folders that some flags name."""
     assert filter_variables({"XLA_FLAGS": flags}).get("XLA_FLAGS", "") == kept
     recorded = json.loads(json.dumps(collect_environment())) | {
@@ -97,7 +97,7 @@ def test_flags_that_name_files_are_neither_recorded_nor_given_to_another_process
     assert given.get("XLA_FLAGS", "") == kept and "LD_PRELOAD" not in given
 
 
-def test_a_package_is_the_one_that_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_version_is_that_of_the_imported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, version in (("first", "9.9"), ("second", "8.8")):
         about = tmp_path / folder / "numpy-0.dist-info" / "METADATA"
         about.parent.mkdir(parents=True)
@@ -117,7 +117,7 @@ print(json.dumps(collect_environment()))
 """
 
 
-def test_another_process_can_be_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_settings_apply_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = json.loads(json.dumps(collect_environment()))
     wanted["settings"] |= {
         "jax_enable_x64": True,

@@ -40,7 +40,7 @@ def bare(event: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 @given(HAPPENINGS)
 @hypothesis.settings(max_examples=60)
-def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> None:
+def test_complete_events_are_read_in_order(happenings: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "journal.jsonl"
         journal, written = EventLog(file), []
@@ -59,7 +59,7 @@ def test_what_was_written_whole_is_read_in_its_order(happenings: list[Any]) -> N
             assert [bare(event) for event in reader.events()] == written
 
 
-def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
+def test_event_has_its_time(tmp_path: Path) -> None:
     journal, before = EventLog(tmp_path / "journal.jsonl"), time.time()
     journal.append("launch", step=3)
     (event,) = journal.events()
@@ -67,7 +67,7 @@ def test_an_event_has_the_time_of_its_writing(tmp_path: Path) -> None:
     assert bare(event) == ("launch", {"step": 3})
 
 
-def test_many_threads_lose_no_line(tmp_path: Path) -> None:
+def test_concurrent_appends_lose_no_event(tmp_path: Path) -> None:
     journals = [EventLog(tmp_path / "journal.jsonl") for _ in range(4)]
 
     def write(number: int) -> None:
@@ -84,7 +84,7 @@ def test_many_threads_lose_no_line(tmp_path: Path) -> None:
         assert [event["step"] for event in events if event["writer"] == number] == list(range(20))
 
 
-def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nowhere/journal.jsonl cannot be written: No such file or directory"):
         EventLog(tmp_path / "nowhere" / "journal.jsonl").append("launch")
     # A disk with room for half of it.
@@ -110,7 +110,7 @@ LINES = {
 @pytest.mark.parametrize(
     ("event", "missing"), [(event, name) for event, (values, _) in LINES.items() for name in values]
 )
-def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tmp_path: Path) -> None:
+def test_missing_value_is_named(event: str, missing: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
     EventLog(run.journal_file).append(event, **values)
     assert len(read(run)) == 1
@@ -120,14 +120,14 @@ def test_half_of_an_event_is_a_damage_that_is_named(event: str, missing: str, tm
 
 
 @pytest.mark.parametrize(("event", "name"), [(event, name) for event, (values, _) in LINES.items() for name in values])
-def test_a_value_of_another_type_in_an_event_is_a_damage_that_is_named(event: str, name: str, tmp_path: Path) -> None:
+def test_value_of_another_type_is_named(event: str, name: str, tmp_path: Path) -> None:
     run, (values, read) = RunDir(tmp_path), LINES[event]
     EventLog(run.journal_file).append(event, **(values | {name: 1.5}))
     with pytest.raises(UserError, match=f"damaged: in a line of the event '{event}', '{name}' is of another type"):
         read(run)
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     """In somebody else's folder a link may lead to any file of one's own."""
     mine = tmp_path / "mine"
     mine.write_text("precious")
@@ -141,7 +141,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o077])
-def test_others_may_do_what_the_umask_says(mask: int, tmp_path: Path) -> None:
+def test_log_respects_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         EventLog(tmp_path / "journal.jsonl").append("launch")

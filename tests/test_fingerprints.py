@@ -23,7 +23,7 @@ def one(array: np.ndarray | jax.Array) -> str:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @given(st.data())
-def test_every_bit_counts(dtype: type, data: st.DataObject) -> None:
+def test_fingerprint_depends_on_every_bit(dtype: type, data: st.DataObject) -> None:
     raw = np.random.default_rng(0).integers(0, 256, 60 * np.dtype(dtype).itemsize, np.uint8)
     flipped = raw.copy()
     flipped[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -31,23 +31,23 @@ def test_every_bit_counts(dtype: type, data: st.DataObject) -> None:
 
 
 @given(st.permutations(range(12)))
-def test_places_count(order: list[int]) -> None:
+def test_fingerprint_depends_on_positions(order: list[int]) -> None:
     values = np.arange(12, dtype=np.float32)
     assert (one(values[order]) == one(values)) == (order == sorted(order))
 
 
-def test_zeros_of_other_sizes_and_signs_are_told_apart() -> None:
+def test_fingerprint_distinguishes_zeros() -> None:
     arrays = [np.zeros(3, np.float32), np.zeros(4, np.float32), -np.zeros(3, np.float32), np.zeros(0, np.float32)]
     assert len({one(array) for array in arrays}) == len(arrays)
 
 
-def test_paths_name_the_arrays_and_scalars_have_one_too() -> None:
+def test_fingerprint_tree_has_paths_and_scalars() -> None:
     found = fingerprint_tree({"a": {"b": jnp.ones((2, 3))}, "step": jnp.int32(7), "on": np.array([True, False])})
     assert list(found) == ["a/b", "on", "step"]
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in found.values())
 
 
-def test_it_is_that_of_the_written_definition() -> None:
+def test_fingerprint_matches_its_definition() -> None:
     def mixed(word: int) -> int:
         word = (word ^ word >> 16) * 0x85EBCA6B & 0xFFFFFFFF
         word = (word ^ word >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -62,7 +62,7 @@ def test_it_is_that_of_the_written_definition() -> None:
     assert one(values) == expected
 
 
-def test_sharding_changes_nothing() -> None:
+def test_fingerprint_does_not_depend_on_sharding() -> None:
     code = """
 import jax, numpy as np
 from rustgpt_jax.fingerprints import fingerprint_tree

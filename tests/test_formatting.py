@@ -33,7 +33,7 @@ def shown(show: Callable[[Console], Any], **options: Any) -> str:
 )
 @example(HOSTILE)
 @example("[/INST]")
-def test_any_string_is_shown_as_it_stands(text: str) -> None:
+def test_strings_are_shown_literally(text: str) -> None:
     text = f"<{text}>"
     table = Table(text, title=text)
     table.add_row(text)
@@ -50,7 +50,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_what_is_waited_for_is_shown_as_it_stands(is_terminal: bool) -> None:
+def test_spinner_text_is_shown_literally(is_terminal: bool) -> None:
     def show(console: Console) -> None:
         with show_spinner(console, HOSTILE):
             pass
@@ -73,7 +73,7 @@ def calls(module: str) -> list[tuple[str, ast.Call]]:
 READERS_OF_MARKUP = {"from_markup", "render_markup", "Panel", "Prompt", "Confirm", "Spinner", "RichHandler", "track"}
 
 
-def test_no_module_reads_markup_or_makes_another_console() -> None:
+def test_all_modules_use_the_plain_text_console() -> None:
     every_call = [(module, *found) for module in TREES for found in calls(module)]
     for module, name, call in every_call:
         arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -99,7 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Pa
     return folder
 
 
-def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
+def test_verbs_show_names_literally(run: Path) -> None:
     from rustgpt_jax.cli.evaluation_report import print_evaluation
     from rustgpt_jax.reproduce.replay import replay
     from rustgpt_jax.reproduce.run_diff import diff
@@ -113,7 +113,7 @@ def test_verbs_on_a_run_show_names_as_they_stand(run: Path) -> None:
     assert shown(lambda console: diff(run, run, console))
 
 
-def test_explain_shows_values_and_origins_as_they_stand() -> None:
+def test_explain_shows_values_and_origins_literally() -> None:
     from rustgpt_jax.planning.report import print_config_summary
 
     config = small_config(**{"logging.sample_prompts": (HOSTILE,), "data.paths": ("[/b].txt",)})
@@ -122,7 +122,7 @@ def test_explain_shows_values_and_origins_as_they_stand() -> None:
     assert "('[/b].txt',)" in printed and "lab[/b].py" in printed
 
 
-def test_the_report_of_a_sweep_shows_its_name_and_values_as_they_stand(tmp_path: Path) -> None:
+def test_sweep_report_shows_name_and_values_literally(tmp_path: Path) -> None:
     from rustgpt_jax.sweeps.report import report
 
     trials = grid(**{"logging.sample_prompts": ([HOSTILE], ["[/b]"]), "seed": (0, 1)})

@@ -43,7 +43,7 @@ def events(folder: Path) -> Iterator[Event]:
             rest = rest[16 + length :]
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_metrics_round_trip(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write(10, {"stage": "größer", "train/loss": 2.3, "tokens": 4096})
         assert read_metrics(tmp_path) == [{"step": 10, "stage": "größer", "train/loss": 2.3, "tokens": 4096}]
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[1] == {"step": 20, "train/loss": 0.1 + 0.2}
 
 
-def test_values_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path) -> None:
+def test_nonfinite_values_round_trip_as_valid_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
 
@@ -66,7 +66,7 @@ def test_values_that_are_not_finite_are_valid_json_and_come_back(tmp_path: Path)
     )
 
 
-def test_a_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_resumed_run_has_the_file_of_an_uninterrupted_one(tmp_path: Path) -> None:
     record(tmp_path / "whole", 0, range(10))
     record(tmp_path / "killed", 0, range(8))
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
@@ -77,13 +77,13 @@ def test_a_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path / "killed")) == ["metrics.jsonl", "tensorboard"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
+def test_run_without_checkpoint_starts_with_an_empty_file(tmp_path: Path) -> None:
     record(tmp_path, 0, range(3))
     record(tmp_path, 0, range(2))
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
 
 
-def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+def test_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     record(tmp_path, 0, range(3))
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-1])
@@ -92,12 +92,12 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_no_metrics_yet(tmp_path: Path) -> None:
+def test_missing_file_has_no_metrics(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 1}', '{"step": "1"}', ""])
-def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
+def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2"):
@@ -118,7 +118,7 @@ def test_tensorboard_has_the_scalars_and_purges_on_resume(tmp_path: Path) -> Non
     assert [value for *_, value in scalars] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 5])
 
 
-def test_a_process_keeps_no_writer_that_was_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_writers_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hooks = list[object]()
     monkeypatch.setattr(atexit, "register", hooks.append)
     before = {id(each) for each in gc.get_objects()}
@@ -131,7 +131,7 @@ def test_a_process_keeps_no_writer_that_was_closed(tmp_path: Path, monkeypatch: 
     assert not [each for each in new if str(each.__module__).startswith("tensorboardX.event_file_writer")]
 
 
-def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) -> None:
+def test_metrics_do_not_import_jax_or_tensorflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from rustgpt_jax.workdir import run_dir\n"
         "from rustgpt_jax.tracking import console, metric_writer, plots\n"
@@ -148,9 +148,7 @@ def test_reading_and_writing_start_neither_jax_nor_tensorflow(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 2**20])
-def test_a_file_is_read_the_same_however_it_is_cut_into_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
+def test_block_size_does_not_affect_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(metric_writer, "BLOCK_BYTES", block)
     monkeypatch.setattr(metric_writer, "LAST_BYTES", block)
     rows = [{"step": step, "stage": "ab"[step > 5], "train/loss": step + 0.5} for step in range(1, 10)]
@@ -173,7 +171,7 @@ def test_a_file_is_read_the_same_however_it_is_cut_into_blocks(
 
 @pytest.mark.parametrize("value", ["null", "[1]", "{}", "true", '"x"', "1" * 400])
 @pytest.mark.parametrize("name", ["stage", "train/loss", "valid/loss", "step"])
-def test_a_value_of_another_type_is_a_malformed_line(tmp_path: Path, name: str, value: str) -> None:
+def test_value_of_another_type_is_malformed(tmp_path: Path, name: str, value: str) -> None:
     if (name, value) == ("stage", '"x"'):
         return
     good = '{"step": 1, "stage": "train", "train/loss": 1.0}\n'
@@ -183,7 +181,7 @@ def test_a_value_of_another_type_is_a_malformed_line(tmp_path: Path, name: str, 
             read(tmp_path)
 
 
-def test_columns_are_read_in_little_more_memory_than_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_columns_takes_little_extra_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_writer, "BLOCK_BYTES", 2**12)
     n_lines = 20_000
     lines = (f'{{"step": {step}, "train/loss": 1.5, "train/spikes": 0}}\n' for step in range(n_lines))
@@ -200,7 +198,7 @@ def test_columns_are_read_in_little_more_memory_than_they_take(tmp_path: Path, m
 
 
 @pytest.mark.long
-def test_a_million_lines_take_little_memory_and_time(tmp_path: Path) -> None:
+def test_a_million_lines_take_little_memory(tmp_path: Path) -> None:
     line = '{{"step": {}, "stage": "train", "train/loss": 1.5, "train/gradient_norm": 0.5, "train/update_norm": 0.1}}\n'
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

@@ -149,7 +149,7 @@ def assert_as_if_never_stopped(run: Path, undisturbed: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Callable[..., Job], tmp_path: Path) -> None:
+def test_run_resumes_with_another_number_of_processes(train: Callable[..., Job], tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 1)
     alone.ends(0)
     run = tmp_path / "run"
@@ -172,7 +172,7 @@ def test_four_processes_then_two_then_one_go_on_as_if_never_stopped(train: Calla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
+def test_killed_process_ends_the_others_and_the_run_resumes(
     train: Callable[..., Job], tmp_path: Path, killed: int
 ) -> None:
     run = tmp_path / "run"
@@ -196,7 +196,7 @@ def test_where_one_is_killed_the_others_end_and_the_job_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_where_one_hangs_the_others_lose_patience(train: Callable[..., Job], tmp_path: Path) -> None:
+def test_hanging_process_ends_the_others(train: Callable[..., Job], tmp_path: Path) -> None:
     two = train(tmp_path / "run", 2, patience=40)
     two.waits_for_step(12)
     two.processes[1].send_signal(signal.SIGSTOP)
@@ -206,14 +206,14 @@ def test_where_one_hangs_the_others_lose_patience(train: Callable[..., Job], tmp
 
 
 @pytest.mark.slow
-def test_what_one_process_finds_wrong_all_say(train: Callable[..., Job], tmp_path: Path) -> None:
+def test_user_error_is_reported_by_all_processes(train: Callable[..., Job], tmp_path: Path) -> None:
     printed = train(tmp_path / "run", 2, "--config.mesh.fsdp=3").ends(2, 2)
     assert all("config.mesh has fsdp 3 = 3 devices, but there are 2 devices" in text for text in printed)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
+def test_error_in_one_process_ends_all(train: Callable[..., Job], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run, 1, "--config.training.steps=2").ends(0)
     # Held by another trainer: only process 0 asks for the folder's lock.
@@ -248,7 +248,7 @@ def test_what_one_process_alone_finds_wrong_ends_all(train: Callable[..., Job], 
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
     ],
 )
-def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster: str | None) -> None:
+def test_detect_cluster(environment: dict[str, str], cluster: str | None) -> None:
     assert detect_cluster(environment) == cluster
 
 
@@ -264,9 +264,7 @@ def test_a_cluster_is_known_by_what_it_says(environment: dict[str, str], cluster
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
     ],
 )
-def test_a_process_that_has_its_node_alone_has_all_its_devices(
-    environment: dict[str, str], devices: list[int] | None
-) -> None:
+def test_single_process_of_a_node_has_all_its_devices(environment: dict[str, str], devices: list[int] | None) -> None:
     assert local_device_ids(environment) == devices
 
 
@@ -278,14 +276,14 @@ def test_a_process_that_has_its_node_alone_has_all_its_devices(
         ("h:1", 2, 2, "--process_id=2: the processes are numbered from 0 to 1."),
     ],
 )
-def test_half_of_what_processes_need_is_refused(
+def test_incomplete_process_flags_are_rejected(
     coordinator: str | None, count: int | None, index: int | None, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
         initialize(coordinator, count, index, 10)
 
 
-def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
+def test_single_process_does_not_wait() -> None:
     votes = LaggedAllReduceMax(math.inf)
     assert [votes.update(value) for value in (0.0, 3.0)] == [0.0, 3.0]
     assert all_agree(True) and not all_agree(False)
@@ -294,7 +292,7 @@ def test_alone_a_process_agrees_with_itself_and_waits_for_nobody() -> None:
         patience.heartbeat()
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watchdog_exits_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "exit_after_peer_loss", lambda what, hint: ended.append(f"{what} {hint}"))
@@ -307,7 +305,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ended[0] == "Another process of the run has been silent for 0 s. Again."
 
 
-def test_errors_that_tell_of_a_loss_are_known() -> None:
+def test_peer_loss_errors_are_recognized() -> None:
     assert is_peer_lost(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
     assert not is_peer_lost(ValueError("shapes do not match"))
     assert not is_peer_lost(UserError("The connection is bad."))

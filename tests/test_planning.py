@@ -55,7 +55,7 @@ def test_chips_are_plausible(name: str) -> None:
     ("device_kind", "name"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("TPU v5 lite", "v5e"), ("TPU v5p", "v5p")],
 )
-def test_chips_are_known_by_what_jax_calls_them(device_kind: str, name: str) -> None:
+def test_chips_match_jax_device_kinds(device_kind: str, name: str) -> None:
     assert next(peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind) == CHIPS[name].bfloat16
 
 
@@ -84,12 +84,12 @@ def collective(received: float, *groups: tuple[int, ...], kind: str = "all-gathe
         (collective(80.0, (0, 1), (1, 2), kind="collective-permute"), 10.0),
     ],
 )
-def test_seconds_of_collectives(found: Collective, seconds: float) -> None:
+def test_collective_time(found: Collective, seconds: float) -> None:
     assert compute_collective_time(found, CHIP) == seconds
 
 
 @given(some.floats(0, 1e6), some.floats(0, 1e6), some.floats(0, 1e6))
-def test_bounds_enclose_each_other(flops: float, traffic: float, received: float) -> None:
+def test_step_time_bounds(flops: float, traffic: float, received: float) -> None:
     seconds = compute_step_time(CHIP, "bfloat16", flops, traffic, [collective(received, (0, 1))])
     assert seconds == StepTime(flops / 100, traffic / 10, received / 8)
     assert max(seconds.compute, seconds.memory) <= seconds.overlapped <= seconds.exposed
@@ -97,7 +97,7 @@ def test_bounds_enclose_each_other(flops: float, traffic: float, received: float
     assert getattr(seconds, seconds.limit) == seconds.overlapped
 
 
-def test_utilization_is_all_at_the_peak() -> None:
+def test_utilization_is_1_at_peak_flops() -> None:
     assert compute_utilization(CHIP, "bfloat16", 50.0, 0.5) == 1.0
     assert compute_utilization(CHIP, "float8", 50.0, 0.5) == 0.5
 
@@ -113,7 +113,7 @@ def found() -> Estimate:
     return estimate(small_config(**WIDE), 128, ShardingPlan(), CHIPS["h100"])
 
 
-def test_memory_adds_up(found: Estimate) -> None:
+def test_memory_parts_add_up(found: Estimate) -> None:
     memory, compiled = found.memory, found.compiled
     parameters = total_bytes(parameter_shapes(found.config.model))
     assert memory.parameters == memory.gradients == parameters
@@ -125,7 +125,7 @@ def test_memory_adds_up(found: Estimate) -> None:
     assert not dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6)).fits
 
 
-def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) -> None:
+def test_compiled_flops_match_the_models(found: Estimate) -> None:
     tokens = found.config.training.batch_size * 128
     assert found.model_flops == tokens * training_flops_per_token(found.config.model, 128)
     # Blockwise attention makes its scores again in the backward pass.
@@ -137,20 +137,20 @@ def test_flops_of_a_compiled_step_are_those_that_are_counted(found: Estimate) ->
 
 
 @pytest.mark.slow
-def test_remat_takes_less_memory_and_more_flops(found: Estimate) -> None:
+def test_remat_saves_memory_and_adds_flops(found: Estimate) -> None:
     again = estimate(small_config(**WIDE, **{"model.remat": "full"}), 128, ShardingPlan(), CHIPS["h100"])
     assert again.memory.peak < found.memory.peak
     assert again.compiled.flops > 1.15 * found.compiled.flops
     assert again.model_flops == found.model_flops
 
 
-def test_bfloat16_takes_less_memory(found: Estimate) -> None:
+def test_bfloat16_saves_memory(found: Estimate) -> None:
     """As on an accelerator: the program for this CPU takes no less of it than in float32, for it widens."""
     narrow = small_config(**WIDE, **{"model.dtype": "bfloat16"})
     assert compile_step(narrow, 128, ShardingPlan()).working < 0.75 * found.compiled.working
 
 
-def test_a_vocabulary_is_needed() -> None:
+def test_plan_requires_a_vocabulary_size() -> None:
     assert set_vocab_size(small_config()).model.vocab_size == 61
     of_tokenizer = small_config(**{"model.vocab_size": None, "tokenizer.vocab_size": 300})
     assert set_vocab_size(of_tokenizer).model.vocab_size == 300
@@ -163,7 +163,7 @@ def test_a_vocabulary_is_needed() -> None:
 
 
 @given(some.data())
-def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None:
+def test_suggestions_are_valid_on_the_same_devices(data: Any) -> None:
     powers = [data.draw(some.integers(0, 3)) for _ in range(4)]
     fsdp, tensor, context, rows = (2**power for power in powers)
     n_devices = fsdp * tensor * context * 2 ** data.draw(some.integers(0, 3))
@@ -180,7 +180,7 @@ def test_changes_are_configs_that_can_run_on_the_same_devices(data: Any) -> None
         assert len(set(map(str, of_kind))) == len(of_kind)
 
 
-def test_changes_of_a_config() -> None:
+def test_list_suggestions() -> None:
     config = small_config(**{"training.batch_size": 32, "model.attention.n_heads": 4, "data.seq_len": None})
     assert [[str(change) for change in of_kind] for of_kind in list_suggestions(config, 1024, 8)] == [
         ["--config.training.grad_accum_steps=2", "--config.training.grad_accum_steps=4"],
@@ -200,14 +200,14 @@ def shown(*estimates: Estimate) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_fits_is_said_to_fit(found: Estimate) -> None:
+def test_report_says_whether_the_step_fits(found: Estimate) -> None:
     text = shown(found)
     assert "It fits." in text and "on 1 h100 (one device)" in text and "Collectives" not in text
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6))
     assert "It does not fit." in shown(small)
 
 
-def test_where_no_change_helps_that_is_said(found: Estimate) -> None:
+def test_report_says_whether_a_suggestion_fits(found: Estimate) -> None:
     small = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=1e6))
     (change,) = list(list_suggestions(found.config, 128, 1))[1]
     console = Console(file=io.StringIO(), width=150)
@@ -241,7 +241,7 @@ def test_plan_of_a_mesh() -> None:
     ("arguments", "sentence"),
     [(["--devices=8"], "For which chip? Give --chip="), (["--chip=h100"], "For how many chips? Give --devices=N.")],
 )
-def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> None:
+def test_plan_asks_for_missing_flags(arguments: list[str], sentence: str) -> None:
     done = launched(*SMALL, *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and done.stderr.count("\n") == 1
@@ -256,7 +256,7 @@ def test_what_is_not_said_is_asked_for(arguments: list[str], sentence: str) -> N
         ({"model.norm": "rmsnrm"}, "h100", 8, "Did you mean 'rmsnorm'?"),
     ],
 )
-def test_mistakes_are_answered(knobs: dict[str, Any], chip: str, devices: int, sentence: str) -> None:
+def test_plan_reports_user_errors(knobs: dict[str, Any], chip: str, devices: int, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         print_plan(small_config(**knobs), chip, devices, Console(file=io.StringIO()))
     assert sentence in str(caught.value)
@@ -264,7 +264,7 @@ def test_mistakes_are_answered(knobs: dict[str, Any], chip: str, devices: int, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "devices"), [("llama3_8b", 64), ("llama3_70b", 512)])
-def test_large_models_are_planned_here(recipe: str, devices: int) -> None:
+def test_large_models_can_be_planned(recipe: str, devices: int) -> None:
     done = launched(f"--config={ROOT}/configs/{recipe}.py", f"--devices={devices}", "--chip=h100")
     assert done.returncode == 0, done.stderr
     assert "It fits." in done.stdout

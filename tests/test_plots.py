@@ -47,7 +47,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_the_picture_names_both_losses_with_last_and_best(tmp_path: Path, figures: list[Figure]) -> None:
+def test_labels_show_the_last_and_best_loss(tmp_path: Path, figures: list[Figure]) -> None:
     write(tmp_path / "cost_$x_{$", falling())
     path = draw_loss_curves(tmp_path / "cost_$x_{$")
     assert path == tmp_path / "cost_$x_{$" / "loss.png"
@@ -57,7 +57,7 @@ def test_the_picture_names_both_losses_with_last_and_best(tmp_path: Path, figure
     assert any(text.startswith("train 2.0") for text in said)
 
 
-def test_the_lines_are_the_recorded_values(tmp_path: Path, figures: list[Figure]) -> None:
+def test_lines_show_the_recorded_values(tmp_path: Path, figures: list[Figure]) -> None:
     records = falling()
     write(tmp_path, records)
     draw_loss_curves(tmp_path)
@@ -68,7 +68,7 @@ def test_the_lines_are_the_recorded_values(tmp_path: Path, figures: list[Figure]
     np.testing.assert_array_equal(valid.get_ydata(), [r["valid/loss"] for r in records if "valid/loss" in r])
 
 
-def test_stages_are_named_and_their_curves_kept_apart(tmp_path: Path, figures: list[Figure]) -> None:
+def test_stages_have_names_and_separate_curves(tmp_path: Path, figures: list[Figure]) -> None:
     write(tmp_path, falling(200, "pretrain") + falling(100, "instruct", first=200))
     draw_loss_curves(tmp_path)
     axes = figures[0].axes[0]
@@ -78,14 +78,14 @@ def test_stages_are_named_and_their_curves_kept_apart(tmp_path: Path, figures: l
     assert max(axes.lines[0].get_xdata()) == 200 and min(axes.lines[2].get_xdata()) == 210
 
 
-def test_one_stage_is_not_named(tmp_path: Path, figures: list[Figure]) -> None:
+def test_single_stage_has_no_name(tmp_path: Path, figures: list[Figure]) -> None:
     write(tmp_path, falling(stage="only"))
     draw_loss_curves(tmp_path)
     assert "only" not in texts(figures[0]) and not figures[0].axes[0].patches
 
 
 @pytest.mark.parametrize(("floor", "scale"), [(2.0, "linear"), (0.01, "log")])
-def test_the_scale_is_logarithmic_only_for_a_deep_fall(
+def test_scale_is_logarithmic_only_for_a_large_range(
     tmp_path: Path, figures: list[Figure], floor: float, scale: str
 ) -> None:
     write(tmp_path, [{"step": 1, "train/loss": 5.0}, {"step": 2, "train/loss": floor}])
@@ -94,7 +94,7 @@ def test_the_scale_is_logarithmic_only_for_a_deep_fall(
 
 
 @pytest.mark.parametrize("last", [(2.0, 2.0), (2.0, 2.01), (2.01, 2.0), (5.9, 2.0), (0.0, 0.0)])
-def test_labels_stay_clear_of_each_other_and_inside_the_picture(
+def test_labels_do_not_overlap_and_stay_inside(
     tmp_path: Path, figures: list[Figure], last: tuple[float, float]
 ) -> None:
     end = {"step": 123_000, "train/loss": last[0], "valid/loss": last[1]}
@@ -110,27 +110,27 @@ def test_labels_stay_clear_of_each_other_and_inside_the_picture(
 
 
 @pytest.mark.parametrize("name", ["train/loss", "valid/loss"])
-def test_one_point_of_one_loss_is_enough(tmp_path: Path, figures: list[Figure], name: str) -> None:
+def test_single_point_is_plotted(tmp_path: Path, figures: list[Figure], name: str) -> None:
     write(tmp_path, [{"step": 0, name: 4.0}])
     draw_loss_curves(tmp_path)
     assert any(text.endswith(" 4.000") for text in texts(figures[0]))
 
 
-def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path: Path, figures: list[Figure]) -> None:
+def test_nonfinite_values_are_not_plotted(tmp_path: Path, figures: list[Figure]) -> None:
     write(tmp_path, [*falling(), {"step": 210, "train/loss": "NaN"}, {"step": 220, "train/loss": "Infinity"}])
     draw_loss_curves(tmp_path)
     assert max(figures[0].axes[0].lines[0].get_xdata()) == 200
 
 
 @pytest.mark.parametrize("records", [[], [{"step": 1, "train/loss": "NaN"}], [{"step": 1, "other": 1.0}]])
-def test_nothing_to_draw_is_a_user_error(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+def test_run_without_losses_is_a_user_error(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     write(tmp_path, records)
     with pytest.raises(UserError, match="no loss to draw"):
         draw_loss_curves(tmp_path)
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_the_same_metrics_give_the_same_bytes_and_nothing_global_changes(tmp_path: Path) -> None:
+def test_plot_is_deterministic_and_leaves_matplotlib_settings(tmp_path: Path) -> None:
     write(tmp_path, falling())
     settings = dict(matplotlib.rcParams)
     first = draw_loss_curves(tmp_path).read_bytes()
@@ -138,7 +138,7 @@ def test_the_same_metrics_give_the_same_bytes_and_nothing_global_changes(tmp_pat
     assert dict(matplotlib.rcParams) == settings
 
 
-def test_smoothing_keeps_lines_and_averages_noise() -> None:
+def test_smoothing_preserves_lines_and_averages_noise() -> None:
     line = np.linspace(5.0, 1.0, 200)
     # The last window is one-sided and may lag by half of its width.
     np.testing.assert_allclose(_smooth(line, np.arange(200))[:190], line[:190])

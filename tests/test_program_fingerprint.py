@@ -66,7 +66,7 @@ def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
 
 
 @pytest.mark.slow
-def test_a_program_has_the_same_name_wherever_the_code_stands(tmp_path: Path) -> None:
+def test_fingerprint_does_not_depend_on_source_locations(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "rustgpt_jax", tmp_path / "elsewhere" / "rustgpt_jax")
     shutil.copytree(ROOT / "configs", tmp_path / "elsewhere" / "configs")
     for file in (tmp_path / "elsewhere").rglob("*.py"):
@@ -83,7 +83,7 @@ def test_a_program_has_the_same_name_wherever_the_code_stands(tmp_path: Path) ->
     assert name == same
 
 
-def test_a_name_is_of_the_program_and_not_of_its_arguments() -> None:
+def test_fingerprint_depends_on_the_program_not_on_values() -> None:
     function = jax.jit(scaled)
     _, first = call_and_fingerprint(function, np.ones(3), np.float32(2))
     _, other_numbers = call_and_fingerprint(function, np.zeros(3), np.float32(3))
@@ -93,7 +93,7 @@ def test_a_name_is_of_the_program_and_not_of_its_arguments() -> None:
     assert len({first.stablehlo, other_shape.stablehlo, other_code.stablehlo}) == 3
 
 
-def test_what_is_observed_is_called_once_and_compiled_once() -> None:
+def test_fingerprinted_function_is_traced_once() -> None:
     traced = []
 
     def squared(x: jax.Array) -> jax.Array:
@@ -107,7 +107,7 @@ def test_what_is_observed_is_called_once_and_compiled_once() -> None:
     assert len(traced) == 1
 
 
-def test_the_key_is_that_of_the_cache(cached: Path) -> None:
+def test_cache_key_names_the_cache_entry(cached: Path) -> None:
     for _ in range(2):
         # A fresh function has to be compiled again; the second time it is in the cache.
         _, program = call_and_fingerprint(jax.jit(lambda x: scaled(x, x) + 1), np.ones(7))
@@ -117,7 +117,7 @@ def test_the_key_is_that_of_the_cache(cached: Path) -> None:
         environment._cache_keys.clear()
 
 
-def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
+def test_without_a_cache_there_is_no_key(cached: Path) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
@@ -126,13 +126,13 @@ def test_a_process_that_uses_no_cache_has_no_key(cached: Path) -> None:
         jax.config.update("jax_enable_compilation_cache", True)
 
 
-def test_a_program_compiled_before_keeps_its_key(cached: Path) -> None:
+def test_second_call_has_the_same_key(cached: Path) -> None:
     function = jax.jit(scaled)
     first, second = (call_and_fingerprint(function, np.ones(5), np.float32(2))[1] for _ in range(2))
     assert first == second and first.cache_key is not None
 
 
-def test_threads_hear_of_their_own_programs(cached: Path) -> None:
+def test_threads_get_their_own_keys(cached: Path) -> None:
     found: dict[int, environment.Program] = {}
 
     def observe(size: int) -> None:
@@ -151,7 +151,7 @@ def test_threads_hear_of_their_own_programs(cached: Path) -> None:
     assert found == alone and len({program.cache_key for program in found.values()}) == 6
 
 
-def test_nobody_else_hears_of_it(cached: Path) -> None:
+def test_debug_log_is_not_shown_to_the_user(cached: Path) -> None:
     heard: list[logging.LogRecord] = []
 
     class Handler(logging.Handler):
@@ -188,7 +188,7 @@ def flags() -> dict[str, str]:
 DUMP, LOAD = "--xla_gpu_dump_autotune_results_to", "--xla_gpu_load_autotune_results_from"
 
 
-def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_results_are_reused_by_later_launches(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     enable_autotune_cache(gpu)
     assert flags().keys() == {"--xla_gpu_autotune_level", DUMP}
@@ -209,14 +209,14 @@ def test_the_choices_of_a_first_launch_are_those_of_the_next(gpu: RunDir, monkey
     assert flags() == {"--xla_gpu_autotune_level": "4", LOAD: str(gpu.autotune_file)}
 
 
-def test_choices_of_another_compiler_are_not_read(gpu: RunDir) -> None:
+def test_autotuning_results_of_another_version_are_ignored(gpu: RunDir) -> None:
     gpu.autotune_file.write_text("# jaxlib 0.0.1\nversion: 1\n")
     load_autotuning(gpu)
     enable_autotune_cache(gpu)
     assert LOAD not in flags()
 
 
-def test_what_the_user_says_stays(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_flags_of_the_user_are_kept(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in (f"{DUMP}=a", f"{LOAD}=b"):
         monkeypatch.setenv("XLA_FLAGS", flag)
         enable_autotune_cache(gpu)
@@ -224,7 +224,7 @@ def test_what_the_user_says_stays(gpu: RunDir, monkeypatch: pytest.MonkeyPatch) 
         assert os.environ["XLA_FLAGS"] == flag
 
 
-def test_without_a_gpu_nothing_is_changed(gpu: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_needs_a_gpu(gpu: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "DRIVER", tmp_path / "none")
     enable_autotune_cache(gpu)
     load_autotuning(gpu)

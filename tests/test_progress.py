@@ -43,7 +43,7 @@ def last_frame(width: int, values: dict[str, float], stage: str = "pretrain", st
     return next((frame for frame in reversed(frames) if frame.strip()), "")
 
 
-def test_a_plain_line_says_all() -> None:
+def test_plain_line_shows_all_values() -> None:
     screen, clock = Screen(), Clock()
     with Progress(screen.console, 2000, clock) as progress:
         progress.update(190, VALUES, "pretrain")
@@ -55,14 +55,14 @@ def test_a_plain_line_says_all() -> None:
     ]
 
 
-def test_what_is_not_known_is_not_said() -> None:
+def test_unknown_values_are_omitted() -> None:
     screen = Screen()
     with Progress(screen.console, 20) as progress:
         progress.update(5, {}, "train")
     assert screen.lines() == ["step  5/20  train"]
 
 
-def test_plain_lines_are_sparse_but_show_first_last_and_each_new_stage() -> None:
+def test_plain_lines_show_first_last_and_new_stages() -> None:
     screen, clock = Screen(), Clock()
     with Progress(screen.console, 30, clock) as progress:
         for step in range(1, 31):
@@ -72,7 +72,7 @@ def test_plain_lines_are_sparse_but_show_first_last_and_each_new_stage() -> None
     assert shown == [1, 6, 11, 13, 18, 23, 28, 30]
 
 
-def test_a_run_that_stops_early_shows_where() -> None:
+def test_early_stop_shows_the_last_step() -> None:
     screen, clock = Screen(), Clock()
     with pytest.raises(KeyboardInterrupt), Progress(screen.console, 30, clock) as progress:
         progress.update(1, {}, "train")
@@ -81,7 +81,7 @@ def test_a_run_that_stops_early_shows_where() -> None:
     assert [line.split()[1] for line in screen.lines()] == ["1/30", "2/30"]
 
 
-def test_time_left_follows_the_recent_pace_and_not_the_start() -> None:
+def test_time_left_follows_the_recent_speed() -> None:
     screen, clock = Screen(), Clock()
     with Progress(screen.console, 2000, clock) as progress:
         # Resumed at step 1000, after a minute of compilation: 1 s a step, then 0.1 s a step.
@@ -98,41 +98,41 @@ def test_time_left_follows_the_recent_pace_and_not_the_start() -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("text", ["[red]alarm[/red] :smile: [/]", "https://a.b 'x' 12 " + "long " * 40])
-def test_a_message_is_printed_as_it_is(terminal: bool, text: str) -> None:
+def test_message_is_printed_literally(terminal: bool, text: str) -> None:
     screen = Screen(terminal, width=40)
     with Progress(screen.console, 10) as progress:
         progress.message(text)
     assert text in screen.file.getvalue()
 
 
-def test_a_message_cannot_command_the_terminal() -> None:
+def test_message_has_no_control_characters() -> None:
     screen = Screen()
     with Progress(screen.console, 10) as progress:
         progress.message("a\x1b[31mb\rc\x07\nd\te")
     assert screen.lines() == ["a\ufffd[31mb\ufffdc\ufffd", "d       e"]
 
 
-def test_a_wide_terminal_has_the_bar_and_everything() -> None:
+def test_wide_terminal_shows_bar_and_all_values() -> None:
     frame = last_frame(140, VALUES)
     assert re.fullmatch(r"━+ +pretrain  200/2000  loss 2.3141  30m00s left  41,200 tokens/s  12% of peak *", frame)
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 10, 20, 40, 60, 79, 80, 100, 200])
 @pytest.mark.parametrize("stage", ["pretrain", "[bold]odd[/x] \x1b[2J", "a very long name of a stage indeed"])
-def test_the_bar_fits_on_one_line(width: int, stage: str) -> None:
+def test_bar_fits_on_one_line(width: int, stage: str) -> None:
     frame = last_frame(width, VALUES, stage)
     assert len(frame) <= width
     if width >= 60:
         assert "200/2000" in frame and stage.replace("\x1b", "\ufffd") in frame
 
 
-def test_narrow_terminals_lose_the_least_first() -> None:
+def test_narrow_terminal_omits_the_least_important_first() -> None:
     assert "12% of peak" in last_frame(100, VALUES) and "━" in last_frame(100, VALUES)
     assert "peak" not in last_frame(60, VALUES) and "left" in last_frame(60, VALUES)
     assert last_frame(40, VALUES).split()[:4] == ["pretrain", "200/2000", "loss", "2.3141"]
 
 
-def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_progress_prints_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out, seconds = io.StringIO(), iter([0.0, 1.0, 5.0, 9.0, 11.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(seconds))
     with console.show_progress(Console(file=out, width=20), "characters encoded") as count_up:
@@ -145,12 +145,12 @@ def test_counting_prints_a_line_now_and_then_where_there_is_no_terminal(monkeypa
     ("number", "text"),
     [(0, "0"), (999, "999"), (1000, "1K"), (1_234_567, "1.23M"), (999_600, "1M"), (8.03e9, "8.03B"), (5e15, "5e+15")],
 )
-def test_counts(number: float, text: str) -> None:
+def test_format_count(number: float, text: str) -> None:
     assert format_count(number) == text
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (512, "512 B"), (4.5e9, "4.5 GB"), (80e12, "80 TB")])
-def test_byte_sizes(number: float, text: str) -> None:
+def test_format_bytes(number: float, text: str) -> None:
     assert format_bytes(number) == text
 
 
@@ -161,11 +161,11 @@ def test_byte_sizes(number: float, text: str) -> None:
         (3599.7, "1h00m"), (18_420, "5h07m"), (273_600, "3d04h"),
     ],
 )  # fmt: skip
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_a_long_evaluation_shows_how_far_it_is() -> None:
+def test_long_evaluation_shows_its_progress() -> None:
     screen, clock = Screen(), Clock()
     with Progress(screen.console, 10, clock) as shown:
         for done in range(12):

@@ -28,19 +28,19 @@ class Shift:
     power: int
 
 
-def test_classes_and_metadata_belong_to_the_structure() -> None:
+def test_structure_includes_class_and_metadata() -> None:
     structures = [jax.tree.structure(value) for value in (Scale(1.0, 1), Shift(1.0, 1), Scale(1.0, 2))]
     assert all(one != other for one, other in itertools.combinations(structures, 2))
     assert jax.tree.structure(Scale(1.0, 1)) == jax.tree.structure(Scale(np.ones(3), 1))
 
 
-def test_samplers_have_structures_of_their_own() -> None:
+def test_samplers_have_different_structures() -> None:
     samplers = [Greedy(), *(sampler(np.float32(0.5)) for _, sampler in SAMPLERS.values())]
     structures = [jax.tree.structure((sampler,)) for sampler in samplers]
     assert all(one != other for one, other in itertools.combinations(structures, 2))
 
 
-def test_a_pytree_is_taken_apart_and_put_together() -> None:
+def test_pytree_dataclass_round_trips() -> None:
     value = Scale({"a": np.arange(3), "b": None}, 2)
     (leaf,), structure = jax.tree.flatten(value)
     assert jax.tree.unflatten(structure, ["anything"]) == Scale({"a": "anything", "b": None}, 2)
@@ -49,7 +49,7 @@ def test_a_pytree_is_taken_apart_and_put_together() -> None:
     assert jax.tree_util.keystr(path) == ".number['a']"
 
 
-def test_nothing_is_registered_otherwise() -> None:
+def test_register_dataclass_is_not_used() -> None:
     package = Path(rustgpt_jax.__file__).parent
     for file in package.rglob("*.py"):
         if file.name != "pytrees.py":

@@ -29,7 +29,7 @@ def with_stages(*stages: dict) -> Config:
     return resolve(tree)
 
 
-def test_a_config_comes_back_equal(tmp_path: Path) -> None:
+def test_config_round_trips(tmp_path: Path) -> None:
     config = with_stages({"name": "pretrain"}, {"name": "instruct", "optimizer": {"learning_rate": 3e-4}})
     run = create_run_dir(tmp_path / "runs" / "a", config, {"seed": "configs/base.py"})
     assert load_config(run.path) == config
@@ -38,12 +38,12 @@ def test_a_config_comes_back_equal(tmp_path: Path) -> None:
     assert stored["origins"] == {"seed": "configs/base.py"}
 
 
-def test_the_same_config_is_welcome_back_and_nothing_is_rewritten(tmp_path: Path, config: Config) -> None:
+def test_same_config_is_not_rewritten(tmp_path: Path, config: Config) -> None:
     before = create_run_dir(tmp_path, config, {"seed": "first"}).config_file.read_bytes()
     assert create_run_dir(tmp_path, config, {"seed": "second"}).config_file.read_bytes() == before
 
 
-def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) -> None:
+def test_another_config_is_rejected_with_its_differences(tmp_path: Path, config: Config) -> None:
     create_run_dir(tmp_path, config, {})
     other = replace_paths(config, {"training.steps": 400, "optimizer.name": "lion"})
     with pytest.raises(UserError) as refusal:
@@ -56,7 +56,7 @@ def test_another_config_is_refused_by_its_knobs(tmp_path: Path, config: Config) 
     assert load_config(tmp_path) == config
 
 
-def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> None:
+def test_many_differences_are_truncated(tmp_path: Path, config: Config) -> None:
     create_run_dir(tmp_path, config, {})
     model = replace_paths(
         config.model,
@@ -87,7 +87,7 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path, config: Config) -> No
         (({"name": "two"},), r"stages is \('one',\) there and \('two',\) here"),
     ],
 )
-def test_stages_are_compared_knob_by_knob(tmp_path: Path, stages: tuple[dict, ...], said: str) -> None:
+def test_stages_are_compared_by_field(tmp_path: Path, stages: tuple[dict, ...], said: str) -> None:
     create_run_dir(
         tmp_path, with_stages({"name": "one", "training": {"steps": 5}, "schedule": {"warmup_steps": 1}}), {}
     )
@@ -96,27 +96,27 @@ def test_stages_are_compared_knob_by_knob(tmp_path: Path, stages: tuple[dict, ..
         create_run_dir(tmp_path, with_stages(*other), {})
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, config: Config) -> None:
+def test_folder_with_other_files_is_rejected(tmp_path: Path, config: Config) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds files but no run"):
         create_run_dir(tmp_path, config, {})
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_leftovers_of_a_crash_do_not_make_a_folder_used(tmp_path: Path, config: Config) -> None:
+def test_hidden_files_of_a_crash_do_not_count(tmp_path: Path, config: Config) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.123").touch()
     assert load_config(create_run_dir(tmp_path, config, {}).path) == config
 
 
 @pytest.mark.parametrize("place", ["file", "file/run"])
-def test_a_file_in_place_of_the_folder(tmp_path: Path, config: Config, place: str) -> None:
+def test_file_in_place_of_the_folder_is_rejected(tmp_path: Path, config: Config, place: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be created: there is a file in its place"):
         create_run_dir(tmp_path / place, config, {})
 
 
-def test_a_read_only_disk(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_disk_is_reported(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -125,14 +125,14 @@ def test_a_read_only_disk(tmp_path: Path, config: Config, monkeypatch: pytest.Mo
         create_run_dir(tmp_path / "run", config, {})
 
 
-def test_a_misspelt_run_is_met_with_the_nearest(tmp_path: Path, config: Config) -> None:
+def test_misspelled_run_gets_a_suggestion(tmp_path: Path, config: Config) -> None:
     create_run_dir(tmp_path / "shakespeare", config, {})
     (tmp_path / "shakespear_notes").mkdir()
     with pytest.raises(UserError, match="There is no run .*shakespare. Did you mean 'shakespeare'"):
         load_config(tmp_path / "shakespare")
 
 
-def test_what_is_not_a_run_is_said_so(tmp_path: Path) -> None:
+def test_load_config_rejects_other_folders_and_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no config.json"):
         load_config(tmp_path)
     (tmp_path / "file").touch()
@@ -141,19 +141,19 @@ def test_what_is_not_a_run_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"config": {"seed"', "[]", "{}", '{"config": 3}', "\xff"])
-def test_a_damaged_config_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_config_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="config.json is damaged"):
         load_config(tmp_path)
 
 
-def test_a_stored_config_with_a_wrong_knob_is_named_with_its_file(tmp_path: Path) -> None:
+def test_stored_config_with_unknown_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"config": {"sead": 1}}')
     with pytest.raises(UserError, match=r"config.json: config.sead: unknown field.*config.seed"):
         load_config(tmp_path)
 
 
-def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+def test_lock_error_names_the_holder(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match=f"process {os.getpid()} on .* is training in it")
     with lock_run_dir(tmp_path), refused, lock_run_dir(tmp_path):
         pass
@@ -161,7 +161,7 @@ def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
+def test_lock_is_released_when_the_process_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from rustgpt_jax.workdir.run_dir import lock_run_dir\n"
         "with lock_run_dir(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -179,9 +179,7 @@ def test_a_killed_trainer_lets_go(tmp_path: Path) -> None:
             pass
 
 
-def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_checkpoints_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else `diff` would compare no checkpoints without a word."""
     run = RunDir(tmp_path)
     assert run.saved_steps == []

@@ -67,7 +67,7 @@ def hostile(trained: Path, tmp_path: Path) -> RunDir:
 
 
 @pytest.mark.slow
-def test_diff_runs_no_code_of_a_run(hostile: RunDir, trained: Path, tmp_path: Path) -> None:
+def test_diff_runs_no_code_of_a_run_folder(hostile: RunDir, trained: Path, tmp_path: Path) -> None:
     metrics = hostile.metrics_file.read_text().splitlines()
     first = json.loads(metrics[0]) | {"train/loss": 9.0}
     hostile.metrics_file.write_text("\n".join([json.dumps(first), *metrics[1:]]) + "\n")
@@ -81,7 +81,7 @@ def test_diff_runs_no_code_of_a_run(hostile: RunDir, trained: Path, tmp_path: Pa
     assert (tmp_path / "was_run").exists()
 
 
-def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rerun_requires_trust_for_other_code(hostile: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=StringIO(), width=1000)
     with pytest.raises(UserError, match=r"with your permissions: it differs in rustgpt_jax/__init__.py.*--trust"):
         rerun(hostile.path, None, console)
@@ -95,7 +95,7 @@ def test_rerun_asks_whose_code_it_is(hostile: RunDir, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["sitecustomize.py", "rustgpt_jax.py", "rustgpt_jax/extra.py", "json/__init__.py"])
-def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path: Path) -> None:
+def test_missing_modules_count_as_other_code(name: str, trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     with load_snapshot_code(run, load_first_launch(run)) as code:
         assert code.note == f"The code of {run.path} is the code installed here."
@@ -107,7 +107,7 @@ def test_code_that_is_not_here_is_other_code(name: str, trained: Path, tmp_path:
         pass
 
 
-def test_an_archive_that_unpacks_to_no_end_is_not_read(tmp_path: Path) -> None:
+def test_archive_of_unlimited_size_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(9):
             archive.writestr(f"{number}.py", bytes(2**26))
@@ -138,7 +138,7 @@ def named(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.parametrize("entry", ["", "."])
-def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
+def test_component_of_a_run_is_not_imported_from_the_current_folder(
     entry: str, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As for `python -c`, notebooks, and `python -m`.
@@ -160,7 +160,7 @@ def test_a_part_that_a_run_names_is_not_taken_from_the_current_folder(
 
 
 @pytest.mark.parametrize("path", ["evil_lab:Mixer.x", "evil_lab:", "evil_lab: Mixer", "évil_lab:Mixer"])
-def test_a_name_that_no_part_can_have_is_not_imported_either(
+def test_invalid_import_path_does_not_import_the_module(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_named_by_files", {})
@@ -173,7 +173,7 @@ def test_a_name_that_no_part_can_have_is_not_imported_either(
     assert not (tmp_path / "was_imported").exists()
 
 
-def test_an_installed_part_is_imported_as_ever(
+def test_installed_component_is_imported(
     named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.move(tmp_path / "here" / "evil_lab.py", tmp_path / "evil_lab.py")
@@ -182,7 +182,7 @@ def test_an_installed_part_is_imported_as_ever(
     assert "importing it from" in capsys.readouterr().err
 
 
-def test_no_verb_imports_from_the_current_folder_what_a_run_names(named: Path, tmp_path: Path) -> None:
+def test_evaluate_does_not_import_from_the_current_folder(named: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "evaluate", str(named)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -190,13 +190,13 @@ def test_no_verb_imports_from_the_current_folder_what_a_run_names(named: Path, t
     assert not (tmp_path / "was_imported").exists()
 
 
-def test_a_folder_to_search_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_module_path_is_rejected(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "explain", "x", "--module_path=nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "error: --module_path=nowhere: not a folder.\n"
 
 
-def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
+def test_recorded_settings_cannot_set_variables_that_load_code(trained: Path, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
     (event,) = (each for each in EventLog(run.journal_file).events() if each["event"] == "launch")
     event["environment"]["variables"] |= {"NCCL_NET_PLUGIN": "evil.so", "PYTHONSTARTUP": "evil.py"}
@@ -215,7 +215,7 @@ def test_settings_of_a_run_do_not_reach_variables_that_load_code(trained: Path, 
         ("variables", "XLA_FLAGS", 5),
     ],
 )
-def test_a_launch_that_no_process_can_be_started_as_is_damage(
+def test_launch_with_invalid_environment_is_damaged(
     group: str | None, name: str, value: Any, trained: Path, tmp_path: Path
 ) -> None:
     run = RunDir(Path(shutil.copytree(trained, tmp_path / "run")))
@@ -227,7 +227,7 @@ def test_a_launch_that_no_process_can_be_started_as_is_damage(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "journal.jsonl"])
-def test_a_linked_record_is_refused(trained: Path, tmp_path: Path, name: str) -> None:
+def test_symbolic_links_in_a_run_folder_are_rejected(trained: Path, tmp_path: Path, name: str) -> None:
     """Training would append to the file of somebody else that a stranger's folder points to."""
     run, other = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "bashrc"
     other.write_text("alias ls='ls -l'\n")

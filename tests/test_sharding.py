@@ -100,13 +100,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_mesh_changes_no_result(told: Told, case: str) -> None:
+def test_results_do_not_depend_on_the_mesh(told: Told, case: str) -> None:
     assert_unchanged(told, case)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_nor_does_it_where_its_axes_go_through_four_processes(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_mesh_of_four_processes(tmp_path: Path) -> None:
     for told in told_by(tmp_path, 4):
         for case in EXPECTED:
             assert_unchanged(told, case)
@@ -125,7 +125,7 @@ def assert_unchanged(told: dict[str, Any], case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_mesh_has_the_collectives_that_it_should(told: Told, case: str) -> None:
+def test_mesh_has_only_the_expected_collectives(told: Told, case: str) -> None:
     found = told[case]["collectives"]
     for name in found:
         assert any(name == expected or name.split()[0] == expected for expected in EXPECTED[case]), found
@@ -135,7 +135,7 @@ def test_a_mesh_has_the_collectives_that_it_should(told: Told, case: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_no_device_ever_gathers_more_than_a_layer(told: Told, case: str) -> None:
+def test_devices_gather_at_most_one_layer(told: Told, case: str) -> None:
     shapes = {path: whole for path, (whole, _) in told[case]["shards"].items() if path.startswith("params")}
     largest = max(math.prod(shape[1:] if path.startswith("params/blocks") else shape) for path, shape in shapes.items())
     assert told[case]["largest_gather"] <= 4 * largest
@@ -143,13 +143,13 @@ def test_no_device_ever_gathers_more_than_a_layer(told: Told, case: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_is_read_on_other_meshes(told: Told, case: str) -> None:
+def test_checkpoint_restores_on_other_meshes(told: Told, case: str) -> None:
     assert told[case]["restored"] == {"one device": True, "tensor 2": True, "fsdp 4": True}
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_parameters_and_what_the_optimizer_keeps_are_cut_alike(told: Told) -> None:
+def test_optimizer_state_is_sharded_like_parameters(told: Told) -> None:
     shards = told["fsdp 8"]["shards"]
     for path, (whole, part) in shards.items():
         is_matrix = re.search("kernel|table", path)
@@ -178,7 +178,7 @@ def models() -> dict[str, Any]:
     return found | {name: small_config(**base | {"model.norm": name}).model for name in NORMS}
 
 
-def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
+def test_partition_rules_cover_all_parameters() -> None:
     used = set()
     for name, model in models().items():
         for path, leaf in flatten_paths(parameter_shapes(model)).items():
@@ -188,7 +188,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
     assert used == set(range(len(RULES))), [RULES[index] for index in set(range(len(RULES))) - used]
 
 
-def test_every_matrix_is_cut() -> None:
+def test_all_matrices_are_sharded() -> None:
     for name, model in models().items():
         for path, leaf in flatten_paths(parameter_shapes(model)).items():
             if re.search(r"kernel$|table$|(gate|up|down)$", path) and "convolution" not in path:
@@ -200,7 +200,7 @@ def test_every_matrix_is_cut() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -> None:
+def test_optimizer_specs_match_parameter_specs(optimizer: str) -> None:
     config = small_config(**{"optimizer.name": optimizer})
     static, hparams = partition(config)
     leaves = flatten_paths(jax.eval_shape(lambda: init_state(static, hparams)))
@@ -211,27 +211,27 @@ def test_what_an_optimizer_keeps_lies_where_the_parameter_does(optimizer: str) -
             assert partition_spec_for(path, leaf.shape, MESH) == partition_spec_for(own, leaf.shape, MESH), path
 
 
-def test_a_parameter_of_ones_own_is_cut_where_it_is_longest() -> None:
+def test_custom_parameter_is_sharded_along_its_longest_axis() -> None:
     assert partition_spec_for("blocks/0/mixer/my_own", (2, 6, 8), MESH).spec == PartitionSpec(None, None, "fsdp")
     assert partition_spec_for("blocks/0/mixer/my_own", (2, 6, 7), MESH).spec == PartitionSpec(None, "fsdp", None)
     assert partition_spec_for("blocks/0/mixer/my_own", (3, 5, 7), MESH).spec == PartitionSpec(None, None, None)
     assert partition_spec_for("my_scale", (8,), MESH).spec == PartitionSpec(None)
 
 
-def test_what_does_not_divide_stays_whole() -> None:
+def test_indivisible_axes_are_not_sharded() -> None:
     assert partition_spec_for("head/kernel", (6, 61), MESH).spec == PartitionSpec("fsdp", None)
     assert partition_spec("BTD", (4, 8, 8), MESH) == PartitionSpec(None, None, None)
     assert partition_spec("BTD", (8, 8, 8), MESH) == PartitionSpec(("data", "fsdp", "expert"), None, None)
 
 
-def test_experts_take_their_axis_from_the_batch() -> None:
+def test_experts_are_sharded_over_the_expert_axis() -> None:
     assert partition_spec("BXPD", (8, 4, 3, 8), MESH) == PartitionSpec(("data", "fsdp"), "expert", None, None)
 
 
 # The mesh.
 
 
-def test_minus_one_takes_the_devices_that_are_left() -> None:
+def test_minus_one_takes_the_remaining_devices() -> None:
     mesh = small_config(**{"mesh.fsdp": 2, "mesh.tensor": 2}).mesh
     assert axis_sizes(mesh, 8) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert min_devices(mesh) == 4
@@ -248,13 +248,13 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
         ({"tensor": 0}, 8, "config.mesh.tensor=0: "),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(sizes: dict[str, int], n_devices: int, says: str) -> None:
+def test_invalid_mesh_is_rejected(sizes: dict[str, int], n_devices: int, says: str) -> None:
     mesh = small_config(**{f"mesh.{axis}": size for axis, size in sizes.items()}).mesh
     with pytest.raises(UserError, match=re.escape(says)):
         axis_sizes(mesh, n_devices)
 
 
-def test_shares_that_cannot_be_equal_are_refused() -> None:
+def test_unequal_batch_shards_are_rejected() -> None:
     config = small_config(**{"training.batch_size": 12})
     with pytest.raises(
         UserError, match="cannot be divided equally among 8 devices; the nearest batch size that can is 16"
@@ -267,7 +267,7 @@ def test_shares_that_cannot_be_equal_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_train_says_what_is_wrong_with_a_mesh_and_makes_no_folder(tmp_path: Path) -> None:
+def test_train_rejects_an_invalid_mesh_before_creating_the_folder(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     command = [sys.executable, str(root / "launch.py"), "train", f"--config={root / 'configs/tiny.py'}"]
     command += ["--config.mesh.fsdp=3", f"--run={tmp_path / 'run'}"]
