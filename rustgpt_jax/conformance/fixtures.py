@@ -1,9 +1,9 @@
 """Shared by all checks: assertions, the small model, its parameters and batches, and compiled programs."""
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from rustgpt_jax.config.validation import check_model, unknown_key_message, vali
 from rustgpt_jax.errors import UserError
 from rustgpt_jax.model import transformer
 from rustgpt_jax.model.interfaces import AUX_LOSS
+from rustgpt_jax.pytrees import flatten_paths
 
 # Assertions.
 
@@ -40,11 +41,21 @@ def format_index(index: Sequence[Any], axes: Sequence[str]) -> str:
     return ", ".join([*named, *([f"index [{rest}]"] if rest else [])]) or "the only element"
 
 
-def assert_same_structure(found: Any, expected: Any, what: str) -> None:
-    """Raises CheckFailure if two trees of arrays have different structures."""
+def assert_same_shapes(found: Any, expected: Any, what: str) -> None:
+    """Raises CheckFailure if two trees of arrays have different structures, shapes or dtypes."""
     there, here = str(jax.tree.structure(found)), str(jax.tree.structure(expected))
     if there != here:
         raise CheckFailure(f"{what} comes back with another tree structure", "its structure", f"{there}, not {here}")
+    after = flatten_paths(found)
+    for name, leaf in flatten_paths(expected).items():
+        assert_shape(after[name], leaf.shape, leaf.dtype, f"{what}: {name or 'it'}")
+
+
+def assert_shape(array: Any, shape: Sequence[int], dtype: Any, what: str) -> None:
+    """Raises CheckFailure if an array has another shape or dtype."""
+    if (tuple(array.shape), str(array.dtype)) != (tuple(shape), str(dtype)):
+        shown = f"{array.dtype}{list(array.shape)} instead of {dtype}{list(shape)}"
+        raise CheckFailure("an array has the wrong shape or dtype", what, shown)
 
 
 def _broadcast_mask(where: Any, array: np.ndarray) -> np.ndarray:
@@ -130,6 +141,49 @@ def format_exception(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:MAX_MESSAGE_LENGTH]}{where}"
 
 
+def assert_finite_outputs(outputs: "Outputs", where: str) -> None:
+    """Raises CheckFailure if a logit or a gradient is infinite or NaN."""
+    assert_finite(outputs.logits_BTV, f"a logit is not finite {where}", LOGIT_AXES)
+    for name, leaf in flatten_paths(outputs.gradient).items():
+        assert_finite(leaf, f"the gradient of {name} is not finite {where}", ())
+
+
+# Compilation.
+
+
+@contextmanager
+def check_settings() -> Iterator[None]:
+    """Sets what checks run under: fast compilation, and float32 matmuls in float32 on every device."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@cache
+def _quick_options() -> dict[str, Any]:
+    """Compiler options that save most of the compilation time, if this version of XLA has them."""
+    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` with compiler options for fast compilation; nothing is done before the first call."""
+
+    @cache
+    def jitted() -> Any:
+        return jax.jit(function, compiler_options=_quick_options(), **options)
+
+    return lambda *args, **kwargs: jitted()(*args, **kwargs)
+
+
 # The small model that components are checked in: the defaults of the schema except for these fields.
 
 LENGTH = 12  # tokens in a row
@@ -202,15 +256,13 @@ def traced_fields(config: Any) -> dict[str, Any]:
 # Parameters and batches.
 
 
-@cache
-def _compiled_init() -> Any:
-    return quick_jit(lambda key, model: transformer.init(key, model), static_argnames="model")
+_init = quick_jit(transformer.init, static_argnums=1)
 
 
 @cache
 def initial_params(model: ModelConfig, seed: int = 0) -> Any:
     """Initial parameters, as NumPy arrays. Do not write to them."""
-    return jax.device_get(_compiled_init()(jax.random.key(seed), model=model))
+    return jax.device_get(_init(jax.random.key(seed), model))
 
 
 @cache
@@ -254,37 +306,6 @@ def make_batch(tokens_BT: np.ndarray, model: ModelConfig, positions_BT: Any = No
     return Batch(tokens_BT, positions_BT, segments_BT, weights, np.float32(1.0))
 
 
-# Compiled programs.
-
-
-@contextmanager
-def check_settings() -> Iterator[None]:
-    """Sets what checks run under: fast compilation, and float32 matmuls in float32 on every device."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.default_matmul_precision("highest"):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@cache
-def _quick_options() -> dict[str, Any]:
-    """Compiler options that save most of the compilation time, if this version of XLA has them."""
-    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-    try:
-        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
-def quick_jit(function: Any, **options: Any) -> Any:
-    """`jax.jit` with compiler options for fast compilation."""
-    return jax.jit(function, compiler_options=_quick_options(), **options)
-
-
 class Outputs(NamedTuple):
     """The weighted sum of the logits, the logits, and the gradient of the sum."""
 
@@ -311,14 +332,12 @@ def forward_and_backward(params: Any, batch: Batch, model: ModelConfig) -> Outpu
     return Outputs(total, logits_BTV, gradient)
 
 
-@cache
-def _compiled_forward_and_backward() -> Any:
-    return quick_jit(forward_and_backward, static_argnames="model")
+_forward_and_backward = quick_jit(forward_and_backward, static_argnums=2)
 
 
 def run_model(params: Any, batch: Batch, model: ModelConfig) -> Outputs:
     """Compiled `forward_and_backward`; returns NumPy arrays."""
-    return jax.device_get(_compiled_forward_and_backward()(params, batch, model=model))
+    return jax.device_get(_forward_and_backward(params, batch, model))
 
 
 @cache
@@ -327,22 +346,5 @@ def reference_outputs(model: ModelConfig) -> Outputs:
     return run_model(random_params(model), make_batch(random_tokens(model), model), model)
 
 
-@cache
-def _compiled_apply() -> Any:
-    return quick_jit(transformer.apply, static_argnames="model")
-
-
-def run_cached(params: Any, tokens_BT: Any, model: ModelConfig, cache: Any, positions_BT: Any, segments_BT: Any) -> Any:
-    """Returns logits_BTV and the updated cache, as NumPy arrays."""
-    apply = partial(_compiled_apply(), positions_BT=positions_BT, segments_BT=segments_BT, model=model)
-    return jax.device_get(apply(params, tokens_BT, cache=cache))
-
-
-@cache
-def _compiled_init_cache() -> Any:
-    return quick_jit(transformer.init_cache, static_argnums=(0, 1, 2))
-
-
-def empty_cache(model: ModelConfig, batch: int, length: int) -> Any:
-    """An empty cache for a number of rows and tokens."""
-    return _compiled_init_cache()(model, batch, length)
+apply_model = quick_jit(transformer.apply, static_argnames="model")
+init_cache = quick_jit(transformer.init_cache, static_argnums=(0, 1, 2))

@@ -15,16 +15,16 @@ from rustgpt_jax.conformance.fixtures import (
     ROWS,
     CheckFailure,
     Outputs,
+    apply_model,
     assert_close,
-    assert_finite,
+    assert_finite_outputs,
     assert_same_bits,
-    assert_same_structure,
-    empty_cache,
+    assert_same_shapes,
+    init_cache,
     make_batch,
     random_params,
     random_tokens,
     reference_outputs,
-    run_cached,
     run_model,
 )
 from rustgpt_jax.conformance.packed_rows import (
@@ -254,7 +254,7 @@ def _assert_same_cached_rows(params: Any, model: ModelConfig, batches: tuple[int
     packed = single_document_rows(model, MAX_ROWS, LENGTH + 1)
     expected = np.zeros(())
     for batch in (MAX_ROWS, *batches):
-        cached = empty_cache(model, batch, LENGTH + 1)
+        cached = init_cache(model, batch, LENGTH + 1)
         outputs = []
         for positions in slice(0, LENGTH), slice(LENGTH, LENGTH + 1):
             piece = jax.tree.map(lambda leaf, batch=batch, positions=positions: leaf[-batch:, positions], packed)
@@ -281,9 +281,7 @@ def padding(component: Component) -> str:
         return run_model(params, batch._replace(weights_BTV=weights_BTV), model)
 
     found, other = run_padded(5), run_padded(6)
-    assert_finite(found.logits_BTV, "a logit is not finite where there is padding", LOGIT_AXES)
-    for name, leaf in flatten_paths(found.gradient).items():
-        assert_finite(leaf, f"the gradient of {name} is not finite where there is padding", ())
+    assert_finite_outputs(found, "where there is padding")
     what = "an output changes with the contents of padding"
     assert_same_bits(other.logits_BTV, found.logits_BTV, what, LOGIT_AXES, is_token_BT)
     what, unpadded_BTV = "a padded row differs from the same row without padding", reference_outputs(model).logits_BTV
@@ -328,17 +326,20 @@ def assert_cached_equals_uncached(model: ModelConfig) -> float:
         is_token_BT = positions_BT < stop_B[:, None]
         source_BT = np.minimum(positions_BT, LENGTH - 1)
         filled_BT = np.where(is_token_BT, np.take_along_axis(tokens_BT, source_BT, axis=1), 7).astype(np.int32)
-        logits_BTV, after = run_cached(params, filled_BT, model, cached, positions_BT, is_token_BT.astype(np.int32))
-        _assert_same_cache_shapes(cached, after)
+        segments_BT = is_token_BT.astype(np.int32)
+        logits_BTV, after = apply_model(
+            params, filled_BT, model=model, cache=cached, positions_BT=positions_BT, segments_BT=segments_BT
+        )
+        assert_same_shapes(after, cached, "the cache")
         is_finished_B = ~is_token_BT.any(axis=1)
         for name, leaf in flatten_paths(cached).items():
-            before, now = (np.moveaxis(np.asarray(tree), 1, 0) for tree in (leaf, flatten_paths(after)[name]))
+            before, now = (np.moveaxis(np.asarray(array), 1, 0) for array in (leaf, flatten_paths(after)[name]))
             assert_same_bits(now, before, f"padding changes the cache {name}", ("row", "layer"), is_finished_B)
         expected = np.take_along_axis(expected_BTV, source_BT[..., None], axis=1)
         what = f"with a cache the logits differ, {when}"
         return after, assert_close(logits_BTV, expected, TOLERANCE, what, LOGIT_AXES, is_token_BT)
 
-    cached, worst = empty_cache(model, ROWS, LENGTH), []
+    cached, worst = init_cache(model, ROWS, LENGTH), []
     cached, error = read(cached, np.zeros(ROWS, int), prefix_B, LENGTH, "when row r reads its first r + 1 tokens")
     worst.append(error)
     worst.append(read(cached, prefix_B, end_B, LENGTH, "when row r reads the rest after its first r + 1 tokens")[1])
@@ -347,15 +348,6 @@ def assert_cached_equals_uncached(model: ModelConfig) -> float:
         cached, error = read(cached, prefix_B + step, end_B, 1, when)
         worst.append(error)
     return max(worst)
-
-
-def _assert_same_cache_shapes(before: Any, after: Any) -> None:
-    assert_same_structure(after, before, "the cache")
-    for name, leaf in flatten_paths(before).items():
-        back = flatten_paths(after)[name]
-        if (leaf.shape, leaf.dtype) != (back.shape, back.dtype):
-            shown = f"{back.dtype}{list(back.shape)} instead of {leaf.dtype}{list(leaf.shape)}"
-            raise CheckFailure("the cache comes back with another shape or dtype", name, shown)
 
 
 def prefill(component: Component) -> str:
@@ -388,7 +380,7 @@ def _assert_ragged_prompts(model: ModelConfig) -> float:
     params, batch, length = random_params(model), MAX_RAGGED, MAX_RAGGED + 4 * PIECE
     packed = single_document_rows(model, batch, length)
     expected = run_forward(params, packed, model)
-    cached = empty_cache(model, batch, length)
+    cached = init_cache(model, batch, length)
     read_B = np.zeros(batch, int)
     worst = 0.0
     pieces = [(MAX_RAGGED, np.arange(batch) + 1)]
@@ -423,7 +415,7 @@ def _assert_prompts(model: ModelConfig, lengths: tuple[int, ...]) -> float:
         worst.append(assert_close(found, expected[:, positions], PREFILL_TOLERANCE, what, HIDDEN_AXES))
         return cached
 
-    empty = empty_cache(model, 2, SLOTS)
+    empty = init_cache(model, 2, SLOTS)
     for size in lengths:
         cached = read(empty, 0, size, f"in a prompt of {size} tokens")
         cached = read(cached, size, 1, f"one token after a prompt of {size}")

@@ -18,7 +18,7 @@ from rustgpt_jax.conformance.fixtures import (
     assert_close,
     assert_finite,
     assert_same_bits,
-    assert_same_structure,
+    assert_same_shapes,
     quick_jit,
     traced_fields,
 )
@@ -38,18 +38,7 @@ from rustgpt_jax.training.optimizers import get_eval_params, make_optimizer, sch
 # Optimizers.
 
 OPTIMIZER = OptimizerConfig(
-    name="adamw",
-    learning_rate=0.02,
-    b1=0.9,
-    b2=0.99,
-    eps=1e-8,
-    momentum=0.9,
-    muon_learning_rate=0.02,
-    weight_decay=0.01,
-    weight_decay_groups=((r".*", 1.0),),
-    clip_norm=0.0,
-    state_dtype="float32",
-    offload_state=False,
+    learning_rate=0.02, momentum=0.9, weight_decay=0.01, weight_decay_groups=((r".*", 1.0),), clip_norm=0.0
 )
 # As in a model: stacked over layers inside the blocks, plain outside.
 PARAM_SHAPES = {
@@ -88,12 +77,7 @@ def optimizer_update(component: Component) -> str:
         params = _params()
         updates, after, state = jax.device_get(compiled(gradients, params))
         for found, expected, what in (updates, params, "an update"), (after, state, "the optimizer state"):
-            assert_same_structure(found, expected, what)
-            for name, leaf in flatten_paths(expected).items():
-                there, here = np.asarray(flatten_paths(found)[name]), np.asarray(leaf)
-                if (there.shape, there.dtype) != (here.shape, here.dtype):
-                    shown = f"{there.dtype}{list(there.shape)} instead of {here.dtype}{list(here.shape)}"
-                    raise CheckFailure(f"{what} has another shape or dtype", name, shown)
+            assert_same_shapes(found, expected, what)
         for name, leaf in flatten_paths((updates, after)).items():
             assert_finite(leaf, f"{name} is not finite after {kind} gradients", ())
     return f"{len(flatten_paths(state))} arrays of state"
@@ -161,7 +145,7 @@ def optimizer_traced(component: Component) -> str:
 
 # Schedules.
 
-SCHEDULE = ScheduleConfig(name="constant", warmup_steps=5, decay_frac=0.2, final_lr_frac=0.1)
+SCHEDULE = ScheduleConfig(warmup_steps=5, decay_frac=0.2, final_lr_frac=0.1)
 MAX_STEPS = 64
 
 
@@ -332,7 +316,7 @@ def corpus_documents(component: Component) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("a.txt", "b.txt"):
             (Path(folder) / name).write_text(f"The text of {name}.\n", encoding="utf-8")
-        config = DataConfig(component.name, (f"{folder}/*.txt",), 40, "document", 0.1, "all", None)
+        config = DataConfig(corpus=component.name, paths=(f"{folder}/*.txt",), max_documents=40)
         first, second = list(load_documents(config)), list(load_documents(config))
     if not first:
         raise CheckFailure("there are no documents", component.name, "0")

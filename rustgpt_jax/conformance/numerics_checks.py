@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ from rustgpt_jax.conformance.fixtures import (
     Batch,
     CheckFailure,
     assert_finite,
-    assert_same_structure,
+    assert_finite_outputs,
+    assert_same_shapes,
+    assert_shape,
     format_index,
     initial_params,
     make_batch,
@@ -61,7 +63,7 @@ def shapes(component: Component) -> str:
         model = dataclasses.replace(component.small_model, dtype=dtype)
         params = jax.eval_shape(lambda model=model: transformer.init(jax.random.key(0), model))
         for name, leaf in flatten_paths(params).items():
-            _assert_array(leaf, leaf.shape, "float32", f"the parameter {name}", f"a {dtype} model")
+            assert_shape(leaf, leaf.shape, "float32", f"the parameter {name} of a {dtype} model")
         for batch, length in ((1, 1), (3, LENGTH - 1)):
             where = f"{batch} x {length} tokens of a {dtype} model"
             _assert_block_shapes(model, params["blocks"], batch, length, where)
@@ -74,10 +76,8 @@ def shapes(component: Component) -> str:
                     tokens,
                     cached,
                 )
-                _assert_array(logits, (batch, length, model.vocab_size), "float32", "the logits", where)
-                assert_same_structure(after, cached, f"the cache of {where}")
-                for name, leaf in flatten_paths(cached).items():
-                    _assert_array(flatten_paths(after)[name], leaf.shape, str(leaf.dtype), f"the cache {name}", where)
+                assert_shape(logits, (batch, length, model.vocab_size or 0), "float32", f"the logits of {where}")
+                assert_same_shapes(after, cached, f"the cache of {where}")
     return "float32 and bfloat16, cached and not"
 
 
@@ -85,6 +85,7 @@ def _assert_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: in
     x = jax.ShapeDtypeStruct((batch, length, model.d_model), model.dtype)
     positions = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     for index, group in enumerate(layer_groups(model)):
+        here = f"block {index} with {where}"
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), blocks[str(index)])
         (y, _, layer_metrics), captured = jax.eval_shape(
             lambda params, x, positions, segments, group=group: Block(group.block).apply(
@@ -105,16 +106,10 @@ def _assert_block_shapes(model: ModelConfig, blocks: Any, batch: int, length: in
             # One result for each `__call__` in the class hierarchy; that of a subclass follows `super().__call__`'s.
             result = captured["intermediates"][name]["__call__"][-1]
             output = result[0] if isinstance(result, tuple) else result
-            _assert_array(output, x.shape, config.dtype, f"the output of the {name} of block {index}", where)
-        _assert_array(y, x.shape, model.dtype, f"the output of block {index}", where)
+            assert_shape(output, x.shape, config.dtype, f"the output of the {name} of {here}")
+        assert_shape(y, x.shape, model.dtype, f"the output of {here}")
         for name, value in layer_metrics.items():
-            _assert_array(value, (), "float32", f"the layer metric {name} of block {index}", where)
-
-
-def _assert_array(array: Any, shape: Any, dtype: str, what: str, where: str) -> None:
-    if (tuple(array.shape), str(array.dtype)) != (tuple(shape), dtype):
-        shown = f"{array.dtype}{list(array.shape)} instead of {dtype}{list(shape)}"
-        raise CheckFailure(f"{what} has the wrong shape or dtype", where, shown)
+            assert_shape(value, (), "float32", f"the layer metric {name} of {here}")
 
 
 # Finite values.
@@ -132,10 +127,7 @@ def finite(component: Component) -> str:
         large, zero = _scaled(ordinary, ("scale", "table"), LARGE), _scaled(ordinary, ("bias", "table"), np.float32(0))
         for kind, params in ("ordinary", ordinary), ("large", large), ("zero", zero):
             outputs = run_model(params, batch, model)
-            where = f"{kind} activations in {dtype}"
-            assert_finite(outputs.logits_BTV, f"a logit is not finite with {where}", LOGIT_AXES)
-            for name, leaf in flatten_paths(outputs.gradient).items():
-                assert_finite(leaf, f"the gradient of {name} is not finite with {where}", ())
+            assert_finite_outputs(outputs, f"with {kind} activations in {dtype}")
             worst = max(worst, float(np.abs(outputs.logits_BTV).max()))
     return f"largest logit {worst:.2g}"
 
@@ -397,32 +389,29 @@ LOSS_TOLERANCE = 0.1
 USUAL_STD = 0.02
 
 
-@cache
-def _compiled_profile() -> Any:
-    def profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-        """The root mean square of the residual stream after each layer of initial parameters, and the loss."""
-        model = dataclasses.replace(model, init_std=init_std)
-        init_key, x_key, tokens_key = jax.random.split(key, 3)
-        params = transformer.init(init_key, model)
-        x_BTD = jax.random.normal(x_key, (4, LENGTH, model.d_model))
-        positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (4, LENGTH))
-        inputs = BlockInputs(positions_BT, jnp.ones_like(positions_BT))
+@partial(quick_jit, static_argnums=2)
+def _profile(key: jax.Array, init_std: Any, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """The root mean square of the residual stream after each layer of initial parameters, and the loss."""
+    model = dataclasses.replace(model, init_std=init_std)
+    init_key, x_key, tokens_key = jax.random.split(key, 3)
+    params = transformer.init(init_key, model)
+    x_BTD = jax.random.normal(x_key, (4, LENGTH, model.d_model))
+    positions_BT = jnp.broadcast_to(jnp.arange(LENGTH)[None], (4, LENGTH))
+    inputs = BlockInputs(positions_BT, jnp.ones_like(positions_BT))
 
-        def apply_pattern(x_BTD: jax.Array, blocks: Any) -> tuple[jax.Array, jax.Array]:
-            scales = []
-            for index in range(model.period):
-                applied: Any = Block(model.block(index)).apply({"params": blocks[str(index)]}, x_BTD, inputs, None)
-                x_BTD = applied[0]
-                scales.append(jnp.sqrt(jnp.mean(jnp.square(x_BTD))))
-            return x_BTD, jnp.stack(scales)
+    def apply_pattern(x_BTD: jax.Array, blocks: Any) -> tuple[jax.Array, jax.Array]:
+        scales = []
+        for index in range(model.period):
+            applied: Any = Block(model.block(index)).apply({"params": blocks[str(index)]}, x_BTD, inputs, None)
+            x_BTD = applied[0]
+            scales.append(jnp.sqrt(jnp.mean(jnp.square(x_BTD))))
+        return x_BTD, jnp.stack(scales)
 
-        _, scales = jax.lax.scan(apply_pattern, x_BTD, params["blocks"])
-        tokens_BT = jax.random.randint(tokens_key, (4, LENGTH), 0, model.vocab_size or 0)
-        log_probs_BTV = jax.nn.log_softmax(transformer.apply(params, tokens_BT, model)[0])
-        log_probs_BT1 = jnp.take_along_axis(log_probs_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)
-        return scales.reshape(-1), -jnp.mean(log_probs_BT1)
-
-    return quick_jit(profile, static_argnames="model")
+    _, scales = jax.lax.scan(apply_pattern, x_BTD, params["blocks"])
+    tokens_BT = jax.random.randint(tokens_key, (4, LENGTH), 0, model.vocab_size or 0)
+    log_probs_BTV = jax.nn.log_softmax(transformer.apply(params, tokens_BT, model)[0])
+    log_probs_BT1 = jnp.take_along_axis(log_probs_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)
+    return scales.reshape(-1), -jnp.mean(log_probs_BT1)
 
 
 def initial_scale(component: Component) -> str:
@@ -434,7 +423,7 @@ def initial_scale(component: Component) -> str:
     last_scales = []
     for seed in range(SEEDS):
         std = np.float32(model.d_model**-0.5)
-        scales, _ = jax.device_get(_compiled_profile()(jax.random.key(seed), std, model=model))
+        scales, _ = jax.device_get(_profile(jax.random.key(seed), std, model))
         outside = np.flatnonzero(~((scales >= MIN_SCALE) & (scales <= limit)))
         if len(outside):
             raise CheckFailure(
@@ -444,7 +433,7 @@ def initial_scale(component: Component) -> str:
                 f"the first layer ({MIN_SCALE} to {limit:.2g} is allowed)",
             )
         last_scales.append(float(scales[-1]))
-    _, loss = jax.device_get(_compiled_profile()(jax.random.key(0), np.float32(USUAL_STD), model=model))
+    _, loss = jax.device_get(_profile(jax.random.key(0), np.float32(USUAL_STD), model))
     expected = math.log(model.vocab_size or 1)
     if not abs(loss - expected) <= LOSS_TOLERANCE:
         raise CheckFailure(

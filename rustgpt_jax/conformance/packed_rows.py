@@ -6,7 +6,7 @@ gradient with respect to that token's activations.
 
 import dataclasses
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -179,54 +179,40 @@ def _hidden_states(
     return hidden_BTD, cached
 
 
-@cache
-def _compiled_forward() -> Any:
-    def forward(params: Any, packed: PackedRows, model: ModelConfig, is_training: bool) -> jax.Array:
-        hidden_BTD, _ = _hidden_states(params, packed, model, is_training)
-        return hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32))
-
-    return quick_jit(forward, static_argnames=("model", "is_training"))
+@partial(quick_jit, static_argnums=(2, 3))
+def _forward(params: Any, packed: PackedRows, model: ModelConfig, is_training: bool) -> jax.Array:
+    hidden_BTD, _ = _hidden_states(params, packed, model, is_training)
+    return hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32))
 
 
 def run_forward(params: Any, packed: PackedRows, model: ModelConfig, is_training: bool = False) -> np.ndarray:
     """Returns hidden_BTD, in float32 or wider."""
-    return jax.device_get(_compiled_forward()(params, packed, model=model, is_training=is_training))
+    return jax.device_get(_forward(params, packed, model, is_training))
 
 
-@cache
-def _compiled_cached_forward() -> Any:
-    def forward(params: Any, packed: PackedRows, cached: Any, model: ModelConfig) -> tuple[jax.Array, Any]:
-        return _hidden_states(params, packed, model, False, cached)
-
-    return quick_jit(forward, static_argnames="model")
+@partial(quick_jit, static_argnums=3)
+def run_cached_forward(params: Any, packed: PackedRows, cached: Any, model: ModelConfig) -> tuple[jax.Array, Any]:
+    """Returns hidden_BTD of tokens that follow the cached ones, and the updated cache."""
+    return _hidden_states(params, packed, model, False, cached)
 
 
-def run_cached_forward(params: Any, packed: PackedRows, cached: Any, model: ModelConfig) -> tuple[np.ndarray, Any]:
-    """Returns hidden_BTD of tokens that follow the cached ones, and the updated cache, which stays on the device."""
-    hidden_BTD, cached = _compiled_cached_forward()(params, packed, cached, model=model)
-    return jax.device_get(hidden_BTD), cached
+@partial(quick_jit, static_argnums=(5, 6))
+def _run_probes(
+    params: Any, packed: PackedRows, weights_BTD: Any, probes_KBT: Any, count: Any, case: Case, model: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    model = for_case(model, case.dtype, case.is_training)
 
+    def output(x_BTD: jax.Array) -> jax.Array:
+        return _hidden_states(params, packed._replace(x_BTD=x_BTD), model, case.is_training)[0]
 
-@cache
-def _compiled_probes() -> Any:
-    def run_probes(
-        params: Any, packed: PackedRows, weights_BTD: Any, probes_KBT: Any, count: Any, case: Case, model: ModelConfig
-    ) -> tuple[jax.Array, jax.Array]:
-        model = for_case(model, case.dtype, case.is_training)
+    y_BTD, vjp = jax.vjp(output, packed.x_BTD)
 
-        def output(x_BTD: jax.Array) -> jax.Array:
-            return _hidden_states(params, packed._replace(x_BTD=x_BTD), model, case.is_training)[0]
+    def run_probe(k: Any, gradients_KBT: jax.Array) -> jax.Array:
+        (gradient_BTD,) = vjp((weights_BTD * probes_KBT[k][..., None]).astype(y_BTD.dtype))
+        return gradients_KBT.at[k].set(jnp.max(jnp.abs(gradient_BTD), axis=-1).astype(jnp.float32))
 
-        y_BTD, vjp = jax.vjp(output, packed.x_BTD)
-
-        def run_probe(k: Any, gradients_KBT: jax.Array) -> jax.Array:
-            (gradient_BTD,) = vjp((weights_BTD * probes_KBT[k][..., None]).astype(y_BTD.dtype))
-            return gradients_KBT.at[k].set(jnp.max(jnp.abs(gradient_BTD), axis=-1).astype(jnp.float32))
-
-        gradients_KBT = jax.lax.fori_loop(0, count, run_probe, jnp.zeros(probes_KBT.shape, jnp.float32))
-        return y_BTD.astype(jnp.float32), gradients_KBT
-
-    return quick_jit(run_probes, static_argnames=("model", "case"))
+    gradients_KBT = jax.lax.fori_loop(0, count, run_probe, jnp.zeros(probes_KBT.shape, jnp.float32))
+    return y_BTD.astype(jnp.float32), gradients_KBT
 
 
 def _probe_positions(length: int, limit: int) -> np.ndarray:
@@ -256,7 +242,7 @@ def run_case(
     weights_BTD = np.random.default_rng(7).standard_normal(packed.x_BTD.shape).astype(np.float32)
     count = np.int32(len(probes_KBT) if with_gradients else 0)
     arguments = random_params(model), packed, weights_BTD, probes_KBT, count
-    return jax.device_get(_compiled_probes()(*arguments, case=case, model=model))
+    return jax.device_get(_run_probes(*arguments, case, model))
 
 
 @cache

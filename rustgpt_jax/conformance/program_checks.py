@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,9 +24,9 @@ from rustgpt_jax.conformance.fixtures import (
     Outputs,
     assert_close,
     check_settings,
-    empty_cache,
     format_exception,
     forward_and_backward,
+    init_cache,
     initial_params,
     make_batch,
     quick_jit,
@@ -196,7 +196,7 @@ def dropout(component: Component) -> str:
     gradients = training.gradients_KBT, evaluation.gradients_KBT
     worst.append(assert_close(*gradients, GRADIENT_TOLERANCE, what, ("probe", "row", "token")))
     rows = single_document_rows(model, 1, LENGTH + 1)
-    caches = [empty_cache(each, 1, LENGTH + 1) for each in (model, dropping)]
+    caches = [init_cache(each, 1, LENGTH + 1) for each in (model, dropping)]
     for positions in slice(0, LENGTH), slice(LENGTH, LENGTH + 1):
         piece = jax.tree.map(lambda leaf, positions=positions: leaf[:, positions], rows)
         expected, caches[0] = run_cached_forward(params, piece, caches[0], model)
@@ -206,16 +206,13 @@ def dropout(component: Component) -> str:
     return f"within {max(worst):.0e}"
 
 
-@cache
-def _compiled_trials() -> Any:
-    def run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: ModelConfig) -> tuple[Any, Outputs]:
-        def run_trial(key: Any, params: Any, hparams: Any) -> tuple[Any, Outputs]:
-            trial_model = replace_paths(model, hparams)
-            return transformer.init(key, trial_model), forward_and_backward(params, batch, trial_model)
+@partial(quick_jit, static_argnums=4)
+def _run_trials(keys: Any, params: Any, hparams: Any, batch: Batch, model: ModelConfig) -> tuple[Any, Outputs]:
+    def run_trial(key: Any, params: Any, hparams: Any) -> tuple[Any, Outputs]:
+        trial_model = replace_paths(model, hparams)
+        return transformer.init(key, trial_model), forward_and_backward(params, batch, trial_model)
 
-        return jax.vmap(run_trial)(keys, params, hparams)
-
-    return quick_jit(run_trials, static_argnames="model")
+    return jax.vmap(run_trial)(keys, params, hparams)
 
 
 def vmap(component: Component) -> str:
@@ -229,7 +226,7 @@ def vmap(component: Component) -> str:
     batch = make_batch(random_tokens(model), model)
     several = [random_params(model, seed) for seed in range(TRIALS)]
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *several)
-    initial, outputs = jax.device_get(_compiled_trials()(keys, params, hparams, batch, model=model))
+    initial, outputs = jax.device_get(_run_trials(keys, params, hparams, batch, model))
     worst = 0.0
     for trial in range(TRIALS):
         what = f"trial {trial} under vmap differs from the same trial alone"
