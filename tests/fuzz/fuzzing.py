@@ -1,7 +1,7 @@
-"""Random edits of real inputs, and what is asked of whatever they are given to.
+"""Random edits of real inputs, and what the code that reads them must do.
 
-Each test takes an input that works, edits it and calls what a verb would call. The call returns, or raises a UserError
-of one clear line; it ends within seconds, prints nothing, and leaves nothing outside the folder that it was given.
+Each test edits a valid input and calls what a command would call. The call returns, or raises a UserError of one clear
+line; it ends within seconds, prints nothing, and leaves nothing outside the folder that it was given.
 
 A quarter of the cases are tried by default, all of them with RUSTGPT_JAX_FUZZ=1, as in .ci/run; they are the same in
 every session. A larger value multiplies their number and draws others: RUSTGPT_JAX_FUZZ=20 python -m pytest tests/fuzz
@@ -26,16 +26,16 @@ from hypothesis import strategies as st
 from rustgpt_jax.errors import UserError
 
 FACTOR = float(os.environ.get("RUSTGPT_JAX_FUZZ", "0.25"))
-# Of the processor, and of the clock: a machine may have much else to do.
-MOST_SECONDS, HANG_SECONDS = 6.0, 60.0
-MOST_CHARACTERS = 600
+# Of CPU time, and of wall time: the machine may be busy.
+MAX_CPU_SECONDS, TIMEOUT_SECONDS = 6.0, 60.0
+MAX_CHARACTERS = 600
 
 Draw = Callable[[Any], Any]
 Result = TypeVar("Result")
 
 
-def cases(number: int) -> Any:
-    """A decorator: this many cases of a property."""
+def max_cases(number: int) -> Any:
+    """A decorator that sets the number of cases of a property."""
     return hypothesis.settings(
         max_examples=math.ceil(number * FACTOR),
         derandomize=FACTOR <= 1,
@@ -59,14 +59,14 @@ ODD_TEXTS = (
 
 
 def nested_lists(depth: int) -> list[Any]:
-    """A list in a list in a list."""
+    """A list nested this deep."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
     return value
 
 
-# Deeper than Python's reader of JSON goes, and than most code that calls itself.
+# Deeper than the recursion limit of Python's JSON parser and of most recursive code.
 DEEP_JSON = "[" * 100_000 + "]" * 100_000
 
 odd_scalars = (
@@ -78,15 +78,15 @@ odd_values = odd_scalars | st.text(max_size=12) | st.sampled_from(
 
 
 @st.composite
-def edited(draw: Draw, value: Any) -> Any:
-    """A copy of a tree of dicts and lists with some of its values replaced, removed, doubled, renamed or nested."""
+def edit_tree(draw: Draw, value: Any) -> Any:
+    """A copy of a tree of dicts and lists with some values replaced, removed, doubled, renamed or nested."""
     tree = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 4))):
-        tree = _edited(draw, tree)
+        tree = _edit_node(draw, tree)
     return tree
 
 
-def _edited(draw: Draw, node: Any) -> Any:
+def _edit_node(draw: Draw, node: Any) -> Any:
     keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, (list, tuple)) else []
     how = draw(st.sampled_from(("below", "below", "below", "change") if keys else ("replace", "replace", "nest")))
     if how == "replace":
@@ -96,7 +96,7 @@ def _edited(draw: Draw, node: Any) -> Any:
     key = keys[draw(st.integers(0, len(keys) - 1))]
     whole = dict(node) if isinstance(node, dict) else list(node)
     if how == "below":
-        whole[key] = _edited(draw, whole[key])
+        whole[key] = _edit_node(draw, whole[key])
     elif draw(st.booleans()):
         del whole[key]
     elif isinstance(whole, dict):
@@ -116,20 +116,20 @@ ODD_BYTES = (
 )
 
 
-class Data(bytes):
-    """Bytes that do not fill the screen."""
+class ShortBytes(bytes):
+    """Bytes with a short repr."""
 
     def __repr__(self) -> str:
         return repr(bytes(self)) if len(self) < 4000 else f"{bytes(self[:2000])!r} ... {bytes(self[-2000:])!r}"
 
 
 @st.composite
-def damaged(draw: Draw, data: bytes) -> bytes:
-    """Bytes with some of them changed, cut out, put in, doubled, or all after some place gone."""
+def corrupt_bytes(draw: Draw, data: bytes) -> bytes:
+    """The bytes with some of them changed, removed, inserted or doubled, or truncated."""
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, len(data)))
-        stop = min(len(data), place + draw(st.sampled_from((1, 1, 2, 5, 40, 1000))))
-        part = data[place:stop]
+        start = draw(st.integers(0, len(data)))
+        stop = min(len(data), start + draw(st.sampled_from((1, 1, 2, 5, 40, 1000))))
+        part = data[start:stop]
         how = draw(st.sampled_from(("flip", "cut", "insert", "insert", "replace", "double", "truncate", "ends", "all")))
         if how == "flip":
             part = bytes(byte ^ draw(st.sampled_from((1, 32, 128, 255))) for byte in part[:1]) + part[1:]
@@ -144,20 +144,20 @@ def damaged(draw: Draw, data: bytes) -> bytes:
         elif how == "truncate":
             part, stop = b"", len(data)
         elif how == "ends":
-            place, stop, part = 0, len(data), data.replace(b"\n", b"\r\n")
+            start, stop, part = 0, len(data), data.replace(b"\n", b"\r\n")
         else:
             utf_16 = data.decode("latin-1").encode("utf-16")
             whole = (b"", b"\xef\xbb\xbf" + data, DEEP_JSON.encode(), data + data, utf_16)
-            place, stop, part = 0, len(data), draw(st.sampled_from(whole))
-        data = data[:place] + part + data[stop:]
-    return Data(data)
+            start, stop, part = 0, len(data), draw(st.sampled_from(whole))
+        data = data[:start] + part + data[stop:]
+    return ShortBytes(data)
 
 
-PIPE = Data(b"a pipe without a writer")
+PIPE = ShortBytes(b"a pipe without a writer")
 
 
 def write(file: Path, data: bytes | None) -> None:
-    """Put a file where it is to be found: its bytes, or a folder in its place for None, or a pipe for PIPE."""
+    """Writes a file; for None makes a folder instead, and for PIPE a named pipe."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if data is None:
         file.mkdir()
@@ -167,43 +167,43 @@ def write(file: Path, data: bytes | None) -> None:
         file.write_bytes(data)
 
 
-# What is asked.
+# What the code must do.
 
 
-class Hangs(Exception):
-    """A case does not come to an end."""
+class CaseTimeout(Exception):
+    """A case does not end."""
 
 
-def answer(call: Callable[[], Result]) -> Result | None:
-    """What a call gives, or None where it raises a UserError of one clear line. It must end within seconds."""
+def run_or_refuse(call: Callable[[], Result]) -> Result | None:
+    """Returns the result of a call, or None if it raises a UserError of one clear line; it must end within seconds."""
 
     def stop(*_: object) -> None:
-        raise Hangs
+        raise CaseTimeout
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT_SECONDS)
     start = time.process_time()
     try:
         result = call()
     except UserError as error:
-        require_sentence(str(error))
+        assert_clear_message(str(error))
         result = None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - start < MOST_SECONDS
+    assert time.process_time() - start < MAX_CPU_SECONDS
     return result
 
 
-def require_sentence(text: str) -> None:
-    """One line, neither empty nor long, that ends as sentences do."""
+def assert_clear_message(text: str) -> None:
+    """Asserts that a message is one line, neither empty nor long, that ends like a sentence."""
     assert text.isprintable() and text.strip(), repr(text)
     assert text.endswith((".", "?", ")")), text
-    assert len(text) < MOST_CHARACTERS and "Traceback" not in text, text
+    assert len(text) < MAX_CHARACTERS and "Traceback" not in text, text
 
 
-class Place:
-    """A folder for one case at a time; the current folder, the user's and the temporary one lie beside it."""
+class Sandbox:
+    """A folder for one case at a time, beside the current, the home and the temporary folder."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.root, self.inside = root, root / "inside"
@@ -216,7 +216,7 @@ class Place:
 
     @contextmanager
     def case(self) -> Iterator[Path]:
-        """An empty folder. In the end nothing may have changed around it."""
+        """Yields an empty folder; nothing outside it may change."""
         self.inside.mkdir()
         before = self._around()
         try:
@@ -231,7 +231,7 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Place]:
-    """Where the cases of a test work. Nothing may be printed."""
-    yield Place(tmp_path, monkeypatch)
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Sandbox]:
+    """The folder of a test's cases; the test may print nothing."""
+    yield Sandbox(tmp_path, monkeypatch)
     assert capfd.readouterr() == ("", "")

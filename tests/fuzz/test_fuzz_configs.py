@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import ODD_TEXTS, Place, answer, cases, damaged, edited, write
-from fuzzing import place as place
+from fuzzing import ODD_TEXTS, Sandbox, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
+from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -64,16 +64,16 @@ def require_same(config: Config, again: Config | None) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_works(name: str, place: Place) -> None:
+def test_a_recipe_works(name: str, sandbox: Sandbox) -> None:
     assert use(resolve(RECIPES[name])) == resolve(RECIPES[name])
 
 
-@cases(1000)
-@given(st.sampled_from(sorted(RECIPES)).flatmap(lambda name: edited(RECIPES[name])))
-def test_a_config_with_edits(place: Place, tree: Any) -> None:
-    config = answer(lambda: resolve(tree)) if isinstance(tree, TREES) else None
+@max_cases(1000)
+@given(st.sampled_from(sorted(RECIPES)).flatmap(lambda name: edit_tree(RECIPES[name])))
+def test_a_config_with_edits(sandbox: Sandbox, tree: Any) -> None:
+    config = run_or_refuse(lambda: resolve(tree)) if isinstance(tree, TREES) else None
     if config is not None:
-        require_same(config, answer(lambda: use(config)))
+        require_same(config, run_or_refuse(lambda: use(config)))
 
 
 paths = st.sampled_from([*FIELDS, "stages.instruct.training.steps", "stages.pretrain.data.corpus"]).flatmap(
@@ -84,18 +84,18 @@ texts = st.text(max_size=20) | st.sampled_from(
 )
 
 
-@cases(500)
+@max_cases(500)
 @given(st.lists(st.tuples(paths | texts, texts | st.sampled_from(("0", "1", "2", "64", "True", "0.5"))), max_size=3))
-def test_knobs_on_a_command_line(place: Place, given: list[tuple[str, str]]) -> None:
+def test_knobs_on_a_command_line(sandbox: Sandbox, given: list[tuple[str, str]]) -> None:
     def resolved() -> Config:
         tree = ConfigDict(RECIPES["configs.rustgpt"])
         for path, value in parse_all(given).items():
             override(tree, {path: value})
         return resolve(tree)
 
-    config = answer(resolved)
+    config = run_or_refuse(resolved)
     if config is not None:
-        require_same(config, answer(lambda: use(config)))
+        require_same(config, run_or_refuse(lambda: use(config)))
 
 
 def record(name: str) -> dict[str, Any]:
@@ -106,20 +106,20 @@ def record(name: str) -> dict[str, Any]:
 
 RECORD = record("configs.rustgpt")
 WRITTEN = json.dumps(RECORD, indent=2).encode()
-records = damaged(WRITTEN) | edited(RECORD).map(lambda tree: json.dumps(tree).encode()) | st.none()
+records = corrupt_bytes(WRITTEN) | edit_tree(RECORD).map(lambda tree: json.dumps(tree).encode()) | st.none()
 
 
-@cases(300)
+@max_cases(300)
 @given(records)
-def test_the_config_of_a_run(place: Place, data: bytes | None) -> None:
-    with place.case() as folder:
+def test_the_config_of_a_run(sandbox: Sandbox, data: bytes | None) -> None:
+    with sandbox.case() as folder:
         write(folder / "config.json", data)
-        config = answer(lambda: load_config(folder))
-        origins = answer(lambda: load_origins(folder))
+        config = run_or_refuse(lambda: load_config(folder))
+        origins = run_or_refuse(lambda: load_origins(folder))
         assert (config is None) <= (origins is None)
-        answer(lambda: check_same_config(folder, resolve(RECIPES["configs.rustgpt"])))
+        run_or_refuse(lambda: check_same_config(folder, resolve(RECIPES["configs.rustgpt"])))
         if config is not None:
-            require_same(config, answer(lambda: use(config)))
+            require_same(config, run_or_refuse(lambda: use(config)))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_config
-from fuzzing import ODD_TEXTS, PIPE, Place, answer, cases, damaged, edited, write
-from fuzzing import place as place
+from fuzzing import ODD_TEXTS, PIPE, Sandbox, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
+from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,11 +47,11 @@ TEXT = "\n\n".join(LINES).encode()
 ROWS = [["name", "text"], *([str(place), line] for place, line in enumerate(LINES))]
 ITEMS = [*MESSAGES, *({"text": line} for line in LINES)]
 FILES: dict[str, tuple[bytes, Any]] = {
-    "a.txt": (TEXT, damaged(TEXT)),
-    "a.json": (json.dumps(LINES).encode(), edited(LINES).map(lambda items: json.dumps(items).encode())),
-    "a.jsonl": (lines_of_json(ITEMS), edited(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
-    "a.ndjson": (lines_of_json(ITEMS), edited(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
-    "a.csv": (table(ROWS), edited(ROWS).map(lambda rows: table(list(rows or ())))),
+    "a.txt": (TEXT, corrupt_bytes(TEXT)),
+    "a.json": (json.dumps(LINES).encode(), edit_tree(LINES).map(lambda items: json.dumps(items).encode())),
+    "a.jsonl": (lines_of_json(ITEMS), edit_tree(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
+    "a.ndjson": (lines_of_json(ITEMS), edit_tree(ITEMS).map(lambda items: lines_of_json(list(items or ())))),
+    "a.csv": (table(ROWS), edit_tree(ROWS).map(lambda rows: table(list(rows or ())))),
     "a.tsv": (table(ROWS, "\t"), st.sampled_from(";|, ").map(lambda delimiter: table(ROWS, delimiter))),
 }
 CODECS = {name: Tokenizer(make(LINES, 400)) for name, make in TOKENIZERS.items()}
@@ -77,7 +77,7 @@ def use(config: DataConfig, codec: Tokenizer, stores: Path) -> Store:
 
 
 files = st.sampled_from(sorted(FILES)).flatmap(
-    lambda name: st.tuples(st.just(name), damaged(FILES[name][0]) | FILES[name][1] | st.none() | st.just(PIPE))
+    lambda name: st.tuples(st.just(name), corrupt_bytes(FILES[name][0]) | FILES[name][1] | st.none() | st.just(PIPE))
 )
 choices = st.fixed_dictionaries(
     {
@@ -90,32 +90,32 @@ choices = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_works(name: str, place: Place) -> None:
-    with place.case() as folder:
+def test_a_file_works(name: str, sandbox: Sandbox) -> None:
+    with sandbox.case() as folder:
         write(folder / name, FILES[name][0])
         use(data_config(folder, name, split="tail"), CODECS["bpe"], folder / "stores")
 
 
-@cases(450)
+@max_cases(450)
 @given(files, choices, st.sampled_from(sorted(CODECS)))
-def test_files_with_edits(place: Place, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
+def test_files_with_edits(sandbox: Sandbox, file: tuple[str, bytes | None], changes: dict[str, Any], kind: str) -> None:
     name, data = file
-    with place.case() as folder:
+    with sandbox.case() as folder:
         write(folder / name, data)
         config = data_config(folder, name, **changes)
-        read = answer(lambda: list(load_documents(config)))
-        store = answer(lambda: use(config, CODECS[kind], folder / "stores"))
+        read = run_or_refuse(lambda: list(load_documents(config)))
+        store = run_or_refuse(lambda: use(config, CODECS[kind], folder / "stores"))
         assert read is not None or store is None
         assert list((folder / "stores").glob(".*")) == []
 
 
-@cases(120)
+@max_cases(120)
 @given(files, st.sampled_from(sorted(TOKENIZERS)), st.sampled_from((None, 1, 261, 300)))
 def test_tokenizers_of_files_with_edits(
-    place: Place, file: tuple[str, bytes | None], kind: str, vocab_size: int | None
+    sandbox: Sandbox, file: tuple[str, bytes | None], kind: str, vocab_size: int | None
 ) -> None:
     name, data = file
-    with place.case() as folder:
+    with sandbox.case() as folder:
         write(folder / name, data)
         config = data_config(folder, name)
 
@@ -123,19 +123,19 @@ def test_tokenizers_of_files_with_edits(
             texts = (turn.text for document in load_training_documents(config) for turn in document.messages)
             return train_tokenizer(TokenizerConfig(kind, vocab_size), texts)
 
-        answer(train)
+        run_or_refuse(train)
 
 
 patterns = st.lists(st.sampled_from([text for text in ODD_TEXTS if text != "/"]) | st.text(max_size=8), max_size=3)
 
 
-@cases(120)
+@max_cases(120)
 @given(patterns)
-def test_odd_paths(place: Place, names: list[str]) -> None:
+def test_odd_paths(sandbox: Sandbox, names: list[str]) -> None:
     # A path from the root may be all there is.
     paths = tuple(name.lstrip("/") for name in names)
-    with place.case() as folder:
-        answer(lambda: use(data_config(folder, "", paths=paths), CODECS["byte"], folder / "stores"))
+    with sandbox.case() as folder:
+        run_or_refuse(lambda: use(data_config(folder, "", paths=paths), CODECS["byte"], folder / "stores"))
 
 
 # What was written before.
@@ -143,7 +143,7 @@ def test_odd_paths(place: Place, names: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store to be damaged."""
+    """A store to be corrupted."""
     folder = tmp_path_factory.mktemp("built")
     write(folder / "a.jsonl", FILES["a.jsonl"][0])
     return build_store(data_config(folder, "a.jsonl", loss_mask="assistant"), CODECS["byte"], folder / "stores")
@@ -155,21 +155,23 @@ def sums(store: Store) -> list[int]:
     return [int(np.sum(read(0, stream.n_tokens))) for stream in streams for read in (stream.tokens, stream.weights)]
 
 
-@cases(250)
+@max_cases(250)
 @given(st.data())
-def test_a_damaged_store(place: Place, built: Store, data: st.DataObject) -> None:
-    with place.case() as folder:
+def test_a_damaged_store(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
+    with sandbox.case() as folder:
         root = folder / built.path.name
         shutil.copytree(built.path, root)
         file = data.draw(st.sampled_from(sorted(root.iterdir())))
         old = file.read_bytes()
         new = data.draw(
-            damaged(old) | edited(json.loads(old)).map(json_bytes) if file.suffix == ".json" else damaged(old)
+            corrupt_bytes(old) | edit_tree(json.loads(old)).map(json_bytes)
+            if file.suffix == ".json"
+            else corrupt_bytes(old)
         )
         file.unlink()
         write(file, data.draw(st.sampled_from((new, new, new, None))))
-        answer(lambda: sums(open_store(root)))
-        answer(lambda: open_store(root).verify())
+        run_or_refuse(lambda: sums(open_store(root)))
+        run_or_refuse(lambda: open_store(root).verify())
 
 
 def json_bytes(value: Any) -> bytes:
@@ -177,14 +179,14 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@cases(150)
+@max_cases(150)
 @given(st.data())
-def test_the_data_of_a_run(place: Place, built: Store, data: st.DataObject) -> None:
+def test_the_data_of_a_run(sandbox: Sandbox, built: Store, data: st.DataObject) -> None:
     material = [StageData(stages(small_config())[0], built)]
     written = format_data_record(material)
-    new = data.draw(damaged(written.encode()) | edited(json.loads(written)).map(json_bytes) | st.none())
-    with place.case() as folder:
+    new = data.draw(corrupt_bytes(written.encode()) | edit_tree(json.loads(written)).map(json_bytes) | st.none())
+    with sandbox.case() as folder:
         write(folder / "data.json", new)
-        changed = answer(lambda: find_changed_stages(folder / "data.json", material))
+        changed = run_or_refuse(lambda: find_changed_stages(folder / "data.json", material))
         assert changed in (None, [], ["train"])
         assert changed != [] or new in (None, written.encode()) or json.loads(new)

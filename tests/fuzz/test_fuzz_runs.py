@@ -10,8 +10,8 @@ import matplotlib.font_manager as _fonts
 import numpy as np
 import pytest
 import tensorboardX.proto.summary_pb2 as _summary
-from fuzzing import ODD_NUMBERS, Data, Place, answer, cases, damaged, edited, write
-from fuzzing import place as place
+from fuzzing import ODD_NUMBERS, Sandbox, ShortBytes, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
+from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +44,7 @@ NOT_FINITE = [{"step": 9, "train/loss": "NaN"}, {"step": 10, "train/loss": "Infi
 
 def lines(rows: Any) -> bytes:
     """Rows as the lines of metrics.jsonl."""
-    return Data("".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode())
+    return ShortBytes("".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])).encode())
 
 
 WRITTEN = lines(ROWS + NOT_FINITE)
@@ -60,26 +60,26 @@ odd_rows = st.lists(
     ),
     max_size=5,
 )
-metrics = damaged(WRITTEN) | edited(ROWS + NOT_FINITE).map(lines) | odd_rows.map(lines) | st.none()
+metrics = corrupt_bytes(WRITTEN) | edit_tree(ROWS + NOT_FINITE).map(lines) | odd_rows.map(lines) | st.none()
 
 
-def test_a_record_works(place: Place) -> None:
-    with place.case() as folder:
+def test_a_record_works(sandbox: Sandbox) -> None:
+    with sandbox.case() as folder:
         write(folder / "metrics.jsonl", WRITTEN)
         assert len(read_metrics(folder)) == 11 and math.isnan(read_metrics(folder)[9]["train/loss"])
         assert last_metrics(folder)["step"] == 10
         assert draw_loss_curves(folder).exists()
 
 
-@cases(400)
+@max_cases(400)
 @given(metrics, st.sampled_from((0, 1, 4, 9, 10**30)))
-def test_metrics_with_edits(place: Place, data: bytes | None, resumed: int) -> None:
-    with place.case() as folder:
+def test_metrics_with_edits(sandbox: Sandbox, data: bytes | None, resumed: int) -> None:
+    with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
-        rows = answer(lambda: read_metrics(folder))
-        last = answer(lambda: last_metrics(folder))
+        rows = run_or_refuse(lambda: read_metrics(folder))
+        last = run_or_refuse(lambda: last_metrics(folder))
         assert rows is None or data is None or last is not None
-        answer(lambda: truncate_after(folder / "metrics.jsonl", resumed))
+        run_or_refuse(lambda: truncate_after(folder / "metrics.jsonl", resumed))
         if rows is not None:
             places = [place for place, row in enumerate(rows, start=1) if resumed and row["step"] <= resumed]
             kept = rows[: max(places, default=0)]
@@ -87,17 +87,17 @@ def test_metrics_with_edits(place: Place, data: bytes | None, resumed: int) -> N
             assert repr(read_metrics(folder)) == repr(kept)
 
 
-@cases(200)
+@max_cases(200)
 @given(metrics, metrics)
 def test_metrics_with_edits_are_read_in_part_and_compared(
-    place: Place, data: bytes | None, other: bytes | None
+    sandbox: Sandbox, data: bytes | None, other: bytes | None
 ) -> None:
-    with place.case() as folder:
+    with sandbox.case() as folder:
         for name, content in (("one", data), ("other", other), ("copy", data)):
             write(folder / name / "metrics.jsonl", content)
-        rows = answer(lambda: read_metrics(folder / "one"))
-        columns = answer(lambda: read_columns(folder / "one", "train/loss", ("valid/loss",), absent=-1.0))
-        last = answer(lambda: last_step(folder / "one"))
+        rows = run_or_refuse(lambda: read_metrics(folder / "one"))
+        columns = run_or_refuse(lambda: read_columns(folder / "one", "train/loss", ("valid/loss",), absent=-1.0))
+        last = run_or_refuse(lambda: last_step(folder / "one"))
         if rows is not None:
             assert columns is not None and last == (rows[-1]["step"] if rows else 0)
             own = [row for row in rows if "train/loss" in row]
@@ -107,35 +107,35 @@ def test_metrics_with_edits_are_read_in_part_and_compared(
             for name, column in columns.values.items():
                 np.testing.assert_array_equal(column, np.array(values[name], float))
             assert [columns.stage_names[index] for index in columns.stages] == [row.get("stage", "") for row in own]
-            every = answer(lambda: compare_records(folder / "one", folder / "copy"))
+            every = run_or_refuse(lambda: compare_records(folder / "one", folder / "copy"))
             assert every is None or every.first_difference is None
-        answer(lambda: compare_records(folder / "one", folder / "other"))
+        run_or_refuse(lambda: compare_records(folder / "one", folder / "other"))
 
 
-@cases(25)
+@max_cases(25)
 @given(metrics, st.sampled_from((0, 3)))
-def test_metrics_with_edits_that_a_run_goes_on_from(place: Place, data: bytes | None, last_step: int) -> None:
-    with place.case() as folder:
+def test_metrics_with_edits_that_a_run_goes_on_from(sandbox: Sandbox, data: bytes | None, last_step: int) -> None:
+    with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
 
         def go_on() -> None:
             with MetricsWriter(folder, last_step) as writer:
                 writer.write(last_step + 1, {"train/loss": math.nan})
 
-        answer(go_on)
+        run_or_refuse(go_on)
 
 
-@cases(25)
+@max_cases(25)
 @given(metrics)
-def test_curves_of_metrics_with_edits(place: Place, data: bytes | None) -> None:
-    with place.case() as folder:
+def test_curves_of_metrics_with_edits(sandbox: Sandbox, data: bytes | None) -> None:
+    with sandbox.case() as folder:
         write(folder / "metrics.jsonl", data)
-        answer(lambda: draw_loss_curves(folder))
+        run_or_refuse(lambda: draw_loss_curves(folder))
 
 
 @pytest.mark.parametrize("name", ["日本", "\udcff", "$x$"])
-def test_names_that_are_hard_to_draw(place: Place, name: str) -> None:
-    with place.case() as folder:
+def test_names_that_are_hard_to_draw(sandbox: Sandbox, name: str) -> None:
+    with sandbox.case() as folder:
         write(folder / name / "metrics.jsonl", lines([*ROWS, {"step": 20, "stage": name, "train/loss": 1.0}]))
         draw_loss_curves(folder / name)
 
@@ -158,39 +158,41 @@ ABOUT = {
 
 def json_edits(value: Any) -> Any:
     """The JSON of a value with edits of its bytes or of its tree."""
-    written = Data(json.dumps(value).encode())
-    return damaged(written) | edited(value).map(lambda tree: Data(json.dumps(tree).encode())) | st.none()
+    written = ShortBytes(json.dumps(value).encode())
+    return corrupt_bytes(written) | edit_tree(value).map(lambda tree: ShortBytes(json.dumps(tree).encode())) | st.none()
 
 
-@cases(150)
+@max_cases(150)
 @given(json_edits(DATA), json_edits(BEGINNING))
 def test_records_of_data_and_of_a_beginning_with_edits(
-    place: Place, data: bytes | None, beginning: bytes | None
+    sandbox: Sandbox, data: bytes | None, beginning: bytes | None
 ) -> None:
-    with place.case() as folder:
+    with sandbox.case() as folder:
         run = RunDir(folder / "run")
         write(run.data_file, data)
         write(run.import_file, beginning)
-        answer(lambda: read_data_record(run.data_file))
-        answer(lambda: read_import_record(run))
-        if answer(lambda: diff_data(run, run)) is not None:
+        run_or_refuse(lambda: read_data_record(run.data_file))
+        run_or_refuse(lambda: read_import_record(run))
+        if run_or_refuse(lambda: diff_data(run, run)) is not None:
             assert not diff_data(run, run)
 
 
-@cases(150)
+@max_cases(150)
 @given(json_edits(LAUNCH), json_edits(REWIND), json_edits(PROGRAM))
-def test_journals_with_edits(place: Place, launch: bytes | None, rewind: bytes | None, program: bytes | None) -> None:
-    with place.case() as folder:
+def test_journals_with_edits(
+    sandbox: Sandbox, launch: bytes | None, rewind: bytes | None, program: bytes | None
+) -> None:
+    with sandbox.case() as folder:
         run = RunDir(folder / "run")
         write(run.journal_file, b"\n".join(filter(None, (launch, rewind, program))) + b"\n")
         for read in (load_launches, load_programs, read_rewinds):
-            answer(lambda read=read: read(run))  # type: ignore[misc]
+            run_or_refuse(lambda read=read: read(run))  # type: ignore[misc]
 
 
-@cases(150)
+@max_cases(150)
 @given(json_edits(ABOUT))
-def test_records_of_checkpoints_with_edits(place: Place, about: bytes | None) -> None:
-    with place.case() as folder:
+def test_records_of_checkpoints_with_edits(sandbox: Sandbox, about: bytes | None) -> None:
+    with sandbox.case() as folder:
         write(folder / "8" / "about" / "metadata", about)
         with suppress(CorruptCheckpoint):
             found = read_metadata(folder, 8)

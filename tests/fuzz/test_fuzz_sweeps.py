@@ -1,4 +1,4 @@
-"""Folders of sweeps with random edits: what is damaged is left out or named, or the folder refused in a sentence."""
+"""Folders of sweeps with random edits: corrupt entries are skipped or named, or the folder is refused in one line."""
 
 import io
 import json
@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib.font_manager as _fonts
 import pytest
 from conftest import small_tree
-from fuzzing import Data, Place, answer, cases, damaged, edited, write
-from fuzzing import place as place
+from fuzzing import Sandbox, ShortBytes, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
+from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -55,16 +55,18 @@ def lines_of(data: bytes) -> list[Any]:
 def as_lines(rows: Any) -> bytes:
     """Values as lines of JSON."""
     listed = rows if isinstance(rows, list) else [rows]
-    return Data("".join(json.dumps(row) + "\n" for row in listed).encode(errors="surrogatepass"))
+    return ShortBytes("".join(json.dumps(row) + "\n" for row in listed).encode(errors="surrogatepass"))
 
 
 def edits(name: str, data: bytes) -> st.SearchStrategy[bytes | None]:
-    """What may become of a file: its bytes or its values are edited, it is deleted, or a folder is in its place."""
+    """Edits of a file: of its bytes or of its values, its deletion, or a folder instead of it."""
     if name == "sweep.json":
-        values = edited(json.loads(data)).map(lambda value: Data(json.dumps(value).encode(errors="surrogatepass")))
+        values = edit_tree(json.loads(data)).map(
+            lambda value: ShortBytes(json.dumps(value).encode(errors="surrogatepass"))
+        )
     else:
-        values = edited(lines_of(data)).map(as_lines)
-    return values | values | damaged(data) | st.none()
+        values = edit_tree(lines_of(data)).map(as_lines)
+    return values | values | corrupt_bytes(data) | st.none()
 
 
 def put(folder: Path, files: dict[str, bytes], name: str, data: bytes | None) -> None:
@@ -76,9 +78,9 @@ def put(folder: Path, files: dict[str, bytes], name: str, data: bytes | None) ->
 def read_all(folder: Path) -> None:
     """Read a sweep as the verbs and the workers do."""
     ledger = Ledger(folder / "ledger.jsonl")
-    for state in (answer(ledger.states) or {}).values():
+    for state in (run_or_refuse(ledger.states) or {}).values():
         is_settled(state, 3)
-    results = answer(lambda: read_results(folder))
+    results = run_or_refuse(lambda: read_results(folder))
     if results is not None:
         assert {trial.id for setting in group_by_setting(results) for trial in setting.trials} == {
             trial.id for trial in results.trials
@@ -89,29 +91,29 @@ METRICS = f"trials/{trial_id(TRIALS[0])}/metrics.jsonl"
 NAMES = st.sampled_from(("sweep.json", "ledger.jsonl", "ledger.jsonl", METRICS))
 
 
-def test_the_sweep_works(place: Place, whole: dict[str, bytes]) -> None:
-    with place.case() as folder:
+def test_the_sweep_works(sandbox: Sandbox, whole: dict[str, bytes]) -> None:
+    with sandbox.case() as folder:
         put(folder, whole, "", None)
         assert report(folder, Console(file=io.StringIO())).exists()
         assert read_results(folder).counts == {"finished": 2, "diverged": 1, "failed": 1}
 
 
-@cases(400)
+@max_cases(400)
 @given(data=st.data())
-def test_sweeps_with_edits_are_read(place: Place, whole: dict[str, bytes], data: st.DataObject) -> None:
+def test_sweeps_with_edits_are_read(sandbox: Sandbox, whole: dict[str, bytes], data: st.DataObject) -> None:
     name = data.draw(NAMES)
-    with place.case() as folder:
+    with sandbox.case() as folder:
         put(folder, whole, name, data.draw(edits(name, whole[name])))
         read_all(folder)
 
 
-@cases(60)
+@max_cases(60)
 @given(data=st.data())
-def test_sweeps_with_edits_are_reported_on(place: Place, whole: dict[str, bytes], data: st.DataObject) -> None:
+def test_sweeps_with_edits_are_reported_on(sandbox: Sandbox, whole: dict[str, bytes], data: st.DataObject) -> None:
     name = data.draw(NAMES)
-    with place.case() as folder:
+    with sandbox.case() as folder:
         put(folder, whole, name, data.draw(edits(name, whole[name])))
-        answer(lambda: report(folder, Console(file=io.StringIO())))
+        run_or_refuse(lambda: report(folder, Console(file=io.StringIO())))
 
 
 # The journal of a search.
@@ -151,14 +153,14 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         return SweepDir(path).study_file.read_bytes()
 
 
-@cases(40)
+@max_cases(40)
 @given(data=st.data())
 def test_journals_of_searches_with_edits(
-    place: Place, journal: bytes, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+    sandbox: Sandbox, journal: bytes, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     monkeypatch.setattr(search, "_final_loss", lambda sweep, trial: trial.config.optimizer.learning_rate)
     n_lines = data.draw(st.integers(1, journal.count(b"\n")))
     begun = b"".join(journal.splitlines(keepends=True)[:n_lines])
-    with place.case() as folder:
+    with sandbox.case() as folder:
         write(folder / "study.journal", data.draw(edits("study.journal", begun)))
-        answer(lambda: searched(folder))
+        run_or_refuse(lambda: searched(folder))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from conftest import small_config
-from fuzzing import Place, answer, cases, damaged, edited, write
-from fuzzing import place as place
+from fuzzing import Sandbox, corrupt_bytes, edit_tree, max_cases, run_or_refuse, write
+from fuzzing import sandbox as sandbox
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -121,12 +121,12 @@ def use(codec: Tokenizer, folder: Path) -> None:
 def edits(written: str) -> Any:
     """A tokenizer.json with edits of its values or of its bytes."""
     tree = json.loads(written)
-    return edited(tree).map(lambda value: json.dumps(value).encode()) | damaged(written.encode())
+    return edit_tree(tree).map(lambda value: json.dumps(value).encode()) | corrupt_bytes(written.encode())
 
 
 @pytest.mark.parametrize("name", [*OWN, *FOREIGN])
-def test_a_tokenizer_works(name: str, place: Place) -> None:
-    with place.case() as folder:
+def test_a_tokenizer_works(name: str, sandbox: Sandbox) -> None:
+    with sandbox.case() as folder:
         write(folder / "tokenizer.json", (OWN | FOREIGN)[name].encode())
         for file, values in BESIDE.items():
             write(folder / file, json.dumps(values).encode())
@@ -136,22 +136,22 @@ def test_a_tokenizer_works(name: str, place: Place) -> None:
             use(load_hf_tokenizer(folder), folder)
 
 
-@cases(300)
+@max_cases(300)
 @given(st.sampled_from(sorted(OWN)).flatmap(lambda name: edits(OWN[name])) | st.none())
-def test_a_tokenizer_of_a_run_with_edits(place: Place, data: bytes | None) -> None:
-    with place.case() as folder:
+def test_a_tokenizer_of_a_run_with_edits(sandbox: Sandbox, data: bytes | None) -> None:
+    with sandbox.case() as folder:
         write(folder / "tokenizer.json", data)
-        answer(lambda: use(load_tokenizer(folder / "tokenizer.json"), folder))
+        run_or_refuse(lambda: use(load_tokenizer(folder / "tokenizer.json"), folder))
 
 
-@cases(300)
+@max_cases(300)
 @given(st.sampled_from(sorted(FOREIGN)).flatmap(lambda name: edits(FOREIGN[name])))
-def test_a_tokenizer_of_another_model_with_edits(place: Place, data: bytes) -> None:
-    with place.case() as folder:
+def test_a_tokenizer_of_another_model_with_edits(sandbox: Sandbox, data: bytes) -> None:
+    with sandbox.case() as folder:
         write(folder / "tokenizer.json", data)
         for file, values in BESIDE.items():
             write(folder / file, json.dumps(values).encode())
-        answer(lambda: use(load_hf_tokenizer(folder), folder))
+        run_or_refuse(lambda: use(load_hf_tokenizer(folder), folder))
 
 
 templates = st.sampled_from(
@@ -163,15 +163,17 @@ templates = st.sampled_from(
 )
 settings_with = st.sampled_from(("chat_template", "eos_token", "bos_token"))
 beside = (
-    edited(BESIDE).filter(lambda tree: isinstance(tree, dict))
+    edit_tree(BESIDE).filter(lambda tree: isinstance(tree, dict))
     | st.builds(lambda text: BESIDE | {"chat_template.jinja": text}, templates)
-    | st.builds(lambda text: BESIDE | {"chat_template.jinja": text}, damaged(TEMPLATE.encode()))
+    | st.builds(lambda text: BESIDE | {"chat_template.jinja": text}, corrupt_bytes(TEMPLATE.encode()))
     | st.builds(
         lambda key, text: BESIDE | {"tokenizer_config.json": {"eos_token": "</s>", key: text}}, settings_with, templates
     )
     | st.builds(lambda name, data: BESIDE | {name: data}, st.sampled_from(sorted(BESIDE)), st.none())
     | st.builds(
-        lambda name, data: BESIDE | {name: data}, st.sampled_from(sorted(BESIDE)), damaged(json.dumps(BESIDE).encode())
+        lambda name, data: BESIDE | {name: data},
+        st.sampled_from(sorted(BESIDE)),
+        corrupt_bytes(json.dumps(BESIDE).encode()),
     )
 )
 
@@ -183,10 +185,10 @@ def as_bytes(value: Any) -> bytes | None:
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else json.dumps(value).encode()
 
 
-@cases(300)
+@max_cases(300)
 @given(beside)
-def test_what_stands_beside_a_tokenizer_with_edits(place: Place, files: dict[str, Any]) -> None:
-    with place.case() as folder:
+def test_what_stands_beside_a_tokenizer_with_edits(sandbox: Sandbox, files: dict[str, Any]) -> None:
+    with sandbox.case() as folder:
         write(folder / "tokenizer.json", FOREIGN["llama_2"].encode())
         for name, value in files.items():
             if name in (*BESIDE, "chat_template.jinja"):
@@ -199,4 +201,4 @@ def test_what_stands_beside_a_tokenizer_with_edits(place: Place, files: dict[str
             (folder / "export").mkdir()
             save_hf_tokenizer(codec, folder / "export", 64, is_dialogue=True)
 
-        answer(read_and_write)
+        run_or_refuse(read_and_write)
